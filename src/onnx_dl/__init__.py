@@ -1,0 +1,80 @@
+"""ONNX Dynamic Loading: onnxruntime sessions that live in worker processes and give all their memory back.
+
+``from onnx_dl import InferenceSessionProxy`` in place of ``onnxruntime.InferenceSession``.  Importing this
+package imports neither onnxruntime nor anything else of weight: names are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnx_dl.errors import (
+        ConfigError,
+        InstallationError,
+        InvalidTransition,
+        LoadTimeout,
+        OnnxDLError,
+        PlatformError,
+        ProtocolError,
+        ProxyClosedError,
+        RemoteError,
+        SharedMemoryError,
+        SupervisorDied,
+        SupervisorError,
+        SupervisorStartError,
+        UnloadTimeout,
+        UnsupportedValueError,
+        WorkerDied,
+        WorkerError,
+    )
+    from onnx_dl.events import EventStream, EventType, ModelEvent
+    from onnx_dl.host import ModelHost, Snapshot, default_host
+    from onnx_dl.lifecycle import ModelState
+    from onnx_dl.model import ModelStatus, Usage
+    from onnx_dl.session import InferenceSession, InferenceSessionProxy
+
+_HOMES = {
+    "errors": (
+        "ConfigError",
+        "InstallationError",
+        "InvalidTransition",
+        "LoadTimeout",
+        "OnnxDLError",
+        "PlatformError",
+        "ProtocolError",
+        "ProxyClosedError",
+        "RemoteError",
+        "SharedMemoryError",
+        "SupervisorDied",
+        "SupervisorError",
+        "SupervisorStartError",
+        "UnloadTimeout",
+        "UnsupportedValueError",
+        "WorkerDied",
+        "WorkerError",
+    ),
+    "events": ("EventStream", "EventType", "ModelEvent"),
+    "host": ("ModelHost", "Snapshot", "default_host"),
+    "lifecycle": ("ModelState",),
+    "model": ("ModelStatus", "Usage"),
+    "session": ("InferenceSession", "InferenceSessionProxy"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    *_HOME_OF,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if (home := _HOME_OF.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -1,0 +1,315 @@
+"""A model as an application sees it: acquire a worker, send, await, and try elsewhere when told "draining".
+
+Covers lanes and leases of one model in one application.  It is the one place that knows which worker serves
+the model now.  Policy (when to load, what to evict) is the supervisor's; onnxruntime's face is
+:mod:`onnx_dl.session`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from onnx_dl.connection import Connection
+from onnx_dl.errors import ProtocolError, ProxyClosedError, UnloadTimeout, WorkerDied
+from onnx_dl.events import EventType, ModelEvent
+from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
+from onnx_dl.transport import failures
+from onnx_dl.transport import messages as m
+from onnx_dl.transport.lane import ClientLane
+
+_LOAD_MARGIN: Final = 30.0
+"""Seconds beyond the supervisor's own deadline for a load after which a client stops waiting for an answer."""
+
+_lease_ids = itertools.count(1)
+
+
+class Lease:
+    """One proxy's claim to its model."""
+
+    def __init__(self, ttl: float) -> None:
+        self.id = next(_lease_ids)
+        self.ttl = ttl
+        self.granted: m.Granted | None = None
+        self.closed = False
+
+
+class RemoteModel:
+    """One model, shared by all proxies of this application that name it."""
+
+    def __init__(
+        self, connection: Connection, spec: ModelSpec, load_timeout: float, share: Callable[[], None]
+    ) -> None:
+        """``share`` hands the model's bytes to the supervisor, if it was given as bytes."""
+        self.connection = connection
+        self.spec = spec
+        self.description: ModelDescription | None = None
+        self._load_timeout = load_timeout
+        self._share = share
+        self._lock = threading.Lock()  # brief: guards what follows
+        self._granted: m.Granted | None = None
+        self._lanes: list[ClientLane] = []
+        self._holds = 0
+        self._acquiring = threading.Lock()  # long: one thread at a time asks for a worker
+        self._hold_lane: ClientLane | None = None
+
+    # --- calls --------------------------------------------------------------------------------------------
+
+    def run(self, lease: Lease, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Any:
+        """One inference; arrays in the result are the caller's own.
+
+        Raises:
+            WorkerDied: the worker ended during the call, which may have been executed in part.
+            Exception: what onnxruntime raised, as the same class.
+        """
+
+        def make(lane: ClientLane) -> m.Call:
+            packed_outputs, *values = lane.pack([outputs, *feed.values()])
+            return m.Call(
+                outputs=packed_outputs, feed=list(zip(feed, values, strict=True)), options=options
+            )
+
+        return self._perform(lease, make)
+
+    def invoke(self, lease: Lease, method: str, *args: Any) -> Any:
+        """Another method of the session, by name; raises like :meth:`run`."""
+        return self._perform(lease, lambda lane: m.Invoke(method=method, args=lane.pack(args)))
+
+    def describe(self, lease: Lease) -> ModelDescription:
+        """What the model says of itself.  Loads the model if it never was; later it costs no message."""
+        if self.description is None:
+            self._perform(lease, lambda lane: m.Touch())
+        else:
+            self._touch()
+        assert self.description is not None
+        return self.description
+
+    def _touch(self) -> None:
+        """A use that the worker need not hear of now.  If no lane is idle, the model is in use anyway."""
+        with contextlib.suppress(IndexError):
+            self._lanes[-1].touch()
+
+    def _perform(self, lease: Lease, make: Callable[[ClientLane], Any]) -> Any:
+        while True:
+            lane = self._take_lane(lease)
+            if lane is None:
+                continue
+            try:
+                message = make(lane)
+            except Exception:  # the caller's values cannot be sent; nothing was
+                self._put_lane(lane)
+                raise
+            done, result = self._exchange(lane, message)
+            if done:
+                return result
+
+    def _exchange(self, lane: ClientLane, message: Any) -> tuple[bool, Any]:
+        """One request; false if it was not executed and must be made again."""
+        try:
+            reply = lane.exchange(message)
+            result = lane.unpack(reply.value) if isinstance(reply, m.Result) else None
+        except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
+            lane.close()
+            raise
+        match reply:
+            case m.Result():
+                self._put_lane(lane)
+                return True, result
+            case m.CallFailed(failure=failure):
+                self._put_lane(lane)
+                raise failures.rebuild(failure)
+            case m.Draining():
+                self._forget(lane.granted)
+                lane.close()
+                return False, None
+        self._forget(lane.granted)
+        lane.close()
+        self._ask_fate(lane.granted)
+        return False, None
+
+    def _ask_fate(self, granted: m.Granted) -> None:
+        """The worker went without an answer.  Returns if it had drained, so that it never began the call."""
+        try:
+            fate = self.connection.ask(lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id))
+        except TimeoutError:
+            raise WorkerDied(
+                f"The worker of {self.spec.name} (pid {granted.pid}) stopped answering.", pid=granted.pid
+            ) from None
+        if fate.failure is not None:
+            raise failures.rebuild(fate.failure)
+
+    # --- lanes --------------------------------------------------------------------------------------------
+
+    def _take_lane(self, lease: Lease) -> ClientLane | None:
+        """A lane that nobody else uses; None if the worker went while it was opened: ask again."""
+        granted = self._current(lease) or self._acquire(lease)
+        with self._lock:
+            lane = self._lanes.pop() if self._lanes and self._granted is granted else None
+        if lane is not None and not lane.is_dead():
+            return lane
+        if lane is not None:
+            lane.close()
+        else:
+            lane = self._open_lane(granted)
+            if lane is not None:
+                return lane
+        self._forget(granted)
+        return None
+
+    def _open_lane(self, granted: m.Granted) -> ClientLane | None:
+        try:
+            return ClientLane(self.connection.context, granted, self.connection.timeout)
+        except (OSError, ProtocolError):
+            return None
+
+    def _put_lane(self, lane: ClientLane) -> None:
+        with self._lock:
+            keep = self._granted is lane.granted
+            if keep:
+                self._lanes.append(lane)
+        if not keep:
+            lane.close()
+
+    def _current(self, lease: Lease) -> m.Granted | None:
+        with self._lock:
+            # Whoever is inside of a session() block uses the worker that it holds, also while that waits for
+            # the block to end before it unloads: to acquire would wait for the unload, for ever.
+            if self._granted is not None and (lease.granted is self._granted or self._holds):
+                return self._granted
+        return None
+
+    def _acquire(self, lease: Lease) -> m.Granted:
+        with self._acquiring:
+            if granted := self._current(lease):
+                return granted
+            if lease.closed:
+                raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
+            self._share()
+            answer = self.connection.ask(
+                lambda ticket: m.Acquire(ticket=ticket, proxy=lease.id, spec=self.spec, ttl=lease.ttl),
+                self._load_timeout + _LOAD_MARGIN,
+            )
+            if isinstance(answer, m.Denied):
+                raise failures.rebuild(answer.failure)
+            return self._accept(lease, answer)
+
+    def _accept(self, lease: Lease, answer: m.Granted) -> m.Granted:
+        """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""
+        with self._lock:
+            stale: list[ClientLane] = []
+            if self._granted is None or self._granted.worker_id != answer.worker_id:
+                self._granted, stale, self._lanes = answer, self._lanes, []
+            granted = lease.granted = self._granted
+            self.description = answer.description
+        for lane in stale:
+            lane.close()
+        if lease.closed:  # closed while it waited: it must not keep what it just got
+            self.connection.tell(m.Release(proxy=lease.id))
+        if self._holds:
+            self._hold_with(granted)
+        return granted
+
+    def _forget(self, granted: m.Granted) -> None:
+        """This worker takes no more calls of ours."""
+        with self._lock:
+            stale: list[ClientLane] = []
+            if self._granted is granted:
+                self._granted, stale, self._lanes = None, self._lanes, []
+        for lane in stale:
+            lane.close()
+
+    def on_event(self, event: ModelEvent) -> None:
+        """Gives back the memory that was shared with a worker that is gone."""
+        granted = self._granted
+        gone = event.type in (EventType.UNLOADED, EventType.FAILED)
+        if gone and granted is not None and granted.worker_id == event.worker_id:
+            self._forget(granted)
+
+    # --- holding ------------------------------------------------------------------------------------------
+
+    def hold(self, lease: Lease) -> None:
+        """Keeps the model loaded until as many :meth:`unhold` as there were holds."""
+        while True:
+            granted = self._current(lease) or self._acquire(lease)
+            with self._acquiring:
+                if self._hold_with(granted):
+                    self._holds += 1
+                    return
+            self._forget(granted)
+
+    def unhold(self) -> None:
+        """One block ended; with the last one the TTL starts."""
+        with self._acquiring:
+            self._holds -= 1
+            if self._holds or self._hold_lane is None:
+                return
+            lane, self._hold_lane = self._hold_lane, None
+            try:
+                answer = None if lane.is_dead() else lane.exchange(m.Unhold())
+            except BaseException:
+                lane.close()
+                raise
+            if answer is None:
+                lane.close()
+            else:
+                self._put_lane(lane)
+
+    def _hold_with(self, granted: m.Granted) -> bool:
+        """Sees to it that one lane holds this worker; false if it drains.  Called while acquiring."""
+        lane, self._hold_lane = self._hold_lane, None
+        if lane is not None and (lane.granted is not granted or lane.is_dead()):
+            lane.close()
+            lane = None
+        if lane is None:
+            lane = self._open_lane(granted)
+            if lane is None:
+                return False
+            if not isinstance(lane.exchange(m.Hold()), m.Result):
+                lane.close()
+                return False
+        self._hold_lane = lane
+        return True
+
+    # --- the rest -----------------------------------------------------------------------------------------
+
+    def unload(self, *, force: bool, timeout: float | None) -> bool:
+        """Ends the worker and waits until it is reaped; whether there was one.
+
+        Raises:
+            UnloadTimeout: it was not within ``timeout`` seconds; it still will be.
+        """
+        deadline = threading.TIMEOUT_MAX if timeout is None else timeout
+        try:
+            answer = self.connection.ask(
+                lambda ticket: m.Unload(ticket=ticket, key=self.spec.key, force=force), deadline
+            )
+        except TimeoutError:
+            raise UnloadTimeout(
+                f"{self.spec.name} was still in use after {timeout:g} seconds; it unloads when the running "
+                "calls and session() blocks have ended. unload(force=True) does not wait for them."
+            ) from None
+        if (granted := self._granted) is not None:
+            self._forget(granted)
+        return bool(answer.was_loaded)
+
+    def status(self, *, measure: bool = True) -> ModelStatus | None:
+        """How the model fares; None if the supervisor does not know it.  Loads nothing."""
+        answer = self.connection.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=measure))
+        return next((status for status in answer.models if status.key == self.spec.key), None)
+
+    def leave(self, lease: Lease) -> None:
+        """A proxy is closed or collected.  Runs in finalizers, so it takes no lock and waits for nothing."""
+        lease.closed = True
+        self.connection.tell(m.Release(proxy=lease.id))
+
+    def retime(self, lease: Lease, ttl: float) -> None:
+        """The proxy's TTL from now on."""
+        lease.ttl = ttl
+        self.connection.tell(m.SetTtl(proxy=lease.id, ttl=ttl))
+
+    def __del__(self) -> None:
+        for lane in (*self._lanes, *([self._hold_lane] if self._hold_lane else [])):
+            lane.close()

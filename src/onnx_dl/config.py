@@ -1,0 +1,114 @@
+"""Defaults, environment variables and the validation of what users may set.
+
+Covers numbers and names; who uses them is not known here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from onnx_dl.errors import ConfigError, PlatformError
+
+KEEP: Final = -1.0
+"""The TTL of a model that stays until it is asked to go."""
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)\s*")
+_TTL_MODES: Final = (
+    "-1 (stay until unload() or close()), 0 (unload after each use), or a number of seconds without use "
+    'greater than 0, as int, float or text such as "90s" or "5m"'
+)
+
+
+def parse_ttl(value: object) -> float:
+    """A TTL in seconds: -1.0, 0.0 or more.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) anything but the three modes.
+    """
+    seconds = _seconds(value)
+    if seconds is None or not (seconds == KEEP or 0 <= seconds < math.inf):
+        raise ConfigError(f"ttl={value!r} is not one of the three modes: {_TTL_MODES}.")
+    return seconds
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        return float(match[1]) * _UNITS[match[2]] if match else None
+    try:
+        return float(value)  # type: ignore[arg-type]  # numpy scalars are welcome too
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the environment can change.  Times are in seconds."""
+
+    python: str = sys.executable
+    """The interpreter for our processes; to be set where an embedding application is ``sys.executable``."""
+    start: str = "fork"
+    """``fork``: workers are forked from a template process; ``exec``: each is a fresh interpreter."""
+    load_timeout: float = 600.0
+    """A load that takes longer is ended and raises LoadTimeout."""
+    start_timeout: float = 30.0
+    """How long the supervisor may take to come up, and any single control message to be answered."""
+    exit_grace: float = 5.0
+    """How long a drained worker may take to exit before it is killed."""
+    stable_after: float = 10.0
+    """A worker that was ready for longer than this does not count as one that keeps dying."""
+
+
+_CHOICES: Final = {"start": ("fork", "exec")}
+
+
+def settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from ``ONNX_DL_*`` variables: ``ONNX_DL_LOAD_TIMEOUT=120`` and so on.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) a variable has a value that cannot be used.
+    """
+    found: dict[str, str] = {}
+    for field in Settings.__struct_fields__:
+        variable = f"ONNX_DL_{field.upper()}"
+        if text := environ.get(variable):
+            _check_choice(variable, field, text)
+            found[field] = text
+    try:
+        return msgspec.convert(found, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"An ONNX_DL_* environment variable cannot be used: {error}.") from None
+
+
+def _check_choice(variable: str, field: str, text: str) -> None:
+    choices = _CHOICES.get(field, ())
+    if choices and text not in choices:
+        raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
+
+
+def check_platform() -> None:
+    """Raises :class:`~onnx_dl.errors.PlatformError` where onnx-dl cannot run."""
+    if not (sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
+        raise PlatformError(
+            f"onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); this is {sys.platform}. "
+            "Use onnxruntime.InferenceSession here."
+        )
+
+
+def fresh_address(role: str) -> str:
+    """A name for a Unix socket that no other process has, in Linux's abstract namespace.
+
+    Abstract names vanish with their owner, however it dies, so nothing is ever left on disk.  They carry no
+    file permissions: whoever listens checks the peer's user id and asks for a secret.
+    """
+    return f"onnx-dl/{os.getuid()}/{role}/{secrets.token_hex(16)}"

@@ -1,0 +1,179 @@
+"""An application's connection to a supervisor: requests with answers, notices without, events.
+
+One thread owns the ZeroMQ socket, because these are not thread-safe; other threads hand it messages.  Which
+models there are is not known here (:mod:`onnx_dl.client`), nor who started the supervisor
+(:mod:`onnx_dl.host`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import queue
+import secrets
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+
+from onnx_dl.errors import ProtocolError, SupervisorDied, SupervisorStartError
+from onnx_dl.events import ModelEvent
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
+from onnx_dl.transport.sockets import Channel, Waker
+
+_GONE: Final = (
+    "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. The next use starts a new one."
+)
+
+
+class Connection:
+    """To the supervisor at ``address``.  Thread-safe, except across fork: a child makes its own."""
+
+    def __init__(
+        self, address: str, secret: str, timeout: float, on_event: Callable[[ModelEvent], None]
+    ) -> None:
+        """Connects.
+
+        Raises:
+            SupervisorStartError: nobody answers within ``timeout`` seconds, or refuses us.
+        """
+        self.timeout = timeout
+        self.context = sockets.context()
+        self.closed = False
+        self._on_event = on_event
+        self._identity = secrets.token_bytes(16)
+        self._lifeline = self._greet(f"{address}/lifeline", secret)
+        self.supervisor_pid = self._lifeline.peer_pid()
+        self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
+        self._waker = Waker()
+        self._outbox: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
+        self._tickets = itertools.count(1)
+        self._pending: dict[int, concurrent.futures.Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="onnx-dl-client", daemon=True)
+        self._thread.start()
+        _connections.add(self)
+
+    def _greet(self, address: str, secret: str) -> Channel:
+        hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=secret, client=self._identity)
+        try:
+            lifeline = Channel.connect(address, self.timeout)
+            lifeline.send(m.encode(hello))
+            received = lifeline.receive(self.timeout)
+        except OSError as error:
+            raise SupervisorStartError(f"No onnx-dl supervisor answers: {error}.") from error
+        answer = m.on_lifeline(received[0]) if received else m.Refused(reason="it closed the connection")
+        if isinstance(answer, m.Welcome):
+            return lifeline
+        lifeline.close()
+        raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
+
+    # --- for any thread -----------------------------------------------------------------------------------
+
+    def ask(self, make: Callable[[int], m.Message], timeout: float | None = None) -> Any:
+        """Sends the request that ``make`` builds around a ticket, and returns its answer.
+
+        Raises:
+            SupervisorDied: it went away before it answered.
+            TimeoutError: no answer within ``timeout`` seconds (default: the connection's).
+        """
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            if self.closed:
+                raise self._died()
+            ticket = next(self._tickets)
+            self._pending[ticket] = future
+        try:
+            self.tell(make(ticket))
+            return future.result(self.timeout if timeout is None else timeout)
+        finally:
+            self._pending.pop(ticket, None)
+
+    def tell(self, message: m.Message) -> None:
+        """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
+        if not self.closed:
+            self._outbox.put(message)
+            self._waker.wake()
+
+    def share_blob(self, digest: str, fd: int) -> None:
+        """Hands over a model given as bytes.  The supervisor has it before anything that is asked later."""
+        self._lifeline.send(m.encode(m.Blob(digest=digest)), (fd,))
+
+    def close(self) -> None:
+        """Lets go of the supervisor, which releases all that this application held."""
+        self._end()
+        if self._thread is not threading.current_thread():
+            self._thread.join(self.timeout)
+
+    def abandon(self) -> None:
+        """In a forked child: the parent's threads and sockets are not ours to use or to close."""
+        self.closed = True
+        self._lock = threading.Lock()
+
+    # --- the thread ---------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._lifeline.fileno(), zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
+        while not self.closed:
+            ready = sockets.wait(poller, None)
+            self._waker.clear()
+            self._send_all()
+            while self._socket in ready and self._receive_one():
+                pass
+            if self._lifeline.fileno() in ready and self._lifeline.is_dead():
+                self._end()
+        self._tear_down()
+
+    def _send_all(self) -> None:
+        while True:
+            try:
+                message = self._outbox.get_nowait()
+            except queue.Empty:
+                return
+            self._socket.send(m.encode(message))
+
+    def _receive_one(self) -> bool:
+        try:
+            message = m.to_client(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return False
+        except ProtocolError:
+            return True
+        if isinstance(message, m.Published):
+            self._on_event(message.event)
+        elif future := self._pending.get(message.ticket):
+            future.set_result(message)
+        return True
+
+    def _end(self) -> None:
+        with self._lock:
+            self.closed = True
+        self._waker.wake()
+
+    def _tear_down(self) -> None:
+        self._lifeline.close()
+        self._socket.close()
+        for future in list(self._pending.values()):
+            if not future.done():
+                future.set_exception(self._died())
+
+    def _died(self) -> SupervisorDied:
+        return SupervisorDied(_GONE.format(pid=self.supervisor_pid))
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for connection in list(_connections):
+        connection.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,184 @@
+"""Every error that onnx-dl raises on its own account.
+
+Covers the classes and what they carry. How an error crosses a process boundary is
+:mod:`onnx_dl.transport.failures`; errors of onnxruntime itself are never wrapped: they arrive as
+onnxruntime's own classes with onnxruntime's own messages.
+
+::
+
+    OnnxDLError
+    ├── ConfigError (ValueError)            a setting or argument that cannot be
+    ├── InstallationError (ImportError)     onnxruntime is missing, or two builds overwrote each other
+    ├── PlatformError (OSError)             this operating system lacks what we stand on
+    ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
+    ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
+    ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
+    ├── ProtocolError                       a peer said what the protocol does not allow
+    ├── InvalidTransition                   a model was asked for a step its state does not allow
+    ├── UnloadTimeout (TimeoutError)        unload() gave up waiting for running calls
+    ├── RemoteError                         a worker raised a class this process does not know
+    ├── SupervisorError
+    │   ├── SupervisorStartError            the supervisor process did not come up
+    │   └── SupervisorDied                  it went away under us
+    └── WorkerError                         has ``retry_after``
+        ├── WorkerDied                      the worker process ended during a call or a load
+        └── LoadTimeout (TimeoutError)      the model did not load in time
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class OnnxDLError(Exception):
+    """Base of all errors of onnx-dl.  ``code`` names the class on the wire and never changes."""
+
+    code: ClassVar[str] = "error"
+
+    def details(self) -> dict[str, Any]:
+        """The attributes that must survive a trip between processes; plain data."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+class ConfigError(OnnxDLError, ValueError):
+    """An argument or environment variable has a value that cannot be used."""
+
+    code = "config"
+
+
+class InstallationError(OnnxDLError, ImportError):
+    """onnxruntime is missing or damaged; the message says which command mends it."""
+
+    code = "installation"
+
+
+class PlatformError(OnnxDLError, OSError):
+    """The operating system lacks something that onnx-dl stands on."""
+
+    code = "platform"
+
+
+class ProxyClosedError(OnnxDLError, RuntimeError):
+    """The proxy was closed; make a new one."""
+
+    code = "closed"
+
+
+class SharedMemoryError(OnnxDLError, MemoryError):
+    """The system refused shared memory for a tensor."""
+
+    code = "shared-memory"
+
+
+class UnsupportedValueError(OnnxDLError, TypeError):
+    """A value of this kind cannot travel to a worker."""
+
+    code = "unsupported-value"
+
+
+class ProtocolError(OnnxDLError):
+    """A peer sent something that the protocol does not allow, or speaks another version of it."""
+
+    code = "protocol"
+
+
+class InvalidTransition(OnnxDLError):
+    """A model's state does not allow the event; the message carries the model's recent history."""
+
+    code = "transition"
+
+
+class UnloadTimeout(OnnxDLError, TimeoutError):
+    """``unload(timeout=...)`` gave up; the unload goes on and happens when the running calls end."""
+
+    code = "unload-timeout"
+
+
+class RemoteError(OnnxDLError):
+    """A worker raised an exception of a class that this process has no counterpart for.
+
+    ``type_name`` is the class's qualified name, ``traceback`` the worker's own traceback as text.
+    """
+
+    code = "remote"
+
+    def __init__(self, message: str, type_name: str = "", traceback: str = "") -> None:
+        super().__init__(message)
+        self.type_name = type_name
+        self.traceback = traceback
+
+
+class SupervisorError(OnnxDLError):
+    """The supervisor process could not serve us."""
+
+    code = "supervisor"
+
+
+class SupervisorStartError(SupervisorError):
+    """The supervisor process did not come up; the message says what it printed or how it ended."""
+
+    code = "supervisor-start"
+
+
+class SupervisorDied(SupervisorError):
+    """The supervisor process went away, and all workers with it; the next use starts a new one."""
+
+    code = "supervisor-died"
+
+
+class WorkerError(OnnxDLError):
+    """A worker failed as a process.
+
+    ``retry_after`` is the number of seconds until the host will try this model again; 0 means at once.
+    """
+
+    code = "worker"
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class WorkerDied(WorkerError):
+    """The worker process ended during a call or while it loaded its model.
+
+    Attributes:
+        pid: process id that the worker had.
+        exit_code: what it exited with, or None when a signal ended it.
+        signal: the signal's number, or None.
+        stderr: the last lines that the worker wrote to its standard error.
+        reason: ``crash``, ``request`` (``unload(force=True)``) or ``exit`` (the host went down).
+        retry_after: seconds until the host will load the model again; 0 means at once.
+    """
+
+    code = "worker-died"
+
+    def __init__(
+        self,
+        message: str,
+        pid: int = 0,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        stderr: str = "",
+        reason: str = "crash",
+        retry_after: float = 0.0,
+    ) -> None:
+        super().__init__(message, retry_after)
+        self.pid = pid
+        self.exit_code = exit_code
+        self.signal = signal
+        self.stderr = stderr
+        self.reason = reason
+
+
+class LoadTimeout(WorkerError, TimeoutError):
+    """The model did not load within ``ONNX_DL_LOAD_TIMEOUT`` seconds; its worker was ended."""
+
+    code = "load-timeout"
+
+
+def _tree(cls: type[OnnxDLError]) -> list[type[OnnxDLError]]:
+    return [cls] + [found for sub in cls.__subclasses__() for found in _tree(sub)]
+
+
+BY_CODE: dict[str, type[OnnxDLError]] = {cls.code: cls for cls in _tree(OnnxDLError)}

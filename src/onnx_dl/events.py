@@ -1,0 +1,184 @@
+"""What happens to models, told to whoever listens.
+
+Covers the event type, its wording as a log line, and a bus that fans events out inside one process.
+Who makes events (:mod:`onnx_dl.supervisor.scheduler`) and who listens is not known here.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import threading
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import msgspec
+
+
+class EventType(enum.StrEnum):
+    """The kinds of event, in the order in which one worker goes through them."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    UNLOADED = "unloaded"
+    FAILED = "failed"
+
+
+class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One step in the life of one worker.
+
+    Attributes:
+        seq: counts all events of a supervisor; a gap means that events were missed, take a snapshot.
+        type: what happened.
+        at: Unix time in seconds.
+        model: the model's path, or ``bytes:<digest>``.
+        key: identity of the model with its options and providers.
+        worker_id: identity of this spawn.
+        pid: process id of the worker, None before it has one.
+        rss: resident bytes of the worker when last measured, None while it has not been.
+        gpu: GPU bytes of the worker, None where there is no GPU.
+        reason: why it is draining or unloaded: ``ttl``, ``request``, ``crash`` or ``exit``.
+        seconds: ready: how long the load took; unloaded: how long the model was loaded.
+        freed: unloaded: bytes that only this worker held, now returned to the system.
+        detail: failed: what went wrong.
+        retry_after: failed: seconds until the host will load the model again.
+    """
+
+    seq: int
+    type: EventType
+    at: float
+    model: str
+    key: str
+    worker_id: int
+    pid: int | None = None
+    rss: int | None = None
+    gpu: int | None = None
+    reason: str | None = None
+    seconds: float | None = None
+    freed: int | None = None
+    detail: str | None = None
+    retry_after: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.type} {self.model}"]
+        if self.reason:
+            parts.append(f"reason {self.reason}")
+        if self.seconds is not None:
+            parts.append(f"{self.seconds:.3f} s")
+        if self.freed is not None:
+            parts.append(f"gave back {format_bytes(self.freed)}")
+        if self.rss is not None and self.freed is None:
+            parts.append(f"RSS {format_bytes(self.rss)}")
+        if self.gpu is not None:
+            parts.append(f"GPU {format_bytes(self.gpu)}")
+        if self.pid is not None:
+            parts.append(f"pid {self.pid}")
+        if self.detail:
+            parts.append(self.detail)
+        return ", ".join(parts)
+
+
+def format_bytes(count: int) -> str:
+    """``12345678`` as ``12.3 MB``."""
+    return f"{count / 1e6:.1f} MB"
+
+
+class EventStream(Iterator[ModelEvent]):
+    """An iterator over events from the moment it was made; blocks until the next one or ``close()``.
+
+    It holds at most ``limit`` events that nobody fetched; beyond that the oldest are dropped, which shows
+    as a gap in ``seq``.
+    """
+
+    def __init__(self, bus: EventBus, limit: int) -> None:
+        self._bus = bus
+        self._waiting: collections.deque[ModelEvent] = collections.deque(maxlen=limit)
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, event: ModelEvent) -> None:
+        with self._changed:
+            self._waiting.append(event)
+            self._changed.notify()
+
+    def get(self, timeout: float | None = None) -> ModelEvent:
+        """The next event.
+
+        Raises:
+            TimeoutError: none came within ``timeout`` seconds.
+            StopIteration: the stream was closed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._waiting or self._closed, timeout):
+                raise TimeoutError(f"no model event within {timeout} seconds")
+            if not self._waiting:
+                raise StopIteration
+            return self._waiting.popleft()
+
+    def __next__(self) -> ModelEvent:
+        return self.get()
+
+    def close(self) -> None:
+        """Ends the iteration once the events that already came are fetched."""
+        self._bus.forget(self)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class EventBus:
+    """Hands each event to every listener, in order.  Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: list[Callable[[ModelEvent], object]] = []
+        self._streams: list[EventStream] = []
+
+    def listen(self, callback: Callable[[ModelEvent], object]) -> Callable[[], None]:
+        """Calls ``callback`` with every event from now on; returns what ends that."""
+        with self._lock:
+            self._listeners.append(callback)
+
+        def stop() -> None:
+            with self._lock, contextlib.suppress(ValueError):
+                self._listeners.remove(callback)
+
+        return stop
+
+    def stream(self, limit: int = 10_000) -> EventStream:
+        stream = EventStream(self, limit)
+        with self._lock:
+            self._streams.append(stream)
+        return stream
+
+    def forget(self, stream: EventStream) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._streams.remove(stream)
+
+    def publish(self, event: ModelEvent) -> list[tuple[Callable[[ModelEvent], object], Exception]]:
+        """Delivers one event; a listener that raises hinders no other, and is returned with its error."""
+        with self._lock:
+            streams, listeners = list(self._streams), list(self._listeners)
+        for stream in streams:
+            stream.put(event)
+        failed = []
+        for callback in listeners:
+            try:
+                callback(event)
+            except Exception as error:  # a user's callback may raise anything
+                failed.append((callback, error))
+        return failed
+
+    def close(self) -> None:
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.close()

@@ -1,0 +1,289 @@
+"""The supervisor that serves this application: started with the first proxy, gone with the application.
+
+Covers starting it, connecting to it, and telling the application what happens in it.  Tensors never come
+here; one model's calls are :mod:`onnx_dl.client`'s.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import queue
+import secrets
+import select
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Final, Self
+
+import msgspec
+
+from onnx_dl import config
+from onnx_dl.client import RemoteModel
+from onnx_dl.connection import Connection
+from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
+from onnx_dl.events import EventBus, EventStream, ModelEvent
+from onnx_dl.model import ModelSpec, ModelStatus
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import shm
+
+logger = logging.getLogger("onnx_dl")
+
+_BOOT: Final = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from onnx_dl.supervisor.main import main; main()"
+)
+_FAREWELL: Final = 3.0
+"""Seconds that the supervisor has to end all workers and itself when the application closes it."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """All models at one moment; events with a larger ``seq`` came later."""
+
+    seq: int
+    supervisor_pid: int | None
+    models: list[ModelStatus]
+
+
+class ModelHost:
+    """One supervisor process and what this application has in it.
+
+    Starts nothing until the first model is used or :meth:`start` is called.  Use it as a context manager, or
+    :meth:`close` it; the interpreter's exit closes it too.
+    """
+
+    def __init__(self) -> None:
+        self._settings = config.settings()
+        self._bus = EventBus()
+        self._reset()
+        _hosts.add(self)
+
+    def _reset(self) -> None:
+        """As if nothing was ever started; also in a forked child, where nothing of the parent's is ours."""
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
+        self._shared_blobs: set[str] = set()
+        self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
+
+    # --- the supervisor -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the supervisor now, so that the first use of a model need not wait for it.
+
+        Raises:
+            PlatformError: onnx-dl cannot run on this system.
+            SupervisorStartError: the process did not come up.
+        """
+        with self._lock:
+            self._connect()
+
+    def _connect(self) -> Connection:
+        """The live connection, to a new supervisor if there is none.  Called with the lock held."""
+        if self._connection is not None and not self._connection.closed:
+            return self._connection
+        if sys.is_finalizing() or _exiting:
+            raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
+        config.check_platform()
+        self._bury()
+        address, secret = config.fresh_address("host"), secrets.token_hex(16)
+        self._process = _start_supervisor(address, secret, self._settings)
+        self._events = queue.SimpleQueue()
+        self._connection = Connection(address, secret, self._settings.start_timeout, self._on_event)
+        self._models.clear()
+        self._shared_blobs.clear()
+        threading.Thread(target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True).start()
+        return self._connection
+
+    def close(self) -> None:
+        """Ends all workers and the supervisor, and waits until they are gone.  May be called twice."""
+        with self._lock:
+            connection = self._connection
+            if connection is not None:
+                # Dead, or too busy to answer: then _bury() sees to it.
+                with contextlib.suppress(SupervisorDied, TimeoutError):
+                    connection.ask(lambda ticket: m.Shutdown(ticket=ticket), _FAREWELL)
+                connection.close()
+                self._connection = None
+            self._bury()
+
+    def _bury(self) -> None:
+        """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+        if self._process is not None:
+            try:
+                self._process.wait(_FAREWELL)
+            except subprocess.TimeoutExpired:
+                self._process.kill()  # its workers die with it: PR_SET_PDEATHSIG
+                self._process.wait()
+            self._process = None
+            self._events.put(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- models -------------------------------------------------------------------------------------------
+
+    def model(self, spec: ModelSpec, blob: bytes | None) -> RemoteModel:
+        """The one RemoteModel of this application for the spec, starting the supervisor if need be."""
+        with self._lock:
+            connection = self._connect()
+            model = self._models.get(spec.key)
+            if model is None:
+                model = RemoteModel(
+                    connection, spec, self._settings.load_timeout, lambda: self._share(connection, blob)
+                )
+                self._models[spec.key] = model
+                if spec.blob is not None:
+                    weakref.finalize(model, self._drop_blob, connection, spec.blob)
+            return model
+
+    def _share(self, connection: Connection, blob: bytes | None) -> None:
+        if blob is None:
+            return
+        digest = digest_of(blob)
+        if digest not in self._shared_blobs:
+            fd = shm.freeze(blob)
+            try:
+                connection.share_blob(digest, fd)
+            finally:
+                os.close(fd)
+            self._shared_blobs.add(digest)
+
+    def _drop_blob(self, connection: Connection, digest: str) -> None:
+        self._shared_blobs.discard(digest)
+        connection.tell(m.DropBlob(digest=digest))
+
+    def known_model(self, key: str) -> RemoteModel | None:
+        """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""
+        model = self._models.get(key)
+        return None if model is None or model.connection.closed else model
+
+    # --- what happens -------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """All models now, measured now.  Starts and loads nothing and touches no timer."""
+        connection = self._connection
+        if connection is None or connection.closed:
+            return Snapshot(seq=0, supervisor_pid=None, models=[])
+        status = connection.ask(lambda ticket: m.AskStatus(ticket=ticket))
+        return Snapshot(seq=status.seq, supervisor_pid=status.supervisor_pid, models=status.models)
+
+    def events(self) -> EventStream:
+        """An iterator over events from now on; ``get(timeout)`` waits for one, ``close()`` ends it."""
+        return self._bus.stream()
+
+    def on_event(self, callback: Callable[[ModelEvent], object]) -> Callable[[], None]:
+        """Calls ``callback`` with each event, in a thread of its own; returns a function that ends that."""
+        return self._bus.listen(callback)
+
+    def _on_event(self, event: ModelEvent) -> None:
+        """In the connection's thread: must not wait for anything."""
+        if model := self._models.get(event.key):
+            model.on_event(event)
+        self._events.put(event)
+
+    def _tell(self, events: queue.SimpleQueue[ModelEvent | None]) -> None:
+        """The thread that tells the application, which may take its time or ask us something."""
+        while (event := events.get()) is not None:
+            logger.info("%s", event, extra={"onnx_dl_event": event})
+            for callback, error in self._bus.publish(event):
+                logger.error("An event callback failed: %r", callback, exc_info=error)
+
+
+def digest_of(blob: bytes) -> str:
+    """The identity of a model given as bytes: its SHA-256."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _start_supervisor(address: str, secret: str, settings: config.Settings) -> subprocess.Popen[bytes]:
+    """A supervisor process whose sockets are bound."""
+    sys_path = [os.path.abspath(entry) for entry in sys.path]
+    ready, ready_write = os.pipe()
+    orders = {
+        "address": address,
+        "secret": secret,
+        "sys_path": sys_path,
+        "settings": msgspec.to_builtins(settings),
+        "ready_fd": ready_write,
+    }
+    try:
+        process = subprocess.Popen(
+            # -P: a file named json.py in the current directory is not ours to import.
+            [settings.python, "-P", "-c", _BOOT, json.dumps(sys_path)],
+            stdin=subprocess.PIPE,
+            pass_fds=[ready_write],
+            start_new_session=True,  # Ctrl-C in the terminal is the application's
+        )
+    except (OSError, TypeError) as error:
+        os.close(ready)
+        raise SupervisorStartError(
+            f"Cannot start {settings.python!r} ({error}). If this application embeds Python, set "
+            "ONNX_DL_PYTHON to the path of an interpreter of the same version."
+        ) from error
+    finally:
+        os.close(ready_write)
+    return _await_ready(process, ready, json.dumps(orders).encode(), settings.start_timeout)
+
+
+def _await_ready(
+    process: subprocess.Popen[bytes], ready: int, orders: bytes, timeout: float
+) -> subprocess.Popen[bytes]:
+    """Gives the orders and waits for the byte that says that they are carried out."""
+    assert process.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(orders)
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        if poll.poll(timeout * 1000) and os.read(ready, 1):
+            return process
+    finally:
+        os.close(ready)
+    process.kill()
+    raise SupervisorStartError(
+        f"The onnx-dl supervisor did not come up (exit status {process.wait()}); its stderr, above, says why."
+    )
+
+
+_hosts: weakref.WeakSet[ModelHost] = weakref.WeakSet()
+_default: ModelHost | None = None
+_default_lock = threading.Lock()
+_exiting = False
+
+
+def default_host() -> ModelHost:
+    """The host of every proxy that names no other."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = ModelHost()
+        return _default
+
+
+def _close_all() -> None:
+    global _exiting
+    _exiting = True
+    for host in list(_hosts):
+        host.close()
+
+
+def _after_fork() -> None:
+    """A forked child starts a supervisor of its own when it uses a model."""
+    global _default_lock
+    _default_lock = threading.Lock()
+    for host in list(_hosts):
+        host._reset()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,57 @@
+"""Whether onnxruntime is installed, once.
+
+Its builds (onnxruntime, onnxruntime-gpu and others) write into one folder: of two, the one written last wins,
+and uninstalling either leaves a package that imports but is empty.  pip finds nothing wrong with that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Iterable
+
+from onnx_dl.errors import InstallationError
+
+
+@functools.cache
+def check() -> None:
+    """Warns if several builds are installed.
+
+    Raises:
+        InstallationError: there is no onnxruntime.
+    """
+    found = tuple(_distributions())
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InstallationError(missing())
+    if len(found) > 1:
+        warnings.warn(several(found), RuntimeWarning, stacklevel=2)
+
+
+def missing() -> str:
+    """What to do without onnxruntime."""
+    return (
+        "onnxruntime is not installed. Install it with: pip install onnxruntime-gpu (Linux x86-64, Windows) "
+        "or: pip install onnxruntime (elsewhere)."
+    )
+
+
+def several(found: Iterable[str]) -> str:
+    """What to do with more than one onnxruntime."""
+    names = sorted(found)
+    return (
+        f"{' and '.join(names)} are installed side by side and overwrite each other's files, so which one runs "
+        f"is chance. Keep one: pip uninstall -y {' '.join(names)} && pip install onnxruntime-gpu "
+        "(or onnxruntime, on a machine without NVIDIA GPUs)."
+    )
+
+
+def _distributions() -> set[str]:
+    """Installed distributions that provide the onnxruntime package."""
+    return {
+        str(distribution.metadata["Name"]).lower()
+        for distribution in importlib.metadata.distributions()
+        if str(distribution.metadata["Name"]).lower().startswith("onnxruntime")
+        and distribution.read_text("top_level.txt") in ("onnxruntime", "onnxruntime\n")
+    }

@@ -1,0 +1,98 @@
+"""What a model is, as plain frozen data: identity, how to load it, what it says of itself, how it fares.
+
+Knows neither onnxruntime nor processes.  Everything here travels between processes as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import msgspec
+
+from onnx_dl.lifecycle import ModelState
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How to load a model: all that a worker needs to know.
+
+    ``path`` is as the user gave it, relative to ``cwd``; ``blob`` is the SHA-256 of a model given as bytes.
+    Exactly one of the two is set.  ``options``, ``providers``, ``provider_options`` and ``extra`` are what
+    :mod:`onnx_dl.options` makes of onnxruntime's arguments.
+    """
+
+    key: str
+    name: str
+    cwd: str
+    path: str | None = None
+    blob: str | None = None
+    options: dict[str, Any] | None = None
+    providers: list[Any] | None = None
+    provider_options: list[Any] | None = None
+    extra: dict[str, Any] = {}
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input, output or initializer; ``shape`` holds ints, names of symbolic dimensions, or None."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded model says of itself; remembered by clients, so asking again costs nothing."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    overridable_initializers: list[TensorSpec]
+    modelmeta: dict[str, Any]
+    providers: list[str]
+    provider_options: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Memory of one worker in bytes.  ``private`` is what only this process holds (USS)."""
+
+    rss: int = 0
+    private: int = 0
+    gpu: int | None = None
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a snapshot.
+
+    ``leases`` counts the proxies that hold the model; ``ttl`` is in force now, in seconds (-1 stays);
+    ``loads`` counts the workers that became ready.
+    """
+
+    model: str
+    key: str
+    state: ModelState
+    worker_id: int | None
+    pid: int | None
+    leases: int
+    ttl: float | None
+    usage: Usage
+    loads: int
+    failures: int
+    retry_after: float
+
+
+def file_identity(path: str) -> tuple[str, int, int, int, int]:
+    """What tells one version of a model file from another: real path, device, inode, size, mtime in ns.
+
+    Raises:
+        OSError: the file cannot be looked at.
+    """
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    return real, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def model_key(identity: object, *how: object) -> str:
+    """A digest of what the model is and how it is loaded: equal keys share one worker."""
+    plain = msgspec.json.encode([identity, *how], order="deterministic")
+    return hashlib.sha256(plain).hexdigest()[:32]

@@ -1,0 +1,45 @@
+"""What the scheduler decides, as data: each command is carried out by :mod:`onnx_dl.supervisor.loop`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from onnx_dl.events import ModelEvent
+from onnx_dl.model import ModelSpec
+from onnx_dl.transport.messages import Message
+
+
+class StartWorker(NamedTuple):
+    """Start a process that will load ``spec``."""
+
+    worker_id: int
+    spec: ModelSpec
+
+
+class TellWorker(NamedTuple):
+    """Send a message to a worker."""
+
+    worker_id: int
+    message: Message
+
+
+class TellClient(NamedTuple):
+    """Send a message to a client."""
+
+    client: bytes
+    message: Message
+
+
+class KillWorker(NamedTuple):
+    """SIGKILL, now."""
+
+    worker_id: int
+
+
+class Emit(NamedTuple):
+    """Publish an event."""
+
+    event: ModelEvent
+
+
+Command = StartWorker | TellWorker | TellClient | KillWorker | Emit

@@ -1,0 +1,321 @@
+"""The supervisor's only thread: polls, feeds the scheduler, carries out its commands.
+
+The only writer of everything in this process.  What to do is decided by
+:mod:`onnx_dl.supervisor.scheduler`; how processes start and end is :mod:`onnx_dl.supervisor.process`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import zmq
+
+from onnx_dl.config import Settings
+from onnx_dl.errors import ProtocolError
+from onnx_dl.model import Usage
+from onnx_dl.supervisor.commands import (
+    Command,
+    Emit,
+    KillWorker,
+    StartWorker,
+    TellClient,
+    TellWorker,
+)
+from onnx_dl.supervisor.probe import Probe
+from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
+from onnx_dl.transport.sockets import Channel, Listener, Socket
+
+
+class _Client:
+    """One application process."""
+
+    def __init__(self, lifeline: Channel) -> None:
+        self.lifeline = lifeline
+        self.identity: bytes | None = None
+        self.blobs: dict[str, int] = {}
+        self.pidfd: int | None = None
+        # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
+        with contextlib.suppress(OSError):
+            self.pidfd = os.pidfd_open(lifeline.peer_pid())
+
+    def sources(self) -> list[int]:
+        return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
+
+    def keep_blob(self, digest: str, fd: int) -> None:
+        """A model given as bytes; kept until the client drops it or is gone."""
+        self.drop_blob(digest)
+        self.blobs[digest] = fd
+
+    def drop_blob(self, digest: str) -> None:
+        if (fd := self.blobs.pop(digest, None)) is not None:
+            os.close(fd)
+
+    def close(self) -> None:
+        self.lifeline.close()
+        for fd in (*self.blobs.values(), *([] if self.pidfd is None else [self.pidfd])):
+            os.close(fd)
+
+
+class Supervisor:
+    """Serves clients until the last one is gone."""
+
+    def __init__(self, processes: Processes, address: str, secret: str, settings: Settings) -> None:
+        self._secret = secret
+        self._processes = processes
+        self._scheduler = Scheduler(settings, epoch=time.time() - time.monotonic())
+        self._context = sockets.context()
+        self._control: Socket = sockets.router(self._context, f"{address}/control")
+        self._listener = Listener(f"{address}/lifeline")
+        processes.attach(f"{address}/control", self)
+        self._clients: list[_Client] = []
+        self._abandoned_at: float | None = time.monotonic() + settings.start_timeout
+        """When to give up if no client comes; None once one has."""
+        self._workers: dict[bytes, int] = {}
+        self._identities: dict[int, bytes] = {}
+        self._probe: Probe | None = None
+        self._wakeup = _signals()
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until the last client is gone and all workers are reaped."""
+        while not self._scheduler.finished:
+            deadlines = (self._scheduler.next_deadline(), self._abandoned_at)
+            deadline = min((at for at in deadlines if at is not None), default=None)
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._take_in(sockets.wait(self._poller(), wait))
+            now = time.monotonic()
+            self._carry_out(self._scheduler.on_tick(now))
+            if self._abandoned_at is not None and now >= self._abandoned_at:
+                self._carry_out(self._scheduler.on_abandoned(now))
+        self._processes.close()
+        self._context.destroy(linger=500)  # Bye may still be on its way
+
+    def _poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self._control, zmq.POLLIN)
+        fds = [self._listener.fileno(), self._wakeup, *self._processes.sources()]
+        for fd in (*fds, *(fd for client in self._clients for fd in client.sources())):
+            poller.register(fd, zmq.POLLIN)
+        return poller
+
+    def _take_in(self, ready: dict[Any, int]) -> None:
+        # Workers first: what they say before they die must be known before their death is.
+        if self._control in ready:
+            self._hear_control()
+        if self._wakeup in ready:
+            if _pending_signals(self._wakeup) & {signal.SIGTERM, signal.SIGHUP}:
+                self._carry_out(self._scheduler.on_abandoned(time.monotonic()))
+            self._hear_control()
+            self._processes.reap()
+        self._processes.handle(ready)
+        if self._listener.fileno() in ready and (channel := self._listener.accept()):
+            self._clients.append(_Client(channel))
+        for client in list(self._clients):
+            if client.pidfd in ready or client.lifeline.fileno() in ready:
+                self._hear_lifeline(client, gone=client.pidfd in ready)
+
+    def _carry_out(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case StartWorker(worker_id, spec):
+                    blob = None if spec.blob is None else self._blob(spec.blob)
+                    identity = self._processes.spawn(worker_id, blob)
+                    self._identities[worker_id] = identity
+                    self._workers[identity] = worker_id
+                case TellWorker(worker_id, message):
+                    self._send(self._identities[worker_id], message)
+                case TellClient(client, message):
+                    self._send(client, message)
+                case KillWorker(worker_id):
+                    self._processes.kill(worker_id)
+                case Emit(event):
+                    for known in self._clients:
+                        if known.identity is not None:
+                            self._send(known.identity, m.Published(event=event))
+
+    def _send(self, identity: bytes, message: m.Message) -> None:
+        self._control.send_multipart([identity, m.encode(message)])
+
+    # --- workers ------------------------------------------------------------------------------------------
+
+    def spawned(self, worker_id: int, pid: int) -> None:
+        self._carry_out(self._scheduler.on_spawned(worker_id, pid))
+
+    def spawn_failed(self, worker_id: int, reason: str) -> None:
+        self._forget(worker_id)
+        self._carry_out(self._scheduler.on_spawn_failed(worker_id, reason, time.monotonic()))
+
+    def exited(self, worker_id: int, status: int, stderr: str) -> None:
+        self._hear_control()
+        self._forget(worker_id)
+        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
+
+    def _forget(self, worker_id: int) -> None:
+        self._workers.pop(self._identities.pop(worker_id), None)
+
+    def _from_worker(self, message: object) -> list[Command]:
+        now = time.monotonic()
+        scheduler = self._scheduler
+        match message:
+            case m.WorkerStarted(worker_id=worker_id):
+                return scheduler.on_started(worker_id)
+            case m.WorkerReady(worker_id=worker_id):
+                return scheduler.on_ready(message, self._measure(worker_id), now)
+            case m.WorkerFailed():
+                return scheduler.on_load_failed(message)
+            case m.WorkerDraining(worker_id=worker_id):
+                return scheduler.on_draining(worker_id, self._measure(worker_id), now)
+            case m.WorkerDrained(worker_id=worker_id):
+                return scheduler.on_drained(worker_id, self._measure(worker_id), now)
+        return []
+
+    def _measure(self, worker_id: int) -> Usage:
+        pid = self._scheduler.pids().get(worker_id)
+        if pid is None:
+            return Usage()
+        if self._probe is None:
+            self._probe = Probe()
+        return self._probe.measure(pid)
+
+    # --- clients ------------------------------------------------------------------------------------------
+
+    def _hear_control(self) -> None:
+        """Every message that has come, from workers and clients."""
+        while True:
+            try:
+                identity, data = self._control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:  # not two frames: nobody we know
+                continue
+            with contextlib.suppress(ProtocolError):  # a peer that talks nonsense gets no answer
+                if identity in self._workers:
+                    self._carry_out(self._from_worker(m.from_worker(data)))
+                elif client := self._client(identity):
+                    # What it said on its lifeline, it said before: the bytes of a model, for one.
+                    self._hear_lifeline(client, gone=False)
+                    self._carry_out(self._from_client(client, m.from_client(data)))
+
+    def _client(self, identity: bytes) -> _Client | None:
+        return next((client for client in self._clients if client.identity == identity), None)
+
+    def _from_client(self, client: _Client, message: object) -> list[Command]:
+        now = time.monotonic()
+        scheduler = self._scheduler
+        identity = client.identity or b""
+        match message:
+            case m.Acquire():
+                return scheduler.on_acquire(identity, message, now)
+            case m.Release(proxy=proxy):
+                return scheduler.on_release(identity, proxy, now)
+            case m.SetTtl(proxy=proxy, ttl=ttl):
+                return scheduler.on_set_ttl(identity, proxy, ttl)
+            case m.Unload():
+                return scheduler.on_unload(identity, message, now)
+            case m.AskFate():
+                return scheduler.on_ask_fate(identity, message)
+            case m.Shutdown():
+                return scheduler.on_shutdown(identity, message, now)
+            case m.AskStatus():
+                return [TellClient(identity, self._status(message, now))]
+            case m.DropBlob(digest=digest):
+                client.drop_blob(digest)
+        return []
+
+    def _status(self, ask: m.AskStatus, now: float) -> m.Status:
+        if ask.measure:
+            for worker_id in self._scheduler.pids():
+                self._scheduler.on_measured(worker_id, self._measure(worker_id))
+        return m.Status(
+            ticket=ask.ticket,
+            seq=self._scheduler.seq,
+            supervisor_pid=os.getpid(),
+            models=self._scheduler.snapshot(now),
+        )
+
+    def _blob(self, digest: str) -> int | None:
+        found = (client.blobs[digest] for client in self._clients if digest in client.blobs)
+        return next(found, None)
+
+    def _hear_lifeline(self, client: _Client, *, gone: bool) -> None:
+        """All that a client has said on its lifeline, and whether it is still there."""
+        while client in self._clients:
+            try:
+                received = client.lifeline.receive(0)
+            except TimeoutError:
+                break
+            if received is None or not self._obey_lifeline(client, *received):
+                gone = True
+                break
+        if gone and client in self._clients:
+            self._clients.remove(client)
+            client.close()
+            self._lost(client)
+
+    def _obey_lifeline(self, client: _Client, data: bytes, fds: list[int]) -> bool:
+        """Follows one message; false if the client must go."""
+        try:
+            message = m.on_lifeline(data)
+        except ProtocolError:
+            message = None
+        if isinstance(message, m.ClientHello):
+            return self._welcome(client, message)
+        if isinstance(message, m.Blob) and client.identity is not None and len(fds) == 1:
+            client.keep_blob(message.digest, fds[0])
+            return True
+        for fd in fds:
+            os.close(fd)
+        return False
+
+    def _welcome(self, client: _Client, hello: m.ClientHello) -> bool:
+        refusal = self._refusal(hello)
+        answer = m.Refused(reason=refusal) if refusal else m.Welcome()
+        client.lifeline.send(m.encode(answer))
+        if refusal is None:
+            client.identity = hello.client
+            self._abandoned_at = None
+        return refusal is None
+
+    def _refusal(self, hello: m.ClientHello) -> str | None:
+        if not secrets.compare_digest(hello.secret, self._secret):
+            return "the secret is wrong"
+        if hello.version != m.PROTOCOL_VERSION:
+            return (
+                f"the supervisor speaks protocol version {m.PROTOCOL_VERSION}, the client {hello.version}: "
+                "run the same version of onnx-dl on both sides"
+            )
+        return None
+
+    def _lost(self, client: _Client) -> None:
+        now = time.monotonic()
+        if client.identity is not None:
+            self._carry_out(self._scheduler.on_client_gone(client.identity, now))
+            if not any(other.identity for other in self._clients):
+                self._carry_out(self._scheduler.on_abandoned(now))
+
+
+def _signals() -> int:
+    """A descriptor from which the numbers of arrived signals can be read."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
+    return read_end
+
+
+def _pending_signals(fd: int) -> set[int]:
+    try:
+        return set(os.read(fd, 4096))
+    except BlockingIOError:
+        return set()

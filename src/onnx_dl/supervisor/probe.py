@@ -1,0 +1,51 @@
+"""Measures what a worker holds: the only importer of psutil and NVML.
+
+Nothing is measured on a schedule; each call is one reading.  Limits are not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import psutil
+
+from onnx_dl.model import Usage
+
+
+class Probe:
+    """Reads memory by process id.  GPU figures are None where NVML finds no GPU or tells nothing."""
+
+    def __init__(self) -> None:
+        self._gpus = _nvml_devices()
+
+    def measure(self, pid: int) -> Usage:
+        """Resident, private and GPU bytes of a process; zeros if it is gone."""
+        try:
+            full = psutil.Process(pid).memory_full_info()
+        except psutil.Error:
+            return Usage()
+        return Usage(rss=full.rss, private=full.uss, gpu=self._gpu_bytes(pid))
+
+    def _gpu_bytes(self, pid: int) -> int | None:
+        if not self._gpus:
+            return None
+        import pynvml
+
+        used = None
+        for gpu in self._gpus:
+            with contextlib.suppress(pynvml.NVMLError):
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+                    if process.pid == pid and process.usedGpuMemory is not None:
+                        used = (used or 0) + process.usedGpuMemory
+        return used
+
+
+def _nvml_devices() -> list[Any]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no driver, no library, no permission: then there is no figure
+        return []

@@ -1,0 +1,82 @@
+"""What the scheduler knows of each model and each worker.  Records only; the scheduler alone changes them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from onnx_dl.config import KEEP
+from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
+from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.supervisor.ledger import Ledger
+from onnx_dl.transport import messages as m
+
+
+@dataclasses.dataclass
+class Worker:
+    """One spawn.  Times are monotonic seconds."""
+
+    id: int
+    started: float
+    pid: int | None = None
+    ready: m.WorkerReady | None = None
+    ready_at: float | None = None
+    told_ttl: float = KEEP
+    failure: m.Failure | None = None
+    """Why it failed, where it could say so itself or was ended for it."""
+    drained: bool = False
+    """It finished all calls that it began, and began no other."""
+    kill_at: float | None = None
+    reason: str = "crash"
+
+
+@dataclasses.dataclass
+class Model:
+    """One model and its present worker, if any."""
+
+    key: str
+    spec: ModelSpec
+    state: ModelState = ModelState.UNLOADED
+    worker: Worker | None = None
+    leases: dict[tuple[bytes, int], float] = dataclasses.field(default_factory=dict)
+    """The TTL of each proxy that has used the present worker, by client and proxy."""
+    waiters: list[tuple[bytes, m.Acquire]] = dataclasses.field(default_factory=list)
+    unloaders: list[tuple[bytes, int]] = dataclasses.field(default_factory=list)
+    failures: int = 0
+    """In a row."""
+    retry_at: float = 0.0
+    last_failure: m.Failure | None = None
+    loads: int = 0
+    history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
+
+    def step(self, event: LifecycleEvent, now: float) -> None:
+        """Goes where the table says.
+
+        Raises:
+            InvalidTransition: the table has no such cell.
+        """
+        before = self.state
+        self.state = transition(before, event, self.history)
+        self.history.append(f"{now:.3f} {event} {before}->{self.state}")
+
+    def ttl(self) -> float:
+        """The longest of the TTLs of those who hold or wait for the model; KEEP is longer than any."""
+        ttls = [*self.leases.values(), *(ask.ttl for _, ask in self.waiters)]
+        return KEEP if KEEP in ttls else max(ttls, default=KEEP)
+
+    def status(self, ledger: Ledger, now: float) -> ModelStatus:
+        """One line of a snapshot."""
+        worker = self.worker
+        return ModelStatus(
+            model=self.spec.name,
+            key=self.key,
+            state=self.state,
+            worker_id=worker.id if worker else None,
+            pid=worker.pid if worker else None,
+            leases=len(self.leases),
+            ttl=worker.told_ttl if worker else None,
+            usage=ledger.of(worker.id) if worker else Usage(),
+            loads=self.loads,
+            failures=self.failures,
+            retry_after=max(0.0, self.retry_at - now),
+        )

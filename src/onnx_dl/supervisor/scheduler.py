@@ -1,0 +1,460 @@
+"""Decides when workers start and end.
+
+Pure: facts come in through ``on_*`` methods, with the monotonic time at which they happened; decisions go out
+as a list of commands.  It owns the state of every model, who holds it and who waits for it.  Sockets,
+processes and clocks are :mod:`onnx_dl.supervisor.loop`'s; the TTL itself runs in the worker, which alone
+knows when it was last used.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from onnx_dl.config import Settings
+from onnx_dl.errors import LoadTimeout, WorkerDied
+from onnx_dl.events import EventType, ModelEvent
+from onnx_dl.lifecycle import LifecycleEvent, ModelState
+from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.supervisor import exits
+from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.ledger import Ledger
+from onnx_dl.supervisor.records import Model, Worker
+from onnx_dl.transport import failures
+from onnx_dl.transport import messages as m
+
+_LONGEST_BACKOFF: Final = 60.0
+_REMEMBERED_FATES: Final = 256
+
+
+class Scheduler:
+    """All models of one supervisor.  ``epoch`` is added to monotonic times to make Unix times."""
+
+    def __init__(self, settings: Settings, epoch: float = 0.0) -> None:
+        self._settings = settings
+        self._epoch = epoch
+        self._models: dict[str, Model] = {}
+        self._by_worker: dict[int, Model] = {}
+        self._ids = itertools.count(1)
+        self._seq = 0
+        self._fates: collections.OrderedDict[int, m.Failure | None] = collections.OrderedDict()
+        self._fate_askers: dict[int, list[tuple[bytes, int]]] = {}
+        self._closing: list[tuple[bytes, int]] | None = None
+        self._out: list[Command] = []
+        self.ledger = Ledger()
+
+    # --- what clients ask ---------------------------------------------------------------------------------
+
+    def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> list[Command]:
+        """A proxy needs its model."""
+        model = self._models.setdefault(ask.spec.key, Model(ask.spec.key, ask.spec))
+        if model.state is ModelState.READY:
+            self._grant(model, client, ask)
+            self._retime(model)
+        elif model.state is ModelState.FAILED and now < model.retry_at:
+            self._deny(client, ask.ticket, model, now)
+        else:
+            model.waiters.append((client, ask))
+            if model.state in (ModelState.UNLOADED, ModelState.FAILED):
+                self._load(model, ask.spec, now)
+        return self._done()
+
+    def on_release(self, client: bytes, proxy: int, now: float) -> list[Command]:
+        """A proxy is closed or collected."""
+        for model in list(self._models.values()):
+            if model.leases.pop((client, proxy), None) is not None:
+                self._after_release(model, "request", now)
+        return self._done()
+
+    def on_set_ttl(self, client: bytes, proxy: int, ttl: float) -> list[Command]:
+        """A proxy's TTL was changed."""
+        for model in self._models.values():
+            if (client, proxy) in model.leases:
+                model.leases[client, proxy] = ttl
+                self._retime(model)
+        return self._done()
+
+    def on_unload(self, client: bytes, ask: m.Unload, now: float) -> list[Command]:
+        """Somebody wants a model's memory back."""
+        model = self._models.get(ask.key)
+        if model is None or model.worker is None:
+            self._tell(client, m.Unloaded(ticket=ask.ticket, was_loaded=False))
+        else:
+            model.unloaders.append((client, ask.ticket))
+            self._drain(model, "request", now, kill=ask.force)
+        return self._done()
+
+    def on_client_gone(self, client: bytes, now: float) -> list[Command]:
+        """A client's process ended or it said goodbye: all that it held is released."""
+        for model in list(self._models.values()):
+            held = [lease for lease in model.leases if lease[0] == client]
+            waited = [waiter for waiter in model.waiters if waiter[0] == client]
+            model.waiters = [waiter for waiter in model.waiters if waiter[0] != client]
+            for lease in held:
+                del model.leases[lease]
+            if held or waited:
+                self._after_release(model, "exit", now)
+        return self._done()
+
+    def on_ask_fate(self, client: bytes, ask: m.AskFate) -> list[Command]:
+        """A client lost its worker and wants to know how; answered when the worker is reaped."""
+        if ask.worker_id in self._by_worker:
+            self._fate_askers.setdefault(ask.worker_id, []).append((client, ask.ticket))
+        else:
+            self._tell(client, m.Fate(ticket=ask.ticket, failure=self._fates.get(ask.worker_id)))
+        return self._done()
+
+    def on_shutdown(self, client: bytes, ask: m.Shutdown, now: float) -> list[Command]:
+        """End every worker at once; Bye when all are reaped."""
+        self._closing = [*(self._closing or []), (client, ask.ticket)]
+        self._kill_all(now)
+        return self._done()
+
+    def on_abandoned(self, now: float) -> list[Command]:
+        """Nobody is left to serve: end every worker at once."""
+        self._closing = self._closing or []
+        self._kill_all(now)
+        return self._done()
+
+    # --- what workers do ----------------------------------------------------------------------------------
+
+    def on_spawned(self, worker_id: int, pid: int) -> list[Command]:
+        """A worker has a process."""
+        if model := self._by_worker.get(worker_id):
+            assert model.worker is not None
+            model.worker.pid = pid
+        return self._done()
+
+    def on_started(self, worker_id: int) -> list[Command]:
+        """A worker listens."""
+        if model := self._by_worker.get(worker_id):
+            assert model.worker is not None
+            model.worker.told_ttl = model.ttl()
+            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl))
+        return self._done()
+
+    def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
+        """A worker has loaded its model."""
+        if model := self._by_worker.get(ready.worker_id):
+            worker = model.worker
+            assert worker is not None
+            model.step(LifecycleEvent.WORKER_READY, now)
+            worker.ready, worker.ready_at = ready, now
+            self.ledger.book(worker.id, usage)
+            if model.state is ModelState.DRAINING:
+                self._order(worker.id, m.Drain())
+            else:
+                self._welcome(model, ready, now)
+        return self._done()
+
+    def on_load_failed(self, failed: m.WorkerFailed) -> list[Command]:
+        """The engine refused the model; the worker is sent away."""
+        if model := self._by_worker.get(failed.worker_id):
+            assert model.worker is not None
+            model.worker.failure = failed.failure
+            self._order(failed.worker_id, m.Exit())
+        return self._done()
+
+    def on_draining(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
+        """A worker's TTL ran out; it takes no new calls."""
+        if model := self._by_worker.get(worker_id):
+            self.ledger.book(worker_id, usage)
+            self._begin_drain(model, "ttl", now)
+        return self._done()
+
+    def on_drained(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
+        """A worker has nothing left to do."""
+        if model := self._by_worker.get(worker_id):
+            assert model.worker is not None
+            self.ledger.book(worker_id, usage)
+            model.worker.drained = True
+            self._order(worker_id, m.Exit())
+            model.worker.kill_at = now + self._settings.exit_grace
+        return self._done()
+
+    def on_measured(self, worker_id: int, usage: Usage) -> None:
+        """Somebody asked for fresh figures."""
+        if worker_id in self._by_worker:
+            self.ledger.book(worker_id, usage)
+
+    def on_exited(self, worker_id: int, status: int, stderr: str, now: float) -> list[Command]:
+        """A worker is reaped: its memory is back.  ``status`` is its wait status."""
+        model = self._by_worker.pop(worker_id, None)
+        if model is None:
+            return self._done()
+        worker = model.worker
+        assert worker is not None
+        model.worker = None
+        model.leases.clear()
+        was_ready = worker.ready is not None
+        model.step(LifecycleEvent.WORKER_EXITED, now)
+        freed = self.ledger.give_back(worker_id)
+        if was_ready or model.state is ModelState.UNLOADED:
+            self._emit_unloaded(model, worker, freed, now)
+        if model.state is ModelState.FAILED:
+            self._failed(model, worker, status, stderr, now)
+        self._tell_fate(model, worker, status, stderr, now)
+        self._answer_unloaders(model)
+        if model.waiters:
+            self._load(model, model.waiters[0][1].spec, now)
+        self._forget_if_idle(model)
+        self._say_bye()
+        return self._done()
+
+    def on_spawn_failed(self, worker_id: int, reason: str, now: float) -> list[Command]:
+        """No process came of a StartWorker."""
+        if model := self._by_worker.get(worker_id):
+            assert model.worker is not None
+            error = WorkerDied(f"No worker process could be started for {model.spec.name}: {reason}.")
+            model.worker.failure = failures.describe(error)
+        return self.on_exited(worker_id, 0, "", now)
+
+    # --- time ---------------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`on_tick` has something to do; None: not before the next fact."""
+        return min((at for _, at, _ in self._deadlines()), default=None)
+
+    def on_tick(self, now: float) -> list[Command]:
+        """Time has passed."""
+        due = [(worker, act) for worker, at, act in self._deadlines() if at <= now]
+        for worker, act in due:
+            act(worker)
+        return self._done()
+
+    def _deadlines(self) -> Iterator[tuple[Worker, float, Callable[[Worker], None]]]:
+        for model in self._by_worker.values():
+            worker = model.worker
+            if worker is None:
+                continue
+            if worker.kill_at is not None:
+                yield worker, worker.kill_at, self._kill
+            elif worker.ready is None and worker.failure is None:
+                yield worker, worker.started + self._settings.load_timeout, self._give_up
+
+    def _kill(self, worker: Worker) -> None:
+        worker.kill_at = None
+        self._out.append(KillWorker(worker.id))
+
+    def _give_up(self, worker: Worker) -> None:
+        model = self._by_worker[worker.id]
+        error = LoadTimeout(
+            f"{model.spec.name} did not load within {self._settings.load_timeout:g} seconds. "
+            "Set ONNX_DL_LOAD_TIMEOUT to a larger number of seconds if it needs longer."
+        )
+        worker.failure = failures.describe(error)
+        self._out.append(KillWorker(worker.id))
+
+    # --- what is known ------------------------------------------------------------------------------------
+
+    @property
+    def seq(self) -> int:
+        """The number of the last event."""
+        return self._seq
+
+    @property
+    def finished(self) -> bool:
+        """Whether the host is closing and every worker is reaped."""
+        return self._closing is not None and not self._by_worker
+
+    def pids(self) -> dict[int, int]:
+        """Process ids of live workers by worker id."""
+        return {
+            worker_id: model.worker.pid
+            for worker_id, model in self._by_worker.items()
+            if model.worker is not None and model.worker.pid is not None
+        }
+
+    def snapshot(self, now: float) -> list[ModelStatus]:
+        """Every model that is loaded, held or failing."""
+        return [model.status(self.ledger, now) for model in self._models.values()]
+
+    # --- decisions ----------------------------------------------------------------------------------------
+
+    def _done(self) -> list[Command]:
+        commands, self._out = self._out, []
+        return commands
+
+    def _tell(self, client: bytes, message: m.Message) -> None:
+        self._out.append(TellClient(client, message))
+
+    def _order(self, worker_id: int, message: m.Message) -> None:
+        self._out.append(TellWorker(worker_id, message))
+
+    def _load(self, model: Model, spec: ModelSpec, now: float) -> None:
+        model.spec = spec
+        model.step(LifecycleEvent.LOAD_REQUESTED, now)
+        worker = model.worker = Worker(next(self._ids), now)
+        self._by_worker[worker.id] = model
+        self._out.append(StartWorker(worker.id, spec))
+        self._emit(EventType.LOADING, model, worker, now)
+
+    def _welcome(self, model: Model, ready: m.WorkerReady, now: float) -> None:
+        model.loads += 1
+        assert model.worker is not None
+        self._emit(EventType.READY, model, model.worker, now, seconds=ready.seconds)
+        waiters, model.waiters = model.waiters, []
+        for client, ask in waiters:
+            self._grant(model, client, ask)
+        self._retime(model)
+        if not model.leases:  # all who asked have gone meanwhile
+            self._drain(model, "exit", now)
+
+    def _grant(self, model: Model, client: bytes, ask: m.Acquire) -> None:
+        assert model.worker is not None and model.worker.ready is not None
+        model.leases[client, ask.proxy] = ask.ttl
+        ready = model.worker.ready
+        granted = m.Granted(
+            ticket=ask.ticket,
+            worker_id=model.worker.id,
+            pid=model.worker.pid or 0,
+            address=ready.address,
+            secret=ready.secret,
+            description=ready.description,
+        )
+        self._tell(client, granted)
+
+    def _deny(self, client: bytes, ticket: int, model: Model, now: float) -> None:
+        assert model.last_failure is not None
+        self._tell(client, m.Denied(ticket=ticket, failure=_retry_after(model.last_failure, model, now)))
+
+    def _retime(self, model: Model) -> None:
+        """Tells the worker the TTL in force, if it changed."""
+        worker = model.worker
+        if worker is None or not model.leases or worker.told_ttl == model.ttl():
+            return
+        worker.told_ttl = model.ttl()
+        if worker.ready is not None:
+            self._order(worker.id, m.Retime(ttl=worker.told_ttl))
+
+    def _after_release(self, model: Model, reason: str, now: float) -> None:
+        if model.leases or model.waiters:
+            self._retime(model)
+        elif model.worker is not None:
+            self._drain(model, reason, now)
+        self._forget_if_idle(model)
+
+    def _drain(self, model: Model, reason: str, now: float, *, kill: bool = False) -> None:
+        """Unloads; a worker that is not ready yet is told when it is."""
+        worker = model.worker
+        assert worker is not None
+        ready_before = model.state is ModelState.READY
+        self._begin_drain(model, reason, now)
+        if kill or worker.ready is None:
+            # Nobody's call runs in a worker that is still loading, so there is nothing to wait for.
+            self._out.append(KillWorker(worker.id))
+        elif ready_before:
+            self._order(worker.id, m.Drain())
+
+    def _begin_drain(self, model: Model, reason: str, now: float) -> None:
+        first = model.state is not ModelState.DRAINING
+        model.step(LifecycleEvent.DRAIN_REQUESTED, now)
+        if first:
+            assert model.worker is not None
+            model.worker.reason = reason
+            self._emit(EventType.DRAINING, model, model.worker, now, reason=reason)
+
+    def _kill_all(self, now: float) -> None:
+        for worker_id, model in self._by_worker.items():
+            self._begin_drain(model, "exit", now)
+            model.waiters.clear()
+            self._out.append(KillWorker(worker_id))
+        self._say_bye()
+
+    def _say_bye(self) -> None:
+        if self.finished:
+            for client, ticket in self._closing or []:
+                self._tell(client, m.Bye(ticket=ticket))
+            self._closing = []
+
+    def _failed(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
+        """Books a failure and answers those who wait; the first failure costs no wait, later ones double."""
+        lived = now - worker.ready_at if worker.ready_at is not None else 0.0
+        model.failures = 1 if lived > self._settings.stable_after else model.failures + 1
+        delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
+        model.retry_at = now + delay
+        model.last_failure = worker.failure or self._death(model, worker, status, stderr)
+        detail = str(model.last_failure.args[0]) if model.last_failure.args else model.last_failure.name
+        self._emit(EventType.FAILED, model, worker, now, detail=detail, retry_after=delay)
+        waiters, model.waiters = model.waiters, []
+        for client, ask in waiters:
+            self._deny(client, ask.ticket, model, now)
+
+    def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
+        error = exits.worker_died(
+            model.spec.name,
+            worker.pid or 0,
+            status,
+            stderr,
+            reason=worker.reason,
+            loading=worker.ready is None,
+        )
+        return failures.describe(error)
+
+    def _tell_fate(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
+        fate = None
+        if not worker.drained:
+            fate = self._death(model, worker, status, stderr)
+            if model.state is ModelState.FAILED:
+                fate = _retry_after(fate, model, now)
+        self._fates[worker.id] = fate
+        while len(self._fates) > _REMEMBERED_FATES:
+            self._fates.popitem(last=False)
+        for client, ticket in self._fate_askers.pop(worker.id, []):
+            self._tell(client, m.Fate(ticket=ticket, failure=fate))
+
+    def _answer_unloaders(self, model: Model) -> None:
+        unloaders, model.unloaders = model.unloaders, []
+        for client, ticket in unloaders:
+            self._tell(client, m.Unloaded(ticket=ticket, was_loaded=True))
+
+    def _forget_if_idle(self, model: Model) -> None:
+        if model.state is ModelState.UNLOADED and not (model.waiters or model.leases):
+            self._models.pop(model.key, None)
+
+    def _emit_unloaded(self, model: Model, worker: Worker, freed: Usage, now: float) -> None:
+        since = worker.ready_at if worker.ready_at is not None else worker.started
+        self._emit(
+            EventType.UNLOADED,
+            model,
+            worker,
+            now,
+            usage=freed,
+            reason=worker.reason,
+            seconds=now - since,
+            freed=freed.private,
+        )
+
+    def _emit(
+        self,
+        kind: EventType,
+        model: Model,
+        worker: Worker,
+        now: float,
+        usage: Usage | None = None,
+        **fields: Any,
+    ) -> None:
+        self._seq += 1
+        usage = usage or self.ledger.of(worker.id)
+        event = ModelEvent(
+            seq=self._seq,
+            type=kind,
+            at=now + self._epoch,
+            model=model.spec.name,
+            key=model.key,
+            worker_id=worker.id,
+            pid=worker.pid,
+            rss=usage.rss or None,
+            gpu=usage.gpu,
+            **fields,
+        )
+        self._out.append(Emit(event))
+
+
+def _retry_after(failure: m.Failure, model: Model, now: float) -> m.Failure:
+    details = failure.details | {"retry_after": max(0.0, model.retry_at - now)}
+    return msgspec.structs.replace(failure, details=details)

@@ -1,0 +1,1 @@
+"""How processes talk: messages, failures, tensors in shared memory, sockets, lanes."""

@@ -1,0 +1,234 @@
+"""Leases of blocks of shared memory: who may write where, and when memory is used again.
+
+Each side of a lane owns one :class:`Arena`, into which it alone writes tensors for its peer, and keeps
+:class:`Mappings` of the peer's.  A block is either *scratch* (its bytes are valid until the next message on
+the lane) or *leased* (the peer holds it until it clears the block's lease word).  Clearing a word needs no
+message and no lock, so the finalizer of an array may do it from any thread, also when the owner is long dead.
+
+What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor reaches the peer
+(:mod:`onnx_dl.transport.lane`) is not known here.  Not thread-safe: a lane has one user at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_dl.errors import ProtocolError
+from onnx_dl.transport import shm
+
+HEADER: Final = 64
+"""Bytes before the payload; onnxruntime's own outputs are 64-byte aligned, so ours are too."""
+
+SMALLEST: Final = 64 << 10
+IDLE_TURNS: Final = 32
+"""A block that was not used for this many turns of its arena is given back to the system."""
+
+_LEASE, _CLOCK = 0, 1  # 8-byte words of the header
+
+
+def size_class(nbytes: int) -> int:
+    """The size of block that serves ``nbytes``: four steps per doubling, at least 64 KiB.
+
+    Shapes that vary a little then share blocks, at a cost of at most a quarter of their size.
+    """
+    if nbytes <= SMALLEST:
+        return SMALLEST
+    step = 1 << ((nbytes - 1).bit_length() - 3)
+    return -(-nbytes // step) * step
+
+
+def align(nbytes: int) -> int:
+    """``nbytes`` rounded up to the alignment of tensors."""
+    return (nbytes + HEADER - 1) & -HEADER
+
+
+class Block:
+    """One segment, mapped into this process.  ``size`` counts payload bytes."""
+
+    def __init__(self, number: int, size: int, fd: int) -> None:
+        self.number = number
+        self.size = size
+        self.last_turn = 0
+        self._bytes: NDArray[np.uint8] = np.frombuffer(shm.attach(fd, size + HEADER), np.uint8)
+        self._words = self._bytes[:HEADER].view(np.uint64)
+        self._address: int = self._bytes.__array_interface__["data"][0] + HEADER
+
+    def array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+        """A writable C-contiguous array over the payload at byte ``offset``.
+
+        Raises:
+            ProtocolError: it would reach beyond the block.
+        """
+        try:
+            if offset < 0 or offset > self.size:
+                raise ValueError("offset outside of the block")
+            return np.ndarray(shape, dtype, self._bytes, HEADER + offset)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"A tensor does not fit its block of {self.size} bytes: {error}.") from None
+
+    def held_array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+        """Like :meth:`array`; the lease ends when the array and all its views are gone."""
+        self.array(dtype, shape, offset)  # checks the bounds
+        return np.asarray(_Lease(self, dtype, shape, self._address + offset))
+
+    @property
+    def leased(self) -> bool:
+        return bool(self._words[_LEASE])
+
+    @leased.setter
+    def leased(self, value: bool) -> None:
+        self._words[_LEASE] = value
+
+    @property
+    def clock(self) -> int:
+        """A time in monotonic nanoseconds that either side may leave for the other; 0 at first."""
+        return int(self._words[_CLOCK])
+
+    @clock.setter
+    def clock(self, value: int) -> None:
+        self._words[_CLOCK] = value
+
+
+class _Lease:
+    """The base of a leased array: numpy keeps it alive for as long as any view of the array lives."""
+
+    __slots__ = ("__array_interface__", "_block")
+
+    def __init__(self, block: Block, dtype: str, shape: tuple[int, ...], address: int) -> None:
+        self._block = block
+        self.__array_interface__ = {"version": 3, "typestr": dtype, "shape": shape, "data": (address, False)}
+
+    def __del__(self) -> None:
+        self._block.leased = False
+
+
+class Announcer(Protocol):
+    """Tells the peer of blocks."""
+
+    def shared(self, block: int, size: int, fd: int) -> None:
+        """A block is new; the peer must map ``fd`` before it is named in a message."""
+
+    def dropped(self, block: int) -> None:
+        """A block will not be used again."""
+
+
+class Arena:
+    """The blocks that this side writes to."""
+
+    def __init__(self, announcer: Announcer) -> None:
+        self._announcer = announcer
+        self._numbers = 0
+        self._turn = 0
+        self._scratch: Block | None = None
+        self._scratch_peak = 0
+        self._blocks: list[Block] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of shared memory that this arena keeps."""
+        blocks = [*self._blocks, *([self._scratch] if self._scratch else [])]
+        return sum(block.size for block in blocks)
+
+    def page(self) -> Block:
+        """A block of no payload, for its clock; it stays as long as the arena."""
+        return self._create(0)
+
+    def scratch(self, nbytes: int) -> Block:
+        """The block for what the peer reads before the lane's next message; at least ``nbytes``."""
+        self._next_turn()
+        self._scratch_peak = max(self._scratch_peak, nbytes)
+        block = self._scratch
+        if block is None or block.size < nbytes or self._scratch_is_too_large(block):
+            self._drop_scratch()
+            # Doubling keeps growing sequences cheap; what it wastes, the next slow turn takes back.
+            grown = min(2 * block.size, 2 * nbytes) if block and block.size < nbytes else 0
+            block = self._scratch = self._create(size_class(max(self._scratch_peak, grown)))
+        return block
+
+    def lease(self, nbytes: int) -> Block:
+        """A block of at least ``nbytes`` that is the peer's until it ends the lease."""
+        self._next_turn()
+        fitting = [b for b in self._blocks if nbytes <= b.size <= 2 * size_class(nbytes) and not b.leased]
+        block = min(fitting, key=lambda b: b.size, default=None)
+        if block is None:
+            block = self._create(size_class(nbytes))
+            self._blocks.append(block)
+        block.leased = True
+        block.last_turn = self._turn
+        return block
+
+    def trim(self) -> None:
+        """Gives back all blocks that nobody holds."""
+        self._drop_scratch()
+        self._scratch_peak = 0
+        self._drop_free(lambda block: True)
+
+    def _next_turn(self) -> None:
+        self._turn += 1
+        if self._turn % IDLE_TURNS == 0:
+            self._drop_free(lambda block: self._turn - block.last_turn > IDLE_TURNS)
+
+    def _scratch_is_too_large(self, block: Block) -> bool:
+        if self._turn % IDLE_TURNS:
+            return False
+        peak, self._scratch_peak = self._scratch_peak, 0
+        too_large = block.size > 4 * size_class(peak)
+        if too_large:
+            self._scratch_peak = peak
+        return too_large
+
+    def _drop_free(self, wanted: Callable[[Block], bool]) -> None:
+        free = [block for block in self._blocks if not block.leased and wanted(block)]
+        for block in free:
+            self._blocks.remove(block)
+            self._announcer.dropped(block.number)
+
+    def _drop_scratch(self) -> None:
+        if self._scratch is not None:
+            self._announcer.dropped(self._scratch.number)
+            self._scratch = None
+
+    def _create(self, size: int) -> Block:
+        self._numbers += 1
+        fd = shm.create(size + HEADER)
+        try:
+            block = Block(self._numbers, size, fd)
+            self._announcer.shared(block.number, size, fd)
+        finally:
+            os.close(fd)
+        block.last_turn = self._turn
+        return block
+
+
+class Mappings:
+    """The peer's blocks, as mapped here."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Block] = {}
+
+    def add(self, number: int, size: int, fd: int) -> None:
+        """Maps a new block and closes ``fd``.
+
+        Raises:
+            SharedMemoryError: it is smaller than announced, or cannot be mapped.
+        """
+        try:
+            self._blocks[number] = Block(number, size, fd)
+        finally:
+            os.close(fd)
+
+    def drop(self, number: int) -> None:
+        """Forgets a block; arrays that lie in it keep its memory."""
+        self._blocks.pop(number, None)
+
+    def get(self, number: int) -> Block | None:
+        return self._blocks.get(number)
+
+    def clock(self) -> int:
+        """The latest time that the peer left in any block."""
+        return max((block.clock for block in list(self._blocks.values())), default=0)

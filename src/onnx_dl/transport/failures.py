@@ -1,0 +1,78 @@
+"""Exceptions across processes: to data, and back to the same class with the same message.
+
+Covers builtin exceptions, the exception classes of onnxruntime's C module, and our own.  Anything else
+arrives as :class:`~onnx_dl.errors.RemoteError`.  No class is ever looked up outside these three places, so a
+peer cannot name one of its choice.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import traceback
+from typing import Any
+
+import msgspec
+
+from onnx_dl.errors import BY_CODE, OnnxDLError, RemoteError
+from onnx_dl.transport.messages import Failure
+
+_C = "onnxruntime.capi.onnxruntime_pybind11_state"
+
+
+def describe(error: BaseException, **details: Any) -> Failure:
+    """``error`` as data; ``details`` are attributes to set on it when it is raised again."""
+    if isinstance(error, OnnxDLError):
+        details = error.details() | details
+        return Failure(family="onnx_dl", name=error.code, args=[str(error)], details=details)
+    cls = type(error)
+    if getattr(builtins, cls.__name__, None) is cls:
+        return Failure(family="builtin", name=cls.__name__, args=_plain(error), details=details)
+    if cls.__module__ == _C:
+        return Failure(family="onnxruntime", name=cls.__name__, args=_plain(error), details=details)
+    text = "".join(traceback.format_exception(error))
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return Failure(family="other", name=name, args=[str(error)], details=details, traceback=text)
+
+
+def rebuild(failure: Failure) -> Exception:
+    """The exception to raise; importing onnxruntime only if it is one of onnxruntime's."""
+    error = _instance(failure)
+    for name, value in failure.details.items():
+        setattr(error, name, value)
+    return error
+
+
+def _instance(failure: Failure) -> Exception:
+    if failure.family == "onnx_dl" and failure.name in BY_CODE:
+        return BY_CODE[failure.name](*failure.args)
+    if failure.family == "builtin":
+        cls = getattr(builtins, failure.name, None)
+    elif failure.family == "onnxruntime":
+        cls = getattr(importlib.import_module(_C), failure.name, None)
+    else:
+        cls = None
+    if isinstance(cls, type) and issubclass(cls, Exception):
+        return _call(cls, failure)
+    return _remote(failure)
+
+
+def _call(cls: type[Exception], failure: Failure) -> Exception:
+    try:
+        return cls(*failure.args)
+    except TypeError:  # UnicodeDecodeError and its like refuse other arguments than their own
+        return _remote(failure)
+
+
+def _remote(failure: Failure) -> RemoteError:
+    message = f"{failure.name}: {failure.args[0] if failure.args else ''}"
+    return RemoteError(message, type_name=failure.name, traceback=failure.traceback)
+
+
+def _plain(error: BaseException) -> list[Any]:
+    """The exception's arguments if they can travel, else its text."""
+    try:
+        msgspec.msgpack.encode(error.args)
+    except (TypeError, OverflowError, ValueError):
+        return [str(error)]
+    return list(error.args)

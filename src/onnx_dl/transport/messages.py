@@ -1,0 +1,430 @@
+"""Every message that crosses a process boundary, as a typed struct.
+
+``docs/protocol.md`` describes who sends which when; a test says when the two differ.  Messages are msgpack,
+checked against these types when they are read: nothing received on a socket is ever unpickled, and what does
+not fit raises :class:`~onnx_dl.errors.ProtocolError`.  Sockets are not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from onnx_dl.errors import ProtocolError
+from onnx_dl.events import ModelEvent
+from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, kw_only=True, tag=True):
+    """Base of all messages; on the wire each is a map whose ``type`` is the class name."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An exception on its way; see :mod:`onnx_dl.transport.failures`."""
+
+    family: str
+    name: str
+    args: list[Any]
+    details: dict[str, Any] = {}
+    traceback: str = ""
+
+
+# --- values in calls -----------------------------------------------------------------------------------
+
+
+class Tensor(msgspec.Struct, frozen=True, tag="t", array_like=True):
+    """An array in shared memory: numpy dtype string, shape, block and byte offset into it.
+
+    ``leased``: the receiver keeps the block until it clears the block's lease word; otherwise the bytes are
+    valid until the next message on the same lane.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    block: int
+    offset: int
+    leased: bool = False
+
+
+class Strings(msgspec.Struct, frozen=True, tag="s", array_like=True):
+    """An object array of text, in C order."""
+
+    shape: tuple[int, ...]
+    items: list[str]
+
+
+class Items(msgspec.Struct, frozen=True, tag="i", array_like=True):
+    """A container that holds arrays, or whose type msgpack would lose: list, tuple, dict, numpy scalar."""
+
+    kind: str
+    items: list[Value]
+
+
+class Plain(msgspec.Struct, frozen=True, tag="p", array_like=True):
+    """None, bool, int, float, str, bytes, and lists and dicts of these."""
+
+    value: Any
+
+
+Value = Tensor | Strings | Items | Plain
+
+
+# --- lifeline: client -> supervisor over a Unix socket; its EOF means death in either direction ----------
+
+
+class ClientHello(Message):
+    """First on a lifeline.  ``client`` is also the routing id of the client's control socket."""
+
+    version: int
+    secret: str
+    client: bytes
+
+
+class Welcome(Message):
+    """The supervisor knows the client; its control messages are heard from now on."""
+
+
+class Refused(Message):
+    """The peer will not talk to us, and why."""
+
+    reason: str
+
+
+class Blob(Message):
+    """A model given as bytes; its memfd comes with the message.  Sent before the Acquire that names it."""
+
+    digest: str
+
+
+# --- control: client <-> supervisor over ZeroMQ ----------------------------------------------------------
+
+
+class Acquire(Message):
+    """Hold the model for this proxy, loading it if need be.  Answered by Granted or Denied."""
+
+    ticket: int
+    proxy: int
+    spec: ModelSpec
+    ttl: float
+
+
+class Granted(Message):
+    """The model is ready in this worker; lanes are opened at ``address`` with ``secret``."""
+
+    ticket: int
+    worker_id: int
+    pid: int
+    address: str
+    secret: str
+    description: ModelDescription
+
+
+class Denied(Message):
+    """What was asked for failed, and how."""
+
+    ticket: int
+    failure: Failure
+
+
+class DropBlob(Message):
+    """The client will not load this model given as bytes any more."""
+
+    digest: str
+
+
+class Release(Message):
+    """The proxy is gone and holds nothing any more."""
+
+    proxy: int
+
+
+class SetTtl(Message):
+    """The proxy's TTL from now on."""
+
+    proxy: int
+    ttl: float
+
+
+class Unload(Message):
+    """End the model's worker: when its calls have ended, or at once (``force``).  Answered by Unloaded."""
+
+    ticket: int
+    key: str
+    force: bool
+
+
+class Unloaded(Message):
+    """The worker is reaped; ``was_loaded`` is false if there was none."""
+
+    ticket: int
+    was_loaded: bool
+
+
+class AskStatus(Message):
+    """Answered by Status.  Loads nothing and touches no timer.  ``measure``: read all workers' memory now."""
+
+    ticket: int
+    measure: bool = True
+
+
+class Status(Message):
+    """All models that the supervisor knows; ``seq`` is the last event that this includes."""
+
+    ticket: int
+    seq: int
+    supervisor_pid: int
+    models: list[ModelStatus]
+
+
+class AskFate(Message):
+    """How did this worker end?  Answered by Fate once it is reaped."""
+
+    ticket: int
+    worker_id: int
+
+
+class Fate(Message):
+    """``failure`` is None if the worker had drained: then it began no call that it did not answer."""
+
+    ticket: int
+    failure: Failure | None
+
+
+class Shutdown(Message):
+    """End all workers and, if the supervisor is private, itself.  Answered by Bye."""
+
+    ticket: int
+
+
+class Bye(Message):
+    """All workers are reaped."""
+
+    ticket: int
+
+
+class Published(Message):
+    """An event, sent to every client."""
+
+    event: ModelEvent
+
+
+# --- control: supervisor <-> worker over ZeroMQ ----------------------------------------------------------
+
+
+class WorkerStarted(Message):
+    """First on a worker's control socket; answered by Load."""
+
+    worker_id: int
+
+
+class Load(Message):
+    """Load this model."""
+
+    spec: ModelSpec
+    ttl: float
+
+
+class WorkerReady(Message):
+    """The model is loaded and lanes may be opened at ``address`` with ``secret``.  ``seconds``: the load."""
+
+    worker_id: int
+    address: str
+    secret: str
+    description: ModelDescription
+    seconds: float
+
+
+class WorkerFailed(Message):
+    """The model did not load; the worker waits for Exit."""
+
+    worker_id: int
+    failure: Failure
+
+
+class Retime(Message):
+    """The TTL in force from now on, in seconds."""
+
+    ttl: float
+
+
+class Drain(Message):
+    """Take no new work, finish what runs, then say WorkerDrained."""
+
+
+class WorkerDraining(Message):
+    """The worker's TTL ran out: it takes no new work."""
+
+    worker_id: int
+
+
+class WorkerDrained(Message):
+    """Nothing runs any more; the worker waits for Exit."""
+
+    worker_id: int
+
+
+class Exit(Message):
+    """Leave."""
+
+
+# --- template: supervisor <-> template over a Unix socket ------------------------------------------------
+
+
+class Spawn(Message):
+    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr and, for a blob, its memfd."""
+
+    worker_id: int
+    identity: bytes
+    control: str
+
+
+class Spawned(Message):
+    """The worker's process id."""
+
+    worker_id: int
+    pid: int
+
+
+class SpawnFailed(Message):
+    """No process came of it."""
+
+    worker_id: int
+    reason: str
+
+
+class Reaped(Message):
+    """A worker's wait status; its process is gone."""
+
+    worker_id: int
+    status: int
+
+
+class TemplateReady(Message):
+    """Imports are done.  ``forkable`` is false if the process has threads and so must not fork."""
+
+    forkable: bool
+
+
+# --- lane: client <-> worker; the Unix socket carries blocks and EOF, the other socket the calls ----------
+
+
+class LaneHello(Message):
+    """First on a lane's Unix socket; ``reply_to`` is the ZeroMQ address at which the client listens."""
+
+    version: int
+    secret: str
+    reply_to: str
+
+
+class LaneOpen(Message):
+    """First on a lane's ZeroMQ socket, to prove that the listener there is the worker."""
+
+    secret: str
+
+
+class BlockShared(Message):
+    """A new block of ``size`` bytes; its memfd comes with the message."""
+
+    block: int
+    size: int
+
+
+class BlockDropped(Message):
+    """The block will not be used again; unmap it."""
+
+    block: int
+
+
+class Call(Message):
+    """Run the model: names of outputs, feed, RunOptions."""
+
+    outputs: Value
+    feed: list[tuple[Any, Value]]
+    options: dict[str, Any] | None = None
+
+
+class Invoke(Message):
+    """Call another method of the session."""
+
+    method: str
+    args: list[Value] = []
+
+
+class Touch(Message):
+    """Count as a use that does nothing."""
+
+
+class Hold(Message):
+    """Keep the model loaded until Unhold, or until the lane closes."""
+
+
+class Unhold(Message):
+    """The block that Hold began has ended."""
+
+
+class Result(Message):
+    """What a Call, Invoke, Touch, Hold or Unhold returned."""
+
+    value: Value
+
+
+class CallFailed(Message):
+    """What a Call or Invoke raised."""
+
+    failure: Failure
+
+
+class Draining(Message):
+    """Not executed: the worker takes no new work.  Acquire again."""
+
+
+FromClient = Acquire | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
+ToClient = Granted | Denied | Unloaded | Status | Fate | Bye | Published
+FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | WorkerDrained
+ToWorker = Load | Retime | Drain | Exit
+OnLifeline = ClientHello | Blob | Welcome | Refused
+OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
+OnLaneSocket = LaneHello | BlockShared | BlockDropped | Refused
+LaneRequest = Call | Invoke | Touch | Hold | Unhold
+LaneReply = LaneOpen | Result | CallFailed | Draining
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack.
+
+    Raises:
+        OverflowError, TypeError: a value in it has no form in msgpack.
+    """
+    return _encoder.encode(message)
+
+
+class Reader:
+    """Decodes the messages of one direction of one socket, and nothing else."""
+
+    def __init__(self, union: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
+
+    def __call__(self, data: bytes | memoryview) -> Any:
+        try:
+            return self._decoder.decode(data)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise ProtocolError(
+                f"Received a message that protocol version {PROTOCOL_VERSION} does not have ({error}). "
+                "Both processes must run the same version of onnx-dl."
+            ) from None
+
+
+from_client = Reader(FromClient)
+to_client = Reader(ToClient)
+from_worker = Reader(FromWorker)
+to_worker = Reader(ToWorker)
+on_lifeline = Reader(OnLifeline)
+on_template = Reader(OnTemplate)
+on_lane_socket = Reader(OnLaneSocket)
+lane_request = Reader(LaneRequest)
+lane_reply = Reader(LaneReply)

@@ -1,0 +1,241 @@
+"""Sockets: the only importer of zmq, and of Unix sockets.
+
+Covers making, naming and tearing down; knows nothing of what messages mean.
+
+Two kinds.  ZeroMQ carries calls and control.  A Unix socket of type SEQPACKET (a :class:`Channel`) carries
+what ZeroMQ cannot: descriptors, and the certainty of EOF when the other process is gone.  All addresses are
+abstract names (:func:`onnx_dl.config.fresh_address`), open to the same user only: ZeroMQ filters by user id,
+and :func:`accept` checks the peer's credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import socket
+import struct
+import weakref
+from typing import Final
+
+import zmq
+
+from onnx_dl.errors import ProtocolError
+
+LONGEST: Final = 128 << 10
+"""Bytes in one message of a Channel; more does not fit a Unix socket's buffer everywhere."""
+
+_MOST_FDS: Final = 8
+_PEERCRED: Final = struct.Struct("3i")
+Context = zmq.Context[zmq.Socket[bytes]]
+Socket = zmq.Socket[bytes]
+
+_IPC_FILTER_UID: Final = 59  # zmq.h: ZMQ_IPC_FILTER_UID; pyzmq has no name for it in its typed options
+
+
+class Channel:
+    """A connected SEQPACKET socket: whole messages, descriptors beside them, EOF when the peer is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        _channels.add(self)
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(a), cls(b)
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Channel:
+        """Takes over a descriptor that was inherited."""
+        sock = socket.socket(fileno=fd)
+        sock.set_inheritable(False)
+        return cls(sock)
+
+    @classmethod
+    def connect(cls, address: str, timeout: float) -> Channel:
+        """Connects to a listener of the same user.
+
+        Raises:
+            OSError: nobody listens at ``address``, or did not accept within ``timeout`` seconds.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.settimeout(timeout)
+            sock.connect(f"\0{address}")
+            sock.settimeout(None)
+            _check_user(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
+        """Sends one message with duplicates of ``fds``; false if the peer is gone."""
+        try:
+            socket.send_fds(self._sock, [data], list(fds))
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
+
+    def receive(self, timeout: float | None = None) -> tuple[bytes, list[int]] | None:
+        """One message and its descriptors, which the caller closes; None at EOF.
+
+        Raises:
+            TimeoutError: nothing came within ``timeout`` seconds; 0 does not wait, None waits for ever.
+        """
+        if timeout is not None and not self.readable(timeout):
+            raise TimeoutError("the peer sent nothing in time")
+        try:
+            data, fds, _flags, _address = socket.recv_fds(self._sock, LONGEST, _MOST_FDS)
+        except ConnectionResetError:
+            return None
+        return (data, list(fds)) if data or fds else None
+
+    def readable(self, timeout: float = 0.0) -> bool:
+        """Whether a message or EOF is there within ``timeout`` seconds."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def is_dead(self) -> bool:
+        """Whether the peer is gone and all its messages are read; does not wait."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def peer_pid(self) -> int:
+        return _credentials(self._sock)[0]
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    pid, uid, gid = _PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+    return pid, uid, gid
+
+
+def _check_user(sock: socket.socket) -> None:
+    uid = _credentials(sock)[1]
+    if uid != os.getuid():
+        raise ProtocolError(f"The process at the other end belongs to user {uid}, not to {os.getuid()}.")
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child that kept our descriptors would hide our death from the other ends."""
+    for channel in list(_channels):
+        channel.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class Listener:
+    """Accepts Channels of the same user at an abstract address."""
+
+    def __init__(self, address: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.bind(f"\0{address}")
+        self._sock.listen(256)
+        self._sock.setblocking(False)
+
+    def accept(self) -> Channel | None:
+        """A new peer; None if there is none, or it is of another user."""
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:
+            return None
+        try:
+            _check_user(sock)
+        except ProtocolError:
+            sock.close()
+            return None
+        sock.setblocking(True)
+        return Channel(sock)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class Waker:
+    """Wakes a poll() in another thread; ``wake`` may be called from anywhere, finalizers included."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def wake(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def context() -> Context:
+    """A ZeroMQ context; never shared across fork."""
+    return zmq.Context()
+
+
+def _socket(ctx: Context, kind: int) -> Socket:
+    sock = ctx.socket(kind)
+    sock.linger = 0
+    sock.sndhwm = sock.rcvhwm = 0  # control is sparse and must not be dropped; calls are one at a time
+    return sock
+
+
+def router(ctx: Context, address: str) -> Socket:
+    """A bound ROUTER socket; only processes of the same user get in."""
+    sock = _socket(ctx, zmq.ROUTER)
+    sock.setsockopt(_IPC_FILTER_UID, os.getuid())
+    sock.bind(f"ipc://@{address}")
+    return sock
+
+
+def dealer(ctx: Context, address: str, identity: bytes) -> Socket:
+    """A DEALER socket connected to a ROUTER under a routing id of its own."""
+    sock = _socket(ctx, zmq.DEALER)
+    sock.routing_id = identity
+    sock.connect(f"ipc://@{address}")
+    return sock
+
+
+def pair_listener(ctx: Context, address: str) -> Socket:
+    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms."""
+    sock = _socket(ctx, zmq.PAIR)
+    sock.setsockopt(_IPC_FILTER_UID, os.getuid())
+    sock.bind(f"ipc://@{address}")
+    return sock
+
+
+def pair(ctx: Context, address: str) -> Socket:
+    """A connected PAIR socket."""
+    sock = _socket(ctx, zmq.PAIR)
+    sock.connect(f"ipc://@{address}")
+    return sock
+
+
+def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:
+    """Sockets and descriptors that are ready within ``timeout`` seconds; all of them if None."""
+    # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
+    milliseconds = None if timeout is None else max(0, math.ceil(timeout * 1000))
+    return dict(poller.poll(milliseconds))

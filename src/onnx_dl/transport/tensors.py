@@ -1,0 +1,175 @@
+"""Python values to and from the wire, with arrays in shared memory.
+
+Covers what ``InferenceSession.run`` takes and returns: arrays of every fixed-size dtype, text arrays, lists,
+dicts, numbers.  A value that onnxruntime would refuse still travels as it is, so that onnxruntime refuses it
+in its own words.  Where arrays lie is decided by :mod:`onnx_dl.transport.arena`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_dl.errors import ProtocolError
+from onnx_dl.transport.arena import Arena, Block, align
+from onnx_dl.transport.messages import Items, Plain, Strings, Tensor, Value
+
+VIEW_FROM: Final = 64 << 10
+"""Results of at least this many bytes are handed over as views; smaller ones are copied out.
+
+Copying 64 KiB takes about as long as the bookkeeping of a lease (docs/architecture.md has the figures).
+"""
+
+_SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
+
+
+class Packer:
+    """Encodes the values of one message.  Small arrays share the arena's scratch block.
+
+    Arrays of ``lease_from`` bytes or more get a leased block each; with None, none does.
+    """
+
+    def __init__(self, arena: Arena, lease_from: int | None = None) -> None:
+        self._arena = arena
+        self._lease_from = lease_from
+        self._leases: list[Block] = []
+        self._scratch: Block | None = None
+        self._offset = 0
+
+    def pack(self, values: Iterable[Any]) -> list[Value]:
+        """The values for the wire, in order; their arrays are copied into shared memory.
+
+        Raises:
+            RuntimeError: a value is of a kind that onnxruntime takes from nobody, in onnxruntime's words.
+            SharedMemoryError: the system has no memory for an array.
+        """
+        values = list(values)
+        needed = sum(map(self._scratch_bytes, values))
+        if needed:
+            self._scratch = self._arena.scratch(needed)
+        try:
+            return [self._encode(value) for value in values]
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Takes back the leases of a message that will not be sent."""
+        for block in self._leases:
+            block.leased = False
+
+    def _is_leased(self, array: NDArray[Any]) -> bool:
+        return self._lease_from is not None and array.nbytes >= self._lease_from
+
+    def _scratch_bytes(self, value: Any) -> int:
+        if isinstance(value, np.ndarray):
+            return 0 if value.dtype.kind == "O" or self._is_leased(value) else align(value.nbytes)
+        if isinstance(value, np.generic):
+            return align(value.nbytes)
+        if type(value) in (list, tuple):
+            return sum(map(self._scratch_bytes, value))
+        if type(value) is dict:
+            return sum(map(self._scratch_bytes, value.values()))
+        return 0
+
+    def _encode(self, value: Any) -> Value:
+        if isinstance(value, np.ndarray):
+            return self._encode_array(np.asarray(value))
+        if isinstance(value, np.generic):
+            return Items("scalar", [self._encode_array(np.asarray(value))])
+        if is_plain(value):
+            return Plain(value)
+        if type(value) in (list, tuple):
+            return Items(type(value).__name__, [self._encode(item) for item in value])
+        if type(value) is dict:
+            return Items("dict", [self._encode(item) for item in chain.from_iterable(value.items())])
+        raise RuntimeError(f"Unable to handle object of type {type(value)}")
+
+    def _encode_array(self, array: NDArray[Any]) -> Value:
+        if array.dtype.kind == "O":
+            return Strings(array.shape, [item if type(item) is str else str(item) for item in array.flat])
+        dtype = array.dtype.str
+        if not array.nbytes:
+            return Tensor(dtype, array.shape, 0, 0)
+        block, offset, leased = self._place(array)
+        np.copyto(block.array(dtype, array.shape, offset), array.view(dtype), casting="no")
+        return Tensor(dtype, array.shape, block.number, offset, leased)
+
+    def _place(self, array: NDArray[Any]) -> tuple[Block, int, bool]:
+        if self._is_leased(array):
+            block = self._arena.lease(array.nbytes)
+            self._leases.append(block)
+            return block, 0, True
+        assert self._scratch is not None
+        offset = self._offset
+        self._offset += align(array.nbytes)
+        return self._scratch, offset, False
+
+
+def is_plain(value: Any) -> bool:
+    """Whether msgpack gives the value back as it was: numbers, text, None, lists and dicts of these."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return True
+    if kind is list:
+        return all(map(is_plain, value))
+    if kind is dict:
+        return all(map(is_plain, value.values())) and all(type(key) in _SCALARS for key in value)
+    return False
+
+
+class Unpacker:
+    """Decodes values; ``block`` finds a mapped block by its number.
+
+    Arrays in scratch blocks are copied if ``copy``, else they are views that the next message overwrites.
+    """
+
+    def __init__(self, block: Callable[[int], Block], *, copy: bool) -> None:
+        self._block = block
+        self._copy = copy
+
+    def unpack(self, value: Value) -> Any:
+        """The Python value.
+
+        Raises:
+            ProtocolError: a tensor lies outside of its block, or a container is of no known kind.
+        """
+        if isinstance(value, Tensor):
+            return self._array(value)
+        if isinstance(value, Plain):
+            return value.value
+        if isinstance(value, Strings):
+            return _text_array(value)
+        return self._items(value)
+
+    def _array(self, tensor: Tensor) -> NDArray[Any]:
+        if not tensor.block:
+            return np.empty(tensor.shape, tensor.dtype)
+        block = self._block(tensor.block)
+        if tensor.leased:
+            return block.held_array(tensor.dtype, tensor.shape, tensor.offset)
+        array = block.array(tensor.dtype, tensor.shape, tensor.offset)
+        return array.copy() if self._copy else array
+
+    def _items(self, value: Items) -> Any:
+        items = [self.unpack(item) for item in value.items]
+        match value.kind:
+            case "list":
+                return items
+            case "tuple":
+                return tuple(items)
+            case "dict":
+                return dict(zip(items[::2], items[1::2], strict=True))
+            case "scalar":
+                return items[0][()]
+        raise ProtocolError(f"A container of kind {value.kind!r} is not part of the protocol.")
+
+
+def _text_array(value: Strings) -> NDArray[np.object_]:
+    array = np.empty(len(value.items), object)
+    array[:] = value.items
+    return array.reshape(value.shape)

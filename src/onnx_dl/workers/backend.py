@@ -1,0 +1,40 @@
+"""The seam between a worker and the engine that runs its model.
+
+Covers what a worker asks of an engine.  An engine is one file beside this one; it is imported in the worker
+only, and knows nothing of sockets, shared memory or policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from onnx_dl.model import ModelDescription, ModelSpec
+
+
+class Backend(Protocol):
+    """One loaded model.  Its methods are called from many threads at once."""
+
+    def describe(self) -> ModelDescription:
+        """What the model says of itself."""
+
+    def run(self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Sequence[Any]:
+        """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
+        share memory with them."""
+
+    def invoke(self, method: str, args: list[Any]) -> Any:
+        """Another method of the engine's session.
+
+        Raises:
+            AttributeError: there is no such method.
+        """
+
+    def close(self) -> None:
+        """The last thing that is asked: write what must be on disk.  Memory need not be freed."""
+
+
+def load(spec: ModelSpec, blob: bytes | None) -> Backend:
+    """Loads the model.  Raises what the engine raises."""
+    from onnx_dl.workers.ort import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(spec, blob)

@@ -1,0 +1,226 @@
+"""The life of a worker process: load one model, serve lanes, drain, leave.
+
+The main thread talks to the supervisor and accepts lanes; each lane has a thread of its own, which receives,
+runs and replies without handing anything over.  Whether a call may begin and when the worker may end is
+decided by :mod:`onnx_dl.workers.gate`; what runs is behind :mod:`onnx_dl.workers.backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+import zmq
+
+from onnx_dl.config import fresh_address
+from onnx_dl.errors import ProtocolError
+from onnx_dl.transport import failures, shm, sockets
+from onnx_dl.transport import messages as m
+from onnx_dl.transport.lane import WorkerLane
+from onnx_dl.transport.sockets import Channel, Listener, Waker
+from onnx_dl.workers import backend as backends
+from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.gate import Gate
+
+_GREETING: Final = 10.0
+"""Seconds that a caller has to say hello on a lane that it opened."""
+
+
+class Worker:
+    """One model in this process."""
+
+    def __init__(self, spawn: m.Spawn, lifeline: int, blob: int | None) -> None:
+        self._id = spawn.worker_id
+        self._lifeline = Channel.from_fd(lifeline)
+        self._blob = blob
+        self._context = sockets.context()
+        self._control = sockets.dealer(self._context, spawn.control, spawn.identity)
+        self._secret = secrets.token_hex(16)
+        self._address = fresh_address("worker")
+        self._waker = Waker()
+        self._lanes: set[WorkerLane] = set()
+        self._lanes_lock = threading.Lock()
+
+    def serve(self) -> NoReturn:
+        """Runs until the supervisor says Exit or is gone; never returns."""
+        self._say(m.WorkerStarted(worker_id=self._id))
+        order = self._hear()
+        if isinstance(order, m.Load):
+            self._load(order)
+        _leave()
+
+    def _load(self, order: m.Load) -> None:
+        started = time.monotonic()
+        try:
+            os.chdir(order.spec.cwd)
+            backend = backends.load(order.spec, self._take_blob())
+            description = backend.describe()
+        except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
+            self._say(m.WorkerFailed(worker_id=self._id, failure=failures.describe(error)))
+            self._hear()
+            return
+        ready = time.monotonic()
+        self._gate = Gate(order.ttl, ready, self._waker.wake)
+        listener = Listener(self._address)
+        self._say(
+            m.WorkerReady(
+                worker_id=self._id,
+                address=self._address,
+                secret=self._secret,
+                description=description,
+                seconds=ready - started,
+            )
+        )
+        self._attend(listener, backend)
+
+    def _take_blob(self) -> bytes | None:
+        if self._blob is None:
+            return None
+        data = shm.thaw(self._blob)
+        os.close(self._blob)
+        return data
+
+    def _attend(self, listener: Listener, backend: Backend) -> None:
+        """The main thread's loop, from ready to Exit."""
+        poller = zmq.Poller()
+        for source in (self._control, self._lifeline, listener, self._waker):
+            poller.register(source if source is self._control else source.fileno(), zmq.POLLIN)
+        drained = False
+        while True:
+            verdict = self._gate.judge(time.monotonic(), self._last_touch())
+            if verdict.expired:
+                self._say(m.WorkerDraining(worker_id=self._id))
+            if verdict.drained and not drained:
+                drained = True
+                backend.close()
+                self._say(m.WorkerDrained(worker_id=self._id))
+            ready = sockets.wait(poller, verdict.wait)
+            self._waker.clear()
+            if self._lifeline.fileno() in ready or (self._control in ready and not self._obey()):
+                return
+            if listener.fileno() in ready and (channel := listener.accept()):
+                threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True).start()
+
+    def _obey(self) -> bool:
+        """Follows one order of the supervisor; false if it is to leave."""
+        match self._hear():
+            case m.Retime(ttl=ttl):
+                self._gate.retime(ttl)
+            case m.Drain():
+                self._gate.drain()
+            case m.Exit():
+                return False
+        return True
+
+    def _last_touch(self) -> float:
+        with self._lanes_lock:
+            return max((lane.last_touch() for lane in self._lanes), default=0.0)
+
+    def _serve_lane(self, channel: Channel, backend: Backend) -> None:
+        """One caller, until it is gone."""
+        try:
+            lane = WorkerLane(self._context, channel, self._secret, _GREETING)
+        except Exception:  # whoever it was, it is no caller of ours
+            channel.close()
+            return
+        with self._lanes_lock:
+            self._lanes.add(lane)
+        service = LaneService(lane, self._gate, backend)
+        with contextlib.closing(lane):
+            try:
+                service.run()
+            finally:
+                with self._lanes_lock:
+                    self._lanes.discard(lane)
+                service.release()
+
+    def _say(self, message: m.Message) -> None:
+        self._control.send(m.encode(message))
+
+    def _hear(self) -> Any:
+        """The next order; leaves the process if the supervisor is gone."""
+        poller = zmq.Poller()
+        poller.register(self._control, zmq.POLLIN)
+        poller.register(self._lifeline.fileno(), zmq.POLLIN)
+        if self._control not in sockets.wait(poller, None):
+            _leave()
+        return m.to_worker(self._control.recv())
+
+
+class LaneService:
+    """Answers the requests of one lane."""
+
+    def __init__(self, lane: WorkerLane, gate: Gate, backend: Backend) -> None:
+        self._lane = lane
+        self._gate = gate
+        self._backend = backend
+        self._holds = 0
+
+    def run(self) -> None:
+        """Until the caller is gone."""
+        while True:
+            try:
+                request = self._lane.receive()
+            except ProtocolError as error:
+                self._lane.say(m.CallFailed(failure=failures.describe(error)))
+                continue
+            match request:
+                case None:
+                    return
+                case m.Call():
+                    self._guarded(self._call, request)
+                case m.Invoke():
+                    self._guarded(self._invoke, request)
+                case m.Touch():
+                    self._guarded(lambda _: None, request)
+                case m.Hold():
+                    self._hold()
+                case m.Unhold():
+                    self._unhold()
+                    self._lane.reply(None)
+
+    def release(self) -> None:
+        """Gives up what a caller held who is gone."""
+        while self._holds:
+            self._unhold()
+
+    def _guarded(self, work: Callable[[Any], Any], request: object) -> None:
+        """Does the work and replies, unless the worker drains; the reply is sent before the call ends."""
+        if not self._gate.enter():
+            self._lane.say(m.Draining())
+            return
+        try:
+            self._lane.reply(work(request))
+        except Exception as error:  # the engine's errors are the caller's
+            self._lane.say(m.CallFailed(failure=failures.describe(error)))
+        finally:
+            self._gate.leave(time.monotonic())
+
+    def _call(self, call: m.Call) -> Any:
+        feed = {name: self._lane.unpack(value) for name, value in call.feed}
+        return self._backend.run(self._lane.unpack(call.outputs), feed, call.options)
+
+    def _invoke(self, request: m.Invoke) -> Any:
+        return self._backend.invoke(request.method, [self._lane.unpack(arg) for arg in request.args])
+
+    def _hold(self) -> None:
+        if not self._gate.hold():
+            self._lane.say(m.Draining())
+            return
+        self._holds += 1
+        self._lane.reply(None)
+
+    def _unhold(self) -> None:
+        self._holds -= 1
+        self._gate.unhold(time.monotonic())
+
+
+def _leave() -> NoReturn:
+    """Ends the process without destructors: freeing a model piece by piece takes longer than dying, and what
+    native code does at exit is what hangs."""
+    os._exit(0)
