@@ -22,7 +22,7 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 
 _LOAD_MARGIN: Final = 30.0
-"""Seconds beyond the supervisor's own deadline for a load after which a client stops waiting for an answer."""
+"""Seconds beyond the supervisor's own deadline for a load after which a client stops waiting."""
 
 _lease_ids = itertools.count(1)
 
@@ -68,9 +68,7 @@ class RemoteModel:
 
         def make(lane: ClientLane) -> m.Call:
             packed_outputs, *values = lane.pack([outputs, *feed.values()])
-            return m.Call(
-                outputs=packed_outputs, feed=list(zip(feed, values, strict=True)), options=options
-            )
+            return m.Call(outputs=packed_outputs, feed=list(zip(feed, values, strict=True)), options=options)
 
         return self._perform(lease, make)
 

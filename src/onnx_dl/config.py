@@ -100,8 +100,8 @@ def check_platform() -> None:
     """Raises :class:`~onnx_dl.errors.PlatformError` where onnx-dl cannot run."""
     if not (sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
         raise PlatformError(
-            f"onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); this is {sys.platform}. "
-            "Use onnxruntime.InferenceSession here."
+            "onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); "
+            f"this is {sys.platform}. Use onnxruntime.InferenceSession here."
         )
 
 

@@ -26,7 +26,8 @@ from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel, Waker
 
 _GONE: Final = (
-    "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. The next use starts a new one."
+    "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
+    "The next use starts a new one."
 )
 
 

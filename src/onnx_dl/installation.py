@@ -41,8 +41,8 @@ def several(found: Iterable[str]) -> str:
     """What to do with more than one onnxruntime."""
     names = sorted(found)
     return (
-        f"{' and '.join(names)} are installed side by side and overwrite each other's files, so which one runs "
-        f"is chance. Keep one: pip uninstall -y {' '.join(names)} && pip install onnxruntime-gpu "
+        f"{' and '.join(names)} are installed side by side and overwrite each other's files, so which one "
+        f"runs is chance. Keep one: pip uninstall -y {' '.join(names)} && pip install onnxruntime-gpu "
         "(or onnxruntime, on a machine without NVIDIA GPUs)."
     )
 

@@ -15,9 +15,7 @@ _HINTS: dict[int, str] = {
 }
 
 
-def worker_died(
-    model: str, pid: int, status: int, stderr: str, *, reason: str, loading: bool
-) -> WorkerDied:
+def worker_died(model: str, pid: int, status: int, stderr: str, *, reason: str, loading: bool) -> WorkerDied:
     """The error for a worker that ended with this wait status."""
     code: int | None = os.waitstatus_to_exitcode(status)
     number = None

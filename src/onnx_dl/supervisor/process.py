@@ -20,13 +20,19 @@ from typing import Final, Protocol
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
 
-_TAIL: Final = 20
+_TAIL: Final = 40
 """Lines of a worker's stderr that are kept for the error that tells of its death."""
 
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from onnx_dl.workers.template import main; main(int(sys.argv[2]), sys.argv[3])"
 )
+
+
+# Read when numpy and onnxruntime are imported, so it must be there before.  OpenBLAS would start a pool of
+# threads, and onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share);
+# a process with threads cannot fork safely.
+_SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 
 class StderrTail:
@@ -76,7 +82,7 @@ class _Template:
         fd = theirs.fileno()
         os.set_inheritable(fd, True)
         argv = [sys.executable, "-c", _BOOT, json.dumps(sys_path), str(fd), mode]
-        self.pid = os.posix_spawn(sys.executable, argv, dict(os.environ))
+        self.pid = os.posix_spawn(sys.executable, argv, os.environ | _SINGLE_THREADED)
         theirs.close()
 
 

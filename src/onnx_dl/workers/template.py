@@ -6,9 +6,8 @@ not possible, or not wanted, it becomes the worker itself.  It reaps its childre
 status: only a reaped worker is gone.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
-ZeroMQ context, touched CUDA or kept a session.  Two variables see to the single thread: OpenBLAS would start
-a pool, and onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all children would share).
-Knows nothing of models.
+ZeroMQ context, touched CUDA or kept a session.  Its environment sees to the single thread
+(``_SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.process`).  Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from typing import Final, NoReturn
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.loop import Worker
-
-SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
 _THROW_AWAY: Final = (
@@ -160,7 +157,6 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
     _name_process("onnx-dl-template")
     channel = Channel.from_fd(channel_fd)
-    os.environ.update(SINGLE_THREADED)
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()
     Template(channel, fork=mode == "fork" and _is_single_threaded()).serve()
