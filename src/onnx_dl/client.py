@@ -303,6 +303,15 @@ class RemoteModel:
         lease.closed = True
         self.connection.tell(m.Release(proxy=lease.id))
 
+    def shut(self) -> None:
+        """The connection has ended: nothing that is shared with workers is of use any more."""
+        if (granted := self._granted) is not None:
+            self._forget(granted)
+        with self._acquiring:
+            if self._hold_lane is not None:
+                self._hold_lane.close()
+                self._hold_lane = None
+
     def retime(self, lease: Lease, ttl: float) -> None:
         """The proxy's TTL from now on."""
         lease.ttl = ttl

@@ -35,9 +35,14 @@ class Connection:
     """To the supervisor at ``address``.  Thread-safe, except across fork: a child makes its own."""
 
     def __init__(
-        self, address: str, secret: str, timeout: float, on_event: Callable[[ModelEvent], None]
+        self,
+        address: str,
+        secret: str,
+        timeout: float,
+        on_event: Callable[[ModelEvent], None],
+        on_end: Callable[[], None],
     ) -> None:
-        """Connects.
+        """Connects.  ``on_end`` is called when the connection has ended, to close all lanes.
 
         Raises:
             SupervisorStartError: nobody answers within ``timeout`` seconds, or refuses us.
@@ -46,6 +51,7 @@ class Connection:
         self.context = sockets.context()
         self.closed = False
         self._on_event = on_event
+        self._on_end = on_end
         self._identity = secrets.token_bytes(16)
         self._lifeline = self._greet(f"{address}/lifeline", secret)
         self.supervisor_pid = self._lifeline.peer_pid()
@@ -164,6 +170,9 @@ class Connection:
         for future in list(self._pending.values()):
             if not future.done():
                 future.set_exception(self._died())
+        self._on_end()
+        # Waits for lanes that are in use; their callers close them, because their workers are dead.
+        self.context.term()
 
     def _died(self) -> SupervisorDied:
         return SupervisorDied(_GONE.format(pid=self.supervisor_pid))

@@ -96,9 +96,15 @@ class ModelHost:
         address, secret = config.fresh_address("host"), secrets.token_hex(16)
         self._process = _start_supervisor(address, secret, self._settings)
         self._events = queue.SimpleQueue()
-        self._connection = Connection(address, secret, self._settings.start_timeout, self._on_event)
-        self._models.clear()
         self._shared_blobs.clear()
+        models = self._models = weakref.WeakValueDictionary()
+        self._connection = Connection(
+            address,
+            secret,
+            self._settings.start_timeout,
+            self._on_event,
+            lambda: _shut_all(models),
+        )
         threading.Thread(target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True).start()
         return self._connection
 
@@ -198,6 +204,11 @@ class ModelHost:
             logger.info("%s", event, extra={"onnx_dl_event": event})
             for callback, error in self._bus.publish(event):
                 logger.error("An event callback failed: %r", callback, exc_info=error)
+
+
+def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel]) -> None:
+    for model in list(models.values()):
+        model.shut()
 
 
 def digest_of(blob: bytes) -> str:

@@ -79,7 +79,11 @@ class InferenceSessionProxy:
         self._description: Description | None = None
         self._described: ModelDescription | None = None
         self._remote: RemoteModel | None = None
-        self._finalizer = weakref.finalize(self, _release, self._lease, self._host, self._spec.key)
+        # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
+        # itself for ever.
+        self._finalizer = weakref.finalize(
+            self, _release, self._lease, weakref.ref(self._host), self._spec.key
+        )
         # The interpreter's exit closes the host, which releases everything at once.
         self._finalizer.atexit = False
 
@@ -234,10 +238,11 @@ class InferenceSessionProxy:
 InferenceSession = InferenceSessionProxy
 
 
-def _release(lease: Lease, host: ModelHost, key: str) -> None:
+def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:
     """A proxy is closed or collected."""
     lease.closed = True
-    if (model := host.known_model(key)) is not None:
+    host = host_ref()
+    if host is not None and (model := host.known_model(key)) is not None:
         model.leave(lease)
 
 

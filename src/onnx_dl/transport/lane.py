@@ -26,19 +26,16 @@ _HANDOVER: Final = 10.0
 """Seconds within which a block must arrive that a message names; its sender sent it before the message."""
 
 
-class _Lane:
-    """What both ends have in common.  Used by one thread at a time."""
+class _Handover:
+    """Blocks of both directions: announces ours, maps the peer's.
 
-    def __init__(self, channel: Channel, socket: Socket) -> None:
+    It knows neither lane nor arena, so that these are freed with their memory as soon as nobody uses them,
+    and not when the garbage collector finds a cycle.
+    """
+
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._socket = socket
-        self._mappings = Mappings()
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(channel.fileno(), zmq.POLLIN)
-        self.arena = Arena(self)
-
-    # Announcer of the arena
+        self.mappings = Mappings()
 
     def shared(self, block: int, size: int, fd: int) -> None:
         self._channel.send(m.encode(m.BlockShared(block=block, size=size)), (fd,))
@@ -46,12 +43,42 @@ class _Lane:
     def dropped(self, block: int) -> None:
         self._channel.send(m.encode(m.BlockDropped(block=block)))
 
-    def is_dead(self) -> bool:
-        """Whether the peer is gone; does not wait."""
-        while self._channel.readable():
-            if not self._read_channel(0):
-                return True
-        return False
+    def read(self, timeout: float) -> bool:
+        """Takes in one message about blocks; false if the peer is gone."""
+        received = self._channel.receive(timeout)
+        if received is None:
+            return False
+        data, fds = received
+        message = m.on_lane_socket(data)
+        if isinstance(message, m.BlockShared) and fds:
+            self.mappings.add(message.block, message.size, fds[0])
+        elif isinstance(message, m.BlockDropped):
+            self.mappings.drop(message.block)
+        return True
+
+    def block(self, number: int) -> Block:
+        """A block of the peer, which it announced before it named it."""
+        while (block := self.mappings.get(number)) is None:
+            try:
+                alive = self.read(_HANDOVER)
+            except TimeoutError:
+                alive = False
+            if not alive:
+                raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
+        return block
+
+
+class _Lane:
+    """What both ends have in common.  Used by one thread at a time."""
+
+    def __init__(self, channel: Channel, socket: Socket) -> None:
+        self._channel = channel
+        self._socket = socket
+        self._blocks = _Handover(channel)
+        self._arena = Arena(self._blocks)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(channel.fileno(), zmq.POLLIN)
 
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
@@ -69,7 +96,7 @@ class _Lane:
             ready = sockets.wait(self._poller, left)
             if self._socket in ready:
                 return self._socket.recv()
-            if not ready or not self._read_channel(0):
+            if not ready or not self._blocks.read(0):
                 return self._last_words()
 
     def _last_words(self) -> bytes | None:
@@ -78,29 +105,6 @@ class _Lane:
             return self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
-
-    def _read_channel(self, timeout: float) -> bool:
-        """Takes in one message about blocks; false if the peer is gone."""
-        received = self._channel.receive(timeout)
-        if received is None:
-            return False
-        data, fds = received
-        message = m.on_lane_socket(data)
-        if isinstance(message, m.BlockShared) and fds:
-            self._mappings.add(message.block, message.size, fds[0])
-        elif isinstance(message, m.BlockDropped):
-            self._mappings.drop(message.block)
-        return True
-
-    def _block(self, number: int) -> Block:
-        while (block := self._mappings.get(number)) is None:
-            try:
-                alive = self._read_channel(_HANDOVER)
-            except TimeoutError:
-                alive = False
-            if not alive:
-                raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
-        return block
 
 
 class ClientLane(_Lane):
@@ -115,20 +119,26 @@ class ClientLane(_Lane):
         self.granted = granted
         channel = Channel.connect(granted.address, timeout)
         reply_to = fresh_address("lane")
-        socket = sockets.pair_listener(ctx, reply_to)
-        super().__init__(channel, socket)
+        try:
+            super().__init__(channel, sockets.pair_listener(ctx, reply_to))
+        except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
+            channel.close()
+            raise ConnectionError(str(error)) from error
         try:
             self._page = self._open(granted.secret, reply_to, timeout)
         except BaseException:
             self.close()
             raise
-        self._unpacker = Unpacker(self._block, copy=True)
+        self._unpacker = Unpacker(self._blocks.block, copy=True)
 
     def _open(self, secret: str, reply_to: str, timeout: float) -> Block:
         hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to)
         self._channel.send(m.encode(hello))
-        page = self.arena.page()
-        answer = self._receive(timeout)
+        page = self._arena.page()
+        try:
+            answer = self._receive(timeout)
+        except zmq.ContextTerminated:
+            answer = None
         if answer is None:
             raise ConnectionError("the worker did not open the lane")
         opened = m.lane_reply(answer)
@@ -138,16 +148,26 @@ class ClientLane(_Lane):
 
     def pack(self, values: Iterable[Any]) -> list[m.Value]:
         """Copies the arrays in ``values`` to where the worker sees them; see :class:`Packer`."""
-        return Packer(self.arena).pack(values)
+        return Packer(self._arena).pack(values)
 
     def exchange(self, message: m.Call | m.Invoke | m.Touch | m.Hold | m.Unhold) -> Any:
         """Sends a request and waits for its reply; None if the worker went without one.
 
         An exception, KeyboardInterrupt included, leaves the lane unusable: close it.
         """
-        self._send(message)
-        answer = self._receive()
+        try:
+            self._send(message)
+            answer = self._receive()
+        except zmq.ContextTerminated:  # the supervisor died, and the worker with it
+            answer = None
         return None if answer is None else m.lane_reply(answer)
+
+    def is_dead(self) -> bool:
+        """Whether the worker is gone; does not wait."""
+        while self._channel.readable():
+            if not self._blocks.read(0):
+                return True
+        return False
 
     def unpack(self, value: m.Value) -> Any:
         """The result of a call: small arrays are copies, large ones views that keep their memory alive."""
@@ -176,7 +196,7 @@ class WorkerLane(_Lane):
             raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
         super().__init__(channel, sockets.pair(ctx, hello.reply_to))
         self._send(m.LaneOpen(secret=secret))
-        self._unpacker = Unpacker(self._block, copy=False)
+        self._unpacker = Unpacker(self._blocks.block, copy=False)
 
     def receive(self) -> Any:
         """The next request; None when the caller is gone."""
@@ -193,7 +213,7 @@ class WorkerLane(_Lane):
         Raises:
             Exception: the value cannot be sent; nothing was.
         """
-        packer = Packer(self.arena, lease_from=VIEW_FROM)
+        packer = Packer(self._arena, lease_from=VIEW_FROM)
         (packed,) = packer.pack([value])
         try:
             self._send(m.Result(value=packed))
@@ -207,4 +227,4 @@ class WorkerLane(_Lane):
 
     def last_touch(self) -> float:
         """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""
-        return self._mappings.clock() / 1e9
+        return self._blocks.mappings.clock() / 1e9

@@ -187,7 +187,8 @@ class Waker:
     def fileno(self) -> int:
         return self._fd
 
-    def close(self) -> None:
+    def __del__(self) -> None:
+        # Not earlier: somebody who wakes a waker that was closed would write to whatever has its number now.
         os.close(self._fd)
 
 

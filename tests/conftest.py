@@ -1,0 +1,58 @@
+"""Fixtures: a host for each test, and the count of what it left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+# Where a test imports onnxruntime, it must not start its telemetry thread and open its database.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+from onnx_dl import ModelHost
+from tests.waiting import DEADLINE
+
+
+def _belongings() -> dict[str, set[object]]:
+    """What this process has of what a test must not leave: threads, descriptors, children, shared memory."""
+    fds = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    return {
+        "threads": {t.name for t in threading.enumerate() if t.name.startswith("onnx-dl")},
+        "descriptors": set(fds.items()),
+        "children": {p.pid for p in psutil.Process().children(recursive=True)},
+        "shared memory": set(os.listdir("/dev/shm")),
+    }
+
+
+def _left(before: dict[str, set[object]]) -> dict[str, set[object]]:
+    after = _belongings()
+    return {kind: after[kind] - before[kind] for kind in after if after[kind] - before[kind]}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test ends by counting: processes, threads, descriptors, shared memory."""
+    before = _belongings()
+    yield
+    request.node.funcargs.clear()  # pytest would hold on to proxies, and these to their connection
+    deadline = time.monotonic() + DEADLINE
+    while gc.collect() >= 0 and (left := _left(before)):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def host(nothing_is_left_behind: None) -> Iterator[ModelHost]:
+    """A host of the test's own, closed at its end."""
+    with ModelHost() as host:
+        yield host

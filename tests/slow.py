@@ -1,0 +1,49 @@
+"""A model whose call lasts as long as one likes, and one that returns what it is given."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+F, I, B = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+
+
+def _info(name: str, kind: int, shape: list[int | str]) -> object:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _bytes(graph: object) -> bytes:
+    model: ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def spin_model() -> bytes:
+    """y = tanh(x @ identity), ``n`` times; x: float32[64, 64], n: int64 scalar."""
+    square = [64, 64]
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["state", "weights"], ["product"]),
+            helper.make_node("Tanh", ["product"], ["next"]),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        "body",
+        [_info("turn", I, []), _info("go", B, []), _info("state", F, square)],
+        [_info("go_on", B, []), _info("next", F, square)],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["n", "true", "x"], ["y"], body=body)],
+        "spin",
+        [_info("x", F, square), _info("n", I, [])],
+        [_info("y", F, square)],
+        [
+            numpy_helper.from_array(np.eye(64, dtype=np.float32), "weights"),
+            numpy_helper.from_array(np.array(True), "true"),
+        ],
+    )
+    return _bytes(graph)
+
+
+def identity_model() -> bytes:
+    """y = x; float32[N]."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return _bytes(helper.make_graph([node], "identity", [_info("x", F, ["N"])], [_info("y", F, ["N"])]))

@@ -1,0 +1,45 @@
+"""Waiting for what must happen, with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+from onnx_dl import EventStream, EventType, ModelEvent, ModelHost
+
+DEADLINE = 8.0
+"""Seconds; far more than anything takes, so that a slow machine fails no test."""
+
+
+def eventually(happened: Callable[[], object], what: str, timeout: float = DEADLINE) -> None:
+    """Returns as soon as ``happened()`` is true; fails the test if it never is."""
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.002)
+
+
+def wait_for(stream: EventStream, kind: EventType) -> ModelEvent:
+    """The next event of this kind."""
+    while (event := stream.get(DEADLINE)).type != kind:
+        pass
+    return event
+
+
+def worker_pid(host: ModelHost) -> int:
+    """The process id of the only worker."""
+    (pid,) = [status.pid for status in host.snapshot().models if status.pid is not None]
+    return pid
+
+
+def is_gone(pid: int) -> bool:
+    """No process has this id, not even a zombie."""
+    return not psutil.pid_exists(pid)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
