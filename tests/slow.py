@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-F, I, B = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
 def _info(name: str, kind: int, shape: list[int | str]) -> object:
@@ -27,14 +27,14 @@ def spin_model() -> bytes:
             helper.make_node("Identity", ["go"], ["go_on"]),
         ],
         "body",
-        [_info("turn", I, []), _info("go", B, []), _info("state", F, square)],
-        [_info("go_on", B, []), _info("next", F, square)],
+        [_info("turn", INT64, []), _info("go", BOOL, []), _info("state", FLOAT, square)],
+        [_info("go_on", BOOL, []), _info("next", FLOAT, square)],
     )
     graph = helper.make_graph(
         [helper.make_node("Loop", ["n", "true", "x"], ["y"], body=body)],
         "spin",
-        [_info("x", F, square), _info("n", I, [])],
-        [_info("y", F, square)],
+        [_info("x", FLOAT, square), _info("n", INT64, [])],
+        [_info("y", FLOAT, square)],
         [
             numpy_helper.from_array(np.eye(64, dtype=np.float32), "weights"),
             numpy_helper.from_array(np.array(True), "true"),
@@ -46,4 +46,5 @@ def spin_model() -> bytes:
 def identity_model() -> bytes:
     """y = x; float32[N]."""
     node = helper.make_node("Identity", ["x"], ["y"])
-    return _bytes(helper.make_graph([node], "identity", [_info("x", F, ["N"])], [_info("y", F, ["N"])]))
+    ends = [_info("x", FLOAT, ["N"])], [_info("y", FLOAT, ["N"])]
+    return _bytes(helper.make_graph([node], "identity", *ends))

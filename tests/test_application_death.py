@@ -34,7 +34,7 @@ ENDS = {
     "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
     "abort": "os.abort()",
     "Ctrl-C": "os.kill(os.getpid(), signal.SIGINT); signal.pause()",
-    "during a call": "threading.Thread(target=proxy.run, args=(None, feed), daemon=True).start(); os._exit(0)",
+    "during a call": "threading.Thread(target=proxy.run, args=(None, feed)).start(); os._exit(0)",
     "inside of a block": "block = proxy.session(); block.__enter__(); os._exit(0)",
 }
 
@@ -53,7 +53,9 @@ def supervisors(text: str) -> list[int]:
 
 
 def abstract_sockets() -> set[str]:
-    return {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "onnx-dl/" in line}
+    return {
+        line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "onnx-dl/" in line
+    }
 
 
 def all_of_ours(supervisor: int) -> list[psutil.Process]:
@@ -84,10 +86,13 @@ def test_nothing_outlives_the_application(end: str) -> None:
 
 
 def test_everything_killed_at_one_moment_leaves_nothing() -> None:
-    end = "import psutil\n" + (
-        "for p in psutil.Process(default_host().snapshot().supervisor_pid).children(recursive=True): p.kill()\n"
-        "os.kill(default_host()._process.pid, 9); os.kill(os.getpid(), 9)"
-    )
+    end = """
+import psutil
+supervisor = psutil.Process(default_host().snapshot().supervisor_pid)
+for process in [*supervisor.children(recursive=True), supervisor]:
+    process.kill()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
     before = abstract_sockets()
     done = run(USE + end)
     assert_gone(supervisors(done.stdout)[0])

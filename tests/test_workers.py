@@ -66,7 +66,9 @@ def spinner(host: ModelHost) -> Iterator[Spinner]:
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def test_construction_loads_nothing_and_starts_nothing(digits: InferenceSessionProxy, host: ModelHost) -> None:
+def test_construction_loads_nothing_and_starts_nothing(
+    digits: InferenceSessionProxy, host: ModelHost
+) -> None:
     assert not digits.is_loaded
     assert host.snapshot().supervisor_pid is None
 
@@ -195,7 +197,9 @@ def test_status_is_no_use(host: ModelHost) -> None:
     proxy = InferenceSessionProxy(model_path("digits"), ttl=0.3, host=host)
     with host.events() as events:
         proxy.run(None, FEED)
-        eventually(lambda: not proxy.is_loaded and host.snapshot() is not None, "it unloads while it is watched")
+        eventually(
+            lambda: not proxy.is_loaded and host.snapshot() is not None, "it unloads while it is watched"
+        )
         assert wait_for(events, EventType.UNLOADED).reason == "ttl"
 
 

@@ -1,0 +1,73 @@
+"""Memory over time, for the demo: a thread that reads it, and a line that shows it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Self
+
+import psutil
+
+_BARS: Final = " ▁▂▃▄▅▆▇█"
+_PERIOD: Final = 0.05
+
+
+class Reading(NamedTuple):
+    """Bytes at one moment; ``at`` in seconds since the start.
+
+    ``application`` is the resident set of this process, ``others`` what supervisor, template and workers hold
+    for themselves (USS: pages that they share count for none of them).
+    """
+
+    at: float
+    application: int
+    others: int
+
+
+class Recorder:
+    """Reads memory twenty times a second for as long as its block lasts."""
+
+    def __init__(self) -> None:
+        self.readings: list[Reading] = []
+        self._stop = threading.Event()
+        self._started = time.monotonic()
+        self._me = psutil.Process()
+        self._thread = threading.Thread(target=self._record, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _record(self) -> None:
+        while not self._stop.wait(_PERIOD):
+            self.readings.append(self.read())
+
+    def read(self) -> Reading:
+        """Memory now."""
+        others = sum(map(_private_bytes, self._me.children(recursive=True)))
+        return Reading(time.monotonic() - self._started, self._me.memory_info().rss, others)
+
+
+def _private_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().uss)
+    except psutil.Error:  # it ended while we looked
+        return 0
+
+
+def sparkline(values: Sequence[float], width: int, top: float) -> str:
+    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values."""
+    if not values:
+        return " " * width
+    bars = []
+    for column in range(width):
+        first = column * len(values) // width
+        last = max(first + 1, (column + 1) * len(values) // width)
+        level = max(values[first:last]) / top if top else 0.0
+        bars.append(_BARS[min(len(_BARS) - 1, round(level * (len(_BARS) - 1)))])
+    return "".join(bars)

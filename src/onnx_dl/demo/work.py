@@ -1,0 +1,99 @@
+"""The demo's work, the same for a proxy and for onnxruntime: predict real samples, count what is right.
+
+Which session runs it, and what its memory is, is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from onnx_dl.demo.assets import LARGE_WIDTH, load_samples
+
+SMALL = ("digits", "wine", "diabetes")
+LARGE_BATCHES = (1, 64, 512, 16)
+
+
+class Session(Protocol):
+    """What the work needs of ``onnxruntime.InferenceSession``."""
+
+    def run(self, output_names: Any, input_feed: dict[str, Any]) -> list[Any]: ...
+
+
+class Outcome(NamedTuple):
+    """What one model's work gave.
+
+    ``said`` is the quality on held-out samples in words; ``digest`` tells whether two ways gave the same
+    bits; times are in seconds: the load, as the caller of :func:`predict` measured it, and the median call.
+    """
+
+    model: str
+    said: str
+    example: str
+    digest: str
+    warm: float
+    load: float = 0.0
+
+
+def predict(name: str, session: Session) -> Outcome:
+    """All held-out samples of a small model, once in a batch and then one by one."""
+    samples = load_samples()[name]
+    feed = {samples.input_name: samples.inputs}
+    outputs = session.run(None, feed)
+    warm = []
+    for row in samples.inputs:
+        started = time.perf_counter()
+        session.run(None, {samples.input_name: row[None]})
+        warm.append(time.perf_counter() - started)
+    predicted = np.asarray(outputs[0]).ravel()
+    return Outcome(
+        model=name,
+        said=_quality(predicted, samples.targets),
+        example=f"predicted {_label(predicted[0])}, true {_label(samples.targets[0])}",
+        digest=_digest(outputs),
+        warm=statistics.median(warm),
+    )
+
+
+def churn(session: Session) -> Outcome:
+    """The large model on batches of several sizes, which is what leaves a heap in pieces."""
+    rng = np.random.default_rng(0)
+    times, outputs = [], []
+    for batch in LARGE_BATCHES:
+        data = rng.standard_normal((batch, LARGE_WIDTH), dtype=np.float32)
+        started = time.perf_counter()
+        outputs.append(session.run(None, {"X": data})[0])
+        times.append(time.perf_counter() - started)
+    shape = "x".join(map(str, outputs[-1].shape))
+    return Outcome(
+        model="large",
+        said=f"batches of {', '.join(map(str, LARGE_BATCHES))}",
+        example=f"result {shape}, mean {outputs[-1].mean():+.5f}",
+        digest=_digest(outputs),
+        warm=statistics.median(times),
+    )
+
+
+def _quality(predicted: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> str:
+    if targets.dtype.kind == "f":
+        residual = ((targets - predicted) ** 2).sum() / ((targets - targets.mean()) ** 2).sum()
+        return f"R2 {1 - residual:.2f} on {len(targets)} samples"
+    right = int((predicted == targets).sum())
+    return f"{right} of {len(targets)} samples right"
+
+
+def _label(value: Any) -> str:
+    return f"{value:.0f}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _digest(outputs: list[Any]) -> str:
+    """Equal for equal outputs, bit for bit."""
+    digest = hashlib.sha256()
+    for output in outputs:
+        plain = isinstance(output, np.ndarray) and output.dtype.kind != "O"
+        digest.update(output.tobytes() if plain else repr(output).encode())
+    return digest.hexdigest()
