@@ -259,6 +259,7 @@ def _split_source(source: object) -> tuple[str | None, bytes | None]:
 
 def _no_such_file(path: str) -> Exception:
     """onnxruntime's own exception, in its own words."""
+    installation.check()
     module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     error: Exception = module.NoSuchFile(
         "[ONNXRuntimeError] : 3 : NO_SUCHFILE : "

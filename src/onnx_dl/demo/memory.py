@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, Self
 import psutil
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
-_PERIOD: Final = 0.05
+_PERIOD: Final = 0.2  # reading what is private walks the page tables and slows a process that loads
 
 
 class Reading(NamedTuple):
@@ -26,7 +26,7 @@ class Reading(NamedTuple):
 
 
 class Recorder:
-    """Reads memory twenty times a second for as long as its block lasts."""
+    """Reads memory five times a second for as long as its block lasts."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []

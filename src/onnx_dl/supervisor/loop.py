@@ -98,6 +98,9 @@ class Supervisor:
             if self._abandoned_at is not None and now >= self._abandoned_at:
                 self._carry_out(self._scheduler.on_abandoned(now))
         self._processes.close()
+        self._listener.close()
+        for client in self._clients:
+            client.close()
         self._context.destroy(linger=500)  # Bye may still be on its way
 
     def _poller(self) -> zmq.Poller:

@@ -76,7 +76,8 @@ class Worker:
                 seconds=ready - started,
             )
         )
-        self._attend(listener, backend)
+        with contextlib.closing(listener):
+            self._attend(listener, backend)
 
     def _take_blob(self) -> bytes | None:
         if self._blob is None:

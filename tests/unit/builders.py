@@ -1,0 +1,199 @@
+"""Short ways to make what the pure tests feed in and expect back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from onnx_dl.config import Settings
+from onnx_dl.events import EventType, ModelEvent
+from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, Usage
+from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.transport import failures
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import shm
+from onnx_dl.transport.arena import Arena, Mappings
+
+A, B = b"client-a", b"client-b"
+SETTINGS = Settings(python="python", load_timeout=100.0, exit_grace=5.0, stable_after=10.0)
+USAGE = Usage(rss=3_000_000, private=2_000_000, gpu=None)
+EPOCH = 1_000_000.0
+
+DESCRIPTION = ModelDescription(
+    inputs=[TensorSpec("x", "tensor(float)", ["batch", 4, None])],
+    outputs=[TensorSpec("y", "tensor(float)", [1])],
+    overridable_initializers=[],
+    modelmeta={"version": 1, "custom_metadata_map": {"a": "b"}},
+    providers=["CPUExecutionProvider"],
+    provider_options={"CPUExecutionProvider": {}},
+    options={"config": {}},
+)
+
+
+def spec(key: str = "m", **fields: Any) -> ModelSpec:
+    return ModelSpec(key=key, name=f"{key}.onnx", cwd="/work", path=f"{key}.onnx", **fields)
+
+
+def acquire(ticket: int, proxy: int = 1, ttl: float = -1.0, key: str = "m") -> m.Acquire:
+    return m.Acquire(ticket=ticket, proxy=proxy, spec=spec(key), ttl=ttl)
+
+
+def unload(ticket: int, key: str = "m", force: bool = False) -> m.Unload:
+    return m.Unload(ticket=ticket, key=key, force=force)
+
+
+def ready(worker_id: int = 1, seconds: float = 0.5) -> m.WorkerReady:
+    return m.WorkerReady(
+        worker_id=worker_id,
+        address=f"address-{worker_id}",
+        secret=f"secret-{worker_id}",
+        description=DESCRIPTION,
+        seconds=seconds,
+    )
+
+
+def failed(worker_id: int = 1, error: Exception | None = None) -> m.WorkerFailed:
+    return m.WorkerFailed(
+        worker_id=worker_id, failure=failures.describe(error or ValueError("not a model"))
+    )
+
+
+# --- expected commands -----------------------------------------------------------------------------------
+
+
+def start(worker_id: int = 1, key: str = "m") -> StartWorker:
+    return StartWorker(worker_id, spec(key))
+
+
+def order(worker_id: int, message: m.Message) -> TellWorker:
+    return TellWorker(worker_id, message)
+
+
+def kill(worker_id: int = 1) -> KillWorker:
+    return KillWorker(worker_id)
+
+
+def granted(client: bytes, ticket: int, worker_id: int = 1) -> TellClient:
+    message = ready(worker_id)
+    return TellClient(
+        client,
+        m.Granted(
+            ticket=ticket,
+            worker_id=worker_id,
+            pid=100 + worker_id,
+            address=message.address,
+            secret=message.secret,
+            description=DESCRIPTION,
+        ),
+    )
+
+
+def unloaded(client: bytes, ticket: int, was_loaded: bool = True) -> TellClient:
+    return TellClient(client, m.Unloaded(ticket=ticket, was_loaded=was_loaded))
+
+
+def event(
+    seq: int,
+    kind: str,
+    now: float,
+    worker_id: int = 1,
+    key: str = "m",
+    pid: int | None = -1,
+    usage: Usage | None = None,
+    **fields: Any,
+) -> Emit:
+    """``pid`` -1: the pid that :class:`Rig` gives to the worker; None: it has none yet."""
+    usage = usage or Usage()
+    return Emit(
+        ModelEvent(
+            seq=seq,
+            type=EventType(kind),
+            at=EPOCH + now,
+            model=f"{key}.onnx",
+            key=key,
+            worker_id=worker_id,
+            pid=100 + worker_id if pid == -1 else pid,
+            rss=usage.rss or None,
+            gpu=usage.gpu,
+            **fields,
+        )
+    )
+
+
+def told(commands: list[Command], kind: type[m.Message]) -> list[Any]:
+    """Messages of a kind that go to clients."""
+    return [c.message for c in commands if isinstance(c, TellClient) and isinstance(c.message, kind)]
+
+
+def events(commands: list[Command]) -> list[ModelEvent]:
+    return [c.event for c in commands if isinstance(c, Emit)]
+
+
+def starts(commands: list[Command]) -> list[StartWorker]:
+    return [c for c in commands if isinstance(c, StartWorker)]
+
+
+class Rig:
+    """A scheduler and short ways to bring one model into each state.  Worker n has pid 100 + n."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(SETTINGS, EPOCH)
+
+    def loading(self, now: float = 0.0, client: bytes = A, key: str = "m", ttl: float = -1.0) -> list[Command]:
+        """One acquire, ticket 1, and its worker has started."""
+        s = self.scheduler
+        commands = s.on_acquire(client, acquire(1, key=key, ttl=ttl), now)
+        for command in starts(commands):
+            s.on_spawned(command.worker_id, 100 + command.worker_id)
+            commands += s.on_started(command.worker_id)
+        return commands
+
+    def ready(self, now: float = 1.0, worker_id: int = 1, **fields: Any) -> list[Command]:
+        """As :meth:`loading` at 0, then ready."""
+        commands = self.loading(0.0, **fields)
+        return commands + self.scheduler.on_ready(ready(worker_id), USAGE, now)
+
+    def draining(self, now: float = 2.0) -> list[Command]:
+        """As :meth:`ready`, then ``unload()`` with ticket 50 of client B."""
+        commands = self.ready()
+        return commands + self.scheduler.on_unload(B, unload(50), now)
+
+    def crash(self, now: float, worker_id: int, status: int = 11) -> list[Command]:
+        """A worker that was started dies while it loads."""
+        return self.scheduler.on_exited(worker_id, status, "", now)
+
+
+# --- arenas ----------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """An announcer whose peer is in this process: blocks that an arena shares are mapped at once."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.mappings = Mappings()
+
+    def shared(self, block: int, size: int, fd: int) -> None:
+        self.calls.append(("shared", block))
+        self.mappings.add(block, size, os.dup(fd))
+
+    def dropped(self, block: int) -> None:
+        self.calls.append(("dropped", block))
+        self.mappings.drop(block)
+
+    def get(self, number: int) -> Any:
+        """As a lane's: the block, which must have been shared."""
+        block = self.mappings.get(number)
+        if block is None:
+            raise AssertionError(f"block {number} was never shared, or was dropped")
+        return block
+
+
+def arena() -> tuple[Arena, Peer]:
+    peer = Peer()
+    return Arena(peer), peer
+
+
+def segment(size: int) -> int:
+    return shm.create(size)
