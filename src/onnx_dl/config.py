@@ -6,12 +6,13 @@ Covers numbers and names; who uses them is not known here.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 import secrets
 import sys
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -46,10 +47,15 @@ def _seconds(value: object) -> float | None:
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
         return float(match[1]) * _UNITS[match[2]] if match else None
-    try:
-        return float(value)  # type: ignore[arg-type]  # numpy scalars are welcome too
-    except (TypeError, ValueError, OverflowError):
+    if not isinstance(value, numbers.Real):  # numpy's numbers are
         return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,13 +65,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The interpreter for our processes; to be set where an embedding application is ``sys.executable``."""
     start: str = "fork"
     """``fork``: workers are forked from a template process; ``exec``: each is a fresh interpreter."""
-    load_timeout: float = 600.0
+    load_timeout: _Seconds = 600.0
     """A load that takes longer is ended and raises LoadTimeout."""
-    start_timeout: float = 30.0
+    start_timeout: _Seconds = 30.0
     """How long the supervisor may take to come up, and any single control message to be answered."""
-    exit_grace: float = 5.0
+    exit_grace: _Seconds = 5.0
     """How long a drained worker may take to exit before it is killed."""
-    stable_after: float = 10.0
+    stable_after: _Seconds = 10.0
     """A worker that was ready for longer than this does not count as one that keeps dying."""
 
 

@@ -354,6 +354,7 @@ def walk(rng: random.Random) -> None:
             calls -= 1
             gate.leave(now)
             last, used = now, True
+            closed = closed or (draining and not holds)
         elif action == 3 and not (closed or draining):
             admitted = gate.hold()
             holds += admitted
@@ -362,6 +363,7 @@ def walk(rng: random.Random) -> None:
             holds -= 1
             gate.unhold(now)
             last, used = now, True
+            closed = closed or (draining and not holds)
         elif action == 5 and rng.random() < 0.05:
             draining = True
             gate.drain()

@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from builders import (
+from tests.unit.builders import (
     DESCRIPTION,
     SETTINGS,
     USAGE,
@@ -365,7 +365,7 @@ def test_facts_of_unknown_or_reaped_workers_are_dropped(rig):
         assert s.on_spawned(stale, 5) == []
         assert s.on_started(stale) == []
         assert s.on_ready(ready(stale), USAGE, 6.0) == []
-        assert s.on_load_failed(failed(stale)) == []
+        assert s.on_load_failed(failed(stale), 1.0) == []
         assert s.on_draining(stale, USAGE, 6.0) == []
         assert s.on_drained(stale, USAGE, 6.0) == []
         s.on_measured(stale, USAGE)
@@ -387,7 +387,7 @@ def test_a_worker_that_says_ready_twice_is_a_bug_with_history(rig):
 def test_engine_refusal_reaches_the_waiters_as_it_was(rig):
     rig.loading()
     s = rig.scheduler
-    assert s.on_load_failed(failed()) == [order(1, m.Exit())]
+    assert s.on_load_failed(failed(), 1.0) == [order(1, m.Exit())]
     commands = s.on_exited(1, 0, "", 1.0)
     assert commands[0] == event(2, "failed", 1.0, detail="not a model", retry_after=0.0)
     error = denial(commands)
@@ -400,7 +400,7 @@ def test_engine_refusal_reaches_the_waiters_as_it_was(rig):
 def test_worker_that_was_refused_its_model_and_does_not_exit_is_killed(rig):
     rig.loading()
     s = rig.scheduler
-    s.on_load_failed(failed())
+    s.on_load_failed(failed(), 1.0)
     assert s.next_deadline() is not None
     assert s.on_tick(1000.0) == [kill(1)]
 
@@ -617,7 +617,9 @@ def test_shutdown_kills_all_and_says_bye_when_the_last_is_reaped(rig):
     rig.ready()
     s = rig.scheduler
     s.on_acquire(A, acquire(2, key="n"), 2.0)
-    assert s.on_shutdown(A, m.Shutdown(ticket=9), 3.0) == [
+    commands = s.on_shutdown(A, m.Shutdown(ticket=9), 3.0)
+    assert len(told(commands, m.Denied)) == 1
+    assert [command for command in commands if not isinstance(command, TellClient)] == [
         event(4, "draining", 3.0, usage=USAGE, reason="exit"),
         kill(1),
         event(5, "draining", 3.0, worker_id=2, key="n", pid=None, reason="exit"),

@@ -6,7 +6,7 @@ import collections
 import random
 
 import pytest
-from builders import SETTINGS, USAGE, acquire, failed, ready, unload
+from tests.unit.builders import SETTINGS, USAGE, acquire, failed, ready, unload
 
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
@@ -210,7 +210,7 @@ class World:
             case m.WorkerReady() as message:
                 self.do(s.on_ready(message, usage, now))
             case m.WorkerFailed() as message:
-                self.do(s.on_load_failed(message))
+                self.do(s.on_load_failed(message, self.now))
             case "draining":
                 self.do(s.on_draining(worker.id, usage, now))
             case "drained":

@@ -175,7 +175,7 @@ class Supervisor:
             case m.WorkerReady(worker_id=worker_id):
                 return scheduler.on_ready(message, self._measure(worker_id), now)
             case m.WorkerFailed():
-                return scheduler.on_load_failed(message)
+                return scheduler.on_load_failed(message, now)
             case m.WorkerDraining(worker_id=worker_id):
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now)
             case m.WorkerDrained(worker_id=worker_id):

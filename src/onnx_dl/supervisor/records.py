@@ -27,6 +27,8 @@ class Worker:
     drained: bool = False
     """It finished all calls that it began, and began no other."""
     kill_at: float | None = None
+    killed: bool = False
+    """The supervisor ended it; another death is a crash, whatever it was about to do."""
     reason: str = "crash"
 
 

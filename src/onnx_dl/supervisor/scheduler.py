@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.config import Settings
-from onnx_dl.errors import LoadTimeout, WorkerDied
+from onnx_dl.errors import LoadTimeout, SupervisorError, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
@@ -51,6 +51,9 @@ class Scheduler:
 
     def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> list[Command]:
         """A proxy needs its model."""
+        if self._closing is not None:
+            self._refuse(client, ask)
+            return self._done()
         model = self._models.setdefault(ask.spec.key, Model(ask.spec.key, ask.spec))
         if model.state is ModelState.READY:
             self._grant(model, client, ask)
@@ -76,6 +79,10 @@ class Scheduler:
             if (client, proxy) in model.leases:
                 model.leases[client, proxy] = ttl
                 self._retime(model)
+            model.waiters = [
+                (who, msgspec.structs.replace(ask, ttl=ttl) if (who, ask.proxy) == (client, proxy) else ask)
+                for who, ask in model.waiters
+            ]
         return self._done()
 
     def on_unload(self, client: bytes, ask: m.Unload, now: float) -> list[Command]:
@@ -139,9 +146,10 @@ class Scheduler:
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
         """A worker has loaded its model."""
-        if model := self._by_worker.get(ready.worker_id):
-            worker = model.worker
-            assert worker is not None
+        model = self._by_worker.get(ready.worker_id)
+        worker = model.worker if model else None
+        # One that was given up on is killed already; its readiness crossed that.
+        if model and worker and worker.failure is None:
             model.step(LifecycleEvent.WORKER_READY, now)
             worker.ready, worker.ready_at = ready, now
             self.ledger.book(worker.id, usage)
@@ -151,11 +159,12 @@ class Scheduler:
                 self._welcome(model, ready, now)
         return self._done()
 
-    def on_load_failed(self, failed: m.WorkerFailed) -> list[Command]:
+    def on_load_failed(self, failed: m.WorkerFailed, now: float) -> list[Command]:
         """The engine refused the model; the worker is sent away."""
         if model := self._by_worker.get(failed.worker_id):
             assert model.worker is not None
             model.worker.failure = failed.failure
+            model.worker.kill_at = now + self._settings.exit_grace
             self._order(failed.worker_id, m.Exit())
         return self._done()
 
@@ -238,7 +247,7 @@ class Scheduler:
 
     def _kill(self, worker: Worker) -> None:
         worker.kill_at = None
-        self._out.append(KillWorker(worker.id))
+        self._kill_now(worker)
 
     def _give_up(self, worker: Worker) -> None:
         model = self._by_worker[worker.id]
@@ -247,7 +256,7 @@ class Scheduler:
             "Set ONNX_DL_LOAD_TIMEOUT to a larger number of seconds if it needs longer."
         )
         worker.failure = failures.describe(error)
-        self._out.append(KillWorker(worker.id))
+        self._kill_now(worker)
 
     # --- what is known ------------------------------------------------------------------------------------
 
@@ -346,7 +355,7 @@ class Scheduler:
         self._begin_drain(model, reason, now)
         if kill or worker.ready is None:
             # Nobody's call runs in a worker that is still loading, so there is nothing to wait for.
-            self._out.append(KillWorker(worker.id))
+            self._kill_now(worker)
         elif ready_before:
             self._order(worker.id, m.Drain())
 
@@ -359,11 +368,22 @@ class Scheduler:
             self._emit(EventType.DRAINING, model, model.worker, now, reason=reason)
 
     def _kill_all(self, now: float) -> None:
-        for worker_id, model in self._by_worker.items():
+        for model in self._by_worker.values():
+            assert model.worker is not None
             self._begin_drain(model, "exit", now)
-            model.waiters.clear()
-            self._out.append(KillWorker(worker_id))
+            waiters, model.waiters = model.waiters, []
+            for client, ask in waiters:
+                self._refuse(client, ask)
+            self._kill_now(model.worker)
         self._say_bye()
+
+    def _kill_now(self, worker: Worker) -> None:
+        worker.killed = True
+        self._out.append(KillWorker(worker.id))
+
+    def _refuse(self, client: bytes, ask: m.Acquire) -> None:
+        error = SupervisorError(f"The host of {ask.spec.name} is shutting down; a new host can load it.")
+        self._tell(client, m.Denied(ticket=ask.ticket, failure=failures.describe(error)))
 
     def _say_bye(self) -> None:
         if self.finished:
@@ -390,7 +410,7 @@ class Scheduler:
             worker.pid or 0,
             status,
             stderr,
-            reason=worker.reason,
+            reason=worker.reason if worker.killed else "crash",
             loading=worker.ready is None,
         )
         return failures.describe(error)

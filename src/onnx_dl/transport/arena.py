@@ -11,6 +11,7 @@ What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor r
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ SMALLEST: Final = 64 << 10
 IDLE_TURNS: Final = 32
 """A block that was not used for this many turns of its arena is given back to the system."""
 
+_MOST_DIMENSIONS: Final = 64  # numpy's own limit
 _LEASE, _CLOCK = 0, 1  # 8-byte words of the header
 
 
@@ -54,9 +56,10 @@ class Block:
         self.number = number
         self.size = size
         self.last_turn = 0
-        self._bytes: NDArray[np.uint8] = np.frombuffer(shm.attach(fd, size + HEADER), np.uint8)
+        mapping = shm.attach(fd, size + HEADER)
+        self._bytes: NDArray[np.uint8] = np.asarray(mapping)
         self._words = self._bytes[:HEADER].view(np.uint64)
-        self._address: int = self._bytes.__array_interface__["data"][0] + HEADER
+        self._address = mapping.address + HEADER
 
     def array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """A writable C-contiguous array over the payload at byte ``offset``.
@@ -64,17 +67,27 @@ class Block:
         Raises:
             ProtocolError: it would reach beyond the block.
         """
-        try:
-            if offset < 0 or offset > self.size:
-                raise ValueError("offset outside of the block")
-            return np.ndarray(shape, dtype, self._bytes, HEADER + offset)
-        except (TypeError, ValueError) as error:
-            raise ProtocolError(f"A tensor does not fit its block of {self.size} bytes: {error}.") from None
+        self._check(dtype, shape, offset)
+        return np.ndarray(shape, dtype, self._bytes, HEADER + offset)
 
     def held_array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """Like :meth:`array`; the lease ends when the array and all its views are gone."""
-        self.array(dtype, shape, offset)  # checks the bounds
+        self._check(dtype, shape, offset)
         return np.asarray(_Lease(self, dtype, shape, self._address + offset))
+
+    def _check(self, dtype: str, shape: tuple[int, ...], offset: int) -> None:
+        """A peer's word is not enough: bytes of the block must not become pointers, nor bytes beyond it."""
+        try:
+            parsed = np.dtype(dtype)
+        except (TypeError, ValueError, SyntaxError):
+            parsed = np.dtype(object)
+        plain = parsed.str == dtype and not parsed.hasobject and len(shape) <= _MOST_DIMENSIONS
+        nbytes = math.prod(shape) * parsed.itemsize
+        if not (plain and offset >= 0 and min(shape, default=0) >= 0 and offset + nbytes <= self.size):
+            raise ProtocolError(
+                f"A tensor of dtype {dtype!r} and shape {shape} at byte {offset} does not fit its block "
+                f"of {self.size} bytes."
+            )
 
     @property
     def leased(self) -> bool:

@@ -8,10 +8,19 @@ descriptor reaches another process is :mod:`onnx_dl.transport.sockets`; what lie
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+from typing import Final
 
 from onnx_dl.errors import SharedMemoryError
+
+_PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def create(size: int) -> int:
@@ -32,7 +41,35 @@ def create(size: int) -> int:
     return fd
 
 
-def attach(fd: int, size: int) -> mmap.mmap:
+class Mapping:
+    """A segment in this process's memory, writable; unmapped when nobody holds this any more.
+
+    Made by libc's own mmap: Python's keeps a descriptor open for each mapping (until 3.13, where it need not),
+    and an application that keeps a thousand results would run out of them.
+    """
+
+    __slots__ = ("__array_interface__", "__weakref__", "address", "size")
+
+    def __init__(self, fd: int, size: int) -> None:
+        address = _libc.mmap(None, size, _PROT, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd, 0)
+        if address == _MAP_FAILED:
+            self.size = 0
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.address: int = address
+        self.size = size
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (size,),
+            "data": (address, False),
+        }
+
+    def __del__(self) -> None:
+        if self.size:
+            _libc.munmap(self.address, self.size)
+
+
+def attach(fd: int, size: int) -> Mapping:
     """The segment, mapped for reading and writing.  The mapping outlives ``fd`` and the segment's creator.
 
     The page table is filled at once: page faults, not copying, are what makes fresh memory slow.
@@ -43,7 +80,7 @@ def attach(fd: int, size: int) -> mmap.mmap:
     try:
         if os.fstat(fd).st_size < size:
             raise ValueError("the segment is smaller than announced")
-        return mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        return Mapping(fd, size)
     except (OSError, ValueError) as error:
         raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {error}.") from None
 

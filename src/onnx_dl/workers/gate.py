@@ -99,7 +99,8 @@ class Gate:
         """Notes the end of a use; whether a verdict may have changed in a way that cannot wait."""
         self._last_used = max(self._last_used, now)
         self._used = True
-        if self._ttl == 0:
+        # At once, not when somebody judges: another call must not slip in between.
+        if self._ttl == 0 or self._closing:
             self._close_if_due(now)
         # Whoever judges sleeps until the TTL it last saw runs out, so most calls need not wake it.
         unwatched = self._ttl != KEEP and not self._armed

@@ -1,0 +1,148 @@
+"""TTLs, environment settings, addresses: every form that is taken and every form that is refused."""
+
+from __future__ import annotations
+
+import fractions
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from onnx_dl import config
+from onnx_dl.config import Settings, parse_ttl, settings
+from onnx_dl.errors import ConfigError, PlatformError
+
+ACCEPTED = [
+    (-1, -1.0),
+    (-1.0, -1.0),
+    (np.int64(-1), -1.0),
+    (0, 0.0),
+    (0.0, 0.0),
+    (1, 1.0),
+    (90, 90.0),
+    (0.25, 0.25),
+    (1e9, 1e9),
+    (5e-324, 5e-324),
+    (np.float32(2.5), 2.5),
+    (np.uint8(7), 7.0),
+    (fractions.Fraction(1, 2), 0.5),
+    ("90s", 90.0),
+    ("5m", 300.0),
+    ("2h", 7200.0),
+    ("250ms", 0.25),
+    ("1.5h", 5400.0),
+    ("0s", 0.0),
+    (" 5 m ", 300.0),
+]
+REFUSED = [
+    None,
+    True,
+    False,
+    np.True_,
+    -0.5,
+    -2,
+    -1.0000001,
+    math.nan,
+    math.inf,
+    -math.inf,
+    10**400,
+    1j,
+    "",
+    "90",
+    "-1",
+    "-1s",
+    "s",
+    "5 minutes",
+    "5M",
+    ".5s",
+    "5.s",
+    "1e3s",
+    "nan",
+    "infs",
+    "5m 30s",
+    "9" * 400 + "s",
+    b"5",
+    bytearray(b"5"),
+    [],
+    [5],
+    (5,),
+    {},
+    object(),
+    int,
+]
+
+
+@pytest.mark.parametrize(("value", "seconds"), ACCEPTED, ids=repr)
+def test_ttl_accepted(value, seconds):
+    parsed = parse_ttl(value)
+    assert type(parsed) is float
+    assert parsed == seconds
+
+
+@pytest.mark.parametrize("value", REFUSED, ids=lambda v: repr(v)[:20])
+def test_ttl_refused_with_the_three_modes_named(value):
+    with pytest.raises(ValueError, match="three modes") as caught:
+        parse_ttl(value)
+    assert type(caught.value) is ConfigError
+    text = str(caught.value)
+    assert "-1 (stay" in text and "0 (unload after each use)" in text and "greater than 0" in text
+    assert repr(value)[:50] in text
+
+
+def test_defaults():
+    assert settings({}) == Settings()
+    assert Settings().python == sys.executable
+    assert Settings().start == "fork"
+
+
+@pytest.mark.parametrize("field", ["load_timeout", "start_timeout", "exit_grace", "stable_after"])
+@pytest.mark.parametrize(("text", "value"), [("120", 120.0), ("0.5", 0.5), ("1e2", 100.0)])
+def test_times_from_the_environment(field, text, value):
+    found = settings({f"ONNX_DL_{field.upper()}": text, "HOME": "/", "ONNX_DL_OTHER": "x"})
+    assert found == Settings(**{field: value})
+
+
+def test_texts_from_the_environment():
+    assert settings({"ONNX_DL_PYTHON": "/usr/bin/python3.11"}).python == "/usr/bin/python3.11"
+    assert settings({"ONNX_DL_START": "exec"}).start == "exec"
+
+
+def test_empty_variable_is_no_variable():
+    assert settings({"ONNX_DL_LOAD_TIMEOUT": "", "ONNX_DL_START": ""}) == Settings()
+
+
+def test_bad_choice():
+    with pytest.raises(ConfigError, match=r"ONNX_DL_START='spawn' is not one of fork, exec"):
+        settings({"ONNX_DL_START": "spawn"})
+
+
+@pytest.mark.parametrize("text", ["abc", "5m", "-5", "nan", "inf", "-inf", "0x10", "1,5"])
+@pytest.mark.parametrize("field", ["load_timeout", "start_timeout", "exit_grace", "stable_after"])
+def test_bad_time(field, text):
+    """A time that is negative or no number would kill every load, one that is infinite the poll loop."""
+    with pytest.raises(ConfigError, match=r"ONNX_DL_") as caught:
+        settings({f"ONNX_DL_{field.upper()}": text})
+    assert field in str(caught.value).lower()
+    assert isinstance(caught.value, ValueError)
+
+
+def test_settings_come_from_the_real_environment_by_default(monkeypatch):
+    monkeypatch.setenv("ONNX_DL_EXIT_GRACE", "1.25")
+    assert settings().exit_grace == 1.25
+
+
+def test_platform(monkeypatch):
+    config.check_platform()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(PlatformError, match=r"needs Linux .* this is darwin\. Use onnxruntime"):
+        config.check_platform()
+
+
+def test_addresses_are_unguessable_and_fit_a_socket():
+    found = {config.fresh_address("worker") for _ in range(100)}
+    assert len(found) == 100
+    for address in found:
+        assert address.startswith(f"onnx-dl/{os.getuid()}/worker/")
+        assert len(address) + len("/lifeline") < 100

@@ -1,0 +1,64 @@
+"""Wait statuses in words."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from onnx_dl.supervisor.exits import worker_died
+
+
+def died(status: int, stderr: str = "", reason: str = "crash", loading: bool = False):
+    return worker_died("m.onnx", 42, status, stderr, reason=reason, loading=loading)
+
+
+@pytest.mark.parametrize("code", [0, 1, 70, 255])
+def test_exit_code(code):
+    error = died(code << 8)
+    assert (error.exit_code, error.signal) == (code, None)
+    assert f"exit code {code}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (signal.SIGKILL, "ran out of memory"),
+        (signal.SIGSEGV, "native code touched memory"),
+        (signal.SIGABRT, "native code gave up"),
+        (signal.SIGBUS, "shared memory ran out"),
+        (signal.SIGTERM, "SIGTERM"),
+    ],
+)
+def test_signal(number, hint):
+    error = died(int(number))
+    assert (error.exit_code, error.signal) == (None, int(number))
+    assert number.name in str(error)
+    assert hint in str(error)
+
+
+def test_core_dump_flag_is_no_part_of_the_signal():
+    assert died(signal.SIGSEGV | 0x80).signal == signal.SIGSEGV
+
+
+def test_real_time_signal_has_a_number():
+    assert "signal 40" in str(died(40))
+
+
+def test_text():
+    assert str(died(7 << 8, "line 1\nline 2\n")) == (
+        "The worker of m.onnx (pid 42) ended before it answered: exit code 7. The next call loads the "
+        "model afresh. Its last lines on stderr:\nline 1\nline 2"
+    )
+    error = died(7 << 8, " \n", loading=True)
+    assert "while it loaded" in str(error)
+    assert "stderr" not in str(error)
+    assert (error.pid, error.stderr, error.reason, error.retry_after) == (42, " \n", "crash", 0.0)
+
+
+def test_ends_that_were_asked_for():
+    forced = died(signal.SIGKILL, reason="request")
+    assert "unload(force=True) was called" in str(forced)
+    assert "memory" not in str(forced) and "afresh" not in str(forced)
+    assert forced.reason == "request"
+    assert "its host shut down" in str(died(signal.SIGKILL, reason="exit"))
