@@ -129,6 +129,14 @@ def test_a_replaced_file_is_another_model(host: ModelHost, tmp_path: Path) -> No
     assert old.run(None, FEED)[0].shape == (2,)
 
 
+def test_the_same_bytes_with_other_options_outlive_the_first_proxy(host: ModelHost) -> None:
+    proxy = InferenceSessionProxy(identity_model(), host=host)
+    for providers in (["CPUExecutionProvider"], [("CPUExecutionProvider", {})]):
+        proxy = InferenceSessionProxy(identity_model(), providers=providers, host=host)
+        gc.collect()
+        assert proxy.run(None, {"x": np.ones(1, np.float32)})[0] == 1
+
+
 # --- concurrency -------------------------------------------------------------------------------------------
 
 

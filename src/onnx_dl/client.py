@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
+from onnx_dl.transport import shm
 from onnx_dl.transport.lane import ClientLane
 
 _LOAD_MARGIN: Final = 30.0
@@ -37,18 +40,30 @@ class Lease:
         self.closed = False
 
 
+class SharedBlob:
+    """A model given as bytes, in the supervisor's hands for as long as this lives."""
+
+    def __init__(self, connection: Connection, digest: str, data: bytes) -> None:
+        fd = shm.freeze(data)
+        try:
+            number = connection.share_blob(digest, fd)
+        finally:
+            os.close(fd)
+        weakref.finalize(self, connection.tell, m.DropBlob(number=number)).atexit = False
+
+
 class RemoteModel:
     """One model, shared by all proxies of this application that name it."""
 
     def __init__(
-        self, connection: Connection, spec: ModelSpec, load_timeout: float, share: Callable[[], None]
+        self, connection: Connection, spec: ModelSpec, load_timeout: float, blob: SharedBlob | None
     ) -> None:
-        """``share`` hands the model's bytes to the supervisor, if it was given as bytes."""
+        """``blob``: the model's bytes, if it was given as bytes."""
         self.connection = connection
         self.spec = spec
         self.description: ModelDescription | None = None
         self._load_timeout = load_timeout
-        self._share = share
+        self._blob = blob
         self._lock = threading.Lock()  # brief: guards what follows
         self._granted: m.Granted | None = None
         self._lanes: list[ClientLane] = []
@@ -185,7 +200,6 @@ class RemoteModel:
                 return granted
             if lease.closed:
                 raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
-            self._share()
             answer = self.connection.ask(
                 lambda ticket: m.Acquire(ticket=ticket, proxy=lease.id, spec=self.spec, ttl=lease.ttl),
                 self._load_timeout + _LOAD_MARGIN,

@@ -106,9 +106,15 @@ class Connection:
             self._outbox.put(message)
             self._waker.wake()
 
-    def share_blob(self, digest: str, fd: int) -> None:
-        """Hands over a model given as bytes.  The supervisor has it before anything that is asked later."""
-        self._lifeline.send(m.encode(m.Blob(digest=digest)), (fd,))
+    def share_blob(self, digest: str, fd: int) -> int:
+        """Hands over a model given as bytes.  The supervisor has it before anything that is asked later.
+
+        Returns:
+            The number by which DropBlob names it.
+        """
+        number = next(self._tickets)
+        self._lifeline.send(m.encode(m.Blob(number=number, digest=digest)), (fd,))
+        return number
 
     def close(self) -> None:
         """Lets go of the supervisor, which releases all that this application held."""

@@ -25,13 +25,12 @@ from typing import Final, Self
 import msgspec
 
 from onnx_dl import config
-from onnx_dl.client import RemoteModel
+from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.connection import Connection
 from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import shm
 
 logger = logging.getLogger("onnx_dl")
 
@@ -70,7 +69,7 @@ class ModelHost:
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
-        self._shared_blobs: set[str] = set()
+        self._blobs: weakref.WeakValueDictionary[str, SharedBlob] = weakref.WeakValueDictionary()
         self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
 
     # --- the supervisor -----------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ class ModelHost:
         address, secret = config.fresh_address("host"), secrets.token_hex(16)
         self._process = _start_supervisor(address, secret, self._settings)
         self._events = queue.SimpleQueue()
-        self._shared_blobs.clear()
+        self._blobs = weakref.WeakValueDictionary()
         models = self._models = weakref.WeakValueDictionary()
         self._connection = Connection(
             address,
@@ -139,35 +138,24 @@ class ModelHost:
 
     # --- models -------------------------------------------------------------------------------------------
 
-    def model(self, spec: ModelSpec, blob: bytes | None) -> RemoteModel:
+    def model(self, spec: ModelSpec, data: bytes | None) -> RemoteModel:
         """The one RemoteModel of this application for the spec, starting the supervisor if need be."""
         with self._lock:
             connection = self._connect()
             model = self._models.get(spec.key)
             if model is None:
-                model = RemoteModel(
-                    connection, spec, self._settings.load_timeout, lambda: self._share(connection, blob)
-                )
+                blob = self._blob(connection, spec.blob, data)
+                model = RemoteModel(connection, spec, self._settings.load_timeout, blob)
                 self._models[spec.key] = model
-                if spec.blob is not None:
-                    weakref.finalize(model, self._drop_blob, connection, spec.blob)
             return model
 
-    def _share(self, connection: Connection, blob: bytes | None) -> None:
+    def _blob(self, connection: Connection, digest: str | None, data: bytes | None) -> SharedBlob | None:
+        if digest is None or data is None:
+            return None
+        blob = self._blobs.get(digest)
         if blob is None:
-            return
-        digest = digest_of(blob)
-        if digest not in self._shared_blobs:
-            fd = shm.freeze(blob)
-            try:
-                connection.share_blob(digest, fd)
-            finally:
-                os.close(fd)
-            self._shared_blobs.add(digest)
-
-    def _drop_blob(self, connection: Connection, digest: str) -> None:
-        self._shared_blobs.discard(digest)
-        connection.tell(m.DropBlob(digest=digest))
+            blob = self._blobs[digest] = SharedBlob(connection, digest, data)
+        return blob
 
     def known_model(self, key: str) -> RemoteModel | None:
         """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""

@@ -41,7 +41,8 @@ class _Client:
     def __init__(self, lifeline: Channel) -> None:
         self.lifeline = lifeline
         self.identity: bytes | None = None
-        self.blobs: dict[str, int] = {}
+        self.blobs: dict[int, tuple[str, int]] = {}
+        """Models given as bytes: digest and memfd."""
         self.pidfd: int | None = None
         # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
         with contextlib.suppress(OSError):
@@ -50,19 +51,21 @@ class _Client:
     def sources(self) -> list[int]:
         return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
 
-    def keep_blob(self, digest: str, fd: int) -> None:
+    def keep_blob(self, number: int, digest: str, fd: int) -> None:
         """A model given as bytes; kept until the client drops it or is gone."""
-        self.drop_blob(digest)
-        self.blobs[digest] = fd
+        self.drop_blob(number)
+        self.blobs[number] = digest, fd
 
-    def drop_blob(self, digest: str) -> None:
-        if (fd := self.blobs.pop(digest, None)) is not None:
-            os.close(fd)
+    def drop_blob(self, number: int) -> None:
+        if (blob := self.blobs.pop(number, None)) is not None:
+            os.close(blob[1])
 
     def close(self) -> None:
         self.lifeline.close()
-        for fd in (*self.blobs.values(), *([] if self.pidfd is None else [self.pidfd])):
-            os.close(fd)
+        for number in list(self.blobs):
+            self.drop_blob(number)
+        if self.pidfd is not None:
+            os.close(self.pidfd)
 
 
 class Supervisor:
@@ -231,8 +234,8 @@ class Supervisor:
                 return scheduler.on_shutdown(identity, message, now)
             case m.AskStatus():
                 return [TellClient(identity, self._status(message, now))]
-            case m.DropBlob(digest=digest):
-                client.drop_blob(digest)
+            case m.DropBlob(number=number):
+                client.drop_blob(number)
         return []
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
@@ -247,8 +250,8 @@ class Supervisor:
         )
 
     def _blob(self, digest: str) -> int | None:
-        found = (client.blobs[digest] for client in self._clients if digest in client.blobs)
-        return next(found, None)
+        kept = (blob for client in self._clients for blob in client.blobs.values())
+        return next((fd for known, fd in kept if known == digest), None)
 
     def _hear_lifeline(self, client: _Client, *, gone: bool) -> None:
         """All that a client has said on its lifeline, and whether it is still there."""
@@ -274,7 +277,7 @@ class Supervisor:
         if isinstance(message, m.ClientHello):
             return self._welcome(client, message)
         if isinstance(message, m.Blob) and client.identity is not None and len(fds) == 1:
-            client.keep_blob(message.digest, fds[0])
+            client.keep_blob(message.number, message.digest, fds[0])
             return True
         for fd in fds:
             os.close(fd)

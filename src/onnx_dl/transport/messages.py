@@ -94,8 +94,12 @@ class Refused(Message):
 
 
 class Blob(Message):
-    """A model given as bytes; its memfd comes with the message.  Sent before the Acquire that names it."""
+    """A model given as bytes; its memfd comes with the message.  Sent before the Acquire that names it.
 
+    ``number`` is for DropBlob: the same bytes may be handed over anew before they were dropped.
+    """
+
+    number: int
     digest: str
 
 
@@ -132,7 +136,7 @@ class Denied(Message):
 class DropBlob(Message):
     """The client will not load this model given as bytes any more."""
 
-    digest: str
+    number: int
 
 
 class Release(Message):

@@ -1,0 +1,1 @@
+"""What onnx-dl costs and what it gives back, measured beside onnxruntime in the same run."""

@@ -1,0 +1,71 @@
+"""Models to measure with, as bytes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+FLOAT = TensorProto.FLOAT
+
+
+class Case(NamedTuple):
+    """One line of the table: a model, its feed, and how many calls make a block."""
+
+    name: str
+    model: bytes
+    feed: dict[str, np.ndarray]
+    calls: int
+
+
+def _model(nodes: list, inputs: dict, outputs: dict, initializers: list | None = None) -> bytes:
+    def infos(of: dict) -> list:
+        return [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in of.items()]
+
+    graph = helper.make_graph(nodes, "bench", infos(inputs), infos(outputs), initializers or [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def _add(shape: list[int]) -> bytes:
+    one = numpy_helper.from_array(np.ones(1, np.float32), "one")
+    return _model([helper.make_node("Add", ["x", "one"], ["y"])], {"x": shape}, {"y": shape}, [one])
+
+
+def _pool() -> bytes:
+    """1x3x640x640 (4.9 MB) to its 1x3x480x480 corner (2.8 MB)."""
+    bounds = [
+        numpy_helper.from_array(np.array(v, np.int64), n)
+        for n, v in (("starts", [0, 0]), ("ends", [480, 480]), ("axes", [2, 3]))
+    ]
+    node = helper.make_node("Slice", ["x", "starts", "ends", "axes"], ["y"])
+    return _model([node], {"x": [1, 3, 640, 640]}, {"y": [1, 3, 480, 480]}, bounds)
+
+
+def _convolutions(layers: int = 6, channels: int = 32, size: int = 112) -> bytes:
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+    for i in range(layers):
+        kernel = rng.standard_normal((channels, channels, 3, 3), dtype=np.float32) / 24
+        weights.append(numpy_helper.from_array(kernel, f"w{i}"))
+        target = "y" if i == layers - 1 else f"t{i}"
+        source = f"t{i - 1}" if i else "x"
+        nodes.append(helper.make_node("Conv", [source, f"w{i}"], [target], pads=[1, 1, 1, 1]))
+    shape = [1, channels, size, size]
+    return _model(nodes, {"x": shape}, {"y": shape}, weights)
+
+
+def cases() -> list[Case]:
+    """The table, from small to large."""
+    rng = np.random.default_rng(1)
+
+    def data(*shape: int) -> dict[str, np.ndarray]:
+        return {"x": rng.standard_normal(shape, dtype=np.float32)}
+
+    return [
+        Case("tiny Add, 1x16", _add([1, 16]), data(1, 16), 400),
+        Case("5 MB in, 3 MB out", _pool(), data(1, 3, 640, 640), 40),
+        Case("64 MB in, 64 MB out", _add([16, 1024, 1024]), data(16, 1024, 1024), 3),
+        Case("convolution stack", _convolutions(), data(1, 32, 112, 112), 20),
+    ]

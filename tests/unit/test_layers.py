@@ -1,0 +1,151 @@
+"""Who may import whom: an upper layer imports lower ones, never the reverse."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onnx_dl
+
+ROOT = Path(onnx_dl.__file__).parent
+# From the bottom.  A room is a module, or a package with all that is in it.
+HEIGHT = {
+    "errors": 0,
+    "lifecycle": 1,
+    "model": 1,
+    "config": 1,
+    "events": 2,
+    "options": 3,
+    "nodes": 3,
+    "installation": 3,
+    "transport": 4,
+    "client": 5,
+    "connection": 5,
+    "supervisor": 5,
+    "workers": 5,
+    "host": 6,
+    "session": 7,
+    "demo": 8,
+    "cli": 9,
+}
+GROUPS = [{"client", "connection"}, {"supervisor"}, {"workers"}]  # strangers on one floor
+ZMQ = {
+    "transport.sockets",
+    "transport.lane",
+    "connection",  # owns the application's control socket, and polls
+    "supervisor.loop",
+    "workers.loop",
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, *, lazy: bool = True) -> set[str]:
+    """Absolute names that a module imports; those within functions too, if ``lazy``."""
+    tree = ast.parse(MODULES[name].read_text())
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or (isinstance(function, ast.If) and "TYPE_CHECKING" in ast.unparse(function.test))
+        for node in ast.walk(function)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in inner and not lazy:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(name: str) -> set[str]:
+    """Rooms of onnx_dl that a module imports from."""
+    return {imported.split(".")[1] for imported in imports(name) if imported.startswith("onnx_dl.")}
+
+
+def outside(name: str, *, lazy: bool = True) -> set[str]:
+    return {imported.split(".")[0] for imported in imports(name, lazy=lazy)}
+
+
+def test_every_room_has_its_floor():
+    assert {name.split(".")[0] for name in MODULES} - {""} <= set(HEIGHT), "add the new module to HEIGHT"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_go_down(name):
+    own = name.split(".")[0]
+    for room in rooms(name) - {own}:
+        group = next((g for g in GROUPS if own in g), set())
+        floors = HEIGHT[own] == HEIGHT[room]
+        assert HEIGHT[room] < HEIGHT[own] or (floors and room in group), f"{name} must not import {room}"
+
+
+def test_only_these_import_zmq():
+    assert {name for name in MODULES if "zmq" in outside(name)} == ZMQ
+
+
+def test_zmq_is_lazy_nowhere_else():
+    for name in set(MODULES) - ZMQ:
+        assert "zmq" not in MODULES[name].read_text().replace("onnx_dl", "").split("import "), name
+
+
+@pytest.mark.parametrize("library", ["psutil", "pynvml"])
+def test_only_the_probe_measures(library):
+    users = {name for name in MODULES if library in outside(name)}
+    assert {name for name in users if not name.startswith("demo")} == {"supervisor.probe"}
+
+
+def test_engine_is_imported_eagerly_by_its_backend_only():
+    assert {name for name in MODULES if "onnxruntime" in outside(name, lazy=False)} == {"workers.ort"}
+
+
+def test_sockets_are_imported_by_transport_only():
+    assert {name for name in MODULES if "socket" in outside(name)} == {"transport.sockets"}
+
+
+@pytest.mark.parametrize("name", ["supervisor.scheduler", "supervisor.ledger", "supervisor.records", "workers.gate"])
+def test_pure_modules_know_no_clocks_processes_or_sockets(name):
+    assert not outside(name) & {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+HEAVY = {"onnxruntime", "numpy", "zmq", "psutil", "pynvml", "msgspec"}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert not loaded_by("import onnx_dl") & HEAVY
+
+
+def test_taking_the_class_imports_no_onnxruntime():
+    assert "onnxruntime" not in loaded_by("from onnx_dl import InferenceSessionProxy")
+
+
+def test_public_names_exist():
+    for name in onnx_dl.__all__:
+        assert getattr(onnx_dl, name).__name__ == name or name == "InferenceSession" or name == "default_host"
+    assert set(onnx_dl.__all__) <= set(dir(onnx_dl))
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        onnx_dl.Nonsense  # noqa: B018
