@@ -15,13 +15,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
+from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
 from onnx_dl.errors import ProtocolError, ProxyClosedError, UnloadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
-from onnx_dl.transport import failures
+from onnx_dl.transport import failures, shm
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import shm
 from onnx_dl.transport.lane import ClientLane
 
 _LOAD_MARGIN: Final = 30.0
@@ -56,13 +56,14 @@ class RemoteModel:
     """One model, shared by all proxies of this application that name it."""
 
     def __init__(
-        self, connection: Connection, spec: ModelSpec, load_timeout: float, blob: SharedBlob | None
+        self, connection: Connection, spec: ModelSpec, settings: Settings, blob: SharedBlob | None
     ) -> None:
         """``blob``: the model's bytes, if it was given as bytes."""
         self.connection = connection
         self.spec = spec
         self.description: ModelDescription | None = None
-        self._load_timeout = load_timeout
+        self._load_timeout = settings.load_timeout
+        self._over_zmq = settings.lane == "zmq"
         self._blob = blob
         self._lock = threading.Lock()  # brief: guards what follows
         self._granted: m.Granted | None = None
@@ -174,7 +175,9 @@ class RemoteModel:
 
     def _open_lane(self, granted: m.Granted) -> ClientLane | None:
         try:
-            return ClientLane(self.connection.context, granted, self.connection.timeout)
+            return ClientLane(
+                self.connection.context, granted, self.connection.timeout, over_zmq=self._over_zmq
+            )
         except (OSError, ProtocolError):
             return None
 

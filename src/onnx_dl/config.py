@@ -63,6 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     python: str = sys.executable
     """The interpreter for our processes; to be set where an embedding application is ``sys.executable``."""
+    lane: str = "socket"
+    """``socket``: calls go over a Unix socket, ZeroMQ carries control; ``zmq``: calls go over ZeroMQ too."""
     start: str = "fork"
     """``fork``: workers are forked from a template process; ``exec``: each is a fresh interpreter."""
     load_timeout: _Seconds = 600.0
@@ -75,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A worker that was ready for longer than this does not count as one that keeps dying."""
 
 
-_CHOICES: Final = {"start": ("fork", "exec")}
+_CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq")}
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:

@@ -145,7 +145,7 @@ class ModelHost:
             model = self._models.get(spec.key)
             if model is None:
                 blob = self._blob(connection, spec.blob, data)
-                model = RemoteModel(connection, spec, self._settings.load_timeout, blob)
+                model = RemoteModel(connection, spec, self._settings, blob)
                 self._models[spec.key] = model
             return model
 

@@ -10,9 +10,8 @@ from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, Usage
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import failures
+from onnx_dl.transport import failures, shm
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import shm
 from onnx_dl.transport.arena import Arena, Mappings
 
 A, B = b"client-a", b"client-b"
@@ -54,9 +53,7 @@ def ready(worker_id: int = 1, seconds: float = 0.5) -> m.WorkerReady:
 
 
 def failed(worker_id: int = 1, error: Exception | None = None) -> m.WorkerFailed:
-    return m.WorkerFailed(
-        worker_id=worker_id, failure=failures.describe(error or ValueError("not a model"))
-    )
+    return m.WorkerFailed(worker_id=worker_id, failure=failures.describe(error or ValueError("not a model")))
 
 
 # --- expected commands -----------------------------------------------------------------------------------
@@ -140,7 +137,9 @@ class Rig:
     def __init__(self) -> None:
         self.scheduler = Scheduler(SETTINGS, EPOCH)
 
-    def loading(self, now: float = 0.0, client: bytes = A, key: str = "m", ttl: float = -1.0) -> list[Command]:
+    def loading(
+        self, now: float = 0.0, client: bytes = A, key: str = "m", ttl: float = -1.0
+    ) -> list[Command]:
         """One acquire, ticket 1, and its worker has started."""
         s = self.scheduler
         commands = s.on_acquire(client, acquire(1, key=key, ttl=ttl), now)

@@ -9,11 +9,11 @@ import random
 
 import numpy as np
 import pytest
-from tests.unit.builders import Peer, arena, segment
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.transport import shm
 from onnx_dl.transport.arena import HEADER, IDLE_TURNS, SMALLEST, Arena, Block, Mappings, align, size_class
+from tests.unit.builders import Peer, arena, segment
 
 MB = 1 << 20
 

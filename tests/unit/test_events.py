@@ -10,9 +10,7 @@ from onnx_dl.events import EventBus, EventType, ModelEvent, format_bytes
 
 
 def made(seq: int = 1, kind: str = "loading", **fields) -> ModelEvent:
-    return ModelEvent(
-        seq=seq, type=EventType(kind), at=0.0, model="m.onnx", key="k", worker_id=1, **fields
-    )
+    return ModelEvent(seq=seq, type=EventType(kind), at=0.0, model="m.onnx", key="k", worker_id=1, **fields)
 
 
 @pytest.mark.parametrize(

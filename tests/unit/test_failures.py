@@ -21,9 +21,9 @@ def travel(error: BaseException, **details) -> Exception:
     return failures.rebuild(m.lane_reply(raw).failure)
 
 
-def peer(family: str, name: str, args: list | None = None, **details) -> Exception:
+def peer(family: str, name: str, args: list, details: dict | None = None) -> Exception:
     """What a peer that says this makes us raise."""
-    said = m.Failure(family=family, name=name, args=args or [], details=details, traceback="its traceback")
+    said = m.Failure(family=family, name=name, args=args, details=details or {}, traceback="its traceback")
     return failures.rebuild(m.lane_reply(m.encode(m.CallFailed(failure=said))).failure)
 
 
@@ -50,7 +50,9 @@ def test_every_class_of_ours(cls):
 
 
 def test_attributes_survive():
-    sent = WorkerDied("gone", pid=7, exit_code=None, signal=11, stderr="a\nb", reason="request", retry_after=2.5)
+    sent = WorkerDied(
+        "gone", pid=7, exit_code=None, signal=11, stderr="a\nb", reason="request", retry_after=2.5
+    )
     got = travel(sent)
     assert type(got) is WorkerDied
     assert vars(got) == vars(sent)
@@ -200,7 +202,9 @@ def test_what_would_end_the_caller_is_a_remote_error(cls):
 NOT_EXCEPTIONS = ["SystemExit", "KeyboardInterrupt", "GeneratorExit", "BaseException", "eval", "exec", "open"]
 
 
-@pytest.mark.parametrize("name", [*NOT_EXCEPTIONS, "print", "__import__", "type", "int", "os.system", "", "__doc__"])
+@pytest.mark.parametrize(
+    "name", [*NOT_EXCEPTIONS, "print", "__import__", "type", "int", "os.system", "", "__doc__"]
+)
 @pytest.mark.parametrize("family", ["builtin", "onnxruntime", "onnx_dl", "other", "nonsense", "os", ""])
 def test_peer_cannot_name_a_class_of_its_choice(family, name, capsys):
     got = peer(family, name, ["echo hacked"])
@@ -235,12 +239,21 @@ def test_arguments_that_the_class_refuses_make_no_other_error(family, name, args
 
 @pytest.mark.parametrize(
     "details",
-    [{"__class__": 1}, {"args": 5}, {"__traceback__": "x"}, {"__dict__": 1}, {"__cause__": "x"}, {"with_traceback": 1}],
+    [
+        {"__class__": 1},
+        {"args": 5},
+        {"__traceback__": "x"},
+        {"__dict__": 1},
+        {"__cause__": "x"},
+        {"with_traceback": 1},
+    ],
     ids=lambda d: next(iter(d)),
 )
-@pytest.mark.parametrize(("family", "name"), [("builtin", "ValueError"), ("onnx_dl", "worker-died"), ("other", "x")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("builtin", "ValueError"), ("onnx_dl", "worker-died"), ("other", "x")]
+)
 def test_details_cannot_break_the_exception(family, name, details):
-    got = peer(family, name, ["text"], **details)
+    got = peer(family, name, ["text"], details)
     assert isinstance(got, Exception)
     assert "text" in str(got)
     assert callable(got.with_traceback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import pickle
 import random
 import typing
@@ -21,7 +22,9 @@ from tests.unit.builders import DESCRIPTION, spec
 
 FAILURE = m.Failure(family="builtin", name="ValueError", args=["no", 1], details={"retry_after": 1.5})
 VALUE = m.Items("list", [m.Tensor("<f4", (2, 3), 1, 64, True), m.Strings((1,), ["a"]), m.Plain({"a": [1]})])
-MODEL = spec(options={"config": {}}, providers=["CPU", ["CUDA", {"id": 1}]], provider_options=[{}], extra={"x": 1})
+MODEL = spec(
+    options={"config": {}}, providers=["CPU", ["CUDA", {"id": 1}]], provider_options=[{}], extra={"x": 1}
+)
 STATUS = ModelStatus(
     model="m",
     key="k",
@@ -41,11 +44,11 @@ EXAMPLES = [
     m.ClientHello(version=1, secret="s", client=b"\0\xff"),
     m.Welcome(),
     m.Refused(reason="no"),
-    m.Blob(digest="d"),
+    m.Blob(number=1, digest="d"),
     m.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),
     m.Granted(ticket=1, worker_id=2, pid=3, address="a", secret="s", description=DESCRIPTION),
     m.Denied(ticket=1, failure=FAILURE),
-    m.DropBlob(digest="d"),
+    m.DropBlob(number=1),
     m.Release(proxy=1),
     m.SetTtl(proxy=1, ttl=0.5),
     m.Unload(ticket=1, key="k", force=True),
@@ -75,6 +78,7 @@ EXAMPLES = [
     m.LaneOpen(secret="s"),
     m.BlockShared(block=1, size=2),
     m.BlockDropped(block=1),
+    m.Large(nbytes=5),
     m.Call(outputs=m.Plain(None), feed=[("x", VALUE), (3, m.Plain(1))], options={"logid": "a"}),
     m.Invoke(method="end_profiling", args=[VALUE]),
     m.Touch(),
@@ -92,7 +96,6 @@ READERS = {
     m.ToWorker: m.to_worker,
     m.OnLifeline: m.on_lifeline,
     m.OnTemplate: m.on_template,
-    m.OnLaneSocket: m.on_lane_socket,
     m.LaneRequest: m.lane_request,
     m.LaneReply: m.lane_reply,
 }
@@ -180,7 +183,9 @@ def test_missing_fields_and_wrong_types(message):
     ],
     ids=lambda raw: raw[:12].hex() or "empty",
 )
-@pytest.mark.parametrize("reader", READERS.values(), ids=["/".join(c.__name__ for c in typing.get_args(u)[:2]) for u in READERS])
+@pytest.mark.parametrize(
+    "reader", READERS.values(), ids=["/".join(c.__name__ for c in typing.get_args(u)[:2]) for u in READERS]
+)
 def test_garbage(reader, raw):
     with pytest.raises(ProtocolError):
         reader(raw)
@@ -195,10 +200,8 @@ def test_random_damage_gives_a_message_or_a_protocol_error():
         for _ in range(rng.randrange(1, 4)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         for reader in readers:
-            try:
+            with contextlib.suppress(ProtocolError):
                 assert isinstance(reader(bytes(damaged)), m.Message)
-            except ProtocolError:
-                pass
 
 
 def test_fields_of_a_later_version_are_ignored():
@@ -214,7 +217,17 @@ def test_what_has_no_form_in_msgpack_is_refused_where_it_is_sent(value):
 
 
 def test_nothing_is_pickled_anywhere():
-    forbidden = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "multiprocessing"}
+    forbidden = {
+        "pickle",
+        "cPickle",
+        "_pickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+        "shelve",
+        "joblib",
+        "multiprocessing",
+    }
     sources = list(Path(onnx_dl.__file__).parent.rglob("*.py"))
     assert len(sources) > 20
     for path in sources:

@@ -147,7 +147,10 @@ def test_fields_that_this_onnxruntime_lacks_are_left_out():
     [
         (["CPUExecutionProvider"], ["CPUExecutionProvider"]),
         ((), []),
-        ([("CUDAExecutionProvider", {"device_id": 0, "x": "y"})], [("CUDAExecutionProvider", {"device_id": 0, "x": "y"})]),
+        (
+            [("CUDAExecutionProvider", {"device_id": 0, "x": "y"})],
+            [("CUDAExecutionProvider", {"device_id": 0, "x": "y"})],
+        ),
         (["A", ["B", {"f": 1.5, "b": True, "n": None}]], ["A", ("B", {"f": 1.5, "b": True, "n": None})]),
         ([{"device_id": "1"}, {}], [{"device_id": "1"}, {}]),
     ],
@@ -157,7 +160,9 @@ def test_providers(given, made):
     assert options.make_providers(travel(options.read_providers(given))) == made
 
 
-@pytest.mark.parametrize("bad", [[object()], [("A", {"x": {1}})], [b"A"], [["A", {"s": object()}]]], ids=lambda b: repr(b)[:20])
+@pytest.mark.parametrize(
+    "bad", [[object()], [("A", {"x": {1}})], [b"A"], [["A", {"s": object()}]]], ids=lambda b: repr(b)[:20]
+)
 def test_providers_that_cannot_travel(bad):
     with pytest.raises(ConfigError, match=r"cannot hold a (object|set|bytes)"):
         options.read_providers(bad)

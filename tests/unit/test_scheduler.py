@@ -6,6 +6,13 @@ import os
 import signal
 
 import pytest
+
+from onnx_dl.errors import InvalidTransition, LoadTimeout, WorkerDied
+from onnx_dl.lifecycle import ModelState
+from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
+from onnx_dl.transport import failures
+from onnx_dl.transport import messages as m
 from tests.unit.builders import (
     DESCRIPTION,
     SETTINGS,
@@ -28,13 +35,6 @@ from tests.unit.builders import (
     unload,
     unloaded,
 )
-
-from onnx_dl.errors import InvalidTransition, LoadTimeout, WorkerDied
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage
-from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 
 SEGV, KILLED = int(signal.SIGSEGV), int(signal.SIGKILL)
 

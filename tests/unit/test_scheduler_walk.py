@@ -6,13 +6,13 @@ import collections
 import random
 
 import pytest
-from tests.unit.builders import SETTINGS, USAGE, acquire, failed, ready, unload
 
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
 from onnx_dl.supervisor.commands import Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import messages as m
+from tests.unit.builders import SETTINGS, USAGE, acquire, failed, ready, unload
 
 KEYS = ("a", "b")
 CLIENTS = (b"p", b"q", b"r")

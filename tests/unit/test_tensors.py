@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 
 import numpy as np
@@ -116,9 +117,11 @@ def test_arrays_of_one_message_do_not_overlap_and_are_aligned():
     rng = np.random.default_rng(1)
     sent = [rng.integers(0, 255, n, np.uint8) for n in (1, 63, 64, 65, 1000, 0, 70_000)]
     packed = Packer(a).pack(sent)
-    spans = sorted((t.offset, t.offset + array.nbytes) for t, array in zip(packed, sent, strict=True) if t.block)
+    spans = sorted(
+        (t.offset, t.offset + array.nbytes) for t, array in zip(packed, sent, strict=True) if t.block
+    )
     assert all(start % 64 == 0 for start, _ in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert {t.block for t in packed if t.block} == {1}
     for got, was in zip(travel(sent), sent, strict=True):
         assert_same(got, was)
@@ -226,7 +229,14 @@ def test_arrays_in_containers(lease_from):
 
 @pytest.mark.parametrize(
     "value",
-    [np.float16(1.5), np.uint8(255), np.bool_(True), np.complex64(1 + 2j), np.str_("abc"), np.datetime64(5, "ns")],
+    [
+        np.float16(1.5),
+        np.uint8(255),
+        np.bool_(True),
+        np.complex64(1 + 2j),
+        np.str_("abc"),
+        np.datetime64(5, "ns"),
+    ],
     ids=lambda v: type(v).__name__,
 )
 def test_numpy_scalars(value):

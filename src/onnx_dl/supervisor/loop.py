@@ -268,7 +268,7 @@ class Supervisor:
             client.close()
             self._lost(client)
 
-    def _obey_lifeline(self, client: _Client, data: bytes, fds: list[int]) -> bool:
+    def _obey_lifeline(self, client: _Client, data: memoryview, fds: list[int]) -> bool:
         """Follows one message; false if the client must go."""
         try:
             message = m.on_lifeline(data)

@@ -29,6 +29,7 @@ SMALLEST: Final = 64 << 10
 IDLE_TURNS: Final = 32
 """A block that was not used for this many turns of its arena is given back to the system."""
 
+_REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
 _LEASE, _CLOCK = 0, 1  # 8-byte words of the header
 
@@ -58,6 +59,7 @@ class Block:
         self.last_turn = 0
         mapping = shm.attach(fd, size + HEADER)
         self._bytes: NDArray[np.uint8] = np.asarray(mapping)
+        self._views: dict[tuple[str, tuple[int, ...], int], NDArray[Any]] = {}  # shapes repeat
         self._words = self._bytes[:HEADER].view(np.uint64)
         self._address = mapping.address + HEADER
 
@@ -67,8 +69,14 @@ class Block:
         Raises:
             ProtocolError: it would reach beyond the block.
         """
-        self._check(dtype, shape, offset)
-        return np.ndarray(shape, dtype, self._bytes, HEADER + offset)
+        wanted = dtype, shape, offset
+        view = self._views.get(wanted)
+        if view is None:
+            self._check(dtype, shape, offset)
+            if len(self._views) >= _REMEMBERED_VIEWS:
+                self._views.clear()
+            view = self._views[wanted] = np.ndarray(shape, dtype, self._bytes, HEADER + offset)
+        return view
 
     def held_array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """Like :meth:`array`; the lease ends when the array and all its views are gone."""

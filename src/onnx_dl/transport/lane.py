@@ -1,8 +1,9 @@
 """One caller's way to one worker.
 
-A lane is a Unix socket, over which both sides hand each other blocks of shared memory and see each other die,
-and a ZeroMQ PAIR socket, over which calls go back and forth.  One call is on a lane at a time; concurrent
-callers have a lane each.  What is called, and what to do when a lane breaks, is not known here.
+Both sides hand each other blocks of shared memory over a Unix socket, on which they also see each other die.
+Calls go over the same socket, which wakes the peer in one step, or over a ZeroMQ PAIR socket beside it.  One
+call is on a lane at a time; concurrent callers have a lane each.  What is called, and what to do when a lane
+breaks, is not known here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Arena, Block, Mappings
-from onnx_dl.transport.sockets import Channel, Context, Socket
+from onnx_dl.transport.sockets import LONGEST, Channel, Context, Socket
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 _HANDOVER: Final = 10.0
@@ -27,90 +28,148 @@ _HANDOVER: Final = 10.0
 
 
 class _Handover:
-    """Blocks of both directions: announces ours, maps the peer's.
+    """The Unix socket of a lane, and the peer's blocks that came over it.
 
     It knows neither lane nor arena, so that these are freed with their memory as soon as nobody uses them,
     and not when the garbage collector finds a cycle.
     """
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, read: m.Reader) -> None:
+        self.channel = channel
         self.mappings = Mappings()
+        self._read = read
 
     def shared(self, block: int, size: int, fd: int) -> None:
-        self._channel.send(m.encode(m.BlockShared(block=block, size=size)), (fd,))
+        self.channel.send(m.encode(m.BlockShared(block=block, size=size)), (fd,))
 
     def dropped(self, block: int) -> None:
-        self._channel.send(m.encode(m.BlockDropped(block=block)))
+        self.channel.send(m.encode(m.BlockDropped(block=block)))
 
-    def read(self, timeout: float) -> bool:
-        """Takes in one message about blocks; false if the peer is gone."""
-        received = self._channel.receive(timeout)
-        if received is None:
-            return False
-        data, fds = received
-        message = m.on_lane_socket(data)
+    def send(self, message: m.Message) -> None:
+        """Sends a message of any length.  That the peer is gone shows when its answer is awaited."""
+        data = m.encode(message)
+        if len(data) > LONGEST:
+            self.channel.send(m.encode(m.Large(nbytes=len(data))))
+            for start in range(0, len(data), LONGEST):
+                self.channel.send(data[start : start + LONGEST])
+        else:
+            self.channel.send(data)
+
+    def next(self, timeout: float | None) -> Any:
+        """The next message, once blocks were taken in that came before it; None if the peer is gone.
+
+        Raises:
+            TimeoutError: nothing came within ``timeout`` seconds.
+        """
+        while (received := self.channel.receive(timeout)) is not None:
+            data, fds = received
+            message = self._read(data)
+            if not self._take_in(message, fds):
+                return self._large(message) if isinstance(message, m.Large) else message
+        return None
+
+    def _take_in(self, message: object, fds: list[int]) -> bool:
+        """Whether it was about blocks."""
         if isinstance(message, m.BlockShared) and fds:
             self.mappings.add(message.block, message.size, fds[0])
         elif isinstance(message, m.BlockDropped):
             self.mappings.drop(message.block)
+        else:
+            return False
         return True
+
+    def _large(self, announced: m.Large) -> Any:
+        data = bytearray()
+        while len(data) < announced.nbytes:
+            received = self.channel.receive(_HANDOVER)
+            if received is None:
+                return None
+            data += received[0]
+        return self._read(memoryview(data))
 
     def block(self, number: int) -> Block:
         """A block of the peer, which it announced before it named it."""
         while (block := self.mappings.get(number)) is None:
             try:
-                alive = self.read(_HANDOVER)
+                received = self.channel.receive(_HANDOVER)
             except TimeoutError:
-                alive = False
-            if not alive:
+                received = None
+            if received is None or not self._take_in(self._read(received[0]), received[1]):
                 raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
         return block
 
+    def is_dead(self) -> bool:
+        """Whether the peer is gone, once all that it said about blocks is taken in; does not wait."""
+        while self.channel.readable():
+            received = self.channel.receive(0)
+            if received is None or not self._take_in(self._read(received[0]), received[1]):
+                return True  # gone, or it said what nobody asked for: of no use either way
+        return False
+
 
 class _Lane:
-    """What both ends have in common.  Used by one thread at a time."""
+    """What both ends have in common.  Used by one thread at a time.
 
-    def __init__(self, channel: Channel, socket: Socket) -> None:
-        self._channel = channel
+    ``socket`` is the ZeroMQ socket that the calls go over; None: they go over the Unix socket.
+    """
+
+    def __init__(self, channel: Channel, socket: Socket | None, read: m.Reader) -> None:
+        self._handover = _Handover(channel, read)
+        self._arena = Arena(self._handover)
         self._socket = socket
-        self._blocks = _Handover(channel)
-        self._arena = Arena(self._blocks)
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(channel.fileno(), zmq.POLLIN)
+        self._read = read
+        if socket is not None:
+            self._poller = zmq.Poller()
+            self._poller.register(socket, zmq.POLLIN)
+            self._poller.register(channel.fileno(), zmq.POLLIN)
 
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
-        self._socket.close()
-        self._channel.close()
+        if self._socket is not None:
+            self._socket.close()
+        self._handover.channel.close()
 
     def _send(self, message: m.Message) -> None:
-        self._socket.send(m.encode(message))
+        if self._socket is None:
+            self._handover.send(message)
+        else:
+            self._socket.send(m.encode(message))
 
-    def _receive(self, timeout: float | None = None) -> bytes | None:
-        """The next message; None when the peer is gone, or the time is up."""
+    def _next(self, timeout: float | None = None) -> Any:
+        """The next message of a call; None if the peer is gone or the time is up."""
+        if self._socket is None:
+            try:
+                return self._handover.next(timeout)
+            except TimeoutError:
+                return None
+        try:
+            data = self._next_on_zmq(self._socket, timeout)
+        except zmq.ContextTerminated:  # the supervisor died, and the worker with it
+            return None
+        return None if data is None else self._read(data)
+
+    def _next_on_zmq(self, socket: Socket, timeout: float | None) -> bytes | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = None if deadline is None else deadline - time.monotonic()
-            ready = sockets.wait(self._poller, left)
-            if self._socket in ready:
-                return self._socket.recv()
-            if not ready or not self._blocks.read(0):
-                return self._last_words()
+            ready = sockets.wait(self._poller, None if deadline is None else deadline - time.monotonic())
+            if socket in ready:
+                return socket.recv()
+            if not ready or self._handover.is_dead():
+                return _last_words(socket)
 
-    def _last_words(self) -> bytes | None:
-        """What the peer sent before it went: EOF on one socket can overtake a message on the other."""
-        try:
-            return self._socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
+
+def _last_words(socket: Socket) -> bytes | None:
+    """What the peer sent before it went: EOF on one socket can overtake a message on the other."""
+    try:
+        return socket.recv(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
 
 
 class ClientLane(_Lane):
     """The caller's end."""
 
-    def __init__(self, ctx: Context, granted: m.Granted, timeout: float) -> None:
+    def __init__(self, ctx: Context, granted: m.Granted, timeout: float, *, over_zmq: bool) -> None:
         """Opens a lane to the worker that was granted.
 
         Raises:
@@ -118,30 +177,26 @@ class ClientLane(_Lane):
         """
         self.granted = granted
         channel = Channel.connect(granted.address, timeout)
-        reply_to = fresh_address("lane")
+        reply_to = fresh_address("lane") if over_zmq else None
         try:
-            super().__init__(channel, sockets.pair_listener(ctx, reply_to))
+            socket = None if reply_to is None else sockets.pair_listener(ctx, reply_to)
         except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
             channel.close()
             raise ConnectionError(str(error)) from error
+        super().__init__(channel, socket, m.lane_reply)
         try:
             self._page = self._open(granted.secret, reply_to, timeout)
         except BaseException:
             self.close()
             raise
-        self._unpacker = Unpacker(self._blocks.block, copy=True)
+        self._unpacker = Unpacker(self._handover.block, copy=True)
 
-    def _open(self, secret: str, reply_to: str, timeout: float) -> Block:
-        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to)
-        self._channel.send(m.encode(hello))
+    def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
+        self._handover.send(m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to))
         page = self._arena.page()
-        try:
-            answer = self._receive(timeout)
-        except zmq.ContextTerminated:
-            answer = None
-        if answer is None:
+        opened = self._next(timeout)
+        if opened is None:
             raise ConnectionError("the worker did not open the lane")
-        opened = m.lane_reply(answer)
         if not (isinstance(opened, m.LaneOpen) and secrets.compare_digest(opened.secret, secret)):
             raise ProtocolError("Another process than the worker answered on a lane.")
         return page
@@ -157,17 +212,13 @@ class ClientLane(_Lane):
         """
         try:
             self._send(message)
-            answer = self._receive()
         except zmq.ContextTerminated:  # the supervisor died, and the worker with it
-            answer = None
-        return None if answer is None else m.lane_reply(answer)
+            return None
+        return self._next()
 
     def is_dead(self) -> bool:
         """Whether the worker is gone; does not wait."""
-        while self._channel.readable():
-            if not self._blocks.read(0):
-                return True
-        return False
+        return self._handover.is_dead()
 
     def unpack(self, value: m.Value) -> Any:
         """The result of a call: small arrays are copies, large ones views that keep their memory alive."""
@@ -189,19 +240,23 @@ class WorkerLane(_Lane):
             TimeoutError: the caller said nothing for ``timeout`` seconds.
         """
         received = channel.receive(timeout)
-        hello = m.on_lane_socket(received[0]) if received else None
+        hello = m.lane_request(received[0]) if received else None
         if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
             raise ProtocolError("Somebody without the secret tried to open a lane.")
         if hello.version != m.PROTOCOL_VERSION:
             raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
-        super().__init__(channel, sockets.pair(ctx, hello.reply_to))
+        socket = None if hello.reply_to is None else sockets.pair(ctx, hello.reply_to)
+        super().__init__(channel, socket, m.lane_request)
         self._send(m.LaneOpen(secret=secret))
-        self._unpacker = Unpacker(self._blocks.block, copy=False)
+        self._unpacker = Unpacker(self._handover.block, copy=False)
 
     def receive(self) -> Any:
-        """The next request; None when the caller is gone."""
-        data = self._receive()
-        return None if data is None else m.lane_request(data)
+        """The next request; None when the caller is gone.
+
+        Raises:
+            ProtocolError: it is no request.
+        """
+        return self._next()
 
     def unpack(self, value: m.Value) -> Any:
         """A value of a request; its arrays are views, valid until the reply is sent."""
@@ -227,4 +282,4 @@ class WorkerLane(_Lane):
 
     def last_touch(self) -> float:
         """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""
-        return self._blocks.mappings.clock() / 1e9
+        return self._handover.mappings.clock() / 1e9

@@ -312,19 +312,20 @@ class TemplateReady(Message):
     forkable: bool
 
 
-# --- lane: client <-> worker; the Unix socket carries blocks and EOF, the other socket the calls ----------
+# --- lane: client <-> worker; blocks and EOF over a Unix socket, calls over the same or over ZeroMQ ------
 
 
 class LaneHello(Message):
-    """First on a lane's Unix socket; ``reply_to`` is the ZeroMQ address at which the client listens."""
+    """First on a lane.  ``reply_to`` is the ZeroMQ address at which the client listens for calls' replies;
+    None: calls go over this socket."""
 
     version: int
     secret: str
-    reply_to: str
+    reply_to: str | None = None
 
 
 class LaneOpen(Message):
-    """First on a lane's ZeroMQ socket, to prove that the listener there is the worker."""
+    """The worker's first message where the calls go, to prove that it is the worker."""
 
     secret: str
 
@@ -340,6 +341,12 @@ class BlockDropped(Message):
     """The block will not be used again; unmap it."""
 
     block: int
+
+
+class Large(Message):
+    """The next ``nbytes`` bytes on the Unix socket are one message, too long for one packet."""
+
+    nbytes: int
 
 
 class Call(Message):
@@ -391,9 +398,9 @@ FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | Worke
 ToWorker = Load | Retime | Drain | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
-OnLaneSocket = LaneHello | BlockShared | BlockDropped | Refused
-LaneRequest = Call | Invoke | Touch | Hold | Unhold
-LaneReply = LaneOpen | Result | CallFailed | Draining
+AboutBlocks = BlockShared | BlockDropped
+LaneRequest = Call | Invoke | Touch | Hold | Unhold | LaneHello | Large | AboutBlocks
+LaneReply = LaneOpen | Result | CallFailed | Draining | Large | AboutBlocks
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -429,6 +436,5 @@ from_worker = Reader(FromWorker)
 to_worker = Reader(ToWorker)
 on_lifeline = Reader(OnLifeline)
 on_template = Reader(OnTemplate)
-on_lane_socket = Reader(OnLaneSocket)
 lane_request = Reader(LaneRequest)
 lane_reply = Reader(LaneReply)

@@ -44,8 +44,8 @@ def create(size: int) -> int:
 class Mapping:
     """A segment in this process's memory, writable; unmapped when nobody holds this any more.
 
-    Made by libc's own mmap: Python's keeps a descriptor open for each mapping (until 3.13, where it need not),
-    and an application that keeps a thousand results would run out of them.
+    Made by libc's own mmap: Python's keeps a descriptor open for each mapping (until 3.13, where it need
+    not), and an application that keeps a thousand results would run out of them.
     """
 
     __slots__ = ("__array_interface__", "__weakref__", "address", "size")

@@ -23,10 +23,10 @@ import zmq
 
 from onnx_dl.errors import ProtocolError
 
-LONGEST: Final = 128 << 10
-"""Bytes in one message of a Channel; more does not fit a Unix socket's buffer everywhere."""
+LONGEST: Final = 64 << 10
+"""Bytes in one message of a Channel; much more does not fit a Unix socket's buffer everywhere."""
 
-_MOST_FDS: Final = 8
+_FDS_SPACE: Final = socket.CMSG_SPACE(8 * struct.calcsize("i"))
 _PEERCRED: Final = struct.Struct("3i")
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -39,6 +39,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._buffer = bytearray(LONGEST)
         _channels.add(self)
 
     @classmethod
@@ -74,13 +75,18 @@ class Channel:
     def send(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
         """Sends one message with duplicates of ``fds``; false if the peer is gone."""
         try:
-            socket.send_fds(self._sock, [data], list(fds))
+            if fds:
+                socket.send_fds(self._sock, [data], list(fds))
+            else:
+                self._sock.send(data)
         except (BrokenPipeError, ConnectionResetError):
             return False
         return True
 
-    def receive(self, timeout: float | None = None) -> tuple[bytes, list[int]] | None:
+    def receive(self, timeout: float | None = None) -> tuple[memoryview, list[int]] | None:
         """One message and its descriptors, which the caller closes; None at EOF.
+
+        The message is valid until the next one is received.
 
         Raises:
             TimeoutError: nothing came within ``timeout`` seconds; 0 does not wait, None waits for ever.
@@ -88,10 +94,11 @@ class Channel:
         if timeout is not None and not self.readable(timeout):
             raise TimeoutError("the peer sent nothing in time")
         try:
-            data, fds, _flags, _address = socket.recv_fds(self._sock, LONGEST, _MOST_FDS)
+            size, control, _flags, _address = self._sock.recvmsg_into([self._buffer], _FDS_SPACE)
         except ConnectionResetError:
             return None
-        return (data, list(fds)) if data or fds else None
+        fds = [fd for message in control for fd in _fds_of(*message)]
+        return (memoryview(self._buffer)[:size], fds) if size or fds else None
 
     def readable(self, timeout: float = 0.0) -> bool:
         """Whether a message or EOF is there within ``timeout`` seconds."""
@@ -116,6 +123,13 @@ class Channel:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def _fds_of(level: int, kind: int, data: bytes) -> list[int]:
+    """The descriptors in one control message."""
+    if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        return []
+    return [fd for (fd,) in struct.iter_unpack("i", data[: len(data) - len(data) % 4])]
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int, int]:

@@ -96,7 +96,9 @@ class Packer:
         if not array.nbytes:
             return Tensor(dtype, array.shape, 0, 0)
         block, offset, leased = self._place(array)
-        np.copyto(block.array(dtype, array.shape, offset), array.view(dtype), casting="no")
+        # Bytes are what travels, also of a dtype that only its own package knows (ml_dtypes' bfloat16).
+        source = array.view(dtype) if array.dtype.kind == "V" else array
+        np.copyto(block.array(dtype, array.shape, offset), source, casting="no")
         return Tensor(dtype, array.shape, block.number, offset, leased)
 
     def _place(self, array: NDArray[Any]) -> tuple[Block, int, bool]:
