@@ -246,7 +246,8 @@ def test_numpy_scalars(value):
 
 
 class Mine:
-    pass
+    def __repr__(self) -> str:
+        return "Mine()"
 
 
 @pytest.mark.parametrize("value", [Mine(), [Mine()], {"a": (Mine(),)}, {1}, 1j, range(3)], ids=repr)

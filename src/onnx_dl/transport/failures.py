@@ -24,28 +24,29 @@ def describe(error: BaseException, **details: Any) -> Failure:
     """``error`` as data; ``details`` are attributes to set on it when it is raised again."""
     if isinstance(error, OnnxDLError):
         details = error.details() | details
-        return Failure(family="onnx_dl", name=error.code, args=[str(error)], details=details)
+        return Failure(family="onnx_dl", name=error.code, args=[_text(error)], details=details)
     cls = type(error)
     if getattr(builtins, cls.__name__, None) is cls:
         return Failure(family="builtin", name=cls.__name__, args=_plain(error), details=details)
     if cls.__module__ == _C:
         return Failure(family="onnxruntime", name=cls.__name__, args=_plain(error), details=details)
-    text = "".join(traceback.format_exception(error))
+    text = _text("".join(traceback.format_exception(error)))
     name = f"{cls.__module__}.{cls.__qualname__}"
-    return Failure(family="other", name=name, args=[str(error)], details=details, traceback=text)
+    return Failure(family="other", name=name, args=[_text(error)], details=details, traceback=text)
 
 
 def rebuild(failure: Failure) -> Exception:
     """The exception to raise; importing onnxruntime only if it is one of onnxruntime's."""
     error = _instance(failure)
     for name, value in failure.details.items():
-        setattr(error, name, value)
+        if not hasattr(type(error), name):  # a peer adds attributes, it does not replace what a class has
+            setattr(error, name, value)
     return error
 
 
 def _instance(failure: Failure) -> Exception:
     if failure.family == "onnx_dl" and failure.name in BY_CODE:
-        return BY_CODE[failure.name](*failure.args)
+        return _call(BY_CODE[failure.name], failure)
     if failure.family == "builtin":
         cls = getattr(builtins, failure.name, None)
     elif failure.family == "onnxruntime":
@@ -60,7 +61,7 @@ def _instance(failure: Failure) -> Exception:
 def _call(cls: type[Exception], failure: Failure) -> Exception:
     try:
         return cls(*failure.args)
-    except TypeError:  # UnicodeDecodeError and its like refuse other arguments than their own
+    except (TypeError, ValueError):  # UnicodeDecodeError and its like refuse other arguments than their own
         return _remote(failure)
 
 
@@ -71,8 +72,16 @@ def _remote(failure: Failure) -> RemoteError:
 
 def _plain(error: BaseException) -> list[Any]:
     """The exception's arguments if they can travel, else its text."""
+    args = list(error.args)
+    if isinstance(error, OSError) and error.filename is not None:  # OSError keeps these out of its args
+        args = [error.errno, error.strerror, error.filename, None, error.filename2]
     try:
-        msgspec.msgpack.encode(error.args)
+        msgspec.msgpack.encode(args)
     except (TypeError, OverflowError, ValueError):
-        return [str(error)]
-    return list(error.args)
+        return [_text(error)]
+    return args
+
+
+def _text(error: object) -> str:
+    """Its text, with what is no Unicode (file names of another encoding) escaped."""
+    return str(error).encode(errors="backslashreplace").decode()

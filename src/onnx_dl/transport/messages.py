@@ -423,7 +423,7 @@ class Reader:
     def __call__(self, data: bytes | memoryview) -> Any:
         try:
             return self._decoder.decode(data)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(
                 f"Received a message that protocol version {PROTOCOL_VERSION} does not have ({error}). "
                 "Both processes must run the same version of onnx-dl."

@@ -7,6 +7,7 @@ in its own words.  Where arrays lie is decided by :mod:`onnx_dl.transport.arena`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, Final
@@ -14,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.errors import ProtocolError
+from onnx_dl.errors import OnnxDLError, ProtocolError
 from onnx_dl.transport.arena import Arena, Block, align
 from onnx_dl.transport.messages import Items, Plain, Strings, Tensor, Value
 
@@ -140,6 +141,14 @@ class Unpacker:
         Raises:
             ProtocolError: a tensor lies outside of its block, or a container is of no known kind.
         """
+        try:
+            return self._unpack(value)
+        except OnnxDLError:
+            raise
+        except (LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            raise ProtocolError(f"A value contradicts itself: {error}.") from None
+
+    def _unpack(self, value: Value) -> Any:
         if isinstance(value, Tensor):
             return self._array(value)
         if isinstance(value, Plain):
@@ -150,7 +159,7 @@ class Unpacker:
 
     def _array(self, tensor: Tensor) -> NDArray[Any]:
         if not tensor.block:
-            return np.empty(tensor.shape, tensor.dtype)
+            return _nothing(tensor)
         block = self._block(tensor.block)
         if tensor.leased:
             return block.held_array(tensor.dtype, tensor.shape, tensor.offset)
@@ -158,7 +167,7 @@ class Unpacker:
         return array.copy() if self._copy else array
 
     def _items(self, value: Items) -> Any:
-        items = [self.unpack(item) for item in value.items]
+        items = [self._unpack(item) for item in value.items]
         match value.kind:
             case "list":
                 return items
@@ -169,6 +178,14 @@ class Unpacker:
             case "scalar":
                 return items[0][()]
         raise ProtocolError(f"A container of kind {value.kind!r} is not part of the protocol.")
+
+
+def _nothing(tensor: Tensor) -> NDArray[Any]:
+    """An array without bytes, which lies in no block."""
+    dtype = np.dtype(tensor.dtype)
+    if dtype.hasobject or dtype.itemsize * math.prod(tensor.shape):
+        raise ProtocolError(f"A tensor of dtype {tensor.dtype!r} and shape {tensor.shape} lies in no block.")
+    return np.empty(tensor.shape, dtype)
 
 
 def _text_array(value: Strings) -> NDArray[np.object_]:
