@@ -5,6 +5,7 @@ Each case is done by both; results are compared bit for bit, errors by class and
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_every_dtype_in_every_shape(dtype: np.dtype, host: ModelHost) -> None:
     both = Both(identity(DTYPES[dtype]), host)
     rng = np.random.default_rng(0)
     for shape in [(), (1,), (0,), (3, 0, 2), (2, 3), (1, 1, 2, 1, 2, 3), (40_000,)]:
-        data = rng.integers(0, 2, shape).astype(dtype) if dtype == bool else rng.normal(0, 50, shape)
+        data = rng.integers(0, 2, shape).astype(dtype) if dtype.kind == "b" else rng.normal(0, 50, shape)
         both.run(None, {"x": np.asarray(data).astype(dtype)})
 
 
@@ -174,7 +175,7 @@ def test_values_that_are_no_arrays(value: Any, host: ModelHost) -> None:
     try:
         both.run(None, {"x": value})
     except Refused:
-        assert value not in ([1.0, 2.0],)
+        assert repr(value) != "[1.0, 2.0]"
     both.run(None, {"x": np.ones(2, np.float32)})
 
 
@@ -309,7 +310,11 @@ def test_models_that_are_refused(kind: str, host: ModelHost, tmp_path: Path) -> 
     if kind in ("garbage", "empty"):
         path.write_bytes(b"no model" if kind == "garbage" else b"")
     with pytest.raises(Refused):
-        same(constructed(source), onnxruntime.InferenceSession, InferenceSessionProxy)
+        same(
+            constructed(source),
+            onnxruntime.InferenceSession,
+            functools.partial(InferenceSessionProxy, host=host),
+        )
     if kind in ("missing", "None", "bytearray"):
         with pytest.raises((TypeError, onnxruntime.capi.onnxruntime_pybind11_state.NoSuchFile)):
             InferenceSessionProxy(source)

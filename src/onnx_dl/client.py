@@ -178,8 +178,8 @@ class RemoteModel:
             return ClientLane(
                 self.connection.context, granted, self.connection.timeout, over_zmq=self._over_zmq
             )
-        except (OSError, ProtocolError):
-            return None
+        except (ConnectionError, FileNotFoundError, TimeoutError, ProtocolError):
+            return None  # other errors are ours, no descriptors left for one, and would only come again
 
     def _put_lane(self, lane: ClientLane) -> None:
         with self._lock:
@@ -203,10 +203,14 @@ class RemoteModel:
                 return granted
             if lease.closed:
                 raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
-            answer = self.connection.ask(
-                lambda ticket: m.Acquire(ticket=ticket, proxy=lease.id, spec=self.spec, ttl=lease.ttl),
-                self._load_timeout + _LOAD_MARGIN,
-            )
+            try:
+                answer = self.connection.ask(
+                    lambda ticket: m.Acquire(ticket=ticket, proxy=lease.id, spec=self.spec, ttl=lease.ttl),
+                    self._load_timeout + _LOAD_MARGIN,
+                )
+            except BaseException:  # Ctrl-C for one: what would be granted now, nobody would ever give back
+                self.connection.tell(m.Release(proxy=lease.id))
+                raise
             if isinstance(answer, m.Denied):
                 raise failures.rebuild(answer.failure)
             return self._accept(lease, answer)
@@ -250,7 +254,7 @@ class RemoteModel:
         while True:
             granted = self._current(lease) or self._acquire(lease)
             with self._acquiring:
-                if self._hold_with(granted):
+                if granted is self._granted and self._hold_with(granted):
                     self._holds += 1
                     return
             self._forget(granted)

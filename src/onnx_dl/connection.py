@@ -57,7 +57,7 @@ class Connection:
         self.supervisor_pid = self._lifeline.peer_pid()
         self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
         self._waker = Waker()
-        self._outbox: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, concurrent.futures.Future[Any]] = {}
         self._lock = threading.Lock()
@@ -103,7 +103,7 @@ class Connection:
     def tell(self, message: m.Message) -> None:
         """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
         if not self.closed:
-            self._outbox.put(message)
+            self._outbox.put(m.encode(message))
             self._waker.wake()
 
     def share_blob(self, digest: str, fd: int) -> int:
@@ -130,6 +130,13 @@ class Connection:
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        try:
+            self._attend()
+        finally:  # whatever happened, nobody may wait for an answer that will not come
+            self._end()
+            self._tear_down()
+
+    def _attend(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._lifeline.fileno(), zmq.POLLIN)
@@ -141,16 +148,15 @@ class Connection:
             while self._socket in ready and self._receive_one():
                 pass
             if self._lifeline.fileno() in ready and self._lifeline.is_dead():
-                self._end()
-        self._tear_down()
+                return
 
     def _send_all(self) -> None:
         while True:
             try:
-                message = self._outbox.get_nowait()
+                data = self._outbox.get_nowait()
             except queue.Empty:
                 return
-            self._socket.send(m.encode(message))
+            self._socket.send(data)
 
     def _receive_one(self) -> bool:
         try:

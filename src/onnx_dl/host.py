@@ -68,6 +68,7 @@ class ModelHost:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._teller: threading.Thread | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
         self._blobs: weakref.WeakValueDictionary[str, SharedBlob] = weakref.WeakValueDictionary()
         self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
@@ -104,11 +105,17 @@ class ModelHost:
             self._on_event,
             lambda: _shut_all(models),
         )
-        threading.Thread(target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True).start()
+        self._teller = threading.Thread(
+            target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True
+        )
+        self._teller.start()
         return self._connection
 
     def close(self) -> None:
-        """Ends all workers and the supervisor, and waits until they are gone.  May be called twice."""
+        """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
+
+        Iterators from :meth:`events` end after the last event.
+        """
         with self._lock:
             connection = self._connection
             if connection is not None:
@@ -118,6 +125,9 @@ class ModelHost:
                 connection.close()
                 self._connection = None
             self._bury()
+        if self._teller is not None and self._teller is not threading.current_thread():
+            self._teller.join(_FAREWELL)
+        self._bus.close()
 
     def _bury(self) -> None:
         """Reaps a supervisor that ends or is dead, and lets its listeners finish."""

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 
 from onnx_dl import config, installation, options
 from onnx_dl.client import Lease, RemoteModel
-from onnx_dl.errors import ProxyClosedError
+from onnx_dl.errors import ConfigError, ProxyClosedError
 from onnx_dl.host import ModelHost, default_host, digest_of
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
@@ -285,6 +285,12 @@ def _spec(
         "extra": {name: _extra(kwargs[name]) for name in _EXTRA if name in kwargs},
     }
     cwd = os.getcwd()
+    try:
+        f"{path}{cwd}".encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
+        ) from None
     identity = digest if path is None else file_identity(path)
     return ModelSpec(
         # The working directory tells where a model given as bytes finds its external data, and profiles land.

@@ -11,13 +11,14 @@ import os
 import secrets
 import signal
 import time
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
 import zmq
 
 from onnx_dl.config import Settings
-from onnx_dl.errors import ProtocolError
+from onnx_dl.errors import InvalidTransition, ProtocolError
 from onnx_dl.model import Usage
 from onnx_dl.supervisor.commands import (
     Command,
@@ -99,6 +100,7 @@ class Supervisor:
             now = time.monotonic()
             self._carry_out(self._scheduler.on_tick(now))
             if self._abandoned_at is not None and now >= self._abandoned_at:
+                self._abandoned_at = None
                 self._carry_out(self._scheduler.on_abandoned(now))
         self._processes.close()
         self._listener.close()
@@ -169,19 +171,28 @@ class Supervisor:
     def _forget(self, worker_id: int) -> None:
         self._workers.pop(self._identities.pop(worker_id), None)
 
-    def _from_worker(self, message: object) -> list[Command]:
+    def _heed_worker(self, worker_id: int, data: bytes) -> None:
+        try:
+            self._carry_out(self._from_worker(worker_id, m.from_worker(data)))
+        except InvalidTransition:  # this worker is not to be trusted; the others have done nothing
+            traceback.print_exc()
+            self._processes.kill(worker_id)
+
+    def _from_worker(self, worker_id: int, message: Any) -> list[Command]:
+        if message.worker_id != worker_id:  # a worker speaks for itself only
+            return []
         now = time.monotonic()
         scheduler = self._scheduler
         match message:
-            case m.WorkerStarted(worker_id=worker_id):
+            case m.WorkerStarted():
                 return scheduler.on_started(worker_id)
-            case m.WorkerReady(worker_id=worker_id):
+            case m.WorkerReady():
                 return scheduler.on_ready(message, self._measure(worker_id), now)
             case m.WorkerFailed():
                 return scheduler.on_load_failed(message, now)
-            case m.WorkerDraining(worker_id=worker_id):
+            case m.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now)
-            case m.WorkerDrained(worker_id=worker_id):
+            case m.WorkerDrained():
                 return scheduler.on_drained(worker_id, self._measure(worker_id), now)
         return []
 
@@ -205,8 +216,8 @@ class Supervisor:
             except ValueError:  # not two frames: nobody we know
                 continue
             with contextlib.suppress(ProtocolError):  # a peer that talks nonsense gets no answer
-                if identity in self._workers:
-                    self._carry_out(self._from_worker(m.from_worker(data)))
+                if (worker_id := self._workers.get(identity)) is not None:
+                    self._heed_worker(worker_id, data)
                 elif client := self._client(identity):
                     # What it said on its lifeline, it said before: the bytes of a model, for one.
                     self._hear_lifeline(client, gone=False)
@@ -260,6 +271,8 @@ class Supervisor:
                 received = client.lifeline.receive(0)
             except TimeoutError:
                 break
+            except OSError:  # out of descriptors: without what it sent it cannot be served
+                received = None
             if received is None or not self._obey_lifeline(client, *received):
                 gone = True
                 break

@@ -92,7 +92,8 @@ class _Process:
     def __init__(self, worker_id: int, blob: int | None) -> None:
         self.worker_id = worker_id
         self.identity = secrets.token_bytes(16)
-        self.blob = blob
+        # A copy: the client may drop its own while this waits for a template.
+        self._blob = None if blob is None else os.dup(blob)
         self.stderr = StderrTail()
         self.template: _Template | None = None
         self.pid: int | None = None
@@ -105,7 +106,8 @@ class _Process:
         self.template = template
         message = m.Spawn(worker_id=self.worker_id, identity=self.identity, control=control)
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end)
-        template.channel.send(m.encode(message), fds if self.blob is None else (*fds, self.blob))
+        template.channel.send(m.encode(message), fds if self._blob is None else (*fds, self._blob))
+        self._drop_blob()
         # Our copies would hide the worker's death from the other ends.
         os.close(self.stderr.write_end)
         self._lifeline_worker.close()
@@ -124,8 +126,14 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def _drop_blob(self) -> None:
+        if self._blob is not None:
+            os.close(self._blob)
+            self._blob = None
+
     def buried(self) -> str:
         """It is reaped; its last lines on stderr."""
+        self._drop_blob()
         self.stderr.pump()
         self.stderr.close()
         self._lifeline.close()

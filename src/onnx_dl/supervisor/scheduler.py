@@ -69,7 +69,9 @@ class Scheduler:
     def on_release(self, client: bytes, proxy: int, now: float) -> list[Command]:
         """A proxy is closed or collected."""
         for model in list(self._models.values()):
-            if model.leases.pop((client, proxy), None) is not None:
+            waiting = [w for w in model.waiters if (w[0], w[1].proxy) == (client, proxy)]
+            model.waiters = [w for w in model.waiters if w not in waiting]
+            if model.leases.pop((client, proxy), None) is not None or waiting:
                 self._after_release(model, "request", now)
         return self._done()
 

@@ -8,6 +8,7 @@ breaks, is not known here.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Iterable
@@ -75,6 +76,7 @@ class _Handover:
         elif isinstance(message, m.BlockDropped):
             self.mappings.drop(message.block)
         else:
+            sockets.close_all(fds)
             return False
         return True
 
@@ -123,6 +125,11 @@ class _Lane:
             self._poller.register(socket, zmq.POLLIN)
             self._poller.register(channel.fileno(), zmq.POLLIN)
 
+    @property
+    def over_zmq(self) -> bool:
+        """Whether calls go over ZeroMQ."""
+        return self._socket is not None
+
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
         if self._socket is not None:
@@ -130,10 +137,12 @@ class _Lane:
         self._handover.channel.close()
 
     def _send(self, message: m.Message) -> None:
+        """Sends; that the peer is gone shows when the next message is awaited."""
         if self._socket is None:
             self._handover.send(message)
         else:
-            self._socket.send(m.encode(message))
+            with contextlib.suppress(zmq.Again):  # a PAIR socket without a peer would wait for ever
+                self._socket.send(m.encode(message), zmq.NOBLOCK)
 
     def _next(self, timeout: float | None = None) -> Any:
         """The next message of a call; None if the peer is gone or the time is up."""

@@ -1,6 +1,4 @@
-"""Sockets: the only importer of zmq, and of Unix sockets.
-
-Covers making, naming and tearing down; knows nothing of what messages mean.
+"""Sockets of both kinds: making, naming and tearing down; knows nothing of what messages mean.
 
 Two kinds.  ZeroMQ carries calls and control.  A Unix socket of type SEQPACKET (a :class:`Channel`) carries
 what ZeroMQ cannot: descriptors, and the certainty of EOF when the other process is gone.  All addresses are
@@ -11,12 +9,14 @@ and :func:`accept` checks the peer's credentials.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import select
 import socket
 import struct
 import weakref
+from collections.abc import Iterable
 from typing import Final
 
 import zmq
@@ -89,15 +89,19 @@ class Channel:
         The message is valid until the next one is received.
 
         Raises:
+            OSError: descriptors came, and this process may have no more.
             TimeoutError: nothing came within ``timeout`` seconds; 0 does not wait, None waits for ever.
         """
         if timeout is not None and not self.readable(timeout):
             raise TimeoutError("the peer sent nothing in time")
         try:
-            size, control, _flags, _address = self._sock.recvmsg_into([self._buffer], _FDS_SPACE)
+            size, control, flags, _address = self._sock.recvmsg_into([self._buffer], _FDS_SPACE)
         except ConnectionResetError:
             return None
         fds = [fd for message in control for fd in _fds_of(*message)]
+        if flags & socket.MSG_CTRUNC:
+            close_all(fds)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return (memoryview(self._buffer)[:size], fds) if size or fds else None
 
     def readable(self, timeout: float = 0.0) -> bool:
@@ -130,6 +134,12 @@ def _fds_of(level: int, kind: int, data: bytes) -> list[int]:
     if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
         return []
     return [fd for (fd,) in struct.iter_unpack("i", data[: len(data) - len(data) % 4])]
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Closes descriptors that came and are of no use."""
+    for fd in fds:
+        os.close(fd)
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int, int]:
@@ -243,8 +253,9 @@ def pair_listener(ctx: Context, address: str) -> Socket:
 
 
 def pair(ctx: Context, address: str) -> Socket:
-    """A connected PAIR socket."""
+    """A connected PAIR socket.  What was sent before it is closed is delivered, within half a second."""
     sock = _socket(ctx, zmq.PAIR)
+    sock.linger = 500
     sock.connect(f"ipc://@{address}")
     return sock
 

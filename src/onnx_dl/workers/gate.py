@@ -88,7 +88,7 @@ class Gate:
     def judge(self, now: float, touched: float = 0.0) -> Verdict:
         """What to do at ``now``; ``touched`` is the latest use that callers reported without a message."""
         with self._lock:
-            self._last_used = max(self._last_used, touched)
+            self._last_used = max(self._last_used, min(touched, now))
             self._close_if_due(now)
             expired, self._expired = self._expired, False
             wait = self._wait(now)

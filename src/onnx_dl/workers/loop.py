@@ -102,10 +102,21 @@ class Worker:
                 self._say(m.WorkerDrained(worker_id=self._id))
             ready = sockets.wait(poller, verdict.wait)
             self._waker.clear()
-            if self._lifeline.fileno() in ready or (self._control in ready and not self._obey()):
+            if self._lifeline.fileno() in ready:
+                return
+            if self._control in ready and not self._obey():
+                self._flush()
                 return
             if listener.fileno() in ready and (channel := listener.accept()):
-                threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True).start()
+                self._start_lane(channel, backend)
+
+    def _flush(self) -> None:
+        """Waits for replies that ZeroMQ still holds: a caller who lost one would make its call again."""
+        with self._lanes_lock:
+            over_zmq = any(lane.over_zmq for lane in self._lanes)
+        if over_zmq:
+            self._control.close()
+            self._context.term()  # lanes hear of it and close; nothing runs on them any more
 
     def _obey(self) -> bool:
         """Follows one order of the supervisor; false if it is to leave."""
@@ -121,6 +132,12 @@ class Worker:
     def _last_touch(self) -> float:
         with self._lanes_lock:
             return max((lane.last_touch() for lane in self._lanes), default=0.0)
+
+    def _start_lane(self, channel: Channel, backend: Backend) -> None:
+        try:
+            threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True).start()
+        except RuntimeError:  # no more threads: this caller has to do without, the others must not
+            channel.close()
 
     def _serve_lane(self, channel: Channel, backend: Backend) -> None:
         """One caller, until it is gone."""
@@ -168,7 +185,7 @@ class LaneService:
             try:
                 request = self._lane.receive()
             except ProtocolError as error:
-                self._lane.say(m.CallFailed(failure=failures.describe(error)))
+                self._fail(error)
                 continue
             match request:
                 case None:
@@ -198,9 +215,15 @@ class LaneService:
         try:
             self._lane.reply(work(request))
         except Exception as error:  # the engine's errors are the caller's
-            self._lane.say(m.CallFailed(failure=failures.describe(error)))
+            self._fail(error)
         finally:
             self._gate.leave(time.monotonic())
+
+    def _fail(self, error: Exception) -> None:
+        try:
+            self._lane.say(m.CallFailed(failure=failures.describe(error)))
+        except (TypeError, ValueError, OverflowError):  # an attribute of it cannot travel; its text can
+            self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
 
     def _call(self, call: m.Call) -> Any:
         feed = {name: self._lane.unpack(value) for name, value in call.feed}
