@@ -102,6 +102,17 @@ def test_workers_that_are_not_forked_work_the_same(monkeypatch: pytest.MonkeyPat
         assert np.array_equal(first.run(None, FEED)[1], expected)
 
 
+def test_calls_over_zeromq_work_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNX_DL_LANE", "zmq")
+    data = np.arange(1 << 18, dtype=np.float32)
+    with ModelHost() as host:
+        for ttl in (-1, 0):
+            proxy = InferenceSessionProxy(identity_model(), ttl=ttl, host=host)
+            for i in range(3):
+                assert np.array_equal(proxy.run(None, {"x": data + i})[0], data + i)
+            proxy.close()
+
+
 def worker_pid_of(host: ModelHost, proxy: InferenceSessionProxy) -> int:
     (pid,) = [s.pid for s in host.snapshot().models if s.key == proxy._spec.key]
     assert pid is not None
