@@ -215,6 +215,29 @@ def test_results_are_the_callers_own(nbytes: int, host: ModelHost) -> None:
     assert np.array_equal(second, data + 1)
 
 
+def test_results_whose_shape_depends_on_the_data(host: ModelHost) -> None:
+    """The worker computes repeated shapes in place; these repeat, and then do not."""
+    f, i = TensorProto.FLOAT, TensorProto.INT64
+    nodes = [helper.make_node("NonZero", ["x"], ["where"]), helper.make_node("Abs", ["x"], ["y"])]
+    source = model(nodes, {"x": (f, ["N"])}, {"where": (i, [1, "M"]), "y": (f, ["N"])})
+    both = Both(source, host)
+    data = np.ones(50_000, np.float32)
+    for zeros in (0, 0, 0, 10, 0, 49_999, 0, 0):
+        data[:zeros], data[zeros:] = 0, 1
+        kept = both.run(None, {"x": data})
+        both.run(["y"], {"x": -data})
+    assert kept[1].sum() == 50_000
+
+
+def test_one_of_several_large_results_may_be_kept(host: ModelHost) -> None:
+    f = TensorProto.FLOAT
+    nodes = [helper.make_node("Abs", ["x"], ["a"]), helper.make_node("Neg", ["x"], ["b"])]
+    both = Both(model(nodes, {"x": (f, ["N"])}, {"a": (f, ["N"]), "b": (f, ["N"])}), host)
+    kept = [both.run(None, {"x": np.full(20_000, i, np.float32)})[i % 2] for i in range(8)]
+    assert [array[0] for array in kept] == [0, -1, 2, -3, 4, -5, 6, -7]
+    assert [array[-1] for array in kept] == [0, -1, 2, -3, 4, -5, 6, -7]
+
+
 def test_real_models(host: ModelHost) -> None:
     for name, samples in load_samples().items():
         both = Both(str(model_path(name)), host)

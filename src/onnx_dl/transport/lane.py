@@ -9,12 +9,15 @@ breaks, is not known here.
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Iterable
 from typing import Any, Final
 
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
@@ -258,6 +261,7 @@ class WorkerLane(_Lane):
         super().__init__(channel, socket, m.lane_request)
         self._send(m.LaneOpen(secret=secret))
         self._unpacker = Unpacker(self._handover.block, copy=False)
+        self._placed: dict[int, tuple[Block, NDArray[Any]]] = {}
 
     def receive(self) -> Any:
         """The next request; None when the caller is gone.
@@ -271,13 +275,24 @@ class WorkerLane(_Lane):
         """A value of a request; its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)
 
+    def place(self, dtype: str, shape: tuple[int, ...]) -> NDArray[Any] | None:
+        """An array that need not be copied if it is part of the next reply; None if so small that it may."""
+        nbytes = np.dtype(dtype).itemsize * math.prod(shape)
+        if nbytes < VIEW_FROM:
+            return None
+        block = self._arena.lease(nbytes)
+        array = block.array(dtype, shape, 0)
+        self._placed[id(array)] = block, array
+        return array
+
     def reply(self, value: Any) -> None:
         """Sends a result; large arrays in it are leased to the caller.
 
         Raises:
             Exception: the value cannot be sent; nothing was.
         """
-        packer = Packer(self._arena, lease_from=VIEW_FROM)
+        placed, self._placed = self._placed, {}
+        packer = Packer(self._arena, lease_from=VIEW_FROM, placed=placed)
         (packed,) = packer.pack([value])
         try:
             self._send(m.Result(value=packed))
@@ -287,6 +302,9 @@ class WorkerLane(_Lane):
 
     def say(self, message: m.CallFailed | m.Draining) -> None:
         """Sends a reply that carries no value."""
+        for block, _ in self._placed.values():
+            block.leased = False
+        self._placed.clear()
         self._send(message)
 
     def last_touch(self) -> float:

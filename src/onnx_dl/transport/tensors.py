@@ -8,8 +8,9 @@ in its own words.  Where arrays lie is decided by :mod:`onnx_dl.transport.arena`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -34,10 +35,18 @@ class Packer:
     Arrays of ``lease_from`` bytes or more get a leased block each; with None, none does.
     """
 
-    def __init__(self, arena: Arena, lease_from: int | None = None) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        lease_from: int | None = None,
+        placed: Mapping[int, tuple[Block, NDArray[Any]]] = MappingProxyType({}),
+    ) -> None:
+        """``placed``: leased blocks by the ``id`` of the array that already lies in them."""
         self._arena = arena
+        self._placed = placed
         self._lease_from = lease_from
-        self._leases: list[Block] = []
+        self._leases: list[Block] = [block for block, _ in placed.values()]
+        self._sent: set[int] = set()
         self._scratch: Block | None = None
         self._offset = 0
 
@@ -53,10 +62,14 @@ class Packer:
         if needed:
             self._scratch = self._arena.scratch(needed)
         try:
-            return [self._encode(value) for value in values]
+            packed = [self._encode(value) for value in values]
         except BaseException:
             self.abandon()
             raise
+        for number, (block, _) in self._placed.items():
+            if number not in self._sent:  # placed for a result that became another array
+                block.leased = False
+        return packed
 
     def abandon(self) -> None:
         """Takes back the leases of a message that will not be sent."""
@@ -79,6 +92,9 @@ class Packer:
 
     def _encode(self, value: Any) -> Value:
         if isinstance(value, np.ndarray):
+            if placed := self._placed.get(id(value)):
+                self._sent.add(id(value))
+                return Tensor(value.dtype.str, value.shape, placed[0].number, 0, True)
             return self._encode_array(np.asarray(value))
         if isinstance(value, np.generic):
             return Items("scalar", [self._encode_array(np.asarray(value))])

@@ -6,10 +6,16 @@ only, and knows nothing of sockets, shared memory or policy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from onnx_dl.model import ModelDescription, ModelSpec
+
+Place = Callable[[str, tuple[int, ...]], NDArray[Any] | None]
+"""Gives an array of a dtype and shape where the caller will see it, or None if a result of that size had
+better be an array of its own."""
 
 
 class Backend(Protocol):
@@ -18,9 +24,11 @@ class Backend(Protocol):
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
-    def run(self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Sequence[Any]:
+    def run(
+        self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, place: Place
+    ) -> Sequence[Any]:
         """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
-        share memory with them."""
+        share memory with them.  A result that was computed into an array from ``place`` is not copied."""
 
     def invoke(self, method: str, args: list[Any]) -> Any:
         """Another method of the engine's session.

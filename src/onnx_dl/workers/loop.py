@@ -227,7 +227,7 @@ class LaneService:
 
     def _call(self, call: m.Call) -> Any:
         feed = {name: self._lane.unpack(value) for name, value in call.feed}
-        return self._backend.run(self._lane.unpack(call.outputs), feed, call.options)
+        return self._backend.run(self._lane.unpack(call.outputs), feed, call.options, self._lane.place)
 
     def _invoke(self, request: m.Invoke) -> Any:
         return self._backend.invoke(request.method, [self._lane.unpack(arg) for arg in request.args])
