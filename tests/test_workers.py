@@ -201,8 +201,9 @@ def test_a_ttl_runs_from_the_last_use(host: ModelHost) -> None:
 
 def test_metadata_keeps_a_loaded_model_alive_without_a_message(host: ModelHost) -> None:
     proxy = InferenceSessionProxy(model_path("digits"), ttl=0.5, host=host)
-    proxy.run(None, FEED)
     with host.events() as events:
+        proxy.run(None, FEED)
+        wait_for(events, EventType.READY)
         until = time.monotonic() + 1.2
         while time.monotonic() < until:
             proxy.get_inputs()
