@@ -31,6 +31,10 @@ _GONE: Final = (
 )
 
 
+_LAST_WORDS: Final = 0.1
+"""Seconds without a message after which a dead supervisor is taken to have said all."""
+
+
 class Connection:
     """To the supervisor at ``address``.  Thread-safe, except across fork: a child makes its own."""
 
@@ -148,7 +152,15 @@ class Connection:
             while self._socket in ready and self._receive_one():
                 pass
             if self._lifeline.fileno() in ready and self._lifeline.is_dead():
+                self._hear_last_words()
                 return
+
+    def _hear_last_words(self) -> None:
+        """Events and answers that were sent before the end, which ZeroMQ's own thread may still hold."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        while sockets.wait(poller, _LAST_WORDS):
+            self._receive_one()
 
     def _send_all(self) -> None:
         while True:

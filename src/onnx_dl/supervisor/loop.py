@@ -103,10 +103,11 @@ class Supervisor:
                 self._abandoned_at = None
                 self._carry_out(self._scheduler.on_abandoned(now))
         self._processes.close()
+        # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
+        self._context.destroy(linger=500)
         self._listener.close()
         for client in self._clients:
             client.close()
-        self._context.destroy(linger=500)  # Bye may still be on its way
 
     def _poller(self) -> zmq.Poller:
         poller = zmq.Poller()

@@ -144,7 +144,8 @@ class _Lane:
         if self._socket is None:
             self._handover.send(message)
         else:
-            with contextlib.suppress(zmq.Again):  # a PAIR socket without a peer would wait for ever
+            # Again: a PAIR socket without a peer would wait for ever.  ContextTerminated: this process leaves.
+            with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
                 self._socket.send(m.encode(message), zmq.NOBLOCK)
 
     def _next(self, timeout: float | None = None) -> Any:
@@ -222,10 +223,7 @@ class ClientLane(_Lane):
 
         An exception, KeyboardInterrupt included, leaves the lane unusable: close it.
         """
-        try:
-            self._send(message)
-        except zmq.ContextTerminated:  # the supervisor died, and the worker with it
-            return None
+        self._send(message)
         return self._next()
 
     def is_dead(self) -> bool:
