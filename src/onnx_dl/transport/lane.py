@@ -144,7 +144,7 @@ class _Lane:
         if self._socket is None:
             self._handover.send(message)
         else:
-            # Again: a PAIR socket without a peer would wait for ever.  ContextTerminated: this process leaves.
+            # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
             with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
                 self._socket.send(m.encode(message), zmq.NOBLOCK)
 
