@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 
 from onnx_dl import config, installation, options
 from onnx_dl.client import Lease, RemoteModel
-from onnx_dl.errors import ConfigError, ProxyClosedError
+from onnx_dl.errors import ConfigError, ProxyClosedError, UnsupportedValueError
 from onnx_dl.host import ModelHost, default_host, digest_of
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
@@ -107,7 +107,7 @@ class InferenceSessionProxy:
             WorkerDied: the worker ended during the call.
             Exception: what onnxruntime raises, as the same class with the same message.
         """
-        feed = {name: input_feed[name] for name in input_feed.keys()}  # noqa: SIM118  # a list must fail here
+        feed = {name: _feedable(input_feed[name]) for name in input_feed.keys()}  # noqa: SIM118  # no list
         plain = options.read_run_options(run_options)
         result: list[Any] = self._model().run(self._lease, output_names, feed, plain)
         return result
@@ -244,6 +244,18 @@ def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:
     host = host_ref()
     if host is not None and (model := host.known_model(key)) is not None:
         model.leave(lease)
+
+
+def _feedable(value: Any) -> Any:
+    """An OrtValue as the array that it holds; anything else as it is."""
+    if type(value).__name__ != "OrtValue":
+        return value
+    try:
+        return value.numpy()
+    except Exception as error:
+        raise UnsupportedValueError(
+            f"This OrtValue cannot travel to a worker yet ({error}); feed a numpy array of another dtype."
+        ) from error
 
 
 def _split_source(source: object) -> tuple[str | None, bytes | None]:
