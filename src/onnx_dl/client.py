@@ -33,9 +33,10 @@ _lease_ids = itertools.count(1)
 class Lease:
     """One proxy's claim to its model."""
 
-    def __init__(self, ttl: float) -> None:
+    def __init__(self, ttl: float, latency: str = "normal") -> None:
         self.id = next(_lease_ids)
         self.ttl = ttl
+        self.latency = latency
         self.granted: m.Granted | None = None
         self.closed = False
 
@@ -82,11 +83,7 @@ class RemoteModel:
             Exception: what onnxruntime raised, as the same class.
         """
 
-        def make(lane: ClientLane) -> m.Call:
-            packed_outputs, *values = lane.pack([outputs, *feed.values()])
-            return m.Call(outputs=packed_outputs, feed=list(zip(feed, values, strict=True)), options=options)
-
-        return self._perform(lease, make)
+        return self._perform(lease, lambda lane: lane.call(outputs, feed, options))
 
     def invoke(self, lease: Lease, method: str, *args: Any) -> Any:
         """Another method of the session, by name; raises like :meth:`run`."""
@@ -124,12 +121,12 @@ class RemoteModel:
         """One request; false if it was not executed and must be made again."""
         try:
             reply = lane.exchange(message)
-            result = lane.unpack(reply.value) if isinstance(reply, m.Result) else None
+            result = lane.result(reply) if isinstance(reply, m.Same | m.Result) else None
         except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             lane.close()
             raise
         match reply:
-            case m.Result():
+            case m.Same() | m.Result():
                 self._put_lane(lane)
                 return True, result
             case m.CallFailed(failure=failure):
@@ -159,24 +156,35 @@ class RemoteModel:
 
     def _take_lane(self, lease: Lease) -> ClientLane | None:
         """A lane that nobody else uses; None if the worker went while it was opened: ask again."""
-        granted = self._current(lease) or self._acquire(lease)
-        with self._lock:
-            lane = self._lanes.pop() if self._lanes and self._granted is granted else None
-        if lane is not None and not lane.is_dead():
-            return lane
-        if lane is not None:
-            lane.close()
-        else:
-            lane = self._open_lane(granted)
-            if lane is not None:
+        if (lane := self._idle_lane(lease)) is not None:
+            # On its own socket a lane says itself, when it sends, that the worker is gone.
+            if not (lane.over_zmq and lane.is_dead()):
                 return lane
-        self._forget(granted)
+            lane.close()
+            self._forget(lane.granted)
+            return None
+        granted = self._current(lease) or self._acquire(lease)
+        lane = self._open_lane(granted, lease.latency)
+        if lane is None:
+            self._forget(granted)
+        return lane
+
+    def _idle_lane(self, lease: Lease) -> ClientLane | None:
+        with self._lock:
+            if self._lanes and self._may_use(lease):
+                for index in range(len(self._lanes) - 1, -1, -1):
+                    if self._lanes[index].latency == lease.latency:
+                        return self._lanes.pop(index)
         return None
 
-    def _open_lane(self, granted: m.Granted) -> ClientLane | None:
+    def _open_lane(self, granted: m.Granted, latency: str = "normal") -> ClientLane | None:
         try:
             return ClientLane(
-                self.connection.context, granted, self.connection.timeout, over_zmq=self._over_zmq
+                self.connection.context,
+                granted,
+                self.connection.timeout,
+                over_zmq=self._over_zmq,
+                latency=latency,
             )
         except (ConnectionError, FileNotFoundError, TimeoutError, ProtocolError):
             return None  # other errors are ours, no descriptors left for one, and would only come again
@@ -191,11 +199,12 @@ class RemoteModel:
 
     def _current(self, lease: Lease) -> m.Granted | None:
         with self._lock:
-            # Whoever is inside of a session() block uses the worker that it holds, also while that waits for
-            # the block to end before it unloads: to acquire would wait for the unload, for ever.
-            if self._granted is not None and (lease.granted is self._granted or self._holds):
-                return self._granted
-        return None
+            return self._granted if self._may_use(lease) else None
+
+    def _may_use(self, lease: Lease) -> bool:
+        # Whoever is inside of a session() block uses the worker that it holds, also while that waits for
+        # the block to end before it unloads: to acquire would wait for the unload, for ever.
+        return self._granted is not None and bool(lease.granted is self._granted or self._holds)
 
     def _acquire(self, lease: Lease) -> m.Granted:
         with self._acquiring:

@@ -41,6 +41,17 @@ def parse_ttl(value: object) -> float:
     return seconds
 
 
+def parse_latency(value: object) -> str:
+    """``"normal"`` or ``"low"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) anything else.
+    """
+    if value not in ("normal", "low"):
+        raise ConfigError(f'latency={value!r} is neither "normal" nor "low".')
+    return str(value)
+
+
 def _seconds(value: object) -> float | None:
     if isinstance(value, bool):
         return None

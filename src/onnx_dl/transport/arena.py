@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -31,7 +32,7 @@ IDLE_TURNS: Final = 32
 
 _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
-_LEASE, _CLOCK = 0, 1  # 8-byte words of the header
+_LEASE, _CLOCK, _CPU, _TOOK = range(4)  # 8-byte words of the header
 
 
 def size_class(nbytes: int) -> int:
@@ -57,10 +58,10 @@ class Block:
         self.number = number
         self.size = size
         self.last_turn = 0
-        mapping = shm.attach(fd, size + HEADER)
+        mapping = self.mapping = shm.attach(fd, size + HEADER)
         self._bytes: NDArray[np.uint8] = np.asarray(mapping)
         self._views: dict[tuple[str, tuple[int, ...], int], NDArray[Any]] = {}  # shapes repeat
-        self._words = self._bytes[:HEADER].view(np.uint64)
+        self._words = memoryview(self._bytes[:HEADER]).cast("B").cast("Q")  # type: ignore[arg-type]
         self._address = mapping.address + HEADER
 
     def array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
@@ -108,11 +109,24 @@ class Block:
     @property
     def clock(self) -> int:
         """A time in monotonic nanoseconds that either side may leave for the other; 0 at first."""
-        return int(self._words[_CLOCK])
+        return self._words[_CLOCK]
 
     @clock.setter
     def clock(self, value: int) -> None:
         self._words[_CLOCK] = value
+
+    def note_call(self, cpu: int, took: int) -> None:
+        """Leaves where the caller runs and how long its last call took, in nanoseconds."""
+        self._words[_CPU] = cpu
+        self._words[_TOOK] = took
+
+    def last_call(self) -> tuple[int, int]:
+        """What :meth:`note_call` left."""
+        return self._words[_CPU], self._words[_TOOK]
+
+    def offset_of(self, array: NDArray[Any]) -> int:
+        """Where in the payload an array begins that lies in this block."""
+        return int(array.__array_interface__["data"][0]) - self._address
 
 
 class _Lease:
@@ -127,6 +141,20 @@ class _Lease:
     def __del__(self) -> None:
         self._block.leased = False
 
+    @property
+    def block(self) -> Block:
+        return self._block
+
+
+def home_of(array: NDArray[Any]) -> Block | None:
+    """The leased block that an array lies in, if it is one that another process can be given as it is."""
+    base: Any = array.base
+    while type(base) is np.ndarray:
+        base = base.base
+    if type(base) is not _Lease or not array.flags.c_contiguous or array.dtype.hasobject:
+        return None
+    return base.block if base.block.mapping.fd is not None else None
+
 
 class Announcer(Protocol):
     """Tells the peer of blocks."""
@@ -138,16 +166,28 @@ class Announcer(Protocol):
         """A block will not be used again."""
 
 
+class _Adopted:
+    """A block of another arena that the peer of this one knows."""
+
+    def __init__(self, mapping: weakref.ref[shm.Mapping], number: int) -> None:
+        self.mapping = mapping
+        self.number = number
+        self.last_turn = 0
+
+
 class Arena:
     """The blocks that this side writes to."""
 
-    def __init__(self, announcer: Announcer) -> None:
+    def __init__(self, announcer: Announcer, *, keep_descriptors: bool = False) -> None:
+        """``keep_descriptors``: the blocks may be adopted by other arenas."""
         self._announcer = announcer
+        self._keep_descriptors = keep_descriptors
         self._numbers = 0
         self._turn = 0
         self._scratch: Block | None = None
         self._scratch_peak = 0
         self._blocks: list[Block] = []
+        self._adopted: dict[int, _Adopted] = {}
 
     @property
     def nbytes(self) -> int:
@@ -155,12 +195,27 @@ class Arena:
         blocks = [*self._blocks, *([self._scratch] if self._scratch else [])]
         return sum(block.size for block in blocks)
 
+    @property
+    def current_scratch(self) -> Block | None:
+        """The scratch block, as long as there is one."""
+        return self._scratch
+
     def page(self) -> Block:
         """A block of no payload, for its clock; it stays as long as the arena."""
         return self._create(0)
 
     def scratch(self, nbytes: int) -> Block:
         """The block for what the peer reads before the lane's next message; at least ``nbytes``."""
+        block = self._scratch
+        if block is None or nbytes > block.size or self._turn % IDLE_TURNS == 0:
+            return self._review_scratch(nbytes)
+        self._turn += 1
+        if nbytes > self._scratch_peak:
+            self._scratch_peak = nbytes
+        return block
+
+    def _review_scratch(self, nbytes: int) -> Block:
+        """Another scratch block, if the present one is too small or was far too large for a while."""
         self._next_turn()
         self._scratch_peak = max(self._scratch_peak, nbytes)
         block = self._scratch
@@ -183,19 +238,33 @@ class Arena:
         block.last_turn = self._turn
         return block
 
+    def adopt(self, block: Block) -> int:
+        """The number by which the peer knows a block of another arena; it stays that arena's."""
+        adopted = self._adopted.get(id(block.mapping))
+        if adopted is None or adopted.mapping() is not block.mapping:
+            assert block.mapping.fd is not None
+            self._numbers += 1
+            adopted = _Adopted(weakref.ref(block.mapping), self._numbers)
+            self._announcer.shared(adopted.number, block.size, block.mapping.fd)
+            self._adopted[id(block.mapping)] = adopted
+        adopted.last_turn = self._turn
+        return adopted.number
+
     def trim(self) -> None:
         """Gives back all blocks that nobody holds."""
         self._drop_scratch()
         self._scratch_peak = 0
         self._drop_free(lambda block: True)
+        self._drop_adopted(lambda adopted: True)
 
     def _next_turn(self) -> None:
-        self._turn += 1
         if self._turn % IDLE_TURNS == 0:
             self._drop_free(lambda block: self._turn - block.last_turn > IDLE_TURNS)
+            self._drop_adopted(lambda adopted: self._turn - adopted.last_turn > IDLE_TURNS)
+        self._turn += 1
 
     def _scratch_is_too_large(self, block: Block) -> bool:
-        if self._turn % IDLE_TURNS:
+        if self._turn % IDLE_TURNS != 1:
             return False
         peak, self._scratch_peak = self._scratch_peak, 0
         too_large = block.size > 4 * size_class(peak)
@@ -209,6 +278,12 @@ class Arena:
             self._blocks.remove(block)
             self._announcer.dropped(block.number)
 
+    def _drop_adopted(self, wanted: Callable[[_Adopted], bool]) -> None:
+        for key, adopted in list(self._adopted.items()):
+            if adopted.mapping() is None or wanted(adopted):
+                del self._adopted[key]
+                self._announcer.dropped(adopted.number)
+
     def _drop_scratch(self) -> None:
         if self._scratch is not None:
             self._announcer.dropped(self._scratch.number)
@@ -220,27 +295,42 @@ class Arena:
         try:
             block = Block(self._numbers, size, fd)
             self._announcer.shared(block.number, size, fd)
-        finally:
+        except BaseException:
+            os.close(fd)
+            raise
+        if self._keep_descriptors:
+            block.mapping.keep(fd)
+        else:
             os.close(fd)
         block.last_turn = self._turn
         return block
 
 
 class Mappings:
-    """The peer's blocks, as mapped here."""
+    """The peer's blocks, as mapped here.  ``keep_descriptors``: they may be handed to a third process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_descriptors: bool = False) -> None:
         self._blocks: dict[int, Block] = {}
+        self._keep_descriptors = keep_descriptors
+        self.page: Block | None = None
+        """The peer's block of no payload."""
 
     def add(self, number: int, size: int, fd: int) -> None:
-        """Maps a new block and closes ``fd``.
+        """Maps a new block and takes over ``fd``.
 
         Raises:
             SharedMemoryError: it is smaller than announced, or cannot be mapped.
         """
         try:
-            self._blocks[number] = Block(number, size, fd)
-        finally:
+            block = self._blocks[number] = Block(number, size, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        if not size:
+            self.page = block
+        if size and self._keep_descriptors:
+            block.mapping.keep(fd)
+        else:
             os.close(fd)
 
     def drop(self, number: int) -> None:

@@ -9,10 +9,12 @@ breaks, is not known here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -23,12 +25,22 @@ from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Arena, Block, Mappings
+from onnx_dl.transport.arena import Arena, Block, Mappings, home_of
+from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, targets_of
 from onnx_dl.transport.sockets import LONGEST, Channel, Context, Socket
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 _HANDOVER: Final = 10.0
 """Seconds within which a block must arrive that a message names; its sender sent it before the message."""
+
+_current_cpu: Final[Callable[[], int]] = getattr(ctypes.CDLL(None), "sched_getcpu", lambda: -1)
+
+
+Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold | bytes
+"""What a caller sends; bytes are a message that is encoded already."""
+
+_SAME: Final = m.encode(m.Same())
 
 
 class _Handover:
@@ -38,9 +50,9 @@ class _Handover:
     and not when the garbage collector finds a cycle.
     """
 
-    def __init__(self, channel: Channel, read: m.Reader) -> None:
+    def __init__(self, channel: Channel, read: m.Reader, *, keep_descriptors: bool) -> None:
         self.channel = channel
-        self.mappings = Mappings()
+        self.mappings = Mappings(keep_descriptors=keep_descriptors)
         self._read = read
 
     def shared(self, block: int, size: int, fd: int) -> None:
@@ -49,23 +61,21 @@ class _Handover:
     def dropped(self, block: int) -> None:
         self.channel.send(m.encode(m.BlockDropped(block=block)))
 
-    def send(self, message: m.Message) -> None:
-        """Sends a message of any length.  That the peer is gone shows when its answer is awaited."""
-        data = m.encode(message)
-        if len(data) > LONGEST:
-            self.channel.send(m.encode(m.Large(nbytes=len(data))))
-            for start in range(0, len(data), LONGEST):
-                self.channel.send(data[start : start + LONGEST])
-        else:
-            self.channel.send(data)
+    def send(self, message: m.Message | bytes) -> bool:
+        """Sends a message of any length; false if the peer is gone, and has not got all of it."""
+        data = message if isinstance(message, bytes) else m.encode(message)
+        if len(data) <= LONGEST:
+            return self.channel.send(data)
+        parts = [data[start : start + LONGEST] for start in range(0, len(data), LONGEST)]
+        return all(map(self.channel.send, [m.encode(m.Large(nbytes=len(data))), *parts]))
 
-    def next(self, timeout: float | None) -> Any:
+    def next(self, timeout: float | None, poll: float = 0.0) -> Any:
         """The next message, once blocks were taken in that came before it; None if the peer is gone.
 
         Raises:
             TimeoutError: nothing came within ``timeout`` seconds.
         """
-        while (received := self.channel.receive(timeout)) is not None:
+        while (received := self.channel.receive(timeout, poll)) is not None:
             data, fds = received
             message = self._read(data)
             if not self._take_in(message, fds):
@@ -79,7 +89,8 @@ class _Handover:
         elif isinstance(message, m.BlockDropped):
             self.mappings.drop(message.block)
         else:
-            sockets.close_all(fds)
+            if fds:
+                sockets.close_all(fds)
             return False
         return True
 
@@ -115,14 +126,18 @@ class _Handover:
 class _Lane:
     """What both ends have in common.  Used by one thread at a time.
 
-    ``socket`` is the ZeroMQ socket that the calls go over; None: they go over the Unix socket.
+    ``socket`` is the ZeroMQ socket that the calls go over; None: they go over the Unix socket.  ``poll``:
+    look for messages for a moment before sleeping, where another core can send them meanwhile.
     """
 
-    def __init__(self, channel: Channel, socket: Socket | None, read: m.Reader) -> None:
-        self._handover = _Handover(channel, read)
-        self._arena = Arena(self._handover)
+    def __init__(self, handover: _Handover, socket: Socket | None, read: m.Reader, *, poll: bool) -> None:
+        channel = handover.channel
+        self._handover = handover
+        self._arena = Arena(handover)
         self._socket = socket
         self._read = read
+        self.polls = poll and len(os.sched_getaffinity(0)) > 1
+        self._patience = Patience() if self.polls else None
         if socket is not None:
             self._poller = zmq.Poller()
             self._poller.register(socket, zmq.POLLIN)
@@ -139,20 +154,21 @@ class _Lane:
             self._socket.close()
         self._handover.channel.close()
 
-    def _send(self, message: m.Message) -> None:
-        """Sends; that the peer is gone shows when the next message is awaited."""
+    def _send(self, message: m.Message | bytes) -> bool:
+        """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
         if self._socket is None:
-            self._handover.send(message)
-        else:
-            # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
-            with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
-                self._socket.send(m.encode(message), zmq.NOBLOCK)
+            return self._handover.send(message)
+        # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
+        with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
+            self._socket.send(message if isinstance(message, bytes) else m.encode(message), zmq.NOBLOCK)
+            return True
+        return False
 
     def _next(self, timeout: float | None = None) -> Any:
         """The next message of a call; None if the peer is gone or the time is up."""
         if self._socket is None:
             try:
-                return self._handover.next(timeout)
+                return self._await(timeout)
             except TimeoutError:
                 return None
         try:
@@ -160,6 +176,15 @@ class _Lane:
         except zmq.ContextTerminated:  # the supervisor died, and the worker with it
             return None
         return None if data is None else self._read(data)
+
+    def _await(self, timeout: float | None) -> Any:
+        patience = self._patience
+        if patience is None:
+            return self._handover.next(timeout)
+        started = time.perf_counter()
+        message = self._handover.next(timeout, patience.budget)
+        patience.note(time.perf_counter() - started)
+        return message
 
     def _next_on_zmq(self, socket: Socket, timeout: float | None) -> bytes | None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -182,8 +207,11 @@ def _last_words(socket: Socket) -> bytes | None:
 class ClientLane(_Lane):
     """The caller's end."""
 
-    def __init__(self, ctx: Context, granted: m.Granted, timeout: float, *, over_zmq: bool) -> None:
-        """Opens a lane to the worker that was granted.
+    def __init__(
+        self, ctx: Context, granted: m.Granted, timeout: float, *, over_zmq: bool, latency: str
+    ) -> None:
+        """Opens a lane to the worker that was granted.  ``latency``: "low" polls, see
+        :mod:`onnx_dl.transport.patience`.
 
         Raises:
             OSError: the worker is gone, or did not answer within ``timeout`` seconds.
@@ -196,16 +224,26 @@ class ClientLane(_Lane):
         except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
             channel.close()
             raise ConnectionError(str(error)) from error
-        super().__init__(channel, socket, m.lane_reply)
+        handover = _Handover(channel, m.lane_reply, keep_descriptors=True)
+        super().__init__(handover, socket, m.lane_reply, poll=latency == "low")
+        self.latency = latency
         try:
             self._page = self._open(granted.secret, reply_to, timeout)
         except BaseException:
             self.close()
             raise
         self._unpacker = Unpacker(self._handover.block, copy=True)
+        self._plans = Plans()
+        self._key: Hashable | None = None
+        self._plan: Plan | None = None
+        """Of the request that was made last; ``_asked``: of the one that was sent last."""
+        self._asked: Plan | None = None
+        self._took = 0
 
     def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
-        self._handover.send(m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to))
+        self._handover.send(
+            m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to, poll=self.polls)
+        )
         page = self._arena.page()
         opened = self._next(timeout)
         if opened is None:
@@ -218,21 +256,91 @@ class ClientLane(_Lane):
         """Copies the arrays in ``values`` to where the worker sees them; see :class:`Packer`."""
         return Packer(self._arena).pack(values)
 
-    def exchange(self, message: m.Call | m.Invoke | m.Touch | m.Hold | m.Unhold) -> Any:
+    def call(self, outputs: Any, feed: Mapping[Any, Any], options: dict[str, Any] | None) -> Request:
+        """The request for one inference; the arrays in ``feed`` are copied, unless they lie in shared memory.
+
+        Raises: like :meth:`Packer.pack`.
+        """
+        moved = self._moved(feed)
+        self._key = None if options is not None else self._key_of(outputs, feed, moved)
+        plan = self._plan = None if self._key is None else self._plans.find(self._key)
+        if plan is None or (plan.nbytes and self._arena.scratch(plan.nbytes) is not plan.block):
+            return self._first_call(outputs, feed, options, moved)
+        plan.fill(feed)
+        if moved is None:
+            return plan.message
+        return m.Again(plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved])
+
+    def _moved(self, feed: Mapping[Any, Any]) -> dict[Any, m.Tensor] | None:
+        """Where the worker finds the large arrays that lie in shared memory already."""
+        found = None
+        for name, value in feed.items():
+            if type(value) is np.ndarray and value.nbytes >= VIEW_FROM and (block := home_of(value)):
+                number = self._arena.adopt(block)
+                found = found or {}
+                found[name] = m.Tensor(value.dtype.str, value.shape, number, block.offset_of(value))
+        return found
+
+    def _key_of(self, outputs: Any, feed: Mapping[Any, Any], moved: dict[Any, m.Tensor] | None) -> Any:
+        try:
+            key = key_of(outputs, feed)
+            hash(key)
+        except TypeError:  # not what onnxruntime takes; it shall say so
+            return None
+        return key if moved is None or key is None else (*key, *moved)
+
+    def _first_call(
+        self, outputs: Any, feed: Mapping[Any, Any], options: Any, moved: dict[Any, m.Tensor] | None
+    ) -> m.Call:
+        moved = moved or {}
+        packer = Packer(self._arena, moved={id(feed[name]): tensor for name, tensor in moved.items()})
+        packed_outputs, *values = packer.pack([outputs, *feed.values()])
+        number = None
+        self._plan = None
+        if self._key is not None and can_repeat(feed):
+            number = self._plans.next_number(packer.scratch)
+            targets = targets_of(values, packer.scratch)
+            places = [(index, name) for index, name in enumerate(feed) if name in moved]
+            self._plan = Plan(number, packer.scratch, packer.nbytes, targets, places)
+        return m.Call(
+            outputs=packed_outputs, feed=list(zip(feed, values, strict=True)), options=options, plan=number
+        )
+
+    def exchange(self, request: Request) -> Any:
         """Sends a request and waits for its reply; None if the worker went without one.
 
-        An exception, KeyboardInterrupt included, leaves the lane unusable: close it.
+        A worker that was gone before is as one that drains: it has not begun anything.  An exception,
+        KeyboardInterrupt included, leaves the lane unusable: close it.
         """
-        self._send(message)
-        return self._next()
+        self._asked, self._plan = self._plan, None
+        self._page.note_call(_current_cpu(), self._took)
+        started = time.perf_counter_ns()
+        if not self._send(request):
+            return m.Draining()
+        reply = self._next()
+        self._took = time.perf_counter_ns() - started
+        return reply
+
+    def result(self, reply: m.Result | m.Same) -> Any:
+        """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
+        plan = self._asked
+        if isinstance(reply, m.Same):
+            if plan is None or plan.sources is None:
+                raise ProtocolError("A worker answered that its results lie where none ever lay.")
+            return [source.copy() for source in plan.sources]
+        if plan is not None:
+            self._learn(plan, reply.value)
+        return self._unpacker.unpack(reply.value)
+
+    def _learn(self, plan: Plan, value: m.Value) -> None:
+        block = self._handover.block
+        places = [block(t.block).array(t.dtype, t.shape, t.offset) for t in in_place(value) or ()]
+        plan.sources = places or None
+        self._plans.remember(self._key, plan)
 
     def is_dead(self) -> bool:
         """Whether the worker is gone; does not wait."""
         return self._handover.is_dead()
-
-    def unpack(self, value: m.Value) -> Any:
-        """The result of a call: small arrays are copies, large ones views that keep their memory alive."""
-        return self._unpacker.unpack(value)
 
     def touch(self) -> None:
         """Leaves the time of a use where the worker looks before its TTL ends it.  Costs no message."""
@@ -256,7 +364,8 @@ class WorkerLane(_Lane):
         if hello.version != m.PROTOCOL_VERSION:
             raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
         socket = None if hello.reply_to is None else sockets.pair(ctx, hello.reply_to)
-        super().__init__(channel, socket, m.lane_request)
+        handover = _Handover(channel, m.lane_request, keep_descriptors=False)
+        super().__init__(handover, socket, m.lane_request, poll=hello.poll)
         self._send(m.LaneOpen(secret=secret))
         self._unpacker = Unpacker(self._handover.block, copy=False)
         self._placed: dict[int, tuple[Block, NDArray[Any]]] = {}
@@ -283,8 +392,8 @@ class WorkerLane(_Lane):
         self._placed[id(array)] = block, array
         return array
 
-    def reply(self, value: Any) -> None:
-        """Sends a result; large arrays in it are leased to the caller.
+    def reply(self, value: Any) -> m.Value:
+        """Sends a result; large arrays in it are leased to the caller.  Returns what was sent.
 
         Raises:
             Exception: the value cannot be sent; nothing was.
@@ -297,6 +406,31 @@ class WorkerLane(_Lane):
         except BaseException:
             packer.abandon()
             raise
+        return packed
+
+    def reply_same(self) -> None:
+        """The results lie where the last ones of this plan lay."""
+        self._send(_SAME)
+
+    def places(self, value: m.Value) -> tuple[Block, list[NDArray[Any]]] | None:
+        """Where a result lay that was sent, and in which block, if the next may lie there; None if not."""
+        tensors, block = in_place(value), self._arena.current_scratch
+        if not tensors or block is None:
+            return None
+        return block, [block.array(t.dtype, t.shape, t.offset) for t in tensors]
+
+    def is_in_place(self, block: Block | None, nbytes: int) -> bool:
+        """Whether results of so many bytes may still be written to this block."""
+        return self._arena.scratch(nbytes) is block
+
+    def has(self, block: int) -> bool:
+        """Whether the caller's block is still mapped."""
+        return self._handover.mappings.get(block) is not None
+
+    def last_call(self) -> tuple[int, int]:
+        """The core that the caller runs on, and the nanoseconds that its last call took."""
+        page = self._handover.mappings.page
+        return page.last_call() if page is not None else (-1, 0)
 
     def say(self, message: m.CallFailed | m.Draining) -> None:
         """Sends a reply that carries no value."""

@@ -15,7 +15,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -317,11 +317,12 @@ class TemplateReady(Message):
 
 class LaneHello(Message):
     """First on a lane.  ``reply_to`` is the ZeroMQ address at which the client listens for calls' replies;
-    None: calls go over this socket."""
+    None: calls go over this socket.  ``poll``: both ends look for messages for a moment before they sleep."""
 
     version: int
     secret: str
     reply_to: str | None = None
+    poll: bool = False
 
 
 class LaneOpen(Message):
@@ -350,11 +351,22 @@ class Large(Message):
 
 
 class Call(Message):
-    """Run the model: names of outputs, feed, RunOptions."""
+    """Run the model: names of outputs, feed, RunOptions.  ``plan``: remember it under this number."""
 
     outputs: Value
     feed: list[tuple[Any, Value]]
     options: dict[str, Any] | None = None
+    plan: int | None = None
+
+
+class Again(Message):
+    """The Call that is remembered as ``plan``, with other bytes in the same places.
+
+    ``moved``: the arrays that lie elsewhere each time, as (index in the feed, where now).
+    """
+
+    plan: int
+    moved: list[tuple[int, Tensor]] = []
 
 
 class Invoke(Message):
@@ -377,13 +389,17 @@ class Unhold(Message):
 
 
 class Result(Message):
-    """What a Call, Invoke, Touch, Hold or Unhold returned."""
+    """What a Call, Again, Invoke, Touch, Hold or Unhold returned."""
 
     value: Value
 
 
+class Same(Message):
+    """The last Result of this plan, with other bytes in the same places."""
+
+
 class CallFailed(Message):
-    """What a Call or Invoke raised."""
+    """What a Call, Again or Invoke raised."""
 
     failure: Failure
 
@@ -399,8 +415,8 @@ ToWorker = Load | Retime | Drain | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
 AboutBlocks = BlockShared | BlockDropped
-LaneRequest = Call | Invoke | Touch | Hold | Unhold | LaneHello | Large | AboutBlocks
-LaneReply = LaneOpen | Result | CallFailed | Draining | Large | AboutBlocks
+LaneRequest = Call | Again | Invoke | Touch | Hold | Unhold | LaneHello | Large | AboutBlocks
+LaneReply = LaneOpen | Result | Same | CallFailed | Draining | Large | AboutBlocks
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -8,9 +8,12 @@ descriptor reaches another process is :mod:`onnx_dl.transport.sockets`; what lie
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
 import mmap
 import os
+import weakref
 from typing import Final
 
 from onnx_dl.errors import SharedMemoryError
@@ -48,9 +51,10 @@ class Mapping:
     not), and an application that keeps a thousand results would run out of them.
     """
 
-    __slots__ = ("__array_interface__", "__weakref__", "address", "size")
+    __slots__ = ("__array_interface__", "__weakref__", "address", "fd", "size")
 
     def __init__(self, fd: int, size: int) -> None:
+        self.fd: int | None = None
         address = _libc.mmap(None, size, _PROT, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd, 0)
         if address == _MAP_FAILED:
             self.size = 0
@@ -65,8 +69,31 @@ class Mapping:
         }
 
     def __del__(self) -> None:
+        self.shed()
         if self.size:
             _libc.munmap(self.address, self.size)
+
+    def keep(self, fd: int) -> None:
+        """Takes over a descriptor of the segment, so that it can be handed to a third process.
+
+        Only the most recent mappings keep theirs: an application may hold more results than descriptors.
+        """
+        self.fd = fd
+        _with_descriptor.append(weakref.ref(self))
+        while len(_with_descriptor) > KEPT_DESCRIPTORS:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                if (oldest := _with_descriptor.popleft()()) is not None:
+                    oldest.shed()
+
+    def shed(self) -> None:
+        """Closes the descriptor; the memory stays mapped."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+KEPT_DESCRIPTORS: Final = 64
+_with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
 
 
 def attach(fd: int, size: int) -> Mapping:

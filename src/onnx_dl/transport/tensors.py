@@ -40,15 +40,20 @@ class Packer:
         arena: Arena,
         lease_from: int | None = None,
         placed: Mapping[int, tuple[Block, NDArray[Any]]] = MappingProxyType({}),
+        moved: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
-        """``placed``: leased blocks by the ``id`` of the array that already lies in them."""
+        """``placed``: leased blocks by the ``id`` of the array that already lies in them; ``moved``: where
+        arrays lie, by their ``id``, that the peer sees without a copy."""
         self._arena = arena
+        self._moved = moved
         self._placed = placed
         self._lease_from = lease_from
         self._leases: list[Block] = [block for block, _ in placed.values()]
         self._sent: set[int] = set()
-        self._scratch: Block | None = None
-        self._offset = 0
+        self.scratch: Block | None = None
+        """Where the small arrays lie."""
+        self.nbytes = 0
+        """Bytes of it that are used."""
 
     def pack(self, values: Iterable[Any]) -> list[Value]:
         """The values for the wire, in order; their arrays are copied into shared memory.
@@ -60,7 +65,7 @@ class Packer:
         values = list(values)
         needed = sum(map(self._scratch_bytes, values))
         if needed:
-            self._scratch = self._arena.scratch(needed)
+            self.scratch = self._arena.scratch(needed)
         try:
             packed = [self._encode(value) for value in values]
         except BaseException:
@@ -81,7 +86,8 @@ class Packer:
 
     def _scratch_bytes(self, value: Any) -> int:
         if isinstance(value, np.ndarray):
-            return 0 if value.dtype.kind == "O" or self._is_leased(value) else align(value.nbytes)
+            elsewhere = value.dtype.kind == "O" or self._is_leased(value) or id(value) in self._moved
+            return 0 if elsewhere else align(value.nbytes)
         if isinstance(value, np.generic):
             return align(value.nbytes)
         if type(value) in (list, tuple):
@@ -95,6 +101,8 @@ class Packer:
             if placed := self._placed.get(id(value)):
                 self._sent.add(id(value))
                 return Tensor(value.dtype.str, value.shape, placed[0].number, 0, True)
+            if moved := self._moved.get(id(value)):
+                return moved
             return self._encode_array(np.asarray(value))
         if isinstance(value, np.generic):
             return Items("scalar", [self._encode_array(np.asarray(value))])
@@ -123,10 +131,10 @@ class Packer:
             block = self._arena.lease(array.nbytes)
             self._leases.append(block)
             return block, 0, True
-        assert self._scratch is not None
-        offset = self._offset
-        self._offset += align(array.nbytes)
-        return self._scratch, offset, False
+        assert self.scratch is not None
+        offset = self.nbytes
+        self.nbytes += align(array.nbytes)
+        return self.scratch, offset, False
 
 
 def is_plain(value: Any) -> bool:

@@ -30,6 +30,13 @@ class Backend(Protocol):
         """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
         share memory with them.  A result that was computed into an array from ``place`` is not copied."""
 
+    def repeat(
+        self, outputs: Any, feed: dict[str, Any], results: list[NDArray[Any]]
+    ) -> Callable[[], object] | None:
+        """A call that was made before, as a function that can be called again and again: it reads ``feed``
+        and writes ``results`` in place, and raises if they cannot hold what comes out.  None if the engine
+        cannot do that."""
+
     def invoke(self, method: str, args: list[Any]) -> Any:
         """Another method of the engine's session.
 

@@ -26,6 +26,8 @@ from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.gate import Gate
+from onnx_dl.workers.placement import Placement
+from onnx_dl.workers.repeats import Repeat, Repeats
 
 _GREETING: Final = 10.0
 """Seconds that a caller has to say hello on a lane that it opened."""
@@ -177,6 +179,8 @@ class LaneService:
         self._lane = lane
         self._gate = gate
         self._backend = backend
+        self._repeats = Repeats(lane, backend)
+        self._placement = None if lane.polls else Placement(frozenset(os.sched_getaffinity(0)))
         self._holds = 0
 
     def run(self) -> None:
@@ -188,32 +192,42 @@ class LaneService:
                 self._fail(error)
                 continue
             match request:
-                case None:
-                    return
+                case m.Again():
+                    self._settle()
+                    self._guarded(self._repeats.answer, request)
                 case m.Call():
+                    self._settle()
                     self._guarded(self._call, request)
                 case m.Invoke():
                     self._guarded(self._invoke, request)
                 case m.Touch():
-                    self._guarded(lambda _: None, request)
+                    self._guarded(lambda _: self._lane.reply(None), request)
                 case m.Hold():
                     self._hold()
                 case m.Unhold():
                     self._unhold()
                     self._lane.reply(None)
+                case None:
+                    return
+
+    def _settle(self) -> None:
+        """Runs this thread where its caller finds it fastest."""
+        if self._placement and (cores := self._placement.note(*self._lane.last_call())):
+            with contextlib.suppress(OSError):  # a core that was taken away from us meanwhile
+                os.sched_setaffinity(0, cores)
 
     def release(self) -> None:
         """Gives up what a caller held who is gone."""
         while self._holds:
             self._unhold()
 
-    def _guarded(self, work: Callable[[Any], Any], request: object) -> None:
-        """Does the work and replies, unless the worker drains; the reply is sent before the call ends."""
+    def _guarded(self, answer: Callable[[Any], object], request: object) -> None:
+        """Answers, unless the worker drains; the reply is sent before the call ends."""
         if not self._gate.enter():
             self._lane.say(m.Draining())
             return
         try:
-            self._lane.reply(work(request))
+            answer(request)
         except Exception as error:  # the engine's errors are the caller's
             self._fail(error)
         finally:
@@ -225,12 +239,16 @@ class LaneService:
         except (TypeError, ValueError, OverflowError):  # an attribute of it cannot travel; its text can
             self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
 
-    def _call(self, call: m.Call) -> Any:
+    def _call(self, call: m.Call) -> None:
         feed = {name: self._lane.unpack(value) for name, value in call.feed}
-        return self._backend.run(self._lane.unpack(call.outputs), feed, call.options, self._lane.place)
+        outputs = self._lane.unpack(call.outputs)
+        if call.plan is not None:
+            self._repeats.remember(call.plan, Repeat(call, outputs, feed))
+        self._lane.reply(self._backend.run(outputs, feed, call.options, self._lane.place))
 
-    def _invoke(self, request: m.Invoke) -> Any:
-        return self._backend.invoke(request.method, [self._lane.unpack(arg) for arg in request.args])
+    def _invoke(self, request: m.Invoke) -> None:
+        args = [self._lane.unpack(arg) for arg in request.args]
+        self._lane.reply(self._backend.invoke(request.method, args))
 
     def _hold(self) -> None:
         if not self._gate.hold():
