@@ -20,9 +20,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import msgspec
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import config
 from onnx_dl.client import RemoteModel, SharedBlob
@@ -31,6 +33,7 @@ from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.buffers import Buffers
 
 logger = logging.getLogger("onnx_dl")
 
@@ -72,6 +75,7 @@ class ModelHost:
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
         self._blobs: weakref.WeakValueDictionary[str, SharedBlob] = weakref.WeakValueDictionary()
         self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
+        self._buffers = Buffers()
 
     # --- the supervisor -----------------------------------------------------------------------------------
 
@@ -158,6 +162,15 @@ class ModelHost:
                 model = RemoteModel(connection, spec, self._settings, blob)
                 self._models[spec.key] = model
             return model
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """An array like ``numpy.empty``'s that any model of this host is fed without a copy.
+
+        Raises:
+            TypeError: the dtype has no fixed size.
+            SharedMemoryError: the system has no memory for it.
+        """
+        return self._buffers.empty(shape, dtype)
 
     def _blob(self, connection: Connection, digest: str | None, data: bytes | None) -> SharedBlob | None:
         if digest is None or data is None:

@@ -14,6 +14,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Self
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from onnx_dl import config, installation, options
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.errors import ConfigError, ProxyClosedError, UnsupportedValueError
@@ -160,6 +163,18 @@ class InferenceSessionProxy:
         self._lease.ttl = config.parse_ttl(value)
         if (model := self._host.known_model(self._spec.key)) is not None:
             model.retime(self._lease, self._lease.ttl)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """An array like ``numpy.empty``'s to build an input in, which then needs no copy.
+
+        That holds for contiguous parts of it of 64 KiB or more, too; smaller ones are copied.  Any model of
+        the same host takes it.  Do not write to it while a call with it runs.
+
+        Raises:
+            TypeError: the dtype has no fixed size.
+            SharedMemoryError: the system has no memory for it.
+        """
+        return self._host.empty(shape, dtype)
 
     @property
     def is_loaded(self) -> bool:

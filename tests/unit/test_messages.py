@@ -79,7 +79,9 @@ EXAMPLES = [
     m.BlockShared(block=1, size=2),
     m.BlockDropped(block=1),
     m.Large(nbytes=5),
-    m.Call(outputs=m.Plain(None), feed=[("x", VALUE), (3, m.Plain(1))], options={"logid": "a"}, plan=3),
+    m.Call(
+        outputs=m.Plain(None), feed=[("x", VALUE), (3, m.Plain(1))], options={"logid": "a"}, plan=3, moved=[1]
+    ),
     m.Again(plan=3, moved=[(1, m.Tensor("<f4", (2, 3), 1, 64))]),
     m.Invoke(method="end_profiling", args=[VALUE]),
     m.Touch(),
@@ -131,7 +133,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 1 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 2 .* same version of onnx-dl"):
             reader(raw)
 
 

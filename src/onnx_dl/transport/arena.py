@@ -166,6 +166,16 @@ class Announcer(Protocol):
         """A block will not be used again."""
 
 
+class Nobody:
+    """The peer of an arena whose blocks reach others by adoption only."""
+
+    def shared(self, block: int, size: int, fd: int) -> None:
+        pass
+
+    def dropped(self, block: int) -> None:
+        pass
+
+
 class _Adopted:
     """A block of another arena that the peer of this one knows."""
 
@@ -312,6 +322,8 @@ class Mappings:
     def __init__(self, *, keep_descriptors: bool = False) -> None:
         self._blocks: dict[int, Block] = {}
         self._keep_descriptors = keep_descriptors
+        self.drops = 0
+        """Counts the blocks that the peer dropped."""
         self.page: Block | None = None
         """The peer's block of no payload."""
 
@@ -335,6 +347,7 @@ class Mappings:
 
     def drop(self, number: int) -> None:
         """Forgets a block; arrays that lie in it keep its memory."""
+        self.drops += 1
         self._blocks.pop(number, None)
 
     def get(self, number: int) -> Block | None:

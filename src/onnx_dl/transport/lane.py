@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import secrets
 import time
@@ -19,7 +18,6 @@ from typing import Any, Final
 
 import numpy as np
 import zmq
-from numpy.typing import NDArray
 
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
@@ -39,8 +37,6 @@ _current_cpu: Final[Callable[[], int]] = getattr(ctypes.CDLL(None), "sched_getcp
 
 Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold | bytes
 """What a caller sends; bytes are a message that is encoded already."""
-
-_SAME: Final = m.encode(m.Same())
 
 
 class _Handover:
@@ -147,6 +143,11 @@ class _Lane:
     def over_zmq(self) -> bool:
         """Whether calls go over ZeroMQ."""
         return self._socket is not None
+
+    @property
+    def is_polling(self) -> bool:
+        """Whether this end polls at present."""
+        return self._patience is not None and self._patience.budget > 0
 
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
@@ -303,7 +304,11 @@ class ClientLane(_Lane):
             places = [(index, name) for index, name in enumerate(feed) if name in moved]
             self._plan = Plan(number, packer.scratch, packer.nbytes, targets, places)
         return m.Call(
-            outputs=packed_outputs, feed=list(zip(feed, values, strict=True)), options=options, plan=number
+            outputs=packed_outputs,
+            feed=list(zip(feed, values, strict=True)),
+            options=options,
+            plan=number,
+            moved=[index for index, name in enumerate(feed) if name in moved],
         )
 
     def exchange(self, request: Request) -> Any:
@@ -333,9 +338,11 @@ class ClientLane(_Lane):
         return self._unpacker.unpack(reply.value)
 
     def _learn(self, plan: Plan, value: m.Value) -> None:
-        block = self._handover.block
-        places = [block(t.block).array(t.dtype, t.shape, t.offset) for t in in_place(value) or ()]
-        plan.sources = places or None
+        tensors = in_place(value) or []
+        plan.sources = None
+        if tensors and not any(t.leased for t in tensors):
+            block = self._handover.block
+            plan.sources = [block(t.block).array(t.dtype, t.shape, t.offset) for t in tensors]
         self._plans.remember(self._key, plan)
 
     def is_dead(self) -> bool:
@@ -368,7 +375,6 @@ class WorkerLane(_Lane):
         super().__init__(handover, socket, m.lane_request, poll=hello.poll)
         self._send(m.LaneOpen(secret=secret))
         self._unpacker = Unpacker(self._handover.block, copy=False)
-        self._placed: dict[int, tuple[Block, NDArray[Any]]] = {}
 
     def receive(self) -> Any:
         """The next request; None when the caller is gone.
@@ -382,24 +388,13 @@ class WorkerLane(_Lane):
         """A value of a request; its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)
 
-    def place(self, dtype: str, shape: tuple[int, ...]) -> NDArray[Any] | None:
-        """An array that need not be copied if it is part of the next reply; None if so small that it may."""
-        nbytes = np.dtype(dtype).itemsize * math.prod(shape)
-        if nbytes < VIEW_FROM:
-            return None
-        block = self._arena.lease(nbytes)
-        array = block.array(dtype, shape, 0)
-        self._placed[id(array)] = block, array
-        return array
-
     def reply(self, value: Any) -> m.Value:
         """Sends a result; large arrays in it are leased to the caller.  Returns what was sent.
 
         Raises:
             Exception: the value cannot be sent; nothing was.
         """
-        placed, self._placed = self._placed, {}
-        packer = Packer(self._arena, lease_from=VIEW_FROM, placed=placed)
+        packer = Packer(self._arena, lease_from=VIEW_FROM)
         (packed,) = packer.pack([value])
         try:
             self._send(m.Result(value=packed))
@@ -408,20 +403,22 @@ class WorkerLane(_Lane):
             raise
         return packed
 
-    def reply_same(self) -> None:
-        """The results lie where the last ones of this plan lay."""
-        self._send(_SAME)
+    def say(self, message: m.CallFailed | m.Draining | bytes) -> None:
+        """Sends a reply that is ready to be sent."""
+        self._send(message)
 
-    def places(self, value: m.Value) -> tuple[Block, list[NDArray[Any]]] | None:
-        """Where a result lay that was sent, and in which block, if the next may lie there; None if not."""
-        tensors, block = in_place(value), self._arena.current_scratch
-        if not tensors or block is None:
-            return None
-        return block, [block.array(t.dtype, t.shape, t.offset) for t in tensors]
+    def scratch(self, nbytes: int) -> Block:
+        """Where small results of the next reply may be written."""
+        return self._arena.scratch(nbytes)
 
-    def is_in_place(self, block: Block | None, nbytes: int) -> bool:
-        """Whether results of so many bytes may still be written to this block."""
-        return self._arena.scratch(nbytes) is block
+    def lease(self, nbytes: int) -> Block:
+        """Where a large result of the next reply may be written."""
+        return self._arena.lease(nbytes)
+
+    @property
+    def drops(self) -> int:
+        """Counts the blocks that the caller dropped."""
+        return self._handover.mappings.drops
 
     def has(self, block: int) -> bool:
         """Whether the caller's block is still mapped."""
@@ -431,13 +428,6 @@ class WorkerLane(_Lane):
         """The core that the caller runs on, and the nanoseconds that its last call took."""
         page = self._handover.mappings.page
         return page.last_call() if page is not None else (-1, 0)
-
-    def say(self, message: m.CallFailed | m.Draining) -> None:
-        """Sends a reply that carries no value."""
-        for block, _ in self._placed.values():
-            block.leased = False
-        self._placed.clear()
-        self._send(message)
 
     def last_touch(self) -> float:
         """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""

@@ -351,18 +351,22 @@ class Large(Message):
 
 
 class Call(Message):
-    """Run the model: names of outputs, feed, RunOptions.  ``plan``: remember it under this number."""
+    """Run the model: names of outputs, feed, RunOptions.
+
+    ``plan``: remember it under this number; ``moved``: indices in the feed of what will lie elsewhere then.
+    """
 
     outputs: Value
     feed: list[tuple[Any, Value]]
     options: dict[str, Any] | None = None
     plan: int | None = None
+    moved: list[int] = []
 
 
 class Again(Message):
     """The Call that is remembered as ``plan``, with other bytes in the same places.
 
-    ``moved``: the arrays that lie elsewhere each time, as (index in the feed, where now).
+    ``moved``: what lies elsewhere each time, as (index in the feed, where now).
     """
 
     plan: int

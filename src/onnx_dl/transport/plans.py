@@ -71,10 +71,10 @@ class Plan:
 
 
 def in_place(value: Value) -> list[Tensor] | None:
-    """The tensors of a result whose like may be written to the same places the next time; None if not."""
+    """The tensors of a result, if it is a list of tensors that all have bytes; None if not."""
     if not (isinstance(value, Items) and value.kind == "list" and value.items):
         return None
-    tensors = [item for item in value.items if isinstance(item, Tensor) and item.block and not item.leased]
+    tensors = [item for item in value.items if isinstance(item, Tensor) and item.block]
     return tensors if len(tensors) == len(value.items) else None
 
 

@@ -39,17 +39,13 @@ class Packer:
         self,
         arena: Arena,
         lease_from: int | None = None,
-        placed: Mapping[int, tuple[Block, NDArray[Any]]] = MappingProxyType({}),
         moved: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
-        """``placed``: leased blocks by the ``id`` of the array that already lies in them; ``moved``: where
-        arrays lie, by their ``id``, that the peer sees without a copy."""
+        """``moved``: where arrays lie, by their ``id``, that the peer sees without a copy."""
         self._arena = arena
         self._moved = moved
-        self._placed = placed
         self._lease_from = lease_from
-        self._leases: list[Block] = [block for block, _ in placed.values()]
-        self._sent: set[int] = set()
+        self._leases: list[Block] = []
         self.scratch: Block | None = None
         """Where the small arrays lie."""
         self.nbytes = 0
@@ -67,14 +63,10 @@ class Packer:
         if needed:
             self.scratch = self._arena.scratch(needed)
         try:
-            packed = [self._encode(value) for value in values]
+            return [self._encode(value) for value in values]
         except BaseException:
             self.abandon()
             raise
-        for number, (block, _) in self._placed.items():
-            if number not in self._sent:  # placed for a result that became another array
-                block.leased = False
-        return packed
 
     def abandon(self) -> None:
         """Takes back the leases of a message that will not be sent."""
@@ -98,9 +90,6 @@ class Packer:
 
     def _encode(self, value: Any) -> Value:
         if isinstance(value, np.ndarray):
-            if placed := self._placed.get(id(value)):
-                self._sent.add(id(value))
-                return Tensor(value.dtype.str, value.shape, placed[0].number, 0, True)
             if moved := self._moved.get(id(value)):
                 return moved
             return self._encode_array(np.asarray(value))

@@ -13,10 +13,6 @@ from numpy.typing import NDArray
 
 from onnx_dl.model import ModelDescription, ModelSpec
 
-Place = Callable[[str, tuple[int, ...]], NDArray[Any] | None]
-"""Gives an array of a dtype and shape where the caller will see it, or None if a result of that size had
-better be an array of its own."""
-
 
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
@@ -24,11 +20,9 @@ class Backend(Protocol):
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
-    def run(
-        self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, place: Place
-    ) -> Sequence[Any]:
+    def run(self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Sequence[Any]:
         """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
-        share memory with them.  A result that was computed into an array from ``place`` is not copied."""
+        share memory with them."""
 
     def repeat(
         self, outputs: Any, feed: dict[str, Any], results: list[NDArray[Any]]

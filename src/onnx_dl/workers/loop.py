@@ -180,7 +180,7 @@ class LaneService:
         self._gate = gate
         self._backend = backend
         self._repeats = Repeats(lane, backend)
-        self._placement = None if lane.polls else Placement(frozenset(os.sched_getaffinity(0)))
+        self._placement = Placement(frozenset(os.sched_getaffinity(0)))
         self._holds = 0
 
     def run(self) -> None:
@@ -212,7 +212,7 @@ class LaneService:
 
     def _settle(self) -> None:
         """Runs this thread where its caller finds it fastest."""
-        if self._placement and (cores := self._placement.note(*self._lane.last_call())):
+        if cores := self._placement.note(*self._lane.last_call(), polling=self._lane.is_polling):
             with contextlib.suppress(OSError):  # a core that was taken away from us meanwhile
                 os.sched_setaffinity(0, cores)
 
@@ -244,7 +244,7 @@ class LaneService:
         outputs = self._lane.unpack(call.outputs)
         if call.plan is not None:
             self._repeats.remember(call.plan, Repeat(call, outputs, feed))
-        self._lane.reply(self._backend.run(outputs, feed, call.options, self._lane.place))
+        self._lane.reply(self._backend.run(outputs, feed, call.options))
 
     def _invoke(self, request: m.Invoke) -> None:
         args = [self._lane.unpack(arg) for arg in request.args]

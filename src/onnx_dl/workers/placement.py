@@ -8,18 +8,18 @@ fed with what callers leave in the lane's page.
 
 from __future__ import annotations
 
-import collections
 import statistics
 from typing import Final
 
-SAMPLE: Final = 32
+BLOCK: Final = 16
 """Calls after which a way is judged."""
-SETTLED: Final = 4096
-"""Calls after which the other way is tried again."""
+RETRY: Final = 128
+"""Blocks after which the other way is tried again, for one block: fewer than one call in a hundred."""
 
 _LONGEST: Final = 2e6
 """Nanoseconds of a call for which a wake-up is not worth a thought."""
 _GAIN: Final = 0.9
+"""The other way must be faster by this factor."""
 
 
 class Placement:
@@ -28,43 +28,37 @@ class Placement:
     def __init__(self, allowed: frozenset[int]) -> None:
         self._allowed = self._now = allowed
         self._near = False
-        self._best: float | None = None
-        """Of the way that is not in use now, while both are compared."""
-        self._times: collections.deque[int] = collections.deque(maxlen=SAMPLE)
-        self._left = SAMPLE
+        self._seen: dict[bool, float] = {}
+        """How long calls took the last time, near and not."""
+        self._times: list[int] = []
+        self._blocks = 0
 
-    def note(self, cpu: int, took: int) -> frozenset[int] | None:
+    def note(self, cpu: int, took: int, *, polling: bool = False) -> frozenset[int] | None:
         """A caller on this core, whose last call took this many nanoseconds, calls.
+
+        ``polling``: the caller keeps its core busy while it waits, so nobody else should be there.
 
         Returns:
             The cores to run on from now on; None: as before.
         """
         self._times.append(took)
-        self._left -= 1
-        if not self._left:
+        if len(self._times) == BLOCK:
             self._judge(statistics.median(self._times))
-        wanted = frozenset((cpu,)) if self._near and cpu in self._allowed else self._allowed
+            self._times.clear()
+        near = self._near and not polling and cpu in self._allowed
+        wanted = frozenset((cpu,)) if near else self._allowed
         if wanted == self._now:
             return None
         self._now = wanted
         return wanted
 
     def _judge(self, usual: float) -> None:
-        """A sample is complete: settle, or try the other way."""
-        if self._best is None:
-            self._try_other(usual)
-        elif self._is_better(usual):
-            self._best, self._left = None, SETTLED
-        else:
-            self._near, self._best, self._left = not self._near, None, SETTLED
-
-    def _try_other(self, usual: float) -> None:
-        if usual < _LONGEST:
-            self._near, self._best, self._left = not self._near, usual, SAMPLE
-        else:
-            self._near, self._left = False, SETTLED
-
-    def _is_better(self, usual: float) -> bool:
-        """Whether the way in use is better than the other.  To be near must pay; to be free is the rule."""
-        assert self._best is not None
-        return usual < _GAIN * self._best if self._near else _GAIN * usual < self._best
+        self._seen[self._near] = usual
+        self._blocks += 1
+        other = self._seen.get(not self._near)
+        if usual > _LONGEST:
+            self._near = False
+        elif other is None or self._blocks >= RETRY:
+            self._near, self._blocks = not self._near, 0
+        elif other < _GAIN * usual:
+            self._near = not self._near

@@ -1,22 +1,33 @@
 """Calls that one caller makes again and again, as the worker remembers them.
 
-The caller's side is :mod:`onnx_dl.transport.plans`.  A call whose inputs always lie in the same places, and
-whose results are small and of the same shapes as before, is prepared once: the engine then reads and writes
-shared memory, and nothing is packed, unpacked or looked up.
+The caller's side is :mod:`onnx_dl.transport.plans`.  From the second time on, a call is prepared: the engine
+reads its inputs where the caller puts them and writes its results where the caller finds them, and the reply
+is ready before the run.  Nothing is packed, unpacked or looked up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-from numpy.typing import NDArray
+import numpy as np
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block, align
 from onnx_dl.transport.lane import WorkerLane
+from onnx_dl.transport.plans import in_place
 from onnx_dl.workers.backend import Backend
+
+_SAME: Final = m.encode(m.Same())
+_MOST: Final = 16
+"""Preparations of one call: one for each set of blocks in which its large arrays take turns."""
+
+
+class _Prepared(NamedTuple):
+    run: Callable[[], object]
+    reply: bytes
 
 
 class Repeat:
@@ -24,32 +35,78 @@ class Repeat:
 
     def __init__(self, call: m.Call, outputs: Any, feed: dict[str, Any]) -> None:
         self.outputs = outputs
-        self.feed = feed
         self.names = list(feed)
-        self.blocks = {value.block for _, value in call.feed if isinstance(value, m.Tensor) and value.block}
-        self._run: Callable[[], object] | None = None
-        self._block: Block | None = None
-        self._nbytes = 0
+        moved = {self.names[index] for index in call.moved}
+        self.feed = {name: None if name in moved else array for name, array in feed.items()}
+        self.blocks = {
+            value.block
+            for name, value in call.feed
+            if isinstance(value, m.Tensor) and value.block and name not in moved
+        }
         self._preparable = True
+        self._results: list[m.Tensor] = []
+        """Where they lay the last time; empty: it is not known where the next ones may lie."""
+        self._scratch: Block | None = None
+        self._nbytes = 0
+        self._prepared: dict[tuple[int, ...], _Prepared | None] = {}
 
-    def run_in_place(self, lane: WorkerLane) -> bool:
-        """Runs the call as it was prepared; false if it was not, or its results have other shapes now."""
-        if self._run is None or not lane.is_in_place(self._block, self._nbytes):
-            return False
+    def forget(self) -> None:
+        """Prepares anew: memory that was in use before may be gone."""
+        self._results.clear()
+        self._prepared.clear()
+
+    def learn(self, sent: m.Value, lane: WorkerLane) -> None:
+        """The results were sent like this: the next ones may lie where these do, or in blocks like theirs."""
+        self.forget()
+        if self._preparable and (tensors := in_place(sent)):
+            self._nbytes = sum(align(_nbytes(t)) for t in tensors if not t.leased)
+            self._scratch = lane.scratch(self._nbytes) if self._nbytes else None
+            self._results = tensors
+
+    def run(self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int]) -> bytes | None:
+        """Runs the call as it was prepared; returns the reply.  None: run it the plain way.
+
+        ``key`` says where those arrays of ``feed`` lie that lie elsewhere each time.
+        """
+        if not self._results or (self._nbytes and lane.scratch(self._nbytes) is not self._scratch):
+            return None
+        leased = [lane.lease(_nbytes(t)) for t in self._results if t.leased]
         try:
-            self._run()
+            prepared = self._prepare(leased, backend, feed, (*key, *(block.number for block in leased)))
+            if prepared is not None:
+                prepared.run()
+                return prepared.reply
         except Exception:  # the plain way shall tell, or find other shapes
-            self._run, self._preparable = None, False
-            return False
-        return True
+            self._preparable = False
+        self.forget()
+        for block in leased:
+            block.leased = False
+        return None
 
-    def prepare(self, lane: WorkerLane, backend: Backend, sent: m.Value) -> None:
-        """The results were just sent: the next ones may lie where these do."""
-        places = lane.places(sent) if self._preparable else None
-        if places is not None:
-            self._block, results = places
-            self._nbytes = sum(align(result.nbytes) for result in results)
-            self._run = backend.repeat(self.outputs, self.feed, results)
+    def _prepare(
+        self, leased: list[Block], backend: Backend, feed: dict[str, Any], key: tuple[int, ...]
+    ) -> _Prepared | None:
+        if key not in self._prepared:
+            if len(self._prepared) >= _MOST:
+                self._prepared.clear()
+            self._prepared[key] = self._make(iter(leased), backend, feed)
+        return self._prepared[key]
+
+    def _make(self, leased: Any, backend: Backend, feed: dict[str, Any]) -> _Prepared | None:
+        places: list[tuple[m.Tensor, Any]] = [
+            (t, next(leased) if t.leased else self._scratch) for t in self._results
+        ]
+        arrays = [block.array(t.dtype, t.shape, 0 if t.leased else t.offset) for t, block in places]
+        run = backend.repeat(self.outputs, feed, arrays)
+        if run is None:
+            self._preparable = False
+            return None
+        if not any(t.leased for t in self._results):
+            return _Prepared(run, _SAME)
+        tensors: list[m.Value] = [
+            m.Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased else t for t, block in places
+        ]
+        return _Prepared(run, m.encode(m.Result(value=m.Items("list", tensors))))
 
 
 class Repeats:
@@ -59,11 +116,11 @@ class Repeats:
         self._lane = lane
         self._backend = backend
         self._repeats: dict[int, Repeat] = {}
+        self._drops = 0
 
     def remember(self, number: int, repeat: Repeat) -> None:
-        """Keeps a call; drops those whose memory its caller has dropped, else that would never be freed."""
-        kept = {n: r for n, r in self._repeats.items() if all(map(self._lane.has, r.blocks))}
-        self._repeats = {**kept, number: repeat}
+        """Keeps a call, instead of the one that had this number."""
+        self._repeats[number] = repeat
 
     def answer(self, again: m.Again) -> None:
         """Runs a remembered call and replies.
@@ -72,19 +129,29 @@ class Repeats:
             ProtocolError: there is none of that number.
             Exception: the engine's.
         """
+        if self._drops != self._lane.drops:
+            self._let_go()
         repeat = self._repeats.get(again.plan)
         if repeat is None:
             raise ProtocolError(f"A caller repeats call {again.plan}, which it never made.")
+        feed, key = repeat.feed, []
         if again.moved:
-            self._run_moved(repeat, again)
-        elif repeat.run_in_place(self._lane):
-            self._lane.reply_same()
+            feed = feed | {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
+            key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
+        reply = repeat.run(self._lane, self._backend, feed, key)
+        if reply is not None:
+            self._lane.say(reply)
         else:
-            repeat.prepare(self._lane, self._backend, self._lane.reply(self._run(repeat, repeat.feed)))
+            sent = self._lane.reply(self._backend.run(repeat.outputs, feed, None))
+            repeat.learn(sent, self._lane)
 
-    def _run_moved(self, repeat: Repeat, again: m.Again) -> None:
-        moved = {repeat.names[index]: self._lane.unpack(tensor) for index, tensor in again.moved}
-        self._lane.reply(self._run(repeat, repeat.feed | moved))
+    def _let_go(self) -> None:
+        """The caller dropped blocks: what lies in them would never be freed."""
+        self._drops = self._lane.drops
+        self._repeats = {n: r for n, r in self._repeats.items() if all(map(self._lane.has, r.blocks))}
+        for repeat in self._repeats.values():
+            repeat.forget()
 
-    def _run(self, repeat: Repeat, feed: dict[str, NDArray[Any]]) -> Any:
-        return self._backend.run(repeat.outputs, feed, None, self._lane.place)
+
+def _nbytes(tensor: m.Tensor) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize

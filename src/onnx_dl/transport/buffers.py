@@ -1,0 +1,47 @@
+"""Arrays for an application to fill, in memory that workers see.
+
+Covers making them; that a call with one needs no copy is :mod:`onnx_dl.transport.lane`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from onnx_dl.transport.arena import Arena, Nobody
+from onnx_dl.transport.tensors import VIEW_FROM
+
+
+class Buffers:
+    """Thread-safe.  Memory of arrays that are gone is used again, and given back when it is not."""
+
+    def __init__(self) -> None:
+        self._arena = Arena(Nobody(), keep_descriptors=True)
+        self._lock = threading.Lock()
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Like ``numpy.empty``: writable, C-contiguous, 64-byte aligned.
+
+        Raises:
+            TypeError: the dtype has no fixed size, or holds Python objects.
+            SharedMemoryError: the system has no memory for it.
+        """
+        wanted = np.dtype(dtype)
+        if wanted.hasobject or not wanted.itemsize:
+            raise TypeError(f"An array of dtype {wanted} cannot lie in shared memory; use numpy.empty().")
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = math.prod(shape) * wanted.itemsize
+        if nbytes < VIEW_FROM or min(shape, default=0) < 0:
+            return np.empty(shape, wanted)  # copied faster than looked up; numpy words the error
+        with self._lock:
+            block = self._arena.lease(nbytes)
+        return block.held_array(wanted.str, shape, 0)
+
+    def trim(self) -> None:
+        """Gives back what no array lies in."""
+        with self._lock:
+            self._arena.trim()
