@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from onnx_dl.events import EventStream, EventType, ModelEvent
-    from onnx_dl.host import ModelHost, Snapshot, default_host
+    from onnx_dl.host import ModelHost, Snapshot, default_host, warm_up
     from onnx_dl.lifecycle import ModelState
     from onnx_dl.model import ModelStatus, Usage
     from onnx_dl.session import InferenceSession, InferenceSessionProxy
@@ -56,7 +56,7 @@ _HOMES = {
         "WorkerError",
     ),
     "events": ("EventStream", "EventType", "ModelEvent"),
-    "host": ("ModelHost", "Snapshot", "default_host"),
+    "host": ("ModelHost", "Snapshot", "default_host", "warm_up"),
     "lifecycle": ("ModelState",),
     "model": ("ModelStatus", "Usage"),
     "session": ("InferenceSession", "InferenceSessionProxy"),

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -194,8 +195,11 @@ class RemoteModel:
             keep = self._granted is lane.granted
             if keep:
                 self._lanes.append(lane)
+            untidy = len(self._lanes) > 1 or lane.is_large
         if not keep:
             lane.close()
+        elif untidy:
+            self.connection.arm()
 
     def _current(self, lease: Lease) -> m.Granted | None:
         with self._lock:
@@ -256,6 +260,23 @@ class RemoteModel:
         if gone and granted is not None and granted.worker_id == event.worker_id:
             self._forget(granted)
 
+    def tidy(self, idle_for: float) -> bool:
+        """Lets lanes that were idle for so many seconds give their memory back, and closes those beyond the
+        one that was used last.  Returns whether there will be more to do."""
+        since = time.perf_counter_ns() - int(idle_for * 1e9)
+        with self._lock:
+            kept = {lane.latency: lane for lane in self._lanes}
+            surplus = [lane for lane in self._lanes if lane is not kept[lane.latency]]
+            untidy = [*surplus, *(lane for lane in kept.values() if lane.is_large)]
+            idle = [lane for lane in untidy if lane.last_used < since]
+            self._lanes = [lane for lane in self._lanes if lane not in idle]
+        for lane in idle:
+            if lane in surplus or not lane.trim():
+                lane.close()
+            else:
+                self._put_lane(lane)
+        return len(untidy) > len(idle)
+
     # --- holding ------------------------------------------------------------------------------------------
 
     def hold(self, lease: Lease) -> None:
@@ -300,6 +321,15 @@ class RemoteModel:
                 return False
         self._hold_lane = lane
         return True
+
+    def load(self, lease: Lease) -> None:
+        """Has the model ready.  A load that nobody needed counts as a use, so that its TTL ends it; with a
+        TTL of 0, where a use would, the model waits for its first call."""
+        if lease.ttl == 0:
+            while self._current(lease) is None:
+                self._acquire(lease)
+        else:
+            self._perform(lease, lambda lane: m.Touch())
 
     # --- the rest -----------------------------------------------------------------------------------------
 

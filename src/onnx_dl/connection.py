@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import math
 import os
 import queue
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -31,6 +33,9 @@ _GONE: Final = (
 )
 
 
+TIDY_EVERY: Final = 5.0
+"""Seconds after which what is idle gives its memory back."""
+
 _LAST_WORDS: Final = 0.1
 """Seconds without a message after which a dead supervisor is taken to have said all."""
 
@@ -45,8 +50,10 @@ class Connection:
         timeout: float,
         on_event: Callable[[ModelEvent], None],
         on_end: Callable[[], None],
+        tidy: Callable[[], bool],
     ) -> None:
-        """Connects.  ``on_end`` is called when the connection has ended, to close all lanes.
+        """Connects.  ``on_end`` is called when the connection has ended, to close all lanes; ``tidy`` some
+        seconds after :meth:`arm`, and again for as long as it says that something is left to do.
 
         Raises:
             SupervisorStartError: nobody answers within ``timeout`` seconds, or refuses us.
@@ -56,6 +63,8 @@ class Connection:
         self.closed = False
         self._on_event = on_event
         self._on_end = on_end
+        self._tidy = tidy
+        self._armed = False
         self._identity = secrets.token_bytes(16)
         self._lifeline = self._greet(f"{address}/lifeline", secret)
         self.supervisor_pid = self._lifeline.peer_pid()
@@ -110,6 +119,12 @@ class Connection:
             self._outbox.put(m.encode(message))
             self._waker.wake()
 
+    def arm(self) -> None:
+        """There is something to tidy up once it has been idle for a while.  Takes no lock."""
+        if not self._armed:
+            self._armed = True
+            self._waker.wake()
+
     def share_blob(self, digest: str, fd: int) -> int:
         """Hands over a model given as bytes.  The supervisor has it before anything that is asked later.
 
@@ -145,8 +160,10 @@ class Connection:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._lifeline.fileno(), zmq.POLLIN)
         poller.register(self._waker.fileno(), zmq.POLLIN)
+        tidy_at = math.inf
         while not self.closed:
-            ready = sockets.wait(poller, None)
+            tidy_at = self._tidy_if_due(tidy_at)
+            ready = sockets.wait(poller, None if tidy_at == math.inf else tidy_at - time.monotonic())
             self._waker.clear()
             self._send_all()
             while self._socket in ready and self._receive_one():
@@ -154,6 +171,15 @@ class Connection:
             if self._lifeline.fileno() in ready and self._lifeline.is_dead():
                 self._hear_last_words()
                 return
+
+    def _tidy_if_due(self, tidy_at: float) -> float:
+        """When to look again; never, while there is nothing to tidy up."""
+        now = time.monotonic()
+        if now >= tidy_at:
+            self._armed = False  # first: who arms it meanwhile must not be overlooked
+            self._armed = self._tidy() or self._armed
+            tidy_at = math.inf
+        return min(tidy_at, now + TIDY_EVERY) if self._armed else math.inf
 
     def _hear_last_words(self) -> None:
         """Events and answers that were sent before the end, which ZeroMQ's own thread may still hold."""

@@ -7,6 +7,7 @@ here; one model's calls are :mod:`onnx_dl.client`'s.
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -19,8 +20,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, Final, Self
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol, Self
 
 import msgspec
 import numpy as np
@@ -28,8 +29,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import config
 from onnx_dl.client import RemoteModel, SharedBlob
-from onnx_dl.connection import Connection
-from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
+from onnx_dl.connection import TIDY_EVERY, Connection
+from onnx_dl.errors import OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.transport import messages as m
@@ -51,6 +52,12 @@ class Snapshot(msgspec.Struct, frozen=True):
     seq: int
     supervisor_pid: int | None
     models: list[ModelStatus]
+
+
+class Preloadable(Protocol):
+    """What :meth:`ModelHost.preload` takes: an InferenceSessionProxy."""
+
+    def load(self) -> None: ...
 
 
 class ModelHost:
@@ -108,12 +115,44 @@ class ModelHost:
             self._settings.start_timeout,
             self._on_event,
             lambda: _shut_all(models),
+            lambda: _tidy(models, self._buffers),
         )
         self._teller = threading.Thread(
             target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True
         )
         self._teller.start()
         return self._connection
+
+    def preload(
+        self,
+        proxies: Iterable[Preloadable],
+        progress: Callable[[Preloadable, int, int], object] | None = None,
+    ) -> None:
+        """Loads models, all at the same time, and returns when all are ready.
+
+        Args:
+            proxies: proxies of this host; each holds its model from then on, as after its first call.
+            progress: called in this thread as ``progress(proxy, ready, total)`` when one more is ready.
+
+        Raises:
+            ExceptionGroup: some did not load; it holds what each raised, with a note that names the model.
+                The others are ready.
+        """
+        waiting = list(proxies)
+        failed: list[Exception] = []
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(waiting)), "onnx-dl-preload") as threads:
+            loads = {threads.submit(proxy.load): proxy for proxy in waiting}
+            for ready, load in enumerate(concurrent.futures.as_completed(loads), 1):
+                if (error := load.exception()) is None:
+                    if progress is not None:
+                        progress(loads[load], ready - len(failed), len(waiting))
+                elif isinstance(error, Exception):
+                    error.add_note(f"while {loads[load]!r} was loaded")
+                    failed.append(error)
+                else:
+                    raise error
+        if failed:
+            raise ExceptionGroup(f"{len(failed)} of {len(waiting)} models did not load", failed)
 
     def close(self) -> None:
         """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
@@ -170,6 +209,8 @@ class ModelHost:
             TypeError: the dtype has no fixed size.
             SharedMemoryError: the system has no memory for it.
         """
+        if (connection := self._connection) is not None:
+            connection.arm()  # memory of arrays that are gone by then is given back
         return self._buffers.empty(shape, dtype)
 
     def _blob(self, connection: Connection, digest: str | None, data: bytes | None) -> SharedBlob | None:
@@ -220,6 +261,12 @@ class ModelHost:
 def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel]) -> None:
     for model in list(models.values()):
         model.shut()
+
+
+def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffers) -> bool:
+    buffers.trim()
+    left = [model.tidy(TIDY_EVERY) for model in list(models.values())]
+    return any(left)
 
 
 def digest_of(blob: bytes) -> str:
@@ -290,6 +337,23 @@ def default_host() -> ModelHost:
         if _default is None:
             _default = ModelHost()
         return _default
+
+
+def warm_up() -> threading.Thread:
+    """Starts the default host's processes in the background, while the application is still busy.
+
+    The first use of a model then need not wait for them.  What goes wrong is told to that first use.  Returns
+    the thread that does it, for whoever wants to ``join()``.
+    """
+    host = default_host()
+
+    def start() -> None:
+        with contextlib.suppress(OnnxDLError):
+            host.start()
+
+    thread = threading.Thread(target=start, name="onnx-dl-warm-up", daemon=True)
+    thread.start()
+    return thread
 
 
 def _close_all() -> None:

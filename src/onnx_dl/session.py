@@ -183,6 +183,22 @@ class InferenceSessionProxy:
         status = model.status(measure=False) if model is not None else None
         return status is not None and status.state is ModelState.READY
 
+    def load(self) -> None:
+        """Loads the model now, so that its first call need not wait; returns when it is ready.
+
+        Counts as a use: after a TTL without a call the model is unloaded again.  With ``ttl=0`` it waits for
+        its first call.
+
+        Raises: what the first call would raise.
+        """
+        self._model().load(self._lease)
+
+    async def aload(self) -> None:
+        """:meth:`load`, in a thread, for asyncio."""
+        import asyncio  # costs 50 ms that most programs need not pay
+
+        await asyncio.to_thread(self.load)
+
     @contextlib.contextmanager
     def session(self) -> Iterator[Self]:
         """Holds the model loaded for the block; its TTL starts when the last block ends.

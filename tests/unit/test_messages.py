@@ -87,6 +87,7 @@ EXAMPLES = [
     m.Touch(),
     m.Hold(),
     m.Unhold(),
+    m.Trim(),
     m.Result(value=VALUE),
     m.Same(),
     m.CallFailed(failure=FAILURE),

@@ -198,12 +198,8 @@ class Arena:
         self._scratch_peak = 0
         self._blocks: list[Block] = []
         self._adopted: dict[int, _Adopted] = {}
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """Bytes of shared memory that this arena keeps."""
-        blocks = [*self._blocks, *([self._scratch] if self._scratch else [])]
-        return sum(block.size for block in blocks)
 
     @property
     def current_scratch(self) -> Block | None:
@@ -286,6 +282,7 @@ class Arena:
         free = [block for block in self._blocks if not block.leased and wanted(block)]
         for block in free:
             self._blocks.remove(block)
+            self.nbytes -= block.size
             self._announcer.dropped(block.number)
 
     def _drop_adopted(self, wanted: Callable[[_Adopted], bool]) -> None:
@@ -296,6 +293,7 @@ class Arena:
 
     def _drop_scratch(self) -> None:
         if self._scratch is not None:
+            self.nbytes -= self._scratch.size
             self._announcer.dropped(self._scratch.number)
             self._scratch = None
 
@@ -313,6 +311,7 @@ class Arena:
         else:
             os.close(fd)
         block.last_turn = self._turn
+        self.nbytes += size
         return block
 
 
@@ -324,6 +323,8 @@ class Mappings:
         self._keep_descriptors = keep_descriptors
         self.drops = 0
         """Counts the blocks that the peer dropped."""
+        self.nbytes = 0
+        """Bytes of the blocks that are mapped."""
         self.page: Block | None = None
         """The peer's block of no payload."""
 
@@ -338,6 +339,7 @@ class Mappings:
         except BaseException:
             os.close(fd)
             raise
+        self.nbytes += size
         if not size:
             self.page = block
         if size and self._keep_descriptors:
@@ -347,8 +349,9 @@ class Mappings:
 
     def drop(self, number: int) -> None:
         """Forgets a block; arrays that lie in it keep its memory."""
-        self.drops += 1
-        self._blocks.pop(number, None)
+        if (block := self._blocks.pop(number, None)) is not None:
+            self.drops += 1
+            self.nbytes -= block.size
 
     def get(self, number: int) -> Block | None:
         return self._blocks.get(number)

@@ -32,6 +32,11 @@ from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 _HANDOVER: Final = 10.0
 """Seconds within which a block must arrive that a message names; its sender sent it before the message."""
 
+LARGE: Final = 1 << 20
+"""Bytes of shared memory that an idle lane may keep."""
+
+_TRIM_TIMEOUT: Final = 0.2
+
 _current_cpu: Final[Callable[[], int]] = getattr(ctypes.CDLL(None), "sched_getcpu", lambda: -1)
 
 
@@ -240,6 +245,7 @@ class ClientLane(_Lane):
         """Of the request that was made last; ``_asked``: of the one that was sent last."""
         self._asked: Plan | None = None
         self._took = 0
+        self.last_used = time.perf_counter_ns()
 
     def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
         self._handover.send(
@@ -323,8 +329,22 @@ class ClientLane(_Lane):
         if not self._send(request):
             return m.Draining()
         reply = self._next()
-        self._took = time.perf_counter_ns() - started
+        self.last_used = time.perf_counter_ns()
+        self._took = self.last_used - started
         return reply
+
+    @property
+    def is_large(self) -> bool:
+        """Whether both ends keep so much memory that it is worth giving back."""
+        return self._arena.nbytes + self._handover.mappings.nbytes > LARGE
+
+    def trim(self) -> bool:
+        """Gives back the memory of both ends; false if the worker did not answer: close the lane."""
+        self._plans = Plans()
+        self._arena.trim()
+        self._send(m.Trim())
+        done = isinstance(self._next(_TRIM_TIMEOUT), m.Result)
+        return done and not self._handover.is_dead()
 
     def result(self, reply: m.Result | m.Same) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
@@ -406,6 +426,10 @@ class WorkerLane(_Lane):
     def say(self, message: m.CallFailed | m.Draining | bytes) -> None:
         """Sends a reply that is ready to be sent."""
         self._send(message)
+
+    def trim(self) -> None:
+        """Gives back the memory that no result lies in."""
+        self._arena.trim()
 
     def scratch(self, nbytes: int) -> Block:
         """Where small results of the next reply may be written."""

@@ -392,8 +392,12 @@ class Unhold(Message):
     """The block that Hold began has ended."""
 
 
+class Trim(Message):
+    """Give back the memory that nobody needs now.  No use of the model."""
+
+
 class Result(Message):
-    """What a Call, Again, Invoke, Touch, Hold or Unhold returned."""
+    """What a Call, Again, Invoke, Touch, Hold, Unhold or Trim returned."""
 
     value: Value
 
@@ -419,7 +423,7 @@ ToWorker = Load | Retime | Drain | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
 AboutBlocks = BlockShared | BlockDropped
-LaneRequest = Call | Again | Invoke | Touch | Hold | Unhold | LaneHello | Large | AboutBlocks
+LaneRequest = Call | Again | Invoke | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks
 LaneReply = LaneOpen | Result | Same | CallFailed | Draining | Large | AboutBlocks
 
 _encoder = msgspec.msgpack.Encoder()

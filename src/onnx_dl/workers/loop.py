@@ -207,6 +207,10 @@ class LaneService:
                 case m.Unhold():
                     self._unhold()
                     self._lane.reply(None)
+                case m.Trim():
+                    self._repeats.clear()
+                    self._lane.trim()
+                    self._lane.reply(None)
                 case None:
                     return
 

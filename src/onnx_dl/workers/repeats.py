@@ -122,6 +122,10 @@ class Repeats:
         """Keeps a call, instead of the one that had this number."""
         self._repeats[number] = repeat
 
+    def clear(self) -> None:
+        """The caller has forgotten them too."""
+        self._repeats.clear()
+
     def answer(self, again: m.Again) -> None:
         """Runs a remembered call and replies.
 
