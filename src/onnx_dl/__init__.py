@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from onnx_dl.host import ModelHost, Snapshot, default_host, warm_up
     from onnx_dl.lifecycle import ModelState
     from onnx_dl.model import ModelStatus, Usage
+    from onnx_dl.pipelines import Pipeline, pipeline
     from onnx_dl.session import InferenceSession, InferenceSessionProxy
 
 _HOMES = {
@@ -59,6 +60,7 @@ _HOMES = {
     "host": ("ModelHost", "Snapshot", "default_host", "warm_up"),
     "lifecycle": ("ModelState",),
     "model": ("ModelStatus", "Usage"),
+    "pipelines": ("Pipeline", "pipeline"),
     "session": ("InferenceSession", "InferenceSessionProxy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

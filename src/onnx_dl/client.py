@@ -54,6 +54,19 @@ class SharedBlob:
         weakref.finalize(self, connection.tell, m.DropBlob(number=number)).atexit = False
 
 
+class Kept:
+    """Results that wait in a worker's memory until :meth:`release`.  ``values`` are references to arrays."""
+
+    def __init__(self, model: RemoteModel, lane: ClientLane, values: list[Any]) -> None:
+        self.values = values
+        self._model = model
+        self._lane = lane
+
+    def release(self) -> None:
+        """Nobody reads the results any more."""
+        self._model.put_lane(self._lane)
+
+
 class RemoteModel:
     """One model, shared by all proxies of this application that name it."""
 
@@ -86,6 +99,15 @@ class RemoteModel:
 
         return self._perform(lease, lambda lane: lane.call(outputs, feed, options))
 
+    def keep(self, lease: Lease, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Kept:
+        """Like :meth:`run`, but the arrays stay where they are, to be fed to other models of this host."""
+
+        def finish(lane: ClientLane, reply: m.Result | m.Same) -> Kept:
+            return Kept(self, lane, lane.references(reply))
+
+        kept: Kept = self._perform(lease, lambda lane: lane.call(outputs, feed, options, keep=True), finish)
+        return kept
+
     def invoke(self, lease: Lease, method: str, *args: Any) -> Any:
         """Another method of the session, by name; raises like :meth:`run`."""
         return self._perform(lease, lambda lane: m.Invoke(method=method, args=lane.pack(args)))
@@ -104,7 +126,17 @@ class RemoteModel:
         with contextlib.suppress(IndexError):
             self._lanes[-1].touch()
 
-    def _perform(self, lease: Lease, make: Callable[[ClientLane], Any]) -> Any:
+    def _finish(self, lane: ClientLane, reply: m.Result | m.Same) -> Any:
+        result = lane.result(reply)
+        self.put_lane(lane)
+        return result
+
+    def _perform(
+        self,
+        lease: Lease,
+        make: Callable[[ClientLane], Any],
+        finish: Callable[[ClientLane, Any], Any] | None = None,
+    ) -> Any:
         while True:
             lane = self._take_lane(lease)
             if lane is None:
@@ -112,26 +144,26 @@ class RemoteModel:
             try:
                 message = make(lane)
             except Exception:  # the caller's values cannot be sent; nothing was
-                self._put_lane(lane)
+                self.put_lane(lane)
                 raise
-            done, result = self._exchange(lane, message)
+            done, result = self._exchange(lane, message, finish or self._finish)
             if done:
                 return result
 
-    def _exchange(self, lane: ClientLane, message: Any) -> tuple[bool, Any]:
+    def _exchange(
+        self, lane: ClientLane, message: Any, finish: Callable[[ClientLane, Any], Any]
+    ) -> tuple[bool, Any]:
         """One request; false if it was not executed and must be made again."""
         try:
             reply = lane.exchange(message)
-            result = lane.result(reply) if isinstance(reply, m.Same | m.Result) else None
+            if isinstance(reply, m.Same | m.Result):
+                return True, finish(lane, reply)
         except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             lane.close()
             raise
         match reply:
-            case m.Same() | m.Result():
-                self._put_lane(lane)
-                return True, result
             case m.CallFailed(failure=failure):
-                self._put_lane(lane)
+                self.put_lane(lane)
                 raise failures.rebuild(failure)
             case m.Draining():
                 self._forget(lane.granted)
@@ -190,7 +222,8 @@ class RemoteModel:
         except (ConnectionError, FileNotFoundError, TimeoutError, ProtocolError):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 
-    def _put_lane(self, lane: ClientLane) -> None:
+    def put_lane(self, lane: ClientLane) -> None:
+        """A lane that was taken is free again."""
         with self._lock:
             keep = self._granted is lane.granted
             if keep:
@@ -274,7 +307,7 @@ class RemoteModel:
             if lane in surplus or not lane.trim():
                 lane.close()
             else:
-                self._put_lane(lane)
+                self.put_lane(lane)
         return len(untidy) > len(idle)
 
     # --- holding ------------------------------------------------------------------------------------------
@@ -304,7 +337,7 @@ class RemoteModel:
             if answer is None:
                 lane.close()
             else:
-                self._put_lane(lane)
+                self.put_lane(lane)
 
     def _hold_with(self, granted: m.Granted) -> bool:
         """Sees to it that one lane holds this worker; false if it drains.  Called while acquiring."""

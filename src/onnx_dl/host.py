@@ -168,6 +168,7 @@ class ModelHost:
                 connection.close()
                 self._connection = None
             self._bury()
+            self._buffers.trim()
         if self._teller is not None and self._teller is not threading.current_thread():
             self._teller.join(_FAREWELL)
         self._bus.close()

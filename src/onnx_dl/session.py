@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import config, installation, options
-from onnx_dl.client import Lease, RemoteModel
+from onnx_dl.client import Kept, Lease, RemoteModel
 from onnx_dl.errors import ConfigError, ProxyClosedError, UnsupportedValueError
 from onnx_dl.host import ModelHost, default_host, digest_of
 from onnx_dl.lifecycle import ModelState
@@ -118,6 +118,12 @@ class InferenceSessionProxy:
         plain = options.read_run_options(run_options)
         result: list[Any] = self._model().run(self._lease, output_names, feed, plain)
         return result
+
+    def _run_kept(self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any) -> Kept:
+        """:meth:`run` for a :class:`~onnx_dl.pipelines.Pipeline`, whose next stage reads the results."""
+        feed = {name: _feedable(value) for name, value in feed.items()}
+        plain = options.read_run_options(run_options)
+        return self._model().keep(self._lease, output_names, feed, plain)
 
     def get_inputs(self) -> list[NodeArg]:
         """The model's inputs; the same list at each call."""

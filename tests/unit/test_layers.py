@@ -29,8 +29,9 @@ HEIGHT = {
     "workers": 5,
     "host": 6,
     "session": 7,
-    "demo": 8,
-    "cli": 9,
+    "pipelines": 8,
+    "demo": 9,
+    "cli": 10,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
 GROUPS = [{"client", "connection"}, {"lifecycle", "model", "config"}]

@@ -11,16 +11,17 @@ What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor r
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.errors import ProtocolError
+from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.transport import shm
 
 HEADER: Final = 64
@@ -52,17 +53,35 @@ def align(nbytes: int) -> int:
 
 
 class Block:
-    """One segment, mapped into this process.  ``size`` counts payload bytes."""
+    """One segment, mapped into this process when it is first looked at.  ``size`` counts payload bytes."""
 
     def __init__(self, number: int, size: int, fd: int) -> None:
+        """Takes over ``fd``.
+
+        Raises:
+            SharedMemoryError: the segment is smaller than announced.
+        """
         self.number = number
         self.size = size
         self.last_turn = 0
-        mapping = self.mapping = shm.attach(fd, size + HEADER)
-        self._bytes: NDArray[np.uint8] = np.asarray(mapping)
+        try:
+            self.mapping = shm.Mapping(fd, size + HEADER)
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {error}.") from None
         self._views: dict[tuple[str, tuple[int, ...], int], NDArray[Any]] = {}  # shapes repeat
-        self._words = memoryview(self._bytes[:HEADER]).cast("B").cast("Q")  # type: ignore[arg-type]
-        self._address = mapping.address + HEADER
+
+    @functools.cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        return np.asarray(self.mapping)
+
+    @functools.cached_property
+    def _words(self) -> memoryview[int]:
+        return memoryview(self._bytes[:HEADER]).cast("B").cast("Q")  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _address(self) -> int:
+        return self.mapping.address + HEADER
 
     def array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """A writable C-contiguous array over the payload at byte ``offset``.
@@ -154,6 +173,15 @@ def home_of(array: NDArray[Any]) -> Block | None:
     if type(base) is not _Lease or not array.flags.c_contiguous or array.dtype.hasobject:
         return None
     return base.block if base.block.mapping.fd is not None else None
+
+
+class Reference(NamedTuple):
+    """An array in a block of another process, which this one need not look at to pass it on."""
+
+    block: Block
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
 
 
 class Announcer(Protocol):
@@ -300,16 +328,12 @@ class Arena:
     def _create(self, size: int) -> Block:
         self._numbers += 1
         fd = shm.create(size + HEADER)
-        try:
-            block = Block(self._numbers, size, fd)
-            self._announcer.shared(block.number, size, fd)
-        except BaseException:
-            os.close(fd)
-            raise
+        block = Block(self._numbers, size, fd)
+        self._announcer.shared(block.number, size, fd)
         if self._keep_descriptors:
-            block.mapping.keep(fd)
+            block.mapping.keep_descriptor()
         else:
-            os.close(fd)
+            block.mapping.shed()
         block.last_turn = self._turn
         self.nbytes += size
         return block
@@ -334,18 +358,14 @@ class Mappings:
         Raises:
             SharedMemoryError: it is smaller than announced, or cannot be mapped.
         """
-        try:
-            block = self._blocks[number] = Block(number, size, fd)
-        except BaseException:
-            os.close(fd)
-            raise
+        block = self._blocks[number] = Block(number, size, fd)
         self.nbytes += size
         if not size:
             self.page = block
         if size and self._keep_descriptors:
-            block.mapping.keep(fd)
+            block.mapping.keep_descriptor()
         else:
-            os.close(fd)
+            block.mapping.shed()
 
     def drop(self, number: int) -> None:
         """Forgets a block; arrays that lie in it keep its memory."""

@@ -23,7 +23,7 @@ from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Arena, Block, Mappings, home_of
+from onnx_dl.transport.arena import Arena, Block, Mappings, Reference, home_of
 from onnx_dl.transport.patience import Patience
 from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, targets_of
 from onnx_dl.transport.sockets import LONGEST, Channel, Context, Socket
@@ -263,16 +263,25 @@ class ClientLane(_Lane):
         """Copies the arrays in ``values`` to where the worker sees them; see :class:`Packer`."""
         return Packer(self._arena).pack(values)
 
-    def call(self, outputs: Any, feed: Mapping[Any, Any], options: dict[str, Any] | None) -> Request:
+    def call(
+        self,
+        outputs: Any,
+        feed: Mapping[Any, Any],
+        options: dict[str, Any] | None,
+        *,
+        keep: bool = False,
+    ) -> Request:
         """The request for one inference; the arrays in ``feed`` are copied, unless they lie in shared memory.
+
+        ``keep``: for :meth:`references` instead of :meth:`result`.
 
         Raises: like :meth:`Packer.pack`.
         """
         moved = self._moved(feed)
-        self._key = None if options is not None else self._key_of(outputs, feed, moved)
+        self._key = None if options is not None else self._key_of(outputs, feed, moved, keep)
         plan = self._plan = None if self._key is None else self._plans.find(self._key)
         if plan is None or (plan.nbytes and self._arena.scratch(plan.nbytes) is not plan.block):
-            return self._first_call(outputs, feed, options, moved)
+            return self._first_call(outputs, feed, options, moved, keep)
         plan.fill(feed)
         if moved is None:
             return plan.message
@@ -282,22 +291,33 @@ class ClientLane(_Lane):
         """Where the worker finds the large arrays that lie in shared memory already."""
         found = None
         for name, value in feed.items():
-            if type(value) is np.ndarray and value.nbytes >= VIEW_FROM and (block := home_of(value)):
-                number = self._arena.adopt(block)
-                found = found or {}
-                found[name] = m.Tensor(value.dtype.str, value.shape, number, block.offset_of(value))
+            if type(value) is Reference:
+                block, offset = value.block, value.offset
+            elif type(value) is np.ndarray and value.nbytes >= VIEW_FROM and (home := home_of(value)):
+                block, offset = home, home.offset_of(value)
+            else:
+                continue
+            found = found or {}
+            found[name] = m.Tensor(value.dtype.str, value.shape, self._arena.adopt(block), offset)
         return found
 
-    def _key_of(self, outputs: Any, feed: Mapping[Any, Any], moved: dict[Any, m.Tensor] | None) -> Any:
+    def _key_of(
+        self, outputs: Any, feed: Mapping[Any, Any], moved: dict[Any, m.Tensor] | None, keep: bool
+    ) -> Any:
         try:
-            key = key_of(outputs, feed)
+            key = key_of(outputs, feed, keep)
             hash(key)
         except TypeError:  # not what onnxruntime takes; it shall say so
             return None
         return key if moved is None or key is None else (*key, *moved)
 
     def _first_call(
-        self, outputs: Any, feed: Mapping[Any, Any], options: Any, moved: dict[Any, m.Tensor] | None
+        self,
+        outputs: Any,
+        feed: Mapping[Any, Any],
+        options: Any,
+        moved: dict[Any, m.Tensor] | None,
+        keep: bool,
     ) -> m.Call:
         moved = moved or {}
         packer = Packer(self._arena, moved={id(feed[name]): tensor for name, tensor in moved.items()})
@@ -315,6 +335,7 @@ class ClientLane(_Lane):
             options=options,
             plan=number,
             moved=[index for index, name in enumerate(feed) if name in moved],
+            keep=keep,
         )
 
     def exchange(self, request: Request) -> Any:
@@ -348,21 +369,35 @@ class ClientLane(_Lane):
 
     def result(self, reply: m.Result | m.Same) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
-        plan = self._asked
         if isinstance(reply, m.Same):
-            if plan is None or plan.sources is None:
-                raise ProtocolError("A worker answered that its results lie where none ever lay.")
-            return [source.copy() for source in plan.sources]
-        if plan is not None:
-            self._learn(plan, reply.value)
+            return [block.array(t.dtype, t.shape, t.offset).copy() for block, t in self._results_in_place()]
+        self._learn(reply.value)
         return self._unpacker.unpack(reply.value)
 
-    def _learn(self, plan: Plan, value: m.Value) -> None:
+    def references(self, reply: m.Result | m.Same) -> list[Any]:
+        """What a call with ``keep`` returned: where arrays lie, for as long as nothing else is said on this
+        lane.  What cannot be passed on like that is a value."""
+        if isinstance(reply, m.Result):
+            self._learn(reply.value)
+            if self._asked is None or self._asked.results is None:
+                values: list[Any] = self._unpacker.unpack(reply.value)
+                return values
+        return [
+            Reference(block, np.dtype(t.dtype), t.shape, t.offset) for block, t in self._results_in_place()
+        ]
+
+    def _results_in_place(self) -> list[tuple[Block, m.Tensor]]:
+        plan = self._asked
+        if plan is None or plan.results is None:
+            raise ProtocolError("A worker answered that its results lie where none ever lay.")
+        return plan.results
+
+    def _learn(self, value: m.Value) -> None:
+        if (plan := self._asked) is None:
+            return
         tensors = in_place(value) or []
-        plan.sources = None
-        if tensors and not any(t.leased for t in tensors):
-            block = self._handover.block
-            plan.sources = [block(t.block).array(t.dtype, t.shape, t.offset) for t in tensors]
+        in_scratch = tensors and not any(t.leased for t in tensors)
+        plan.results = [(self._handover.block(t.block), t) for t in tensors] if in_scratch else None
         self._plans.remember(self._key, plan)
 
     def is_dead(self) -> bool:
@@ -408,13 +443,15 @@ class WorkerLane(_Lane):
         """A value of a request; its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)
 
-    def reply(self, value: Any) -> m.Value:
-        """Sends a result; large arrays in it are leased to the caller.  Returns what was sent.
+    def reply(self, value: Any, *, keep: bool = False) -> m.Value:
+        """Sends a result; large arrays in it are leased to the caller, unless ``keep``.
+
+        Returns what was sent.
 
         Raises:
             Exception: the value cannot be sent; nothing was.
         """
-        packer = Packer(self._arena, lease_from=VIEW_FROM)
+        packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
         (packed,) = packer.pack([value])
         try:
             self._send(m.Result(value=packed))

@@ -353,7 +353,8 @@ class Large(Message):
 class Call(Message):
     """Run the model: names of outputs, feed, RunOptions.
 
-    ``plan``: remember it under this number; ``moved``: indices in the feed of what will lie elsewhere then.
+    ``plan``: remember it under this number; ``moved``: indices in the feed of what will lie elsewhere then;
+    ``keep``: lease nothing, the client does nothing else on this lane until it needs the results no more.
     """
 
     outputs: Value
@@ -361,6 +362,7 @@ class Call(Message):
     options: dict[str, Any] | None = None
     plan: int | None = None
     moved: list[int] = []
+    keep: bool = False
 
 
 class Again(Message):

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.transport.arena import Block
+from onnx_dl.transport.arena import Block, Reference
 from onnx_dl.transport.messages import Again, Items, Tensor, Value, encode
 
 MOST: Final = 64
@@ -23,11 +23,11 @@ MOST: Final = 64
 _PLAIN_KINDS: Final = frozenset("biufc")
 
 
-def key_of(outputs: Any, feed: Mapping[Any, Any]) -> tuple[Any, ...] | None:
+def key_of(outputs: Any, feed: Mapping[Any, Any], keep: bool) -> tuple[Any, ...] | None:
     """What two calls have in common that differ in their bytes only; None if no such call is remembered."""
-    parts: list[Any] = [None if outputs is None else tuple(outputs)]
+    parts: list[Any] = [keep, None if outputs is None else tuple(outputs)]
     for name, value in feed.items():
-        if type(value) is not np.ndarray:
+        if type(value) is not np.ndarray and type(value) is not Reference:
             return None
         parts += (name, value.dtype, value.shape)
     return tuple(parts)
@@ -41,7 +41,7 @@ def can_repeat(feed: Mapping[Any, Any]) -> bool:
 class Plan:
     """One call, as it was made the first time."""
 
-    __slots__ = ("block", "message", "moved", "nbytes", "number", "sources", "targets")
+    __slots__ = ("block", "message", "moved", "nbytes", "number", "results", "targets")
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class Plan:
         self.moved = moved
         self.message = encode(Again(plan=number)) if not moved else b""
         """The request, where it is always the same."""
-        self.sources: list[NDArray[Any]] | None = None
-        """Where the results lay the last time, if the next ones may lie there too."""
+        self.results: list[tuple[Block, Tensor]] | None = None
+        """Where they lay the last time, if the next ones may lie there too."""
 
     def fill(self, feed: Mapping[Any, Any]) -> None:
         """Copies the inputs to where the worker expects them."""

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import threading
 import weakref
 from typing import Final
 
@@ -51,65 +52,85 @@ class Mapping:
     not), and an application that keeps a thousand results would run out of them.
     """
 
-    __slots__ = ("__array_interface__", "__weakref__", "address", "fd", "size")
+    __slots__ = ("__weakref__", "_address", "fd", "size")
 
     def __init__(self, fd: int, size: int) -> None:
+        """Takes over ``fd``.  It is not mapped before somebody looks at it.
+
+        Raises:
+            ValueError: it is smaller than ``size`` bytes.
+        """
         self.fd: int | None = None
-        address = _libc.mmap(None, size, _PROT, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd, 0)
-        if address == _MAP_FAILED:
-            self.size = 0
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self.address: int = address
+        self._address = 0
         self.size = size
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (size,),
-            "data": (address, False),
-        }
+        if os.fstat(fd).st_size < size:
+            raise ValueError("the segment is smaller than announced")
+        self.fd = fd
+
+    @property
+    def address(self) -> int:
+        """Where it lies.  The page table is filled at once: page faults, not copying, are what makes fresh
+        memory slow.
+
+        Raises:
+            SharedMemoryError: it cannot be mapped.
+        """
+        if not self._address:
+            with _mapping:
+                self._map()
+        return self._address
+
+    @property
+    def __array_interface__(self) -> dict[str, object]:
+        return {"version": 3, "typestr": "|u1", "shape": (self.size,), "data": (self.address, False)}
+
+    def _map(self) -> None:
+        if self._address or self.fd is None:
+            return
+        address = _libc.mmap(None, self.size, _PROT, mmap.MAP_SHARED | mmap.MAP_POPULATE, self.fd, 0)
+        if address == _MAP_FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            raise SharedMemoryError(f"Cannot map {self.size} bytes of shared memory: {reason}.")
+        self._address = address
 
     def __del__(self) -> None:
-        self.shed()
-        if self.size:
-            _libc.munmap(self.address, self.size)
+        if self.fd is not None:
+            os.close(self.fd)
+        if self._address:
+            _libc.munmap(self._address, self.size)
 
-    def keep(self, fd: int) -> None:
-        """Takes over a descriptor of the segment, so that it can be handed to a third process.
+    def keep_descriptor(self) -> None:
+        """Keeps the descriptor, so that the segment can be handed to a third process.
 
         Only the most recent mappings keep theirs: an application may hold more results than descriptors.
         """
-        self.fd = fd
         _with_descriptor.append(weakref.ref(self))
         while len(_with_descriptor) > KEPT_DESCRIPTORS:
-            with contextlib.suppress(IndexError):  # another thread was faster
+            # An IndexError: another thread was faster.  No memory to map it: it keeps its descriptor.
+            with contextlib.suppress(IndexError, SharedMemoryError):
                 if (oldest := _with_descriptor.popleft()()) is not None:
                     oldest.shed()
 
     def shed(self) -> None:
-        """Closes the descriptor; the memory stays mapped."""
-        fd, self.fd = self.fd, None
+        """Maps the segment and closes the descriptor."""
+        with _mapping:
+            self._map()
+            fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)
 
 
 KEPT_DESCRIPTORS: Final = 64
+_mapping = threading.Lock()  # between a thread that looks at a segment and one that makes it shed
+
+
+def _after_fork() -> None:
+    global _mapping
+    _mapping = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 _with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
-
-
-def attach(fd: int, size: int) -> Mapping:
-    """The segment, mapped for reading and writing.  The mapping outlives ``fd`` and the segment's creator.
-
-    The page table is filled at once: page faults, not copying, are what makes fresh memory slow.
-
-    Raises:
-        SharedMemoryError: the segment is smaller than ``size`` or cannot be mapped.
-    """
-    try:
-        if os.fstat(fd).st_size < size:
-            raise ValueError("the segment is smaller than announced")
-        return Mapping(fd, size)
-    except (OSError, ValueError) as error:
-        raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {error}.") from None
 
 
 def freeze(data: bytes) -> int:

@@ -77,9 +77,10 @@ class Packer:
         return self._lease_from is not None and array.nbytes >= self._lease_from
 
     def _scratch_bytes(self, value: Any) -> int:
+        if id(value) in self._moved:
+            return 0
         if isinstance(value, np.ndarray):
-            elsewhere = value.dtype.kind == "O" or self._is_leased(value) or id(value) in self._moved
-            return 0 if elsewhere else align(value.nbytes)
+            return 0 if value.dtype.kind == "O" or self._is_leased(value) else align(value.nbytes)
         if isinstance(value, np.generic):
             return align(value.nbytes)
         if type(value) in (list, tuple):
@@ -89,9 +90,9 @@ class Packer:
         return 0
 
     def _encode(self, value: Any) -> Value:
+        if moved := self._moved.get(id(value)):
+            return moved
         if isinstance(value, np.ndarray):
-            if moved := self._moved.get(id(value)):
-                return moved
             return self._encode_array(np.asarray(value))
         if isinstance(value, np.generic):
             return Items("scalar", [self._encode_array(np.asarray(value))])

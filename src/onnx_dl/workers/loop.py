@@ -248,7 +248,7 @@ class LaneService:
         outputs = self._lane.unpack(call.outputs)
         if call.plan is not None:
             self._repeats.remember(call.plan, Repeat(call, outputs, feed))
-        self._lane.reply(self._backend.run(outputs, feed, call.options))
+        self._lane.reply(self._backend.run(outputs, feed, call.options), keep=call.keep)
 
     def _invoke(self, request: m.Invoke) -> None:
         args = [self._lane.unpack(arg) for arg in request.args]

@@ -35,6 +35,7 @@ class Repeat:
 
     def __init__(self, call: m.Call, outputs: Any, feed: dict[str, Any]) -> None:
         self.outputs = outputs
+        self.keep = call.keep
         self.names = list(feed)
         moved = {self.names[index] for index in call.moved}
         self.feed = {name: None if name in moved else array for name, array in feed.items()}
@@ -146,7 +147,7 @@ class Repeats:
         if reply is not None:
             self._lane.say(reply)
         else:
-            sent = self._lane.reply(self._backend.run(repeat.outputs, feed, None))
+            sent = self._lane.reply(self._backend.run(repeat.outputs, feed, None), keep=repeat.keep)
             repeat.learn(sent, self._lane)
 
     def _let_go(self) -> None:

@@ -1,0 +1,156 @@
+"""Models in a row, where what one computes is what the next one reads.
+
+Covers which output goes to which input.  The arrays between two models stay in shared memory: the next worker
+reads them where the one before wrote them, and the application neither copies nor maps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnx_dl.errors import ConfigError
+from onnx_dl.nodes import NodeArg
+from onnx_dl.session import InferenceSessionProxy
+
+
+class Pipeline:
+    """Runs models one after the other.
+
+    Args:
+        stages: proxies of one host, in order.
+        connect: for each stage after the first, the outputs of earlier stages by the names of its inputs.
+            What is not named there is connected by equal names (of several, the latest counts); where none is
+            equal, a single input to the single output of the stage before.  All other inputs are the
+            pipeline's.
+
+    Raises:
+        ConfigError: there is no stage, the stages are of different hosts, or ``connect`` has another length.
+            Names that do not exist are refused at first use, because that needs the models.
+    """
+
+    def __init__(
+        self, *stages: InferenceSessionProxy, connect: Sequence[Mapping[str, str]] | None = None
+    ) -> None:
+        if not stages:
+            raise ConfigError("A pipeline needs at least one model.")
+        if connect is not None and len(connect) != len(stages) - 1:
+            raise ConfigError(
+                f"connect= needs one mapping for each of the {len(stages) - 1} stages after the first; "
+                f"it has {len(connect)}."
+            )
+        if len({id(stage._host) for stage in stages}) > 1:
+            raise ConfigError("All stages of a pipeline must be proxies of the same host.")
+        self._stages = stages
+        self._connect = [dict(names) for names in connect or [{}] * (len(stages) - 1)]
+        self._wires: list[dict[str, tuple[int, str]]] | None = None
+
+    def run(
+        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None
+    ) -> list[Any]:
+        """One inference through all stages.
+
+        Args:
+            output_names: outputs of the last stage; None or empty: all.
+            input_feed: a value for each of :meth:`get_inputs`, by name; a name that several stages have feeds
+                all of them.
+            run_options: an ``onnxruntime.RunOptions`` for every stage.
+
+        Returns:
+            Like the last stage's ``run()``.
+
+        Raises:
+            ValueError: an input is missing, or is none of the pipeline's, in onnxruntime's words.
+            Exception: what a stage raised.
+        """
+        wires = self._wiring()
+        self._check(input_feed)
+        computed: list[dict[str, Any]] = []
+        with contextlib.ExitStack() as kept:
+            for index, stage in enumerate(self._stages[:-1]):
+                names = self._needed(index)
+                results = stage._run_kept(names, self._feed(index, input_feed, computed, wires), run_options)
+                kept.callback(results.release)
+                computed.append(dict(zip(names, results.values, strict=True)))
+            feed = self._feed(len(self._stages) - 1, input_feed, computed, wires)
+            return self._stages[-1].run(output_names, feed, run_options)
+
+    def get_inputs(self) -> list[NodeArg]:
+        """The inputs that no stage feeds.  Loads models that never were loaded."""
+        wires = self._wiring()
+        nodes: dict[str, NodeArg] = {}
+        for stage, wired in zip(self._stages, wires, strict=True):
+            for node in stage.get_inputs():
+                if node.name not in wired:
+                    nodes.setdefault(node.name, node)
+        return list(nodes.values())
+
+    def get_outputs(self) -> list[NodeArg]:
+        """The outputs of the last stage."""
+        return self._stages[-1].get_outputs()
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _wiring(self) -> list[dict[str, tuple[int, str]]]:
+        """For each stage, its inputs that earlier stages feed: stage and name of the output."""
+        if self._wires is None:
+            self._wires = [self._wire(index) for index in range(len(self._stages))]
+        return self._wires
+
+    def _wire(self, index: int) -> dict[str, tuple[int, str]]:
+        if not index:
+            return {}
+        offered = {
+            node.name: (earlier, node.name)
+            for earlier, stage in enumerate(self._stages[:index])
+            for node in stage.get_outputs()
+        }
+        named = self._connect[index - 1]
+        names = [node.name for node in self._stages[index].get_inputs()]
+        if strange := [*(set(named) - set(names)), *(set(named.values()) - set(offered))]:
+            raise ConfigError(
+                f"connect= names {sorted(strange)}; stage {index} has the inputs {names}, "
+                f"and the stages before it have the outputs {sorted(offered)}."
+            )
+        wired = {name: offered[named.get(name, name)] for name in names if named.get(name, name) in offered}
+        left = [name for name in names if name not in wired]
+        before = self._stages[index - 1].get_outputs()
+        if not wired and len(left) == 1 and len(before) == 1:
+            wired[left[0]] = index - 1, before[0].name
+        if not wired:
+            raise ConfigError(
+                f"No output of an earlier stage feeds stage {index}, whose inputs are {names}; name one "
+                f"in connect=. There are {sorted(offered)}."
+            )
+        return wired
+
+    def _needed(self, index: int) -> list[str]:
+        """The outputs of a stage that later ones read."""
+        later = [source for wired in self._wiring() for source in wired.values()]
+        return list(dict.fromkeys(name for stage, name in later if stage == index)) or [
+            self._stages[index].get_outputs()[0].name
+        ]
+
+    def _feed(
+        self,
+        index: int,
+        given: Mapping[str, Any],
+        computed: list[dict[str, Any]],
+        wires: list[dict[str, tuple[int, str]]],
+    ) -> dict[str, Any]:
+        wired = {name: computed[stage][output] for name, (stage, output) in wires[index].items()}
+        names = [node.name for node in self._stages[index].get_inputs()]
+        return wired | {name: given[name] for name in names if name in given and name not in wired}
+
+    def _check(self, given: Mapping[str, Any]) -> None:
+        names = [node.name for node in self.get_inputs()]
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"Required inputs ({missing}) are missing from input feed ({list(given)}).")
+        if strange := [name for name in given if name not in names]:
+            raise ValueError(f"Invalid input name: {strange[0]}; the pipeline has {names}.")
+
+
+def pipeline(*stages: InferenceSessionProxy, connect: Sequence[Mapping[str, str]] | None = None) -> Pipeline:
+    """A :class:`Pipeline` of these stages."""
+    return Pipeline(*stages, connect=connect)
