@@ -24,6 +24,7 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import WorkerLane
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.workers import backend as backends
+from onnx_dl.workers import memory
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.placement import Placement
@@ -62,6 +63,7 @@ class Worker:
             os.chdir(order.spec.cwd)
             backend = backends.load(order.spec, self._take_blob())
             description = backend.describe()
+            memory.trim()  # before ready, so that what is measured then is what stays
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
             self._say(m.WorkerFailed(worker_id=self._id, failure=failures.describe(error)))
             self._hear()

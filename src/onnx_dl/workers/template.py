@@ -23,6 +23,7 @@ from typing import Final, NoReturn
 
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
+from onnx_dl.workers import memory
 from onnx_dl.workers.loop import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
@@ -159,4 +160,5 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     channel = Channel.from_fd(channel_fd)
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()
+    memory.share()
     Template(channel, fork=mode == "fork" and _is_single_threaded()).serve()
