@@ -21,8 +21,7 @@ MB = 1 << 20
 @pytest.fixture
 def block():
     fd = segment(1024 + HEADER)
-    yield Block(1, 1024, fd)
-    os.close(fd)
+    return Block(1, 1024, fd)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------
