@@ -13,6 +13,8 @@ import pytest
 
 # Where a test imports onnxruntime, it must not start its telemetry thread and open its database.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# Tests neither read nor fill the user's cache.
+os.environ["ONNX_DL_CACHE"] = "off"
 
 from onnx_dl import ModelHost
 from tests.waiting import DEADLINE

@@ -66,6 +66,24 @@ def _seconds(value: object) -> float | None:
         return None
 
 
+_SIZES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+
+
+def parse_size(value: object) -> int:
+    """A number of bytes: an int, or text such as ``"2GiB"``, ``"500 MB"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    match = _SIZE.fullmatch(str(value)) if isinstance(value, str | int) else None
+    if match is None or isinstance(value, bool):
+        raise ConfigError(
+            f'{value!r} is no size; write a number of bytes or, for example, "2GiB" or "500MB".'
+        )
+    return int(float(match[1]) * _SIZES[(match[2] or "").lower()])
+
+
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
@@ -86,9 +104,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a drained worker may take to exit before it is killed."""
     stable_after: _Seconds = 10.0
     """A worker that was ready for longer than this does not count as one that keeps dying."""
+    cache: str = "on"
+    """``off``: the load cache is neither read nor written."""
+    cache_dir: str = ""
+    """Where the load cache lies; empty: ``onnx-dl`` in the user's cache folder."""
+    cache_limit: str = "20GiB"
+    """Bytes that the load cache may take; beyond that, what was not used for longest goes."""
+    cache_from: _Seconds = 0.15
+    """Loads that take at least this long are saved for the next time."""
 
 
-_CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq")}
+_CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq"), "cache": ("on", "off")}
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -102,6 +128,8 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
         variable = f"ONNX_DL_{field.upper()}"
         if text := environ.get(variable):
             _check_choice(variable, field, text)
+            if field == "cache_limit":
+                parse_size(text)
             found[field] = text
     try:
         return msgspec.convert(found, Settings, strict=False)

@@ -20,6 +20,10 @@ class Backend(Protocol):
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
+    def ready(self, seconds: float, blob: int | None) -> None:
+        """The model was loaded within so many seconds and its callers know: time for what can be done in the
+        background.  ``blob``: descriptor of a model given as bytes, valid until this returns."""
+
     def run(self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Sequence[Any]:
         """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
         share memory with them."""

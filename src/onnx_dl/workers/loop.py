@@ -61,7 +61,7 @@ class Worker:
         started = time.monotonic()
         try:
             os.chdir(order.spec.cwd)
-            backend = backends.load(order.spec, self._take_blob())
+            backend = backends.load(order.spec, None if self._blob is None else shm.thaw(self._blob))
             description = backend.describe()
             memory.trim()  # before ready, so that what is measured then is what stays
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
@@ -80,15 +80,15 @@ class Worker:
                 seconds=ready - started,
             )
         )
+        with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
+            backend.ready(ready - started, self._blob)
+        self._close_blob()
         with contextlib.closing(listener):
             self._attend(listener, backend)
 
-    def _take_blob(self) -> bytes | None:
-        if self._blob is None:
-            return None
-        data = shm.thaw(self._blob)
-        os.close(self._blob)
-        return data
+    def _close_blob(self) -> None:
+        if self._blob is not None:
+            os.close(self._blob)
 
     def _attend(self, listener: Listener, backend: Backend) -> None:
         """The main thread's loop, from ready to Exit."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import onnxruntime
 from numpy.typing import NDArray
 
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl import config
+from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, file_identity
 from onnx_dl.options import (
     make_providers,
     make_run_options,
     make_session_options,
     read_session_options,
 )
+from onnx_dl.workers import cache, cacheable, saver
 
 _META_FIELDS = (
     "custom_metadata_map",
@@ -37,25 +40,55 @@ class OnnxRuntimeBackend:
 
     def __init__(self, spec: ModelSpec, blob: bytes | None) -> None:
         """Raises what onnxruntime raises."""
-        options = make_session_options(spec.options) if spec.options is not None else None
-        providers = make_providers(spec.providers)
-        self._profiling = bool(options and options.enable_profiling)
-        self._session = onnxruntime.InferenceSession(
-            spec.path if blob is None else blob,
-            options,
-            providers,
-            make_providers(spec.provider_options),
-            **spec.extra,
-        )
-        # onnxruntime keeps the bytes of the model for ever, for a fallback to another provider.
-        if not self._session._enable_fallback:
-            self._session._model_bytes = None
+        self._spec = cacheable.with_engine_caches(spec, cache.folder()) if _caching() else spec
+        self._cached: cache.Entry | None = None
+        self._key = _key_of(spec)
+        self._session = self._open_cached() or open_session(self._spec, blob)
+        self._profiling = bool((spec.options or {}).get("enable_profiling"))
         # Not tried with other providers: there, results come from another memory anyway.
         self._bindable = self._session.get_providers() == ["CPUExecutionProvider"]
         self._outputs = {node.name: node for node in self._session.get_outputs()}
         self._input_sizes = {size for node in self._session.get_inputs() for size in node.shape}
 
+    def _open_cached(self) -> Any:
+        """A session of the saved form; None if there is none, or none that can be used."""
+        store = _store()
+        entry = store.find(self._key) if self._key is not None else None
+        if entry is None or [_identity(path) for path, *_ in entry.meta.external] != entry.meta.external:
+            return None
+        try:
+            session = open_session(cacheable.loading(self._spec, entry.model), None)
+        except Exception:  # whatever is wrong with it, the model itself will load or say why not
+            store.discard(entry.key)
+            return None
+        self._cached = entry
+        return session
+
+    def ready(self, seconds: float, blob: int | None) -> None:
+        slow = seconds >= config.settings().cache_from
+        on_cpu = self._session.get_providers() == ["CPUExecutionProvider"]
+        if self._key is None or self._cached is not None or not (slow and on_cpu):
+            return
+        if _store().is_refused(self._key):
+            return
+        watch = os.pidfd_open(os.getppid())
+        try:
+            saver.start(
+                saver.Order(
+                    key=self._key,
+                    onnxruntime=_build(),
+                    spec=self._spec,
+                    description=self.describe(),
+                    blob=blob,
+                    watch=watch,
+                )
+            )
+        finally:
+            os.close(watch)
+
     def describe(self) -> ModelDescription:
+        if self._cached is not None:  # the saved form has other options, and need not tell all
+            return self._cached.meta.description
         session = self._session
         meta = session.get_modelmeta()
         return ModelDescription(
@@ -123,6 +156,50 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         if self._profiling:  # the profile is written when profiling ends
             self._session.end_profiling()
+
+
+def open_session(spec: ModelSpec, blob: bytes | None) -> Any:
+    """An ``onnxruntime.InferenceSession``.  Raises what onnxruntime raises."""
+    session = onnxruntime.InferenceSession(
+        spec.path if blob is None else blob,
+        make_session_options(spec.options) if spec.options is not None else None,
+        make_providers(spec.providers),
+        make_providers(spec.provider_options),
+        **spec.extra,
+    )
+    # onnxruntime keeps the bytes of the model for ever, for a fallback to another provider.
+    if not session._enable_fallback:
+        session._model_bytes = None
+    return session
+
+
+def _build() -> str:
+    return f"{onnxruntime.__version__} {onnxruntime.get_build_info()}"
+
+
+def _caching() -> bool:
+    return config.settings().cache == "on"
+
+
+def _store() -> cache.Cache:
+    return cache.Cache(cache.folder(), config.parse_size(config.settings().cache_limit))
+
+
+def _key_of(spec: ModelSpec) -> str | None:
+    """The model's key in the load cache; None: it loads plainly."""
+    if not (_caching() and cacheable.is_cacheable(spec)):
+        return None
+    try:
+        return cacheable.key_of(spec, _build())
+    except OSError:  # onnxruntime shall say what is wrong with the file
+        return None
+
+
+def _identity(path: str) -> cache.Identity | None:
+    try:
+        return file_identity(path)
+    except OSError:
+        return None
 
 
 def _tensor_specs(nodes: Sequence[Any]) -> list[TensorSpec]:

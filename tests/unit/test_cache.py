@@ -1,0 +1,287 @@
+"""The load cache on disk, what may be in it, and what lies beside a model."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_dl import cli
+from onnx_dl.config import parse_size
+from onnx_dl.errors import ConfigError
+from onnx_dl.workers import cacheable
+from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache
+from onnx_dl.workers.external import external_files
+from tests.unit.builders import DESCRIPTION, spec
+
+LIMIT = 10_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", LIMIT)
+
+
+def put(store: Cache, key: str, nbytes: int = 100, used: float | None = None) -> bool:
+    with store.writing(key) as path:
+        assert path is not None
+        (path / MODEL).write_bytes(b"m" * 10)
+        (path / WEIGHTS).write_bytes(b"w" * (nbytes - 10))
+        kept = store.keep(key, path, f"{key}.onnx", DESCRIPTION, [])
+    if used is not None and kept:
+        os.utime(store.root / key, (used, used))
+    return kept
+
+
+def names(store: Cache) -> set[str]:
+    return {path.name for path in store.root.iterdir()}
+
+
+def test_what_was_kept_is_found(store: Cache):
+    assert store.find("a") is None
+    assert put(store, "a")
+    entry = store.find("a")
+    assert entry is not None
+    assert (entry.meta.name, entry.meta.description, entry.nbytes) == ("a.onnx", DESCRIPTION, 100)
+    assert Path(entry.model).read_bytes() == b"m" * 10
+    assert names(store) == {"a"}
+
+
+def test_what_is_written_again_replaces_what_was(store: Cache):
+    put(store, "a", 100)
+    put(store, "a", 200)
+    assert [entry.nbytes for entry in store.entries()] == [200]
+    assert names(store) == {"a"}
+
+
+@pytest.mark.parametrize("damage", ["weights", "shorter", "missing", "meta"])
+def test_a_damaged_entry_is_removed_and_not_found(store: Cache, damage: str):
+    put(store, "a")
+    assert store.find("a") is not None  # verified: the damage comes later
+    weights = store.root / "a" / WEIGHTS
+    if damage == "weights":
+        weights.write_bytes(b"x" + b"w" * 89)
+    elif damage == "shorter":
+        weights.write_bytes(b"w")
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (store.root / "a" / "meta.json").write_bytes(b'{"name": 3}')
+    assert store.find("a") is None
+    assert damage == "meta" or names(store) == set()
+    assert put(store, "a") and store.find("a") is not None
+
+
+def test_a_failed_write_leaves_nothing(store: Cache):
+    with pytest.raises(OSError, match="full"), store.writing("a") as path:
+        assert path is not None
+        (path / MODEL).write_bytes(b"m")
+        raise OSError("full")
+    assert not store.entries()
+    assert not [name for name in names(store) if "unfinished" in name]
+
+
+def test_one_at_a_time_writes_a_key(store: Cache):
+    with store.writing("a") as first, store.writing("a") as second, store.writing("b") as other:
+        assert first is not None and second is None and other is not None
+
+
+def test_what_a_killed_writer_left_is_swept_up(store: Cache):
+    put(store, "a")
+    (store.root / "unfinished-b-xyz").mkdir()
+    (store.root / "unfinished-b-xyz" / WEIGHTS).write_bytes(b"w")
+    with store.writing("c") as path:
+        assert path is not None and not (store.root / "unfinished-b-xyz").exists()
+    with store.writing("d") as living:
+        put(store, "e")
+        assert living is not None and living.exists(), "somebody writes there"
+
+
+def test_least_recently_used_goes_first(store: Cache):
+    now = time.time()
+    for age, key in enumerate("abc"):
+        put(store, key, 3000, used=now - 100 * age)
+    assert [entry.key for entry in store.entries()] == ["a", "b", "c"]
+    store.find("c")
+    put(store, "d", 3000)
+    assert {entry.key for entry in store.entries()} == {"a", "c", "d"}
+
+
+def test_what_is_larger_than_the_cache_is_not_kept_and_nothing_goes_for_it(store: Cache):
+    put(store, "a", 3000)
+    assert not put(store, "b", LIMIT + 1)
+    assert [entry.key for entry in store.entries()] == ["a"]
+
+
+def test_clear(store: Cache):
+    put(store, "a", 300)
+    put(store, "b", 200)
+    store.refuse("c")
+    assert store.is_refused("c")
+    assert store.clear() == 500
+    assert names(store) == set()
+    assert not store.is_refused("c")
+
+
+def test_no_cache_is_an_empty_one(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "nothing", tmp_path / "file" / "below"):
+        store = Cache(root, LIMIT)
+        assert (store.find("a"), store.entries(), store.clear()) == (None, [], 0)
+        store.discard("a")
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "c"))
+    put(Cache(tmp_path / "c", LIMIT), "a", 1500)
+    assert cli.main(["cache", "ls"]) == 0
+    listing = capsys.readouterr().out
+    assert "a.onnx" in listing and "1 models, 0.0 MB" in listing
+    assert cli.main(["cache", "clear"]) == 0
+    assert cli.main(["cache", "ls"]) == 0
+    assert "0 models" in capsys.readouterr().out
+
+
+# --- rules -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"options": {"config": {}, "enable_profiling": False, "intra_op_num_threads": 2}}, True),
+        ({"options": {"config": {"session.intra_op.allow_spinning": "0"}}}, True),
+        ({"providers": ["CPUExecutionProvider"]}, True),
+        ({"providers": [["CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}]]}, True),
+        ({"extra": {"enable_fallback": 0}}, True),
+        ({"options": {"enable_profiling": True}}, False),
+        ({"options": {"optimized_model_filepath": "o.onnx"}}, False),
+        ({"options": {"config": {"session.disable_prepacking": "1"}}}, False),
+        ({"options": {"config": {"nobody.knows": "1"}}}, False),
+        ({"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}, False),
+        ({"extra": {"disabled_optimizers": ["ConstantFolding"]}}, False),
+    ],
+)
+def test_what_may_be_cached(fields: dict, expected: bool):
+    assert cacheable.is_cacheable(spec(**fields)) is expected
+
+
+def test_ort_files_are_loaded_as_they_are():
+    assert not cacheable.is_cacheable(msgspec.structs.replace(spec(), path="m.ort"))
+
+
+def test_key_tells_files_options_and_versions_apart(tmp_path: Path):
+    file = tmp_path / "m.onnx"
+    file.write_bytes(b"1")
+    model = msgspec.structs.replace(spec(), path=str(file))
+    key = cacheable.key_of(model, "1.31")
+    assert cacheable.key_of(model, "1.31") == key
+    other = msgspec.structs.replace(model, options={"config": {}, "intra_op_num_threads": 3})
+    assert len({key, cacheable.key_of(model, "1.32"), cacheable.key_of(other, "1.31")}) == 3
+    file.write_bytes(b"22")
+    assert cacheable.key_of(model, "1.31") != key
+
+
+def test_saved_form_is_loaded_with_the_users_options():
+    model = spec(options={"config": {"session.intra_op.allow_spinning": "0"}, "intra_op_num_threads": 3})
+    saving = cacheable.saving(model, "/c/model.onnx", "w.bin")
+    assert saving.options["optimized_model_filepath"] == "/c/model.onnx"
+    assert saving.options["config"]["session.intra_op.allow_spinning"] == "0"
+    loading = cacheable.loading(model, "/c/model.onnx")
+    assert loading.path == "/c/model.onnx"
+    assert loading.options == {**model.options, "graph_optimization_level": "ORT_DISABLE_ALL"}
+    assert "graph_optimization_level" not in model.options
+
+
+def test_providers_that_compile_keep_what_they_compiled(tmp_path: Path):
+    before = spec(
+        providers=[
+            "TensorrtExecutionProvider",
+            ["OpenVINOExecutionProvider", {"x": 1}],
+            "CPUExecutionProvider",
+        ]
+    )
+    after = cacheable.with_engine_caches(before, tmp_path).providers
+    assert after[0][1]["trt_engine_cache_enable"] == "True"
+    assert after[0][1]["trt_engine_cache_path"].startswith(str(tmp_path))
+    assert after[1][1]["x"] == 1 and after[1][1]["cache_dir"].startswith(str(tmp_path))
+    assert after[2] == ["CPUExecutionProvider", {}]
+
+
+def test_users_own_engine_cache_stays(tmp_path: Path):
+    for fields in (
+        {"providers": [["TensorrtExecutionProvider", {"trt_engine_cache_enable": "False"}]]},
+        {"providers": ["TensorrtExecutionProvider"], "provider_options": [{"trt_timing_cache_enable": "1"}]},
+        {"providers": ["CPUExecutionProvider"]},
+        {},
+    ):
+        before = spec(**fields)
+        assert cacheable.with_engine_caches(before, tmp_path) == before
+
+
+# --- files beside a model --------------------------------------------------------------------------------
+
+
+def test_external_data_is_found_wherever_it_is(tmp_path: Path):
+    def tensor(name: str, file: str | None) -> onnx.TensorProto:
+        made = numpy_helper.from_array(np.ones(3, np.float32), name)
+        if file:
+            made.ClearField("raw_data")
+            made.data_location = TensorProto.EXTERNAL
+            entry = made.external_data.add()
+            entry.key, entry.value = "location", file
+        return made
+
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["b"], ["y"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])],
+        [tensor("b", "branch.bin")],
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=tensor("c", "constant.bin")),
+        helper.make_node("If", ["p"], ["z"], then_branch=branch, else_branch=branch),
+    ]
+    inputs = [helper.make_tensor_value_info("p", TensorProto.BOOL, [])]
+    outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT, [3])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [tensor("a", "a.bin"), tensor("i", None)])
+    path = tmp_path / "m.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    assert external_files(str(path)) == [str(tmp_path / n) for n in ("a.bin", "branch.bin", "constant.bin")]
+
+
+@pytest.mark.parametrize("content", [b"not a model at all", b"\xff" * 40, b"\x3a\xff\x01"])
+def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a model"):
+        external_files(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        (12, 12),
+        ("12", 12),
+        ("2GiB", 2 << 30),
+        ("1.5 GB", 1_500_000_000),
+        ("500m", 500_000_000),
+        ("3 kib", 3072),
+    ],
+)
+def test_sizes(text: str | int, size: int):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "1TBx", True, None, 1.5, "1e9"])
+def test_no_sizes(text: object):
+    with pytest.raises(ConfigError, match="is no size"):
+        parse_size(text)
