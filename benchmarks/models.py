@@ -19,7 +19,7 @@ class Case(NamedTuple):
     calls: int
 
 
-def _model(nodes: list, inputs: dict, outputs: dict, initializers: list | None = None) -> bytes:
+def make_model(nodes: list, inputs: dict, outputs: dict, initializers: list | None = None) -> bytes:
     def infos(of: dict) -> list:
         return [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in of.items()]
 
@@ -30,7 +30,7 @@ def _model(nodes: list, inputs: dict, outputs: dict, initializers: list | None =
 
 def _add(shape: list[int]) -> bytes:
     one = numpy_helper.from_array(np.ones(1, np.float32), "one")
-    return _model([helper.make_node("Add", ["x", "one"], ["y"])], {"x": shape}, {"y": shape}, [one])
+    return make_model([helper.make_node("Add", ["x", "one"], ["y"])], {"x": shape}, {"y": shape}, [one])
 
 
 def _pool() -> bytes:
@@ -40,7 +40,7 @@ def _pool() -> bytes:
         for n, v in (("starts", [0, 0]), ("ends", [480, 480]), ("axes", [2, 3]))
     ]
     node = helper.make_node("Slice", ["x", "starts", "ends", "axes"], ["y"])
-    return _model([node], {"x": [1, 3, 640, 640]}, {"y": [1, 3, 480, 480]}, bounds)
+    return make_model([node], {"x": [1, 3, 640, 640]}, {"y": [1, 3, 480, 480]}, bounds)
 
 
 def _convolutions(layers: int = 9, channels: int = 32) -> bytes:
@@ -55,7 +55,7 @@ def _convolutions(layers: int = 9, channels: int = 32) -> bytes:
         node = helper.make_node("Conv", [source, f"w{i}"], [f"t{i}"], pads=[1, 1, 1, 1], strides=strides)
         nodes.append(node)
     nodes.append(helper.make_node("GlobalAveragePool", [f"t{layers - 1}"], ["y"]))
-    return _model(nodes, {"x": [1, 3, 224, 224]}, {"y": [1, channels, 1, 1]}, weights)
+    return make_model(nodes, {"x": [1, 3, 224, 224]}, {"y": [1, channels, 1, 1]}, weights)
 
 
 def cases() -> list[Case]:
@@ -71,3 +71,15 @@ def cases() -> list[Case]:
         Case("64 MB in, 64 MB out", _add([16, 1024, 1024]), data(16, 1024, 1024), 3),
         Case("convolution stack", _convolutions(), data(1, 3, 224, 224), 20),
     ]
+
+
+def heavy(layers: int = 12, width: int = 2048) -> bytes:
+    """A vector through matrices: 200 MB of weights."""
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+    for i in range(layers):
+        matrix = rng.standard_normal((width, width), dtype=np.float32) / width**0.5
+        weights.append(numpy_helper.from_array(matrix, f"w{i}"))
+        nodes.append(helper.make_node("MatMul", [f"t{i - 1}" if i else "x", f"w{i}"], [f"t{i}"]))
+    shape = ["n", width]
+    return make_model(nodes, {"x": shape}, {f"t{layers - 1}": shape}, weights)

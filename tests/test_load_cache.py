@@ -189,7 +189,7 @@ def test_a_cache_that_cannot_be_written_is_in_nobodys_way(
 
 
 def test_a_save_outlives_the_worker_but_not_the_supervisor(store: Cache, tmp_path: Path):
-    """With ttl=0 the worker is gone before the save is done; whoever closes the host leaves nothing behind."""
+    """With ttl=0 the worker is gone before the save is done.  Who closes the host leaves nothing behind."""
     with ModelHost() as host:
         proxy = InferenceSessionProxy(make(tmp_path / "m.onnx"), providers=CPU, ttl=0, host=host)
         proxy.run(None, {"x": X})

@@ -149,11 +149,6 @@ class _Lane:
         """Whether calls go over ZeroMQ."""
         return self._socket is not None
 
-    @property
-    def is_polling(self) -> bool:
-        """Whether this end polls at present."""
-        return self._patience is not None and self._patience.budget > 0
-
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
         if self._socket is not None:

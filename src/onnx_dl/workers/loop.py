@@ -182,7 +182,8 @@ class LaneService:
         self._gate = gate
         self._backend = backend
         self._repeats = Repeats(lane, backend)
-        self._placement = Placement(frozenset(os.sched_getaffinity(0)))
+        # A caller that polls keeps its core busy while it waits: nobody else should be there.
+        self._placement = None if lane.polls else Placement(frozenset(os.sched_getaffinity(0)))
         self._holds = 0
 
     def run(self) -> None:
@@ -218,7 +219,7 @@ class LaneService:
 
     def _settle(self) -> None:
         """Runs this thread where its caller finds it fastest."""
-        if cores := self._placement.note(*self._lane.last_call(), polling=self._lane.is_polling):
+        if self._placement and (cores := self._placement.note(*self._lane.last_call())):
             with contextlib.suppress(OSError):  # a core that was taken away from us meanwhile
                 os.sched_setaffinity(0, cores)
 

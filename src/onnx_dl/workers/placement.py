@@ -33,10 +33,8 @@ class Placement:
         self._times: list[int] = []
         self._blocks = 0
 
-    def note(self, cpu: int, took: int, *, polling: bool = False) -> frozenset[int] | None:
+    def note(self, cpu: int, took: int) -> frozenset[int] | None:
         """A caller on this core, whose last call took this many nanoseconds, calls.
-
-        ``polling``: the caller keeps its core busy while it waits, so nobody else should be there.
 
         Returns:
             The cores to run on from now on; None: as before.
@@ -45,8 +43,7 @@ class Placement:
         if len(self._times) == BLOCK:
             self._judge(statistics.median(self._times))
             self._times.clear()
-        near = self._near and not polling and cpu in self._allowed
-        wanted = frozenset((cpu,)) if near else self._allowed
+        wanted = frozenset((cpu,)) if self._near and cpu in self._allowed else self._allowed
         if wanted == self._now:
             return None
         self._now = wanted
