@@ -10,18 +10,19 @@ import ctypes
 import gc
 from collections.abc import Callable
 
-_trim: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""glibc's.  Other C libraries have none, and none of their own is known to need it."""
+_trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""glibc's; other C libraries have none."""
 
 
 def trim() -> None:
     """Gives the free pages of the heap back to the system.
 
-    Once a model is loaded: parsing and prepacking it leaves up to half of its size in free pages, which the
-    heap would keep.  Takes milliseconds, for a model of 200 MB about ten; so it is not for every call.
+    Once a model is loaded: parsing and prepacking it leave a quarter to more than half of its size in free
+    pages, which the heap would keep.  Takes about ten milliseconds for a model of 200 MB, so it is not for
+    every call.
     """
     if _trim is not None:
-        _trim(0)
+        _trim(ctypes.c_size_t(0))
 
 
 def share() -> None:
