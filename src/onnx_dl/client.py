@@ -156,7 +156,7 @@ class RemoteModel:
         """One request; false if it was not executed and must be made again."""
         try:
             reply = lane.exchange(message)
-            if isinstance(reply, m.Same | m.Result):
+            if isinstance(reply, int | m.Same | m.Result):
                 return True, finish(lane, reply)
         except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             lane.close()

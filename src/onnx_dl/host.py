@@ -292,7 +292,9 @@ def _start_supervisor(address: str, secret: str, settings: config.Settings) -> s
             [settings.python, "-P", "-c", _BOOT, json.dumps(sys_path)],
             stdin=subprocess.PIPE,
             pass_fds=[ready_write],
-            start_new_session=True,  # Ctrl-C in the terminal is the application's
+            # Ctrl-C in the terminal is the application's.  Not a session of its own: Linux schedules sessions
+            # apart (autogroup), and a wake-up across them takes 40 µs instead of 10.
+            process_group=0,
         )
     except (OSError, TypeError) as error:
         os.close(ready)

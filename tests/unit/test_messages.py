@@ -75,7 +75,7 @@ EXAMPLES = [
     m.Reaped(worker_id=1, status=11),
     m.TemplateReady(forkable=True),
     m.LaneHello(version=1, secret="s", reply_to="r", poll=True),
-    m.LaneOpen(secret="s"),
+    m.LaneOpen(secret="s", thread=7),
     m.BlockShared(block=1, size=2),
     m.BlockDropped(block=1),
     m.Large(nbytes=5),

@@ -33,7 +33,7 @@ IDLE_TURNS: Final = 32
 
 _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
-_LEASE, _CLOCK, _CPU, _TOOK = range(4)  # 8-byte words of the header
+_LEASE, _CLOCK, _ASKED, _BEGUN = range(4)  # 8-byte words of the header
 
 
 def size_class(nbytes: int) -> int:
@@ -134,14 +134,18 @@ class Block:
     def clock(self, value: int) -> None:
         self._words[_CLOCK] = value
 
-    def note_call(self, cpu: int, took: int) -> None:
-        """Leaves where the caller runs and how long its last call took, in nanoseconds."""
-        self._words[_CPU] = cpu
-        self._words[_TOOK] = took
+    def ask(self, number: int) -> None:
+        """A call of this number is about to be made."""
+        self._words[_ASKED] = number
 
-    def last_call(self) -> tuple[int, int]:
-        """What :meth:`note_call` left."""
-        return self._words[_CPU], self._words[_TOOK]
+    def begin(self) -> None:
+        """The call that was asked last is begun: if no answer comes, it may have been executed."""
+        self._words[_BEGUN] = self._words[_ASKED]
+
+    @property
+    def begun(self) -> int:
+        """The number of the call that was begun last."""
+        return self._words[_BEGUN]
 
     def offset_of(self, array: NDArray[Any]) -> int:
         """Where in the payload an array begins that lies in this block."""

@@ -12,9 +12,10 @@ import contextlib
 import ctypes
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import zmq
@@ -24,7 +25,9 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Arena, Block, Mappings, Reference, home_of
+from onnx_dl.transport.bell import CallerBell, WorkerBell
 from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.placement import Placement
 from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, targets_of
 from onnx_dl.transport.sockets import LONGEST, Channel, Context, Socket
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
@@ -32,16 +35,18 @@ from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 _HANDOVER: Final = 10.0
 """Seconds within which a block must arrive that a message names; its sender sent it before the message."""
 
+Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold
+_REPLY, _SAME = 0, 1
+"""What a worker rings: a reply lies on the socket; the answer is Same."""
+_REQUEST, _AGAIN = 1, 2
+"""What a caller rings: a request lies on the socket; from 2 on, Again with that number less 2."""
+
 LARGE: Final = 1 << 20
 """Bytes of shared memory that an idle lane may keep."""
 
 _TRIM_TIMEOUT: Final = 0.2
 
 _current_cpu: Final[Callable[[], int]] = getattr(ctypes.CDLL(None), "sched_getcpu", lambda: -1)
-
-
-Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold | bytes
-"""What a caller sends; bytes are a message that is encoded already."""
 
 
 class _Handover:
@@ -62,21 +67,23 @@ class _Handover:
     def dropped(self, block: int) -> None:
         self.channel.send(m.encode(m.BlockDropped(block=block)))
 
-    def send(self, message: m.Message | bytes) -> bool:
+    def send(self, message: m.Message | bytes, fds: tuple[int, ...] = ()) -> bool:
         """Sends a message of any length; false if the peer is gone, and has not got all of it."""
         data = message if isinstance(message, bytes) else m.encode(message)
+        if fds:
+            return self.channel.send(data, fds)
         if len(data) <= LONGEST:
             return self.channel.send(data)
         parts = [data[start : start + LONGEST] for start in range(0, len(data), LONGEST)]
         return all(map(self.channel.send, [m.encode(m.Large(nbytes=len(data))), *parts]))
 
-    def next(self, timeout: float | None, poll: float = 0.0) -> Any:
+    def next(self, timeout: float | None) -> Any:
         """The next message, once blocks were taken in that came before it; None if the peer is gone.
 
         Raises:
             TimeoutError: nothing came within ``timeout`` seconds.
         """
-        while (received := self.channel.receive(timeout, poll)) is not None:
+        while (received := self.channel.receive(timeout)) is not None:
             data, fds = received
             message = self._read(data)
             if not self._take_in(message, fds):
@@ -127,74 +134,120 @@ class _Handover:
 class _Lane:
     """What both ends have in common.  Used by one thread at a time.
 
-    ``socket`` is the ZeroMQ socket that the calls go over; None: they go over the Unix socket.  ``poll``:
-    look for messages for a moment before sleeping, where another core can send them meanwhile.
+    Calls go over the Unix socket with a bell to wake the peer, or over a ZeroMQ socket beside it.
     """
 
-    def __init__(self, handover: _Handover, socket: Socket | None, read: m.Reader, *, poll: bool) -> None:
-        channel = handover.channel
+    def __init__(self, handover: _Handover, calls: _Calls, *, polls: bool) -> None:
         self._handover = handover
         self._arena = Arena(handover)
-        self._socket = socket
-        self._read = read
-        self.polls = poll and len(os.sched_getaffinity(0)) > 1
-        self._patience = Patience() if self.polls else None
-        if socket is not None:
-            self._poller = zmq.Poller()
-            self._poller.register(socket, zmq.POLLIN)
-            self._poller.register(channel.fileno(), zmq.POLLIN)
+        self._calls = calls
+        self.polls = polls
 
     @property
     def over_zmq(self) -> bool:
         """Whether calls go over ZeroMQ."""
-        return self._socket is not None
+        return isinstance(self._calls, _ZmqCalls)
 
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
-        if self._socket is not None:
-            self._socket.close()
+        self._calls.close()
         self._handover.channel.close()
 
-    def _send(self, message: m.Message | bytes) -> bool:
+
+class _Calls(Protocol):
+    """How requests and replies travel."""
+
+    def send(self, message: m.Message | bytes) -> bool:
         """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
-        if self._socket is None:
-            return self._handover.send(message)
+
+    def next(self, timeout: float | None = None) -> Any:
+        """The next message; None if the peer is gone or the time is up.  Some are told by a number only."""
+
+    def again(self, number: int) -> bool:
+        """Sends Again, with nothing moved."""
+
+    def same(self) -> None:
+        """Sends Same."""
+
+    def close(self) -> None: ...
+
+
+class _BellCalls:
+    """Messages lie on the Unix socket; the bell says so, or spares them."""
+
+    def __init__(self, handover: _Handover, bell: CallerBell | WorkerBell, *, rings: int, hears: int) -> None:
+        """``rings``, ``hears``: the numbers by which this and the other end say that a message lies there."""
+        self._handover = handover
+        self.bell = bell
+        self._rings = rings
+        self._hears = hears
+
+    def send(self, message: m.Message | bytes) -> bool:
+        sent = self._handover.send(message)
+        if sent:
+            self.bell.ring(self._rings)
+        return sent
+
+    def next(self, timeout: float | None = None) -> Any:
+        try:
+            number = self.bell.wait(timeout)
+            return self._handover.next(_HANDOVER) if number == self._hears else number
+        except TimeoutError:
+            return None
+
+    def again(self, number: int) -> bool:
+        self.bell.ring(_AGAIN + number)
+        return True
+
+    def same(self) -> None:
+        self.bell.ring(_SAME)
+
+    def close(self) -> None:
+        self.bell.close()
+
+
+class _ZmqCalls:
+    """Messages go over a ZeroMQ PAIR socket."""
+
+    def __init__(self, handover: _Handover, socket: Socket, read: m.Reader) -> None:
+        self._handover = handover
+        self._socket = socket
+        self._read = read
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(handover.channel.fileno(), zmq.POLLIN)
+
+    def send(self, message: m.Message | bytes) -> bool:
         # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
         with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
             self._socket.send(message if isinstance(message, bytes) else m.encode(message), zmq.NOBLOCK)
             return True
         return False
 
-    def _next(self, timeout: float | None = None) -> Any:
-        """The next message of a call; None if the peer is gone or the time is up."""
-        if self._socket is None:
-            try:
-                return self._await(timeout)
-            except TimeoutError:
-                return None
+    def next(self, timeout: float | None = None) -> Any:
         try:
-            data = self._next_on_zmq(self._socket, timeout)
+            data = self._next(timeout)
         except zmq.ContextTerminated:  # the supervisor died, and the worker with it
             return None
         return None if data is None else self._read(data)
 
-    def _await(self, timeout: float | None) -> Any:
-        patience = self._patience
-        if patience is None:
-            return self._handover.next(timeout)
-        started = time.perf_counter()
-        message = self._handover.next(timeout, patience.budget)
-        patience.note(time.perf_counter() - started)
-        return message
-
-    def _next_on_zmq(self, socket: Socket, timeout: float | None) -> bytes | None:
+    def _next(self, timeout: float | None) -> bytes | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             ready = sockets.wait(self._poller, None if deadline is None else deadline - time.monotonic())
-            if socket in ready:
-                return socket.recv()
+            if self._socket in ready:
+                return self._socket.recv()
             if not ready or self._handover.is_dead():
-                return _last_words(socket)
+                return _last_words(self._socket)
+
+    def again(self, number: int) -> bool:
+        return self.send(m.Again(plan=number))
+
+    def same(self) -> None:
+        self.send(m.Same())
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def _last_words(socket: Socket) -> bytes | None:
@@ -218,40 +271,47 @@ class ClientLane(_Lane):
             OSError: the worker is gone, or did not answer within ``timeout`` seconds.
         """
         self.granted = granted
-        channel = Channel.connect(granted.address, timeout)
+        self.latency = latency
+        handover = _Handover(Channel.connect(granted.address, timeout), m.lane_reply, keep_descriptors=True)
+        polls = latency == "low" and not over_zmq and len(os.sched_getaffinity(0)) > 1
         reply_to = fresh_address("lane") if over_zmq else None
         try:
-            socket = None if reply_to is None else sockets.pair_listener(ctx, reply_to)
-        except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
-            channel.close()
-            raise ConnectionError(str(error)) from error
-        handover = _Handover(channel, m.lane_reply, keep_descriptors=True)
-        super().__init__(handover, socket, m.lane_reply, poll=latency == "low")
-        self.latency = latency
+            calls = _caller_calls(handover, ctx, reply_to, polls)
+        except BaseException:
+            handover.channel.close()
+            raise
+        super().__init__(handover, calls, polls=polls)
         try:
             self._page = self._open(granted.secret, reply_to, timeout)
         except BaseException:
             self.close()
             raise
+        # A caller that polls keeps its core busy while it waits: nobody else should be there.
+        self._placement = None if polls or over_zmq else _placement_of(self._thread)
         self._unpacker = Unpacker(self._handover.block, copy=True)
         self._plans = Plans()
         self._key: Hashable | None = None
         self._plan: Plan | None = None
         """Of the request that was made last; ``_asked``: of the one that was sent last."""
         self._asked: Plan | None = None
+        self._requests = 0
         self._took = 0
         self.last_used = time.perf_counter_ns()
 
     def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
-        self._handover.send(
-            m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to, poll=self.polls)
-        )
+        bell = self._calls.bell if isinstance(self._calls, _BellCalls) else None
+        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to, poll=self.polls)
+        fds = bell.descriptors() if isinstance(bell, CallerBell) else ()
+        self._handover.send(hello, fds)
+        if isinstance(bell, CallerBell):
+            bell.handed_over()
         page = self._arena.page()
-        opened = self._next(timeout)
+        opened = self._calls.next(timeout)
         if opened is None:
             raise ConnectionError("the worker did not open the lane")
         if not (isinstance(opened, m.LaneOpen) and secrets.compare_digest(opened.secret, secret)):
             raise ProtocolError("Another process than the worker answered on a lane.")
+        self._thread = opened.thread
         return page
 
     def pack(self, values: Iterable[Any]) -> list[m.Value]:
@@ -278,9 +338,9 @@ class ClientLane(_Lane):
         if plan is None or (plan.nbytes and self._arena.scratch(plan.nbytes) is not plan.block):
             return self._first_call(outputs, feed, options, moved, keep)
         plan.fill(feed)
-        if moved is None:
-            return plan.message
-        return m.Again(plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved])
+        return m.Again(
+            plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved] if moved else []
+        )
 
     def _moved(self, feed: Mapping[Any, Any]) -> dict[Any, m.Tensor] | None:
         """Where the worker finds the large arrays that lie in shared memory already."""
@@ -340,14 +400,27 @@ class ClientLane(_Lane):
         KeyboardInterrupt included, leaves the lane unusable: close it.
         """
         self._asked, self._plan = self._plan, None
-        self._page.note_call(_current_cpu(), self._took)
         started = time.perf_counter_ns()
-        if not self._send(request):
-            return m.Draining()
-        reply = self._next()
+        self._requests += 1
+        if self._placement is not None:
+            self._place(self._placement)
+        self._page.ask(self._requests)
+        if type(request) is m.Again and not request.moved:
+            sent = self._calls.again(request.plan)
+        else:
+            sent = self._calls.send(request)
+        reply = self._calls.next() if sent else None
         self.last_used = time.perf_counter_ns()
         self._took = self.last_used - started
+        if reply is None and self._page.begun != self._requests:
+            return m.Draining()
         return reply
+
+    def _place(self, placement: Placement) -> None:
+        """Has the worker's thread run where this caller finds it fastest."""
+        if cores := placement.note(_current_cpu(), self._took):
+            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
+                os.sched_setaffinity(self._thread, cores)
 
     @property
     def is_large(self) -> bool:
@@ -358,18 +431,19 @@ class ClientLane(_Lane):
         """Gives back the memory of both ends; false if the worker did not answer: close the lane."""
         self._plans = Plans()
         self._arena.trim()
-        self._send(m.Trim())
-        done = isinstance(self._next(_TRIM_TIMEOUT), m.Result)
+        self._requests += 1
+        self._calls.send(m.Trim())
+        done = isinstance(self._calls.next(_TRIM_TIMEOUT), m.Result)
         return done and not self._handover.is_dead()
 
-    def result(self, reply: m.Result | m.Same) -> Any:
+    def result(self, reply: m.Result | m.Same | int) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
-        if isinstance(reply, m.Same):
+        if not isinstance(reply, m.Result):
             return [block.array(t.dtype, t.shape, t.offset).copy() for block, t in self._results_in_place()]
         self._learn(reply.value)
         return self._unpacker.unpack(reply.value)
 
-    def references(self, reply: m.Result | m.Same) -> list[Any]:
+    def references(self, reply: m.Result | m.Same | int) -> list[Any]:
         """What a call with ``keep`` returned: where arrays lie, for as long as nothing else is said on this
         lane.  What cannot be passed on like that is a value."""
         if isinstance(reply, m.Result):
@@ -404,6 +478,35 @@ class ClientLane(_Lane):
         self._page.clock = time.monotonic_ns()
 
 
+def _placement_of(thread: int) -> Placement | None:
+    """None where the system does not let us look, or there is nothing to choose from."""
+    try:
+        cores = frozenset(os.sched_getaffinity(thread))
+    except OSError:
+        return None
+    return Placement(cores) if len(cores) > 1 else None
+
+
+def _caller_calls(handover: _Handover, ctx: Context, reply_to: str | None, polls: bool) -> _Calls:
+    if reply_to is None:
+        return _BellCalls(handover, CallerBell(Patience() if polls else None), rings=_REQUEST, hears=_REPLY)
+    try:
+        return _ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)
+    except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
+        raise ConnectionError(str(error)) from error
+
+
+def _checked(hello: Any, secret: str, fds: int) -> m.LaneHello:
+    """The greeting of a caller who may open a lane."""
+    if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
+        raise ProtocolError("Somebody without the secret tried to open a lane.")
+    if hello.version != m.PROTOCOL_VERSION:
+        raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
+    if fds != (2 if hello.reply_to is None else 0):
+        raise ProtocolError(f"A caller came with {fds} descriptors.")
+    return hello
+
+
 class WorkerLane(_Lane):
     """The worker's end."""
 
@@ -415,24 +518,44 @@ class WorkerLane(_Lane):
             TimeoutError: the caller said nothing for ``timeout`` seconds.
         """
         received = channel.receive(timeout)
-        hello = m.lane_request(received[0]) if received else None
-        if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
-            raise ProtocolError("Somebody without the secret tried to open a lane.")
-        if hello.version != m.PROTOCOL_VERSION:
-            raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
-        socket = None if hello.reply_to is None else sockets.pair(ctx, hello.reply_to)
+        fds = received[1] if received else []
+        try:
+            hello = _checked(m.lane_request(received[0]) if received else None, secret, len(fds))
+        except BaseException:
+            sockets.close_all(fds)
+            raise
         handover = _Handover(channel, m.lane_request, keep_descriptors=False)
-        super().__init__(handover, socket, m.lane_request, poll=hello.poll)
-        self._send(m.LaneOpen(secret=secret))
+        calls: _Calls
+        if hello.reply_to is None:
+            self._bell = WorkerBell(fds, Patience() if hello.poll else None)
+            calls = _BellCalls(handover, self._bell, rings=_REPLY, hears=_REQUEST)
+        else:
+            calls = _ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
+        super().__init__(handover, calls, polls=hello.poll)
+        self._calls.send(m.LaneOpen(secret=secret, thread=threading.get_native_id()))
         self._unpacker = Unpacker(self._handover.block, copy=False)
 
+    @property
+    def channel(self) -> Channel:
+        """The Unix socket to the caller."""
+        return self._handover.channel
+
+    def hang_up(self) -> None:
+        """For the thread that sees that the caller is gone: ends the wait of the lane's own thread."""
+        if not self.over_zmq:
+            self._bell.hang_up()
+
     def receive(self) -> Any:
-        """The next request; None when the caller is gone.
+        """The next request: a message or, if it repeats another, that one's number; None when the caller is
+        gone.
 
         Raises:
             ProtocolError: it is no request.
         """
-        return self._next()
+        request = self._calls.next()
+        if (page := self._handover.mappings.page) is not None and request is not None:
+            page.begin()
+        return request - _AGAIN if type(request) is int else request
 
     def unpack(self, value: m.Value) -> Any:
         """A value of a request; its arrays are views, valid until the reply is sent."""
@@ -449,7 +572,7 @@ class WorkerLane(_Lane):
         packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
         (packed,) = packer.pack([value])
         try:
-            self._send(m.Result(value=packed))
+            self._calls.send(m.Result(value=packed))
         except BaseException:
             packer.abandon()
             raise
@@ -457,7 +580,11 @@ class WorkerLane(_Lane):
 
     def say(self, message: m.CallFailed | m.Draining | bytes) -> None:
         """Sends a reply that is ready to be sent."""
-        self._send(message)
+        self._calls.send(message)
+
+    def say_same(self) -> None:
+        """The results lie where the last ones lay."""
+        self._calls.same()
 
     def trim(self) -> None:
         """Gives back the memory that no result lies in."""
@@ -479,11 +606,6 @@ class WorkerLane(_Lane):
     def has(self, block: int) -> bool:
         """Whether the caller's block is still mapped."""
         return self._handover.mappings.get(block) is not None
-
-    def last_call(self) -> tuple[int, int]:
-        """The core that the caller runs on, and the nanoseconds that its last call took."""
-        page = self._handover.mappings.page
-        return page.last_call() if page is not None else (-1, 0)
 
     def last_touch(self) -> float:
         """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""

@@ -326,9 +326,13 @@ class LaneHello(Message):
 
 
 class LaneOpen(Message):
-    """The worker's first message where the calls go, to prove that it is the worker."""
+    """The worker's first message where the calls go, to prove that it is the worker.
+
+    ``thread``: the native id of the thread that serves the lane.
+    """
 
     secret: str
+    thread: int
 
 
 class BlockShared(Message):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.transport.arena import Block, Reference
-from onnx_dl.transport.messages import Again, Items, Tensor, Value, encode
+from onnx_dl.transport.messages import Items, Tensor, Value
 
 MOST: Final = 64
 """Calls that one lane remembers; one more, and it forgets all."""
@@ -41,7 +41,7 @@ def can_repeat(feed: Mapping[Any, Any]) -> bool:
 class Plan:
     """One call, as it was made the first time."""
 
-    __slots__ = ("block", "message", "moved", "nbytes", "number", "results", "targets")
+    __slots__ = ("block", "moved", "nbytes", "number", "results", "targets")
 
     def __init__(
         self,
@@ -58,8 +58,6 @@ class Plan:
         self.nbytes = nbytes
         self.targets = targets
         self.moved = moved
-        self.message = encode(Again(plan=number)) if not moved else b""
-        """The request, where it is always the same."""
         self.results: list[tuple[Block, Tensor]] | None = None
         """Where they lay the last time, if the next ones may lie there too."""
 

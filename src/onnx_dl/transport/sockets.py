@@ -15,7 +15,6 @@ import os
 import select
 import socket
 import struct
-import time
 import weakref
 from collections.abc import Iterable
 from typing import Final
@@ -32,7 +31,8 @@ _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED: Final = int(socket.MSG_CTRUNC)
-_NO_WAIT: Final = int(socket.MSG_DONTWAIT) | _CLOEXEC
+_NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+"""An application may have given SIGPIPE back its default, which would end it when a worker is gone."""
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
@@ -82,18 +82,17 @@ class Channel:
         """Sends one message with duplicates of ``fds``; false if the peer is gone."""
         try:
             if fds:
-                socket.send_fds(self._sock, [data], list(fds))
+                socket.send_fds(self._sock, [data], list(fds), _NO_SIGNAL)
             else:
-                self._sock.send(data)
+                self._sock.send(data, _NO_SIGNAL)
         except ConnectionError:
             return False
         return True
 
-    def receive(self, timeout: float | None = None, poll: float = 0.0) -> tuple[memoryview, list[int]] | None:
+    def receive(self, timeout: float | None = None) -> tuple[memoryview, list[int]] | None:
         """One message and its descriptors, which the caller closes; None at EOF.
 
-        The message is valid until the next one is received.  ``poll``: seconds for which to look for it
-        again and again before this sleeps until it comes.
+        The message is valid until the next one is received.
 
         Raises:
             OSError: descriptors came, and this process may have no more.
@@ -102,7 +101,7 @@ class Channel:
         if timeout is not None and not self.readable(timeout):
             raise TimeoutError("the peer sent nothing in time")
         try:
-            size, control, flags, _address = (poll and self._poll(poll)) or self._recvmsg(_CLOEXEC)
+            size, control, flags, _address = self._sock.recvmsg_into([self._view], _FDS_SPACE, _CLOEXEC)
         except ConnectionResetError:
             return None
         fds = [fd for message in control for fd in _fds_of(*message)] if control else []
@@ -110,19 +109,6 @@ class Channel:
             close_all(fds)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return (self._view[:size], fds) if size or fds else None
-
-    def _recvmsg(self, flags: int) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
-        return self._sock.recvmsg_into([self._view], _FDS_SPACE, flags)
-
-    def _poll(self, seconds: float) -> tuple[int, list[tuple[int, int, bytes]], int, object] | None:
-        """Each look is a system call, which lets other threads of this interpreter run meanwhile."""
-        deadline = time.perf_counter() + seconds
-        while time.perf_counter() < deadline:
-            try:
-                return self._recvmsg(_NO_WAIT)
-            except BlockingIOError:
-                continue
-        return None
 
     def readable(self, timeout: float = 0.0) -> bool:
         """Whether a message or EOF is there within ``timeout`` seconds."""

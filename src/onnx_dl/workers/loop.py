@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import secrets
 import threading
 import time
@@ -27,7 +28,6 @@ from onnx_dl.workers import backend as backends
 from onnx_dl.workers import memory
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.placement import Placement
 from onnx_dl.workers.repeats import Repeat, Repeats
 
 _GREETING: Final = 10.0
@@ -47,7 +47,10 @@ class Worker:
         self._address = fresh_address("worker")
         self._waker = Waker()
         self._lanes: set[WorkerLane] = set()
+        self._gone: set[Channel] = set()
+        """Of callers whose lanes are not closed yet."""
         self._lanes_lock = threading.Lock()
+        self._done: queue.SimpleQueue[tuple[Channel, WorkerLane | None]] = queue.SimpleQueue()
 
     def serve(self) -> NoReturn:
         """Runs until the supervisor says Exit or is gone; never returns."""
@@ -95,6 +98,7 @@ class Worker:
         poller = zmq.Poller()
         for source in (self._control, self._lifeline, listener, self._waker):
             poller.register(source if source is self._control else source.fileno(), zmq.POLLIN)
+        callers: dict[int, Channel] = {}
         drained = False
         while True:
             verdict = self._gate.judge(time.monotonic(), self._last_touch())
@@ -111,7 +115,14 @@ class Worker:
             if self._control in ready and not self._obey():
                 self._flush()
                 return
+            for fd in [fd for fd in callers if fd in ready]:
+                poller.unregister(fd)
+                self._caller_gone(callers.pop(fd))
+            self._bury_lanes(poller, callers)
             if listener.fileno() in ready and (channel := listener.accept()):
+                # Without POLLIN: what the caller says is for the lane's own thread.
+                poller.register(channel.fileno(), zmq.POLLERR)
+                callers[channel.fileno()] = channel
                 self._start_lane(channel, backend)
 
     def _flush(self) -> None:
@@ -137,29 +148,56 @@ class Worker:
         with self._lanes_lock:
             return max((lane.last_touch() for lane in self._lanes), default=0.0)
 
+    def _caller_gone(self, channel: Channel) -> None:
+        """A caller's process ended; its lane's thread waits for a bell that nobody else will ring."""
+        with self._lanes_lock:
+            self._gone.add(channel)
+            for lane in self._lanes:
+                if lane.channel is channel:
+                    lane.hang_up()
+
+    def _bury_lanes(self, poller: zmq.Poller, callers: dict[int, Channel]) -> None:
+        """Closes lanes whose threads are done: here, so that no descriptor is closed that is polled."""
+        while not self._done.empty():
+            channel, lane = self._done.get()
+            if callers.pop(channel.fileno(), None) is not None:
+                poller.unregister(channel.fileno())
+            if lane is not None:
+                lane.close()
+            channel.close()
+            self._gone.discard(channel)
+
     def _start_lane(self, channel: Channel, backend: Backend) -> None:
         try:
             threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True).start()
         except RuntimeError:  # no more threads: this caller has to do without, the others must not
-            channel.close()
+            self._done.put((channel, None))
+            self._waker.wake()
 
     def _serve_lane(self, channel: Channel, backend: Backend) -> None:
         """One caller, until it is gone."""
+        lane = None
         try:
-            lane = WorkerLane(self._context, channel, self._secret, _GREETING)
-        except Exception:  # whoever it was, it is no caller of ours
-            channel.close()
-            return
+            with contextlib.suppress(Exception):  # whoever it was, it is no caller of ours
+                lane = WorkerLane(self._context, channel, self._secret, _GREETING)
+            if lane is not None:
+                self._serve_caller(lane, backend)
+        finally:
+            self._done.put((channel, lane))
+            self._waker.wake()
+
+    def _serve_caller(self, lane: WorkerLane, backend: Backend) -> None:
         with self._lanes_lock:
             self._lanes.add(lane)
+            if lane.channel in self._gone:  # between its greeting and now
+                lane.hang_up()
         service = LaneService(lane, self._gate, backend)
-        with contextlib.closing(lane):
-            try:
-                service.run()
-            finally:
-                with self._lanes_lock:
-                    self._lanes.discard(lane)
-                service.release()
+        try:
+            service.run()
+        finally:
+            with self._lanes_lock:
+                self._lanes.discard(lane)
+            service.release()
 
     def _say(self, message: m.Message) -> None:
         self._control.send(m.encode(message))
@@ -182,8 +220,6 @@ class LaneService:
         self._gate = gate
         self._backend = backend
         self._repeats = Repeats(lane, backend)
-        # A caller that polls keeps its core busy while it waits: nobody else should be there.
-        self._placement = None if lane.polls else Placement(frozenset(os.sched_getaffinity(0)))
         self._holds = 0
 
     def run(self) -> None:
@@ -194,12 +230,13 @@ class LaneService:
             except ProtocolError as error:
                 self._fail(error)
                 continue
+            if type(request) is int:
+                self._guarded(self._repeats.answer_number, request)
+                continue
             match request:
                 case m.Again():
-                    self._settle()
                     self._guarded(self._repeats.answer, request)
                 case m.Call():
-                    self._settle()
                     self._guarded(self._call, request)
                 case m.Invoke():
                     self._guarded(self._invoke, request)
@@ -216,12 +253,6 @@ class LaneService:
                     self._lane.reply(None)
                 case None:
                     return
-
-    def _settle(self) -> None:
-        """Runs this thread where its caller finds it fastest."""
-        if self._placement and (cores := self._placement.note(*self._lane.last_call())):
-            with contextlib.suppress(OSError):  # a core that was taken away from us meanwhile
-                os.sched_setaffinity(0, cores)
 
     def release(self) -> None:
         """Gives up what a caller held who is gone."""

@@ -20,7 +20,6 @@ from onnx_dl.transport.lane import WorkerLane
 from onnx_dl.transport.plans import in_place
 from onnx_dl.workers.backend import Backend
 
-_SAME: Final = m.encode(m.Same())
 _MOST: Final = 16
 """Preparations of one call: one for each set of blocks in which its large arrays take turns."""
 
@@ -28,6 +27,7 @@ _MOST: Final = 16
 class _Prepared(NamedTuple):
     run: Callable[[], object]
     reply: bytes
+    """Empty: Same."""
 
 
 class Repeat:
@@ -103,7 +103,7 @@ class Repeat:
             self._preparable = False
             return None
         if not any(t.leased for t in self._results):
-            return _Prepared(run, _SAME)
+            return _Prepared(run, b"")
         tensors: list[m.Value] = [
             m.Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased else t for t, block in places
         ]
@@ -128,27 +128,42 @@ class Repeats:
         self._repeats.clear()
 
     def answer(self, again: m.Again) -> None:
+        """Runs a remembered call whose large inputs lie elsewhere than the last time, and replies.
+
+        Raises: like :meth:`answer_number`.
+        """
+        repeat = self._find(again.plan)
+        moved = {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
+        key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
+        self._run(repeat, repeat.feed | moved, key)
+
+    def answer_number(self, number: int) -> None:
         """Runs a remembered call and replies.
 
         Raises:
             ProtocolError: there is none of that number.
             Exception: the engine's.
         """
+        repeat = self._find(number)
+        self._run(repeat, repeat.feed, [])
+
+    def _find(self, number: int) -> Repeat:
         if self._drops != self._lane.drops:
             self._let_go()
-        repeat = self._repeats.get(again.plan)
+        repeat = self._repeats.get(number)
         if repeat is None:
-            raise ProtocolError(f"A caller repeats call {again.plan}, which it never made.")
-        feed, key = repeat.feed, []
-        if again.moved:
-            feed = feed | {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
-            key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
+            raise ProtocolError(f"A caller repeats call {number}, which it never made.")
+        return repeat
+
+    def _run(self, repeat: Repeat, feed: dict[str, Any], key: list[int]) -> None:
         reply = repeat.run(self._lane, self._backend, feed, key)
-        if reply is not None:
-            self._lane.say(reply)
-        else:
+        if reply is None:
             sent = self._lane.reply(self._backend.run(repeat.outputs, feed, None), keep=repeat.keep)
             repeat.learn(sent, self._lane)
+        elif reply:
+            self._lane.say(reply)
+        else:
+            self._lane.say_same()
 
     def _let_go(self) -> None:
         """The caller dropped blocks: what lies in them would never be freed."""

@@ -1,9 +1,10 @@
-"""Decides on which cores the thread of a lane may run: any, or the one that its caller runs on.
+"""Decides on which cores the worker's thread of a lane may run: any, or the one that its caller runs on.
 
 A caller sleeps while its worker runs, so both can share a core, and a wake-up within a core costs 4 µs where
-one across cores costs 20 (docs/performance.md).  But a thread that may run on one core only waits when
-somebody else is busy there.  So both ways are tried, and the one is kept that the caller finds faster.  Pure:
-fed with what callers leave in the lane's page.
+one across cores costs 20 to 40 (docs/performance.md).  But a thread that may run on one core only waits when
+somebody else is busy there.  So both ways are tried, and the one is kept that the caller finds faster.  Only
+the worker's thread is ever moved, never the application's.  Pure: who moves it is
+:mod:`onnx_dl.transport.lane`.
 """
 
 from __future__ import annotations

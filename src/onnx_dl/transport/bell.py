@@ -1,0 +1,140 @@
+"""Wakes the other end of a lane with a number, in the fewest and cheapest system calls there are.
+
+The caller rings an eventfd, which cannot raise SIGPIPE in an application; the worker rings a pipe, whose EOF
+tells the caller that the worker is gone.  That a caller is gone, the worker learns from the lane's socket:
+its main thread then rings for it.  What numbers mean is :mod:`onnx_dl.transport.lane`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+import weakref
+from typing import Final
+
+from onnx_dl.transport.patience import Patience
+
+_GONE: Final = 1 << 32
+"""More than any number that a caller rings."""
+
+_BYTES: Final = [bytes([number]) for number in range(256)]
+
+
+class _Waiter:
+    """Waits on one descriptor.  With ``patience`` it looks again and again for a while before it sleeps."""
+
+    def __init__(self, fd: int, patience: Patience | None) -> None:
+        self._fd = fd
+        self._patience = patience
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        if patience is not None:
+            os.set_blocking(fd, False)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The number that the other end rang; None if it is gone.
+
+        Raises:
+            TimeoutError: nobody rang for ``timeout`` seconds.
+        """
+        if self._patience is not None:
+            return self._wait_patiently(self._patience, timeout)
+        if timeout is not None:
+            self._sleep(timeout)
+        return self._read()
+
+    def _read(self) -> int | None:
+        raise NotImplementedError
+
+    def _sleep(self, timeout: float | None) -> None:
+        if not self._poll.poll(None if timeout is None else timeout * 1000):
+            raise TimeoutError("nobody rang in time")
+
+    def _wait_patiently(self, patience: Patience, timeout: float | None) -> int | None:
+        started = time.perf_counter()
+        deadline = started + patience.budget
+        try:
+            while time.perf_counter() < deadline:
+                try:
+                    return self._read()
+                except BlockingIOError:
+                    continue
+            self._sleep(timeout)
+            return self._read()
+        finally:
+            patience.note(time.perf_counter() - started)
+
+
+class CallerBell(_Waiter):
+    """The caller's end."""
+
+    def __init__(self, patience: Patience | None) -> None:
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._pipe, self._workers_end = os.pipe()
+        super().__init__(self._pipe, patience)
+        self._closed = False
+        _bells.add(self)
+
+    def descriptors(self) -> tuple[int, int]:
+        """What the worker's end is made of; to be sent to it."""
+        return self._eventfd, self._workers_end
+
+    def handed_over(self) -> None:
+        """The worker has its end: ours of the pipe would hide its death."""
+        os.close(self._workers_end)
+        self._workers_end = -1
+
+    def ring(self, number: int) -> None:
+        """Wakes the worker with a number from 1 on."""
+        os.eventfd_write(self._eventfd, number)
+
+    def _read(self) -> int | None:
+        data = os.read(self._pipe, 1)
+        return data[0] if data else None
+
+    def close(self) -> None:
+        """Gives up the descriptors.  May be called twice."""
+        if not self._closed:
+            self._closed = True
+            for fd in (self._eventfd, self._pipe, self._workers_end):
+                if fd >= 0:
+                    os.close(fd)
+
+
+class WorkerBell(_Waiter):
+    """The worker's end, made of what came from the caller."""
+
+    def __init__(self, fds: list[int], patience: Patience | None) -> None:
+        self._eventfd, self._pipe = fds
+        super().__init__(self._eventfd, patience)
+
+    def ring(self, number: int) -> None:
+        """Wakes the caller with a number from 0 to 255.  That it is gone shows when it is waited for."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._pipe, _BYTES[number])
+
+    def hang_up(self) -> None:
+        """For another thread that knows that the caller is gone."""
+        os.eventfd_write(self._eventfd, _GONE)
+
+    def _read(self) -> int | None:
+        number = os.eventfd_read(self._eventfd)
+        return number if number < _GONE else None
+
+    def close(self) -> None:
+        """Gives up the descriptors."""
+        os.close(self._eventfd)
+        os.close(self._pipe)
+
+
+_bells: weakref.WeakSet[CallerBell] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for bell in list(_bells):
+        bell.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
