@@ -148,6 +148,10 @@ class _Lane:
         """Whether calls go over ZeroMQ."""
         return isinstance(self._calls, _ZmqCalls)
 
+    def close_calls(self) -> None:
+        """Ends the calls; who polls the channel closes that."""
+        self._calls.close()
+
     def close(self) -> None:
         """Ends the lane.  Arrays that lie in its blocks stay valid."""
         self._calls.close()

@@ -50,7 +50,7 @@ class Worker:
         self._gone: set[Channel] = set()
         """Of callers whose lanes are not closed yet."""
         self._lanes_lock = threading.Lock()
-        self._done: queue.SimpleQueue[tuple[Channel, WorkerLane | None]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Channel] = queue.SimpleQueue()
 
     def serve(self) -> NoReturn:
         """Runs until the supervisor says Exit or is gone; never returns."""
@@ -159,11 +159,9 @@ class Worker:
     def _bury_lanes(self, poller: zmq.Poller, callers: dict[int, Channel]) -> None:
         """Closes lanes whose threads are done: here, so that no descriptor is closed that is polled."""
         while not self._done.empty():
-            channel, lane = self._done.get()
+            channel = self._done.get()
             if callers.pop(channel.fileno(), None) is not None:
                 poller.unregister(channel.fileno())
-            if lane is not None:
-                lane.close()
             channel.close()
             self._gone.discard(channel)
 
@@ -171,7 +169,7 @@ class Worker:
         try:
             threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True).start()
         except RuntimeError:  # no more threads: this caller has to do without, the others must not
-            self._done.put((channel, None))
+            self._done.put(channel)
             self._waker.wake()
 
     def _serve_lane(self, channel: Channel, backend: Backend) -> None:
@@ -183,7 +181,7 @@ class Worker:
             if lane is not None:
                 self._serve_caller(lane, backend)
         finally:
-            self._done.put((channel, lane))
+            self._done.put(channel)
             self._waker.wake()
 
     def _serve_caller(self, lane: WorkerLane, backend: Backend) -> None:
@@ -197,6 +195,7 @@ class Worker:
         finally:
             with self._lanes_lock:
                 self._lanes.discard(lane)
+                lane.close_calls()
             service.release()
 
     def _say(self, message: m.Message) -> None:
