@@ -1,7 +1,7 @@
 """``python -m benchmarks``: all figures in one table.
 
-``--quick`` for a first impression, ``--only calls cold …`` for a part, ``--json FILE`` and ``--png FILE`` to keep
-them.  Ways that need a package which is not installed are left out.
+``--quick`` for a first impression, ``--only calls cold …`` for a part, ``--json FILE`` and ``--png FILE`` to
+keep them.  Ways that need a package which is not installed are left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Warm calls: in-process and every other way take turns in short blocks within each round.
 
-Each figure is the median over rounds of what a round's p50 (or p99) added to the in-process p50 of the same round.
+Each figure is the median over rounds of what a round's p50 (or p99) added to the in-process p50 of the same
+round.
 Outputs are compared bit for bit before anything is timed.
 """
 
@@ -106,6 +107,10 @@ def _floors(case: Case, data: np.ndarray, result: np.ndarray, stack: contextlib.
     pipe = BarePipe(case.model, THREADS, data, result, spin=False)
     stack.callback(pipe.close)
     ways: dict[str, Call] = {"floor: a bare pipe": lambda: pipe.run(data)}
+    if data.nbytes <= 1 << 16:
+        spin = BarePipe(case.model, THREADS, data, result, spin=True)
+        stack.callback(spin.close)
+        ways["floor: bare spinning"] = lambda: spin.run(data)
     return ways
 
 
@@ -155,14 +160,12 @@ def _judge(case: Case, data: np.ndarray, found: dict[str, list[list[float]]]) ->
         rows.append(figure(case.name, "a copy of the input", copies, "µs"))
     if case.name.startswith("conv"):
         ratios = [1 + extra / p50 for extra, p50 in zip(added(found, "onnx-dl"), base, strict=True)]
-        rows.append(figure(case.name, "onnx-dl, ratio", ratios, "×", limit=1.02))
+        rows.append(figure(case.name, "onnx-dl, ratio", ratios, "x", limit=1.02))
     limits: dict[str, float] = {"onnx-dl": 20, "onnx-dl, latency low": 10} if tiny else {}
     if data.nbytes > 1 << 20:
         limits = {"onnx-dl": 1.5 * copy + 25, "onnx-dl, input in arena": 40, "onnx-dl, chained": 40}
-    for way in found:
-        if way not in ("in-process", "a copy of the input"):
-            rows.append(figure(case.name, way, added(found, way), limit=limits.get(way)))
-    return rows
+    ways = [way for way in found if way not in ("in-process", "a copy of the input")]
+    return rows + [figure(case.name, way, added(found, way), limit=limits.get(way)) for way in ways]
 
 
 # --- streams and crowds ----------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ def voice_activity(host: ModelHost, rounds: int) -> list[Row]:
                 percentile(mine, share) / percentile(theirs, share)
                 for mine, theirs in zip(found[way], found["in-process"], strict=True)
             ]
-            rows.append(figure(work, name, ratios, "×", limit=asked))
+            rows.append(figure(work, name, ratios, "x", limit=asked))
         sessions[way].close()
     return rows
 
@@ -217,26 +220,33 @@ def crowd(host: ModelHost, rounds: int) -> list[Row]:
     tiny, *_, convolutions = cases()
     rows = []
     for case, count in ((tiny, 2000), (convolutions, 6)):
-        session, proxy = make_session(case.model, 1), proxy_of(case.model, host, threads=1)
-        ways = {"in-process": session, "onnx-dl": proxy}
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            for turn in range(rounds + 1):
-                for name, way in ways.items():
-                    run = lambda _, way=way: [way.run(None, case.feed) for _ in range(count)]  # noqa: E731
-                    started = time.perf_counter()
-                    list(threads.map(run, range(4)))
-                    if turn:
-                        speeds[name].append(4 * count / (time.perf_counter() - started))
-        proxy.close()
-        work = f"{case.name}, 4 threads"
-        rows += [figure(work, name, values, "/s") for name, values in speeds.items()]
-        if case is tiny:
-            rows[-1] = rows[-1]._replace(limit=30_000, at_least=True)
-        else:
-            ratios = [a / b for a, b in zip(speeds["onnx-dl"], speeds["in-process"], strict=True)]
-            rows.append(figure(work, "onnx-dl, ratio", ratios, "×", limit=0.95, at_least=True))
+        rows += _crowd(case, count, host, rounds, tiny)
     return rows
+
+
+def _crowd(case: Case, count: int, host: ModelHost, rounds: int, tiny: Case) -> list[Row]:
+    session, proxy = make_session(case.model, 1), proxy_of(case.model, host, threads=1)
+    ways = {"in-process": session, "onnx-dl": proxy}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+
+    def work(way: object) -> None:
+        for _ in range(count):
+            way.run(None, case.feed)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for turn in range(rounds + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                list(threads.map(work, [way] * 4))
+                if turn:
+                    speeds[name].append(4 * count / (time.perf_counter() - started))
+    proxy.close()
+    name = f"{case.name}, 4 threads"
+    rows = [figure(name, way, values, "/s") for way, values in speeds.items()]
+    if case is tiny:
+        return [rows[0], rows[1]._replace(limit=30_000, at_least=True)]
+    ratios = [a / b for a, b in zip(speeds["onnx-dl"], speeds["in-process"], strict=True)]
+    return [*rows, figure(name, "onnx-dl, ratio", ratios, "x", limit=0.95, at_least=True)]
 
 
 def crowd_floor(rounds: int) -> list[Row]:

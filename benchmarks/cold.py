@@ -110,7 +110,7 @@ def large(rounds: int) -> list[Row]:
     rows = [figure(work, name, values, "s") for name, values in times.items()]
     base = statistics.median(times["in-process"])
     ratios = [value / base for value in times["onnx-dl, cache warm"]]
-    return [*rows, figure(work, "cache warm, ratio", ratios, "×", limit=0.5)]
+    return [*rows, figure(work, "cache warm, ratio", ratios, "x", limit=0.5)]
 
 
 def wait_for_cache(folder: Path) -> None:

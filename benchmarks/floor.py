@@ -1,7 +1,7 @@
 """The least that a process boundary can cost in Python: a bare pipe, one array in shared memory, one child.
 
-No arena, no leases, no errors, no lifecycle: what is here in addition to in-process is two wake-ups and one copy
-of the input.  With ``spin`` both ends burn a core instead of sleeping.
+No arena, no leases, no errors, no lifecycle: what is here in addition to in-process is two wake-ups and one
+copy of the input.  With ``spin`` both ends burn a core instead of sleeping.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BarePipe:
     def __init__(
         self, model: bytes, threads: int, like: np.ndarray, result: np.ndarray, *, spin: bool
     ) -> None:
-        self._file = tempfile.NamedTemporaryFile(suffix=".onnx")
+        self._file = tempfile.NamedTemporaryFile(suffix=".onnx")  # noqa: SIM115  # closed by close()
         self._file.write(model)
         self._file.flush()
         size = _PAGE + -(-like.nbytes // _PAGE) * _PAGE + result.nbytes

@@ -85,7 +85,7 @@ def three_workers() -> list[Row]:
     return [
         figure(work, "onnx-dl, plain", [sums["off"]], "MB"),
         figure(work, "onnx-dl, cache warm", [sums["on"]], "MB"),
-        figure(work, "cache warm, ratio", [sums["on"] / sums["off"]], "×", limit=0.6),
+        figure(work, "cache warm, ratio", [sums["on"] / sums["off"]], "x", limit=0.6),
     ]
 
 

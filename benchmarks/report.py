@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One figure.  ``limit``: what it must not exceed, or reach if ``at_least``; None where nothing is asked."""
+    """One figure.  ``limit``: what it must not exceed, or reach if ``at_least``; None: nothing is asked."""
 
     work: str
     way: str
