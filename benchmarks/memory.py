@@ -19,13 +19,15 @@ from benchmarks.report import Row
 from onnx_dl import InferenceSessionProxy, ModelHost
 
 _ADDS = """
-import sys, os; os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+import ctypes, sys, os; os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np, onnxruntime, psutil
-def session():
-    return onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+from onnx_dl.workers import template
+template._import_engine()  # a throw-away session, as the template makes one
 x = np.ones(eval(sys.argv[2]), "f")
 before = psutil.Process().memory_full_info().uss
-kept = session(); kept.run(None, {"x": x})
+kept = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+ctypes.CDLL(None).malloc_trim(0)  # as a worker does
+kept.run(None, {"x": x})
 print(psutil.Process().memory_full_info().uss - before)
 """
 
@@ -42,6 +44,7 @@ def _family(host: ModelHost) -> list[psutil.Process]:
 def beyond_the_session() -> list[Row]:
     """A worker's private bytes less what the same session adds to a process that has imported onnxruntime."""
     rows = []
+    os.environ["ONNX_DL_CACHE"] = "off"
     with tempfile.TemporaryDirectory() as folder, ModelHost() as host:
         for name, model, shape in (("tiny", cases()[0].model, (1, 16)), ("200 MB", heavy(), (1, 2048))):
             path = Path(folder) / f"{name}.onnx"
@@ -70,12 +73,14 @@ def three_workers() -> list[Row]:
             os.environ["ONNX_DL_CACHE"] = switch
             if switch == "on":
                 with ModelHost() as host:
-                    InferenceSessionProxy(str(path), providers=PROVIDERS, host=host).run(None, feed)
+                    first = InferenceSessionProxy(str(path), providers=PROVIDERS, host=host)
+                    first.run(None, feed)
                     wait_for_cache(Path(folder) / "cache")
             hosts = [ModelHost() for _ in range(3)]
             try:
-                for host in hosts:
-                    InferenceSessionProxy(str(path), providers=PROVIDERS, host=host).run(None, feed)
+                proxies = [InferenceSessionProxy(str(path), providers=PROVIDERS, host=h) for h in hosts]
+                for proxy in proxies:
+                    proxy.run(None, feed)
                 pids = [m.pid for host in hosts for m in host.snapshot().models if m.pid]
                 sums[switch] = sum(_full(pid).pss for pid in pids) / 1e6
             finally:

@@ -54,11 +54,15 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Memory of one worker in bytes.  ``private`` is what only this process holds (USS)."""
+    """Memory of one worker in bytes.
+
+    ``private`` is what only this process holds (USS); ``shared`` what its callers' lanes hold for tensors.
+    """
 
     rss: int = 0
     private: int = 0
     gpu: int | None = None
+    shared: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):

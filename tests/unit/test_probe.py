@@ -11,6 +11,7 @@ import pytest
 
 from onnx_dl.model import Usage
 from onnx_dl.supervisor.probe import Probe
+from onnx_dl.transport import shm
 
 
 def fake_nvml(used: dict[int, int | None]) -> types.ModuleType:
@@ -29,6 +30,16 @@ def fake_nvml(used: dict[int, int | None]) -> types.ModuleType:
 def test_this_process() -> None:
     usage = Probe().measure(os.getpid())
     assert usage.rss > usage.private > 1e6
+
+
+def test_shared_memory_for_tensors_is_counted() -> None:
+    before = Probe().measure(os.getpid()).shared
+    fd = shm.create(1 << 20)
+    mapping = shm.Mapping(fd, 1 << 20)
+    assert mapping.address
+    assert Probe().measure(os.getpid()).shared - before == 1 << 20
+    del mapping
+    assert Probe().measure(os.getpid()).shared == before
 
 
 def test_a_process_that_is_gone_holds_nothing() -> None:

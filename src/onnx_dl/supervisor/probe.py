@@ -23,9 +23,10 @@ class Probe:
         """Resident, private and GPU bytes of a process; zeros if it is gone."""
         try:
             full = psutil.Process(pid).memory_full_info()
-        except psutil.Error:
+            shared = _tensor_bytes(pid)
+        except (psutil.Error, OSError):
             return Usage()
-        return Usage(rss=full.rss, private=full.uss, gpu=self._gpu_bytes(pid))
+        return Usage(rss=full.rss, private=full.uss, gpu=self._gpu_bytes(pid), shared=shared)
 
     def _gpu_bytes(self, pid: int) -> int | None:
         if not self._gpus:
@@ -39,6 +40,17 @@ class Probe:
                     if process.pid == pid and process.usedGpuMemory is not None:
                         used = (used or 0) + process.usedGpuMemory
         return used
+
+
+def _tensor_bytes(pid: int) -> int:
+    """Bytes of the shared memory that tensors travel in, as mapped into a process."""
+    total = 0
+    with open(f"/proc/{pid}/maps") as maps:
+        for line in maps:
+            if "memfd:onnx-dl" in line:
+                start, end = line.split(maxsplit=1)[0].split("-")
+                total += int(end, 16) - int(start, 16)
+    return total
 
 
 def _nvml_devices() -> list[Any]:

@@ -27,7 +27,7 @@ from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Arena, Block, Mappings, Reference, home_of
 from onnx_dl.transport.bell import CallerBell, WorkerBell
 from onnx_dl.transport.patience import Patience
-from onnx_dl.transport.placement import Placement
+from onnx_dl.transport.placement import Apart, Placement
 from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, targets_of
 from onnx_dl.transport.sockets import LONGEST, Channel, Context, Socket
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
@@ -290,8 +290,7 @@ class ClientLane(_Lane):
         except BaseException:
             self.close()
             raise
-        # A caller that polls keeps its core busy while it waits: nobody else should be there.
-        self._placement = None if polls or over_zmq else _placement_of(self._thread)
+        self._placement = None if over_zmq else _placement_of(self._thread, Apart if polls else Placement)
         self._unpacker = Unpacker(self._handover.block, copy=True)
         self._plans = Plans()
         self._key: Hashable | None = None
@@ -420,7 +419,7 @@ class ClientLane(_Lane):
             return m.Draining()
         return reply
 
-    def _place(self, placement: Placement) -> None:
+    def _place(self, placement: Placement | Apart) -> None:
         """Has the worker's thread run where this caller finds it fastest."""
         if cores := placement.note(_current_cpu(), self._took):
             with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
@@ -433,7 +432,7 @@ class ClientLane(_Lane):
 
     def trim(self) -> bool:
         """Gives back the memory of both ends; false if the worker did not answer: close the lane."""
-        self._plans = Plans()
+        self._plans, self._asked = Plans(), None
         self._arena.trim()
         self._requests += 1
         self._calls.send(m.Trim())
@@ -482,13 +481,13 @@ class ClientLane(_Lane):
         self._page.clock = time.monotonic_ns()
 
 
-def _placement_of(thread: int) -> Placement | None:
+def _placement_of(thread: int, kind: type[Placement | Apart]) -> Placement | Apart | None:
     """None where the system does not let us look, or there is nothing to choose from."""
     try:
         cores = frozenset(os.sched_getaffinity(thread))
     except OSError:
         return None
-    return Placement(cores) if len(cores) > 1 else None
+    return kind(cores) if len(cores) > 1 else None
 
 
 def _caller_calls(handover: _Handover, ctx: Context, reply_to: str | None, polls: bool) -> _Calls:

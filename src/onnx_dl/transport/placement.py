@@ -23,6 +23,24 @@ _GAIN: Final = 0.9
 """The other way must be faster by this factor."""
 
 
+class Apart:
+    """For callers who poll: they keep their core busy while they wait, so the worker runs on any other.
+
+    ``allowed``: the cores that it may run on, more than one.
+    """
+
+    def __init__(self, allowed: frozenset[int]) -> None:
+        self._allowed = allowed
+        self._cpu = -1
+
+    def note(self, cpu: int, took: int) -> frozenset[int] | None:
+        """Like :meth:`Placement.note`."""
+        if cpu == self._cpu:
+            return None
+        self._cpu = cpu
+        return self._allowed - {cpu}
+
+
 class Placement:
     """``allowed``: the cores that the worker may run on."""
 

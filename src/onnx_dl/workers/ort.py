@@ -135,10 +135,9 @@ class OnnxRuntimeBackend:
         return functools.partial(self._session.run_with_iobinding, binding, options)
 
     def _copied(self, binding: Any, names: list[str], results: list[NDArray[Any]]) -> Callable[[], object]:
-        for name in names:
-            binding.bind_output(name)
-
         def run() -> None:
+            for name in names:  # each time: what the last run allocated would be bound
+                binding.bind_output(name)
             self._session.run_with_iobinding(binding)
             for value, array in zip(binding.get_outputs(), results, strict=True):
                 got = value.numpy()

@@ -1,0 +1,78 @@
+"""Bells: numbers rung, waits that end, ends that close."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from onnx_dl.transport.bell import CallerBell, WorkerBell
+from onnx_dl.transport.patience import Patience
+
+
+@pytest.fixture(params=[False, True], ids=["sleeps", "polls"])
+def bells(request: pytest.FixtureRequest):
+    caller = CallerBell(Patience() if request.param else None)
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], Patience() if request.param else None)
+    caller.handed_over()
+    yield caller, worker
+    caller.close()
+    worker.close()
+
+
+def test_numbers_arrive(bells):
+    caller, worker = bells
+    for number in (1, 2, 65):
+        caller.ring(number)
+        assert worker.wait() == number
+    for number in (0, 1, 255):
+        worker.ring(number)
+        assert caller.wait() == number
+
+
+def test_a_sleeper_is_woken(bells):
+    caller, worker = bells
+    heard: list[int | None] = []
+    thread = threading.Thread(target=lambda: heard.append(worker.wait()))
+    thread.start()
+    caller.ring(3)
+    thread.join(8)
+    assert heard == [3]
+
+
+def test_waits_have_a_deadline(bells):
+    caller, worker = bells
+    for end in (caller, worker):
+        with pytest.raises(TimeoutError):
+            end.wait(0.01)
+    worker.ring(1)
+    assert caller.wait(8) == 1
+
+
+def test_a_caller_that_was_hung_up_on(bells):
+    caller, worker = bells
+    caller.ring(2)
+    worker.hang_up()  # also while a number waits to be heard
+    assert worker.wait() is None
+
+
+def test_a_worker_that_is_gone():
+    caller = CallerBell(None)
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], None)
+    caller.handed_over()
+    worker.ring(1)
+    worker.close()
+    caller.ring(1)  # nobody hears it, and that is no error
+    assert (caller.wait(), caller.wait()) == (1, None), "its last word first"
+    caller.close()
+    caller.close()
+
+
+def test_a_caller_that_is_gone_is_no_error_for_the_worker():
+    caller = CallerBell(None)
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], None)
+    caller.handed_over()
+    caller.close()
+    worker.ring(1)
+    worker.close()

@@ -1,0 +1,84 @@
+"""The caller's table of calls that repeat."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_dl.transport import messages as m
+from onnx_dl.transport.plans import MOST, Plan, Plans, can_repeat, in_place, key_of
+from tests.unit.builders import arena
+
+X = np.zeros((2, 3), np.float32)
+TENSOR = m.Tensor("<f4", (2, 3), 1, 64)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (None, {"x": X.astype(np.float64)}),
+        (None, {"x": X.T}),
+        (None, {"y": X}),
+        (None, {"x": X, "y": X}),
+        (["a"], {"x": X}),
+        (["a", "b"], {"x": X}),
+        (None, {"x": X.astype(">f4")}),
+        (None, {}),
+    ],
+)
+def test_calls_that_differ_in_more_than_bytes_have_other_keys(other):
+    assert key_of(None, {"x": X}, False) == key_of(None, {"x": X + 1}, False)
+    assert key_of(*other, False) != key_of(None, {"x": X}, False)
+    assert key_of(None, {"x": X}, True) != key_of(None, {"x": X}, False)
+
+
+@pytest.mark.parametrize("value", [[1.0], 1, "a", None, np.float32(1), np.ma.masked_array([1.0])])
+def test_what_is_no_array_is_not_remembered(value):
+    assert key_of(None, {"x": X, "y": value}, False) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("f4", True), ("?", True), ("O", False), ("U3", False), ("V2", False)]
+)
+def test_only_numbers_repeat(dtype: str, expected: bool):
+    assert can_repeat({"x": np.zeros(2, dtype)}) is expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        m.Items("list", []),
+        m.Items("tuple", [TENSOR]),
+        m.Items("list", [TENSOR, m.Plain(1)]),
+        m.Items("list", [m.Tensor("<f4", (0,), 0, 0)]),
+        TENSOR,
+        m.Plain(None),
+    ],
+)
+def test_results_that_cannot_be_written_in_place(value):
+    assert in_place(value) is None
+    assert in_place(m.Items("list", [TENSOR, TENSOR])) == [TENSOR, TENSOR]
+
+
+def plan(number: int) -> Plan:
+    return Plan(number, None, 0, [], [])
+
+
+def test_another_scratch_block_ends_all_plans():
+    a, _ = arena()
+    plans, first, second = Plans(), a.scratch(10), a.lease(10)
+    plans.remember("k", plan(plans.next_number(first)))
+    assert plans.next_number(first) == 1
+    assert plans.next_number(None) == 1, "a call without small inputs lies in none"
+    assert plans.find("k") is not None
+    assert plans.next_number(second) == 0
+    assert plans.find("k") is None
+
+
+def test_it_does_not_grow_without_bounds():
+    plans, numbers = Plans(), set()
+    for key in range(10 * MOST):
+        number = plans.next_number(None)
+        numbers.add(number)
+        plans.remember(key, plan(number))
+    assert numbers == set(range(MOST))
