@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import calls, cold, memory, reclaim, report
+from benchmarks import breakdown, calls, cold, memory, reclaim, report
 from benchmarks.models import cases
 from benchmarks.others import OTHERS
 from benchmarks.report import Row
@@ -53,6 +53,7 @@ PARTS: dict[str, Callable[[int], list[Row]]] = {
     "streams": streams,
     "cold": lambda rounds: [*cold.small(rounds), *cold.large(rounds)],
     "memory": lambda rounds: [*memory.beyond_the_session(), *memory.three_workers(), *memory.idle()],
+    "breakdown": breakdown.measure,
     "others": against_others,
 }
 

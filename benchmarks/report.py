@@ -53,17 +53,19 @@ def draw(rows: list[Row], target: Path) -> None:
 
     added = [row for row in rows if row.unit == "µs+"]
     works = list(dict.fromkeys(row.work for row in added))
+    works = [work for work in works if "all ways" in work] or works
     figure, all_axes = pyplot.subplots(1, len(works), figsize=(4.2 * len(works), 4.6), dpi=110)
     for axes, work in zip([all_axes] if len(works) == 1 else all_axes, works, strict=True):
         mine = sorted((row for row in added if row.work == work), key=lambda row: -row.value)
         colors = ["#1b7837" if "onnx-dl" in row.way else "#999999" for row in mine]
         axes.barh([row.way for row in mine], [max(row.value, 1) for row in mine], color=colors)
         axes.set_xscale("log")
+        axes.set_xlim(left=1)
         axes.set_title(work, fontsize=11)
         axes.set_xlabel("µs added to the in-process call")
         axes.grid(axis="x", alpha=0.3)
         for index, row in enumerate(mine):
             axes.text(max(row.value, 1) * 1.1, index, f"{row.value:.0f}", va="center", fontsize=8)
-        axes.margins(x=0.25)
+        axes.margins(x=0.3)
     figure.tight_layout()
     figure.savefig(target)

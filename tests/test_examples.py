@@ -15,6 +15,7 @@ EXPECTED = {
     "02_context_manager.py": ["inside of the block, loaded: True", "closed"],
     "03_drop_in_replacement.py": ["equal: True", "isinstance: True", "INVALID_ARGUMENT"],
     "04_shared_proxy.py": ["4 proxies", "loaded 1 time(s)"],
+    "05_zero_copy.py": ["equal: True"],
 }
 
 

@@ -28,6 +28,8 @@ from onnx_dl.transport.lane import ClientLane
 _LOAD_MARGIN: Final = 30.0
 """Seconds beyond the supervisor's own deadline for a load after which a client stops waiting."""
 
+_ANSWERS: Final = (int, m.Same, m.Result)
+
 _lease_ids = itertools.count(1)
 
 
@@ -156,7 +158,7 @@ class RemoteModel:
         """One request; false if it was not executed and must be made again."""
         try:
             reply = lane.exchange(message)
-            if isinstance(reply, int | m.Same | m.Result):
+            if isinstance(reply, _ANSWERS):
                 return True, finish(lane, reply)
         except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             lane.close()
@@ -204,10 +206,15 @@ class RemoteModel:
 
     def _idle_lane(self, lease: Lease) -> ClientLane | None:
         with self._lock:
-            if self._lanes and self._may_use(lease):
-                for index in range(len(self._lanes) - 1, -1, -1):
-                    if self._lanes[index].latency == lease.latency:
-                        return self._lanes.pop(index)
+            lanes = self._lanes
+            if not (lanes and self._may_use(lease)):
+                return None
+            if lanes[-1].latency == lease.latency:
+                return lanes.pop()
+            for lane in lanes:
+                if lane.latency == lease.latency:
+                    lanes.remove(lane)
+                    return lane
         return None
 
     def _open_lane(self, granted: m.Granted, latency: str = "normal") -> ClientLane | None:

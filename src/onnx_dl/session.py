@@ -114,8 +114,11 @@ class InferenceSessionProxy:
             WorkerDied: the worker ended during the call.
             Exception: what onnxruntime raises, as the same class with the same message.
         """
-        feed = {name: _feedable(input_feed[name]) for name in input_feed.keys()}  # noqa: SIM118  # no list
-        plain = options.read_run_options(run_options)
+        feed = {
+            name: value if type(value := input_feed[name]) is np.ndarray else _feedable(value)
+            for name in input_feed.keys()  # noqa: SIM118  # a list has none, and onnxruntime says so
+        }
+        plain = None if run_options is None else options.read_run_options(run_options)
         result: list[Any] = self._model().run(self._lease, output_names, feed, plain)
         return result
 

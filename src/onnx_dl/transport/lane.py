@@ -142,11 +142,7 @@ class _Lane:
         self._arena = Arena(handover)
         self._calls = calls
         self.polls = polls
-
-    @property
-    def over_zmq(self) -> bool:
-        """Whether calls go over ZeroMQ."""
-        return isinstance(self._calls, _ZmqCalls)
+        self.over_zmq = isinstance(calls, _ZmqCalls)
 
     def close_calls(self) -> None:
         """Ends the calls; who polls the channel closes that."""
@@ -336,10 +332,11 @@ class ClientLane(_Lane):
         Raises: like :meth:`Packer.pack`.
         """
         moved = self._moved(feed)
-        self._key = None if options is not None else self._key_of(outputs, feed, moved, keep)
-        plan = self._plan = None if self._key is None else self._plans.find(self._key)
+        self._key = None
+        plan = self._find_plan(outputs, feed, moved, keep) if options is None else None
         if plan is None or (plan.nbytes and self._arena.scratch(plan.nbytes) is not plan.block):
             return self._first_call(outputs, feed, options, moved, keep)
+        self._plan = plan
         plan.fill(feed)
         return m.Again(
             plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved] if moved else []
@@ -359,15 +356,18 @@ class ClientLane(_Lane):
             found[name] = m.Tensor(value.dtype.str, value.shape, self._arena.adopt(block), offset)
         return found
 
-    def _key_of(
+    def _find_plan(
         self, outputs: Any, feed: Mapping[Any, Any], moved: dict[Any, m.Tensor] | None, keep: bool
-    ) -> Any:
+    ) -> Plan | None:
+        """The plan of a call like this one, and its key for the plan that will be."""
         try:
             key = key_of(outputs, feed, keep)
-            hash(key)
-        except TypeError:  # not what onnxruntime takes; it shall say so
+            key = key if moved is None or key is None else (*key, *moved)
+            plan = self._plans.find(key)
+        except TypeError:  # names that cannot be hashed: not what onnxruntime takes; it shall say so
             return None
-        return key if moved is None or key is None else (*key, *moved)
+        self._key = key
+        return plan
 
     def _first_call(
         self,
