@@ -1,8 +1,8 @@
 """Where the time of one tiny call goes, by step, as its caller sees it.
 
 The steps of the caller are timed by wrapping the methods of a living lane.  What remains is the worker's: its
-Python, the run itself and two wake-ups, of which a bare round trip of the same eventfd and pipe is shown beside
-it.  Where both share a core, the worker runs as soon as the caller rings, and its time shows there.
+Python, the run itself and two wake-ups, of which a bare round trip of the same eventfd and pipe is shown
+beside it.  Where both share a core, the worker runs as soon as the caller rings, and its time shows there.
 """
 
 from __future__ import annotations
