@@ -37,6 +37,7 @@ HEIGHT = {
 GROUPS = [{"client", "connection"}, {"lifecycle", "model", "config"}]
 ZMQ = {
     "transport.sockets",
+    "transport.calls",
     "transport.lane",
     "connection",  # owns the application's control socket, and polls
     "supervisor.loop",

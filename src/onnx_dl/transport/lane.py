@@ -1,9 +1,8 @@
-"""One caller's way to one worker.
+"""A caller's end of its way to one worker.
 
-Both sides hand each other blocks of shared memory over a Unix socket, on which they also see each other die.
-Calls go over the same socket, which wakes the peer in one step, or over a ZeroMQ PAIR socket beside it.  One
-call is on a lane at a time; concurrent callers have a lane each.  What is called, and what to do when a lane
-breaks, is not known here.
+Both ends hand each other blocks of shared memory over a Unix socket, on which they also see each other die.
+One call is on a lane at a time; concurrent callers have a lane each.  The worker's end is
+:mod:`onnx_dl.transport.worker_lane`.  What is called, and what to do when a lane breaks, is not known here.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import contextlib
 import ctypes
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import zmq
@@ -24,22 +22,17 @@ from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Arena, Block, Mappings, Reference, home_of
-from onnx_dl.transport.bell import CallerBell, WorkerBell
+from onnx_dl.transport.arena import Arena, Block, Reference, home_of
+from onnx_dl.transport.bell import CallerBell
+from onnx_dl.transport.calls import REPLY, REQUEST, BellCalls, Calls, ZmqCalls
+from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.patience import Patience
 from onnx_dl.transport.placement import Apart, Placement
 from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, targets_of
-from onnx_dl.transport.sockets import LONGEST, Channel, Context, Socket
+from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
-_HANDOVER: Final = 10.0
-"""Seconds within which a block must arrive that a message names; its sender sent it before the message."""
-
 Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold
-_REPLY, _SAME = 0, 1
-"""What a worker rings: a reply lies on the socket; the answer is Same."""
-_REQUEST, _AGAIN = 1, 2
-"""What a caller rings: a request lies on the socket; from 2 on, Again with that number less 2."""
 
 LARGE: Final = 1 << 20
 """Bytes of shared memory that an idle lane may keep."""
@@ -49,100 +42,18 @@ _TRIM_TIMEOUT: Final = 0.2
 _current_cpu: Final[Callable[[], int]] = getattr(ctypes.CDLL(None), "sched_getcpu", lambda: -1)
 
 
-class _Handover:
-    """The Unix socket of a lane, and the peer's blocks that came over it.
-
-    It knows neither lane nor arena, so that these are freed with their memory as soon as nobody uses them,
-    and not when the garbage collector finds a cycle.
-    """
-
-    def __init__(self, channel: Channel, read: m.Reader, *, keep_descriptors: bool) -> None:
-        self.channel = channel
-        self.mappings = Mappings(keep_descriptors=keep_descriptors)
-        self._read = read
-
-    def shared(self, block: int, size: int, fd: int) -> None:
-        self.channel.send(m.encode(m.BlockShared(block=block, size=size)), (fd,))
-
-    def dropped(self, block: int) -> None:
-        self.channel.send(m.encode(m.BlockDropped(block=block)))
-
-    def send(self, message: m.Message | bytes, fds: tuple[int, ...] = ()) -> bool:
-        """Sends a message of any length; false if the peer is gone, and has not got all of it."""
-        data = message if isinstance(message, bytes) else m.encode(message)
-        if fds:
-            return self.channel.send(data, fds)
-        if len(data) <= LONGEST:
-            return self.channel.send(data)
-        parts = [data[start : start + LONGEST] for start in range(0, len(data), LONGEST)]
-        return all(map(self.channel.send, [m.encode(m.Large(nbytes=len(data))), *parts]))
-
-    def next(self, timeout: float | None) -> Any:
-        """The next message, once blocks were taken in that came before it; None if the peer is gone.
-
-        Raises:
-            TimeoutError: nothing came within ``timeout`` seconds.
-        """
-        while (received := self.channel.receive(timeout)) is not None:
-            data, fds = received
-            message = self._read(data)
-            if not self._take_in(message, fds):
-                return self._large(message) if isinstance(message, m.Large) else message
-        return None
-
-    def _take_in(self, message: object, fds: list[int]) -> bool:
-        """Whether it was about blocks."""
-        if isinstance(message, m.BlockShared) and fds:
-            self.mappings.add(message.block, message.size, fds[0])
-        elif isinstance(message, m.BlockDropped):
-            self.mappings.drop(message.block)
-        else:
-            if fds:
-                sockets.close_all(fds)
-            return False
-        return True
-
-    def _large(self, announced: m.Large) -> Any:
-        data = bytearray()
-        while len(data) < announced.nbytes:
-            received = self.channel.receive(_HANDOVER)
-            if received is None:
-                return None
-            data += received[0]
-        return self._read(memoryview(data))
-
-    def block(self, number: int) -> Block:
-        """A block of the peer, which it announced before it named it."""
-        while (block := self.mappings.get(number)) is None:
-            try:
-                received = self.channel.receive(_HANDOVER)
-            except TimeoutError:
-                received = None
-            if received is None or not self._take_in(self._read(received[0]), received[1]):
-                raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
-        return block
-
-    def is_dead(self) -> bool:
-        """Whether the peer is gone, once all that it said about blocks is taken in; does not wait."""
-        while self.channel.readable():
-            received = self.channel.receive(0)
-            if received is None or not self._take_in(self._read(received[0]), received[1]):
-                return True  # gone, or it said what nobody asked for: of no use either way
-        return False
-
-
-class _Lane:
+class Lane:
     """What both ends have in common.  Used by one thread at a time.
 
     Calls go over the Unix socket with a bell to wake the peer, or over a ZeroMQ socket beside it.
     """
 
-    def __init__(self, handover: _Handover, calls: _Calls, *, polls: bool) -> None:
+    def __init__(self, handover: Handover, calls: Calls, *, polls: bool) -> None:
         self._handover = handover
         self._arena = Arena(handover)
         self._calls = calls
         self.polls = polls
-        self.over_zmq = isinstance(calls, _ZmqCalls)
+        self.over_zmq = isinstance(calls, ZmqCalls)
 
     def close_calls(self) -> None:
         """Ends the calls; who polls the channel closes that."""
@@ -154,111 +65,7 @@ class _Lane:
         self._handover.channel.close()
 
 
-class _Calls(Protocol):
-    """How requests and replies travel."""
-
-    def send(self, message: m.Message | bytes) -> bool:
-        """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
-
-    def next(self, timeout: float | None = None) -> Any:
-        """The next message; None if the peer is gone or the time is up.  Some are told by a number only."""
-
-    def again(self, number: int) -> bool:
-        """Sends Again, with nothing moved."""
-
-    def same(self) -> None:
-        """Sends Same."""
-
-    def close(self) -> None: ...
-
-
-class _BellCalls:
-    """Messages lie on the Unix socket; the bell says so, or spares them."""
-
-    def __init__(self, handover: _Handover, bell: CallerBell | WorkerBell, *, rings: int, hears: int) -> None:
-        """``rings``, ``hears``: the numbers by which this and the other end say that a message lies there."""
-        self._handover = handover
-        self.bell = bell
-        self._rings = rings
-        self._hears = hears
-
-    def send(self, message: m.Message | bytes) -> bool:
-        sent = self._handover.send(message)
-        if sent:
-            self.bell.ring(self._rings)
-        return sent
-
-    def next(self, timeout: float | None = None) -> Any:
-        try:
-            number = self.bell.wait(timeout)
-            return self._handover.next(_HANDOVER) if number == self._hears else number
-        except TimeoutError:
-            return None
-
-    def again(self, number: int) -> bool:
-        self.bell.ring(_AGAIN + number)
-        return True
-
-    def same(self) -> None:
-        self.bell.ring(_SAME)
-
-    def close(self) -> None:
-        self.bell.close()
-
-
-class _ZmqCalls:
-    """Messages go over a ZeroMQ PAIR socket."""
-
-    def __init__(self, handover: _Handover, socket: Socket, read: m.Reader) -> None:
-        self._handover = handover
-        self._socket = socket
-        self._read = read
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(handover.channel.fileno(), zmq.POLLIN)
-
-    def send(self, message: m.Message | bytes) -> bool:
-        # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
-        with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
-            self._socket.send(message if isinstance(message, bytes) else m.encode(message), zmq.NOBLOCK)
-            return True
-        return False
-
-    def next(self, timeout: float | None = None) -> Any:
-        try:
-            data = self._next(timeout)
-        except zmq.ContextTerminated:  # the supervisor died, and the worker with it
-            return None
-        return None if data is None else self._read(data)
-
-    def _next(self, timeout: float | None) -> bytes | None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            ready = sockets.wait(self._poller, None if deadline is None else deadline - time.monotonic())
-            if self._socket in ready:
-                return self._socket.recv()
-            if not ready or self._handover.is_dead():
-                return _last_words(self._socket)
-
-    def again(self, number: int) -> bool:
-        return self.send(m.Again(plan=number))
-
-    def same(self) -> None:
-        self.send(m.Same())
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def _last_words(socket: Socket) -> bytes | None:
-    """What the peer sent before it went: EOF on one socket can overtake a message on the other."""
-    try:
-        return socket.recv(zmq.NOBLOCK)
-    except zmq.Again:
-        return None
-
-
-class ClientLane(_Lane):
+class ClientLane(Lane):
     """The caller's end."""
 
     def __init__(
@@ -272,7 +79,7 @@ class ClientLane(_Lane):
         """
         self.granted = granted
         self.latency = latency
-        handover = _Handover(Channel.connect(granted.address, timeout), m.lane_reply, keep_descriptors=True)
+        handover = Handover(Channel.connect(granted.address, timeout), m.lane_reply, keep_descriptors=True)
         polls = latency == "low" and not over_zmq and len(os.sched_getaffinity(0)) > 1
         reply_to = fresh_address("lane") if over_zmq else None
         try:
@@ -298,7 +105,7 @@ class ClientLane(_Lane):
         self.last_used = time.perf_counter_ns()
 
     def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
-        bell = self._calls.bell if isinstance(self._calls, _BellCalls) else None
+        bell = self._calls.bell if isinstance(self._calls, BellCalls) else None
         hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to, poll=self.polls)
         fds = bell.descriptors() if isinstance(bell, CallerBell) else ()
         self._handover.send(hello, fds)
@@ -490,126 +297,10 @@ def _placement_of(thread: int, kind: type[Placement | Apart]) -> Placement | Apa
     return kind(cores) if len(cores) > 1 else None
 
 
-def _caller_calls(handover: _Handover, ctx: Context, reply_to: str | None, polls: bool) -> _Calls:
+def _caller_calls(handover: Handover, ctx: Context, reply_to: str | None, polls: bool) -> Calls:
     if reply_to is None:
-        return _BellCalls(handover, CallerBell(Patience() if polls else None), rings=_REQUEST, hears=_REPLY)
+        return BellCalls(handover, CallerBell(Patience() if polls else None), rings=REQUEST, hears=REPLY)
     try:
-        return _ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)
+        return ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)
     except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
         raise ConnectionError(str(error)) from error
-
-
-def _checked(hello: Any, secret: str, fds: int) -> m.LaneHello:
-    """The greeting of a caller who may open a lane."""
-    if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
-        raise ProtocolError("Somebody without the secret tried to open a lane.")
-    if hello.version != m.PROTOCOL_VERSION:
-        raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
-    if fds != (2 if hello.reply_to is None else 0):
-        raise ProtocolError(f"A caller came with {fds} descriptors.")
-    return hello
-
-
-class WorkerLane(_Lane):
-    """The worker's end."""
-
-    def __init__(self, ctx: Context, channel: Channel, secret: str, timeout: float) -> None:
-        """Answers a caller who connected.
-
-        Raises:
-            ProtocolError: the caller does not know the secret or speaks another version.
-            TimeoutError: the caller said nothing for ``timeout`` seconds.
-        """
-        received = channel.receive(timeout)
-        fds = received[1] if received else []
-        try:
-            hello = _checked(m.lane_request(received[0]) if received else None, secret, len(fds))
-        except BaseException:
-            sockets.close_all(fds)
-            raise
-        handover = _Handover(channel, m.lane_request, keep_descriptors=False)
-        calls: _Calls
-        if hello.reply_to is None:
-            self._bell = WorkerBell(fds, Patience() if hello.poll else None)
-            calls = _BellCalls(handover, self._bell, rings=_REPLY, hears=_REQUEST)
-        else:
-            calls = _ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
-        super().__init__(handover, calls, polls=hello.poll)
-        self._calls.send(m.LaneOpen(secret=secret, thread=threading.get_native_id()))
-        self._unpacker = Unpacker(self._handover.block, copy=False)
-
-    @property
-    def channel(self) -> Channel:
-        """The Unix socket to the caller."""
-        return self._handover.channel
-
-    def hang_up(self) -> None:
-        """For the thread that sees that the caller is gone: ends the wait of the lane's own thread."""
-        if not self.over_zmq:
-            self._bell.hang_up()
-
-    def receive(self) -> Any:
-        """The next request: a message or, if it repeats another, that one's number; None when the caller is
-        gone.
-
-        Raises:
-            ProtocolError: it is no request.
-        """
-        request = self._calls.next()
-        if (page := self._handover.mappings.page) is not None and request is not None:
-            page.begin()
-        return request - _AGAIN if type(request) is int else request
-
-    def unpack(self, value: m.Value) -> Any:
-        """A value of a request; its arrays are views, valid until the reply is sent."""
-        return self._unpacker.unpack(value)
-
-    def reply(self, value: Any, *, keep: bool = False) -> m.Value:
-        """Sends a result; large arrays in it are leased to the caller, unless ``keep``.
-
-        Returns what was sent.
-
-        Raises:
-            Exception: the value cannot be sent; nothing was.
-        """
-        packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
-        (packed,) = packer.pack([value])
-        try:
-            self._calls.send(m.Result(value=packed))
-        except BaseException:
-            packer.abandon()
-            raise
-        return packed
-
-    def say(self, message: m.CallFailed | m.Draining | bytes) -> None:
-        """Sends a reply that is ready to be sent."""
-        self._calls.send(message)
-
-    def say_same(self) -> None:
-        """The results lie where the last ones lay."""
-        self._calls.same()
-
-    def trim(self) -> None:
-        """Gives back the memory that no result lies in."""
-        self._arena.trim()
-
-    def scratch(self, nbytes: int) -> Block:
-        """Where small results of the next reply may be written."""
-        return self._arena.scratch(nbytes)
-
-    def lease(self, nbytes: int) -> Block:
-        """Where a large result of the next reply may be written."""
-        return self._arena.lease(nbytes)
-
-    @property
-    def drops(self) -> int:
-        """Counts the blocks that the caller dropped."""
-        return self._handover.mappings.drops
-
-    def has(self, block: int) -> bool:
-        """Whether the caller's block is still mapped."""
-        return self._handover.mappings.get(block) is not None
-
-    def last_touch(self) -> float:
-        """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""
-        return self._handover.mappings.clock() / 1e9

@@ -22,8 +22,8 @@ from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import failures, shm, sockets
 from onnx_dl.transport import messages as m
-from onnx_dl.transport.lane import WorkerLane
 from onnx_dl.transport.sockets import Channel, Listener, Waker
+from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers import memory
 from onnx_dl.workers.backend import Backend

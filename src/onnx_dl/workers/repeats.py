@@ -16,8 +16,8 @@ import numpy as np
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block, align
-from onnx_dl.transport.lane import WorkerLane
 from onnx_dl.transport.plans import in_place
+from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Backend
 
 _MOST: Final = 16

@@ -1,0 +1,127 @@
+"""How requests and replies travel on a lane: by a bell, with messages on the Unix socket, or over ZeroMQ.
+
+What they mean is :mod:`onnx_dl.transport.lane`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Protocol
+
+import zmq
+
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
+from onnx_dl.transport.bell import CallerBell, WorkerBell
+from onnx_dl.transport.handover import HANDOVER, Handover
+from onnx_dl.transport.sockets import Socket
+
+REPLY, SAME = 0, 1
+"""What a worker rings: a reply lies on the socket; the answer is Same."""
+REQUEST, AGAIN = 1, 2
+"""What a caller rings: a request lies on the socket; from 2 on, Again with that number less 2."""
+
+
+class Calls(Protocol):
+    """How requests and replies travel."""
+
+    def send(self, message: m.Message | bytes) -> bool:
+        """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
+
+    def next(self, timeout: float | None = None) -> Any:
+        """The next message; None if the peer is gone or the time is up.  Some are told by a number only."""
+
+    def again(self, number: int) -> bool:
+        """Sends Again, with nothing moved."""
+
+    def same(self) -> None:
+        """Sends Same."""
+
+    def close(self) -> None: ...
+
+
+class BellCalls:
+    """Messages lie on the Unix socket; the bell says so, or spares them."""
+
+    def __init__(self, handover: Handover, bell: CallerBell | WorkerBell, *, rings: int, hears: int) -> None:
+        """``rings``, ``hears``: the numbers by which this and the other end say that a message lies there."""
+        self._handover = handover
+        self.bell = bell
+        self._rings = rings
+        self._hears = hears
+
+    def send(self, message: m.Message | bytes) -> bool:
+        sent = self._handover.send(message)
+        if sent:
+            self.bell.ring(self._rings)
+        return sent
+
+    def next(self, timeout: float | None = None) -> Any:
+        try:
+            number = self.bell.wait(timeout)
+            return self._handover.next(HANDOVER) if number == self._hears else number
+        except TimeoutError:
+            return None
+
+    def again(self, number: int) -> bool:
+        self.bell.ring(AGAIN + number)
+        return True
+
+    def same(self) -> None:
+        self.bell.ring(SAME)
+
+    def close(self) -> None:
+        self.bell.close()
+
+
+class ZmqCalls:
+    """Messages go over a ZeroMQ PAIR socket."""
+
+    def __init__(self, handover: Handover, socket: Socket, read: m.Reader) -> None:
+        self._handover = handover
+        self._socket = socket
+        self._read = read
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(handover.channel.fileno(), zmq.POLLIN)
+
+    def send(self, message: m.Message | bytes) -> bool:
+        # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
+        with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
+            self._socket.send(message if isinstance(message, bytes) else m.encode(message), zmq.NOBLOCK)
+            return True
+        return False
+
+    def next(self, timeout: float | None = None) -> Any:
+        try:
+            data = self._next(timeout)
+        except zmq.ContextTerminated:  # the supervisor died, and the worker with it
+            return None
+        return None if data is None else self._read(data)
+
+    def _next(self, timeout: float | None) -> bytes | None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            ready = sockets.wait(self._poller, None if deadline is None else deadline - time.monotonic())
+            if self._socket in ready:
+                return self._socket.recv()
+            if not ready or self._handover.is_dead():
+                return _last_words(self._socket)
+
+    def again(self, number: int) -> bool:
+        return self.send(m.Again(plan=number))
+
+    def same(self) -> None:
+        self.send(m.Same())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _last_words(socket: Socket) -> bytes | None:
+    """What the peer sent before it went: EOF on one socket can overtake a message on the other."""
+    try:
+        return socket.recv(zmq.NOBLOCK)
+    except zmq.Again:
+        return None

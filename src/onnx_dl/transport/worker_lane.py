@@ -1,0 +1,135 @@
+"""A worker's end of one caller's way to it; the caller's is :mod:`onnx_dl.transport.lane`."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import Any
+
+from onnx_dl.errors import ProtocolError
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
+from onnx_dl.transport.arena import Block
+from onnx_dl.transport.bell import WorkerBell
+from onnx_dl.transport.calls import AGAIN, REPLY, REQUEST, BellCalls, Calls, ZmqCalls
+from onnx_dl.transport.handover import Handover
+from onnx_dl.transport.lane import Lane
+from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.sockets import Channel, Context
+from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
+
+
+def _checked(hello: Any, secret: str, fds: int) -> m.LaneHello:
+    """The greeting of a caller who may open a lane."""
+    if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
+        raise ProtocolError("Somebody without the secret tried to open a lane.")
+    if hello.version != m.PROTOCOL_VERSION:
+        raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
+    if fds != (2 if hello.reply_to is None else 0):
+        raise ProtocolError(f"A caller came with {fds} descriptors.")
+    return hello
+
+
+class WorkerLane(Lane):
+    """The worker's end."""
+
+    def __init__(self, ctx: Context, channel: Channel, secret: str, timeout: float) -> None:
+        """Answers a caller who connected.
+
+        Raises:
+            ProtocolError: the caller does not know the secret or speaks another version.
+            TimeoutError: the caller said nothing for ``timeout`` seconds.
+        """
+        received = channel.receive(timeout)
+        fds = received[1] if received else []
+        try:
+            hello = _checked(m.lane_request(received[0]) if received else None, secret, len(fds))
+        except BaseException:
+            sockets.close_all(fds)
+            raise
+        handover = Handover(channel, m.lane_request, keep_descriptors=False)
+        calls: Calls
+        if hello.reply_to is None:
+            self._bell = WorkerBell(fds, Patience() if hello.poll else None)
+            calls = BellCalls(handover, self._bell, rings=REPLY, hears=REQUEST)
+        else:
+            calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
+        super().__init__(handover, calls, polls=hello.poll)
+        self._calls.send(m.LaneOpen(secret=secret, thread=threading.get_native_id()))
+        self._unpacker = Unpacker(self._handover.block, copy=False)
+
+    @property
+    def channel(self) -> Channel:
+        """The Unix socket to the caller."""
+        return self._handover.channel
+
+    def hang_up(self) -> None:
+        """For the thread that sees that the caller is gone: ends the wait of the lane's own thread."""
+        if not self.over_zmq:
+            self._bell.hang_up()
+
+    def receive(self) -> Any:
+        """The next request: a message or, if it repeats another, that one's number; None when the caller is
+        gone.
+
+        Raises:
+            ProtocolError: it is no request.
+        """
+        request = self._calls.next()
+        if (page := self._handover.mappings.page) is not None and request is not None:
+            page.begin()
+        return request - AGAIN if type(request) is int else request
+
+    def unpack(self, value: m.Value) -> Any:
+        """A value of a request; its arrays are views, valid until the reply is sent."""
+        return self._unpacker.unpack(value)
+
+    def reply(self, value: Any, *, keep: bool = False) -> m.Value:
+        """Sends a result; large arrays in it are leased to the caller, unless ``keep``.
+
+        Returns what was sent.
+
+        Raises:
+            Exception: the value cannot be sent; nothing was.
+        """
+        packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
+        (packed,) = packer.pack([value])
+        try:
+            self._calls.send(m.Result(value=packed))
+        except BaseException:
+            packer.abandon()
+            raise
+        return packed
+
+    def say(self, message: m.CallFailed | m.Draining | bytes) -> None:
+        """Sends a reply that is ready to be sent."""
+        self._calls.send(message)
+
+    def say_same(self) -> None:
+        """The results lie where the last ones lay."""
+        self._calls.same()
+
+    def trim(self) -> None:
+        """Gives back the memory that no result lies in."""
+        self._arena.trim()
+
+    def scratch(self, nbytes: int) -> Block:
+        """Where small results of the next reply may be written."""
+        return self._arena.scratch(nbytes)
+
+    def lease(self, nbytes: int) -> Block:
+        """Where a large result of the next reply may be written."""
+        return self._arena.lease(nbytes)
+
+    @property
+    def drops(self) -> int:
+        """Counts the blocks that the caller dropped."""
+        return self._handover.mappings.drops
+
+    def has(self, block: int) -> bool:
+        """Whether the caller's block is still mapped."""
+        return self._handover.mappings.get(block) is not None
+
+    def last_touch(self) -> float:
+        """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""
+        return self._handover.mappings.clock() / 1e9
