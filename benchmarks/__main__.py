@@ -1,81 +1,123 @@
-"""``python -m benchmarks``: all figures in one table.
-
-``--quick`` for a first impression, ``--only calls cold …`` for a part, ``--json FILE`` and ``--png FILE`` to
-keep them.  Ways that need a package which is not installed are left out.
-"""
+"""``python -m benchmarks``: all figures in one table, with what was asked of them."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
+import signal
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
-from benchmarks import breakdown, calls, cold, memory, reclaim, report
-from benchmarks.models import cases
-from benchmarks.others import OTHERS
+# Models load plainly unless it is the load cache that is measured, and the user's is left alone.
+os.environ["ONNX_DL_CACHE"] = "off"
+
+from benchmarks import breakdown, calls, cold, crowd, memory, reclaim, report
+from benchmarks.models import cases, voice_activity
 from benchmarks.report import Row
-from onnx_dl import ModelHost
+
+ROUNDS, QUICK = 15, 3
+CASES: Final = cases()
 
 
-def all_calls(rounds: int) -> list[Row]:
-    rows = []
-    for case in cases():
-        # By then, the others have the machine to themselves: their idle processes would be in the way.
-        with ModelHost() as host:
-            rows += calls.measure(case, host, rounds, [])
-    return rows
+def _stream(rounds: int) -> list[Row]:
+    case = voice_activity()
+    if case is None:
+        return [Row("silero-vad, one stream", calls.OURS, None, note="silero-vad is not installed")]
+    return calls.measure(case, rounds)
 
 
-def against_others(rounds: int) -> list[Row]:
-    others = [name for name in OTHERS if name != "Ray actor" or importlib.util.find_spec("ray")]
-    rows = []
-    for case in cases()[:3]:
-        with ModelHost() as host:
-            measured = calls.measure(case, host, max(3, rounds // 3), others)
-        # Asked of above; here only to compare.
-        rows += [row._replace(work=f"{row.work} (all ways)", limit=None) for row in measured]
-    return rows
+def _all_ways(rounds: int) -> list[Row]:
+    return [row for key in ("tiny", "5mb", "64mb") for row in calls.against_others(CASES[key], rounds)]
 
 
-def streams(rounds: int) -> list[Row]:
-    with ModelHost() as host:
-        return [
-            *calls.voice_activity(host, rounds),
-            *calls.crowd(host, max(3, rounds // 3)),
-            *calls.crowd_floor(max(3, rounds // 3)),
-        ]
+def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list[Row]]]:
+    """What can be asked for; each takes the number of rounds and gives rows."""
+    some = 1 if quick else 3
+    return {
+        **{key: lambda rounds, case=case: calls.measure(case, rounds) for key, case in CASES.items()},
+        "vad": _stream,
+        "crowd": lambda rounds: [
+            *crowd.measure(CASES["tiny"], 2000, rounds),
+            *crowd.measure(CASES["conv"], 6, rounds),
+        ],
+        "cold": lambda rounds: cold.small(CASES["tiny"], rounds),
+        "large": lambda rounds: cold.large(rounds // 2),
+        "memory": lambda rounds: [
+            *memory.beyond_the_session(CASES["tiny"], some),
+            *memory.three_workers(),
+            *memory.left_after_ttl(published),
+        ],
+        "idle": lambda rounds: memory.idle(CASES, 2.0 if quick else 10.0),
+        "others": lambda rounds: _all_ways(max(QUICK, rounds // 3)),
+    }
 
 
-PARTS: dict[str, Callable[[int], list[Row]]] = {
-    "calls": all_calls,
-    "streams": streams,
-    "cold": lambda rounds: [*cold.small(rounds), *cold.large(rounds)],
-    "memory": lambda rounds: [*memory.beyond_the_session(), *memory.three_workers(), *memory.idle()],
-    "breakdown": breakdown.measure,
-    "others": against_others,
-}
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parts = [*_parts(None, True), "breakdown", "reclaim"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="onnx-dl beside onnxruntime.")
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, default=parts, metavar="NAME", help=f"of {', '.join(parts)}"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help=f"({ROUNDS})")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds: does it run? not: how fast?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw what each way adds to a call")
+    parser.add_argument("--published", metavar="PYTHON", help="an interpreter that has onnx-dl 0.1.0")
+    return parser.parse_args(argv)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _reclaim(quick: bool) -> list[dict[str, Any]]:
+    from onnx_dl.demo.assets import make_large_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        return reclaim.measure(make_large_model(Path(folder)), 1 if quick else 3)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[*PARTS, "reclaim"], default=[*PARTS, "reclaim"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="three rounds")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--png", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = _arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and end all children
+    rounds = arguments.rounds or (QUICK if arguments.quick else ROUNDS)
+    found: dict[str, Any] = {"machine": report.machine(), "rounds": rounds, "rows": []}
     rows: list[Row] = []
-    for part in arguments.only:
-        if part in PARTS:
-            rows += PARTS[part](3 if arguments.quick else arguments.rounds)
-    print(report.table(rows))
-    if "reclaim" in arguments.only:
-        print()
-        reclaim.main([])
+    try:
+        _measure(arguments, rounds, rows, found)
+    finally:  # what was measured before something failed was measured
+        _report(arguments, rows, found)
+
+
+def _measure(arguments: argparse.Namespace, rounds: int, rows: list[Row], found: dict[str, Any]) -> None:
+    parts = _parts(arguments.published, arguments.quick)
+    for name in arguments.only:
+        started = time.monotonic()
+        if name in parts:
+            rows += parts[name](rounds)
+        elif name == "breakdown":
+            found[name] = breakdown.measure(rounds)
+        else:
+            found[name] = _reclaim(arguments.quick)
+        _say(f"{name}: {time.monotonic() - started:.0f} s")
+
+
+def _report(arguments: argparse.Namespace, rows: list[Row], found: dict[str, Any]) -> None:
+    if rows:
+        print(report.table(rows))
+    if "breakdown" in found:
+        print(f"\n{breakdown.table(found['breakdown'])}")
+    if "reclaim" in found:
+        print(f"\n{reclaim.table(found['reclaim'])}")
+    found["rows"] = report.as_json(rows)
+    found["machine"]["load_average_after"] = os.getloadavg()[0]
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.as_json(rows), indent=1))
+        arguments.json.write_text(json.dumps(found, indent=1))
     if arguments.png:
         report.draw(rows, arguments.png)
 

@@ -1,95 +1,159 @@
-"""Where the time of one tiny call goes, by step, as its caller sees it.
+"""Where the time of one warm call goes, by step.
 
-The steps of the caller are timed by wrapping the methods of a living lane.  What remains is the worker's: its
-Python, the run itself and two wake-ups, of which a bare round trip of the same eventfd and pipe is shown
-beside it.  Where both share a core, the worker runs as soon as the caller rings, and its time shows there.
+The steps are taken from calls that leave stamps (:mod:`benchmarks.stamps`), which take turns with calls that
+leave none: what the stamps themselves cost is the difference of the two.  In a process of its own, which is
+stamped all over.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
-import signal
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
 
-from benchmarks.calls import figure, proxy_of
-from benchmarks.models import cases
-from benchmarks.report import Row
+from benchmarks.calls import make_session, proxy_of
+from benchmarks.models import Case, cases
+from benchmarks.report import number
+from benchmarks.stamps import CALL, CLIENT, HOOK, RETURNED, VARIABLE, Stamps, patch
+from benchmarks.timing import BASE, Times, Way
 from onnx_dl import ModelHost
 
-_STEPS = {
-    "call": "caller: find the plan, copy the input",
-    "again": "ring: worker and two wake-ups",
-    "next": "wait for what is left of that",
-    "result": "caller: copy the result",
-}
+STEPS: Final = (
+    "caller: arguments",
+    "caller: a lane that is free",
+    "caller: inputs into shared memory",
+    "caller: note the request, place the worker",
+    "wake the worker",
+    "worker: may the call begin",
+    "worker: find what is prepared",
+    "worker: onnxruntime",
+    "worker: the reply",
+    "wake the caller",
+    "caller: results",
+    "caller: lane back",
+)
+"""From one mark of :mod:`benchmarks.stamps` to the next."""
+_KEYS: Final = ("tiny", "5mb")
+_LATENCIES: Final = ("normal", "low")
+_PLAIN, _STAMPED = "without stamps", "with stamps"
 
 
-def measure(rounds: int) -> list[Row]:
-    """Medians over rounds of each step's median."""
-    case = cases()[0]
-    work = "one tiny call, by step"
-    with ModelHost() as host:
-        proxy = proxy_of(case.model, host)
-        for _ in range(500):
-            proxy.run(None, case.feed)
-        lane = proxy._remote._lanes[-1]
-        times: dict[str, list[float]] = {}
-        for name, owner in (("call", lane), ("again", lane._calls), ("next", lane._calls), ("result", lane)):
-            setattr(owner, name, _timed(getattr(owner, name), times.setdefault(name, [])))
-        found: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            whole = []
-            for _ in range(400):
-                started = time.perf_counter()
-                proxy.run(None, case.feed)
-                whole.append((time.perf_counter() - started) * 1e6)
-            known = {_STEPS[name]: statistics.median(values[-400:]) for name, values in times.items()}
-            total = statistics.median(whole)
-            known |= {"caller: the rest": total - sum(known.values()), "all": total}
-            for name, value in known.items():
-                found.setdefault(name, []).append(value)
-        proxy.close()
-    rows = [figure(work, name, values, "µs") for name, values in found.items()]
-    return [*rows, figure(work, "a bare round trip, near", [_round_trip() for _ in range(rounds)], "µs")]
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """For each kind of call: its name, the steps and whole calls, all in µs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.breakdown", str(rounds)], stdout=subprocess.PIPE, check=True
+    )
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
-def _timed(method: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            times.append((time.perf_counter() - started) * 1e6)
-
-    return timed
-
-
-def _round_trip(count: int = 500) -> float:
-    """An eventfd there and a pipe back, the child on the caller's core."""
-    eventfd, (read, write) = os.eventfd(0), os.pipe()
-    child = os.fork()
-    if not child:
-        while True:
-            os.eventfd_read(eventfd)
-            os.write(write, b"1")
-    os.sched_setaffinity(child, {_here()})
-    times = []
-    for _ in range(count):
-        started = time.perf_counter()
-        os.eventfd_write(eventfd, 1)
-        os.read(read, 1)
-        times.append((time.perf_counter() - started) * 1e6)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    for fd in (eventfd, read, write):
-        os.close(fd)
-    return statistics.median(times)
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "where the time of a call goes, µs".ljust(46) + "".join(kind["name"].rjust(26) for kind in found)
+    ]
+    for index, step in enumerate(STEPS):
+        lines.append(f"{step:<46}" + "".join(number(kind["steps"][index]).rjust(26) for kind in found))
+    for label in ("sum of these", _STAMPED, _PLAIN, BASE):
+        values = [sum(kind["steps"]) if label == "sum of these" else kind[label] for kind in found]
+        lines.append(f"{label:<46}" + "".join(number(value).rjust(26) for value in values))
+    return "\n".join(lines)
 
 
-def _here() -> int:
-    import ctypes
+# --- in the process of its own ---------------------------------------------------------------------------
 
-    return int(ctypes.CDLL(None).sched_getcpu())
+
+@contextlib.contextmanager
+def _hosts(folder: str) -> Iterator[tuple[ModelHost, ModelHost]]:
+    """One whose workers leave no stamps, and one whose do."""
+    (Path(folder) / "sitecustomize.py").write_text(HOOK)
+    with ModelHost() as plain, ModelHost() as stamped:
+        plain.start()
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
+        os.environ[VARIABLE] = str(Path(folder) / "worker")
+        stamped.start()
+        yield plain, stamped
+
+
+def _kind(
+    case: Case, latency: str, hosts: tuple[ModelHost, ModelHost], folder: str, rounds: int
+) -> dict[str, Any]:
+    session = make_session(case.model, case.threads)
+    with contextlib.ExitStack() as stack:
+        proxies = [
+            stack.enter_context(proxy_of(case.model, host, threads=case.threads, latency=latency))
+            for host in hosts
+        ]
+        collector = _Collector(folder)
+        ways = [
+            Way(BASE, lambda: session.run(None, case.feed)),
+            Way(_PLAIN, lambda: proxies[0].run(None, case.feed)),
+            Way(_STAMPED, lambda: proxies[1].run(None, case.feed), collector.begin, collector.end),
+        ]
+        times = Times(ways, case.calls, rounds)
+        proxies[1].unload()  # so that the next case has the stamps to itself
+    whole = {way.name: statistics.median(times.by_round(way.name)) for way in ways}
+    name = f"{case.name.split(',')[0]}, {latency}"
+    return {"name": name, "steps": collector.steps(rounds * case.calls), **whole}
+
+
+class _Collector:
+    """Gathers the stamps of both processes, block by block."""
+
+    def __init__(self, folder: str) -> None:
+        self._mine, self._theirs = Stamps(str(Path(folder) / "caller")), Stamps(str(Path(folder) / "worker"))
+        self._calls: list[list[float]] = []
+
+    def begin(self) -> None:
+        self._take()
+        self._undo = patch(CLIENT, self._mine)
+
+    def end(self) -> None:
+        self._undo()
+        self._calls += _calls(self._take())
+
+    def _take(self) -> list[tuple[int, int]]:
+        return sorted(self._mine.take() + self._theirs.take())
+
+    def steps(self, calls: int) -> list[float]:
+        """The median of each step.
+
+        Raises:
+            RuntimeError: too few calls went the way that the stamps expect.
+        """
+        if len(self._calls) < calls // 2:
+            raise RuntimeError(
+                f"{len(self._calls)} of {calls} calls left all stamps: adapt benchmarks.stamps"
+            )
+        return [statistics.median(step) for step in zip(*self._calls, strict=True)]
+
+
+def _calls(stamps: list[tuple[int, int]]) -> list[list[float]]:
+    """The steps of each call that left every mark once, in µs."""
+    calls, marks = [], dict[int, int]()
+    for at, mark in stamps:
+        if mark == CALL:
+            marks = {}
+        marks.setdefault(mark, at)
+        if mark == RETURNED and len(marks) == RETURNED + 1:
+            times = [marks[number] for number in range(RETURNED + 1)]
+            calls.append([(b - a) / 1e3 for a, b in itertools.pairwise(times)])
+    return calls
+
+
+def _work(rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, _hosts(folder) as hosts:
+        kinds = [(cases()[key], latency) for key in _KEYS for latency in _LATENCIES]
+        print(json.dumps([_kind(case, latency, hosts, folder, rounds) for case, latency in kinds]))
+
+
+if __name__ == "__main__":
+    _work(int(sys.argv[1]))

@@ -2,115 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Final
 
-from benchmarks.calls import PROVIDERS, figure, proxy_of
-from benchmarks.models import cases, heavy
+import numpy as np
+
+from benchmarks.calls import OURS, proxy_of
+from benchmarks.models import Case, heavy
 from benchmarks.report import Row
-from onnx_dl import InferenceSessionProxy, ModelHost
+from benchmarks.timing import BASE, figure
+from onnx_dl import EventType, InferenceSessionProxy, ModelHost
 from onnx_dl.workers.cache import Cache
 
-_FRESH = """
+PLAIN, CACHED = "onnx-dl, plain load", "onnx-dl, load cache warm"
+HEAVY_FEED: Final = {"x": np.ones((1, 2048), np.float32)}
+_CYCLES: Final = 30
+_FRESH: Final = """
 import sys, time; started = time.perf_counter()
 import numpy as np
 from onnx_dl import InferenceSessionProxy
 proxy = InferenceSessionProxy(sys.argv[1], providers=["CPUExecutionProvider"])
 proxy.run(None, {"x": np.zeros((1, 16), "f")}); print(time.perf_counter() - started)
 """
-_IN_PROCESS = """
+_CREATE_AND_RUN: Final = """
 import sys, time
 import numpy as np, onnxruntime
-x = np.ones((1, 2048), "f")
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
+feed = {"x": np.ones((1, 2048), "f")}
 started = time.perf_counter()
-onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"]).run(None, {"x": x})
+onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"]).run(None, feed)
 print(time.perf_counter() - started)
 """
 
 
-def _seconds(code: str, *arguments: str) -> float:
-    """What a fresh interpreter that runs this code prints."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
-    return float(done.stdout)
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
-def small(rounds: int) -> list[Row]:
-    """The tiny model."""
-    case = cases()[0]
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file, ModelHost() as host:
-        file.write(case.model)
-        file.flush()
-        fresh = [_seconds(_FRESH, file.name) for _ in range(max(3, rounds // 2))]
-        proxy = proxy_of(file.name, host)
-        proxy.run(None, case.feed)
-        reloads = []
-        for _ in range(2 * rounds):
-            proxy.unload()
-            started = time.perf_counter()
-            proxy.run(None, case.feed)
-            reloads.append((time.perf_counter() - started) * 1e3)
-        proxy.close()
-        cycles = [_cycles(case.feed, file.name, host) for _ in range(3)]
-    return [
-        figure("fresh application, first call", "onnx-dl", fresh, "s", limit=0.6),
-        figure("unloaded to first result, tiny", "onnx-dl", reloads, "ms", limit=25),
-        figure("ttl=0, load + run + unload", "onnx-dl", cycles, "/s", limit=25, at_least=True),
-    ]
-
-
-def _cycles(feed: dict, path: str, host: ModelHost) -> float:
-    with InferenceSessionProxy(path, providers=PROVIDERS, ttl=0, host=host) as brief:
-        brief.run(None, feed)
-        seq, started = host.snapshot().seq, time.perf_counter()
-        for _ in range(30):
-            brief.run(None, feed)
-        # Four events a cycle; counted, so that a call that found the model still loaded does not count.
-        return (host.snapshot().seq - seq) / 4 / (time.perf_counter() - started)
-
-
-def large(rounds: int) -> list[Row]:
-    """200 MB of weights, with the load cache off, and on and filled."""
-    import numpy as np
-
-    feed = {"x": np.ones((1, 2048), np.float32)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "heavy.onnx")
-        Path(path).write_bytes(heavy())
-        os.environ["ONNX_DL_CACHE_DIR"] = str(Path(folder) / "cache")
-        os.environ["ONNX_DL_CACHE"] = "off"
-        plain_host = ModelHost()
-        plain_host.start()
-        os.environ["ONNX_DL_CACHE"] = "on"
-        cached_host = ModelHost()
-        cached_host.start()
-        with plain_host, cached_host:
-            plain, cached = (
-                InferenceSessionProxy(path, providers=PROVIDERS, host=h) for h in (plain_host, cached_host)
-            )
-            cached.run(None, feed)
-            wait_for_cache(Path(folder) / "cache")
-            times: dict[str, list[float]] = {
-                "in-process": [],
-                "onnx-dl, plain": [],
-                "onnx-dl, cache warm": [],
-            }
-            for _ in range(max(5, rounds // 2)):
-                times["in-process"].append(_seconds(_IN_PROCESS, path))
-                for name, proxy in (("onnx-dl, plain", plain), ("onnx-dl, cache warm", cached)):
-                    proxy.unload()
-                    started = time.perf_counter()
-                    proxy.run(None, feed)
-                    times[name].append(time.perf_counter() - started)
-    work = "unloaded to first result, 200 MB"
-    rows = [figure(work, name, values, "s") for name, values in times.items()]
-    base = statistics.median(times["in-process"])
-    ratios = [value / base for value in times["onnx-dl, cache warm"]]
-    return [*rows, figure(work, "cache warm, ratio", ratios, "x", limit=0.5)]
+def caching_host(folder: Path | None) -> ModelHost:
+    """A host that is started, whose load cache is in ``folder``; None: it has none."""
+    switch = (
+        {"ONNX_DL_CACHE": "off"}
+        if folder is None
+        else {"ONNX_DL_CACHE": "on", "ONNX_DL_CACHE_DIR": str(folder)}
+    )
+    with environment(**switch):
+        host = ModelHost()
+        host.start()
+    return host
 
 
 def wait_for_cache(folder: Path) -> None:
@@ -121,3 +79,87 @@ def wait_for_cache(folder: Path) -> None:
             raise TimeoutError("nothing was saved")
         time.sleep(0.1)
     time.sleep(1)  # the saver still reads back what it wrote
+
+
+@contextlib.contextmanager
+def heavy_file() -> Iterator[Path]:
+    """200 MB of weights in a file, in a folder that goes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "heavy.onnx"
+        path.write_bytes(heavy())
+        yield path
+
+
+def _printed(code: str, path: str) -> float:
+    """The number that a fresh interpreter prints which runs this code."""
+    done = subprocess.run([sys.executable, "-c", code, path], stdout=subprocess.PIPE, check=True)
+    return float(done.stdout)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def small(case: Case, rounds: int) -> list[Row]:
+    """The tiny model: fresh application, reload, cycles."""
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file, ModelHost() as host:
+        file.write(case.model)
+        file.flush()
+        fresh = [_printed(_FRESH, file.name) for _ in range(max(3, rounds))]
+        with proxy_of(file.name, host) as proxy:
+            proxy.run(None, case.feed)
+            reloads = [_reload(proxy, case.feed) * 1e3 for _ in range(2 * rounds)]
+        cycles = [_cycles(case.feed, file.name, host) for _ in range(max(3, rounds // 3))]
+    return [
+        figure("fresh application, first call", OURS, fresh, "s", limit=0.6),
+        figure("unloaded to first result, tiny model", OURS, reloads, "ms", limit=25),
+        figure("ttl=0: load + run + unload, tiny model", OURS, cycles, "/s", limit=25, at_least=True),
+    ]
+
+
+def _reload(proxy: InferenceSessionProxy, feed: dict[str, Any]) -> float:
+    proxy.unload()
+    return _seconds(lambda: proxy.run(None, feed))
+
+
+def _cycles(feed: dict[str, Any], path: str, host: ModelHost) -> float:
+    """Loads per second: counted, because a call that finds the model still loaded is no cycle."""
+    with proxy_of(path, host, ttl=0) as brief, contextlib.closing(host.events()) as events:
+        brief.run(None, feed)
+        while events.get(10.0).type is not EventType.READY:
+            continue
+        seconds = _seconds(lambda: [brief.run(None, feed) for _ in range(_CYCLES)])
+        brief.unload()
+        seq, loads = host.snapshot().seq, 0
+        while (event := events.get(10.0)).seq < seq:
+            loads += event.type is EventType.READY
+    return loads / seconds
+
+
+def large(rounds: int) -> list[Row]:
+    """200 MB of weights: with the load cache off, and on and filled."""
+    found: dict[str, list[float]] = {BASE: [], PLAIN: [], CACHED: []}
+    with heavy_file() as path, contextlib.ExitStack() as stack:
+        folder = path.parent / "cache"
+        proxies = {}
+        for name, cache in ((PLAIN, None), (CACHED, folder)):
+            host = stack.enter_context(caching_host(cache))
+            proxies[name] = proxy_of(str(path), host)
+            proxies[name].run(None, HEAVY_FEED)
+        wait_for_cache(folder)
+        for _ in range(max(3, rounds)):
+            found[BASE].append(_printed(_CREATE_AND_RUN, str(path)))
+            for name, proxy in proxies.items():
+                found[name].append(_reload(proxy, HEAVY_FEED))
+                proxy.unload()
+    work = "unloaded to first result, 200 MB"
+    rows = [figure(work, name, values, "s") for name, values in found.items()]
+    base = statistics.median(found[BASE])  # of other processes: rounds have nothing in common
+    ratios = {name: [value / base for value in found[name]] for name in (PLAIN, CACHED)}
+    return [
+        *rows,
+        figure(work, f"{PLAIN}, ratio", ratios[PLAIN], "x"),
+        figure(work, f"{CACHED}, ratio", ratios[CACHED], "x", limit=0.5),
+    ]

@@ -1,110 +1,254 @@
-"""The least that a process boundary can cost in Python: a bare pipe, one array in shared memory, one child.
+"""The least that a process boundary can cost in Python: a wake-up each way, and arrays in shared memory.
 
 No arena, no leases, no errors, no lifecycle: what is here in addition to in-process is two wake-ups and one
-copy of the input.  With ``spin`` both ends burn a core instead of sleeping.
+copy of the inputs; results are views that the next call overwrites.  The two ends are woken by a pipe, by a
+socket pair, or not at all: they spin.  ``one_core``: both ends share a core while they are measured, where a
+wake-up is cheapest (and nobody else may want that core); else the scheduler places them as it likes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import json
+import math
 import mmap
 import os
+import select
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 
-_PAGE = 4096
+_PAGE: Final = 4096
+_LOOKS: Final = 50_000
+"""How often a spinning child looks for the next call before it sleeps: it must burn no core in the turns of
+the other ways."""
+_CALL, _ASLEEP = 0, 1  # words of the first page
+
+Feed = dict[str, np.ndarray]
 
 
-class BarePipe:
-    """``run`` takes one array and returns a view of the result, which the next call overwrites."""
+class Lane:
+    """The caller's end of one way into a child."""
 
-    def __init__(
-        self, model: bytes, threads: int, like: np.ndarray, result: np.ndarray, *, spin: bool
-    ) -> None:
-        self._file = tempfile.NamedTemporaryFile(suffix=".onnx")  # noqa: SIM115  # closed by close()
-        self._file.write(model)
-        self._file.flush()
-        size = _PAGE + -(-like.nbytes // _PAGE) * _PAGE + result.nbytes
+    def __init__(self, feed: Feed, results: Sequence[np.ndarray], how: str) -> None:
+        self.shapes = [(array.dtype.str, array.shape) for array in (*feed.values(), *results)]
+        self._how = how
+        self._read, self._write, *theirs = _ends(how)
         memory = os.memfd_create("floor")
-        os.ftruncate(memory, size)
-        to_child, self._write = os.pipe()
-        self._read, from_child = os.pipe()
-        shapes = [repr((array.dtype.str, array.shape)) for array in (like, result)]
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.floor", self._file.name, str(threads), str(int(spin))]
-            + [str(number) for number in (memory, size, to_child, from_child)]
-            + shapes,
-            pass_fds=[memory, to_child, from_child],
-        )
-        self._words, self._input, self._output = _views(memory, size, like, result)
-        for fd in (memory, to_child, from_child):
-            os.close(fd)
-        self._spin = spin
-        os.read(self._read, 1)
+        self.theirs = [memory, *theirs]
+        os.ftruncate(memory, _size(self.shapes))
+        self._words, *arrays = _views(memory, self.shapes)
+        self._inputs = dict(zip(feed, arrays, strict=False))
+        self._results = arrays[len(feed) :]
 
-    def run(self, array: np.ndarray) -> np.ndarray:
-        self._input[...] = array
-        if self._spin:
-            self._words[0] = 1
-            while self._words[0]:
-                pass
+    def run(self, feed: Feed) -> list[np.ndarray]:
+        """What is not in ``feed`` is as it was the last time."""
+        for name, array in feed.items():
+            np.copyto(self._inputs[name], array)
+        if self._how == "spin":
+            self._spin()
         else:
             os.write(self._write, b"1")
-            os.read(self._read, 1)
-        return self._output
+            self.heard()
+        return self._results
+
+    def _spin(self) -> None:
+        self._words[_CALL] = 1
+        if self._words[_ASLEEP]:
+            os.write(self._write, b"1")
+        looks = 0
+        while self._words[_CALL]:
+            looks += 1
+            if not looks % _LOOKS and select.select([self._read], [], [], 0)[0]:
+                self.heard()
+
+    def heard(self) -> None:
+        if not os.read(self._read, 1):
+            raise RuntimeError("the child of a floor ended")
+
+    def handed_over(self) -> None:
+        """The child has its ends: ours would hide its death."""
+        for fd in self.theirs:
+            os.close(fd)
+        self.theirs = []
 
     def close(self) -> None:
-        os.close(self._write)
-        self._child.kill()
-        self._child.wait()
-        os.close(self._read)
-        self._file.close()
+        self.handed_over()
+        for fd in {self._read, self._write}:
+            os.close(fd)
 
 
-def _views(
-    memory: int, size: int, like: np.ndarray, result: np.ndarray
-) -> tuple[memoryview, np.ndarray, np.ndarray]:
-    mapped = mmap.mmap(memory, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    after = _PAGE + -(-like.nbytes // _PAGE) * _PAGE
-    return (
-        memoryview(mapped)[:8].cast("Q"),
-        np.ndarray(like.shape, like.dtype, mapped, _PAGE),
-        np.ndarray(result.shape, result.dtype, mapped, after),
-    )
+def _ends(how: str) -> tuple[int, int, int, int]:
+    """To read from and to write to: for the caller, and for the child."""
+    if how == "socket":
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fd, other = mine.detach(), theirs.detach()
+        return fd, fd, other, os.dup(other)
+    there, write = os.pipe()
+    read, back = os.pipe()
+    return read, write, there, back
+
+
+class Floor:
+    """One child with one session, and a thread for each lane.  ``how``: pipe, socket or spin."""
+
+    def __init__(
+        self,
+        model: bytes,
+        threads: int,
+        feed: Feed,
+        results: Sequence[np.ndarray],
+        how: str,
+        *,
+        one_core: bool = False,
+        lanes: int = 1,
+    ) -> None:
+        self.name = f"floor: bare {how}" + (", one core" if one_core else "")
+        self._one_core = one_core
+        self._cores = os.sched_getaffinity(0)
+        self._child: subprocess.Popen[bytes] | None = None
+        self.lanes: list[Lane] = []
+        try:
+            for _ in range(lanes):
+                self.lanes.append(Lane(feed, results, how))
+            self._spawn(model, [threads, how, list(feed), self.lanes[0].shapes])
+            for lane in self.lanes:
+                lane.run(feed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self, model: bytes, orders: list[Any]) -> None:
+        fds = [lane.theirs for lane in self.lanes]
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            file.write(model)
+            file.flush()
+            command = [sys.executable, "-m", "benchmarks.floor", json.dumps([file.name, *orders, fds])]
+            self._child = subprocess.Popen(command, pass_fds=[*itertools.chain(*fds)])
+            for lane in self.lanes:
+                lane.handed_over()
+            for lane in self.lanes:
+                lane.heard()  # the session is there
+
+    def run(self, feed: Feed) -> list[np.ndarray]:
+        """By the first lane; see :meth:`Lane.run`."""
+        return self.lanes[0].run(feed)
+
+    def begin(self) -> None:
+        """A block begins."""
+        if self._one_core and self._child is not None:
+            here = {_current_core()}
+            os.sched_setaffinity(0, here)
+            os.sched_setaffinity(self._child.pid, here)
+
+    def end(self) -> None:
+        """It ends; the caller's thread may run anywhere again."""
+        if self._one_core:
+            os.sched_setaffinity(0, self._cores)
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        for lane in self.lanes:
+            lane.close()
+        self.lanes = []
+
+
+def _current_core() -> int:
+    return int(ctypes.CDLL(None).sched_getcpu())
+
+
+def _offsets(shapes: Sequence[tuple[str, Sequence[int]]]) -> Iterator[int]:
+    """Where each array begins, on pages of its own, and where the last one ends."""
+    at = _PAGE
+    yield at
+    for dtype, shape in shapes:
+        at += max(_PAGE, -(-np.dtype(dtype).itemsize * math.prod(shape) // _PAGE) * _PAGE)
+        yield at
+
+
+def _size(shapes: Sequence[tuple[str, Sequence[int]]]) -> int:
+    return list(_offsets(shapes))[-1]
+
+
+def _views(memory: int, shapes: Sequence[tuple[str, Sequence[int]]]) -> list[Any]:
+    mapped = mmap.mmap(memory, _size(shapes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    arrays = [
+        np.ndarray(tuple(shape), dtype, mapped, at)
+        for (dtype, shape), at in zip(shapes, _offsets(shapes), strict=False)
+    ]
+    return [memoryview(mapped)[:16].cast("Q"), *arrays]
+
+
+# --- the child -------------------------------------------------------------------------------------------
+
+
+def _session(path: str, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _bind(session: Any, names: list[str], arrays: list[np.ndarray]) -> Any:
+    """Its inputs and outputs where the caller has them."""
+    binding = session.io_binding()
+    for name, array in zip(names, arrays, strict=False):
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    for node, array in zip(session.get_outputs(), arrays[len(names) :], strict=True):
+        binding.bind_output(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    return binding
+
+
+def _main(
+    path: str, threads: int, how: str, names: list[str], shapes: list[Any], fds: list[list[int]]
+) -> None:
+    session = _session(path, threads)
+    for lane in fds[1:]:
+        threading.Thread(target=_serve, args=(session, how, names, shapes, *lane), daemon=True).start()
+    # The first lane is the main thread's, whose number is the process's: it can be told where to run.
+    _serve(session, how, names, shapes, *fds[0])
 
 
 def _serve(
-    path: str, threads: str, spin: str, memory: str, size: str, read: str, write: str, *shapes: str
+    session: Any, how: str, names: list[str], shapes: list[Any], memory: int, read: int, write: int
 ) -> None:
-    import ast
-
-    import onnxruntime
-
-    arrays = [np.empty(shape, dtype) for dtype, shape in map(ast.literal_eval, shapes)]
-    words, given, result = _views(int(memory), int(size), *arrays)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(threads)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    for bind, node, array in (
-        (binding.bind_input, session.get_inputs()[0], given),
-        (binding.bind_output, session.get_outputs()[0], result),
-    ):
-        bind(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    os.write(int(write), b"1")
-    while spin == "1":
-        while not words[0]:
-            pass
+    words, *arrays = _views(memory, shapes)
+    binding = _bind(session, names, arrays)
+    os.write(write, b"1")
+    while how == "spin":
+        _look(words, read)
         session.run_with_iobinding(binding)
-        words[0] = 0
-    while os.read(int(read), 1):
+        words[_CALL] = 0
+    while os.read(read, 1):
         session.run_with_iobinding(binding)
-        os.write(int(write), b"1")
+        os.write(write, b"1")
+
+
+def _look(words: memoryview, read: int) -> None:
+    """Until there is a call; after a while, asleep."""
+    for _ in range(_LOOKS):
+        if words[_CALL]:
+            return
+    words[_ASLEEP] = 1
+    while not words[_CALL]:
+        # Not without end: who calls may not have seen yet that this is asleep.
+        if select.select([read], [], [], 0.01)[0] and not os.read(read, 1):
+            raise SystemExit
+    words[_ASLEEP] = 0
 
 
 if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+    _main(*json.loads(sys.argv[1]))

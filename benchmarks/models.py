@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +13,20 @@ FLOAT = TensorProto.FLOAT
 
 
 class Case(NamedTuple):
-    """One line of the table: a model, its feed, and how many calls make a block."""
+    """One work of the table: a model, its feed, how many calls make a block, and the intra-op threads that
+    every way gives its session."""
 
+    key: str
     name: str
     model: bytes
     feed: dict[str, np.ndarray]
     calls: int
+    threads: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        return sum(array.nbytes for array in self.feed.values())
 
 
 def make_model(nodes: list, inputs: dict, outputs: dict, initializers: list | None = None) -> bytes:
@@ -33,7 +43,7 @@ def _add(shape: list[int]) -> bytes:
     return make_model([helper.make_node("Add", ["x", "one"], ["y"])], {"x": shape}, {"y": shape}, [one])
 
 
-def _pool() -> bytes:
+def _corner() -> bytes:
     """1x3x640x640 (4.9 MB) to its 1x3x480x480 corner (2.8 MB)."""
     bounds = [
         numpy_helper.from_array(np.array(v, np.int64), n)
@@ -58,19 +68,40 @@ def _convolutions(layers: int = 9, channels: int = 32) -> bytes:
     return make_model(nodes, {"x": [1, 3, 224, 224]}, {"y": [1, channels, 1, 1]}, weights)
 
 
-def cases() -> list[Case]:
-    """The table, from small to large."""
+def identity(shape: tuple[int, ...]) -> bytes:
+    """A model whose output can be fed to another that takes the same shape."""
+    return make_model([helper.make_node("Identity", ["x"], ["y"])], {"x": shape}, {"y": shape})
+
+
+def cases() -> dict[str, Case]:
+    """By key, from small to large."""
     rng = np.random.default_rng(1)
 
     def data(*shape: int) -> dict[str, np.ndarray]:
         return {"x": rng.standard_normal(shape, dtype=np.float32)}
 
-    return [
-        Case("tiny Add, 1x16", _add([1, 16]), data(1, 16), 400),
-        Case("5 MB in, 3 MB out", _pool(), data(1, 3, 640, 640), 40),
-        Case("64 MB in, 64 MB out", _add([16, 1024, 1024]), data(16, 1024, 1024), 3),
-        Case("convolution stack", _convolutions(), data(1, 3, 224, 224), 20),
-    ]
+    made = (
+        Case("tiny", "tiny Add, 1x16", _add([1, 16]), data(1, 16), 400, 1),
+        Case("5mb", "5 MB in, 3 MB out", _corner(), data(1, 3, 640, 640), 40, 2),
+        Case("64mb", "64 MB in, 64 MB out", _add([16, 1024, 1024]), data(16, 1024, 1024), 5, 2),
+        Case("conv", "convolution stack", _convolutions(), data(1, 3, 224, 224), 20, 2),
+    )
+    return {case.key: case for case in made}
+
+
+def voice_activity() -> Case | None:
+    """silero-vad from its package, if that is installed: 512 samples, and 64 before them, a call; one thread,
+    as the package has it.  The second output is the next call's ``state``."""
+    found = importlib.util.find_spec("silero_vad")
+    if found is None or found.origin is None:
+        return None
+    model = (Path(found.origin).parent / "data" / "silero_vad.onnx").read_bytes()
+    feed = {
+        "input": np.random.default_rng(0).standard_normal((1, 576), dtype=np.float32),
+        "state": np.zeros((2, 1, 128), np.float32),
+        "sr": np.array(16000, np.int64),
+    }
+    return Case("vad", "silero-vad, one stream", model, feed, 200, 1)
 
 
 def heavy(layers: int = 12, width: int = 2048) -> bytes:
