@@ -47,8 +47,8 @@ class InferenceSessionProxy:
         provider_options: one dict per provider.
         host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
         latency: ``"low"``: while calls follow each other within a fraction of a millisecond, both ends look
-            for messages for at most 0.5 ms before they sleep: two wake-ups fewer per call, two busy cores
-            meanwhile.  ``"normal"``: never.
+            for messages for at most 0.3 ms before they sleep: two wake-ups fewer per call, two busy cores
+            meanwhile.  For small inputs and results; with megabytes it can be slower.  ``"normal"``: never.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
 

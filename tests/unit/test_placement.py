@@ -96,6 +96,8 @@ def test_a_caller_who_polls_has_its_core_to_itself():
     assert apart.note(2, 10) == ALL - {2}
     assert apart.note(2, 10) is None
     assert apart.note(0, 10) == ALL - {0}
+    assert apart.note(0, 8_000_000) == ALL, "nobody polls for that long"
+    assert apart.note(0, 8_000_000) is None
 
 
 # --- patience --------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from __future__ import annotations
 import statistics
 from typing import Final
 
+from onnx_dl.transport.patience import MOST
+
 BLOCK: Final = 16
 """Calls after which a way is judged."""
 RETRY: Final = 128
@@ -26,19 +28,20 @@ _GAIN: Final = 0.9
 class Apart:
     """For callers who poll: they keep their core busy while they wait, so the worker runs on any other.
 
-    ``allowed``: the cores that it may run on, more than one.
+    Calls that take longer than anybody polls are left to the scheduler.  ``allowed``: the cores that the
+    worker may run on, more than one.
     """
 
     def __init__(self, allowed: frozenset[int]) -> None:
-        self._allowed = allowed
-        self._cpu = -1
+        self._allowed = self._now = allowed
 
     def note(self, cpu: int, took: int) -> frozenset[int] | None:
         """Like :meth:`Placement.note`."""
-        if cpu == self._cpu:
+        wanted = self._allowed if took > MOST * 1e9 else self._allowed - {cpu}
+        if wanted == self._now:
             return None
-        self._cpu = cpu
-        return self._allowed - {cpu}
+        self._now = wanted
+        return wanted
 
 
 class Placement:
