@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from benchmarks.models import Case, cases
 from benchmarks.report import number
 from benchmarks.stamps import CALL, CLIENT, HOOK, RETURNED, VARIABLE, Stamps, patch
 from benchmarks.timing import BASE, Times, Way
-from onnx_dl import ModelHost
+from onnx_dl import InferenceSessionProxy, ModelHost
 
 STEPS: Final = (
     "caller: arguments",
@@ -41,8 +41,14 @@ STEPS: Final = (
     "caller: lane back",
 )
 """From one mark of :mod:`benchmarks.stamps` to the next."""
-_KEYS: Final = ("tiny", "5mb")
-_LATENCIES: Final = ("normal", "low")
+_KINDS: Final = (
+    ("tiny", "normal", False),
+    ("tiny", "low", False),
+    ("5mb", "normal", False),
+    ("5mb", "low", False),
+    ("5mb", "normal", True),
+)
+"""Case, latency, and whether the input is built in shared memory."""
 _PLAIN, _STAMPED = "without stamps", "with stamps"
 
 
@@ -57,13 +63,13 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "where the time of a call goes, µs".ljust(46) + "".join(kind["name"].rjust(26) for kind in found)
+        "where the time of a call goes, µs".ljust(46) + "".join(kind["name"].rjust(20) for kind in found)
     ]
     for index, step in enumerate(STEPS):
-        lines.append(f"{step:<46}" + "".join(number(kind["steps"][index]).rjust(26) for kind in found))
+        lines.append(f"{step:<46}" + "".join(number(kind["steps"][index]).rjust(20) for kind in found))
     for label in ("sum of these", _STAMPED, _PLAIN, BASE):
         values = [sum(kind["steps"]) if label == "sum of these" else kind[label] for kind in found]
-        lines.append(f"{label:<46}" + "".join(number(value).rjust(26) for value in values))
+        lines.append(f"{label:<46}" + "".join(number(value).rjust(20) for value in values))
     return "\n".join(lines)
 
 
@@ -84,25 +90,34 @@ def _hosts(folder: str) -> Iterator[tuple[ModelHost, ModelHost]]:
 
 
 def _kind(
-    case: Case, latency: str, hosts: tuple[ModelHost, ModelHost], folder: str, rounds: int
+    case: Case, latency: str, in_arena: bool, hosts: tuple[ModelHost, ModelHost], folder: str, rounds: int
 ) -> dict[str, Any]:
     session = make_session(case.model, case.threads)
     with contextlib.ExitStack() as stack:
-        proxies = [
+        plain, stamped = (
             stack.enter_context(proxy_of(case.model, host, threads=case.threads, latency=latency))
             for host in hosts
-        ]
+        )
         collector = _Collector(folder)
         ways = [
             Way(BASE, lambda: session.run(None, case.feed)),
-            Way(_PLAIN, lambda: proxies[0].run(None, case.feed)),
-            Way(_STAMPED, lambda: proxies[1].run(None, case.feed), collector.begin, collector.end),
+            Way(_PLAIN, _call(plain, case, in_arena)),
+            Way(_STAMPED, _call(stamped, case, in_arena), collector.begin, collector.end),
         ]
         times = Times(ways, case.calls, rounds)
-        proxies[1].unload()  # so that the next case has the stamps to itself
+        stamped.unload()  # so that the next case has the stamps to itself
     whole = {way.name: statistics.median(times.by_round(way.name)) for way in ways}
-    name = f"{case.name.split(',')[0]}, {latency}"
+    name = f"{case.name.split(',')[0]}, {'in arena' if in_arena else latency}"
     return {"name": name, "steps": collector.steps(rounds * case.calls), **whole}
+
+
+def _call(proxy: InferenceSessionProxy, case: Case, in_arena: bool) -> Callable[[], Any]:
+    feed = dict(case.feed)
+    if in_arena:
+        for name, array in case.feed.items():
+            feed[name] = proxy.empty(array.shape, array.dtype)
+            feed[name][...] = array
+    return lambda: proxy.run(None, feed)
 
 
 class _Collector:
@@ -151,8 +166,8 @@ def _calls(stamps: list[tuple[int, int]]) -> list[list[float]]:
 
 def _work(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder, _hosts(folder) as hosts:
-        kinds = [(cases()[key], latency) for key in _KEYS for latency in _LATENCIES]
-        print(json.dumps([_kind(case, latency, hosts, folder, rounds) for case, latency in kinds]))
+        kinds = [(cases()[key], latency, in_arena) for key, latency, in_arena in _KINDS]
+        print(json.dumps([_kind(*kind, hosts, folder, rounds) for kind in kinds]))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ CLIENT: Final = (
 WORKER: Final = (
     Point("onnx_dl.transport.bell", "WorkerBell", "wait", None, WOKEN),
     Point("onnx_dl.workers.repeats", "Repeats", "answer_number", ASKED),
+    Point("onnx_dl.workers.repeats", "Repeats", "answer", ASKED),  # of inputs that lie in shared memory
     Point("onnx_dl.workers.ort", "OnnxRuntimeBackend", "repeat", RUN, RAN, made=True),
     Point("onnx_dl.transport.bell", "WorkerBell", "ring", ANSWER),
 )
