@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.calls import make_session, proxy_of
-from benchmarks.models import Case, cases
+from benchmarks.models import Case, cases, voice_activity
 from benchmarks.report import number
 from benchmarks.stamps import CALL, CLIENT, HOOK, RETURNED, VARIABLE, Stamps, patch
 from benchmarks.timing import BASE, Times, Way
@@ -44,6 +44,8 @@ STEPS: Final = (
 _KINDS: Final = (
     ("tiny", "normal", False),
     ("tiny", "low", False),
+    ("vad", "normal", False),
+    ("vad", "low", False),
     ("5mb", "normal", False),
     ("5mb", "low", False),
     ("5mb", "normal", True),
@@ -63,13 +65,13 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "where the time of a call goes, µs".ljust(46) + "".join(kind["name"].rjust(20) for kind in found)
+        "where the time of a call goes, µs".ljust(46) + "".join(kind["name"].rjust(19) for kind in found)
     ]
     for index, step in enumerate(STEPS):
-        lines.append(f"{step:<46}" + "".join(number(kind["steps"][index]).rjust(20) for kind in found))
+        lines.append(f"{step:<46}" + "".join(number(kind["steps"][index]).rjust(19) for kind in found))
     for label in ("sum of these", _STAMPED, _PLAIN, BASE):
         values = [sum(kind["steps"]) if label == "sum of these" else kind[label] for kind in found]
-        lines.append(f"{label:<46}" + "".join(number(value).rjust(20) for value in values))
+        lines.append(f"{label:<46}" + "".join(number(value).rjust(19) for value in values))
     return "\n".join(lines)
 
 
@@ -166,7 +168,8 @@ def _calls(stamps: list[tuple[int, int]]) -> list[list[float]]:
 
 def _work(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder, _hosts(folder) as hosts:
-        kinds = [(cases()[key], latency, in_arena) for key, latency, in_arena in _KINDS]
+        known = {**cases(), "vad": voice_activity()}
+        kinds = [(case, *how) for key, *how in _KINDS if (case := known[key]) is not None]
         print(json.dumps([_kind(*kind, hosts, folder, rounds) for kind in kinds]))
 
 
