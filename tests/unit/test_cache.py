@@ -16,7 +16,7 @@ from onnx_dl import cli
 from onnx_dl.config import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.workers import cacheable
-from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache
+from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of
 from onnx_dl.workers.external import external_files
 from tests.unit.builders import DESCRIPTION, spec
 
@@ -28,12 +28,13 @@ def store(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", LIMIT)
 
 
-def put(store: Cache, key: str, nbytes: int = 100, used: float | None = None) -> bool:
+def put(store: Cache, key: str, nbytes: int = 100, used: float | None = None, source: str = "") -> bool:
     with store.writing(key) as path:
         assert path is not None
         (path / MODEL).write_bytes(b"m" * 10)
         (path / WEIGHTS).write_bytes(b"w" * (nbytes - 10))
-        kept = store.keep(key, path, f"{key}.onnx", DESCRIPTION, [])
+        meta = Meta(name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path))
+        kept = store.keep(key, path, meta)
     if used is not None and kept:
         os.utime(store.root / key, (used, used))
     return kept
@@ -119,6 +120,14 @@ def test_what_is_larger_than_the_cache_is_not_kept_and_nothing_goes_for_it(store
     assert [entry.key for entry in store.entries()] == ["a"]
 
 
+def test_entries_of_models_that_are_gone_go_with_the_next_save(store: Cache, tmp_path: Path):
+    (tmp_path / "here.onnx").write_text("")
+    put(store, "here", source=str(tmp_path / "here.onnx"))
+    put(store, "gone", source=str(tmp_path / "gone.onnx"))
+    put(store, "bytes")
+    assert {entry.key for entry in store.entries()} == {"here", "bytes"}
+
+
 def test_clear(store: Cache):
     put(store, "a", 300)
     put(store, "b", 200)
@@ -170,6 +179,16 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 )
 def test_what_may_be_cached(fields: dict, expected: bool):
     assert cacheable.is_cacheable(spec(**fields)) is expected
+
+
+def test_files_in_the_temporary_folder_will_hardly_be_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    inside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmp" / "a" / "m.onnx"))
+    beside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmpfile.onnx"))
+    given = msgspec.structs.replace(spec(), path=None, blob="digest")
+    assert [cacheable.is_passing(model) for model in (inside, beside, given)] == [True, False, False]
 
 
 def test_ort_files_are_loaded_as_they_are():

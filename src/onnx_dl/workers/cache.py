@@ -37,10 +37,14 @@ Identity = tuple[str, int, int, int, int]
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
-    """What an entry says of itself.  ``files``: size and CRC-32 by name; ``external``: files beside the model
-    that hold its weights, as they were."""
+    """What an entry says of itself.
+
+    ``source``: the model's file, empty for one given as bytes; ``files``: size and CRC-32 by name;
+    ``external``: files beside the model that hold its weights, as they were.
+    """
 
     name: str
+    source: str
     description: ModelDescription
     files: dict[str, tuple[int, int]]
     external: list[Identity] = []
@@ -145,19 +149,16 @@ class Cache:
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-    def keep(
-        self, key: str, path: Path, name: str, description: ModelDescription, external: list[Identity]
-    ) -> bool:
+    def keep(self, key: str, path: Path, meta: Meta) -> bool:
         """Makes a folder from :meth:`writing` an entry; false if it alone is larger than the cache may be.
 
         Raises:
             OSError: the disk is full, for one.
         """
-        files = {file.name: (file.stat().st_size, _crc(file)) for file in path.iterdir()}
+        files = meta.files
         nbytes = sum(size for size, _ in files.values())
         if not self._make_room(nbytes):
             return False
-        meta = Meta(name=name, description=description, files=files, external=external)
         (path / _META).write_bytes(msgspec.json.encode(meta))
         for file in path.iterdir():
             with open(file, "rb") as opened:
@@ -169,6 +170,9 @@ class Cache:
     def _make_room(self, nbytes: int) -> bool:
         if nbytes > self._limit:
             return False
+        for entry in self.entries():
+            if entry.meta.source and not os.path.exists(entry.meta.source):
+                self.discard(entry.key)
         entries = self.entries()
         while entries and sum(entry.nbytes for entry in entries) + nbytes > self._limit:
             self.discard(entries.pop().key)
@@ -203,6 +207,11 @@ def _locked(fd: int) -> Iterator[bool]:
         yield False
     else:
         yield True
+
+
+def files_of(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each file in a folder."""
+    return {file.name: (file.stat().st_size, _crc(file)) for file in path.iterdir()}
 
 
 def _crc(path: Path) -> int:

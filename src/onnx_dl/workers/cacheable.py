@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +56,13 @@ def is_cacheable(spec: ModelSpec) -> bool:
         and all(key.startswith(_HARMLESS) for key in keys)
         and all(options.get(name, value) in (value, None) for name, value in _OFF.items())
         and _providers(spec) <= {"CPUExecutionProvider"}
+    )
+
+
+def is_passing(spec: ModelSpec) -> bool:
+    """Whether the file lies in the system's temporary folder: it will hardly be there the next time."""
+    return spec.path is not None and os.path.realpath(spec.path).startswith(
+        os.path.join(os.path.realpath(tempfile.gettempdir()), "")
     )
 
 

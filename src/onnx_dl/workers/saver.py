@@ -109,7 +109,14 @@ def _save(order: Order) -> None:
             return
         unchanged = [file_identity(file) for file in external] == before
         if unchanged and cacheable.key_of(spec, order.onnxruntime) == order.key:
-            store.keep(order.key, path, spec.name, order.description, before)
+            meta = cache.Meta(
+                name=spec.name,
+                source="" if spec.path is None else os.path.abspath(spec.path),
+                description=order.description,
+                files=cache.files_of(path),
+                external=before,
+            )
+            store.keep(order.key, path, meta)
 
 
 def _try(spec: ModelSpec, data: bytes | None, path: Path, nbytes: int) -> bool:
