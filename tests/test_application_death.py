@@ -59,11 +59,11 @@ def abstract_sockets() -> set[str]:
 
 
 def all_of_ours(supervisor: int) -> list[psutil.Process]:
-    """Processes of one supervisor: they are its session, whoever their parent is by now."""
+    """Processes of one supervisor: they are its group, whoever their parent is by now."""
     found = []
     for pid in psutil.pids():
         try:
-            if os.getsid(pid) == supervisor:
+            if os.getpgid(pid) == supervisor:
                 found.append(psutil.Process(pid))
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
@@ -72,7 +72,7 @@ def all_of_ours(supervisor: int) -> list[psutil.Process]:
 
 def assert_gone(supervisor: int) -> None:
     started = time.monotonic()
-    eventually(lambda: not all_of_ours(supervisor), f"the end of session {supervisor}", LIMIT)
+    eventually(lambda: not all_of_ours(supervisor), f"the end of group {supervisor}", LIMIT)
     assert time.monotonic() - started < LIMIT
 
 
