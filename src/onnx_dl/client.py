@@ -192,7 +192,7 @@ class RemoteModel:
     def _take_lane(self, lease: Lease) -> ClientLane | None:
         """A lane that nobody else uses; None if the worker went while it was opened: ask again."""
         if (lane := self._idle_lane(lease)) is not None:
-            # On its own socket a lane says itself, when it sends, that the worker is gone.
+            # With a bell, the exchange itself tells a call that was never begun.
             if not (lane.over_zmq and lane.is_dead()):
                 return lane
             lane.close()

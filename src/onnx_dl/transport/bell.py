@@ -2,7 +2,7 @@
 
 The caller rings an eventfd, which cannot raise SIGPIPE in an application; the worker rings a pipe, whose EOF
 tells the caller that the worker is gone.  That a caller is gone, the worker learns from the lane's socket:
-its main thread then rings for it.  What numbers mean is :mod:`onnx_dl.transport.lane`'s.
+its main thread then rings for it.  What numbers mean is :mod:`onnx_dl.transport.calls`'s.
 """
 
 from __future__ import annotations

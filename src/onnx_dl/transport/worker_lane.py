@@ -117,6 +117,11 @@ class WorkerLane(Lane):
         """Where small results of the next reply may be written."""
         return self._arena.scratch(nbytes)
 
+    @property
+    def current_scratch(self) -> Block | None:
+        """Where the small results of the last reply lie."""
+        return self._arena.current_scratch
+
     def lease(self, nbytes: int) -> Block:
         """Where a large result of the next reply may be written."""
         return self._arena.lease(nbytes)

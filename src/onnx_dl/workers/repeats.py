@@ -61,7 +61,8 @@ class Repeat:
         self.forget()
         if self._preparable and (tensors := in_place(sent)):
             self._nbytes = sum(align(_nbytes(t)) for t in tensors if not t.leased)
-            self._scratch = lane.scratch(self._nbytes) if self._nbytes else None
+            # The one that holds them: to ask for one could replace it, and the caller reads where they lay.
+            self._scratch = lane.current_scratch if self._nbytes else None
             self._results = tensors
 
     def run(self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int]) -> bytes | None:
