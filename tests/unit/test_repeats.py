@@ -17,9 +17,10 @@ class Lane:
     def __init__(self) -> None:
         self.arena, _ = arena()
         self.current_scratch = self.arena.scratch(1)
+        self._next = self.arena.lease(1)
 
     def scratch(self, nbytes: int) -> Any:
-        return self.arena.lease(nbytes)
+        return self._next
 
 
 class Backend:
