@@ -56,7 +56,7 @@ class Stamps:
 
 class Point(NamedTuple):
     """A method, and the marks to leave before and after it.  ``made``: not around the method, but around the
-    function that it returns."""
+    ``run`` of what it returns."""
 
     module: str
     owner: str
@@ -104,7 +104,9 @@ def _around(call: Callable[..., Any], point: Point, stamps: Stamps) -> Callable[
 def _around_made(make: Callable[..., Any], point: Point, stamps: Stamps) -> Callable[..., Any]:
     def stamped(*args: Any) -> Any:
         made = make(*args)
-        return None if made is None else _around(functools.partial(made), point, stamps)
+        return (
+            None if made is None else made._replace(run=_around(functools.partial(made.run), point, stamps))
+        )
 
     return stamped
 

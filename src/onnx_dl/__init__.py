@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from onnx_dl import recorder
+
 if TYPE_CHECKING:
     from onnx_dl.errors import (
         ConfigError,
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
         ProtocolError,
         ProxyClosedError,
         RemoteError,
+        RunTimeout,
         SharedMemoryError,
         SupervisorDied,
         SupervisorError,
@@ -47,6 +50,7 @@ _HOMES = {
         "ProtocolError",
         "ProxyClosedError",
         "RemoteError",
+        "RunTimeout",
         "SharedMemoryError",
         "SupervisorDied",
         "SupervisorError",
@@ -66,6 +70,9 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)
+
+# From now on, so that what onnxruntime does not tell again reaches workers.
+recorder.install()
 
 
 def __getattr__(name: str) -> Any:

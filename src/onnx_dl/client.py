@@ -13,22 +13,24 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from onnx_dl import remarks
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
 from onnx_dl.errors import ProtocolError, ProxyClosedError, UnloadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
-from onnx_dl.transport import failures, shm
+from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
+from onnx_dl.watch import Watch
 
 _LOAD_MARGIN: Final = 30.0
 """Seconds beyond the supervisor's own deadline for a load after which a client stops waiting."""
 
-_ANSWERS: Final = (int, m.Same, m.Result)
+ANSWERS: Final = (int, m.Same, m.Result)
 
 _lease_ids = itertools.count(1)
 
@@ -42,15 +44,18 @@ class Lease:
         self.latency = latency
         self.granted: m.Granted | None = None
         self.closed = False
+        self.told = False
+        """Whether its owner heard what onnxruntime said while it loaded the model."""
 
 
 class SharedBlob:
-    """A model given as bytes, in the supervisor's hands for as long as this lives."""
+    """Memory that a model is loaded from, in the supervisor's hands for as long as this lives."""
 
-    def __init__(self, connection: Connection, digest: str, data: bytes) -> None:
-        fd = shm.freeze(data)
+    def __init__(self, connection: Connection, name: str, make: Callable[[], int]) -> None:
+        """``make``: makes a descriptor of it, which is closed here."""
+        fd = make()
         try:
-            number = connection.share_blob(digest, fd)
+            number = connection.share_blob(name, fd)
         finally:
             os.close(fd)
         weakref.finalize(self, connection.tell, m.DropBlob(number=number)).atexit = False
@@ -73,15 +78,15 @@ class RemoteModel:
     """One model, shared by all proxies of this application that name it."""
 
     def __init__(
-        self, connection: Connection, spec: ModelSpec, settings: Settings, blob: SharedBlob | None
+        self, connection: Connection, spec: ModelSpec, settings: Settings, blobs: Sequence[SharedBlob] = ()
     ) -> None:
-        """``blob``: the model's bytes, if it was given as bytes."""
+        """``blobs``: the memory that it is loaded from."""
         self.connection = connection
         self.spec = spec
         self.description: ModelDescription | None = None
         self._load_timeout = settings.load_timeout
         self._over_zmq = settings.lane == "zmq"
-        self._blob = blob
+        self._blobs = blobs
         self._lock = threading.Lock()  # brief: guards what follows
         self._granted: m.Granted | None = None
         self._lanes: list[ClientLane] = []
@@ -91,15 +96,23 @@ class RemoteModel:
 
     # --- calls --------------------------------------------------------------------------------------------
 
-    def run(self, lease: Lease, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Any:
+    def run(
+        self,
+        lease: Lease,
+        outputs: Any,
+        feed: dict[str, Any],
+        options: dict[str, Any] | None,
+        watch: Watch | None = None,
+    ) -> Any:
         """One inference; arrays in the result are the caller's own.
 
         Raises:
             WorkerDied: the worker ended during the call, which may have been executed in part.
+            RunTimeout: ``watch`` has a deadline, and it passed.
             Exception: what onnxruntime raised, as the same class.
         """
 
-        return self._perform(lease, lambda lane: lane.call(outputs, feed, options))
+        return self._perform(lease, lambda lane: lane.call(outputs, feed, options), watch=watch)
 
     def keep(self, lease: Lease, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Kept:
         """Like :meth:`run`, but the arrays stay where they are, to be fed to other models of this host."""
@@ -110,9 +123,9 @@ class RemoteModel:
         kept: Kept = self._perform(lease, lambda lane: lane.call(outputs, feed, options, keep=True), finish)
         return kept
 
-    def invoke(self, lease: Lease, method: str, *args: Any) -> Any:
+    def invoke(self, lease: Lease, method: str, *args: Any, watch: Watch | None = None) -> Any:
         """Another method of the session, by name; raises like :meth:`run`."""
-        return self._perform(lease, lambda lane: m.Invoke(method=method, args=lane.pack(args)))
+        return self._perform(lease, lambda lane: m.Invoke(method=method, args=lane.pack(args)), watch=watch)
 
     def describe(self, lease: Lease) -> ModelDescription:
         """What the model says of itself.  Loads the model if it never was; later it costs no message."""
@@ -128,7 +141,8 @@ class RemoteModel:
         with contextlib.suppress(IndexError):
             self._lanes[-1].touch()
 
-    def _finish(self, lane: ClientLane, reply: m.Result | m.Same) -> Any:
+    def finish(self, lane: ClientLane, reply: m.Result | m.Same | int) -> Any:
+        """The values of a reply; the lane is free again."""
         result = lane.result(reply)
         self.put_lane(lane)
         return result
@@ -138,31 +152,61 @@ class RemoteModel:
         lease: Lease,
         make: Callable[[ClientLane], Any],
         finish: Callable[[ClientLane, Any], Any] | None = None,
+        watch: Watch | None = None,
     ) -> Any:
         while True:
-            lane = self._take_lane(lease)
-            if lane is None:
-                continue
-            try:
-                message = make(lane)
-            except Exception:  # the caller's values cannot be sent; nothing was
-                self.put_lane(lane)
-                raise
-            done, result = self._exchange(lane, message, finish or self._finish)
+            lane, message = self.ask_with(lease, make)
+            done, result = self._exchange(lane, message, finish or self.finish, watch)
             if done:
                 return result
 
+    def complete(self, lane: ClientLane, message: Any, watch: Watch) -> tuple[bool, Any]:
+        """Sends a request that was made and waits for its result; false: it was not executed, make it again.
+
+        Raises: like :meth:`run`.
+        """
+        return self._exchange(lane, message, self.finish, watch)
+
+    def ask_with(
+        self, lease: Lease, make: Callable[[ClientLane], Any], *, wait: bool = True
+    ) -> tuple[ClientLane, Any]:
+        """A lane that nobody else uses, and the request made for it, not sent.
+
+        Raises:
+            BlockingIOError: not ``wait``, and no lane is idle.
+            Exception: the caller's values cannot be sent; nothing was.
+        """
+        while (lane := self._take_lane(lease, wait=wait)) is None:
+            continue
+        try:
+            return lane, make(lane)
+        except Exception:
+            self.put_lane(lane)
+            raise
+
     def _exchange(
-        self, lane: ClientLane, message: Any, finish: Callable[[ClientLane, Any], Any]
+        self,
+        lane: ClientLane,
+        message: Any,
+        finish: Callable[[ClientLane, Any], Any],
+        watch: Watch | None = None,
     ) -> tuple[bool, Any]:
         """One request; false if it was not executed and must be made again."""
         try:
-            reply = lane.exchange(message)
-            if isinstance(reply, _ANSWERS):
+            reply = lane.exchange(message) if watch is None else watch.exchange(self, lane, message)
+            if isinstance(reply, ANSWERS):
                 return True, finish(lane, reply)
         except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             lane.close()
             raise
+        self.settle(lane, reply)
+        return False, None
+
+    def settle(self, lane: ClientLane, reply: Any) -> None:
+        """Looks after a lane whose request has no result.  Returns if the request is to be made again.
+
+        Raises: what the worker raised, or how it ended.
+        """
         match reply:
             case m.CallFailed(failure=failure):
                 self.put_lane(lane)
@@ -170,11 +214,20 @@ class RemoteModel:
             case m.Draining():
                 self._forget(lane.granted)
                 lane.close()
-                return False, None
+                return
         self._forget(lane.granted)
         lane.close()
         self._ask_fate(lane.granted)
-        return False, None
+
+    def terminate(self, lane: ClientLane) -> None:
+        """Has the worker end the call that this lane waits for, as soon as the model lets it."""
+        other = self._open_lane(lane.granted)
+        if other is None:  # the worker is gone, and the call with it
+            return
+        try:
+            other.exchange(lane.end_of_this())
+        finally:
+            other.close()
 
     def _ask_fate(self, granted: m.Granted) -> None:
         """The worker went without an answer.  Returns if it had drained, so that it never began the call."""
@@ -189,7 +242,7 @@ class RemoteModel:
 
     # --- lanes --------------------------------------------------------------------------------------------
 
-    def _take_lane(self, lease: Lease) -> ClientLane | None:
+    def _take_lane(self, lease: Lease, *, wait: bool = True) -> ClientLane | None:
         """A lane that nobody else uses; None if the worker went while it was opened: ask again."""
         if (lane := self._idle_lane(lease)) is not None:
             # With a bell, the exchange itself tells a call that was never begun.
@@ -198,6 +251,8 @@ class RemoteModel:
             lane.close()
             self._forget(lane.granted)
             return None
+        if not wait:
+            raise BlockingIOError("no lane is idle")
         granted = self._current(lease) or self._acquire(lease)
         lane = self._open_lane(granted, lease.latency)
         if lane is None:
@@ -265,8 +320,14 @@ class RemoteModel:
                 self.connection.tell(m.Release(proxy=lease.id))
                 raise
             if isinstance(answer, m.Denied):
-                raise failures.rebuild(answer.failure)
-            return self._accept(lease, answer)
+                error = failures.rebuild(answer.failure)
+                remarks.repeat(getattr(error, "remarks", None))
+                raise error
+            granted = self._accept(lease, answer)
+        if not lease.told:
+            lease.told = True
+            remarks.repeat(answer.description.details.get("remarks"))
+        return granted
 
     def _accept(self, lease: Lease, answer: m.Granted) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""

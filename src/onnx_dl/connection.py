@@ -125,14 +125,14 @@ class Connection:
             self._armed = True
             self._waker.wake()
 
-    def share_blob(self, digest: str, fd: int) -> int:
-        """Hands over a model given as bytes.  The supervisor has it before anything that is asked later.
+    def share_blob(self, name: str, fd: int) -> int:
+        """Hands over memory that a model is loaded from; the supervisor has it before what is asked later.
 
         Returns:
             The number by which DropBlob names it.
         """
         number = next(self._tickets)
-        self._lifeline.send(m.encode(m.Blob(number=number, digest=digest)), (fd,))
+        self._lifeline.send(m.encode(m.Blob(number=number, name=name)), (fd,))
         return number
 
     def close(self) -> None:

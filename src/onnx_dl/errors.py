@@ -16,6 +16,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── ProtocolError                       a peer said what the protocol does not allow
     ├── InvalidTransition                   a model was asked for a step its state does not allow
     ├── UnloadTimeout (TimeoutError)        unload() gave up waiting for running calls
+    ├── RunTimeout (TimeoutError)           run(timeout=) passed
     ├── RemoteError                         a worker raised a class this process does not know
     ├── SupervisorError
     │   ├── SupervisorStartError            the supervisor process did not come up
@@ -92,6 +93,12 @@ class UnloadTimeout(OnnxDLError, TimeoutError):
     """``unload(timeout=...)`` gave up; the unload goes on and happens when the running calls end."""
 
     code = "unload-timeout"
+
+
+class RunTimeout(OnnxDLError, TimeoutError):
+    """``run(timeout=...)`` passed; the run was told to end, as by ``RunOptions.terminate``."""
+
+    code = "run-timeout"
 
 
 class RemoteError(OnnxDLError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol, Self
 
 import msgspec
@@ -192,14 +191,17 @@ class ModelHost:
 
     # --- models -------------------------------------------------------------------------------------------
 
-    def model(self, spec: ModelSpec, data: bytes | None) -> RemoteModel:
-        """The one RemoteModel of this application for the spec, starting the supervisor if need be."""
+    def model(self, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]) -> RemoteModel:
+        """The one RemoteModel of this application for the spec, starting the supervisor if need be.
+
+        ``memory``: for each of the spec's blobs, what makes a descriptor of it.
+        """
         with self._lock:
             connection = self._connect()
             model = self._models.get(spec.key)
             if model is None:
-                blob = self._blob(connection, spec.blob, data)
-                model = RemoteModel(connection, spec, self._settings, blob)
+                blobs = [self._blob(connection, name, memory[name]) for name in spec.blobs]
+                model = RemoteModel(connection, spec, self._settings, blobs)
                 self._models[spec.key] = model
             return model
 
@@ -214,12 +216,10 @@ class ModelHost:
             connection.arm()  # memory of arrays that are gone by then is given back
         return self._buffers.empty(shape, dtype)
 
-    def _blob(self, connection: Connection, digest: str | None, data: bytes | None) -> SharedBlob | None:
-        if digest is None or data is None:
-            return None
-        blob = self._blobs.get(digest)
+    def _blob(self, connection: Connection, name: str, make: Callable[[], int]) -> SharedBlob:
+        blob = self._blobs.get(name)
         if blob is None:
-            blob = self._blobs[digest] = SharedBlob(connection, digest, data)
+            blob = self._blobs[name] = SharedBlob(connection, name, make)
         return blob
 
     def known_model(self, key: str) -> RemoteModel | None:
@@ -268,11 +268,6 @@ def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffer
     buffers.trim()
     left = [model.tidy(TIDY_EVERY) for model in list(models.values())]
     return any(left)
-
-
-def digest_of(blob: bytes) -> str:
-    """The identity of a model given as bytes: its SHA-256."""
-    return hashlib.sha256(blob).hexdigest()
 
 
 def _start_supervisor(address: str, secret: str, settings: config.Settings) -> subprocess.Popen[bytes]:

@@ -18,19 +18,29 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to load a model: all that a worker needs to know.
 
     ``path`` is as the user gave it, relative to ``cwd``; ``blob`` is the SHA-256 of a model given as bytes.
-    Exactly one of the two is set.  ``options``, ``providers``, ``provider_options`` and ``extra`` are what
-    :mod:`onnx_dl.options` makes of onnxruntime's arguments.
+    Exactly one of the two is set.  ``engine`` is the module in :mod:`onnx_dl.workers` that runs it.
+    ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.options` makes of
+    onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
+    ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).
     """
 
     key: str
     name: str
     cwd: str
+    engine: str = "ort"
     path: str | None = None
     blob: str | None = None
+    memory: str | None = None
     options: dict[str, Any] | None = None
     providers: list[Any] | None = None
     provider_options: list[Any] | None = None
     extra: dict[str, Any] = {}
+    surroundings: dict[str, Any] = {}
+
+    @property
+    def blobs(self) -> list[str]:
+        """Names of the memory that the model is loaded from."""
+        return [name for name in (self.blob, self.memory) if name is not None]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -44,13 +54,15 @@ class TensorSpec(msgspec.Struct, frozen=True):
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded model says of itself; remembered by clients, so asking again costs nothing."""
 
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-    overridable_initializers: list[TensorSpec]
-    modelmeta: dict[str, Any]
-    providers: list[str]
-    provider_options: dict[str, Any]
-    options: dict[str, Any]
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
+    overridable_initializers: list[TensorSpec] = []
+    modelmeta: dict[str, Any] = {}
+    providers: list[str] = []
+    provider_options: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    """What only this engine has to say."""
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cached_property
 from typing import Any
 
-from onnx_dl.model import TensorSpec
+from onnx_dl import options, recorded
+from onnx_dl.model import ModelDescription, TensorSpec
 
 
 class NodeArg:
@@ -50,14 +53,70 @@ class ModelMetadata:
         self.version: int = fields["version"]
 
 
+class AssignedNode:
+    """A node of a subgraph that an execution provider took, like ``onnxruntime.OrtEpAssignedNode``."""
+
+    def __init__(self, name: str, domain: str, op_type: str) -> None:
+        self.name = name
+        self.domain = domain
+        self.op_type = op_type
+
+
+class AssignedSubgraph:
+    """A subgraph that an execution provider took, like ``onnxruntime.OrtEpAssignedSubgraph``."""
+
+    def __init__(self, ep_name: str, nodes: list[list[str]]) -> None:
+        self.ep_name = ep_name
+        self._nodes = [AssignedNode(*node) for node in nodes]
+
+    def get_nodes(self) -> list[AssignedNode]:
+        return self._nodes
+
+
 class Description:
     """A model's metadata as the objects that onnxruntime returns; the same objects at each call."""
 
-    def __init__(self, described: Any) -> None:
+    def __init__(self, described: ModelDescription) -> None:
         self.inputs = [NodeArg(spec) for spec in described.inputs]
         self.outputs = [NodeArg(spec) for spec in described.outputs]
         self.overridable_initializers = [NodeArg(spec) for spec in described.overridable_initializers]
         self.modelmeta = ModelMetadata(described.modelmeta)
         self.providers: list[str] = described.providers
         self.provider_options: dict[str, dict[str, str]] = described.provider_options
-        self.options: dict[str, Any] = described.options
+        self.details = described.details
+        self._options = described.options
+
+    @cached_property
+    def session_options(self) -> Any:
+        """The options in force, as an ``onnxruntime.SessionOptions``."""
+        return options.make_session_options(self._options)
+
+    @cached_property
+    def input_memory_infos(self) -> list[Any]:
+        """As ``onnxruntime.OrtMemoryInfo``."""
+        return [_memory_info(*info) for info in self.details["input_memory_infos"]]
+
+    @cached_property
+    def output_memory_infos(self) -> list[Any]:
+        """As ``onnxruntime.OrtMemoryInfo``."""
+        return [_memory_info(*info) for info in self.details["output_memory_infos"]]
+
+    @cached_property
+    def input_epdevices(self) -> list[Any]:
+        """This process's ``onnxruntime.OrtEpDevice`` for those of the worker; None where it has none."""
+        local = importlib.import_module("onnxruntime").get_ep_devices()
+        known = [(recorded.device_identity(device), device) for device in local]
+        return [
+            next((device for identity, device in known if identity == wanted), None)
+            for wanted in self.details["input_epdevices"]
+        ]
+
+
+def _memory_info(name: str, allocator: str, device_id: int, mem_type: str) -> Any:
+    onnxruntime = importlib.import_module("onnxruntime")
+    return onnxruntime.OrtMemoryInfo(
+        name,
+        getattr(onnxruntime.OrtAllocatorType, allocator),
+        device_id,
+        getattr(onnxruntime.OrtMemType, mem_type),
+    )

@@ -1,8 +1,9 @@
 """onnxruntime's SessionOptions, RunOptions and providers, to and from plain data.
 
 Covers all that can be read back from these C++ objects; they can be neither pickled nor copied.  Config
-entries can be read by key only, so the keys that onnxruntime knows are listed here.  onnxruntime is imported
-only to make such an object, never to read one.
+entries can be read by key only, so the keys that onnxruntime knows are listed here; what cannot be read back
+at all comes from :mod:`onnx_dl.recorder` by way of :mod:`onnx_dl.recorded`.  onnxruntime is imported only to
+make such an object, never to read one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from onnx_dl import recorded, recorder
 from onnx_dl.errors import ConfigError
 
 SESSION_FIELDS: Final = (
@@ -90,13 +92,38 @@ def read_session_options(options: Any) -> dict[str, Any] | None:
     return _read(options, SESSION_FIELDS, "get_session_config_entry", SESSION_KEYS)
 
 
+def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recorded.Portable | None]:
+    """Like :func:`read_session_options`, with what was recorded; and that with the arrays that it names.
+
+    Raises:
+        AttributeError: it is no SessionOptions, in onnxruntime's words.
+        ConfigError: it was told what cannot reach a worker.
+    """
+    plain = read_session_options(options)
+    if plain is None:
+        return None, None
+    found = recorded.portable(options, recorder.SESSION_METHODS)
+    plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
+    if options.has_providers() and not any("provider" in name for name, *_ in found.calls):
+        raise ConfigError(
+            "add_provider() or add_provider_for_devices() of this SessionOptions was called before onnx_dl "
+            "was imported, and onnxruntime does not tell which provider it was. Import onnx_dl before it."
+        )
+    return plain | ({"calls": found.calls} if found.calls else {}), found
+
+
 def read_run_options(options: Any) -> dict[str, Any] | None:
     """A RunOptions as plain data; None stays None.
 
     Raises:
         AttributeError: it is no RunOptions.
     """
-    return None if options is None else _read(options, RUN_FIELDS, "get_run_config_entry", RUN_KEYS)
+    if options is None:
+        return None
+    plain = _read(options, RUN_FIELDS, "get_run_config_entry", RUN_KEYS)
+    found = recorded.portable(options, recorder.RUN_METHODS)
+    plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
+    return plain | {"calls": found.calls} if found.calls else plain
 
 
 def _read(options: Any, fields: Sequence[str], getter: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +139,7 @@ def _read(options: Any, fields: Sequence[str], getter: str, keys: Sequence[str])
 
 
 def make_session_options(plain: dict[str, Any]) -> Any:
-    """An ``onnxruntime.SessionOptions`` that says the same; imports onnxruntime."""
+    """An ``onnxruntime.SessionOptions`` that says the same, except what was recorded; imports it."""
     import onnxruntime
 
     return _fill(onnxruntime.SessionOptions(), plain, onnxruntime, "add_session_config_entry")
@@ -122,7 +149,9 @@ def make_run_options(plain: dict[str, Any]) -> Any:
     """An ``onnxruntime.RunOptions`` that says the same; imports onnxruntime."""
     import onnxruntime
 
-    return _fill(onnxruntime.RunOptions(), plain, onnxruntime, "add_run_config_entry")
+    options = _fill(onnxruntime.RunOptions(), plain, onnxruntime, "add_run_config_entry")
+    recorded.say_again(options, plain.get("calls", []), lambda place: None)
+    return options
 
 
 def _fill(options: Any, plain: dict[str, Any], onnxruntime: Any, setter: str) -> Any:
@@ -130,7 +159,7 @@ def _fill(options: Any, plain: dict[str, Any], onnxruntime: Any, setter: str) ->
         if name == "config":
             for key, text in value.items():
                 getattr(options, setter)(key, text)
-        else:
+        elif name not in ("calls", "places"):
             enum_name = _ENUMS.get(name)
             setattr(options, name, getattr(getattr(onnxruntime, enum_name), value) if enum_name else value)
     return options

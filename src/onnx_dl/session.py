@@ -1,35 +1,32 @@
 """InferenceSessionProxy: onnxruntime.InferenceSession's face on a model in a worker process.
 
-Covers arguments, results and metadata as onnxruntime has them, and what is ours: TTL, ``session()``,
-``unload()``, ``is_loaded``, ``close()``.  How a worker is found and called is :mod:`onnx_dl.client`'s.
+Covers onnxruntime's methods, arguments and results; what is ours is :mod:`onnx_dl.proxy`'s, bindings are
+:mod:`onnx_dl.binding`'s, constructor arguments :mod:`onnx_dl.sources`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
 import sys
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import config, installation, options
-from onnx_dl.client import Kept, Lease, RemoteModel
-from onnx_dl.errors import ConfigError, ProxyClosedError, UnsupportedValueError
-from onnx_dl.host import ModelHost, default_host, digest_of
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
-from onnx_dl.nodes import Description, ModelMetadata, NodeArg
+from onnx_dl import options, sources
+from onnx_dl.binding import IOBinding
+from onnx_dl.client import Kept, Lease
+from onnx_dl.host import ModelHost
+from onnx_dl.model import ModelDescription
+from onnx_dl.native import NativeSession
+from onnx_dl.nodes import AssignedSubgraph, Description, ModelMetadata, NodeArg
+from onnx_dl.proxy import ModelProxy
+from onnx_dl.watch import Watch
 
 _MISSING: Final = object()
-_EXTRA: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
 
 
-class InferenceSessionProxy:
+class InferenceSessionProxy(ModelProxy):
     """A drop-in for ``onnxruntime.InferenceSession`` whose model lives in a process of its own.
 
     Nothing is loaded until the first use.  All proxies of one model (the same file, options and providers)
@@ -38,7 +35,8 @@ class InferenceSessionProxy:
     Args:
         model_path: path of an .onnx or .ort file (str or PathLike), or the serialized model as bytes; also
             accepted by onnxruntime's own name, ``path_or_bytes``.
-        sess_options: an ``onnxruntime.SessionOptions``, read now: later changes have no effect.
+        sess_options: an ``onnxruntime.SessionOptions``, read now: later changes have no effect, except to
+            the memory of initializers that it was given.
         providers: names, or (name, options) pairs, in order of preference.
         ttl: seconds without use after which the worker ends, as int, float or text such as ``"90s"`` or
             ``"5m"``; -1: never; 0: after each use.  The longest TTL of the proxies that used a model counts.
@@ -49,13 +47,16 @@ class InferenceSessionProxy:
         latency: ``"low"``: while calls follow each other within a fraction of a millisecond, both ends look
             for messages for at most 0.3 ms before they sleep: two wake-ups fewer per call, two busy cores
             meanwhile.  For small inputs and results; with megabytes it can be slower.  ``"normal"``: never.
+        eager: load the model now, so that what is wrong with it is raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
 
     Raises:
         ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
         TypeError: the model is neither a path nor bytes.
-        onnxruntime's NoSuchFile: there is no such file.  A file that is not a model is refused at first use.
+        ConfigError: an option cannot reach a worker; the message names it.
+        onnxruntime's NoSuchFile: there is no such file.  Unless ``eager``, a file that is not a model is
+            refused at first use.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class InferenceSessionProxy:
         path_or_bytes: str | bytes | os.PathLike[str] = _MISSING,  # type: ignore[assignment]
         host: ModelHost | None = None,
         latency: str = "normal",
+        eager: bool = False,
         **kwargs: Any,
     ) -> None:
         if ttl is None or isinstance(ttl, list | tuple):
@@ -77,56 +79,232 @@ class InferenceSessionProxy:
         source = model_path if model_path is not _MISSING else path_or_bytes
         if source is _MISSING:
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
-        self._lease = Lease(config.parse_ttl(ttl), config.parse_latency(latency))
-        self._model_path, self._model_bytes = _split_source(source)
-        self._spec = _spec(
+        self._model_path, self._model_bytes = sources.locate(source)
+        self._arguments = (sess_options, kwargs)
+        found = self._find(providers, provider_options)
+        super().__init__(found.spec, ttl=ttl, latency=latency, host=host, memory=found.memory)  # type: ignore[arg-type]
+        self._live = found.live
+        self._forget_metadata()
+        self._falls_back = int(kwargs.get("enable_fallback", 1)) == 1
+        if eager:
+            self.load()
+
+    def _find(self, providers: Any, provider_options: Any) -> sources.Source:
+        sess_options, kwargs = self._arguments
+        return sources.describe(
             self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs
         )
-        self._host = host or default_host()
+
+    def _forget_metadata(self) -> None:
         self._description: Description | None = None
         self._described: ModelDescription | None = None
-        self._remote: RemoteModel | None = None
-        # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
-        # itself for ever.
-        self._finalizer = weakref.finalize(
-            self, _release, self._lease, weakref.ref(self._host), self._spec.key
-        )
-        # The interpreter's exit closes the host, which releases everything at once.
-        self._finalizer.atexit = False
+        self._sess = NativeSession(self)
 
-    # --- onnxruntime's face -------------------------------------------------------------------------------
+    # --- running ------------------------------------------------------------------------------------------
 
     def run(
-        self, output_names: Sequence[str] | None, input_feed: dict[str, Any], run_options: Any = None
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: dict[str, Any],
+        run_options: Any = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Any]:
         """One inference, as ``onnxruntime.InferenceSession.run``.
 
         Args:
             output_names: names of the outputs to compute; None or empty: all.
-            input_feed: a value per input name: an array of any shape and fixed-size dtype, a text array, a
-                list of numbers.
-            run_options: an ``onnxruntime.RunOptions``, read now.
+            input_feed: a value per input name: an array of any shape and fixed-size dtype, a text array, an
+                OrtValue, a list or dict where the model takes sequences or maps, None for an absent optional.
+            run_options: an ``onnxruntime.RunOptions``, read now; setting its ``terminate`` in another thread
+                ends the run.
+            timeout: seconds after which the run is told to end.
 
         Returns:
             One value per output, in order; arrays are writable, C-contiguous and the caller's own.
 
         Raises:
+            RunTimeout: ``timeout`` passed.
             WorkerDied: the worker ended during the call.
             Exception: what onnxruntime raises, as the same class with the same message.
         """
-        feed = {
-            name: value if type(value := input_feed[name]) is np.ndarray else _feedable(value)
-            for name in input_feed.keys()  # noqa: SIM118  # a list has none, and onnxruntime says so
-        }
-        plain = None if run_options is None else options.read_run_options(run_options)
-        result: list[Any] = self._model().run(self._lease, output_names, feed, plain)
+        feed = self._fed(input_feed)
+        if run_options is None and timeout is None:
+            plain = watch = None
+        else:
+            plain, watch = options.read_run_options(run_options), Watch(run_options, timeout)
+        try:
+            result: list[Any] = self._model().run(self._lease, output_names, feed, plain, watch)
+            return result
+        except Exception as error:
+            self._fall_back(error)
+            return self.run(output_names, input_feed, run_options, timeout=timeout)
+
+    async def arun(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: dict[str, Any],
+        run_options: Any = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """:meth:`run` as a coroutine, without a thread per call.  Cancelling its task ends the run.
+
+        Up to 32 calls of one model run at a time; others wait their turn.
+        """
+        from onnx_dl import asynchronous  # imports asyncio: 50 ms that most programs need not pay
+
+        feed = self._fed(input_feed)
+        plain = options.read_run_options(run_options)
+        nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
+        result: list[Any] = await asynchronous.call(
+            await self._amodel(),
+            self._lease,
+            lambda lane: lane.call(output_names, feed, plain),
+            nbytes,
+            timeout,
+            run_options,
+        )
         return result
+
+    def run_async(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: dict[str, Any],
+        callback: Callable[[Any, Any, str], object],
+        user_data: Any,
+        run_options: Any = None,
+    ) -> None:
+        """onnxruntime's own: returns at once; ``callback(results, user_data, error)`` is called in another
+        thread, one that other callbacks share.  For asyncio there is :meth:`arun`."""
+        from onnx_dl import callbacks
+
+        feed = self._fed(input_feed)
+        plain = options.read_run_options(run_options)
+        callbacks.call_back(
+            self._model(),
+            self._lease,
+            lambda lane: lane.call(output_names, feed, plain, background=True),
+            callback,
+            user_data,
+        )
+
+    def run_with_ort_values(
+        self,
+        output_names: Sequence[str] | None,
+        input_dict_ort_values: dict[str, Any],
+        run_options: Any = None,
+    ) -> list[Any]:
+        """One inference with an ``onnxruntime.OrtValue`` per input, whose results are OrtValues."""
+        feed = self._owned(input_dict_ort_values)
+        native = {name: value._get_c_value() for name, value in feed.items()}
+        try:
+            found = self._call("run_with_ort_values", list(output_names or ()), feed, run_options=run_options)
+        except Exception as error:
+            self._fall_back(error)
+            return self.run_with_ort_values(output_names, input_dict_ort_values, run_options)
+        del native
+        return list(found)
+
+    def run_with_ortvaluevector(
+        self,
+        run_options: Any,
+        feed_names: Sequence[str],
+        feeds: Any,
+        fetch_names: Sequence[str],
+        fetches: Any,
+        fetch_devices: Sequence[Any],
+    ) -> None:
+        """One inference with ``OrtValueVector``; ``fetches`` is filled with the results."""
+        found = self._call(
+            "run_with_ortvaluevector",
+            list(feed_names),
+            list(feeds),
+            list(fetch_names),
+            len(fetch_devices),
+            run_options=run_options,
+        )
+        for value in found:
+            fetches.push_back(value)
+
+    def io_binding(self) -> IOBinding:
+        """A binding of inputs and outputs to memory of this process."""
+        return IOBinding(self)
+
+    def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:
+        """One inference with what is bound; results go where outputs are bound.
+
+        Raises:
+            ValueError: the binding is another session's.
+            RuntimeError: what onnxruntime refuses.
+        """
+        if getattr(iobinding, "_session", None) is not self._sess:
+            raise ValueError("IOBinding must be used with the session that created it.")
+        iobinding._run(lambda *args: self._call("run_with_iobinding", *args, run_options=run_options))
+
+    def create_ortvalue_from_shape_and_type(
+        self,
+        shape: Sequence[int],
+        element_type: Any,
+        device_type: str,
+        device_id: int = 0,
+        vendor_id: int = -1,
+    ) -> Any:
+        """An OrtValue in this process that only this session takes; imports onnxruntime."""
+        import onnxruntime
+
+        made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            shape, element_type, device_type, device_id, vendor_id
+        )
+        made._session = self._sess
+        return made
+
+    def _fed(self, feed: Any) -> dict[str, Any]:
+        """The feed as a dict; initializers that the application changed are up to date after this."""
+        if self._live is not None:
+            self._live.refresh()
+        found = {name: feed[name] for name in feed.keys()}  # noqa: SIM118  # a list has none: it says so
+        for value in found.values():
+            if type(value) is not np.ndarray:
+                self._check_owner(value)
+        return found
+
+    def _owned(self, feed: Any) -> dict[str, Any]:
+        if self._live is not None:
+            self._live.refresh()
+        names = list(feed.keys())
+        missing = [
+            node.name
+            for node in self.get_inputs()
+            if node.name not in names and not node.type.startswith("optional")
+        ]
+        if missing:
+            raise ValueError(f"Required inputs ({missing}) are missing from input feed ({names}).")
+        for value in feed.values():
+            self._check_owner(value)
+        return dict(feed)
+
+    def _check_owner(self, value: Any, action: str = "used with") -> None:
+        owner = getattr(value, "_session", None)
+        if owner is not None and owner is not self._sess and type(value).__name__ == "OrtValue":
+            raise ValueError(f"Session-scoped OrtValue must be {action} the session that created it.")
+
+    def _call(self, method: str, *args: Any, run_options: Any) -> Any:
+        if self._live is not None:
+            self._live.refresh()
+        plain = options.read_run_options(run_options)
+        watch = None if run_options is None else Watch(run_options)
+        return self._model().invoke(self._lease, method, *args, plain, watch=watch)
+
+    def _invoke(self, method: str, *args: Any) -> Any:
+        return self._model().invoke(self._lease, method, *args)
 
     def _run_kept(self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any) -> Kept:
         """:meth:`run` for a :class:`~onnx_dl.pipelines.Pipeline`, whose next stage reads the results."""
-        feed = {name: _feedable(value) for name, value in feed.items()}
         plain = options.read_run_options(run_options)
-        return self._model().keep(self._lease, output_names, feed, plain)
+        return self._model().keep(self._lease, output_names, self._fed(feed), plain)
+
+    # --- metadata -----------------------------------------------------------------------------------------
 
     def get_inputs(self) -> list[NodeArg]:
         """The model's inputs; the same list at each call."""
@@ -154,100 +332,119 @@ class InferenceSessionProxy:
 
     def get_session_options(self) -> Any:
         """The options in force, as an ``onnxruntime.SessionOptions``: a copy; imports onnxruntime."""
-        return options.make_session_options(self._describe().options)
+        return self._describe().session_options
+
+    def get_input_memory_infos(self) -> list[Any]:
+        """An ``onnxruntime.OrtMemoryInfo`` per input: where the worker has it; imports onnxruntime."""
+        return self._describe().input_memory_infos
+
+    def get_output_memory_infos(self) -> list[Any]:
+        """An ``onnxruntime.OrtMemoryInfo`` per output: where the worker has it; imports onnxruntime."""
+        return self._describe().output_memory_infos
+
+    def get_input_epdevices(self) -> list[Any]:
+        """An ``onnxruntime.OrtEpDevice`` of this process per input; imports onnxruntime."""
+        return self._describe().input_epdevices
+
+    def get_provider_graph_assignment_info(self) -> list[AssignedSubgraph]:
+        """Which provider took which nodes; recorded only if the session's options ask for it."""
+        return [AssignedSubgraph(*part) for part in self._invoke("get_provider_graph_assignment_info")]
+
+    def get_profiling_start_time_ns(self) -> int:
+        """When profiling began, comparable to ``time.monotonic_ns()``; 0 if it is off."""
+        return int(self._describe().details["profiling_start_time_ns"])
 
     def end_profiling(self) -> str:
         """Ends profiling; the name of the profile, relative to the working directory, or '' if it was off."""
-        return str(self._model().invoke(self._lease, "end_profiling"))
+        return str(self._invoke("end_profiling"))
 
-    # --- ours ---------------------------------------------------------------------------------------------
+    # --- changing the session -----------------------------------------------------------------------------
 
-    @property
-    def ttl(self) -> float:
-        """Seconds without use after which the worker ends; -1: never; 0: after each use.  Settable."""
-        return self._lease.ttl
-
-    @ttl.setter
-    def ttl(self, value: float | str) -> None:
-        self._lease.ttl = config.parse_ttl(value)
-        if (model := self._host.known_model(self._spec.key)) is not None:
-            model.retime(self._lease, self._lease.ttl)
-
-    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-        """An array like ``numpy.empty``'s to build an input in, which then needs no copy.
-
-        That holds for contiguous parts of it of 64 KiB or more, too; smaller ones are copied.  Any model of
-        the same host takes it.  Do not write to it while a call with it runs.
-
-        Raises:
-            TypeError: the dtype has no fixed size.
-            SharedMemoryError: the system has no memory for it.
-        """
-        return self._host.empty(shape, dtype)
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether a worker has the model ready now.  Never loads it, and does not count as a use."""
-        model = self._host.known_model(self._spec.key)
-        status = model.status(measure=False) if model is not None else None
-        return status is not None and status.state is ModelState.READY
-
-    def load(self) -> None:
-        """Loads the model now, so that its first call need not wait; returns when it is ready.
-
-        Counts as a use: after a TTL without a call the model is unloaded again.  With ``ttl=0`` it waits for
-        its first call.
-
-        Raises: what the first call would raise.
-        """
-        self._model().load(self._lease)
-
-    async def aload(self) -> None:
-        """:meth:`load`, in a thread, for asyncio."""
-        import asyncio  # costs 50 ms that most programs need not pay
-
-        await asyncio.to_thread(self.load)
-
-    @contextlib.contextmanager
-    def session(self) -> Iterator[Self]:
-        """Holds the model loaded for the block; its TTL starts when the last block ends.
-
-        Blocks nest.  ``unload()`` waits for them; ``unload(force=True)`` does not.
-        """
-        model = self._model()
-        model.hold(self._lease)
-        try:
-            yield self
-        finally:
-            model.unhold()
-
-    def unload(self, *, force: bool = False, timeout: float | None = None) -> bool:
-        """Ends the model's worker, for all its proxies, and waits until its memory is back.
-
-        Running calls and ``session()`` blocks are waited for, unless ``force``: their callers then get
-        :class:`~onnx_dl.errors.WorkerDied`.  The next use loads the model again.
-
-        Returns:
-            Whether there was a worker to end.
-
-        Raises:
-            UnloadTimeout: calls still ran after ``timeout`` seconds; the unload happens when they end.
-        """
-        model = self._host.known_model(self._spec.key)
-        return model is not None and model.unload(force=force, timeout=timeout)
-
-    def close(self) -> None:
-        """Gives up the model; it is unloaded if no other proxy holds it.  May be called twice."""
+    def set_providers(
+        self, providers: Sequence[Any] | None = None, provider_options: Sequence[Any] | None = None
+    ) -> None:
+        """Loads the model anew with these providers.  Other proxies of it keep theirs."""
+        found = self._find(providers, provider_options)
         self._finalizer()
+        self._lease = Lease(self._lease.ttl, self._lease.latency)
+        self._take(found.spec, found.memory)
+        self._forget_metadata()
+        self.load()
 
-    def __enter__(self) -> Self:
-        return self
+    def disable_fallback(self) -> None:
+        """A run that fails in an execution provider raises."""
+        self._falls_back = False
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def enable_fallback(self) -> None:
+        """A run that fails in an execution provider is made again with other providers."""
+        self._falls_back = True
 
-    def __repr__(self) -> str:
-        return f"<InferenceSessionProxy of {self._spec.name}, ttl={self.ttl:g}>"
+    def _fall_back(self, error: Exception) -> None:
+        """Sets other providers if a provider failed and that is wanted, else raises the error again."""
+        if type(error).__name__ != "EPFail" or not self._falls_back:
+            raise error
+        print(f"EP Error: {error!s} using {self.get_providers()}")
+        print(f"Falling back to {self._fallback_providers} and retrying.")
+        self.set_providers(self._fallback_providers)
+        self.disable_fallback()
+
+    def set_ep_dynamic_options(self, options: dict[str, str]) -> None:
+        """Options of execution providers that may change; for all proxies of the model, until it unloads."""
+        self._invoke("set_ep_dynamic_options", options)
+
+    def get_tuning_results(self) -> Any:
+        """What tunable operators found, as onnxruntime gives it."""
+        return self._invoke("get_tuning_results")
+
+    def set_tuning_results(self, results: Any, *, error_on_invalid: bool = False) -> None:
+        """Gives tunable operators what was found before."""
+        self._invoke("set_tuning_results", results, error_on_invalid)
+
+    def release_captured_graph(self, graph_annotation_id: int = 0) -> None:
+        """Releases a graph that a provider captured."""
+        self._invoke("release_captured_graph", graph_annotation_id)
+
+    # --- what callers look at though it is private --------------------------------------------------------
+
+    @property
+    def _enable_fallback(self) -> bool:
+        return self._falls_back
+
+    @property
+    def _fallback_providers(self) -> list[str]:
+        return list(self._describe().details["fallback_providers"])
+
+    @property
+    def _sess_options(self) -> Any:
+        return self.get_session_options()
+
+    @property
+    def _sess_options_initial(self) -> Any:
+        return self._arguments[0]
+
+    @property
+    def _inputs_meta(self) -> list[NodeArg]:
+        return self.get_inputs()
+
+    @property
+    def _outputs_meta(self) -> list[NodeArg]:
+        return self.get_outputs()
+
+    @property
+    def _overridable_initializers(self) -> list[NodeArg]:
+        return self.get_overridable_initializers()
+
+    @property
+    def _model_meta(self) -> ModelMetadata:
+        return self.get_modelmeta()
+
+    @property
+    def _providers(self) -> list[str]:
+        return self.get_providers()
+
+    @property
+    def _provider_options(self) -> dict[str, dict[str, str]]:
+        return self.get_provider_options()
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -257,16 +454,12 @@ class InferenceSessionProxy:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _model(self) -> RemoteModel:
-        model = self._remote
-        if model is None or model.connection.closed:
-            if self._lease.closed:
-                raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
-            installation.check()
-            model = self._remote = self._host.model(self._spec, self._model_bytes)
-        elif self._lease.closed:
-            raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
-        return model
+    async def _amodel(self) -> Any:
+        """The model; a supervisor that must be started first is not the event loop's to wait for."""
+        import asyncio
+
+        known = self._remote is not None and not self._remote.connection.closed
+        return self._model() if known else await asyncio.to_thread(self._model)
 
     def _describe(self) -> Description:
         """Metadata, remembered: once known it is never asked for again, but counts as a use."""
@@ -280,84 +473,3 @@ class InferenceSessionProxy:
 
 
 InferenceSession = InferenceSessionProxy
-
-
-def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:
-    """A proxy is closed or collected."""
-    lease.closed = True
-    host = host_ref()
-    if host is not None and (model := host.known_model(key)) is not None:
-        model.leave(lease)
-
-
-def _feedable(value: Any) -> Any:
-    """An OrtValue as the array that it holds; anything else as it is."""
-    if type(value).__name__ != "OrtValue":
-        return value
-    try:
-        return value.numpy()
-    except Exception as error:
-        raise UnsupportedValueError(
-            f"This OrtValue cannot travel to a worker yet ({error}); feed a numpy array of another dtype."
-        ) from error
-
-
-def _split_source(source: object) -> tuple[str | None, bytes | None]:
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if not os.path.exists(path):
-            raise _no_such_file(path)
-        return path, None
-    if isinstance(source, bytes):
-        return None, source
-    raise TypeError(f"Unable to load from type '{type(source)}'")
-
-
-def _no_such_file(path: str) -> Exception:
-    """onnxruntime's own exception, in its own words."""
-    installation.check()
-    module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    error: Exception = module.NoSuchFile(
-        "[ONNXRuntimeError] : 3 : NO_SUCHFILE : "
-        f"Load model from {path} failed:Load model {path} failed. File doesn't exist"
-    )
-    return error
-
-
-def _spec(
-    path: str | None,
-    blob: bytes | None,
-    sess_options: Any,
-    providers: Any,
-    provider_options: Any,
-    kwargs: dict[str, Any],
-) -> ModelSpec:
-    """All that a worker needs to load the model, and the key that says which proxies share it."""
-    digest = None if blob is None else digest_of(blob)
-    how: dict[str, Any] = {
-        "options": options.read_session_options(sess_options),
-        "providers": options.read_providers(providers),
-        "provider_options": options.read_providers(provider_options),
-        "extra": {name: _extra(kwargs[name]) for name in _EXTRA if name in kwargs},
-    }
-    cwd = os.getcwd()
-    try:
-        f"{path}{cwd}".encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
-        ) from None
-    identity = digest if path is None else file_identity(path)
-    return ModelSpec(
-        # The working directory tells where a model given as bytes finds its external data, and profiles land.
-        key=model_key(identity, how, cwd),
-        name=path or f"bytes:{str(digest)[:12]}",
-        cwd=cwd,
-        path=path,
-        blob=digest,
-        **how,
-    )
-
-
-def _extra(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else value

@@ -44,7 +44,7 @@ EXAMPLES = [
     m.ClientHello(version=1, secret="s", client=b"\0\xff"),
     m.Welcome(),
     m.Refused(reason="no"),
-    m.Blob(number=1, digest="d"),
+    m.Blob(number=1, name="d"),
     m.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),
     m.Granted(ticket=1, worker_id=2, pid=3, address="a", secret="s", description=DESCRIPTION),
     m.Denied(ticket=1, failure=FAILURE),
@@ -69,6 +69,8 @@ EXAMPLES = [
     m.WorkerDraining(worker_id=1),
     m.WorkerDrained(worker_id=1),
     m.Exit(),
+    m.Terminate(thread=7, request=8),
+    m.Started(),
     m.Spawn(worker_id=1, identity=b"i", control="c"),
     m.Spawned(worker_id=1, pid=2),
     m.SpawnFailed(worker_id=1, reason="r"),
@@ -134,7 +136,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 2 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 3 .* same version of onnx-dl"):
             reader(raw)
 
 

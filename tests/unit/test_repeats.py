@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from onnx_dl.transport import messages as m
+from onnx_dl.workers.backend import Repeatable
+from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.repeats import Repeat
 from tests.unit.builders import arena
 
@@ -25,7 +27,7 @@ class Lane:
 
 class Backend:
     def repeat(self, outputs: Any, feed: Any, results: Any) -> Any:
-        return lambda: None
+        return Repeatable(lambda: None, None)
 
 
 def test_results_are_never_written_where_the_caller_does_not_read():
@@ -35,4 +37,4 @@ def test_results_are_never_written_where_the_caller_does_not_read():
     repeat = Repeat(call, None, {})
     repeat.learn(m.Items("list", [m.Tensor("<f4", (4,), lane.current_scratch.number, 0)]), lane)
     backend: Any = Backend()
-    assert repeat.run(lane, backend, {"x": np.zeros(1)}, []) is None
+    assert repeat.run(lane, backend, {"x": np.zeros(1)}, [], Halt()) is None

@@ -43,7 +43,7 @@ class _Client:
         self.lifeline = lifeline
         self.identity: bytes | None = None
         self.blobs: dict[int, tuple[str, int]] = {}
-        """Models given as bytes: digest and memfd."""
+        """Memory that models are loaded from: name and memfd."""
         self.pidfd: int | None = None
         # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
         with contextlib.suppress(OSError):
@@ -52,10 +52,10 @@ class _Client:
     def sources(self) -> list[int]:
         return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
 
-    def keep_blob(self, number: int, digest: str, fd: int) -> None:
-        """A model given as bytes; kept until the client drops it or is gone."""
+    def keep_blob(self, number: int, name: str, fd: int) -> None:
+        """Kept until the client drops it or is gone."""
         self.drop_blob(number)
-        self.blobs[number] = digest, fd
+        self.blobs[number] = name, fd
 
     def drop_blob(self, number: int) -> None:
         if (blob := self.blobs.pop(number, None)) is not None:
@@ -137,8 +137,8 @@ class Supervisor:
         for command in commands:
             match command:
                 case StartWorker(worker_id, spec):
-                    blob = None if spec.blob is None else self._blob(spec.blob)
-                    identity = self._processes.spawn(worker_id, blob)
+                    blobs = [fd for name in spec.blobs if (fd := self._blob(name)) is not None]
+                    identity = self._processes.spawn(worker_id, blobs)
                     self._identities[worker_id] = identity
                     self._workers[identity] = worker_id
                 case TellWorker(worker_id, message):
@@ -261,9 +261,9 @@ class Supervisor:
             models=self._scheduler.snapshot(now),
         )
 
-    def _blob(self, digest: str) -> int | None:
+    def _blob(self, name: str) -> int | None:
         kept = (blob for client in self._clients for blob in client.blobs.values())
-        return next((fd for known, fd in kept if known == digest), None)
+        return next((fd for known, fd in kept if known == name), None)
 
     def _hear_lifeline(self, client: _Client, *, gone: bool) -> None:
         """All that a client has said on its lifeline, and whether it is still there."""
@@ -291,7 +291,7 @@ class Supervisor:
         if isinstance(message, m.ClientHello):
             return self._welcome(client, message)
         if isinstance(message, m.Blob) and client.identity is not None and len(fds) == 1:
-            client.keep_blob(message.number, message.digest, fds[0])
+            client.keep_blob(message.number, message.name, fds[0])
             return True
         for fd in fds:
             os.close(fd)

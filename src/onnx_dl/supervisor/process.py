@@ -14,7 +14,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Final, Protocol
 
 from onnx_dl.transport import messages as m
@@ -89,11 +89,11 @@ class _Template:
 class _Process:
     """One worker process, from the request for it until it is reaped."""
 
-    def __init__(self, worker_id: int, blob: int | None) -> None:
+    def __init__(self, worker_id: int, blobs: Sequence[int]) -> None:
         self.worker_id = worker_id
         self.identity = secrets.token_bytes(16)
-        # A copy: the client may drop its own while this waits for a template.
-        self._blob = None if blob is None else os.dup(blob)
+        # Copies: the client may drop its own while this waits for a template.
+        self._blobs = [os.dup(blob) for blob in blobs]
         self.stderr = StderrTail()
         self.template: _Template | None = None
         self.pid: int | None = None
@@ -106,8 +106,8 @@ class _Process:
         self.template = template
         message = m.Spawn(worker_id=self.worker_id, identity=self.identity, control=control)
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end)
-        template.channel.send(m.encode(message), fds if self._blob is None else (*fds, self._blob))
-        self._drop_blob()
+        template.channel.send(m.encode(message), (*fds, *self._blobs))
+        self._drop_blobs()
         # Our copies would hide the worker's death from the other ends.
         os.close(self.stderr.write_end)
         self._lifeline_worker.close()
@@ -126,14 +126,13 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def _drop_blob(self) -> None:
-        if self._blob is not None:
-            os.close(self._blob)
-            self._blob = None
+    def _drop_blobs(self) -> None:
+        while self._blobs:
+            os.close(self._blobs.pop())
 
     def buried(self) -> str:
         """It is reaped; its last lines on stderr."""
-        self._drop_blob()
+        self._drop_blobs()
         self.stderr.pump()
         self.stderr.close()
         self._lifeline.close()
@@ -174,9 +173,9 @@ class Processes:
         template = self._template
         return [*fds, template.channel.fileno()] if template and template.open else fds
 
-    def spawn(self, worker_id: int, blob: int | None) -> bytes:
+    def spawn(self, worker_id: int, blobs: Sequence[int] = ()) -> bytes:
         """Starts a worker process and returns the routing id of its control socket."""
-        process = self._processes[worker_id] = _Process(worker_id, blob)
+        process = self._processes[worker_id] = _Process(worker_id, blobs)
         self._pending.append(process)
         self._dispatch()
         return process.identity

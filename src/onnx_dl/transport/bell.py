@@ -90,6 +90,10 @@ class CallerBell(_Waiter):
         """Wakes the worker with a number from 1 on."""
         os.eventfd_write(self._eventfd, number)
 
+    def fileno(self) -> int:
+        """Readable when the worker rang or is gone."""
+        return self._pipe
+
     def _read(self) -> int | None:
         data = os.read(self._pipe, 1)
         return data[0] if data else None

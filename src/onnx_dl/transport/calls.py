@@ -30,7 +30,11 @@ class Calls(Protocol):
         """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
 
     def next(self, timeout: float | None = None) -> Any:
-        """The next message; None if the peer is gone or the time is up.  Some are told by a number only."""
+        """The next message; None if the peer is gone.  Some are told by a number only.
+
+        Raises:
+            TimeoutError: none came for ``timeout`` seconds.
+        """
 
     def again(self, number: int) -> bool:
         """Sends Again, with nothing moved."""
@@ -58,11 +62,12 @@ class BellCalls:
         return sent
 
     def next(self, timeout: float | None = None) -> Any:
-        try:
-            number = self.bell.wait(timeout)
-            return self._handover.next(HANDOVER) if number == self._hears else number
-        except TimeoutError:
-            return None
+        number = self.bell.wait(timeout)
+        if number != self._hears:
+            return number
+        with contextlib.suppress(TimeoutError):  # it rang but says nothing: as good as gone
+            return self._handover.next(HANDOVER)
+        return None
 
     def again(self, number: int) -> bool:
         self.bell.ring(AGAIN + number)
@@ -106,8 +111,10 @@ class ZmqCalls:
             ready = sockets.wait(self._poller, None if deadline is None else deadline - time.monotonic())
             if self._socket in ready:
                 return self._socket.recv()
-            if not ready or self._handover.is_dead():
+            if self._handover.is_dead():
                 return _last_words(self._socket)
+            if not ready:
+                raise TimeoutError("nobody answered in time")
 
     def again(self, number: int) -> bool:
         return self.send(m.Again(plan=number))

@@ -22,6 +22,8 @@ _C = "onnxruntime.capi.onnxruntime_pybind11_state"
 
 def describe(error: BaseException, **details: Any) -> Failure:
     """``error`` as data; ``details`` are attributes to set on it when it is raised again."""
+    if remarks := getattr(error, "remarks", None):
+        details = {"remarks": remarks} | details
     if isinstance(error, OnnxDLError):
         details = error.details() | details
         return Failure(family="onnx_dl", name=error.code, args=[_text(error)], details=details)

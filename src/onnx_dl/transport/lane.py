@@ -32,7 +32,7 @@ from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, t
 from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
-Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold
+Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate
 
 LARGE: Final = 1 << 20
 """Bytes of shared memory that an idle lane may keep."""
@@ -101,7 +101,8 @@ class ClientLane(Lane):
         """Of the request that was made last; ``_asked``: of the one that was sent last."""
         self._asked: Plan | None = None
         self._requests = 0
-        self._took = 0
+        self._sent = False
+        self._sent_at = self._took = 0
         self.last_used = time.perf_counter_ns()
 
     def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
@@ -131,18 +132,21 @@ class ClientLane(Lane):
         options: dict[str, Any] | None,
         *,
         keep: bool = False,
+        background: bool = False,
     ) -> Request:
         """The request for one inference; the arrays in ``feed`` are copied, unless they lie in shared memory.
 
-        ``keep``: for :meth:`references` instead of :meth:`result`.
+        ``keep``: for :meth:`references` instead of :meth:`result`.  ``background``: Started comes first.
 
         Raises: like :meth:`Packer.pack`.
         """
         moved = self._moved(feed)
         self._key = None
-        plan = self._find_plan(outputs, feed, moved, keep) if options is None else None
+        plan = self._find_plan(outputs, feed, moved, keep) if options is None and not background else None
         if plan is None or (plan.nbytes and self._arena.scratch(plan.nbytes) is not plan.block):
-            return self._first_call(outputs, feed, options, moved, keep)
+            request = self._first_call(outputs, feed, options, moved, keep)
+            request.background = background
+            return request
         self._plan = plan
         plan.fill(feed)
         return m.Again(
@@ -204,24 +208,35 @@ class ClientLane(Lane):
         )
 
     def exchange(self, request: Request) -> Any:
-        """Sends a request and waits for its reply; None if the worker went without one.
+        """Sends a request and waits for its reply, see :meth:`send` and :meth:`receive`."""
+        self.send(request)
+        return self.receive()
 
-        A worker that was gone before is as one that drains: it has not begun anything.  An exception,
-        KeyboardInterrupt included, leaves the lane unusable: close it.
-        """
+    def send(self, request: Request) -> None:
+        """Sends a request.  An exception, KeyboardInterrupt included, leaves the lane unusable: close it."""
         self._asked, self._plan = self._plan, None
-        started = time.perf_counter_ns()
+        self._sent_at = time.perf_counter_ns()
         self._requests += 1
         if self._placement is not None:
             self._place(self._placement)
         self._page.ask(self._requests)
         if type(request) is m.Again and not request.moved:
-            sent = self._calls.again(request.plan)
+            self._sent = self._calls.again(request.plan)
         else:
-            sent = self._calls.send(request)
-        reply = self._calls.next() if sent else None
+            self._sent = self._calls.send(request)
+
+    def receive(self, timeout: float | None = None) -> Any:
+        """The reply to the request that was sent; None if the worker went without one.
+
+        A worker that was gone before is as one that drains: it has not begun anything.  An exception other
+        than this leaves the lane unusable: close it.
+
+        Raises:
+            TimeoutError: it did not come within ``timeout`` seconds; it may still.
+        """
+        reply = self._calls.next(timeout) if self._sent else None
         self.last_used = time.perf_counter_ns()
-        self._took = self.last_used - started
+        self._took = self.last_used - self._sent_at
         if reply is None and self._page.begun != self._requests:
             return m.Draining()
         return reply
@@ -231,6 +246,16 @@ class ClientLane(Lane):
         if cores := placement.note(_current_cpu(), self._took):
             with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
                 os.sched_setaffinity(self._thread, cores)
+
+    def end_of_this(self) -> m.Terminate:
+        """The request, for another lane, that ends the present call of this one."""
+        return m.Terminate(thread=self._thread, request=self._requests)
+
+    @property
+    def reply_fd(self) -> int | None:
+        """Readable when a reply is there; None if calls go over ZeroMQ."""
+        bell = getattr(self._calls, "bell", None)
+        return bell.fileno() if isinstance(bell, CallerBell) else None
 
     @property
     def is_large(self) -> bool:
@@ -243,7 +268,10 @@ class ClientLane(Lane):
         self._arena.trim()
         self._requests += 1
         self._calls.send(m.Trim())
-        done = isinstance(self._calls.next(_TRIM_TIMEOUT), m.Result)
+        try:
+            done = isinstance(self._calls.next(_TRIM_TIMEOUT), m.Result)
+        except TimeoutError:
+            return False
         return done and not self._handover.is_dead()
 
     def result(self, reply: m.Result | m.Same | int) -> Any:

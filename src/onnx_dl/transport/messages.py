@@ -15,7 +15,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -94,13 +94,14 @@ class Refused(Message):
 
 
 class Blob(Message):
-    """A model given as bytes; its memfd comes with the message.  Sent before the Acquire that names it.
+    """Memory that a model is loaded from (``ModelSpec.blobs``); its memfd comes with the message.  Sent
+    before the Acquire that names it.
 
-    ``number`` is for DropBlob: the same bytes may be handed over anew before they were dropped.
+    ``number`` is for DropBlob: the same memory may be handed over anew before it was dropped.
     """
 
     number: int
-    digest: str
+    name: str
 
 
 # --- control: client <-> supervisor over ZeroMQ ----------------------------------------------------------
@@ -134,7 +135,7 @@ class Denied(Message):
 
 
 class DropBlob(Message):
-    """The client will not load this model given as bytes any more."""
+    """The client will not load a model from this memory any more."""
 
     number: int
 
@@ -278,7 +279,7 @@ class Exit(Message):
 
 
 class Spawn(Message):
-    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr and, for a blob, its memfd."""
+    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, and the model's blobs."""
 
     worker_id: int
     identity: bytes
@@ -367,6 +368,8 @@ class Call(Message):
     plan: int | None = None
     moved: list[int] = []
     keep: bool = False
+    background: bool = False
+    """Answered by Started as soon as it runs, and then by its result."""
 
 
 class Again(Message):
@@ -386,6 +389,13 @@ class Invoke(Message):
     args: list[Value] = []
 
 
+class Terminate(Message):
+    """End the call that this thread of the worker is at, if it is still that request of its lane."""
+
+    thread: int
+    request: int
+
+
 class Touch(Message):
     """Count as a use that does nothing."""
 
@@ -403,7 +413,7 @@ class Trim(Message):
 
 
 class Result(Message):
-    """What a Call, Again, Invoke, Touch, Hold, Unhold or Trim returned."""
+    """What a Call, Again, Invoke, Touch, Hold, Unhold, Trim or Terminate returned."""
 
     value: Value
 
@@ -418,6 +428,10 @@ class CallFailed(Message):
     failure: Failure
 
 
+class Started(Message):
+    """A Call in the background runs; its result is still to come."""
+
+
 class Draining(Message):
     """Not executed: the worker takes no new work.  Acquire again."""
 
@@ -429,8 +443,10 @@ ToWorker = Load | Retime | Drain | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
 AboutBlocks = BlockShared | BlockDropped
-LaneRequest = Call | Again | Invoke | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks
-LaneReply = LaneOpen | Result | Same | CallFailed | Draining | Large | AboutBlocks
+LaneRequest = (
+    Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks
+)
+LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Large | AboutBlocks
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -1,8 +1,9 @@
 """Python values to and from the wire, with arrays in shared memory.
 
-Covers what ``InferenceSession.run`` takes and returns: arrays of every fixed-size dtype, text arrays, lists,
-dicts, numbers.  A value that onnxruntime would refuse still travels as it is, so that onnxruntime refuses it
-in its own words.  Where arrays lie is decided by :mod:`onnx_dl.transport.arena`.
+Covers what ``InferenceSession`` takes and returns: arrays of every fixed-size dtype, text arrays, lists,
+dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.values`).  A value that
+onnxruntime would refuse still travels as it is, so that onnxruntime refuses it in its own words.
+Where arrays lie is decided by :mod:`onnx_dl.transport.arena`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl import values as ort
 from onnx_dl.errors import OnnxDLError, ProtocolError
 from onnx_dl.transport.arena import Arena, Block, align
 from onnx_dl.transport.messages import Items, Plain, Strings, Tensor, Value
@@ -56,9 +58,10 @@ class Packer:
 
         Raises:
             RuntimeError: a value is of a kind that onnxruntime takes from nobody, in onnxruntime's words.
+            UnsupportedValueError: an OrtValue holds what onnxruntime gives no access to.
             SharedMemoryError: the system has no memory for an array.
         """
-        values = list(values)
+        values = [_lowered(value) for value in values]
         needed = sum(map(self._scratch_bytes, values))
         if needed:
             self.scratch = self._arena.scratch(needed)
@@ -87,6 +90,8 @@ class Packer:
             return sum(map(self._scratch_bytes, value))
         if type(value) is dict:
             return sum(map(self._scratch_bytes, value.values()))
+        if type(value) is ort.Parts:
+            return sum(map(self._scratch_bytes, value.items))
         return 0
 
     def _encode(self, value: Any) -> Value:
@@ -102,6 +107,8 @@ class Packer:
             return Items(type(value).__name__, [self._encode(item) for item in value])
         if type(value) is dict:
             return Items("dict", [self._encode(item) for item in chain.from_iterable(value.items())])
+        if type(value) is ort.Parts:
+            return Items(value.kind, [self._encode(item) for item in value.items])
         raise RuntimeError(f"Unable to handle object of type {type(value)}")
 
     def _encode_array(self, array: NDArray[Any]) -> Value:
@@ -125,6 +132,17 @@ class Packer:
         offset = self.nbytes
         self.nbytes += align(array.nbytes)
         return self.scratch, offset, False
+
+
+def _lowered(value: Any) -> Any:
+    """The value with onnxruntime's own objects in it taken apart."""
+    if isinstance(value, np.ndarray) or is_plain(value):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(_lowered, value))
+    if type(value) is dict:
+        return {key: _lowered(item) for key, item in value.items()}
+    return ort.take_apart(value) or value
 
 
 def is_plain(value: Any) -> bool:
@@ -191,6 +209,8 @@ class Unpacker:
                 return dict(zip(items[::2], items[1::2], strict=True))
             case "scalar":
                 return items[0][()]
+        if value.kind in ort.KINDS:
+            return ort.put_together(value.kind, items, copy=self._copy)
         raise ProtocolError(f"A container of kind {value.kind!r} is not part of the protocol.")
 
 

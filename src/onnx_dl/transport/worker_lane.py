@@ -80,6 +80,12 @@ class WorkerLane(Lane):
             page.begin()
         return request - AGAIN if type(request) is int else request
 
+    @property
+    def request(self) -> int:
+        """The number of the request that was received last."""
+        page = self._handover.mappings.page
+        return 0 if page is None else page.begun
+
     def unpack(self, value: m.Value) -> Any:
         """A value of a request; its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)
@@ -101,7 +107,7 @@ class WorkerLane(Lane):
             raise
         return packed
 
-    def say(self, message: m.CallFailed | m.Draining | bytes) -> None:
+    def say(self, message: m.CallFailed | m.Draining | m.Started | bytes) -> None:
         """Sends a reply that is ready to be sent."""
         self._calls.send(message)
 

@@ -1,17 +1,28 @@
 """The seam between a worker and the engine that runs its model.
 
-Covers what a worker asks of an engine.  An engine is one file beside this one; it is imported in the worker
-only, and knows nothing of sockets, shared memory or policy.
+Covers what a worker asks of an engine.  An engine is one module beside this one, named by
+``ModelSpec.engine``, whose function ``open_model(spec, blobs)`` returns a :class:`Backend`.  It is imported
+in the worker only, and knows nothing of sockets or policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import contextlib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
 from onnx_dl.model import ModelDescription, ModelSpec
+from onnx_dl.workers.halt import Halt
+
+
+class Repeatable(NamedTuple):
+    """A prepared call: ``run`` makes it, ``halt`` has it end early, from another thread."""
+
+    run: Callable[[], object]
+    halt: Callable[[], object] | None
 
 
 class Backend(Protocol):
@@ -20,22 +31,32 @@ class Backend(Protocol):
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
-    def ready(self, seconds: float, blob: int | None) -> None:
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
         """The model was loaded within so many seconds and its callers know: time for what can be done in the
-        background.  ``blob``: descriptor of a model given as bytes, valid until this returns."""
+        background.  ``blobs``: as it was loaded with, valid until this returns."""
 
-    def run(self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Sequence[Any]:
+    def run(
+        self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt
+    ) -> Sequence[Any]:
         """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
         share memory with them."""
 
-    def repeat(
-        self, outputs: Any, feed: dict[str, Any], results: list[NDArray[Any]]
-    ) -> Callable[[], object] | None:
-        """A call that was made before, as a function that can be called again and again: it reads ``feed``
-        and writes ``results`` in place, and raises if they cannot hold what comes out.  None if the engine
-        cannot do that."""
+    def run_async(
+        self,
+        outputs: Any,
+        feed: dict[str, Any],
+        options: dict[str, Any] | None,
+        halt: Halt,
+        started: Callable[[], object],
+    ) -> Sequence[Any]:
+        """Like :meth:`run`, as the engine does it in the background; ``started`` is called once it runs.
+        What is raised before is the caller's error, what is raised after is told to its callback as text."""
 
-    def invoke(self, method: str, args: list[Any]) -> Any:
+    def repeat(self, outputs: Any, feed: dict[str, Any], results: list[NDArray[Any]]) -> Repeatable | None:
+        """A call that was made before, to be made again and again: it reads ``feed`` and writes ``results``
+        in place, and raises if they cannot hold what comes out.  None if the engine cannot do that."""
+
+    def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
         """Another method of the engine's session.
 
         Raises:
@@ -46,8 +67,19 @@ class Backend(Protocol):
         """The last thing that is asked: write what must be on disk.  Memory need not be freed."""
 
 
-def load(spec: ModelSpec, blob: bytes | None) -> Backend:
-    """Loads the model.  Raises what the engine raises."""
-    from onnx_dl.workers.ort import OnnxRuntimeBackend
+def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
+    """Loads the model; ``blobs``: descriptors of the memory that the spec names.
 
-    return OnnxRuntimeBackend(spec, blob)
+    Raises:
+        ValueError: there is no such engine.
+        Exception: what the engine raises.
+    """
+    engine = None
+    if spec.engine.isidentifier():
+        with contextlib.suppress(ModuleNotFoundError):
+            engine = importlib.import_module(f"onnx_dl.workers.{spec.engine}")
+    opens = getattr(engine, "open_model", None)
+    if opens is None:
+        raise ValueError(f"There is no engine {spec.engine!r}.")
+    backend: Backend = opens(spec, blobs)
+    return backend

@@ -53,6 +53,8 @@ def is_cacheable(spec: ModelSpec) -> bool:
     return (
         not (spec.path or "").endswith(".ort")
         and set(spec.extra) <= {"enable_fallback"}
+        and "calls" not in options
+        and not spec.surroundings.get("libraries")
         and all(key.startswith(_HARMLESS) for key in keys)
         and all(options.get(name, value) in (value, None) for name, value in _OFF.items())
         and _providers(spec) <= {"CPUExecutionProvider"}
@@ -77,7 +79,7 @@ def key_of(spec: ModelSpec, onnxruntime: str) -> str:
         OSError: its file cannot be looked at.
     """
     identity = spec.blob if spec.path is None else file_identity(spec.path)
-    how = (spec.options, spec.providers, spec.provider_options, spec.extra)
+    how = (spec.options, spec.providers, spec.provider_options, spec.extra, spec.surroundings)
     return model_key(identity, *how, onnxruntime, _cpu())
 
 

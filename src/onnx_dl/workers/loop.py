@@ -20,7 +20,7 @@ import zmq
 
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, shm, sockets
+from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
@@ -28,6 +28,7 @@ from onnx_dl.workers import backend as backends
 from onnx_dl.workers import memory
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.gate import Gate
+from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.repeats import Repeat, Repeats
 
 _GREETING: Final = 10.0
@@ -37,10 +38,10 @@ _GREETING: Final = 10.0
 class Worker:
     """One model in this process."""
 
-    def __init__(self, spawn: m.Spawn, lifeline: int, blob: int | None) -> None:
+    def __init__(self, spawn: m.Spawn, lifeline: int, blobs: list[int]) -> None:
         self._id = spawn.worker_id
         self._lifeline = Channel.from_fd(lifeline)
-        self._blob = blob
+        self._blobs = blobs
         self._context = sockets.context()
         self._control = sockets.dealer(self._context, spawn.control, spawn.identity)
         self._secret = secrets.token_hex(16)
@@ -50,6 +51,8 @@ class Worker:
         self._gone: set[Channel] = set()
         """Of callers whose lanes are not closed yet."""
         self._lanes_lock = threading.Lock()
+        self._halts: dict[int, Halt] = {}
+        """By the thread that serves the lane."""
         self._done: queue.SimpleQueue[Channel] = queue.SimpleQueue()
 
     def serve(self) -> NoReturn:
@@ -64,7 +67,8 @@ class Worker:
         started = time.monotonic()
         try:
             os.chdir(order.spec.cwd)
-            backend = backends.load(order.spec, None if self._blob is None else shm.thaw(self._blob))
+            blobs = _named(order.spec.blobs, self._blobs)
+            backend = backends.load(order.spec, blobs)
             description = backend.describe()
             memory.trim()  # before ready, so that what is measured then is what stays
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
@@ -84,14 +88,10 @@ class Worker:
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            backend.ready(ready - started, self._blob)
-        self._close_blob()
+            backend.ready(ready - started, blobs)
+        sockets.close_all(self._blobs)
         with contextlib.closing(listener):
             self._attend(listener, backend)
-
-    def _close_blob(self) -> None:
-        if self._blob is not None:
-            os.close(self._blob)
 
     def _attend(self, listener: Listener, backend: Backend) -> None:
         """The main thread's loop, from ready to Exit."""
@@ -189,10 +189,11 @@ class Worker:
             self._lanes.add(lane)
             if lane.channel in self._gone:  # between its greeting and now
                 lane.hang_up()
-        service = LaneService(lane, self._gate, backend)
+        service = LaneService(lane, self._gate, backend, self._halts)
         try:
             service.run()
         finally:
+            self._halts.pop(threading.get_native_id())
             with self._lanes_lock:
                 self._lanes.discard(lane)
                 lane.close_calls()
@@ -214,11 +215,13 @@ class Worker:
 class LaneService:
     """Answers the requests of one lane."""
 
-    def __init__(self, lane: WorkerLane, gate: Gate, backend: Backend) -> None:
+    def __init__(self, lane: WorkerLane, gate: Gate, backend: Backend, halts: dict[int, Halt]) -> None:
         self._lane = lane
         self._gate = gate
         self._backend = backend
-        self._repeats = Repeats(lane, backend)
+        self._halts = halts
+        self._halt = halts[threading.get_native_id()] = Halt()
+        self._repeats = Repeats(lane, backend, self._halt)
         self._holds = 0
 
     def run(self) -> None:
@@ -229,6 +232,7 @@ class LaneService:
             except ProtocolError as error:
                 self._fail(error)
                 continue
+            self._halt.begin(self._lane.request)
             if type(request) is int:
                 self._guarded(self._repeats.answer_number, request)
                 continue
@@ -239,6 +243,10 @@ class LaneService:
                     self._guarded(self._call, request)
                 case m.Invoke():
                     self._guarded(self._invoke, request)
+                case m.Terminate(thread=thread, request=number):
+                    if (halt := self._halts.get(thread)) is not None:
+                        halt.ask(number)
+                    self._lane.reply(None)
                 case m.Touch():
                     self._guarded(lambda _: self._lane.reply(None), request)
                 case m.Hold():
@@ -281,11 +289,17 @@ class LaneService:
         outputs = self._lane.unpack(call.outputs)
         if call.plan is not None:
             self._repeats.remember(call.plan, Repeat(call, outputs, feed))
-        self._lane.reply(self._backend.run(outputs, feed, call.options), keep=call.keep)
+        if call.background:
+            run = self._backend.run_async(
+                outputs, feed, call.options, self._halt, lambda: self._lane.say(m.Started())
+            )
+        else:
+            run = self._backend.run(outputs, feed, call.options, self._halt)
+        self._lane.reply(run, keep=call.keep)
 
     def _invoke(self, request: m.Invoke) -> None:
         args = [self._lane.unpack(arg) for arg in request.args]
-        self._lane.reply(self._backend.invoke(request.method, args))
+        self._lane.reply(self._backend.invoke(request.method, args, self._halt))
 
     def _hold(self) -> None:
         if not self._gate.hold():
@@ -297,6 +311,12 @@ class LaneService:
     def _unhold(self) -> None:
         self._holds -= 1
         self._gate.unhold(time.monotonic())
+
+
+def _named(names: list[str], fds: list[int]) -> dict[str, int]:
+    if len(names) != len(fds):
+        raise RuntimeError("The application that gave the model's memory is gone.")
+    return dict(zip(names, fds, strict=True))
 
 
 def _leave() -> NoReturn:

@@ -19,6 +19,7 @@ from onnx_dl.transport.arena import Block, align
 from onnx_dl.transport.plans import in_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.halt import Halt
 
 _MOST: Final = 16
 """Preparations of one call: one for each set of blocks in which its large arrays take turns."""
@@ -26,6 +27,7 @@ _MOST: Final = 16
 
 class _Prepared(NamedTuple):
     run: Callable[[], object]
+    halt: Callable[[], object] | None
     reply: bytes
     """Empty: Same."""
 
@@ -65,7 +67,9 @@ class Repeat:
             self._scratch = lane.current_scratch if self._nbytes else None
             self._results = tensors
 
-    def run(self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int]) -> bytes | None:
+    def run(
+        self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int], halt: Halt
+    ) -> bytes | None:
         """Runs the call as it was prepared; returns the reply.  None: run it the plain way.
 
         ``key`` says where those arrays of ``feed`` lie that lie elsewhere each time.
@@ -76,7 +80,11 @@ class Repeat:
         try:
             prepared = self._prepare(leased, backend, feed, (*key, *(block.number for block in leased)))
             if prepared is not None:
-                prepared.run()
+                halt.attach(prepared.halt)
+                try:
+                    prepared.run()
+                finally:
+                    halt.detach()
                 return prepared.reply
         except Exception:  # the plain way shall tell, or find other shapes
             self._preparable = False
@@ -99,23 +107,24 @@ class Repeat:
             (t, next(leased) if t.leased else self._scratch) for t in self._results
         ]
         arrays = [block.array(t.dtype, t.shape, 0 if t.leased else t.offset) for t, block in places]
-        run = backend.repeat(self.outputs, feed, arrays)
-        if run is None:
+        made = backend.repeat(self.outputs, feed, arrays)
+        if made is None:
             self._preparable = False
             return None
         if not any(t.leased for t in self._results):
-            return _Prepared(run, b"")
+            return _Prepared(made.run, made.halt, b"")
         tensors: list[m.Value] = [
             m.Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased else t for t, block in places
         ]
-        return _Prepared(run, m.encode(m.Result(value=m.Items("list", tensors))))
+        return _Prepared(made.run, made.halt, m.encode(m.Result(value=m.Items("list", tensors))))
 
 
 class Repeats:
     """All that one caller repeats."""
 
-    def __init__(self, lane: WorkerLane, backend: Backend) -> None:
+    def __init__(self, lane: WorkerLane, backend: Backend, halt: Halt) -> None:
         self._lane = lane
+        self._halt = halt
         self._backend = backend
         self._repeats: dict[int, Repeat] = {}
         self._drops = 0
@@ -157,9 +166,10 @@ class Repeats:
         return repeat
 
     def _run(self, repeat: Repeat, feed: dict[str, Any], key: list[int]) -> None:
-        reply = repeat.run(self._lane, self._backend, feed, key)
+        reply = repeat.run(self._lane, self._backend, feed, key, self._halt)
         if reply is None:
-            sent = self._lane.reply(self._backend.run(repeat.outputs, feed, None), keep=repeat.keep)
+            run = self._backend.run(repeat.outputs, feed, None, self._halt)
+            sent = self._lane.reply(run, keep=repeat.keep)
             repeat.learn(sent, self._lane)
         elif reply:
             self._lane.say(reply)

@@ -134,22 +134,22 @@ def _free_memory() -> int:
 
 
 def _write(spec: ModelSpec, data: bytes | None, path: Path) -> None:
-    from onnx_dl.workers.ort import open_session
+    from onnx_dl.workers.ort_session import Opened
 
-    open_session(cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS), data)
+    Opened(cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS), data)
 
 
 def _gives_the_same(spec: ModelSpec, data: bytes | None, path: Path) -> bool:
     """Whether the saved model answers like the model itself, twice, because some give the dice a roll."""
-    from onnx_dl.workers.ort import open_session
+    from onnx_dl.workers.ort_session import Opened
 
-    session = open_session(spec, data)
+    session = Opened(spec, data).session
     feed = next((feed for size in _SIZES if (feed := _feed(session, size)) is not None), None)
     if feed is None:
         return False
     wanted, again = _bytes_of(session, feed), _bytes_of(session, feed)
     del session
-    saved = open_session(cacheable.loading(spec, str(path / cache.MODEL)), None)
+    saved = Opened(cacheable.loading(spec, str(path / cache.MODEL)), None).session
     return wanted == again == _bytes_of(saved, feed)
 
 

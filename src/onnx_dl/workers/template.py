@@ -21,6 +21,7 @@ import signal
 import traceback
 from typing import Final, NoReturn
 
+from onnx_dl import recorder
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers import memory
@@ -86,13 +87,13 @@ class Template:
         """The rest of this process's life is a worker's."""
         try:
             self._shed()
-            lifeline, stderr, *blob = fds
+            lifeline, stderr, *blobs = fds
             os.dup2(stderr, 2)
             os.close(stderr)
             die_with_parent()
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
             _name_process(f"onnx-dl:{spawn.worker_id}")
-            Worker(spawn, lifeline, blob[0] if blob else None).serve()
+            Worker(spawn, lifeline, blobs).serve()
         except BaseException:
             traceback.print_exc()
             os._exit(70)
@@ -155,6 +156,7 @@ def _is_single_threaded() -> bool:
 def main(channel_fd: int, mode: str) -> NoReturn:
     """Entry point of the process; ``mode`` is ``fork`` or ``exec``."""
     die_with_parent()
+    recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
     _name_process("onnx-dl-template")
     channel = Channel.from_fd(channel_fd)

@@ -1,0 +1,216 @@
+"""IOBinding over a process boundary: inputs are read, and results written, where the application bound them.
+
+Covers ``onnxruntime.IOBinding``'s methods.  Addresses are this process's: at every run the inputs' memory is
+copied to the worker and the results' to where they are bound, so what is bound stays live as it does
+in-process.  As there, memory that a run allocated for an output is bound to it from then on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from onnx_dl import values
+
+_C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
+_PLAIN: Final = frozenset("biufc")
+_BOTH_NEEDED: Final = "`element_type` and `shape` are to be provided if pre-allocated memory is provided"
+
+
+class _Output:
+    """Where one output goes.  ``value``: a native OrtValue that holds it, if there is one yet."""
+
+    def __init__(self, device: str, number: int, value: Any = None) -> None:
+        self.device = device
+        self.number = number
+        self.value = value
+
+
+class IOBinding:
+    """What ``onnxruntime.IOBinding`` is, for a proxy.  Arrays are numpy's, values are ``OrtValue``."""
+
+    def __init__(self, proxy: Any) -> None:
+        """``proxy``: the InferenceSessionProxy that made it."""
+        self._proxy = proxy
+        self._session = proxy._sess
+        self._inputs: dict[str, Any] = {}
+        self._outputs: dict[str, _Output] = {}
+
+    @property
+    def _iobinding(self) -> IOBinding:
+        """What callers hand to the native session."""
+        return self
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """``isinstance(binding, onnxruntime.IOBinding)`` holds."""
+        onnxruntime = sys.modules.get("onnxruntime")
+        return getattr(onnxruntime, "IOBinding", None) or IOBinding
+
+    # --- inputs -------------------------------------------------------------------------------------------
+
+    def bind_cpu_input(self, name: str, arr_on_cpu: Any) -> None:
+        """Binds an array, whose memory is read at every run.
+
+        Raises:
+            RuntimeError: there is no such input, or it takes no tensors of numbers, in onnxruntime's words.
+        """
+        array = arr_on_cpu
+        known = any(node.name == name and node.type != "tensor(string)" for node in self._proxy.get_inputs())
+        if not (known and type(array) is np.ndarray and array.dtype.kind in _PLAIN):
+            self._proxy._invoke("check_binding", name, array)
+        if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)  # onnxruntime copies such an array now, too
+        self._inputs[name] = array
+
+    def bind_input(
+        self,
+        name: str,
+        device_type: str,
+        device_id: int,
+        element_type: Any,
+        shape: Sequence[int],
+        buffer_ptr: int,
+    ) -> None:
+        """Binds memory at an address, which is read at every run.
+
+        Args:
+            element_type: a numpy type, or an int of onnx's TensorProto.DataType.
+            shape: of the tensor that lies there.
+        """
+        self._inputs[name] = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+
+    def bind_ortvalue_input(self, name: str, ortvalue: Any) -> None:
+        """Binds an OrtValue, which is read at every run."""
+        self._proxy._check_owner(ortvalue, "bound to")
+        self._inputs[name] = ortvalue._ortvalue
+
+    def synchronize_inputs(self) -> None:
+        """Nothing to do: inputs are copied when a run begins."""
+
+    def clear_binding_inputs(self) -> None:
+        self._inputs.clear()
+
+    # --- outputs ------------------------------------------------------------------------------------------
+
+    def bind_output(
+        self,
+        name: str,
+        device_type: str = "cpu",
+        device_id: int = 0,
+        element_type: Any = None,
+        shape: Sequence[int] | None = None,
+        buffer_ptr: int | None = None,
+    ) -> None:
+        """Binds an output to memory at an address, or, without one, to what a run allocates.
+
+        Raises:
+            ValueError: an address without element type or shape.
+        """
+        if buffer_ptr is None:
+            _check_device(device_type, device_id)
+            self._outputs[name] = _Output(device_type, device_id)
+            return
+        if element_type is None or shape is None:
+            raise ValueError(_BOTH_NEEDED)
+        value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+        self._outputs[name] = _Output(device_type, device_id, value)
+
+    def bind_ortvalue_output(self, name: str, ortvalue: Any) -> None:
+        """Binds an output to an OrtValue's memory."""
+        self._proxy._check_owner(ortvalue, "bound to")
+        self._outputs[name] = _Output("cpu", 0, ortvalue._ortvalue)
+
+    def synchronize_outputs(self) -> None:
+        """Nothing to do: results are there when a run ends."""
+
+    def clear_binding_outputs(self) -> None:
+        self._outputs.clear()
+
+    def get_outputs(self) -> list[Any]:
+        """The outputs of the last run as ``onnxruntime.OrtValue``, in the order in which they were bound.
+
+        Raises:
+            RuntimeError: there was no run yet.
+        """
+        onnxruntime = importlib.import_module("onnxruntime")
+        return [onnxruntime.OrtValue(value) for value in self._results()]
+
+    def get_outputs_as_ortvaluevector(self) -> Any:
+        """The outputs of the last run as an ``OrtValueVector``."""
+        vector = importlib.import_module(_C).OrtValueVector()
+        for value in self._results():
+            vector.push_back(value)
+        return vector
+
+    def copy_outputs_to_cpu(self) -> list[Any]:
+        """The outputs of the last run as arrays of their own (lists and dicts for sequences and maps)."""
+        return [_python(value) for value in self._results()]
+
+    def _results(self) -> list[Any]:
+        found = [output.value for output in self._outputs.values()]
+        if any(value is None for value in found):
+            raise RuntimeError("This IOBinding has no outputs yet: run_with_iobinding() comes first.")
+        return found
+
+    # --- a run --------------------------------------------------------------------------------------------
+
+    def _at(
+        self, device_type: str, device_id: int, element_type: Any, shape: Sequence[int], address: int
+    ) -> Any:
+        """A native OrtValue over memory of this process."""
+        onnxruntime = importlib.import_module("onnxruntime")
+        _check_device(device_type, device_id)
+        number, nbytes = _element(onnxruntime, element_type, shape)
+        lies_there = values.bytes_at(address, nbytes)
+        return values.put_together("dense", [number, list(shape), lies_there], copy=False)
+
+    def _run(self, call: Callable[[list[Any], list[Any]], list[Any]]) -> None:
+        """``call`` is given what is bound and returns what came out of it."""
+        inputs = [[name, value] for name, value in self._inputs.items()]
+        outputs = [
+            [name, output.device, output.number, _place(output.value)]
+            for name, output in self._outputs.items()
+        ]
+        results = call(inputs, outputs)
+        for output, result, (*_, place) in zip(self._outputs.values(), results, outputs, strict=True):
+            if place is None:
+                output.value = result
+            elif result.nbytes:
+                ctypes.memmove(output.value.data_ptr(), result.ctypes.data, result.nbytes)
+
+
+def _check_device(device_type: str, device_id: int) -> None:
+    importlib.import_module("onnxruntime").OrtDevice.make(device_type, device_id)
+
+
+def _element(onnxruntime: Any, element_type: Any, shape: Sequence[int]) -> tuple[int, int]:
+    """onnx's number of an element type, and the bytes of a tensor of that shape."""
+    if isinstance(element_type, int) and not isinstance(element_type, type):
+        one = onnxruntime.OrtValue.ortvalue_from_shape_and_type([2], element_type)
+        half = one.tensor_size_in_bytes()
+        return element_type, (math.prod(shape) * half + 1) // 2
+    one = onnxruntime.OrtValue.ortvalue_from_shape_and_type([1], element_type)
+    return one.element_type(), math.prod(shape) * one.tensor_size_in_bytes()
+
+
+def _place(value: Any) -> list[Any] | None:
+    """Element type and shape of memory that a result goes to; None: it is allocated."""
+    if value is None or not value.has_value() or not value.is_tensor() or value.element_type() == 8:
+        return None
+    return [value.element_type(), list(value.shape())]
+
+
+def _python(value: Any) -> Any:
+    parts = values.take_apart(value)
+    if parts is None or parts.kind == "absent":
+        return None
+    if parts.kind == "dense":
+        return value.numpy().copy()
+    return parts.items[-1] if parts.kind in ("text", "sequence", "maps") else value.as_sparse_tensor()

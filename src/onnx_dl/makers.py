@@ -1,0 +1,169 @@
+"""OrtValues that onnxruntime's API cannot make or read: text, sequences, maps, absent optionals.
+
+Each is the result of a model with one node, run in this process; the models are written here, byte by byte,
+because the ``onnx`` package is not ours to require.  Field numbers are those of onnx.proto3
+(https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_dl.errors import UnsupportedValueError
+
+_C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
+_FLOAT, _INT64, _STRING = 1, 7, 8
+_ELEMENTS: Final = {
+    name: number
+    for number, name in enumerate(
+        "float uint8 int8 uint16 int16 int32 int64 string bool float16 double uint32 uint64 complex64 "
+        "complex128 bfloat16".split(),
+        1,
+    )
+}
+_ML: Final = "ai.onnx.ml"
+
+# --- protobuf ----------------------------------------------------------------------------------------------
+
+
+def _varint(number: int) -> bytes:
+    number &= (1 << 64) - 1
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _field(number: int, value: int | bytes | str) -> bytes:
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _fields(number: int, values: Iterable[int | bytes | str]) -> bytes:
+    return b"".join(_field(number, value) for value in values)
+
+
+def _tensor_type(element: int) -> bytes:
+    return _field(1, _field(1, element))
+
+
+def _value_info(name: str, of_type: bytes) -> bytes:
+    return _field(1, name) + _field(2, of_type)
+
+
+def _model(op: str, inputs: list[bytes], output: bytes, attribute: bytes = b"", domain: str = "") -> bytes:
+    """A ModelProto whose one node has inputs x0, x1, ... and the output y, of these TypeProtos."""
+    names = [f"x{index}" for index in range(len(inputs))]
+    node = _fields(1, names) + _field(2, "y") + _field(4, op) + _field(7, domain)
+    node += _field(5, attribute) if attribute else b""
+    ends = _fields(11, map(_value_info, names, inputs)) + _field(12, _value_info("y", output))
+    opsets = [_field(1, "") + _field(2, 17), _field(1, _ML) + _field(2, 3)]
+    return (
+        _field(1, 8) + _field(7, _field(1, node) + _field(2, "made by onnx-dl") + ends) + _fields(8, opsets)
+    )
+
+
+# --- what the models give ----------------------------------------------------------------------------------
+
+
+def _session(model: bytes) -> Any:
+    """A session in this process, made below whatever may have been put in place of the Python class."""
+    native = importlib.import_module(_C)
+    options = native.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = native.InferenceSession(options, model, False, False)
+    session.initialize_session([], [], set())
+    return session
+
+
+_kept: Final = functools.lru_cache(maxsize=64)(_session)
+
+
+def _made(session: Any, feed: dict[str, Any]) -> Any:
+    return session.run_with_ort_values(feed, ["y"], None)[0]
+
+
+def read(value: Any) -> Any:
+    """What a native OrtValue that is no dense tensor holds, as ``run()`` would return it.
+
+    Raises:
+        UnsupportedValueError: onnxruntime has no Python form of it.
+    """
+    native = importlib.import_module(_C)
+    session = _kept(_model("Identity", [_tensor_type(_FLOAT)], _tensor_type(_FLOAT)))
+    binding = native.SessionIOBinding(session)
+    binding.bind_ortvalue_output("y", value)
+    try:
+        return binding.copy_outputs_to_cpu()[0]
+    except RuntimeError as error:
+        raise UnsupportedValueError(f"This OrtValue cannot travel to or from a worker: {error}") from None
+
+
+def text(array: NDArray[Any]) -> Any:
+    """A native OrtValue of strings."""
+    strings = [item.encode() for item in array.flat]
+    tensor = _fields(1, array.shape) + _field(2, _STRING) + _fields(6, strings)
+    attribute = _field(1, "value") + _field(5, tensor) + _field(20, 4)
+    return _made(_session(_model("Constant", [], _tensor_type(_STRING), attribute)), {})
+
+
+def absent() -> Any:
+    """A native OrtValue of an optional that holds nothing."""
+    kind = _tensor_type(_FLOAT)
+    attribute = _field(1, "type") + _field(14, kind) + _field(20, 13)
+    return _made(_kept(_model("Optional", [], _field(9, _field(1, kind)), attribute)), {})
+
+
+def sequence(data_type: str, items: list[NDArray[Any]]) -> Any:
+    """A native OrtValue of the type, for example ``seq(tensor(float))``."""
+    element = _ELEMENTS.get(data_type.removeprefix("seq(tensor(").removesuffix("))"))
+    if element is None:
+        raise UnsupportedValueError(f"An OrtValue of the type {data_type} cannot travel to or from a worker.")
+    kind = _tensor_type(element)
+    output = _field(4, _field(1, kind))
+    if not items:
+        attribute = _field(1, "dtype") + _field(3, element) + _field(20, 2)
+        return _made(_kept(_model("SequenceEmpty", [], output, attribute)), {})
+    make: Callable[[NDArray[Any]], Any] = text if element == _STRING else dense
+    feed = {f"x{index}": make(item) for index, item in enumerate(items)}
+    return _made(_kept(_model("SequenceConstruct", [kind] * len(items), output)), feed)
+
+
+def maps(content: list[dict[Any, float]]) -> Any:
+    """A native OrtValue of ``seq(map(string or int64, tensor(float)))``, as ZipMap makes it.
+
+    Raises:
+        UnsupportedValueError: it is none that ZipMap makes.
+    """
+    keys = list(content[0]) if isinstance(content, list) and content else []
+    of_text = all(isinstance(key, str) for key in keys)
+    if not (keys and all(list(row) == keys for row in content)):
+        raise UnsupportedValueError("An OrtValue of maps with different keys cannot travel to a worker.")
+    if of_text:
+        attribute = _field(1, "classlabels_strings") + _fields(9, keys) + _field(20, 8)
+    else:
+        attribute = _field(1, "classlabels_int64s") + _fields(8, keys) + _field(20, 7)
+    of_map = _field(5, _field(1, _STRING if of_text else _INT64) + _field(2, _tensor_type(_FLOAT)))
+    model = _model("ZipMap", [_tensor_type(_FLOAT)], _field(4, _field(1, of_map)), attribute, _ML)
+    values = itertools.chain.from_iterable(row.values() for row in content)
+    table = np.fromiter(values, np.float32).reshape(len(content), len(keys))
+    return _made(_kept(model), {"x0": dense(table)})
+
+
+def dense(array: NDArray[Any]) -> Any:
+    """A native OrtValue that lies in the array's memory; the array must outlive it."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return value._get_c_value()

@@ -1,0 +1,162 @@
+"""What every kind of proxy has: a model in a worker, a TTL, ``session()``, ``unload()``, ``close()``.
+
+An engine's own face (:mod:`onnx_dl.session`, :mod:`onnx_dl.execution`) is a subclass.  How a worker is found
+and called is :mod:`onnx_dl.client`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from onnx_dl import config, installation
+from onnx_dl.client import Lease, RemoteModel
+from onnx_dl.errors import ProxyClosedError
+from onnx_dl.host import ModelHost, default_host
+from onnx_dl.lifecycle import ModelState
+from onnx_dl.model import ModelSpec
+
+
+class ModelProxy:
+    """A model that lives in a process of its own.  All proxies of one :class:`ModelSpec` share it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        ttl: float | str,
+        latency: str = "normal",
+        host: ModelHost | None = None,
+        memory: Mapping[str, Callable[[], int]] = MappingProxyType({}),
+    ) -> None:
+        """``memory``: what must be in shared memory before the model loads, see :meth:`ModelHost.model`.
+
+        Raises:
+            ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
+        """
+        self._lease = Lease(config.parse_ttl(ttl), config.parse_latency(latency))
+        self._host = host or default_host()
+        self._take(spec, memory)
+
+    def _take(self, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]) -> None:
+        """From now on this is a proxy of that model."""
+        self._spec = spec
+        self._memory = memory
+        self._remote: RemoteModel | None = None
+        # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
+        # itself for ever.
+        self._finalizer = weakref.finalize(self, _release, self._lease, weakref.ref(self._host), spec.key)
+        # The interpreter's exit closes the host, which releases everything at once.
+        self._finalizer.atexit = False
+
+    @property
+    def ttl(self) -> float:
+        """Seconds without use after which the worker ends; -1: never; 0: after each use.  Settable."""
+        return self._lease.ttl
+
+    @ttl.setter
+    def ttl(self, value: float | str) -> None:
+        self._lease.ttl = config.parse_ttl(value)
+        if (model := self._host.known_model(self._spec.key)) is not None:
+            model.retime(self._lease, self._lease.ttl)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """An array like ``numpy.empty``'s to build an input in, which then needs no copy.
+
+        That holds for contiguous parts of it of 64 KiB or more, too; smaller ones are copied.  Any model of
+        the same host takes it.  Do not write to it while a call with it runs.
+
+        Raises:
+            TypeError: the dtype has no fixed size.
+            SharedMemoryError: the system has no memory for it.
+        """
+        return self._host.empty(shape, dtype)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a worker has the model ready now.  Never loads it, and does not count as a use."""
+        model = self._host.known_model(self._spec.key)
+        status = model.status(measure=False) if model is not None else None
+        return status is not None and status.state is ModelState.READY
+
+    def load(self) -> None:
+        """Loads the model now, so that its first call need not wait; returns when it is ready.
+
+        Counts as a use: after a TTL without a call the model is unloaded again.  With ``ttl=0`` it waits for
+        its first call.
+
+        Raises: what the first call would raise.
+        """
+        self._model().load(self._lease)
+
+    async def aload(self) -> None:
+        """:meth:`load`, in a thread, for asyncio."""
+        import asyncio  # costs 50 ms that most programs need not pay
+
+        await asyncio.to_thread(self.load)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Self]:
+        """Holds the model loaded for the block; its TTL starts when the last block ends.
+
+        Blocks nest.  ``unload()`` waits for them; ``unload(force=True)`` does not.
+        """
+        model = self._model()
+        model.hold(self._lease)
+        try:
+            yield self
+        finally:
+            model.unhold()
+
+    def unload(self, *, force: bool = False, timeout: float | None = None) -> bool:
+        """Ends the model's worker, for all its proxies, and waits until its memory is back.
+
+        Running calls and ``session()`` blocks are waited for, unless ``force``: their callers then get
+        :class:`~onnx_dl.errors.WorkerDied`.  The next use loads the model again.
+
+        Returns:
+            Whether there was a worker to end.
+
+        Raises:
+            UnloadTimeout: calls still ran after ``timeout`` seconds; the unload happens when they end.
+        """
+        model = self._host.known_model(self._spec.key)
+        return model is not None and model.unload(force=force, timeout=timeout)
+
+    def close(self) -> None:
+        """Gives up the model; it is unloaded if no other proxy holds it.  May be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._spec.name}, ttl={self.ttl:g}>"
+
+    def _model(self) -> RemoteModel:
+        """The model as the client knows it, with the supervisor started if need be."""
+        model = self._remote
+        if model is not None and not model.connection.closed and not self._lease.closed:
+            return model
+        if self._lease.closed:
+            raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
+        installation.check()
+        model = self._remote = self._host.model(self._spec, self._memory)
+        return model
+
+
+def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:
+    """A proxy is closed or collected."""
+    lease.closed = True
+    host = host_ref()
+    if host is not None and (model := host.known_model(key)) is not None:
+        model.leave(lease)

@@ -1,0 +1,135 @@
+"""onnxruntime's constructor arguments as a :class:`~onnx_dl.model.ModelSpec`, with the memory they name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from onnx_dl import installation, options, recorded
+from onnx_dl.errors import ConfigError
+from onnx_dl.model import ModelSpec, file_identity, model_key
+from onnx_dl.transport import shm
+from onnx_dl.transport.live import LiveMemory
+
+_EXTRA: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
+
+
+class Source(NamedTuple):
+    """A model to be loaded."""
+
+    spec: ModelSpec
+    memory: dict[str, Callable[[], int]]
+    """For each of the spec's blobs, what makes a descriptor of it."""
+    live: LiveMemory | None
+    """What the application may change between calls."""
+
+
+def locate(source: object) -> tuple[str | None, bytes | None]:
+    """The path or the bytes that a model was given as.
+
+    Raises:
+        TypeError: it is neither, in onnxruntime's words.
+        onnxruntime's NoSuchFile: there is no such file.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        if not os.path.exists(path):
+            raise _no_such_file(path)
+        return path, None
+    if isinstance(source, bytes):
+        return None, source
+    raise TypeError(f"Unable to load from type '{type(source)}'")
+
+
+def _no_such_file(path: str) -> Exception:
+    """onnxruntime's own exception, in its own words."""
+    installation.check()
+    module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    error: Exception = module.NoSuchFile(
+        "[ONNXRuntimeError] : 3 : NO_SUCHFILE : "
+        f"Load model from {path} failed:Load model {path} failed. File doesn't exist"
+    )
+    return error
+
+
+_memories: weakref.WeakKeyDictionary[Any, LiveMemory] = weakref.WeakKeyDictionary()
+"""The workers of all proxies that were given the same options see the same memory."""
+
+
+def _memory_of(sess_options: Any, found: recorded.Portable | None) -> LiveMemory | None:
+    if found is None or not found.arrays:
+        return None
+    memory = _memories.get(sess_options)
+    if memory is None or len(memory.places) != len(found.arrays):  # it was told more since
+        memory = _memories[sess_options] = LiveMemory(found.arrays, found.owners)
+    return memory
+
+
+def describe(
+    path: str | None,
+    data: bytes | None,
+    sess_options: Any,
+    providers: Any,
+    provider_options: Any,
+    kwargs: dict[str, Any],
+) -> Source:
+    """All that a worker needs to load the model, and the key that says which proxies share it.
+
+    Raises:
+        AttributeError: ``sess_options`` is no SessionOptions, in onnxruntime's words.
+        ConfigError: an argument cannot reach a worker; the message names it.
+    """
+    plain, found = options.record_session_options(sess_options)
+    live = _memory_of(sess_options, found)
+    if plain is not None and live is not None:
+        plain["places"] = live.places
+    surroundings = recorded.surroundings()
+    recorded.check_surroundings(surroundings, plain)
+    how: dict[str, Any] = {
+        "options": plain,
+        "providers": options.read_providers(providers),
+        "provider_options": options.read_providers(provider_options),
+        "extra": _extras(kwargs),
+        "memory": None if live is None else live.name,
+        "surroundings": surroundings,
+    }
+    cwd = os.getcwd()
+    try:
+        f"{path}{cwd}".encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
+        ) from None
+    digest = None if data is None else hashlib.sha256(data).hexdigest()
+    spec = ModelSpec(
+        # The working directory tells where a model given as bytes finds its external data, and profiles land.
+        key=model_key(digest if path is None else file_identity(path), how, cwd),
+        name=path or f"bytes:{str(digest)[:12]}",
+        cwd=cwd,
+        path=path,
+        blob=digest,
+        **how,
+    )
+    memory: dict[str, Callable[[], int]] = {}
+    if data is not None and digest is not None:
+        memory[digest] = functools.partial(shm.freeze, data)
+    if live is not None:
+        memory[live.name] = live.descriptor
+    return Source(spec, memory, live)
+
+
+def _extras(kwargs: dict[str, Any]) -> dict[str, Any]:
+    extra: dict[str, Any] = {name: _sorted(kwargs[name]) for name in _EXTRA if name in kwargs}
+    # onnxruntime's constructor reads it, and a worker has the environment of when the supervisor started.
+    if "read_config_from_model" not in extra and os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1":
+        extra["read_config_from_model"] = 1
+    return extra
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else value

@@ -1,0 +1,69 @@
+"""Memory of the application that a worker sees as it changes.
+
+Covers arrays whose owner writes to them where they lie, unseen by us: initializers that an application keeps
+and updates.  The worker maps a copy; before each call it is compared with the original, which runs at the
+speed of memory, and what changed is copied.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_dl.transport import shm
+from onnx_dl.transport.arena import align
+from onnx_dl.transport.shm import Mapping
+
+_STEP = 1 << 20
+"""Bytes that are compared at a time."""
+
+
+class LiveMemory:
+    """Copies of arrays in one segment.  ``places`` are their offsets in it."""
+
+    def __init__(self, arrays: Sequence[NDArray[np.uint8]], owners: object) -> None:
+        """``owners`` keep alive what the arrays lie in.
+
+        Raises:
+            SharedMemoryError: the system has no memory for them.
+        """
+        self.name = f"memory:{secrets.token_hex(16)}"
+        self._owners = owners
+        self._lock = threading.Lock()
+        self.places: list[int] = []
+        size = 0
+        for array in arrays:
+            self.places.append(size)
+            size += align(array.nbytes)
+        self._mapping = Mapping(shm.create(max(size, 1)), max(size, 1))
+        whole = np.asarray(self._mapping)
+        self._pairs = [
+            (array, whole[place : place + array.nbytes])
+            for array, place in zip(arrays, self.places, strict=True)
+        ]
+        self.refresh()
+
+    def descriptor(self) -> int:
+        """Of the segment; whoever asks closes it."""
+        assert self._mapping.fd is not None
+        return os.dup(self._mapping.fd)
+
+    def refresh(self) -> None:
+        """Copies what changed."""
+        with self._lock:
+            for original, copy in self._pairs:
+                for start in range(0, original.nbytes, _STEP):
+                    part = slice(start, start + _STEP)
+                    if not np.array_equal(original[part], copy[part]):
+                        copy[part] = original[part]
+
+
+def view(fd: int) -> Any:
+    """All bytes of a segment, for as long as somebody holds them.  Takes over ``fd``."""
+    return np.asarray(Mapping(fd, os.fstat(fd).st_size))

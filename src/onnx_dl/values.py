@@ -1,0 +1,177 @@
+"""onnxruntime's own value objects, taken apart into plain parts and put together again.
+
+Covers OrtValue of every kind (dense tensors of all element types, text, sequences, maps, absent optionals)
+and SparseTensor.  Parts are numbers, text, arrays and lists of these, which travel like any other value.
+onnxruntime is imported only where one of its objects is at hand anyway.  What its API cannot make is the
+result of a model with one node (:mod:`onnx_dl.makers`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import sys
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_dl import makers
+from onnx_dl.errors import UnsupportedValueError
+
+_C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
+_COLLECTION: Final = "onnxruntime.capi.onnxruntime_inference_collection"
+_STRING: Final = 8
+
+
+class Parts(NamedTuple):
+    """A value taken apart.  ``kind`` is a key of :data:`_MAKE`; items are values, or parts."""
+
+    kind: str
+    items: list[Any]
+    source: Any = None
+    """Keeps alive what the arrays in ``items`` lie in."""
+
+
+def take_apart(value: Any) -> Parts | None:
+    """The parts of one of onnxruntime's values; None: it is something else.
+
+    Raises:
+        UnsupportedValueError: onnxruntime gives no access to what it holds.
+    """
+    native = sys.modules.get(_C)
+    if native is None:
+        return None
+    python = sys.modules.get(_COLLECTION)
+    if isinstance(value, native.OrtValue):
+        return _take_apart(value)
+    if isinstance(value, native.SparseTensor):
+        return _sparse(value)
+    if python is not None and isinstance(value, python.OrtValue):
+        return Parts("OrtValue", [_take_apart(value._get_c_value())], value)
+    if python is not None and isinstance(value, python.SparseTensor):
+        return Parts("SparseTensor", [_sparse(value._get_c_tensor())], value)
+    return None
+
+
+def _take_apart(value: Any) -> Parts:
+    """The parts of a native OrtValue."""
+    if not value.has_value():  # first: most other methods of an empty one end the process
+        return Parts("absent", [])
+    if value.is_sparse_tensor():
+        return Parts("OrtSparse", [_sparse(value.as_sparse_tensor())], value)
+    if not value.is_tensor():
+        return _container(value)
+    if value.element_type() == _STRING:
+        return Parts("text", [np.asarray(value.numpy(), object)])
+    shape, element_type = list(value.shape()), value.element_type()
+    device = value.device_name().lower()
+    if device != "cpu":
+        return Parts("dense", [element_type, shape, _raw(np.ascontiguousarray(value.numpy())), device])
+    return Parts(
+        "dense", [element_type, shape, bytes_at(value.data_ptr(), value.tensor_size_in_bytes())], value
+    )
+
+
+def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return array.reshape(-1).view(np.uint8)
+
+
+def bytes_at(address: int, nbytes: int) -> NDArray[np.uint8]:
+    """The memory there; whoever asks sees to it that it stays."""
+    if not nbytes:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
+
+
+def _container(value: Any) -> Parts:
+    content = makers.read(value)
+    if value.is_tensor_sequence():
+        return Parts("sequence", [value.data_type(), [np.asarray(item) for item in content]])
+    return Parts("maps", [content])
+
+
+def _sparse(value: Any) -> Parts:
+    native = importlib.import_module(_C)
+    values, shape = value.values(), np.array(value.dense_shape(), np.int64)
+    match value.format:
+        case native.OrtSparseFormat.ORT_SPARSE_COO:
+            return Parts("coo", [shape, values, value.get_coo_data().indices()], value)
+        case native.OrtSparseFormat.ORT_SPARSE_CSRC:
+            data = value.get_csrc_data()
+            return Parts("csr", [shape, values, data.inner(), data.outer()], value)
+        case native.OrtSparseFormat.ORT_SPARSE_BLOCK_SPARSE:
+            return Parts("blocks", [shape, values, value.get_blocksparse_data().indices()], value)
+    raise UnsupportedValueError(f"A sparse tensor of the format {value.format} cannot travel to a worker.")
+
+
+# --- together again ----------------------------------------------------------------------------------------
+
+
+def put_together(kind: str, items: list[Any], *, copy: bool) -> Any:
+    """What :func:`take_apart` took apart.  Unless ``copy``, an OrtValue lies in the arrays in ``items``, and
+    these must outlive it.
+
+    Raises:
+        LookupError: there is no such kind.
+    """
+    return _MAKE[kind](*items, copy=copy) if kind == "dense" else _MAKE[kind](*items)
+
+
+def _dense(element_type: int, shape: list[int], raw: Any, device: str = "cpu", *, copy: bool = True) -> Any:
+    onnxruntime = importlib.import_module("onnxruntime")
+    native = importlib.import_module(_C).OrtValue
+    count = math.prod(shape)
+    if not copy and device == "cpu" and raw.nbytes and raw.nbytes % count == 0:
+        words = raw.view(f"u{raw.nbytes // count}").reshape(shape)
+        return native.ortvalue_from_numpy_with_onnx_type(words, element_type)
+    made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)
+    ctypes.memmove(made.data_ptr(), raw.ctypes.data, raw.nbytes)
+    if device != "cpu":
+        made = onnxruntime.OrtValue.ortvalue_from_numpy(made.numpy(), device)
+    return made._get_c_value()
+
+
+def _wrapped(value: Any) -> Any:
+    return importlib.import_module("onnxruntime").OrtValue(value)
+
+
+def _wrapped_sparse(value: Any) -> Any:
+    return importlib.import_module("onnxruntime").SparseTensor(value)
+
+
+def _cpu() -> Any:
+    return importlib.import_module("onnxruntime").OrtDevice.make("cpu", 0)._get_c_device()
+
+
+def _coo(shape: Any, values: Any, indices: Any) -> Any:
+    return importlib.import_module(_C).SparseTensor.sparse_coo_from_numpy(shape, values, indices, _cpu())
+
+
+def _csr(shape: Any, values: Any, inner: Any, outer: Any) -> Any:
+    return importlib.import_module(_C).SparseTensor.sparse_csr_from_numpy(shape, values, inner, outer, _cpu())
+
+
+def _blocks(shape: Any, values: Any, indices: Any) -> Any:
+    return importlib.import_module(_C).SparseTensor.blocksparse_from_numpy(shape, values, indices, _cpu())
+
+
+def _sparse_ortvalue(value: Any) -> Any:
+    return importlib.import_module(_C).OrtValue.ort_value_from_sparse_tensor(value)
+
+
+_MAKE: Final[dict[str, Any]] = {
+    "OrtValue": _wrapped,
+    "SparseTensor": _wrapped_sparse,
+    "OrtSparse": _sparse_ortvalue,
+    "dense": _dense,
+    "text": makers.text,
+    "sequence": makers.sequence,
+    "maps": makers.maps,
+    "absent": makers.absent,
+    "coo": _coo,
+    "csr": _csr,
+    "blocks": _blocks,
+}
+KINDS: Final = frozenset(_MAKE)

@@ -1,0 +1,121 @@
+"""An ``onnxruntime.InferenceSession`` as the application would have made it, and what it says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, Final
+
+import onnxruntime
+
+from onnx_dl import recorded, remarks
+from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl.options import make_providers, make_session_options, read_session_options
+from onnx_dl.transport import live
+
+META_FIELDS: Final = (
+    "custom_metadata_map",
+    "description",
+    "domain",
+    "graph_description",
+    "graph_name",
+    "producer_name",
+    "version",
+)
+_CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
+
+class Opened:
+    """A session, what was printed while it was made, and what must live as long as it does."""
+
+    def __init__(self, spec: ModelSpec, data: bytes | None, memory: int | None = None) -> None:
+        """``memory``: descriptor of the arrays that the options name; taken over.
+
+        Raises:
+            Exception: what onnxruntime raises; its attribute ``remarks`` is what was printed before.
+        """
+        recorded.set_surroundings(spec.surroundings)
+        _preload_cuda(spec)
+        options = None
+        self._kept: list[Any] = []
+        if spec.options is not None:
+            options, self._kept = _options(spec, None if memory is None else live.view(memory))
+        with remarks.captured() as self.remarks:
+            self.session = onnxruntime.InferenceSession(
+                spec.path if data is None else data,
+                options,
+                make_providers(spec.providers),
+                make_providers(spec.provider_options),
+                **spec.extra,
+            )
+        self.fallback_providers = list(self.session._fallback_providers)
+        # Which providers a proxy falls back to is the client's business: others may share this session.
+        self.fallback = bool(self.session._enable_fallback)
+        self.session.disable_fallback()
+        self.session._model_bytes = None  # onnxruntime would keep them for ever, for a fallback
+
+
+def _options(spec: ModelSpec, memory: Any) -> tuple[Any, list[Any]]:
+    plain = dict(spec.options or {})
+    pools = spec.surroundings.get("set_global_thread_pool_sizes")
+    if pools and plain.get("use_per_session_threads") is False:
+        # One model in this process: pools of its own are the same as the process's.
+        plain |= {"use_per_session_threads": True}
+        plain |= dict(zip(("intra_op_num_threads", "inter_op_num_threads"), pools, strict=False))
+    options = make_session_options(plain)
+    places = plain.get("places", [])
+
+    def find(which: list[int]) -> Any:
+        index, nbytes = which
+        return memory[places[index] : places[index] + nbytes]
+
+    return options, [memory, *recorded.say_again(options, plain.get("calls", []), find)]
+
+
+def _preload_cuda(spec: ModelSpec) -> None:
+    """CUDA's libraries in the environment's Python packages: an application that imported torch, or called
+    ``preload_dlls()`` itself, has them loaded."""
+    wanted = {item[0] if isinstance(item, list) else item for item in spec.providers or []}
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None and wanted & set(_CUDA) & set(onnxruntime.get_available_providers()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            preload()
+
+
+def describe(opened: Opened) -> ModelDescription:
+    """What the session says of itself."""
+    session = opened.session
+    meta = session.get_modelmeta()
+    return ModelDescription(
+        inputs=_tensor_specs(session.get_inputs()),
+        outputs=_tensor_specs(session.get_outputs()),
+        overridable_initializers=_tensor_specs(session.get_overridable_initializers()),
+        modelmeta={name: getattr(meta, name) for name in META_FIELDS},
+        providers=session.get_providers(),
+        provider_options=session.get_provider_options(),
+        options=read_session_options(session.get_session_options()) or {},
+        details={
+            "input_memory_infos": _memory_infos(session, "get_input_memory_infos"),
+            "output_memory_infos": _memory_infos(session, "get_output_memory_infos"),
+            "input_epdevices": _epdevices(session),
+            "profiling_start_time_ns": session.get_profiling_start_time_ns(),
+            "fallback_providers": opened.fallback_providers,
+            "fallback": opened.fallback,
+            "remarks": opened.remarks,
+        },
+    )
+
+
+def _tensor_specs(nodes: Sequence[Any]) -> list[TensorSpec]:
+    return [TensorSpec(node.name, node.type, list(node.shape)) for node in nodes]
+
+
+def _memory_infos(session: Any, method: str) -> list[list[Any]]:
+    infos: list[Any] = getattr(session, method, list)()
+    return [[i.name, i.allocator_type.name, i.device_id, i.mem_type.name] for i in infos]
+
+
+def _epdevices(session: Any) -> list[Any]:
+    devices: list[Any] = getattr(session, "get_input_epdevices", list)()
+    return [None if device is None else recorded.device_identity(device) for device in devices]
