@@ -21,8 +21,8 @@ from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.ort_calls import Calls
 from onnx_dl.workers.ort_session import Opened
 
-_WORTH: Final = 512 << 10
-"""Bytes of results from which it pays to have onnxruntime silent (28 µs per run) rather than to copy them."""
+_SILENT: Final = 4
+"""onnxruntime's log severity "fatal"."""
 
 
 class OnnxRuntimeBackend:
@@ -132,37 +132,19 @@ class OnnxRuntimeBackend:
         binding = self._session.io_binding()
         for name, array in feed.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        if all(map(self._has_known_shape, names)):
-            return self._bound(binding, names, results, onnxruntime.RunOptions())
-        # A result of another shape than the last time would be an error, which onnxruntime logs on stderr.
-        if sum(array.nbytes for array in results) >= _WORTH:
-            return self._bound(binding, names, results, make_run_options({"log_severity_level": 4}))
-        return self._copied(binding, names, results)
+        for name, array in zip(names, results, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        options = onnxruntime.RunOptions()
+        if not all(map(self._has_known_shape, names)):
+            # A result of another shape than the last time is an error, which onnxruntime would log on stderr.
+            options.log_severity_level = _SILENT
+        # Not the Python method: with RunOptions it asks for an entry that is not there, which costs 28 µs.
+        run = self._session._sess.run_with_iobinding
+        return Repeatable(functools.partial(run, binding._iobinding, options), _end(options))
 
     def _has_known_shape(self, name: str) -> bool:
         """Whether the shapes of the inputs decide the shape of this output."""
         return all(isinstance(size, int) or size in self._input_sizes for size in self._outputs[name].shape)
-
-    def _bound(self, binding: Any, names: list[str], results: list[NDArray[Any]], options: Any) -> Repeatable:
-        for name, array in zip(names, results, strict=True):
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        run = functools.partial(self._session.run_with_iobinding, binding, options)
-        return Repeatable(run, _end(options))
-
-    def _copied(self, binding: Any, names: list[str], results: list[NDArray[Any]]) -> Repeatable:
-        options = onnxruntime.RunOptions()
-
-        def run() -> None:
-            for name in names:  # each time: what the last run allocated would be bound
-                binding.bind_output(name)
-            self._session.run_with_iobinding(binding, options)
-            for value, array in zip(binding.get_outputs(), results, strict=True):
-                got = value.numpy()
-                if got.shape != array.shape or got.dtype != array.dtype:
-                    raise ValueError("a result has another shape than the last time")
-                array[...] = got
-
-        return Repeatable(run, _end(options))
 
     def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
         return self._invoke(method, args, halt)
