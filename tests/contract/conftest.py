@@ -1,0 +1,19 @@
+"""Fixtures: each test of this folder runs on both classes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.contract.both import KINDS, Make
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which of the two classes."""
+    return request.param
+
+
+@pytest.fixture
+def make(kind: str, nothing_is_left_behind: None, request: pytest.FixtureRequest) -> Make:
+    """A factory of sessions: ``make(source, sess_options=None, providers=CPU, **kw)``."""
+    return Make(kind, request.getfixturevalue("host") if kind == "proxy" else None)
