@@ -23,6 +23,7 @@ CPU = ["CPUExecutionProvider"]
 KINDS = ["onnxruntime", "proxy"]
 F, I64, STR = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
+Fail, InvalidArgument = C.Fail, C.InvalidArgument
 IA = "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : "
 FAIL = "[ONNXRuntimeError] : 1 : FAIL : "
 DTYPES: dict[str, int] = {
@@ -68,7 +69,7 @@ class Make:
 
 def raised(act: Callable[..., Any], *args: Any) -> BaseException:
     """The exception that the call raises."""
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  # the caller looks at it
+    with pytest.raises(Exception) as caught:  # the caller looks at it
         act(*args)
     return caught.value
 
@@ -116,8 +117,6 @@ def ortvalue(array: Any) -> onnxruntime.OrtValue:
 
 
 # --- models ------------------------------------------------------------------------------------------------
-
-Info = Any  # (element type, shape), or a whole ValueInfoProto
 
 
 def tensor(name: str, kind: int = F, shape: list | None = None) -> ValueInfoProto:
@@ -215,10 +214,3 @@ def loop() -> bytes:
     )
     nodes = [node("Loop", ["n", "", "x"], ["y"], body=body)]
     return model(nodes, [tensor("n", I64, []), tensor("x", F, [4])], [tensor("y", F, [4])])
-
-
-__all__ = [
-    "CPU", "DTYPES", "F", "FAIL", "I64", "IA", "KINDS", "STR", "C", "Make", "equal", "fixed", "identity",
-    "loop", "mapping", "maps", "model", "node", "ones", "optional", "ortvalue", "own", "plain", "raised",
-    "scaled", "sequence", "tensor",
-]  # fmt: skip

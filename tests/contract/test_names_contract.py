@@ -1,0 +1,220 @@
+"""Names of inputs and outputs: which are needed, which are known, and what is said of the others."""
+
+from __future__ import annotations
+
+import collections
+import types
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.contract.both import (
+    IA,
+    F,
+    Fail,
+    InvalidArgument,
+    Make,
+    equal,
+    fixed,
+    identity,
+    model,
+    node,
+    ones,
+    raised,
+    scaled,
+    tensor,
+)
+
+A, B = ones(2, 3), ones(1, 3)
+SUM, PRODUCT = np.full((2, 3), 2, np.float32), np.full((2, 3), 4, np.float32)
+PYBIND = "run(): incompatible function arguments. The following argument types are supported:"
+
+
+def feed(**more: Any) -> dict[str, Any]:
+    return {"a": A, "b": B, **more}
+
+
+@pytest.mark.parametrize("outputs", [None, [], (), "", 0, {}], ids=repr)
+def test_no_names_are_all_outputs(make: Make, outputs: Any) -> None:
+    equal(make(fixed()).run(outputs, feed()), [SUM, PRODUCT])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        (["sum"], [SUM]),
+        (("product",), [PRODUCT]),
+        (["product", "sum"], [PRODUCT, SUM]),
+        (["sum", "sum"], [SUM, SUM]),
+        (["sum", "product", "sum"], [SUM, PRODUCT, SUM]),
+        ({"sum"}, [SUM]),
+        (collections.deque(["sum"]), [SUM]),
+    ],
+    ids=str,
+)
+def test_outputs_come_in_the_order_asked_for(make: Make, outputs: Any, expected: list) -> None:
+    equal(make(fixed()).run(outputs, feed()), expected)
+
+
+def test_names_may_come_from_a_generator(make: Make) -> None:
+    equal(make(fixed()).run((name for name in ["product", "sum"]), feed()), [PRODUCT, SUM])
+
+
+def test_names_may_be_a_numpy_array_of_one(make: Make) -> None:
+    equal(make(fixed()).run(np.array(["sum"]), feed()), [SUM])
+
+
+@pytest.mark.parametrize("name", ["Q", "a", "", "w", "SUM", "sum "])
+def test_unknown_outputs(make: Make, name: str) -> None:
+    session = make(fixed())
+    phrase = f"{IA}Invalid output name:{name}"
+    make.refuses(session, lambda s: s.run([name], feed()), InvalidArgument, phrase)
+    make.refuses(session, lambda s: s.run(["sum", name], feed()), InvalidArgument, phrase)
+    equal(session.run(["sum"], feed()), [SUM])
+
+
+@pytest.mark.parametrize("outputs", ["sum", [1], 5, {"sum": 1}, [None], [["sum"]], object()], ids=repr)
+def test_outputs_that_are_no_names(make: Make, outputs: Any) -> None:
+    error = raised(make(fixed()).run, outputs, feed())
+    assert type(error) is TypeError
+    assert str(error).startswith(PYBIND)
+
+
+MISSING: dict[str, tuple[dict, str]] = {
+    "one": ({"a": A}, "Required inputs (['b']) are missing from input feed (['a'])."),
+    "all": ({}, "Required inputs (['a', 'b']) are missing from input feed ([])."),
+    "other": (
+        {"a": A, "Z": B, 3: B},
+        "Required inputs (['b']) are missing from input feed (['a', 'Z', 3]).",
+    ),
+    "order": ({"w": A, "b": B}, "Required inputs (['a']) are missing from input feed (['w', 'b'])."),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_missing_inputs(make: Make, what: str) -> None:
+    given, message = MISSING[what]
+    session = make(fixed())
+    make.refuses(session, lambda s: s.run(None, given), ValueError, message)
+    assert str(raised(session.run, ["Q"], given)) == message  # looked at before the outputs are
+
+
+@pytest.mark.parametrize("name", ["Z", "sum", "", "A"])
+def test_inputs_too_many(make: Make, name: str) -> None:
+    session = make(fixed())
+    phrase = f"{IA}Invalid input name: {name}"
+    make.refuses(session, lambda s: s.run(None, feed(**{name: A})), InvalidArgument, phrase)
+    make.refuses(session, lambda s: s.run(["Q"], feed(**{name: A})), InvalidArgument, phrase)
+
+
+def test_a_constant_initializer_cannot_be_fed(make: Make) -> None:
+    session, two = make(scaled()), np.array(3, np.float32)
+    phrase = f"{IA}Invalid input name: two"
+    make.refuses(session, lambda s: s.run(None, {"x": ones(1, 1), "two": two}), InvalidArgument, phrase)
+
+
+def test_an_initializer_that_is_an_input_may_be_overridden(make: Make) -> None:
+    session = make(fixed())
+    equal(session.run(["product"], feed(w=np.zeros(3, np.float32))), [PRODUCT * 0])
+    equal(session.run(["product"], feed()), [PRODUCT])
+    phrase = (
+        IA + "Got invalid dimensions for input: w for the following indices\n index: 0 Got: 4 Expected: 3"
+    )
+    make.refuses(session, lambda s: s.run(None, feed(w=ones(4))), InvalidArgument, phrase)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "'NoneType' object has no attribute 'keys'"),
+        ([A, B], "'list' object has no attribute 'keys'"),
+        ("ab", "'str' object has no attribute 'keys'"),
+        (A, "'numpy.ndarray' object has no attribute 'keys'"),
+    ],
+    ids=["None", "list", "str", "array"],
+)
+def test_feeds_that_are_no_dicts(make: Make, given: Any, message: str) -> None:
+    make.refuses(make(fixed()), lambda s: s.run(None, given), AttributeError, message)
+
+
+@pytest.mark.parametrize("key", [3, None, ("a",), b"a"], ids=repr)
+def test_keys_that_are_no_names(make: Make, key: Any) -> None:
+    error = raised(make(fixed()).run, None, {**feed(), key: A})
+    assert type(error) is TypeError
+    assert str(error).startswith(PYBIND)
+
+
+@pytest.mark.parametrize(
+    "kind", [collections.OrderedDict, types.MappingProxyType, collections.UserDict, collections.ChainMap]
+)
+def test_feeds_may_be_any_mapping(make: Make, kind: Any) -> None:
+    equal(make(fixed()).run(None, kind(feed())), [SUM, PRODUCT])
+
+
+def test_the_order_of_a_feed_does_not_matter(make: Make) -> None:
+    session = make(fixed())
+    equal(session.run(["sum"], {"b": B * 5, "a": A}), [SUM * 3])
+    bad = {"a": np.ones((2, 3)), "b": ones(1, 4)}
+    for given in (bad, dict(reversed(bad.items()))):
+        found = str(raised(session.run, None, given))
+        assert found in [
+            str(raised(make.twin(session).run, None, given)),
+            IA + "Unexpected input data type. Actual: (tensor(double)) , expected: (tensor(float))",
+        ]
+
+
+def test_an_input_of_none(make: Make) -> None:
+    make.refuses(make(fixed()), lambda s: s.run(None, feed(b=None)), Fail, "Missing Input: b")
+
+
+def test_values_that_fit_the_model_but_not_each_other(make: Make) -> None:
+    phrase = "Attempting to broadcast an axis by a dimension other than 1. 2 by 3"
+    session = make(fixed())
+    make.refuses(session, lambda s: s.run(None, feed(b=ones(3, 3))), Fail, phrase)
+    equal(session.run(["sum"], feed()), [SUM])
+
+
+@pytest.mark.parametrize(
+    "options", [5, {}, onnxruntime.SessionOptions(), "text"], ids=lambda o: type(o).__name__
+)
+def test_run_options_that_are_none(make: Make, options: Any) -> None:
+    error = raised(make(fixed()).run, None, feed(), options)
+    assert type(error) is TypeError
+    assert str(error).startswith(PYBIND)
+
+
+def test_arguments_by_name(make: Make) -> None:
+    session = make(fixed())
+    equal(session.run(output_names=["sum"], input_feed=feed(), run_options=None), [SUM])
+    equal(session.run(["sum"], feed(), onnxruntime.RunOptions()), [SUM])
+    error = raised(session.run)
+    assert type(error) is TypeError
+    assert "run() missing 2 required positional arguments: 'output_names' and 'input_feed'" in str(error)
+
+
+def test_a_model_without_inputs(make: Make) -> None:
+    constant = node("Constant", [], ["y"], value_floats=[1.0, 2.0])
+    session = make(model([constant], [], [tensor("y", F, [2])]))
+    equal(session.run(None, {}), [np.array([1, 2], np.float32)])
+    make.refuses(session, lambda s: s.run(None, {"x": A}), InvalidArgument, f"{IA}Invalid input name: x")
+
+
+def test_names_that_are_odd(make: Make) -> None:
+    nodes = [node("Neg", ["eingang/ä:0"], [" out put "])]
+    session = make(model(nodes, [tensor("eingang/ä:0", F, [1])], [tensor(" out put ", F, [1])]))
+    equal(session.run([" out put "], {"eingang/ä:0": ones(1)}), [-ones(1)])
+    assert [i.name for i in session.get_inputs()] == ["eingang/ä:0"]
+
+
+def test_many_calls_of_many_names(make: Make) -> None:
+    """What is remembered from a call must not leak into the next."""
+    session = make(fixed())
+    for i in range(1, 5):
+        equal(session.run(["sum"], {"a": A * i, "b": B}), [(A * i + B)])
+        equal(session.run(["product", "sum"], {"b": B * i, "a": A}), [(A + B * i) * 2, A + B * i])
+        assert type(raised(session.run, ["nope"], feed())) is InvalidArgument
+    plain = make(identity())
+    equal(plain.run(None, {"x": A[0]}), [A[0]])
+    equal(plain.run(None, {"x": A}), [A])
