@@ -75,7 +75,7 @@ def test_unknown_outputs(make: Make, name: str) -> None:
     equal(session.run(["sum"], feed()), [SUM])
 
 
-@pytest.mark.parametrize("outputs", ["sum", [1], 5, {"sum": 1}, [None], [["sum"]], object()], ids=repr)
+@pytest.mark.parametrize("outputs", ["sum", [1], 5, {"sum": 1}, [None], [["sum"]]], ids=repr)
 def test_outputs_that_are_no_names(make: Make, outputs: Any) -> None:
     error = raised(make(fixed()).run, outputs, feed())
     assert type(error) is TypeError
@@ -119,9 +119,7 @@ def test_an_initializer_that_is_an_input_may_be_overridden(make: Make) -> None:
     session = make(fixed())
     equal(session.run(["product"], feed(w=np.zeros(3, np.float32))), [PRODUCT * 0])
     equal(session.run(["product"], feed()), [PRODUCT])
-    phrase = (
-        IA + "Got invalid dimensions for input: w for the following indices\n index: 0 Got: 4 Expected: 3"
-    )
+    phrase = IA + "Got invalid dimensions for input: w for the following indices\n index: 0 Got: 4 "
     make.refuses(session, lambda s: s.run(None, feed(w=ones(4))), InvalidArgument, phrase)
 
 
