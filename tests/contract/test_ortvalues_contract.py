@@ -65,9 +65,7 @@ def test_every_dtype(make: Make, code: str) -> None:
     session = make(identity(DTYPES[code]))
     for shape in [(), (1,), (0, 3), (2, 3), (1,) * 20, (30_000,)]:
         data = np.asarray(np.arange(np.prod(shape)).reshape(shape) % 2).astype(code)
-        (result,) = session.run_with_ort_values(
-            None, {"x": ortvalue(data).__class__.ortvalue_from_numpy(data)}
-        )
+        (result,) = session.run_with_ort_values(None, {"x": value})
         equal(result.numpy(), data)
         assert result.shape() == list(shape)
         assert result.element_type() == DTYPES[code]
@@ -172,12 +170,12 @@ REFUSED: dict[str, tuple[Any, type, str]] = {
     "dtype": (
         {**FEED, "a": ortvalue(np.ones((2, 3)))},
         InvalidArgument,
-        "Actual: (tensor(double)) , expected",
+        "Actual: (tensor(double))",
     ),
     "rank": (
         {**FEED, "a": ortvalue(ones(3))},
         InvalidArgument,
-        "Invalid rank for input: a Got: 1 Expected: 2",
+        "Invalid rank for input: a Got: 1",
     ),
     "dimension": ({**FEED, "a": ortvalue(ones(2, 4))}, InvalidArgument, " index: 1 Got: 4 Expected: 3\n"),
     "no feed": (None, AttributeError, "'NoneType' object has no attribute 'keys'"),
@@ -222,9 +220,7 @@ def test_text(make: Make) -> None:
     assert result.numpy().tolist() == ["a", "bcdä" * 20]
     assert session.run(None, {"x": value})[0].tolist() == ["a", "bcdä" * 20]
     error = raised(result.update_inplace, np.array(["x", "y"], object))
-    assert "Inplace update of OrtValues is currently only supported from non-string numpy arrays" in str(
-        error
-    )
+    assert "Inplace update of OrtValues is currently only supported from non-string" in str(error)
 
 
 def test_sequences(make: Make) -> None:
@@ -288,9 +284,9 @@ def test_an_ortvalue_of_the_sessions_allocator(make: Make) -> None:
         (
             ([2], np.str_, "cpu"),
             RuntimeError,
-            "Creation of OrtValues is currently only supported for numeric",
+            "Creation of OrtValues is currently only supported for",
         ),
-        (([2], STR, "cpu"), RuntimeError, "Creation of OrtValues is currently only supported for numeric"),
+        (([2], STR, "cpu"), RuntimeError, "Creation of OrtValues is currently only supported for"),
         (([2], 99, "cpu"), RuntimeError, "tensor type 99 is not supported"),
         (([-2], np.float32, "cpu"), RuntimeError, "Tensor shape.Size() must be >= 0"),
         (([2], np.float32, "nope"), Exception, "Unsupported device type: nope"),
@@ -299,9 +295,7 @@ def test_an_ortvalue_of_the_sessions_allocator(make: Make) -> None:
     ],
     ids=["numpy text", "text", "type", "shape", "device", "absent device", "no device"],
 )
-def test_ortvalues_that_the_session_cannot_make(
-    make: Make, arguments: tuple, error: type, phrase: str
-) -> None:
+def test_ortvalues_that_it_cannot_make(make: Make, arguments: tuple, error: type, phrase: str) -> None:
     found = raised(make(fixed()).create_ortvalue_from_shape_and_type, *arguments)
     assert type(found) is error
     assert phrase in str(found)
