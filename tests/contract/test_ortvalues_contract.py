@@ -65,6 +65,7 @@ def test_every_dtype(make: Make, code: str) -> None:
     session = make(identity(DTYPES[code]))
     for shape in [(), (1,), (0, 3), (2, 3), (1,) * 20, (30_000,)]:
         data = np.asarray(np.arange(np.prod(shape)).reshape(shape) % 2).astype(code)
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(data)
         (result,) = session.run_with_ort_values(None, {"x": value})
         equal(result.numpy(), data)
         assert result.shape() == list(shape)
