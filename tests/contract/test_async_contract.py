@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -156,13 +157,11 @@ def test_one_thread_is_too_few(make: Make) -> None:
     assert not answer.calls
 
 
-def test_an_exception_in_the_callback_is_printed(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_in_the_callback_is_printed(make: Make) -> None:
     seen, printed = threading.Event(), []
 
     def fails(*_: Any) -> None:
         raise ValueError("from the callback")
-
-    import sys
 
     def hook(what: Any) -> None:
         printed.append(what)
@@ -300,7 +299,7 @@ def test_ending_ends_all_runs_with_these_options(make: Make) -> None:
 
 
 def test_only_the_path_to_what_is_fetched(make: Make) -> None:
-    """Without it every node runs, and the one that nobody asked for fails."""
+    """Every node runs, so the one that nobody asked for fails; onnxruntime 1.31 ignores the option."""
     nodes = [node("Neg", ["x"], ["y"]), node("Gather", ["x", "i"], ["unwanted"])]
     ends = [tensor("y", F, [2]), tensor("unwanted", F, [1])]
     session = make(model(nodes, [tensor("x", F, [2]), tensor("i", I64, [1])], ends))
@@ -308,14 +307,10 @@ def test_only_the_path_to_what_is_fetched(make: Make) -> None:
     make.refuses(session, lambda s: s.run(["y"], feed), InvalidArgument, "indices element out of data bounds")
     options = onnxruntime.RunOptions()
     options.only_execute_path_to_fetches = True
-    assert TWO_WAYS[outcome(session, feed, options)]
     assert outcome(session, feed, options) == outcome(make.twin(session), feed, options)
     good = {"x": ones(2), "i": np.array([1])}
     equal(session.run(["y"], good, options), [-ones(2)])
     equal(session.run(None, good, options), [-ones(2), ones(1)])
-
-
-TWO_WAYS = {"ran": True, "InvalidArgument": True}
 
 
 def outcome(session: Any, feed: dict, options: Any) -> str:
@@ -352,12 +347,3 @@ def test_entries_that_are_refused(make: Make, key: str, value: str, phrase: str)
     options = onnxruntime.RunOptions()
     options.add_run_config_entry(key, value)
     make.refuses(make(fixed()), lambda s: s.run(["sum"], FEED, options), InvalidArgument, phrase)
-
-
-def test_the_logid_is_in_what_is_logged(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    options = onnxruntime.RunOptions()
-    options.logid = "by-this-name"
-    session = make(fixed())
-    assert "Add node" in str(raised(session.run, None, {"a": A, "b": ones(3, 3)}, options))
-    del session
-    assert isinstance(capfd.readouterr().err, str)
