@@ -64,6 +64,11 @@ def unknown() -> bytes:
     return model([node("Nope", ["x"], ["y"])], [tensor("x")], [tensor("y")])
 
 
+def without_kernel() -> bytes:
+    d = TensorProto.DOUBLE
+    return model([node("Erf", ["x"], ["y"])], [tensor("x", d)], [tensor("y", d)])
+
+
 def works(session: Any) -> None:
     assert session.get_providers() == CPU
     assert session.run(["twice"], {"x": ones(1, 1)})[0].tolist() == [[2]]
@@ -189,7 +194,9 @@ def test_no_source(make: Make) -> None:
     assert type(raised(make.cls)) is TypeError
 
 
-@pytest.mark.parametrize("given", [{}, {"a": 1}, 3, "text", onnxruntime.RunOptions()], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"a": 1}, 3, "text", onnxruntime.RunOptions()], ids=lambda o: type(o).__name__
+)
 def test_options_that_are_none(make: Make, given: Any) -> None:
     found = raised(lambda: make.cls(GOOD, sess_options=given, providers=CPU))
     assert type(found) is AttributeError
@@ -436,9 +443,10 @@ def test_options_in_the_model_that_are_refused(
 
 
 def test_a_model_that_is_large(make: Make) -> None:
-    weights = helper.make_tensor("w", F, [500_000], np.arange(500_000, dtype=np.float32).tobytes(), raw=True)
-    source = model(
-        [node("Add", ["x", "w"], ["y"])], [tensor("x", F, [1])], [tensor("y", F, [500_000])], [weights]
+    size = 500_000
+    weights = helper.make_tensor("w", F, [size], np.arange(size, dtype=np.float32).tobytes(), raw=True)
+    nodes = [node("Add", ["x", "w"], ["y"])]
+    (result,) = make(model(nodes, [tensor("x", F, [1])], [tensor("y", F, [size])], [weights])).run(
+        None, {"x": ones(1)}
     )
-    (result,) = make(source).run(None, {"x": ones(1)})
-    assert result[-1] == 500_000
+    assert result[-1] == size
