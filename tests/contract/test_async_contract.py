@@ -220,7 +220,7 @@ class Running:
     def __init__(self, call: Callable[[], Any]) -> None:
         self.error: BaseException | None = None
         self._began = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(call,))
+        self._thread = threading.Thread(target=self._work, args=(call,), daemon=True)
         self._thread.start()
         assert self._began.wait(DEADLINE)
 
