@@ -37,6 +37,7 @@ class Make:
     """Builds sessions of one of the two classes, and a real one like each of them."""
 
     def __init__(self, kind: str, host: ModelHost | None) -> None:
+        assert kind in KINDS, "a test has a parameter of its own called kind"
         self.kind = kind
         self._host = host
         self._how: weakref.WeakKeyDictionary[Any, tuple] = weakref.WeakKeyDictionary()

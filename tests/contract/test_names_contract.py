@@ -149,10 +149,10 @@ def test_names_may_be_bytes(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [collections.OrderedDict, types.MappingProxyType, collections.UserDict, collections.ChainMap]
+    "mapping", [collections.OrderedDict, types.MappingProxyType, collections.UserDict, collections.ChainMap]
 )
-def test_feeds_may_be_any_mapping(make: Make, kind: Any) -> None:
-    equal(make(fixed()).run(None, kind(feed())), [SUM, PRODUCT])
+def test_feeds_may_be_any_mapping(make: Make, mapping: Any) -> None:
+    equal(make(fixed()).run(None, mapping(feed())), [SUM, PRODUCT])
 
 
 def test_the_order_of_a_feed_does_not_matter(make: Make) -> None:

@@ -319,7 +319,7 @@ def same_sequence(kind: int = F) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "items"),
+    ("element", "items"),
     [
         (F, [ones(2), np.zeros((0, 3), np.float32), np.array(5, np.float32)]),
         (F, []),
@@ -330,8 +330,8 @@ def same_sequence(kind: int = F) -> bytes:
     ],
     ids=["floats", "empty", "Fortran", "large", "text", "empty text"],
 )
-def test_sequences(make: Make, kind: int, items: list) -> None:
-    (result,) = make(same_sequence(kind)).run(None, {"x": items})
+def test_sequences(make: Make, element: int, items: list) -> None:
+    (result,) = make(same_sequence(element)).run(None, {"x": items})
     equal(result, [np.ascontiguousarray(i).reshape(i.shape) for i in items])
     assert all(array.flags.writeable for array in result)
 
