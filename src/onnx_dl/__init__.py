@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnx_dl.host import ModelHost, Snapshot, default_host, warm_up
     from onnx_dl.lifecycle import ModelState
     from onnx_dl.model import ModelStatus, Usage
+    from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
     from onnx_dl.pipelines import Pipeline, pipeline
     from onnx_dl.session import InferenceSession, InferenceSessionProxy
 
@@ -64,6 +65,7 @@ _HOMES = {
     "host": ("ModelHost", "Snapshot", "default_host", "warm_up"),
     "lifecycle": ("ModelState",),
     "model": ("ModelStatus", "Usage"),
+    "patching": ("Patch", "Unpatched", "patch", "unpatch", "unpatched_report"),
     "pipelines": ("Pipeline", "pipeline"),
     "session": ("InferenceSession", "InferenceSessionProxy"),
 }

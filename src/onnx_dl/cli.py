@@ -34,6 +34,19 @@ def parser() -> argparse.ArgumentParser:
         "demo", help="load, use and unload four models, beside the same work in-process"
     )
     demo.set_defaults(run=_demo)
+    run = commands.add_parser(
+        "run", help="run a program with onnxruntime.InferenceSession's models in worker processes"
+    )
+    run.add_argument("--ttl", default="-1", help="seconds without use after which a model unloads")
+    run.add_argument("--latency", default="normal", help="normal or low")
+    run.add_argument("--lazy", action="store_true", help="load models at first use, not when they are opened")
+    run.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="GLOB:NAME=VALUE",
+        help="for models of that file name: ttl, latency, eager or in_process; e.g. 'vad*.onnx:ttl=-1'",
+    )  # fmt: skip
+    run.add_argument("-m", action="store_true", dest="module", help="the program is a module")
+    run.add_argument("target", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="and its arguments")
+    run.set_defaults(run=_run)
     cache = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("ls", help="list what is in it, the one used last first").set_defaults(run=_cache_ls)
@@ -45,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        arguments.run()
+        arguments.run(arguments)
     except OnnxDLError as error:
         print(f"onnx-dl: {error}", file=sys.stderr)
         return 1
@@ -54,13 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _demo() -> None:
+def _run(arguments: argparse.Namespace) -> None:
+    from onnx_dl.launch import run
+
+    run(
+        arguments.target,
+        module=arguments.module,
+        settings=arguments.settings,
+        ttl=arguments.ttl,
+        latency=arguments.latency,
+        eager=not arguments.lazy,
+    )
+
+
+def _demo(_: argparse.Namespace) -> None:
     from onnx_dl.demo.show import demo
 
     demo()
 
 
-def _cache_ls() -> None:
+def _cache_ls(_: argparse.Namespace) -> None:
     store = _cache()
     entries = store.entries()
     for entry in entries:
@@ -69,7 +95,7 @@ def _cache_ls() -> None:
     print(f"{len(entries)} models, {format_bytes(sum(entry.nbytes for entry in entries))}, in {store.root}")
 
 
-def _cache_clear() -> None:
+def _cache_clear(_: argparse.Namespace) -> None:
     store = _cache()
     print(f"{format_bytes(store.clear())} removed from {store.root}")
 

@@ -66,6 +66,21 @@ def _seconds(value: object) -> float | None:
         return None
 
 
+_SWITCH: Final = {"1": True, "yes": True, "true": True, "on": True, "0": False, "no": False, "false": False, "off": False}
+
+
+def parse_switch(value: object) -> bool:
+    """A bool, or text such as ``"yes"`` and ``"off"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    found = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
+    if found is None:
+        raise ConfigError(f"{value!r} is neither yes nor no.")
+    return found
+
+
 _SIZES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 

@@ -45,6 +45,7 @@ HEIGHT = {
     "pipelines": 11,
     "patching": 11,
     "demo": 12,
+    "launch": 12,
     "cli": 13,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.

@@ -1,0 +1,293 @@
+"""``onnxruntime.InferenceSession`` made to live in workers, for packages that were written without us.
+
+Covers :func:`patch` and what is left in-process all the same.  The class stays what it is, so it does not
+matter who imported it, when, or made a subclass of it: its constructor opens a proxy, and its methods ask that
+proxy.  Our own processes do not run this.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import gc
+import importlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple, Self
+
+from onnx_dl import config
+from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.host import ModelHost
+from onnx_dl.session import InferenceSessionProxy
+
+logger = logging.getLogger("onnx_dl")
+
+_C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
+_PROXY: Final = "_onnx_dl_proxy"
+_PARSE: Final[dict[str, Callable[[Any], Any]]] = {
+    "ttl": lambda value: config.parse_ttl(_number(value)),
+    "latency": config.parse_latency,
+    "eager": config.parse_switch,
+    "in_process": config.parse_switch,
+}
+
+
+def _number(value: Any) -> Any:
+    """Text from a command line that is a number, as one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+class Unpatched(NamedTuple):
+    """A session that lives in this process although :func:`patch` is in force."""
+
+    model: str
+    reason: str
+    where: str
+    """File and line that made it, as far as it is known."""
+
+    def __str__(self) -> str:
+        return f"{self.model}: in-process, because {self.reason} ({self.where})"
+
+
+class Patch:
+    """What is in force from :func:`patch` to :func:`unpatch`; as a context manager, for the block."""
+
+    def __init__(self, defaults: dict[str, Any], models: list[tuple[str, dict[str, Any]]], host: Any) -> None:
+        self._defaults = defaults
+        self._models = models
+        self._host = host
+
+    def settings_of(self, model: str) -> dict[str, Any]:
+        """Those of this model: of several globs that match, each in turn."""
+        found = dict(self._defaults)
+        for glob, more in self._models:
+            if fnmatch.fnmatch(model, glob) or fnmatch.fnmatch(os.path.basename(model), glob):
+                found |= more
+        return found
+
+    def open(self, settings: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A proxy, of onnxruntime's own arguments."""
+        source, sess_options, providers, provider_options = args
+        return InferenceSessionProxy(
+            source,
+            sess_options,
+            providers,
+            provider_options=provider_options,
+            host=self._host,
+            **{name: value for name, value in settings.items() if name != "in_process"},
+            **{name: value for name, value in kwargs.items() if name not in settings and name != "host"},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with _lock:
+            if self in _active:
+                _active.remove(self)
+            _restore_if_idle()
+
+
+def patch(
+    *,
+    ttl: float | str = -1,
+    latency: str = "normal",
+    eager: bool = True,
+    models: Mapping[str, Mapping[str, Any]] | None = None,
+    host: ModelHost | None = None,
+) -> Patch:
+    """From now on, ``onnxruntime.InferenceSession`` opens models in workers, whoever uses it.
+
+    Args:
+        ttl, latency, eager: as :class:`~onnx_dl.InferenceSessionProxy` has them; but models load when the
+            session is made, because callers who never heard of us may catch what onnxruntime raises there.
+        models: settings of single models by glob of path or file name, for example
+            ``{"vad*.onnx": {"ttl": -1}, "tiny*": {"in_process": True}}``; of several that match, the later
+            counts.
+        host: the host to use instead of the application's own.
+
+    Returns:
+        A context manager whose end takes this patch back, as :func:`unpatch` does for the latest.
+
+    Raises:
+        ConfigError: a setting does not exist, or has a value that cannot be.
+    """
+    defaults = _checked({"ttl": ttl, "latency": latency, "eager": eager}, "patch()")
+    made = Patch(defaults, [(glob, _checked(more, glob)) for glob, more in (models or {}).items()], host)
+    with _lock:
+        _active.append(made)
+        _replace()
+    return made
+
+
+def unpatch() -> None:
+    """Takes the latest patch back.  Sessions that it made go on working."""
+    with _lock:
+        if _active:
+            _active.pop()
+        _restore_if_idle()
+
+
+def unpatched_report() -> list[Unpatched]:
+    """The sessions that live in this process although they might not, and why."""
+    onnxruntime = sys.modules.get("onnxruntime")
+    if onnxruntime is None:
+        return []
+    session_class = onnxruntime.InferenceSession
+    found = [
+        Unpatched(str(vars(made).get("_model_path") or "a model given as bytes"), _EARLIER, "unknown")
+        for made in gc.get_objects()
+        if issubclass(type(made), session_class) and _PROXY not in vars(made) and id(made) not in _known
+    ]
+    return [*_noted, *found]
+
+
+def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """``GLOB:NAME=VALUE`` or ``GLOB:NAME=VALUE,NAME=VALUE`` for :func:`patch`.
+
+    Raises:
+        ConfigError: it is written otherwise.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        glob, colon, settings = text.rpartition(":")
+        pairs = [part.partition("=") for part in settings.split(",")]
+        if not (glob and colon and all(equals for _, equals, _ in pairs)):
+            raise ConfigError(f"{text!r} is no setting; write, for example, 'vad*.onnx:ttl=-1'.")
+        found.setdefault(glob, {}).update({name: value for name, _, value in pairs})
+    return found
+
+
+def _checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
+    if strange := set(settings) - set(_PARSE):
+        raise ConfigError(f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}.")
+    return {name: _PARSE[name](value) for name, value in settings.items()}
+
+
+# --- the class ---------------------------------------------------------------------------------------------
+
+_EARLIER: Final = "it was made before patch()"
+_lock: Final = threading.Lock()
+_active: list[Patch] = []
+_noted: list[Unpatched] = []
+_known: set[int] = set()
+_inside: Final = threading.local()
+_undo: list[Callable[[], None]] = []
+"""What gives the constructors back; methods keep asking the proxies of sessions that live on."""
+
+
+def _replace() -> None:
+    if _undo:
+        return
+    session_class = importlib.import_module("onnxruntime").InferenceSession
+    native_class = importlib.import_module(_C).InferenceSession
+    if "__getattr__" not in vars(session_class):
+        _delegate(session_class)
+    for cls, make in ((session_class, _opening), (native_class, _noting)):
+        original = cls.__init__
+        cls.__init__ = make(original)
+        _undo.append(functools.partial(setattr, cls, "__init__", original))
+
+
+def _restore_if_idle() -> None:
+    while _undo and not _active:
+        _undo.pop()()
+
+
+def _opening(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(
+        self: Any,
+        path_or_bytes: Any,
+        sess_options: Any = None,
+        providers: Any = None,
+        provider_options: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = (path_or_bytes, sess_options, providers, provider_options)
+        name = _name_of(path_or_bytes)
+        patched = _active[-1]
+        settings = patched.settings_of(name)
+        try:
+            if not settings.get("in_process"):
+                self.__dict__[_PROXY] = patched.open(settings, args, kwargs)
+                return
+            reason = "its settings say so"
+        except (ConfigError, PlatformError) as error:
+            reason = str(error)
+        _note(Unpatched(name, reason, _caller()))
+        _known.add(id(self))
+        _inside.making = True
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _inside.making = False
+
+    return __init__
+
+
+def _noting(original: Callable[..., None]) -> Callable[..., None]:
+    """Whoever makes native sessions himself does without us."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, options: Any, source: Any, *args: Any) -> None:
+        original(self, options, source, *args)
+        where = _caller()
+        if not getattr(_inside, "making", False) and "onnx_dl" not in where:
+            _note(Unpatched(_name_of(source), "it was made with onnxruntime's native class", where))
+
+    return __init__
+
+
+def _note(unpatched: Unpatched) -> None:
+    _noted.append(unpatched)
+    logger.warning("%s", unpatched)
+
+
+def _name_of(source: Any) -> str:
+    if isinstance(source, bytes):
+        return "a model given as bytes"
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else repr(source)
+
+
+def _caller() -> str:
+    """Who called onnxruntime."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_ours(module: str) -> bool:
+    return module == __name__ or module.partition(".")[0] == "onnxruntime"
+
+
+def _delegate(session_class: Any) -> None:
+    """Has the methods ask the proxy, where there is one."""
+    for cls in reversed(session_class.__mro__):
+        for name, original in list(vars(cls).items()):
+            if callable(original) and not name.startswith("_"):
+                setattr(session_class, name, _asking(name, original))
+
+    def __getattr__(self: Any, name: str) -> Any:
+        proxy = self.__dict__.get(_PROXY)
+        if proxy is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(proxy, name)
+
+    session_class.__getattr__ = __getattr__
+
+
+def _asking(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        proxy = self.__dict__.get(_PROXY)
+        return original(self, *args, **kwargs) if proxy is None else getattr(proxy, name)(*args, **kwargs)
+
+    return method
