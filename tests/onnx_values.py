@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnx import ModelProto, NodeProto, OptionalProto, SequenceProto, TensorProto, TypeProto, helper, numpy_helper
+from onnx import (
+    ModelProto,
+    NodeProto,
+    OptionalProto,
+    SequenceProto,
+    TensorProto,
+    TypeProto,
+    helper,
+    numpy_helper,
+)
 
 CPU = ["CPUExecutionProvider"]
 PLAIN = "?bBhHiIlLqQefd"
@@ -58,7 +67,9 @@ def ort_value(value: Any, kind: TypeProto) -> onnxruntime.OrtValue:
             items = [ort_value(item, inner) for item in value]
             names = [f"x{i}" for i in range(len(items))]
             node = helper.make_node("SequenceConstruct", names, ["y"])
-            return _made_by(node, [(name, item, inner) for name, item in zip(names, items, strict=True)], kind)
+            return _made_by(
+                node, [(name, item, inner) for name, item in zip(names, items, strict=True)], kind
+            )
         case "tensor_type":
             return _dense(value, kind)
         case other:
@@ -83,7 +94,9 @@ def _dense(value: Any, kind: TypeProto) -> onnxruntime.OrtValue:
 
 def _made_by(node: NodeProto, inputs: list[tuple[str, Any, TypeProto]], kind: TypeProto) -> Any:
     """What a model of this one node makes: the API has no other way to strings, sequences and optionals."""
-    session = onnxruntime.InferenceSession(_one_node(node, [(i[0], i[2]) for i in inputs], kind), providers=CPU)
+    session = onnxruntime.InferenceSession(
+        _one_node(node, [(i[0], i[2]) for i in inputs], kind), providers=CPU
+    )
     return session.run_with_ort_values(None, {name: value for name, value, _ in inputs})[0]
 
 
@@ -149,7 +162,12 @@ def _of_array(array: np.ndarray, exact: bool) -> tuple[Any, ...]:
 def _of_sparse(sparse: Any, exact: bool) -> tuple[Any, ...]:
     views = ("get_coo_data", "get_csrc_data")
     indices = [attempt(lambda view=view: _indices(getattr(sparse, view)()), exact) for view in views]
-    return (sparse.data_type(), str(sparse.format), *map(picture, (sparse.dense_shape(), sparse.values())), indices)
+    return (
+        sparse.data_type(),
+        str(sparse.format),
+        *map(picture, (sparse.dense_shape(), sparse.values())),
+        indices,
+    )
 
 
 def _indices(view: Any) -> list[Any]:
@@ -167,7 +185,10 @@ def _of_ort_value(value: onnxruntime.OrtValue, exact: bool) -> list[Any]:
         return [*shown, attempt(lambda: _contents(value), exact)]
     shown += [attempt(getattr(value, q)) for q in ("shape", "element_type", "device_name")]
     if value.data_type() == "tensor(string)":
-        return [*shown, attempt(value.numpy, exact)]  # its bytes are std::string objects, which hold addresses
+        return [
+            *shown,
+            attempt(value.numpy, exact),
+        ]  # its bytes are std::string objects, which hold addresses
     size = value.tensor_size_in_bytes()
     return [*shown, size, ctypes.string_at(value.data_ptr(), size) if exact and size else b""]
 
