@@ -125,18 +125,25 @@ def _shapeless(kind: TypeProto) -> TypeProto:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def attempt(act: Callable[[], Any], exact: bool = True) -> tuple[Any, ...]:
-    """What comes of it: a picture, or an error's class and words."""
+def outcome(act: Callable[[], Any]) -> Any:
+    """What comes of it: a result or an error."""
     try:
-        return ("result", picture(act(), exact))
+        return act()
     except Exception as error:
-        words = re.sub(r"0x[0-9a-f]+", "0x", str(error))
-        return ("error", f"{type(error).__module__}.{type(error).__qualname__}", words)
+        return error
+
+
+def attempt(act: Callable[[], Any], exact: bool = True) -> tuple[str, Any]:
+    """The picture of what comes of it, and which of both that is."""
+    came = outcome(act)
+    return ("error" if isinstance(came, Exception) else "result", picture(came, exact))
 
 
 def picture(value: Any, exact: bool = True) -> Any:
     """Plain data that tells all there is to tell of a result; without what is random unless ``exact``."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, Exception):
+        return (kind, re.sub(r"0x[0-9a-f]+", "0x", str(value)))  # addresses differ
     if isinstance(value, onnxruntime.OrtValue):
         return (kind, _of_ort_value(value, exact))
     if isinstance(value, np.ndarray):
