@@ -321,8 +321,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.modes = options.modes.split(",")
     if unknown := set(options.modes) - set(MODES):
         parser.error(f"no such modes: {', '.join(sorted(unknown))}")
-    # Here and, inherited, in workers: operator sets that onnx has before onnxruntime promises them.
-    os.environ["ALLOW_RELEASED_ONNX_OPSET_ONLY"] = "0"
     chosen = cases() if options.all or options.only != "*" else sample(60, options.seed)
     chosen = [case for case in chosen if fnmatch.fnmatch(case.name, options.only)]
     summary = Summary(options.verbose)

@@ -20,7 +20,7 @@ from tests.onnx_node import MODES, compare, real
 from tests.onnx_values import CPU, picture
 
 SEED = 1
-"""Also of the mistakes.  Another seed is another test: see first that onnxruntime survives it, by ``--self``."""
+"""Of the sample and of the mistakes.  Before you change it, see with ``--self`` that onnxruntime survives."""
 COUNT, PARTS = 60, 6
 
 
