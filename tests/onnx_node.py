@@ -238,12 +238,14 @@ def examine(
 
 
 def _unfit(case: Case, mode: str) -> str | None:
-    """Why the values of this case cannot be made into OrtValues, where the mode needs them."""
+    """Why this case cannot be done in this mode: no OrtValues can be made, or onnxruntime would crash."""
     if mode in ("fed", "ort", "binding"):
         try:
-            case.ort_feed  # noqa: B018
+            values = case.ort_feed.values()
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:150]
+        if not all(value.has_value() for value in values):
+            return "an empty optional OrtValue as an input crashes onnxruntime"
     return None
 
 
