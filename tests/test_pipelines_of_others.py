@@ -62,7 +62,7 @@ def vectorizer(kind: str) -> bytes:
 
 
 def both(blob: bytes, host: ModelHost, feeds: dict[str, Any], outputs: Any = None) -> list[Any]:
-    """What came, for each feed, from the proxy: exactly what comes from onnxruntime, results and errors alike."""
+    """For each feed, that the same comes from the proxy as from onnxruntime; and which: result or error."""
     real = onnxruntime.InferenceSession(blob, providers=CPU)
     proxy = InferenceSessionProxy(blob, providers=CPU, host=host)
     came = []
