@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from onnx_dl import values
+from onnx_dl import makers, values
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
@@ -84,12 +84,24 @@ class IOBinding:
             element_type: a numpy type, or an int of onnx's TensorProto.DataType.
             shape: of the tensor that lies there.
         """
-        self._inputs[name] = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+        value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+        self._check_input(name)
+        self._inputs[name] = value
 
     def bind_ortvalue_input(self, name: str, ortvalue: Any) -> None:
         """Binds an OrtValue, which is read at every run."""
-        self._proxy._check_owner(ortvalue, "bound to")
+        self._check_owner(ortvalue)
+        self._check_input(name)
         self._inputs[name] = ortvalue._ortvalue
+
+    def _check_owner(self, ortvalue: Any) -> None:
+        if ortvalue._session is not None:
+            self._proxy._check_owner(ortvalue, "bound to")
+
+    def _check_input(self, name: str) -> None:
+        nodes = (*self._proxy.get_inputs(), *self._proxy.get_overridable_initializers())
+        if name not in {node.name for node in nodes}:
+            raise RuntimeError(f"Error when binding input: Failed to find input name in the mapping: {name}")
 
     def synchronize_inputs(self) -> None:
         """Nothing to do: inputs are copied when a run begins."""
@@ -124,7 +136,7 @@ class IOBinding:
 
     def bind_ortvalue_output(self, name: str, ortvalue: Any) -> None:
         """Binds an output to an OrtValue's memory."""
-        self._proxy._check_owner(ortvalue, "bound to")
+        self._check_owner(ortvalue)
         self._outputs[name] = _Output("cpu", 0, ortvalue._ortvalue)
 
     def synchronize_outputs(self) -> None:
@@ -136,28 +148,32 @@ class IOBinding:
     def get_outputs(self) -> list[Any]:
         """The outputs of the last run as ``onnxruntime.OrtValue``, in the order in which they were bound.
 
-        Raises:
-            RuntimeError: there was no run yet.
+        Before the first run, those that a run is to allocate have no value.
         """
         onnxruntime = importlib.import_module("onnxruntime")
         return [onnxruntime.OrtValue(value) for value in self._results()]
 
     def get_outputs_as_ortvaluevector(self) -> Any:
         """The outputs of the last run as an ``OrtValueVector``."""
-        vector = importlib.import_module(_C).OrtValueVector()
+        vector = vector_class()()
         for value in self._results():
             vector.push_back(value)
         return vector
 
     def copy_outputs_to_cpu(self) -> list[Any]:
-        """The outputs of the last run as arrays of their own (lists and dicts for sequences and maps)."""
+        """The outputs of the last run as arrays of their own (lists and dicts for sequences and maps).
+
+        Raises:
+            RuntimeError: there was no run yet; onnxruntime itself ends the process then.
+        """
+        if any(output.value is None for output in self._outputs.values()):
+            raise RuntimeError("This IOBinding has no outputs yet: run_with_iobinding() comes first.")
         return [_python(value) for value in self._results()]
 
     def _results(self) -> list[Any]:
-        found = [output.value for output in self._outputs.values()]
-        if any(value is None for value in found):
-            raise RuntimeError("This IOBinding has no outputs yet: run_with_iobinding() comes first.")
-        return found
+        return [
+            makers.nothing() if output.value is None else output.value for output in self._outputs.values()
+        ]
 
     # --- a run --------------------------------------------------------------------------------------------
 
@@ -175,15 +191,15 @@ class IOBinding:
         """``call`` is given what is bound and returns what came out of it."""
         inputs = [[name, value] for name, value in self._inputs.items()]
         outputs = [
-            [name, output.device, output.number, _place(output.value)]
+            [name, output.device, output.number, place_of(output.value)]
             for name, output in self._outputs.items()
         ]
         results = call(inputs, outputs)
         for output, result, (*_, place) in zip(self._outputs.values(), results, outputs, strict=True):
             if place is None:
                 output.value = result
-            elif result.nbytes:
-                ctypes.memmove(output.value.data_ptr(), result.ctypes.data, result.nbytes)
+            else:
+                _write(output.value, result)
 
 
 def _check_device(device_type: str, device_id: int) -> None:
@@ -200,7 +216,24 @@ def _element(onnxruntime: Any, element_type: Any, shape: Sequence[int]) -> tuple
     return one.element_type(), math.prod(shape) * one.tensor_size_in_bytes()
 
 
-def _place(value: Any) -> list[Any] | None:
+def vector_class() -> Any:
+    """onnxruntime's OrtValueVector."""
+    return importlib.import_module(_C).OrtValueVector
+
+
+def take_results(given: list[Any], results: list[Any]) -> list[Any]:
+    """Writes results to the native OrtValues that were given for them; returns those that are left."""
+    for value, result in zip(given, results, strict=False):
+        _write(value, result)
+    return results[len(given) :]
+
+
+def _write(value: Any, result: Any) -> None:
+    if result.nbytes:
+        ctypes.memmove(value.data_ptr(), result.ctypes.data, result.nbytes)
+
+
+def place_of(value: Any) -> list[Any] | None:
     """Element type and shape of memory that a result goes to; None: it is allocated."""
     if value is None or not value.has_value() or not value.is_tensor() or value.element_type() == 8:
         return None

@@ -66,7 +66,16 @@ def _seconds(value: object) -> float | None:
         return None
 
 
-_SWITCH: Final = {"1": True, "yes": True, "true": True, "on": True, "0": False, "no": False, "false": False, "off": False}
+_SWITCH: Final = {
+    "1": True,
+    "yes": True,
+    "true": True,
+    "on": True,
+    "0": False,
+    "no": False,
+    "false": False,
+    "off": False,
+}
 
 
 def parse_switch(value: object) -> bool:

@@ -162,6 +162,15 @@ def maps(content: list[dict[Any, float]]) -> Any:
     return _made(_kept(model), {"x0": dense(table)})
 
 
+def nothing() -> Any:
+    """A native OrtValue of no elements, for where onnxruntime has one that must not be looked at."""
+    return (
+        importlib.import_module("onnxruntime")
+        .OrtValue.ortvalue_from_shape_and_type([0], np.float32)
+        ._ortvalue
+    )
+
+
 def dense(array: NDArray[Any]) -> Any:
     """A native OrtValue that lies in the array's memory; the array must outlive it."""
     onnxruntime = importlib.import_module("onnxruntime")

@@ -112,6 +112,16 @@ class Description:
         ]
 
 
+class _Gone:
+    """The metadata of a session whose providers could not be set: None throughout, as onnxruntime has it."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+GONE: Any = _Gone()
+
+
 def _memory_info(name: str, allocator: str, device_id: int, mem_type: str) -> Any:
     onnxruntime = importlib.import_module("onnxruntime")
     return onnxruntime.OrtMemoryInfo(

@@ -8,7 +8,7 @@ make such an object, never to read one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from onnx_dl import recorded, recorder
@@ -80,8 +80,8 @@ qnn.rpc_control_latency
 """.split()
 
 
-def read_session_options(options: Any) -> dict[str, Any] | None:
-    """A SessionOptions as plain data; None stays None.
+def read_session_options(options: Any, more_keys: Iterable[str] = ()) -> dict[str, Any] | None:
+    """A SessionOptions as plain data; None stays None.  ``more_keys``: of entries that may be there, too.
 
     Raises:
         AttributeError: it is no SessionOptions, in onnxruntime's words.
@@ -89,7 +89,7 @@ def read_session_options(options: Any) -> dict[str, Any] | None:
     if options is None:
         return None
     options.has_providers()
-    return _read(options, SESSION_FIELDS, "get_session_config_entry", SESSION_KEYS)
+    return _read(options, SESSION_FIELDS, "get_session_config_entry", (*SESSION_KEYS, *more_keys))
 
 
 def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recorded.Portable | None]:
@@ -115,11 +115,15 @@ def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recorde
 def read_run_options(options: Any) -> dict[str, Any] | None:
     """A RunOptions as plain data; None stays None.
 
+    Of anything else only its ``repr`` travels, for onnxruntime to refuse it in its own words.
+
     Raises:
-        AttributeError: it is no RunOptions.
+        ConfigError: it was told what cannot reach a worker.
     """
     if options is None:
         return None
+    if not hasattr(options, "get_run_config_entry"):
+        return {"stranger": repr(options)}
     plain = _read(options, RUN_FIELDS, "get_run_config_entry", RUN_KEYS)
     found = recorded.portable(options, recorder.RUN_METHODS)
     plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
@@ -145,9 +149,22 @@ def make_session_options(plain: dict[str, Any]) -> Any:
     return _fill(onnxruntime.SessionOptions(), plain, onnxruntime, "add_session_config_entry")
 
 
+class _Stranger:
+    """Something that is no RunOptions, and looks like what the caller gave."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
 def make_run_options(plain: dict[str, Any]) -> Any:
     """An ``onnxruntime.RunOptions`` that says the same; imports onnxruntime."""
     import onnxruntime
+
+    if "stranger" in plain:
+        return _Stranger(plain["stranger"])
 
     options = _fill(onnxruntime.RunOptions(), plain, onnxruntime, "add_run_config_entry")
     recorded.say_again(options, plain.get("calls", []), lambda place: None)
@@ -163,6 +180,52 @@ def _fill(options: Any, plain: dict[str, Any], onnxruntime: Any, setter: str) ->
             enum_name = _ENUMS.get(name)
             setattr(options, name, getattr(getattr(onnxruntime, enum_name), value) if enum_name else value)
     return options
+
+
+def in_order(providers: Any) -> bool:
+    """Whether these are names, or pairs of name and options: what onnxruntime takes."""
+    return providers is None or (
+        isinstance(providers, list | tuple)
+        and all(
+            isinstance(item, str)
+            or (
+                isinstance(item, tuple)
+                and len(item) == 2
+                and isinstance(item[0], str)
+                and isinstance(item[1], dict)
+            )
+            for item in providers
+        )
+    )
+
+
+def faithful(value: Any) -> Any:
+    """Plain data that :func:`as_given` turns into the same again, lists and tuples and sets told apart.
+
+    For arguments that onnxruntime is to refuse in its own words, where it shows them.
+    """
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if type(value) in (list, tuple, set, frozenset):
+        return {type(value).__name__: [faithful(item) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[faithful(key), faithful(item)] for key, item in value.items()]}
+    return {"other": repr(value)}
+
+
+_CONTAINERS: Final = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def as_given(plain: Any) -> Any:
+    """What :func:`faithful` read."""
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, items),) = plain.items()
+    if kind == "other":
+        return _Stranger(items)
+    if kind == "dict":
+        return {as_given(key): as_given(item) for key, item in items}
+    return _CONTAINERS[kind](as_given(item) for item in items)
 
 
 def read_providers(providers: Any) -> list[Any] | None:

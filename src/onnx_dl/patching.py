@@ -1,8 +1,8 @@
 """``onnxruntime.InferenceSession`` made to live in workers, for packages that were written without us.
 
 Covers :func:`patch` and what is left in-process all the same.  The class stays what it is, so it does not
-matter who imported it, when, or made a subclass of it: its constructor opens a proxy, and its methods ask that
-proxy.  Our own processes do not run this.
+matter who imported it, when, or made a subclass of it: its constructor opens a proxy, and its methods ask
+that proxy.  Our own processes do not run this.
 """
 
 from __future__ import annotations

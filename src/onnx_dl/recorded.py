@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from onnx_dl import recorder, values
 from onnx_dl.errors import ConfigError
 
+_READ_AT_LOAD: Final = ("ORT_LOAD_CONFIG_FROM_MODEL",)
+"""Environment variables that onnxruntime reads when a session is made; a worker's are the supervisor's."""
 _CONFIG: Final = ("add_session_config_entry", "add_run_config_entry")
 _PATHS: Final = ("register_custom_ops_library",)
 _LATE: Final = (
@@ -138,7 +140,9 @@ def surroundings() -> dict[str, Any]:
                 libraries.pop(str(args[0]), None)
             case _:
                 found["allocators"] = True
-    return found | ({"libraries": libraries} if libraries else {})
+    environment = {name: os.environ[name] for name in _READ_AT_LOAD if name in os.environ}
+    more = {"libraries": libraries, "environment": environment}
+    return found | {name: value for name, value in more.items() if value}
 
 
 def check_surroundings(found: dict[str, Any], plain: dict[str, Any] | None) -> None:
@@ -214,6 +218,9 @@ def set_surroundings(found: dict[str, Any]) -> None:
     """Has this process as the application was."""
     import onnxruntime
 
+    for name in _READ_AT_LOAD:
+        os.environ.pop(name, None)
+    os.environ.update(found.get("environment", {}))
     for name in ("set_seed", "set_default_logger_severity", "set_default_logger_verbosity"):
         if name in found:
             getattr(onnxruntime, name)(found[name])

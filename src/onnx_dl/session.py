@@ -14,16 +14,18 @@ from typing import Any, Final
 import numpy as np
 
 from onnx_dl import options, sources
-from onnx_dl.binding import IOBinding
-from onnx_dl.client import Kept, Lease
+from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
+from onnx_dl.client import Kept, Lease, RemoteModel
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelDescription
 from onnx_dl.native import NativeSession
-from onnx_dl.nodes import AssignedSubgraph, Description, ModelMetadata, NodeArg
+from onnx_dl.nodes import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
 from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch
 
 _MISSING: Final = object()
+_USERS: Final = 256
+"""numpy's first number for dtypes that packages register, such as ml_dtypes' bfloat16."""
 
 
 class InferenceSessionProxy(ModelProxy):
@@ -85,18 +87,19 @@ class InferenceSessionProxy(ModelProxy):
         super().__init__(found.spec, ttl=ttl, latency=latency, host=host, memory=found.memory)  # type: ignore[arg-type]
         self._live = found.live
         self._forget_metadata()
-        self._falls_back = int(kwargs.get("enable_fallback", 1)) == 1
+        self._falls_back: bool | None = None
         if eager:
             self.load()
 
-    def _find(self, providers: Any, provider_options: Any) -> sources.Source:
+    def _find(self, providers: Any, provider_options: Any, **more: Any) -> sources.Source:
         sess_options, kwargs = self._arguments
         return sources.describe(
-            self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs
+            self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs | more
         )
 
     def _forget_metadata(self) -> None:
         self._description: Description | None = None
+        self._is_gone = False
         self._described: ModelDescription | None = None
         self._sess = NativeSession(self)
 
@@ -129,16 +132,17 @@ class InferenceSessionProxy(ModelProxy):
             Exception: what onnxruntime raises, as the same class with the same message.
         """
         feed = self._fed(input_feed)
+        names = _names(output_names)
         if run_options is None and timeout is None:
             plain = watch = None
         else:
             plain, watch = options.read_run_options(run_options), Watch(run_options, timeout)
         try:
-            result: list[Any] = self._model().run(self._lease, output_names, feed, plain, watch)
-            return result
+            result: list[Any] = self._model().run(self._lease, names, feed, plain, watch)
         except Exception as error:
             self._fall_back(error)
-            return self.run(output_names, input_feed, run_options, timeout=timeout)
+            return self.run(names, input_feed, run_options, timeout=timeout)
+        return result if names is None or len(names) < 2 else _sharing(names, result)
 
     async def arun(
         self,
@@ -154,18 +158,18 @@ class InferenceSessionProxy(ModelProxy):
         """
         from onnx_dl import asynchronous  # imports asyncio: 50 ms that most programs need not pay
 
-        feed = self._fed(input_feed)
+        feed, names = self._fed(input_feed), _names(output_names)
         plain = options.read_run_options(run_options)
         nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
         result: list[Any] = await asynchronous.call(
             await self._amodel(),
             self._lease,
-            lambda lane: lane.call(output_names, feed, plain),
+            lambda lane: lane.call(names, feed, plain),
             nbytes,
             timeout,
             run_options,
         )
-        return result
+        return result if names is None else _sharing(names, result)
 
     def run_async(
         self,
@@ -179,14 +183,15 @@ class InferenceSessionProxy(ModelProxy):
         thread, one that other callbacks share.  For asyncio there is :meth:`arun`."""
         from onnx_dl import callbacks
 
-        feed = self._fed(input_feed)
+        if not (callback is None or callable(callback)):
+            raise TypeError(f"run_async(): incompatible function arguments. {callback!r} is no function.")
+        feed, names = self._fed(input_feed), _names(output_names)
         plain = options.read_run_options(run_options)
         callbacks.call_back(
             self._model(),
             self._lease,
-            lambda lane: lane.call(output_names, feed, plain, background=True),
-            callback,
-            user_data,
+            lambda lane: lane.call(names, feed, plain, background=True),
+            callbacks.Callback(callback, user_data, run_options),
         )
 
     def run_with_ort_values(
@@ -196,15 +201,15 @@ class InferenceSessionProxy(ModelProxy):
         run_options: Any = None,
     ) -> list[Any]:
         """One inference with an ``onnxruntime.OrtValue`` per input, whose results are OrtValues."""
-        feed = self._owned(input_dict_ort_values)
-        native = {name: value._get_c_value() for name, value in feed.items()}
+        feed, names = self._owned(input_dict_ort_values), _names(output_names) or None
+        for value in feed.values():
+            value._get_c_value()  # what has none is refused by that
         try:
-            found = self._call("run_with_ort_values", list(output_names or ()), feed, run_options=run_options)
+            found = self._call("run_with_ort_values", names, feed, run_options=run_options)
         except Exception as error:
             self._fall_back(error)
-            return self.run_with_ort_values(output_names, input_dict_ort_values, run_options)
-        del native
-        return list(found)
+            return self.run_with_ort_values(names, input_dict_ort_values, run_options)
+        return list(found) if names is None else _sharing(names, found)
 
     def run_with_ortvaluevector(
         self,
@@ -215,16 +220,24 @@ class InferenceSessionProxy(ModelProxy):
         fetches: Any,
         fetch_devices: Sequence[Any],
     ) -> None:
-        """One inference with ``OrtValueVector``; ``fetches`` is filled with the results."""
+        """One inference with ``OrtValueVector``; ``fetches`` is filled with the results, or, if it holds
+        values, these are written to."""
+        if type(run_options).__name__ != "RunOptions" or {type(feeds), type(fetches)} != {vector_class()}:
+            raise TypeError(
+                "run_with_ortvaluevector(): incompatible function arguments. It takes RunOptions, and an "
+                "OrtValueVector for feeds and for fetches."
+            )
+        given = list(fetches)
         found = self._call(
             "run_with_ortvaluevector",
             list(feed_names),
             list(feeds),
             list(fetch_names),
+            [place_of(value) for value in given],
             len(fetch_devices),
             run_options=run_options,
         )
-        for value in found:
+        for value in take_results(given, found):
             fetches.push_back(value)
 
     def io_binding(self) -> IOBinding:
@@ -238,7 +251,7 @@ class InferenceSessionProxy(ModelProxy):
             ValueError: the binding is another session's.
             RuntimeError: what onnxruntime refuses.
         """
-        if getattr(iobinding, "_session", None) is not self._sess:
+        if iobinding._session is not self._sess:
             raise ValueError("IOBinding must be used with the session that created it.")
         iobinding._run(lambda *args: self._call("run_with_iobinding", *args, run_options=run_options))
 
@@ -253,6 +266,8 @@ class InferenceSessionProxy(ModelProxy):
         """An OrtValue in this process that only this session takes; imports onnxruntime."""
         import onnxruntime
 
+        kind = element_type if isinstance(element_type, int) else np.dtype(element_type).str
+        self._invoke("check_ortvalue", list(shape), kind, device_type, device_id, int(vendor_id))
         made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
             shape, element_type, device_type, device_id, vendor_id
         )
@@ -267,11 +282,24 @@ class InferenceSessionProxy(ModelProxy):
         for value in found.values():
             if type(value) is not np.ndarray:
                 self._check_owner(value)
+            elif value.dtype.num >= _USERS:
+                self._refuse_dtype(found, value)
         return found
+
+    def _refuse_dtype(self, feed: dict[str, Any], value: Any) -> None:
+        """A dtype that a package registered: its number, which onnxruntime tells, is this process's only."""
+        self._check_names(feed)
+        raise RuntimeError(f"Numpy_type {value.dtype.num} can't be converted to MLDataType.")
 
     def _owned(self, feed: Any) -> dict[str, Any]:
         if self._live is not None:
             self._live.refresh()
+        self._check_names(feed)
+        for value in feed.values():
+            self._check_owner(value)
+        return dict(feed)
+
+    def _check_names(self, feed: Any) -> None:
         names = list(feed.keys())
         missing = [
             node.name
@@ -280,9 +308,6 @@ class InferenceSessionProxy(ModelProxy):
         ]
         if missing:
             raise ValueError(f"Required inputs ({missing}) are missing from input feed ({names}).")
-        for value in feed.values():
-            self._check_owner(value)
-        return dict(feed)
 
     def _check_owner(self, value: Any, action: str = "used with") -> None:
         owner = getattr(value, "_session", None)
@@ -297,6 +322,8 @@ class InferenceSessionProxy(ModelProxy):
         return self._model().invoke(self._lease, method, *args, plain, watch=watch)
 
     def _invoke(self, method: str, *args: Any) -> Any:
+        if self._is_gone:
+            raise AttributeError(f"'NoneType' object has no attribute {method!r}")
         return self._model().invoke(self._lease, method, *args)
 
     def _run_kept(self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any) -> Kept:
@@ -363,13 +390,21 @@ class InferenceSessionProxy(ModelProxy):
     def set_providers(
         self, providers: Sequence[Any] | None = None, provider_options: Sequence[Any] | None = None
     ) -> None:
-        """Loads the model anew with these providers.  Other proxies of it keep theirs."""
-        found = self._find(providers, provider_options)
+        """Loads the model anew with these providers.  Other proxies of it keep theirs.
+
+        Raises: what onnxruntime raises; the session is of no use then, until providers are set that work.
+        """
         self._finalizer()
-        self._lease = Lease(self._lease.ttl, self._lease.latency)
-        self._take(found.spec, found.memory)
         self._forget_metadata()
-        self.load()
+        self._lease = Lease(self._lease.ttl, self._lease.latency)
+        try:
+            # Without falling back to other providers, which is for constructors.
+            found = self._find(providers, provider_options, enable_fallback=0)
+            self._take(found.spec, found.memory)
+            self.load()
+        except BaseException:
+            self._is_gone = True
+            raise
 
     def disable_fallback(self) -> None:
         """A run that fails in an execution provider raises."""
@@ -381,7 +416,7 @@ class InferenceSessionProxy(ModelProxy):
 
     def _fall_back(self, error: Exception) -> None:
         """Sets other providers if a provider failed and that is wanted, else raises the error again."""
-        if type(error).__name__ != "EPFail" or not self._falls_back:
+        if type(error).__name__ != "EPFail" or not self._enable_fallback:
             raise error
         print(f"EP Error: {error!s} using {self.get_providers()}")
         print(f"Falling back to {self._fallback_providers} and retrying.")
@@ -408,7 +443,12 @@ class InferenceSessionProxy(ModelProxy):
 
     @property
     def _enable_fallback(self) -> bool:
-        return self._falls_back
+        return bool(self._describe().details["fallback"]) if self._falls_back is None else self._falls_back
+
+    @property
+    def _read_config_from_model(self) -> bool:
+        given = self._arguments[1].get("read_config_from_model")
+        return os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1" if given is None else int(given) == 1
 
     @property
     def _fallback_providers(self) -> list[str]:
@@ -463,6 +503,9 @@ class InferenceSessionProxy(ModelProxy):
 
     def _describe(self) -> Description:
         """Metadata, remembered: once known it is never asked for again, but counts as a use."""
+        if self._is_gone:
+            gone: Description = GONE
+            return gone
         model = self._remote
         if self._description is not None and (model is None or model.connection.closed):
             return self._description
@@ -471,5 +514,25 @@ class InferenceSessionProxy(ModelProxy):
             self._description, self._described = Description(described), described
         return self._description
 
+    def _model(self) -> RemoteModel:
+        if self._is_gone:
+            raise AttributeError("'NoneType' object has no attribute 'run'")
+        return super()._model()
+
 
 InferenceSession = InferenceSessionProxy
+
+
+def _names(output_names: Any) -> Any:
+    """Names of outputs in a form that travels: whatever it was that onnxruntime takes, a list."""
+    if output_names is None or isinstance(output_names, list | tuple | str | bytes | dict):
+        return output_names
+    return list(output_names) if hasattr(output_names, "__iter__") else output_names or None
+
+
+def _sharing(names: Sequence[str], results: Sequence[Any]) -> list[Any]:
+    """Results of a name that was asked for twice are one, as in onnxruntime."""
+    if len(set(names)) == len(names):
+        return list(results)
+    first = {name: results[index] for index, name in reversed(list(enumerate(names)))}
+    return [first[name] for name in names]

@@ -38,7 +38,7 @@ def locate(source: object) -> tuple[str | None, bytes | None]:
     """
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
-        if not os.path.exists(path):
+        if path and not os.path.exists(path):  # onnxruntime has an opinion of its own on ''
             raise _no_such_file(path)
         return path, None
     if isinstance(source, bytes):
@@ -84,6 +84,8 @@ def describe(
         AttributeError: ``sess_options`` is no SessionOptions, in onnxruntime's words.
         ConfigError: an argument cannot reach a worker; the message names it.
     """
+    if not (sess_options or providers or provider_options):
+        sess_options = None  # onnxruntime does not look at it
     plain, found = options.record_session_options(sess_options)
     live = _memory_of(sess_options, found)
     if plain is not None and live is not None:
@@ -92,9 +94,7 @@ def describe(
     recorded.check_surroundings(surroundings, plain)
     how: dict[str, Any] = {
         "options": plain,
-        "providers": options.read_providers(providers),
-        "provider_options": options.read_providers(provider_options),
-        "extra": _extras(kwargs),
+        **_providers(providers, provider_options, _extras(kwargs)),
         "memory": None if live is None else live.name,
         "surroundings": surroundings,
     }
@@ -108,7 +108,7 @@ def describe(
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     spec = ModelSpec(
         # The working directory tells where a model given as bytes finds its external data, and profiles land.
-        key=model_key(digest if path is None else file_identity(path), how, cwd),
+        key=model_key(file_identity(path) if path else digest, how, cwd),
         name=path or f"bytes:{str(digest)[:12]}",
         cwd=cwd,
         path=path,
@@ -123,12 +123,21 @@ def describe(
     return Source(spec, memory, live)
 
 
+def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    if not options.in_order(providers) or not isinstance(provider_options, list | tuple | None):
+        given = [options.faithful(providers), options.faithful(provider_options)]
+        return {"providers": None, "provider_options": None, "extra": extra | {"given": given}}
+    if isinstance(providers, tuple):
+        extra = extra | {"tuple": True}  # it is shown where a provider fails
+    return {
+        "providers": options.read_providers(providers),
+        "provider_options": options.read_providers(provider_options),
+        "extra": extra,
+    }
+
+
 def _extras(kwargs: dict[str, Any]) -> dict[str, Any]:
-    extra: dict[str, Any] = {name: _sorted(kwargs[name]) for name in _EXTRA if name in kwargs}
-    # onnxruntime's constructor reads it, and a worker has the environment of when the supervisor started.
-    if "read_config_from_model" not in extra and os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1":
-        extra["read_config_from_model"] = 1
-    return extra
+    return {name: _sorted(kwargs[name]) for name in _EXTRA if name in kwargs}
 
 
 def _sorted(value: Any) -> Any:

@@ -30,8 +30,6 @@ class Parts(NamedTuple):
 
     kind: str
     items: list[Any]
-    source: Any = None
-    """Keeps alive what the arrays in ``items`` lie in."""
 
 
 def take_apart(value: Any) -> Parts | None:
@@ -49,9 +47,9 @@ def take_apart(value: Any) -> Parts | None:
     if isinstance(value, native.SparseTensor):
         return _sparse(value)
     if python is not None and isinstance(value, python.OrtValue):
-        return Parts("OrtValue", [_take_apart(value._get_c_value())], value)
+        return Parts("OrtValue", [_take_apart(value._get_c_value())])
     if python is not None and isinstance(value, python.SparseTensor):
-        return Parts("SparseTensor", [_sparse(value._get_c_tensor())], value)
+        return Parts("SparseTensor", [_sparse(value._get_c_tensor())])
     return None
 
 
@@ -60,7 +58,7 @@ def _take_apart(value: Any) -> Parts:
     if not value.has_value():  # first: most other methods of an empty one end the process
         return Parts("absent", [])
     if value.is_sparse_tensor():
-        return Parts("OrtSparse", [_sparse(value.as_sparse_tensor())], value)
+        return Parts("OrtSparse", [_sparse(value.as_sparse_tensor())])
     if not value.is_tensor():
         return _container(value)
     if value.element_type() == _STRING:
@@ -69,20 +67,25 @@ def _take_apart(value: Any) -> Parts:
     device = value.device_name().lower()
     if device != "cpu":
         return Parts("dense", [element_type, shape, _raw(np.ascontiguousarray(value.numpy())), device])
-    return Parts(
-        "dense", [element_type, shape, bytes_at(value.data_ptr(), value.tensor_size_in_bytes())], value
-    )
+    return Parts("dense", [element_type, shape, memory_of(value)])
 
 
 def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 
 
-def bytes_at(address: int, nbytes: int) -> NDArray[np.uint8]:
-    """The memory there; whoever asks sees to it that it stays."""
+def bytes_at(address: int, nbytes: int, owner: object = None) -> NDArray[np.uint8]:
+    """The memory there, which stays as long as ``owner`` does: that lives as long as the array."""
     if not nbytes:
         return np.empty(0, np.uint8)
-    return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
+    memory: Any = (ctypes.c_ubyte * nbytes).from_address(address)
+    memory.owner = owner
+    return np.frombuffer(memoryview(memory), np.uint8)
+
+
+def memory_of(value: Any) -> NDArray[np.uint8]:
+    """The memory of a native OrtValue that holds a dense tensor on the CPU."""
+    return bytes_at(value.data_ptr(), value.tensor_size_in_bytes(), value)
 
 
 def _container(value: Any) -> Parts:
@@ -97,12 +100,12 @@ def _sparse(value: Any) -> Parts:
     values, shape = value.values(), np.array(value.dense_shape(), np.int64)
     match value.format:
         case native.OrtSparseFormat.ORT_SPARSE_COO:
-            return Parts("coo", [shape, values, value.get_coo_data().indices()], value)
+            return Parts("coo", [shape, values, value.get_coo_data().indices()])
         case native.OrtSparseFormat.ORT_SPARSE_CSRC:
             data = value.get_csrc_data()
-            return Parts("csr", [shape, values, data.inner(), data.outer()], value)
+            return Parts("csr", [shape, values, data.inner(), data.outer()])
         case native.OrtSparseFormat.ORT_SPARSE_BLOCK_SPARSE:
-            return Parts("blocks", [shape, values, value.get_blocksparse_data().indices()], value)
+            return Parts("blocks", [shape, values, value.get_blocksparse_data().indices()])
     raise UnsupportedValueError(f"A sparse tensor of the format {value.format} cannot travel to a worker.")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnx_dl.client import RemoteModel
     from onnx_dl.transport.lane import ClientLane
 
-_EVERY: Final = 0.003
+EVERY: Final = 0.003
 """Seconds between two looks."""
 GRACE: Final = 0.5
 """Seconds that a call has to end after it was told to; then its caller goes on without it."""
@@ -44,7 +44,7 @@ class Watch:
         lane.send(request)
         while True:
             try:
-                reply = lane.receive(_EVERY)
+                reply = lane.receive(EVERY)
             except TimeoutError:
                 self._look(model, lane)
                 continue

@@ -24,6 +24,8 @@ def describe(error: BaseException, **details: Any) -> Failure:
     """``error`` as data; ``details`` are attributes to set on it when it is raised again."""
     if remarks := getattr(error, "remarks", None):
         details = {"remarks": remarks} | details
+    if error.__cause__ is not None:
+        details = {"cause": msgspec.to_builtins(describe(error.__cause__))} | details
     if isinstance(error, OnnxDLError):
         details = error.details() | details
         return Failure(family="onnx_dl", name=error.code, args=[_text(error)], details=details)
@@ -41,7 +43,9 @@ def rebuild(failure: Failure) -> Exception:
     """The exception to raise; importing onnxruntime only if it is one of onnxruntime's."""
     error = _instance(failure)
     for name, value in failure.details.items():
-        if not hasattr(type(error), name):  # a peer adds attributes, it does not replace what a class has
+        if name == "cause":
+            error.__cause__ = rebuild(msgspec.convert(value, Failure))
+        elif not hasattr(type(error), name):  # a peer adds attributes, it does not replace what a class has
             setattr(error, name, value)
     return error
 

@@ -277,7 +277,8 @@ class ClientLane(Lane):
     def result(self, reply: m.Result | m.Same | int) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
         if not isinstance(reply, m.Result):
-            return [block.array(t.dtype, t.shape, t.offset).copy() for block, t in self._results_in_place()]
+            copy = self._unpacker.shelf.copy
+            return [copy(block.array(t.dtype, t.shape, t.offset)) for block, t in self._results_in_place()]
         self._learn(reply.value)
         return self._unpacker.unpack(reply.value)
 

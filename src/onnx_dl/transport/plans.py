@@ -27,7 +27,7 @@ def key_of(outputs: Any, feed: Mapping[Any, Any], keep: bool) -> tuple[Any, ...]
     """What two calls have in common that differ in their bytes only; None if no such call is remembered."""
     parts: list[Any] = [keep, None if outputs is None else tuple(outputs)]
     for name, value in feed.items():
-        if type(value) is not np.ndarray and type(value) is not Reference:
+        if (type(value) is not np.ndarray and type(value) is not Reference) or type(name) is not str:
             return None
         parts += (name, value.dtype, value.shape)
     return tuple(parts)

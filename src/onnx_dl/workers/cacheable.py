@@ -52,7 +52,7 @@ def is_cacheable(spec: ModelSpec) -> bool:
     keys: Mapping[str, str] = options.get("config", {})
     return (
         not (spec.path or "").endswith(".ort")
-        and set(spec.extra) <= {"enable_fallback"}
+        and set(spec.extra) <= {"enable_fallback", "tuple"}
         and "calls" not in options
         and not spec.surroundings.get("libraries")
         and all(key.startswith(_HARMLESS) for key in keys)

@@ -285,7 +285,7 @@ class LaneService:
             self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
 
     def _call(self, call: m.Call) -> None:
-        feed = {name: self._lane.unpack(value) for name, value in call.feed}
+        feed = {_key(name): self._lane.unpack(value) for name, value in call.feed}
         outputs = self._lane.unpack(call.outputs)
         if call.plan is not None:
             self._repeats.remember(call.plan, Repeat(call, outputs, feed))
@@ -311,6 +311,11 @@ class LaneService:
     def _unhold(self) -> None:
         self._holds -= 1
         self._gate.unhold(time.monotonic())
+
+
+def _key(name: Any) -> Any:
+    """A name in a feed; msgpack has no tuples, which onnxruntime shall refuse in its own words."""
+    return tuple(map(_key, name)) if isinstance(name, list) else name
 
 
 def _named(names: list[str], fds: list[int]) -> dict[str, int]:

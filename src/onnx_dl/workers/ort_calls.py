@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import numpy as np
 import onnxruntime
 
 from onnx_dl import values
@@ -48,15 +49,30 @@ def _run_with_ort_values(session: Any, outputs: list[str] | None, feed: dict[str
 
 
 def _run_with_ortvaluevector(
-    session: Any, names: Sequence[str], feeds: list[Any], fetch_names: Sequence[str], n: int, options: Any
+    session: Any,
+    names: Sequence[str],
+    feeds: list[Any],
+    fetch_names: Sequence[str],
+    places: list[Any],
+    n: int,
+    options: Any,
 ) -> Any:
-    """``n``: the length of the list of devices, which is the CPU for all."""
+    """``places``: element type and shape of the values that the caller's vector holds already; ``n``: the
+    length of the list of devices, which is the CPU for all."""
     vector, fetches = _C.OrtValueVector(), _C.OrtValueVector()
     for value in feeds:
         vector.push_back(value)
+    given = [_value_at(place) for place in places]
+    for value in given:
+        fetches.push_back(value)
     devices = [onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()] * n
     session.run_with_ortvaluevector(options, names, vector, fetch_names, fetches, devices)
-    return list(fetches)
+    return [values.memory_of(value) for value in given] + list(fetches)[len(given) :]
+
+
+def _value_at(place: list[Any]) -> Any:
+    element_type, shape = place
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)._get_c_value()
 
 
 def _run_with_iobinding(session: Any, inputs: list[Any], outputs: list[Any], options: Any) -> Any:
@@ -73,16 +89,12 @@ def _run_with_iobinding(session: Any, inputs: list[Any], outputs: list[Any], opt
         if place is None:
             binding.bind_output(name, device, number)
         else:
-            element_type, shape = place
-            made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)
-            given[name] = made._get_c_value()
-            binding.bind_ortvalue_output(name, made)
+            given[name] = _value_at(place)
+            binding.bind_ortvalue_output(name, onnxruntime.OrtValue(given[name]))
     session.run_with_iobinding(binding, options)
     found = binding.get_outputs_as_ortvaluevector()
     return [
-        values.bytes_at(given[name].data_ptr(), given[name].tensor_size_in_bytes())
-        if name in given
-        else found[index]
+        values.memory_of(given[name]) if name in given else found[index]
         for index, (name, *_) in enumerate(outputs)
     ]
 
@@ -90,6 +102,12 @@ def _run_with_iobinding(session: Any, inputs: list[Any], outputs: list[Any], opt
 def _check_binding(session: Any, name: str, value: Any) -> None:
     """Raises what binding this input would raise."""
     session.io_binding().bind_cpu_input(name, value)
+
+
+def _check_ortvalue(session: Any, shape: list[int], kind: Any, device: str, number: int, vendor: int) -> None:
+    """Raises what making this OrtValue would raise."""
+    element_type = kind if isinstance(kind, int) else np.dtype(kind).type
+    session.create_ortvalue_from_shape_and_type(shape, element_type, device, number, vendor)
 
 
 def _get_provider_graph_assignment_info(session: Any) -> list[Any]:
@@ -111,6 +129,7 @@ _WITH_OPTIONS: Final[dict[str, Callable[..., Any]]] = {
 }
 _OTHERS: Final[dict[str, Callable[..., Any]]] = {
     "check_binding": _check_binding,
+    "check_ortvalue": _check_ortvalue,
     "get_provider_graph_assignment_info": _get_provider_graph_assignment_info,
     "set_tuning_results": _set_tuning_results,
 }

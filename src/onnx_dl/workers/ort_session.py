@@ -11,7 +11,7 @@ import onnxruntime
 
 from onnx_dl import recorded, remarks
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
-from onnx_dl.options import make_providers, make_session_options, read_session_options
+from onnx_dl.options import as_given, make_providers, make_session_options, read_session_options
 from onnx_dl.transport import live
 
 META_FIELDS: Final = (
@@ -35,6 +35,7 @@ class Opened:
         Raises:
             Exception: what onnxruntime raises; its attribute ``remarks`` is what was printed before.
         """
+        self.keys = list((spec.options or {}).get("config", {}))
         recorded.set_surroundings(spec.surroundings)
         _preload_cuda(spec)
         options = None
@@ -43,17 +44,31 @@ class Opened:
             options, self._kept = _options(spec, None if memory is None else live.view(memory))
         with remarks.captured() as self.remarks:
             self.session = onnxruntime.InferenceSession(
-                spec.path if data is None else data,
-                options,
-                make_providers(spec.providers),
-                make_providers(spec.provider_options),
-                **spec.extra,
+                spec.path if data is None else data, options, *_providers(spec), **_extra(spec)
             )
         self.fallback_providers = list(self.session._fallback_providers)
         # Which providers a proxy falls back to is the client's business: others may share this session.
         self.fallback = bool(self.session._enable_fallback)
         self.session.disable_fallback()
         self.session._model_bytes = None  # onnxruntime would keep them for ever, for a fallback
+
+
+_GIVEN: Final = "given"
+"""The key in ``ModelSpec.extra`` of providers as the caller gave them, for onnxruntime to refuse them."""
+
+
+def _providers(spec: ModelSpec) -> tuple[Any, Any]:
+    if _GIVEN in spec.extra:
+        providers, provider_options = spec.extra[_GIVEN]
+        return as_given(providers), as_given(provider_options)
+    providers = make_providers(spec.providers)
+    return tuple(providers) if spec.extra.get("tuple") and providers else providers, make_providers(
+        spec.provider_options
+    )
+
+
+def _extra(spec: ModelSpec) -> dict[str, Any]:
+    return {name: value for name, value in spec.extra.items() if name not in (_GIVEN, "tuple")}
 
 
 def _options(spec: ModelSpec, memory: Any) -> tuple[Any, list[Any]]:
@@ -94,7 +109,7 @@ def describe(opened: Opened) -> ModelDescription:
         modelmeta={name: getattr(meta, name) for name in META_FIELDS},
         providers=session.get_providers(),
         provider_options=session.get_provider_options(),
-        options=read_session_options(session.get_session_options()) or {},
+        options=read_session_options(session.get_session_options(), opened.keys) or {},
         details={
             "input_memory_infos": _memory_infos(session, "get_input_memory_infos"),
             "output_memory_infos": _memory_infos(session, "get_output_memory_infos"),
