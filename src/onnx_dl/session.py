@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from onnx_dl import options, sources
+from onnx_dl import installation, options, sources
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease, RemoteModel
 from onnx_dl.host import ModelHost
@@ -493,6 +493,9 @@ class InferenceSessionProxy(ModelProxy):
         return getattr(onnxruntime, "InferenceSession", None) or InferenceSessionProxy
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _check_installation(self) -> None:
+        installation.check()
 
     async def _amodel(self) -> Any:
         """The model; a supervisor that must be started first is not the event loop's to wait for."""

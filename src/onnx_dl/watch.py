@@ -60,7 +60,7 @@ class Watch:
                 model.terminate(lane)
         elif self._late() and now > self._told_at + GRACE:
             raise self._timed_out(
-                "was told to end, which it does between two nodes; unload(force=True) ends it"
+                "was told to end, which it does when the model lets it; unload(force=True) ends it"
             )
 
     def _late(self) -> bool:

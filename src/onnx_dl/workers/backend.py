@@ -7,7 +7,6 @@ in the worker only, and knows nothing of sockets or policy.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -76,8 +75,12 @@ def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
     """
     engine = None
     if spec.engine.isidentifier():
-        with contextlib.suppress(ModuleNotFoundError):
-            engine = importlib.import_module(f"onnx_dl.workers.{spec.engine}")
+        name = f"onnx_dl.workers.{spec.engine}"
+        try:
+            engine = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:  # there is one, and something that it needs is missing
+                raise
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")

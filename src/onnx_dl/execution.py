@@ -1,0 +1,150 @@
+"""ExecutionSession: the face of onnx-mlir's Python runtime on a model in a worker process.
+
+Covers that class's methods, arguments and results, as its docs/UsingPyRuntime.md has them; what is ours is
+:mod:`onnx_dl.proxy`'s.  What runs the model is :mod:`onnx_dl.workers.onnx_mlir`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnx_dl import signatures
+from onnx_dl.errors import EngineError
+from onnx_dl.host import ModelHost
+from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
+from onnx_dl.proxy import ModelProxy
+from onnx_dl.watch import Watch
+
+
+class ExecutionSession(ModelProxy):
+    """A model that ``onnx-mlir --EmitLib`` compiled, in a process of its own.
+
+    Nothing is loaded until the first use.  All sessions of one file share one worker process, whichever entry
+    point they use.  Their runs are made one after another: onnx-mlir promises nothing about threads.
+
+    Args:
+        shared_lib_path: path of the compiled model, ``model.so``.
+        tag: what ``onnx-mlir --tag`` was given, if the library has only functions whose names end in it.
+        use_default_entry_point: for callers of onnx-mlir's own signature; :meth:`set_entry_point` works either
+            way, and without it the default entry point is used.
+        ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
+        host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
+        latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.
+        entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
+        eager: load the model now, so that what is wrong with it is raised here.
+
+    Raises:
+        FileNotFoundError: there is no such file.  Unless ``eager``, a file that is no compiled model is refused
+            at first use, with :class:`~onnx_dl.errors.EngineError`.
+        ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
+    """
+
+    def __init__(
+        self,
+        shared_lib_path: str | os.PathLike[str],
+        tag: str = "",
+        use_default_entry_point: bool = True,
+        *,
+        ttl: float | str = -1,
+        host: ModelHost | None = None,
+        latency: str = "normal",
+        entry_point: str | None = None,
+        eager: bool = False,
+    ) -> None:
+        super().__init__(_spec_of(os.fspath(shared_lib_path), tag), ttl=ttl, latency=latency, host=host)
+        self._entry_point = entry_point
+        if eager:
+            self.load()
+            self._signatures(entry_point)
+
+    def run(self, inputs: Sequence[NDArray[Any]], *, timeout: float | None = None) -> list[NDArray[Any]]:
+        """One inference.
+
+        Args:
+            inputs: an array per input, in order, of any layout and of a dtype that the model takes.
+            timeout: seconds after which the caller goes on without the result.  Compiled code cannot be
+                stopped: later runs wait for it, or ``unload(force=True)`` ends it with its worker.
+
+        Returns:
+            One array per output, in order; writable, C-contiguous and the caller's own.
+
+        Raises:
+            TypeError: an input is no array, or of another dtype than the model takes.
+            ValueError: too many inputs, too few, or of a shape that the model was not compiled for.
+            EngineError: the model refused to run, or is none.
+            RunTimeout: ``timeout`` passed.
+            WorkerDied: the worker ended during the call.
+        """
+        signatures.check_types(inputs)
+        model = self._model()
+        if model.description is not None:  # else the worker compares them
+            self._check(model.description, inputs)
+        name = None if self._entry_point is None else [self._entry_point]
+        feed = {str(index): array for index, array in enumerate(inputs)}
+        watch = None if timeout is None else Watch(timeout=timeout)
+        result: list[NDArray[Any]] = model.run(self._lease, name, feed, None, watch)
+        return result
+
+    def input_signature(self) -> str:
+        """The inputs of the entry point in use, as the JSON text that the library has."""
+        return self._signatures(self._entry_point)[0]
+
+    def output_signature(self) -> str:
+        """The outputs of the entry point in use, as the JSON text that the library has."""
+        return self._signatures(self._entry_point)[1]
+
+    def entry_points(self) -> list[str]:
+        """Names of all entry points."""
+        return list(self._described().details["entry_points"])
+
+    def set_entry_point(self, name: str) -> None:
+        """Has this session use another entry point.
+
+        Raises:
+            EngineError: there is none of that name.
+        """
+        self._signatures(name)
+        self._entry_point = name
+
+    def _described(self) -> ModelDescription:
+        return self._model().describe(self._lease)
+
+    def _signatures(self, name: str | None) -> tuple[str, str]:
+        details = self._described().details
+        found = _signatures_of(details, name)
+        if found is None:
+            raise EngineError(signatures.no_entry(self._spec.name, name, details["entry_points"]))
+        inputs, outputs = found
+        return inputs, outputs
+
+    def _check(self, description: ModelDescription, inputs: Sequence[NDArray[Any]]) -> None:
+        found = _signatures_of(description.details, self._entry_point)
+        if found is not None:  # else the worker shall say it
+            signatures.check(signatures.parse(found[0]), inputs)
+
+
+def _signatures_of(details: dict[str, Any], name: str | None) -> list[str] | None:
+    """The inputs' and the outputs'; None if there is no such entry point."""
+    known: dict[str | None, list[str]] = details["signatures"]
+    return known.get(details["default_entry_point"] if name is None else name)
+
+
+def _spec_of(path: str, tag: str) -> ModelSpec:
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
+        )
+    extra = {"tag": tag} if tag else {}
+    return ModelSpec(
+        key=model_key(file_identity(path), "onnx_mlir", extra),
+        name=path,
+        cwd=os.getcwd(),
+        engine="onnx_mlir",
+        path=path,
+        extra=extra,
+    )
