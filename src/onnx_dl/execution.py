@@ -30,8 +30,7 @@ class ExecutionSession(ModelProxy):
     Args:
         shared_lib_path: path of the compiled model, ``model.so``.
         tag: what ``onnx-mlir --tag`` was given, if the library has only functions whose names end in it.
-        use_default_entry_point: for callers of onnx-mlir's own signature; :meth:`set_entry_point` works either
-            way, and without it the default entry point is used.
+        use_default_entry_point: for callers of onnx-mlir's own class; :meth:`set_entry_point` works either way.
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
         host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
         latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.
@@ -39,8 +38,8 @@ class ExecutionSession(ModelProxy):
         eager: load the model now, so that what is wrong with it is raised here.
 
     Raises:
-        FileNotFoundError: there is no such file.  Unless ``eager``, a file that is no compiled model is refused
-            at first use, with :class:`~onnx_dl.errors.EngineError`.
+        FileNotFoundError: there is no such file.
+        EngineError: it is no compiled model.  Unless ``eager``, that is found at first use.
         ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
     """
 

@@ -6,8 +6,8 @@ OMSignature.h), and where these are silent what its own sessions do (src/Runtime
 PyExecutionSessionBase.cpp).
 
 Runs of one model are made one after another.  The headers promise nothing about threads, a model compiled
-with --instrument keeps its records in globals, and one compiled with --parallel uses all cores anyway.  Copying
-results is done outside of that lock.  Nothing can end a run: native code has no such call.
+with --instrument keeps its records in globals, and one compiled with --parallel uses all cores anyway.
+Results are copied outside of that lock.  Nothing can end a run: the ABI has no call for that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
     """One entry point."""
 
     name: str
-    run: Callable[[int | None], int | None]
+    run: Callable[[int], int | None]
     input_signature: str
     output_signature: str
     inputs: Sequence[TensorSpec] | None
@@ -91,6 +91,7 @@ class Library:
             EngineError: it is no shared library, or none that onnx-mlir made.
         """
         self._path = path
+        self._stem = os.path.splitext(os.path.basename(path))[0].lower()
         # Constants that a model keeps in a file lie beside it; ExecutionSession.cpp sets this, too.
         os.environ.setdefault("OM_CONSTANT_PATH", os.path.dirname(path))
         try:
@@ -109,12 +110,12 @@ class Library:
         if not self.entries:
             raise EngineError(f"{path} has no entry points: omQueryEntryPoints names none. {_HINT}")
         # A name without the tag means the same function.
-        self._named = {e.name.removesuffix(self._suffix): e for e in self.entries}
+        tag = self._suffix or f"_{self._stem}"
+        self._named = {e.name.removesuffix(tag): e for e in self.entries}
         self._named |= {e.name: e for e in self.entries}
 
     def _find_suffix(self, tag: str) -> str:
-        stem = os.path.splitext(os.path.basename(self._path))[0].lower()
-        suffixes = {"": ["", f"_{stem}"], "NONE": [""]}.get(tag.upper(), [f"_{tag}"])
+        suffixes = {"": ["", f"_{self._stem}"], "NONE": [""]}.get(tag.upper(), [f"_{tag}"])
         return next((s for s in suffixes if hasattr(self._om, f"omQueryEntryPoints{s}")), suffixes[0])
 
     def _typed(self, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -169,7 +170,7 @@ class Library:
         return _made(self._om.omTensorCreate(array.ctypes.data, shape, array.ndim, number))
 
     def make_list(self, tensors: Sequence[int]) -> int:
-        """An OMTensorList of them, which has copied the pointers: PyExecutionSessionBase.cpp frees its own."""
+        """An OMTensorList of them with its own copy of the pointers (PyExecutionSessionBase.cpp's are a vector's)."""
         return _made(self._om.omTensorListCreate((c_void_p * len(tensors))(*tensors), len(tensors)))
 
     def tensors_of(self, found: int) -> list[int]:
@@ -195,7 +196,7 @@ class Library:
         strides = tuple(stride * dtype.itemsize for stride in self._om.omTensorGetStrides(tensor)[:rank])
         return np.asarray(Foreign(address, shape, strides, dtype.str))
 
-    def destroy(self, lists: Iterable[int | None], tensors: Iterable[int | None]) -> None:
+    def destroy(self, lists: Iterable[int], tensors: Iterable[int]) -> None:
         """Frees each once, also if a model returned what it was given."""
         for found in set(lists):
             self._om.omTensorListDestroyShallow(found)
@@ -204,8 +205,8 @@ class Library:
 
 
 class OnnxMlirBackend:
-    """One compiled model.  ``outputs`` of a call is the name of its entry point, in a list; None: the default.
-    Its feed has the inputs in order; their names count for nothing."""
+    """One compiled model.  ``outputs`` of a call is a list of the entry point's name, or None for the default;
+    its feed has the inputs in order, whatever their names."""
 
     def __init__(self, spec: ModelSpec) -> None:
         """Raises EngineError."""
@@ -285,19 +286,16 @@ class OnnxMlirBackend:
         signatures.check(entry.inputs, inputs)
         arrays = [array if array.flags.c_contiguous else array.copy() for array in inputs]
         library = self._library
-        lists: list[int | None] = []
-        tensors: list[int | None] = []
+        tensors = [library.make_tensor(array) for array in arrays]
+        lists = [library.make_list(tensors)]
         try:
-            tensors += map(library.make_tensor, arrays)
-            lists.append(library.make_list([tensor for tensor in tensors if tensor]))
             lists.append(self._enter(entry, lists[0], stopped))
-            found = library.tensors_of(lists[1] or 0)
-            tensors += found
-            take([library.look_at(tensor) for tensor in found])
+            tensors += library.tensors_of(lists[1])
+            take([library.look_at(tensor) for tensor in tensors[len(arrays) :]])
         finally:
             library.destroy(lists, tensors)
 
-    def _enter(self, entry: Entry, inputs: int | None, stopped: Callable[[], bool]) -> int:
+    def _enter(self, entry: Entry, inputs: int, stopped: Callable[[], bool]) -> int:
         with self._lock:
             if stopped():
                 raise EngineError(f"The call was told to end while it waited for another of {self._name}.")
