@@ -1,4 +1,4 @@
-"""onnx-mlir's models in real workers: results, dtypes, signatures, TTL, crashes, leaks, and what is refused."""
+"""onnx-mlir's models in real workers: results, dtypes, signatures, TTL, crashes, leaks, what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import onnx_dl
-from onnx_dl import EngineError, EventType, ExecutionSession, ModelHost, RunTimeout, WorkerDied
+from onnx_dl import EngineError, EventType, ExecutionSession, ModelHost, RunTimeout, WorkerDied, installation
 from tests.mlir import Compile, compiler
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
 
@@ -261,7 +261,7 @@ def test_calls_leak_nothing(host: ModelHost, library: Compile) -> None:
             session.run([bad])
 
 
-# --- crashes and time ----------------------------------------------------------------------------------------
+# --- crashes and time --------------------------------------------------------------------------------------
 
 
 def test_a_crash_ends_the_worker_only(host: ModelHost, library: Compile, add: ExecutionSession) -> None:
@@ -305,7 +305,7 @@ def test_a_timeout_gives_the_caller_back_its_time(host: ModelHost, library: Comp
     assert session.run([np.array(0)], timeout=DEADLINE)[0] == 1
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- what is refused ---------------------------------------------------------------------------------------
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -415,13 +415,13 @@ def test_results_that_numpy_cannot_have(host: ModelHost, library: Compile) -> No
     assert session.run([np.array([7])])[0].dtype == np.int64
 
 
-# --- onnxruntime -----------------------------------------------------------------------------------------------
+# --- onnxruntime -------------------------------------------------------------------------------------------
 
 
 def test_onnxruntime_need_not_be_installed(
     add: ExecutionSession, monkeypatch: pytest.MonkeyPatch, host: ModelHost
 ) -> None:
-    onnx_dl.installation.check.cache_clear()
+    installation.check.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     add.run([floats(*SHORT), floats(*SHORT)])
 

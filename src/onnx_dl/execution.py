@@ -30,7 +30,7 @@ class ExecutionSession(ModelProxy):
     Args:
         shared_lib_path: path of the compiled model, ``model.so``.
         tag: what ``onnx-mlir --tag`` was given, if the library has only functions whose names end in it.
-        use_default_entry_point: for callers of onnx-mlir's own class; :meth:`set_entry_point` works either way.
+        use_default_entry_point: for callers of onnx-mlir's own class; makes no difference here.
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
         host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
         latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.

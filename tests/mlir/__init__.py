@@ -1,7 +1,7 @@
 """Models of onnx-mlir's kind, in C, and what compiles them.
 
-They carry ``runtime.h``, the tests' own implementation of onnx-mlir's C ABI, so that onnx-mlir itself need not
-be installed.  What such a model gets and gives is the same.
+They carry ``runtime.h``, the tests' own implementation of onnx-mlir's C ABI, so that onnx-mlir itself need
+not be installed.
 """
 
 from __future__ import annotations

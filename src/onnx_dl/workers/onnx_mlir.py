@@ -170,7 +170,7 @@ class Library:
         return _made(self._om.omTensorCreate(array.ctypes.data, shape, array.ndim, number))
 
     def make_list(self, tensors: Sequence[int]) -> int:
-        """An OMTensorList of them with its own copy of the pointers (PyExecutionSessionBase.cpp's are a vector's)."""
+        """An OMTensorList of them, which copies the pointers: onnx-mlir's own session frees its own."""
         return _made(self._om.omTensorListCreate((c_void_p * len(tensors))(*tensors), len(tensors)))
 
     def tensors_of(self, found: int) -> list[int]:
@@ -205,7 +205,7 @@ class Library:
 
 
 class OnnxMlirBackend:
-    """One compiled model.  ``outputs`` of a call is a list of the entry point's name, or None for the default;
+    """One compiled model.  ``outputs`` of a call is a list of its entry point's name, or None: the default;
     its feed has the inputs in order, whatever their names."""
 
     def __init__(self, spec: ModelSpec) -> None:

@@ -1,0 +1,140 @@
+"""The seam for engines: a third one is one module in ``onnx_dl/workers``, and a face if it shall have one."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnx_dl
+from onnx_dl import EventType, ModelHost, WorkerDied
+from onnx_dl.model import ModelSpec, file_identity, model_key
+from onnx_dl.proxy import ModelProxy
+from onnx_dl.workers import backend
+from tests.waiting import is_gone, wait_for, worker_pid
+
+SCALER = '''
+"""An engine whose models are text files with a number: they multiply."""
+
+import ctypes
+
+import onnx_dl.workers.backend
+from onnx_dl.model import ModelDescription
+
+
+class Scaler:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def describe(self):
+        return ModelDescription(details={"factor": self.factor})
+
+    def ready(self, seconds, blobs):
+        pass
+
+    def run(self, outputs, feed, options, halt):
+        return [array * self.factor for array in feed.values()]
+
+    def repeat(self, outputs, feed, results):
+        return None
+
+    def invoke(self, method, args, halt):
+        if method == "crash":
+            ctypes.string_at(8)
+        raise AttributeError(method)
+
+    def close(self):
+        pass
+
+
+def open_model(spec, blobs):
+    with open(spec.path) as file:
+        return Scaler(float(file.read()))
+'''
+
+
+class Scaled(ModelProxy):
+    """Its face."""
+
+    def __init__(self, path: Path, **kwargs: object) -> None:
+        spec = ModelSpec(
+            key=model_key(file_identity(str(path)), "scaler"),
+            name=path.name,
+            cwd=str(path.parent),
+            engine="scaler",
+            path=path.name,
+        )
+        super().__init__(spec, **kwargs)  # type: ignore[arg-type]
+
+    def run(self, array: np.ndarray) -> np.ndarray:
+        return self._model().run(self._lease, None, {"x": array}, None)[0]
+
+    def crash(self) -> None:
+        self._model().invoke(self._lease, "crash")
+
+
+@pytest.fixture
+def install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_left_behind: None
+) -> Callable[[str, str], None]:
+    """Adds a module to ``onnx_dl/workers`` of an onnx_dl that this host's processes import, and not we."""
+    root = Path(onnx_dl.__file__).parent
+    shutil.copytree(root, tmp_path / "site" / root.name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+    def install(name: str, source: str) -> None:
+        (tmp_path / "site" / root.name / "workers" / f"{name}.py").write_text(source)
+
+    return install
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "three.txt"
+    path.write_text("3")
+    return path
+
+
+def test_a_third_engine_is_one_more_module(
+    install: Callable[[str, str], None], host: ModelHost, model: Path
+) -> None:
+    install("scaler", SCALER)
+    with host.events() as events:
+        proxy, other = Scaled(model, ttl=-1, host=host), Scaled(model, ttl=0, host=host)
+        for shape in ((3,), (200, 300)):
+            x = np.ones(shape, np.float32)
+            for _ in range(3):
+                assert (proxy.run(x) == 3 * x).all()
+                assert (other.run(x) == 3 * x).all()
+        assert proxy._model().describe(proxy._lease).details == {"factor": 3}
+        pid = worker_pid(host)
+        with pytest.raises(WorkerDied) as caught:
+            proxy.crash()
+        assert (caught.value.pid, caught.value.signal) == (pid, signal.SIGSEGV)
+        proxy.close()
+        other.run(x)
+        assert wait_for(events, EventType.FAILED).pid == pid
+        assert is_gone(wait_for(events, EventType.UNLOADED).pid or 0)
+
+
+def test_what_an_engine_needs_and_lacks_is_named(
+    install: Callable[[str, str], None], host: ModelHost, model: Path
+) -> None:
+    install("scaler", "import surely_not_installed")
+    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+        Scaled(model, ttl=-1, host=host).load()
+
+
+def test_an_engine_that_there_is_not(host: ModelHost, model: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no engine 'scaler'\."):
+        Scaled(model, ttl=-1, host=host).load()
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", "../ort", "os.path", "gate"])
+def test_only_modules_that_open_models_are_engines(name: str) -> None:
+    with pytest.raises(ValueError, match="There is no engine"):
+        backend.load(ModelSpec(key="k", name="n", cwd="/", engine=name), {})
