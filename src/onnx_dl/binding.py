@@ -132,6 +132,8 @@ class IOBinding:
         if element_type is None or shape is None:
             raise ValueError(_BOTH_NEEDED)
         value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+        if name not in {node.name for node in self._proxy.get_outputs()}:
+            raise RuntimeError(f"Failed to find NodeArg with name: {name} in the def list")
         self._outputs[name] = _Output(device_type, device_id, value)
 
     def bind_ortvalue_output(self, name: str, ortvalue: Any) -> None:

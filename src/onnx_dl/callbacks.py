@@ -112,7 +112,7 @@ class Callback:
 
     def look(self, model: RemoteModel, lane: ClientLane) -> None:
         """Has the call end if its options say so now."""
-        if self.is_watched and self._run_options.terminate:
+        if self.is_watched and getattr(self._run_options, "terminate", False):
             self._ended = True
             model.terminate(lane)
 

@@ -174,5 +174,6 @@ def nothing() -> Any:
 def dense(array: NDArray[Any]) -> Any:
     """A native OrtValue that lies in the array's memory; the array must outlive it."""
     onnxruntime = importlib.import_module("onnxruntime")
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    # Not ascontiguousarray(), which makes an array of one dimension of one that has none.
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
     return value._get_c_value()

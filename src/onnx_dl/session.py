@@ -242,6 +242,8 @@ class InferenceSessionProxy(ModelProxy):
 
     def io_binding(self) -> IOBinding:
         """A binding of inputs and outputs to memory of this process."""
+        if self._is_gone:
+            raise AttributeError("'NoneType' object has no attribute 'is_webgpu_graph_capture_enabled'")
         return IOBinding(self)
 
     def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:
@@ -537,5 +539,7 @@ def _sharing(names: Sequence[str], results: Sequence[Any]) -> list[Any]:
     """Results of a name that was asked for twice are one, as in onnxruntime."""
     if len(set(names)) == len(names):
         return list(results)
-    first = {name: results[index] for index, name in reversed(list(enumerate(names)))}
-    return [first[name] for name in names]
+    first: dict[str, Any] = {}
+    for name, result in zip(names, results, strict=True):
+        first.setdefault(name, result)
+    return [first[n].view() if isinstance(first[n], np.ndarray) else first[n] for n in names]

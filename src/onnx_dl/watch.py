@@ -55,7 +55,7 @@ class Watch:
     def _look(self, model: RemoteModel, lane: ClientLane) -> None:
         now = time.monotonic()
         if self._told_at is None:
-            if self._late() or self.ended or (self._options is not None and self._options.terminate):
+            if self._late() or self.ended or getattr(self._options, "terminate", False):
                 self._told_at = now
                 model.terminate(lane)
         elif self._late() and now > self._told_at + GRACE:

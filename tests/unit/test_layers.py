@@ -27,6 +27,7 @@ HEIGHT = {
     "recorded": 4,
     "transport": 4,
     "options": 5,
+    "signatures": 5,
     "nodes": 6,
     "sources": 6,
     "client": 7,

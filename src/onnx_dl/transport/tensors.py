@@ -28,8 +28,8 @@ VIEW_FROM: Final = 64 << 10
 Copying 64 KiB takes about as long as the bookkeeping of a lease (docs/architecture.md has the figures).
 """
 
-_LIKE_TUPLES: Final = (memoryview, bytearray, set, frozenset, range)
-"""onnxruntime refuses these in the same words, which do not show what is in them."""
+_LIKE_TEXT: Final = (memoryview, bytearray, set, frozenset, range)
+"""onnxruntime refuses these in the same words as text, which do not show what is in it."""
 
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
 
@@ -149,8 +149,8 @@ def _lowered(value: Any) -> Any:
         return type(value)(map(_lowered, value))
     if type(value) is dict:
         return {key: _lowered(item) for key, item in value.items()}
-    if isinstance(value, _LIKE_TUPLES):
-        return ()
+    if isinstance(value, _LIKE_TEXT):
+        return "text"
     return ort.take_apart(value) or value
 
 
