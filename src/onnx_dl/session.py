@@ -26,6 +26,9 @@ from onnx_dl.watch import Watch
 _MISSING: Final = object()
 _USERS: Final = 256
 """numpy's first number for dtypes that packages register, such as ml_dtypes' bfloat16."""
+_STAND_INS: Final = ("c8", "c16", np.longdouble, np.clongdouble)
+"""Dtypes of numpy's own that onnxruntime refuses in the same way."""
+_NO_TYPE: Final = "Numpy_type {} can't be converted to MLDataType."
 
 
 class InferenceSessionProxy(ModelProxy):
@@ -285,13 +288,25 @@ class InferenceSessionProxy(ModelProxy):
             if type(value) is not np.ndarray:
                 self._check_owner(value)
             elif value.dtype.num >= _USERS:
-                self._refuse_dtype(found, value)
+                self._refuse_dtypes(found)
         return found
 
-    def _refuse_dtype(self, feed: dict[str, Any], value: Any) -> None:
-        """A dtype that a package registered: its number, which onnxruntime tells, is this process's only."""
-        self._check_names(feed)
-        raise RuntimeError(f"Numpy_type {value.dtype.num} can't be converted to MLDataType.")
+    def _refuse_dtypes(self, feed: dict[str, Any]) -> None:
+        """Raises what onnxruntime raises for dtypes that a package registered.
+
+        It tells their numbers, which are this process's only; the worker is asked with others in their place.
+        """
+        arrays = {name: value for name, value in feed.items() if _has_users_dtype(value)}
+        numbers = {value.dtype.num: None for value in arrays.values()}
+        others = dict(zip(numbers, _STAND_INS, strict=False))
+        asked = {name: np.zeros(1, others.get(value.dtype.num, "c8")) for name, value in arrays.items()}
+        try:
+            self._model().run(self._lease, None, feed | asked, None)
+        except RuntimeError as error:
+            for number, other in others.items():
+                if str(error) == _NO_TYPE.format(np.dtype(other).num):
+                    raise RuntimeError(_NO_TYPE.format(number)) from None
+            raise
 
     def _owned(self, feed: Any) -> dict[str, Any]:
         if self._live is not None:
@@ -526,6 +541,10 @@ class InferenceSessionProxy(ModelProxy):
 
 
 InferenceSession = InferenceSessionProxy
+
+
+def _has_users_dtype(value: Any) -> bool:
+    return type(value) is np.ndarray and value.dtype.num >= _USERS
 
 
 def _names(output_names: Any) -> Any:
