@@ -6,6 +6,7 @@ devices of execution providers, enumerations, LoRA adapters.  What cannot travel
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from onnx_dl import recorder, values
 from onnx_dl.errors import ConfigError
+from onnx_dl.model import file_identity
 
 _READ_AT_LOAD: Final = ("ORT_LOAD_CONFIG_FROM_MODEL",)
 """Environment variables that onnxruntime reads when a session is made; a worker's are the supervisor's."""
@@ -201,9 +203,7 @@ def _made_object(arg: dict[str, Any]) -> Any:
 
     match arg:
         case {"$adapter": str(path)}:
-            adapter = onnxruntime.LoraAdapter()
-            adapter.Load(path)
-            return adapter
+            return _adapter(file_identity(path))
         case {"$device": list(identity)}:
             devices = [d for d in onnxruntime.get_ep_devices() if device_identity(d) == identity]
             if not devices:
@@ -212,6 +212,16 @@ def _made_object(arg: dict[str, Any]) -> Any:
         case {"$enum": [str(kind), str(member)]}:
             return getattr(getattr(onnxruntime, kind), member)
     raise ConfigError(f"A worker was told {sorted(arg)}, which it does not know.")
+
+
+@functools.lru_cache(maxsize=16)
+def _adapter(identity: tuple[str, int, int, int, int]) -> Any:
+    """Kept, because a RunOptions does not keep it, and because loading it takes time."""
+    import onnxruntime
+
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(identity[0])
+    return adapter
 
 
 def set_surroundings(found: dict[str, Any]) -> None:

@@ -250,7 +250,7 @@ class Mine:
         return "Mine()"
 
 
-@pytest.mark.parametrize("value", [Mine(), [Mine()], {"a": (Mine(),)}, {1}, 1j, range(3)], ids=repr)
+@pytest.mark.parametrize("value", [Mine(), [Mine()], {"a": (Mine(),)}, 1j], ids=repr)
 def test_what_onnxruntime_takes_from_nobody_is_refused_in_its_words(value):
     a, _ = arena()
     with pytest.raises(RuntimeError, match=r"Unable to handle object of type <class '"):

@@ -86,8 +86,7 @@ class Packer:
         if id(value) in self._moved:
             return 0
         if isinstance(value, np.ndarray):
-            nul = value.size if value.dtype.kind == "S" else 0
-            return 0 if value.dtype.kind == "O" or self._is_leased(value) else align(value.nbytes + nul)
+            return 0 if value.dtype.kind == "O" or self._is_leased(value) else align(value.nbytes)
         if isinstance(value, np.generic):
             return align(value.nbytes)
         if type(value) in (list, tuple):
@@ -118,9 +117,6 @@ class Packer:
     def _encode_array(self, array: NDArray[Any]) -> Value:
         if array.dtype.kind == "O":
             return Strings(array.shape, [item if type(item) is str else str(item) for item in array.flat])
-        if array.dtype.kind == "S":
-            # onnxruntime reads such an item up to a NUL, beyond its end if need be.
-            array = array.astype(f"S{array.dtype.itemsize + 1}")
         dtype = array.dtype.str
         if not array.nbytes:
             return Tensor(dtype, array.shape, 0, 0)

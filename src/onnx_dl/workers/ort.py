@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -95,7 +96,8 @@ class OnnxRuntimeBackend:
     def run(
         self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt
     ) -> Sequence[Any]:
-        result: list[Any] = _with_options(lambda ro: self._session.run(outputs, feed, ro), options, halt)
+        fed = {name: _ended(value) for name, value in feed.items()}
+        result: list[Any] = _with_options(lambda ro: self._session.run(outputs, fed, ro), options, halt)
         return result
 
     def run_async(
@@ -113,8 +115,10 @@ class OnnxRuntimeBackend:
             told[:] = results, error
             done.set()
 
+        fed = {name: _ended(value) for name, value in feed.items()}
+
         def run(run_options: Any) -> None:
-            self._session.run_async(outputs, feed, callback, None, run_options)
+            self._session.run_async(outputs, fed, callback, None, run_options)
             started()
             done.wait()
 
@@ -171,6 +175,13 @@ def _with_options(call: Callable[[Any], Any], options: dict[str, Any] | None, ha
         return call(None)
     finally:
         halt.detach()
+
+
+def _ended(value: Any) -> Any:
+    """Byte strings with a NUL behind each: onnxruntime reads an item up to one, beyond its end if need be."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "S":
+        return value.astype(f"S{value.dtype.itemsize + 1}")
+    return value
 
 
 def _end(run_options: Any) -> Callable[[], object]:
