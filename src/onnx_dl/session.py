@@ -1,7 +1,8 @@
 """InferenceSessionProxy: onnxruntime.InferenceSession's face on a model in a worker process.
 
-Covers onnxruntime's methods, arguments and results; what is ours is :mod:`onnx_dl.proxy`'s, bindings are
-:mod:`onnx_dl.binding`'s, constructor arguments :mod:`onnx_dl.sources`'s.
+Covers construction, runs and changes of providers; what a session says of itself is
+:mod:`onnx_dl.described`'s, what is ours :mod:`onnx_dl.proxy`'s, bindings are :mod:`onnx_dl.binding`'s,
+constructor arguments :mod:`onnx_dl.sources`'s.
 """
 
 from __future__ import annotations
@@ -15,23 +16,16 @@ import numpy as np
 
 from onnx_dl import installation, options, sources
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
-from onnx_dl.client import Kept, Lease, RemoteModel
+from onnx_dl.client import Kept, Lease
+from onnx_dl.described import DescribedProxy
+from onnx_dl.feeds import USERS, check_names, names_of, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
-from onnx_dl.model import ModelDescription
-from onnx_dl.native import NativeSession
-from onnx_dl.nodes import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
-from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch
 
 _MISSING: Final = object()
-_USERS: Final = 256
-"""numpy's first number for dtypes that packages register, such as ml_dtypes' bfloat16."""
-_STAND_INS: Final = ("c8", "c16", np.longdouble, np.clongdouble)
-"""Dtypes of numpy's own that onnxruntime refuses in the same way."""
-_NO_TYPE: Final = "Numpy_type {} can't be converted to MLDataType."
 
 
-class InferenceSessionProxy(ModelProxy):
+class InferenceSessionProxy(DescribedProxy):
     """A drop-in for ``onnxruntime.InferenceSession`` whose model lives in a process of its own.
 
     Nothing is loaded until the first use.  All proxies of one model (the same file, options and providers)
@@ -100,12 +94,6 @@ class InferenceSessionProxy(ModelProxy):
             self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs | more
         )
 
-    def _forget_metadata(self) -> None:
-        self._description: Description | None = None
-        self._is_gone = False
-        self._described: ModelDescription | None = None
-        self._sess = NativeSession(self)
-
     # --- running ------------------------------------------------------------------------------------------
 
     def run(
@@ -135,7 +123,7 @@ class InferenceSessionProxy(ModelProxy):
             Exception: what onnxruntime raises, as the same class with the same message.
         """
         feed = self._fed(input_feed)
-        names = _names(output_names)
+        names = names_of(output_names)
         if run_options is None and timeout is None:
             plain = watch = None
         else:
@@ -145,7 +133,7 @@ class InferenceSessionProxy(ModelProxy):
         except Exception as error:
             self._fall_back(error)
             return self.run(names, input_feed, run_options, timeout=timeout)
-        return result if names is None or len(names) < 2 else _sharing(names, result)
+        return result if names is None or len(names) < 2 else sharing(names, result)
 
     async def arun(
         self,
@@ -161,7 +149,7 @@ class InferenceSessionProxy(ModelProxy):
         """
         from onnx_dl import asynchronous  # imports asyncio: 50 ms that most programs need not pay
 
-        feed, names = self._fed(input_feed), _names(output_names)
+        feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
         result: list[Any] = await asynchronous.call(
@@ -172,7 +160,7 @@ class InferenceSessionProxy(ModelProxy):
             timeout,
             run_options,
         )
-        return result if names is None else _sharing(names, result)
+        return result if names is None else sharing(names, result)
 
     def run_async(
         self,
@@ -188,7 +176,7 @@ class InferenceSessionProxy(ModelProxy):
 
         if not (callback is None or callable(callback)):
             raise TypeError(f"run_async(): incompatible function arguments. {callback!r} is no function.")
-        feed, names = self._fed(input_feed), _names(output_names)
+        feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         callbacks.call_back(
             self._model(),
@@ -204,7 +192,7 @@ class InferenceSessionProxy(ModelProxy):
         run_options: Any = None,
     ) -> list[Any]:
         """One inference with an ``onnxruntime.OrtValue`` per input, whose results are OrtValues."""
-        feed, names = self._owned(input_dict_ort_values), _names(output_names) or None
+        feed, names = self._owned(input_dict_ort_values), names_of(output_names) or None
         for value in feed.values():
             value._get_c_value()  # what has none is refused by that
         try:
@@ -212,7 +200,7 @@ class InferenceSessionProxy(ModelProxy):
         except Exception as error:
             self._fall_back(error)
             return self.run_with_ort_values(names, input_dict_ort_values, run_options)
-        return list(found) if names is None else _sharing(names, found)
+        return list(found) if names is None else sharing(names, found)
 
     def run_with_ortvaluevector(
         self,
@@ -287,44 +275,17 @@ class InferenceSessionProxy(ModelProxy):
         for value in found.values():
             if type(value) is not np.ndarray:
                 self._check_owner(value)
-            elif value.dtype.num >= _USERS:
-                self._refuse_dtypes(found)
+            elif value.dtype.num >= USERS:
+                refuse_dtypes(found, lambda fed: self._model().run(self._lease, None, fed, None))
         return found
-
-    def _refuse_dtypes(self, feed: dict[str, Any]) -> None:
-        """Raises what onnxruntime raises for dtypes that a package registered.
-
-        It tells their numbers, which are this process's only; the worker is asked with others in their place.
-        """
-        arrays = {name: value for name, value in feed.items() if _has_users_dtype(value)}
-        numbers = {value.dtype.num: None for value in arrays.values()}
-        others = dict(zip(numbers, _STAND_INS, strict=False))
-        asked = {name: np.zeros(1, others.get(value.dtype.num, "c8")) for name, value in arrays.items()}
-        try:
-            self._model().run(self._lease, None, feed | asked, None)
-        except RuntimeError as error:
-            for number, other in others.items():
-                if str(error) == _NO_TYPE.format(np.dtype(other).num):
-                    raise RuntimeError(_NO_TYPE.format(number)) from None
-            raise
 
     def _owned(self, feed: Any) -> dict[str, Any]:
         if self._live is not None:
             self._live.refresh()
-        self._check_names(feed)
+        check_names(feed, self.get_inputs())
         for value in feed.values():
             self._check_owner(value)
         return dict(feed)
-
-    def _check_names(self, feed: Any) -> None:
-        names = list(feed.keys())
-        missing = [
-            node.name
-            for node in self.get_inputs()
-            if node.name not in names and not node.type.startswith("optional")
-        ]
-        if missing:
-            raise ValueError(f"Required inputs ({missing}) are missing from input feed ({names}).")
 
     def _check_owner(self, value: Any, action: str = "used with") -> None:
         owner = getattr(value, "_session", None)
@@ -338,69 +299,10 @@ class InferenceSessionProxy(ModelProxy):
         watch = None if run_options is None else Watch(run_options)
         return self._model().invoke(self._lease, method, *args, plain, watch=watch)
 
-    def _invoke(self, method: str, *args: Any) -> Any:
-        if self._is_gone:
-            raise AttributeError(f"'NoneType' object has no attribute {method!r}")
-        return self._model().invoke(self._lease, method, *args)
-
     def _run_kept(self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any) -> Kept:
         """:meth:`run` for a :class:`~onnx_dl.pipelines.Pipeline`, whose next stage reads the results."""
         plain = options.read_run_options(run_options)
         return self._model().keep(self._lease, output_names, self._fed(feed), plain)
-
-    # --- metadata -----------------------------------------------------------------------------------------
-
-    def get_inputs(self) -> list[NodeArg]:
-        """The model's inputs; the same list at each call."""
-        return self._describe().inputs
-
-    def get_outputs(self) -> list[NodeArg]:
-        """The model's outputs; the same list at each call."""
-        return self._describe().outputs
-
-    def get_overridable_initializers(self) -> list[NodeArg]:
-        """Initializers that a feed may override."""
-        return self._describe().overridable_initializers
-
-    def get_modelmeta(self) -> ModelMetadata:
-        """What the model's author wrote into it."""
-        return self._describe().modelmeta
-
-    def get_providers(self) -> list[str]:
-        """The execution providers in use, in order of preference."""
-        return self._describe().providers
-
-    def get_provider_options(self) -> dict[str, dict[str, str]]:
-        """The options in force for each provider in use."""
-        return self._describe().provider_options
-
-    def get_session_options(self) -> Any:
-        """The options in force, as an ``onnxruntime.SessionOptions``: a copy; imports onnxruntime."""
-        return self._describe().session_options
-
-    def get_input_memory_infos(self) -> list[Any]:
-        """An ``onnxruntime.OrtMemoryInfo`` per input: where the worker has it; imports onnxruntime."""
-        return self._describe().input_memory_infos
-
-    def get_output_memory_infos(self) -> list[Any]:
-        """An ``onnxruntime.OrtMemoryInfo`` per output: where the worker has it; imports onnxruntime."""
-        return self._describe().output_memory_infos
-
-    def get_input_epdevices(self) -> list[Any]:
-        """An ``onnxruntime.OrtEpDevice`` of this process per input; imports onnxruntime."""
-        return self._describe().input_epdevices
-
-    def get_provider_graph_assignment_info(self) -> list[AssignedSubgraph]:
-        """Which provider took which nodes; recorded only if the session's options ask for it."""
-        return [AssignedSubgraph(*part) for part in self._invoke("get_provider_graph_assignment_info")]
-
-    def get_profiling_start_time_ns(self) -> int:
-        """When profiling began, comparable to ``time.monotonic_ns()``; 0 if it is off."""
-        return int(self._describe().details["profiling_start_time_ns"])
-
-    def end_profiling(self) -> str:
-        """Ends profiling; the name of the profile, relative to the working directory, or '' if it was off."""
-        return str(self._invoke("end_profiling"))
 
     # --- changing the session -----------------------------------------------------------------------------
 
@@ -456,53 +358,6 @@ class InferenceSessionProxy(ModelProxy):
         """Releases a graph that a provider captured."""
         self._invoke("release_captured_graph", graph_annotation_id)
 
-    # --- what callers look at though it is private --------------------------------------------------------
-
-    @property
-    def _enable_fallback(self) -> bool:
-        return bool(self._describe().details["fallback"]) if self._falls_back is None else self._falls_back
-
-    @property
-    def _read_config_from_model(self) -> bool:
-        given = self._arguments[1].get("read_config_from_model")
-        return os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1" if given is None else int(given) == 1
-
-    @property
-    def _fallback_providers(self) -> list[str]:
-        return list(self._describe().details["fallback_providers"])
-
-    @property
-    def _sess_options(self) -> Any:
-        return self.get_session_options()
-
-    @property
-    def _sess_options_initial(self) -> Any:
-        return self._arguments[0]
-
-    @property
-    def _inputs_meta(self) -> list[NodeArg]:
-        return self.get_inputs()
-
-    @property
-    def _outputs_meta(self) -> list[NodeArg]:
-        return self.get_outputs()
-
-    @property
-    def _overridable_initializers(self) -> list[NodeArg]:
-        return self.get_overridable_initializers()
-
-    @property
-    def _model_meta(self) -> ModelMetadata:
-        return self.get_modelmeta()
-
-    @property
-    def _providers(self) -> list[str]:
-        return self.get_providers()
-
-    @property
-    def _provider_options(self) -> dict[str, dict[str, str]]:
-        return self.get_provider_options()
-
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """``isinstance(proxy, onnxruntime.InferenceSession)`` holds, because packages ask."""
@@ -521,44 +376,5 @@ class InferenceSessionProxy(ModelProxy):
         known = self._remote is not None and not self._remote.connection.closed
         return self._model() if known else await asyncio.to_thread(self._model)
 
-    def _describe(self) -> Description:
-        """Metadata, remembered: once known it is never asked for again, but counts as a use."""
-        if self._is_gone:
-            gone: Description = GONE
-            return gone
-        model = self._remote
-        if self._description is not None and (model is None or model.connection.closed):
-            return self._description
-        described = self._model().describe(self._lease)
-        if self._description is None or described is not self._described:
-            self._description, self._described = Description(described), described
-        return self._description
-
-    def _model(self) -> RemoteModel:
-        if self._is_gone:
-            raise AttributeError("'NoneType' object has no attribute 'run'")
-        return super()._model()
-
 
 InferenceSession = InferenceSessionProxy
-
-
-def _has_users_dtype(value: Any) -> bool:
-    return type(value) is np.ndarray and value.dtype.num >= _USERS
-
-
-def _names(output_names: Any) -> Any:
-    """Names of outputs in a form that travels: whatever it was that onnxruntime takes, a list."""
-    if output_names is None or isinstance(output_names, list | tuple | str | bytes | dict):
-        return output_names
-    return list(output_names) if hasattr(output_names, "__iter__") else output_names or None
-
-
-def _sharing(names: Sequence[str], results: Sequence[Any]) -> list[Any]:
-    """Results of a name that was asked for twice are one, as in onnxruntime."""
-    if len(set(names)) == len(names):
-        return list(results)
-    first: dict[str, Any] = {}
-    for name, result in zip(names, results, strict=True):
-        first.setdefault(name, result)
-    return [first[n].view() if isinstance(first[n], np.ndarray) else first[n] for n in names]

@@ -41,13 +41,15 @@ HEIGHT = {
     "binding": 9,
     "native": 9,
     "proxy": 9,
-    "session": 10,
-    "execution": 10,
-    "pipelines": 11,
-    "patching": 11,
-    "demo": 12,
-    "launch": 12,
-    "cli": 13,
+    "described": 10,
+    "feeds": 10,
+    "session": 11,
+    "execution": 11,
+    "pipelines": 12,
+    "patching": 12,
+    "demo": 13,
+    "launch": 13,
+    "cli": 14,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
 GROUPS = [{"client", "connection", "watch"}, {"lifecycle", "model", "config"}]
