@@ -47,14 +47,15 @@ def take_apart(value: Any) -> Parts | None:
     if isinstance(value, native.SparseTensor):
         return _sparse(value)
     if python is not None and isinstance(value, python.OrtValue):
-        return Parts("OrtValue", [_take_apart(value._get_c_value())])
+        # The Python object: it may hold the numpy array whose memory the native one uses.
+        return Parts("OrtValue", [_take_apart(value._get_c_value(), value)])
     if python is not None and isinstance(value, python.SparseTensor):
         return Parts("SparseTensor", [_sparse(value._get_c_tensor())])
     return None
 
 
-def _take_apart(value: Any) -> Parts:
-    """The parts of a native OrtValue."""
+def _take_apart(value: Any, owner: object = None) -> Parts:
+    """The parts of a native OrtValue, whose memory ``owner`` keeps, or it itself."""
     if not value.has_value():  # first: most other methods of an empty one end the process
         return Parts("absent", [])
     if value.is_sparse_tensor():
@@ -67,7 +68,7 @@ def _take_apart(value: Any) -> Parts:
     device = value.device_name().lower()
     if device != "cpu":
         return Parts("dense", [element_type, shape, _raw(np.ascontiguousarray(value.numpy())), device])
-    return Parts("dense", [element_type, shape, memory_of(value)])
+    return Parts("dense", [element_type, shape, memory_of(value, owner)])
 
 
 def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -83,9 +84,9 @@ def bytes_at(address: int, nbytes: int, owner: object = None) -> NDArray[np.uint
     return np.frombuffer(memoryview(memory), np.uint8)
 
 
-def memory_of(value: Any) -> NDArray[np.uint8]:
+def memory_of(value: Any, owner: object = None) -> NDArray[np.uint8]:
     """The memory of a native OrtValue that holds a dense tensor on the CPU."""
-    return bytes_at(value.data_ptr(), value.tensor_size_in_bytes(), value)
+    return bytes_at(value.data_ptr(), value.tensor_size_in_bytes(), owner or value)
 
 
 def _container(value: Any) -> Parts:

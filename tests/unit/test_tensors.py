@@ -12,7 +12,7 @@ import pytest
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.messages import Items, Plain, Strings, Tensor
-from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker, is_plain
+from onnx_dl.transport.tensors import VIEW_FROM, Packer, Shelf, Unpacker, is_plain
 from tests.unit.builders import arena
 
 DTYPES = [
@@ -419,3 +419,14 @@ def test_hostile_values_are_protocol_errors(value, leased):
     with pytest.raises(ProtocolError):
         Unpacker(find, copy=True).unpack(value)
     assert block.leased
+
+
+def test_copies_on_a_shelf_lie_as_onnxruntimes_do():
+    shelf = Shelf()
+    copies = [shelf.copy(np.full(size, size, np.float32)) for size in (1, 0, 16, 300, 2000, 1, 17) * 40]
+    for copy in copies:
+        assert copy.ctypes.data % 64 == 0
+        assert copy.flags.writeable and copy.flags.c_contiguous
+        assert (copy == len(copy)).all()
+    assert shelf.copy(np.ones((2, 3)).T).shape == (3, 2)
+    assert shelf.copy(np.array(5)).shape == ()
