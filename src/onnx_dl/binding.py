@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from onnx_dl import makers, values
+from onnx_dl.errors import OnnxDLError
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
@@ -26,10 +27,13 @@ _BOTH_NEEDED: Final = "`element_type` and `shape` are to be provided if pre-allo
 class _Output:
     """Where one output goes.  ``value``: a native OrtValue that holds it, if there is one yet."""
 
-    def __init__(self, device: str, number: int, value: Any = None) -> None:
+    def __init__(self, device: str, number: int, value: Any = None, owner: object = None) -> None:
+        """``owner``: the Python object of a bound OrtValue, which may hold the array whose memory it uses."""
         self.device = device
         self.number = number
         self.value = value
+        self.owner = owner
+        self.array = None if value is None else values.as_array(value, owner)
 
 
 class IOBinding:
@@ -86,13 +90,19 @@ class IOBinding:
         """
         value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
         self._check_input(name)
-        self._inputs[name] = value
+        self._inputs[name] = self._live(value, None)
 
     def bind_ortvalue_input(self, name: str, ortvalue: Any) -> None:
         """Binds an OrtValue, which is read at every run."""
         self._check_owner(ortvalue)
         self._check_input(name)
-        self._inputs[name] = ortvalue._ortvalue
+        self._inputs[name] = self._live(ortvalue._ortvalue, ortvalue)
+
+    @staticmethod
+    def _live(value: Any, owner: object) -> Any:
+        """A native OrtValue as an array in the same memory, where numpy has such arrays."""
+        array = values.as_array(value, owner)
+        return value if array is None else array
 
     def _check_owner(self, ortvalue: Any) -> None:
         if ortvalue._session is not None:
@@ -139,7 +149,7 @@ class IOBinding:
     def bind_ortvalue_output(self, name: str, ortvalue: Any) -> None:
         """Binds an output to an OrtValue's memory."""
         self._check_owner(ortvalue)
-        self._outputs[name] = _Output("cpu", 0, ortvalue._ortvalue)
+        self._outputs[name] = _Output("cpu", 0, ortvalue._ortvalue, ortvalue)
 
     def synchronize_outputs(self) -> None:
         """Nothing to do: results are there when a run ends."""
@@ -189,6 +199,29 @@ class IOBinding:
         lies_there = values.bytes_at(address, nbytes)
         return values.put_together("dense", [number, list(shape), lies_there], copy=False)
 
+    def _run_plainly(self, run: Callable[[list[str], dict[str, Any]], list[Any]]) -> bool:
+        """Runs the way of ``run()``, which is faster; false if that did not do: run the other way, which
+        tells what is wrong in the words of a binding."""
+        types = {node.name: node.type for node in self._proxy.get_outputs()}
+        arrays = all(type(value) is np.ndarray for value in self._inputs.values())
+        if not (arrays and self._outputs and all(types.get(n) in values.NUMERIC for n in self._outputs)):
+            return False
+        try:
+            results = run(list(self._outputs), self._inputs)
+        except OnnxDLError:
+            raise  # not onnxruntime's: to run again would tell nothing else
+        except Exception:
+            return False
+        if not all(map(_fits, self._outputs.values(), results)):
+            return False
+        for output, result in zip(self._outputs.values(), results, strict=True):
+            if output.array is None:
+                output.value = values.from_array(result)
+                output.array = values.as_array(output.value, output.value)
+            else:
+                output.array[...] = result
+        return True
+
     def _run(self, call: Callable[[list[Any], list[Any]], list[Any]]) -> None:
         """``call`` is given what is bound and returns what came out of it."""
         inputs = [[name, value] for name, value in self._inputs.items()]
@@ -197,11 +230,20 @@ class IOBinding:
             for name, output in self._outputs.items()
         ]
         results = call(inputs, outputs)
-        for output, result, (*_, place) in zip(self._outputs.values(), results, outputs, strict=True):
+        for (name, output), result, (*_, place) in zip(
+            list(self._outputs.items()), results, outputs, strict=True
+        ):
             if place is None:
-                output.value = result
+                self._outputs[name] = _Output(output.device, output.number, result, result)
             else:
                 _write(output.value, result)
+
+
+def _fits(output: _Output, result: Any) -> bool:
+    """Whether the result may lie where the output is bound; one of no value yet takes any."""
+    if output.array is None:
+        return output.value is None
+    return bool(output.array.shape == result.shape and output.array.dtype == result.dtype)
 
 
 def _check_device(device_type: str, device_id: int) -> None:

@@ -71,6 +71,34 @@ def _take_apart(value: Any, owner: object = None) -> Parts:
     return Parts("dense", [element_type, shape, memory_of(value, owner)])
 
 
+_NUMPY: Final = {
+    element_type: np.dtype(name)
+    for element_type, name in {
+        1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8",
+        9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8",
+    }.items()
+}  # fmt: skip
+_NUMBERS: Final = {dtype: element_type for element_type, dtype in _NUMPY.items()}
+NUMERIC: Final = frozenset(
+    f"tensor({name})"
+    for name in "float uint8 int8 uint16 int16 int32 int64 bool float16 double uint32 uint64".split()
+)
+"""The types of inputs and outputs that numpy has, too."""
+
+
+def as_array(value: Any, owner: object) -> NDArray[Any] | None:
+    """The memory of a native OrtValue as an array; None if it is no dense tensor, on the CPU, of numpy's."""
+    if not (value.has_value() and value.is_tensor()) or value.device_name().lower() != "cpu":
+        return None
+    dtype = _NUMPY.get(value.element_type())
+    return None if dtype is None else memory_of(value, owner).view(dtype).reshape(value.shape())
+
+
+def from_array(array: NDArray[Any]) -> Any:
+    """A native OrtValue with memory of its own that holds the same."""
+    return _dense(_NUMBERS[array.dtype], list(array.shape), _raw(array))
+
+
 def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 

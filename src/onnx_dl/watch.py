@@ -58,7 +58,7 @@ class Watch:
             if self._late() or self.ended or getattr(self._options, "terminate", False):
                 self._told_at = now
                 model.terminate(lane)
-        elif self._late() and now > self._told_at + GRACE:
+        elif (self.ended or self._late()) and now > self._told_at + GRACE:
             raise self._timed_out(
                 "was told to end, which it does when the model lets it; unload(force=True) ends it"
             )
@@ -67,4 +67,5 @@ class Watch:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _timed_out(self, what: str) -> RunTimeout:
-        return RunTimeout(f"The run took longer than {self._timeout:g} seconds and {what}.")
+        took = "was given up" if self._timeout is None else f"took longer than {self._timeout:g} seconds"
+        return RunTimeout(f"The run {took} and {what}.")

@@ -55,6 +55,7 @@ class WorkerLane(Lane):
         else:
             calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
         super().__init__(handover, calls, polls=hello.poll)
+        self._requests = 0
         self._calls.send(m.LaneOpen(secret=secret, thread=threading.get_native_id()))
         self._unpacker = Unpacker(self._handover.block, copy=False)
 
@@ -75,6 +76,7 @@ class WorkerLane(Lane):
         Raises:
             ProtocolError: it is no request.
         """
+        self._requests += 1
         request = self._calls.next()
         if (page := self._handover.mappings.page) is not None and request is not None:
             page.begin()
@@ -82,9 +84,11 @@ class WorkerLane(Lane):
 
     @property
     def request(self) -> int:
-        """The number of the request that was received last."""
-        page = self._handover.mappings.page
-        return 0 if page is None else page.begun
+        """The number by which the caller knows the request that was received last.
+
+        Counted here, too: over ZeroMQ a request may come before the page that has the caller's count.
+        """
+        return self._requests
 
     def unpack(self, value: m.Value) -> Any:
         """A value of a request; its arrays are views, valid until the reply is sent."""

@@ -18,7 +18,6 @@ class Halt:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._number = 0
-        # No request's: a call whose number did not arrive yet is 0 (over ZeroMQ), and must not end by itself.
         self._asked = -1
         self._end: Callable[[], object] | None = None
 
