@@ -54,6 +54,9 @@ OF_THIS_PROCESS = {
     "print_debug_info",
 }
 """onnxruntime's functions that say or do something here and have no effect on sessions elsewhere."""
+NEWEST = pytest.mark.skipif(
+    [int(part) for part in onnxruntime.__version__.split(".")[:2]] < [1, 31], reason="lacks what came later"
+)
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
@@ -80,6 +83,7 @@ def test_every_public_name_is_on_the_page(name: str) -> None:
     assert {member for member in public(CLASSES[name]) if f"`{member}`" not in section(name)} == set()
 
 
+@NEWEST
 def test_the_page_invents_no_names() -> None:
     for name, cls in CLASSES.items():
         first = [row[0] for row in ROWS if f"| {row[0]} |" in section(name)]
@@ -147,8 +151,14 @@ def test_all_that_options_can_be_told_is_covered() -> None:
         (C.SessionOptions, options.SESSION_FIELDS, recorder.SESSION_METHODS),
         (C.RunOptions, options.RUN_FIELDS, recorder.RUN_METHODS),
     ):
-        assert set(fields) | set(methods) <= public(cls)
         assert public(cls) - set(fields) - set(methods) <= set(READERS)
+
+
+@NEWEST
+def test_nothing_is_covered_that_is_not_there() -> None:
+    assert {*options.SESSION_FIELDS, *recorder.SESSION_METHODS} <= public(C.SessionOptions)
+    assert {*options.RUN_FIELDS, *recorder.RUN_METHODS} <= public(C.RunOptions)
+    assert set(recorder.GLOBALS) <= public(onnxruntime)
 
 
 def test_all_that_is_recorded_is_on_the_page() -> None:
@@ -159,7 +169,6 @@ def test_all_that_is_recorded_is_on_the_page() -> None:
 def test_settings_of_the_process_are_covered() -> None:
     """What a new onnxruntime adds to its functions fails here."""
     functions = {name for name in public(onnxruntime) if inspect.isroutine(getattr(onnxruntime, name))}
-    assert set(recorder.GLOBALS) <= functions
     assert functions - set(recorder.GLOBALS) <= OF_THIS_PROCESS
 
 
