@@ -27,15 +27,6 @@ PACKAGES = {
 }
 """For each program, which package it uses and how many models that loads."""
 
-PROGRAM_NAMES = [
-    pytest.param(
-        name, marks=pytest.mark.xfail(strict=True, reason="an output that is an input: test_passed_on")
-    )
-    if name == "quantizing"
-    else name
-    for name in PACKAGES
-]
-
 
 def told(*command: str, cwd: Path = PROGRAMS) -> dict[str, Any]:
     done = subprocess.run(
@@ -64,13 +55,13 @@ def check(program: str, result: dict[str, Any]) -> None:
     assert result["in workers"] == PACKAGES[program][1]
 
 
-@pytest.mark.parametrize("program", PROGRAM_NAMES)
+@pytest.mark.parametrize("program", PACKAGES)
 def test_under_onnx_dl_run(program: str) -> None:
     plain(program)
     check(program, told("-m", "onnx_dl.cli", "run", "--ttl", "60", f"{program}.py"))
 
 
-@pytest.mark.parametrize("program", PROGRAM_NAMES)
+@pytest.mark.parametrize("program", PACKAGES)
 def test_patched_after_it_imported_onnxruntime(program: str) -> None:
     plain(program)
     check(program, told(f"{program}.py", "--patch"))
@@ -100,8 +91,8 @@ print(json.dumps({"argv": sys.argv, "path": sys.path[0], "file": __file__, "name
 @pytest.mark.parametrize(
     "before",
     [
-        pytest.param((), marks=pytest.mark.xfail(strict=True, reason="__file__ is relative")),
-        pytest.param(("-P",), marks=pytest.mark.xfail(strict=True, reason="replaces an entry all the same")),
+        pytest.param(()),
+        pytest.param(("-P",)),
     ],
     ids=["plain", "safe path"],
 )
@@ -112,7 +103,6 @@ def test_what_a_program_sees_of_itself(before: tuple[str, ...], tmp_path: Path) 
     )
 
 
-@pytest.mark.xfail(strict=True, reason="cli.main() takes the program's own errors for the command's")
 def test_an_error_of_ours_that_the_program_lets_pass(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text("import onnx_dl\n\nraise onnx_dl.WorkerDied('the model is gone')\n")
     done = subprocess.run(
@@ -124,7 +114,6 @@ def test_an_error_of_ours_that_the_program_lets_pass(tmp_path: Path) -> None:
     assert "fails.py" in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="results have numpy's number of long, onnxruntime's of long long")
 def test_integers_print_as_without_us() -> None:
     assert "dtype=int64" in plain("pickling")["result"]
     result = told("pickling.py", "--patch")

@@ -13,13 +13,6 @@ from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.onnx_values import CPU
 
 F, B = TensorProto.FLOAT, TensorProto.BOOL
-BY_REPEATS = pytest.mark.xfail(
-    strict=True,
-    reason="workers/ort.py repeat() binds an output that is an input: from the third run on stale",
-)
-BY_BINDING = pytest.mark.xfail(
-    strict=True, reason="ort_calls._run_with_iobinding returns memory never written"
-)
 
 
 def passing(*outputs: str) -> bytes:
@@ -60,7 +53,7 @@ def quiet() -> Any:
     "outputs",
     [
         ("y",),
-        *(pytest.param(names, marks=BY_REPEATS) for names in [("x",), ("y", "x"), ("w", "y"), ("y", "c")]),
+        *(pytest.param(names) for names in [("x",), ("y", "x"), ("w", "y"), ("y", "c")]),
     ],
     ids=" ".join,
 )
@@ -76,7 +69,6 @@ def test_runs_that_repeat(outputs: tuple[str, ...], host: ModelHost) -> None:
     assert wrong == []
 
 
-@BY_BINDING
 @pytest.mark.parametrize("buffer", [True, False], ids=["buffer", "allocated"])
 def test_a_binding(buffer: bool, host: ModelHost) -> None:
     def act(session: Any) -> Any:

@@ -17,7 +17,7 @@ from onnxruntime import InferenceSession  # as a package that was imported befor
 
 import onnx_dl
 from onnx_dl import ConfigError, ModelHost
-from onnx_dl.launch import run
+from onnx_dl.launch import prepare
 from onnx_dl.patching import parse_models
 from tests.contract.both import CPU, fixed, scaled
 
@@ -86,7 +86,7 @@ def test_sessions_that_were_there_before_stay_where_they_are(host: ModelHost, pa
         assert before.run(*TWICE)[0][0, 0] == 2
         assert not models(host)
         (told,) = [found for found in onnx_dl.unpatched_report() if found.model == path]
-        assert "before patch()" in str(told)
+        assert "no patch() was in force" in str(told)
         with pytest.raises(AttributeError, match="'InferenceSession' object has no attribute 'ttl'"):
             _ = before.ttl
 
@@ -263,4 +263,4 @@ def test_nothing_to_run(tmp_path: Path) -> None:
     done = launched("--set", "x", "nope.py", cwd=tmp_path)
     assert done.returncode == 1
     with pytest.raises(ConfigError, match="needs a program"):
-        run([], module=False, settings=[])
+        prepare([], module=False, settings=[])

@@ -202,9 +202,7 @@ class IOBinding:
     def _run_plainly(self, run: Callable[[list[str], dict[str, Any]], list[Any]]) -> bool:
         """Runs the way of ``run()``, which is faster; false if that did not do: run the other way, which
         tells what is wrong in the words of a binding."""
-        types = {node.name: node.type for node in self._proxy.get_outputs()}
-        arrays = all(type(value) is np.ndarray for value in self._inputs.values())
-        if not (arrays and self._outputs and all(types.get(n) in values.NUMERIC for n in self._outputs)):
+        if not self._is_plain():
             return False
         try:
             results = run(list(self._outputs), self._inputs)
@@ -222,6 +220,18 @@ class IOBinding:
                 output.array[...] = result
         return True
 
+    def _is_plain(self) -> bool:
+        """Whether all that is bound are tensors of numbers, and no output is an input, too."""
+        nodes = (*self._proxy.get_inputs(), *self._proxy.get_overridable_initializers())
+        taken = {node.name: node.type for node in nodes}
+        given = {node.name: node.type for node in self._proxy.get_outputs()}
+        return bool(
+            self._outputs
+            and all(type(value) is np.ndarray for value in self._inputs.values())
+            and all(taken.get(name) in values.NUMERIC for name in self._inputs)
+            and all(given.get(name) in values.NUMERIC and name not in taken for name in self._outputs)
+        )
+
     def _run(self, call: Callable[[list[Any], list[Any]], list[Any]]) -> None:
         """``call`` is given what is bound and returns what came out of it."""
         inputs = [[name, value] for name, value in self._inputs.items()]
@@ -233,14 +243,16 @@ class IOBinding:
         for (name, output), result, (*_, place) in zip(
             list(self._outputs.items()), results, outputs, strict=True
         ):
-            if place is None:
-                self._outputs[name] = _Output(output.device, output.number, result, result)
-            else:
+            if place is not None and isinstance(result, np.ndarray):
                 _write(output.value, result)
+            else:
+                self._outputs[name] = _Output(output.device, output.number, result, result)
 
 
 def _fits(output: _Output, result: Any) -> bool:
     """Whether the result may lie where the output is bound; one of no value yet takes any."""
+    if type(result) is not np.ndarray:
+        return False
     if output.array is None:
         return output.value is None
     return bool(output.array.shape == result.shape and output.array.dtype == result.dtype)

@@ -9,7 +9,7 @@ import argparse
 import datetime
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from onnx_dl import config
@@ -58,19 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        program = arguments.run(arguments)
     except OnnxDLError as error:
         print(f"onnx-dl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    if program is not None:
+        program()  # what it raises is its own
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from onnx_dl.launch import run
+def _run(arguments: argparse.Namespace) -> Callable[[], None]:
+    from onnx_dl.launch import prepare
 
-    run(
+    return prepare(
         arguments.target,
         module=arguments.module,
         settings=arguments.settings,

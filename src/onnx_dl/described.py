@@ -107,6 +107,26 @@ class DescribedProxy(ModelProxy):
         return self._arguments[0]
 
     @property
+    def _input_meminfos(self) -> list[Any]:
+        return self.get_input_memory_infos()
+
+    @property
+    def _output_meminfos(self) -> list[Any]:
+        return self.get_output_memory_infos()
+
+    @property
+    def _input_epdevices(self) -> list[Any]:
+        return self.get_input_epdevices()
+
+    @property
+    def _profiling_start_time_ns(self) -> int:
+        return self.get_profiling_start_time_ns()
+
+    @property
+    def _captured_graph_bindings(self) -> dict[int, Any]:
+        return {}
+
+    @property
     def _inputs_meta(self) -> list[NodeArg]:
         return self.get_inputs()
 
@@ -129,6 +149,9 @@ class DescribedProxy(ModelProxy):
     @property
     def _provider_options(self) -> dict[str, dict[str, str]]:
         return self.get_provider_options()
+
+    def _awake(self) -> None:
+        self._forget_metadata()
 
     # --- inside -------------------------------------------------------------------------------------------
 

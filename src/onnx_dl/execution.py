@@ -101,6 +101,9 @@ class ExecutionSession(ModelProxy):
         """Names of all entry points."""
         return list(self._described().details["entry_points"])
 
+    def _travelling(self) -> dict[str, Any]:
+        return {"_entry_point": self._entry_point}
+
     def set_entry_point(self, name: str) -> None:
         """Has this session use another entry point.
 

@@ -48,6 +48,11 @@ def _has_users_dtype(value: Any) -> bool:
     return type(value) is np.ndarray and value.dtype.num >= USERS
 
 
+def plain_name(name: Any) -> Any:
+    """A str for a subclass of it (numpy's, an enumeration's); anything else is onnxruntime's to refuse."""
+    return str.__str__(name) if type(name) is not str and isinstance(name, str) else name
+
+
 def names_of(output_names: Any) -> Any:
     """Names of outputs in a form that travels: whatever it was that onnxruntime takes, a list."""
     if output_names is None or isinstance(output_names, list | tuple | str | bytes | dict):

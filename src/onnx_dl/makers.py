@@ -29,6 +29,7 @@ _ELEMENTS: Final = {
     )
 }
 _ML: Final = "ai.onnx.ml"
+_MAPS: Final = ("seq(map(string,tensor(float)))", "seq(map(int64,tensor(float)))")
 
 # --- protobuf ----------------------------------------------------------------------------------------------
 
@@ -83,7 +84,11 @@ def _session(model: bytes) -> Any:
     options = native.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    session = native.InferenceSession(options, model, False, False)
+    try:
+        session = native.InferenceSession(options, model, False, False)
+    except RuntimeError:  # set_global_thread_pool_sizes() was called: then no session may have its own
+        options.use_per_session_threads = False
+        session = native.InferenceSession(options, model, False, False)
     session.initialize_session([], [], set())
     return session
 
@@ -141,15 +146,15 @@ def sequence(data_type: str, items: list[NDArray[Any]]) -> Any:
     return _made(_kept(_model("SequenceConstruct", [kind] * len(items), output)), feed)
 
 
-def maps(content: list[dict[Any, float]]) -> Any:
+def maps(data_type: str, content: list[dict[Any, float]]) -> Any:
     """A native OrtValue of ``seq(map(string or int64, tensor(float)))``, as ZipMap makes it.
 
     Raises:
         UnsupportedValueError: it is none that ZipMap makes.
     """
-    keys = list(content[0]) if isinstance(content, list) and content else []
-    of_text = all(isinstance(key, str) for key in keys)
-    if not (keys and all(list(row) == keys for row in content)):
+    of_text = data_type == "seq(map(string,tensor(float)))"
+    keys = list(content[0]) if content else ["none"] if of_text else [0]
+    if data_type not in _MAPS or not all(list(row) == keys for row in content):
         raise UnsupportedValueError("An OrtValue of maps with different keys cannot travel to a worker.")
     if of_text:
         attribute = _field(1, "classlabels_strings") + _fields(9, keys) + _field(20, 8)

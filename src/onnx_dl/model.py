@@ -97,6 +97,21 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     retry_after: float
 
 
+def to_plain(value: Any) -> Any:
+    """What callers give for text and numbers, as these: subclasses of str, paths, numpy's scalars.
+
+    Raises:
+        NotImplementedError: it is none of these.
+    """
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "dtype") and hasattr(value, "item") and not getattr(value, "shape", True):
+        return value.item()
+    raise NotImplementedError(f"Objects of type {type(value)} have no plain form.")
+
+
 def file_identity(path: str) -> tuple[str, int, int, int, int]:
     """What tells one version of a model file from another: real path, device, inode, size, mtime in ns.
 
@@ -110,5 +125,5 @@ def file_identity(path: str) -> tuple[str, int, int, int, int]:
 
 def model_key(identity: object, *how: object) -> str:
     """A digest of what the model is and how it is loaded: equal keys share one worker."""
-    plain = msgspec.json.encode([identity, *how], order="deterministic")
+    plain = msgspec.json.encode([identity, *how], order="deterministic", enc_hook=to_plain)
     return hashlib.sha256(plain).hexdigest()[:32]

@@ -8,11 +8,13 @@ make such an object, never to read one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from onnx_dl import recorded, recorder
 from onnx_dl.errors import ConfigError
+from onnx_dl.model import to_plain
 
 SESSION_FIELDS: Final = (
     "enable_cpu_mem_arena",
@@ -242,8 +244,10 @@ def _read_provider(item: Any) -> Any:
         return [_read_provider(part) for part in item]
     if isinstance(item, dict):
         return {str(key): _read_provider(value) for key, value in item.items()}
-    if item is None or isinstance(item, str | int | float | bool):
+    if item is None or type(item) in (str, int, float, bool):
         return item
+    with contextlib.suppress(NotImplementedError):
+        return to_plain(item)
     raise ConfigError(f"providers= and provider_options= cannot hold a {type(item).__name__}: {item!r}.")
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
@@ -143,7 +144,7 @@ def unpatched_report() -> list[Unpatched]:
     found = [
         Unpatched(str(vars(made).get("_model_path") or "a model given as bytes"), _EARLIER, "unknown")
         for made in gc.get_objects()
-        if issubclass(type(made), session_class) and _PROXY not in vars(made) and id(made) not in _known
+        if issubclass(type(made), session_class) and _PROXY not in vars(made) and made not in _known
     ]
     return [*_noted, *found]
 
@@ -172,11 +173,11 @@ def _checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
 
 # --- the class ---------------------------------------------------------------------------------------------
 
-_EARLIER: Final = "it was made before patch()"
+_EARLIER: Final = "no patch() was in force when it was made"
 _lock: Final = threading.Lock()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
-_known: set[int] = set()
+_known: weakref.WeakSet[Any] = weakref.WeakSet()
 _inside: Final = threading.local()
 _undo: list[Callable[[], None]] = []
 """What gives the constructors back; methods keep asking the proxies of sessions that live on."""
@@ -222,7 +223,7 @@ def _opening(original: Callable[..., None]) -> Callable[..., None]:
         except (ConfigError, PlatformError) as error:
             reason = str(error)
         _note(Unpatched(name, reason, _caller()))
-        _known.add(id(self))
+        _known.add(self)
         _inside.making = True
         try:
             original(self, *args, **kwargs)
@@ -272,14 +273,17 @@ def _delegate(session_class: Any) -> None:
     """Has the methods ask the proxy, where there is one."""
     for cls in reversed(session_class.__mro__):
         for name, original in list(vars(cls).items()):
-            if callable(original) and not name.startswith("_"):
+            if callable(original) and (name == "_reset_session" or not name.startswith("_")):
                 setattr(session_class, name, _asking(name, original))
 
     def __getattr__(self: Any, name: str) -> Any:
         proxy = self.__dict__.get(_PROXY)
         if proxy is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(proxy, name)
+        try:
+            return getattr(proxy, name)
+        except AttributeError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
 
     session_class.__getattr__ = __getattr__
 

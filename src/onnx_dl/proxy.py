@@ -7,10 +7,12 @@ and called is :mod:`onnx_dl.client`'s.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,6 +23,7 @@ from onnx_dl.errors import ProxyClosedError
 from onnx_dl.host import ModelHost, default_host
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec
+from onnx_dl.transport import shm
 
 
 class ModelProxy:
@@ -142,6 +145,35 @@ class ModelProxy:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._spec.name}, ttl={self.ttl:g}>"
 
+    # --- copies -------------------------------------------------------------------------------------------
+
+    def _travelling(self) -> dict[str, Any]:
+        """What a subclass adds to a proxy, as it may go to another process."""
+        return {}
+
+    def _awake(self) -> None:
+        """A copy of a proxy begins its life."""
+
+    def __copy__(self) -> Self:
+        """Another proxy of the same model."""
+        return _another(type(self), self._spec, self._memory, *self._terms(), self._travelling(), self._host)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A proxy is the name of a model and may be pickled; the other process has a host of its own.
+
+        Memory that the model is loaded from, if it is no file, goes along as it is now.
+        """
+        memory = {name: _bytes_of(make()) for name, make in self._memory.items()}
+        return _unpickled, (type(self), self._spec, memory, *self._terms(), self._travelling())
+
+    def _terms(self) -> tuple[float, str]:
+        return self._lease.ttl, self._lease.latency
+
+    # --- inside -------------------------------------------------------------------------------------------
+
     def _model(self) -> RemoteModel:
         """The model as the client knows it, with the supervisor started if need be."""
         model = self._remote
@@ -155,6 +187,38 @@ class ModelProxy:
 
     def _check_installation(self) -> None:
         """Raises if what the engine needs is not installed; asked before a worker is."""
+
+
+_P = TypeVar("_P", bound=ModelProxy)
+
+
+def _another(
+    cls: type[_P],
+    spec: ModelSpec,
+    memory: Mapping[str, Callable[[], int]],
+    ttl: float,
+    latency: str,
+    more: dict[str, Any],
+    host: ModelHost | None = None,
+) -> _P:
+    proxy = object.__new__(cls)
+    ModelProxy.__init__(proxy, spec, ttl=ttl, latency=latency, host=host, memory=memory)
+    proxy.__dict__.update(more)
+    proxy._awake()
+    return proxy
+
+
+def _unpickled(cls: type[ModelProxy], spec: ModelSpec, memory: dict[str, bytes], *rest: Any) -> ModelProxy:
+    return _another(
+        cls, spec, {name: functools.partial(shm.freeze, data) for name, data in memory.items()}, *rest
+    )
+
+
+def _bytes_of(fd: int) -> bytes:
+    try:
+        return shm.thaw(fd)
+    finally:
+        os.close(fd)
 
 
 def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:

@@ -6,6 +6,7 @@ devices of execution providers, enumerations, LoRA adapters.  What cannot travel
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnx_dl import recorder, values
 from onnx_dl.errors import ConfigError
-from onnx_dl.model import file_identity
+from onnx_dl.model import file_identity, to_plain
 
 _READ_AT_LOAD: Final = ("ORT_LOAD_CONFIG_FROM_MODEL",)
 """Environment variables that onnxruntime reads when a session is made; a worker's are the supervisor's."""
@@ -55,7 +56,7 @@ def portable(options: Any, methods: Sequence[str]) -> Portable:
     found = Portable([], {}, [], [])
     for call in recorder.told_since(options):
         if call.name in _CONFIG:
-            key, value = (*call.args, *call.kwargs.values())[:2]
+            key, value = map(str.__str__, (*call.args, *call.kwargs.values())[:2])
             found.config[key] = value
             continue
         args = [_plain(arg, call.name, found) for arg in call.args]
@@ -100,6 +101,8 @@ def _plain_value(parts: values.Parts, method: str, found: Portable) -> Any:
 
 
 def _plain_object(arg: Any, method: str) -> Any:
+    with contextlib.suppress(NotImplementedError):
+        return to_plain(arg)
     kind = type(arg).__name__
     if kind == "LoraAdapter":
         path = recorder.adapter_path(arg)

@@ -109,10 +109,11 @@ def _recording(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)  # what onnxruntime refuses was not told
-        if (calls := _told.get(self)) is not None:
-            calls.append(Told(name, args, kwargs))
+        calls = _late.setdefault(self, []) if (early := _told.get(self)) is None else early
+        if name.startswith("clear_"):
+            calls[:] = [call for call in calls if call.name != name.replace("clear_", "set_", 1)]
         else:
-            _late.setdefault(self, []).append(Told(name, args, kwargs))
+            calls.append(Told(name, args, kwargs))
         return result
 
     return method

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.described import DescribedProxy
 from onnx_dl.errors import OnnxDLError
-from onnx_dl.feeds import USERS, check_names, names_of, refuse_dtypes, sharing
+from onnx_dl.feeds import USERS, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
 from onnx_dl.watch import Watch
 
@@ -81,7 +81,9 @@ class InferenceSessionProxy(DescribedProxy):
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
         self._model_path, self._model_bytes = sources.locate(source)
         self._arguments = (sess_options, kwargs)
-        found = self._find(providers, provider_options)
+        found = sources.describe(
+            self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs
+        )
         super().__init__(found.spec, ttl=ttl, latency=latency, host=host, memory=found.memory)  # type: ignore[arg-type]
         self._live = found.live
         self._forget_metadata()
@@ -89,11 +91,15 @@ class InferenceSessionProxy(DescribedProxy):
         if eager:
             self.load()
 
-    def _find(self, providers: Any, provider_options: Any, **more: Any) -> sources.Source:
-        sess_options, kwargs = self._arguments
-        return sources.describe(
-            self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs | more
-        )
+    def _travelling(self) -> dict[str, Any]:
+        own = ("_model_path", "_model_bytes", "_falls_back")
+        # No SessionOptions can be pickled; the spec says all that they said.
+        return {name: self.__dict__[name] for name in own} | {"_arguments": (None, {}), "_live": None}
+
+    def __copy__(self) -> Self:
+        made = super().__copy__()
+        made._arguments, made._live = self._arguments, self._live
+        return made
 
     # --- running ------------------------------------------------------------------------------------------
 
@@ -215,6 +221,8 @@ class InferenceSessionProxy(DescribedProxy):
             return None
         try:
             results = self._run_plainly(wanted, arrays)
+            if not all(type(result) is np.ndarray for result in results):  # sparse ones say they are tensors
+                return None
         except OnnxDLError:
             raise  # not onnxruntime's: to run again would tell nothing else
         except Exception:
@@ -298,7 +306,7 @@ class InferenceSessionProxy(DescribedProxy):
         """The feed as a dict; initializers that the application changed are up to date after this."""
         if self._live is not None:
             self._live.refresh()
-        found = {name: feed[name] for name in feed.keys()}  # noqa: SIM118  # a list has none: it says so
+        found = {plain_name(name): feed[name] for name in feed.keys()}  # noqa: SIM118  # a list has none
         for value in found.values():
             if type(value) is not np.ndarray:
                 self._check_owner(value)
@@ -344,13 +352,15 @@ class InferenceSessionProxy(DescribedProxy):
         self._forget_metadata()
         self._lease = Lease(self._lease.ttl, self._lease.latency)
         try:
-            # Without falling back to other providers, which is for constructors.
-            found = self._find(providers, provider_options, enable_fallback=0)
-            self._take(found.spec, found.memory)
+            self._take(sources.with_providers(self._spec, providers, provider_options), self._memory)
             self.load()
         except BaseException:
             self._is_gone = True
             raise
+
+    def _reset_session(self, providers: Any, provider_options: Any) -> None:
+        """What subclasses of onnxruntime's class call."""
+        self.set_providers(providers, provider_options)
 
     def disable_fallback(self) -> None:
         """A run that fails in an execution provider raises."""

@@ -37,7 +37,7 @@ def locate(source: object) -> tuple[str | None, bytes | None]:
         onnxruntime's NoSuchFile: there is no such file.
     """
     if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
+        path = str.__str__(os.fspath(source))
         if path and not os.path.exists(path):  # onnxruntime has an opinion of its own on ''
             raise _no_such_file(path)
         return path, None
@@ -98,29 +98,47 @@ def describe(
         "memory": None if live is None else live.name,
         "surroundings": surroundings,
     }
-    cwd = os.getcwd()
-    try:
-        f"{path}{cwd}".encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
-        ) from None
     digest = None if data is None else hashlib.sha256(data).hexdigest()
-    spec = ModelSpec(
-        # The working directory tells where a model given as bytes finds its external data, and profiles land.
-        key=model_key(file_identity(path) if path else digest, how, cwd),
-        name=path or f"bytes:{str(digest)[:12]}",
-        cwd=cwd,
-        path=path,
-        blob=digest,
-        **how,
-    )
+    spec = _spec(path, digest, os.getcwd(), how)
     memory: dict[str, Callable[[], int]] = {}
     if data is not None and digest is not None:
         memory[digest] = functools.partial(shm.freeze, data)
     if live is not None:
         memory[live.name] = live.descriptor
     return Source(spec, memory, live)
+
+
+def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> ModelSpec:
+    """The same model with other providers, and without falling back to others, which is for constructors.
+
+    Raises: like :func:`describe`.
+    """
+    extra = {name: value for name, value in spec.extra.items() if name in _EXTRA} | {"enable_fallback": 0}
+    how = {
+        "options": spec.options,
+        **_providers(providers, provider_options, extra),
+        "memory": spec.memory,
+        "surroundings": spec.surroundings,
+    }
+    return _spec(spec.path, spec.blob, spec.cwd, how)
+
+
+def _spec(path: str | None, digest: str | None, cwd: str, how: dict[str, Any]) -> ModelSpec:
+    try:
+        f"{path}{cwd}".encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
+        ) from None
+    return ModelSpec(
+        # The working directory tells where a model given as bytes finds its external data, and profiles land.
+        key=model_key(file_identity(os.path.join(cwd, path)) if path else digest, how, cwd),
+        name=path or f"bytes:{str(digest)[:12]}",
+        cwd=cwd,
+        path=path,
+        blob=digest,
+        **how,
+    )
 
 
 def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> dict[str, Any]:
@@ -141,4 +159,6 @@ def _extras(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value

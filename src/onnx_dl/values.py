@@ -121,7 +121,7 @@ def _container(value: Any) -> Parts:
     content = makers.read(value)
     if value.is_tensor_sequence():
         return Parts("sequence", [value.data_type(), [np.asarray(item) for item in content]])
-    return Parts("maps", [content])
+    return Parts("maps", [value.data_type(), content])
 
 
 def _sparse(value: Any) -> Parts:

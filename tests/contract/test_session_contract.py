@@ -350,7 +350,7 @@ def test_it_has_every_public_name(make: Make) -> None:
     assert not {name for name in names if not hasattr(session, name)}
 
 
-@pytest.mark.parametrize("kind", ["onnxruntime"])  # a proxy is a name for a model: that may travel
+@pytest.mark.parametrize("kind", ["onnxruntime"])  # a proxy may: test_proxies_travel
 def test_it_cannot_be_pickled_or_copied_deeply(make: Make) -> None:
     session = make(fixed())
     for act in (pickle.dumps, copy.deepcopy):

@@ -91,9 +91,16 @@ def test_sequences(kind: str, items: list[np.ndarray]) -> None:
 
 @pytest.mark.parametrize("content", [[{"a": 0.5, "b": 1.0}], [{0: 1.0, 7: 2.0}, {0: 3.0, 7: 4.0}]], ids=str)
 def test_maps(content: list[dict]) -> None:
-    got = again(onnxruntime.OrtValue(makers.maps(content)))
+    kind = "string" if isinstance(next(iter(content[0])), str) else "int64"
+    got = again(onnxruntime.OrtValue(makers.maps(f"seq(map({kind},tensor(float)))", content)))
     assert got.data_type().startswith("seq(map(")
     assert makers.read(got._ortvalue) == content
+
+
+@pytest.mark.parametrize("kind", ["string", "int64"])
+def test_maps_of_no_rows(kind: str) -> None:
+    got = again(onnxruntime.OrtValue(makers.maps(f"seq(map({kind},tensor(float)))", [])))
+    assert (got.data_type(), makers.read(got._ortvalue)) == (f"seq(map({kind},tensor(float)))", [])
 
 
 def test_an_absent_optional() -> None:
@@ -148,8 +155,8 @@ def test_other_values_are_left_alone() -> None:
     "act",
     [
         lambda: makers.sequence("seq(tensor(nonsense))", []),
-        lambda: makers.maps([]),
-        lambda: makers.maps([{"a": 1.0}, {"b": 1.0}]),
+        lambda: makers.maps("seq(map(string,tensor(double)))", []),
+        lambda: makers.maps("seq(map(string,tensor(float)))", [{"a": 1.0}, {"b": 1.0}]),
     ],
 )
 def test_what_cannot_be_made(act: Any) -> None:

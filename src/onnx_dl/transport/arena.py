@@ -101,7 +101,8 @@ class Block:
     def held_array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """Like :meth:`array`; the lease ends when the array and all its views are gone."""
         self._check(dtype, shape, offset)
-        return np.asarray(_Lease(self, dtype, shape, self._address + offset))
+        array = np.asarray(_Lease(self, np.dtype(dtype).str, shape, self._address + offset))
+        return array if array.dtype.char == np.dtype(dtype).char else array.view(dtype)
 
     def _check(self, dtype: str, shape: tuple[int, ...], offset: int) -> None:
         """A peer's word is not enough: bytes of the block must not become pointers, nor bytes beyond it."""
@@ -109,7 +110,8 @@ class Block:
             parsed = np.dtype(dtype)
         except (TypeError, ValueError, SyntaxError):
             parsed = np.dtype(object)
-        plain = parsed.str == dtype and not parsed.hasobject and len(shape) <= _MOST_DIMENSIONS
+        named = dtype in (parsed.str, "q", "Q")  # the last two: C's long long, which typestr cannot say
+        plain = named and not parsed.hasobject and len(shape) <= _MOST_DIMENSIONS
         nbytes = math.prod(shape) * parsed.itemsize
         if not (plain and offset >= 0 and min(shape, default=0) >= 0 and offset + nbytes <= self.size):
             raise ProtocolError(

@@ -13,7 +13,7 @@ import msgspec
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
+from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, to_plain
 
 PROTOCOL_VERSION = 3
 
@@ -448,7 +448,7 @@ LaneRequest = (
 )
 LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Large | AboutBlocks
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=to_plain)
 
 
 def encode(message: Message) -> bytes:

@@ -28,6 +28,9 @@ VIEW_FROM: Final = 64 << 10
 Copying 64 KiB takes about as long as the bookkeeping of a lease (docs/architecture.md has the figures).
 """
 
+_LONG_LONG: Final = frozenset("qQ") if np.dtype("q").isnative else frozenset()
+"""onnxruntime's 64-bit integers are C's long long, of which numpy's text for a dtype says nothing."""
+
 _LIKE_TEXT: Final = (memoryview, bytearray, set, frozenset, range)
 """onnxruntime refuses these in the same words as text, which do not show what is in it."""
 
@@ -117,7 +120,7 @@ class Packer:
     def _encode_array(self, array: NDArray[Any]) -> Value:
         if array.dtype.kind == "O":
             return Strings(array.shape, [item if type(item) is str else str(item) for item in array.flat])
-        dtype = array.dtype.str
+        dtype = array.dtype.char if array.dtype.char in _LONG_LONG else array.dtype.str
         if not array.nbytes:
             return Tensor(dtype, array.shape, 0, 0)
         block, offset, leased = self._place(array)
@@ -141,6 +144,8 @@ def _lowered(value: Any) -> Any:
     """The value with onnxruntime's own objects in it taken apart."""
     if isinstance(value, np.ndarray) or is_plain(value):
         return value
+    if isinstance(value, str) and not isinstance(value, np.generic):  # of a subclass
+        return str.__str__(value)
     if type(value) in (list, tuple):
         return type(value)(map(_lowered, value))
     if type(value) is dict:
@@ -153,6 +158,8 @@ def _lowered(value: Any) -> Any:
 def is_plain(value: Any) -> bool:
     """Whether msgpack gives the value back as it was: numbers, text, None, lists and dicts of these."""
     kind = type(value)
+    if kind is int:
+        return bool(-(1 << 63) <= value < 1 << 64)
     if kind in _SCALARS:
         return True
     if kind is list:

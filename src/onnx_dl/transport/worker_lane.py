@@ -56,7 +56,9 @@ class WorkerLane(Lane):
             calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
         super().__init__(handover, calls, polls=hello.poll)
         self._requests = 0
-        self._calls.send(m.LaneOpen(secret=secret, thread=threading.get_native_id()))
+        self.thread = threading.get_native_id()
+        """Of the thread that serves the lane."""
+        self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))
         self._unpacker = Unpacker(self._handover.block, copy=False)
 
     @property

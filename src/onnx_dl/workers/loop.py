@@ -149,12 +149,15 @@ class Worker:
             return max((lane.last_touch() for lane in self._lanes), default=0.0)
 
     def _caller_gone(self, channel: Channel) -> None:
-        """A caller's process ended; its lane's thread waits for a bell that nobody else will ring."""
+        """A caller's process ended, or it gave its lane up; the lane's thread waits for a bell that nobody
+        else will ring."""
         with self._lanes_lock:
             self._gone.add(channel)
             for lane in self._lanes:
                 if lane.channel is channel:
                     lane.hang_up()
+                    if (halt := self._halts.get(lane.thread)) is not None:
+                        halt.ask(lane.request)  # nobody waits for what runs now
 
     def _bury_lanes(self, poller: zmq.Poller, callers: dict[int, Channel]) -> None:
         """Closes lanes whose threads are done: here, so that no descriptor is closed that is polled."""

@@ -42,6 +42,8 @@ class OnnxRuntimeBackend:
         self._bindable = self._session.get_providers() == ["CPUExecutionProvider"]
         self._outputs = {node.name: node for node in self._session.get_outputs()}
         self._input_sizes = {size for node in self._session.get_inputs() for size in node.shape}
+        ends = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
+        self._inputs = {node.name for node in ends}
 
     def _open(self, blobs: Mapping[str, int]) -> Opened:
         blob, memory = self._spec.blob, self._spec.memory
@@ -132,6 +134,8 @@ class OnnxRuntimeBackend:
         names = list(outputs) if outputs else list(self._outputs)
         numeric = all(array.dtype.kind in "biuf" and array.dtype.isnative for array in feed.values())
         if not (self._bindable and numeric and len(set(names)) == len(names) == len(results)):
+            return None
+        if self._inputs & set(names):  # onnxruntime does not write these to where they are bound
             return None
         binding = self._session.io_binding()
         for name, array in feed.items():

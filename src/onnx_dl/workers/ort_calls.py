@@ -77,7 +77,8 @@ def _value_at(place: list[Any]) -> Any:
 
 def _run_with_iobinding(session: Any, inputs: list[Any], outputs: list[Any], options: Any) -> Any:
     """``inputs``: name and array or OrtValue; ``outputs``: name, device, and element type and shape where
-    the memory is the caller's.  Returns bytes for these, and native OrtValues for others."""
+    the memory is the caller's.  Returns bytes for these, and native OrtValues for others, and for outputs
+    that are inputs, too: onnxruntime does not write these to where they are bound."""
     binding = session.io_binding()
     for name, value in inputs:
         if hasattr(value, "element_type"):
@@ -93,8 +94,9 @@ def _run_with_iobinding(session: Any, inputs: list[Any], outputs: list[Any], opt
             binding.bind_ortvalue_output(name, onnxruntime.OrtValue(given[name]))
     session.run_with_iobinding(binding, options)
     found = binding.get_outputs_as_ortvaluevector()
+    passed_on = {name for name, _ in inputs}
     return [
-        values.memory_of(given[name]) if name in given else found[index]
+        values.memory_of(given[name]) if name in given and name not in passed_on else found[index]
         for index, (name, *_) in enumerate(outputs)
     ]
 
