@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -188,3 +189,26 @@ def test_callbacks_over_zeromq(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RunTimeout):
             asyncio.run(endless.arun(None, ENDLESS, timeout=0.3))
         assert endless.unload(timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("how", ["run", "run_with_ort_values"])
+def test_ctrl_c_ends_the_run(endless: InferenceSessionProxy, how: str) -> None:
+    """The caller is gone at once, and the model does not go on for nobody."""
+    endless.load()
+    feed: dict[str, Any] = ENDLESS
+    if how == "run_with_ort_values":
+        feed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in ENDLESS.items()}
+    begun = threading.Event()
+
+    def interrupt() -> None:
+        begun.wait()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        begun.set()
+        getattr(endless, how)(None, feed)
+    thread.join()
+    assert endless.unload(timeout=DEADLINE)
+    assert endless.run(None, ENDLESS | {"n": np.array(1)})

@@ -5,6 +5,7 @@ In processes of their own, because it cannot be taken back.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,42 @@ with ModelHost() as host:
     print(real.tolist(), *(proxy.run(None, {"x": x}, ro)[0].tolist() for ro in (options, None)))
 """
     assert ran(code, tmp_path) == "[[6.0]] [[6.0]] [[1.0]]\n"
+
+
+def test_values_are_made_all_the_same(tmp_path: Path) -> None:
+    """Some take a small session in this process, which must not have threads of its own then."""
+    code = """
+onnxruntime.set_global_thread_pool_sizes(2, 1)
+from onnx_dl import makers
+made = makers.sequence("seq(tensor(float))", [np.ones(1, np.float32)])
+print(makers.absent().has_value(), makers.read(made))
+"""
+    assert ran(code, tmp_path) == "False [array([1.], dtype=float32)]\n"
+
+
+def test_a_function_that_was_taken_back(tmp_path: Path) -> None:
+    code = """
+options = onnxruntime.SessionOptions()
+options.set_ep_context_data_read_func(lambda *a: None, 100)
+options.clear_ep_context_data_read_func()
+with ModelHost() as host:
+    print(InferenceSessionProxy(scaled(), options, CPU, host=host).get_providers())
+"""
+    assert ran(code, tmp_path) == "['CPUExecutionProvider']\n"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_a_worker_has_threads_for_the_processors_it_may_use(tmp_path: Path) -> None:
+    """onnxruntime itself makes one for each processor of the machine."""
+    code = """
+import os
+with ModelHost() as host:
+    proxy = InferenceSessionProxy(scaled(), providers=CPU, host=host)
+    proxy.load()
+    (status,) = host.snapshot().models
+    print(len(os.listdir(f"/proc/{status.pid}/task")), proxy.get_session_options().intra_op_num_threads)
+"""
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    (all_threads, told), (few, told_of_one) = (ran(code, tmp_path, first).split() for first in ("", one))
+    assert int(few) < int(all_threads)
+    assert told == told_of_one == "0"

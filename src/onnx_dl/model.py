@@ -101,7 +101,7 @@ def to_plain(value: Any) -> Any:
     """What callers give for text and numbers, as these: subclasses of str, paths, numpy's scalars.
 
     Raises:
-        NotImplementedError: it is none of these.
+        TypeError: it is none of these.
     """
     if isinstance(value, str):
         return str.__str__(value)
@@ -109,7 +109,7 @@ def to_plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "dtype") and hasattr(value, "item") and not getattr(value, "shape", True):
         return value.item()
-    raise NotImplementedError(f"Objects of type {type(value)} have no plain form.")
+    raise TypeError(f"Objects of type {type(value)} have no plain form.")
 
 
 def file_identity(path: str) -> tuple[str, int, int, int, int]:

@@ -246,7 +246,7 @@ def _read_provider(item: Any) -> Any:
         return {str(key): _read_provider(value) for key, value in item.items()}
     if item is None or type(item) in (str, int, float, bool):
         return item
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(TypeError):
         return to_plain(item)
     raise ConfigError(f"providers= and provider_options= cannot hold a {type(item).__name__}: {item!r}.")
 

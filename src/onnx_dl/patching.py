@@ -146,7 +146,7 @@ def unpatched_report() -> list[Unpatched]:
         for made in gc.get_objects()
         if issubclass(type(made), session_class) and _PROXY not in vars(made) and made not in _known
     ]
-    return [*_noted, *found]
+    return [*found, *_noted]
 
 
 def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -278,7 +278,8 @@ def _delegate(session_class: Any) -> None:
 
     def __getattr__(self: Any, name: str) -> Any:
         proxy = self.__dict__.get(_PROXY)
-        if proxy is None:
+        # Python's own protocols, such as copying, are the instance's and not the proxy's.
+        if proxy is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         try:
             return getattr(proxy, name)

@@ -101,7 +101,7 @@ def _plain_value(parts: values.Parts, method: str, found: Portable) -> Any:
 
 
 def _plain_object(arg: Any, method: str) -> Any:
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(TypeError):
         return to_plain(arg)
     kind = type(arg).__name__
     if kind == "LoraAdapter":

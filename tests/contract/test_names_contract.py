@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import enum
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnxruntime
 import pytest
 
 from tests.contract.both import (
+    CPU,
     IA,
     F,
     Fail,
@@ -220,3 +223,29 @@ def test_many_calls_of_many_names(make: Make) -> None:
     plain = make(identity())
     equal(plain.run(None, {"x": A[0]}), [A[0]])
     equal(plain.run(None, {"x": A}), [A])
+
+
+class Name(enum.StrEnum):
+    A = "a"
+    SUM = "sum"
+
+
+class Text(str, enum.Enum):  # noqa: UP042  # what a program of before 3.11 has
+    A = "a"
+    SUM = "sum"
+
+
+@pytest.mark.parametrize("a", [Name.A, Text.A, np.str_("a")], ids=repr)
+@pytest.mark.parametrize("total", [Name.SUM, Text.SUM, np.str_("sum")], ids=repr)
+def test_names_of_a_subclass_of_str(make: Make, a: str, total: str) -> None:
+    given = {a if name == "a" else name: value for name, value in feed().items()}
+    equal(make(fixed()).run([total], given), [A + B])
+
+
+def test_paths_and_providers_of_a_subclass_of_str(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(fixed())
+    session = make(
+        np.str_(tmp_path / "m.onnx"),
+        providers=[(np.str_("CPUExecutionProvider"), {"n": np.int64(1), "p": tmp_path})],
+    )
+    assert session.get_providers() == CPU

@@ -98,6 +98,11 @@ class CallerBell(_Waiter):
         data = os.read(self._pipe, 1)
         return data[0] if data else None
 
+    def __del__(self) -> None:
+        # A lane that nobody holds: Ctrl-C came between two steps.
+        if hasattr(self, "_closed"):
+            self.close()
+
     def close(self) -> None:
         """Gives up the descriptors.  May be called twice."""
         if not self._closed:

@@ -48,6 +48,11 @@ class Channel:
         self._view = memoryview(self._buffer)
         _channels.add(self)
 
+    def __del__(self) -> None:
+        # One that nobody holds (Ctrl-C came between two steps) is closed without Python's warning.
+        if hasattr(self, "_sock"):
+            self._sock.close()
+
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

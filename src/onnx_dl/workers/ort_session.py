@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import onnxruntime
 
-from onnx_dl import recorded, remarks
+from onnx_dl import processors, recorded, remarks
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.options import as_given, make_providers, make_session_options, read_session_options
 from onnx_dl.transport import live
@@ -42,6 +42,7 @@ class Opened:
         self._kept: list[Any] = []
         if spec.options is not None:
             options, self._kept = _options(spec, None if memory is None else live.view(memory))
+        options, self.shares = _with_share(options)
         with remarks.captured() as self.remarks:
             self.session = onnxruntime.InferenceSession(
                 spec.path if data is None else data, options, *_providers(spec), **_extra(spec)
@@ -88,6 +89,17 @@ def _options(spec: ModelSpec, memory: Any) -> tuple[Any, list[Any]]:
     return options, [memory, *recorded.say_again(options, plain.get("calls", []), find)]
 
 
+def _with_share(options: Any) -> tuple[Any, bool]:
+    """Threads for as many processors as this process may use, where the caller left that to onnxruntime,
+    which looks at the machine only.  Whether there was something to say."""
+    count = processors.limited()
+    if count is None or (options is not None and options.intra_op_num_threads):
+        return options, False
+    options = onnxruntime.SessionOptions() if options is None else options
+    options.intra_op_num_threads = count
+    return options, True
+
+
 def _preload_cuda(spec: ModelSpec) -> None:
     """CUDA's libraries in the environment's Python packages: an application that imported torch, or called
     ``preload_dlls()`` itself, has them loaded."""
@@ -109,7 +121,7 @@ def describe(opened: Opened) -> ModelDescription:
         modelmeta={name: getattr(meta, name) for name in META_FIELDS},
         providers=session.get_providers(),
         provider_options=session.get_provider_options(),
-        options=read_session_options(session.get_session_options(), opened.keys) or {},
+        options=_options_of(opened),
         details={
             "input_memory_infos": _memory_infos(session, "get_input_memory_infos"),
             "output_memory_infos": _memory_infos(session, "get_output_memory_infos"),
@@ -120,6 +132,11 @@ def describe(opened: Opened) -> ModelDescription:
             "remarks": opened.remarks,
         },
     )
+
+
+def _options_of(opened: Opened) -> dict[str, Any]:
+    options = read_session_options(opened.session.get_session_options(), opened.keys) or {}
+    return options | {"intra_op_num_threads": 0} if opened.shares else options
 
 
 def _tensor_specs(nodes: Sequence[Any]) -> list[TensorSpec]:

@@ -1,0 +1,71 @@
+"""Processors by affinity and cgroup, from files as kernels write them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from onnx_dl import processors
+
+HERE = len(os.sched_getaffinity(0))
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V2 = {"proc/self/cgroup": "0::/a/b\n"}
+V1 = {"proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n1:name=systemd:/x\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, HERE),
+        (V2, HERE),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "max 100000"}, HERE),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "100000 100000"}, 1),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "10000 100000"}, 1),
+        (V2 | {"sys/fs/cgroup/a/cpu.max": "50000 100000", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 1),
+        (
+            V2 | {"sys/fs/cgroup/cpu.max": "100000 100000"},
+            1,
+        ),  # a container's own
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "nonsense"}, HERE),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "1000 0"}, HERE),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "99999999 100000"}, HERE),
+        (V1 | {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1"}, HERE),
+        (
+            V1
+            | {
+                "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "100000",
+                "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000",
+            },
+            1,
+        ),
+    ],
+)
+def test_what_the_group_allows(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    assert processors.available(tree(tmp_path, files)) == expected
+
+
+@pytest.mark.skipif(HERE < 2, reason="needs two processors")
+def test_a_part_of_a_processor_counts_as_one(tmp_path: Path) -> None:
+    assert processors.available(tree(tmp_path, V2 | {"sys/fs/cgroup/a/cpu.max": "110000 100000"})) == 2
+
+
+@pytest.mark.skipif(HERE < 2, reason="needs two processors")
+def test_affinity() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert processors.available() == 1
+        assert processors.limited() == 1 or os.cpu_count() == 1
+    finally:
+        os.sched_setaffinity(0, before)
