@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout, WorkerDied
@@ -198,16 +200,18 @@ def test_ctrl_c_ends_the_run(endless: InferenceSessionProxy, how: str) -> None:
     feed: dict[str, Any] = ENDLESS
     if how == "run_with_ort_values":
         feed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in ENDLESS.items()}
-    begun = threading.Event()
+    (status,) = endless._host.snapshot().models
+    worker = psutil.Process(status.pid)
+    idle = worker.cpu_times().user
 
     def interrupt() -> None:
-        begun.wait()
+        while worker.cpu_times().user < idle + 0.1:  # until it computes
+            time.sleep(0.001)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        begun.set()
         getattr(endless, how)(None, feed)
     thread.join()
     assert endless.unload(timeout=DEADLINE)

@@ -36,8 +36,10 @@ def create(size: int) -> int:
     fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(fd, 0, size)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C included, which comes when a call like this one ends
         os.close(fd)
+        if not isinstance(error, OSError):
+            raise
         raise SharedMemoryError(
             f"The system refused {size} bytes of shared memory for tensors ({error.strerror}). "
             "Free memory, raise the container's limit, or run smaller batches."
