@@ -250,6 +250,18 @@ def test_a_module(path: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f"__main__ ['a'] {tmp_path}", "2.0 60.0", "1 []"]
 
 
+def test_a_program_under_a_limit(path: str, tmp_path: Path) -> None:
+    program = tmp_path / "app.py"
+    program.write_text(PROGRAM)
+    done = launched("--memory-limit", "1MiB", str(program), path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "onnx_dl.errors.CapacityError: " in done.stderr and "the limit of 1.0 MB" in done.stderr
+    done = launched("--memory-limit", "1GiB", str(program), path, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (3, "")
+    done = launched("--memory-limit", "much", str(program), path, cwd=tmp_path)
+    assert done.stderr.startswith("onnx-dl: 'much' is no size")
+
+
 def test_a_program_that_raises(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text("import sys; print(sys.argv); raise ValueError('mine')")
     done = launched("app.py", cwd=tmp_path)

@@ -13,6 +13,7 @@ from onnx_dl import recorder
 
 if TYPE_CHECKING:
     from onnx_dl.errors import (
+        CapacityError,
         ConfigError,
         EngineError,
         InstallationError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": (
+        "CapacityError",
         "ConfigError",
         "EngineError",
         "InstallationError",

@@ -38,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
         "run", help="run a program with onnxruntime.InferenceSession's models in worker processes"
     )
     run.add_argument("--ttl", default="-1", help="seconds without use after which a model unloads")
+    run.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="all models together, e.g. 2GiB: idle ones make room",
+    )
     run.add_argument("--latency", default="normal", help="normal or low")
     run.add_argument("--lazy", action="store_true", help="load models at first use, not when they are opened")
     run.add_argument(
@@ -76,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> Callable[[], None]:
         arguments.target,
         module=arguments.module,
         settings=arguments.settings,
+        memory_limit=arguments.memory_limit,
         ttl=arguments.ttl,
         latency=arguments.latency,
         eager=not arguments.lazy,

@@ -21,6 +21,7 @@ from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
 from onnx_dl.errors import ProtocolError, ProxyClosedError, UnloadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
+from onnx_dl.external import external_files
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -38,10 +39,12 @@ _lease_ids = itertools.count(1)
 class Lease:
     """One proxy's claim to its model."""
 
-    def __init__(self, ttl: float, latency: str = "normal") -> None:
+    def __init__(self, ttl: float, latency: str = "normal", pin: bool = False, priority: int = 0) -> None:
         self.id = next(_lease_ids)
         self.ttl = ttl
         self.latency = latency
+        self.pin = pin
+        self.priority = priority
         self.granted: m.Granted | None = None
         self.closed = False
         self.told = False
@@ -55,6 +58,7 @@ class SharedBlob:
         """``make``: makes a descriptor of it, which is closed here."""
         fd = make()
         try:
+            self.nbytes = os.fstat(fd).st_size
             number = connection.share_blob(name, fd)
         finally:
             os.close(fd)
@@ -85,6 +89,7 @@ class RemoteModel:
         self.spec = spec
         self.description: ModelDescription | None = None
         self._load_timeout = settings.load_timeout
+        self._room_timeout = settings.room_timeout if settings.memory_limit else 0.0
         self._over_zmq = settings.lane == "zmq"
         self._blobs = blobs
         self._lock = threading.Lock()  # brief: guards what follows
@@ -313,8 +318,16 @@ class RemoteModel:
                 raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
             try:
                 answer = self.connection.ask(
-                    lambda ticket: m.Acquire(ticket=ticket, proxy=lease.id, spec=self.spec, ttl=lease.ttl),
-                    self._load_timeout + _LOAD_MARGIN,
+                    lambda ticket: m.Acquire(
+                        ticket=ticket,
+                        proxy=lease.id,
+                        spec=self.spec,
+                        ttl=lease.ttl,
+                        file_bytes=self._file_bytes(),
+                        pin=lease.pin,
+                        priority=lease.priority,
+                    ),
+                    self._load_timeout + self._room_timeout + _LOAD_MARGIN,
                 )
             except BaseException:  # Ctrl-C for one: what would be granted now, nobody would ever give back
                 self.connection.tell(m.Release(proxy=lease.id))
@@ -328,6 +341,16 @@ class RemoteModel:
             lease.told = True
             remarks.repeat(answer.description.details.get("remarks"))
         return granted
+
+    def _file_bytes(self) -> int:
+        """Of the model's files, those beside it included; 0 where they cannot be looked at."""
+        total = sum(blob.nbytes for blob in self._blobs)
+        if self.spec.path:
+            path = os.path.join(self.spec.cwd, self.spec.path)
+            with contextlib.suppress(OSError, ValueError):
+                total += os.path.getsize(path)
+                total += sum(map(os.path.getsize, external_files(path)))
+        return total
 
     def _accept(self, lease: Lease, answer: m.Granted) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""

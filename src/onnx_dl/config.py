@@ -126,6 +126,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long the supervisor may take to come up, and any single control message to be answered."""
     exit_grace: _Seconds = 5.0
     """How long a drained worker may take to exit before it is killed."""
+    memory_limit: str = ""
+    """Bytes that all workers together may take, such as ``2GiB``; empty: no limit."""
+    room_timeout: _Seconds = 60.0
+    """How long a load may wait for others to make room."""
     stable_after: _Seconds = 10.0
     """A worker that was ready for longer than this does not count as one that keeps dying."""
     cache: str = "on"
@@ -152,7 +156,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
         variable = f"ONNX_DL_{field.upper()}"
         if text := environ.get(variable):
             _check_choice(variable, field, text)
-            if field == "cache_limit":
+            if field in ("cache_limit", "memory_limit"):
                 parse_size(text)
             found[field] = text
     try:

@@ -22,6 +22,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── SupervisorError
     │   ├── SupervisorStartError            the supervisor process did not come up
     │   └── SupervisorDied                  it went away under us
+    ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
         ├── WorkerDied                      the worker process ended during a call or a load
         └── LoadTimeout (TimeoutError)      the model did not load in time
@@ -138,6 +139,24 @@ class SupervisorDied(SupervisorError):
     """The supervisor process went away, and all workers with it; the next use starts a new one."""
 
     code = "supervisor-died"
+
+
+class CapacityError(OnnxDLError, MemoryError):
+    """The host's memory limit has no room for the model.
+
+    Attributes:
+        needed: bytes that the model needs, as far as is known.
+        limit: bytes that all workers together may take.
+        in_use: bytes that they took when this was decided.
+    """
+
+    code = "capacity"
+
+    def __init__(self, message: str, needed: int = 0, limit: int = 0, in_use: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.limit = limit
+        self.in_use = in_use
 
 
 class WorkerError(OnnxDLError):

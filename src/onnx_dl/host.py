@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -66,8 +67,17 @@ class ModelHost:
     :meth:`close` it; the interpreter's exit closes it too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, memory_limit: int | str | None = None) -> None:
+        """``memory_limit``: bytes that all workers together may take, as a number or as text such as
+        ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or no limit.
+
+        Raises:
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no size.
+        """
         self._settings = config.settings()
+        if memory_limit is not None:
+            size = str(config.parse_size(memory_limit))
+            self._settings = msgspec.structs.replace(self._settings, memory_limit=size)
         self._bus = EventBus()
         self._reset()
         _hosts.add(self)
@@ -204,6 +214,14 @@ class ModelHost:
                 model = RemoteModel(connection, spec, self._settings, blobs)
                 self._models[spec.key] = model
             return model
+
+    def open(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """A proxy of a model in this host: :class:`~onnx_dl.InferenceSessionProxy` with its arguments, for
+        example ``host.open("a.onnx", ttl=60, pin=False, priority=0)``."""
+        # By name: proxies are built upon hosts.
+        return importlib.import_module("onnx_dl.session").InferenceSessionProxy(
+            model, *args, host=self, **kwargs
+        )
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """An array like ``numpy.empty``'s that any model of this host is fed without a copy.

@@ -12,15 +12,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnx_dl import patching
+from onnx_dl.config import parse_size
 from onnx_dl.errors import ConfigError
 
 
 def prepare(
-    target: Sequence[str], *, module: bool, settings: Sequence[str], **patch: Any
+    target: Sequence[str],
+    *,
+    module: bool,
+    settings: Sequence[str],
+    memory_limit: str | None = None,
+    **patch: Any,
 ) -> Callable[[], None]:
     """Patches, and returns what runs ``app.py args…`` or, with ``module``, ``name args…``.
 
-    ``settings``: as :func:`onnx_dl.patching.parse_models` takes them.
+    ``settings``: as :func:`onnx_dl.patching.parse_models` takes them; ``memory_limit``: of the default host.
 
     Raises:
         ConfigError: there is nothing to run, or a setting cannot be.
@@ -30,6 +36,9 @@ def prepare(
         raise ConfigError("onnx-dl run needs a program: a path, or -m and the name of a module.")
     if not module and not os.path.exists(name):
         raise ConfigError(f"There is no file {name!r} to run.")
+    if memory_limit is not None:
+        # In the environment: the default host is made when it is first needed, in forked children anew.
+        os.environ["ONNX_DL_MEMORY_LIMIT"] = str(parse_size(memory_limit))
     patching.patch(models=patching.parse_models(settings), **patch)
     if not sys.flags.safe_path:
         # As Python does it: the program's folder, or the present one for a module; the command's own goes.

@@ -68,13 +68,15 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
 class Usage(msgspec.Struct, frozen=True):
     """Memory of one worker in bytes.
 
-    ``private`` is what only this process holds (USS); ``shared`` what its callers' lanes hold for tensors.
+    ``private`` is what only this process holds (USS); ``shared`` what its callers' lanes hold for tensors;
+    ``pss`` is resident memory in which pages that processes share count in part.
     """
 
     rss: int = 0
     private: int = 0
     gpu: int | None = None
     shared: int = 0
+    pss: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):

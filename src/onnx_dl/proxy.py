@@ -35,6 +35,8 @@ class ModelProxy:
         *,
         ttl: float | str,
         latency: str = "normal",
+        pin: bool = False,
+        priority: int = 0,
         host: ModelHost | None = None,
         memory: Mapping[str, Callable[[], int]] = MappingProxyType({}),
     ) -> None:
@@ -43,7 +45,7 @@ class ModelProxy:
         Raises:
             ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
         """
-        self._lease = Lease(config.parse_ttl(ttl), config.parse_latency(latency))
+        self._lease = Lease(config.parse_ttl(ttl), config.parse_latency(latency), pin, priority)
         self._host = host or default_host()
         self._take(spec, memory)
 

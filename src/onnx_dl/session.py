@@ -47,6 +47,8 @@ class InferenceSessionProxy(DescribedProxy):
         latency: ``"low"``: while calls follow each other within a fraction of a millisecond, both ends look
             for messages for at most 0.3 ms before they sleep: two wake-ups fewer per call, two busy cores
             meanwhile.  For small inputs and results; with megabytes it can be slower.  ``"normal"``: never.
+        pin: the model is not evicted to make room for others while this proxy holds it.
+        priority: of models that are idle, those of a lower one make room first.
         eager: load the model now, so that what is wrong with it is raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -70,6 +72,8 @@ class InferenceSessionProxy(DescribedProxy):
         path_or_bytes: str | bytes | os.PathLike[str] = _MISSING,  # type: ignore[assignment]
         host: ModelHost | None = None,
         latency: str = "normal",
+        pin: bool = False,
+        priority: int = 0,
         eager: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -84,7 +88,8 @@ class InferenceSessionProxy(DescribedProxy):
         found = sources.describe(
             self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs
         )
-        super().__init__(found.spec, ttl=ttl, latency=latency, host=host, memory=found.memory)  # type: ignore[arg-type]
+        terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
+        super().__init__(found.spec, host=host, memory=found.memory, **terms)  # type: ignore[arg-type]
         self._live = found.live
         self._forget_metadata()
         self._falls_back: bool | None = None
@@ -350,7 +355,8 @@ class InferenceSessionProxy(DescribedProxy):
         """
         self._finalizer()
         self._forget_metadata()
-        self._lease = Lease(self._lease.ttl, self._lease.latency)
+        lease = self._lease
+        self._lease = Lease(lease.ttl, lease.latency, lease.pin, lease.priority)
         try:
             self._take(sources.with_providers(self._spec, providers, provider_options), self._memory)
             self.load()

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_dl import cli
 from onnx_dl.config import parse_size
 from onnx_dl.errors import ConfigError
+from onnx_dl.external import external_files
 from onnx_dl.workers import cacheable
 from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of
-from onnx_dl.workers.external import external_files
 from tests.unit.builders import DESCRIPTION, spec
 
 LIMIT = 10_000

@@ -21,6 +21,7 @@ HEIGHT = {
     "events": 2,
     "installation": 2,
     "makers": 2,
+    "external": 2,
     "processors": 2,
     "recorder": 2,
     "remarks": 2,

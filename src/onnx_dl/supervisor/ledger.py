@@ -14,6 +14,19 @@ class Ledger:
 
     def __init__(self) -> None:
         self._booked: dict[int, Usage] = {}
+        self._reserved: dict[int, int] = {}
+
+    def reserve(self, worker_id: int, nbytes: int) -> None:
+        """Bytes that the worker will need for its load; they count until it is measured to need more."""
+        self._reserved[worker_id] = nbytes
+
+    def settle(self, worker_id: int) -> None:
+        """The load is done: what was measured counts from now on."""
+        self._reserved.pop(worker_id, None)
+
+    def counted(self, worker_id: int) -> int:
+        """Bytes of the limit that the worker takes."""
+        return max(self.of(worker_id).pss, self._reserved.get(worker_id, 0))
 
     def book(self, worker_id: int, usage: Usage) -> None:
         """What the worker holds now, instead of what was booked before."""
@@ -25,6 +38,7 @@ class Ledger:
 
     def give_back(self, worker_id: int) -> Usage:
         """The worker is reaped: its bytes are the system's again.  Returns what they were."""
+        self._reserved.pop(worker_id, None)
         return self._booked.pop(worker_id, Usage())
 
     def total(self) -> Usage:

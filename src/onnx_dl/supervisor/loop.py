@@ -191,6 +191,8 @@ class Supervisor:
                 return scheduler.on_ready(message, self._measure(worker_id), now)
             case m.WorkerFailed():
                 return scheduler.on_load_failed(message, now)
+            case m.Idle():
+                return scheduler.on_idle(message, self._measure(worker_id), now)
             case m.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now)
             case m.WorkerDrained():

@@ -26,7 +26,8 @@ class Probe:
             shared = _tensor_bytes(pid)
         except (psutil.Error, OSError):
             return Usage()
-        return Usage(rss=full.rss, private=full.uss, gpu=self._gpu_bytes(pid), shared=shared)
+        gpu = self._gpu_bytes(pid)
+        return Usage(rss=full.rss, private=full.uss, gpu=gpu, shared=shared, pss=full.pss)
 
     def _gpu_bytes(self, pid: int) -> int | None:
         if not self._gpus:

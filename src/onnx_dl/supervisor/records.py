@@ -30,6 +30,8 @@ class Worker:
     killed: bool = False
     """The supervisor ended it; another death is a crash, whatever it was about to do."""
     reason: str = "crash"
+    evicted: bool = False
+    """It was told to leave if it is idle, so that others have room."""
 
 
 @dataclasses.dataclass
@@ -42,6 +44,9 @@ class Model:
     worker: Worker | None = None
     leases: dict[tuple[bytes, int], float] = dataclasses.field(default_factory=dict)
     """The TTL of each proxy that has used the present worker, by client and proxy."""
+    pins: set[tuple[bytes, int]] = dataclasses.field(default_factory=set)
+    """The proxies among those that want the model to stay."""
+    priorities: dict[tuple[bytes, int], int] = dataclasses.field(default_factory=dict)
     waiters: list[tuple[bytes, m.Acquire]] = dataclasses.field(default_factory=list)
     unloaders: list[tuple[bytes, int]] = dataclasses.field(default_factory=list)
     failures: int = 0
@@ -65,6 +70,16 @@ class Model:
         """The longest of the TTLs of those who hold or wait for the model; KEEP is longer than any."""
         ttls = [*self.leases.values(), *(ask.ttl for _, ask in self.waiters)]
         return KEEP if KEEP in ttls else max(ttls, default=KEEP)
+
+    def priority(self) -> int:
+        """The highest of those who hold the model."""
+        return max(self.priorities.values(), default=0)
+
+    def let_go(self, lease: tuple[bytes, int]) -> bool:
+        """A proxy holds the model no more; whether it did."""
+        self.pins.discard(lease)
+        self.priorities.pop(lease, None)
+        return self.leases.pop(lease, None) is not None
 
     def status(self, ledger: Ledger, now: float) -> ModelStatus:
         """One line of a snapshot."""

@@ -21,6 +21,7 @@ from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
 from onnx_dl.supervisor import exits
+from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.records import Model, Worker
@@ -31,10 +32,11 @@ _LONGEST_BACKOFF: Final = 60.0
 _REMEMBERED_FATES: Final = 256
 
 
-class Scheduler:
+class Scheduler(Admission):
     """All models of one supervisor.  ``epoch`` is added to monotonic times to make Unix times."""
 
     def __init__(self, settings: Settings, epoch: float = 0.0) -> None:
+        super().__init__(settings)
         self._settings = settings
         self._epoch = epoch
         self._models: dict[str, Model] = {}
@@ -63,7 +65,7 @@ class Scheduler:
         else:
             model.waiters.append((client, ask))
             if model.state in (ModelState.UNLOADED, ModelState.FAILED):
-                self._load(model, ask.spec, now)
+                self._want(model, ask.spec, now)
         return self._done()
 
     def on_release(self, client: bytes, proxy: int, now: float) -> list[Command]:
@@ -71,8 +73,9 @@ class Scheduler:
         for model in list(self._models.values()):
             waiting = [w for w in model.waiters if (w[0], w[1].proxy) == (client, proxy)]
             model.waiters = [w for w in model.waiters if w not in waiting]
-            if model.leases.pop((client, proxy), None) is not None or waiting:
+            if model.let_go((client, proxy)) or waiting:
                 self._after_release(model, "request", now)
+        self._admit(now)
         return self._done()
 
     def on_set_ttl(self, client: bytes, proxy: int, ttl: float) -> list[Command]:
@@ -104,9 +107,10 @@ class Scheduler:
             waited = [waiter for waiter in model.waiters if waiter[0] == client]
             model.waiters = [waiter for waiter in model.waiters if waiter[0] != client]
             for lease in held:
-                del model.leases[lease]
+                model.let_go(lease)
             if held or waited:
                 self._after_release(model, "exit", now)
+        self._admit(now)
         return self._done()
 
     def on_ask_fate(self, client: bytes, ask: m.AskFate) -> list[Command]:
@@ -155,10 +159,13 @@ class Scheduler:
             model.step(LifecycleEvent.WORKER_READY, now)
             worker.ready, worker.ready_at = ready, now
             self.ledger.book(worker.id, usage)
+            self.ledger.settle(worker.id)
+            self._learn(model, usage)
             if model.state is ModelState.DRAINING:
                 self._order(worker.id, m.Drain())
             else:
                 self._welcome(model, ready, now)
+            self._admit(now)
         return self._done()
 
     def on_load_failed(self, failed: m.WorkerFailed, now: float) -> list[Command]:
@@ -171,10 +178,18 @@ class Scheduler:
         return self._done()
 
     def on_draining(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
-        """A worker's TTL ran out; it takes no new calls."""
+        """A worker's TTL ran out, or it was idle when it was to make room; it takes no new calls."""
         if model := self._by_worker.get(worker_id):
+            assert model.worker is not None
             self.ledger.book(worker_id, usage)
-            self._begin_drain(model, "ttl", now)
+            self._learn(model, usage)
+            self._left(worker_id)
+            self._begin_drain(model, "evicted" if model.worker.evicted else "ttl", now)
+        return self._done()
+
+    def on_idle(self, idle: m.Idle, usage: Usage, now: float) -> list[Command]:
+        """A worker said whether it is in use."""
+        self._heard_idle(idle, usage, now)
         return self._done()
 
     def on_drained(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
@@ -201,6 +216,9 @@ class Scheduler:
         assert worker is not None
         model.worker = None
         model.leases.clear()
+        model.pins.clear()
+        model.priorities.clear()
+        self._left(worker_id)
         was_ready = worker.ready is not None
         model.step(LifecycleEvent.WORKER_EXITED, now)
         freed = self.ledger.give_back(worker_id)
@@ -211,7 +229,8 @@ class Scheduler:
         self._tell_fate(model, worker, status, stderr, now)
         self._answer_unloaders(model)
         if model.waiters:
-            self._load(model, model.waiters[0][1].spec, now)
+            self._want(model, model.waiters[0][1].spec, now)
+        self._admit(now)
         self._forget_if_idle(model)
         self._say_bye()
         return self._done()
@@ -228,13 +247,15 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When :meth:`on_tick` has something to do; None: not before the next fact."""
-        return min((at for _, at, _ in self._deadlines()), default=None)
+        room = self._room_deadline()
+        return min([*(at for _, at, _ in self._deadlines()), *([] if room is None else [room])], default=None)
 
     def on_tick(self, now: float) -> list[Command]:
         """Time has passed."""
         due = [(worker, act) for worker, at, act in self._deadlines() if at <= now]
         for worker, act in due:
             act(worker)
+        self._pass_time(now)
         return self._done()
 
     def _deadlines(self) -> Iterator[tuple[Worker, float, Callable[[Worker], None]]]:
@@ -318,6 +339,9 @@ class Scheduler:
     def _grant(self, model: Model, client: bytes, ask: m.Acquire) -> None:
         assert model.worker is not None and model.worker.ready is not None
         model.leases[client, ask.proxy] = ask.ttl
+        model.priorities[client, ask.proxy] = ask.priority
+        if ask.pin:
+            model.pins.add((client, ask.proxy))
         ready = model.worker.ready
         granted = m.Granted(
             ticket=ask.ticket,
@@ -370,6 +394,12 @@ class Scheduler:
             self._emit(EventType.DRAINING, model, model.worker, now, reason=reason)
 
     def _kill_all(self, now: float) -> None:
+        self._wishes.clear()
+        for model in list(self._models.values()):
+            if model.worker is None:  # it waited for room
+                waiters, model.waiters = model.waiters, []
+                for client, ask in waiters:
+                    self._refuse(client, ask)
         for model in self._by_worker.values():
             assert model.worker is not None
             self._begin_drain(model, "exit", now)

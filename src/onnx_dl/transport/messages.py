@@ -114,6 +114,10 @@ class Acquire(Message):
     proxy: int
     spec: ModelSpec
     ttl: float
+    file_bytes: int = 0
+    """Of the model's files; the first guess at what it needs."""
+    pin: bool = False
+    priority: int = 0
 
 
 class Granted(Message):
@@ -259,8 +263,23 @@ class Drain(Message):
     """Take no new work, finish what runs, then say WorkerDrained."""
 
 
+class AskIdle(Message):
+    """Are you in use?  Answered by Idle."""
+
+
+class DrainIfIdle(Message):
+    """Like Drain, if nothing runs and nobody holds the model now; else nothing happens."""
+
+
+class Idle(Message):
+    """Seconds since the last use; None: it is in use, or was not used yet."""
+
+    worker_id: int
+    seconds: float | None
+
+
 class WorkerDraining(Message):
-    """The worker's TTL ran out: it takes no new work."""
+    """The worker's TTL ran out, or it was idle when it was to leave: it takes no new work."""
 
     worker_id: int
 
@@ -438,8 +457,8 @@ class Draining(Message):
 
 FromClient = Acquire | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
 ToClient = Granted | Denied | Unloaded | Status | Fate | Bye | Published
-FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | WorkerDrained
-ToWorker = Load | Retime | Drain | Exit
+FromWorker = WorkerStarted | WorkerReady | WorkerFailed | Idle | WorkerDraining | WorkerDrained
+ToWorker = Load | Retime | Drain | AskIdle | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
 AboutBlocks = BlockShared | BlockDropped

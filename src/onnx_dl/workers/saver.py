@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 
 from onnx_dl import config
+from onnx_dl.external import external_files
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, file_identity
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable
-from onnx_dl.workers.external import external_files
 
 _BOOT: Final = (
     "import os, sys; os.fork() and os._exit(0); "  # an orphan is the supervisor's, which outlives the worker

@@ -1,0 +1,165 @@
+"""A host with a memory limit: who is evicted, who waits, who is refused."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_dl import CapacityError, EventType, InferenceSessionProxy, ModelEvent, ModelHost
+from tests.contract.both import CPU
+from tests.waiting import DEADLINE
+
+MB = 1 << 20
+X = np.ones((1, 1024), np.float32)
+
+
+def weighty(path: Path, mb: int, seed: int) -> str:
+    """A model of so many MB: y = x @ w, w of mb / 4 thousand columns."""
+    columns = mb * MB // 4 // 1024
+    weights = np.full((1024, columns), seed, np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "weighty",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1024])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("models")
+    return [weighty(folder / f"m{i}.onnx", 20, i) for i in range(5)]
+
+
+# A worker of one of these models takes about 35 MB, and before the first load it is taken for 76.
+
+
+class Watched(ModelHost):
+    """A host that notes its events and the most memory that its workers ever took together."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(memory_limit=limit)
+        self.seen: list[ModelEvent] = []
+        self.on_event(self.seen.append)
+
+    def reasons(self) -> list[str]:
+        return [str(event.reason) for event in self.seen if event.type is EventType.UNLOADED]
+
+    def in_use(self) -> int:
+        return sum(status.usage.pss for status in self.snapshot().models)
+
+
+@pytest.fixture
+def limited(nothing_is_left_behind: None) -> Iterator[Any]:
+    hosts = []
+
+    def make(limit: int) -> Watched:
+        hosts.append(Watched(limit))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def proxies(models: list[str], host: ModelHost, **terms: Any) -> list[InferenceSessionProxy]:
+    return [host.open(path, providers=CPU, **terms) for path in models]
+
+
+def value(proxy: InferenceSessionProxy) -> float:
+    return float(proxy.run(None, {"x": X})[0][0, 0])
+
+
+def test_more_models_than_memory(limited: Any, models: list[str]) -> None:
+    """Each gives its result, and together they never take more than the limit."""
+    host = limited(200 * MB)
+    asked = proxies(models, host)
+    for _ in range(2):
+        for seed, proxy in enumerate(asked):
+            assert value(proxy) == 1024 * seed
+            assert host.in_use() <= 200 * MB
+    assert host.reasons() and set(host.reasons()) == {"evicted"}
+
+
+def test_what_can_never_fit_is_refused_at_once(limited: Any, models: list[str], tmp_path: Path) -> None:
+    host = limited(60 * MB)
+    (proxy,) = proxies([weighty(tmp_path / "large.onnx", 40, 1)], host)
+    with pytest.raises(
+        CapacityError, match=r"large\.onnx needs about .* is more than the limit of 62\.9 MB"
+    ) as caught:
+        value(proxy)
+    assert caught.value.limit == 60 * MB < caught.value.needed
+    assert isinstance(caught.value, MemoryError)
+    assert not host.snapshot().models
+
+
+def test_pinned_models_stay(limited: Any, models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "1")
+    host = limited(90 * MB)
+    (pinned,) = proxies(models[:1], host, pin=True)
+    (other,) = proxies(models[1:2], host)
+    assert value(pinned) == 0
+    with pytest.raises(CapacityError, match="did not become free within 1 seconds"):
+        value(other)
+    assert pinned.is_loaded
+    pinned.close()
+    assert value(other) == 1024
+
+
+def test_a_model_in_use_stays_until_it_is_not(limited: Any, models: list[str]) -> None:
+    host = limited(90 * MB)
+    used, other = proxies(models[:2], host)
+    with used.session():
+        thread = threading.Thread(target=value, args=(other,))
+        thread.start()
+        deadline = time.monotonic() + DEADLINE
+        while not any(status.model == models[1] for status in host.snapshot().models):
+            assert time.monotonic() < deadline
+        assert value(used) == 0  # it is asked to leave again and again, and stays
+        assert used.is_loaded and not other.is_loaded
+    thread.join(DEADLINE)
+    assert other.is_loaded
+    assert host.reasons() == ["evicted"]
+
+
+def test_priority(limited: Any, models: list[str]) -> None:
+    host = limited(130 * MB)
+    important = proxies(models[:1], host, priority=5)[0]
+    second, third = proxies(models[1:3], host)
+    for proxy in (important, second, third):
+        value(proxy)
+    gone = [event.model for event in host.seen if event.type is EventType.UNLOADED]
+    assert gone == [models[1]]
+
+
+def test_who_waits_is_told_when_the_host_closes(limited: Any, models: list[str]) -> None:
+    host = limited(90 * MB)
+    used, other = proxies(models[:2], host)
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            value(other)
+        except Exception as error:
+            errors.append(error)
+
+    with used.session():
+        thread = threading.Thread(target=call)
+        thread.start()
+        deadline = time.monotonic() + DEADLINE
+        while len(host.snapshot().models) < 2:
+            assert time.monotonic() < deadline
+        host.close()
+        thread.join(DEADLINE)
+    assert len(errors) == 1

@@ -1,0 +1,135 @@
+"""The scheduler under a memory limit: facts and times in, commands out."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from onnx_dl.errors import CapacityError
+from onnx_dl.lifecycle import ModelState
+from onnx_dl.model import Usage
+from onnx_dl.supervisor.commands import StartWorker
+from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.transport import failures
+from onnx_dl.transport import messages as m
+from tests.unit.builders import SETTINGS, A, acquire, order, ready, starts, told
+
+MB = 1 << 20
+
+
+def usage(mb: int) -> Usage:
+    return Usage(rss=mb * MB, private=mb * MB, pss=mb * MB)
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="100MiB", room_timeout=30.0))
+
+
+def load(scheduler: Scheduler, key: str, worker_id: int, mb: int, now: float, **terms: object) -> None:
+    """A model whose worker becomes ready and takes so much."""
+    ask = msgspec.structs.replace(acquire(worker_id, worker_id, key=key), **terms)
+    assert [c for c in scheduler.on_acquire(A, ask, now) if isinstance(c, StartWorker)]
+    scheduler.on_ready(ready(worker_id), usage(mb), now)
+
+
+def denied(commands: list) -> CapacityError:
+    (message,) = told(commands, m.Denied)
+    error = failures.rebuild(message.failure)
+    assert isinstance(error, CapacityError)
+    return error
+
+
+def test_an_idle_model_makes_way(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0)
+    commands = scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
+    assert commands == [order(1, m.AskIdle())]
+    commands = scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(80), 10.0)
+    assert commands == [order(1, m.DrainIfIdle())]
+    assert not starts(scheduler.on_draining(1, usage(80), 10.0))
+    assert not starts(scheduler.on_drained(1, usage(80), 10.0))
+    commands = scheduler.on_exited(1, 0, "", 10.1)  # only a worker that is reaped has made room
+    assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b"]
+
+
+def test_a_model_in_use_is_asked_again_until_it_is_idle(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
+    assert scheduler.on_idle(m.Idle(worker_id=1, seconds=None), usage(80), 10.0) == []
+    at = scheduler.next_deadline()
+    assert at is not None and at == pytest.approx(10.05)
+    assert scheduler.on_tick(at) == [order(1, m.AskIdle())]
+    assert scheduler.on_idle(m.Idle(worker_id=1, seconds=0.0), usage(80), at) == [order(1, m.DrainIfIdle())]
+
+
+def test_one_that_is_idle_no_more_when_it_hears_of_it(scheduler: Scheduler) -> None:
+    """It says nothing; it is asked again, and its TTL is its TTL."""
+    load(scheduler, "a", 1, 80, 0.0)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
+    scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(80), 10.0)
+    at = scheduler.next_deadline() or 0.0
+    assert scheduler.on_tick(at) == [order(1, m.AskIdle())]
+    scheduler.on_idle(m.Idle(worker_id=1, seconds=None), usage(80), at)
+    scheduler.on_draining(1, usage(80), at)
+    (status,) = [s for s in scheduler.snapshot(at) if s.key == "a"]
+    assert status.state is ModelState.DRAINING
+
+
+def test_nobody_waits_for_ever(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    assert scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0) == []
+    error = denied(scheduler.on_tick(40.0))
+    assert "did not become free within 30 seconds" in str(error)
+    assert (error.limit, error.in_use) == (100 * MB, 80 * MB)
+    assert scheduler.next_deadline() is None
+    assert [s.key for s in scheduler.snapshot(40.0)] == ["a"]
+
+
+def test_what_can_never_fit(scheduler: Scheduler) -> None:
+    ask = msgspec.structs.replace(acquire(1), file_bytes=100 * MB)
+    error = denied(scheduler.on_acquire(A, ask, 0.0))
+    assert error.needed > error.limit
+    assert not scheduler.snapshot(0.0)
+
+
+def test_loads_in_progress_count(scheduler: Scheduler) -> None:
+    ask = msgspec.structs.replace(acquire(1, 1, key="a"), file_bytes=20 * MB)
+    assert starts(scheduler.on_acquire(A, ask, 0.0))
+    assert not starts(scheduler.on_acquire(A, acquire(2, 2, key="b"), 0.0))
+    commands = scheduler.on_ready(ready(1), usage(30), 0.5)
+    assert starts(commands) == 1 or [c for c in commands if isinstance(c, StartWorker)]
+
+
+def test_who_came_first_is_served_first(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
+    scheduler.on_acquire(A, acquire(3, 3, key="c"), 2.0)
+    commands = scheduler.on_release(A, 1, 3.0)  # who pinned it has gone: it drains
+    assert order(1, m.Drain()) in commands
+    scheduler.on_drained(1, usage(80), 3.0)
+    commands = scheduler.on_exited(1, 0, "", 3.0)
+    assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b", "c"]
+
+
+def test_who_waits_may_go(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
+    scheduler.on_release(A, 2, 2.0)
+    assert [s.key for s in scheduler.snapshot(2.0)] == ["a"]
+    assert scheduler.next_deadline() is None
+
+
+def test_what_was_measured_counts_the_next_time(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 95, 0.0)
+    scheduler.on_draining(1, usage(95), 1.0)
+    scheduler.on_drained(1, usage(95), 1.0)
+    scheduler.on_exited(1, 0, "", 1.0)
+    load(scheduler, "b", 2, 10, 2.0, pin=True)
+    assert not [c for c in scheduler.on_acquire(A, acquire(3, 3, key="a"), 3.0) if isinstance(c, StartWorker)]
+
+
+def test_a_host_that_closes_denies_who_waits(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
+    commands = scheduler.on_shutdown(A, m.Shutdown(ticket=9), 2.0)
+    assert [message.ticket for message in told(commands, m.Denied)] == [2]
