@@ -89,7 +89,7 @@ class RemoteModel:
         self.spec = spec
         self.description: ModelDescription | None = None
         self._load_timeout = settings.load_timeout
-        self._room_timeout = settings.room_timeout if settings.memory_limit else 0.0
+        self._room_timeout = settings.room_timeout
         self._over_zmq = settings.lane == "zmq"
         self._blobs = blobs
         self._lock = threading.Lock()  # brief: guards what follows

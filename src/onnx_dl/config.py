@@ -127,7 +127,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     exit_grace: _Seconds = 5.0
     """How long a drained worker may take to exit before it is killed."""
     memory_limit: str = ""
-    """Bytes that all workers together may take, such as ``2GiB``; empty: no limit."""
+    """Bytes that all workers together may take, such as ``2GiB``; empty: four fifths of what the machine or
+    its cgroup has."""
     room_timeout: _Seconds = 60.0
     """How long a load may wait for others to make room."""
     stable_after: _Seconds = 10.0

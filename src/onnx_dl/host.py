@@ -69,7 +69,7 @@ class ModelHost:
 
     def __init__(self, *, memory_limit: int | str | None = None) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
-        ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or no limit.
+        ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
 
         Raises:
             ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no size.

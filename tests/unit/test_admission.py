@@ -8,6 +8,7 @@ import pytest
 from onnx_dl.errors import CapacityError
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
+from onnx_dl.supervisor import room
 from onnx_dl.supervisor.commands import StartWorker
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures
@@ -133,3 +134,17 @@ def test_a_host_that_closes_denies_who_waits(scheduler: Scheduler) -> None:
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
     commands = scheduler.on_shutdown(A, m.Shutdown(ticket=9), 2.0)
     assert [message.ticket for message in told(commands, m.Denied)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "memory", "needed", "fits"),
+    [("", None, 10_000, True), ("", 100, 79, True), ("", 100, 81, False), ("90MiB", 10, 89, True)],
+)
+def test_the_limit_is_a_share_of_the_machine_unless_it_was_set(
+    limit: str, memory: int | None, needed: int, fits: bool
+) -> None:
+    settings = msgspec.structs.replace(SETTINGS, memory_limit=limit)
+    scheduler = Scheduler(settings, 0.0, memory and memory * MB)
+    file_bytes = needed * MB - room.BASE
+    commands = scheduler.on_acquire(A, msgspec.structs.replace(acquire(1), file_bytes=file_bytes), 0.0)
+    assert [isinstance(c, StartWorker) for c in commands][:1] == [fits]

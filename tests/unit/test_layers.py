@@ -22,7 +22,7 @@ HEIGHT = {
     "installation": 2,
     "makers": 2,
     "external": 2,
-    "processors": 2,
+    "machine": 2,
     "recorder": 2,
     "remarks": 2,
     "values": 3,

@@ -68,5 +68,7 @@ def test_whoever_goes_is_enough_and_none_of_them_is_spare():
             assert counted - leaving + need <= limit or everything > limit
 
 
-def test_a_guess_grows_with_the_files():
-    assert guess(0) < guess(100 * MB) < guess(200 * MB)
+def test_a_guess_grows_with_the_files_and_refuses_nobody_who_may_fit():
+    assert guess(0, None) < guess(100 * MB, None) < guess(200 * MB, None)
+    assert guess(100 * MB, 200 * MB) == 200 * MB < guess(100 * MB, None)
+    assert guess(200 * MB, 200 * MB) > 200 * MB

@@ -26,12 +26,20 @@ _ASK_EVERY: Final = 0.05
 _RESIDENCY: Final = 0.5
 """Seconds that a worker stays at least, so that two models that do not fit together do not only load."""
 _REMEMBERED: Final = 4096
+_SHARE: Final = 0.8
+"""Of the memory that the machine or its cgroup has; the application needs some, too."""
 
 
 @dataclasses.dataclass
 class _Wish:
     spec: ModelSpec
     until: float
+
+
+def _limit(settings: Settings, memory: int | None) -> int | None:
+    if settings.memory_limit:
+        return parse_size(settings.memory_limit)
+    return None if memory is None else int(memory * _SHARE)
 
 
 class Admission:
@@ -41,8 +49,9 @@ class Admission:
     _by_worker: dict[int, Model]
     ledger: Ledger
 
-    def __init__(self, settings: Settings) -> None:
-        self._limit = parse_size(settings.memory_limit) if settings.memory_limit else None
+    def __init__(self, settings: Settings, memory: int | None = None) -> None:
+        """``memory``: bytes of the machine, of which a share is the limit where the user set none."""
+        self._limit = _limit(settings, memory)
         self._patience = settings.room_timeout
         self._wishes: dict[str, _Wish] = {}
         """In the order in which they came."""
@@ -173,7 +182,9 @@ class Admission:
 
     def _need(self, model: Model) -> int:
         known = self._needs.get(model.key)
-        return known or room.guess(max((ask.file_bytes for _, ask in model.waiters), default=0))
+        if known is not None:
+            return known
+        return room.guess(max((ask.file_bytes for _, ask in model.waiters), default=0), self._limit)
 
     def _in_use(self) -> int:
         return sum(map(self.ledger.counted, self._by_worker))

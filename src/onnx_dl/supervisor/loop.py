@@ -17,6 +17,7 @@ from typing import Any
 
 import zmq
 
+from onnx_dl import machine
 from onnx_dl.config import Settings
 from onnx_dl.errors import InvalidTransition, ProtocolError
 from onnx_dl.model import Usage
@@ -75,7 +76,8 @@ class Supervisor:
     def __init__(self, processes: Processes, address: str, secret: str, settings: Settings) -> None:
         self._secret = secret
         self._processes = processes
-        self._scheduler = Scheduler(settings, epoch=time.time() - time.monotonic())
+        epoch = time.time() - time.monotonic()
+        self._scheduler = Scheduler(settings, epoch, machine.memory())
         self._context = sockets.context()
         self._control: Socket = sockets.router(self._context, f"{address}/control")
         self._listener = Listener(f"{address}/lifeline")

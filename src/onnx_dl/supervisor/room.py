@@ -44,9 +44,13 @@ class Candidate(NamedTuple):
         return self.priority, max(self.seconds, 0.01) / (max(self.nbytes, 1) * max(self.idle_for, 0.001))
 
 
-def guess(file_bytes: int) -> int:
-    """Bytes that a model needs of which only the size of its files is known."""
-    return BASE + int(GROWTH * file_bytes)
+def guess(file_bytes: int, limit: int | None) -> int:
+    """Bytes that a model needs of which only the size of its files is known.
+
+    A guess alone refuses nobody: what may fit gets all there is, until it was measured.
+    """
+    least, likely = BASE + file_bytes, BASE + int(GROWTH * file_bytes)
+    return likely if limit is None else max(least, min(likely, limit))
 
 
 def decide(

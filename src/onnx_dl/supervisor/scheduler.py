@@ -35,8 +35,8 @@ _REMEMBERED_FATES: Final = 256
 class Scheduler(Admission):
     """All models of one supervisor.  ``epoch`` is added to monotonic times to make Unix times."""
 
-    def __init__(self, settings: Settings, epoch: float = 0.0) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, epoch: float = 0.0, memory: int | None = None) -> None:
+        super().__init__(settings, memory)
         self._settings = settings
         self._epoch = epoch
         self._models: dict[str, Model] = {}

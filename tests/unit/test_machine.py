@@ -1,4 +1,4 @@
-"""Processors by affinity and cgroup, from files as kernels write them."""
+"""Processors and memory by affinity and cgroup, from files as kernels write them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import processors
+from onnx_dl import machine
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -52,12 +52,12 @@ V1 = {"proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n1:name=systemd:/x\n"}
     ],
 )
 def test_what_the_group_allows(tmp_path: Path, files: dict[str, str], expected: int) -> None:
-    assert processors.available(tree(tmp_path, files)) == expected
+    assert machine.processors(tree(tmp_path, files)) == expected
 
 
 @pytest.mark.skipif(HERE < 2, reason="needs two processors")
 def test_a_part_of_a_processor_counts_as_one(tmp_path: Path) -> None:
-    assert processors.available(tree(tmp_path, V2 | {"sys/fs/cgroup/a/cpu.max": "110000 100000"})) == 2
+    assert machine.processors(tree(tmp_path, V2 | {"sys/fs/cgroup/a/cpu.max": "110000 100000"})) == 2
 
 
 @pytest.mark.skipif(HERE < 2, reason="needs two processors")
@@ -65,7 +65,34 @@ def test_affinity() -> None:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
-        assert processors.available() == 1
-        assert processors.limited() == 1 or os.cpu_count() == 1
+        assert machine.processors() == 1
+        assert machine.fewer_processors() == 1 or os.cpu_count() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:       1000 kB\nMemFree: 5 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        (MEMINFO, 1_024_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/a/b/memory.max": "max\n"}, 1_024_000),
+        (MEMINFO | V2 | {"sys/fs/cgroup/a/b/memory.max": "5000\n"}, 5000),
+        (
+            MEMINFO | V2 | {"sys/fs/cgroup/a/b/memory.max": "5000\n", "sys/fs/cgroup/a/memory.max": "4000"},
+            4000,
+        ),
+        (MEMINFO | V2 | {"sys/fs/cgroup/memory.max": "3000"}, 3000),
+        (MEMINFO | V1 | {"sys/fs/cgroup/memory/x/memory.limit_in_bytes": "2000"}, 2000),
+        (MEMINFO | V1 | {"sys/fs/cgroup/memory/x/memory.limit_in_bytes": str(2**63 - 4096)}, 1_024_000),
+    ],
+)
+def test_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
+    assert machine.memory(tree(tmp_path, files)) == expected
+
+
+def test_memory_of_this_machine() -> None:
+    assert (machine.memory() or 0) > 64 << 20

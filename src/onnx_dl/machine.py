@@ -1,0 +1,82 @@
+"""What of the machine this process may really use: processors and memory, by affinity and cgroup.
+
+Covers cgroup v2 (``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), of
+this process's group and those around it (https://docs.kernel.org/admin-guide/cgroup-v2.html,
+https://docs.kernel.org/scheduler/sched-bwc.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+Read = Callable[[Path], float | None]
+
+
+def processors(root: Path = Path("/")) -> int:
+    """At least 1.  ``root``: where ``proc`` and ``sys`` lie."""
+    quotas = [math.ceil(quota) for quota in _limits(root, "cpu", _cpu_v2, _cpu_v1)]
+    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def fewer_processors() -> int | None:
+    """The processors this process may use, if these are fewer than the machine has; None: all of them."""
+    count = processors()
+    return count if count < (os.cpu_count() or 1) else None
+
+
+def memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that the machine has or a group around this process allows, whichever is less; None:
+    the system does not say."""
+    limits = [int(limit) for limit in _limits(root, "memory", _memory_v2, _memory_v1)]
+    with contextlib.suppress(OSError, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    return min(limits, default=None)
+
+
+def _limits(root: Path, controller: str, v2: Read, v1: Read) -> Iterator[float]:
+    """What each of the groups around this process allows."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from _along(mount, path, v2)
+        elif controller in controllers.split(","):
+            yield from _along(mount / controllers, path, v1)
+            yield from _along(mount / controller, path, v1)
+
+
+def _along(mount: Path, path: str, read: Read) -> Iterator[float]:
+    """From the group itself up to the mount; in a container, the path is often that of the host."""
+    group = PurePosixPath(path.lstrip("/"))
+    for part in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            if (limit := read(mount / part)) is not None:
+                yield limit
+
+
+def _cpu_v2(group: Path) -> float | None:
+    quota, period = (group / "cpu.max").read_text().split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _cpu_v1(group: Path) -> float | None:
+    quota = int((group / "cpu.cfs_quota_us").read_text())
+    return None if quota < 0 else quota / int((group / "cpu.cfs_period_us").read_text())
+
+
+def _memory_v2(group: Path) -> float | None:
+    text = (group / "memory.max").read_text().strip()
+    return None if text == "max" else int(text)
+
+
+def _memory_v1(group: Path) -> float | None:
+    return int((group / "memory.limit_in_bytes").read_text())  # without a limit: more than any machine has
