@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_dl import CapacityError, EventType, InferenceSessionProxy, ModelEvent, ModelHost
-from tests.contract.both import CPU
+from onnx_dl import CapacityError, ConfigError, EventType, InferenceSessionProxy, ModelEvent, ModelHost
+from tests.contract.both import CPU, F, model, node, scaled, tensor
 from tests.waiting import DEADLINE
 
 MB = 1 << 20
@@ -31,8 +31,8 @@ def weighty(path: Path, mb: int, seed: int) -> str:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])],
         [numpy_helper.from_array(weights, "w")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    path.write_bytes(model.SerializeToString())
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(made.SerializeToString())
     return str(path)
 
 
@@ -163,3 +163,60 @@ def test_who_waits_is_told_when_the_host_closes(limited: Any, models: list[str])
         host.close()
         thread.join(DEADLINE)
     assert len(errors) == 1
+
+
+# --- recycling ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_replaced_after_so_many_runs(host: ModelHost) -> None:
+    """No caller sees an error, whichever thread it is in."""
+    gone: list[ModelEvent] = []
+    proxy = InferenceSessionProxy(scaled(), providers=CPU, max_runs=3, host=host)
+    host.on_event(lambda event: gone.append(event) if event.type is EventType.UNLOADED else None)
+    proxy.load()  # no run
+    results = [proxy.run(["twice"], {"x": np.full((1, 1), i, np.float32)})[0][0, 0] for i in range(10)]
+    assert results == [2 * i for i in range(10)]
+    wrong: list[object] = []
+
+    def calls(number: int) -> None:
+        for _ in range(10):
+            value = proxy.run(["twice"], {"x": np.full((1, 1), number, np.float32)})[0][0, 0]
+            if value != 2 * number:
+                wrong.append(value)
+
+    threads = [threading.Thread(target=calls, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert not wrong
+    assert len(gone) >= 10 and {event.reason for event in gone} == {"recycled"}
+
+
+def test_a_worker_that_has_grown_is_replaced(host: ModelHost) -> None:
+    """onnxruntime's arena keeps what a large input took."""
+    nodes = [
+        node("Sin", ["x"], ["s"]),
+        node("Cos", ["s"], ["c"]),
+        node("ReduceSum", ["c"], ["y"], keepdims=0),
+    ]
+    source = model(nodes, [tensor("x", F, ["N"])], [tensor("y", F, [])])
+    proxy = InferenceSessionProxy(source, providers=CPU, max_memory="60MB", host=host)
+    small, large = np.ones(4, np.float32), np.ones(16 << 20, np.float32)
+
+    def pid_after(x: np.ndarray) -> int | None:
+        assert np.isfinite(proxy.run(None, {"x": x})[0])
+        return next((status.pid for status in host.snapshot().models), None)
+
+    first = pid_after(small)
+    assert pid_after(small) == first
+    pid_after(large)
+    second = pid_after(small)
+    assert second != first
+    assert pid_after(small) == second
+
+
+@pytest.mark.parametrize("terms", [{"max_runs": 0}, {"max_runs": "3"}, {"max_memory": "much"}])
+def test_allowances_that_cannot_be(host: ModelHost, terms: dict) -> None:
+    with pytest.raises(ConfigError):
+        InferenceSessionProxy(scaled(), host=host, **terms)

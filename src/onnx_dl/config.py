@@ -66,6 +66,17 @@ def _seconds(value: object) -> float | None:
         return None
 
 
+def parse_runs(value: object) -> int | None:
+    """A number of calls, 1 or more; None: no limit.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ConfigError(f"max_runs={value!r} is no number of calls; give an int from 1 on, or None.")
+
+
 _SWITCH: Final = {
     "1": True,
     "yes": True,

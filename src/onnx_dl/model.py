@@ -21,7 +21,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     Exactly one of the two is set.  ``engine`` is the module in :mod:`onnx_dl.workers` that runs it.
     ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.options` makes of
     onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
-    ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).
+    ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).  A worker that has more
+    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced.
     """
 
     key: str
@@ -36,6 +37,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     provider_options: list[Any] | None = None
     extra: dict[str, Any] = {}
     surroundings: dict[str, Any] = {}
+    max_memory: int | None = None
+    max_runs: int | None = None
 
     @property
     def blobs(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import installation, options, sources, values
+from onnx_dl import config, installation, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.described import DescribedProxy
@@ -49,6 +49,9 @@ class InferenceSessionProxy(DescribedProxy):
             meanwhile.  For small inputs and results; with megabytes it can be slower.  ``"normal"``: never.
         pin: the model is not evicted to make room for others while this proxy holds it.
         priority: of models that are idle, those of a lower one make room first.
+        max_memory: bytes, or text such as ``"300MB"``: a worker that has more memory of its own after a call
+            is replaced by another before the next; nobody sees an error.
+        max_runs: calls after which a worker is replaced by another.
         eager: load the model now, so that what is wrong with it is raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -74,6 +77,8 @@ class InferenceSessionProxy(DescribedProxy):
         latency: str = "normal",
         pin: bool = False,
         priority: int = 0,
+        max_memory: int | str | None = None,
+        max_runs: int | None = None,
         eager: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -86,7 +91,14 @@ class InferenceSessionProxy(DescribedProxy):
         self._model_path, self._model_bytes = sources.locate(source)
         self._arguments = (sess_options, kwargs)
         found = sources.describe(
-            self._model_path, self._model_bytes, sess_options, providers, provider_options, kwargs
+            self._model_path,
+            self._model_bytes,
+            sess_options,
+            providers,
+            provider_options,
+            kwargs,
+            None if max_memory is None else config.parse_size(max_memory),
+            config.parse_runs(max_runs),
         )
         terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
         super().__init__(found.spec, host=host, memory=found.memory, **terms)  # type: ignore[arg-type]

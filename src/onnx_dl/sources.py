@@ -77,6 +77,8 @@ def describe(
     providers: Any,
     provider_options: Any,
     kwargs: dict[str, Any],
+    max_memory: int | None = None,
+    max_runs: int | None = None,
 ) -> Source:
     """All that a worker needs to load the model, and the key that says which proxies share it.
 
@@ -97,6 +99,8 @@ def describe(
         **_providers(providers, provider_options, _extras(kwargs)),
         "memory": None if live is None else live.name,
         "surroundings": surroundings,
+        "max_memory": max_memory,
+        "max_runs": max_runs,
     }
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     spec = _spec(path, digest, os.getcwd(), how)
@@ -119,6 +123,8 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
         **_providers(providers, provider_options, extra),
         "memory": spec.memory,
         "surroundings": spec.surroundings,
+        "max_memory": spec.max_memory,
+        "max_runs": spec.max_runs,
     }
     return _spec(spec.path, spec.blob, spec.cwd, how)
 

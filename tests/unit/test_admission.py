@@ -47,7 +47,7 @@ def test_an_idle_model_makes_way(scheduler: Scheduler) -> None:
     assert commands == [order(1, m.AskIdle())]
     commands = scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(80), 10.0)
     assert commands == [order(1, m.DrainIfIdle())]
-    assert not starts(scheduler.on_draining(1, usage(80), 10.0))
+    assert not starts(scheduler.on_draining(1, usage(80), 10.0, "evicted"))
     assert not starts(scheduler.on_drained(1, usage(80), 10.0))
     commands = scheduler.on_exited(1, 0, "", 10.1)  # only a worker that is reaped has made room
     assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b"]

@@ -109,9 +109,6 @@ class Admission:
 
     def _make_way(self, evicted: list[int], now: float) -> None:
         for worker_id in evicted:
-            worker = self._by_worker[worker_id].worker
-            assert worker is not None
-            worker.evicted = True
             del self._idle[worker_id]
             self._order(worker_id, m.DrainIfIdle())
         if not (self._asked or evicted or self._ask_at):
@@ -131,9 +128,6 @@ class Admission:
             if model.state is ModelState.READY and not model.pins
         }
         for worker_id in self._asked:
-            worker = self._by_worker[worker_id].worker
-            assert worker is not None
-            worker.evicted = False  # it was in use when it was told to leave
             self._order(worker_id, m.AskIdle())
 
     def _heard_idle(self, idle: m.Idle, usage: Usage, now: float) -> None:

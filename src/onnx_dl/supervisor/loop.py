@@ -196,7 +196,7 @@ class Supervisor:
             case m.Idle():
                 return scheduler.on_idle(message, self._measure(worker_id), now)
             case m.WorkerDraining():
-                return scheduler.on_draining(worker_id, self._measure(worker_id), now)
+                return scheduler.on_draining(worker_id, self._measure(worker_id), now, message.reason)
             case m.WorkerDrained():
                 return scheduler.on_drained(worker_id, self._measure(worker_id), now)
         return []

@@ -30,8 +30,6 @@ class Worker:
     killed: bool = False
     """The supervisor ended it; another death is a crash, whatever it was about to do."""
     reason: str = "crash"
-    evicted: bool = False
-    """It was told to leave if it is idle, so that others have room."""
 
 
 @dataclasses.dataclass

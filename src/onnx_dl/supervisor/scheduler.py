@@ -177,14 +177,13 @@ class Scheduler(Admission):
             self._order(failed.worker_id, m.Exit())
         return self._done()
 
-    def on_draining(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
-        """A worker's TTL ran out, or it was idle when it was to make room; it takes no new calls."""
+    def on_draining(self, worker_id: int, usage: Usage, now: float, reason: str = "ttl") -> list[Command]:
+        """A worker takes no new calls: its TTL ran out, or for another reason."""
         if model := self._by_worker.get(worker_id):
-            assert model.worker is not None
             self.ledger.book(worker_id, usage)
             self._learn(model, usage)
             self._left(worker_id)
-            self._begin_drain(model, "evicted" if model.worker.evicted else "ttl", now)
+            self._begin_drain(model, reason, now)
         return self._done()
 
     def on_idle(self, idle: m.Idle, usage: Usage, now: float) -> list[Command]:

@@ -279,9 +279,10 @@ class Idle(Message):
 
 
 class WorkerDraining(Message):
-    """The worker's TTL ran out, or it was idle when it was to leave: it takes no new work."""
+    """It takes no new work: its TTL ran out, it was idle when it was to leave, or it has grown too large."""
 
     worker_id: int
+    reason: str = "ttl"
 
 
 class WorkerDrained(Message):

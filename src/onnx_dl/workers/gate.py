@@ -39,6 +39,8 @@ class Gate:
         self._closing = False  # a drain was asked for; open to those who hold the model
         self._closed = False
         self._expired = False
+        self.reason = "ttl"
+        """Why it takes no new work."""
         self._armed = False
 
     def enter(self) -> bool:
@@ -90,8 +92,19 @@ class Gate:
         """Takes no new work from now on, if nothing runs and nobody holds the model."""
         with self._lock:
             if not (self._busy() or not self._used or self._closing or self._closed):
-                self._closed = self._expired = True
+                self._close("evicted")
         self._wake()
+
+    def retire(self) -> None:
+        """Takes no new work from now on; what runs ends."""
+        with self._lock:
+            if not (self._closing or self._closed):
+                self._close("recycled")
+        self._wake()
+
+    def _close(self, reason: str) -> None:
+        self._closed = self._expired = True
+        self.reason = reason
 
     def retime(self, ttl: float) -> None:
         """The TTL in force from now on."""

@@ -29,8 +29,10 @@ from onnx_dl.workers import memory
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.memory import Allowance
 from onnx_dl.workers.repeats import Repeat, Repeats
 
+_RUNS: Final = (int, m.Call, m.Again, m.Invoke)
 _GREETING: Final = 10.0
 """Seconds that a caller has to say hello on a lane that it opened."""
 
@@ -47,6 +49,7 @@ class Worker:
         self._secret = secrets.token_hex(16)
         self._address = fresh_address("worker")
         self._waker = Waker()
+        self._allowance: Allowance | None = None
         self._lanes: set[WorkerLane] = set()
         self._gone: set[Channel] = set()
         """Of callers whose lanes are not closed yet."""
@@ -77,6 +80,8 @@ class Worker:
             return
         ready = time.monotonic()
         self._gate = Gate(order.ttl, ready, self._waker.wake)
+        if order.spec.max_memory is not None or order.spec.max_runs is not None:
+            self._allowance = Allowance(order.spec.max_memory, order.spec.max_runs)
         listener = Listener(self._address)
         self._say(
             m.WorkerReady(
@@ -103,7 +108,7 @@ class Worker:
         while True:
             verdict = self._gate.judge(time.monotonic(), self._last_touch())
             if verdict.expired:
-                self._say(m.WorkerDraining(worker_id=self._id))
+                self._say(m.WorkerDraining(worker_id=self._id, reason=self._gate.reason))
             if verdict.drained and not drained:
                 drained = True
                 backend.close()
@@ -197,7 +202,7 @@ class Worker:
             self._lanes.add(lane)
             if lane.channel in self._gone:  # between its greeting and now
                 lane.hang_up()
-        service = LaneService(lane, self._gate, backend, self._halts)
+        service = LaneService(lane, self._gate, backend, self._halts, self._allowance)
         try:
             service.run()
         finally:
@@ -223,8 +228,16 @@ class Worker:
 class LaneService:
     """Answers the requests of one lane."""
 
-    def __init__(self, lane: WorkerLane, gate: Gate, backend: Backend, halts: dict[int, Halt]) -> None:
+    def __init__(
+        self,
+        lane: WorkerLane,
+        gate: Gate,
+        backend: Backend,
+        halts: dict[int, Halt],
+        allowance: Allowance | None,
+    ) -> None:
         self._lane = lane
+        self._allowance = allowance
         self._gate = gate
         self._backend = backend
         self._halts = halts
@@ -284,6 +297,8 @@ class LaneService:
         except Exception as error:  # the engine's errors are the caller's
             self._fail(error)
         finally:
+            if self._allowance is not None and isinstance(request, _RUNS) and self._allowance.is_used_up():
+                self._gate.retire()
             self._gate.leave(time.monotonic())
 
     def _fail(self, error: Exception) -> None:

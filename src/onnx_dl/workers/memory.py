@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
+import mmap
+import os
 from collections.abc import Callable
 
 _trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -33,3 +36,26 @@ def share() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+class Allowance:
+    """What a worker may use before another takes its place."""
+
+    def __init__(self, nbytes: int | None, runs: int | None) -> None:
+        """``nbytes``: of memory of its own, pages that it shares with others not counted."""
+        self._nbytes = nbytes
+        self._runs = runs
+        self._made = itertools.count(1)
+        self._statm = None if nbytes is None else os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+    def is_used_up(self) -> bool:
+        """Whether it is, with the call that has just ended.  Takes 2 µs."""
+        if self._runs is not None and next(self._made) >= self._runs:
+            return True
+        return self._nbytes is not None and self._own() > self._nbytes
+
+    def _own(self) -> int:
+        assert self._statm is not None
+        _, resident, shared, *_ = os.pread(self._statm, 128, 0).split()
+        own: int = (int(resident) - int(shared)) * mmap.PAGESIZE
+        return own
