@@ -6,7 +6,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,21 @@ def scale(host: ModelHost) -> InferenceSessionProxy:
 def endless(host: ModelHost) -> InferenceSessionProxy:
     """A model that loops until it is told to end."""
     return InferenceSessionProxy(loop(), providers=CPU, host=host)
+
+
+def computing(proxy: InferenceSessionProxy) -> Callable[[], None]:
+    """Waits until the worker of this loaded model computes: a call that it has not begun is made elsewhere."""
+    (status,) = proxy._host.snapshot().models
+    worker = psutil.Process(status.pid)
+    idle = worker.cpu_times().user
+
+    def wait() -> None:
+        deadline = time.monotonic() + DEADLINE
+        while worker.cpu_times().user < idle + 0.1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    return wait
 
 
 async def begun(call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -149,7 +164,9 @@ def test_the_worker_dies_meanwhile(endless: InferenceSessionProxy, how: str) -> 
         told.set()
 
     async def awaited() -> None:
+        computes = computing(endless)
         task = await begun(endless.arun(None, ENDLESS))
+        await asyncio.to_thread(computes)
         await asyncio.to_thread(endless.unload, force=True)
         with pytest.raises(WorkerDied):
             await task
@@ -200,13 +217,10 @@ def test_ctrl_c_ends_the_run(endless: InferenceSessionProxy, how: str) -> None:
     feed: dict[str, Any] = ENDLESS
     if how == "run_with_ort_values":
         feed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in ENDLESS.items()}
-    (status,) = endless._host.snapshot().models
-    worker = psutil.Process(status.pid)
-    idle = worker.cpu_times().user
+    computes = computing(endless)
 
     def interrupt() -> None:
-        while worker.cpu_times().user < idle + 0.1:  # until it computes
-            time.sleep(0.001)
+        computes()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
