@@ -332,8 +332,6 @@ class InferenceSessionProxy(DescribedProxy):
         return found
 
     def _owned(self, feed: Any) -> dict[str, Any]:
-        if self._live is not None:
-            self._live.refresh()
         check_names(feed, self.get_inputs())
         for value in feed.values():
             self._check_owner(value)
