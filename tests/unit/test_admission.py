@@ -76,6 +76,16 @@ def test_one_that_is_idle_no_more_when_it_hears_of_it(scheduler: Scheduler) -> N
     assert status.state is ModelState.DRAINING
 
 
+def test_one_that_was_pinned_after_it_said_that_it_is_idle(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 40, 0.0)
+    load(scheduler, "c", 2, 40, 0.0)
+    scheduler.on_acquire(A, msgspec.structs.replace(acquire(3, 3, key="b"), file_bytes=30 * MB), 10.0)
+    scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(40), 10.0)
+    scheduler.on_acquire(A, msgspec.structs.replace(acquire(4, 4, key="a"), pin=True), 10.0)
+    commands = scheduler.on_idle(m.Idle(worker_id=2, seconds=0.1), usage(40), 10.0)
+    assert order(1, m.DrainIfIdle()) not in commands
+
+
 def test_nobody_waits_for_ever(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 80, 0.0, pin=True)
     assert scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0) == []

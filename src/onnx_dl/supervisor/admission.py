@@ -194,7 +194,10 @@ class Admission:
         found = []
         for worker_id, idle_for in self._idle.items():
             model = self._by_worker.get(worker_id)
-            if model is not None and model.worker is not None and model.state is ModelState.READY:
+            # Pinned since it answered: it stays.
+            if model is None or model.worker is None or model.pins:
+                continue
+            if model.state is ModelState.READY:
                 ready = model.worker.ready
                 seconds = ready.seconds if ready is not None else 0.0
                 nbytes = self.ledger.counted(worker_id)
