@@ -24,6 +24,8 @@ class EventType(enum.StrEnum):
     DRAINING = "draining"
     UNLOADED = "unloaded"
     FAILED = "failed"
+    THRASH = "thrash"
+    """A warning: models are loaded again and again because they do not fit together."""
 
 
 class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +45,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
             ``recycled``, ``crash`` or ``exit``.
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
         freed: unloaded: bytes that only this worker held, now returned to the system.
-        detail: failed: what went wrong.
+        detail: failed: what went wrong; thrash: which models, and how much of the time their loads took.
         retry_after: failed: seconds until the host will load the model again.
     """
 

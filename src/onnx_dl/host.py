@@ -52,6 +52,12 @@ class Snapshot(msgspec.Struct, frozen=True):
     seq: int
     supervisor_pid: int | None
     models: list[ModelStatus]
+    host: str | None = None
+    """The name of a shared host."""
+    memory_limit: int | None = None
+    """Bytes that all workers together may take."""
+    memory_in_use: int = 0
+    """Bytes of it that are taken or reserved: workers' PSS, loads in progress, workers on their way out."""
 
 
 class Preloadable(Protocol):
@@ -253,7 +259,14 @@ class ModelHost:
         if connection is None or connection.closed:
             return Snapshot(seq=0, supervisor_pid=None, models=[])
         status = connection.ask(lambda ticket: m.AskStatus(ticket=ticket))
-        return Snapshot(seq=status.seq, supervisor_pid=status.supervisor_pid, models=status.models)
+        return Snapshot(
+            status.seq,
+            status.supervisor_pid,
+            status.models,
+            status.host,
+            status.memory_limit,
+            status.memory_in_use,
+        )
 
     def events(self) -> EventStream:
         """An iterator over events from now on; ``get(timeout)`` waits for one, ``close()`` ends it."""

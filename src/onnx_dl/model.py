@@ -86,7 +86,9 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One line of a snapshot.
 
     ``leases`` counts the proxies that hold the model; ``ttl`` is in force now, in seconds (-1 stays);
-    ``loads`` counts the workers that became ready.
+    ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
+    ``session()`` blocks under way, ``idle`` is the seconds since its last use (None: in use, or not used
+    yet), ``runs`` counts the calls that it has answered, ``p50`` is the median of the seconds that they took.
     """
 
     model: str
@@ -100,6 +102,12 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     loads: int
     failures: int
     retry_after: float
+    pinned: bool = False
+    priority: int = 0
+    busy: int = 0
+    idle: float | None = None
+    runs: int = 0
+    p50: float | None = None
 
 
 def to_plain(value: Any) -> Any:

@@ -34,6 +34,7 @@ from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
+from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel, Listener, Socket
 
 
@@ -166,7 +167,7 @@ class Supervisor:
         self._forget(worker_id)
         self._carry_out(self._scheduler.on_spawn_failed(worker_id, reason, time.monotonic()))
 
-    def exited(self, worker_id: int, status: int, stderr: str) -> None:
+    def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
         self._forget(worker_id)
         self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
@@ -262,7 +263,9 @@ class Supervisor:
             ticket=ask.ticket,
             seq=self._scheduler.seq,
             supervisor_pid=os.getpid(),
-            models=self._scheduler.snapshot(now),
+            models=self._scheduler.snapshot(now, self._processes.readings()),
+            memory_limit=self._scheduler.memory_limit,
+            memory_in_use=self._scheduler.memory_in_use,
         )
 
     def _blob(self, name: str) -> int | None:

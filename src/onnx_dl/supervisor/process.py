@@ -18,6 +18,7 @@ from collections.abc import Container, Sequence
 from typing import Final, Protocol
 
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Page, Reading
 from onnx_dl.transport.sockets import Channel
 
 _TAIL: Final = 40
@@ -95,6 +96,7 @@ class _Process:
         # Copies: the client may drop its own while this waits for a template.
         self._blobs = [os.dup(blob) for blob in blobs]
         self.stderr = StderrTail()
+        self.page = Page()
         self.template: _Template | None = None
         self.pid: int | None = None
         self.condemned = False
@@ -105,7 +107,7 @@ class _Process:
         """Asks the template for the process and hands over its ends of the descriptors."""
         self.template = template
         message = m.Spawn(worker_id=self.worker_id, identity=self.identity, control=control)
-        fds = (self._lifeline_worker.fileno(), self.stderr.write_end)
+        fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd)
         template.channel.send(m.encode(message), (*fds, *self._blobs))
         self._drop_blobs()
         # Our copies would hide the worker's death from the other ends.
@@ -136,6 +138,7 @@ class _Process:
         self.stderr.pump()
         self.stderr.close()
         self._lifeline.close()
+        self.page.close()
         if self._pidfd is not None:
             os.close(self._pidfd)
         return self.stderr.text()
@@ -148,7 +151,7 @@ class Witness(Protocol):
 
     def spawn_failed(self, worker_id: int, reason: str) -> None: ...
 
-    def exited(self, worker_id: int, status: int, stderr: str) -> None: ...
+    def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None: ...
 
 
 class Processes:
@@ -183,6 +186,10 @@ class Processes:
     def kill(self, worker_id: int) -> None:
         if process := self._processes.get(worker_id):
             process.kill()
+
+    def readings(self) -> dict[int, Reading]:
+        """What the workers tell of themselves now."""
+        return {worker_id: process.page.gauges.read() for worker_id, process in self._processes.items()}
 
     def handle(self, ready: Container[int]) -> None:
         """Takes in what came on these descriptors."""
@@ -277,7 +284,8 @@ class Processes:
 
     def _exited(self, process: _Process, status: int) -> None:
         del self._processes[process.worker_id]
-        self._witness.exited(process.worker_id, status, process.buried())
+        reading = process.page.gauges.read()
+        self._witness.exited(process.worker_id, status, process.buried(), reading)
 
 
 def _is_child(pid: int | None) -> bool:

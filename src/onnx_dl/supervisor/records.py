@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
+from typing import Final
 
 from onnx_dl.config import KEEP
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Reading
+
+_NOTHING: Final = Reading()
 
 
 @dataclasses.dataclass
@@ -79,9 +84,11 @@ class Model:
         self.priorities.pop(lease, None)
         return self.leases.pop(lease, None) is not None
 
-    def status(self, ledger: Ledger, now: float) -> ModelStatus:
+    def status(self, ledger: Ledger, now: float, readings: Mapping[int, Reading]) -> ModelStatus:
         """One line of a snapshot."""
         worker = self.worker
+        reading = readings.get(worker.id, _NOTHING) if worker else _NOTHING
+        used = reading.last_used > 0 and not reading.busy
         return ModelStatus(
             model=self.spec.name,
             key=self.key,
@@ -94,4 +101,10 @@ class Model:
             loads=self.loads,
             failures=self.failures,
             retry_after=max(0.0, self.retry_at - now),
+            pinned=bool(self.pins),
+            priority=self.priority(),
+            busy=reading.busy,
+            idle=max(0.0, now - reading.last_used) if used else None,
+            runs=reading.runs,
+            p50=reading.quantile(0.5),
         )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -27,6 +28,7 @@ from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.records import Model, Worker
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
 _REMEMBERED_FATES: Final = 256
@@ -300,9 +302,21 @@ class Scheduler(Admission):
             if model.worker is not None and model.worker.pid is not None
         }
 
-    def snapshot(self, now: float) -> list[ModelStatus]:
-        """Every model that is loaded, held or failing."""
-        return [model.status(self.ledger, now) for model in self._models.values()]
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that all workers together may take; None: there is no limit."""
+        return self._limit
+
+    @property
+    def memory_in_use(self) -> int:
+        """Bytes of it that are taken or reserved."""
+        return self._in_use()
+
+    def snapshot(
+        self, now: float, readings: Mapping[int, Reading] = MappingProxyType({})
+    ) -> list[ModelStatus]:
+        """Every model that is loaded, held or failing.  ``readings``: what workers tell of themselves."""
+        return [model.status(self.ledger, now, readings) for model in self._models.values()]
 
     # --- decisions ----------------------------------------------------------------------------------------
 

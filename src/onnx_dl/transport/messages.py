@@ -186,6 +186,10 @@ class Status(Message):
     seq: int
     supervisor_pid: int
     models: list[ModelStatus]
+    host: str | None = None
+    """The name of a shared host."""
+    memory_limit: int | None = None
+    memory_in_use: int = 0
 
 
 class AskFate(Message):

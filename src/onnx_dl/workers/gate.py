@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onnx_dl.config import KEEP
+from onnx_dl.transport.gauges import Gauges
 
 
 class Verdict(NamedTuple):
@@ -26,10 +27,14 @@ class Verdict(NamedTuple):
 
 
 class Gate:
-    """``wake`` is called, outside of the lock, when a thread changed something that a verdict depends on."""
+    """``wake`` is called, outside of the lock, when a thread changed something that a verdict depends on;
+    ``gauges`` are told what is under way."""
 
-    def __init__(self, ttl: float, now: float, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, ttl: float, now: float, wake: Callable[[], None], gauges: Gauges | None = None
+    ) -> None:
         self._lock = threading.Lock()
+        self._gauges = gauges or Gauges()
         self._wake = wake
         self._ttl = ttl
         self._last_used = now
@@ -49,12 +54,15 @@ class Gate:
             if self._closed:
                 return False
             self._in_flight += 1
+            self._gauges.under_way(self._in_flight + self._holds)
             return True
 
-    def leave(self, now: float) -> None:
-        """A call ended."""
+    def leave(self, now: float, took: float | None = None) -> None:
+        """A call ended.  ``took``: the seconds of one that counts as a run."""
         with self._lock:
             self._in_flight -= 1
+            if took is not None:
+                self._gauges.answered(took)
             wake = self._used_at(now)
         if wake:
             self._wake()
@@ -65,6 +73,7 @@ class Gate:
             if self._closing or self._closed:
                 return False
             self._holds += 1
+            self._gauges.under_way(self._in_flight + self._holds)
             return True
 
     def unhold(self, now: float) -> None:
@@ -116,6 +125,8 @@ class Gate:
         """What to do at ``now``; ``touched`` is the latest use that callers reported without a message."""
         with self._lock:
             self._last_used = max(self._last_used, min(touched, now))
+            if self._used:
+                self._gauges.used(self._last_used)
             self._close_if_due(now)
             expired, self._expired = self._expired, False
             wait = self._wait(now)
@@ -126,6 +137,8 @@ class Gate:
         """Notes the end of a use; whether a verdict may have changed in a way that cannot wait."""
         self._last_used = max(self._last_used, now)
         self._used = True
+        self._gauges.used(self._last_used)
+        self._gauges.under_way(self._in_flight + self._holds)
         # At once, not when somebody judges: another call must not slip in between.
         if self._ttl == 0 or self._closing:
             self._close_if_due(now)

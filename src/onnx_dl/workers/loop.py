@@ -22,6 +22,7 @@ from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends
@@ -40,8 +41,9 @@ _GREETING: Final = 10.0
 class Worker:
     """One model in this process."""
 
-    def __init__(self, spawn: m.Spawn, lifeline: int, blobs: list[int]) -> None:
+    def __init__(self, spawn: m.Spawn, lifeline: int, gauges: Gauges, blobs: list[int]) -> None:
         self._id = spawn.worker_id
+        self._gauges = gauges
         self._lifeline = Channel.from_fd(lifeline)
         self._blobs = blobs
         self._context = sockets.context()
@@ -79,7 +81,7 @@ class Worker:
             self._hear()
             return
         ready = time.monotonic()
-        self._gate = Gate(order.ttl, ready, self._waker.wake)
+        self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
         if order.spec.max_memory is not None or order.spec.max_runs is not None:
             self._allowance = Allowance(order.spec.max_memory, order.spec.max_runs)
         listener = Listener(self._address)
@@ -292,14 +294,17 @@ class LaneService:
         if not self._gate.enter():
             self._lane.say(m.Draining())
             return
+        began = time.monotonic()
         try:
             answer(request)
         except Exception as error:  # the engine's errors are the caller's
             self._fail(error)
         finally:
-            if self._allowance is not None and isinstance(request, _RUNS) and self._allowance.is_used_up():
+            is_run = isinstance(request, _RUNS)
+            if is_run and self._allowance is not None and self._allowance.is_used_up():
                 self._gate.retire()
-            self._gate.leave(time.monotonic())
+            now = time.monotonic()
+            self._gate.leave(now, now - began if is_run else None)
 
     def _fail(self, error: Exception) -> None:
         try:

@@ -23,6 +23,7 @@ from typing import Final, NoReturn
 
 from onnx_dl import recorder
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers import memory
 from onnx_dl.workers.loop import Worker
@@ -87,13 +88,13 @@ class Template:
         """The rest of this process's life is a worker's."""
         try:
             self._shed()
-            lifeline, stderr, *blobs = fds
+            lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
             os.close(stderr)
             die_with_parent()
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
             _name_process(f"onnx-dl:{spawn.worker_id}")
-            Worker(spawn, lifeline, blobs).serve()
+            Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except BaseException:
             traceback.print_exc()
             os._exit(70)
