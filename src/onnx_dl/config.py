@@ -142,6 +142,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     its cgroup has."""
     room_timeout: _Seconds = 60.0
     """How long a load may wait for others to make room."""
+    host: str = ""
+    """The name of the shared host that serves this application; empty: one of its own."""
+    config: str = ""
+    """A file that says which models the host has and what they may take; see docs/host-file.md."""
+    linger: _Seconds = 60.0
+    """How long a shared host that was started in the background stays without clients and models."""
     stable_after: _Seconds = 10.0
     """A worker that was ready for longer than this does not count as one that keeps dying."""
     cache: str = "on"

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_dl import config
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.errors import ProxyClosedError
-from onnx_dl.host import ModelHost, default_host
+from onnx_dl.host import ModelHost, default_host, shared_host
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec
 from onnx_dl.transport import shm
@@ -100,6 +100,14 @@ class ModelProxy:
         """
         self._model().load(self._lease)
 
+    def adopt(self) -> None:
+        """Loads the model and has the host itself hold it on this proxy's terms, also when this proxy and
+        this application are gone.
+
+        Raises: what the first call would raise.
+        """
+        self._model().adopt(self._lease)
+
     async def aload(self) -> None:
         """:meth:`load`, in a thread, for asyncio."""
         import asyncio  # costs 50 ms that most programs need not pay
@@ -164,12 +172,14 @@ class ModelProxy:
         return self.__copy__()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A proxy is the name of a model and may be pickled; the other process has a host of its own.
+        """A proxy is the name of a model and may be pickled; the other process has a host of its own, unless
+        this proxy's is shared.
 
         Memory that the model is loaded from, if it is no file, goes along as it is now.
         """
         memory = {name: _bytes_of(make()) for name, make in self._memory.items()}
-        return _unpickled, (type(self), self._spec, memory, *self._terms(), self._travelling())
+        rest = (*self._terms(), self._travelling(), self._host.name)
+        return _unpickled, (type(self), self._spec, memory, *rest)
 
     def _terms(self) -> tuple[float, str]:
         return self._lease.ttl, self._lease.latency
@@ -210,10 +220,17 @@ def _another(
     return proxy
 
 
-def _unpickled(cls: type[ModelProxy], spec: ModelSpec, memory: dict[str, bytes], *rest: Any) -> ModelProxy:
-    return _another(
-        cls, spec, {name: functools.partial(shm.freeze, data) for name, data in memory.items()}, *rest
-    )
+def _unpickled(
+    cls: type[ModelProxy],
+    spec: ModelSpec,
+    memory: dict[str, bytes],
+    ttl: float,
+    latency: str,
+    more: dict[str, Any],
+    host: str | None,
+) -> ModelProxy:
+    frozen = {name: functools.partial(shm.freeze, data) for name, data in memory.items()}
+    return _another(cls, spec, frozen, ttl, latency, more, None if host is None else shared_host(host))
 
 
 def _bytes_of(fd: int) -> bytes:

@@ -18,9 +18,11 @@ from onnx_dl import config, installation, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.described import DescribedProxy
-from onnx_dl.errors import OnnxDLError
+from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
+from onnx_dl.model import ModelSpec
+from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch
 
 _MISSING: Final = object()
@@ -107,6 +109,25 @@ class InferenceSessionProxy(DescribedProxy):
         self._falls_back: bool | None = None
         if eager:
             self.load()
+
+    @classmethod
+    def of_spec(cls, spec: ModelSpec, *, host: ModelHost, **terms: Any) -> Self:
+        """A proxy of a model that somebody else has described; ``terms``: ttl, latency, pin and priority.
+
+        Raises:
+            ValueError: a term cannot be.
+        """
+        if strange := terms.keys() - {"ttl", "latency", "pin", "priority"}:
+            raise ConfigError(
+                f"{', '.join(sorted(strange))}: the host's file says how {spec.name!r} is loaded; "
+                "only ttl, latency, pin and priority may be given with a name."
+            )
+        proxy = object.__new__(cls)
+        ModelProxy.__init__(proxy, spec, host=host, **terms)
+        proxy.__dict__.update(_model_path=spec.path, _model_bytes=None, _falls_back=None)
+        proxy.__dict__.update(_arguments=(None, {}), _live=None)
+        proxy._forget_metadata()
+        return proxy
 
     def _travelling(self) -> dict[str, Any]:
         own = ("_model_path", "_model_bytes", "_falls_back")

@@ -14,6 +14,9 @@ from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
+HOST: Final = b"host"
+"""Who holds a model that stays on behalf of nobody; no client has a name of four bytes."""
+
 _NOTHING: Final = Reading()
 
 
@@ -77,6 +80,15 @@ class Model:
     def priority(self) -> int:
         """The highest of those who hold the model."""
         return max(self.priorities.values(), default=0)
+
+    def grant(self, lease: tuple[bytes, int], ttl: float, pin: bool, priority: int) -> None:
+        """A proxy holds the model on these terms."""
+        self.leases[lease] = ttl
+        self.priorities[lease] = priority
+        if pin:
+            self.pins.add(lease)
+        else:
+            self.pins.discard(lease)
 
     def let_go(self, lease: tuple[bytes, int]) -> bool:
         """A proxy holds the model no more; whether it did."""

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.config import Settings
-from onnx_dl.errors import LoadTimeout, SupervisorError, WorkerDied
+from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
@@ -25,7 +25,7 @@ from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
-from onnx_dl.supervisor.records import Model, Worker
+from onnx_dl.supervisor.records import HOST, Model, Worker
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -123,10 +123,21 @@ class Scheduler(Admission):
             self._tell(client, m.Fate(ticket=ask.ticket, failure=self._fates.get(ask.worker_id)))
         return self._done()
 
-    def on_shutdown(self, client: bytes, ask: m.Shutdown, now: float) -> list[Command]:
-        """End every worker at once; Bye when all are reaped."""
+    def on_shutdown(
+        self, client: bytes, ask: m.Shutdown, now: float, *, gently: bool = False
+    ) -> list[Command]:
+        """End every worker at once, or like :meth:`on_stop`; Bye when all are reaped."""
         self._closing = [*(self._closing or []), (client, ask.ticket)]
-        self._kill_all(now)
+        if gently:
+            self._drain_all(now)
+        else:
+            self._kill_all(now)
+        return self._done()
+
+    def on_stop(self, now: float) -> list[Command]:
+        """The host is to end: calls that run may, within the time that a worker has to leave."""
+        self._closing = self._closing or []
+        self._drain_all(now)
         return self._done()
 
     def on_abandoned(self, now: float) -> list[Command]:
@@ -290,6 +301,19 @@ class Scheduler(Admission):
         return self._seq
 
     @property
+    def closing(self) -> bool:
+        """Whether the host takes no new work."""
+        return self._closing is not None
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether the host itself holds a model, or a load that it wants is under way."""
+        return any(
+            (HOST, 0) in model.leases or any(ask.for_host for _, ask in model.waiters)
+            for model in self._models.values()
+        )
+
+    @property
     def finished(self) -> bool:
         """Whether the host is closing and every worker is reaped."""
         return self._closing is not None and not self._by_worker
@@ -351,10 +375,7 @@ class Scheduler(Admission):
 
     def _grant(self, model: Model, client: bytes, ask: m.Acquire) -> None:
         assert model.worker is not None and model.worker.ready is not None
-        model.leases[client, ask.proxy] = ask.ttl
-        model.priorities[client, ask.proxy] = ask.priority
-        if ask.pin:
-            model.pins.add((client, ask.proxy))
+        model.grant((HOST, 0) if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
         ready = model.worker.ready
         granted = m.Granted(
             ticket=ask.ticket,
@@ -406,28 +427,36 @@ class Scheduler(Admission):
             model.worker.reason = reason
             self._emit(EventType.DRAINING, model, model.worker, now, reason=reason)
 
+    def _drain_all(self, now: float) -> None:
+        self._refuse_all()
+        for model in self._by_worker.values():
+            assert model.worker is not None
+            self._drain(model, "exit", now)
+            model.worker.kill_at = now + self._settings.exit_grace
+        self._say_bye()
+
     def _kill_all(self, now: float) -> None:
-        self._wishes.clear()
-        for model in list(self._models.values()):
-            if model.worker is None:  # it waited for room
-                waiters, model.waiters = model.waiters, []
-                for client, ask in waiters:
-                    self._refuse(client, ask)
+        self._refuse_all()
         for model in self._by_worker.values():
             assert model.worker is not None
             self._begin_drain(model, "exit", now)
+            self._kill_now(model.worker)
+        self._say_bye()
+
+    def _refuse_all(self) -> None:
+        """Nobody who waits will be served."""
+        self._wishes.clear()
+        for model in self._models.values():
             waiters, model.waiters = model.waiters, []
             for client, ask in waiters:
                 self._refuse(client, ask)
-            self._kill_now(model.worker)
-        self._say_bye()
 
     def _kill_now(self, worker: Worker) -> None:
         worker.killed = True
         self._out.append(KillWorker(worker.id))
 
     def _refuse(self, client: bytes, ask: m.Acquire) -> None:
-        error = SupervisorError(f"The host of {ask.spec.name} is shutting down; a new host can load it.")
+        error = HostClosing(f"The host of {ask.spec.name} is shutting down; a new host can load it.")
         self._tell(client, m.Denied(ticket=ask.ticket, failure=failures.describe(error)))
 
     def _say_bye(self) -> None:
