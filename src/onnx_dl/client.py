@@ -95,11 +95,14 @@ class RemoteModel:
         settings: Settings,
         blobs: Sequence[SharedBlob] = (),
         renew: Callable[[RemoteModel, Connection], None] | None = None,
+        companions: Callable[[], Sequence[RemoteModel]] = tuple,
     ) -> None:
         """``blobs``: the memory that it is loaded from; ``renew``: moves this to the next host when the
-        present one is gone, if there may be another."""
+        present one is gone, if there may be another; ``companions``: those that this application has in the
+        same group."""
         self.connection = connection
         self._renew = renew
+        self._companions = companions
         self.spec = spec
         self.description: ModelDescription | None = None
         self._load_timeout = settings.load_timeout
@@ -351,6 +354,7 @@ class RemoteModel:
                 self._renew(self, connection)
 
     def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool = False) -> m.Granted:
+        companions = [model for model in self._companions() if model is not self]
         try:
             answer = connection.ask(
                 lambda ticket: m.Acquire(
@@ -358,10 +362,11 @@ class RemoteModel:
                     proxy=lease.id,
                     spec=self.spec,
                     ttl=lease.ttl,
-                    file_bytes=self._file_bytes(),
+                    file_bytes=self._file_bytes() + sum(model._file_bytes() for model in companions),
                     pin=lease.pin,
                     priority=lease.priority,
                     for_host=for_host,
+                    companions=[model.spec for model in companions],
                 ),
                 self._load_timeout + self._room_timeout + _LOAD_MARGIN,
             )
@@ -506,7 +511,7 @@ class RemoteModel:
         deadline = threading.TIMEOUT_MAX if timeout is None else timeout
         try:
             answer = self.connection.ask(
-                lambda ticket: m.Unload(ticket=ticket, key=self.spec.key, force=force), deadline
+                lambda ticket: m.Unload(ticket=ticket, key=self.spec.unit, force=force), deadline
             )
         except TimeoutError:
             raise UnloadTimeout(
@@ -520,7 +525,7 @@ class RemoteModel:
     def status(self, *, measure: bool = True) -> ModelStatus | None:
         """How the model fares; None if the supervisor does not know it.  Loads nothing."""
         answer = self.connection.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=measure))
-        return next((status for status in answer.models if status.key == self.spec.key), None)
+        return next((status for status in answer.models if status.key == self.spec.unit), None)
 
     def leave(self, lease: Lease) -> None:
         """A proxy is closed or collected.  Runs in finalizers, so it takes no lock and waits for nothing."""

@@ -77,6 +77,17 @@ def parse_runs(value: object) -> int | None:
     raise ConfigError(f"max_runs={value!r} is no number of calls; give an int from 1 on, or None.")
 
 
+def parse_group(value: object) -> str | None:
+    """The name of a group, or None.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise ConfigError(f"group={value!r} is no name of a group; give text that is not empty, or None.")
+
+
 _SWITCH: Final = {
     "1": True,
     "yes": True,

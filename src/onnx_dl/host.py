@@ -64,6 +64,15 @@ class Preloadable(Protocol):
     def load(self) -> None: ...
 
 
+class Member(Protocol):
+    """A proxy of a model that may be in a group."""
+
+    @property
+    def group(self) -> str | None: ...
+
+    def companion(self) -> RemoteModel | None: ...
+
+
 class ModelHost:
     """One supervisor process and what this application has in it.
 
@@ -88,6 +97,7 @@ class ModelHost:
             size = str(config.parse_size(memory_limit))
             self._settings = msgspec.structs.replace(self._settings, memory_limit=size)
         self._bus = EventBus()
+        self._groups: dict[str, weakref.WeakSet[Member]] = {}
         self._reset()
         _hosts.add(self)
 
@@ -246,11 +256,23 @@ class ModelHost:
             if model is None:
                 renew = None if self.name is None else functools.partial(self._renew, memory)
                 blobs = self._shared(connection, spec, memory)
-                model = RemoteModel(connection, spec, self._settings, blobs, renew)
+                together = functools.partial(self._members, spec.group)
+                model = RemoteModel(connection, spec, self._settings, blobs, renew, together)
                 self._models[spec.key] = model
             elif model.connection is not connection:
                 model.move(connection, self._shared(connection, spec, memory))
             return model
+
+    def join(self, proxy: Member) -> None:
+        """A proxy was made; those of one group are loaded together."""
+        if proxy.group is not None:
+            self._groups.setdefault(proxy.group, weakref.WeakSet()).add(proxy)
+
+    def _members(self, group: str | None) -> list[RemoteModel]:
+        if group is None:
+            return []
+        found = [proxy.companion() for proxy in list(self._groups.get(group, ())) if proxy.group == group]
+        return list({model.spec.key: model for model in found if model is not None}.values())
 
     def _renew(self, memory: Mapping[str, Callable[[], int]], model: RemoteModel, failed: Connection) -> None:
         """The host that this connection led to is gone or going: finds the next one, or starts it."""
@@ -378,7 +400,7 @@ class ModelHost:
 
     def _on_event(self, event: ModelEvent) -> None:
         """In the connection's thread: must not wait for anything."""
-        if model := self._models.get(event.key):
+        for model in list(self._models.values()):
             model.on_event(event)
         self._events.put(event)
 

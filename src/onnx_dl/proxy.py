@@ -54,6 +54,7 @@ class ModelProxy:
         self._spec = spec
         self._memory = memory
         self._remote: RemoteModel | None = None
+        self._host.join(self)
         # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
         # itself for ever.
         self._finalizer = weakref.finalize(self, _release, self._lease, weakref.ref(self._host), spec.key)
@@ -88,7 +89,9 @@ class ModelProxy:
         """Whether a worker has the model ready now.  Never loads it, and does not count as a use."""
         model = self._host.known_model(self._spec.key)
         status = model.status(measure=False) if model is not None else None
-        return status is not None and status.state is ModelState.READY
+        if status is None or status.state is not ModelState.READY:
+            return False
+        return self._spec.group is None or self._spec.key in status.members
 
     def load(self) -> None:
         """Loads the model now, so that its first call need not wait; returns when it is ready.
@@ -185,6 +188,15 @@ class ModelProxy:
         return self._lease.ttl, self._lease.latency
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> str | None:
+        """The name of the group whose models share one worker, if it is in one."""
+        return self._spec.group
+
+    def companion(self) -> RemoteModel | None:
+        """The model, for others of its group to load it with them; None if the proxy is closed."""
+        return None if self._lease.closed else self._model()
 
     def _model(self) -> RemoteModel:
         """The model as the client knows it, with the supervisor started if need be."""

@@ -54,6 +54,9 @@ class InferenceSessionProxy(DescribedProxy):
         max_memory: bytes, or text such as ``"300MB"``: a worker that has more memory of its own after a call
             is replaced by another before the next; nobody sees an error.
         max_runs: calls after which a worker is replaced by another.
+        group: a name: all models of a host that have the same live in one worker, and are loaded, limited and
+            unloaded together.  It costs less memory than several, a CUDA context each above all; a crash of
+            one is a crash of all, and memory comes back only for all.
         eager: load the model now, so that what is wrong with it is raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -81,6 +84,7 @@ class InferenceSessionProxy(DescribedProxy):
         priority: int = 0,
         max_memory: int | str | None = None,
         max_runs: int | None = None,
+        group: str | None = None,
         eager: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -101,6 +105,7 @@ class InferenceSessionProxy(DescribedProxy):
             kwargs,
             None if max_memory is None else config.parse_size(max_memory),
             config.parse_runs(max_runs),
+            config.parse_group(group),
         )
         terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
         super().__init__(found.spec, host=host, memory=found.memory, **terms)  # type: ignore[arg-type]

@@ -79,6 +79,7 @@ def describe(
     kwargs: dict[str, Any],
     max_memory: int | None = None,
     max_runs: int | None = None,
+    group: str | None = None,
 ) -> Source:
     """All that a worker needs to load the model, and the key that says which proxies share it.
 
@@ -101,6 +102,7 @@ def describe(
         "surroundings": surroundings,
         "max_memory": max_memory,
         "max_runs": max_runs,
+        "group": group,
     }
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     spec = _spec(path, digest, os.getcwd(), how)
@@ -125,6 +127,7 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
         "surroundings": spec.surroundings,
         "max_memory": spec.max_memory,
         "max_runs": spec.max_runs,
+        "group": spec.group,
     }
     return _spec(spec.path, spec.blob, spec.cwd, how)
 

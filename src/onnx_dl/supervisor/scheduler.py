@@ -20,7 +20,7 @@ from onnx_dl.config import Settings
 from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.model import ModelSpec, ModelStatus, Usage, group_spec
 from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
@@ -58,10 +58,14 @@ class Scheduler(Admission):
         if self._closing is not None:
             self._refuse(client, ask)
             return self._done()
-        model = self._models.setdefault(ask.spec.key, Model(ask.spec.key, ask.spec))
-        if model.state is ModelState.READY:
+        model = self._models.setdefault(ask.spec.unit, Model(ask.spec.unit, ask.spec))
+        model.join(ask)
+        if model.state is ModelState.READY and model.serves(ask):
             self._grant(model, client, ask)
             self._retime(model)
+        elif model.state is ModelState.READY:
+            model.waiters.append((client, ask))
+            self._drain(model, "regrouped", now)
         elif model.state is ModelState.FAILED and now < model.retry_at:
             self._deny(client, ask.ticket, model, now)
         else:
@@ -355,11 +359,11 @@ class Scheduler(Admission):
         self._out.append(TellWorker(worker_id, message))
 
     def _load(self, model: Model, spec: ModelSpec, now: float) -> None:
-        model.spec = spec
+        model.spec = group_spec(list(model.members.values())) if model.members else spec
         model.step(LifecycleEvent.LOAD_REQUESTED, now)
         worker = model.worker = Worker(next(self._ids), now)
         self._by_worker[worker.id] = model
-        self._out.append(StartWorker(worker.id, spec))
+        self._out.append(StartWorker(worker.id, model.spec))
         self._emit(EventType.LOADING, model, worker, now)
 
     def _welcome(self, model: Model, ready: m.WorkerReady, now: float) -> None:
@@ -368,22 +372,32 @@ class Scheduler(Admission):
         self._emit(EventType.READY, model, model.worker, now, seconds=ready.seconds)
         waiters, model.waiters = model.waiters, []
         for client, ask in waiters:
-            self._grant(model, client, ask)
+            if model.serves(ask):
+                self._grant(model, client, ask)
+            else:
+                model.waiters.append((client, ask))
         self._retime(model)
-        if not model.leases:  # all who asked have gone meanwhile
+        if model.waiters:  # they came while it loaded without theirs
+            self._drain(model, "regrouped", now)
+        elif not model.leases:  # all who asked have gone meanwhile
             self._drain(model, "exit", now)
 
     def _grant(self, model: Model, client: bytes, ask: m.Acquire) -> None:
         assert model.worker is not None and model.worker.ready is not None
-        model.grant((HOST, 0) if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
         ready = model.worker.ready
+        description, key = ready.description, ask.spec.key
+        if (failure := description.failed.get(key)) is not None:
+            self._tell(client, m.Denied(ticket=ask.ticket, failure=msgspec.convert(failure, m.Failure)))
+            return
+        model.grant((HOST, 0) if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
         granted = m.Granted(
             ticket=ask.ticket,
             worker_id=model.worker.id,
             pid=model.worker.pid or 0,
             address=ready.address,
             secret=ready.secret,
-            description=ready.description,
+            description=description.members.get(key, description),
+            model=key if model.spec.members else "",
         )
         self._tell(client, granted)
 

@@ -120,6 +120,8 @@ class Acquire(Message):
     priority: int = 0
     for_host: bool = False
     """It is the host that is to hold the model from then on, also when the client is gone."""
+    companions: list[ModelSpec] = []
+    """Other models of its group that this client has proxies of: they are loaded together."""
 
 
 class Granted(Message):
@@ -131,6 +133,8 @@ class Granted(Message):
     address: str
     secret: str
     description: ModelDescription
+    model: str = ""
+    """By which lanes name it, where the worker has several."""
 
 
 class Denied(Message):
@@ -367,6 +371,7 @@ class LaneHello(Message):
     secret: str
     reply_to: str | None = None
     poll: bool = False
+    model: str = ""
 
 
 class LaneOpen(Message):
