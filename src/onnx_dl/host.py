@@ -58,6 +58,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Bytes that all workers together may take."""
     memory_in_use: int = 0
     """Bytes of it that are taken or reserved: workers' PSS, loads in progress, workers on their way out."""
+    metrics: str | None = None
+    """Where the supervisor serves metrics (``ONNX_DL_METRICS``): host and port."""
 
 
 class Preloadable(Protocol):
@@ -266,6 +268,7 @@ class ModelHost:
             status.host,
             status.memory_limit,
             status.memory_in_use,
+            status.metrics,
         )
 
     def events(self) -> EventStream:
@@ -336,20 +339,23 @@ def _start_supervisor(address: str, secret: str, settings: config.Settings) -> s
 def _await_ready(
     process: subprocess.Popen[bytes], ready: int, orders: bytes, timeout: float
 ) -> subprocess.Popen[bytes]:
-    """Gives the orders and waits for the byte that says that they are carried out."""
+    """Gives the orders and waits for the byte that says that they are carried out, or the reason why not."""
     assert process.stdin is not None
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(orders)
         poll = select.poll()
         poll.register(ready, select.POLLIN)
-        if poll.poll(timeout * 1000) and os.read(ready, 1):
+        said = os.read(ready, select.PIPE_BUF) if poll.poll(timeout * 1000) else b""
+        if said == b"!":
             return process
     finally:
         os.close(ready)
     process.kill()
+    status = process.wait()
     raise SupervisorStartError(
-        f"The onnx-dl supervisor did not come up (exit status {process.wait()}); its stderr, above, says why."
+        said.decode(errors="replace")
+        or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr, above, says why."
     )
 
 

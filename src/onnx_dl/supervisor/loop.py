@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -29,6 +29,7 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.scheduler import Scheduler
@@ -36,6 +37,9 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel, Listener, Socket
+
+if TYPE_CHECKING:
+    from onnx_dl.supervisor.scrape import Scrape
 
 
 class _Client:
@@ -75,6 +79,7 @@ class Supervisor:
     """Serves clients until the last one is gone."""
 
     def __init__(self, processes: Processes, address: str, secret: str, settings: Settings) -> None:
+        self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
         self._secret = secret
         self._processes = processes
         epoch = time.time() - time.monotonic()
@@ -89,6 +94,7 @@ class Supervisor:
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
+        self._metrics = Metrics()
         self._wakeup = _signals()
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -105,6 +111,8 @@ class Supervisor:
             if self._abandoned_at is not None and now >= self._abandoned_at:
                 self._abandoned_at = None
                 self._carry_out(self._scheduler.on_abandoned(now))
+        if self._scrape is not None:
+            self._scrape.close()
         self._processes.close()
         # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
         self._context.destroy(linger=500)
@@ -116,6 +124,7 @@ class Supervisor:
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
         fds = [self._listener.fileno(), self._wakeup, *self._processes.sources()]
+        fds += [] if self._scrape is None else [self._scrape.fileno()]
         for fd in (*fds, *(fd for client in self._clients for fd in client.sources())):
             poller.register(fd, zmq.POLLIN)
         return poller
@@ -132,6 +141,8 @@ class Supervisor:
         self._processes.handle(ready)
         if self._listener.fileno() in ready and (channel := self._listener.accept()):
             self._clients.append(_Client(channel))
+        if self._scrape is not None and self._scrape.fileno() in ready:
+            self._scrape.answer(self._facts)
         for client in list(self._clients):
             if client.pidfd in ready or client.lifeline.fileno() in ready:
                 self._hear_lifeline(client, gone=client.pidfd in ready)
@@ -151,6 +162,7 @@ class Supervisor:
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
                 case Emit(event):
+                    self._metrics.on_event(event)
                     for known in self._clients:
                         if known.identity is not None:
                             self._send(known.identity, m.Published(event=event))
@@ -169,10 +181,11 @@ class Supervisor:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
-        self._forget(worker_id)
+        self._forget(worker_id, reading)
         self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
 
-    def _forget(self, worker_id: int) -> None:
+    def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
+        self._metrics.on_gone(worker_id, reading)
         self._workers.pop(self._identities.pop(worker_id), None)
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
@@ -257,8 +270,7 @@ class Supervisor:
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:
-            for worker_id in self._scheduler.pids():
-                self._scheduler.on_measured(worker_id, self._measure(worker_id))
+            self._measure_all()
         return m.Status(
             ticket=ask.ticket,
             seq=self._scheduler.seq,
@@ -266,7 +278,18 @@ class Supervisor:
             models=self._scheduler.snapshot(now, self._processes.readings()),
             memory_limit=self._scheduler.memory_limit,
             memory_in_use=self._scheduler.memory_in_use,
+            metrics=None if self._scrape is None else self._scrape.address,
         )
+
+    def _facts(self) -> Facts:
+        self._measure_all()
+        scheduler, readings = self._scheduler, self._processes.readings()
+        models = scheduler.snapshot(time.monotonic(), readings)
+        return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.memory_in_use)
+
+    def _measure_all(self) -> None:
+        for worker_id in self._scheduler.pids():
+            self._scheduler.on_measured(worker_id, self._measure(worker_id))
 
     def _blob(self, name: str) -> int | None:
         kept = (blob for client in self._clients for blob in client.blobs.values())
@@ -329,6 +352,15 @@ class Supervisor:
             self._carry_out(self._scheduler.on_client_gone(client.identity, now))
             if not any(other.identity for other in self._clients):
                 self._carry_out(self._scheduler.on_abandoned(now))
+
+
+def _scrape(address: str) -> Scrape | None:
+    """Who serves metrics; what that needs is imported only if somebody wants them."""
+    if not address:
+        return None
+    from onnx_dl.supervisor.scrape import Scrape
+
+    return Scrape(address)
 
 
 def _signals() -> int:

@@ -1,19 +1,21 @@
 """Entry point of the supervisor process.
 
 The application that starts it writes one JSON object to its stdin (:class:`Orders`) and waits for one byte on
-a pipe, which says that the sockets are bound.
+a pipe, ``!``, which says that the sockets are bound, or for a text that says why they are not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import sys
 from typing import Final
 
 import msgspec
 
 from onnx_dl.config import Settings
+from onnx_dl.errors import OnnxDLError
 from onnx_dl.supervisor.process import Processes
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -37,7 +39,12 @@ def main() -> None:
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 
-    supervisor = Supervisor(processes, orders.address, orders.secret, orders.settings)
+    try:
+        supervisor = Supervisor(processes, orders.address, orders.secret, orders.settings)
+    except OnnxDLError as error:
+        processes.close()
+        os.write(orders.ready_fd, str(error).encode()[: select.PIPE_BUF])
+        sys.exit(1)
     os.write(orders.ready_fd, b"!")
     os.close(orders.ready_fd)
     supervisor.run()
