@@ -153,7 +153,8 @@ def test_the_listener_is_the_supervisors_alone(
             (template,) = supervisor_of(host).children()
             template.kill()
             eventually(lambda: is_gone(template.pid), "the template is reaped")
-            host.open(scaled(), providers=CPU).load()
+            proxy = host.open(scaled(), providers=CPU)
+            proxy.load()
             supervisor, *others = family(supervisor_of(host).pid)
             assert any(found.status == psutil.CONN_LISTEN for found in tcp(supervisor))
             assert others and not [process for process in others if tcp(process)]
