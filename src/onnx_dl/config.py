@@ -130,6 +130,24 @@ def parse_size(value: object) -> int:
     return int(float(match[1]) * _SIZES[(match[2] or "").lower()])
 
 
+_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})")
+
+
+def parse_address(value: str) -> tuple[str, int]:
+    """Host and port of text such as ``"127.0.0.1:9464"``, ``"localhost:0"``, ``"[::1]:9464"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+    """
+    match = _ADDRESS.fullmatch(value)
+    if match is None or int(match[2]) > 65535:
+        raise ConfigError(
+            f"{value!r} is no address; write host:port, such as 127.0.0.1:9464, or 0.0.0.0:9464 to be "
+            "reached from everywhere."
+        )
+    return match[1].strip("[]"), int(match[2])
+
+
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
@@ -169,6 +187,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that the load cache may take; beyond that, what was not used for longest goes."""
     cache_from: _Seconds = 0.15
     """Loads that take at least this long are saved for the next time."""
+    metrics: str = ""
+    """Where the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``; empty: nowhere."""
 
 
 _CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq"), "cache": ("on", "off")}
@@ -187,6 +207,8 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
             _check_choice(variable, field, text)
             if field in ("cache_limit", "memory_limit"):
                 parse_size(text)
+            if field == "metrics":
+                parse_address(text)
             found[field] = text
     try:
         return msgspec.convert(found, Settings, strict=False)

@@ -56,6 +56,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Bytes that all workers together may take."""
     memory_in_use: int = 0
     """Bytes of it that are taken or reserved: workers' PSS, loads in progress, workers on their way out."""
+    metrics: str | None = None
+    """Where the supervisor serves metrics (``ONNX_DL_METRICS``): host and port."""
 
 
 class Preloadable(Protocol):
@@ -388,6 +390,7 @@ class ModelHost:
             status.host,
             status.memory_limit,
             status.memory_in_use,
+            status.metrics,
         )
 
     def events(self) -> EventStream:

@@ -34,7 +34,9 @@ _LOOK_EVERY: Final = 0.01
 _RESTART: Final = 10.0
 """Seconds for a service manager to restart a host, before another is started in its place."""
 _READY: Final = b"!"
-"""What a supervisor says when it listens; one that another was faster than says something else."""
+"""What a supervisor says when it listens."""
+_TAKEN: Final = b"-"
+"""What it says if another was faster."""
 
 _C = TypeVar("_C")
 
@@ -113,8 +115,9 @@ def _start_shared(place: Place, settings: Settings) -> None:
         # Not our stderr: whoever reads that to its end would wait for the host.
         process, _ = _start(address, secret, settings, host=place.name, stdout=log, stderr=log)
     except SupervisorStartError as error:
-        last = place.log.read_text(errors="replace")[-2000:]
-        raise SupervisorStartError(f"The host {place.name!r} did not come up:\n{last}") from error
+        last = place.log.read_text(errors="replace")[-2000:].rstrip()
+        end = f"\nThe end of {place.log}:\n{last}" if last else ""
+        raise SupervisorStartError(f"The host {place.name!r} did not come up. {error}{end}") from error
     finally:
         os.close(log)
     process.wait(settings.start_timeout)  # it has put a process of its own into the background
@@ -164,11 +167,14 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, orders: bytes, ti
             stdin.write(orders)
         poll = select.poll()
         poll.register(ready, select.POLLIN)
-        if poll.poll(timeout * 1000) and (said := os.read(ready, 1)):
+        said = os.read(ready, select.PIPE_BUF) if poll.poll(timeout * 1000) else b""
+        if said in (_READY, _TAKEN):
             return said == _READY
     finally:
         os.close(ready)
     process.kill()
+    status = process.wait()
     raise SupervisorStartError(
-        f"The onnx-dl supervisor did not come up (exit status {process.wait()}); its stderr, above, says why."
+        said.decode(errors="replace")
+        or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr, above, says why."
     )

@@ -128,6 +128,27 @@ def test_bad_time(field, text):
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("localhost:0", ("localhost", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_addresses(text, address):
+    assert config.parse_address(text) == address
+    assert settings({"ONNX_DL_METRICS": text}).metrics == text
+
+
+@pytest.mark.parametrize(
+    "text", ["9464", ":9464", "host", "host:", "host:65536", "::1:9464", "a b:1", "http://h:1"]
+)
+def test_no_address(text):
+    with pytest.raises(ConfigError, match="write host:port"):
+        settings({"ONNX_DL_METRICS": text})
+
+
 def test_settings_come_from_the_real_environment_by_default(monkeypatch):
     monkeypatch.setenv("ONNX_DL_EXIT_GRACE", "1.25")
     assert settings().exit_grace == 1.25

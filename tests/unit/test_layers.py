@@ -128,6 +128,17 @@ def test_only_these_import_zmq():
     assert {name for name in MODULES if "zmq" in outside(name)} == ZMQ
 
 
+def test_metrics_cost_nothing_where_nobody_wants_them():
+    users = {name for name in MODULES if "prometheus_client" in outside(name)}
+    assert users == {"supervisor.families"}
+    for name in MODULES:
+        if name != "supervisor.scrape":
+            eager = imports(name, lazy=False)
+            assert not [
+                i for i in eager if i.startswith(("onnx_dl.supervisor.scrape", "onnx_dl.supervisor.families"))
+            ]
+
+
 @pytest.mark.parametrize("library", ["psutil", "pynvml"])
 def test_only_the_probe_measures(library):
     users = {name for name in MODULES if library in outside(name)}
@@ -143,7 +154,8 @@ def test_sockets_are_imported_by_transport_only():
 
 
 @pytest.mark.parametrize(
-    "name", ["supervisor.scheduler", "supervisor.ledger", "supervisor.records", "workers.gate"]
+    "name",
+    ["supervisor.scheduler", "supervisor.ledger", "supervisor.records", "supervisor.metrics", "workers.gate"],
 )
 def test_pure_modules_know_no_clocks_processes_or_sockets(name):
     assert not outside(name) & {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil"}

@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -30,6 +30,7 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.records import HOST
@@ -38,6 +39,9 @@ from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel, Listener, Socket
+
+if TYPE_CHECKING:
+    from onnx_dl.supervisor.scrape import Scrape
 
 
 class _Client:
@@ -87,6 +91,7 @@ class Supervisor:
     ) -> None:
         """``place``: where applications find it, if it serves more than the one that started it; it then
         stays for a while without clients, or, in the ``foreground``, until it is told to go."""
+        self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
         self._secret = secret
         self._processes = processes
         self._settings = settings
@@ -105,6 +110,7 @@ class Supervisor:
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
+        self._metrics = Metrics()
         self._wakeup = _signals(foreground)
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -124,6 +130,8 @@ class Supervisor:
                 self._carry_out(self._scheduler.on_abandoned(now))
         if self._place is not None and not self._returns:
             self._place.withdraw()
+        if self._scrape is not None:
+            self._scrape.close()
         self._processes.close()
         # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
         self._context.destroy(linger=500)
@@ -135,6 +143,7 @@ class Supervisor:
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
         fds = [self._listener.fileno(), self._wakeup, *self._processes.sources()]
+        fds += [] if self._scrape is None else [self._scrape.fileno()]
         for fd in (*fds, *(fd for client in self._clients for fd in client.sources())):
             poller.register(fd, zmq.POLLIN)
         return poller
@@ -150,6 +159,8 @@ class Supervisor:
         self._processes.handle(ready)
         if self._listener.fileno() in ready and (channel := self._listener.accept()):
             self._clients.append(_Client(channel))
+        if self._scrape is not None and self._scrape.fileno() in ready:
+            self._scrape.answer(self._facts)
         for client in list(self._clients):
             if client.pidfd in ready or client.lifeline.fileno() in ready:
                 self._hear_lifeline(client, gone=client.pidfd in ready)
@@ -192,6 +203,7 @@ class Supervisor:
                 case Emit(event):
                     if self._foreground:
                         print(event, flush=True)
+                    self._metrics.on_event(event)
                     for known in self._clients:
                         if known.identity is not None:
                             self._send(known.identity, m.Published(event=event))
@@ -210,10 +222,11 @@ class Supervisor:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
-        self._forget(worker_id)
+        self._forget(worker_id, reading)
         self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
 
-    def _forget(self, worker_id: int) -> None:
+    def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
+        self._metrics.on_gone(worker_id, reading)
         self._workers.pop(self._identities.pop(worker_id), None)
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
@@ -306,8 +319,7 @@ class Supervisor:
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:
-            for worker_id in self._scheduler.pids():
-                self._scheduler.on_measured(worker_id, self._measure(worker_id))
+            self._measure_all()
         return m.Status(
             ticket=ask.ticket,
             seq=self._scheduler.seq,
@@ -316,7 +328,18 @@ class Supervisor:
             models=self._scheduler.snapshot(now, self._processes.readings()),
             memory_limit=self._scheduler.memory_limit,
             memory_in_use=self._scheduler.memory_in_use,
+            metrics=None if self._scrape is None else self._scrape.address,
         )
+
+    def _facts(self) -> Facts:
+        self._measure_all()
+        scheduler, readings = self._scheduler, self._processes.readings()
+        models = scheduler.snapshot(time.monotonic(), readings)
+        return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.memory_in_use)
+
+    def _measure_all(self) -> None:
+        for worker_id in self._scheduler.pids():
+            self._scheduler.on_measured(worker_id, self._measure(worker_id))
 
     def _blob(self, name: str) -> int | None:
         kept = (blob for client in self._clients for blob in client.blobs.values())
@@ -379,6 +402,15 @@ class Supervisor:
             self._carry_out(self._scheduler.on_client_gone(client.identity, now))
             if self._place is None and not any(other.identity for other in self._clients):
                 self._carry_out(self._scheduler.on_abandoned(now))
+
+
+def _scrape(address: str) -> Scrape | None:
+    """Who serves metrics; what that needs is imported only if somebody wants them."""
+    if not address:
+        return None
+    from onnx_dl.supervisor.scrape import Scrape
+
+    return Scrape(address)
 
 
 def _signals(foreground: bool) -> int:

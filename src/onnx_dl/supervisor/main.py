@@ -1,7 +1,7 @@
 """Entry point of the supervisor process.
 
-Who starts it writes one JSON object to its stdin (:class:`Orders`) and waits for one byte on a pipe: ``!``
-says that its sockets are bound, ``-`` that another process is the host of this name already.
+Who starts it writes one JSON object to its stdin (:class:`Orders`) and waits for what it says on a pipe:
+``!``, its sockets are bound; ``-``, another process is the host of this name already; else, why it failed.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import sys
 from typing import Final
 
 import msgspec
 
 from onnx_dl.config import Settings
+from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.process import Processes
 
@@ -41,12 +43,21 @@ def main() -> None:
     if orders.host is not None and os.fork():
         os._exit(0)  # whoever started a shared host need not wait for its end
     _detach()
-    if not serve(orders):
-        _tell(orders, b"-")
+    try:
+        served = serve(orders)
+    except OnnxDLError as error:
+        _tell(orders, str(error))
+        sys.exit(1)
+    if not served:
+        _tell(orders, "-")
 
 
 def serve(orders: Orders) -> bool:
-    """Serves until there is nobody left to serve; false, at once, if there is another host of this name."""
+    """Serves until there is nobody left to serve; false, at once, if there is another host of this name.
+
+    Raises:
+        OnnxDLError: what the settings ask for cannot be had.
+    """
     _take_in_orphans()
     place = None if orders.host is None else Place(orders.host)
     if place is not None and not place.claim():
@@ -70,15 +81,15 @@ def serve(orders: Orders) -> bool:
     if orders.foreground:
         said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
         print(said, flush=True)
-    _tell(orders, b"!")
+    _tell(orders, "!")
     supervisor.run()
     return True
 
 
-def _tell(orders: Orders, byte: bytes) -> None:
+def _tell(orders: Orders, text: str) -> None:
     if orders.ready_fd is not None:
         with contextlib.suppress(BrokenPipeError):  # it has gone; others may come
-            os.write(orders.ready_fd, byte)
+            os.write(orders.ready_fd, text.encode()[: select.PIPE_BUF])
         os.close(orders.ready_fd)
 
 

@@ -213,6 +213,8 @@ class Status(Message):
     """The name of a shared host."""
     memory_limit: int | None = None
     memory_in_use: int = 0
+    metrics: str | None = None
+    """Where metrics are served: host and port."""
 
 
 class AskFate(Message):

@@ -209,6 +209,17 @@ class Listener:
         self._sock.close()
 
 
+def resolve(host: str) -> tuple[int, str]:
+    """The family of a host's first TCP address, and the address, to listen at.
+
+    Raises:
+        OSError: nobody knows the host.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    return family, str(address[0])
+
+
 class Waker:
     """Wakes a poll() in another thread; ``wake`` may be called from anywhere, finalizers included."""
 
