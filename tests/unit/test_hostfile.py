@@ -320,6 +320,74 @@ def test_refused(text, line, reason, base):
     assert told.endswith(".") and not told.endswith("..")
 
 
+ODD = [
+    *(
+        "0",
+        "-1",
+        "1",
+        "true",
+        "1.5",
+        "nan",
+        "inf",
+        str(2**70),
+        str(-(2**70)),
+        '""',
+        '"a"',
+        '"A\\u0000"',
+        "1979-05-27",
+    ),
+    *(
+        "[]",
+        "[1]",
+        '["a"]',
+        '[["a"]]',
+        '[["a", {}]]',
+        f'[["a", {{b = {2**70}}}]]',
+        "[{}]",
+        '[{a = "b"}]',
+        "[{a = {}}]",
+    ),
+    *(
+        "{}",
+        '{a = "b"}',
+        "{a = 1}",
+        "{a = {}}",
+        "{a = {shape = [1]}}",
+        "{a = {shape = [], fill = nan}}",
+        "[[[]]]",
+    ),
+]
+PLACES = {
+    "": hosttables.HostTable,
+    "defaults.": hosttables.DefaultsTable,
+    "models.vad.": hosttables.ModelTable,
+    "defaults.options.": hosttables.SessionTable,
+    "models.vad.warmup.x.": hosttables.InputTable,
+}
+KEYS = [place + key for place, kind in PLACES.items() for key in kind.__struct_fields__]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_whatever_stands_there_is_taken_or_refused_by_name(key, base):
+    """And what is taken can travel."""
+    others = {"models.vad.path": '"vad.onnx"', "models.vad.warmup.x.shape": "[1]"}
+    needed = {"models": {}, "models.vad.warmup": {"models.vad.path"}, "models.vad.path": set()}.get(
+        key, others
+    )
+    for value in ODD:
+        text = "\n".join(
+            [*(f"{name} = {others[name]}" for name in needed if name != key), f"{key} = {value}"]
+        )
+        try:
+            found = parse(text, str(base))
+        except ConfigError as error:
+            assert key in str(error), text
+        else:
+            assert msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=HostFile).models.keys() <= {
+                "vad"
+            }
+
+
 def test_one_file_with_other_options_is_another_model(base):
     text = f'{VAD}[models.other]\npath = "vad.onnx"\noptions.intra_op_num_threads = 1'
     vad, other = parse(text, str(base)).models.values()
