@@ -41,6 +41,20 @@ def parse_ttl(value: object) -> float:
     return seconds
 
 
+def parse_time(value: object) -> float:
+    """Seconds from 0 to a million.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no such time.
+    """
+    seconds = _seconds(value)
+    if seconds is None or not 0 <= seconds <= 1e6:
+        raise ConfigError(
+            f'{value!r} is no time; write seconds from 0 to 1000000, or text such as "90s" or "5m".'
+        )
+    return seconds
+
+
 def parse_latency(value: object) -> str:
     """``"normal"`` or ``"low"``.
 
@@ -123,11 +137,12 @@ def parse_size(value: object) -> int:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
     """
     match = _SIZE.fullmatch(str(value)) if isinstance(value, str | int) else None
-    if match is None or isinstance(value, bool):
+    nbytes = float(match[1]) * _SIZES[(match[2] or "").lower()] if match else math.inf
+    if isinstance(value, bool) or nbytes >= 2**63:
         raise ConfigError(
             f'{value!r} is no size; write a number of bytes or, for example, "2GiB" or "500MB".'
         )
-    return int(float(match[1]) * _SIZES[(match[2] or "").lower()])
+    return int(nbytes)
 
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})")

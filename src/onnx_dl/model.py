@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from onnx_dl.errors import ConfigError
 from onnx_dl.lifecycle import ModelState
 
 
@@ -177,3 +178,27 @@ def model_key(identity: object, *how: object) -> str:
     """A digest of what the model is and how it is loaded: equal keys share one worker."""
     plain = msgspec.json.encode([identity, *how], order="deterministic", enc_hook=to_plain)
     return hashlib.sha256(plain).hexdigest()[:32]
+
+
+def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -> ModelSpec:
+    """The spec, with its key, of a model that onnxruntime runs; ``how``: the spec's fields that say how.
+
+    Raises:
+        ConfigError: the path is not UTF-8.
+        OSError: the file cannot be looked at.
+    """
+    try:
+        f"{path}{cwd}".encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
+        ) from None
+    return ModelSpec(
+        # The working directory tells where a model given as bytes finds its external data, and profiles land.
+        key=model_key(file_identity(os.path.join(cwd, path)) if path else blob, how, cwd),
+        name=path or f"bytes:{str(blob)[:12]}",
+        cwd=cwd,
+        path=path,
+        blob=blob,
+        **how,
+    )

@@ -167,3 +167,20 @@ def test_addresses_are_unguessable_and_fit_a_socket():
     for address in found:
         assert address.startswith(f"onnx-dl/{os.getuid()}/worker/")
         assert len(address) + len("/lifeline") < 100
+
+
+@pytest.mark.parametrize(("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5m", 300.0), (1_000_000, 1e6)])
+def test_times(value, seconds):
+    assert config.parse_time(value) == seconds
+
+
+@pytest.mark.parametrize("value", [-1, True, None, 1e6 + 1, math.inf, math.nan, "5", "1000h", []])
+def test_times_refused(value):
+    with pytest.raises(ConfigError, match="is no time; write seconds from 0 to 1000000, or text such as"):
+        config.parse_time(value)
+
+
+@pytest.mark.parametrize("value", [2**63, "9" * 400, "9000000000GiB", True, -1, 1.5, None, "x"])
+def test_sizes_refused(value):
+    with pytest.raises(ConfigError, match="is no size"):
+        config.parse_size(value)

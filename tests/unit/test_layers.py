@@ -15,6 +15,8 @@ ROOT = Path(onnx_dl.__file__).parent
 # From the bottom.  A room is a module, or a package with all that is in it.
 HEIGHT = {
     "errors": 0,
+    "hosttables": 1,
+    "tomllines": 1,
     "lifecycle": 1,
     "model": 1,
     "config": 1,
@@ -22,6 +24,7 @@ HEIGHT = {
     "installation": 2,
     "makers": 2,
     "external": 2,
+    "hostfile": 2,
     "machine": 2,
     "recorder": 2,
     "remarks": 2,
