@@ -28,7 +28,7 @@ from onnx_dl.errors import (
     WorkerDied,
 )
 from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.external import external_files
+from onnx_dl.external import bytes_of
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -389,13 +389,9 @@ class RemoteModel:
 
     def _file_bytes(self) -> int:
         """Of the model's files, those beside it included; 0 where they cannot be looked at."""
-        total = sum(blob.nbytes for blob in self._blobs)
-        if self.spec.path:
-            path = os.path.join(self.spec.cwd, self.spec.path)
-            with contextlib.suppress(OSError, ValueError):
-                total += os.path.getsize(path)
-                total += sum(map(os.path.getsize, external_files(path)))
-        return total
+        path = self.spec.path
+        beside = bytes_of(os.path.join(self.spec.cwd, path)) if path else 0
+        return beside + sum(blob.nbytes for blob in self._blobs)
 
     def _accept(self, lease: Lease, answer: m.Granted) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""

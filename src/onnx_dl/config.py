@@ -224,7 +224,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
                 parse_size(text)
             if field == "metrics":
                 parse_address(text)
-            found[field] = text
+            found[field] = os.path.abspath(text) if field == "config" else text
     try:
         return msgspec.convert(found, Settings, strict=False)
     except msgspec.ValidationError as error:

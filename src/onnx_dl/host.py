@@ -26,9 +26,9 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import config, starting
+from onnx_dl import starting
 from onnx_dl.client import RemoteModel, SharedBlob
-from onnx_dl.config import KEEP
+from onnx_dl.config import KEEP, check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import OnnxDLError, SupervisorDied, SupervisorError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
@@ -87,17 +87,26 @@ class ModelHost:
     """Of a host that several applications share."""
     _starts = True
 
-    def __init__(self, *, memory_limit: int | str | None = None) -> None:
+    def __init__(
+        self, *, memory_limit: int | str | None = None, config: str | os.PathLike[str] | None = None
+    ) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
         ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
+
+        ``config``: a file that says which models the host has and what they may take (docs/host-file.md);
+        None: what ``ONNX_DL_CONFIG`` says.  It is read when the supervisor starts, which raises if it cannot
+        be used, and again whenever it changes.
 
         Raises:
             ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no size.
         """
-        self._settings = config.settings()
+        given: dict[str, str] = {}
         if memory_limit is not None:
-            size = str(config.parse_size(memory_limit))
-            self._settings = msgspec.structs.replace(self._settings, memory_limit=size)
+            given["memory_limit"] = str(parse_size(memory_limit))
+        self._firm = list(given)
+        if config is not None:
+            given["config"] = os.path.abspath(config)
+        self._settings = msgspec.structs.replace(settings(), **given)
         self._bus = EventBus()
         self._groups: dict[str, weakref.WeakSet[Member]] = {}
         self._reset()
@@ -132,14 +141,14 @@ class ModelHost:
             return self._connection
         if sys.is_finalizing() or _exiting:
             raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
-        config.check_platform()
+        check_platform()
         self._bury()
         self._events = queue.SimpleQueue()
         self._blobs = weakref.WeakValueDictionary()
         if self.name is not None:
             self._connection = starting.reach(self.name, self._settings, self._link, start=self._starts)
         else:
-            self._process, address, secret = starting.start_private(self._settings)
+            self._process, address, secret = starting.start_private(self._settings, self._firm)
             self._connection = self._link(address, secret)
         self._teller = threading.Thread(
             target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True
@@ -444,7 +453,7 @@ def default_host() -> ModelHost:
     global _default
     with _default_lock:
         if _default is None:
-            name = config.settings().host
+            name = settings().host
             _default = shared_host(name) if name else ModelHost()
         return _default
 

@@ -52,7 +52,6 @@ class Configured(Struct, frozen=True, kw_only=True):
     priority: int
     eager: bool
     warmup: dict[str, Warmup]
-    group: str
 
 
 class HostFile(Struct, frozen=True, kw_only=True):
@@ -164,7 +163,6 @@ class _Reader:
             priority=_first(given.priority, defaults.priority, 0),
             eager=bool(given.eager),
             warmup={key: self._input(key, one, where) for key, one in given.warmup.items()},
-            group=given.group or "",
         )
 
     def _spec(self, given: ModelTable, where: _Keys, providers: Any, common: dict[str, Any]) -> ModelSpec:
@@ -177,6 +175,7 @@ class _Reader:
             "surroundings": {},
             "max_memory": self._parsed(config.parse_size, given.max_memory, (*where, "max_memory")),
             "max_runs": given.max_runs,
+            "group": given.group or None,
         }
         path = os.path.join(self._base, os.path.expanduser(given.path))
         if not os.path.isfile(path):

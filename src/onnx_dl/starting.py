@@ -16,7 +16,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -41,14 +41,16 @@ _TAKEN: Final = b"-"
 _C = TypeVar("_C")
 
 
-def start_private(settings: Settings) -> tuple[subprocess.Popen[bytes], str, str]:
+def start_private(settings: Settings, firm: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], str, str]:
     """A supervisor of this application's own: the process, its address and its secret.
+
+    ``firm``: names of settings that a host's file does not change.
 
     Raises:
         SupervisorStartError: it did not come up.
     """
     address, secret = config.fresh_address("host"), secrets.token_hex(16)
-    return _start(address, secret, settings)[0], address, secret
+    return _start(address, secret, settings, firm=firm)[0], address, secret
 
 
 def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, start: bool) -> _C:
@@ -124,7 +126,12 @@ def _start_shared(place: Place, settings: Settings) -> None:
 
 
 def _start(
-    address: str, secret: str, settings: Settings, host: str | None = None, **streams: Any
+    address: str,
+    secret: str,
+    settings: Settings,
+    host: str | None = None,
+    firm: Sequence[str] = (),
+    **streams: Any,
 ) -> tuple[subprocess.Popen[bytes], bool]:
     """A supervisor process, and whether it listens; if not, another has its name."""
     sys_path = [os.path.abspath(entry) for entry in sys.path]
@@ -136,6 +143,7 @@ def _start(
         "settings": msgspec.to_builtins(settings),
         "ready_fd": ready_write,
         "host": host,
+        "firm": list(firm),
     }
     try:
         process = subprocess.Popen(

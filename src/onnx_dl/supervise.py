@@ -31,6 +31,7 @@ def supervise(name: str = USUAL, **settings: str | None) -> None:
         sys_path=[os.path.abspath(entry) for entry in sys.path],
         settings=msgspec.structs.replace(config.settings(), **given),
         host=name,
+        firm=list(given),
         foreground=True,
     )
     if not serve(orders):

@@ -71,7 +71,7 @@ def test_the_host(base):
 def test_a_model_that_says_nothing(base):
     model = one(VAD, base)
     assert (model.name, model.ttl, model.pin, model.priority) == ("vad", -1.0, False, 0)
-    assert (model.eager, model.warmup, model.group) == (False, {}, "")
+    assert (model.eager, model.warmup, model.spec.group) == (False, {}, None)
 
 
 def test_a_model_that_says_all(base):
@@ -81,7 +81,7 @@ def test_a_model_that_says_all(base):
         "warmup = {x = {shape = [1, 2]}}",
         base,
     )
-    assert (model.ttl, model.pin, model.priority, model.eager, model.group) == (
+    assert (model.ttl, model.pin, model.priority, model.eager, model.spec.group) == (
         90.0,
         True,
         -3,

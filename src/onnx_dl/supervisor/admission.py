@@ -51,8 +51,8 @@ class Admission:
 
     def __init__(self, settings: Settings, memory: int | None = None) -> None:
         """``memory``: bytes of the machine, of which a share is the limit where the user set none."""
-        self._limit = _limit(settings, memory)
-        self._patience = settings.room_timeout
+        self._memory = memory
+        self._limit_to(settings)
         self._wishes: dict[str, _Wish] = {}
         """In the order in which they came."""
         self._needs: dict[str, int] = {}
@@ -60,6 +60,10 @@ class Admission:
         self._asked: set[int] = set()
         self._idle: dict[int, float] = {}
         self._ask_at: float | None = None
+
+    def _limit_to(self, settings: Settings) -> None:
+        self._limit = _limit(settings, self._memory)
+        self._patience = settings.room_timeout
 
     # --- what the scheduler does for it -------------------------------------------------------------------
 

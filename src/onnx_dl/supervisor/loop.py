@@ -12,7 +12,7 @@ import secrets
 import signal
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -30,6 +30,7 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.configured import Configuration
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
@@ -88,9 +89,18 @@ class Supervisor:
         settings: Settings,
         place: Place | None = None,
         foreground: bool = False,
+        firm: Sequence[str] = (),
     ) -> None:
         """``place``: where applications find it, if it serves more than the one that started it; it then
-        stays for a while without clients, or, in the ``foreground``, until it is told to go."""
+        stays for a while without clients, or, in the ``foreground``, until it is told to go.  ``firm``: the
+        names of settings that the host's file does not change.
+
+        Raises:
+            OnnxDLError: what the settings or the file ask for cannot be had.
+        """
+        self._file = Configuration(settings.config) if settings.config else None
+        self._plain, self._firm = settings, firm
+        settings = self._file.over(settings, firm) if self._file else settings
         self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
         self._secret = secret
         self._processes = processes
@@ -112,6 +122,7 @@ class Supervisor:
         self._probe: Probe | None = None
         self._metrics = Metrics()
         self._wakeup = _signals(foreground)
+        self._follow_file()
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -144,6 +155,7 @@ class Supervisor:
         poller.register(self._control, zmq.POLLIN)
         fds = [self._listener.fileno(), self._wakeup, *self._processes.sources()]
         fds += [] if self._scrape is None else [self._scrape.fileno()]
+        fds += [] if self._file is None else self._file.sources()
         for fd in (*fds, *(fd for client in self._clients for fd in client.sources())):
             poller.register(fd, zmq.POLLIN)
         return poller
@@ -157,6 +169,8 @@ class Supervisor:
             self._hear_control()
             self._processes.reap()
         self._processes.handle(ready)
+        if self._file is not None and any(fd in ready for fd in self._file.sources()):
+            self._reload(asked=False)
         if self._listener.fileno() in ready and (channel := self._listener.accept()):
             self._clients.append(_Client(channel))
         if self._scrape is not None and self._scrape.fileno() in ready:
@@ -167,14 +181,31 @@ class Supervisor:
 
     def _heed_signals(self, signals: set[int]) -> None:
         now = time.monotonic()
+        if signal.SIGHUP in signals and self._file is not None:
+            self._reload(asked=True)
         if self._place is None:
-            if signals & {signal.SIGTERM, signal.SIGHUP}:
+            if signal.SIGTERM in signals or (signal.SIGHUP in signals and self._file is None):
                 self._carry_out(self._scheduler.on_abandoned(now))
         elif signals & {signal.SIGTERM, signal.SIGINT}:
             # SIGTERM is a service manager's, which may start the next one; a second signal does not wait.
             self._returns = self._foreground and signal.SIGINT not in signals
             again = self._scheduler.closing
             self._carry_out(self._scheduler.on_abandoned(now) if again else self._scheduler.on_stop(now))
+
+    def _reload(self, *, asked: bool) -> None:
+        if self._file is not None and self._file.refresh(asked=asked) and not self._scheduler.closing:
+            self._follow_file()
+
+    def _follow_file(self) -> None:
+        """What the host's file says is in force from now on."""
+        file = self._file
+        if file is None:
+            return
+        settings = file.over(self._plain, self._firm)
+        now = time.monotonic()
+        self._carry_out(self._scheduler.on_configured(settings, file.terms(), file.grouped(), now))
+        for ask in file.wanted():
+            self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
 
     def _mind_loneliness(self) -> None:
         """A shared host that nobody uses, and that has no models of its own, ends after a while."""
@@ -312,10 +343,13 @@ class Supervisor:
         return []
 
     def _named(self, ticket: int, name: str) -> m.Message:
-        error = ConfigError(
-            f"There is neither a file {name!r} nor a model of that name: the host has no file."
-        )
-        return m.Denied(ticket=ticket, failure=failures.describe(error))
+        try:
+            if self._file is None:
+                raise ConfigError(f"There is no file {name!r}, and the host has no file that names models.")
+            found = self._file.named(name)
+        except ConfigError as error:
+            return m.Denied(ticket=ticket, failure=failures.describe(error))
+        return m.Named(ticket=ticket, spec=found.spec, ttl=found.ttl, pin=found.pin, priority=found.priority)
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:

@@ -33,6 +33,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     ready_fd: int | None = None
     host: str | None = None
     """The name under which other applications find it."""
+    firm: list[str] = []
+    """Names of settings that were given as arguments, which the host's file does not change."""
     foreground: bool = False
     """It was started by hand: it stays without clients, and says on stdout what happens."""
 
@@ -75,6 +77,7 @@ def serve(orders: Orders) -> bool:
         orders.settings,
         place=place,
         foreground=orders.foreground,
+        firm=orders.firm,
     )
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
 
 from onnx_dl.config import KEEP
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
@@ -18,6 +18,14 @@ HOST: Final = b"host"
 """Who holds a model that stays on behalf of nobody; no client has a name of four bytes."""
 
 _NOTHING: Final = Reading()
+
+
+class Terms(NamedTuple):
+    """On which the host itself holds a model."""
+
+    ttl: float
+    pin: bool
+    priority: int
 
 
 @dataclasses.dataclass
@@ -83,10 +91,19 @@ class Model:
         """The highest of those who hold the model."""
         return max(self.priorities.values(), default=0)
 
-    def join(self, ask: m.Acquire) -> None:
-        """The model asked for, and those that the client has beside it, belong to this group from now on."""
+    def join(self, ask: m.Acquire, others: Iterable[ModelSpec] = ()) -> None:
+        """The model asked for, those that the client has beside it, and others belong to this group from now
+        on."""
         if ask.spec.group is not None:
-            self.members.update({spec.key: spec for spec in (ask.spec, *ask.companions)})
+            self.members.update({spec.key: spec for spec in (ask.spec, *ask.companions, *others)})
+
+    def own_terms(self, terms: Mapping[str, Terms]) -> Terms | None:
+        """On which the host holds it, because it has terms for some of its models; None: it does not."""
+        own = [terms[key] for key in self.members or [self.key] if key in terms]
+        if not own:
+            return None
+        longest = KEEP if any(each.ttl == KEEP for each in own) else max(each.ttl for each in own)
+        return Terms(longest, any(each.pin for each in own), max(each.priority for each in own))
 
     def serves(self, ask: m.Acquire) -> bool:
         """Whether the present worker was started with this model among others, or for it alone."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -25,13 +25,15 @@ from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
-from onnx_dl.supervisor.records import HOST, Model, Worker
+from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
 _REMEMBERED_FATES: Final = 256
+_HOSTS_OWN: Final = (HOST, 0)
+"""The lease by which the host itself holds a model."""
 
 
 class Scheduler(Admission):
@@ -48,6 +50,8 @@ class Scheduler(Admission):
         self._fates: collections.OrderedDict[int, m.Failure | None] = collections.OrderedDict()
         self._fate_askers: dict[int, list[tuple[bytes, int]]] = {}
         self._closing: list[tuple[bytes, int]] | None = None
+        self._terms: Mapping[str, Terms] = {}
+        self._grouped: Mapping[str, Sequence[ModelSpec]] = {}
         self._out: list[Command] = []
         self.ledger = Ledger()
 
@@ -59,7 +63,7 @@ class Scheduler(Admission):
             self._refuse(client, ask)
             return self._done()
         model = self._models.setdefault(ask.spec.unit, Model(ask.spec.unit, ask.spec))
-        model.join(ask)
+        model.join(ask, self._grouped.get(model.key, ()))
         if model.state is ModelState.READY and model.serves(ask):
             self._grant(model, client, ask)
             self._retime(model)
@@ -104,6 +108,36 @@ class Scheduler(Admission):
         else:
             model.unloaders.append((client, ask.ticket))
             self._drain(model, "request", now, kill=ask.force)
+        return self._done()
+
+    def on_configured(
+        self,
+        settings: Settings,
+        terms: Mapping[str, Terms],
+        grouped: Mapping[str, Sequence[ModelSpec]],
+        now: float,
+    ) -> list[Command]:
+        """The host's file says other things from now on.
+
+        Args:
+            terms: on which the host holds what is loaded, by the key of the model; what it had on the terms
+                of the last file, and no more, it lets go.
+            grouped: the models that the file has in each group, by the group's key.
+        """
+        before, self._terms, self._grouped = self._terms, terms, grouped
+        self._settings = settings
+        self._limit_to(settings)
+        for model in list(self._models.values()):
+            own = model.own_terms(terms)
+            if own is not None and model.leases:
+                model.grant(_HOSTS_OWN, *own)
+                self._retime(model)
+            elif own is None and model.own_terms(before) is not None:
+                waiting = [waiter for waiter in model.waiters if waiter[0] == HOST]
+                model.waiters = [waiter for waiter in model.waiters if waiter[0] != HOST]
+                if model.let_go(_HOSTS_OWN) or waiting:
+                    self._after_release(model, "request", now)
+        self._admit(now)
         return self._done()
 
     def on_client_gone(self, client: bytes, now: float) -> list[Command]:
@@ -313,7 +347,7 @@ class Scheduler(Admission):
     def holds_any(self) -> bool:
         """Whether the host itself holds a model, or a load that it wants is under way."""
         return any(
-            (HOST, 0) in model.leases or any(ask.for_host for _, ask in model.waiters)
+            _HOSTS_OWN in model.leases or any(ask.for_host for _, ask in model.waiters)
             for model in self._models.values()
         )
 
@@ -389,7 +423,9 @@ class Scheduler(Admission):
         if (failure := description.failed.get(key)) is not None:
             self._tell(client, m.Denied(ticket=ask.ticket, failure=msgspec.convert(failure, m.Failure)))
             return
-        model.grant((HOST, 0) if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
+        model.grant(_HOSTS_OWN if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
+        if (terms := model.own_terms(self._terms)) is not None:
+            model.grant(_HOSTS_OWN, *terms)
         granted = m.Granted(
             ticket=ask.ticket,
             worker_id=model.worker.id,
