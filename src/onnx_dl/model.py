@@ -22,7 +22,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.options` makes of
     onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
     ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).  A worker that has more
-    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced.
+    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced; one that has more
+    than ``max_memory_hard`` during a call ends itself.
     """
 
     key: str
@@ -38,12 +39,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, Any] = {}
     surroundings: dict[str, Any] = {}
     max_memory: int | None = None
+    max_memory_hard: int | None = None
     max_runs: int | None = None
 
     @property
     def blobs(self) -> list[str]:
         """Names of the memory that the model is loaded from."""
         return [name for name in (self.blob, self.memory) if name is not None]
+
+
+class Warmup(msgspec.Struct, frozen=True):
+    """An array of numpy's ``dtype`` (``str``: of text) and of this shape that holds ``fill`` everywhere."""
+
+    dtype: str
+    shape: list[int]
+    fill: float | str = 0
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

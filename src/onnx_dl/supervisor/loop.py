@@ -170,7 +170,8 @@ class Supervisor:
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
         self._forget(worker_id)
-        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
+        now = time.monotonic()
+        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, now, reading.exceeded))
 
     def _forget(self, worker_id: int) -> None:
         self._workers.pop(self._identities.pop(worker_id), None)

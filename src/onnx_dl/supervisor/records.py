@@ -35,6 +35,8 @@ class Worker:
     killed: bool = False
     """The supervisor ended it; another death is a crash, whatever it was about to do."""
     reason: str = "crash"
+    exceeded: int = 0
+    """Bytes that it had when it ended itself because it may not have so many."""
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from onnx_dl.config import Settings
 from onnx_dl.errors import LoadTimeout, SupervisorError, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
 from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
@@ -50,6 +50,8 @@ class Scheduler(Admission):
         self._closing: list[tuple[bytes, int]] | None = None
         self._out: list[Command] = []
         self.ledger = Ledger()
+        self.warmups: dict[str, dict[str, Warmup]] = {}
+        """By key of the model: the inputs that a worker runs it with once, before it is ready."""
 
     # --- what clients ask ---------------------------------------------------------------------------------
 
@@ -149,7 +151,8 @@ class Scheduler(Admission):
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             model.worker.told_ttl = model.ttl()
-            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl))
+            warmup = self.warmups.get(model.key, {})
+            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl, warmup=warmup))
         return self._done()
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
@@ -208,13 +211,17 @@ class Scheduler(Admission):
         if worker_id in self._by_worker:
             self.ledger.book(worker_id, usage)
 
-    def on_exited(self, worker_id: int, status: int, stderr: str, now: float) -> list[Command]:
-        """A worker is reaped: its memory is back.  ``status`` is its wait status."""
+    def on_exited(
+        self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0
+    ) -> list[Command]:
+        """A worker is reaped: its memory is back.  ``status`` is its wait status, ``exceeded`` the bytes that
+        it ended itself for."""
         model = self._by_worker.pop(worker_id, None)
         if model is None:
             return self._done()
         worker = model.worker
         assert worker is not None
+        worker.exceeded = exceeded
         model.worker = None
         model.leases.clear()
         model.pins.clear()
@@ -450,15 +457,12 @@ class Scheduler(Admission):
             self._deny(client, ask.ticket, model, now)
 
     def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
-        error = exits.worker_died(
-            model.spec.name,
-            worker.pid or 0,
-            status,
-            stderr,
-            reason=worker.reason if worker.killed else "crash",
-            loading=worker.ready is None,
-        )
-        return failures.describe(error)
+        who = (model.spec.name, worker.pid or 0, status, stderr)
+        if worker.exceeded:
+            limit = model.spec.max_memory_hard or 0
+            return failures.describe(exits.memory_exceeded(*who, limit=limit, used=worker.exceeded))
+        reason = worker.reason if worker.killed else "crash"
+        return failures.describe(exits.worker_died(*who, reason=reason, loading=worker.ready is None))
 
     def _tell_fate(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         fate = None

@@ -13,7 +13,7 @@ import msgspec
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, to_plain
+from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
 PROTOCOL_VERSION = 3
 
@@ -234,10 +234,11 @@ class WorkerStarted(Message):
 
 
 class Load(Message):
-    """Load this model."""
+    """Load this model.  ``warmup``: by input, what to run it with once before it is ready; empty: no run."""
 
     spec: ModelSpec
     ttl: float
+    warmup: dict[str, Warmup] = {}
 
 
 class WorkerReady(Message):
