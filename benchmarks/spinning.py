@@ -28,7 +28,7 @@ _RATE: Final = 30.0
 """Calls per second, as of a camera."""
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Calls of one worker."""
 
     latency: float
@@ -94,11 +94,11 @@ def _rows(
     count: int,
     every: float,
 ) -> list[Row]:
-    found: dict[str, list[_Block]] = {name: [] for name in ways}
+    found: dict[str, list[Block]] = {name: [] for name in ways}
     for turn in range(rounds + 1):  # the first warms up
         for name in ways if turn % 2 else reversed(ways):
             call = functools.partial(ways[name].run, None, case.feed)
-            made = _block(call, psutil.Process(pids[name]), count, every)
+            made = steady(call, psutil.Process(pids[name]), count, every)
             if turn:
                 found[name].append(made)
     pairs = zip(found[STILL], found[SPINNING], strict=True)
@@ -112,7 +112,8 @@ def _rows(
     ]
 
 
-def _block(call: Callable[[], object], worker: psutil.Process, count: int, every: float) -> _Block:
+def steady(call: Callable[[], object], worker: psutil.Process, count: int, every: float) -> Block:
+    """``count`` calls, one ``every`` so many seconds or, with 0, one after another."""
     times = []
     began, before = time.perf_counter(), cpu(worker)
     for index in range(count):
@@ -122,4 +123,4 @@ def _block(call: Callable[[], object], worker: psutil.Process, count: int, every
         times.append((time.perf_counter() - started) * 1e6)
     time.sleep(0.25)
     took = time.perf_counter() - began
-    return _Block(percentile(times, 0.5), (cpu(worker) - before) / took * 100)
+    return Block(percentile(times, 0.5), (cpu(worker) - before) / took * 100)
