@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_a_run_that_takes_too_much_is_ended(host: ModelHost, terms: dict) -> Non
 
 
 def test_calls_of_others_in_that_worker_end_with_it(host: ModelHost) -> None:
-    """A thread that computes gets the same error; one that waits for its next call sees nothing."""
+    """A thread that computes gets the same error, from the same figures."""
     proxy = InferenceSessionProxy(growing(), providers=CPU, host=host, max_memory_hard="150MB")
     assert grow(proxy, SMALL) == RIGHT
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -165,6 +166,31 @@ def test_calls_of_others_in_that_worker_end_with_it(host: ModelHost) -> None:
             other.result(DEADLINE)
     assert (another.value.pid, another.value.used) == (caught.value.pid, caught.value.used)
     assert grow(proxy, SMALL) == RIGHT
+
+
+def test_calls_that_it_had_not_begun_are_made_elsewhere(host: ModelHost) -> None:
+    """Of threads that call all the time, none has more than the one error of the call that it was at."""
+    proxy = InferenceSessionProxy(growing(), providers=CPU, host=host, max_memory_hard="150MB")
+    over = threading.Event()
+
+    def calls() -> int:
+        errors, last = 0, False
+        while not last:
+            last = over.is_set()
+            try:
+                assert grow(proxy, SMALL) == RIGHT
+            except MemoryLimitExceeded:
+                errors += 1
+        return errors
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        threads = [pool.submit(calls) for _ in range(4)]
+        eventually(lambda: any(status.runs > 20 for status in host.snapshot().models), "they call")
+        with pytest.raises(MemoryLimitExceeded) as caught:
+            grow(proxy, LARGE)
+        over.set()
+        assert all(thread.result(DEADLINE) <= 1 for thread in threads)
+    assert worker_pid(host) != caught.value.pid
 
 
 def test_what_stays_below_the_cap_is_left_alone(host: ModelHost) -> None:

@@ -231,7 +231,9 @@ class Scheduler(Admission):
         model.step(LifecycleEvent.WORKER_EXITED, now)
         freed = self.ledger.give_back(worker_id)
         if was_ready or model.state is ModelState.UNLOADED:
-            self._emit_unloaded(model, worker, freed, now)
+            # One that was to be replaced anyway does not fail; all the same, somebody will ask why it ended.
+            why = self._death(model, worker, status, stderr) if exceeded else None
+            self._emit_unloaded(model, worker, freed, now, None if why is None else str(why.args[0]))
         if model.state is ModelState.FAILED:
             self._failed(model, worker, status, stderr, now)
         self._tell_fate(model, worker, status, stderr, now)
@@ -485,7 +487,9 @@ class Scheduler(Admission):
         if model.state is ModelState.UNLOADED and not (model.waiters or model.leases):
             self._models.pop(model.key, None)
 
-    def _emit_unloaded(self, model: Model, worker: Worker, freed: Usage, now: float) -> None:
+    def _emit_unloaded(
+        self, model: Model, worker: Worker, freed: Usage, now: float, detail: str | None
+    ) -> None:
         since = worker.ready_at if worker.ready_at is not None else worker.started
         self._emit(
             EventType.UNLOADED,
@@ -496,6 +500,7 @@ class Scheduler(Admission):
             reason=worker.reason,
             seconds=now - since,
             freed=freed.private,
+            detail=detail,
         )
 
     def _emit(
