@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from onnx_dl.supervisor.exits import worker_died
+from onnx_dl.errors import MemoryLimitExceeded
+from onnx_dl.supervisor.exits import memory_exceeded, worker_died
 
 
 def died(status: int, stderr: str = "", reason: str = "crash", loading: bool = False):
@@ -62,3 +63,15 @@ def test_ends_that_were_asked_for():
     assert "memory" not in str(forced) and "afresh" not in str(forced)
     assert forced.reason == "request"
     assert "its host shut down" in str(died(signal.SIGKILL, reason="exit"))
+
+
+def test_too_much_memory():
+    error = memory_exceeded("m.onnx", 42, 75 << 8, "line 1\n", limit=150_000_000, used=163_400_000)
+    assert type(error) is MemoryLimitExceeded
+    assert str(error) == (
+        "The worker of m.onnx (pid 42) ended itself during a run: it had 163.4 MB of its own, and "
+        "max_memory_hard allows 150.0 MB. Allow more, or feed it less at a time. The next call loads the "
+        "model afresh. Its last lines on stderr:\nline 1"
+    )
+    assert (error.limit, error.used, error.pid, error.exit_code) == (150_000_000, 163_400_000, 42, 75)
+    assert (error.signal, error.stderr, error.reason, error.retry_after) == (None, "line 1\n", "crash", 0.0)

@@ -203,6 +203,7 @@ class Supervisor:
             return
         settings = file.over(self._plain, self._firm)
         now = time.monotonic()
+        self._scheduler.warmups = file.warmups()
         self._carry_out(self._scheduler.on_configured(settings, file.terms(), file.grouped(), now))
         for ask in file.wanted():
             self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
@@ -254,7 +255,8 @@ class Supervisor:
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
         self._forget(worker_id, reading)
-        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
+        now = time.monotonic()
+        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, now, reading.exceeded))
 
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)

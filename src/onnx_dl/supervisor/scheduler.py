@@ -20,7 +20,7 @@ from onnx_dl.config import Settings
 from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage, group_spec
+from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
@@ -54,6 +54,8 @@ class Scheduler(Admission):
         self._grouped: Mapping[str, Sequence[ModelSpec]] = {}
         self._out: list[Command] = []
         self.ledger = Ledger()
+        self.warmups: Mapping[str, dict[str, Warmup]] = {}
+        """By key of the model: the inputs that a worker runs it with once, before it is ready."""
 
     # --- what clients ask ---------------------------------------------------------------------------------
 
@@ -198,7 +200,8 @@ class Scheduler(Admission):
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             model.worker.told_ttl = model.ttl()
-            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl))
+            warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
+            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl, warmups=warmups))
         return self._done()
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
@@ -257,13 +260,17 @@ class Scheduler(Admission):
         if worker_id in self._by_worker:
             self.ledger.book(worker_id, usage)
 
-    def on_exited(self, worker_id: int, status: int, stderr: str, now: float) -> list[Command]:
-        """A worker is reaped: its memory is back.  ``status`` is its wait status."""
+    def on_exited(
+        self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0
+    ) -> list[Command]:
+        """A worker is reaped: its memory is back.  ``status`` is its wait status, ``exceeded`` the bytes that
+        it ended itself for."""
         model = self._by_worker.pop(worker_id, None)
         if model is None:
             return self._done()
         worker = model.worker
         assert worker is not None
+        worker.exceeded = exceeded
         model.worker = None
         model.leases.clear()
         model.pins.clear()
@@ -273,7 +280,9 @@ class Scheduler(Admission):
         model.step(LifecycleEvent.WORKER_EXITED, now)
         freed = self.ledger.give_back(worker_id)
         if was_ready or model.state is ModelState.UNLOADED:
-            self._emit_unloaded(model, worker, freed, now)
+            # One that was to be replaced anyway does not fail; all the same, somebody will ask why it ended.
+            why = self._death(model, worker, status, stderr) if exceeded else None
+            self._emit_unloaded(model, worker, freed, now, None if why is None else str(why.args[0]))
         if model.state is ModelState.FAILED:
             self._failed(model, worker, status, stderr, now)
         self._tell_fate(model, worker, status, stderr, now)
@@ -529,15 +538,12 @@ class Scheduler(Admission):
             self._deny(client, ask.ticket, model, now)
 
     def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
-        error = exits.worker_died(
-            model.spec.name,
-            worker.pid or 0,
-            status,
-            stderr,
-            reason=worker.reason if worker.killed else "crash",
-            loading=worker.ready is None,
-        )
-        return failures.describe(error)
+        who = (model.spec.name, worker.pid or 0, status, stderr)
+        if worker.exceeded:
+            limit = model.spec.max_memory_hard or 0
+            return failures.describe(exits.memory_exceeded(*who, limit=limit, used=worker.exceeded))
+        reason = worker.reason if worker.killed else "crash"
+        return failures.describe(exits.worker_died(*who, reason=reason, loading=worker.ready is None))
 
     def _tell_fate(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         fate = None
@@ -560,7 +566,9 @@ class Scheduler(Admission):
         if model.state is ModelState.UNLOADED and not (model.waiters or model.leases):
             self._models.pop(model.key, None)
 
-    def _emit_unloaded(self, model: Model, worker: Worker, freed: Usage, now: float) -> None:
+    def _emit_unloaded(
+        self, model: Model, worker: Worker, freed: Usage, now: float, detail: str | None
+    ) -> None:
         since = worker.ready_at if worker.ready_at is not None else worker.started
         self._emit(
             EventType.UNLOADED,
@@ -571,6 +579,7 @@ class Scheduler(Admission):
             reason=worker.reason,
             seconds=now - since,
             freed=freed.private,
+            detail=detail,
         )
 
     def _emit(
