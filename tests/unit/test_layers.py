@@ -49,6 +49,10 @@ HEIGHT = {
     "execution": 11,
     "pipelines": 12,
     "patching": 12,
+    "trials": 9,
+    "doctor": 10,
+    "examination": 11,
+    "console": 12,
     "demo": 13,
     "launch": 13,
     "cli": 14,
@@ -155,7 +159,7 @@ def loaded_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-HEAVY = {"onnxruntime", "numpy", "zmq", "psutil", "pynvml", "msgspec"}
+HEAVY = {"onnxruntime", "numpy", "zmq", "psutil", "pynvml", "msgspec", "rich"}
 
 
 def test_importing_the_package_imports_nothing_heavy():
