@@ -56,7 +56,7 @@ def answer(code: int, stdout: str, stderr: str) -> Answer:
     """What a process said that ended with this exit code (negative: a signal).  Its answer is its last line,
     because native code prints, too."""
     if code < 0:
-        return Answer(None, f"was killed by {signal.Signals(-code).name}", stderr)
+        return Answer(None, f"was killed by {_signal_name(-code)}", stderr)
     if code:
         return Answer(None, f"ended with exit code {code}", stderr)
     try:
@@ -64,6 +64,13 @@ def answer(code: int, stdout: str, stderr: str) -> Answer:
     except (ValueError, IndexError):
         return Answer(None, "gave no answer", stderr)
     return Answer(said, "", stderr)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _environ(environ: Mapping[str, str], timeout: float) -> dict[str, str]:

@@ -139,8 +139,12 @@ def _fitting(models: list[ModelStatus], width: int) -> list[_Column]:
     """The columns that fit beside the name, in their order."""
     kept = list(_COLUMNS)
     while len(kept) > 1 and sum(_width(column, models) + _GAP for column in kept) > width:
-        kept.remove(min(kept, key=lambda column: column.worth))
+        kept.remove(min(kept, key=lambda column: (_says_something(column, models), column.worth)))
     return kept
+
+
+def _says_something(column: _Column, models: list[ModelStatus]) -> bool:
+    return any(column.cell(status) != _NONE for status in models)
 
 
 def _width(column: _Column, models: list[ModelStatus]) -> int:
@@ -164,7 +168,7 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
     top = max([1, *(value for line in lines for value in line.values)])
     table = _plain_table()
     table.add_column("MEMORY", no_wrap=True, overflow="ellipsis", max_width=wide)
-    table.add_column(f"{duration(history.seconds)}", no_wrap=True)
+    table.add_column(f"LAST {duration(history.seconds)}", no_wrap=True)
     table.add_column("NOW", justify="right", no_wrap=True)
     table.add_column("PEAK", justify="right", no_wrap=True)
     for name, line in zip(names, lines, strict=True):

@@ -51,16 +51,22 @@ def _tail(model: str, parts: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, top: float) -> str:
-    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values."""
+    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values; only of
+    zeros there is none."""
     if not values:
         return " " * width
     bars = []
     for column in range(width):
         first = column * len(values) // width
         last = max(first + 1, (column + 1) * len(values) // width)
-        level = max(values[first:last]) / top if top else 0.0
-        bars.append(_BARS[min(len(_BARS) - 1, round(level * (len(_BARS) - 1)))])
+        bars.append(_bar(max(values[first:last]), top))
     return "".join(bars)
+
+
+def _bar(value: float, top: float) -> str:
+    if value <= 0 or top <= 0:
+        return _BARS[0]
+    return _BARS[max(1, min(len(_BARS) - 1, round(value / top * (len(_BARS) - 1))))]
 
 
 def growing_line(values: Sequence[float], width: int, top: float) -> str:

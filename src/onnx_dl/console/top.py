@@ -57,11 +57,14 @@ def top(host: Host, interval: float) -> None:
 def _on_screen(terminal: Console, picture: Callable[[], RenderableType], interval: float) -> None:
     from rich.live import Live
 
-    # The alternate screen: when it ends, the terminal is as it was before.
-    with Live(picture(), console=terminal, screen=True, auto_refresh=False) as shown:
+    shown = Live(picture(), console=terminal, screen=True, auto_refresh=False)
+    try:  # from before it starts: Ctrl-C may come while the first picture is drawn
+        shown.start(refresh=True)
         while True:
             time.sleep(interval)
             shown.update(picture(), refresh=True)
+    finally:
+        shown.stop()  # the terminal is as it was before
 
 
 def _one_by_one(terminal: Console, picture: Callable[[], RenderableType], interval: float) -> None:
