@@ -146,3 +146,16 @@ def test_addresses_are_unguessable_and_fit_a_socket():
     for address in found:
         assert address.startswith(f"onnx-dl/{os.getuid()}/worker/")
         assert len(address) + len("/lifeline") < 100
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(2, 2.0), ("2", 2.0), ("0.5", 0.5), ("500ms", 0.5), (" 5m ", 300.0)]
+)
+def test_a_time_of_a_command_line(value, seconds):
+    assert config.parse_span(value) == seconds
+
+
+@pytest.mark.parametrize("value", ["0", 0, "-1", "soon", "", None, math.inf, "inf", "nan"])
+def test_what_is_no_time(value):
+    with pytest.raises(ConfigError, match="is no time"):
+        config.parse_span(value)
