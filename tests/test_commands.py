@@ -25,7 +25,7 @@ from onnx_dl.errors import SupervisorError, SupervisorStartError
 from onnx_dl.model import ModelStatus
 from tests.waiting import DEADLINE, eventually
 
-DIGITS = str(model_path("digits"))
+DIGITS, WINE = str(model_path("digits")), str(model_path("wine"))
 
 
 class Shared:
@@ -38,11 +38,10 @@ class Shared:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
 
-    def adopt(self, model: str, **terms: Any) -> ModelStatus:
+    def adopt(self, model: str, **terms: Any) -> None:
         self.asked.append(("adopt", model, terms))
         self._held = self._host.open(model)
         self._held.load()
-        return self._host.snapshot().models[0]
 
     def unload(self, model: str, *, force: bool = False) -> bool:
         self.asked.append(("unload", model, force))
@@ -141,7 +140,7 @@ def test_ps_of_a_host_that_has_just_ended(shared: Shared, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "terms"),
     [
-        (["load"], {"ttl": None, "pin": False, "priority": 0}),
+        (["load"], {"pin": False, "priority": 0}),
         (["load", "--ttl", "60"], {"ttl": 60.0, "pin": False, "priority": 0}),
         (["load", "--ttl", "5m", "--priority", "3"], {"ttl": 300.0, "pin": False, "priority": 3}),
         (["pin", "--ttl", "-1"], {"ttl": -1.0, "pin": True, "priority": 0}),
@@ -171,7 +170,7 @@ def test_a_file_that_is_no_model(shared: Shared, tmp_path: Path, capsys: pytest.
 
 def test_our_own_errors_are_told_as_they_are() -> None:
     class Dying(Shared):
-        def adopt(self, model: str, **terms: Any) -> ModelStatus:
+        def adopt(self, model: str, **terms: Any) -> None:
             raise WorkerDied("it died", pid=1, exit_code=1, signal=None, stderr="", reason="crash")
 
     with pytest.raises(WorkerDied, match="it died"):
@@ -448,3 +447,40 @@ def test_doctor_with_settings_that_cannot_be(
     monkeypatch.setenv("ONNX_DL_LANE", "carrier pigeon")
     assert main(["doctor"]) == 1
     assert "ONNX_DL_LANE='carrier pigeon'" in capsys.readouterr().out
+
+
+# --- all of it, on a host that is really shared ------------------------------------------------------------
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, nothing_is_left_behind: None) -> Iterator[str]:
+    """The name of a host that runs in a process of its own."""
+    name = f"t{os.getpid()}-{tmp_path.name[-20:]}".lower()
+    command = [sys.executable, "-m", "onnx_dl.cli", "supervise", "--name", name]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            eventually(lambda: main(["ps", "--host", name]) == 0, "the host is found")
+            yield name
+        finally:
+            process.terminate()
+            process.wait(DEADLINE)
+
+
+def test_a_shared_host(supervised: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What one command loads, later ones see; what one unloads is gone for all."""
+
+    def models() -> dict[str, ModelStatus]:
+        capsys.readouterr()
+        assert main(["ps", "--json", "--host", supervised]) == 0
+        seen = msgspec.json.decode(capsys.readouterr().out, type=Snapshot)
+        assert seen.host == supervised
+        return {status.model: status for status in seen.models}
+
+    assert main(["load", DIGITS, "--ttl", "5m", "--host", supervised]) == 0
+    loaded = models()[DIGITS]
+    assert (loaded.state, loaded.ttl, loaded.pinned) == ("ready", 300.0, False)
+    assert main(["pin", WINE, "--priority", "3", "--host", supervised]) == 0
+    assert (models()[WINE].pinned, models()[WINE].priority) == (True, 3)
+    assert models()[DIGITS].pid == loaded.pid
+    assert main(["unload", DIGITS, "--host", supervised]) == 0
+    assert DIGITS not in models() and WINE in models()

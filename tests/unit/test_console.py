@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from io import StringIO
 from typing import Any
 
@@ -241,16 +242,20 @@ def test_a_line_over_time() -> None:
 
 
 def test_what_load_says() -> None:
-    assert loaded(status()) == "ready /models/asr.onnx, pid 4711, PSS 17.2 MB, ttl 60 s"
-    assert loaded(status(ttl=-1.0, pinned=True)).endswith(", PSS 17.2 MB, stays, pinned")
-    assert loaded(status(ttl=None)).endswith("17.2 MB")
+    path = "/models/asr.onnx"
+    assert loaded(path, [FAILED, status()]) == f"ready {path}, pid 4711, PSS 17.2 MB, ttl 60 s"
+    assert loaded(path, [status(ttl=-1.0, pinned=True)]).endswith(", PSS 17.2 MB, stays, pinned")
+    assert loaded(path, [status(ttl=None)]).endswith("17.2 MB")
+    assert loaded("asr.onnx", [status(os.path.abspath("asr.onnx"))]).startswith("ready /")
+    assert loaded(path, [FAILED]) == f"{path} was loaded, and is not any more"
 
 
 def test_which_host() -> None:
     assert default_name({}) == default_name({"ONNX_DL_HOST": ""}) == "default"
     assert default_name({"ONNX_DL_HOST": "batch"}) == "batch"
-    assert "onnx-dl load MODEL)" in none_runs("default")
-    assert "onnx-dl load MODEL --host batch)" in none_runs("batch")
+    assert "onnx-dl supervise, or " in none_runs("default") and "load MODEL. " in none_runs("default")
+    assert "onnx-dl supervise --name batch, " in none_runs("batch")
+    assert "onnx-dl load MODEL --host batch. " in none_runs("batch")
 
 
 def test_a_host_that_has_ended() -> None:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from onnx_dl import host
+from onnx_dl.config import KEEP
 from onnx_dl.errors import SupervisorDied, SupervisorError
 from onnx_dl.events import EventStream
 from onnx_dl.host import Snapshot
-from onnx_dl.model import ModelStatus
 
 
 class Host(Protocol):
@@ -20,9 +21,7 @@ class Host(Protocol):
 
     def events(self) -> EventStream: ...
 
-    def adopt(
-        self, model: str, *, ttl: float | str | None = None, pin: bool = False, priority: int = 0
-    ) -> ModelStatus: ...
+    def adopt(self, model: str, *, ttl: float | str = KEEP, pin: bool = False, priority: int = 0) -> None: ...
 
     def unload(self, model: str, *, force: bool = False) -> bool: ...
 
@@ -36,10 +35,7 @@ def default_name(environ: Mapping[str, str] = os.environ) -> str:
 
 def connect(name: str, *, start: bool) -> Host:
     """A connection to the shared host; everything that finds hosts is behind this function."""
-    import onnx_dl
-
-    host: Host = onnx_dl.connect(name, start=start)
-    return host
+    return host.connect(name, start=start)
 
 
 @contextlib.contextmanager
@@ -50,29 +46,29 @@ def running(name: str) -> Iterator[Host]:
         SupervisorError: none runs; the message says how one is started.
     """
     try:
-        host = connect(name, start=False)
+        found = connect(name, start=False)
     except SupervisorError as error:
         if type(error) is not SupervisorError:  # it runs, and something else is wrong
             raise
         raise SupervisorError(none_runs(name)) from error
-    with contextlib.closing(host):
-        yield host
+    with contextlib.closing(found):
+        yield found
 
 
 @contextlib.contextmanager
 def started(name: str) -> Iterator[Host]:
     """The shared host of that name, for the block, which starts it if it does not run."""
-    with contextlib.closing(connect(name, start=True)) as host:
-        yield host
+    with contextlib.closing(connect(name, start=True)) as found:
+        yield found
 
 
 def none_runs(name: str) -> str:
     """What to do where no host of that name runs."""
-    option = "" if name == default_name({}) else f" --host {name}"
+    usual = name == default_name({})
+    supervise, load = ("", "") if usual else (f" --name {name}", f" --host {name}")
     return (
-        f"No shared host named {name!r} runs. Start one by loading a model into it (onnx-dl load "
-        f"MODEL{option}) or with onnx_dl.connect({name!r}) in a program. "
-        "--host or ONNX_DL_HOST names another."
+        f"No shared host named {name!r} runs. Start one with: onnx-dl supervise{supervise}, or by loading a "
+        f"model into it: onnx-dl load MODEL{load}. --host or ONNX_DL_HOST names another."
     )
 
 

@@ -14,6 +14,9 @@ from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
+HOST: Final = b"host"
+"""Who holds a model that stays on behalf of nobody; no client has a name of four bytes."""
+
 _NOTHING: Final = Reading()
 
 
@@ -57,6 +60,8 @@ class Model:
     retry_at: float = 0.0
     last_failure: m.Failure | None = None
     loads: int = 0
+    members: dict[str, ModelSpec] = dataclasses.field(default_factory=dict)
+    """Of a group: all models that were ever asked for, by key."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
 
     def step(self, event: LifecycleEvent, now: float) -> None:
@@ -78,6 +83,24 @@ class Model:
         """The highest of those who hold the model."""
         return max(self.priorities.values(), default=0)
 
+    def join(self, ask: m.Acquire) -> None:
+        """The model asked for, and those that the client has beside it, belong to this group from now on."""
+        if ask.spec.group is not None:
+            self.members.update({spec.key: spec for spec in (ask.spec, *ask.companions)})
+
+    def serves(self, ask: m.Acquire) -> bool:
+        """Whether the present worker was started with this model among others, or for it alone."""
+        return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
+
+    def grant(self, lease: tuple[bytes, int], ttl: float, pin: bool, priority: int) -> None:
+        """A proxy holds the model on these terms."""
+        self.leases[lease] = ttl
+        self.priorities[lease] = priority
+        if pin:
+            self.pins.add(lease)
+        else:
+            self.pins.discard(lease)
+
     def let_go(self, lease: tuple[bytes, int]) -> bool:
         """A proxy holds the model no more; whether it did."""
         self.pins.discard(lease)
@@ -88,6 +111,7 @@ class Model:
         """One line of a snapshot."""
         worker = self.worker
         reading = readings.get(worker.id, _NOTHING) if worker else _NOTHING
+        failed = worker.ready.description.failed if worker and worker.ready else {}
         used = reading.last_used > 0 and not reading.busy
         return ModelStatus(
             model=self.spec.name,
@@ -107,4 +131,5 @@ class Model:
             idle=max(0.0, now - reading.last_used) if used else None,
             runs=reading.runs,
             p50=reading.quantile(0.5),
+            members={member.key: member.name for member in self.spec.members if member.key not in failed},
         )
