@@ -22,7 +22,7 @@ def check() -> None:
     Raises:
         InstallationError: there is no onnxruntime.
     """
-    found = tuple(_distributions())
+    found = distributions()
     if importlib.util.find_spec("onnxruntime") is None:
         raise InstallationError(missing())
     if len(found) > 1:
@@ -47,10 +47,10 @@ def several(found: Iterable[str]) -> str:
     )
 
 
-def _distributions() -> set[str]:
-    """Installed distributions that provide the onnxruntime package."""
+def distributions() -> dict[str, str]:
+    """Versions of the installed distributions that provide the onnxruntime package, by name."""
     return {
-        str(distribution.metadata["Name"]).lower()
+        str(distribution.metadata["Name"]).lower(): distribution.version
         for distribution in importlib.metadata.distributions()
         if str(distribution.metadata["Name"]).lower().startswith("onnxruntime")
         and distribution.read_text("top_level.txt") in ("onnxruntime", "onnxruntime\n")
