@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_dl import ConfigError, EventType, InferenceSessionProxy, ModelEvent, ModelHost
+from onnx_dl import ConfigError, EventType, ExecutionSession, InferenceSessionProxy, ModelEvent, ModelHost
 from tests.contract.both import CPU, F, model, node, scaled, tensor
+from tests.mlir import compiler
 from tests.waiting import DEADLINE, eventually, is_gone, worker_pid
 
 X = np.full((1, 3), 5, np.float32)
@@ -133,6 +134,16 @@ def test_the_same_file_in_a_group_and_by_itself(host: ModelHost) -> None:
     alone = host.open(unary("Neg"), providers=CPU)
     assert [value(grouped), value(alone)] == [-5, -5]
     assert sorted(len(status.members) for status in host.snapshot().models) == [0, 1]
+
+
+def test_models_of_different_engines(host: ModelHost, tmp_path: Path) -> None:
+    (neg,) = opened(host, "Neg")
+    compiled = ExecutionSession(compiler(tmp_path)("identity"), group="speech", host=host)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert np.array_equal(compiled.run([x])[0], x)
+    assert value(neg) == -5
+    (status,) = host.snapshot().models
+    assert len(status.members) == 2
 
 
 @pytest.mark.parametrize("name", ["", " ", 5])

@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_dl import signatures
-from onnx_dl.config import Allowances, parse_allowances
+from onnx_dl.config import Allowances, parse_allowances, parse_group
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
@@ -38,6 +38,7 @@ class ExecutionSession(ModelProxy):
         pin, priority: what makes room for others; see :class:`~onnx_dl.InferenceSessionProxy`.
         max_memory, max_memory_hard, max_runs: when a worker is replaced between two runs, or ended during
             one; see :class:`~onnx_dl.InferenceSessionProxy`.
+        group: models that name the same share one worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
         eager: load the model now, so that what is wrong with it is raised here.
 
@@ -61,11 +62,12 @@ class ExecutionSession(ModelProxy):
         max_memory: int | str | None = None,
         max_memory_hard: int | str | None = None,
         max_runs: int | None = None,
+        group: str | None = None,
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
         allowances = parse_allowances(max_memory, max_memory_hard, max_runs)
-        spec = _spec_of(os.fspath(shared_lib_path), tag, allowances)
+        spec = _spec_of(os.fspath(shared_lib_path), tag, allowances, parse_group(group))
         super().__init__(spec, ttl=ttl, latency=latency, pin=pin, priority=priority, host=host)
         self._entry_point = entry_point
         if eager:
@@ -148,18 +150,19 @@ def _signatures_of(details: dict[str, Any], name: str | None) -> list[str] | Non
     return known.get(details["default_entry_point"] if name is None else name)
 
 
-def _spec_of(path: str, tag: str, allowances: Allowances) -> ModelSpec:
+def _spec_of(path: str, tag: str, allowances: Allowances, group: str | None) -> ModelSpec:
     if not os.path.exists(path):
         raise FileNotFoundError(
             errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
         )
     extra = {"tag": tag} if tag else {}
     return ModelSpec(
-        key=model_key(file_identity(path), "onnx_mlir", extra, allowances),
+        key=model_key(file_identity(path), "onnx_mlir", extra, allowances, group),
         name=path,
         cwd=os.getcwd(),
         engine="onnx_mlir",
         path=path,
         extra=extra,
+        group=group,
         **allowances._asdict(),
     )

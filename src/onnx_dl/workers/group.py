@@ -2,7 +2,7 @@
 
 Covers loading them one after the other and finding the one that a caller names.  A member that does not load
 takes no other with it; its callers are told why.  What a group is good for, and what it costs, is told in
-docs/shared-hosts.md.
+docs/groups.md.
 """
 
 from __future__ import annotations
