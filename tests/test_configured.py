@@ -75,6 +75,18 @@ def test_a_model_by_its_name(following: Opened) -> None:
     assert statuses(host)["Neg.onnx"].ttl == 900
 
 
+def test_who_asks_the_host_to_hold_it_otherwise_has_the_last_word(following: Opened, file: Path) -> None:
+    host = following(NEG + "ttl = 60")
+    negate = host.open("negate")
+    assert value(negate) == -5
+    assert host.adopt("negate").ttl == 60
+    assert not host.adopt("negate", ttl=600).pinned
+    status = host.adopt("negate", ttl=900, pin=True, priority=2)
+    assert (status.ttl, status.pinned, status.priority) == (900, True, 2)
+    file.write_text(NEG + "ttl = 90")
+    eventually(lambda: statuses(host)["Neg.onnx"].ttl == 90, "the file's next word counts")
+
+
 def test_names_that_there_are_not(following: Opened) -> None:
     host = following(NEG)
     with pytest.raises(ConfigError, match=r"no model of that name in .*host\.toml; it has: negate"):

@@ -122,12 +122,12 @@ class Supervisor:
         self._probe: Probe | None = None
         self._metrics = Metrics()
         self._wakeup = _signals(foreground)
-        self._follow_file()
 
     # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Until the last client is gone and all workers are reaped."""
+        self._follow_file()
         while not self._scheduler.finished:
             self._mind_loneliness()
             deadlines = (self._scheduler.next_deadline(), self._abandoned_at)

@@ -433,7 +433,8 @@ class Scheduler(Admission):
             self._tell(client, m.Denied(ticket=ask.ticket, failure=msgspec.convert(failure, m.Failure)))
             return
         model.grant(_HOSTS_OWN if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
-        if (terms := model.own_terms(self._terms)) is not None:
+        terms = model.own_terms(self._terms)
+        if terms is not None and _HOSTS_OWN not in model.leases:
             model.grant(_HOSTS_OWN, *terms)
         granted = m.Granted(
             ticket=ask.ticket,
