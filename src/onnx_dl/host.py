@@ -31,7 +31,7 @@ from onnx_dl import config
 from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
-from onnx_dl.events import EventBus, EventStream, ModelEvent
+from onnx_dl.events import EventBus, EventStream, EventType, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
@@ -57,7 +57,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     memory_limit: int | None = None
     """Bytes that all workers together may take."""
     memory_in_use: int = 0
-    """Bytes of it that are taken or reserved: workers' PSS, loads in progress, workers on their way out."""
+    """Bytes of it that are taken or reserved: workers' PSS or, if that is more, what they are known to take
+    in runs; loads in progress; workers on their way out."""
+    gpu_memory_limit: int | None = None
+    """The same of GPU memory; None: there is no limit, or nothing was to be loaded on a GPU so far."""
+    gpu_memory_in_use: int = 0
 
 
 class Preloadable(Protocol):
@@ -73,17 +77,20 @@ class ModelHost:
     :meth:`close` it; the interpreter's exit closes it too.
     """
 
-    def __init__(self, *, memory_limit: int | str | None = None) -> None:
+    def __init__(
+        self, *, memory_limit: int | str | None = None, gpu_memory_limit: int | str | None = None
+    ) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
         ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
+        ``gpu_memory_limit``: the same of GPU memory (``ONNX_DL_GPU_MEMORY_LIMIT``); without it, four fifths
+        of what all GPUs have, where NVML tells.
 
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no size.
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size.
         """
-        self._settings = config.settings()
-        if memory_limit is not None:
-            size = str(config.parse_size(memory_limit))
-            self._settings = msgspec.structs.replace(self._settings, memory_limit=size)
+        limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
+        given = {name: str(config.parse_size(size)) for name, size in limits.items() if size is not None}
+        self._settings = msgspec.structs.replace(config.settings(), **given)
         self._bus = EventBus()
         self._reset()
         _hosts.add(self)
@@ -266,6 +273,8 @@ class ModelHost:
             status.host,
             status.memory_limit,
             status.memory_in_use,
+            status.gpu_memory_limit,
+            status.gpu_memory_in_use,
         )
 
     def events(self) -> EventStream:
@@ -285,7 +294,8 @@ class ModelHost:
     def _tell(self, events: queue.SimpleQueue[ModelEvent | None]) -> None:
         """The thread that tells the application, which may take its time or ask us something."""
         while (event := events.get()) is not None:
-            logger.info("%s", event, extra={"onnx_dl_event": event})
+            level = logging.WARNING if event.type is EventType.THRASH else logging.INFO
+            logger.log(level, "%s", event, extra={"onnx_dl_event": event})
             for callback, error in self._bus.publish(event):
                 logger.error("An event callback failed: %r", callback, exc_info=error)
 

@@ -47,6 +47,12 @@ def several(found: Iterable[str]) -> str:
     )
 
 
+def build() -> str:
+    """Distribution and version of what is installed, such as ``onnxruntime-gpu-1.20.0``; imports nothing."""
+    found = sorted(f"{name}-{importlib.metadata.version(name)}" for name in _distributions())
+    return "+".join(found) or "none"
+
+
 def _distributions() -> set[str]:
     """Installed distributions that provide the onnxruntime package."""
     return {

@@ -9,10 +9,12 @@ from onnx_dl.errors import CapacityError
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
 from onnx_dl.supervisor import room
+from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import StartWorker
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, acquire, order, ready, starts, told
 
 MB = 1 << 20
@@ -34,6 +36,10 @@ def load(scheduler: Scheduler, key: str, worker_id: int, mb: int, now: float, **
     scheduler.on_ready(ready(worker_id), usage(mb), now)
 
 
+def idle(mb: int, last_used: float, runs: int = 1) -> Seen:
+    return Seen(usage(mb), Reading(runs=runs, last_used=last_used))
+
+
 def denied(commands: list) -> CapacityError:
     (message,) = told(commands, m.Denied)
     error = failures.rebuild(message.failure)
@@ -43,47 +49,59 @@ def denied(commands: list) -> CapacityError:
 
 def test_an_idle_model_makes_way(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 80, 0.0)
-    commands = scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
-    assert commands == [order(1, m.AskIdle())]
-    commands = scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(80), 10.0)
-    assert commands == [order(1, m.DrainIfIdle())]
+    assert scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0) == []
+    assert scheduler.next_deadline() == 10.0 and scheduler.wants_look(10.0)
+    assert scheduler.on_tick(10.0, {1: idle(80, 1.0)}) == [order(1, m.DrainIfIdle())]
     assert not starts(scheduler.on_draining(1, usage(80), 10.0, "evicted"))
     assert not starts(scheduler.on_drained(1, usage(80), 10.0))
     commands = scheduler.on_exited(1, 0, "", 10.1)  # only a worker that is reaped has made room
     assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b"]
+    assert not scheduler.wants_look(99.0)
 
 
-def test_a_model_in_use_is_asked_again_until_it_is_idle(scheduler: Scheduler) -> None:
+def test_a_model_in_use_is_looked_at_again_until_it_is_idle(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
-    assert scheduler.on_idle(m.Idle(worker_id=1, seconds=None), usage(80), 10.0) == []
+    assert scheduler.on_tick(10.0, {1: Seen(usage(80), Reading(busy=1, last_used=9.0))}) == []
     at = scheduler.next_deadline()
-    assert at is not None and at == pytest.approx(10.05)
-    assert scheduler.on_tick(at) == [order(1, m.AskIdle())]
-    assert scheduler.on_idle(m.Idle(worker_id=1, seconds=0.0), usage(80), at) == [order(1, m.DrainIfIdle())]
+    assert at is not None and at == pytest.approx(10.05) and not scheduler.wants_look(10.04)
+    assert scheduler.on_tick(at, {1: idle(80, at)}) == [order(1, m.DrainIfIdle())]
+
+
+def test_one_that_was_not_used_yet_stays(scheduler: Scheduler) -> None:
+    """Who asked for it must get its call."""
+    load(scheduler, "a", 1, 80, 0.0)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
+    assert scheduler.on_tick(10.0, {1: Seen(usage(80))}) == []
+
+
+def test_one_that_has_just_come_stays_a_moment(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 10.0)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.2)
+    assert scheduler.on_tick(10.2, {1: idle(80, 10.1)}) == []
+    assert scheduler.on_tick(10.5, {1: idle(80, 10.1)}) == [order(1, m.DrainIfIdle())]
 
 
 def test_one_that_is_idle_no_more_when_it_hears_of_it(scheduler: Scheduler) -> None:
-    """It says nothing; it is asked again, and its TTL is its TTL."""
+    """It says nothing; it is looked at again, and its TTL is its TTL."""
     load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
-    scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(80), 10.0)
+    assert scheduler.on_tick(10.0, {1: idle(80, 1.0)}) == [order(1, m.DrainIfIdle())]
     at = scheduler.next_deadline() or 0.0
-    assert scheduler.on_tick(at) == [order(1, m.AskIdle())]
-    scheduler.on_idle(m.Idle(worker_id=1, seconds=None), usage(80), at)
+    assert at > 10.0
+    assert scheduler.on_tick(at, {1: Seen(usage(80), Reading(busy=1, last_used=at))}) == []
     scheduler.on_draining(1, usage(80), at)
     (status,) = [s for s in scheduler.snapshot(at) if s.key == "a"]
     assert status.state is ModelState.DRAINING
 
 
-def test_one_that_was_pinned_after_it_said_that_it_is_idle(scheduler: Scheduler) -> None:
+def test_one_that_was_pinned_stays(scheduler: Scheduler) -> None:
+    """However long it was idle."""
     load(scheduler, "a", 1, 40, 0.0)
     load(scheduler, "c", 2, 40, 0.0)
-    scheduler.on_acquire(A, msgspec.structs.replace(acquire(3, 3, key="b"), file_bytes=30 * MB), 10.0)
-    scheduler.on_idle(m.Idle(worker_id=1, seconds=9.0), usage(40), 10.0)
+    scheduler.on_acquire(A, msgspec.structs.replace(acquire(3, 3, key="b"), file_bytes=10 * MB), 10.0)
     scheduler.on_acquire(A, msgspec.structs.replace(acquire(4, 4, key="a"), pin=True), 10.0)
-    commands = scheduler.on_idle(m.Idle(worker_id=2, seconds=0.1), usage(40), 10.0)
-    assert order(1, m.DrainIfIdle()) not in commands
+    assert scheduler.on_tick(10.0, {1: idle(40, 1.0), 2: idle(40, 9.9)}) == [order(2, m.DrainIfIdle())]
 
 
 def test_nobody_waits_for_ever(scheduler: Scheduler) -> None:

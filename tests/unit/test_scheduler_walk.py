@@ -9,6 +9,7 @@ import pytest
 
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
+from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import messages as m
@@ -162,7 +163,7 @@ class World:
                     self.client_goes(client)
             case 11:
                 for worker_id in s.pids():
-                    s.on_measured(worker_id, USAGE)
+                    self.do(s.on_measured(worker_id, Seen(USAGE), self.now))
 
     def client_goes(self, client: bytes) -> None:
         waits = [ticket for (who, _), ticket in self.acquiring.items() if who == client]

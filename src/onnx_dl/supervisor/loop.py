@@ -20,15 +20,20 @@ import zmq
 from onnx_dl import machine
 from onnx_dl.config import Settings
 from onnx_dl.errors import InvalidTransition, ProtocolError
-from onnx_dl.model import Usage
+from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.supervisor import store
+from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import (
     Command,
     Emit,
+    ForgetPeak,
     KillWorker,
+    Remember,
     StartWorker,
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.scheduler import Scheduler
@@ -78,7 +83,8 @@ class Supervisor:
         self._secret = secret
         self._processes = processes
         epoch = time.time() - time.monotonic()
-        self._scheduler = Scheduler(settings, epoch, machine.memory())
+        self._store = store.of(settings)
+        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
         self._context = sockets.context()
         self._control: Socket = sockets.router(self._context, f"{address}/control")
         self._listener = Listener(f"{address}/lifeline")
@@ -89,6 +95,8 @@ class Supervisor:
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
+        self._on_gpu: set[int] = set()
+        """Workers whose models ask for a GPU."""
         self._wakeup = _signals()
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -101,7 +109,8 @@ class Supervisor:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             self._take_in(sockets.wait(self._poller(), wait))
             now = time.monotonic()
-            self._carry_out(self._scheduler.on_tick(now))
+            seen = self._look(now) if self._scheduler.wants_look(now) else {}
+            self._carry_out(self._scheduler.on_tick(now, seen))
             if self._abandoned_at is not None and now >= self._abandoned_at:
                 self._abandoned_at = None
                 self._carry_out(self._scheduler.on_abandoned(now))
@@ -144,12 +153,19 @@ class Supervisor:
                     identity = self._processes.spawn(worker_id, blobs)
                     self._identities[worker_id] = identity
                     self._workers[identity] = worker_id
+                    if uses_gpu(spec):
+                        self._on_gpu.add(worker_id)
                 case TellWorker(worker_id, message):
                     self._send(self._identities[worker_id], message)
                 case TellClient(client, message):
                     self._send(client, message)
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
+                case ForgetPeak(worker_id):
+                    if (pid := self._scheduler.pids().get(worker_id)) is not None:
+                        self._meter().forget_peak(pid)
+                case Remember(key, need):
+                    self._store.put(key, need)
                 case Emit(event):
                     for known in self._clients:
                         if known.identity is not None:
@@ -161,6 +177,8 @@ class Supervisor:
     # --- workers ------------------------------------------------------------------------------------------
 
     def spawned(self, worker_id: int, pid: int) -> None:
+        if worker_id in self._on_gpu:
+            self._meter().begin(pid)
         self._carry_out(self._scheduler.on_spawned(worker_id, pid))
 
     def spawn_failed(self, worker_id: int, reason: str) -> None:
@@ -169,11 +187,15 @@ class Supervisor:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
+        if worker_id in self._on_gpu and (pid := self._scheduler.pids().get(worker_id)) is not None:
+            self._meter().end(pid)
         self._forget(worker_id)
-        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, time.monotonic()))
+        now = time.monotonic()
+        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, now, reading.runs))
 
     def _forget(self, worker_id: int) -> None:
         self._workers.pop(self._identities.pop(worker_id), None)
+        self._on_gpu.discard(worker_id)
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
         try:
@@ -191,11 +213,11 @@ class Supervisor:
             case m.WorkerStarted():
                 return scheduler.on_started(worker_id)
             case m.WorkerReady():
+                if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
+                    self._meter().loaded(pid)
                 return scheduler.on_ready(message, self._measure(worker_id), now)
             case m.WorkerFailed():
                 return scheduler.on_load_failed(message, now)
-            case m.Idle():
-                return scheduler.on_idle(message, self._measure(worker_id), now)
             case m.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now, message.reason)
             case m.WorkerDrained():
@@ -204,11 +226,28 @@ class Supervisor:
 
     def _measure(self, worker_id: int) -> Usage:
         pid = self._scheduler.pids().get(worker_id)
-        if pid is None:
-            return Usage()
+        return Usage() if pid is None else self._meter().measure(pid)
+
+    def _meter(self) -> Probe:
         if self._probe is None:
             self._probe = Probe()
-        return self._probe.measure(pid)
+        return self._probe
+
+    def _look(self, now: float) -> dict[int, Seen]:
+        """Every worker: what it holds, and whether it is in use."""
+        readings = self._processes.readings()
+        seen = {
+            worker_id: Seen(self._measure(worker_id), readings.get(worker_id, Reading()))
+            for worker_id in self._scheduler.pids()
+        }
+        for worker_id, pid in self._scheduler.ghosts(now).items():
+            seen[worker_id] = Seen(Usage(gpu=self._meter().gpu_left(pid)))
+        return seen
+
+    def _refresh(self, now: float) -> None:
+        """Has the scheduler know what workers hold now."""
+        for worker_id, seen in self._look(now).items():
+            self._carry_out(self._scheduler.on_measured(worker_id, seen, now))
 
     # --- clients ------------------------------------------------------------------------------------------
 
@@ -238,6 +277,7 @@ class Supervisor:
         identity = client.identity or b""
         match message:
             case m.Acquire():
+                self._prepare(message.spec, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
@@ -255,17 +295,26 @@ class Supervisor:
                 client.drop_blob(number)
         return []
 
+    def _prepare(self, spec: ModelSpec, now: float) -> None:
+        """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
+        if self._scheduler.is_loaded(spec.key):
+            return
+        self._refresh(now)
+        if uses_gpu(spec):
+            self._scheduler.know_gpus(self._meter().gpu_total())
+
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:
-            for worker_id in self._scheduler.pids():
-                self._scheduler.on_measured(worker_id, self._measure(worker_id))
+            self._refresh(now)
         return m.Status(
             ticket=ask.ticket,
             seq=self._scheduler.seq,
             supervisor_pid=os.getpid(),
             models=self._scheduler.snapshot(now, self._processes.readings()),
             memory_limit=self._scheduler.memory_limit,
-            memory_in_use=self._scheduler.memory_in_use,
+            memory_in_use=self._scheduler.in_use(now).ram,
+            gpu_memory_limit=self._scheduler.gpu_memory_limit,
+            gpu_memory_in_use=self._scheduler.in_use(now).gpu,
         )
 
     def _blob(self, name: str) -> int | None:
