@@ -37,9 +37,9 @@ _RAISE: Final = 1.5
 
 
 class Seen(NamedTuple):
-    """A worker when the loop looked at it."""
+    """A worker when the loop looked at it.  ``usage`` is None if nothing can have changed."""
 
-    usage: Usage
+    usage: Usage | None
     reading: Reading = Reading()
 
 
@@ -206,10 +206,11 @@ class Admission:
         """The loop looked at a worker, or at what the driver says of one that is gone."""
         model = self._by_worker.get(worker_id)
         if model is None or (worker := model.worker) is None:
-            if not seen.usage.gpu:
+            if seen.usage is not None and not seen.usage.gpu:
                 self.ledger.lay(worker_id)
             return
-        self._learn(model, seen.usage)
+        if seen.usage is not None:
+            self._learn(model, seen.usage)
         is_due = worker.ready is not None and now - worker.marked_at >= _FADING
         if is_due and self._learn_runs(model, worker, seen.reading.runs, now):
             self._out.append(ForgetPeak(worker.id))

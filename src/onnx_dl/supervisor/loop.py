@@ -97,6 +97,8 @@ class Supervisor:
         self._probe: Probe | None = None
         self._on_gpu: set[int] = set()
         """Workers whose models ask for a GPU."""
+        self._runs_measured: dict[int, int] = {}
+        """The runs that a worker had made when it was looked at."""
         self._wakeup = _signals()
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ class Supervisor:
     def _forget(self, worker_id: int) -> None:
         self._workers.pop(self._identities.pop(worker_id), None)
         self._on_gpu.discard(worker_id)
+        self._runs_measured.pop(worker_id, None)
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
         try:
@@ -233,20 +236,23 @@ class Supervisor:
             self._probe = Probe()
         return self._probe
 
-    def _look(self, now: float) -> dict[int, Seen]:
-        """Every worker: what it holds, and whether it is in use."""
+    def _look(self, now: float, *, fresh: bool = False) -> dict[int, Seen]:
+        """Every worker: whether it is in use, and what it holds if it was since it was measured (1 ms each);
+        ``fresh``: in any case."""
         readings = self._processes.readings()
-        seen = {
-            worker_id: Seen(self._measure(worker_id), readings.get(worker_id, Reading()))
-            for worker_id in self._scheduler.pids()
-        }
+        seen = {}
+        for worker_id in self._scheduler.pids():
+            reading = readings.get(worker_id, Reading())
+            is_used = reading.busy or self._runs_measured.get(worker_id) != reading.runs
+            seen[worker_id] = Seen(self._measure(worker_id) if fresh or is_used else None, reading)
+            self._runs_measured[worker_id] = reading.runs
         for worker_id, pid in self._scheduler.ghosts(now).items():
             seen[worker_id] = Seen(Usage(gpu=self._meter().gpu_left(pid)))
         return seen
 
-    def _refresh(self, now: float) -> None:
+    def _refresh(self, now: float, *, fresh: bool = False) -> None:
         """Has the scheduler know what workers hold now."""
-        for worker_id, seen in self._look(now).items():
+        for worker_id, seen in self._look(now, fresh=fresh).items():
             self._carry_out(self._scheduler.on_measured(worker_id, seen, now))
 
     # --- clients ------------------------------------------------------------------------------------------
@@ -305,7 +311,7 @@ class Supervisor:
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:
-            self._refresh(now)
+            self._refresh(now, fresh=True)
         return m.Status(
             ticket=ask.ticket,
             seq=self._scheduler.seq,
