@@ -45,32 +45,32 @@ def unloads(host: ModelHost) -> list[str | None]:
     return seen
 
 
-def load_all(paths: list[str], limit: int | None) -> list[str | None]:
+def use_all(paths: list[str], limit: int | None, x: np.ndarray) -> list[str | None]:
     """Why models went, in a host of its own that uses each once."""
     with ModelHost(memory_limit=limit) as host:
         gone = unloads(host)
-        for seed, proxy in enumerate([host.open(path, providers=CPU) for path in paths]):
-            assert value(proxy) == 1024 * seed
+        for proxy in [modest(path, host) for path in paths]:
+            proxy.run(None, {"x": x})
     return gone
 
 
 def test_the_next_host_knows_what_models_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the sizes of their files, two would not fit; as they were measured, they do."""
+    """Two that are small at rest stay together, until a host has seen what their runs take."""
     monkeypatch.setenv("ONNX_DL_CACHE", "on")
-    monkeypatch.setenv("ONNX_DL_CACHE_FROM", "1000")  # loads are not saved
-    monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "unknown"))
-    paths = [weighty(tmp_path / f"m{i}.onnx", 20, i) for i in range(2)]
-    assert "evicted" in load_all(paths, 105 * MB)
-    monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "known"))
-    assert "evicted" not in load_all(paths, None)
-    assert "evicted" not in load_all(paths, 105 * MB)
-    (kept,) = (tmp_path / "known").glob("needs-*.json")
+    monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "kept"))
+    paths = [spiky(tmp_path / f"m{i}.onnx") for i in range(2)]
+    assert "evicted" not in use_all(paths, 280 * MB, BIG[:4])
+    assert "evicted" not in use_all(paths, None, BIG)
+    assert "evicted" in use_all(paths, 280 * MB, BIG[:4])
+    (kept,) = (tmp_path / "kept").glob("needs-*.json")
     assert kept.name.endswith(f"-{onnxruntime.__version__}.json")
+    kept.unlink()
+    assert "evicted" not in use_all(paths, 280 * MB, BIG[:4])
 
 
 def test_without_the_cache_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "cache"))
-    load_all([weighty(tmp_path / "m0.onnx", 20, 0)], None)
+    use_all([spiky(tmp_path / "m.onnx")], None, BIG)
     assert not (tmp_path / "cache").exists()
 
 

@@ -187,7 +187,7 @@ class Admission:
 
     def _learn_end(self, model: Model, worker: Worker, runs: int, now: float) -> None:
         """A worker is reaped."""
-        if worker.drained:  # one that crashed was not measured after its last run
+        if worker.drained or worker.killed:  # one that crashed was not measured after its last run
             self._learn_runs(model, worker, runs, now)
         if worker.ready is not None:
             self._tell_need(model.key, now)

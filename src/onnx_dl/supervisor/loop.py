@@ -137,6 +137,7 @@ class Supervisor:
             self._hear_control()
         if self._wakeup in ready:
             if _pending_signals(self._wakeup) & {signal.SIGTERM, signal.SIGHUP}:
+                self._refresh(time.monotonic())
                 self._carry_out(self._scheduler.on_abandoned(time.monotonic()))
             self._hear_control()
             self._processes.reap()
@@ -290,10 +291,12 @@ class Supervisor:
             case m.SetTtl(proxy=proxy, ttl=ttl):
                 return scheduler.on_set_ttl(identity, proxy, ttl)
             case m.Unload():
+                self._refresh(now)  # what is killed cannot be measured afterwards
                 return scheduler.on_unload(identity, message, now)
             case m.AskFate():
                 return scheduler.on_ask_fate(identity, message)
             case m.Shutdown():
+                self._refresh(now)
                 return scheduler.on_shutdown(identity, message, now)
             case m.AskStatus():
                 return [TellClient(identity, self._status(message, now))]
@@ -381,6 +384,7 @@ class Supervisor:
     def _lost(self, client: _Client) -> None:
         now = time.monotonic()
         if client.identity is not None:
+            self._refresh(now)
             self._carry_out(self._scheduler.on_client_gone(client.identity, now))
             if not any(other.identity for other in self._clients):
                 self._carry_out(self._scheduler.on_abandoned(now))
