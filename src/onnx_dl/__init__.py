@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         CapacityError,
         ConfigError,
         EngineError,
+        HostClosing,
         InstallationError,
         InvalidTransition,
         LoadTimeout,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         SupervisorDied,
         SupervisorError,
         SupervisorStartError,
+        SupervisorUnreachable,
         UnloadTimeout,
         UnsupportedValueError,
         WorkerDied,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     )
     from onnx_dl.events import EventStream, EventType, ModelEvent
     from onnx_dl.execution import ExecutionSession
-    from onnx_dl.host import ModelHost, Snapshot, default_host, warm_up
+    from onnx_dl.host import ModelHost, Snapshot, connect, default_host, warm_up
     from onnx_dl.lifecycle import ModelState
     from onnx_dl.model import ModelStatus, Usage
     from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
@@ -48,6 +50,7 @@ _HOMES = {
         "CapacityError",
         "ConfigError",
         "EngineError",
+        "HostClosing",
         "InstallationError",
         "InvalidTransition",
         "LoadTimeout",
@@ -61,6 +64,7 @@ _HOMES = {
         "SupervisorDied",
         "SupervisorError",
         "SupervisorStartError",
+        "SupervisorUnreachable",
         "UnloadTimeout",
         "UnsupportedValueError",
         "WorkerDied",
@@ -68,7 +72,7 @@ _HOMES = {
     ),
     "events": ("EventStream", "EventType", "ModelEvent"),
     "execution": ("ExecutionSession",),
-    "host": ("ModelHost", "Snapshot", "default_host", "warm_up"),
+    "host": ("ModelHost", "Snapshot", "connect", "default_host", "warm_up"),
     "lifecycle": ("ModelState",),
     "model": ("ModelStatus", "Usage"),
     "patching": ("Patch", "Unpatched", "patch", "unpatch", "unpatched_report"),

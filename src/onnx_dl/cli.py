@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -52,6 +53,16 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-m", action="store_true", dest="module", help="the program is a module")
     run.add_argument("target", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="and its arguments")
     run.set_defaults(run=_run)
+    supervise = commands.add_parser(
+        "supervise", help="run a host that several applications share, until Ctrl-C or SIGTERM"
+    )
+    supervise.add_argument("--name", default="default", help="under which onnx_dl.connect() finds it")
+    supervise.add_argument("--memory-limit", metavar="SIZE", help="all models together, e.g. 2GiB")
+    supervise.add_argument("--config", metavar="FILE", help="a host.toml: which models it has, and limits")
+    supervise.set_defaults(run=_supervise)
+    stop = commands.add_parser("stop", help="end a shared host and all its models, for everybody")
+    stop.add_argument("--host", default="default", metavar="NAME", help="which")
+    stop.set_defaults(run=_stop)
     cache = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("ls", help="list what is in it, the one used last first").set_defaults(run=_cache_ls)
@@ -86,6 +97,24 @@ def _run(arguments: argparse.Namespace) -> Callable[[], None]:
         latency=arguments.latency,
         eager=not arguments.lazy,
     )
+
+
+def _supervise(arguments: argparse.Namespace) -> None:
+    from onnx_dl.supervise import supervise
+
+    limit = arguments.memory_limit
+    file = arguments.config
+    supervise(
+        arguments.name,
+        memory_limit=None if limit is None else str(config.parse_size(limit)),
+        config=None if file is None else os.path.abspath(file),
+    )
+
+
+def _stop(arguments: argparse.Namespace) -> None:
+    from onnx_dl.host import connect
+
+    connect(arguments.host, start=False).stop()
 
 
 def _demo(_: argparse.Namespace) -> None:

@@ -19,9 +19,16 @@ from typing import Any, Final
 from onnx_dl import remarks
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
-from onnx_dl.errors import ProtocolError, ProxyClosedError, UnloadTimeout, WorkerDied
+from onnx_dl.errors import (
+    HostClosing,
+    ProtocolError,
+    ProxyClosedError,
+    SupervisorDied,
+    UnloadTimeout,
+    WorkerDied,
+)
 from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.external import external_files
+from onnx_dl.external import bytes_of
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -82,10 +89,20 @@ class RemoteModel:
     """One model, shared by all proxies of this application that name it."""
 
     def __init__(
-        self, connection: Connection, spec: ModelSpec, settings: Settings, blobs: Sequence[SharedBlob] = ()
+        self,
+        connection: Connection,
+        spec: ModelSpec,
+        settings: Settings,
+        blobs: Sequence[SharedBlob] = (),
+        renew: Callable[[RemoteModel, Connection], None] | None = None,
+        companions: Callable[[], Sequence[RemoteModel]] = tuple,
     ) -> None:
-        """``blobs``: the memory that it is loaded from."""
+        """``blobs``: the memory that it is loaded from; ``renew``: moves this to the next host when the
+        present one is gone, if there may be another; ``companions``: those that this application has in the
+        same group."""
         self.connection = connection
+        self._renew = renew
+        self._companions = companions
         self.spec = spec
         self.description: ModelDescription | None = None
         self._load_timeout = settings.load_timeout
@@ -316,47 +333,71 @@ class RemoteModel:
                 return granted
             if lease.closed:
                 raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
-            try:
-                answer = self.connection.ask(
-                    lambda ticket: m.Acquire(
-                        ticket=ticket,
-                        proxy=lease.id,
-                        spec=self.spec,
-                        ttl=lease.ttl,
-                        file_bytes=self._file_bytes(),
-                        pin=lease.pin,
-                        priority=lease.priority,
-                    ),
-                    self._load_timeout + self._room_timeout + _LOAD_MARGIN,
-                )
-            except BaseException:  # Ctrl-C for one: what would be granted now, nobody would ever give back
-                self.connection.tell(m.Release(proxy=lease.id))
-                raise
-            if isinstance(answer, m.Denied):
-                error = failures.rebuild(answer.failure)
-                remarks.repeat(getattr(error, "remarks", None))
-                raise error
+            answer = self._ask_until_served(lease)
             granted = self._accept(lease, answer)
         if not lease.told:
             lease.told = True
             remarks.repeat(answer.description.details.get("remarks"))
         return granted
 
+    def _ask_until_served(self, lease: Lease) -> m.Granted:
+        """The answer of this host, or of the one that comes after it."""
+        deadline = time.monotonic() + self._load_timeout + self._room_timeout + _LOAD_MARGIN
+        while True:
+            connection = self.connection
+            try:
+                return self._ask_for_worker(connection, lease)
+            except (SupervisorDied, HostClosing):
+                # Nothing ran yet, so it may be asked for again.
+                if self._renew is None or time.monotonic() >= deadline:
+                    raise
+                self._renew(self, connection)
+
+    def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool = False) -> m.Granted:
+        companions = [model for model in self._companions() if model is not self]
+        try:
+            answer = connection.ask(
+                lambda ticket: m.Acquire(
+                    ticket=ticket,
+                    proxy=lease.id,
+                    spec=self.spec,
+                    ttl=lease.ttl,
+                    file_bytes=self._file_bytes() + sum(model._file_bytes() for model in companions),
+                    pin=lease.pin,
+                    priority=lease.priority,
+                    for_host=for_host,
+                    companions=[model.spec for model in companions],
+                ),
+                self._load_timeout + self._room_timeout + _LOAD_MARGIN,
+            )
+        except BaseException:  # Ctrl-C for one: what would be granted now, nobody would ever give back
+            connection.tell(m.Release(proxy=lease.id))
+            raise
+        if isinstance(answer, m.Denied):
+            error = failures.rebuild(answer.failure)
+            remarks.repeat(getattr(error, "remarks", None))
+            raise error
+        granted: m.Granted = answer
+        return granted
+
+    def adopt(self, lease: Lease) -> None:
+        """Has the host itself hold the model, on the lease's terms, also when this application is gone.
+
+        Raises: what the first call would raise.
+        """
+        self._ask_for_worker(self.connection, lease, for_host=True)
+
     def _file_bytes(self) -> int:
         """Of the model's files, those beside it included; 0 where they cannot be looked at."""
-        total = sum(blob.nbytes for blob in self._blobs)
-        if self.spec.path:
-            path = os.path.join(self.spec.cwd, self.spec.path)
-            with contextlib.suppress(OSError, ValueError):
-                total += os.path.getsize(path)
-                total += sum(map(os.path.getsize, external_files(path)))
-        return total
+        path = self.spec.path
+        beside = bytes_of(os.path.join(self.spec.cwd, path)) if path else 0
+        return beside + sum(blob.nbytes for blob in self._blobs)
 
     def _accept(self, lease: Lease, answer: m.Granted) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""
         with self._lock:
             stale: list[ClientLane] = []
-            if self._granted is None or self._granted.worker_id != answer.worker_id:
+            if self._granted is None or self._granted.address != answer.address:
                 self._granted, stale, self._lanes = answer, self._lanes, []
             granted = lease.granted = self._granted
             self.description = answer.description
@@ -466,7 +507,7 @@ class RemoteModel:
         deadline = threading.TIMEOUT_MAX if timeout is None else timeout
         try:
             answer = self.connection.ask(
-                lambda ticket: m.Unload(ticket=ticket, key=self.spec.key, force=force), deadline
+                lambda ticket: m.Unload(ticket=ticket, key=self.spec.unit, force=force), deadline
             )
         except TimeoutError:
             raise UnloadTimeout(
@@ -480,21 +521,34 @@ class RemoteModel:
     def status(self, *, measure: bool = True) -> ModelStatus | None:
         """How the model fares; None if the supervisor does not know it.  Loads nothing."""
         answer = self.connection.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=measure))
-        return next((status for status in answer.models if status.key == self.spec.key), None)
+        return next((status for status in answer.models if status.key == self.spec.unit), None)
 
     def leave(self, lease: Lease) -> None:
         """A proxy is closed or collected.  Runs in finalizers, so it takes no lock and waits for nothing."""
         lease.closed = True
         self.connection.tell(m.Release(proxy=lease.id))
 
-    def shut(self) -> None:
+    def shut(self, connection: Connection) -> None:
         """The connection has ended: nothing that is shared with workers is of use any more."""
+        if self.connection is not connection:  # it was moved meanwhile
+            return
         if (granted := self._granted) is not None:
             self._forget(granted)
         with self._acquiring:
-            if self._hold_lane is not None:
-                self._hold_lane.close()
-                self._hold_lane = None
+            if self.connection is connection:
+                self._drop_hold()
+
+    def move(self, connection: Connection, blobs: Sequence[SharedBlob]) -> None:
+        """From now on this is the model at another host.  Called while acquiring, or while nobody can be."""
+        self.connection, self._blobs = connection, blobs
+        if (granted := self._granted) is not None:
+            self._forget(granted)
+        self._drop_hold()
+
+    def _drop_hold(self) -> None:
+        lane, self._hold_lane = self._hold_lane, None
+        if lane is not None:
+            lane.close()
 
     def retime(self, lease: Lease, ttl: float) -> None:
         """The proxy's TTL from now on."""

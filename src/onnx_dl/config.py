@@ -42,6 +42,20 @@ def parse_ttl(value: object) -> float:
     return seconds
 
 
+def parse_time(value: object) -> float:
+    """Seconds from 0 to a million.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no such time.
+    """
+    seconds = _seconds(value)
+    if seconds is None or not 0 <= seconds <= 1e6:
+        raise ConfigError(
+            f'{value!r} is no time; write seconds from 0 to 1000000, or text such as "90s" or "5m".'
+        )
+    return seconds
+
+
 def parse_latency(value: object) -> str:
     """``"normal"`` or ``"low"``.
 
@@ -76,6 +90,17 @@ def parse_runs(value: object) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise ConfigError(f"max_runs={value!r} is no number of calls; give an int from 1 on, or None.")
+
+
+def parse_group(value: object) -> str | None:
+    """The name of a group, or None.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise ConfigError(f"group={value!r} is no name of a group; give text that is not empty, or None.")
 
 
 _SWITCH: Final = {
@@ -113,11 +138,30 @@ def parse_size(value: object) -> int:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
     """
     match = _SIZE.fullmatch(str(value)) if isinstance(value, str | int) else None
-    if match is None or isinstance(value, bool):
+    nbytes = float(match[1]) * _SIZES[(match[2] or "").lower()] if match else math.inf
+    if isinstance(value, bool) or nbytes >= 2**63:
         raise ConfigError(
             f'{value!r} is no size; write a number of bytes or, for example, "2GiB" or "500MB".'
         )
-    return int(float(match[1]) * _SIZES[(match[2] or "").lower()])
+    return int(nbytes)
+
+
+_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})")
+
+
+def parse_address(value: str) -> tuple[str, int]:
+    """Host and port of text such as ``"127.0.0.1:9464"``, ``"localhost:0"``, ``"[::1]:9464"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+    """
+    match = _ADDRESS.fullmatch(value)
+    if match is None or int(match[2]) > 65535:
+        raise ConfigError(
+            f"{value!r} is no address; write host:port, such as 127.0.0.1:9464, or 0.0.0.0:9464 to be "
+            "reached from everywhere."
+        )
+    return match[1].strip("[]"), int(match[2])
 
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -146,6 +190,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     the GPUs have, where NVML tells."""
     room_timeout: _Seconds = 60.0
     """How long a load may wait for others to make room."""
+    host: str = ""
+    """The name of the shared host that serves this application; empty: one of its own."""
+    config: str = ""
+    """A file that says which models the host has and what they may take; see docs/host-file.md."""
+    linger: _Seconds = 60.0
+    """How long a shared host that was started in the background stays without clients and models."""
     stable_after: _Seconds = 10.0
     """A worker that was ready for longer than this does not count as one that keeps dying."""
     cache: str = "on"
@@ -156,6 +206,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that the load cache may take; beyond that, what was not used for longest goes."""
     cache_from: _Seconds = 0.15
     """Loads that take at least this long are saved for the next time."""
+    metrics: str = ""
+    """Where the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``; empty: nowhere."""
 
 
 _CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq"), "cache": ("on", "off")}
@@ -174,7 +226,9 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
             _check_choice(variable, field, text)
             if field in ("cache_limit", "memory_limit", "gpu_memory_limit"):
                 parse_size(text)
-            found[field] = text
+            if field == "metrics":
+                parse_address(text)
+            found[field] = os.path.abspath(text) if field == "config" else text
     try:
         return msgspec.convert(found, Settings, strict=False)
     except msgspec.ValidationError as error:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import zmq
 
-from onnx_dl.errors import ProtocolError, SupervisorDied, SupervisorStartError
+from onnx_dl.errors import ProtocolError, SupervisorDied, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.events import ModelEvent
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
@@ -49,14 +49,15 @@ class Connection:
         secret: str,
         timeout: float,
         on_event: Callable[[ModelEvent], None],
-        on_end: Callable[[], None],
+        on_end: Callable[[Connection], None],
         tidy: Callable[[], bool],
     ) -> None:
-        """Connects.  ``on_end`` is called when the connection has ended, to close all lanes; ``tidy`` some
+        """Connects.  ``on_end`` is called when this connection has ended, to close all lanes; ``tidy`` some
         seconds after :meth:`arm`, and again for as long as it says that something is left to do.
 
         Raises:
-            SupervisorStartError: nobody answers within ``timeout`` seconds, or refuses us.
+            SupervisorUnreachable: nobody answers within ``timeout`` seconds.
+            SupervisorStartError: who answers refuses us.
         """
         self.timeout = timeout
         self.context = sockets.context()
@@ -85,8 +86,11 @@ class Connection:
             lifeline.send(m.encode(hello))
             received = lifeline.receive(self.timeout)
         except OSError as error:
-            raise SupervisorStartError(f"No onnx-dl supervisor answers: {error}.") from error
-        answer = m.on_lifeline(received[0]) if received else m.Refused(reason="it closed the connection")
+            raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
+        if received is None:
+            lifeline.close()
+            raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
+        answer = m.on_lifeline(received[0])
         if isinstance(answer, m.Welcome):
             return lifeline
         lifeline.close()
@@ -137,9 +141,15 @@ class Connection:
 
     def close(self) -> None:
         """Lets go of the supervisor, which releases all that this application held."""
-        self._end()
+        self.end()
         if self._thread is not threading.current_thread():
             self._thread.join(self.timeout)
+
+    def end(self) -> None:
+        """Like :meth:`close`, without waiting."""
+        with self._lock:
+            self.closed = True
+        self._waker.wake()
 
     def abandon(self) -> None:
         """In a forked child: the parent's threads and sockets are not ours to use or to close."""
@@ -152,7 +162,7 @@ class Connection:
         try:
             self._attend()
         finally:  # whatever happened, nobody may wait for an answer that will not come
-            self._end()
+            self.end()
             self._tear_down()
 
     def _attend(self) -> None:
@@ -209,18 +219,13 @@ class Connection:
             future.set_result(message)
         return True
 
-    def _end(self) -> None:
-        with self._lock:
-            self.closed = True
-        self._waker.wake()
-
     def _tear_down(self) -> None:
         self._lifeline.close()
         self._socket.close()
         for future in list(self._pending.values()):
             if not future.done():
                 future.set_exception(self._died())
-        self._on_end()
+        self._on_end(self)
         # Waits for lanes that are in use; their callers close them, because their workers are dead.
         self.context.term()
 

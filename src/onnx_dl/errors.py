@@ -21,7 +21,9 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── RemoteError                         a worker raised a class this process does not know
     ├── SupervisorError
     │   ├── SupervisorStartError            the supervisor process did not come up
-    │   └── SupervisorDied                  it went away under us
+    │   │   └── SupervisorUnreachable       nobody answers at its address
+    │   ├── SupervisorDied                  it went away under us
+    │   └── HostClosing                     it is about to go
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
         ├── WorkerDied                      the worker process ended during a call or a load
@@ -135,10 +137,22 @@ class SupervisorStartError(SupervisorError):
     code = "supervisor-start"
 
 
+class SupervisorUnreachable(SupervisorStartError):
+    """Nobody listens at the supervisor's address, or it went away before it answered."""
+
+    code = "supervisor-unreachable"
+
+
 class SupervisorDied(SupervisorError):
     """The supervisor process went away, and all workers with it; the next use starts a new one."""
 
     code = "supervisor-died"
+
+
+class HostClosing(SupervisorError):
+    """The host is shutting down and takes no new work; the next one can load the model."""
+
+    code = "host-closing"
 
 
 class CapacityError(OnnxDLError, MemoryError):

@@ -6,6 +6,7 @@ users need not have, and without reading the weights.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -22,6 +23,15 @@ _INSIDE: Final[dict[str, dict[int, str]]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
+
+
+def bytes_of(path: str) -> int:
+    """Of a model's file and of those beside it that hold its weights; 0 for what cannot be looked at."""
+    total = 0
+    with contextlib.suppress(OSError, ValueError):
+        total += os.path.getsize(path)
+        total += sum(map(os.path.getsize, external_files(path)))
+    return total
 
 
 def external_files(path: str) -> list[str]:

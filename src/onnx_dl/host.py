@@ -1,7 +1,8 @@
-"""The supervisor that serves this application: started with the first proxy, gone with the application.
+"""The supervisor that serves this application: one of its own, or one that it shares with others.
 
-Covers starting it, connecting to it, and telling the application what happens in it.  Tensors never come
-here; one model's calls are :mod:`onnx_dl.client`'s.
+Covers who connects to it and when, which models this application has in it, and telling the application what
+happens.  How one is started or found is :mod:`onnx_dl.starting`'s; tensors never come here; one model's calls
+are :mod:`onnx_dl.client`'s.
 """
 
 from __future__ import annotations
@@ -9,13 +10,11 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import functools
 import importlib
-import json
 import logging
 import os
 import queue
-import secrets
-import select
 import subprocess
 import sys
 import threading
@@ -27,21 +26,20 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import config
+from onnx_dl import starting
 from onnx_dl.client import RemoteModel, SharedBlob
+from onnx_dl.config import KEEP, check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
-from onnx_dl.errors import OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
+from onnx_dl.errors import OnnxDLError, SupervisorDied, SupervisorError
 from onnx_dl.events import EventBus, EventStream, EventType, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
+from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
 
 logger = logging.getLogger("onnx_dl")
 
-_BOOT: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.supervisor.main import main; main()"
-)
 _FAREWELL: Final = 3.0
 """Seconds that the supervisor has to end all workers and itself when the application closes it."""
 
@@ -59,8 +57,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     memory_in_use: int = 0
     """Bytes of it that are taken or reserved: workers' PSS or, if that is more, what they are known to take
     in runs; loads in progress; workers on their way out."""
+    metrics: str | None = None
+    """Where the supervisor serves metrics (``ONNX_DL_METRICS``): host and port."""
     gpu_memory_limit: int | None = None
-    """The same of GPU memory; None: there is no limit, or nothing was to be loaded on a GPU so far."""
+    """As ``memory_limit``; None: there is no limit, or nothing was to be loaded on a GPU so far."""
     gpu_memory_in_use: int = 0
 
 
@@ -70,28 +70,54 @@ class Preloadable(Protocol):
     def load(self) -> None: ...
 
 
+class Member(Protocol):
+    """A proxy of a model that may be in a group."""
+
+    @property
+    def group(self) -> str | None: ...
+
+    def companion(self) -> RemoteModel | None: ...
+
+
 class ModelHost:
     """One supervisor process and what this application has in it.
 
     Starts nothing until the first model is used or :meth:`start` is called.  Use it as a context manager, or
-    :meth:`close` it; the interpreter's exit closes it too.
+    :meth:`close` it; the interpreter's exit closes it too.  One that several applications share comes from
+    :func:`connect`.
     """
 
+    name: str | None = None
+    """Of a host that several applications share."""
+    _starts = True
+
     def __init__(
-        self, *, memory_limit: int | str | None = None, gpu_memory_limit: int | str | None = None
+        self,
+        *,
+        memory_limit: int | str | None = None,
+        gpu_memory_limit: int | str | None = None,
+        config: str | os.PathLike[str] | None = None,
     ) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
         ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
         ``gpu_memory_limit``: the same of GPU memory (``ONNX_DL_GPU_MEMORY_LIMIT``); without it, four fifths
         of what all GPUs have, where NVML tells.
 
+        ``config``: a file that says which models the host has and what they may take (docs/host-file.md);
+        None: what ``ONNX_DL_CONFIG`` says.  It is read when the supervisor starts, which raises if it cannot
+        be used, and again whenever it changes.
+
         Raises:
             ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size.
         """
         limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
-        given = {name: str(config.parse_size(size)) for name, size in limits.items() if size is not None}
-        self._settings = msgspec.structs.replace(config.settings(), **given)
+        given = {name: str(parse_size(size)) for name, size in limits.items() if size is not None}
+        self._firm = list(given)
+        if config is not None:
+            given["config"] = os.path.abspath(config)
+        self._settings = msgspec.structs.replace(settings(), **given)
         self._bus = EventBus()
+        self._groups: dict[str, weakref.WeakSet[Member]] = {}
         self._reset()
         _hosts.add(self)
 
@@ -124,26 +150,31 @@ class ModelHost:
             return self._connection
         if sys.is_finalizing() or _exiting:
             raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
-        config.check_platform()
+        check_platform()
         self._bury()
-        address, secret = config.fresh_address("host"), secrets.token_hex(16)
-        self._process = _start_supervisor(address, secret, self._settings)
         self._events = queue.SimpleQueue()
         self._blobs = weakref.WeakValueDictionary()
-        models = self._models = weakref.WeakValueDictionary()
-        self._connection = Connection(
-            address,
-            secret,
-            self._settings.start_timeout,
-            self._on_event,
-            lambda: _shut_all(models),
-            lambda: _tidy(models, self._buffers),
-        )
+        if self.name is not None:
+            self._connection = starting.reach(self.name, self._settings, self._link, start=self._starts)
+        else:
+            self._process, address, secret = starting.start_private(self._settings, self._firm)
+            self._connection = self._link(address, secret)
         self._teller = threading.Thread(
             target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True
         )
         self._teller.start()
         return self._connection
+
+    def _link(self, address: str, secret: str) -> Connection:
+        models = self._models
+        return Connection(
+            address,
+            secret,
+            self._settings.start_timeout,
+            self._on_event,
+            functools.partial(_shut_all, models),
+            lambda: _tidy(models, self._buffers),
+        )
 
     def preload(
         self,
@@ -179,24 +210,45 @@ class ModelHost:
     def close(self) -> None:
         """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
 
-        Iterators from :meth:`events` end after the last event.
+        A shared host stays, but lets go of all that this application holds.  Iterators from :meth:`events`
+        end after the last event.
         """
         with self._lock:
-            connection = self._connection
-            if connection is not None:
+            connection, self._connection = self._connection, None
+            if connection is not None and self.name is None:
                 # Dead, or too busy to answer: then _bury() sees to it.
                 with contextlib.suppress(SupervisorDied, TimeoutError):
                     connection.ask(lambda ticket: m.Shutdown(ticket=ticket), _FAREWELL)
                 connection.close()
-                self._connection = None
             self._bury()
             self._buffers.trim()
+        if connection is not None:
+            # Without the lock: a thread that looks for the next host waits for it, and this for that thread.
+            connection.close()
         if self._teller is not None and self._teller is not threading.current_thread():
             self._teller.join(_FAREWELL)
         self._bus.close()
 
+    def stop(self) -> None:
+        """Ends the host and all its models, also for other applications; returns when it is gone.
+
+        Calls that run have a few seconds (``ONNX_DL_EXIT_GRACE``) to end.
+
+        Raises:
+            TimeoutError: it is still there.
+        """
+        if self.name is None:
+            self.close()
+            return
+        with self._lock, contextlib.suppress(SupervisorDied):
+            patience = self._settings.exit_grace + _FAREWELL
+            self._connect().ask(lambda ticket: m.Shutdown(ticket=ticket), patience)
+        self.close()
+        starting.await_end(self.name, _FAREWELL)
+
     def _bury(self) -> None:
         """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+        self._events.put(None)
         if self._process is not None:
             try:
                 self._process.wait(_FAREWELL)
@@ -204,7 +256,6 @@ class ModelHost:
                 self._process.kill()  # its workers die with it: PR_SET_PDEATHSIG
                 self._process.wait()
             self._process = None
-            self._events.put(None)
 
     def __enter__(self) -> Self:
         return self
@@ -223,18 +274,102 @@ class ModelHost:
             connection = self._connect()
             model = self._models.get(spec.key)
             if model is None:
-                blobs = [self._blob(connection, name, memory[name]) for name in spec.blobs]
-                model = RemoteModel(connection, spec, self._settings, blobs)
+                renew = None if self.name is None else functools.partial(self._renew, memory)
+                blobs = self._shared(connection, spec, memory)
+                together = functools.partial(self._members, spec.group)
+                model = RemoteModel(connection, spec, self._settings, blobs, renew, together)
                 self._models[spec.key] = model
+            elif model.connection is not connection:
+                model.move(connection, self._shared(connection, spec, memory))
             return model
+
+    def join(self, proxy: Member) -> None:
+        """A proxy was made; those of one group are loaded together."""
+        if proxy.group is not None:
+            self._groups.setdefault(proxy.group, weakref.WeakSet()).add(proxy)
+
+    def _members(self, group: str | None) -> list[RemoteModel]:
+        if group is None:
+            return []
+        found = [proxy.companion() for proxy in list(self._groups.get(group, ())) if proxy.group == group]
+        return list({model.spec.key: model for model in found if model is not None}.values())
+
+    def _renew(self, memory: Mapping[str, Callable[[], int]], model: RemoteModel, failed: Connection) -> None:
+        """The host that this connection led to is gone or going: finds the next one, or starts it."""
+        with self._lock:
+            failed.end()
+            connection = self._connect()
+            if model.connection is not connection:
+                model.move(connection, self._shared(connection, model.spec, memory))
+
+    def _shared(
+        self, connection: Connection, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]
+    ) -> list[SharedBlob]:
+        return [self._blob(connection, name, memory[name]) for name in spec.blobs]
 
     def open(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """A proxy of a model in this host: :class:`~onnx_dl.InferenceSessionProxy` with its arguments, for
-        example ``host.open("a.onnx", ttl=60, pin=False, priority=0)``."""
+        example ``host.open("a.onnx", ttl=60, pin=False, priority=0)``.
+
+        A name that is no file is looked up in the host's own (``host.toml``), which says how the model is
+        loaded; only ``ttl``, ``pin``, ``priority`` and ``latency`` may then be given, in its place.
+
+        Raises: what the proxy's constructor raises.
+        """
         # By name: proxies are built upon hosts.
-        return importlib.import_module("onnx_dl.session").InferenceSessionProxy(
-            model, *args, host=self, **kwargs
-        )
+        proxy = importlib.import_module("onnx_dl.session").InferenceSessionProxy
+        if self._has_names and isinstance(model, str) and not os.path.exists(model):
+            named = self._named(model)
+            terms = {"ttl": named.ttl, "pin": named.pin, "priority": named.priority} | kwargs
+            return proxy.of_spec(named.spec, *args, host=self, **terms)
+        return proxy(model, *args, host=self, **kwargs)
+
+    @property
+    def _has_names(self) -> bool:
+        return bool(self.name or self._settings.config)
+
+    def _named(self, name: str) -> m.Named:
+        with self._lock:
+            connection = self._connect()
+        answer = connection.ask(lambda ticket: m.AskModel(ticket=ticket, name=name))
+        if isinstance(answer, m.Denied):
+            raise failures.rebuild(answer.failure)
+        named: m.Named = answer
+        return named
+
+    def adopt(self, model: str, *, ttl: float | str = KEEP, pin: bool = False, priority: int = 0) -> None:
+        """Loads a model and has the host itself hold it, also when this application is gone.
+
+        Args:
+            model: a path, or a name in the host's file.
+            ttl: seconds without use after which it unloads all the same; -1: never.
+
+        Raises: what the model's first call would raise.
+        """
+        with self.open(model, ttl=ttl, pin=pin, priority=priority) as proxy:
+            proxy.adopt()
+
+    def unload(self, model: str, *, force: bool = False, timeout: float | None = None) -> bool:
+        """Ends the workers of a model, whoever uses it, and returns when their memory is back.
+
+        Args:
+            model: its name as in :meth:`snapshot`, or its path.
+            force: do not wait for calls that run; their callers get WorkerDied.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            TimeoutError: calls still ran after ``timeout`` seconds; the unload happens when they end.
+        """
+        connection = self._connection
+        if connection is None or connection.closed:
+            return False
+        names = {model, os.path.abspath(model)}
+        keys = [status.key for status in self.snapshot().models if status.model in names]
+        patience = threading.TIMEOUT_MAX if timeout is None else timeout
+        answers = [connection.ask(_unload_of(key, force), patience) for key in keys]
+        return any(answer.was_loaded for answer in answers)
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """An array like ``numpy.empty``'s that any model of this host is fed without a copy.
@@ -273,6 +408,7 @@ class ModelHost:
             status.host,
             status.memory_limit,
             status.memory_in_use,
+            status.metrics,
             status.gpu_memory_limit,
             status.gpu_memory_in_use,
         )
@@ -287,7 +423,7 @@ class ModelHost:
 
     def _on_event(self, event: ModelEvent) -> None:
         """In the connection's thread: must not wait for anything."""
-        if model := self._models.get(event.key):
+        for model in list(self._models.values()):
             model.on_event(event)
         self._events.put(event)
 
@@ -300,9 +436,13 @@ class ModelHost:
                 logger.error("An event callback failed: %r", callback, exc_info=error)
 
 
-def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel]) -> None:
+def _unload_of(key: str, force: bool) -> Callable[[int], m.Message]:
+    return lambda ticket: m.Unload(ticket=ticket, key=key, force=force)
+
+
+def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel], connection: Connection) -> None:
     for model in list(models.values()):
-        model.shut()
+        model.shut(connection)
 
 
 def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffers) -> bool:
@@ -311,71 +451,55 @@ def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffer
     return any(left)
 
 
-def _start_supervisor(address: str, secret: str, settings: config.Settings) -> subprocess.Popen[bytes]:
-    """A supervisor process whose sockets are bound."""
-    sys_path = [os.path.abspath(entry) for entry in sys.path]
-    ready, ready_write = os.pipe()
-    orders = {
-        "address": address,
-        "secret": secret,
-        "sys_path": sys_path,
-        "settings": msgspec.to_builtins(settings),
-        "ready_fd": ready_write,
-    }
-    try:
-        process = subprocess.Popen(
-            # -P: a file named json.py in the current directory is not ours to import.
-            [settings.python, "-P", "-c", _BOOT, json.dumps(sys_path)],
-            stdin=subprocess.PIPE,
-            pass_fds=[ready_write],
-            # Ctrl-C in the terminal is the application's.  Not a session of its own: Linux schedules sessions
-            # apart (autogroup), and a wake-up across them takes 40 µs instead of 10.
-            process_group=0,
-        )
-    except (OSError, TypeError) as error:
-        os.close(ready)
-        raise SupervisorStartError(
-            f"Cannot start {settings.python!r} ({error}). If this application embeds Python, set "
-            "ONNX_DL_PYTHON to the path of an interpreter of the same version."
-        ) from error
-    finally:
-        os.close(ready_write)
-    return _await_ready(process, ready, json.dumps(orders).encode(), settings.start_timeout)
-
-
-def _await_ready(
-    process: subprocess.Popen[bytes], ready: int, orders: bytes, timeout: float
-) -> subprocess.Popen[bytes]:
-    """Gives the orders and waits for the byte that says that they are carried out."""
-    assert process.stdin is not None
-    try:
-        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-            stdin.write(orders)
-        poll = select.poll()
-        poll.register(ready, select.POLLIN)
-        if poll.poll(timeout * 1000) and os.read(ready, 1):
-            return process
-    finally:
-        os.close(ready)
-    process.kill()
-    raise SupervisorStartError(
-        f"The onnx-dl supervisor did not come up (exit status {process.wait()}); its stderr, above, says why."
-    )
-
-
 _hosts: weakref.WeakSet[ModelHost] = weakref.WeakSet()
 _default: ModelHost | None = None
 _default_lock = threading.Lock()
+_shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
+_shared_lock = threading.Lock()
 _exiting = False
 
 
 def default_host() -> ModelHost:
-    """The host of every proxy that names no other."""
+    """The host of every proxy that names no other: this application's own, or the shared one that
+    ``ONNX_DL_HOST`` names."""
     global _default
     with _default_lock:
         if _default is None:
-            _default = ModelHost()
+            name = settings().host
+            _default = shared_host(name) if name else ModelHost()
         return _default
+
+
+def shared_host(name: str, *, start: bool = True) -> ModelHost:
+    """The shared host of this name; it is looked for when it is first used."""
+    Place(name)  # a name that cannot be is an error now
+    with _shared_lock:
+        host = _shared_hosts.get(name)
+        if host is None:
+            host = _shared_hosts[name] = ModelHost()
+            host.name = name
+        host._starts = start
+        return host
+
+
+def connect(name: str = USUAL, *, start: bool = True) -> ModelHost:
+    """A host that all applications of this user share: the one of this name, found or started.
+
+    One that is started here runs in the background, with this application's ``ONNX_DL_*`` settings and its
+    Python environment, until it has had no client and no model for a minute (``ONNX_DL_LINGER``).  When it is
+    restarted, calls go on with the new one; only those that the old one had begun raise SupervisorDied.
+
+    Args:
+        start: whether to start it if there is none.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
+        SupervisorError: there is none, and it is not to be started.
+        SupervisorStartError: it does not come up, or refuses us.
+    """
+    host = shared_host(name, start=start)
+    host.start()
+    return host
 
 
 def warm_up() -> threading.Thread:
@@ -404,8 +528,8 @@ def _close_all() -> None:
 
 def _after_fork() -> None:
     """A forked child starts a supervisor of its own when it uses a model."""
-    global _default_lock
-    _default_lock = threading.Lock()
+    global _default_lock, _shared_lock
+    _default_lock, _shared_lock = threading.Lock(), threading.Lock()
     for host in list(_hosts):
         host._reset()
 

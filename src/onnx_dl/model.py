@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from onnx_dl.errors import ConfigError
 from onnx_dl.lifecycle import ModelState
 
 
@@ -22,7 +24,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.options` makes of
     onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
     ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).  A worker that has more
-    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced.
+    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced.  Models of the same
+    ``group`` have one worker, whose own spec (:func:`group_spec`) has them as ``members``.
     """
 
     key: str
@@ -39,11 +42,40 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     surroundings: dict[str, Any] = {}
     max_memory: int | None = None
     max_runs: int | None = None
+    group: str | None = None
+    members: list[ModelSpec] = []
 
     @property
     def blobs(self) -> list[str]:
-        """Names of the memory that the model is loaded from."""
-        return [name for name in (self.blob, self.memory) if name is not None]
+        """Names of the memory that the model, or all members of a group, are loaded from."""
+        own = [self.blob, self.memory, *(name for member in self.members for name in member.blobs)]
+        return list(dict.fromkeys(name for name in own if name is not None))
+
+    @property
+    def unit(self) -> str:
+        """The key of what a worker is started for: this model, or the group that it is in."""
+        return self.key if self.group is None else f"group:{self.group}"
+
+
+def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
+    """How to load a group: all its members in one worker.
+
+    It may have as much memory as the most generous of its members says, and make as many runs as the most
+    frugal one.
+    """
+    first = members[0]
+    memory = [member.max_memory for member in members if member.max_memory is not None]
+    runs = [member.max_runs for member in members if member.max_runs is not None]
+    return ModelSpec(
+        key=first.unit,
+        name=first.unit,
+        cwd=first.cwd,
+        engine="group",
+        surroundings=first.surroundings,
+        members=list(members),
+        max_memory=max(memory, default=None),
+        max_runs=min(runs, default=None),
+    )
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -66,6 +98,10 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
     details: dict[str, Any] = {}
     """What only this engine has to say."""
+    members: dict[str, ModelDescription] = {}
+    """What the models of a group say of themselves, by key."""
+    failed: dict[str, Any] = {}
+    """How others of them did not load: what :mod:`onnx_dl.transport.failures` makes of an exception."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -93,7 +129,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ``leases`` counts the proxies that hold the model; ``ttl`` is in force now, in seconds (-1 stays);
     ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
     ``session()`` blocks under way, ``idle`` is the seconds since its last use (None: in use, or not used
-    yet), ``runs`` counts the calls that it has answered, ``p50`` is the median of the seconds that they took.
+    yet), ``runs`` counts the calls that it has answered, ``p50`` is the median of the seconds that they took;
+    ``members`` are the names of the models of a group, by key.
     """
 
     model: str
@@ -113,6 +150,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle: float | None = None
     runs: int = 0
     p50: float | None = None
+    members: dict[str, str] = {}
 
 
 def to_plain(value: Any) -> Any:
@@ -145,3 +183,27 @@ def model_key(identity: object, *how: object) -> str:
     """A digest of what the model is and how it is loaded: equal keys share one worker."""
     plain = msgspec.json.encode([identity, *how], order="deterministic", enc_hook=to_plain)
     return hashlib.sha256(plain).hexdigest()[:32]
+
+
+def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -> ModelSpec:
+    """The spec, with its key, of a model that onnxruntime runs; ``how``: the spec's fields that say how.
+
+    Raises:
+        ConfigError: the path is not UTF-8.
+        OSError: the file cannot be looked at.
+    """
+    try:
+        f"{path}{cwd}".encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
+        ) from None
+    return ModelSpec(
+        # The working directory tells where a model given as bytes finds its external data, and profiles land.
+        key=model_key(file_identity(os.path.join(cwd, path)) if path else blob, how, cwd),
+        name=path or f"bytes:{str(blob)[:12]}",
+        cwd=cwd,
+        path=path,
+        blob=blob,
+        **how,
+    )

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_dl import config
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.errors import ProxyClosedError
-from onnx_dl.host import ModelHost, default_host
+from onnx_dl.host import ModelHost, default_host, shared_host
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec
 from onnx_dl.transport import shm
@@ -54,6 +54,7 @@ class ModelProxy:
         self._spec = spec
         self._memory = memory
         self._remote: RemoteModel | None = None
+        self._host.join(self)
         # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
         # itself for ever.
         self._finalizer = weakref.finalize(self, _release, self._lease, weakref.ref(self._host), spec.key)
@@ -88,7 +89,9 @@ class ModelProxy:
         """Whether a worker has the model ready now.  Never loads it, and does not count as a use."""
         model = self._host.known_model(self._spec.key)
         status = model.status(measure=False) if model is not None else None
-        return status is not None and status.state is ModelState.READY
+        if status is None or status.state is not ModelState.READY:
+            return False
+        return self._spec.group is None or self._spec.key in status.members
 
     def load(self) -> None:
         """Loads the model now, so that its first call need not wait; returns when it is ready.
@@ -99,6 +102,14 @@ class ModelProxy:
         Raises: what the first call would raise.
         """
         self._model().load(self._lease)
+
+    def adopt(self) -> None:
+        """Loads the model and has the host itself hold it on this proxy's terms, also when this proxy and
+        this application are gone.
+
+        Raises: what the first call would raise.
+        """
+        self._model().adopt(self._lease)
 
     async def aload(self) -> None:
         """:meth:`load`, in a thread, for asyncio."""
@@ -164,17 +175,28 @@ class ModelProxy:
         return self.__copy__()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A proxy is the name of a model and may be pickled; the other process has a host of its own.
+        """A proxy is the name of a model and may be pickled; the other process has a host of its own, unless
+        this proxy's is shared.
 
         Memory that the model is loaded from, if it is no file, goes along as it is now.
         """
         memory = {name: _bytes_of(make()) for name, make in self._memory.items()}
-        return _unpickled, (type(self), self._spec, memory, *self._terms(), self._travelling())
+        rest = (*self._terms(), self._travelling(), self._host.name)
+        return _unpickled, (type(self), self._spec, memory, *rest)
 
     def _terms(self) -> tuple[float, str]:
         return self._lease.ttl, self._lease.latency
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> str | None:
+        """The name of the group whose models share one worker, if it is in one."""
+        return self._spec.group
+
+    def companion(self) -> RemoteModel | None:
+        """The model, for others of its group to load it with them; None if the proxy is closed."""
+        return None if self._lease.closed else self._model()
 
     def _model(self) -> RemoteModel:
         """The model as the client knows it, with the supervisor started if need be."""
@@ -210,10 +232,17 @@ def _another(
     return proxy
 
 
-def _unpickled(cls: type[ModelProxy], spec: ModelSpec, memory: dict[str, bytes], *rest: Any) -> ModelProxy:
-    return _another(
-        cls, spec, {name: functools.partial(shm.freeze, data) for name, data in memory.items()}, *rest
-    )
+def _unpickled(
+    cls: type[ModelProxy],
+    spec: ModelSpec,
+    memory: dict[str, bytes],
+    ttl: float,
+    latency: str,
+    more: dict[str, Any],
+    host: str | None,
+) -> ModelProxy:
+    frozen = {name: functools.partial(shm.freeze, data) for name, data in memory.items()}
+    return _another(cls, spec, frozen, ttl, latency, more, None if host is None else shared_host(host))
 
 
 def _bytes_of(fd: int) -> bytes:

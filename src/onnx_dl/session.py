@@ -18,9 +18,11 @@ from onnx_dl import config, installation, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.described import DescribedProxy
-from onnx_dl.errors import OnnxDLError
+from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
+from onnx_dl.model import ModelSpec
+from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch
 
 _MISSING: Final = object()
@@ -52,6 +54,9 @@ class InferenceSessionProxy(DescribedProxy):
         max_memory: bytes, or text such as ``"300MB"``: a worker that has more memory of its own after a call
             is replaced by another before the next; nobody sees an error.
         max_runs: calls after which a worker is replaced by another.
+        group: a name: all models of a host that have the same live in one worker, and are loaded, limited and
+            unloaded together.  It costs less memory than several, a CUDA context each above all; a crash of
+            one is a crash of all, and memory comes back only for all.
         eager: load the model now, so that what is wrong with it is raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -79,6 +84,7 @@ class InferenceSessionProxy(DescribedProxy):
         priority: int = 0,
         max_memory: int | str | None = None,
         max_runs: int | None = None,
+        group: str | None = None,
         eager: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -99,6 +105,7 @@ class InferenceSessionProxy(DescribedProxy):
             kwargs,
             None if max_memory is None else config.parse_size(max_memory),
             config.parse_runs(max_runs),
+            config.parse_group(group),
         )
         terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
         super().__init__(found.spec, host=host, memory=found.memory, **terms)  # type: ignore[arg-type]
@@ -107,6 +114,25 @@ class InferenceSessionProxy(DescribedProxy):
         self._falls_back: bool | None = None
         if eager:
             self.load()
+
+    @classmethod
+    def of_spec(cls, spec: ModelSpec, *, host: ModelHost, **terms: Any) -> Self:
+        """A proxy of a model that somebody else has described; ``terms``: ttl, latency, pin and priority.
+
+        Raises:
+            ValueError: a term cannot be.
+        """
+        if strange := terms.keys() - {"ttl", "latency", "pin", "priority"}:
+            raise ConfigError(
+                f"{', '.join(sorted(strange))}: the host's file says how {spec.name!r} is loaded; "
+                "only ttl, latency, pin and priority may be given with a name."
+            )
+        proxy = object.__new__(cls)
+        ModelProxy.__init__(proxy, spec, host=host, **terms)
+        proxy.__dict__.update(_model_path=spec.path, _model_bytes=None, _falls_back=None)
+        proxy.__dict__.update(_arguments=(None, {}), _live=None)
+        proxy._forget_metadata()
+        return proxy
 
     def _travelling(self) -> dict[str, Any]:
         own = ("_model_path", "_model_bytes", "_falls_back")

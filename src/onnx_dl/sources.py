@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from onnx_dl import installation, options, recorded
-from onnx_dl.errors import ConfigError
-from onnx_dl.model import ModelSpec, file_identity, model_key
+from onnx_dl.model import ModelSpec, specify
 from onnx_dl.transport import shm
 from onnx_dl.transport.live import LiveMemory
 
@@ -79,6 +78,7 @@ def describe(
     kwargs: dict[str, Any],
     max_memory: int | None = None,
     max_runs: int | None = None,
+    group: str | None = None,
 ) -> Source:
     """All that a worker needs to load the model, and the key that says which proxies share it.
 
@@ -101,9 +101,10 @@ def describe(
         "surroundings": surroundings,
         "max_memory": max_memory,
         "max_runs": max_runs,
+        "group": group,
     }
     digest = None if data is None else hashlib.sha256(data).hexdigest()
-    spec = _spec(path, digest, os.getcwd(), how)
+    spec = specify(path, digest, os.getcwd(), how)
     memory: dict[str, Callable[[], int]] = {}
     if data is not None and digest is not None:
         memory[digest] = functools.partial(shm.freeze, data)
@@ -125,26 +126,9 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
         "surroundings": spec.surroundings,
         "max_memory": spec.max_memory,
         "max_runs": spec.max_runs,
+        "group": spec.group,
     }
-    return _spec(spec.path, spec.blob, spec.cwd, how)
-
-
-def _spec(path: str | None, digest: str | None, cwd: str, how: dict[str, Any]) -> ModelSpec:
-    try:
-        f"{path}{cwd}".encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
-        ) from None
-    return ModelSpec(
-        # The working directory tells where a model given as bytes finds its external data, and profiles land.
-        key=model_key(file_identity(os.path.join(cwd, path)) if path else digest, how, cwd),
-        name=path or f"bytes:{str(digest)[:12]}",
-        cwd=cwd,
-        path=path,
-        blob=digest,
-        **how,
-    )
+    return specify(spec.path, spec.blob, spec.cwd, how)
 
 
 def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> dict[str, Any]:

@@ -136,6 +136,27 @@ def test_bad_time(field, text):
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("localhost:0", ("localhost", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_addresses(text, address):
+    assert config.parse_address(text) == address
+    assert settings({"ONNX_DL_METRICS": text}).metrics == text
+
+
+@pytest.mark.parametrize(
+    "text", ["9464", ":9464", "host", "host:", "host:65536", "::1:9464", "a b:1", "http://h:1"]
+)
+def test_no_address(text):
+    with pytest.raises(ConfigError, match="write host:port"):
+        settings({"ONNX_DL_METRICS": text})
+
+
 def test_settings_come_from_the_real_environment_by_default(monkeypatch):
     monkeypatch.setenv("ONNX_DL_EXIT_GRACE", "1.25")
     assert settings().exit_grace == 1.25
@@ -154,3 +175,20 @@ def test_addresses_are_unguessable_and_fit_a_socket():
     for address in found:
         assert address.startswith(f"onnx-dl/{os.getuid()}/worker/")
         assert len(address) + len("/lifeline") < 100
+
+
+@pytest.mark.parametrize(("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5m", 300.0), (1_000_000, 1e6)])
+def test_times(value, seconds):
+    assert config.parse_time(value) == seconds
+
+
+@pytest.mark.parametrize("value", [-1, True, None, 1e6 + 1, math.inf, math.nan, "5", "1000h", []])
+def test_times_refused(value):
+    with pytest.raises(ConfigError, match="is no time; write seconds from 0 to 1000000, or text such as"):
+        config.parse_time(value)
+
+
+@pytest.mark.parametrize("value", [2**63, "9" * 400, "9000000000GiB", True, -1, 1.5, None, "x"])
+def test_sizes_refused(value):
+    with pytest.raises(ConfigError, match="is no size"):
+        config.parse_size(value)

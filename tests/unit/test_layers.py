@@ -15,6 +15,8 @@ ROOT = Path(onnx_dl.__file__).parent
 # From the bottom.  A room is a module, or a package with all that is in it.
 HEIGHT = {
     "errors": 0,
+    "hosttables": 1,
+    "tomllines": 1,
     "lifecycle": 1,
     "model": 1,
     "config": 1,
@@ -22,9 +24,11 @@ HEIGHT = {
     "installation": 2,
     "makers": 2,
     "external": 2,
+    "hostfile": 2,
     "machine": 2,
     "recorder": 2,
     "remarks": 2,
+    "rendezvous": 2,
     "values": 3,
     "recorded": 4,
     "transport": 4,
@@ -39,19 +43,21 @@ HEIGHT = {
     "workers": 7,
     "asynchronous": 8,
     "callbacks": 8,
-    "host": 8,
-    "binding": 9,
-    "native": 9,
-    "proxy": 9,
-    "described": 10,
-    "feeds": 10,
-    "session": 11,
-    "execution": 11,
-    "pipelines": 12,
-    "patching": 12,
-    "demo": 13,
-    "launch": 13,
-    "cli": 14,
+    "host": 9,
+    "starting": 8,
+    "binding": 10,
+    "native": 10,
+    "proxy": 10,
+    "described": 11,
+    "feeds": 11,
+    "session": 12,
+    "execution": 12,
+    "pipelines": 13,
+    "patching": 13,
+    "demo": 14,
+    "launch": 14,
+    "supervise": 14,
+    "cli": 15,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
 GROUPS = [{"client", "connection", "watch"}, {"lifecycle", "model", "config"}]
@@ -125,6 +131,17 @@ def test_only_these_import_zmq():
     assert {name for name in MODULES if "zmq" in outside(name)} == ZMQ
 
 
+def test_metrics_cost_nothing_where_nobody_wants_them():
+    users = {name for name in MODULES if "prometheus_client" in outside(name)}
+    assert users == {"supervisor.families"}
+    for name in MODULES:
+        if name != "supervisor.scrape":
+            eager = imports(name, lazy=False)
+            assert not [
+                i for i in eager if i.startswith(("onnx_dl.supervisor.scrape", "onnx_dl.supervisor.families"))
+            ]
+
+
 @pytest.mark.parametrize("library", ["psutil", "pynvml"])
 def test_only_the_probe_measures(library):
     users = {name for name in MODULES if library in outside(name)}
@@ -144,6 +161,7 @@ def test_sockets_are_imported_by_transport_only():
     [
         "supervisor.admission",
         "supervisor.ledger",
+        "supervisor.metrics",
         "supervisor.needs",
         "supervisor.records",
         "supervisor.room",

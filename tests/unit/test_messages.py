@@ -48,6 +48,8 @@ EXAMPLES = [
     m.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),
     m.Granted(ticket=1, worker_id=2, pid=3, address="a", secret="s", description=DESCRIPTION),
     m.Denied(ticket=1, failure=FAILURE),
+    m.AskModel(ticket=1, name="vad"),
+    m.Named(ticket=1, spec=MODEL, ttl=60.0, pin=True, priority=2),
     m.DropBlob(number=1),
     m.Release(proxy=1),
     m.SetTtl(proxy=1, ttl=0.5),

@@ -5,8 +5,18 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from onnx_dl.model import Usage
-from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Experience, Need, faded, loaded, risen, uses_gpu
+from onnx_dl.model import Usage, group_spec
+from onnx_dl.supervisor.needs import (
+    UNLIMITED,
+    Bytes,
+    Experience,
+    Need,
+    faded,
+    identity,
+    loaded,
+    risen,
+    uses_gpu,
+)
 from tests.unit.builders import spec
 
 MB = 1 << 20
@@ -104,6 +114,18 @@ def test_a_host_that_sees_many_models_does_not_grow_for_ever() -> None:
 )
 def test_who_uses_a_gpu(providers: list | None, expected: bool) -> None:
     assert uses_gpu(spec(providers=providers)) is expected
+
+
+def test_a_group_uses_what_its_members_do() -> None:
+    cpu, cuda = spec("a", group="g"), spec("b", group="g", providers=["CUDAExecutionProvider"])
+    assert not uses_gpu(group_spec([cpu])) and uses_gpu(group_spec([cpu, cuda]))
+
+
+def test_a_group_is_known_by_its_members() -> None:
+    """Another program may have a group of the same name."""
+    assert identity("m", []) == "m"
+    assert identity("group:g", ["a", "b"]) == identity("group:g", ["b", "a"])
+    assert identity("group:g", ["a", "b"]) != identity("group:g", ["a", "c"])
 
 
 def test_sums() -> None:

@@ -62,10 +62,9 @@ class Admission:
 
     def __init__(self, settings: Settings, memory: int | None = None, known: Known | None = None) -> None:
         """``memory``: bytes of the machine, of which a share is the limit where the user set none."""
-        ram = _limit(settings.memory_limit, memory)
-        self._limit = Bytes(ram, _limit(settings.gpu_memory_limit, None))
-        self._gpu_limit_is_set = bool(settings.gpu_memory_limit)
-        self._patience = settings.room_timeout
+        self._memory = memory
+        self._gpu_memory: int | None = None
+        self._limit_to(settings)
         self._wishes: dict[str, _Wish] = {}
         """In the order in which they came."""
         self._experience = Experience({} if known is None else known)
@@ -73,6 +72,12 @@ class Admission:
         """Seconds without use by worker, during a look."""
         self._looking = False
         self._look_at: float | None = None
+
+    def _limit_to(self, settings: Settings) -> None:
+        ram = _limit(settings.memory_limit, self._memory)
+        self._limit = Bytes(ram, _limit(settings.gpu_memory_limit, self._gpu_memory))
+        self._limits = settings
+        self._patience = settings.room_timeout
 
     # --- what the scheduler does for it -------------------------------------------------------------------
 
@@ -162,13 +167,13 @@ class Admission:
         model.at_least, model.second_try = NOTHING, False
         worker.marked_at = now
         if usage.pss:
-            self._note(model, worker, needs.loaded(self._experience.of(model.key), usage))
-            self._tell_need(model.key, now)
+            self._note(model, worker, needs.loaded(self._experience.of(_loaded_as(model)), usage))
+            self._tell_need(_loaded_as(model), now)
             self._out.append(ForgetPeak(worker.id))
 
     def _learn(self, model: Model, usage: Usage) -> None:
         """A worker was measured."""
-        worker, known = model.worker, self._experience.of(model.key)
+        worker, known = model.worker, self._experience.of(_loaded_as(model))
         assert worker is not None
         self.ledger.book(worker.id, usage)
         if usage.pss and known is not None and worker.ready is not None:
@@ -178,7 +183,7 @@ class Admission:
     def _learn_runs(self, model: Model, worker: Worker, runs: int, now: float) -> bool:
         """A worker has made so many runs.  What its last ones did not take again counts for less, so that one
         that was extraordinary does not keep others out for ever.  False: there were none."""
-        known = self._experience.of(model.key)
+        known = self._experience.of(_loaded_as(model))
         if known is None or runs <= worker.marked_runs or worker.peak == NOTHING:
             return False
         self._note(model, worker, needs.faded(known, worker.peak))
@@ -190,11 +195,11 @@ class Admission:
         if worker.drained or worker.killed:  # one that crashed was not measured after its last run
             self._learn_runs(model, worker, runs, now)
         if worker.ready is not None:
-            self._tell_need(model.key, now)
+            self._tell_need(_loaded_as(model), now)
         self.ledger.haunt(worker.id, worker.pid, now)
 
     def _note(self, model: Model, worker: Worker, need: Need) -> None:
-        self._experience.note(model.key, need)
+        self._experience.note(_loaded_as(model), need)
         self.ledger.reserve(worker.id, need.in_use(self._limit))
 
     def _tell_need(self, key: str, now: float) -> None:
@@ -253,20 +258,20 @@ class Admission:
 
     def know_gpus(self, nbytes: int | None) -> None:
         """The bytes of all GPUs, of which a share is the limit where the user set none."""
-        if not self._gpu_limit_is_set:
-            self._limit = Bytes(self._limit.ram, _limit("", nbytes))
+        self._gpu_memory = nbytes
+        self._limit_to(self._limits)
 
     def ghosts(self, now: float) -> dict[int, int]:
         """Process ids of workers that are gone and whose GPU memory may not be back, by worker id."""
         return self.ledger.ghosts(now)
 
     def _need(self, model: Model) -> Bytes:
-        known = self._experience.of(model.key)
+        known = self._experience.of(needs.identity(model.key, model.members))
         if known is not None:
             return known.to_load(self._limit).most(model.at_least)
-        file_bytes = max((ask.file_bytes for _, ask in model.waiters), default=0)
-        spec = model.waiters[0][1].spec if model.waiters else model.spec
-        return room.guess(file_bytes, self._limit, needs.uses_gpu(spec)).most(model.at_least)
+        files = {ask.spec.key: ask.file_bytes for _, ask in model.waiters}  # several in a group
+        on_gpu = any(needs.uses_gpu(ask.spec) for _, ask in model.waiters)
+        return room.guess(sum(files.values()), self._limit, on_gpu).most(model.at_least)
 
     def _in_use(self, now: float) -> Bytes:
         return sum(map(self.ledger.counted, self._by_worker), self.ledger.afterglow(now))
@@ -307,3 +312,8 @@ def _limit(text: str, all_there_is: int | None) -> int:
     if text:
         return parse_size(text)
     return UNLIMITED if all_there_is is None else int(all_there_is * _SHARE)
+
+
+def _loaded_as(model: Model) -> str:
+    """By what is known what the present worker takes; others may have joined the group since."""
+    return needs.identity(model.key, (member.key for member in model.spec.members))

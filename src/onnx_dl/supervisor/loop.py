@@ -12,15 +12,16 @@ import secrets
 import signal
 import time
 import traceback
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
 from onnx_dl import machine
 from onnx_dl.config import Settings
-from onnx_dl.errors import InvalidTransition, ProtocolError
+from onnx_dl.errors import ConfigError, InvalidTransition, ProtocolError
 from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import (
@@ -33,14 +34,20 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.configured import Configuration
+from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.records import HOST
 from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel, Listener, Socket
+
+if TYPE_CHECKING:
+    from onnx_dl.supervisor.scrape import Scrape
 
 
 class _Client:
@@ -79,9 +86,33 @@ class _Client:
 class Supervisor:
     """Serves clients until the last one is gone."""
 
-    def __init__(self, processes: Processes, address: str, secret: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        address: str,
+        secret: str,
+        settings: Settings,
+        place: Place | None = None,
+        foreground: bool = False,
+        firm: Sequence[str] = (),
+    ) -> None:
+        """``place``: where applications find it, if it serves more than the one that started it; it then
+        stays for a while without clients, or, in the ``foreground``, until it is told to go.  ``firm``: the
+        names of settings that the host's file does not change.
+
+        Raises:
+            OnnxDLError: what the settings or the file ask for cannot be had.
+        """
+        self._file = Configuration(settings.config) if settings.config else None
+        self._plain, self._firm = settings, firm
+        settings = self._file.over(settings, firm) if self._file else settings
+        self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
         self._secret = secret
         self._processes = processes
+        self._settings = settings
+        self._place = place
+        self._foreground = foreground
+        self._returns = False
         epoch = time.time() - time.monotonic()
         self._store = store.of(settings)
         self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
@@ -99,13 +130,16 @@ class Supervisor:
         """Workers whose models ask for a GPU."""
         self._runs_measured: dict[int, int] = {}
         """The runs that a worker had made when it was looked at."""
-        self._wakeup = _signals()
+        self._metrics = Metrics()
+        self._wakeup = _signals(foreground)
+        self._follow_file()
 
     # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Until the last client is gone and all workers are reaped."""
         while not self._scheduler.finished:
+            self._mind_loneliness()
             deadlines = (self._scheduler.next_deadline(), self._abandoned_at)
             deadline = min((at for at in deadlines if at is not None), default=None)
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -116,6 +150,10 @@ class Supervisor:
             if self._abandoned_at is not None and now >= self._abandoned_at:
                 self._abandoned_at = None
                 self._carry_out(self._scheduler.on_abandoned(now))
+        if self._place is not None and not self._returns:
+            self._place.withdraw()
+        if self._scrape is not None:
+            self._scrape.close()
         self._processes.close()
         # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
         self._context.destroy(linger=500)
@@ -127,6 +165,8 @@ class Supervisor:
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
         fds = [self._listener.fileno(), self._wakeup, *self._processes.sources()]
+        fds += [] if self._scrape is None else [self._scrape.fileno()]
+        fds += [] if self._file is None else self._file.sources()
         for fd in (*fds, *(fd for client in self._clients for fd in client.sources())):
             poller.register(fd, zmq.POLLIN)
         return poller
@@ -136,17 +176,60 @@ class Supervisor:
         if self._control in ready:
             self._hear_control()
         if self._wakeup in ready:
-            if _pending_signals(self._wakeup) & {signal.SIGTERM, signal.SIGHUP}:
-                self._refresh(time.monotonic())
-                self._carry_out(self._scheduler.on_abandoned(time.monotonic()))
+            self._heed_signals(_pending_signals(self._wakeup))
             self._hear_control()
             self._processes.reap()
         self._processes.handle(ready)
+        if self._file is not None and any(fd in ready for fd in self._file.sources()):
+            self._reload(asked=False)
         if self._listener.fileno() in ready and (channel := self._listener.accept()):
             self._clients.append(_Client(channel))
+        if self._scrape is not None and self._scrape.fileno() in ready:
+            self._scrape.answer(self._facts)
         for client in list(self._clients):
             if client.pidfd in ready or client.lifeline.fileno() in ready:
                 self._hear_lifeline(client, gone=client.pidfd in ready)
+
+    def _heed_signals(self, signals: set[int]) -> None:
+        now = time.monotonic()
+        if signals - {signal.SIGCHLD}:
+            self._refresh(now)  # what is killed cannot be measured afterwards
+        if signal.SIGHUP in signals and self._file is not None:
+            self._reload(asked=True)
+        if self._place is None:
+            if signal.SIGTERM in signals or (signal.SIGHUP in signals and self._file is None):
+                self._carry_out(self._scheduler.on_abandoned(now))
+        elif signals & {signal.SIGTERM, signal.SIGINT}:
+            # SIGTERM is a service manager's, which may start the next one; a second signal does not wait.
+            self._returns = self._foreground and signal.SIGINT not in signals
+            again = self._scheduler.closing
+            self._carry_out(self._scheduler.on_abandoned(now) if again else self._scheduler.on_stop(now))
+
+    def _reload(self, *, asked: bool) -> None:
+        if self._file is not None and self._file.refresh(asked=asked) and not self._scheduler.closing:
+            self._follow_file()
+
+    def _follow_file(self) -> None:
+        """What the host's file says is in force from now on."""
+        file = self._file
+        if file is None:
+            return
+        settings = file.over(self._plain, self._firm)
+        now = time.monotonic()
+        self._carry_out(self._scheduler.on_configured(settings, file.terms(), file.grouped(), now))
+        for ask in file.wanted():
+            self._prepare(ask.spec, now)
+            self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
+
+    def _mind_loneliness(self) -> None:
+        """A shared host that nobody uses, and that has no models of its own, ends after a while."""
+        if self._place is None:
+            return
+        used = self._foreground or self._scheduler.holds_any or any(c.identity for c in self._clients)
+        if used:
+            self._abandoned_at = None
+        elif self._abandoned_at is None:
+            self._abandoned_at = time.monotonic() + self._settings.linger
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
@@ -160,7 +243,7 @@ class Supervisor:
                         self._on_gpu.add(worker_id)
                 case TellWorker(worker_id, message):
                     self._send(self._identities[worker_id], message)
-                case TellClient(client, message):
+                case TellClient(client, message) if client != HOST:
                     self._send(client, message)
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
@@ -170,6 +253,9 @@ class Supervisor:
                 case Remember(key, need):
                     self._store.put(key, need)
                 case Emit(event):
+                    if self._foreground:
+                        print(event, flush=True)
+                    self._metrics.on_event(event)
                     for known in self._clients:
                         if known.identity is not None:
                             self._send(known.identity, m.Published(event=event))
@@ -192,11 +278,12 @@ class Supervisor:
         self._hear_control()
         if worker_id in self._on_gpu and (pid := self._scheduler.pids().get(worker_id)) is not None:
             self._meter().end(pid)
-        self._forget(worker_id)
+        self._forget(worker_id, reading)
         now = time.monotonic()
         self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, now, reading.runs))
 
-    def _forget(self, worker_id: int) -> None:
+    def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
+        self._metrics.on_gone(worker_id, reading)
         self._workers.pop(self._identities.pop(worker_id), None)
         self._on_gpu.discard(worker_id)
         self._runs_measured.pop(worker_id, None)
@@ -297,20 +384,31 @@ class Supervisor:
                 return scheduler.on_ask_fate(identity, message)
             case m.Shutdown():
                 self._refresh(now)
-                return scheduler.on_shutdown(identity, message, now)
+                return scheduler.on_shutdown(identity, message, now, gently=self._place is not None)
             case m.AskStatus():
                 return [TellClient(identity, self._status(message, now))]
+            case m.AskModel(ticket=ticket, name=name):
+                return [TellClient(identity, self._named(ticket, name))]
             case m.DropBlob(number=number):
                 client.drop_blob(number)
         return []
 
     def _prepare(self, spec: ModelSpec, now: float) -> None:
         """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
-        if self._scheduler.is_loaded(spec.key):
+        if self._scheduler.is_loaded(spec.unit):
             return
         self._refresh(now)
         if uses_gpu(spec):
             self._scheduler.know_gpus(self._meter().gpu_total())
+
+    def _named(self, ticket: int, name: str) -> m.Message:
+        try:
+            if self._file is None:
+                raise ConfigError(f"There is no file {name!r}, and the host has no file that names models.")
+            found = self._file.named(name)
+        except ConfigError as error:
+            return m.Denied(ticket=ticket, failure=failures.describe(error))
+        return m.Named(ticket=ticket, spec=found.spec, ttl=found.ttl, pin=found.pin, priority=found.priority)
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:
@@ -319,12 +417,21 @@ class Supervisor:
             ticket=ask.ticket,
             seq=self._scheduler.seq,
             supervisor_pid=os.getpid(),
+            host=None if self._place is None else self._place.name,
             models=self._scheduler.snapshot(now, self._processes.readings()),
             memory_limit=self._scheduler.memory_limit,
             memory_in_use=self._scheduler.in_use(now).ram,
+            metrics=None if self._scrape is None else self._scrape.address,
             gpu_memory_limit=self._scheduler.gpu_memory_limit,
             gpu_memory_in_use=self._scheduler.in_use(now).gpu,
         )
+
+    def _facts(self) -> Facts:
+        now = time.monotonic()
+        self._refresh(now, fresh=True)
+        scheduler, readings = self._scheduler, self._processes.readings()
+        models = scheduler.snapshot(now, readings)
+        return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
     def _blob(self, name: str) -> int | None:
         kept = (blob for client in self._clients for blob in client.blobs.values())
@@ -386,17 +493,29 @@ class Supervisor:
         if client.identity is not None:
             self._refresh(now)
             self._carry_out(self._scheduler.on_client_gone(client.identity, now))
-            if not any(other.identity for other in self._clients):
+            if self._place is None and not any(other.identity for other in self._clients):
                 self._carry_out(self._scheduler.on_abandoned(now))
 
 
-def _signals() -> int:
+def _scrape(address: str) -> Scrape | None:
+    """Who serves metrics; what that needs is imported only if somebody wants them."""
+    if not address:
+        return None
+    from onnx_dl.supervisor.scrape import Scrape
+
+    return Scrape(address)
+
+
+def _signals(foreground: bool) -> int:
     """A descriptor from which the numbers of arrived signals can be read."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
+    if not foreground:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C goes to the whole group; it is the application's
     return read_end
 
 

@@ -1,19 +1,23 @@
 """Entry point of the supervisor process.
 
-The application that starts it writes one JSON object to its stdin (:class:`Orders`) and waits for one byte on
-a pipe, which says that the sockets are bound.
+Who starts it writes one JSON object to its stdin (:class:`Orders`) and waits for what it says on a pipe:
+``!``, its sockets are bound; ``-``, another process is the host of this name already; else, why it failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import select
 import sys
 from typing import Final
 
 import msgspec
 
 from onnx_dl.config import Settings
+from onnx_dl.errors import OnnxDLError
+from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.process import Processes
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -26,30 +30,80 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     sys_path: list[str]
     settings: Settings
-    ready_fd: int
+    ready_fd: int | None = None
+    host: str | None = None
+    """The name under which other applications find it."""
+    firm: list[str] = []
+    """Names of settings that were given as arguments, which the host's file does not change."""
+    foreground: bool = False
+    """It was started by hand: it stays without clients, and says on stdout what happens."""
 
 
 def main() -> None:
     """Runs a supervisor until its last client is gone."""
     orders = msgspec.json.decode(sys.stdin.buffer.read(), type=Orders)
+    if orders.host is not None and os.fork():
+        os._exit(0)  # whoever started a shared host need not wait for its end
     _detach()
+    try:
+        served = serve(orders)
+    except OnnxDLError as error:
+        _tell(orders, str(error))
+        sys.exit(1)
+    if not served:
+        _tell(orders, "-")
+
+
+def serve(orders: Orders) -> bool:
+    """Serves until there is nobody left to serve; false, at once, if there is another host of this name.
+
+    Raises:
+        OnnxDLError: what the settings ask for cannot be had.
+    """
+    _take_in_orphans()
+    place = None if orders.host is None else Place(orders.host)
+    if place is not None and not place.claim():
+        return False
+    if place is not None and not orders.foreground:
+        os.ftruncate(2, 0)  # what the last one of this name wrote
     processes = Processes(orders.sys_path, orders.settings.start)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 
-    supervisor = Supervisor(processes, orders.address, orders.secret, orders.settings)
-    os.write(orders.ready_fd, b"!")
-    os.close(orders.ready_fd)
+    supervisor = Supervisor(
+        processes,
+        orders.address,
+        orders.secret,
+        orders.settings,
+        place=place,
+        foreground=orders.foreground,
+        firm=orders.firm,
+    )
+    if place is not None:
+        place.publish(orders.address, orders.secret, kept=orders.foreground)
+    if orders.foreground:
+        said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
+        print(said, flush=True)
+    _tell(orders, "!")
     supervisor.run()
+    return True
+
+
+def _tell(orders: Orders, text: str) -> None:
+    if orders.ready_fd is not None:
+        with contextlib.suppress(BrokenPipeError):  # it has gone; others may come
+            os.write(orders.ready_fd, text.encode()[: select.PIPE_BUF])
+        os.close(orders.ready_fd)
 
 
 def _detach() -> None:
-    """Lets go of the application's stdin and directory, and takes in orphans.
-
-    If the template dies, its workers become children of this process, so that they are reaped.
-    """
+    """Lets go of the application's stdin and directory."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     os.chdir("/")
+
+
+def _take_in_orphans() -> None:
+    """If the template dies, its workers become children of this process, so that they are reaped."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -7,11 +7,12 @@ Pure.  Figures are kept by :mod:`onnx_dl.supervisor.store`; who compares them wi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 import msgspec
 
-from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.model import ModelSpec, Usage, model_key
 
 UNLIMITED: Final = 1 << 62
 """Bytes of which nobody has more."""
@@ -170,7 +171,13 @@ class Experience:
 def uses_gpu(spec: ModelSpec) -> bool:
     """Whether the model asks for a provider that takes GPU memory."""
     names = (entry if isinstance(entry, str) else next(iter(entry), "") for entry in spec.providers or [])
-    return any(name in _ON_GPUS for name in names)
+    return any(name in _ON_GPUS for name in names) or any(map(uses_gpu, spec.members))
+
+
+def identity(key: str, members: Iterable[str]) -> str:
+    """By what a need is known: a group is what its members are, whatever it is called."""
+    keys = sorted(members)
+    return model_key(key, *keys) if keys else key
 
 
 def _fading(known: int, last: int) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
 
 from onnx_dl.config import KEEP
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
@@ -15,7 +15,18 @@ from onnx_dl.supervisor.needs import NOTHING, Bytes
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
+HOST: Final = b"host"
+"""Who holds a model that stays on behalf of nobody; no client has a name of four bytes."""
+
 _NOTHING: Final = Reading()
+
+
+class Terms(NamedTuple):
+    """On which the host itself holds a model."""
+
+    ttl: float
+    pin: bool
+    priority: int
 
 
 @dataclasses.dataclass
@@ -69,6 +80,8 @@ class Model:
     """What a load needs that has failed for lack of memory; nothing if it has not."""
     second_try: bool = False
     """Such a load is made once more."""
+    members: dict[str, ModelSpec] = dataclasses.field(default_factory=dict)
+    """Of a group: all models that were ever asked for, by key."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
 
     def step(self, event: LifecycleEvent, now: float) -> None:
@@ -90,6 +103,33 @@ class Model:
         """The highest of those who hold the model."""
         return max(self.priorities.values(), default=0)
 
+    def join(self, ask: m.Acquire, others: Iterable[ModelSpec] = ()) -> None:
+        """The model asked for, those that the client has beside it, and others belong to this group from now
+        on."""
+        if ask.spec.group is not None:
+            self.members.update({spec.key: spec for spec in (ask.spec, *ask.companions, *others)})
+
+    def own_terms(self, terms: Mapping[str, Terms]) -> Terms | None:
+        """On which the host holds it, because it has terms for some of its models; None: it does not."""
+        own = [terms[key] for key in self.members or [self.key] if key in terms]
+        if not own:
+            return None
+        longest = KEEP if any(each.ttl == KEEP for each in own) else max(each.ttl for each in own)
+        return Terms(longest, any(each.pin for each in own), max(each.priority for each in own))
+
+    def serves(self, ask: m.Acquire) -> bool:
+        """Whether the present worker was started with this model among others, or for it alone."""
+        return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
+
+    def grant(self, lease: tuple[bytes, int], ttl: float, pin: bool, priority: int) -> None:
+        """A proxy holds the model on these terms."""
+        self.leases[lease] = ttl
+        self.priorities[lease] = priority
+        if pin:
+            self.pins.add(lease)
+        else:
+            self.pins.discard(lease)
+
     def let_go(self, lease: tuple[bytes, int]) -> bool:
         """A proxy holds the model no more; whether it did."""
         self.pins.discard(lease)
@@ -100,6 +140,7 @@ class Model:
         """One line of a snapshot."""
         worker = self.worker
         reading = readings.get(worker.id, _NOTHING) if worker else _NOTHING
+        failed = worker.ready.description.failed if worker and worker.ready else {}
         used = reading.last_used > 0 and not reading.busy
         return ModelStatus(
             model=self.spec.name,
@@ -119,4 +160,5 @@ class Model:
             idle=max(0.0, now - reading.last_used) if used else None,
             runs=reading.runs,
             p50=reading.quantile(0.5),
+            members={member.key: member.name for member in self.spec.members if member.key not in failed},
         )

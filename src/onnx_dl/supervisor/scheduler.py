@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 
 from onnx_dl.config import Settings
-from onnx_dl.errors import LoadTimeout, SupervisorError, WorkerDied
+from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.model import ModelSpec, ModelStatus, Usage, group_spec
 from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
-from onnx_dl.supervisor.records import Model, Worker
+from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
 from onnx_dl.supervisor.thrash import Thrash
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -34,6 +34,8 @@ from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
 _REMEMBERED_FATES: Final = 256
+_HOSTS_OWN: Final = (HOST, 0)
+"""The lease by which the host itself holds a model."""
 
 
 class Scheduler(Admission):
@@ -56,6 +58,8 @@ class Scheduler(Admission):
         self._fates: collections.OrderedDict[int, m.Failure | None] = collections.OrderedDict()
         self._fate_askers: dict[int, list[tuple[bytes, int]]] = {}
         self._closing: list[tuple[bytes, int]] | None = None
+        self._terms: Mapping[str, Terms] = {}
+        self._grouped: Mapping[str, Sequence[ModelSpec]] = {}
         self._out: list[Command] = []
         self._thrash = Thrash()
         self.ledger = Ledger()
@@ -67,10 +71,14 @@ class Scheduler(Admission):
         if self._closing is not None:
             self._refuse(client, ask)
             return self._done()
-        model = self._models.setdefault(ask.spec.key, Model(ask.spec.key, ask.spec))
-        if model.state is ModelState.READY:
+        model = self._models.setdefault(ask.spec.unit, Model(ask.spec.unit, ask.spec))
+        model.join(ask, self._grouped.get(model.key, ()))
+        if model.state is ModelState.READY and model.serves(ask):
             self._grant(model, client, ask)
             self._retime(model)
+        elif model.state is ModelState.READY:
+            model.waiters.append((client, ask))
+            self._drain(model, "regrouped", now)
         elif model.state is ModelState.FAILED and now < model.retry_at:
             self._deny(client, ask.ticket, model, now)
         else:
@@ -111,6 +119,36 @@ class Scheduler(Admission):
             self._drain(model, "request", now, kill=ask.force)
         return self._done()
 
+    def on_configured(
+        self,
+        settings: Settings,
+        terms: Mapping[str, Terms],
+        grouped: Mapping[str, Sequence[ModelSpec]],
+        now: float,
+    ) -> list[Command]:
+        """The host's file says other things from now on.
+
+        Args:
+            terms: on which the host holds what is loaded, by the key of the model; what it had on the terms
+                of the last file, and no more, it lets go.
+            grouped: the models that the file has in each group, by the group's key.
+        """
+        before, self._terms, self._grouped = self._terms, terms, grouped
+        self._settings = settings
+        self._limit_to(settings)
+        for model in list(self._models.values()):
+            own = model.own_terms(terms)
+            if own is not None and model.leases:
+                model.grant(_HOSTS_OWN, *own)
+                self._retime(model)
+            elif own is None and model.own_terms(before) is not None:
+                waiting = [waiter for waiter in model.waiters if waiter[0] == HOST]
+                model.waiters = [waiter for waiter in model.waiters if waiter[0] != HOST]
+                if model.let_go(_HOSTS_OWN) or waiting:
+                    self._after_release(model, "request", now)
+        self._admit(now)
+        return self._done()
+
     def on_client_gone(self, client: bytes, now: float) -> list[Command]:
         """A client's process ended or it said goodbye: all that it held is released."""
         for model in list(self._models.values()):
@@ -132,10 +170,21 @@ class Scheduler(Admission):
             self._tell(client, m.Fate(ticket=ask.ticket, failure=self._fates.get(ask.worker_id)))
         return self._done()
 
-    def on_shutdown(self, client: bytes, ask: m.Shutdown, now: float) -> list[Command]:
-        """End every worker at once; Bye when all are reaped."""
+    def on_shutdown(
+        self, client: bytes, ask: m.Shutdown, now: float, *, gently: bool = False
+    ) -> list[Command]:
+        """End every worker at once, or like :meth:`on_stop`; Bye when all are reaped."""
         self._closing = [*(self._closing or []), (client, ask.ticket)]
-        self._kill_all(now)
+        if gently:
+            self._drain_all(now)
+        else:
+            self._kill_all(now)
+        return self._done()
+
+    def on_stop(self, now: float) -> list[Command]:
+        """The host is to end: calls that run may, within the time that a worker has to leave."""
+        self._closing = self._closing or []
+        self._drain_all(now)
         return self._done()
 
     def on_abandoned(self, now: float) -> list[Command]:
@@ -292,6 +341,19 @@ class Scheduler(Admission):
         return self._seq
 
     @property
+    def closing(self) -> bool:
+        """Whether the host takes no new work."""
+        return self._closing is not None
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether the host itself holds a model, or a load that it wants is under way."""
+        return any(
+            _HOSTS_OWN in model.leases or any(ask.for_host for _, ask in model.waiters)
+            for model in self._models.values()
+        )
+
+    @property
     def finished(self) -> bool:
         """Whether the host is closing and every worker is reaped."""
         return self._closing is not None and not self._by_worker
@@ -337,11 +399,11 @@ class Scheduler(Admission):
         self._out.append(TellWorker(worker_id, message))
 
     def _load(self, model: Model, spec: ModelSpec, now: float) -> None:
-        model.spec = spec
+        model.spec = group_spec(list(model.members.values())) if model.members else spec
         model.step(LifecycleEvent.LOAD_REQUESTED, now)
         worker = model.worker = Worker(next(self._ids), now)
         self._by_worker[worker.id] = model
-        self._out.append(StartWorker(worker.id, spec))
+        self._out.append(StartWorker(worker.id, model.spec))
         self._emit(EventType.LOADING, model, worker, now)
 
     def _welcome(self, model: Model, ready: m.WorkerReady, now: float) -> None:
@@ -352,25 +414,34 @@ class Scheduler(Admission):
             self._emit(EventType.THRASH, model, model.worker, now, detail=warning)
         waiters, model.waiters = model.waiters, []
         for client, ask in waiters:
-            self._grant(model, client, ask)
+            if model.serves(ask):
+                self._grant(model, client, ask)
+            else:
+                model.waiters.append((client, ask))
         self._retime(model)
-        if not model.leases:  # all who asked have gone meanwhile
+        if model.waiters:  # they came while it loaded without theirs
+            self._drain(model, "regrouped", now)
+        elif not model.leases:  # all who asked have gone meanwhile
             self._drain(model, "exit", now)
 
     def _grant(self, model: Model, client: bytes, ask: m.Acquire) -> None:
         assert model.worker is not None and model.worker.ready is not None
-        model.leases[client, ask.proxy] = ask.ttl
-        model.priorities[client, ask.proxy] = ask.priority
-        if ask.pin:
-            model.pins.add((client, ask.proxy))
         ready = model.worker.ready
+        description, key = ready.description, ask.spec.key
+        if (failure := description.failed.get(key)) is not None:
+            self._tell(client, m.Denied(ticket=ask.ticket, failure=msgspec.convert(failure, m.Failure)))
+            return
+        model.grant(_HOSTS_OWN if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
+        if (terms := model.own_terms(self._terms)) is not None:
+            model.grant(_HOSTS_OWN, *terms)
         granted = m.Granted(
             ticket=ask.ticket,
             worker_id=model.worker.id,
             pid=model.worker.pid or 0,
             address=ready.address,
             secret=ready.secret,
-            description=ready.description,
+            description=description.members.get(key, description),
+            model=key if model.spec.members else "",
         )
         self._tell(client, granted)
 
@@ -414,28 +485,36 @@ class Scheduler(Admission):
             model.worker.reason = reason
             self._emit(EventType.DRAINING, model, model.worker, now, reason=reason)
 
+    def _drain_all(self, now: float) -> None:
+        self._refuse_all()
+        for model in self._by_worker.values():
+            assert model.worker is not None
+            self._drain(model, "exit", now)
+            model.worker.kill_at = now + self._settings.exit_grace
+        self._say_bye()
+
     def _kill_all(self, now: float) -> None:
-        self._wishes.clear()
-        for model in list(self._models.values()):
-            if model.worker is None:  # it waited for room
-                waiters, model.waiters = model.waiters, []
-                for client, ask in waiters:
-                    self._refuse(client, ask)
+        self._refuse_all()
         for model in self._by_worker.values():
             assert model.worker is not None
             self._begin_drain(model, "exit", now)
+            self._kill_now(model.worker)
+        self._say_bye()
+
+    def _refuse_all(self) -> None:
+        """Nobody who waits will be served."""
+        self._wishes.clear()
+        for model in self._models.values():
             waiters, model.waiters = model.waiters, []
             for client, ask in waiters:
                 self._refuse(client, ask)
-            self._kill_now(model.worker)
-        self._say_bye()
 
     def _kill_now(self, worker: Worker) -> None:
         worker.killed = True
         self._out.append(KillWorker(worker.id))
 
     def _refuse(self, client: bytes, ask: m.Acquire) -> None:
-        error = SupervisorError(f"The host of {ask.spec.name} is shutting down; a new host can load it.")
+        error = HostClosing(f"The host of {ask.spec.name} is shutting down; a new host can load it.")
         self._tell(client, m.Denied(ticket=ask.ticket, failure=failures.describe(error)))
 
     def _say_bye(self) -> None:

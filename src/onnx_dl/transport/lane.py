@@ -89,7 +89,7 @@ class ClientLane(Lane):
             raise
         super().__init__(handover, calls, polls=polls)
         try:
-            self._page = self._open(granted.secret, reply_to, timeout)
+            self._page = self._open(granted, reply_to, timeout)
         except BaseException:
             self.close()
             raise
@@ -105,9 +105,15 @@ class ClientLane(Lane):
         self._sent_at = self._took = 0
         self.last_used = time.perf_counter_ns()
 
-    def _open(self, secret: str, reply_to: str | None, timeout: float) -> Block:
+    def _open(self, granted: m.Granted, reply_to: str | None, timeout: float) -> Block:
         bell = self._calls.bell if isinstance(self._calls, BellCalls) else None
-        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=secret, reply_to=reply_to, poll=self.polls)
+        hello = m.LaneHello(
+            version=m.PROTOCOL_VERSION,
+            secret=granted.secret,
+            reply_to=reply_to,
+            poll=self.polls,
+            model=granted.model,
+        )
         fds = bell.descriptors() if isinstance(bell, CallerBell) else ()
         self._handover.send(hello, fds)
         if isinstance(bell, CallerBell):
@@ -116,7 +122,7 @@ class ClientLane(Lane):
         opened = self._calls.next(timeout)
         if opened is None:
             raise ConnectionError("the worker did not open the lane")
-        if not (isinstance(opened, m.LaneOpen) and secrets.compare_digest(opened.secret, secret)):
+        if not (isinstance(opened, m.LaneOpen) and secrets.compare_digest(opened.secret, granted.secret)):
             raise ProtocolError("Another process than the worker answered on a lane.")
         self._thread = opened.thread
         return page

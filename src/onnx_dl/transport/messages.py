@@ -118,6 +118,10 @@ class Acquire(Message):
     """Of the model's files; the first guess at what it needs."""
     pin: bool = False
     priority: int = 0
+    for_host: bool = False
+    """It is the host that is to hold the model from then on, also when the client is gone."""
+    companions: list[ModelSpec] = []
+    """Other models of its group that this client has proxies of: they are loaded together."""
 
 
 class Granted(Message):
@@ -129,6 +133,8 @@ class Granted(Message):
     address: str
     secret: str
     description: ModelDescription
+    model: str = ""
+    """By which lanes name it, where the worker has several."""
 
 
 class Denied(Message):
@@ -148,6 +154,23 @@ class Release(Message):
     """The proxy is gone and holds nothing any more."""
 
     proxy: int
+
+
+class AskModel(Message):
+    """Which model has this name in the host's file?  Answered by Named or Denied."""
+
+    ticket: int
+    name: str
+
+
+class Named(Message):
+    """The model of that name, and the terms on which a proxy holds it."""
+
+    ticket: int
+    spec: ModelSpec
+    ttl: float
+    pin: bool
+    priority: int
 
 
 class SetTtl(Message):
@@ -190,6 +213,8 @@ class Status(Message):
     """The name of a shared host."""
     memory_limit: int | None = None
     memory_in_use: int = 0
+    metrics: str | None = None
+    """Where metrics are served: host and port."""
     gpu_memory_limit: int | None = None
     gpu_memory_in_use: int = 0
 
@@ -339,6 +364,7 @@ class LaneHello(Message):
     secret: str
     reply_to: str | None = None
     poll: bool = False
+    model: str = ""
 
 
 class LaneOpen(Message):
@@ -451,8 +477,8 @@ class Draining(Message):
     """Not executed: the worker takes no new work.  Acquire again."""
 
 
-FromClient = Acquire | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
-ToClient = Granted | Denied | Unloaded | Status | Fate | Bye | Published
+FromClient = Acquire | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
+ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused

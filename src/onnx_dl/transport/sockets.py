@@ -26,7 +26,10 @@ from onnx_dl.errors import ProtocolError
 LONGEST: Final = 64 << 10
 """Bytes in one message of a Channel; much more does not fit a Unix socket's buffer everywhere."""
 
-_FDS_SPACE: Final = socket.CMSG_SPACE(8 * struct.calcsize("i"))
+MOST_DESCRIPTORS: Final = 128
+"""In one message; Linux allows 253."""
+
+_FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -204,6 +207,17 @@ class Listener:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def resolve(host: str) -> tuple[int, str]:
+    """The family of a host's first TCP address, and the address, to listen at.
+
+    Raises:
+        OSError: nobody knows the host.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    return family, str(address[0])
 
 
 class Waker:

@@ -56,6 +56,8 @@ class WorkerLane(Lane):
             calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
         super().__init__(handover, calls, polls=hello.poll)
         self._requests = 0
+        self.model = hello.model
+        """The key of the model that the caller wants, where there are several."""
         self.thread = threading.get_native_id()
         """Of the thread that serves the lane."""
         self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))

@@ -66,6 +66,12 @@ class Backend(Protocol):
         """The last thing that is asked: write what must be on disk.  Memory need not be freed."""
 
 
+def member(backend: Backend, key: str) -> Backend:
+    """The one of a group's that a caller names, or else the only one that there is."""
+    members: Mapping[str, Backend] | None = getattr(backend, "members", None)
+    return backend if members is None else members[key]
+
+
 def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
     """Loads the model; ``blobs``: descriptors of the memory that the spec names.
 

@@ -201,7 +201,9 @@ class Worker:
             self._lanes.add(lane)
             if lane.channel in self._gone:  # between its greeting and now
                 lane.hang_up()
-        service = LaneService(lane, self._gate, backend, self._halts, self._allowance)
+        service = LaneService(
+            lane, self._gate, backends.member(backend, lane.model), self._halts, self._allowance
+        )
         try:
             service.run()
         finally:

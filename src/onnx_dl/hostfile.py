@@ -1,0 +1,269 @@
+"""``host.toml``: what a host is told in a file, and the models that it knows by name.
+
+Covers reading and checking; whatever can be found wrong without loading a model is refused with its line.
+What a host does with it is :mod:`onnx_dl.supervisor`'s.  It runs there, so neither onnxruntime nor numpy is
+imported.  ``docs/host-file.md`` has the tables of all keys; a test says when the two differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from onnx_dl import config
+from onnx_dl.errors import ConfigError
+from onnx_dl.hosttables import (
+    DefaultsTable,
+    HostTable,
+    InputTable,
+    ModelTable,
+    SessionTable,
+    culprit,
+    shown,
+)
+from onnx_dl.model import ModelSpec, specify
+from onnx_dl.tomllines import line_of
+
+
+class Warmup(Struct, frozen=True):
+    """An input of a call that warms a model up: numpy dtype (``str`` for text), shape, value of all items."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fill: bool | int | float | str
+
+
+class Configured(Struct, frozen=True, kw_only=True):
+    """A model of the file.  ``ttl`` is in seconds; ``eager``: it loads when the host starts; ``warmup`` is by
+    the names of the inputs."""
+
+    name: str
+    spec: ModelSpec
+    ttl: float
+    pin: bool
+    priority: int
+    eager: bool
+    warmup: dict[str, Warmup]
+
+
+class HostFile(Struct, frozen=True, kw_only=True):
+    """A checked file.  Sizes are in bytes, times in seconds; None: the file does not say.  ``models`` is by
+    name, in the file's order."""
+
+    memory_limit: int | None
+    gpu_memory_limit: int | None
+    room_timeout: float | None
+    load_timeout: float | None
+    metrics: str | None
+    models: dict[str, Configured]
+
+
+def read(path: str | os.PathLike[str]) -> HostFile:
+    """The file, whose folder is where its relative paths begin.
+
+    Raises:
+        ConfigError: it cannot be read or used; the message has file, line and what is allowed.
+    """
+    file = os.path.abspath(path)
+    if not os.path.isfile(file):
+        raise ConfigError(f"{file} cannot be read: there is no such file.")
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file}, line {line}: this is not UTF-8, which TOML is written in.") from None
+    return parse(text, os.path.dirname(file), file)
+
+
+def parse(text: str, base: str, file: str = "host.toml") -> HostFile:
+    """A file's text.  ``base``: the folder in which relative paths begin; ``file``: its name, for messages.
+
+    Looks at the model files, but opens none.
+
+    Raises:
+        ConfigError: it cannot be used; the message has file, line and what is allowed.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        place, reason = _place_of(error, text)
+        raise ConfigError(f"{file}, {place}: this is no TOML: {reason}.") from None
+    return _Reader(text, os.path.abspath(base), file).host(raw)
+
+
+def _place_of(error: Exception, text: str) -> tuple[str, str]:
+    """Where tomllib found what it does not take, and what it says of it."""
+    reason, _, place = str(error).rstrip(")").rpartition(" (at ")
+    if place.startswith("line "):
+        return place, reason
+    return f"line {text.rstrip().count(chr(10)) + 1}", reason or str(error)
+
+
+_Keys = tuple[str, ...]
+_Table = TypeVar("_Table", bound=Struct)
+_Parsed = TypeVar("_Parsed")
+_INTEGERS: Final = {f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32, 64)} | {
+    f"uint{bits}": (0, 2**bits - 1) for bits in (8, 16, 32, 64)
+}
+_FLOATS: Final = ("float16", "float32", "float64")
+DTYPES: Final = ("bool", *_INTEGERS, *_FLOATS, "str")
+"""Of inputs that are warmed up with."""
+
+
+class _Reader:
+    """One text.  Every error leaves by :meth:`_refuse`, which knows the line."""
+
+    def __init__(self, text: str, base: str, file: str) -> None:
+        self._text = text
+        self._base = base
+        self._file = file
+
+    def host(self, raw: dict[str, Any]) -> HostFile:
+        table = self._table(HostTable, raw, ())
+        defaults = self._table(DefaultsTable, table.defaults, ("defaults",))
+        ttl = self._parsed(config.parse_ttl, defaults.ttl, ("defaults", "ttl"))
+        defaults = msgspec.structs.replace(defaults, ttl=ttl)
+        common = self._options(defaults.options, ("defaults",))
+        models = {name: self._model(name, given, defaults, common) for name, given in table.models.items()}
+        self._refuse_twins(list(models.values()))
+        return HostFile(
+            memory_limit=self._parsed(config.parse_size, table.memory_limit, ("memory_limit",)),
+            gpu_memory_limit=self._parsed(config.parse_size, table.gpu_memory_limit, ("gpu_memory_limit",)),
+            room_timeout=self._parsed(config.parse_time, table.room_timeout, ("room_timeout",)),
+            load_timeout=self._parsed(config.parse_time, table.load_timeout, ("load_timeout",)),
+            metrics=table.metrics,
+            models=models,
+        )
+
+    def _model(
+        self, name: str, raw: dict[str, Any], defaults: DefaultsTable, common: dict[str, Any]
+    ) -> Configured:
+        where = ("models", name)
+        if not name.strip() or not name.isprintable() or set(name) & set("/\\") or name in (".", ".."):
+            self._refuse(where, "is no name for a model: give it printable text without / and \\")
+        given = self._table(ModelTable, raw, where)
+        ttl = self._parsed(config.parse_ttl, given.ttl, (*where, "ttl"))
+        return Configured(
+            name=name,
+            spec=self._spec(given, where, _first(given.providers, defaults.providers), common),
+            ttl=_first(ttl, defaults.ttl, config.KEEP),
+            pin=_first(given.pin, defaults.pin, False),
+            priority=_first(given.priority, defaults.priority, 0),
+            eager=bool(given.eager),
+            warmup={key: self._input(key, one, where) for key, one in given.warmup.items()},
+        )
+
+    def _spec(self, given: ModelTable, where: _Keys, providers: Any, common: dict[str, Any]) -> ModelSpec:
+        how = {
+            "options": _merged(common, self._options(given.options, where)),
+            "providers": None if providers is None else [_plain(item) for item in providers],
+            "provider_options": self._provider_options(given, providers, where),
+            "memory": None,
+            "extra": {},
+            "surroundings": {},
+            "max_memory": self._parsed(config.parse_size, given.max_memory, (*where, "max_memory")),
+            "max_runs": given.max_runs,
+            "group": given.group or None,
+        }
+        path = os.path.join(self._base, os.path.expanduser(given.path))
+        if not os.path.isfile(path):
+            problem = f"= {shown(given.path)}: there is no file {path}; paths begin in this file's folder"
+            self._refuse((*where, "path"), problem)
+        try:
+            return specify(path, None, self._base, how)
+        except (ConfigError, OSError) as error:
+            self._refuse((*where, "path"), f"= {shown(given.path)}: {error}")
+
+    def _provider_options(self, given: ModelTable, providers: Any, where: _Keys) -> list[Any] | None:
+        if given.provider_options is None:
+            return None
+        keys = (*where, "provider_options")
+        if not all(isinstance(item, str) for item in providers or []):
+            self._refuse(keys, "is there twice: the providers are pairs of name and options already")
+        if len(providers or []) != len(given.provider_options):
+            self._refuse(
+                keys, f"has {len(given.provider_options)} tables for {len(providers or [])} providers"
+            )
+        return given.provider_options
+
+    def _input(self, name: str, raw: dict[str, Any], where: _Keys) -> Warmup:
+        where = (*where, "warmup", name)
+        given = self._table(InputTable, raw, where)
+        if given.dtype not in DTYPES:
+            self._refuse((*where, "dtype"), f"= {shown(given.dtype)} must be one of {', '.join(DTYPES)}")
+        fill = ("" if given.dtype == "str" else 0) if given.fill is None else given.fill
+        if not _holds(given.dtype, fill):
+            self._refuse((*where, "fill"), f"= {shown(fill)} is no value of the dtype {given.dtype}")
+        return Warmup(given.dtype, tuple(given.shape), fill)
+
+    def _options(self, table: dict[str, Any], where: _Keys) -> dict[str, Any]:
+        return self._table(SessionTable, table, (*where, "options")).plain()
+
+    def _refuse_twins(self, models: list[Configured]) -> None:
+        """One worker serves equal specs, and one model decides how long it stays, with what it warms up."""
+        first: dict[str, str] = {}
+        for model in models:
+            other = first.setdefault(model.spec.key, model.name)
+            if other != model.name:
+                twin = _dotted(("models", other))
+                problem = f"is the same file with the same options as {twin}; use one name for it"
+                self._refuse(("models", model.name), problem)
+
+    def _table(self, kind: type[_Table], raw: dict[str, Any], where: _Keys) -> _Table:
+        try:
+            return msgspec.convert(raw, kind)
+        except msgspec.ValidationError:
+            keys, problem = culprit(raw, kind)
+            self._refuse((*where, *keys), problem)
+
+    def _parsed(self, parse: Callable[[Any], _Parsed], value: Any, where: _Keys) -> _Parsed | None:
+        """A value as one of :mod:`onnx_dl.config`'s functions reads it."""
+        try:
+            return None if value is None else parse(value)
+        except ConfigError as error:
+            reason = str(error).partition(f"{value!r} ")[2]
+            self._refuse(where, f"= {shown(value)} {reason.removesuffix('.')}")
+
+    def _refuse(self, where: _Keys, problem: str) -> NoReturn:
+        line = line_of(self._text, where)
+        raise ConfigError(f"{self._file}, line {line}: {_dotted(where)} {problem}.")
+
+
+def _dotted(keys: _Keys) -> str:
+    return ".".join(key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key) for key in keys)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
+    """Options with a model's own over those of all models; None if there are none."""
+    entries = common.get("config", {}) | own.get("config", {})
+    merged = common | own
+    return merged | {"config": entries} if merged else None
+
+
+def _plain(provider: Any) -> Any:
+    return list(provider) if isinstance(provider, tuple) else provider
+
+
+def _holds(dtype: str, fill: bool | int | float | str) -> bool:
+    if dtype == "str" or isinstance(fill, str):
+        return dtype == "str" and isinstance(fill, str)
+    if dtype == "bool" or isinstance(fill, bool):
+        return dtype == "bool" and fill in (0, 1)
+    least, most = _INTEGERS.get(dtype, (-(2**63), 2**63 - 1))
+    return least <= fill <= most if isinstance(fill, int) else dtype in _FLOATS

@@ -1,0 +1,68 @@
+"""Several models in one worker, as an engine among the others: each member is loaded by its own.
+
+Covers loading them one after the other and finding the one that a caller names.  A member that does not load
+takes no other with it; its callers are told why.  What a group is good for, and what it costs, is told in
+docs/shared-hosts.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from onnx_dl.errors import EngineError
+from onnx_dl.model import ModelDescription, ModelSpec
+from onnx_dl.transport import failures
+from onnx_dl.workers import backend as backends
+from onnx_dl.workers.backend import Backend
+
+
+class Group:
+    """The members that loaded, by key, and how the others failed."""
+
+    def __init__(self, members: Mapping[str, Backend], failed: Mapping[str, Any]) -> None:
+        self.members = members
+        self._failed = failed
+
+    def describe(self) -> ModelDescription:
+        return ModelDescription(
+            members={key: member.describe() for key, member in self.members.items()},
+            failed=dict(self._failed),
+        )
+
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
+        for member in self.members.values():
+            member.ready(seconds, blobs)
+
+    def run(self, *_: Any) -> Any:
+        raise EngineError("A group has no run() of its own; a lane names one of its models.")
+
+    run_async = repeat = invoke = run
+
+    def close(self) -> None:
+        for member in self.members.values():
+            member.close()
+
+
+def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
+    """Loads the members of a group.
+
+    Raises:
+        Exception: what the first of them raised, if none loads.
+    """
+    members: dict[str, Backend] = {}
+    errors: dict[str, Exception] = {}
+    for member in spec.members:
+        os.chdir(member.cwd)
+        try:
+            members[member.key] = backends.load(member, {name: blobs[name] for name in member.blobs})
+        except Exception as error:  # whatever its engine raised belongs to whoever asked for this one
+            errors[member.key] = error
+    if not members:
+        raise next(iter(errors.values()))
+    return Group(
+        members, {key: msgspec.to_builtins(failures.describe(error)) for key, error in errors.items()}
+    )

@@ -1,0 +1,174 @@
+"""Hosts that follow a file: models by name, limits, and what a change of it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnx_dl import (
+    ConfigError,
+    InferenceSessionProxy,
+    ModelHost,
+    ModelState,
+    ModelStatus,
+    SupervisorStartError,
+)
+from tests.contract.both import CPU, F, model, node, tensor
+from tests.waiting import eventually
+
+X = np.full((1, 3), 5, np.float32)
+Opened = Callable[..., ModelHost]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    for op in ("Neg", "Abs", "Sqrt"):
+        made = model([node(op, ["x"], ["y"])], [tensor("x", F, [1, 3])], [tensor("y", F, [1, 3])])
+        (tmp_path / f"{op}.onnx").write_bytes(made)
+    return tmp_path / "host.toml"
+
+
+@pytest.fixture
+def following(nothing_is_left_behind: None, file: Path) -> Iterator[Opened]:
+    hosts: list[ModelHost] = []
+
+    def make(text: str, **arguments: Any) -> ModelHost:
+        file.write_text(text)
+        hosts.append(ModelHost(config=file, **arguments))
+        hosts[-1].start()
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def value(proxy: InferenceSessionProxy) -> float:
+    return float(proxy.run(None, {"x": X})[0][0, 0])
+
+
+def statuses(host: ModelHost) -> dict[str, ModelStatus]:
+    return {os.path.basename(status.model): status for status in host.snapshot().models}
+
+
+NEG = '[models.negate]\npath = "Neg.onnx"\n'
+
+
+def test_a_model_by_its_name(following: Opened) -> None:
+    host = following(NEG + 'ttl = "5m"\npriority = 3\npin = true\noptions = {intra_op_num_threads = 2}')
+    proxy = host.open("negate")
+    assert value(proxy) == -5
+    assert proxy.ttl == 300
+    assert proxy.get_session_options().intra_op_num_threads == 2
+    status = statuses(host)["Neg.onnx"]
+    assert (status.ttl, status.priority, status.pinned, status.leases) == (300, 3, True, 2)
+    proxy.close()  # the host holds it, too
+    assert statuses(host)["Neg.onnx"].leases == 1
+    longer = host.open("negate", ttl=900)
+    assert value(longer) == -5
+    assert statuses(host)["Neg.onnx"].ttl == 900
+
+
+def test_names_that_there_are_not(following: Opened) -> None:
+    host = following(NEG)
+    with pytest.raises(ConfigError, match=r"no model of that name in .*host\.toml; it has: negate"):
+        host.open("neagte")
+    with pytest.raises(ConfigError, match="providers: the host's file says how"):
+        host.open("negate", providers=CPU)
+    with ModelHost() as other, pytest.raises(Exception, match="NO_SUCHFILE"):
+        other.open("negate")
+
+
+def test_what_is_eager_is_loaded_without_anybody(following: Opened) -> None:
+    host = following(NEG + 'eager = true\n[models.other]\npath = "Abs.onnx"')
+    eventually(lambda: statuses(host)["Neg.onnx"].state is ModelState.READY, "it is loaded")
+    assert statuses(host).keys() == {"Neg.onnx"}
+    assert host.unload("Neg.onnx") is False  # a path of this directory, which is another
+    (name,) = [status.model for status in host.snapshot().models]
+    assert host.unload(name) is True
+    assert not host.snapshot().models
+
+
+def test_a_group(following: Opened) -> None:
+    host = following(
+        NEG + 'group = "g"\nttl = 50\n[models.absolute]\npath = "Abs.onnx"\ngroup = "g"\nttl = 70\npin = true'
+    )
+    assert value(host.open("negate")) == -5
+    (status,) = host.snapshot().models
+    assert len(status.members) == 2
+    assert (status.ttl, status.pinned) == (70, True)
+    assert value(host.open("absolute")) == 5
+    assert host.snapshot().models[0].pid == status.pid
+
+
+def test_a_file_that_cannot_be(following: Opened) -> None:
+    with pytest.raises(SupervisorStartError, match=r'host\.toml, line 3: models\.negate\.ttl = "fast"'):
+        following(NEG + 'ttl = "fast"')
+
+
+def test_limits_and_who_has_the_last_word(following: Opened) -> None:
+    assert following('memory_limit = "3GiB"').snapshot().memory_limit == 3 << 30
+    assert following('memory_limit = "3GiB"', memory_limit="2GiB").snapshot().memory_limit == 2 << 30
+
+
+def test_the_environment_names_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text('memory_limit = "3GiB"\n' + NEG)
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setenv("ONNX_DL_CONFIG", "host.toml")
+    with ModelHost() as host:
+        assert value(host.open("negate")) == -5
+        assert host.snapshot().memory_limit == 3 << 30
+
+
+@pytest.mark.parametrize("way", ["rewritten", "renamed over", "SIGHUP"])
+def test_a_change_is_followed(following: Opened, file: Path, way: str) -> None:
+    host = following('memory_limit = "3GiB"\n' + NEG + "ttl = 60")
+    assert value(host.open("negate")) == -5
+    later = file.with_suffix(".new") if way == "renamed over" else file
+    later.write_text(
+        'memory_limit = "4GiB"\n' + NEG + 'ttl = 90\n[models.root]\npath = "Sqrt.onnx"\neager = true'
+    )
+    if later is not file:
+        later.rename(file)
+    if way == "SIGHUP":
+        os.kill(host.snapshot().supervisor_pid or 0, signal.SIGHUP)
+    eventually(lambda: host.snapshot().memory_limit == 4 << 30, "the limit is the new one")
+    eventually(lambda: statuses(host)["Sqrt.onnx"].pid, "what is eager is loaded")
+    assert value(host.open("root")) == pytest.approx(5**0.5)
+    assert statuses(host)["Neg.onnx"].ttl == 90
+
+
+def test_a_model_that_is_no_longer_in_it_goes_unless_somebody_has_it(following: Opened, file: Path) -> None:
+    host = following(NEG + 'eager = true\n[models.absolute]\npath = "Abs.onnx"\neager = true')
+    held = host.open("absolute")
+    assert value(held) == 5
+    eventually(lambda: len([s for s in statuses(host).values() if s.pid]) == 2, "both are loaded")
+    file.write_text("")
+    eventually(lambda: statuses(host).keys() == {"Abs.onnx"}, "who nobody holds is gone")
+    assert statuses(host)["Abs.onnx"].leases == 1
+    assert value(held) == 5
+
+
+def test_a_bad_change_is_refused_and_the_old_one_stays(
+    following: Opened, file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host = following('memory_limit = "3GiB"\n' + NEG)
+    file.write_text('memory_limit = "much"\n')
+    said: list[str] = []
+
+    def refused() -> bool:
+        said.append(capfd.readouterr().err)
+        return "line 1: memory_limit" in "".join(said)
+
+    eventually(refused, "stderr says so")
+    assert "What was in force before stays" in "".join(said)
+    assert host.snapshot().memory_limit == 3 << 30
+    assert value(host.open("negate")) == -5
+    file.write_text('memory_limit = "5GiB"\n')
+    eventually(lambda: host.snapshot().memory_limit == 5 << 30, "the next good one is in force")

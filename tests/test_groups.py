@@ -1,0 +1,141 @@
+"""Models of one group live in one worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnx_dl import ConfigError, EventType, InferenceSessionProxy, ModelEvent, ModelHost
+from tests.contract.both import CPU, F, model, node, scaled, tensor
+from tests.waiting import DEADLINE, eventually, is_gone, worker_pid
+
+X = np.full((1, 3), 5, np.float32)
+
+
+def unary(op: str) -> bytes:
+    return model([node(op, ["x"], ["y"])], [tensor("x", F, [1, 3])], [tensor("y", F, [1, 3])])
+
+
+def value(proxy: InferenceSessionProxy) -> float:
+    return float(proxy.run(None, {"x": X})[0][0, 0])
+
+
+def opened(host: ModelHost, *ops: str, **terms: Any) -> list[InferenceSessionProxy]:
+    return [host.open(unary(op), providers=CPU, group="speech", **terms) for op in ops]
+
+
+def test_one_worker_and_one_load(host: ModelHost) -> None:
+    seen: list[ModelEvent] = []
+    host.on_event(seen.append)
+    neg, root, absolute = opened(host, "Neg", "Sqrt", "Abs")
+    assert [value(neg), value(root), value(absolute)] == [-5, pytest.approx(5**0.5), 5]
+    (status,) = host.snapshot().models
+    assert status.model == "group:speech" and len(status.members) == 3
+    assert [proxy.is_loaded for proxy in (neg, root, absolute)] == [True] * 3
+    assert neg.unload()
+    assert not root.is_loaded
+    assert [event.type for event in seen].count(EventType.LOADING) == 1
+    assert value(root) == pytest.approx(5**0.5)
+
+
+def test_each_says_of_itself_what_it_is(host: ModelHost) -> None:
+    first = host.open(scaled(), providers=CPU, group="g")
+    second = host.open(unary("Neg"), providers=CPU, group="g")
+    assert [output.name for output in second.get_outputs()] == ["y"]
+    assert "twice" in [output.name for output in first.get_outputs()]
+
+
+def test_one_that_comes_later_joins_the_others(host: ModelHost) -> None:
+    """The worker is replaced by one that has them all, between calls; nobody sees an error."""
+    (neg,) = opened(host, "Neg")
+    assert value(neg) == -5
+    first = worker_pid(host)
+    wrong: list[object] = []
+    stop = threading.Event()
+
+    def calls() -> None:
+        while not stop.is_set():
+            if (found := value(neg)) != -5:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=calls) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    (absolute,) = opened(host, "Abs")
+    assert value(absolute) == 5
+    stop.set()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert not wrong
+    second = worker_pid(host)
+    assert second != first and is_gone(first)
+    assert value(neg) == -5 and worker_pid(host) == second
+
+
+def test_a_member_that_does_not_load_takes_no_other_with_it(host: ModelHost, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no model")
+    (neg,) = opened(host, "Neg")
+    broken = host.open(str(bad), providers=CPU, group="speech")
+    with pytest.raises(Exception, match="Protobuf parsing failed"):
+        value(broken)
+    assert value(neg) == -5
+    pid = worker_pid(host)
+    with pytest.raises(Exception, match="Protobuf parsing failed"):
+        value(broken)
+    assert worker_pid(host) == pid
+    assert not broken.is_loaded
+
+
+def test_alone_in_a_group_with_a_file_that_is_no_model(host: ModelHost, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no model")
+    with pytest.raises(Exception, match="Protobuf parsing failed"):
+        value(host.open(str(bad), providers=CPU, group="speech"))
+
+
+def test_the_longest_ttl_counts_and_the_last_proxy_takes_all_with_it(host: ModelHost) -> None:
+    neg, absolute = opened(host, "Neg", "Abs", ttl=60)
+    absolute.ttl = 600
+    value(neg)
+    assert value(absolute) == 5
+    (status,) = host.snapshot().models
+    assert (status.ttl, status.leases) == (600, 2)
+    pid = worker_pid(host)
+    neg.close()
+    assert value(absolute) == 5 and worker_pid(host) == pid
+    with host.events() as events:
+        absolute.close()
+        while events.get(DEADLINE).type is not EventType.UNLOADED:
+            pass
+    assert is_gone(pid)
+
+
+def test_a_crash_of_one_is_a_crash_of_all(host: ModelHost) -> None:
+    neg, absolute = opened(host, "Neg", "Abs")
+    assert [value(neg), value(absolute)] == [-5, 5]
+    first = worker_pid(host)
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: is_gone(first), "the worker is reaped")
+    assert not neg.is_loaded and not absolute.is_loaded
+    assert [value(neg), value(absolute)] == [-5, 5]
+    assert worker_pid(host) != first
+
+
+def test_the_same_file_in_a_group_and_by_itself(host: ModelHost) -> None:
+    (grouped,) = opened(host, "Neg")
+    alone = host.open(unary("Neg"), providers=CPU)
+    assert [value(grouped), value(alone)] == [-5, -5]
+    assert sorted(len(status.members) for status in host.snapshot().models) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["", " ", 5])
+def test_names_that_are_none(host: ModelHost, name: Any) -> None:
+    with pytest.raises(ConfigError, match="no name of a group"):
+        InferenceSessionProxy(scaled(), host=host, group=name)
