@@ -337,6 +337,15 @@ def test_who_asks_again_gets_two_tries_again(roomy: Scheduler) -> None:
     assert starts(roomy.on_tick(4.0, {}))
 
 
+def test_who_comes_after_all_who_waited_have_gone_gets_two_tries(roomy: Scheduler) -> None:
+    load(roomy, "busy", 1, 30, 0.0)
+    roomy.on_acquire(A, acquire(2, 2), 0.0)
+    roomy.on_exited(2, KILLED, "", 1.0)
+    roomy.on_release(A, 2, 1.0)
+    assert starts(roomy.on_acquire(A, acquire(3, 3), 2.0))
+    assert not told(roomy.on_exited(3, KILLED, "", 3.0), m.Denied)
+
+
 def test_who_asks_meanwhile_waits_too(roomy: Scheduler) -> None:
     load(roomy, "busy", 1, 30, 0.0)
     roomy.on_acquire(A, acquire(2, 2), 0.0)

@@ -28,19 +28,19 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_next_host_knows(path: Path) -> None:
-    Store(path).put("a", need(1))
-    assert Store(path).get("a") == need(1)
-    assert Store(path).get("b") is None
+    Store(lambda: path).put("a", need(1))
+    assert Store(lambda: path).get("a") == need(1)
+    assert Store(lambda: path).get("b") is None
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # nothing unfinished is left
 
 
 def test_writers_do_not_undo_each_other(path: Path) -> None:
-    one, other = Store(path), Store(path)
+    one, other = Store(lambda: path), Store(lambda: path)
     assert one.get("a") is None and other.get("a") is None  # both have read
     one.put("a", need(1))
     other.put("b", need(2))
     one.put("a", need(3))
-    assert [Store(path).get(key) for key in "ab"] == [need(3), need(2)]
+    assert [Store(lambda: path).get(key) for key in "ab"] == [need(3), need(2)]
 
 
 FILL = """
@@ -48,7 +48,7 @@ import sys
 from pathlib import Path
 from onnx_dl.supervisor.needs import Bytes, Need
 from onnx_dl.supervisor.store import Store
-mine = Store(Path(sys.argv[1]))
+mine = Store(lambda: Path(sys.argv[1]))
 for i in range(50):
     mine.put(sys.argv[2] + str(i), Need(load=i, steady=Bytes(i, 1), peak=Bytes(i, 2)))
 while mine._unwritten:  # the lock was another's
@@ -59,23 +59,23 @@ while mine._unwritten:  # the lock was another's
 def test_processes_at_once(path: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", FILL, str(path), name]) for name in "xyz"]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
-    known = Store(path)
+    known = Store(lambda: path)
     assert all(known.get(f"{name}{i}") == need(i) for name in "xyz" for i in range(50))
 
 
 def test_somebody_else_is_at_it(path: Path) -> None:
     """It is written the next time; nobody waits."""
-    mine = Store(path)
+    mine = Store(lambda: path)
     mine.put("a", need(1))
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         mine.put("b", need(2))
-        assert Store(path).get("b") is None
+        assert Store(lambda: path).get("b") is None
     finally:
         os.close(folder)
     mine.put("c", need(3))
-    assert [Store(path).get(key) for key in "abc"] == [need(1), need(2), need(3)]
+    assert [Store(lambda: path).get(key) for key in "abc"] == [need(1), need(2), need(3)]
 
 
 @pytest.mark.parametrize(
@@ -84,24 +84,24 @@ def test_somebody_else_is_at_it(path: Path) -> None:
 def test_a_damaged_file_is_replaced(path: Path, damage: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(damage)
-    mine = Store(path)
+    mine = Store(lambda: path)
     assert mine.get("a") is None
     mine.put("a", need(1))
-    assert Store(path).get("a") == need(1)
+    assert Store(lambda: path).get("a") == need(1)
 
 
 def test_what_was_not_told_of_for_longest_goes(path: Path) -> None:
     path.parent.mkdir()
     many = {str(i): need(i, at=i) for i in range(4096)}
     path.write_bytes(msgspec.json.encode(many))
-    Store(path).put("new", need(1, at=9e9))
-    known = Store(path)
+    Store(lambda: path).put("new", need(1, at=9e9))
+    known = Store(lambda: path)
     assert known.get("0") is None and known.get("1") is not None and known.get("new") is not None
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    mine = Store(tmp_path / "file" / "cache" / "needs.json")
+    mine = Store(lambda: tmp_path / "file" / "cache" / "needs.json")
     assert mine.get("a") is None
     mine.put("a", need(1))
     assert (tmp_path / "file").read_text() == ""

@@ -102,7 +102,7 @@ class Admission:
         """The model is to be loaded as soon as there is room."""
         if model.key not in self._wishes:
             self._wishes[model.key] = _Wish(spec, now + self._patience)
-            model.wished_at = now
+            model.wished_at, model.second_try = now, False
         self._admit(now)
 
     def _want_alone(self, model: Model, spec: ModelSpec, now: float) -> None:
@@ -168,7 +168,6 @@ class Admission:
         worker.marked_at = now
         if usage.pss:
             self._note(model, worker, needs.loaded(self._experience.of(_loaded_as(model)), usage))
-            self._tell_need(_loaded_as(model), now)
             self._out.append(ForgetPeak(worker.id))
 
     def _learn(self, model: Model, usage: Usage) -> None:
@@ -195,15 +194,16 @@ class Admission:
         if worker.drained or worker.killed:  # one that crashed was not measured after its last run
             self._learn_runs(model, worker, runs, now)
         if worker.ready is not None:
-            self._tell_need(_loaded_as(model), now)
+            self._tell_need(model, now)
         self.ledger.haunt(worker.id, worker.pid, now)
 
     def _note(self, model: Model, worker: Worker, need: Need) -> None:
         self._experience.note(_loaded_as(model), need)
         self.ledger.reserve(worker.id, need.in_use(self._limit))
 
-    def _tell_need(self, key: str, now: float) -> None:
+    def _tell_need(self, model: Model, now: float) -> None:
         """Says what is to be known in the next host, if that has changed."""
+        key = _loaded_as(model)
         if (news := self._experience.news(key, now + self._epoch)) is not None:
             self._out.append(Remember(key, news))
 

@@ -138,6 +138,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Until the last client is gone and all workers are reaped."""
+        self._store.open()  # while the template still imports
         while not self._scheduler.finished:
             self._mind_loneliness()
             deadlines = (self._scheduler.next_deadline(), self._abandoned_at)

@@ -223,6 +223,7 @@ class Scheduler(Admission):
                 self._order(worker.id, m.Drain())
             else:
                 self._welcome(model, ready, now)
+            self._tell_need(model, now)  # after those who wait: it is written to a disk
             self._admit(now)
         return self._done()
 

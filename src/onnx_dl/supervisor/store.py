@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -25,22 +26,29 @@ _decoder: Final = msgspec.json.Decoder(dict[str, Need])
 
 
 class Store:
-    """The file, read when it is first asked for a model."""
+    """The file, read when it is first asked for a model or told to open."""
 
-    def __init__(self, path: Path | None) -> None:
-        """``path``: of the file, which need not exist; None: nothing is read or written."""
-        self._path = path
+    def __init__(self, where: Callable[[], Path | None]) -> None:
+        """``where``: tells the path of the file, which need not exist; None: nothing is read or written."""
+        self._where = where
+        self._path: Path | None = None
         self._known: dict[str, Need] | None = None
         self._unwritten: dict[str, Need] = {}
 
-    def get(self, key: str) -> Need | None:
-        """What is known of a model."""
+    def open(self) -> dict[str, Need]:
+        """Finds and reads it, which may take 30 ms where much is installed."""
         if self._known is None:
+            self._path = self._where()
             self._known = self._read()
-        return self._known.get(key)
+        return self._known
+
+    def get(self, key: str) -> Need | None:
+        """What was known of a model when the file was read."""
+        return self.open().get(key)
 
     def put(self, key: str, need: Need) -> None:
         """Writes it down, together with what could not be written before."""
+        self.open()
         if self._path is None:
             return
         self._unwritten[key] = need
@@ -82,5 +90,5 @@ def of(settings: Settings) -> Store:
     folder = config.cache_folder(settings)
     # A relative one means the application's folder, which this process has left.
     if settings.cache == "off" or not folder.is_absolute():
-        return Store(None)
-    return Store(folder / f"needs-{installation.build()}.json")
+        return Store(lambda: None)
+    return Store(lambda: folder / f"needs-{installation.build()}.json")
