@@ -305,6 +305,7 @@ class Supervisor:
             case m.WorkerStarted():
                 return scheduler.on_started(worker_id)
             case m.WorkerReady():
+                self._runs_measured[worker_id] = 0
                 if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
                     self._meter().loaded(pid)
                 return scheduler.on_ready(message, self._measure(worker_id), now)
