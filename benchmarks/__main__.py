@@ -16,7 +16,7 @@ from typing import Any, Final
 # Models load plainly unless it is the load cache that is measured, and the user's is left alone.
 os.environ["ONNX_DL_CACHE"] = "off"
 
-from benchmarks import breakdown, calls, cold, crowd, memory, reclaim, report
+from benchmarks import breakdown, calls, caps, cold, crowd, memory, reclaim, report, spinning
 from benchmarks.models import cases, voice_activity
 from benchmarks.report import Row
 
@@ -53,6 +53,12 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
             *memory.left_after_ttl(published),
         ],
         "idle": lambda rounds: memory.idle(CASES, 2.0 if quick else 10.0),
+        "caps": lambda rounds: [*caps.cost(CASES["tiny"], rounds), *caps.overshoot(rounds)],
+        "spinning": lambda rounds: [
+            *spinning.idle(CASES, 2.0 if quick else 20.0),
+            *spinning.measure(CASES["tiny"], rounds),
+            *spinning.measure(CASES["conv"], rounds),
+        ],
         "others": lambda rounds: _all_ways(max(QUICK, rounds // 3)),
     }
 

@@ -123,7 +123,7 @@ def idle(cases: dict[str, Case], seconds: float) -> list[Row]:
             proxy = stack.enter_context(proxy_of(case.model, host, ttl=3600))
             proxy.run(None, case.feed)
         time.sleep(2)  # onnxruntime's threads spin for a while, and idle lanes give memory back
-        share = _busy(_family(host), seconds)
+        share = busy(_family(host), seconds)
     return [
         figure("before any model, PSS", "supervisor + template", [pss], "MB", limit=70),
         figure(
@@ -141,14 +141,14 @@ def _family(host: ModelHost) -> list[psutil.Process]:
     return [supervisor, *supervisor.children(recursive=True)]
 
 
-def _busy(processes: list[psutil.Process], seconds: float) -> float:
+def busy(processes: list[psutil.Process], seconds: float) -> float:
     """Per cent of a core; from the scheduler's nanoseconds, because ticks are 10 ms."""
-    before, started = sum(map(_cpu, processes)), time.monotonic()
+    before, started = sum(map(cpu, processes)), time.monotonic()
     time.sleep(seconds)
-    return (sum(map(_cpu, processes)) - before) / (time.monotonic() - started) * 100
+    return (sum(map(cpu, processes)) - before) / (time.monotonic() - started) * 100
 
 
-def _cpu(process: psutil.Process) -> float:
+def cpu(process: psutil.Process) -> float:
     """Seconds that all threads of a process have run."""
     tasks = Path(f"/proc/{process.pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

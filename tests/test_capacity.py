@@ -212,7 +212,7 @@ def test_a_worker_that_has_grown_is_replaced(host: ModelHost) -> None:
         node("ReduceSum", ["c"], ["y"], keepdims=0),
     ]
     source = model(nodes, [tensor("x", F, ["N"])], [tensor("y", F, [])])
-    proxy = InferenceSessionProxy(source, providers=CPU, max_memory="60MB", host=host)
+    proxy = InferenceSessionProxy(source, providers=CPU, max_memory="60MB", max_memory_hard="1GB", host=host)
     small, large = np.ones(4, np.float32), np.ones(16 << 20, np.float32)
 
     def pid_after(x: np.ndarray) -> int | None:

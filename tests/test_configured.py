@@ -107,6 +107,22 @@ def test_a_group(following: Opened) -> None:
     assert host.snapshot().models[0].pid == status.pid
 
 
+def test_a_model_is_warmed_up(following: Opened, file: Path) -> None:
+    """The first call draws the second number of the model's sequence: one run was made before."""
+    drawn = model(
+        [node("RandomUniform", [], ["r"], seed=7.0, shape=[1]), node("Add", ["x", "r"], ["y"])],
+        [tensor("x", F, [1, 3])],
+        [tensor("y", F, [1, 3])],
+    )
+    (file.parent / "Draw.onnx").write_bytes(drawn)
+    text = '[models.{0}]\npath = "Draw.onnx"\nmax_runs = {1}\n'
+    warm = "warmup = {x = {shape = [1, 3], fill = 5}}\n"
+    host = following(text.format("cold", 8) + text.format("warm", 9) + warm)
+    cold = host.open("cold")
+    assert value(cold) != (second := value(cold))
+    assert value(host.open("warm")) == second
+
+
 def test_a_file_that_cannot_be(following: Opened) -> None:
     with pytest.raises(SupervisorStartError, match=r'host\.toml, line 3: models\.negate\.ttl = "fast"'):
         following(NEG + 'ttl = "fast"')

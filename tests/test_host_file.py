@@ -10,7 +10,6 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.hostfile import Configured, read
-from onnx_dl.proxy import _another
 
 TEXT = """
 [defaults.options]
@@ -50,9 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def proxy_of(model: Configured, host: ModelHost) -> InferenceSessionProxy:
     """As a client has it that got the spec from a host."""
-    own = {"_model_path": model.spec.path, "_model_bytes": None, "_falls_back": None}
-    own |= {"_arguments": (None, {}), "_live": None}
-    return _another(InferenceSessionProxy, model.spec, {}, model.ttl, "normal", own, host)
+    return InferenceSessionProxy.of_spec(model.spec, host=host, ttl=model.ttl)
 
 
 def test_a_model_of_the_file_runs_as_it_says(folder: Path, host: ModelHost) -> None:

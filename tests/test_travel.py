@@ -71,6 +71,18 @@ def test_a_copy_outlives_the_original(host: ModelHost, act: Any) -> None:
     assert len(host.snapshot().models) == 1
 
 
+@pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, through_a_pickle])
+def test_a_copy_has_the_terms_of_the_original(default: ModelHost, act: Any) -> None:
+    """The model stays pinned, and has its priority, when only the copy is left."""
+    proxy = InferenceSessionProxy(scaled(), providers=CPU, ttl=60, pin=True, priority=3, max_memory="1GB")
+    again = act(proxy)
+    proxy.close()
+    assert twice(again) == 2
+    (status,) = default.snapshot().models
+    assert (status.pinned, status.priority, status.ttl) == (True, 3, 60)
+    assert again._spec == proxy._spec
+
+
 def test_live_initializers(default: ModelHost) -> None:
     """Copies see them change, and so does what was pickled for this process: it is the same model."""
     weights = np.full(3, 5, np.float32)

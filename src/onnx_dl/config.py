@@ -13,7 +13,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
@@ -125,6 +125,35 @@ def parse_switch(value: object) -> bool:
     if found is None:
         raise ConfigError(f"{value!r} is neither yes nor no.")
     return found
+
+
+class Allowances(NamedTuple):
+    """What a worker may use; as :class:`~onnx_dl.model.ModelSpec` has it."""
+
+    max_memory: int | None = None
+    max_memory_hard: int | None = None
+    max_runs: int | None = None
+
+
+def parse_allowances(max_memory: object, max_memory_hard: object, max_runs: object) -> Allowances:
+    """Sizes in bytes and a number of calls; None: no limit.
+
+    With ``max_memory`` alone, ``max_memory_hard`` is twice that.  Alone, the hard limit counts between calls,
+    too, or what a call left would end the next one.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one cannot be, or the hard limit is the lower.
+    """
+    soft = None if max_memory is None else parse_size(max_memory)
+    hard = None if max_memory_hard is None else parse_size(max_memory_hard)
+    if soft is not None and hard is not None and hard < soft:
+        raise ConfigError(
+            f"max_memory_hard={max_memory_hard!r} is less than max_memory={max_memory!r}: a worker would be "
+            "ended during a run before it could be replaced between two. Give max_memory_hard the larger one."
+        )
+    if soft is not None and hard is None:
+        hard = 2 * soft
+    return Allowances(hard if soft is None else soft, hard, parse_runs(max_runs))
 
 
 _SIZES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

@@ -27,6 +27,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
         ├── WorkerDied                      the worker process ended during a call or a load
+        │   └── MemoryLimitExceeded (MemoryError)   it ended itself: a run took more than max_memory_hard
         └── LoadTimeout (TimeoutError)      the model did not load in time
 """
 
@@ -225,6 +226,22 @@ class WorkerDied(WorkerError):
         self.signal = signal
         self.stderr = stderr
         self.reason = reason
+
+
+class MemoryLimitExceeded(WorkerDied, MemoryError):
+    """The worker ended itself during a run, because it had more memory of its own than ``max_memory_hard``.
+
+    Attributes, beside those of :class:`WorkerDied`:
+        limit: bytes that it was allowed.
+        used: bytes that it had when it saw that.
+    """
+
+    code = "memory-limit-exceeded"
+
+    def __init__(self, message: str, limit: int = 0, used: int = 0, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.limit = limit
+        self.used = used
 
 
 class LoadTimeout(WorkerError, TimeoutError):

@@ -45,7 +45,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
             ``recycled``, ``crash`` or ``exit``.
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
         freed: unloaded: bytes that only this worker held, now returned to the system.
-        detail: failed: what went wrong; thrash: which models, and how much of the time their loads took.
+        detail: failed: what went wrong; thrash: which models, and how much of the time their loads took;
+            unloaded: that its worker ended itself for its memory.
         retry_after: failed: seconds until the host will load the model again.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_dl import signatures
+from onnx_dl.config import Allowances, parse_allowances
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
@@ -34,13 +35,16 @@ class ExecutionSession(ModelProxy):
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
         host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
         latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.
+        pin, priority: what makes room for others; see :class:`~onnx_dl.InferenceSessionProxy`.
+        max_memory, max_memory_hard, max_runs: when a worker is replaced between two runs, or ended during
+            one; see :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
         eager: load the model now, so that what is wrong with it is raised here.
 
     Raises:
         FileNotFoundError: there is no such file.
         EngineError: it is no compiled model.  Unless ``eager``, that is found at first use.
-        ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
+        ValueError: ``ttl`` is none of the three modes, ``latency`` neither of the two, or a limit none.
     """
 
     def __init__(
@@ -52,10 +56,17 @@ class ExecutionSession(ModelProxy):
         ttl: float | str = -1,
         host: ModelHost | None = None,
         latency: str = "normal",
+        pin: bool = False,
+        priority: int = 0,
+        max_memory: int | str | None = None,
+        max_memory_hard: int | str | None = None,
+        max_runs: int | None = None,
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
-        super().__init__(_spec_of(os.fspath(shared_lib_path), tag), ttl=ttl, latency=latency, host=host)
+        allowances = parse_allowances(max_memory, max_memory_hard, max_runs)
+        spec = _spec_of(os.fspath(shared_lib_path), tag, allowances)
+        super().__init__(spec, ttl=ttl, latency=latency, pin=pin, priority=priority, host=host)
         self._entry_point = entry_point
         if eager:
             self.load()
@@ -78,6 +89,7 @@ class ExecutionSession(ModelProxy):
             EngineError: the model refused to run, or is none.
             RunTimeout: ``timeout`` passed.
             WorkerDied: the worker ended during the call.
+            MemoryLimitExceeded: it did, because it had more memory than ``max_memory_hard``.
         """
         signatures.check_types(inputs)
         model = self._model()
@@ -136,17 +148,18 @@ def _signatures_of(details: dict[str, Any], name: str | None) -> list[str] | Non
     return known.get(details["default_entry_point"] if name is None else name)
 
 
-def _spec_of(path: str, tag: str) -> ModelSpec:
+def _spec_of(path: str, tag: str, allowances: Allowances) -> ModelSpec:
     if not os.path.exists(path):
         raise FileNotFoundError(
             errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
         )
     extra = {"tag": tag} if tag else {}
     return ModelSpec(
-        key=model_key(file_identity(path), "onnx_mlir", extra),
+        key=model_key(file_identity(path), "onnx_mlir", extra, allowances),
         name=path,
         cwd=os.getcwd(),
         engine="onnx_mlir",
         path=path,
         extra=extra,
+        **allowances._asdict(),
     )

@@ -29,16 +29,8 @@ from onnx_dl.hosttables import (
     culprit,
     shown,
 )
-from onnx_dl.model import ModelSpec, specify
+from onnx_dl.model import ModelSpec, Warmup, specify
 from onnx_dl.tomllines import line_of
-
-
-class Warmup(Struct, frozen=True):
-    """An input of a call that warms a model up: numpy dtype (``str`` for text), shape, value of all items."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    fill: bool | int | float | str
 
 
 class Configured(Struct, frozen=True, kw_only=True):
@@ -173,8 +165,7 @@ class _Reader:
             "memory": None,
             "extra": {},
             "surroundings": {},
-            "max_memory": self._parsed(config.parse_size, given.max_memory, (*where, "max_memory")),
-            "max_runs": given.max_runs,
+            **self._allowances(given, where),
             "group": given.group or None,
         }
         path = os.path.join(self._base, os.path.expanduser(given.path))
@@ -185,6 +176,15 @@ class _Reader:
             return specify(path, None, self._base, how)
         except (ConfigError, OSError) as error:
             self._refuse((*where, "path"), f"= {shown(given.path)}: {error}")
+
+    def _allowances(self, given: ModelTable, where: _Keys) -> dict[str, int | None]:
+        for name in ("max_memory", "max_memory_hard"):
+            self._parsed(config.parse_size, getattr(given, name), (*where, name))
+        try:
+            found = config.parse_allowances(given.max_memory, given.max_memory_hard, given.max_runs)
+        except ConfigError as error:
+            self._refuse((*where, "max_memory_hard"), f"cannot be: {error}")
+        return found._asdict()
 
     def _provider_options(self, given: ModelTable, providers: Any, where: _Keys) -> list[Any] | None:
         if given.provider_options is None:

@@ -129,6 +129,7 @@ class ModelTable(DefaultsTable, frozen=True, kw_only=True, forbid_unknown_fields
         dict[str, dict[str, Any]], Meta(description="a table of inputs, such as { x = {shape = [1, 4]} }")
     ] = {}
     max_memory: _Size = None
+    max_memory_hard: _Size = None
     max_runs: Annotated[
         Annotated[int, Meta(ge=1, le=2**63 - 1)] | None, Meta(description="a number of calls, 1 or more")
     ] = None

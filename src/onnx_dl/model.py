@@ -24,8 +24,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.options` makes of
     onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
     ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).  A worker that has more
-    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced.  Models of the same
-    ``group`` have one worker, whose own spec (:func:`group_spec`) has them as ``members``.
+    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced; one that has more
+    than ``max_memory_hard`` during a call ends itself.  Models of the same ``group`` have one worker, whose
+    own spec (:func:`group_spec`) has them as ``members``.
     """
 
     key: str
@@ -41,6 +42,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, Any] = {}
     surroundings: dict[str, Any] = {}
     max_memory: int | None = None
+    max_memory_hard: int | None = None
     max_runs: int | None = None
     group: str | None = None
     members: list[ModelSpec] = []
@@ -65,6 +67,7 @@ def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
     """
     first = members[0]
     memory = [member.max_memory for member in members if member.max_memory is not None]
+    hard = [member.max_memory_hard for member in members if member.max_memory_hard is not None]
     runs = [member.max_runs for member in members if member.max_runs is not None]
     return ModelSpec(
         key=first.unit,
@@ -74,8 +77,17 @@ def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
         surroundings=first.surroundings,
         members=list(members),
         max_memory=max(memory, default=None),
+        max_memory_hard=max(hard, default=None),
         max_runs=min(runs, default=None),
     )
+
+
+class Warmup(msgspec.Struct, frozen=True):
+    """An array of numpy's ``dtype`` (``str``: of text) and of this shape that holds ``fill`` everywhere."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fill: bool | int | float | str = 0
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

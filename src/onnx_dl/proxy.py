@@ -169,7 +169,7 @@ class ModelProxy:
 
     def __copy__(self) -> Self:
         """Another proxy of the same model."""
-        return _another(type(self), self._spec, self._memory, *self._terms(), self._travelling(), self._host)
+        return _another(type(self), self._spec, self._memory, self._terms(), self._travelling(), self._host)
 
     def __deepcopy__(self, memo: object) -> Self:
         return self.__copy__()
@@ -181,11 +181,13 @@ class ModelProxy:
         Memory that the model is loaded from, if it is no file, goes along as it is now.
         """
         memory = {name: _bytes_of(make()) for name, make in self._memory.items()}
-        rest = (*self._terms(), self._travelling(), self._host.name)
+        rest = (self._terms(), self._travelling(), self._host.name)
         return _unpickled, (type(self), self._spec, memory, *rest)
 
-    def _terms(self) -> tuple[float, str]:
-        return self._lease.ttl, self._lease.latency
+    def _terms(self) -> dict[str, Any]:
+        """What this proxy asks for; a copy asks for the same."""
+        lease = self._lease
+        return {"ttl": lease.ttl, "latency": lease.latency, "pin": lease.pin, "priority": lease.priority}
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -220,13 +222,12 @@ def _another(
     cls: type[_P],
     spec: ModelSpec,
     memory: Mapping[str, Callable[[], int]],
-    ttl: float,
-    latency: str,
+    terms: dict[str, Any],
     more: dict[str, Any],
     host: ModelHost | None = None,
 ) -> _P:
     proxy = object.__new__(cls)
-    ModelProxy.__init__(proxy, spec, ttl=ttl, latency=latency, host=host, memory=memory)
+    ModelProxy.__init__(proxy, spec, host=host, memory=memory, **terms)
     proxy.__dict__.update(more)
     proxy._awake()
     return proxy
@@ -236,13 +237,12 @@ def _unpickled(
     cls: type[ModelProxy],
     spec: ModelSpec,
     memory: dict[str, bytes],
-    ttl: float,
-    latency: str,
+    terms: dict[str, Any],
     more: dict[str, Any],
     host: str | None,
 ) -> ModelProxy:
     frozen = {name: functools.partial(shm.freeze, data) for name, data in memory.items()}
-    return _another(cls, spec, frozen, ttl, latency, more, None if host is None else shared_host(host))
+    return _another(cls, spec, frozen, terms, more, None if host is None else shared_host(host))
 
 
 def _bytes_of(fd: int) -> bytes:

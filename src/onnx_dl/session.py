@@ -52,7 +52,12 @@ class InferenceSessionProxy(DescribedProxy):
         pin: the model is not evicted to make room for others while this proxy holds it.
         priority: of models that are idle, those of a lower one make room first.
         max_memory: bytes, or text such as ``"300MB"``: a worker that has more memory of its own after a call
-            is replaced by another before the next; nobody sees an error.
+            is replaced by another before the next; nobody sees an error.  Its peak is that and what one run
+            takes.
+        max_memory_hard: bytes or text: a worker that has more than that during a run is ended, and its
+            callers get :class:`~onnx_dl.errors.MemoryLimitExceeded`; None: twice ``max_memory``, if that is
+            given.  Looked at every 10 ms while a call is under way, so that what a run takes within less
+            is seen late.  With it alone, it is ``max_memory``, too.
         max_runs: calls after which a worker is replaced by another.
         group: a name: all models of a host that have the same live in one worker, and are loaded, limited and
             unloaded together.  It costs less memory than several, a CUDA context each above all; a crash of
@@ -62,7 +67,7 @@ class InferenceSessionProxy(DescribedProxy):
             others are ignored, as onnxruntime does.
 
     Raises:
-        ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
+        ValueError: ``ttl`` is none of the three modes, ``latency`` neither of the two, or a limit none.
         TypeError: the model is neither a path nor bytes.
         ConfigError: an option cannot reach a worker; the message names it.
         onnxruntime's NoSuchFile: there is no such file.  Unless ``eager``, a file that is not a model is
@@ -83,6 +88,7 @@ class InferenceSessionProxy(DescribedProxy):
         pin: bool = False,
         priority: int = 0,
         max_memory: int | str | None = None,
+        max_memory_hard: int | str | None = None,
         max_runs: int | None = None,
         group: str | None = None,
         eager: bool = False,
@@ -103,8 +109,7 @@ class InferenceSessionProxy(DescribedProxy):
             providers,
             provider_options,
             kwargs,
-            None if max_memory is None else config.parse_size(max_memory),
-            config.parse_runs(max_runs),
+            config.parse_allowances(max_memory, max_memory_hard, max_runs),
             config.parse_group(group),
         )
         terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
@@ -170,6 +175,7 @@ class InferenceSessionProxy(DescribedProxy):
         Raises:
             RunTimeout: ``timeout`` passed.
             WorkerDied: the worker ended during the call.
+            MemoryLimitExceeded: it did, because it had more memory than ``max_memory_hard``.
             Exception: what onnxruntime raises, as the same class with the same message.
         """
         feed = self._fed(input_feed)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from onnx_dl import installation, options, recorded
+from onnx_dl.config import Allowances
 from onnx_dl.model import ModelSpec, specify
 from onnx_dl.transport import shm
 from onnx_dl.transport.live import LiveMemory
@@ -76,8 +77,7 @@ def describe(
     providers: Any,
     provider_options: Any,
     kwargs: dict[str, Any],
-    max_memory: int | None = None,
-    max_runs: int | None = None,
+    allowances: Allowances,
     group: str | None = None,
 ) -> Source:
     """All that a worker needs to load the model, and the key that says which proxies share it.
@@ -99,8 +99,7 @@ def describe(
         **_providers(providers, provider_options, _extras(kwargs)),
         "memory": None if live is None else live.name,
         "surroundings": surroundings,
-        "max_memory": max_memory,
-        "max_runs": max_runs,
+        **allowances._asdict(),
         "group": group,
     }
     digest = None if data is None else hashlib.sha256(data).hexdigest()
@@ -124,8 +123,7 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
         **_providers(providers, provider_options, extra),
         "memory": spec.memory,
         "surroundings": spec.surroundings,
-        "max_memory": spec.max_memory,
-        "max_runs": spec.max_runs,
+        **Allowances(spec.max_memory, spec.max_memory_hard, spec.max_runs)._asdict(),
         "group": spec.group,
     }
     return specify(spec.path, spec.blob, spec.cwd, how)

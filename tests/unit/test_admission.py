@@ -194,7 +194,7 @@ def leave(scheduler: Scheduler, worker_id: int, last: Usage, now: float, runs: i
     """A worker that was ready drains and is reaped."""
     scheduler.on_draining(worker_id, last, now)
     scheduler.on_drained(worker_id, last, now)
-    return scheduler.on_exited(worker_id, 0, "", now, runs)
+    return scheduler.on_exited(worker_id, 0, "", now, runs=runs)
 
 
 def remembered(commands: list) -> list[Need]:
@@ -266,7 +266,7 @@ def test_what_a_life_told_is_remembered_at_its_end(scheduler: Scheduler) -> None
 def test_a_crash_tells_nothing_of_the_last_runs(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 30, 0.0)
     scheduler.on_measured(1, Seen(peaked(30, 70), Reading(runs=1)), 1.0)
-    (need,) = remembered(scheduler.on_exited(1, signal.SIGSEGV, "", 2.0, 5))
+    (need,) = remembered(scheduler.on_exited(1, signal.SIGSEGV, "", 2.0, runs=5))
     assert need.peak.ram == 70 * MB
 
 
@@ -366,6 +366,12 @@ def test_a_load_that_we_ended_is_answered_at_once(roomy: Scheduler) -> None:
     roomy.on_acquire(A, acquire(1), 0.0)
     roomy.on_tick(SETTINGS.load_timeout)
     assert told(roomy.on_exited(1, KILLED, "", SETTINGS.load_timeout), m.Denied)
+
+
+def test_a_load_that_took_more_than_it_may_is_answered_at_once(roomy: Scheduler) -> None:
+    """More room would not help it."""
+    roomy.on_acquire(A, acquire(1), 0.0)
+    assert told(roomy.on_exited(1, KILLED, "", 1.0, 90 * MB), m.Denied)
 
 
 def test_nobody_waits_for_a_second_try_for_ever(roomy: Scheduler) -> None:

@@ -177,6 +177,26 @@ def test_addresses_are_unguessable_and_fit_a_socket():
         assert len(address) + len("/lifeline") < 100
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ((None, None, None), (None, None, None)),
+        (("300MB", None, None), (300_000_000, 600_000_000, None)),
+        ((None, "1GiB", 7), (2**30, 2**30, 7)),
+        ((100, "100", 1), (100, 100, 1)),
+        ((100, 101, None), (100, 101, None)),
+    ],
+)
+def test_allowances(given, found):
+    assert config.parse_allowances(*given) == found
+
+
+@pytest.mark.parametrize("given", [(200, 100, None), ("much", None, None), (None, "", None), (1, 2, 0)])
+def test_allowances_that_cannot_be(given):
+    with pytest.raises(ConfigError, match=r"max_memory|size|max_runs"):
+        config.parse_allowances(*given)
+
+
 @pytest.mark.parametrize(("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5m", 300.0), (1_000_000, 1e6)])
 def test_times(value, seconds):
     assert config.parse_time(value) == seconds

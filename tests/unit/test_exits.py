@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from onnx_dl.errors import CapacityError, SharedMemoryError
-from onnx_dl.supervisor.exits import ran_out_of_memory, worker_died
+from onnx_dl.errors import CapacityError, MemoryLimitExceeded, SharedMemoryError
+from onnx_dl.supervisor.exits import memory_exceeded, ran_out_of_memory, worker_died
 from onnx_dl.transport import failures
 
 
@@ -102,3 +102,15 @@ def test_loads_that_say_that_memory_ran_out(error: Exception, expected: bool) ->
 )
 def test_loads_that_died(status: int, stderr: str, expected: bool) -> None:
     assert ran_out_of_memory(None, int(status), stderr) is expected
+
+
+def test_too_much_memory():
+    error = memory_exceeded("m.onnx", 42, 75 << 8, "line 1\n", limit=150_000_000, used=163_400_000)
+    assert type(error) is MemoryLimitExceeded
+    assert str(error) == (
+        "The worker of m.onnx (pid 42) ended itself during a run: it had 163.4 MB of its own, and "
+        "max_memory_hard allows 150.0 MB. Allow more, or feed it less at a time. The next call loads the "
+        "model afresh. Its last lines on stderr:\nline 1"
+    )
+    assert (error.limit, error.used, error.pid, error.exit_code) == (150_000_000, 163_400_000, 42, 75)
+    assert (error.signal, error.stderr, error.reason, error.retry_after) == (None, "line 1\n", "crash", 0.0)

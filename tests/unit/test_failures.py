@@ -58,6 +58,8 @@ def test_attributes_survive():
     assert vars(got) == vars(sent)
     got = travel(RemoteError("m", type_name="pkg.Odd", traceback="t"))
     assert (got.type_name, got.traceback) == ("pkg.Odd", "t")
+    large = travel(errors.MemoryLimitExceeded("much", limit=5, used=7, pid=9, exit_code=75))
+    assert (large.limit, large.used, large.pid, large.exit_code) == (5, 7, 9, 75)
     assert travel(errors.LoadTimeout("slow", retry_after=4.0)).retry_after == 4.0
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from onnx_dl import hosttables, options
 from onnx_dl.errors import ConfigError
-from onnx_dl.hostfile import DTYPES, Configured, HostFile, Warmup, parse, read
+from onnx_dl.hostfile import DTYPES, Configured, HostFile, parse, read
+from onnx_dl.model import Warmup
 from onnx_dl.session import InferenceSessionProxy
 from tests.unit.test_layers import loaded_by
 

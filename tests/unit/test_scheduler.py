@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from onnx_dl.errors import InvalidTransition, LoadTimeout, WorkerDied
+from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
 from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
 from onnx_dl.transport import failures
@@ -70,6 +70,13 @@ def test_started_worker_is_told_what_to_load_with_the_ttl_in_force(rig):
     rig.scheduler.on_acquire(A, acquire(1, ttl=30.0), 0.0)
     assert rig.scheduler.on_spawned(1, 101) == []
     assert rig.scheduler.on_started(1) == [order(1, m.Load(spec=spec(), ttl=30.0))]
+
+
+def test_started_worker_is_told_its_warm_up(rig):
+    rig.scheduler.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
+    rig.scheduler.on_acquire(A, acquire(1), 0.0)
+    (said,) = rig.scheduler.on_started(1)
+    assert said == order(1, m.Load(spec=spec(), ttl=-1.0, warmups={"m": {"x": Warmup("float32", (1, 4))}}))
 
 
 def test_ready_grants_to_the_waiter(rig):
@@ -589,6 +596,25 @@ def test_fate_of_exit_code_and_of_forced_unload(rig):
     forced = fate(s.on_exited(2, KILLED, "", 6.0))
     assert (forced.reason, forced.signal) == ("request", KILLED)
     assert "force=True" in str(forced)
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_fate_of_a_worker_that_had_too_much_memory(rig, draining):
+    s = rig.scheduler
+    limited = spec(max_memory_hard=1000)
+    s.on_acquire(A, m.Acquire(ticket=1, proxy=1, spec=limited, ttl=-1.0), 0.0)
+    s.on_spawned(1, 101)
+    s.on_ready(ready(), USAGE, 1.0)
+    if draining:
+        s.on_draining(1, USAGE, 2.0, "recycled")
+    s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1))
+    commands = s.on_exited(1, 75 << 8, "", 3.0, exceeded=1234)
+    error = fate(commands)
+    assert type(error) is MemoryLimitExceeded
+    assert (error.limit, error.used, error.pid, error.retry_after) == (1000, 1234, 101, 0.0)
+    told_events = {e.type: e for e in events(commands)}
+    assert ("failed" in told_events) is not draining
+    assert all("max_memory_hard" in said.detail for said in told_events.values())
 
 
 def test_fate_of_a_crash_during_a_graceful_unload_is_not_blamed_on_force(rig):

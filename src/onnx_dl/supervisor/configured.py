@@ -16,7 +16,7 @@ from onnx_dl.config import Settings
 from onnx_dl.errors import ConfigError
 from onnx_dl.external import bytes_of
 from onnx_dl.hostfile import Configured, HostFile
-from onnx_dl.model import ModelSpec
+from onnx_dl.model import ModelSpec, Warmup
 from onnx_dl.supervisor.filewatch import FileWatch
 from onnx_dl.supervisor.records import Terms
 from onnx_dl.transport import messages as m
@@ -90,6 +90,10 @@ class Configuration:
         return {
             model.spec.key: Terms(model.ttl, model.pin, model.priority) for model in self.file.models.values()
         }
+
+    def warmups(self) -> dict[str, dict[str, Warmup]]:
+        """What models are run with once before they are ready, by the key of the model."""
+        return {model.spec.key: model.warmup for model in self.file.models.values() if model.warmup}
 
     def grouped(self) -> dict[str, list[ModelSpec]]:
         """The models of each group, by the key of the group."""

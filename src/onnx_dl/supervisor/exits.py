@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from onnx_dl.errors import SharedMemoryError, WorkerDied
+from onnx_dl.errors import MemoryLimitExceeded, SharedMemoryError, WorkerDied
 from onnx_dl.transport.messages import Failure
 
 _HINTS: dict[int, str] = {
@@ -47,17 +47,38 @@ def _tells(text: str) -> bool:
 
 def worker_died(model: str, pid: int, status: int, stderr: str, *, reason: str, loading: bool) -> WorkerDied:
     """The error for a worker that ended with this wait status."""
-    code: int | None = os.waitstatus_to_exitcode(status)
-    number = None
-    if code is not None and code < 0:
-        number, code = -code, None
+    code, number = _ended(status)
     when = "while it loaded" if loading else "before it answered"
     text = f"The worker of {model} (pid {pid}) ended {when}: {_how(number, code, reason)}."
     if reason == "crash":
         text += " The next call loads the model afresh."
-    if stderr.strip():
-        text += f" Its last lines on stderr:\n{stderr.strip()}"
+    text += _last_lines(stderr)
     return WorkerDied(text, pid=pid, exit_code=code, signal=number, stderr=stderr, reason=reason)
+
+
+def memory_exceeded(
+    model: str, pid: int, status: int, stderr: str, *, limit: int, used: int
+) -> MemoryLimitExceeded:
+    """The error for a worker that ended itself, with this wait status, for having ``used`` bytes."""
+    code, number = _ended(status)
+    text = (
+        f"The worker of {model} (pid {pid}) ended itself during a run: it had {used / 1e6:.1f} MB of its "
+        f"own, and max_memory_hard allows {limit / 1e6:.1f} MB. Allow more, or feed it less at a time. "
+        f"The next call loads the model afresh.{_last_lines(stderr)}"
+    )
+    return MemoryLimitExceeded(
+        text, limit=limit, used=used, pid=pid, exit_code=code, signal=number, stderr=stderr
+    )
+
+
+def _ended(status: int) -> tuple[int | None, int | None]:
+    """Exit code and number of the signal, one of which is None."""
+    code = os.waitstatus_to_exitcode(status)
+    return (code, None) if code >= 0 else (None, -code)
+
+
+def _last_lines(stderr: str) -> str:
+    return f" Its last lines on stderr:\n{stderr.strip()}" if stderr.strip() else ""
 
 
 def _how(number: int | None, code: int | None, reason: str) -> str:

@@ -217,6 +217,7 @@ class Supervisor:
             return
         settings = file.over(self._plain, self._firm)
         now = time.monotonic()
+        self._scheduler.warmups = file.warmups()
         self._carry_out(self._scheduler.on_configured(settings, file.terms(), file.grouped(), now))
         for ask in file.wanted():
             self._prepare(ask.spec, now)
@@ -281,7 +282,10 @@ class Supervisor:
             self._meter().end(pid)
         self._forget(worker_id, reading)
         now = time.monotonic()
-        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, now, reading.runs))
+        commands = self._scheduler.on_exited(
+            worker_id, status, stderr, now, reading.exceeded, runs=reading.runs
+        )
+        self._carry_out(commands)
 
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)

@@ -52,6 +52,8 @@ class Worker:
     marked_at: float = 0.0
     marked_runs: int = 0
     """The runs that it had made when that was."""
+    exceeded: int = 0
+    """Bytes that it had when it ended itself because it may not have so many."""
 
 
 @dataclasses.dataclass
@@ -109,9 +111,14 @@ class Model:
         if ask.spec.group is not None:
             self.members.update({spec.key: spec for spec in (ask.spec, *ask.companions, *others)})
 
+    @property
+    def parts(self) -> list[str]:
+        """The keys of the models that it is made of."""
+        return list(self.members) or [self.key]
+
     def own_terms(self, terms: Mapping[str, Terms]) -> Terms | None:
         """On which the host holds it, because it has terms for some of its models; None: it does not."""
-        own = [terms[key] for key in self.members or [self.key] if key in terms]
+        own = [terms[key] for key in self.parts if key in terms]
         if not own:
             return None
         longest = KEEP if any(each.ttl == KEEP for each in own) else max(each.ttl for each in own)

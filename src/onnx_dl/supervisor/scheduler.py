@@ -20,7 +20,7 @@ from onnx_dl.config import Settings
 from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage, group_spec
+from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
@@ -63,6 +63,8 @@ class Scheduler(Admission):
         self._out: list[Command] = []
         self._thrash = Thrash()
         self.ledger = Ledger()
+        self.warmups: Mapping[str, dict[str, Warmup]] = {}
+        """By key of the model: the inputs that a worker runs it with once, before it is ready."""
 
     # --- what clients ask ---------------------------------------------------------------------------------
 
@@ -207,7 +209,8 @@ class Scheduler(Admission):
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             model.worker.told_ttl = model.ttl()
-            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl))
+            warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
+            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl, warmups=warmups))
         return self._done()
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
@@ -258,13 +261,17 @@ class Scheduler(Admission):
         self._see(worker_id, seen, now)
         return self._done()
 
-    def on_exited(self, worker_id: int, status: int, stderr: str, now: float, runs: int = 0) -> list[Command]:
-        """A worker is reaped: its memory is back.  ``status`` is its wait status; ``runs``: those it made."""
+    def on_exited(
+        self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0, *, runs: int = 0
+    ) -> list[Command]:
+        """A worker is reaped: its memory is back.  ``status`` is its wait status, ``exceeded`` the bytes that
+        it ended itself for; ``runs``: those it made."""
         model = self._by_worker.pop(worker_id, None)
         if model is None:
             return self._done()
         worker = model.worker
         assert worker is not None
+        worker.exceeded = exceeded
         model.worker = None
         model.leases.clear()
         model.pins.clear()
@@ -274,7 +281,9 @@ class Scheduler(Admission):
         self._learn_end(model, worker, runs, now)
         freed = self.ledger.give_back(worker_id)
         if was_ready or model.state is ModelState.UNLOADED:
-            self._emit_unloaded(model, worker, freed, now)
+            # One that was to be replaced anyway does not fail; all the same, somebody will ask why it ended.
+            why = self._death(model, worker, status, stderr) if exceeded else None
+            self._emit_unloaded(model, worker, freed, now, None if why is None else str(why.args[0]))
         if model.state is ModelState.FAILED and self._may_work_alone(model, worker, status, stderr):
             self._try_again(model, worker, status, stderr, now)
         elif model.state is ModelState.FAILED:
@@ -526,7 +535,8 @@ class Scheduler(Admission):
 
     def _may_work_alone(self, model: Model, worker: Worker, status: int, stderr: str) -> bool:
         """Whether a load failed that may work when others have made way."""
-        is_first = worker.ready is None and not worker.killed and not model.second_try
+        is_ours = worker.killed or worker.exceeded > 0
+        is_first = worker.ready is None and not is_ours and not model.second_try
         return is_first and bool(model.waiters) and exits.ran_out_of_memory(worker.failure, status, stderr)
 
     def _try_again(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
@@ -549,15 +559,12 @@ class Scheduler(Admission):
             self._deny(client, ask.ticket, model, now)
 
     def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
-        error = exits.worker_died(
-            model.spec.name,
-            worker.pid or 0,
-            status,
-            stderr,
-            reason=worker.reason if worker.killed else "crash",
-            loading=worker.ready is None,
-        )
-        return failures.describe(error)
+        who = (model.spec.name, worker.pid or 0, status, stderr)
+        if worker.exceeded:
+            limit = model.spec.max_memory_hard or 0
+            return failures.describe(exits.memory_exceeded(*who, limit=limit, used=worker.exceeded))
+        reason = worker.reason if worker.killed else "crash"
+        return failures.describe(exits.worker_died(*who, reason=reason, loading=worker.ready is None))
 
     def _tell_fate(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         fate = None
@@ -585,7 +592,9 @@ class Scheduler(Admission):
         detail = str(model.last_failure.args[0]) if model.last_failure.args else model.last_failure.name
         self._emit(EventType.FAILED, model, worker, now, detail=detail, retry_after=delay)
 
-    def _emit_unloaded(self, model: Model, worker: Worker, freed: Usage, now: float) -> None:
+    def _emit_unloaded(
+        self, model: Model, worker: Worker, freed: Usage, now: float, detail: str | None
+    ) -> None:
         if worker.reason == "evicted":
             self._thrash.evicted(model.key)
         since = worker.ready_at if worker.ready_at is not None else worker.started
@@ -598,6 +607,7 @@ class Scheduler(Admission):
             reason=worker.reason,
             seconds=now - since,
             freed=freed.private,
+            detail=detail,
         )
 
     def _emit(

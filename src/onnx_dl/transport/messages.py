@@ -13,7 +13,7 @@ import msgspec
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, to_plain
+from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
 PROTOCOL_VERSION = 4
 
@@ -261,10 +261,12 @@ class WorkerStarted(Message):
 
 
 class Load(Message):
-    """Load this model."""
+    """Load this model.  ``warmups``: by key of the model, or of members of a group, and by input: what to run
+    it with once before it is ready."""
 
     spec: ModelSpec
     ttl: float
+    warmups: dict[str, dict[str, Warmup]] = {}
 
 
 class WorkerReady(Message):

@@ -57,6 +57,10 @@ class Gate:
             self._gauges.under_way(self._in_flight + self._holds)
             return True
 
+    def in_flight(self) -> int:
+        """How many calls are under way."""
+        return self._in_flight
+
     def leave(self, now: float, took: float | None = None) -> None:
         """A call ended.  ``took``: the seconds of one that counts as a run."""
         with self._lock:

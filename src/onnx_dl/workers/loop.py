@@ -20,18 +20,20 @@ import zmq
 
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
+from onnx_dl.model import ModelSpec
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends
-from onnx_dl.workers import memory
+from onnx_dl.workers import memory, warmup
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.halt import Halt
-from onnx_dl.workers.memory import Allowance
+from onnx_dl.workers.memory import Allowance, Own
 from onnx_dl.workers.repeats import Repeat, Repeats
+from onnx_dl.workers.watchdog import Watchdog
 
 _RUNS: Final = (int, m.Call, m.Again, m.Invoke)
 _GREETING: Final = 10.0
@@ -52,6 +54,7 @@ class Worker:
         self._address = fresh_address("worker")
         self._waker = Waker()
         self._allowance: Allowance | None = None
+        self._watchdog: Watchdog | None = None
         self._lanes: set[WorkerLane] = set()
         self._gone: set[Channel] = set()
         """Of callers whose lanes are not closed yet."""
@@ -74,7 +77,9 @@ class Worker:
             os.chdir(order.spec.cwd)
             blobs = _named(order.spec.blobs, self._blobs)
             backend = backends.load(order.spec, blobs)
+            loaded = time.monotonic()
             description = backend.describe()
+            warmup.run_all(backend, order.spec, description, order.warmups)
             memory.trim()  # before ready, so that what is measured then is what stays
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
             self._say(m.WorkerFailed(worker_id=self._id, failure=failures.describe(error)))
@@ -82,8 +87,7 @@ class Worker:
             return
         ready = time.monotonic()
         self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
-        if order.spec.max_memory is not None or order.spec.max_runs is not None:
-            self._allowance = Allowance(order.spec.max_memory, order.spec.max_runs)
+        self._set_limits(order.spec)
         listener = Listener(self._address)
         self._say(
             m.WorkerReady(
@@ -95,10 +99,22 @@ class Worker:
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            backend.ready(ready - started, blobs)
+            backend.ready(loaded - started, blobs)
         sockets.close_all(self._blobs)
         with contextlib.closing(listener):
             self._attend(listener, backend)
+
+    def _set_limits(self, spec: ModelSpec) -> None:
+        if spec.max_memory is not None or spec.max_runs is not None:
+            self._allowance = Allowance(spec.max_memory, spec.max_runs)
+        if spec.max_memory_hard is not None:
+            self._watchdog = Watchdog(spec.max_memory_hard, Own(), self._gate.in_flight, self._end_for)
+            self._watchdog.start()
+
+    def _end_for(self, nbytes: int) -> NoReturn:
+        """Ends the process for having so many bytes, which it leaves where the supervisor looks."""
+        self._gauges.exceeded(nbytes)
+        os._exit(os.EX_TEMPFAIL)
 
     def _attend(self, listener: Listener, backend: Backend) -> None:
         """The main thread's loop, from ready to Exit."""
@@ -201,9 +217,8 @@ class Worker:
             self._lanes.add(lane)
             if lane.channel in self._gone:  # between its greeting and now
                 lane.hang_up()
-        service = LaneService(
-            lane, self._gate, backends.member(backend, lane.model), self._halts, self._allowance
-        )
+        own = backends.member(backend, lane.model)
+        service = LaneService(lane, self._gate, own, self._halts, self._allowance, self._watchdog)
         try:
             service.run()
         finally:
@@ -236,9 +251,11 @@ class LaneService:
         backend: Backend,
         halts: dict[int, Halt],
         allowance: Allowance | None,
+        watchdog: Watchdog | None,
     ) -> None:
         self._lane = lane
         self._allowance = allowance
+        self._watchdog = watchdog
         self._gate = gate
         self._backend = backend
         self._halts = halts
@@ -293,6 +310,8 @@ class LaneService:
         if not self._gate.enter():
             self._lane.say(m.Draining())
             return
+        if self._watchdog is not None:
+            self._watchdog.call_begins()
         began = time.monotonic()
         try:
             answer(request)

@@ -46,16 +46,22 @@ class Allowance:
         self._nbytes = nbytes
         self._runs = runs
         self._made = itertools.count(1)
-        self._statm = None if nbytes is None else os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._own = None if nbytes is None else Own()
 
     def is_used_up(self) -> bool:
         """Whether it is, with the call that has just ended.  Takes 2 µs."""
         if self._runs is not None and next(self._made) >= self._runs:
             return True
-        return self._nbytes is not None and self._own() > self._nbytes
+        return self._own is not None and self._nbytes is not None and self._own() > self._nbytes
 
-    def _own(self) -> int:
-        assert self._statm is not None
+
+class Own:
+    """Bytes of memory that are this process's own: pages of files and of shared memory not counted."""
+
+    def __init__(self) -> None:
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __call__(self) -> int:
         _, resident, shared, *_ = os.pread(self._statm, 128, 0).split()
         own: int = (int(resident) - int(shared)) * mmap.PAGESIZE
         return own
