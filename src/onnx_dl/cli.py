@@ -59,30 +59,75 @@ def parser() -> argparse.ArgumentParser:
     supervise.add_argument("--name", default="default", help="under which onnx_dl.connect() finds it")
     supervise.add_argument("--memory-limit", metavar="SIZE", help="all models together, e.g. 2GiB")
     supervise.add_argument("--config", metavar="FILE", help="a host.toml: which models it has, and limits")
+    supervise.add_argument("--metrics", metavar="ADDRESS", help="serve Prometheus there, e.g. 127.0.0.1:9464")
     supervise.set_defaults(run=_supervise)
-    stop = commands.add_parser("stop", help="end a shared host and all its models, for everybody")
-    stop.add_argument("--host", default="default", metavar="NAME", help="which")
-    stop.set_defaults(run=_stop)
     cache = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("ls", help="list what is in it, the one used last first").set_defaults(run=_cache_ls)
     actions.add_parser("clear", help="remove everything in it").set_defaults(run=_cache_clear)
+    _add_host_commands(commands)
+    doctor = commands.add_parser(
+        "doctor", help="check what onnx-dl stands on: onnxruntime, providers, GPU, limits, how workers start"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.set_defaults(run=_doctor)
     return top
+
+
+def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands about a shared host."""
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], about: str, *, model: bool = False
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about)
+        command.add_argument(
+            "--host", metavar="NAME", help="of the shared host; else ONNX_DL_HOST, else 'default'"
+        )
+        if model:
+            command.add_argument(
+                "model", metavar="MODEL", help="a model file, or the name of a model in the host's config"
+            )
+        command.set_defaults(run=run)
+        return command
+
+    ps = add("ps", _ps, "list the models of a shared host")
+    ps.add_argument("--json", action="store_true", help="the snapshot as one JSON object")
+    top = add("top", _top, "watch the models of a shared host, and their memory over time")
+    top.add_argument("--interval", metavar="S", default="2", help="seconds between two pictures (2)")
+    events = add("events", _events, "print what happens in a shared host; nothing of the past is kept")
+    events.add_argument("--json", action="store_true", help="each event as one JSON object per line")
+    until = events.add_mutually_exclusive_group(required=True)
+    until.add_argument("--follow", action="store_true", help="until Ctrl-C, or until the host ends")
+    until.add_argument("--for", dest="seconds", metavar="S", help="for so many seconds")
+    for name, about in (
+        ("load", "load a model, starting the host if need be, and have the host hold it"),
+        ("pin", "the same; the model is not evicted to make room for others"),
+    ):
+        load = add(name, _load, about, model=True)
+        load.add_argument(
+            "--ttl", help="seconds without use after which it unloads, e.g. 60 or 5m; -1: stays"
+        )
+        load.add_argument("--priority", type=int, help="models of a lower one make room first")
+    unload = add("unload", _unload, "unload a model, for all who use it", model=True)
+    add("stop", _stop, "end a shared host and all its models, for everybody")
+    unload.add_argument("--force", action="store_true", help="do not wait for calls that run: they fail")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        program = arguments.run(arguments)
+        outcome = arguments.run(arguments)
     except OnnxDLError as error:
         print(f"onnx-dl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    if program is not None:
-        program()  # what it raises is its own
-    return 0
+    if callable(outcome):
+        outcome()  # a program: what it raises is its own
+        return 0
+    return outcome or 0
 
 
 def _run(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -104,17 +149,21 @@ def _supervise(arguments: argparse.Namespace) -> None:
 
     limit = arguments.memory_limit
     file = arguments.config
+    if arguments.metrics is not None:
+        config.parse_address(arguments.metrics)
     supervise(
         arguments.name,
         memory_limit=None if limit is None else str(config.parse_size(limit)),
         config=None if file is None else os.path.abspath(file),
+        metrics=arguments.metrics,
     )
 
 
 def _stop(arguments: argparse.Namespace) -> None:
-    from onnx_dl.host import connect
+    from onnx_dl.console import hosts
 
-    connect(arguments.host, start=False).stop()
+    with hosts.running(_host(arguments)) as host:
+        host.stop()
 
 
 def _demo(_: argparse.Namespace) -> None:
@@ -135,6 +184,60 @@ def _cache_ls(_: argparse.Namespace) -> None:
 def _cache_clear(_: argparse.Namespace) -> None:
     store = _cache()
     print(f"{format_bytes(store.clear())} removed from {store.root}")
+
+
+def _host(arguments: argparse.Namespace) -> str:
+    from onnx_dl.console.hosts import default_name
+
+    return arguments.host or default_name()
+
+
+def _ps(arguments: argparse.Namespace) -> None:
+    from onnx_dl.console import hosts, top
+
+    with hosts.running(_host(arguments)) as host:
+        top.ps(host, as_json=arguments.json)
+
+
+def _top(arguments: argparse.Namespace) -> None:
+    from onnx_dl.console import hosts, top
+
+    interval = config.parse_span(arguments.interval)
+    with hosts.running(_host(arguments)) as host:
+        top.top(host, interval)
+
+
+def _events(arguments: argparse.Namespace) -> None:
+    from onnx_dl.console import following, hosts
+
+    seconds = None if arguments.follow else config.parse_span(arguments.seconds)
+    with hosts.running(_host(arguments)) as host:
+        following.events(host, as_json=arguments.json, seconds=seconds)
+
+
+def _load(arguments: argparse.Namespace) -> None:
+    from onnx_dl.console import hosts, loading
+
+    ttl = None if arguments.ttl is None else config.parse_ttl(config.plain_number(arguments.ttl))
+    with hosts.started(_host(arguments)) as host:
+        pin = True if arguments.command == "pin" else None
+        loading.load(host, arguments.model, ttl=ttl, pin=pin, priority=arguments.priority)
+
+
+def _unload(arguments: argparse.Namespace) -> None:
+    from onnx_dl.console import hosts, loading
+
+    with hosts.running(_host(arguments)) as host:
+        loading.unload(host, arguments.model, force=arguments.force)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from onnx_dl import examination
+    from onnx_dl.console import checklist
+
+    findings = examination.examine()
+    checklist.show(findings, as_json=arguments.json)
+    return int(checklist.has_problems(findings))
 
 
 def _cache() -> Cache:

@@ -13,7 +13,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
@@ -65,6 +65,26 @@ def parse_latency(value: object) -> str:
     if value not in ("normal", "low"):
         raise ConfigError(f'latency={value!r} is neither "normal" nor "low".')
     return str(value)
+
+
+def parse_span(value: object) -> float:
+    """A time in seconds that is greater than 0: a number, or text such as ``"2"``, ``"500ms"``, ``"5m"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+    """
+    seconds = _seconds(plain_number(value))
+    if seconds is None or not 0 < seconds < math.inf:
+        raise ConfigError(f'{value!r} is no time; write seconds, or for example "500ms" or "5m".')
+    return seconds
+
+
+def plain_number(value: Any) -> Any:
+    """Text from a command line that is a number, as one; anything else as it is."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def _seconds(value: object) -> float | None:

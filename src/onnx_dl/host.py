@@ -28,9 +28,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import starting
 from onnx_dl.client import RemoteModel, SharedBlob
-from onnx_dl.config import KEEP, check_platform, parse_size, settings
+from onnx_dl.config import check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
-from onnx_dl.errors import OnnxDLError, SupervisorDied, SupervisorError
+from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError
 from onnx_dl.events import EventBus, EventStream, EventType, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.rendezvous import USUAL, Place
@@ -337,23 +337,39 @@ class ModelHost:
         named: m.Named = answer
         return named
 
-    def adopt(self, model: str, *, ttl: float | str = KEEP, pin: bool = False, priority: int = 0) -> None:
+    def adopt(
+        self,
+        model: str,
+        *,
+        ttl: float | str | None = None,
+        pin: bool | None = None,
+        priority: int | None = None,
+    ) -> ModelStatus:
         """Loads a model and has the host itself hold it, also when this application is gone.
 
         Args:
             model: a path, or a name in the host's file.
-            ttl: seconds without use after which it unloads all the same; -1: never.
+            ttl: seconds without use after which it unloads all the same; -1: never; None: what the host's
+                file says of a name, else never.
+            pin, priority: as a proxy's; None: what the host's file says.
+
+        Returns:
+            How the model fares now.
 
         Raises: what the model's first call would raise.
         """
-        with self.open(model, ttl=ttl, pin=pin, priority=priority) as proxy:
-            proxy.adopt()
+        terms = {"ttl": ttl, "pin": pin, "priority": priority}
+        given = {name: value for name, value in terms.items() if value is not None}
+        with self.open(model, **given) as proxy:
+            status: ModelStatus = proxy.adopt()
+            return status
 
     def unload(self, model: str, *, force: bool = False, timeout: float | None = None) -> bool:
         """Ends the workers of a model, whoever uses it, and returns when their memory is back.
 
         Args:
-            model: its name as in :meth:`snapshot`, or its path.
+            model: its name as in :meth:`snapshot` or in the host's file, or its path; of a model in a group,
+                the group goes.
             force: do not wait for calls that run; their callers get WorkerDied.
 
         Returns:
@@ -366,7 +382,11 @@ class ModelHost:
         if connection is None or connection.closed:
             return False
         names = {model, os.path.abspath(model)}
-        keys = [status.key for status in self.snapshot().models if status.model in names]
+        if self._has_names:
+            with contextlib.suppress(ConfigError):  # then it is no name in the host's file
+                names.add(self._named(model).spec.name)
+        models = self.snapshot().models
+        keys = [status.key for status in models if names & {status.model, *status.members.values()}]
         patience = threading.TIMEOUT_MAX if timeout is None else timeout
         answers = [connection.ask(_unload_of(key, force), patience) for key in keys]
         return any(answer.was_loaded for answer in answers)

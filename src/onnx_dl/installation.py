@@ -22,7 +22,7 @@ def check() -> None:
     Raises:
         InstallationError: there is no onnxruntime.
     """
-    found = tuple(_distributions())
+    found = distributions()
     if importlib.util.find_spec("onnxruntime") is None:
         raise InstallationError(missing())
     if len(found) > 1:
@@ -49,14 +49,13 @@ def several(found: Iterable[str]) -> str:
 
 def build() -> str:
     """Distribution and version of what is installed, such as ``onnxruntime-gpu-1.20.0``; imports nothing."""
-    found = sorted(f"{name}-{importlib.metadata.version(name)}" for name in _distributions())
-    return "+".join(found) or "none"
+    return "+".join(sorted(f"{name}-{version}" for name, version in distributions().items())) or "none"
 
 
-def _distributions() -> set[str]:
-    """Installed distributions that provide the onnxruntime package."""
+def distributions() -> dict[str, str]:
+    """Versions of the installed distributions that provide the onnxruntime package, by name."""
     return {
-        str(distribution.metadata["Name"]).lower()
+        str(distribution.metadata["Name"]).lower(): distribution.version
         for distribution in importlib.metadata.distributions()
         if str(distribution.metadata["Name"]).lower().startswith("onnxruntime")
         and distribution.read_text("top_level.txt") in ("onnxruntime", "onnxruntime\n")

@@ -32,10 +32,26 @@ def memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that the machine has or a group around this process allows, whichever is less; None:
     the system does not say."""
     limits = [int(limit) for limit in _limits(root, "memory", _memory_v2, _memory_v1)]
+    return min([*limits, *_installed(root)], default=None)
+
+
+def installed_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that the machine has, whatever groups allow; None: the system does not say."""
+    return next(iter(_installed(root)), None)
+
+
+def cgroup_version(root: Path = Path("/")) -> int | None:
+    """2 or 1, by what limits memory and processors here; None: neither is mounted."""
+    if (root / "sys/fs/cgroup/cgroup.controllers").exists():
+        return 2
+    return 1 if (root / "sys/fs/cgroup/memory").exists() or (root / "sys/fs/cgroup/cpu").exists() else None
+
+
+def _installed(root: Path) -> list[int]:
     with contextlib.suppress(OSError, ValueError):
         lines = (root / "proc/meminfo").read_text().splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
-    return min(limits, default=None)
+        return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    return []
 
 
 def _limits(root: Path, controller: str, v2: Read, v1: Read) -> Iterator[float]:

@@ -75,6 +75,12 @@ def _model(op: str, inputs: list[bytes], output: bytes, attribute: bytes = b"", 
     )
 
 
+def one_node(op: str = "Abs") -> bytes:
+    """A model of y = op(x0), of float tensors of any shape: something to try a provider with."""
+    kind = _tensor_type(_FLOAT)
+    return _model(op, [kind], kind)
+
+
 # --- what the models give ----------------------------------------------------------------------------------
 
 

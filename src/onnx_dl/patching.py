@@ -29,19 +29,11 @@ logger = logging.getLogger("onnx_dl")
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PROXY: Final = "_onnx_dl_proxy"
 _PARSE: Final[dict[str, Callable[[Any], Any]]] = {
-    "ttl": lambda value: config.parse_ttl(_number(value)),
+    "ttl": lambda value: config.parse_ttl(config.plain_number(value)),
     "latency": config.parse_latency,
     "eager": config.parse_switch,
     "in_process": config.parse_switch,
 }
-
-
-def _number(value: Any) -> Any:
-    """Text from a command line that is a number, as one."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
 
 
 class Unpatched(NamedTuple):

@@ -22,7 +22,7 @@ from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.errors import ProxyClosedError
 from onnx_dl.host import ModelHost, default_host, shared_host
 from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelSpec
+from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.transport import shm
 
 
@@ -103,13 +103,17 @@ class ModelProxy:
         """
         self._model().load(self._lease)
 
-    def adopt(self) -> None:
+    def adopt(self) -> ModelStatus:
         """Loads the model and has the host itself hold it on this proxy's terms, also when this proxy and
-        this application are gone.
+        this application are gone.  Returns how it fares then.
 
         Raises: what the first call would raise.
         """
-        self._model().adopt(self._lease)
+        model = self._model()
+        model.adopt(self._lease)
+        status = model.status()
+        assert status is not None
+        return status
 
     async def aload(self) -> None:
         """:meth:`load`, in a thread, for asyncio."""

@@ -197,6 +197,19 @@ def test_allowances_that_cannot_be(given):
         config.parse_allowances(*given)
 
 
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(2, 2.0), ("2", 2.0), ("0.5", 0.5), ("500ms", 0.5), (" 5m ", 300.0)]
+)
+def test_a_time_of_a_command_line(value, seconds):
+    assert config.parse_span(value) == seconds
+
+
+@pytest.mark.parametrize("value", ["0", 0, "-1", "soon", "", None, math.inf, "inf", "nan"])
+def test_what_is_no_time(value):
+    with pytest.raises(ConfigError, match="is no time"):
+        config.parse_span(value)
+
+
 @pytest.mark.parametrize(("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5m", 300.0), (1_000_000, 1e6)])
 def test_times(value, seconds):
     assert config.parse_time(value) == seconds

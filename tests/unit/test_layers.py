@@ -54,6 +54,10 @@ HEIGHT = {
     "execution": 12,
     "pipelines": 13,
     "patching": 13,
+    "trials": 10,
+    "doctor": 11,
+    "examination": 12,
+    "console": 13,
     "demo": 14,
     "launch": 14,
     "supervise": 14,
@@ -183,7 +187,7 @@ def loaded_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-HEAVY = {"onnxruntime", "numpy", "zmq", "psutil", "pynvml", "msgspec"}
+HEAVY = {"onnxruntime", "numpy", "zmq", "psutil", "pynvml", "msgspec", "rich"}
 
 
 def test_importing_the_package_imports_nothing_heavy():

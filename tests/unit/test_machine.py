@@ -96,3 +96,22 @@ def test_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> 
 
 def test_memory_of_this_machine() -> None:
     assert (machine.memory() or 0) > 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("files", "version"),
+    [
+        ({}, None),
+        ({"sys/fs/cgroup/cgroup.controllers": "cpu memory"}, 2),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "1"}, 1),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"}, 1),
+    ],
+)
+def test_which_cgroups(tmp_path: Path, files: dict[str, str], version: int | None) -> None:
+    assert machine.cgroup_version(tree(tmp_path, files)) == version
+
+
+def test_what_the_machine_has_whatever_groups_allow(tmp_path: Path) -> None:
+    root = tree(tmp_path, MEMINFO | V2 | {"sys/fs/cgroup/a/b/memory.max": "5000\n"})
+    assert (machine.memory(root), machine.installed_memory(root)) == (5000, 1_024_000)
+    assert machine.installed_memory(tmp_path / "nothing") is None

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from onnx_dl.model import Usage
-from onnx_dl.supervisor.probe import Probe
+from onnx_dl.supervisor.probe import Gpu, Probe, gpus
 from onnx_dl.transport import shm
 
 
@@ -149,3 +149,26 @@ def test_a_forked_child_does_not_inherit_the_peak() -> None:
         assert parent.stdout is not None
         usage = Probe().measure(int(parent.stdout.readline()))
     assert usage.pss > 0 and usage.peak - usage.pss < 5 << 20
+
+
+def test_gpus_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_nvml({})
+    module.nvmlSystemGetDriverVersion = lambda: "550.1"
+    module.nvmlDeviceGetName = lambda gpu: f"GPU {gpu}"
+    module.nvmlDeviceGetMemoryInfo = lambda gpu: types.SimpleNamespace(total=8_000_000)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert gpus() == [Gpu("GPU 0", 8_000_000, "550.1")]
+    module.nvmlDeviceGetCount = lambda: 0
+    assert gpus() == []
+
+
+def test_why_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_nvml({})
+
+    def no_driver() -> None:
+        raise RuntimeError("NVML Shared Library Not Found")
+
+    module.nvmlInit = no_driver
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    with pytest.raises(OSError, match="NVML Shared Library Not Found"):
+        gpus()

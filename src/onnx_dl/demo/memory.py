@@ -1,15 +1,13 @@
-"""Memory over time, for the demo: a thread that reads it, and a line that shows it."""
+"""Memory over time, for the demo: a thread that reads it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
 import psutil
 
-_BARS: Final = " ▁▂▃▄▅▆▇█"
 _PERIOD: Final = 0.2  # reading what is private walks the page tables and slows a process that loads
 
 
@@ -58,16 +56,3 @@ def _private_bytes(process: psutil.Process) -> int:
         return int(process.memory_full_info().uss)
     except psutil.Error:  # it ended while we looked
         return 0
-
-
-def sparkline(values: Sequence[float], width: int, top: float) -> str:
-    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values."""
-    if not values:
-        return " " * width
-    bars = []
-    for column in range(width):
-        first = column * len(values) // width
-        last = max(first + 1, (column + 1) * len(values) // width)
-        level = max(values[first:last]) / top if top else 0.0
-        bars.append(_BARS[min(len(_BARS) - 1, round(level * (len(_BARS) - 1)))])
-    return "".join(bars)

@@ -6,7 +6,7 @@ Nothing is measured on a schedule; each call is one reading.  Limits are not kno
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -106,6 +106,34 @@ def _above_present(pid: int) -> int:
         lines = (line.split() for line in status)
         found = {line[0]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
     return max(0, found.get("VmHWM:", 0) - found.get("VmRSS:", 0))
+
+
+class Gpu(NamedTuple):
+    """What NVML says of a GPU; ``memory`` in bytes."""
+
+    name: str
+    memory: int
+    driver: str
+
+
+def gpus() -> list[Gpu]:
+    """The machine's GPUs.
+
+    Raises:
+        OSError: NVML cannot be asked, and why.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Gpu(pynvml.nvmlDeviceGetName(gpu), pynvml.nvmlDeviceGetMemoryInfo(gpu).total, driver)
+            for gpu in handles
+        ]
+    except Exception as error:  # NVML's own, by version and platform; a library that is there but broken
+        raise OSError(str(error)) from error
 
 
 def _tensor_bytes(pid: int) -> int:

@@ -1,0 +1,60 @@
+"""What ``onnx-dl doctor`` prints: findings as a list, or as JSON."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onnx_dl.console.output import console, quiet_end, say
+from onnx_dl.doctor import Finding, Mark
+
+_STYLES: Final = {Mark.OK: "green", Mark.WARNING: "yellow", Mark.PROBLEM: "bold red"}
+
+
+def show(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """Prints them to stdout."""
+    with quiet_end():
+        if as_json:
+            say(msgspec.json.encode({"ok": not has_problems(findings), "findings": findings}).decode())
+        else:
+            console().print(checklist(findings))
+
+
+def checklist(findings: Sequence[Finding]) -> RenderableType:
+    """One row for each, what to do below it, and how many are what."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mark = Text(finding.mark, style=_STYLES[finding.mark])
+        table.add_row(mark, finding.check, Text(finding.found))
+        if finding.advice:
+            table.add_row("", "", Text(finding.advice, style="bold"))
+    return Group(table, Text(summary(findings), style="bold"))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """``12 ok, 1 warning, no problem``."""
+    counts = _count(findings)
+    return ", ".join(_counted(counts[mark], mark) for mark in Mark)
+
+
+def has_problems(findings: Sequence[Finding]) -> bool:
+    """Whether models cannot be used as they should."""
+    return bool(_count(findings)[Mark.PROBLEM])
+
+
+def _counted(count: int, mark: Mark) -> str:
+    plural = "s" if count > 1 and mark is not Mark.OK else ""
+    return f"{count or 'no'} {mark}{plural}"
+
+
+def _count(findings: Sequence[Finding]) -> collections.Counter[Mark]:
+    return collections.Counter(finding.mark for finding in findings)

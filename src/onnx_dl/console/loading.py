@@ -1,0 +1,46 @@
+"""``onnx-dl load``, ``pin`` and ``unload``: models that a shared host holds itself."""
+
+from __future__ import annotations
+
+from onnx_dl import config
+from onnx_dl.console.hosts import Host
+from onnx_dl.console.output import quiet_end, say
+from onnx_dl.errors import OnnxDLError, RemoteError
+from onnx_dl.events import format_bytes
+from onnx_dl.model import ModelStatus
+
+
+def load(
+    host: Host, model: str, *, ttl: float | None, pin: bool | None = None, priority: int | None = None
+) -> None:
+    """Has the host load a model and hold it on, and prints what became of it.
+
+    ``ttl``: in seconds; None, here and of the others: what the host's file says, or else its default.
+
+    Raises:
+        OnnxDLError: the model did not load; errors of onnxruntime's become one, with their words.
+    """
+    try:
+        status = host.adopt(model, ttl=ttl, pin=pin, priority=priority)
+    except OnnxDLError:
+        raise
+    except Exception as error:  # onnxruntime's own classes, or none that this process knows
+        raise RemoteError(f"{model} did not load: {error}", type(error).__name__) from error
+    with quiet_end():
+        say(loaded(status))
+
+
+def loaded(status: ModelStatus) -> str:
+    """One line that tells of a model that a host holds."""
+    ttl = "" if status.ttl is None else ", stays" if status.ttl == config.KEEP else f", ttl {status.ttl:g} s"
+    pinned = ", pinned" if status.pinned else ""
+    return (
+        f"{status.state} {status.model}, pid {status.pid}, PSS {format_bytes(status.usage.pss)}{ttl}{pinned}"
+    )
+
+
+def unload(host: Host, model: str, *, force: bool) -> None:
+    """Ends a model's worker and prints whether there was one."""
+    was_loaded = host.unload(model, force=force)
+    with quiet_end():
+        say(f"unloaded {model}" if was_loaded else f"{model} was not loaded")

@@ -1,0 +1,188 @@
+"""A snapshot as a table, and memory over time: pure functions of data and a width in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onnx_dl.config import KEEP
+from onnx_dl.console.history import History
+from onnx_dl.console.text import duration, growing_line, short_names
+from onnx_dl.events import format_bytes
+from onnx_dl.host import Snapshot
+from onnx_dl.lifecycle import ModelState
+from onnx_dl.model import ModelStatus
+
+_NONE: Final = "-"
+_GAP: Final = 2
+"""Columns of the terminal between two of the table's."""
+_NAME: Final = 14
+"""What the model's name gets at least."""
+_LINE: Final = 60
+"""What a line over time gets at most."""
+_STYLES: Final = {
+    ModelState.READY: "green",
+    ModelState.LOADING: "yellow",
+    ModelState.DRAINING: "yellow",
+    ModelState.FAILED: "bold red",
+    ModelState.UNLOADED: "dim",
+}
+
+
+class _Column(NamedTuple):
+    title: str
+    cell: Callable[[ModelStatus], str]
+    worth: int
+    """Where the terminal is too narrow for all, the column that is worth least goes first."""
+    right: bool = True
+
+
+# --- cells -------------------------------------------------------------------------------------------------
+
+
+def _state(status: ModelStatus) -> str:
+    if status.state is ModelState.FAILED and status.retry_after > 0:
+        return f"failed, retry in {duration(status.retry_after)}"
+    return str(status.state)
+
+
+def _idle(status: ModelStatus) -> str:
+    if status.pid is None:
+        return _NONE
+    if status.idle is not None:
+        return duration(status.idle)
+    return "in use" if status.busy else "unused"
+
+
+def _ttl_left(status: ModelStatus) -> str:
+    if status.ttl is None or status.pid is None:
+        return _NONE
+    if status.ttl == KEEP:
+        return "stays"
+    return duration(max(0.0, status.ttl - (status.idle or 0.0)))
+
+
+def _bytes(count: int | None) -> str:
+    return format_bytes(count) if count else _NONE
+
+
+def _pinned(status: ModelStatus) -> str:
+    return "yes" if status.pinned else _NONE
+
+
+_COLUMNS: Final = (
+    _Column("STATE", _state, 9, right=False),
+    _Column("PID", lambda s: _NONE if s.pid is None else str(s.pid), 5),
+    _Column("IDLE", _idle, 6),
+    _Column("TTL LEFT", _ttl_left, 7),
+    _Column("LEASES", lambda s: str(s.leases), 0),
+    _Column("RSS", lambda s: _bytes(s.usage.rss), 3),
+    _Column("PSS", lambda s: _bytes(s.usage.pss), 8),
+    _Column("GPU", lambda s: _bytes(s.usage.gpu), 1),
+    _Column("RUNS", lambda s: str(s.runs), 4),
+    _Column("P50", lambda s: _NONE if s.p50 is None else duration(s.p50), 4),
+    _Column("PINNED", _pinned, 2, right=False),
+)
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def overview(snapshot: Snapshot, width: int) -> RenderableType:
+    """What ``onnx-dl ps`` shows: whose host it is, its models, and the memory that they take."""
+    return Group(Text(_title(snapshot), style="bold"), _models(snapshot, width), Text(memory_line(snapshot)))
+
+
+def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
+    """What ``onnx-dl top`` shows: the same, and memory over time."""
+    return Group(overview(snapshot, width), Text(), *_over_time(snapshot, history, width))
+
+
+def memory_line(snapshot: Snapshot) -> str:
+    """``Memory: 312.4 MB in use of 2000.0 MB (16 %)``."""
+    used, limit = snapshot.memory_in_use, snapshot.memory_limit
+    if not limit:
+        return f"Memory: {format_bytes(used)} in use, no limit"
+    return f"Memory: {format_bytes(used)} in use of {format_bytes(limit)} ({used / limit:.0%})".replace(
+        "%", " %"
+    )
+
+
+def _title(snapshot: Snapshot) -> str:
+    whose = f"Shared host {snapshot.host!r}" if snapshot.host else "Private host"
+    return f"{whose}, supervisor pid {snapshot.supervisor_pid}"
+
+
+def _models(snapshot: Snapshot, width: int) -> RenderableType:
+    if not snapshot.models:
+        return Text("No models.", style="dim")
+    names = short_names([(status.model, status.key) for status in snapshot.models])
+    columns = _fitting(snapshot.models, width - min(_NAME, max(map(cell_len, names))))
+    left = width - sum(_width(column, snapshot.models) + _GAP for column in columns)
+    table = _plain_table()
+    table.add_column("MODEL", no_wrap=True, overflow="ellipsis", max_width=max(1, left))
+    for column in columns:
+        table.add_column(
+            column.title, no_wrap=True, overflow="ellipsis", justify="right" if column.right else "left"
+        )
+    for name, status in zip(names, snapshot.models, strict=True):
+        table.add_row(Text(name), *(_cell(column, status) for column in columns))
+    return table
+
+
+def _fitting(models: list[ModelStatus], width: int) -> list[_Column]:
+    """The columns that fit beside the name, in their order."""
+    kept = list(_COLUMNS)
+    while len(kept) > 1 and sum(_width(column, models) + _GAP for column in kept) > width:
+        kept.remove(min(kept, key=lambda column: (_says_something(column, models), column.worth)))
+    return kept
+
+
+def _says_something(column: _Column, models: list[ModelStatus]) -> bool:
+    return any(column.cell(status) != _NONE for status in models)
+
+
+def _width(column: _Column, models: list[ModelStatus]) -> int:
+    return max(cell_len(column.title), *(cell_len(column.cell(status)) for status in models))
+
+
+def _cell(column: _Column, status: ModelStatus) -> Text:
+    return Text(column.cell(status), style=_STYLES[status.state] if column.cell is _state else "")
+
+
+def _plain_table(*, header: bool = True) -> Table:
+    return Table(box=None, show_header=header, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
+
+
+def _over_time(snapshot: Snapshot, history: History, width: int) -> list[RenderableType]:
+    lines = history.models()
+    names = short_names([(line.model, line.key) for line in lines])
+    wide = max([len("all models"), *map(cell_len, names)])
+    wide = min(wide, max(_NAME, width // 4))
+    bars = max(1, min(_LINE, width - wide - 2 * len("12345.6 MB") - 3 * _GAP))
+    top = max([1, *(value for line in lines for value in line.values)])
+    table = _plain_table()
+    table.add_column("MEMORY", no_wrap=True, overflow="ellipsis", max_width=wide)
+    table.add_column(f"LAST {duration(history.seconds)}", no_wrap=True)
+    table.add_column("NOW", justify="right", no_wrap=True)
+    table.add_column("PEAK", justify="right", no_wrap=True)
+    for name, line in zip(names, lines, strict=True):
+        table.add_row(Text(name), *_line(line.values, bars, top))
+    limit = snapshot.memory_limit or max([1, *history.in_use])
+    table.add_row(Text("all models", style="bold"), *_line(history.in_use, bars, limit))
+    return [table, Text(_scale(top, snapshot), style="dim")]
+
+
+def _line(values: list[int], bars: int, top: int) -> tuple[Text, str, str]:
+    line = Text(growing_line(values, bars, top), style="cyan")
+    return line, format_bytes(values[-1]) if values else _NONE, format_bytes(max(values, default=0))
+
+
+def _scale(top: int, snapshot: Snapshot) -> str:
+    whole = "the limit" if snapshot.memory_limit else "the most that it was"
+    return f"A full bar is {format_bytes(top)} for a model, and {whole} for all models."

@@ -1,0 +1,74 @@
+"""Durations, names and lines over time, as text for people."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Final
+
+_BARS: Final = " ▁▂▃▄▅▆▇█"
+_DIGEST: Final = 8
+
+
+def duration(seconds: float) -> str:
+    """``0.0123`` as ``12 ms``, ``75`` as ``1 m 15 s``."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} m {rest} s"
+    return f"{minutes // 60} h {minutes % 60} m"
+
+
+def short_names(models: Sequence[tuple[str, str]]) -> list[str]:
+    """A name for each (model, key): the file's, with as much of its folder as tells it from the others.
+
+    Models of one file that are loaded in different ways are told apart by the first digits of their keys.
+    """
+    ways = collections.Counter(model for model, _ in models)
+    paths = list(ways)
+    names = {path: _shortest(path, paths) for path in paths}
+    return [f"{names[model]} ({key[:_DIGEST]})" if ways[model] > 1 else names[model] for model, key in models]
+
+
+def _shortest(path: str, paths: Sequence[str]) -> str:
+    """The shortest end of a path that no other of the paths has."""
+    for parts in range(1, path.count("/") + 1):
+        name = _tail(path, parts)
+        if all(other == path or _tail(other, parts) != name for other in paths):
+            return name
+    return _tail(path, path.count("/") + 1)
+
+
+def _tail(model: str, parts: int) -> str:
+    if model.startswith("bytes:"):
+        return model[: len("bytes:") + _DIGEST]
+    return "/".join(model.split("/")[-parts:])
+
+
+def sparkline(values: Sequence[float], width: int, top: float) -> str:
+    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values; only of
+    zeros there is none."""
+    if not values:
+        return " " * width
+    bars = []
+    for column in range(width):
+        first = column * len(values) // width
+        last = max(first + 1, (column + 1) * len(values) // width)
+        bars.append(_bar(max(values[first:last]), top))
+    return "".join(bars)
+
+
+def _bar(value: float, top: float) -> str:
+    if value <= 0 or top <= 0:
+        return _BARS[0]
+    return _BARS[max(1, min(len(_BARS) - 1, round(value / top * (len(_BARS) - 1))))]
+
+
+def growing_line(values: Sequence[float], width: int, top: float) -> str:
+    """As :func:`sparkline`, but one bar for each of few values, the latest at the right."""
+    return sparkline(values, min(width, len(values)), top).rjust(width)

@@ -1,0 +1,149 @@
+"""What can only be found out by trying, each thing in a process of its own that may crash or hang.
+
+Covers the processes and what they try: importing onnxruntime, a session per provider, starting a worker.
+What is to be thought of the answers is :mod:`onnx_dl.doctor`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from onnx_dl import makers
+from onnx_dl.host import ModelHost
+
+_BOOT: Final = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from onnx_dl.trials import main; main(*sys.argv[2:])"
+)
+_CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+
+
+class Answer(NamedTuple):
+    """What came of one trial: ``said`` if it ended well, else ``failure`` in words; and its stderr."""
+
+    said: dict[str, Any] | None
+    failure: str = ""
+    stderr: str = ""
+
+
+def ask(trial: str, *arguments: str, timeout: float, python: str = sys.executable) -> Answer:
+    """Runs a trial: ``installed``, ``provider NAME`` or ``start``.  Never raises because of what it does.
+
+    ``timeout``: seconds after which it is killed; what it started ends with it.
+    """
+    path = [os.path.abspath(entry) for entry in sys.path]
+    command = [python, "-P", "-c", _BOOT, json.dumps(path), trial, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=timeout, check=False, env=_environ(os.environ, timeout)
+        )
+    except subprocess.TimeoutExpired as late:
+        return Answer(None, f"gave no answer within {timeout:.0f} s", _text(late.stderr))
+    except OSError as error:
+        return Answer(None, f"could not be started ({error})")
+    return answer(done.returncode, _text(done.stdout), _text(done.stderr))
+
+
+def answer(code: int, stdout: str, stderr: str) -> Answer:
+    """What a process said that ended with this exit code (negative: a signal).  Its answer is its last line,
+    because native code prints, too."""
+    if code < 0:
+        return Answer(None, f"was killed by {_signal_name(-code)}", stderr)
+    if code:
+        return Answer(None, f"ended with exit code {code}", stderr)
+    try:
+        said = json.loads(stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return Answer(None, "gave no answer", stderr)
+    return Answer(said, "", stderr)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _environ(environ: Mapping[str, str], timeout: float) -> dict[str, str]:
+    return {
+        **environ,
+        "ORT_DISABLE_TELEMETRY": "1",
+        # What waits in there gives up before it is given up.
+        "ONNX_DL_LOAD_TIMEOUT": f"{timeout * 0.8:.3f}",
+        "ONNX_DL_START_TIMEOUT": f"{timeout * 0.8:.3f}",
+    }
+
+
+def _text(output: bytes | None) -> str:
+    return (output or b"").decode(errors="replace")
+
+
+# --- in the process ----------------------------------------------------------------------------------------
+
+
+def installed() -> dict[str, Any]:
+    """The onnxruntime that is imported: its version, the build whose files these are, its providers."""
+    import onnxruntime
+    from onnxruntime.capi import build_and_package_info as built
+
+    return {
+        "version": onnxruntime.__version__,
+        "build": getattr(built, "package_name", None),
+        "folder": str(Path(onnxruntime.__file__).parent),
+        "providers": onnxruntime.get_available_providers(),
+    }
+
+
+def provider(name: str) -> dict[str, Any]:
+    """A session of one node with one provider: which ones it really got, and whether it computes."""
+    import numpy as np
+    import onnxruntime
+
+    if name in _CUDA and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # as a worker does
+    session = onnxruntime.InferenceSession(makers.one_node("Abs"), providers=[name])
+    (result,) = session.run(None, {"x0": np.array([-2], np.float32)})
+    return {"providers": session.get_providers(), "computes": result.tolist() == [2.0]}
+
+
+def start() -> dict[str, Any]:
+    """A host with one model: who is its worker's parent, and how long all that took, in seconds."""
+    started = time.perf_counter()
+    with ModelHost() as host, host.open(makers.one_node("Abs"), providers=["CPUExecutionProvider"]) as proxy:
+        proxy.load()
+        seconds = time.perf_counter() - started
+        snapshot = host.snapshot()
+        (status,) = snapshot.models
+        return {
+            "forked": parent_of(status.pid or 0) != snapshot.supervisor_pid,
+            "seconds": seconds,
+            "memory_limit": snapshot.memory_limit,
+        }
+
+
+def parent_of(pid: int, proc: Path = Path("/proc")) -> int:
+    """The process that a process was forked or spawned by, or that took it in."""
+    lines = (proc / str(pid) / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("PPid:"))
+
+
+_TRIALS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "installed": installed,
+    "provider": provider,
+    "start": start,
+}
+
+
+def main(trial: str, *arguments: str) -> None:
+    """Entry point of the process."""
+    said = _TRIALS[trial](*arguments)
+    print(f"\n{json.dumps(said)}", flush=True)

@@ -1,0 +1,282 @@
+"""What commands show, from fixed snapshots, in consoles of fixed widths."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from onnx_dl.console import checklist, table, text
+from onnx_dl.console.history import History
+from onnx_dl.console.hosts import alive, default_name, none_runs
+from onnx_dl.console.loading import loaded
+from onnx_dl.doctor import Finding, Mark
+from onnx_dl.errors import SupervisorDied
+from onnx_dl.host import Snapshot
+from onnx_dl.lifecycle import ModelState
+from onnx_dl.model import ModelStatus, Usage
+
+
+def status(model: str = "/models/asr.onnx", **fields: Any) -> ModelStatus:
+    default: dict[str, Any] = {
+        "key": f"key of {model}",
+        "state": ModelState.READY,
+        "worker_id": 1,
+        "pid": 4711,
+        "leases": 2,
+        "ttl": 60.0,
+        "usage": Usage(rss=53_100_000, private=7_000_000, pss=17_200_000),
+        "loads": 1,
+        "failures": 0,
+        "retry_after": 0.0,
+        "idle": 12.0,
+        "runs": 20,
+        "p50": 0.000066,
+    }
+    return ModelStatus(model=model, **default | fields)
+
+
+FAILED = status(
+    "/models/bad.onnx", state=ModelState.FAILED, worker_id=None, pid=None, leases=0, ttl=None, usage=Usage(),
+    failures=2, retry_after=0.966, idle=None, runs=0, p50=None,
+)  # fmt: skip
+
+
+def snapshot(*models: ModelStatus, **fields: Any) -> Snapshot:
+    default: dict[str, Any] = {"host": "default", "memory_limit": 2_000_000_000, "memory_in_use": 312_400_000}
+    return Snapshot(7, 4700, list(models), **default | fields)
+
+
+def lines(picture: RenderableType, width: int = 120) -> list[str]:
+    """As they stand on a terminal of that width."""
+    file = StringIO()
+    Console(width=width, file=file).print(picture)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def cells(model: ModelStatus) -> dict[str, str]:
+    """What the table says of one model, by column: what stands where the title does."""
+    head, row = lines(table.overview(snapshot(model), 200), 200)[1:3]
+    titles = ["MODEL", *(column.title for column in table._COLUMNS)]
+    starts = {title: head.index(title) for title in titles}
+    ends = {title: starts[title] + len(title) for title in titles}
+    found = {}
+    for title in titles:
+        begin, end = starts[title], ends[title]
+        while begin > 1 and row[begin - 2 : begin].strip():
+            begin -= 1
+        while end < len(row) and row[end : end + 2].strip():
+            end += 1
+        found[title] = row[begin:end].strip()
+    return found
+
+
+# --- ps ----------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_picture() -> None:
+    assert lines(table.overview(snapshot(status(), FAILED), 92), 92) == [
+        "Shared host 'default', supervisor pid 4700",
+        "MODEL     STATE                     PID    IDLE  TTL LEFT      RSS      PSS  RUNS    P50",
+        "asr.onnx  ready                    4711  12.0 s    48.0 s  53.1 MB  17.2 MB    20  66 µs",
+        "bad.onnx  failed, retry in 966 ms     -       -         -        -        -     0      -",
+        "Memory: 312.4 MB in use of 2000.0 MB (16 %)",
+    ]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 200])
+def test_it_fits(width: int) -> None:
+    """No line is wrapped, and state and name are there, however narrow the terminal is."""
+    seen = lines(table.overview(snapshot(status(), status("b" * 80), memory_limit=None), width), width)
+    assert max(map(len, seen)) <= width
+    heads = [line for line in seen if line.startswith("MODEL")]
+    assert len(heads) == 1
+    rows = seen[seen.index(heads[0]) + 1 :][:2]
+    assert "ready" in rows[0] and "ready" in rows[1]
+    assert rows[1].startswith("bbb")
+
+
+def test_a_narrow_terminal_loses_what_is_worth_least() -> None:
+    head = lines(table.overview(snapshot(status(), FAILED), 60), 60)[1]
+    assert head.split() == ["MODEL", "STATE", "IDLE", "TTL", "LEFT", "PSS"]
+    head = lines(table.overview(snapshot(status()), 60), 60)[1]
+    assert head.split() == ["MODEL", "STATE", "PID", "IDLE", "TTL", "LEFT", "PSS", "P50"]
+
+
+def test_a_column_that_says_nothing_goes_before_one_that_does() -> None:
+    with_gpu = status(usage=Usage(rss=1, pss=1, gpu=5_000_000))
+    assert "GPU" not in lines(table.overview(snapshot(status()), 90), 90)[1]
+    assert "GPU" in lines(table.overview(snapshot(with_gpu), 90), 90)[1]
+
+
+def test_no_models() -> None:
+    assert lines(table.overview(snapshot(memory_in_use=0), 120))[1:] == [
+        "No models.",
+        "Memory: 0.0 MB in use of 2000.0 MB (0 %)",
+    ]
+
+
+def test_whose_host() -> None:
+    assert lines(table.overview(snapshot(host="batch"), 80))[0] == "Shared host 'batch', supervisor pid 4700"
+    assert lines(table.overview(snapshot(host=None), 80))[0] == "Private host, supervisor pid 4700"
+
+
+def test_no_limit() -> None:
+    assert table.memory_line(snapshot(memory_limit=None)) == "Memory: 312.4 MB in use, no limit"
+
+
+@pytest.mark.parametrize(
+    ("fields", "title", "expected"),
+    [
+        ({}, "IDLE", "12.0 s"),
+        ({"idle": None, "busy": 1}, "IDLE", "in use"),
+        ({"idle": None}, "IDLE", "unused"),
+        ({"pid": None, "idle": None}, "IDLE", "-"),
+        ({}, "TTL LEFT", "48.0 s"),
+        ({"idle": 61.0}, "TTL LEFT", "0 µs"),
+        ({"idle": None, "busy": 1}, "TTL LEFT", "1 m 0 s"),
+        ({"ttl": -1.0}, "TTL LEFT", "stays"),
+        ({"ttl": None}, "TTL LEFT", "-"),
+        ({"pinned": True}, "PINNED", "yes"),
+        ({"usage": Usage(gpu=5_000_000)}, "GPU", "5.0 MB"),
+        ({"state": ModelState.FAILED}, "STATE", "failed"),
+        ({"state": ModelState.FAILED, "retry_after": 2.5}, "STATE", "failed, retry in 2.5 s"),
+        ({"state": ModelState.LOADING, "retry_after": 2.5}, "STATE", "loading"),
+    ],
+)
+def test_a_cell(fields: dict[str, Any], title: str, expected: str) -> None:
+    assert cells(status(**fields))[title] == expected
+
+
+def test_names_are_not_taken_for_markup() -> None:
+    assert "[red].onnx" in lines(table.overview(snapshot(status("/m/[red].onnx")), 120))[2]
+
+
+# --- top ---------------------------------------------------------------------------------------------------
+
+
+def with_pss(pss: int) -> ModelStatus:
+    return status(usage=Usage(rss=1, pss=pss))
+
+
+def test_memory_over_time() -> None:
+    history = History(10)
+    for second, pss in enumerate((0, 50_000_000, 100_000_000)):
+        now = snapshot(with_pss(pss), memory_limit=200_000_000, memory_in_use=pss)
+        history.add(now, 100.0 + second)
+    seen = lines(table.live(now, history, 80), 80)[5:]
+    assert seen[0].split() == ["MEMORY", "LAST", "2.0", "s", "NOW", "PEAK"]
+    assert seen[1].startswith("asr.onnx ") and seen[1].endswith(" ▄█  100.0 MB  100.0 MB")
+    assert seen[2].startswith("all models ") and seen[2].endswith(" ▂▄  100.0 MB  100.0 MB")
+    assert seen[3] == "A full bar is 100.0 MB for a model, and the limit for all models."
+
+
+def test_a_model_that_is_gone_keeps_its_line_as_long_as_it_is_remembered() -> None:
+    history = History(2)
+    history.add(snapshot(with_pss(8)), 0.0)
+    history.add(snapshot(), 1.0)
+    assert [line.values for line in history.models()] == [[8, 0]]
+    history.add(snapshot(), 2.0)
+    assert history.models() == []
+    assert history.seconds == 1.0
+
+
+def test_memory_is_not_remembered_for_ever() -> None:
+    history = History(3)
+    for second in range(100):
+        history.add(snapshot(memory_in_use=second), float(second))
+    assert history.in_use == [97, 98, 99]
+    assert history.seconds == 2.0
+
+
+@pytest.mark.parametrize("width", [40, 60, 120])
+def test_the_live_picture_fits(width: int) -> None:
+    history = History(100)
+    for second in range(100):
+        history.add(snapshot(status(), status("x" * 70), FAILED), float(second))
+    seen = lines(table.live(snapshot(status(), FAILED), history, width), width)
+    assert max(map(len, seen)) <= width
+    assert any(line.startswith("all models") for line in seen)
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.000066, "66 µs"), (0.0123, "12 ms"), (1.25, "1.2 s"), (59.94, "59.9 s"), (75.4, "1 m 15 s"),
+        (3599.6, "1 h 0 m"), (86_400.0, "24 h 0 m"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, expected: str) -> None:
+    assert text.duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        ([], []),
+        ([("/a/x.onnx", "1")], ["x.onnx"]),
+        ([("/a/x.onnx", "1"), ("/b/x.onnx", "2"), ("/b/y.onnx", "3")], ["a/x.onnx", "b/x.onnx", "y.onnx"]),
+        ([("/a/m/x", "1"), ("/b/m/x", "2"), ("/a/n/x", "3")], ["a/m/x", "b/m/x", "n/x"]),
+        ([("x.onnx", "1"), ("/a/x.onnx", "2")], ["x.onnx", "a/x.onnx"]),
+        ([("/a/x", "123456789"), ("/a/x", "987654321")], ["x (12345678)", "x (98765432)"]),
+        ([("bytes:0123456789abcdef", "1")], ["bytes:01234567"]),
+    ],
+)
+def test_names(models: list[tuple[str, str]], names: list[str]) -> None:
+    assert text.short_names(models) == names
+
+
+def test_a_line_over_time() -> None:
+    assert text.sparkline([0, 1, 50, 100, 200], 5, 100) == " ▁▄██"
+    assert text.sparkline([], 3, 1) == "   "
+    assert text.sparkline([1, 9, 1, 1], 2, 9) == "█▁"
+    assert text.sparkline([1, 1], 2, 0) == "  "
+    assert text.growing_line([1, 1], 4, 1) == "  ██"
+    assert text.growing_line(range(100), 4, 99) == "▂▄▆█"
+
+
+def test_what_load_says() -> None:
+    path = "/models/asr.onnx"
+    assert loaded(status()) == f"ready {path}, pid 4711, PSS 17.2 MB, ttl 60 s"
+    assert loaded(status(ttl=-1.0, pinned=True)).endswith(", PSS 17.2 MB, stays, pinned")
+    assert loaded(status(ttl=None)).endswith("17.2 MB")
+
+
+def test_which_host() -> None:
+    assert default_name({}) == default_name({"ONNX_DL_HOST": ""}) == "default"
+    assert default_name({"ONNX_DL_HOST": "batch"}) == "batch"
+    assert "onnx-dl supervise, or " in none_runs("default") and "load MODEL. " in none_runs("default")
+    assert "onnx-dl supervise --name batch, " in none_runs("batch")
+    assert "onnx-dl load MODEL --host batch. " in none_runs("batch")
+
+
+def test_a_host_that_has_ended() -> None:
+    with pytest.raises(SupervisorDied, match="has ended"):
+        alive(Snapshot(0, None, []))
+
+
+# --- doctor ------------------------------------------------------------------------------------------------
+
+
+def test_a_checklist() -> None:
+    findings = [
+        Finding("python", Mark.OK, "3.11.7"),
+        Finding("provider X", Mark.WARNING, "is [slow]", "Do this."),
+        Finding("kernel", Mark.WARNING, "old"),
+        Finding("onnxruntime", Mark.PROBLEM, "none"),
+    ]
+    assert lines(checklist.checklist(findings), 60) == [
+        "ok       python       3.11.7",
+        "warning  provider X   is [slow]",
+        "                      Do this.",
+        "warning  kernel       old",
+        "problem  onnxruntime  none",
+        "1 ok, 2 warnings, 1 problem",
+    ]
+    assert checklist.has_problems(findings) and not checklist.has_problems(findings[:3])
+    assert checklist.summary(findings[:1]) == "1 ok, no warning, no problem"

@@ -1,0 +1,207 @@
+"""Each check of ``onnx-dl doctor``, from what may be found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnx_dl import doctor
+from onnx_dl.config import Settings
+from onnx_dl.doctor import Finding, Mark
+from onnx_dl.supervisor.probe import Gpu
+from onnx_dl.trials import Answer, answer, parent_of
+
+HERE = {"version": "1.31.1", "build": "onnxruntime-gpu", "folder": "/x/onnxruntime", "providers": ["A"]}
+H100 = Gpu("NVIDIA H100", 80_000_000_000, "550.1")
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+
+
+def gave(mark: Mark, found: Finding, *words: str) -> None:
+    """The finding has that mark and these words; anything but ok says what to do."""
+    assert found.mark is mark, found
+    assert [word for word in words if word not in found.found + found.advice] == [], found
+    assert found.advice or mark is Mark.OK
+
+
+@pytest.mark.parametrize(
+    ("version", "mark"),
+    [((3, 11, 9), Mark.OK), ((3, 12, 0), Mark.WARNING), ((3, 12, 2), Mark.WARNING), ((3, 12, 3), Mark.OK)],
+)
+def test_python(version: tuple[int, int, int], mark: Mark) -> None:
+    gave(mark, doctor.python_version(version), ".".join(map(str, version)))
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "mark"),
+    [
+        ("Linux", "5.3.0-generic", Mark.OK), ("Linux", "6.18.44", Mark.OK), ("Linux", "5.2.99", Mark.PROBLEM),
+        ("Linux", "4.18.0-553.el8", Mark.PROBLEM), ("Darwin", "23.1.0", Mark.PROBLEM),
+    ],
+)  # fmt: skip
+def test_kernel(system: str, release: str, mark: Mark) -> None:
+    gave(mark, doctor.kernel(system, release), release)
+
+
+def test_settings() -> None:
+    gave(Mark.OK, doctor.environment(""))
+    gave(Mark.PROBLEM, doctor.environment("ONNX_DL_LANE='x' is not one of socket, zmq."), "ONNX_DL_LANE")
+
+
+def test_one_build() -> None:
+    gave(
+        Mark.OK, doctor.packages({"onnxruntime-gpu": "1.31.1"}, Answer(HERE)), "onnxruntime-gpu 1.31.1 in /x"
+    )
+
+
+def test_two_builds_and_whose_files_are_live() -> None:
+    found = doctor.packages({"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.31.1"}, Answer(HERE))
+    gave(Mark.WARNING, found, "onnxruntime 1.20.0 and onnxruntime-gpu 1.31.1", "pip uninstall -y")
+    assert found.found.endswith("the files are those of onnxruntime-gpu 1.31.1")
+
+
+def test_files_of_another_version() -> None:
+    found = doctor.packages({"onnxruntime": "1.20.0"}, Answer(HERE))
+    gave(Mark.WARNING, found, "pip install --force-reinstall onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("builds", "words"),
+    [
+        ({}, "pip install onnxruntime-gpu"),
+        ({"onnxruntime": "1.20.0"}, "--force-reinstall"),
+        ({"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.31.1"}, "pip uninstall -y"),
+    ],
+)
+def test_a_build_that_cannot_be_imported(builds: dict[str, str], words: str) -> None:
+    broken = Answer(None, "ended with exit code 1", "Traceback\nAttributeError: no attribute 'x'\n")
+    gave(Mark.PROBLEM, doctor.packages(builds, broken), "AttributeError: no attribute 'x'", words)
+
+
+def test_a_provider_that_works() -> None:
+    gave(
+        Mark.OK, doctor.provider(CUDA, Answer({"providers": [CUDA, CPU], "computes": True}), [H100]), "works"
+    )
+
+
+LOG = (
+    "\x1b[1;31m2026-11-21 10:37:32.163 [E:onnxruntime:Default, provider_bridge_ort.cc:2458 operator()] "
+    "/o/x.cc:2043 Get() [ONNXRuntimeError] : 1 : FAIL : Failed to load library "
+    "/v/libonnxruntime_providers_cuda.so with error: "
+    "libcublasLt.so.13: cannot open shared object file: No such file or directory\n\x1b[m\n"
+)  # fmt: skip
+
+
+def test_a_provider_that_falls_back() -> None:
+    tried = Answer({"providers": [CPU], "computes": True}, "", LOG)
+    found = doctor.provider(CUDA, tried, [H100])
+    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install what it lacks")
+    gave(Mark.WARNING, doctor.provider(CUDA, tried, []), "Nothing to do where there is no device")
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        (LOG, "libcublasLt.so.13: cannot open shared object file: No such file or directory"),
+        ("\x1b[0m[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : no kernel image\x1b[m\n", "no kernel image"),
+        ("\n  something else\nmore\n", "something else"),
+        ("", "it does not say why"),
+    ],
+)
+def test_a_reason(stderr: str, expected: str) -> None:
+    assert doctor.reason(stderr) == expected
+
+
+def test_a_provider_that_ends_its_process_or_computes_nonsense() -> None:
+    crashed = Answer(None, "was killed by SIGSEGV", "")
+    gave(Mark.WARNING, doctor.provider(CUDA, crashed, [H100]), "was killed by SIGSEGV")
+    gave(Mark.PROBLEM, doctor.provider(CPU, crashed, []), "was killed by SIGSEGV")
+    wrong = Answer({"providers": [CUDA], "computes": False})
+    gave(Mark.PROBLEM, doctor.provider(CUDA, wrong, [H100]), "|-2| is not 2")
+
+
+def test_gpus() -> None:
+    gave(
+        Mark.OK, doctor.gpu([], "NVML Shared Library Not Found", [CPU]), "none: NVML Shared Library Not Found"
+    )
+    gave(Mark.OK, doctor.gpu([H100], "", [CUDA, CPU]), "NVIDIA H100, 80000.0 MB, driver 550.1")
+    gave(Mark.WARNING, doctor.gpu([H100], "", [CPU]), "cannot use it", "pip install onnxruntime-gpu")
+
+
+def test_processors() -> None:
+    gave(Mark.OK, doctor.processors(2, 8), "2 of 8")
+    gave(Mark.OK, doctor.processors(8, 8), "all 8")
+
+
+def test_memory() -> None:
+    gave(Mark.OK, doctor.memory(10**9, 4 * 10**9, 2), "1000.0 MB of 4000.0 MB, by cgroup v2")
+    gave(Mark.OK, doctor.memory(10**9, 10**9, 1, 8 * 10**8), "all 1000.0 MB", "host may take 800.0 MB")
+    gave(Mark.WARNING, doctor.memory(None, None, None), "ONNX_DL_MEMORY_LIMIT")
+
+
+def test_shared_memory() -> None:
+    gave(Mark.OK, doctor.shared_memory(64_000_000), "64.0 MB", "memfds")
+    gave(Mark.OK, doctor.shared_memory(None), "is not there", "memfds")
+
+
+@pytest.mark.parametrize(
+    ("version", "environ", "mark"),
+    [
+        ("1.28.9", {}, Mark.OK), (None, {}, Mark.OK), ("1.29.0", {}, Mark.WARNING), ("2.0", {}, Mark.WARNING),
+        ("1.31.1", {"ORT_DISABLE_TELEMETRY": "0"}, Mark.WARNING),
+        ("1.31.1", {"ORT_DISABLE_TELEMETRY": "1"}, Mark.OK),
+    ],
+)  # fmt: skip
+def test_telemetry(version: str | None, environ: dict[str, str], mark: Mark) -> None:
+    gave(mark, doctor.telemetry(version, environ))
+
+
+@pytest.mark.parametrize(
+    ("mode", "forked", "mark", "words"),
+    [
+        ("fork", True, Mark.OK, "forked"),
+        ("exec", False, Mark.OK, "ONNX_DL_START=exec"),
+        ("fork", False, Mark.WARNING, "more than one thread"),
+    ],
+)
+def test_how_workers_start(mode: str, forked: bool, mark: Mark, words: str) -> None:
+    said: dict[str, Any] = {"forked": forked, "seconds": 0.5, "memory_limit": None}
+    gave(mark, doctor.start(mode, Answer(said)), words, "0.50 s")
+
+
+def test_workers_that_do_not_start() -> None:
+    gave(
+        Mark.PROBLEM, doctor.start("fork", Answer(None, "gave no answer within 9 s")), "no answer within 9 s"
+    )
+
+
+def test_load_cache(tmp_path: Path) -> None:
+    gave(Mark.OK, doctor.load_cache(Settings(cache="off"), tmp_path), "off")
+    gave(Mark.OK, doctor.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 20GiB")
+    assert list(tmp_path.iterdir()) == []
+    gave(Mark.WARNING, doctor.load_cache(Settings(), Path("/proc/nothing")), "ONNX_DL_CACHE_DIR")
+    (tmp_path / "file").touch()
+    gave(Mark.WARNING, doctor.load_cache(Settings(), tmp_path / "file" / "below"), "cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout", "expected"),
+    [
+        (0, 'native words\n{"a": 1}\n', Answer({"a": 1}, "", "e")),
+        (0, "", Answer(None, "gave no answer", "e")),
+        (0, "words\n", Answer(None, "gave no answer", "e")),
+        (3, '{"a": 1}', Answer(None, "ended with exit code 3", "e")),
+        (-11, "", Answer(None, "was killed by SIGSEGV", "e")),
+        (-35, "", Answer(None, "was killed by signal 35", "e")),
+    ],
+)
+def test_answers(code: int, stdout: str, expected: Answer) -> None:
+    assert answer(code, stdout, "e") == expected
+
+
+def test_a_parent(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "status").write_text("Name:\tx\nPid:\t7\nPPid:\t3\nTracerPid:\t0\n")
+    assert parent_of(7, tmp_path) == 3
