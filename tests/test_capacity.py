@@ -133,6 +133,17 @@ def test_a_model_in_use_stays_until_it_is_not(limited: Any, models: list[str]) -
     assert host.reasons() == ["evicted"]
 
 
+def test_limits_are_told() -> None:
+    with ModelHost(memory_limit=90 * MB, gpu_memory_limit="1GiB") as host:
+        proxy = host.open(scaled(), providers=CPU)
+        proxy.load()
+        snapshot = host.snapshot()
+        assert (snapshot.memory_limit, snapshot.gpu_memory_limit) == (90 * MB, 1 << 30)
+        assert snapshot.memory_in_use > 1 * MB and snapshot.gpu_memory_in_use == 0
+    with pytest.raises(ConfigError, match="no size"):
+        ModelHost(gpu_memory_limit="much")
+
+
 def test_priority(limited: Any, models: list[str]) -> None:
     host = limited(130 * MB)
     important = proxies(models[:1], host, priority=5)[0]

@@ -15,7 +15,7 @@ from onnx_dl import EventType, ModelHost, WorkerDied
 from onnx_dl.model import ModelSpec, file_identity, model_key
 from onnx_dl.proxy import ModelProxy
 from onnx_dl.workers import backend
-from tests.waiting import is_gone, wait_for, worker_pid
+from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
 
 SCALER = '''
 """An engine whose models are text files with a number: they multiply."""
@@ -138,3 +138,65 @@ def test_an_engine_that_there_is_not(host: ModelHost, model: Path) -> None:
 def test_only_modules_that_open_models_are_engines(name: str) -> None:
     with pytest.raises(ValueError, match="There is no engine"):
         backend.load(ModelSpec(key="k", name="n", cwd="/", engine=name), {})
+
+
+# What it raises, or who ends it: the kernel, when the whole machine has no memory left, sends SIGKILL.
+SHORTAGES = {
+    "it says so": "raise MemoryError('std::bad_alloc')",
+    "it is killed": "__import__('os').kill(__import__('os').getpid(), 9)",
+}
+
+
+def hungry(shortage: str) -> str:
+    """The source of an engine whose load fails as often as a file beside the model has characters."""
+    return SCALER.replace(
+        "def open_model(spec, blobs):\n",
+        f"""def open_model(spec, blobs):
+    with open(spec.path + ".short", "a+") as file:
+        file.seek(0)
+        left = file.read()
+        file.truncate(0)
+        file.write(left[1:])
+    if left:
+        {shortage}
+""",
+    )
+
+
+@pytest.fixture(params=SHORTAGES.values(), ids=SHORTAGES)
+def shortage(request: pytest.FixtureRequest, install: Callable[[str, str], None]) -> None:
+    install("scaler", hungry(request.param))
+
+
+def test_a_load_that_runs_out_of_memory_works_when_others_have_left(
+    shortage: None, host: ModelHost, model: Path, tmp_path: Path
+) -> None:
+    two = tmp_path / "two.txt"
+    two.write_text("2")
+    x = np.ones(3, np.float32)
+    idle = Scaled(two, ttl=-1, host=host)
+    idle.run(x)
+    Path(f"{model}.short").write_text("1")
+    with host.events() as events:
+        assert (Scaled(model, ttl=-1, host=host).run(x) == 3 * x).all()
+        seen = [events.get(DEADLINE) for _ in range(6)]
+    assert [(event.type.value, event.model) for event in seen] == [
+        ("loading", "three.txt"),
+        ("failed", "three.txt"),
+        ("draining", "two.txt"),
+        ("unloaded", "two.txt"),
+        ("loading", "three.txt"),
+        ("ready", "three.txt"),
+    ]
+    assert seen[1].retry_after == 0.0 and seen[1].detail
+    assert seen[3].reason == "evicted" and not idle.is_loaded
+
+
+def test_a_load_that_runs_out_of_memory_twice_fails(shortage: None, host: ModelHost, model: Path) -> None:
+    Path(f"{model}.short").write_text("12")
+    proxy = Scaled(model, ttl=-1, host=host)
+    with host.events() as events:
+        with pytest.raises((MemoryError, WorkerDied)):
+            proxy.load()
+        assert [events.get(DEADLINE).type.value for _ in range(4)] == ["loading", "failed"] * 2
+        assert (proxy.run(np.ones(3, np.float32)) == 3).all()  # the third load

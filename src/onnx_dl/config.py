@@ -12,6 +12,7 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -233,6 +234,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit: str = ""
     """Bytes that all workers together may take, such as ``2GiB``; empty: four fifths of what the machine or
     its cgroup has."""
+    gpu_memory_limit: str = ""
+    """Bytes of GPU memory that all workers together may take, such as ``6GiB``; empty: four fifths of what
+    the GPUs have, where NVML tells."""
     room_timeout: _Seconds = 60.0
     """How long a load may wait for others to make room."""
     host: str = ""
@@ -269,7 +273,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
         variable = f"ONNX_DL_{field.upper()}"
         if text := environ.get(variable):
             _check_choice(variable, field, text)
-            if field in ("cache_limit", "memory_limit"):
+            if field in ("cache_limit", "memory_limit", "gpu_memory_limit"):
                 parse_size(text)
             if field == "metrics":
                 parse_address(text)
@@ -284,6 +288,14 @@ def _check_choice(variable: str, field: str, text: str) -> None:
     choices = _CHOICES.get(field, ())
     if choices and text not in choices:
         raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
+
+
+def cache_folder(found: Settings) -> Path:
+    """Where what outlives a host is kept."""
+    if found.cache_dir:
+        return Path(found.cache_dir)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "onnx-dl"
 
 
 def check_platform() -> None:

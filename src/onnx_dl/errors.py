@@ -157,18 +157,27 @@ class HostClosing(SupervisorError):
 
 
 class CapacityError(OnnxDLError, MemoryError):
-    """The host's memory limit has no room for the model.
+    """The host's memory limit, or its limit of GPU memory, has no room for the model.
 
     Attributes:
         needed: bytes that the model needs, as far as is known.
         limit: bytes that all workers together may take.
         in_use: bytes that they took when this was decided.
+        resource: ``memory`` or ``gpu memory``: what these bytes are of.
     """
 
     code = "capacity"
 
-    def __init__(self, message: str, needed: int = 0, limit: int = 0, in_use: int = 0) -> None:
+    def __init__(
+        self,
+        message: str,
+        needed: int = 0,
+        limit: int = 0,
+        in_use: int = 0,
+        resource: str = "memory",
+    ) -> None:
         super().__init__(message)
+        self.resource = resource
         self.needed = needed
         self.limit = limit
         self.in_use = in_use

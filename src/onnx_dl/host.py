@@ -31,7 +31,7 @@ from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.config import check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError
-from onnx_dl.events import EventBus, EventStream, ModelEvent
+from onnx_dl.events import EventBus, EventStream, EventType, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.transport import failures
@@ -55,9 +55,13 @@ class Snapshot(msgspec.Struct, frozen=True):
     memory_limit: int | None = None
     """Bytes that all workers together may take."""
     memory_in_use: int = 0
-    """Bytes of it that are taken or reserved: workers' PSS, loads in progress, workers on their way out."""
+    """Bytes of it that are taken or reserved: workers' PSS or, if that is more, what they are known to take
+    in runs; loads in progress; workers on their way out."""
     metrics: str | None = None
     """Where the supervisor serves metrics (``ONNX_DL_METRICS``): host and port."""
+    gpu_memory_limit: int | None = None
+    """As ``memory_limit``; None: there is no limit, or nothing was to be loaded on a GPU so far."""
+    gpu_memory_in_use: int = 0
 
 
 class Preloadable(Protocol):
@@ -88,21 +92,26 @@ class ModelHost:
     _starts = True
 
     def __init__(
-        self, *, memory_limit: int | str | None = None, config: str | os.PathLike[str] | None = None
+        self,
+        *,
+        memory_limit: int | str | None = None,
+        gpu_memory_limit: int | str | None = None,
+        config: str | os.PathLike[str] | None = None,
     ) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
         ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
+        ``gpu_memory_limit``: the same of GPU memory (``ONNX_DL_GPU_MEMORY_LIMIT``); without it, four fifths
+        of what all GPUs have, where NVML tells.
 
         ``config``: a file that says which models the host has and what they may take (docs/host-file.md);
         None: what ``ONNX_DL_CONFIG`` says.  It is read when the supervisor starts, which raises if it cannot
         be used, and again whenever it changes.
 
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no size.
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size.
         """
-        given: dict[str, str] = {}
-        if memory_limit is not None:
-            given["memory_limit"] = str(parse_size(memory_limit))
+        limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
+        given = {name: str(parse_size(size)) for name, size in limits.items() if size is not None}
         self._firm = list(given)
         if config is not None:
             given["config"] = os.path.abspath(config)
@@ -420,6 +429,8 @@ class ModelHost:
             status.memory_limit,
             status.memory_in_use,
             status.metrics,
+            status.gpu_memory_limit,
+            status.gpu_memory_in_use,
         )
 
     def events(self) -> EventStream:
@@ -439,7 +450,8 @@ class ModelHost:
     def _tell(self, events: queue.SimpleQueue[ModelEvent | None]) -> None:
         """The thread that tells the application, which may take its time or ask us something."""
         while (event := events.get()) is not None:
-            logger.info("%s", event, extra={"onnx_dl_event": event})
+            level = logging.WARNING if event.type is EventType.THRASH else logging.INFO
+            logger.log(level, "%s", event, extra={"onnx_dl_event": event})
             for callback, error in self._bus.publish(event):
                 logger.error("An event callback failed: %r", callback, exc_info=error)
 

@@ -47,6 +47,11 @@ def several(found: Iterable[str]) -> str:
     )
 
 
+def build() -> str:
+    """Distribution and version of what is installed, such as ``onnxruntime-gpu-1.20.0``; imports nothing."""
+    return "+".join(sorted(f"{name}-{version}" for name, version in distributions().items())) or "none"
+
+
 def distributions() -> dict[str, str]:
     """Versions of the installed distributions that provide the onnxruntime package, by name."""
     return {

@@ -120,7 +120,10 @@ class Usage(msgspec.Struct, frozen=True):
     """Memory of one worker in bytes.
 
     ``private`` is what only this process holds (USS); ``shared`` what its callers' lanes hold for tensors;
-    ``pss`` is resident memory in which pages that processes share count in part.
+    ``pss`` is resident memory in which pages that processes share count in part; ``peak`` is the most that it
+    was, by the kernel's high-water mark: during the load when the model has just become ready, in runs after
+    that (the mark is set back when the model is ready, and from time to time).  ``gpu_estimated``: the driver
+    does not tell what this process has; ``gpu`` is by how much less of the devices was free after the load.
     """
 
     rss: int = 0
@@ -128,6 +131,8 @@ class Usage(msgspec.Struct, frozen=True):
     gpu: int | None = None
     shared: int = 0
     pss: int = 0
+    peak: int = 0
+    gpu_estimated: bool = False
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):

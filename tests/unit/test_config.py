@@ -109,6 +109,14 @@ def test_texts_from_the_environment():
     assert settings({"ONNX_DL_START": "exec"}).start == "exec"
 
 
+@pytest.mark.parametrize("name", ["memory_limit", "gpu_memory_limit", "cache_limit"])
+def test_sizes_from_the_environment(name):
+    variable = f"ONNX_DL_{name.upper()}"
+    assert getattr(settings({variable: "6GiB"}), name) == "6GiB"
+    with pytest.raises(ConfigError, match="no size"):
+        settings({variable: "much"})
+
+
 def test_empty_variable_is_no_variable():
     assert settings({"ONNX_DL_LOAD_TIMEOUT": "", "ONNX_DL_START": ""}) == Settings()
 

@@ -27,6 +27,7 @@ def made(seq: int = 1, kind: str = "loading", **fields) -> ModelEvent:
             made(kind="unloaded", reason="request", seconds=2.0, freed=0, rss=9_000_000, pid=7),
             "unloaded m.onnx, reason request, 2.000 s, gave back 0.0 MB, pid 7",
         ),
+        (made(kind="thrash", detail="a, b were loaded again"), "thrash m.onnx, a, b were loaded again"),
         (made(kind="failed", detail="no such file"), "failed m.onnx, no such file"),
     ],
 )

@@ -6,8 +6,9 @@ import signal
 
 import pytest
 
-from onnx_dl.errors import MemoryLimitExceeded
-from onnx_dl.supervisor.exits import memory_exceeded, worker_died
+from onnx_dl.errors import CapacityError, MemoryLimitExceeded, SharedMemoryError
+from onnx_dl.supervisor.exits import memory_exceeded, ran_out_of_memory, worker_died
+from onnx_dl.transport import failures
 
 
 def died(status: int, stderr: str = "", reason: str = "crash", loading: bool = False):
@@ -63,6 +64,44 @@ def test_ends_that_were_asked_for():
     assert "memory" not in str(forced) and "afresh" not in str(forced)
     assert forced.reason == "request"
     assert "its host shut down" in str(died(signal.SIGKILL, reason="exit"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (SharedMemoryError("The system has no shared memory left."), True),
+        (
+            RuntimeError("[ONNXRuntimeError] : 6 : BFCArena: Failed to allocate memory for requested buffer"),
+            True,
+        ),
+        (RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; hostname=h"), True),
+        (RuntimeError("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (ValueError("not a model"), False),
+        (RuntimeError("No such file or directory"), False),
+        (CapacityError("a model of that name is out of memory"), False),  # ours are not read for words
+    ],
+    ids=repr,
+)
+def test_loads_that_say_that_memory_ran_out(error: Exception, expected: bool) -> None:
+    assert ran_out_of_memory(failures.describe(error), 0, "") is expected
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "expected"),
+    [
+        (signal.SIGKILL, "", True),
+        (signal.SIGABRT, "terminate called after throwing an instance of 'std::bad_alloc'", True),
+        (signal.SIGABRT, "double free", False),
+        (signal.SIGSEGV, "std::bad_alloc", False),
+        (1 << 8, "MemoryError", False),
+        (0, "", False),
+    ],
+)
+def test_loads_that_died(status: int, stderr: str, expected: bool) -> None:
+    assert ran_out_of_memory(None, int(status), stderr) is expected
 
 
 def test_too_much_memory():

@@ -162,7 +162,17 @@ def test_sockets_are_imported_by_transport_only():
 
 @pytest.mark.parametrize(
     "name",
-    ["supervisor.scheduler", "supervisor.ledger", "supervisor.records", "supervisor.metrics", "workers.gate"],
+    [
+        "supervisor.admission",
+        "supervisor.ledger",
+        "supervisor.metrics",
+        "supervisor.needs",
+        "supervisor.records",
+        "supervisor.room",
+        "supervisor.scheduler",
+        "supervisor.thrash",
+        "workers.gate",
+    ],
 )
 def test_pure_modules_know_no_clocks_processes_or_sockets(name):
     assert not outside(name) & {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil"}

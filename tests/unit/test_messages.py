@@ -71,9 +71,7 @@ EXAMPLES = [
     m.WorkerDraining(worker_id=1),
     m.WorkerDrained(worker_id=1),
     m.Exit(),
-    m.AskIdle(),
     m.DrainIfIdle(),
-    m.Idle(worker_id=1, seconds=None),
     m.Terminate(thread=7, request=8),
     m.Started(),
     m.Spawn(worker_id=1, identity=b"i", control="c"),
@@ -141,7 +139,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 3 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 4 .* same version of onnx-dl"):
             reader(raw)
 
 

@@ -24,6 +24,8 @@ def fake_nvml(used: dict[int, int | None]) -> types.ModuleType:
     module.nvmlDeviceGetComputeRunningProcesses = lambda gpu: [
         types.SimpleNamespace(pid=pid, usedGpuMemory=nbytes) for pid, nbytes in used.items()
     ]
+    module.used, module.total = 1_000, 10_000
+    module.nvmlDeviceGetMemoryInfo = lambda gpu: types.SimpleNamespace(used=module.used, total=module.total)
     return module
 
 
@@ -63,6 +65,90 @@ def test_no_driver_means_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch, told: int | None, expected: int | None) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml({os.getpid(): told, 1: 99}))
     assert Probe().measure(os.getpid()).gpu == expected
+
+
+def test_a_gpu_that_does_not_tell_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What became less during the load is taken for it, and said to be an estimate."""
+    module = fake_nvml({})
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    probe, me = Probe(), os.getpid()
+    assert probe.gpu_total() == 10_000
+    probe.begin(me)
+    assert probe.measure(me).gpu is None
+    module.used = 4_000
+    probe.loaded(me)
+    module.used = 9_000  # somebody else
+    usage = probe.measure(me)
+    assert (usage.gpu, usage.gpu_estimated) == (3_000, True)
+    probe.end(me)
+    assert probe.measure(me).gpu is None
+
+
+def test_a_figure_of_the_driver_is_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_nvml({os.getpid(): 7})
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    probe = Probe()
+    probe.begin(os.getpid())
+    module.used = 4_000
+    probe.loaded(os.getpid())
+    usage = probe.measure(os.getpid())
+    assert (usage.gpu, usage.gpu_estimated) == (7, False)
+    assert probe.gpu_left(os.getpid()) == 7 and probe.gpu_left(1) is None
+
+
+def test_without_a_gpu_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_nvml({})
+    module.nvmlDeviceGetCount = lambda: 0
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert Probe().gpu_total() is None
+
+
+PEAKS = """
+import sys
+for size in (80, 30):
+    sys.stdin.readline()
+    block = bytearray(size << 20)
+    del block
+    print(flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_the_peak_since_the_mark_was_set_back() -> None:
+    """Of another process, as the supervisor reads it."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", PEAKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    probe = Probe()
+
+    def excess() -> float:
+        """MB by which the peak exceeds what there is, after the next block."""
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        usage = probe.measure(child.pid)
+        return (usage.peak - usage.pss) / 2**20
+
+    with child:
+        assert child.stdin is not None and child.stdout is not None
+        assert 75 < excess() < 90
+        probe.forget_peak(child.pid)
+        assert probe.measure(child.pid).peak - probe.measure(child.pid).pss < 5 << 20
+        assert 25 < excess() < 40
+    probe.forget_peak(child.pid)  # it is gone: nothing happens
+
+
+def test_a_forked_child_does_not_inherit_the_peak() -> None:
+    """Workers are forked from a template whose imports took more than what is left of them."""
+    code = "import os, sys; block = bytearray(200 << 20); del block; pid = os.fork(); print(pid, flush=True)"
+    code += " if pid else None; sys.stdin.readline(); pid and os.waitpid(pid, 0)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        usage = Probe().measure(int(parent.stdout.readline()))
+    assert usage.pss > 0 and usage.peak - usage.pss < 5 << 20
 
 
 def test_gpus_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
+from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -375,7 +376,7 @@ def test_facts_of_unknown_or_reaped_workers_are_dropped(rig):
         assert s.on_load_failed(failed(stale), 1.0) == []
         assert s.on_draining(stale, USAGE, 6.0) == []
         assert s.on_drained(stale, USAGE, 6.0) == []
-        s.on_measured(stale, USAGE)
+        assert s.on_measured(stale, Seen(USAGE), 6.0) == []
         assert s.on_spawn_failed(stale, "no", 6.0) == []
         assert s.on_exited(stale, 0, "", 6.0) == []
     assert s.snapshot(5.0) == before
@@ -733,7 +734,7 @@ def test_snapshot_in_each_state(rig):
     ]
     s.on_ready(ready(), USAGE, 1.0)
     s.on_acquire(B, acquire(2, ttl=9.0), 1.0)
-    s.on_measured(1, Usage(5, 4, 3))
+    s.on_measured(1, Seen(Usage(5, 4, 3)), 1.0)
     (status,) = s.snapshot(2.0)
     assert (status.state, status.leases, status.ttl, status.loads) == (ModelState.READY, 2, 9.0, 1)
     assert status.usage == Usage(5, 4, 3)

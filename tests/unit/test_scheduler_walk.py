@@ -5,16 +5,23 @@ from __future__ import annotations
 import collections
 import random
 
+import msgspec
 import pytest
 
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
+from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import messages as m
-from tests.unit.builders import SETTINGS, USAGE, acquire, failed, ready, unload
+from onnx_dl.transport.gauges import Reading
+from tests.unit.builders import SETTINGS, acquire, failed, ready, unload
 
 KEYS = ("a", "b")
+MB = 1 << 20
+USAGE = Usage(rss=50 * MB, private=30 * MB, pss=40 * MB, peak=45 * MB)
+LIMIT = 60 * MB
+"""One model fits, also by the first guess; two do not."""
 CLIENTS = (b"p", b"q", b"r")
 
 
@@ -39,7 +46,10 @@ class FakeWorker:
                     self.said.append(ready(self.id))
                 else:
                     self.state = "failed"
-                    self.said.append(failed(self.id))
+                    self.said.append(failed(self.id, rng.choice([ValueError("no model"), MemoryError()])))
+            case m.DrainIfIdle():
+                if rng.random() < 0.7:  # else it was used meanwhile
+                    self.ttl_ends()
             case m.Drain():
                 if self.state == "ready":
                     self.state = "draining"
@@ -66,10 +76,12 @@ class FakeWorker:
 class World:
     """Clients and workers around a scheduler, with every message in flight for a random time."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, limited: bool) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
-        self.scheduler = Scheduler(SETTINGS)
+        self.limited = limited
+        limit = str(LIMIT) if limited else ""
+        self.scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=limit))
         self.workers: dict[int, FakeWorker] = {}
         self.tickets = 0
         self.open: dict[int, tuple[bytes, type]] = {}
@@ -124,6 +136,8 @@ class World:
             assert (line.worker_id is None) == (line.state in (ModelState.UNLOADED, ModelState.FAILED))
         assert set(live) <= set(status)
         assert set(s.pids()) <= set(self.workers)
+        if self.limited:
+            assert s.in_use(self.now).ram <= LIMIT
         if not self.workers:
             assert s.ledger.total() == Usage()
 
@@ -162,7 +176,7 @@ class World:
                     self.client_goes(client)
             case 11:
                 for worker_id in s.pids():
-                    s.on_measured(worker_id, USAGE)
+                    self.do(s.on_measured(worker_id, Seen(USAGE), self.now))
 
     def client_goes(self, client: bytes) -> None:
         waits = [ticket for (who, _), ticket in self.acquiring.items() if who == client]
@@ -189,7 +203,7 @@ class World:
                 if worker.said[-1] == "spawned":
                     break
                 worker.said.pop()
-            worker.die(11)
+            worker.die(self.rng.choice([9, 11]))
 
     def deliver(self) -> None:
         if not self.workers:
@@ -236,7 +250,12 @@ class World:
         if self.rng.random() < 0.01:
             self.now += 120.0
         deadline = self.scheduler.next_deadline()
-        commands = self.scheduler.on_tick(self.now)
+        seen = {}
+        if self.scheduler.wants_look(self.now):
+            for worker_id in self.workers:
+                reading = Reading(self.rng.randrange(9), self.rng.randrange(2), self.now)
+                seen[worker_id] = Seen(self.rng.choice([None, USAGE]), reading)
+        commands = self.scheduler.on_tick(self.now, seen)
         if deadline is None or deadline > self.now:
             assert commands == []
         self.do(commands)
@@ -260,9 +279,10 @@ class World:
         raise AssertionError(f"never settles: {self.open}, {[vars(w) for w in self.workers.values()]}")
 
 
+@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_walk(seed):
-    world = World(seed)
+def test_random_walk(seed, limited):
+    world = World(seed, limited)
     for _ in range(2_000):
         world.step()
     assert world.seq > 50 and len(world.answered) > 50  # the walk goes somewhere

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec
+from onnx_dl.supervisor.needs import Need
 from onnx_dl.transport.messages import Message
 
 
@@ -42,4 +43,17 @@ class Emit(NamedTuple):
     event: ModelEvent
 
 
-Command = StartWorker | TellWorker | TellClient | KillWorker | Emit
+class ForgetPeak(NamedTuple):
+    """The most memory that a worker had is what it has now."""
+
+    worker_id: int
+
+
+class Remember(NamedTuple):
+    """Keep for the next host what a model needs."""
+
+    key: str
+    need: Need
+
+
+Command = StartWorker | TellWorker | TellClient | KillWorker | Emit | ForgetPeak | Remember

@@ -77,6 +77,7 @@ class Configuration:
         file = self.file
         said: dict[str, str | float | None] = {
             "memory_limit": None if file.memory_limit is None else str(file.memory_limit),
+            "gpu_memory_limit": None if file.gpu_memory_limit is None else str(file.gpu_memory_limit),
             "room_timeout": file.room_timeout,
             "load_timeout": file.load_timeout,
             "metrics": file.metrics,

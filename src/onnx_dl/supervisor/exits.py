@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from onnx_dl.errors import MemoryLimitExceeded, WorkerDied
+from onnx_dl.errors import MemoryLimitExceeded, SharedMemoryError, WorkerDied
+from onnx_dl.transport.messages import Failure
 
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "nobody inside asked for that: most likely the kernel ran out of memory, see dmesg",
@@ -13,6 +14,35 @@ _HINTS: dict[int, str] = {
     signal.SIGABRT: "native code gave up",
     signal.SIGBUS: "a mapped file shrank, or shared memory ran out",
 }
+
+_OUT_OF_MEMORY = (
+    "std::bad_alloc",
+    "failed to allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "cuda_error_out_of_memory",
+    "_status_alloc_failed",
+)
+"""What the standard library, onnxruntime, the kernel, CUDA, cuDNN and cuBLAS say, in lower case."""
+
+
+def ran_out_of_memory(failure: Failure | None, status: int, stderr: str) -> bool:
+    """Whether a load that nobody ended failed for lack of memory, so that it may work with more of it.
+
+    Args:
+        failure: what the worker said; None: it died before it could.
+        status, stderr: its wait status and last lines.
+    """
+    if failure is None:
+        code = os.waitstatus_to_exitcode(status)
+        return code == -signal.SIGKILL or (code == -signal.SIGABRT and _tells(stderr))
+    if (failure.family, failure.name) in (("builtin", "MemoryError"), ("onnx_dl", SharedMemoryError.code)):
+        return True
+    return failure.family != "onnx_dl" and any(isinstance(arg, str) and _tells(arg) for arg in failure.args)
+
+
+def _tells(text: str) -> bool:
+    return any(phrase in text.lower() for phrase in _OUT_OF_MEMORY)
 
 
 def worker_died(model: str, pid: int, status: int, stderr: str, *, reason: str, loading: bool) -> WorkerDied:

@@ -20,18 +20,23 @@ import zmq
 from onnx_dl import machine
 from onnx_dl.config import Settings
 from onnx_dl.errors import ConfigError, InvalidTransition, ProtocolError
-from onnx_dl.model import Usage
+from onnx_dl.model import ModelSpec, Usage
 from onnx_dl.rendezvous import Place
+from onnx_dl.supervisor import store
+from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import (
     Command,
     Emit,
+    ForgetPeak,
     KillWorker,
+    Remember,
     StartWorker,
     TellClient,
     TellWorker,
 )
 from onnx_dl.supervisor.configured import Configuration
 from onnx_dl.supervisor.metrics import Facts, Metrics
+from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.records import HOST
@@ -109,7 +114,8 @@ class Supervisor:
         self._foreground = foreground
         self._returns = False
         epoch = time.time() - time.monotonic()
-        self._scheduler = Scheduler(settings, epoch, machine.memory())
+        self._store = store.of(settings)
+        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
         self._context = sockets.context()
         self._control: Socket = sockets.router(self._context, f"{address}/control")
         self._listener = Listener(f"{address}/lifeline")
@@ -120,6 +126,10 @@ class Supervisor:
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
+        self._on_gpu: set[int] = set()
+        """Workers whose models ask for a GPU."""
+        self._runs_measured: dict[int, int] = {}
+        """The runs that a worker had made when it was looked at."""
         self._metrics = Metrics()
         self._wakeup = _signals(foreground)
 
@@ -127,6 +137,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Until the last client is gone and all workers are reaped."""
+        self._store.open()  # while the template still imports
         self._follow_file()
         while not self._scheduler.finished:
             self._mind_loneliness()
@@ -135,7 +146,8 @@ class Supervisor:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             self._take_in(sockets.wait(self._poller(), wait))
             now = time.monotonic()
-            self._carry_out(self._scheduler.on_tick(now))
+            seen = self._look(now) if self._scheduler.wants_look(now) else {}
+            self._carry_out(self._scheduler.on_tick(now, seen))
             if self._abandoned_at is not None and now >= self._abandoned_at:
                 self._abandoned_at = None
                 self._carry_out(self._scheduler.on_abandoned(now))
@@ -181,6 +193,8 @@ class Supervisor:
 
     def _heed_signals(self, signals: set[int]) -> None:
         now = time.monotonic()
+        if signals - {signal.SIGCHLD}:
+            self._refresh(now)  # what is killed cannot be measured afterwards
         if signal.SIGHUP in signals and self._file is not None:
             self._reload(asked=True)
         if self._place is None:
@@ -206,6 +220,7 @@ class Supervisor:
         self._scheduler.warmups = file.warmups()
         self._carry_out(self._scheduler.on_configured(settings, file.terms(), file.grouped(), now))
         for ask in file.wanted():
+            self._prepare(ask.spec, now)
             self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
 
     def _mind_loneliness(self) -> None:
@@ -226,12 +241,19 @@ class Supervisor:
                     identity = self._processes.spawn(worker_id, blobs)
                     self._identities[worker_id] = identity
                     self._workers[identity] = worker_id
+                    if uses_gpu(spec):
+                        self._on_gpu.add(worker_id)
                 case TellWorker(worker_id, message):
                     self._send(self._identities[worker_id], message)
                 case TellClient(client, message) if client != HOST:
                     self._send(client, message)
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
+                case ForgetPeak(worker_id):
+                    if (pid := self._scheduler.pids().get(worker_id)) is not None:
+                        self._meter().forget_peak(pid)
+                case Remember(key, need):
+                    self._store.put(key, need)
                 case Emit(event):
                     if self._foreground:
                         print(event, flush=True)
@@ -246,6 +268,8 @@ class Supervisor:
     # --- workers ------------------------------------------------------------------------------------------
 
     def spawned(self, worker_id: int, pid: int) -> None:
+        if worker_id in self._on_gpu:
+            self._meter().begin(pid)
         self._carry_out(self._scheduler.on_spawned(worker_id, pid))
 
     def spawn_failed(self, worker_id: int, reason: str) -> None:
@@ -254,13 +278,20 @@ class Supervisor:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
+        if worker_id in self._on_gpu and (pid := self._scheduler.pids().get(worker_id)) is not None:
+            self._meter().end(pid)
         self._forget(worker_id, reading)
         now = time.monotonic()
-        self._carry_out(self._scheduler.on_exited(worker_id, status, stderr, now, reading.exceeded))
+        commands = self._scheduler.on_exited(
+            worker_id, status, stderr, now, reading.exceeded, runs=reading.runs
+        )
+        self._carry_out(commands)
 
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)
         self._workers.pop(self._identities.pop(worker_id), None)
+        self._on_gpu.discard(worker_id)
+        self._runs_measured.pop(worker_id, None)
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
         try:
@@ -278,11 +309,12 @@ class Supervisor:
             case m.WorkerStarted():
                 return scheduler.on_started(worker_id)
             case m.WorkerReady():
+                self._runs_measured[worker_id] = 0
+                if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
+                    self._meter().loaded(pid)
                 return scheduler.on_ready(message, self._measure(worker_id), now)
             case m.WorkerFailed():
                 return scheduler.on_load_failed(message, now)
-            case m.Idle():
-                return scheduler.on_idle(message, self._measure(worker_id), now)
             case m.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now, message.reason)
             case m.WorkerDrained():
@@ -291,11 +323,31 @@ class Supervisor:
 
     def _measure(self, worker_id: int) -> Usage:
         pid = self._scheduler.pids().get(worker_id)
-        if pid is None:
-            return Usage()
+        return Usage() if pid is None else self._meter().measure(pid)
+
+    def _meter(self) -> Probe:
         if self._probe is None:
             self._probe = Probe()
-        return self._probe.measure(pid)
+        return self._probe
+
+    def _look(self, now: float, *, fresh: bool = False) -> dict[int, Seen]:
+        """Every worker: whether it is in use, and what it holds if it was since it was measured (1 ms each);
+        ``fresh``: in any case."""
+        readings = self._processes.readings()
+        seen = {}
+        for worker_id in self._scheduler.pids():
+            reading = readings.get(worker_id, Reading())
+            is_used = reading.busy or self._runs_measured.get(worker_id) != reading.runs
+            seen[worker_id] = Seen(self._measure(worker_id) if fresh or is_used else None, reading)
+            self._runs_measured[worker_id] = reading.runs
+        for worker_id, pid in self._scheduler.ghosts(now).items():
+            seen[worker_id] = Seen(Usage(gpu=self._meter().gpu_left(pid)))
+        return seen
+
+    def _refresh(self, now: float, *, fresh: bool = False) -> None:
+        """Has the scheduler know what workers hold now."""
+        for worker_id, seen in self._look(now, fresh=fresh).items():
+            self._carry_out(self._scheduler.on_measured(worker_id, seen, now))
 
     # --- clients ------------------------------------------------------------------------------------------
 
@@ -325,16 +377,19 @@ class Supervisor:
         identity = client.identity or b""
         match message:
             case m.Acquire():
+                self._prepare(message.spec, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
             case m.SetTtl(proxy=proxy, ttl=ttl):
                 return scheduler.on_set_ttl(identity, proxy, ttl)
             case m.Unload():
+                self._refresh(now)  # what is killed cannot be measured afterwards
                 return scheduler.on_unload(identity, message, now)
             case m.AskFate():
                 return scheduler.on_ask_fate(identity, message)
             case m.Shutdown():
+                self._refresh(now)
                 return scheduler.on_shutdown(identity, message, now, gently=self._place is not None)
             case m.AskStatus():
                 return [TellClient(identity, self._status(message, now))]
@@ -343,6 +398,14 @@ class Supervisor:
             case m.DropBlob(number=number):
                 client.drop_blob(number)
         return []
+
+    def _prepare(self, spec: ModelSpec, now: float) -> None:
+        """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
+        if self._scheduler.is_loaded(spec.unit):
+            return
+        self._refresh(now)
+        if uses_gpu(spec):
+            self._scheduler.know_gpus(self._meter().gpu_total())
 
     def _named(self, ticket: int, name: str) -> m.Message:
         try:
@@ -355,7 +418,7 @@ class Supervisor:
 
     def _status(self, ask: m.AskStatus, now: float) -> m.Status:
         if ask.measure:
-            self._measure_all()
+            self._refresh(now, fresh=True)
         return m.Status(
             ticket=ask.ticket,
             seq=self._scheduler.seq,
@@ -363,19 +426,18 @@ class Supervisor:
             host=None if self._place is None else self._place.name,
             models=self._scheduler.snapshot(now, self._processes.readings()),
             memory_limit=self._scheduler.memory_limit,
-            memory_in_use=self._scheduler.memory_in_use,
+            memory_in_use=self._scheduler.in_use(now).ram,
             metrics=None if self._scrape is None else self._scrape.address,
+            gpu_memory_limit=self._scheduler.gpu_memory_limit,
+            gpu_memory_in_use=self._scheduler.in_use(now).gpu,
         )
 
     def _facts(self) -> Facts:
-        self._measure_all()
+        now = time.monotonic()
+        self._refresh(now, fresh=True)
         scheduler, readings = self._scheduler, self._processes.readings()
-        models = scheduler.snapshot(time.monotonic(), readings)
-        return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.memory_in_use)
-
-    def _measure_all(self) -> None:
-        for worker_id in self._scheduler.pids():
-            self._scheduler.on_measured(worker_id, self._measure(worker_id))
+        models = scheduler.snapshot(now, readings)
+        return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
     def _blob(self, name: str) -> int | None:
         kept = (blob for client in self._clients for blob in client.blobs.values())
@@ -435,6 +497,7 @@ class Supervisor:
     def _lost(self, client: _Client) -> None:
         now = time.monotonic()
         if client.identity is not None:
+            self._refresh(now)
             self._carry_out(self._scheduler.on_client_gone(client.identity, now))
             if self._place is None and not any(other.identity for other in self._clients):
                 self._carry_out(self._scheduler.on_abandoned(now))

@@ -14,20 +14,77 @@ from onnx_dl.model import Usage
 
 
 class Probe:
-    """Reads memory by process id.  GPU figures are None where NVML finds no GPU or tells nothing."""
+    """Reads memory by process id.  GPU figures are None where NVML finds no GPU or tells nothing.
+
+    Where NVML does not tell what a process has (in many containers, WSL and MIG), what became less of the
+    devices between :meth:`begin` and :meth:`loaded` is taken for it.
+    """
 
     def __init__(self) -> None:
         self._gpus = _nvml_devices()
+        self._used_before: dict[int, int] = {}
+        self._estimates: dict[int, int] = {}
+
+    def begin(self, pid: int) -> None:
+        """The process is about to load a model on a GPU."""
+        if (used := self._gpu_sum("used")) is not None:
+            self._used_before[pid] = used
+
+    def loaded(self, pid: int) -> None:
+        """The process has loaded it."""
+        before, used = self._used_before.pop(pid, None), self._gpu_sum("used")
+        if before is not None and used is not None:
+            self._estimates[pid] = max(0, used - before)
+
+    def end(self, pid: int) -> None:
+        """The process is gone."""
+        self._used_before.pop(pid, None)
+        self._estimates.pop(pid, None)
 
     def measure(self, pid: int) -> Usage:
         """Resident, private and GPU bytes of a process; zeros if it is gone."""
         try:
             full = psutil.Process(pid).memory_full_info()
             shared = _tensor_bytes(pid)
+            above = _above_present(pid)
         except (psutil.Error, OSError):
             return Usage()
         gpu = self._gpu_bytes(pid)
-        return Usage(rss=full.rss, private=full.uss, gpu=gpu, shared=shared, pss=full.pss)
+        estimate = self._estimates.get(pid) if gpu is None else None
+        return Usage(
+            rss=full.rss,
+            private=full.uss,
+            gpu=estimate if gpu is None else gpu,
+            shared=shared,
+            pss=full.pss,
+            peak=full.pss + above,
+            gpu_estimated=estimate is not None,
+        )
+
+    def forget_peak(self, pid: int) -> None:
+        """The most that the process had is what it has now; without effect where the kernel refuses that."""
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/clear_refs", "w") as file:
+            file.write("5")
+
+    def gpu_total(self) -> int | None:
+        """Bytes of all GPUs."""
+        return self._gpu_sum("total")
+
+    def gpu_left(self, pid: int) -> int | None:
+        """Bytes that a process that is gone still has on the GPUs; None: the driver shows it no more."""
+        return self._gpu_bytes(pid)
+
+    def _gpu_sum(self, field: str) -> int | None:
+        """Of all devices, what NVML calls so: ``used`` or ``total``."""
+        if not self._gpus:
+            return None
+        import pynvml
+
+        total = None
+        for gpu in self._gpus:
+            with contextlib.suppress(pynvml.NVMLError):
+                total = (total or 0) + int(getattr(pynvml.nvmlDeviceGetMemoryInfo(gpu), field))
+        return total
 
     def _gpu_bytes(self, pid: int) -> int | None:
         if not self._gpus:
@@ -41,6 +98,14 @@ class Probe:
                     if process.pid == pid and process.usedGpuMemory is not None:
                         used = (used or 0) + process.usedGpuMemory
         return used
+
+
+def _above_present(pid: int) -> int:
+    """Bytes by which the resident memory of a process exceeded what it is, since its mark was set back."""
+    with open(f"/proc/{pid}/status") as status:
+        lines = (line.split() for line in status)
+        found = {line[0]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
+    return max(0, found.get("VmHWM:", 0) - found.get("VmRSS:", 0))
 
 
 class Gpu(NamedTuple):

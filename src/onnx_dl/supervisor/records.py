@@ -11,6 +11,7 @@ from onnx_dl.config import KEEP
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
 from onnx_dl.supervisor.ledger import Ledger
+from onnx_dl.supervisor.needs import NOTHING, Bytes
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
@@ -46,6 +47,11 @@ class Worker:
     killed: bool = False
     """The supervisor ended it; another death is a crash, whatever it was about to do."""
     reason: str = "crash"
+    peak: Bytes = NOTHING
+    """The most that it was measured to take since its mark was set back."""
+    marked_at: float = 0.0
+    marked_runs: int = 0
+    """The runs that it had made when that was."""
     exceeded: int = 0
     """Bytes that it had when it ended itself because it may not have so many."""
 
@@ -70,6 +76,12 @@ class Model:
     retry_at: float = 0.0
     last_failure: m.Failure | None = None
     loads: int = 0
+    wished_at: float = 0.0
+    """Since when somebody has waited for the load that is wished for or under way."""
+    at_least: Bytes = NOTHING
+    """What a load needs that has failed for lack of memory; nothing if it has not."""
+    second_try: bool = False
+    """Such a load is made once more."""
     members: dict[str, ModelSpec] = dataclasses.field(default_factory=dict)
     """Of a group: all models that were ever asked for, by key."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))

@@ -22,10 +22,12 @@ from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits
-from onnx_dl.supervisor.admission import Admission
+from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
+from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
 from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
+from onnx_dl.supervisor.thrash import Thrash
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -39,8 +41,14 @@ _HOSTS_OWN: Final = (HOST, 0)
 class Scheduler(Admission):
     """All models of one supervisor.  ``epoch`` is added to monotonic times to make Unix times."""
 
-    def __init__(self, settings: Settings, epoch: float = 0.0, memory: int | None = None) -> None:
-        super().__init__(settings, memory)
+    def __init__(
+        self,
+        settings: Settings,
+        epoch: float = 0.0,
+        memory: int | None = None,
+        known: Known | None = None,
+    ) -> None:
+        super().__init__(settings, memory, known)
         self._settings = settings
         self._epoch = epoch
         self._models: dict[str, Model] = {}
@@ -53,6 +61,7 @@ class Scheduler(Admission):
         self._terms: Mapping[str, Terms] = {}
         self._grouped: Mapping[str, Sequence[ModelSpec]] = {}
         self._out: list[Command] = []
+        self._thrash = Thrash()
         self.ledger = Ledger()
         self.warmups: Mapping[str, dict[str, Warmup]] = {}
         """By key of the model: the inputs that a worker runs it with once, before it is ready."""
@@ -212,13 +221,12 @@ class Scheduler(Admission):
         if model and worker and worker.failure is None:
             model.step(LifecycleEvent.WORKER_READY, now)
             worker.ready, worker.ready_at = ready, now
-            self.ledger.book(worker.id, usage)
-            self.ledger.settle(worker.id)
-            self._learn(model, usage)
+            self._learn_load(model, worker, usage, now)
             if model.state is ModelState.DRAINING:
                 self._order(worker.id, m.Drain())
             else:
                 self._welcome(model, ready, now)
+            self._tell_need(model, now)  # after those who wait: it is written to a disk
             self._admit(now)
         return self._done()
 
@@ -234,37 +242,30 @@ class Scheduler(Admission):
     def on_draining(self, worker_id: int, usage: Usage, now: float, reason: str = "ttl") -> list[Command]:
         """A worker takes no new calls: its TTL ran out, or for another reason."""
         if model := self._by_worker.get(worker_id):
-            self.ledger.book(worker_id, usage)
             self._learn(model, usage)
-            self._left(worker_id)
             self._begin_drain(model, reason, now)
-        return self._done()
-
-    def on_idle(self, idle: m.Idle, usage: Usage, now: float) -> list[Command]:
-        """A worker said whether it is in use."""
-        self._heard_idle(idle, usage, now)
         return self._done()
 
     def on_drained(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
         """A worker has nothing left to do."""
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
-            self.ledger.book(worker_id, usage)
+            self._learn(model, usage)
             model.worker.drained = True
             self._order(worker_id, m.Exit())
             model.worker.kill_at = now + self._settings.exit_grace
         return self._done()
 
-    def on_measured(self, worker_id: int, usage: Usage) -> None:
-        """Somebody asked for fresh figures."""
-        if worker_id in self._by_worker:
-            self.ledger.book(worker_id, usage)
+    def on_measured(self, worker_id: int, seen: Seen, now: float) -> list[Command]:
+        """Somebody wanted fresh figures."""
+        self._see(worker_id, seen, now)
+        return self._done()
 
     def on_exited(
-        self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0
+        self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0, *, runs: int = 0
     ) -> list[Command]:
         """A worker is reaped: its memory is back.  ``status`` is its wait status, ``exceeded`` the bytes that
-        it ended itself for."""
+        it ended itself for; ``runs``: those it made."""
         model = self._by_worker.pop(worker_id, None)
         if model is None:
             return self._done()
@@ -275,15 +276,17 @@ class Scheduler(Admission):
         model.leases.clear()
         model.pins.clear()
         model.priorities.clear()
-        self._left(worker_id)
         was_ready = worker.ready is not None
         model.step(LifecycleEvent.WORKER_EXITED, now)
+        self._learn_end(model, worker, runs, now)
         freed = self.ledger.give_back(worker_id)
         if was_ready or model.state is ModelState.UNLOADED:
             # One that was to be replaced anyway does not fail; all the same, somebody will ask why it ended.
             why = self._death(model, worker, status, stderr) if exceeded else None
             self._emit_unloaded(model, worker, freed, now, None if why is None else str(why.args[0]))
-        if model.state is ModelState.FAILED:
+        if model.state is ModelState.FAILED and self._may_work_alone(model, worker, status, stderr):
+            self._try_again(model, worker, status, stderr, now)
+        elif model.state is ModelState.FAILED:
             self._failed(model, worker, status, stderr, now)
         self._tell_fate(model, worker, status, stderr, now)
         self._answer_unloaders(model)
@@ -309,12 +312,12 @@ class Scheduler(Admission):
         room = self._room_deadline()
         return min([*(at for _, at, _ in self._deadlines()), *([] if room is None else [room])], default=None)
 
-    def on_tick(self, now: float) -> list[Command]:
-        """Time has passed."""
+    def on_tick(self, now: float, seen: Mapping[int, Seen] = MappingProxyType({})) -> list[Command]:
+        """Time has passed.  ``seen``: all workers by id, where :meth:`wants_look` says that it matters."""
         due = [(worker, act) for worker, at, act in self._deadlines() if at <= now]
         for worker, act in due:
             act(worker)
-        self._pass_time(now)
+        self._pass_time(now, seen)
         return self._done()
 
     def _deadlines(self) -> Iterator[tuple[Worker, float, Callable[[Worker], None]]]:
@@ -376,12 +379,16 @@ class Scheduler(Admission):
     @property
     def memory_limit(self) -> int | None:
         """Bytes that all workers together may take; None: there is no limit."""
-        return self._limit
+        return None if self._limit.ram == UNLIMITED else self._limit.ram
 
     @property
-    def memory_in_use(self) -> int:
-        """Bytes of it that are taken or reserved."""
-        return self._in_use()
+    def gpu_memory_limit(self) -> int | None:
+        """The same of GPU memory."""
+        return None if self._limit.gpu == UNLIMITED else self._limit.gpu
+
+    def in_use(self, now: float) -> Bytes:
+        """What is taken or reserved of these."""
+        return self._in_use(now)
 
     def snapshot(
         self, now: float, readings: Mapping[int, Reading] = MappingProxyType({})
@@ -413,6 +420,8 @@ class Scheduler(Admission):
         model.loads += 1
         assert model.worker is not None
         self._emit(EventType.READY, model, model.worker, now, seconds=ready.seconds)
+        if warning := self._thrash.loaded(model.key, model.spec.name, model.wished_at, now):
+            self._emit(EventType.THRASH, model, model.worker, now, detail=warning)
         waiters, model.waiters = model.waiters, []
         for client, ask in waiters:
             if model.serves(ask):
@@ -525,6 +534,18 @@ class Scheduler(Admission):
                 self._tell(client, m.Bye(ticket=ticket))
             self._closing = []
 
+    def _may_work_alone(self, model: Model, worker: Worker, status: int, stderr: str) -> bool:
+        """Whether a load failed that may work when others have made way."""
+        is_ours = worker.killed or worker.exceeded > 0
+        is_first = worker.ready is None and not is_ours and not model.second_try
+        return is_first and bool(model.waiters) and exits.ran_out_of_memory(worker.failure, status, stderr)
+
+    def _try_again(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
+        model.retry_at = now
+        model.last_failure = worker.failure or self._death(model, worker, status, stderr)
+        self._emit_failed(model, worker, 0.0, now)
+        self._want_alone(model, model.waiters[0][1].spec, now)
+
     def _failed(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         """Books a failure and answers those who wait; the first failure costs no wait, later ones double."""
         lived = now - worker.ready_at if worker.ready_at is not None else 0.0
@@ -532,8 +553,8 @@ class Scheduler(Admission):
         delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
         model.retry_at = now + delay
         model.last_failure = worker.failure or self._death(model, worker, status, stderr)
-        detail = str(model.last_failure.args[0]) if model.last_failure.args else model.last_failure.name
-        self._emit(EventType.FAILED, model, worker, now, detail=detail, retry_after=delay)
+        model.second_try = False
+        self._emit_failed(model, worker, delay, now)
         waiters, model.waiters = model.waiters, []
         for client, ask in waiters:
             self._deny(client, ask.ticket, model, now)
@@ -567,9 +588,16 @@ class Scheduler(Admission):
         if model.state is ModelState.UNLOADED and not (model.waiters or model.leases):
             self._models.pop(model.key, None)
 
+    def _emit_failed(self, model: Model, worker: Worker, delay: float, now: float) -> None:
+        assert model.last_failure is not None
+        detail = str(model.last_failure.args[0]) if model.last_failure.args else model.last_failure.name
+        self._emit(EventType.FAILED, model, worker, now, detail=detail, retry_after=delay)
+
     def _emit_unloaded(
         self, model: Model, worker: Worker, freed: Usage, now: float, detail: str | None
     ) -> None:
+        if worker.reason == "evicted":
+            self._thrash.evicted(model.key)
         since = worker.ready_at if worker.ready_at is not None else worker.started
         self._emit(
             EventType.UNLOADED,

@@ -15,7 +15,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -215,6 +215,8 @@ class Status(Message):
     memory_in_use: int = 0
     metrics: str | None = None
     """Where metrics are served: host and port."""
+    gpu_memory_limit: int | None = None
+    gpu_memory_in_use: int = 0
 
 
 class AskFate(Message):
@@ -294,19 +296,8 @@ class Drain(Message):
     """Take no new work, finish what runs, then say WorkerDrained."""
 
 
-class AskIdle(Message):
-    """Are you in use?  Answered by Idle."""
-
-
 class DrainIfIdle(Message):
     """Like Drain, if nothing runs and nobody holds the model now; else nothing happens."""
-
-
-class Idle(Message):
-    """Seconds since the last use; None: it is in use, or was not used yet."""
-
-    worker_id: int
-    seconds: float | None
 
 
 class WorkerDraining(Message):
@@ -490,8 +481,8 @@ class Draining(Message):
 
 FromClient = Acquire | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
 ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
-FromWorker = WorkerStarted | WorkerReady | WorkerFailed | Idle | WorkerDraining | WorkerDrained
-ToWorker = Load | Retime | Drain | AskIdle | DrainIfIdle | Exit
+FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | WorkerDrained
+ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
 AboutBlocks = BlockShared | BlockDropped

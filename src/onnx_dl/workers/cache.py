@@ -67,10 +67,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 def folder() -> Path:
     """Where the cache lies, by the environment."""
-    if chosen := config.settings().cache_dir:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "onnx-dl"
+    return config.cache_folder(config.settings())
 
 
 class Cache:

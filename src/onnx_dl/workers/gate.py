@@ -94,13 +94,6 @@ class Gate:
             self._closing = True
         self._wake()
 
-    def idle_for(self, now: float, touched: float = 0.0) -> float | None:
-        """Seconds since the last use; None while it is in use, not used yet, or leaving."""
-        with self._lock:
-            if self._busy() or not self._used or self._closing or self._closed:
-                return None
-            return max(0.0, now - max(self._last_used, min(touched, now)))
-
     def close_if_idle(self) -> None:
         """Takes no new work from now on, if nothing runs and nobody holds the model."""
         with self._lock:

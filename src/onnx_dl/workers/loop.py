@@ -163,9 +163,6 @@ class Worker:
                 self._gate.retime(ttl)
             case m.Drain():
                 self._gate.drain()
-            case m.AskIdle():
-                idle = self._gate.idle_for(time.monotonic(), self._last_touch())
-                self._say(m.Idle(worker_id=self._id, seconds=idle))
             case m.DrainIfIdle():
                 self._gate.close_if_idle()
             case m.Exit():

@@ -1,0 +1,135 @@
+"""What was measured of a model, and what that says of its next load."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from onnx_dl.model import Usage, group_spec
+from onnx_dl.supervisor.needs import (
+    UNLIMITED,
+    Bytes,
+    Experience,
+    Need,
+    faded,
+    identity,
+    loaded,
+    risen,
+    uses_gpu,
+)
+from tests.unit.builders import spec
+
+MB = 1 << 20
+LIMIT = Bytes(200 * MB, 100 * MB)
+
+
+def used(pss: int, peak: int = 0, gpu: int | None = None) -> Usage:
+    return Usage(pss=pss * MB, peak=peak * MB, gpu=None if gpu is None else gpu * MB)
+
+
+def need(load: int, steady: int, peak: int, gpu: int = 0, gpu_peak: int = 0) -> Need:
+    return Need(load=load * MB, steady=Bytes(steady * MB, gpu * MB), peak=Bytes(peak * MB, gpu_peak * MB))
+
+
+def test_the_first_load_tells_what_the_next_one_needs() -> None:
+    known = loaded(None, used(40, 90, gpu=30))
+    assert known == need(90, 40, 40, 30, 30)
+    assert known.to_load(LIMIT) == Bytes(90 * MB, 30 * MB)
+    assert known.in_use(LIMIT) == Bytes(40 * MB, 30 * MB)
+
+
+def test_runs_may_take_more_than_the_load() -> None:
+    known = risen(loaded(None, used(40, 90)), used(50, 120, gpu=7))
+    assert known == need(90, 40, 120, 0, 7)
+    assert known.to_load(LIMIT) == known.in_use(LIMIT) == Bytes(120 * MB, 7 * MB)
+    assert risen(known, used(45, 60)) == known
+
+
+def test_runs_that_took_more_than_there_is_refuse_nobody_and_loads_do() -> None:
+    greedy = need(90, 40, 500, 10, 500)
+    assert greedy.to_load(LIMIT) == greedy.in_use(LIMIT) == LIMIT
+    assert need(500, 40, 40).to_load(LIMIT).ram == 500 * MB
+    assert not need(90, 40, 40, gpu=101).to_load(LIMIT).fits(LIMIT)
+
+
+def test_more_counts_at_once_and_less_by_half_of_the_way() -> None:
+    known = need(100, 40, 300)
+    assert faded(known, Bytes(100 * MB)).peak.ram == 200 * MB
+    assert faded(known, Bytes(400 * MB)).peak.ram == 400 * MB
+    assert loaded(known, used(80, 60)) == need(90, 80, 300)
+    for _ in range(20):
+        known = faded(known, Bytes(50 * MB))
+    assert known.peak.ram == pytest.approx(50 * MB, rel=0.01)
+    assert faded(known, Bytes()).peak == known.steady  # never less than it takes when it does nothing
+
+
+def test_only_what_changed_is_news() -> None:
+    known = need(100, 40, 300)
+    assert known.is_news(None)
+    assert not need(103, 41, 310).is_news(known)
+    assert need(110, 40, 300).is_news(known)
+    assert need(100, 44, 300).is_news(known)
+    assert need(100, 40, 270).is_news(known)
+    assert need(100, 40, 300, gpu=1).is_news(known)
+    assert not msgspec.structs.replace(known, at=80_000.0).is_news(known)
+    assert msgspec.structs.replace(known, at=90_000.0).is_news(known)
+
+
+def test_what_this_host_measured_counts_before_what_others_did() -> None:
+    experience = Experience({"a": need(1, 1, 1), "b": need(2, 2, 2)})
+    experience.note("a", need(9, 9, 9))
+    assert (experience.of("a"), experience.of("b")) == (need(9, 9, 9), need(2, 2, 2))
+    assert experience.of("c") is None
+
+
+def test_news_is_told_once() -> None:
+    experience = Experience({"a": need(10, 10, 10)})
+    experience.note("a", need(10, 10, 10))
+    assert experience.news("a", 5.0) is None  # the store has it
+    experience.note("a", need(20, 10, 20))
+    told = experience.news("a", 6.0)
+    assert told is not None and (told.load, told.at) == (20 * MB, 6.0)
+    assert experience.news("a", 7.0) is None
+    assert experience.news("never measured", 7.0) is None
+
+
+def test_a_host_that_sees_many_models_does_not_grow_for_ever() -> None:
+    experience = Experience({})
+    for i in range(5000):
+        experience.note(str(i), need(i, i, i))
+    assert experience.of("0") is None and experience.of("4999") is not None
+
+
+@pytest.mark.parametrize(
+    ("providers", "expected"),
+    [
+        (None, False),
+        ([], False),
+        (["CPUExecutionProvider"], False),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], True),
+        ([("CUDAExecutionProvider", {"device_id": 1})], True),
+        ([["TensorrtExecutionProvider", {}], "CPUExecutionProvider"], True),
+        (["OpenVINOExecutionProvider", []], False),
+    ],
+)
+def test_who_uses_a_gpu(providers: list | None, expected: bool) -> None:
+    assert uses_gpu(spec(providers=providers)) is expected
+
+
+def test_a_group_uses_what_its_members_do() -> None:
+    cpu, cuda = spec("a", group="g"), spec("b", group="g", providers=["CUDAExecutionProvider"])
+    assert not uses_gpu(group_spec([cpu])) and uses_gpu(group_spec([cpu, cuda]))
+
+
+def test_a_group_is_known_by_its_members() -> None:
+    """Another program may have a group of the same name."""
+    assert identity("m", []) == "m"
+    assert identity("group:g", ["a", "b"]) == identity("group:g", ["b", "a"])
+    assert identity("group:g", ["a", "b"]) != identity("group:g", ["a", "c"])
+
+
+def test_sums() -> None:
+    assert sum([Bytes(1, 2), Bytes(3, 4)], Bytes()) == Bytes(4, 6)
+    assert Bytes(5, 1) - Bytes(1, 5) == Bytes(4, -4)
+    assert Bytes(1, 9).most(Bytes(2, 3)) == Bytes(2, 9) and Bytes(1, 9).least(Bytes(2, 3)) == Bytes(1, 3)
+    assert Bytes(10**15, 10**15).fits(Bytes(UNLIMITED, UNLIMITED))
