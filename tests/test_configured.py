@@ -13,6 +13,7 @@ import pytest
 
 from onnx_dl import (
     ConfigError,
+    EventType,
     InferenceSessionProxy,
     ModelHost,
     ModelState,
@@ -20,7 +21,7 @@ from onnx_dl import (
     SupervisorStartError,
 )
 from tests.contract.both import CPU, F, model, node, tensor
-from tests.waiting import eventually
+from tests.waiting import eventually, wait_for
 
 X = np.full((1, 3), 5, np.float32)
 Opened = Callable[..., ModelHost]
@@ -152,6 +153,19 @@ def test_the_environment_names_it(file: Path, monkeypatch: pytest.MonkeyPatch) -
     with ModelHost() as host:
         assert value(host.open("negate")) == -5
         assert host.snapshot().memory_limit == 3 << 30
+
+
+def test_a_limit_that_is_lowered_while_models_are_loaded(following: Opened, file: Path) -> None:
+    host = following('memory_limit = "1GiB"\n' + NEG + '[models.absolute]\npath = "Abs.onnx"\n')
+    proxies = [host.open("negate"), host.open("absolute")]
+    assert [value(proxy) for proxy in proxies] == [-5, 5]
+    with host.events() as events:
+        lower = host.snapshot().memory_in_use - (1 << 20)
+        file.write_text(f"memory_limit = {lower}\n" + file.read_text().split("\n", 1)[1])
+        gone = wait_for(events, EventType.UNLOADED)
+    assert gone.reason == "evicted"
+    assert len([status for status in host.snapshot().models if status.pid]) == 1
+    assert host.snapshot().memory_in_use <= lower
 
 
 @pytest.mark.parametrize("way", ["rewritten", "renamed over", "SIGHUP"])

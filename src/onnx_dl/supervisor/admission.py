@@ -246,8 +246,18 @@ class Admission:
                 self._idle[worker_id] = max(0.0, now - each.reading.last_used)
         self._looking = True
         self._admit(now)
+        if self._look_at is None:
+            self._shrink(now)
         self._looking = False
         self._idle = {}
+
+    def _shrink(self, now: float) -> None:
+        """The limit is lower than it was: of those who are idle, as many leave as it takes, or all."""
+        in_use, leaving, idle = self._in_use(now), self._leaving(now), self._candidates()
+        if not (in_use - leaving).fits(self._limit):
+            _, evicted = room.decide(NOTHING, self._limit, in_use, leaving, idle)
+            for worker_id in evicted or [candidate.worker_id for candidate in idle]:
+                self._order(worker_id, m.DrainIfIdle())
 
     # --- what is known ------------------------------------------------------------------------------------
 
@@ -269,9 +279,9 @@ class Admission:
         known = self._experience.of(needs.identity(model.key, model.members))
         if known is not None:
             return known.to_load(self._limit).most(model.at_least)
-        files = {ask.spec.key: ask.file_bytes for _, ask in model.waiters}  # several in a group
+        file_bytes = max((ask.file_bytes for _, ask in model.waiters), default=0)
         on_gpu = any(needs.uses_gpu(ask.spec) for _, ask in model.waiters)
-        return room.guess(sum(files.values()), self._limit, on_gpu).most(model.at_least)
+        return room.guess(file_bytes, self._limit, on_gpu).most(model.at_least)
 
     def _in_use(self, now: float) -> Bytes:
         return sum(map(self.ledger.counted, self._by_worker), self.ledger.afterglow(now))

@@ -149,6 +149,7 @@ class Scheduler(Admission):
                 if model.let_go(_HOSTS_OWN) or waiting:
                     self._after_release(model, "request", now)
         self._admit(now)
+        self._look_at = now
         return self._done()
 
     def on_client_gone(self, client: bytes, now: float) -> list[Command]:
