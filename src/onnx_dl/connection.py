@@ -62,6 +62,8 @@ class Connection:
         self.timeout = timeout
         self.context = sockets.context()
         self.closed = False
+        self.build = ""
+        """The onnxruntime of a shared host."""
         self._on_event = on_event
         self._on_end = on_end
         self._tidy = tidy
@@ -92,6 +94,7 @@ class Connection:
             raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
         answer = m.on_lifeline(received[0])
         if isinstance(answer, m.Welcome):
+            self.build = answer.build
             return lifeline
         lifeline.close()
         raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")

@@ -26,11 +26,11 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import starting
+from onnx_dl import installation, starting
 from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.config import check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
-from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError
+from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, EventType, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.rendezvous import USUAL, Place
@@ -167,7 +167,7 @@ class ModelHost:
 
     def _link(self, address: str, secret: str) -> Connection:
         models = self._models
-        return Connection(
+        connection = Connection(
             address,
             secret,
             self._settings.start_timeout,
@@ -175,6 +175,13 @@ class ModelHost:
             functools.partial(_shut_all, models),
             lambda: _tidy(models, self._buffers),
         )
+        if connection.build and connection.build != (ours := installation.build()):
+            connection.close()
+            raise SupervisorStartError(
+                f"The host {self.name!r} runs {connection.build}, this application has {ours}: results could "
+                "differ. Give connect() or ONNX_DL_HOST another name, and this application has another host."
+            )
+        return connection
 
     def preload(
         self,

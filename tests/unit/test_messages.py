@@ -42,7 +42,7 @@ EVENT = ModelEvent(seq=1, type=EventType.READY, at=1.5, model="m", key="k", work
 
 EXAMPLES = [
     m.ClientHello(version=1, secret="s", client=b"\0\xff"),
-    m.Welcome(),
+    m.Welcome(build="onnxruntime-1.31.1"),
     m.Refused(reason="no"),
     m.Blob(number=1, name="d"),
     m.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),

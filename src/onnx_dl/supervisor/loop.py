@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from onnx_dl import machine
+from onnx_dl import installation, machine
 from onnx_dl.config import Settings
 from onnx_dl.errors import ConfigError, InvalidTransition, ProtocolError
 from onnx_dl.model import ModelSpec, Usage
@@ -477,7 +477,8 @@ class Supervisor:
 
     def _welcome(self, client: _Client, hello: m.ClientHello) -> bool:
         refusal = self._refusal(hello)
-        answer = m.Refused(reason=refusal) if refusal else m.Welcome()
+        build = "" if self._place is None else installation.build()
+        answer = m.Refused(reason=refusal) if refusal else m.Welcome(build=build)
         client.lifeline.send(m.encode(answer))
         if refusal is None:
             client.identity = hello.client

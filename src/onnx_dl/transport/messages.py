@@ -84,7 +84,12 @@ class ClientHello(Message):
 
 
 class Welcome(Message):
-    """The supervisor knows the client; its control messages are heard from now on."""
+    """The supervisor knows the client; its control messages are heard from now on.
+
+    ``build``: of a shared host, the onnxruntime that its workers run.
+    """
+
+    build: str = ""
 
 
 class Refused(Message):
