@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -279,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         how, folder, setup = arguments.work
         print(json.dumps(work(how, folder, Setup(*json.loads(setup)))))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and end the child
     setup = QUICK if arguments.quick else Setup()
     results = measure(setup, arguments.rounds)
     print(table(results))
