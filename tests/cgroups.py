@@ -17,6 +17,8 @@ import pytest
 from tests.waiting import eventually
 
 _MOUNT: Final = Path("/sys/fs/cgroup")
+_SWAP: Final = ("memory.swap.max", "memory.memsw.limit_in_bytes")
+"""Not every kernel counts it."""
 
 
 def enter(group: Path) -> None:
@@ -62,8 +64,7 @@ def _make(limit: int) -> Path:
 
 def _set(group: Path, settings: dict[str, int]) -> None:
     for name, value in settings.items():
-        # Swap is not always accounted.
-        if (group / name).exists() or "swap" not in name:
+        if (group / name).exists() or name not in _SWAP:
             (group / name).write_text(str(value))
 
 
@@ -75,7 +76,14 @@ def _places(limit: int) -> Iterator[tuple[Path, dict[str, int]]]:
         if controllers == "":
             here = _MOUNT / path.lstrip("/")
             v2 = {"memory.max": limit, "memory.swap.max": 0, "memory.oom.group": 1}
-            yield from ((place, v2) for place in (here, here.parent) if (place / "memory.max").exists())
+            yield from ((place, v2) for place in (here, here.parent) if _gives_memory(place))
         elif "memory" in controllers.split(","):
             v1 = {"memory.limit_in_bytes": limit, "memory.memsw.limit_in_bytes": limit}
             yield _MOUNT / controllers / path.lstrip("/"), v1
+
+
+def _gives_memory(place: Path) -> bool:
+    """Whether groups in this one have limits of memory."""
+    with contextlib.suppress(OSError):
+        return "memory" in (place / "cgroup.subtree_control").read_text().split()
+    return False
