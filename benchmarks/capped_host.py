@@ -62,7 +62,7 @@ class Meter:
 
     def __init__(self, pid: int) -> None:
         self.points: list[tuple[float, dict[int, int]]] = []
-        """The time is that of ``time.monotonic()``, which all processes share."""
+        """The time is when it was read, by ``time.monotonic()``, which all processes share."""
         self._root = psutil.Process(pid)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -72,7 +72,8 @@ class Meter:
         while not self._stop.wait(_PAUSE):
             with contextlib.suppress(psutil.Error):  # it has just ended
                 family = [self._root, *self._root.children(recursive=True)]
-                self.points.append((time.monotonic(), {process.pid: _pss(process.pid) for process in family}))
+                by_pid = {process.pid: _pss(process.pid) for process in family}
+                self.points.append((time.monotonic(), by_pid))
 
     def stop(self) -> None:
         self._stop.set()
@@ -210,12 +211,13 @@ def _number(value: float) -> str:
 
 
 _COLORS: Final = {
-    "capped": "#1b7837",
-    "capped cached": "#7fbf7b",
     "all": "#2166ac",
     "all cached": "#92c5de",
     "lru": "#b2182b",
+    "capped": "#1b7837",
+    "capped cached": "#e6a817",
 }
+"""What is drawn last lies on top."""
 
 
 def draw(results: Sequence[dict[str, Any]], setup: Setup, target: Path) -> None:
@@ -230,7 +232,7 @@ def draw(results: Sequence[dict[str, Any]], setup: Setup, target: Path) -> None:
     )
     for way, color in _COLORS.items():
         mine = next(r for r in results if r["way"] == way)
-        look = {"color": color, "linewidth": 1.5}
+        look = {"color": color, "linewidth": 1.2, "linestyle": "--" if WAYS[way].cached else "-"}
         _draw_memory(memory, mine, look)
         shares = [100 * (i + 0.5) / mine["requests"] for i in range(mine["requests"])]
         waits.plot(shares, [1e3 * wait for wait in sorted(mine["seconds"])], **look)
