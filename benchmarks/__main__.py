@@ -16,7 +16,7 @@ from typing import Any, Final
 # Models load plainly unless it is the load cache that is measured, and the user's is left alone.
 os.environ["ONNX_DL_CACHE"] = "off"
 
-from benchmarks import breakdown, calls, caps, cold, crowd, memory, reclaim, report, spinning
+from benchmarks import breakdown, calls, capped_host, caps, cold, crowd, memory, reclaim, report, spinning
 from benchmarks.models import cases, voice_activity
 from benchmarks.report import Row
 
@@ -64,7 +64,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parts = [*_parts(None, True), "breakdown", "reclaim"]
+    parts = [*_parts(None, True), "breakdown", "reclaim", "capped"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="onnx-dl beside onnxruntime.")
     parser.add_argument(
         "--only", nargs="+", choices=parts, default=parts, metavar="NAME", help=f"of {', '.join(parts)}"
@@ -88,6 +88,12 @@ def _reclaim(quick: bool) -> list[dict[str, Any]]:
         return reclaim.measure(make_large_model(Path(folder)), 1 if quick else 3)
 
 
+def _capped(quick: bool) -> list[dict[str, Any]]:
+    if quick:
+        return capped_host.measure(capped_host.QUICK, 1)
+    return capped_host.measure(capped_host.Setup(), capped_host.ROUNDS)
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = _arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and end all children
@@ -108,8 +114,10 @@ def _measure(arguments: argparse.Namespace, rounds: int, rows: list[Row], found:
             rows += parts[name](rounds)
         elif name == "breakdown":
             found[name] = breakdown.measure(rounds)
-        else:
+        elif name == "reclaim":
             found[name] = _reclaim(arguments.quick)
+        else:
+            found[name] = _capped(arguments.quick)
         _say(f"{name}: {time.monotonic() - started:.0f} s")
 
 
@@ -120,6 +128,8 @@ def _report(arguments: argparse.Namespace, rows: list[Row], found: dict[str, Any
         print(f"\n{breakdown.table(found['breakdown'])}")
     if "reclaim" in found:
         print(f"\n{reclaim.table(found['reclaim'])}")
+    if "capped" in found:
+        print(f"\n{capped_host.table(found['capped'])}")
     found["rows"] = report.as_json(rows)
     found["machine"]["load_average_after"] = os.getloadavg()[0]
     if arguments.json:

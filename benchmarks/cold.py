@@ -71,10 +71,10 @@ def caching_host(folder: Path | None) -> ModelHost:
     return host
 
 
-def wait_for_cache(folder: Path) -> None:
-    """Until a save in the background is done."""
+def wait_for_cache(folder: Path, count: int = 1) -> None:
+    """Until so many saves in the background are done."""
     deadline = time.monotonic() + 60
-    while not Cache(folder, 1 << 40).entries():
+    while len(Cache(folder, 1 << 40).entries()) < count:
         if time.monotonic() > deadline:
             raise TimeoutError("nothing was saved")
         time.sleep(0.1)

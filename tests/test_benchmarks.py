@@ -47,3 +47,18 @@ def test_every_step_of_a_call_is_found_by_the_breakdown(tmp_path: Path) -> None:
         assert min(kind["steps"]) >= 0
         assert sum(kind["steps"]) == pytest.approx(kind["with stamps"], rel=0.5)
     assert "wake the worker" in table
+
+
+def test_a_capped_host_is_compared_with_the_other_ways(tmp_path: Path) -> None:
+    table, found = _run(tmp_path, "capped")
+    ways = {result["way"]: result for result in found["capped"]}
+    assert ways.keys() == {"capped", "capped cached", "all", "all cached", "lru"}
+    for result in ways.values():
+        assert result["loads"] >= 4 and result["peak"] > 0  # four models are asked for
+        assert result["hit_rate"] == pytest.approx(1 - result["loads"] / result["requests"])
+        assert result["p99"] >= result["load_p50"] > result["hit_p50"] > 0
+        assert 0 < result["loading"] < result["waited_for_loads"] < result["trace"]
+    assert ways["all"]["loads"] == ways["all cached"]["loads"] == 4
+    assert min(ways["capped"]["loads"], ways["lru"]["loads"]) > 4  # some had to go
+    assert ways["lru"]["peak_workers"] == 0 < ways["capped"]["peak_workers"] < ways["all"]["peak_workers"]
+    assert "load cache warm" in table

@@ -13,7 +13,7 @@ from onnx_dl.model import Usage
 from onnx_dl.supervisor import room
 from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import ForgetPeak, Remember, StartWorker
-from onnx_dl.supervisor.needs import Bytes, Need
+from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Need
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -115,6 +115,14 @@ def test_nobody_waits_for_ever(scheduler: Scheduler) -> None:
     assert (error.limit, error.in_use) == (100 * MB, 80 * MB)
     assert scheduler.next_deadline() is None
     assert [s.key for s in scheduler.snapshot(40.0)] == ["a"]
+
+
+def test_a_guess_does_not_count_on_what_pinned_models_hold(scheduler: Scheduler) -> None:
+    """What may fit beside them is tried."""
+    load(scheduler, "a", 1, 50, 0.0, pin=True)
+    ask = msgspec.structs.replace(acquire(2, 2, key="b"), file_bytes=10 * MB)
+    assert room.guess(10 * MB, Bytes(UNLIMITED, UNLIMITED)).ram > 50 * MB
+    assert [c.spec.key for c in scheduler.on_acquire(A, ask, 1.0) if isinstance(c, StartWorker)] == ["b"]
 
 
 def test_what_can_never_fit(scheduler: Scheduler) -> None:

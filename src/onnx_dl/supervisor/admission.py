@@ -281,7 +281,13 @@ class Admission:
             return known.to_load(self._limit).most(model.at_least)
         file_bytes = max((ask.file_bytes for _, ask in model.waiters), default=0)
         on_gpu = any(needs.uses_gpu(ask.spec) for _, ask in model.waiters)
-        return room.guess(file_bytes, self._limit, on_gpu).most(model.at_least)
+        left = (self._limit - self._pinned()).most(NOTHING)
+        return room.guess(file_bytes, left, on_gpu).most(model.at_least)
+
+    def _pinned(self) -> Bytes:
+        """What will not make room, so that a guess must not count on it."""
+        pinned = (worker_id for worker_id, model in self._by_worker.items() if model.pins)
+        return sum(map(self.ledger.counted, pinned), NOTHING)
 
     def _in_use(self, now: float) -> Bytes:
         return sum(map(self.ledger.counted, self._by_worker), self.ledger.afterglow(now))
