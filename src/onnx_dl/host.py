@@ -135,6 +135,17 @@ class ModelHost:
         self._teller.start()
         return self._connection
 
+    def _present(self) -> Connection | None:
+        """The live connection, after a restart to the next host if there is one by now.  Starts nothing."""
+        connection = self._connection
+        if connection is None or not connection.closed:
+            return connection
+        if self.name is None or not starting.runs(self.name):
+            return None
+        with self._lock, contextlib.suppress(SupervisorError):
+            return self._connect()
+        return None
+
     def _link(self, address: str, secret: str) -> Connection:
         models = self._models
         return Connection(
@@ -210,11 +221,14 @@ class ModelHost:
         if self.name is None:
             self.close()
             return
-        with self._lock, contextlib.suppress(SupervisorDied):
-            patience = self._settings.exit_grace + _FAREWELL
-            self._connect().ask(lambda ticket: m.Shutdown(ticket=ticket), patience)
+        connection = self._present()
+        if connection is not None:
+            with contextlib.suppress(SupervisorDied):
+                patience = self._settings.exit_grace + _FAREWELL
+                connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience)
         self.close()
-        starting.await_end(self.name, _FAREWELL)
+        if connection is not None:  # calls that waited may have started the next one
+            starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
     def _bury(self) -> None:
         """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
@@ -320,8 +334,7 @@ class ModelHost:
         Raises:
             TimeoutError: calls still ran after ``timeout`` seconds; the unload happens when they end.
         """
-        connection = self._connection
-        if connection is None or connection.closed:
+        if (connection := self._present()) is None:
             return False
         names = {model, os.path.abspath(model)}
         keys = [status.key for status in self.snapshot().models if status.model in names]
@@ -355,10 +368,14 @@ class ModelHost:
 
     def snapshot(self) -> Snapshot:
         """All models now, measured now.  Starts and loads nothing and touches no timer."""
-        connection = self._connection
-        if connection is None or connection.closed:
-            return Snapshot(seq=0, supervisor_pid=None, models=[])
-        status = connection.ask(lambda ticket: m.AskStatus(ticket=ticket))
+        try:
+            if (connection := self._present()) is None:
+                return Snapshot(seq=0, supervisor_pid=None, models=[])
+            status = connection.ask(lambda ticket: m.AskStatus(ticket=ticket))
+        except SupervisorDied:
+            if self.name is None:
+                raise
+            return self.snapshot()  # there may be another
         return Snapshot(
             status.seq,
             status.supervisor_pid,
