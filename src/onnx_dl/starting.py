@@ -76,8 +76,8 @@ def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, star
         if waited >= settings.start_timeout + _RESTART:
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
-                f"its log is {place.log}. If it runs in a container or network namespace of its own, it serves "
-                "only applications there."
+                f"its log is {place.log}. If it runs in a container or network namespace of its own, it "
+                "serves only applications there."
             )
         if absent:
             _start_shared(place, settings)
