@@ -1,4 +1,4 @@
-"""A web server that forks four workers of a program that made a proxy: one copy of the model serves them all."""
+"""A web server forks four workers of a program that made a proxy: one copy of the model serves them all."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ def ask(path: Path, value: int) -> tuple[int, float, int]:
         request.close()
 
 
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 def pss(pid: int) -> int:
     return psutil.Process(pid).memory_full_info().pss
 
@@ -100,12 +105,12 @@ def server(runtime: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, cwd=tmp_path, env=environment)
     yield process
     if process.poll() is None:
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(2 * DEADLINE)
 
 
 def test_four_workers_and_one_copy(server: subprocess.Popen[bytes], runtime: Path) -> None:
-    eventually((runtime / "web").exists, "gunicorn listens", 4 * DEADLINE)
+    eventually(lambda: listens(runtime / "web"), "gunicorn listens", 4 * DEADLINE)
     answers: dict[int, set[int]] = {}
 
     def all_have_answered() -> bool:
@@ -124,15 +129,12 @@ def test_four_workers_and_one_copy(server: subprocess.Popen[bytes], runtime: Pat
     assert with_model == [model_pid]
     shared = pss(model_pid)
     applications = sum(map(pss, answers))
-    print(
-        f"\nPSS: the one copy {shared >> 20} MB; four copies would take {WORKERS * shared >> 20} MB at least"
-    )
-    print(
-        f"all of gunicorn's workers {applications >> 20} MB, all of ours {sum(pss(p.pid) for p in ours) >> 20} MB"
-    )
+    total = sum(pss(process.pid) for process in ours)
+    print(f"\nPSS: the one copy {shared >> 20} MB, four would take {WORKERS * shared >> 20} MB;")
+    print(f"all of ours together {total >> 20} MB, gunicorn's workers {applications >> 20} MB")
     # No application has weights of its own, and all processes of ours together take less than two copies.
     assert all(pss(pid) < SIZE * MB for pid in answers)
-    assert sum(pss(p.pid) for p in ours) < 2 * shared < WORKERS * SIZE * MB
+    assert total < 2 * shared < WORKERS * SIZE * MB
     server.send_signal(signal.SIGTERM)
     assert server.wait(2 * DEADLINE) == 0
     eventually(lambda: {p.pid for p in belonging(runtime)} & set(answers) == set(), "gunicorn's workers end")
