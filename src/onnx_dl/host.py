@@ -114,8 +114,11 @@ class ModelHost:
         with self._lock:
             self._connect()
 
-    def _connect(self) -> Connection:
-        """The live connection, to a new supervisor if there is none.  Called with the lock held."""
+    def _connect(self, *, start: bool = True) -> Connection:
+        """The live connection, to a new supervisor if there is none.  Called with the lock held.
+
+        ``start``: whether a shared one may be started.
+        """
         if self._connection is not None and not self._connection.closed:
             return self._connection
         if sys.is_finalizing() or _exiting:
@@ -125,7 +128,8 @@ class ModelHost:
         self._events = queue.SimpleQueue()
         self._blobs = weakref.WeakValueDictionary()
         if self.name is not None:
-            self._connection = starting.reach(self.name, self._settings, self._link, start=self._starts)
+            start = start and self._starts
+            self._connection = starting.reach(self.name, self._settings, self._link, start=start)
         else:
             self._process, address, secret = starting.start_private(self._settings)
             self._connection = self._link(address, secret)
@@ -143,7 +147,7 @@ class ModelHost:
         if self.name is None or not starting.runs(self.name):
             return None
         with self._lock, contextlib.suppress(SupervisorError):
-            return self._connect()
+            return self._connect(start=False)
         return None
 
     def _link(self, address: str, secret: str) -> Connection:
