@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -67,10 +68,8 @@ def end(pid: int | None) -> None:
         fd = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(fd, signal.SIGTERM)
-            psutil.wait_procs([psutil.Process(pid)], DEADLINE / 2)
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
+            if not select.select([fd], [], [], DEADLINE / 2)[0]:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
         finally:
             os.close(fd)
 

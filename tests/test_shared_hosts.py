@@ -471,8 +471,12 @@ def test_stop_while_others_want_more(spinning: str, path: str, monkeypatch: pyte
     before = supervisor_pid(host)
     running = Threads(lambda: slow.run(None, {"x": X, "n": FOR_EVER}))
     begun(host)
-    calls = Threads(host.stop, *[lambda: [twice(quick) for _ in range(50)]] * 2)
-    assert calls.join() == [None, [2] * 50, [2] * 50]
+    began = time.monotonic()
+    stop = Threads(host.stop)
+    calls = Threads(*[lambda: [twice(quick) for _ in range(50)]] * 2)
+    assert stop.join() == [None]
+    assert time.monotonic() - began < 0.5 + hosts._FAREWELL  # nor is anything of the next one awaited
+    assert calls.join() == [[2] * 50, [2] * 50]
     assert isinstance(running.join()[0], WorkerDied | SupervisorDied)
     assert ended(before)
 

@@ -207,11 +207,12 @@ class ModelHost:
                 connection.close()
             self._bury()
             self._buffers.trim()
+            teller = self._teller  # a thread that finds the next host makes another
         if connection is not None:
             # Without the lock: a thread that looks for the next host waits for it, and this for that thread.
             connection.close()
-        if self._teller is not None and self._teller is not threading.current_thread():
-            self._teller.join(_FAREWELL)
+        if teller is not None and teller is not threading.current_thread():
+            teller.join(_FAREWELL)
         self._bus.close()
 
     def stop(self) -> None:
