@@ -111,6 +111,8 @@ class RemoteModel:
         self._blobs = blobs
         self._lock = threading.Lock()  # brief: guards what follows
         self._granted: m.Granted | None = None
+        self._grantor = connection
+        """To the host whose worker that is; the present connection may be another by now."""
         self._lanes: list[ClientLane] = []
         self._holds = 0
         self._acquiring = threading.Lock()  # long: one thread at a time asks for a worker
@@ -239,11 +241,11 @@ class RemoteModel:
                 return
         self._forget(lane.granted)
         lane.close()
-        self._ask_fate(lane.granted)
+        self._ask_fate(lane.origin, lane.granted)
 
     def terminate(self, lane: ClientLane) -> None:
         """Has the worker end the call that this lane waits for, as soon as the model lets it."""
-        other = self._open_lane(lane.granted)
+        other = self._lane_at(lane.origin, lane.granted)
         if other is None:  # the worker is gone, and the call with it
             return
         try:
@@ -251,10 +253,13 @@ class RemoteModel:
         finally:
             other.close()
 
-    def _ask_fate(self, granted: m.Granted) -> None:
-        """The worker went without an answer.  Returns if it had drained, so that it never began the call."""
+    def _ask_fate(self, connection: Connection, granted: m.Granted) -> None:
+        """The worker went without an answer.  Returns if it had drained, so that it never began the call.
+
+        Only the host that granted it knows: another one's workers have the same numbers.
+        """
         try:
-            fate = self.connection.ask(lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id))
+            fate = connection.ask(lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id))
         except TimeoutError:
             raise WorkerDied(
                 f"The worker of {self.spec.name} (pid {granted.pid}) stopped answering.", pid=granted.pid
@@ -295,14 +300,19 @@ class RemoteModel:
         return None
 
     def _open_lane(self, granted: m.Granted, latency: str = "normal") -> ClientLane | None:
+        with self._lock:
+            connection = self._grantor if self._granted is granted else None
+        return None if connection is None else self._lane_at(connection, granted, latency)
+
+    def _lane_at(
+        self, connection: Connection, granted: m.Granted, latency: str = "normal"
+    ) -> ClientLane | None:
         try:
-            return ClientLane(
-                self.connection.context,
-                granted,
-                self.connection.timeout,
-                over_zmq=self._over_zmq,
-                latency=latency,
+            lane = ClientLane(
+                connection.context, granted, connection.timeout, over_zmq=self._over_zmq, latency=latency
             )
+            lane.origin = connection
+            return lane
         except (ConnectionError, FileNotFoundError, TimeoutError, ProtocolError):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 
@@ -333,27 +343,27 @@ class RemoteModel:
                 return granted
             if lease.closed:
                 raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
-            answer = self._ask_until_served(lease)
-            granted = self._accept(lease, answer)
+            connection, answer = self._ask_until_served(lease)
+            granted = self._accept(lease, answer, connection)
         if not lease.told:
             lease.told = True
             remarks.repeat(answer.description.details.get("remarks"))
         return granted
 
-    def _ask_until_served(self, lease: Lease) -> m.Granted:
-        """The answer of this host, or of the one that comes after it."""
+    def _ask_until_served(self, lease: Lease, *, for_host: bool = False) -> tuple[Connection, m.Granted]:
+        """The answer of this host, or of the one that comes after it.  Called while acquiring."""
         deadline = time.monotonic() + self._load_timeout + self._room_timeout + _LOAD_MARGIN
         while True:
             connection = self.connection
             try:
-                return self._ask_for_worker(connection, lease)
+                return connection, self._ask_for_worker(connection, lease, for_host=for_host)
             except (SupervisorDied, HostClosing):
                 # Nothing ran yet, so it may be asked for again.
                 if self._renew is None or time.monotonic() >= deadline:
                     raise
                 self._renew(self, connection)
 
-    def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool = False) -> m.Granted:
+    def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool) -> m.Granted:
         companions = [model for model in self._companions() if model is not self]
         try:
             answer = connection.ask(
@@ -385,7 +395,8 @@ class RemoteModel:
 
         Raises: what the first call would raise.
         """
-        self._ask_for_worker(self.connection, lease, for_host=True)
+        with self._acquiring:
+            self._ask_until_served(lease, for_host=True)
 
     def _file_bytes(self) -> int:
         """Of the model's files, those beside it included; 0 where they cannot be looked at."""
@@ -393,18 +404,19 @@ class RemoteModel:
         beside = bytes_of(os.path.join(self.spec.cwd, path)) if path else 0
         return beside + sum(blob.nbytes for blob in self._blobs)
 
-    def _accept(self, lease: Lease, answer: m.Granted) -> m.Granted:
+    def _accept(self, lease: Lease, answer: m.Granted, connection: Connection) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""
         with self._lock:
             stale: list[ClientLane] = []
             if self._granted is None or self._granted.address != answer.address:
                 self._granted, stale, self._lanes = answer, self._lanes, []
+                self._grantor = connection
             granted = lease.granted = self._granted
             self.description = answer.description
         for lane in stale:
             lane.close()
         if lease.closed:  # closed while it waited: it must not keep what it just got
-            self.connection.tell(m.Release(proxy=lease.id))
+            connection.tell(m.Release(proxy=lease.id))
         if self._holds:
             self._hold_with(granted)
         return granted

@@ -60,7 +60,6 @@ class Connection:
             SupervisorStartError: who answers refuses us.
         """
         self.timeout = timeout
-        self.context = sockets.context()
         self.closed = False
         self.build = ""
         """The onnxruntime of a shared host."""
@@ -71,6 +70,7 @@ class Connection:
         self._identity = secrets.token_bytes(16)
         self._lifeline = self._greet(f"{address}/lifeline", secret)
         self.supervisor_pid = self._lifeline.peer_pid()
+        self.context = sockets.context()  # not before somebody answered: it must be ended
         self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
         self._waker = Waker()
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -139,7 +139,12 @@ class Connection:
             The number by which DropBlob names it.
         """
         number = next(self._tickets)
-        self._lifeline.send(m.encode(m.Blob(number=number, name=name)), (fd,))
+        try:
+            self._lifeline.send(m.encode(m.Blob(number=number, name=name)), (fd,))
+        except OSError:
+            if not self.closed:
+                raise
+            # It ended meanwhile, which whoever asks for the model hears.
         return number
 
     def close(self) -> None:

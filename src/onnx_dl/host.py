@@ -144,8 +144,11 @@ class ModelHost:
         with self._lock:
             self._connect()
 
-    def _connect(self) -> Connection:
-        """The live connection, to a new supervisor if there is none.  Called with the lock held."""
+    def _connect(self, *, start: bool = True) -> Connection:
+        """The live connection, to a new supervisor if there is none.  Called with the lock held.
+
+        ``start``: whether a shared one may be started.
+        """
         if self._connection is not None and not self._connection.closed:
             return self._connection
         if sys.is_finalizing() or _exiting:
@@ -155,7 +158,8 @@ class ModelHost:
         self._events = queue.SimpleQueue()
         self._blobs = weakref.WeakValueDictionary()
         if self.name is not None:
-            self._connection = starting.reach(self.name, self._settings, self._link, start=self._starts)
+            start = start and self._starts
+            self._connection = starting.reach(self.name, self._settings, self._link, start=start)
         else:
             self._process, address, secret = starting.start_private(self._settings, self._firm)
             self._connection = self._link(address, secret)
@@ -164,6 +168,17 @@ class ModelHost:
         )
         self._teller.start()
         return self._connection
+
+    def _present(self) -> Connection | None:
+        """The live connection, after a restart to the next host if there is one by now.  Starts nothing."""
+        connection = self._connection
+        if connection is None or not connection.closed:
+            return connection
+        if self.name is None or not starting.runs(self.name):
+            return None
+        with self._lock, contextlib.suppress(SupervisorError):
+            return self._connect(start=False)
+        return None
 
     def _link(self, address: str, secret: str) -> Connection:
         models = self._models
@@ -229,11 +244,12 @@ class ModelHost:
                 connection.close()
             self._bury()
             self._buffers.trim()
+            teller = self._teller  # a thread that finds the next host makes another
         if connection is not None:
             # Without the lock: a thread that looks for the next host waits for it, and this for that thread.
             connection.close()
-        if self._teller is not None and self._teller is not threading.current_thread():
-            self._teller.join(_FAREWELL)
+        if teller is not None and teller is not threading.current_thread():
+            teller.join(_FAREWELL)
         self._bus.close()
 
     def stop(self) -> None:
@@ -247,11 +263,14 @@ class ModelHost:
         if self.name is None:
             self.close()
             return
-        with self._lock, contextlib.suppress(SupervisorDied):
-            patience = self._settings.exit_grace + _FAREWELL
-            self._connect().ask(lambda ticket: m.Shutdown(ticket=ticket), patience)
+        connection = self._present()
+        if connection is not None:
+            with contextlib.suppress(SupervisorDied):
+                patience = self._settings.exit_grace + _FAREWELL
+                connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience)
         self.close()
-        starting.await_end(self.name, _FAREWELL)
+        if connection is not None:  # calls that waited may have started the next one
+            starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
     def _bury(self) -> None:
         """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
@@ -385,8 +404,7 @@ class ModelHost:
         Raises:
             TimeoutError: calls still ran after ``timeout`` seconds; the unload happens when they end.
         """
-        connection = self._connection
-        if connection is None or connection.closed:
+        if (connection := self._present()) is None:
             return False
         names = {model, os.path.abspath(model)}
         if self._has_names:
@@ -424,10 +442,14 @@ class ModelHost:
 
     def snapshot(self) -> Snapshot:
         """All models now, measured now.  Starts and loads nothing and touches no timer."""
-        connection = self._connection
-        if connection is None or connection.closed:
-            return Snapshot(seq=0, supervisor_pid=None, models=[])
-        status = connection.ask(lambda ticket: m.AskStatus(ticket=ticket))
+        try:
+            if (connection := self._present()) is None:
+                return Snapshot(seq=0, supervisor_pid=None, models=[])
+            status = connection.ask(lambda ticket: m.AskStatus(ticket=ticket))
+        except SupervisorDied:
+            if self.name is None:
+                raise
+            return self.snapshot()  # there may be another
         return Snapshot(
             status.seq,
             status.supervisor_pid,

@@ -93,9 +93,11 @@ class Place:
         fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(fd)
-            return False
+            if isinstance(error, BlockingIOError | PermissionError):  # either says that another has it
+                return False
+            raise
         return True
 
     def publish(self, address: str, secret: str, *, kept: bool) -> None:
@@ -137,7 +139,8 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
         return
     # cron and su have no XDG_RUNTIME_DIR, but shall find what a login started.
     for folder in (environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}"):
-        if folder and os.path.isdir(folder):
+        # su may leave it that of another user, who would then be shut out of what root made there.
+        if folder and os.path.isdir(folder) and os.stat(folder).st_uid == os.getuid():
             yield Path(folder) / "onnx-dl"
     for folder in (environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
         if folder:
@@ -145,6 +148,8 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _private(path: Path) -> Path:
+    if not path.is_absolute():  # it would be another one for each process, and for the host in any case
+        raise FileNotFoundError(0, "is not an absolute path")
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()  # not what a link of somebody else's points to

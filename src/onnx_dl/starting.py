@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -73,30 +74,37 @@ def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, star
                 return link(record.address, record.secret)
         waited = time.monotonic() - began
         # One that somebody looks after is about to be there again.
-        if holder is None and not (record is not None and record.kept and waited < _RESTART):
-            if not start:
-                raise SupervisorError(no_host(name))
-            _start_shared(place, settings)
-        elif waited >= settings.start_timeout:
+        absent = holder is None and not (record is not None and record.kept and waited < _RESTART)
+        if absent and not start:
+            raise SupervisorError(no_host(name))
+        if waited >= settings.start_timeout + _RESTART:
             raise SupervisorStartError(
-                f"The host {name!r} (pid {holder}) does not answer; its log is {place.log}. If it runs in a "
-                "container or network namespace of its own, it serves only applications there."
+                f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
+                f"its log is {place.log}. If it runs in a container or network namespace of its own, it "
+                "serves only applications there."
             )
+        if absent:
+            _start_shared(place, settings)
         else:
             time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
 
-def await_end(name: str, patience: float) -> None:
-    """Returns when no host of this name runs.
+def runs(name: str) -> bool:
+    """Whether there is a host of this name now."""
+    return Place(name).holder() is not None
+
+
+def await_end(name: str, pid: int, patience: float) -> None:
+    """Returns when this process is not the host of this name; the next one may be there already.
 
     Raises:
         TimeoutError: it still does after so many seconds.
     """
     place = Place(name)
     deadline = time.monotonic() + patience
-    while (holder := place.holder()) is not None:
+    while place.holder() == pid:
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"The host {name!r} (pid {holder}) is still there after {patience:g} seconds.")
+            raise TimeoutError(f"The host {name!r} (pid {pid}) is still there after {patience:g} seconds.")
         time.sleep(_LOOK_EVERY)
 
 
@@ -180,9 +188,10 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, orders: bytes, ti
             return said == _READY
     finally:
         os.close(ready)
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the group: one in the background is a child of this process
     status = process.wait()
     raise SupervisorStartError(
         said.decode(errors="replace")
-        or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr, above, says why."
+        or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr says why."
     )

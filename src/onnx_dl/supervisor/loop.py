@@ -200,11 +200,16 @@ class Supervisor:
         if self._place is None:
             if signal.SIGTERM in signals or (signal.SIGHUP in signals and self._file is None):
                 self._carry_out(self._scheduler.on_abandoned(now))
-        elif signals & {signal.SIGTERM, signal.SIGINT}:
+        elif signals & self._endings():
             # SIGTERM is a service manager's, which may start the next one; a second signal does not wait.
-            self._returns = self._foreground and signal.SIGINT not in signals
+            self._returns = self._foreground and not signals & {signal.SIGINT, signal.SIGHUP}
             again = self._scheduler.closing
             self._carry_out(self._scheduler.on_abandoned(now) if again else self._scheduler.on_stop(now))
+
+    def _endings(self) -> set[int]:
+        """The signals that end a shared host.  That of a closed terminal does where it means nothing else."""
+        closed = {signal.SIGHUP} if self._foreground and self._file is None else set()
+        return {signal.SIGTERM, signal.SIGINT} | closed
 
     def _reload(self, *, asked: bool) -> None:
         if self._file is not None and self._file.refresh(asked=asked) and not self._scheduler.closing:
@@ -256,7 +261,8 @@ class Supervisor:
                     self._store.put(key, need)
                 case Emit(event):
                     if self._foreground:
-                        print(event, flush=True)
+                        with contextlib.suppress(OSError):  # nobody reads it any more
+                            print(event, flush=True)
                     self._metrics.on_event(event)
                     for known in self._clients:
                         if known.identity is not None:
@@ -274,7 +280,17 @@ class Supervisor:
 
     def spawn_failed(self, worker_id: int, reason: str) -> None:
         self._forget(worker_id)
-        self._carry_out(self._scheduler.on_spawn_failed(worker_id, reason, time.monotonic()))
+        self._carry_out(self._scheduler.on_spawn_failed(worker_id, self._explain(reason), time.monotonic()))
+
+    def _explain(self, reason: str) -> str:
+        """With what stands in the log of a host in the background, which the application does not see."""
+        if self._place is None or self._foreground:
+            return reason
+        with contextlib.suppress(OSError):
+            reason += (
+                f". The end of {self._place.log}:\n{self._place.log.read_text(errors='replace')[-2000:]}"
+            )
+        return reason
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
@@ -476,6 +492,8 @@ class Supervisor:
         return False
 
     def _welcome(self, client: _Client, hello: m.ClientHello) -> bool:
+        if self._scheduler.closing:  # without a word: the next host is for it, in a moment
+            return False
         refusal = self._refusal(hello)
         build = "" if self._place is None else installation.build()
         answer = m.Refused(reason=refusal) if refusal else m.Welcome(build=build)
@@ -518,7 +536,8 @@ def _signals(foreground: bool) -> int:
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+            signal.signal(number, lambda *_: None)
     if not foreground:
         signal.signal(
             signal.SIGINT, signal.SIG_IGN

@@ -78,6 +78,8 @@ class ClientLane(Lane):
             OSError: the worker is gone, or did not answer within ``timeout`` seconds.
         """
         self.granted = granted
+        self.origin: Any = None
+        """Who granted it, if whoever opens the lane wants to know that later."""
         self.latency = latency
         handover = Handover(Channel.connect(granted.address, timeout), m.lane_reply, keep_descriptors=True)
         polls = latency == "low" and not over_zmq and len(os.sched_getaffinity(0)) > 1

@@ -82,6 +82,8 @@ class WorkerLane(Lane):
         """
         self._requests += 1
         request = self._calls.next()
+        if self._handover.mappings.page is None:  # over ZeroMQ the first request may overtake it
+            self._handover.is_dead()
         if (page := self._handover.mappings.page) is not None and request is not None:
             page.begin()
         return request - AGAIN if type(request) is int else request
