@@ -52,6 +52,14 @@ def build() -> str:
     return "+".join(sorted(f"{name}-{version}" for name, version in distributions().items())) or "none"
 
 
+def version() -> str:
+    """Ours; ``unknown`` in a bundle that left the packages' metadata out."""
+    try:
+        return importlib.metadata.version("onnx-dl")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def distributions() -> dict[str, str]:
     """Versions of the installed distributions that provide the onnxruntime package, by name."""
     return {
