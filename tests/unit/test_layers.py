@@ -171,6 +171,7 @@ def test_sockets_are_imported_by_transport_only():
         "supervisor.needs",
         "supervisor.records",
         "supervisor.room",
+        "supervisor.saving",
         "supervisor.scheduler",
         "supervisor.thrash",
         "workers.gate",

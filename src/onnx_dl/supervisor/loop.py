@@ -27,9 +27,11 @@ from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import (
     Command,
     Emit,
+    EndSaver,
     ForgetPeak,
     KillWorker,
     Remember,
+    StartSaver,
     StartWorker,
     TellClient,
     TellWorker,
@@ -40,6 +42,7 @@ from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.records import HOST
+from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
@@ -259,6 +262,10 @@ class Supervisor:
                         self._meter().forget_peak(pid)
                 case Remember(key, need):
                     self._store.put(key, need)
+                case StartSaver(wish):
+                    self._start_saver(wish)
+                case EndSaver():
+                    self._processes.end_saver()
                 case Emit(event):
                     if self._foreground:
                         with contextlib.suppress(OSError):  # nobody reads it any more
@@ -303,6 +310,19 @@ class Supervisor:
         )
         self._carry_out(commands)
 
+    def _start_saver(self, wish: Wish) -> None:
+        blob = None if wish.blob is None else self._blob(wish.blob)
+        started = False
+        if wish.blob is None or blob is not None:  # else the application that gave it is gone
+            with contextlib.suppress(OSError):  # out of processes or memory: the next load asks again
+                self._processes.start_saver(wish.order, blob, wish.need.ram)
+                started = True
+        if not started:
+            self.saver_ended(0)
+
+    def saver_ended(self, status: int) -> None:
+        self._carry_out(self._scheduler.on_saver_ended(status, time.monotonic()))
+
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)
         self._workers.pop(self._identities.pop(worker_id), None)
@@ -329,6 +349,8 @@ class Supervisor:
                 if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
                     self._meter().loaded(pid)
                 return scheduler.on_ready(message, self._measure(worker_id), now)
+            case m.Saveable():
+                return scheduler.on_saveable(message, now)
             case m.WorkerFailed():
                 return scheduler.on_load_failed(message, now)
             case m.WorkerDraining():

@@ -17,7 +17,7 @@ from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.transport import failures
 from onnx_dl.workers import backend as backends
-from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.backend import Backend, Save
 
 
 class Group:
@@ -33,9 +33,8 @@ class Group:
             failed=dict(self._failed),
         )
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
-        for member in self.members.values():
-            member.ready(seconds, blobs)
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
+        return [save for member in self.members.values() for save in member.ready(seconds, blobs)]
 
     def run(self, *_: Any) -> Any:
         raise EngineError("A group has no run() of its own; a lane names one of its models.")

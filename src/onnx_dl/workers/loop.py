@@ -99,7 +99,8 @@ class Worker:
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            backend.ready(loaded - started, blobs)
+            for save in backend.ready(loaded - started, blobs):
+                self._say(m.Saveable(worker_id=self._id, **save._asdict()))
         sockets.close_all(self._blobs)
         with contextlib.closing(listener):
             self._attend(listener, backend)
