@@ -125,7 +125,7 @@ class Model:
         return Terms(longest, any(each.pin for each in own), max(each.priority for each in own))
 
     def serves(self, ask: m.Acquire) -> bool:
-        """Whether the present worker was started with this model among others, or for it alone."""
+        """Whether the present or last worker was started with this model among others, or for it alone."""
         return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
 
     def grant(self, lease: tuple[bytes, int], ttl: float, pin: bool, priority: int) -> None:

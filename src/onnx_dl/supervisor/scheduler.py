@@ -81,7 +81,7 @@ class Scheduler(Admission):
         elif model.state is ModelState.READY:
             model.waiters.append((client, ask))
             self._drain(model, "regrouped", now)
-        elif model.state is ModelState.FAILED and now < model.retry_at:
+        elif model.state is ModelState.FAILED and now < model.retry_at and model.serves(ask):
             self._deny(client, ask.ticket, model, now)
         else:
             model.waiters.append((client, ask))
@@ -548,7 +548,8 @@ class Scheduler(Admission):
         self._want_alone(model, model.waiters[0][1].spec, now)
 
     def _failed(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
-        """Books a failure and answers those who wait; the first failure costs no wait, later ones double."""
+        """Books a failure and answers those who wait, but for members of a group that were not in this load;
+        the first failure costs no wait, later ones double."""
         lived = now - worker.ready_at if worker.ready_at is not None else 0.0
         model.failures = 1 if lived > self._settings.stable_after else model.failures + 1
         delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
@@ -556,8 +557,9 @@ class Scheduler(Admission):
         model.last_failure = worker.failure or self._death(model, worker, status, stderr)
         model.second_try = False
         self._emit_failed(model, worker, delay, now)
-        waiters, model.waiters = model.waiters, []
-        for client, ask in waiters:
+        failed = [(client, ask) for client, ask in model.waiters if model.serves(ask)]
+        model.waiters = [waiter for waiter in model.waiters if waiter not in failed]
+        for client, ask in failed:
             self._deny(client, ask.ticket, model, now)
 
     def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:

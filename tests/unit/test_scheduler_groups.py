@@ -1,0 +1,74 @@
+"""The scheduler: models of one group, which have one worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from onnx_dl.model import ModelDescription, ModelSpec
+from onnx_dl.supervisor.commands import Command
+from onnx_dl.transport import failures
+from onnx_dl.transport import messages as m
+from tests.unit.builders import USAGE, A, B, Rig, failed, ready, spec, starts, told
+
+
+def member(key: str, **fields: Any) -> ModelSpec:
+    return spec(key, group="g", **fields)
+
+
+def ask(ticket: int, key: str, *companions: str, proxy: int = 1, **fields: Any) -> m.Acquire:
+    others = [member(other) for other in companions]
+    return m.Acquire(ticket=ticket, proxy=proxy, spec=member(key), companions=others, ttl=-1.0, **fields)
+
+
+def loaded(*keys: str, worker_id: int = 1, broken: tuple[str, ...] = ()) -> m.WorkerReady:
+    """The group's worker is ready with these."""
+    failure = msgspec.to_builtins(failures.describe(ValueError("not a model")))
+    description = ModelDescription(
+        members={key: ModelDescription() for key in keys}, failed=dict.fromkeys(broken, failure)
+    )
+    return msgspec.structs.replace(ready(worker_id), description=description)
+
+
+def begun(rig: Rig, commands: list[Command]) -> list[list[str]]:
+    """The members of each worker that is started by these, which has a process afterwards."""
+    for command in starts(commands):
+        rig.scheduler.on_spawned(command.worker_id, 100 + command.worker_id)
+        rig.scheduler.on_started(command.worker_id)
+    return [[each.key for each in command.spec.members] for command in starts(commands)]
+
+
+def tickets(commands: list[Command], kind: type[m.Message]) -> list[int]:
+    return [message.ticket for message in told(commands, kind)]
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+# --- members that do not load ----------------------------------------------------------------------------
+
+
+def test_who_comes_while_a_broken_one_loads_alone_gets_a_load_of_its_own(rig):
+    s = rig.scheduler
+    assert begun(rig, s.on_acquire(A, ask(1, "bad"), 0.0)) == [["bad"]]
+    s.on_acquire(B, ask(2, "good"), 0.1)
+    s.on_load_failed(failed(), 0.2)
+    commands = s.on_exited(1, 0, "", 0.3)
+    assert tickets(commands, m.Denied) == [1]
+    assert begun(rig, commands) == [["bad", "good"]]
+    commands = s.on_ready(loaded("good", worker_id=2, broken=("bad",)), USAGE, 0.4)
+    assert tickets(commands, m.Granted) == [2]
+
+
+def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
+    s = rig.scheduler
+    for number in (1, 2):
+        begun(rig, s.on_acquire(A, ask(number, "bad"), number))
+        s.on_load_failed(failed(number), number + 0.1)
+        s.on_exited(number, 0, "", number + 0.2)
+    assert tickets(s.on_acquire(A, ask(3, "bad"), 2.3), m.Denied) == [3]
+    assert begun(rig, s.on_acquire(B, ask(4, "good"), 2.4)) == [["bad", "good"]]
