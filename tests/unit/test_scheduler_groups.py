@@ -9,9 +9,10 @@ import pytest
 
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.supervisor.commands import Command
+from onnx_dl.supervisor.records import HOST, Terms
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
-from tests.unit.builders import USAGE, A, B, Rig, failed, ready, spec, starts, told
+from tests.unit.builders import SETTINGS, USAGE, A, B, Rig, failed, ready, spec, starts, told
 
 
 def member(key: str, **fields: Any) -> ModelSpec:
@@ -72,3 +73,29 @@ def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
         s.on_exited(number, 0, "", number + 0.2)
     assert tickets(s.on_acquire(A, ask(3, "bad"), 2.3), m.Denied) == [3]
     assert begun(rig, s.on_acquire(B, ask(4, "good"), 2.4)) == [["bad", "good"]]
+
+
+# --- the terms of the host's file -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [("keep", "brief"), ("brief", "keep")])
+def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
+    """The longest TTL, the highest priority, pinned if one is; not what the last one says."""
+    s = rig.scheduler
+    terms = {"keep": Terms(-1.0, True, 3), "brief": Terms(60.0, False, 5)}
+    s.on_configured(SETTINGS, terms, {"group:g": [member("keep"), member("brief")]}, 0.0)
+    for key in order:
+        own = terms[key]
+        wanted = m.Acquire(
+            ticket=0,
+            proxy=0,
+            spec=member(key),
+            ttl=own.ttl,
+            pin=own.pin,
+            priority=own.priority,
+            for_host=True,
+        )
+        begun(rig, s.on_acquire(HOST, wanted, 0.0))
+    s.on_ready(loaded("keep", "brief"), USAGE, 1.0)
+    (status,) = s.snapshot(1.0)
+    assert (status.ttl, status.pinned, status.priority, status.leases) == (-1.0, True, 5, 1)

@@ -444,7 +444,7 @@ class Scheduler(Admission):
             return
         model.grant(_HOSTS_OWN if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
         terms = model.own_terms(self._terms)
-        if terms is not None and _HOSTS_OWN not in model.leases:
+        if terms is not None and (client == HOST or _HOSTS_OWN not in model.leases):
             model.grant(_HOSTS_OWN, *terms)
         granted = m.Granted(
             ticket=ask.ticket,
