@@ -150,3 +150,15 @@ def test_models_of_different_engines(host: ModelHost, tmp_path: Path) -> None:
 def test_names_that_are_none(host: ModelHost, name: Any) -> None:
     with pytest.raises(ConfigError, match="no name of a group"):
         InferenceSessionProxy(scaled(), host=host, group=name)
+
+
+def test_what_is_closed_keeps_nobody_from_joining(host: ModelHost) -> None:
+    """Its bytes are nobody's any more, so it could not be loaded with the others."""
+    neg, absolute = opened(host, "Neg", "Abs")
+    assert [value(neg), value(absolute)] == [-5, 5]
+    neg.close()
+    del neg
+    (root,) = opened(host, "Sqrt")
+    assert value(root) == pytest.approx(5**0.5)
+    (status,) = host.snapshot().models
+    assert len(status.members) == 2

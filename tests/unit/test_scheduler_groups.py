@@ -99,3 +99,57 @@ def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
     s.on_ready(loaded("keep", "brief"), USAGE, 1.0)
     (status,) = s.snapshot(1.0)
     assert (status.ttl, status.pinned, status.priority, status.leases) == (-1.0, True, 5, 1)
+
+
+# --- who is in it -----------------------------------------------------------------------------------------
+
+
+def replaced(rig: Rig, commands: list[Command], number: int = 1) -> list[list[str]]:
+    """The members of the worker that comes after this one, which has drained."""
+    rig.scheduler.on_drained(number, USAGE, 5.0)
+    return begun(rig, commands + rig.scheduler.on_exited(number, 0, "", 5.1))
+
+
+def test_models_of_two_clients_stay_together_whoever_asks_next(rig):
+    s = rig.scheduler
+    begun(rig, s.on_acquire(A, ask(1, "x"), 0.0))
+    s.on_ready(loaded("x"), USAGE, 0.1)
+    assert replaced(rig, s.on_acquire(B, ask(2, "y"), 1.0)) == [["x", "y"]]
+    s.on_ready(loaded("x", "y", worker_id=2), USAGE, 5.2)
+    assert tickets(s.on_acquire(A, ask(3, "x"), 5.3), m.Granted) == [3]
+    assert replaced(rig, s.on_acquire(A, ask(4, "z", "x"), 6.0), 2) == [["z", "x", "y"]]
+
+
+def test_what_a_client_had_goes_with_it(rig):
+    s = rig.scheduler
+    begun(rig, s.on_acquire(A, ask(1, "x"), 0.0))
+    s.on_ready(loaded("x"), USAGE, 0.1)
+    commands = s.on_acquire(B, ask(2, "y"), 1.0)
+    assert replaced(rig, commands + s.on_client_gone(A, 1.1)) == [["y"]]
+
+
+def test_what_a_client_has_no_more_is_not_loaded_again(rig):
+    """Its proxy is closed, or has other providers now."""
+    s = rig.scheduler
+    begun(rig, s.on_acquire(A, ask(1, "x", "old"), 0.0))
+    s.on_ready(loaded("x", "old"), USAGE, 0.1)
+    assert replaced(rig, s.on_acquire(A, ask(2, "new", "x"), 1.0)) == [["new", "x"]]
+
+
+def test_who_waits_is_served_though_another_thread_did_not_know_of_it(rig):
+    s = rig.scheduler
+    begun(rig, s.on_acquire(A, ask(1, "x"), 0.0))
+    s.on_acquire(A, ask(2, "y", "x", proxy=2), 0.1)
+    s.on_acquire(A, ask(3, "x", proxy=1), 0.2)
+    assert replaced(rig, s.on_ready(loaded("x"), USAGE, 0.3)) == [["x", "y"]]
+    assert tickets(s.on_ready(loaded("x", "y", worker_id=2), USAGE, 6.0), m.Granted) == [2]
+
+
+def test_what_the_file_has_no_more_is_not_loaded_again(rig):
+    s = rig.scheduler
+    terms = Terms(-1.0, False, 0)
+    s.on_configured(SETTINGS, {"x": terms, "old": terms}, {"group:g": [member("x"), member("old")]}, 0.0)
+    assert begun(rig, s.on_acquire(A, ask(1, "x"), 0.1)) == [["x", "old"]]
+    s.on_ready(loaded("x", "old"), USAGE, 0.2)
+    s.on_configured(SETTINGS, {"x": terms, "new": terms}, {"group:g": [member("x"), member("new")]}, 0.3)
+    assert replaced(rig, s.on_acquire(A, ask(2, "new", "x"), 1.0)) == [["x", "new"]]

@@ -74,7 +74,7 @@ class Scheduler(Admission):
             self._refuse(client, ask)
             return self._done()
         model = self._models.setdefault(ask.spec.unit, Model(ask.spec.unit, ask.spec))
-        model.join(ask, self._grouped.get(model.key, ()))
+        model.join(client, ask, self._grouped.get(model.key, ()))
         if model.state is ModelState.READY and model.serves(ask):
             self._grant(model, client, ask)
             self._retime(model)
@@ -139,11 +139,12 @@ class Scheduler(Admission):
         self._settings = settings
         self._limit_to(settings)
         for model in list(self._models.values()):
-            own = model.own_terms(terms)
+            had, own = model.own_terms(before), model.own_terms(terms)
+            model.part(before.keys() - terms.keys())
             if own is not None and model.leases:
                 model.grant(_HOSTS_OWN, *own)
                 self._retime(model)
-            elif own is None and model.own_terms(before) is not None:
+            elif own is None and had is not None:
                 waiting = [waiter for waiter in model.waiters if waiter[0] == HOST]
                 model.waiters = [waiter for waiter in model.waiters if waiter[0] != HOST]
                 if model.let_go(_HOSTS_OWN) or waiting:
@@ -158,6 +159,7 @@ class Scheduler(Admission):
             held = [lease for lease in model.leases if lease[0] == client]
             waited = [waiter for waiter in model.waiters if waiter[0] == client]
             model.waiters = [waiter for waiter in model.waiters if waiter[0] != client]
+            model.named.pop(client, None)
             for lease in held:
                 model.let_go(lease)
             if held or waited:
