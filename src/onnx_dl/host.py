@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,13 +28,15 @@ from onnx_dl import installation, starting
 from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.config import check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
-from onnx_dl.errors import ConfigError, SupervisorDied, SupervisorError, SupervisorStartError
+from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
+
+_T = TypeVar("_T")
 
 _FAREWELL: Final = 3.0
 """Seconds that the supervisor has to end all workers and itself when the application closes it."""
@@ -114,7 +116,7 @@ class ModelHost:
             given["config"] = os.path.abspath(config)
         self._settings = msgspec.structs.replace(settings(), **given)
         self._bus = EventBus()
-        self._groups: dict[str, weakref.WeakSet[Member]] = {}
+        self._grouped: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
         self._reset()
         _hosts.add(self)
 
@@ -304,13 +306,16 @@ class ModelHost:
     def join(self, proxy: Member) -> None:
         """A proxy was made; those of one group are loaded together."""
         if proxy.group is not None:
-            self._groups.setdefault(proxy.group, weakref.WeakSet()).add(proxy)
+            self._grouped[id(proxy)] = proxy
 
     def _members(self, group: str | None) -> list[RemoteModel]:
-        if group is None:
-            return []
-        found = [proxy.companion() for proxy in list(self._groups.get(group, ())) if proxy.group == group]
-        return list({model.spec.key: model for model in found if model is not None}.values())
+        """Of this application.  One that cannot be had is left out; its own callers hear why."""
+        found: dict[str, RemoteModel] = {}
+        for proxy in _alive(self._grouped) if group is not None else ():
+            with contextlib.suppress(OnnxDLError, OSError):
+                if proxy.group == group and (model := proxy.companion()) is not None:
+                    found[model.spec.key] = model
+        return list(found.values())
 
     def _renew(self, memory: Mapping[str, Callable[[], int]], model: RemoteModel, failed: Connection) -> None:
         """The host that this connection led to is gone or going: finds the next one, or starts it."""
@@ -464,7 +469,7 @@ class ModelHost:
 
     def _on_event(self, event: ModelEvent) -> None:
         """In the connection's thread: must not wait for anything."""
-        for model in list(self._models.values()):
+        for model in _alive(self._models):
             model.on_event(event)
         self._teller.put(event)
 
@@ -473,14 +478,19 @@ def _unload_of(key: str, force: bool) -> Callable[[int], m.Message]:
     return lambda ticket: m.Unload(ticket=ticket, key=key, force=force)
 
 
+def _alive(known: weakref.WeakValueDictionary[Any, _T]) -> list[_T]:
+    """In one step: to go through it fails if another thread adds to it meanwhile."""
+    return [value for ref in known.valuerefs() if (value := ref()) is not None]
+
+
 def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel], connection: Connection) -> None:
-    for model in list(models.values()):
+    for model in _alive(models):
         model.shut(connection)
 
 
 def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffers) -> bool:
     buffers.trim()
-    left = [model.tidy(TIDY_EVERY) for model in list(models.values())]
+    left = [model.tidy(TIDY_EVERY) for model in _alive(models)]
     return any(left)
 
 

@@ -40,7 +40,7 @@ from onnx_dl.supervisor.configured import Configuration
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
-from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.process import MOST_BLOBS, Processes
 from onnx_dl.supervisor.records import HOST
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
@@ -245,8 +245,7 @@ class Supervisor:
         for command in commands:
             match command:
                 case StartWorker(worker_id, spec):
-                    blobs = [fd for name in spec.blobs if (fd := self._blob(name)) is not None]
-                    identity = self._processes.spawn(worker_id, blobs)
+                    identity = self._processes.spawn(worker_id, self._blobs(spec))
                     self._identities[worker_id] = identity
                     self._workers[identity] = worker_id
                     if uses_gpu(spec):
@@ -477,9 +476,11 @@ class Supervisor:
         models = scheduler.snapshot(now, readings)
         return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
-    def _blob(self, name: str) -> int | None:
-        kept = (blob for client in self._clients for blob in client.blobs.values())
-        return next((fd for known, fd in kept if known == name), None)
+    def _blobs(self, spec: ModelSpec) -> dict[str, int]:
+        """The memory that a model is loaded from, as far as somebody has it and one message takes it."""
+        kept = dict(blob for client in self._clients for blob in client.blobs.values())
+        found = [(name, kept[name]) for name in spec.blobs if name in kept]
+        return dict(found[:MOST_BLOBS])
 
     def _hear_lifeline(self, client: _Client, *, gone: bool) -> None:
         """All that a client has said on its lifeline, and whether it is still there."""

@@ -340,11 +340,13 @@ class Exit(Message):
 
 
 class Spawn(Message):
-    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, and the model's blobs."""
+    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
+    blobs, which are those of these names."""
 
     worker_id: int
     identity: bytes
     control: str
+    blobs: list[str] = []
 
 
 class Spawned(Message):

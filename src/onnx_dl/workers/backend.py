@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
+from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.workers.halt import Halt
 
@@ -92,9 +93,10 @@ def member(backend: Backend, key: str) -> Backend:
 
 
 def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
-    """Loads the model; ``blobs``: descriptors of the memory that the spec names.
+    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them.
 
     Raises:
+        EngineError: some that it names are not.
         ValueError: there is no such engine.
         Exception: what the engine raises.
     """
@@ -109,5 +111,14 @@ def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")
-    backend: Backend = opens(spec, blobs)
+    backend: Backend = opens(spec, blobs if spec.members else _own(spec, blobs))
     return backend
+
+
+def _own(spec: ModelSpec, blobs: Mapping[str, int]) -> dict[str, int]:
+    if not blobs.keys() >= set(spec.blobs):
+        raise EngineError(
+            f"{spec.name} cannot be loaded: the application that gave its bytes or initializers is gone or "
+            "has closed it, or its group has more than 125 of such. Open it again, or from a file."
+        )
+    return {name: blobs[name] for name in spec.blobs}

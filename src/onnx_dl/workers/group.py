@@ -55,9 +55,9 @@ def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
     members: dict[str, Backend] = {}
     errors: dict[str, Exception] = {}
     for member in spec.members:
-        os.chdir(member.cwd)
         try:
-            members[member.key] = backends.load(member, {name: blobs[name] for name in member.blobs})
+            os.chdir(member.cwd)
+            members[member.key] = backends.load(member, blobs)
         except Exception as error:  # whatever its engine raised belongs to whoever asked for this one
             errors[member.key] = error
     if not members:
