@@ -310,7 +310,7 @@ class Supervisor:
         self._carry_out(commands)
 
     def _start_saver(self, wish: Wish) -> None:
-        blob = None if wish.blob is None else self._blob(wish.blob)
+        blob = None if wish.blob is None else self._kept().get(wish.blob)
         started = False
         if wish.blob is None or blob is not None:  # else the application that gave it is gone
             with contextlib.suppress(OSError):  # out of processes or memory: the next load asks again
@@ -478,9 +478,13 @@ class Supervisor:
 
     def _blobs(self, spec: ModelSpec) -> dict[str, int]:
         """The memory that a model is loaded from, as far as somebody has it and one message takes it."""
-        kept = dict(blob for client in self._clients for blob in client.blobs.values())
+        kept = self._kept()
         found = [(name, kept[name]) for name in spec.blobs if name in kept]
         return dict(found[:MOST_BLOBS])
+
+    def _kept(self) -> dict[str, int]:
+        """Descriptors of all memory that clients have handed over, by name."""
+        return dict(blob for client in self._clients for blob in client.blobs.values())
 
     def _hear_lifeline(self, client: _Client, *, gone: bool) -> None:
         """All that a client has said on its lifeline, and whether it is still there."""
