@@ -47,6 +47,7 @@ def several(found: Iterable[str]) -> str:
     )
 
 
+@functools.cache
 def build() -> str:
     """Distribution and version of what is installed, such as ``onnxruntime-gpu-1.20.0``; imports nothing."""
     return "+".join(sorted(f"{name}-{version}" for name, version in distributions().items())) or "none"
