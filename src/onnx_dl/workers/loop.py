@@ -35,7 +35,6 @@ from onnx_dl.workers.memory import Allowance, Own
 from onnx_dl.workers.repeats import Repeat, Repeats
 from onnx_dl.workers.watchdog import Watchdog
 
-_RUNS: Final = (int, m.Call, m.Again, m.Invoke)
 _GREETING: Final = 10.0
 """Seconds that a caller has to say hello on a lane that it opened."""
 
@@ -318,7 +317,7 @@ class LaneService:
         except Exception as error:  # the engine's errors are the caller's
             self._fail(error)
         finally:
-            is_run = isinstance(request, _RUNS)
+            is_run = type(request) is not m.Touch
             if is_run and self._allowance is not None and self._allowance.is_used_up():
                 self._gate.retire()
             now = time.monotonic()
