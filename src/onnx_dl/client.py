@@ -382,9 +382,9 @@ class RemoteModel:
                 ),
                 patience,
             )
-        except BaseException as error:  # Ctrl-C for one: what would be granted now, nobody would give back
+        except BaseException as broken:  # Ctrl-C for one: what would be granted now, nobody would give back
             connection.tell(m.Release(proxy=lease.id))
-            if isinstance(error, TimeoutError):
+            if isinstance(broken, TimeoutError):
                 raise self._not_loaded(patience) from None
             raise
         if isinstance(answer, m.Denied):
