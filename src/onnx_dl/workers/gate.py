@@ -112,10 +112,12 @@ class Gate:
         self._closed = self._expired = True
         self.reason = reason
 
-    def retime(self, ttl: float) -> None:
-        """The TTL in force from now on."""
+    def retime(self, ttl: float, used: float | None = None) -> None:
+        """The TTL in force from now on.  ``used``: when it begins to count, if there was no use so far."""
         with self._lock:
             self._ttl = ttl
+            if used is not None and not self._used:
+                self._used_at(used)
         self._wake()
 
     def judge(self, now: float, touched: float = 0.0) -> Verdict:

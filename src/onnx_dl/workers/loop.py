@@ -158,8 +158,8 @@ class Worker:
     def _obey(self) -> bool:
         """Follows one order of the supervisor; false if it is to leave."""
         match self._hear():
-            case m.Retime(ttl=ttl):
-                self._gate.retime(ttl)
+            case m.Retime(ttl=ttl, used=used):
+                self._gate.retime(ttl, time.monotonic() if used else None)
             case m.Drain():
                 self._gate.drain()
             case m.DrainIfIdle():
