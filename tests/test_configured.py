@@ -214,3 +214,21 @@ def test_a_bad_change_is_refused_and_the_old_one_stays(
     assert value(host.open("negate")) == -5
     file.write_text('memory_limit = "5GiB"\n')
     eventually(lambda: host.snapshot().memory_limit == 5 << 30, "the next good one is in force")
+
+
+def test_what_is_eager_and_never_called_goes_after_its_ttl(following: Opened) -> None:
+    host = following(NEG)
+    with host.events() as events:
+        assert host.adopt("negate", ttl=0.2).leases == 1
+        assert wait_for(events, EventType.UNLOADED).reason == "ttl"
+    host = following(NEG + "eager = true\nttl = 0.2")
+    eventually(lambda: host.snapshot().seq >= 4, "loading, ready, draining, unloaded")
+    assert not statuses(host)
+
+
+def test_what_is_eager_and_never_called_makes_room(following: Opened, file: Path) -> None:
+    host = following('memory_limit = "1GiB"\n' + NEG + "eager = true")
+    eventually(lambda: statuses(host)["Neg.onnx"].state is ModelState.READY, "it is loaded")
+    with host.events() as events:
+        file.write_text("memory_limit = 1000000\n" + NEG + "eager = true")
+        assert wait_for(events, EventType.UNLOADED).reason == "evicted"

@@ -17,6 +17,7 @@ from onnx_dl import (
     EventType,
     ExecutionSession,
     InferenceSessionProxy,
+    LoadTimeout,
     ModelEvent,
     ModelHost,
 )
@@ -208,3 +209,20 @@ def test_a_group_of_more_bytes_than_one_worker_is_handed(host: ModelHost) -> Non
     assert len(status.members) == 125
     with pytest.raises(EngineError, match="more than 125"):
         [value(proxy) for proxy in proxies]
+
+
+def test_who_joins_inside_of_a_block_that_holds_the_group_is_told(
+    nothing_is_left_behind: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block waits for the call, and the call for the block."""
+    monkeypatch.setenv("ONNX_DL_LOAD_TIMEOUT", "0.5")
+    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "0")
+    monkeypatch.setattr("onnx_dl.client._LOAD_MARGIN", 1.0)
+    with ModelHost() as host:
+        (neg,) = opened(host, "Neg")
+        with neg.session():
+            (absolute,) = opened(host, "Abs")
+            with pytest.raises(LoadTimeout, match=r"1\.5 seconds.*session\(\) block"):
+                value(absolute)
+            assert value(neg) == -5
+        assert value(absolute) == 5

@@ -21,6 +21,7 @@ from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
 from onnx_dl.errors import (
     HostClosing,
+    LoadTimeout,
     ProtocolError,
     ProxyClosedError,
     SupervisorDied,
@@ -365,6 +366,7 @@ class RemoteModel:
 
     def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool) -> m.Granted:
         companions = [model for model in self._companions() if model is not self]
+        patience = self._load_timeout + self._room_timeout + _LOAD_MARGIN
         try:
             answer = connection.ask(
                 lambda ticket: m.Acquire(
@@ -378,10 +380,12 @@ class RemoteModel:
                     for_host=for_host,
                     companions=[model.spec for model in companions],
                 ),
-                self._load_timeout + self._room_timeout + _LOAD_MARGIN,
+                patience,
             )
-        except BaseException:  # Ctrl-C for one: what would be granted now, nobody would ever give back
+        except BaseException as broken:  # Ctrl-C for one: what would be granted now, nobody would give back
             connection.tell(m.Release(proxy=lease.id))
+            if isinstance(broken, TimeoutError):
+                raise self._not_loaded(patience) from None
             raise
         if isinstance(answer, m.Denied):
             error = failures.rebuild(answer.failure)
@@ -389,6 +393,13 @@ class RemoteModel:
             raise error
         granted: m.Granted = answer
         return granted
+
+    def _not_loaded(self, seconds: float) -> LoadTimeout:
+        return LoadTimeout(
+            f"{self.spec.name} was not ready after {seconds:g} seconds. Either its load takes longer "
+            "(ONNX_DL_LOAD_TIMEOUT), or its old worker must end before, and a call or session() block is in "
+            "it: do not use a model for the first time inside of a block that holds its group."
+        )
 
     def adopt(self, lease: Lease) -> None:
         """Has the host itself hold the model, on the lease's terms, also when this application is gone.

@@ -35,14 +35,14 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         seq: counts all events of a supervisor; a gap means that events were missed, take a snapshot.
         type: what happened.
         at: Unix time in seconds.
-        model: the model's path, or ``bytes:<digest>``.
+        model: the model's path, ``bytes:<digest>``, or ``group:<name>`` of several in one worker.
         key: identity of the model with its options and providers.
         worker_id: identity of this spawn.
         pid: process id of the worker, None before it has one.
         rss: resident bytes of the worker when last measured, None while it has not been.
         gpu: GPU bytes of the worker, None where there is no GPU.
-        reason: why it is draining or unloaded: ``ttl``, ``request``, ``evicted``, ``recycled``, ``regrouped``
-            (another worker takes its place, which has one more model of its group), ``crash`` or ``exit``.
+        reason: why it is draining or unloaded: ``ttl``, ``request``, ``evicted``, ``recycled``,
+            ``regrouped`` (a model joins its group), ``crash`` or ``exit``.
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
         freed: unloaded: bytes that only this worker held, now returned to the system.
         detail: failed: what went wrong; thrash: which models, and how much of the time their loads took;

@@ -418,3 +418,17 @@ def test_threads_hammer_while_a_drain_closes():
         for thread in threads:
             thread.join()
         assert not broken
+
+
+def test_a_load_that_nobody_will_call_counts_as_a_use(gate):
+    gate.retime(10.0, 105.0)
+    assert gate.judge(106.0) == Verdict(False, False, 9.0)
+    gate.retime(10.0, 110.0)  # there was one
+    assert gate.judge(115.0) == Verdict(True, True, None)
+
+
+def test_a_load_that_nobody_will_call_may_make_room(gate):
+    gate.retime(-1.0, 105.0)
+    gate.close_if_idle()
+    assert gate.judge(106.0) == Verdict(True, True, None)
+    assert gate.reason == "evicted"

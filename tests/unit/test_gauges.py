@@ -33,8 +33,7 @@ def test_what_is_written_is_read_through_the_other_mapping() -> None:
     theirs = Page(os.dup(ours.fd))
     for milliseconds in (1, 1, 2, 50):
         theirs.gauges.answered(milliseconds / 1000)
-    theirs.gauges.under_way(2)
-    theirs.gauges.used(1234.5)
+    theirs.gauges.used(1234.5, 2)
     theirs.gauges.exceeded(10**9)
     theirs.close()
     reading = ours.gauges.read()

@@ -153,3 +153,18 @@ def test_what_the_file_has_no_more_is_not_loaded_again(rig):
     s.on_ready(loaded("x", "old"), USAGE, 0.2)
     s.on_configured(SETTINGS, {"x": terms, "new": terms}, {"group:g": [member("x"), member("new")]}, 0.3)
     assert replaced(rig, s.on_acquire(A, ask(2, "new", "x"), 1.0)) == [["x", "new"]]
+
+
+# --- what it needs ----------------------------------------------------------------------------------------
+
+
+def test_a_group_needs_gpu_memory_if_any_of_its_models_does(rig):
+    """Also if another one is asked for."""
+    s = rig.scheduler
+    s.know_gpus(1000 << 20)
+    cuda = member("cuda", providers=["CUDAExecutionProvider"])
+    wanted = m.Acquire(
+        ticket=1, proxy=1, spec=member("cpu"), companions=[cuda], ttl=-1.0, file_bytes=100 << 20
+    )
+    begun(rig, s.on_acquire(A, wanted, 0.0))
+    assert s.in_use(0.0).gpu == (300 + 150) << 20

@@ -309,7 +309,8 @@ class Admission:
         if known is not None:
             return known.to_load(self._limit).most(model.at_least)
         file_bytes = max((ask.file_bytes for _, ask in model.waiters), default=0)
-        on_gpu = any(needs.uses_gpu(ask.spec) for _, ask in model.waiters)
+        wanted = [*model.members.values(), *(ask.spec for _, ask in model.waiters)]
+        on_gpu = any(map(needs.uses_gpu, wanted))
         left = (self._limit - self._pinned()).most(NOTHING)
         return room.guess(file_bytes, left, on_gpu).most(model.at_least)
 

@@ -113,7 +113,7 @@ FAMILIES: Final = (
         CounterMetricFamily,
         "onnx_dl_unloads_total",
         ("model", "reason"),
-        "Workers that are gone: ttl, request, evicted, recycled, crash or exit.",
+        "Workers that are gone: ttl, request, evicted, recycled, regrouped, crash or exit.",
         _unloads,
     ),
     Family(

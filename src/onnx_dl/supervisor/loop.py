@@ -189,7 +189,7 @@ class Supervisor:
         self._scheduler.warmups = file.warmups()
         self._carry_out(self._scheduler.on_configured(settings, file.terms(), file.grouped(), now))
         for ask in file.wanted():
-            self._prepare(ask.spec, now)
+            self._prepare(ask, now)
             self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
 
     def _mind_loneliness(self) -> None:
@@ -370,7 +370,7 @@ class Supervisor:
         identity = client.identity or b""
         match message:
             case m.Acquire():
-                self._prepare(message.spec, now)
+                self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
@@ -392,12 +392,13 @@ class Supervisor:
                 client.drop_blob(number)
         return []
 
-    def _prepare(self, spec: ModelSpec, now: float) -> None:
+    def _prepare(self, ask: m.Acquire, now: float) -> None:
         """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
-        if self._scheduler.is_loaded(spec.unit):
+        if self._scheduler.is_loaded(ask.spec.unit):
             return
         self._refresh(now)
-        if uses_gpu(spec):
+        grouped = self._file.grouped().get(ask.spec.unit, []) if self._file else []
+        if any(map(uses_gpu, (ask.spec, *ask.companions, *grouped))):
             self._scheduler.know_gpus(self._meter().gpu_total())
 
     def _named(self, ticket: int, name: str) -> m.Message:

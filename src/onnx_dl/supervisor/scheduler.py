@@ -460,6 +460,8 @@ class Scheduler(Admission):
         terms = model.own_terms(self._terms)
         if terms is not None and (client == HOST or _HOSTS_OWN not in model.leases):
             model.grant(_HOSTS_OWN, *terms)
+        if ask.for_host:
+            self._begin_ttl(model)
         granted = m.Granted(
             ticket=ask.ticket,
             worker_id=model.worker.id,
@@ -483,6 +485,14 @@ class Scheduler(Admission):
         worker.told_ttl = model.ttl()
         if worker.ready is not None:
             self._order(worker.id, m.Retime(ttl=worker.told_ttl))
+
+    def _begin_ttl(self, model: Model) -> None:
+        """The host wanted it, which calls no model: its load counts as a use, so that it can end and make
+        room.  With a TTL of 0 it waits for its first call."""
+        self._retime(model)
+        worker = model.worker
+        if worker is not None and worker.told_ttl != 0:
+            self._order(worker.id, m.Retime(ttl=worker.told_ttl, used=True))
 
     def _after_release(self, model: Model, reason: str, now: float) -> None:
         if model.leases or model.waiters:

@@ -48,8 +48,10 @@ class Reading(NamedTuple):
 
 def bucket(nanoseconds: int) -> int:
     """Where a call that took so long is counted."""
-    width = max(4, min(nanoseconds, _LONGEST)).bit_length()
-    return (width - 3) * _STEPS + ((max(4, min(nanoseconds, _LONGEST)) >> (width - 3)) & (_STEPS - 1))
+    if not 4 <= nanoseconds <= _LONGEST:
+        nanoseconds = 4 if nanoseconds < 4 else _LONGEST
+    shift = nanoseconds.bit_length() - 3
+    return shift * _STEPS + ((nanoseconds >> shift) & (_STEPS - 1))
 
 
 def bound(index: int) -> float:
@@ -63,6 +65,7 @@ class Gauges:
 
     def __init__(self, words: list[int] | memoryview[int] | None = None) -> None:
         self._words: list[int] | memoryview[int] = [0] * (_FIRST + BUCKETS) if words is None else words
+        self._total = self._runs = 0  # a page is new, and to read it takes time
 
     # --- in the worker, one thread at a time --------------------------------------------------------------
 
@@ -70,17 +73,21 @@ class Gauges:
         """So many calls and blocks are, now."""
         self._words[_BUSY] = count
 
-    def used(self, at: float) -> None:
-        """The model was used at this monotonic time."""
-        self._words[_LAST_USED] = int(at * 1e9)
+    def used(self, at: float, count: int) -> None:
+        """The model was used at this monotonic time, and so many calls and blocks are under way."""
+        words = self._words
+        words[_LAST_USED] = int(at * 1e9)
+        words[_BUSY] = count
 
     def answered(self, seconds: float) -> None:
         """One more call was, within so many seconds."""
         nanoseconds = int(seconds * 1e9)
         words = self._words
         words[_FIRST + bucket(nanoseconds)] += 1
-        words[_TOTAL] += nanoseconds
-        words[_RUNS] += 1
+        self._total += nanoseconds
+        self._runs += 1
+        words[_TOTAL] = self._total
+        words[_RUNS] = self._runs
 
     def exceeded(self, nbytes: int) -> None:
         """The worker ends itself because it has so many bytes."""

@@ -306,9 +306,10 @@ class WorkerFailed(Message):
 
 
 class Retime(Message):
-    """The TTL in force from now on, in seconds."""
+    """The TTL in force from now on, in seconds.  ``used``: it counts from now, if there was no use so far."""
 
     ttl: float
+    used: bool = False
 
 
 class Drain(Message):

@@ -112,10 +112,12 @@ class Gate:
         self._closed = self._expired = True
         self.reason = reason
 
-    def retime(self, ttl: float) -> None:
-        """The TTL in force from now on."""
+    def retime(self, ttl: float, used: float | None = None) -> None:
+        """The TTL in force from now on.  ``used``: when it begins to count, if there was no use so far."""
         with self._lock:
             self._ttl = ttl
+            if used is not None and not self._used:
+                self._used_at(used)
         self._wake()
 
     def judge(self, now: float, touched: float = 0.0) -> Verdict:
@@ -123,7 +125,7 @@ class Gate:
         with self._lock:
             self._last_used = max(self._last_used, min(touched, now))
             if self._used:
-                self._gauges.used(self._last_used)
+                self._gauges.used(self._last_used, self._in_flight + self._holds)
             self._close_if_due(now)
             expired, self._expired = self._expired, False
             wait = self._wait(now)
@@ -132,16 +134,18 @@ class Gate:
 
     def _used_at(self, now: float) -> bool:
         """Notes the end of a use; whether a verdict may have changed in a way that cannot wait."""
-        self._last_used = max(self._last_used, now)
+        if now > self._last_used:
+            self._last_used = now
         self._used = True
-        self._gauges.used(self._last_used)
-        self._gauges.under_way(self._in_flight + self._holds)
+        busy = self._in_flight + self._holds
+        self._gauges.used(self._last_used, busy)
         # At once, not when somebody judges: another call must not slip in between.
         if self._ttl == 0 or self._closing:
             self._close_if_due(now)
+        if busy:
+            return False
         # Whoever judges sleeps until the TTL it last saw runs out, so most calls need not wake it.
-        unwatched = self._ttl != KEEP and not self._armed
-        return not self._busy() and (self._closing or self._closed or unwatched)
+        return self._closing or self._closed or (self._ttl != KEEP and not self._armed)
 
     def _busy(self) -> bool:
         return bool(self._in_flight or self._holds)

@@ -35,7 +35,6 @@ from onnx_dl.workers.memory import Allowance, Own
 from onnx_dl.workers.repeats import Repeat, Repeats
 from onnx_dl.workers.watchdog import Watchdog
 
-_RUNS: Final = (int, m.Call, m.Again, m.Invoke)
 _GREETING: Final = 10.0
 """Seconds that a caller has to say hello on a lane that it opened."""
 
@@ -160,8 +159,8 @@ class Worker:
     def _obey(self) -> bool:
         """Follows one order of the supervisor; false if it is to leave."""
         match self._hear():
-            case m.Retime(ttl=ttl):
-                self._gate.retime(ttl)
+            case m.Retime(ttl=ttl, used=used):
+                self._gate.retime(ttl, time.monotonic() if used else None)
             case m.Drain():
                 self._gate.drain()
             case m.DrainIfIdle():
@@ -319,7 +318,7 @@ class LaneService:
         except Exception as error:  # the engine's errors are the caller's
             self._fail(error)
         finally:
-            is_run = isinstance(request, _RUNS)
+            is_run = type(request) is not m.Touch
             if is_run and self._allowance is not None and self._allowance.is_used_up():
                 self._gate.retire()
             now = time.monotonic()
