@@ -62,6 +62,7 @@ HEIGHT = {
     "launch": 14,
     "supervise": 14,
     "cli": 15,
+    "__main__": 16,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
 GROUPS = [{"client", "connection", "watch"}, {"lifecycle", "model", "config"}]
