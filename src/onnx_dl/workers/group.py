@@ -7,7 +7,6 @@ docs/groups.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +55,7 @@ def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
     members: dict[str, Backend] = {}
     errors: dict[str, Exception] = {}
     for member in spec.members:
-        os.chdir(member.cwd)
+        backends.enter(member.cwd)
         try:
             members[member.key] = backends.load(member, {name: blobs[name] for name in member.blobs})
         except Exception as error:  # whatever its engine raised belongs to whoever asked for this one

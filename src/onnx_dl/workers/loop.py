@@ -74,7 +74,7 @@ class Worker:
     def _load(self, order: m.Load) -> None:
         started = time.monotonic()
         try:
-            os.chdir(order.spec.cwd)
+            backends.enter(order.spec.cwd)
             blobs = _named(order.spec.blobs, self._blobs)
             backend = backends.load(order.spec, blobs)
             loaded = time.monotonic()
