@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from onnx_dl import host as hosts
+from onnx_dl import hosts
 from onnx_dl.rendezvous import Place
 from tests.waiting import DEADLINE, eventually
 

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_dl import ConfigError, EventType, ExecutionSession, InferenceSessionProxy, ModelEvent, ModelHost
+from onnx_dl import (
+    ConfigError,
+    EngineError,
+    EventType,
+    ExecutionSession,
+    InferenceSessionProxy,
+    ModelEvent,
+    ModelHost,
+)
 from tests.contract.both import CPU, F, model, node, scaled, tensor
 from tests.mlir import compiler
 from tests.waiting import DEADLINE, eventually, is_gone, worker_pid
@@ -150,3 +158,51 @@ def test_models_of_different_engines(host: ModelHost, tmp_path: Path) -> None:
 def test_names_that_are_none(host: ModelHost, name: Any) -> None:
     with pytest.raises(ConfigError, match="no name of a group"):
         InferenceSessionProxy(scaled(), host=host, group=name)
+
+
+def test_what_is_closed_keeps_nobody_from_joining(host: ModelHost) -> None:
+    """Its bytes are nobody's any more, so it could not be loaded with the others."""
+    neg, absolute = opened(host, "Neg", "Abs")
+    assert [value(neg), value(absolute)] == [-5, 5]
+    neg.close()
+    del neg
+    (root,) = opened(host, "Sqrt")
+    assert value(root) == pytest.approx(5**0.5)
+    (status,) = host.snapshot().models
+    assert len(status.members) == 2
+
+
+def test_a_model_whose_bytes_are_gone_keeps_nobody_from_joining(host: ModelHost) -> None:
+    """The host holds it, and nobody has what it would be loaded from again."""
+    (neg,) = opened(host, "Neg")
+    neg.adopt()
+    neg.close()
+    del neg
+    (absolute,) = opened(host, "Abs")
+    assert value(absolute) == 5
+    (status,) = host.snapshot().models
+    assert len(status.members) == 1
+
+
+def test_a_model_whose_working_directory_is_gone_is_loaded_like_the_others(
+    host: ModelHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (neg,) = opened(host, "Neg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").rmdir()
+    (absolute,) = opened(host, "Abs")
+    assert [value(neg), value(absolute)] == [-5, 5]
+
+
+def test_a_group_of_more_bytes_than_one_worker_is_handed(host: ModelHost) -> None:
+    """Linux takes so many descriptors in a message; the host stays, and so do the others."""
+    many = [node("Neg", ["x"], ["y"], name=str(number)) for number in range(130)]
+    ends = [tensor("x", F, [1, 3])], [tensor("y", F, [1, 3])]
+    proxies = [host.open(model([each], *ends), providers=CPU, group="speech") for each in many]
+    assert value(proxies[0]) == -5
+    (status,) = host.snapshot().models
+    assert len(status.members) == 125
+    with pytest.raises(EngineError, match="more than 125"):
+        [value(proxy) for proxy in proxies]

@@ -31,11 +31,13 @@ from onnx_dl import (
     SupervisorError,
     SupervisorStartError,
     WorkerDied,
+    hosts,
     starting,
 )
-from onnx_dl import host as hosts
+from onnx_dl import host as host_module
 from onnx_dl.client import RemoteModel
 from onnx_dl.connection import Connection
+from onnx_dl.host import _FAREWELL
 from onnx_dl.rendezvous import Place
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
@@ -455,7 +457,7 @@ def test_one_that_is_going_is_not_asked_again_and_again(
     running = Threads(lambda: slow.run(None, {"x": X, "n": FOR_EVER}))
     begun(host)
     made = []
-    monkeypatch.setattr(hosts, "Connection", lambda *args: made.append(Connection(*args)) or made[-1])
+    monkeypatch.setattr(host_module, "Connection", lambda *args: made.append(Connection(*args)) or made[-1])
     os.kill(supervisor_pid(host), signal.SIGTERM)
     eventually(lambda: [s.state for s in host.snapshot().models] == ["draining"], "it is going")
     assert twice(quick) == 2
@@ -475,7 +477,7 @@ def test_stop_while_others_want_more(spinning: str, path: str, monkeypatch: pyte
     stop = Threads(host.stop)
     calls = Threads(*[lambda: [twice(quick) for _ in range(50)]] * 2)
     assert stop.join() == [None]
-    assert time.monotonic() - began < 0.5 + hosts._FAREWELL  # nor is anything of the next one awaited
+    assert time.monotonic() - began < 0.5 + _FAREWELL  # nor is anything of the next one awaited
     assert calls.join() == [[2] * 50, [2] * 50]
     assert isinstance(running.join()[0], WorkerDied | SupervisorDied)
     assert ended(before)
@@ -600,7 +602,7 @@ def test_there_is_none_and_none_is_wanted(runtime: Path) -> None:
     assert Place("mine").holder() is None
     done = subprocess.run(command("stop"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "onnx-dl: No shared host 'default' runs." in done.stderr
+    assert done.stderr.startswith("onnx-dl: No shared host named 'default' runs.")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 65])

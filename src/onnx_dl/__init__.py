@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     )
     from onnx_dl.events import EventStream, EventType, ModelEvent
     from onnx_dl.execution import ExecutionSession
-    from onnx_dl.host import ModelHost, Snapshot, connect, default_host, warm_up
+    from onnx_dl.host import ModelHost, Snapshot
+    from onnx_dl.hosts import connect, default_host, warm_up
     from onnx_dl.lifecycle import ModelState
     from onnx_dl.model import ModelStatus, Usage
     from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
@@ -74,7 +75,8 @@ _HOMES = {
     ),
     "events": ("EventStream", "EventType", "ModelEvent"),
     "execution": ("ExecutionSession",),
-    "host": ("ModelHost", "Snapshot", "connect", "default_host", "warm_up"),
+    "host": ("ModelHost", "Snapshot"),
+    "hosts": ("connect", "default_host", "warm_up"),
     "lifecycle": ("ModelState",),
     "model": ("ModelStatus", "Usage"),
     "patching": ("Patch", "Unpatched", "patch", "unpatch", "unpatched_report"),

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from onnx_dl import config
+from onnx_dl import config, installation
 from onnx_dl.console import output
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.events import format_bytes
@@ -28,9 +27,7 @@ def parser() -> argparse.ArgumentParser:
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
     )
-    top.add_argument(
-        "--version", action="version", version=f"onnx-dl {importlib.metadata.version('onnx-dl')}"
-    )
+    top.add_argument("--version", action="version", version=f"onnx-dl {installation.version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo", help="load, use and unload four models, beside the same work in-process"

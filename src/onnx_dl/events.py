@@ -41,8 +41,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         pid: process id of the worker, None before it has one.
         rss: resident bytes of the worker when last measured, None while it has not been.
         gpu: GPU bytes of the worker, None where there is no GPU.
-        reason: why it is draining or unloaded: ``ttl``, ``request``, ``evicted``,
-            ``recycled``, ``crash`` or ``exit``.
+        reason: why it is draining or unloaded: ``ttl``, ``request``, ``evicted``, ``recycled``, ``regrouped``
+            (another worker takes its place, which has one more model of its group), ``crash`` or ``exit``.
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
         freed: unloaded: bytes that only this worker held, now returned to the system.
         detail: failed: what went wrong; thrash: which models, and how much of the time their loads took;

@@ -1,8 +1,8 @@
 """The supervisor that serves this application: one of its own, or one that it shares with others.
 
-Covers who connects to it and when, which models this application has in it, and telling the application what
-happens.  How one is started or found is :mod:`onnx_dl.starting`'s; tensors never come here; one model's calls
-are :mod:`onnx_dl.client`'s.
+Covers who connects to it and when, and which models this application has in it.  How one is started or found
+is :mod:`onnx_dl.starting`'s, which hosts a process has without being told :mod:`onnx_dl.hosts`'s; tensors
+never come here; one model's calls are :mod:`onnx_dl.client`'s.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
-import logging
 import os
-import queue
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,14 +29,14 @@ from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.config import check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
-from onnx_dl.events import EventBus, EventStream, EventType, ModelEvent
+from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
-from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
 
-logger = logging.getLogger("onnx_dl")
+_T = TypeVar("_T")
 
 _FAREWELL: Final = 3.0
 """Seconds that the supervisor has to end all workers and itself when the application closes it."""
@@ -89,7 +87,8 @@ class ModelHost:
 
     name: str | None = None
     """Of a host that several applications share."""
-    _starts = True
+    starts = True
+    """Whether it is started if it does not run."""
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class ModelHost:
             given["config"] = os.path.abspath(config)
         self._settings = msgspec.structs.replace(settings(), **given)
         self._bus = EventBus()
-        self._groups: dict[str, weakref.WeakSet[Member]] = {}
+        self._grouped: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
         self._reset()
         _hosts.add(self)
 
@@ -126,10 +125,9 @@ class ModelHost:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._teller: threading.Thread | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
         self._blobs: weakref.WeakValueDictionary[str, SharedBlob] = weakref.WeakValueDictionary()
-        self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
+        self._teller = Teller(self._bus)
         self._buffers = Buffers()
 
     # --- the supervisor -----------------------------------------------------------------------------------
@@ -155,17 +153,14 @@ class ModelHost:
             raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
         check_platform()
         self._bury()
-        self._events = queue.SimpleQueue()
+        self._teller = Teller(self._bus)
         self._blobs = weakref.WeakValueDictionary()
         if self.name is not None:
-            start = start and self._starts
+            start = start and self.starts
             self._connection = starting.reach(self.name, self._settings, self._link, start=start)
         else:
             self._process, address, secret = starting.start_private(self._settings, self._firm)
             self._connection = self._link(address, secret)
-        self._teller = threading.Thread(
-            target=self._tell, args=(self._events,), name="onnx-dl-events", daemon=True
-        )
         self._teller.start()
         return self._connection
 
@@ -248,8 +243,7 @@ class ModelHost:
         if connection is not None:
             # Without the lock: a thread that looks for the next host waits for it, and this for that thread.
             connection.close()
-        if teller is not None and teller is not threading.current_thread():
-            teller.join(_FAREWELL)
+        teller.join(_FAREWELL)
         self._bus.close()
 
     def stop(self) -> None:
@@ -274,7 +268,7 @@ class ModelHost:
 
     def _bury(self) -> None:
         """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
-        self._events.put(None)
+        self._teller.end()
         if self._process is not None:
             try:
                 self._process.wait(_FAREWELL)
@@ -312,13 +306,16 @@ class ModelHost:
     def join(self, proxy: Member) -> None:
         """A proxy was made; those of one group are loaded together."""
         if proxy.group is not None:
-            self._groups.setdefault(proxy.group, weakref.WeakSet()).add(proxy)
+            self._grouped[id(proxy)] = proxy
 
     def _members(self, group: str | None) -> list[RemoteModel]:
-        if group is None:
-            return []
-        found = [proxy.companion() for proxy in list(self._groups.get(group, ())) if proxy.group == group]
-        return list({model.spec.key: model for model in found if model is not None}.values())
+        """Of this application.  One that cannot be had is left out; its own callers hear why."""
+        found: dict[str, RemoteModel] = {}
+        for proxy in _alive(self._grouped) if group is not None else ():
+            with contextlib.suppress(OnnxDLError, OSError):
+                if proxy.group == group and (model := proxy.companion()) is not None:
+                    found[model.spec.key] = model
+        return list(found.values())
 
     def _renew(self, memory: Mapping[str, Callable[[], int]], model: RemoteModel, failed: Connection) -> None:
         """The host that this connection led to is gone or going: finds the next one, or starts it."""
@@ -472,100 +469,33 @@ class ModelHost:
 
     def _on_event(self, event: ModelEvent) -> None:
         """In the connection's thread: must not wait for anything."""
-        for model in list(self._models.values()):
+        for model in _alive(self._models):
             model.on_event(event)
-        self._events.put(event)
-
-    def _tell(self, events: queue.SimpleQueue[ModelEvent | None]) -> None:
-        """The thread that tells the application, which may take its time or ask us something."""
-        while (event := events.get()) is not None:
-            level = logging.WARNING if event.type is EventType.THRASH else logging.INFO
-            logger.log(level, "%s", event, extra={"onnx_dl_event": event})
-            for callback, error in self._bus.publish(event):
-                logger.error("An event callback failed: %r", callback, exc_info=error)
+        self._teller.put(event)
 
 
 def _unload_of(key: str, force: bool) -> Callable[[int], m.Message]:
     return lambda ticket: m.Unload(ticket=ticket, key=key, force=force)
 
 
+def _alive(known: weakref.WeakValueDictionary[Any, _T]) -> list[_T]:
+    """In one step: to go through it fails if another thread adds to it meanwhile."""
+    return [value for ref in known.valuerefs() if (value := ref()) is not None]
+
+
 def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel], connection: Connection) -> None:
-    for model in list(models.values()):
+    for model in _alive(models):
         model.shut(connection)
 
 
 def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffers) -> bool:
     buffers.trim()
-    left = [model.tidy(TIDY_EVERY) for model in list(models.values())]
+    left = [model.tidy(TIDY_EVERY) for model in _alive(models)]
     return any(left)
 
 
 _hosts: weakref.WeakSet[ModelHost] = weakref.WeakSet()
-_default: ModelHost | None = None
-_default_lock = threading.Lock()
-_shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
-_shared_lock = threading.Lock()
 _exiting = False
-
-
-def default_host() -> ModelHost:
-    """The host of every proxy that names no other: this application's own, or the shared one that
-    ``ONNX_DL_HOST`` names."""
-    global _default
-    with _default_lock:
-        if _default is None:
-            name = settings().host
-            _default = shared_host(name) if name else ModelHost()
-        return _default
-
-
-def shared_host(name: str, *, start: bool = True) -> ModelHost:
-    """The shared host of this name; it is looked for when it is first used."""
-    Place(name)  # a name that cannot be is an error now
-    with _shared_lock:
-        host = _shared_hosts.get(name)
-        if host is None:
-            host = _shared_hosts[name] = ModelHost()
-            host.name = name
-        host._starts = start
-        return host
-
-
-def connect(name: str = USUAL, *, start: bool = True) -> ModelHost:
-    """A host that all applications of this user share: the one of this name, found or started.
-
-    One that is started here runs in the background, with this application's ``ONNX_DL_*`` settings and its
-    Python environment, until it has had no client and no model for a minute (``ONNX_DL_LINGER``).  When it is
-    restarted, calls go on with the new one; only those that the old one had begun raise SupervisorDied.
-
-    Args:
-        start: whether to start it if there is none.
-
-    Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
-        SupervisorError: there is none, and it is not to be started.
-        SupervisorStartError: it does not come up, or refuses us.
-    """
-    host = shared_host(name, start=start)
-    host.start()
-    return host
-
-
-def warm_up() -> threading.Thread:
-    """Starts the default host's processes in the background, while the application is still busy.
-
-    The first use of a model then need not wait for them.  What goes wrong is told to that first use.  Returns
-    the thread that does it, for whoever wants to ``join()``.
-    """
-    host = default_host()
-
-    def start() -> None:
-        with contextlib.suppress(OnnxDLError):
-            host.start()
-
-    thread = threading.Thread(target=start, name="onnx-dl-warm-up", daemon=True)
-    thread.start()
-    return thread
 
 
 def _close_all() -> None:
@@ -577,8 +507,6 @@ def _close_all() -> None:
 
 def _after_fork() -> None:
     """A forked child starts a supervisor of its own when it uses a model."""
-    global _default_lock, _shared_lock
-    _default_lock, _shared_lock = threading.Lock(), threading.Lock()
     for host in list(_hosts):
         host._reset()
 

@@ -20,7 +20,8 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_dl import config
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.errors import ProxyClosedError
-from onnx_dl.host import ModelHost, default_host, shared_host
+from onnx_dl.host import ModelHost
+from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.transport import shm

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from onnx_dl import host
+from onnx_dl import hosts
 from onnx_dl.errors import SupervisorDied, SupervisorError
 from onnx_dl.events import EventStream
 from onnx_dl.host import Snapshot
@@ -44,7 +44,7 @@ def default_name(environ: Mapping[str, str] = os.environ) -> str:
 
 def connect(name: str, *, start: bool) -> Host:
     """A connection to the shared host; everything that finds hosts is behind this function."""
-    return host.connect(name, start=start)
+    return hosts.connect(name, start=start)
 
 
 @contextlib.contextmanager

@@ -14,13 +14,17 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
+from types import MappingProxyType
 from typing import Final, Protocol
 
+from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Page, Reading
-from onnx_dl.transport.sockets import Channel
+from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
+MOST_BLOBS: Final = MOST_DESCRIPTORS - 3
+"""That a worker is born with, beside what every one has."""
 _TAIL: Final = 40
 """Lines of a worker's stderr that are kept for the error that tells of its death."""
 
@@ -90,11 +94,11 @@ class _Template:
 class _Process:
     """One worker process, from the request for it until it is reaped."""
 
-    def __init__(self, worker_id: int, blobs: Sequence[int]) -> None:
+    def __init__(self, worker_id: int, blobs: Mapping[str, int]) -> None:
         self.worker_id = worker_id
         self.identity = secrets.token_bytes(16)
         # Copies: the client may drop its own while this waits for a template.
-        self._blobs = [os.dup(blob) for blob in blobs]
+        self._blobs = {name: os.dup(fd) for name, fd in blobs.items()}
         self.stderr = StderrTail()
         self.page = Page()
         self.template: _Template | None = None
@@ -106,9 +110,11 @@ class _Process:
     def request(self, template: _Template, control: str) -> None:
         """Asks the template for the process and hands over its ends of the descriptors."""
         self.template = template
-        message = m.Spawn(worker_id=self.worker_id, identity=self.identity, control=control)
+        message = m.Spawn(
+            worker_id=self.worker_id, identity=self.identity, control=control, blobs=list(self._blobs)
+        )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd)
-        template.channel.send(m.encode(message), (*fds, *self._blobs))
+        template.channel.send(m.encode(message), (*fds, *self._blobs.values()))
         self._drop_blobs()
         # Our copies would hide the worker's death from the other ends.
         os.close(self.stderr.write_end)
@@ -130,7 +136,7 @@ class _Process:
 
     def _drop_blobs(self) -> None:
         while self._blobs:
-            os.close(self._blobs.pop())
+            os.close(self._blobs.popitem()[1])
 
     def buried(self) -> str:
         """It is reaped; its last lines on stderr."""
@@ -153,6 +159,8 @@ class Witness(Protocol):
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None: ...
 
+    def saver_ended(self, status: int) -> None: ...
+
 
 class Processes:
     """All worker processes.  The template is started at once: its imports take longest."""
@@ -164,6 +172,7 @@ class Processes:
         self._pending: collections.deque[_Process] = collections.deque()
         self._template: _Template | None = _Template(sys_path, mode)
         """The one that the next worker comes from."""
+        self._saver: SaverProcess | None = None
 
     def attach(self, control: str, witness: Witness) -> None:
         """Where workers find the supervisor, and who hears of them; before the first spawn."""
@@ -176,8 +185,9 @@ class Processes:
         template = self._template
         return [*fds, template.channel.fileno()] if template and template.open else fds
 
-    def spawn(self, worker_id: int, blobs: Sequence[int] = ()) -> bytes:
-        """Starts a worker process and returns the routing id of its control socket."""
+    def spawn(self, worker_id: int, blobs: Mapping[str, int] = MappingProxyType({})) -> bytes:
+        """Starts a worker process and returns the routing id of its control socket.  ``blobs``: descriptors
+        of the memory that its model is loaded from, by name."""
         process = self._processes[worker_id] = _Process(worker_id, blobs)
         self._pending.append(process)
         self._dispatch()
@@ -202,6 +212,12 @@ class Processes:
 
     def reap(self) -> None:
         """Collects every child that has ended; called after SIGCHLD."""
+        self._collect()
+        if self._saver is not None and (status := self._saver.ended()) is not None:
+            self._saver = None
+            self._witness.saver_ended(status)
+
+    def _collect(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -211,9 +227,27 @@ class Processes:
                     self._template_died(self._template, status)
                 elif process := self._by_pid(pid):
                     self._exited(process, status)
+                elif self._saver is not None:
+                    self._saver.reaped(pid, status)
+
+    def start_saver(self, order: str, blob: int | None, memory: int) -> None:
+        """Starts the process that saves a model, of which there is one at most.
+
+        Raises:
+            OSError: the system has no process for it, or no memory.
+        """
+        environment = os.environ | _SINGLE_THREADED
+        self._saver = SaverProcess(self._sys_path, environment, order, blob, memory)
+
+    def end_saver(self) -> None:
+        if self._saver is not None:
+            self._saver.kill()
 
     def close(self) -> None:
-        """Ends the template.  Workers must have been reaped before."""
+        """Ends the template and the saver.  Workers must have been reaped before."""
+        if self._saver is not None:
+            self._saver.kill()
+            self._saver.bury()
         if self._template is not None:
             self._template.channel.close()
             os.kill(self._template.pid, signal.SIGKILL)

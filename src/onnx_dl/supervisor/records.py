@@ -82,8 +82,8 @@ class Model:
     """What a load needs that has failed for lack of memory; nothing if it has not."""
     second_try: bool = False
     """Such a load is made once more."""
-    members: dict[str, ModelSpec] = dataclasses.field(default_factory=dict)
-    """Of a group: all models that were ever asked for, by key."""
+    named: dict[bytes, dict[str, ModelSpec]] = dataclasses.field(default_factory=dict)
+    """Of a group: by client, and the host, the models that it had in it when it last asked, by key."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
 
     def step(self, event: LifecycleEvent, now: float) -> None:
@@ -105,11 +105,29 @@ class Model:
         """The highest of those who hold the model."""
         return max(self.priorities.values(), default=0)
 
-    def join(self, ask: m.Acquire, others: Iterable[ModelSpec] = ()) -> None:
-        """The model asked for, those that the client has beside it, and others belong to this group from now
-        on."""
-        if ask.spec.group is not None:
-            self.members.update({spec.key: spec for spec in (ask.spec, *ask.companions, *others)})
+    def join(self, client: bytes, ask: m.Acquire, others: Iterable[ModelSpec] = ()) -> None:
+        """The model asked for, those that the client has beside it, and others that are the host's belong to
+        this group from now on."""
+        if ask.spec.group is None:
+            return
+        hosts = self.named.setdefault(HOST, {})
+        hosts.update({spec.key: spec for spec in others})
+        if ask.for_host:
+            hosts[ask.spec.key] = ask.spec
+        if client != HOST:
+            self.named[client] = {spec.key: spec for spec in (ask.spec, *ask.companions)}
+
+    def part(self, keys: Iterable[str]) -> None:
+        """The host has none of these models in this group any more."""
+        hosts = self.named.get(HOST, {})
+        for key in keys:
+            hosts.pop(key, None)
+
+    @property
+    def members(self) -> dict[str, ModelSpec]:
+        """Of a group: the models that somebody has in it or waits for, by key."""
+        waiting = {ask.spec.key: ask.spec for _, ask in self.waiters if ask.spec.group is not None}
+        return {key: spec for models in (*self.named.values(), waiting) for key, spec in models.items()}
 
     @property
     def parts(self) -> list[str]:
@@ -125,7 +143,7 @@ class Model:
         return Terms(longest, any(each.pin for each in own), max(each.priority for each in own))
 
     def serves(self, ask: m.Acquire) -> bool:
-        """Whether the present worker was started with this model among others, or for it alone."""
+        """Whether the present or last worker was started with this model among others, or for it alone."""
         return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
 
     def grant(self, lease: tuple[bytes, int], ttl: float, pin: bool, priority: int) -> None:

@@ -21,7 +21,7 @@ from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
-from onnx_dl.supervisor import exits
+from onnx_dl.supervisor import exits, saving
 from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
@@ -74,14 +74,14 @@ class Scheduler(Admission):
             self._refuse(client, ask)
             return self._done()
         model = self._models.setdefault(ask.spec.unit, Model(ask.spec.unit, ask.spec))
-        model.join(ask, self._grouped.get(model.key, ()))
+        model.join(client, ask, self._grouped.get(model.key, ()))
         if model.state is ModelState.READY and model.serves(ask):
             self._grant(model, client, ask)
             self._retime(model)
         elif model.state is ModelState.READY:
             model.waiters.append((client, ask))
             self._drain(model, "regrouped", now)
-        elif model.state is ModelState.FAILED and now < model.retry_at:
+        elif model.state is ModelState.FAILED and now < model.retry_at and model.serves(ask):
             self._deny(client, ask.ticket, model, now)
         else:
             model.waiters.append((client, ask))
@@ -139,11 +139,12 @@ class Scheduler(Admission):
         self._settings = settings
         self._limit_to(settings)
         for model in list(self._models.values()):
-            own = model.own_terms(terms)
+            had, own = model.own_terms(before), model.own_terms(terms)
+            model.part(before.keys() - terms.keys())
             if own is not None and model.leases:
                 model.grant(_HOSTS_OWN, *own)
                 self._retime(model)
-            elif own is None and model.own_terms(before) is not None:
+            elif own is None and had is not None:
                 waiting = [waiter for waiter in model.waiters if waiter[0] == HOST]
                 model.waiters = [waiter for waiter in model.waiters if waiter[0] != HOST]
                 if model.let_go(_HOSTS_OWN) or waiting:
@@ -158,6 +159,7 @@ class Scheduler(Admission):
             held = [lease for lease in model.leases if lease[0] == client]
             waited = [waiter for waiter in model.waiters if waiter[0] == client]
             model.waiters = [waiter for waiter in model.waiters if waiter[0] != client]
+            model.named.pop(client, None)
             for lease in held:
                 model.let_go(lease)
             if held or waited:
@@ -229,6 +231,18 @@ class Scheduler(Admission):
                 self._welcome(model, ready, now)
             self._tell_need(model, now)  # after those who wait: it is written to a disk
             self._admit(now)
+        return self._done()
+
+    def on_saveable(self, ask: m.Saveable, now: float) -> list[Command]:
+        """A model is worth saving for the load cache."""
+        self._saving.ask(saving.Wish(ask.key, ask.order, ask.blob, saving.need(ask.nbytes)))
+        self._admit(now)
+        return self._done()
+
+    def on_saver_ended(self, status: int, now: float) -> list[Command]:
+        """The process that saved a model is reaped, and all that it started."""
+        self._saving.ended(short=exits.wants_more_memory(status))
+        self._admit(now)
         return self._done()
 
     def on_load_failed(self, failed: m.WorkerFailed, now: float) -> list[Command]:
@@ -444,7 +458,7 @@ class Scheduler(Admission):
             return
         model.grant(_HOSTS_OWN if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
         terms = model.own_terms(self._terms)
-        if terms is not None and _HOSTS_OWN not in model.leases:
+        if terms is not None and (client == HOST or _HOSTS_OWN not in model.leases):
             model.grant(_HOSTS_OWN, *terms)
         granted = m.Granted(
             ticket=ask.ticket,
@@ -514,8 +528,10 @@ class Scheduler(Admission):
         self._say_bye()
 
     def _refuse_all(self) -> None:
-        """Nobody who waits will be served."""
+        """Nobody who waits will be served, and nothing is saved."""
         self._wishes.clear()
+        self._saving.close()
+        self._end_saver()
         for model in self._models.values():
             waiters, model.waiters = model.waiters, []
             for client, ask in waiters:
@@ -548,7 +564,8 @@ class Scheduler(Admission):
         self._want_alone(model, model.waiters[0][1].spec, now)
 
     def _failed(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
-        """Books a failure and answers those who wait; the first failure costs no wait, later ones double."""
+        """Books a failure and answers those who wait, but for members of a group that were not in this load;
+        the first failure costs no wait, later ones double."""
         lived = now - worker.ready_at if worker.ready_at is not None else 0.0
         model.failures = 1 if lived > self._settings.stable_after else model.failures + 1
         delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
@@ -556,8 +573,9 @@ class Scheduler(Admission):
         model.last_failure = worker.failure or self._death(model, worker, status, stderr)
         model.second_try = False
         self._emit_failed(model, worker, delay, now)
-        waiters, model.waiters = model.waiters, []
-        for client, ask in waiters:
+        failed = [(client, ask) for client, ask in model.waiters if model.serves(ask)]
+        model.waiters = [waiter for waiter in model.waiters if waiter not in failed]
+        for client, ask in failed:
             self._deny(client, ask.ticket, model, now)
 
     def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:

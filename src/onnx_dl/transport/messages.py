@@ -284,6 +284,20 @@ class WorkerReady(Message):
     seconds: float
 
 
+class Saveable(Message):
+    """The model is worth saving for the load cache.
+
+    ``nbytes``: of its files, or as it was given; ``blob``: the memory that it was given as; ``order``: what
+    the process is to be told that saves it.
+    """
+
+    worker_id: int
+    key: str
+    nbytes: int
+    blob: str | None
+    order: str
+
+
 class WorkerFailed(Message):
     """The model did not load; the worker waits for Exit."""
 
@@ -326,11 +340,13 @@ class Exit(Message):
 
 
 class Spawn(Message):
-    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, and the model's blobs."""
+    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
+    blobs, which are those of these names."""
 
     worker_id: int
     identity: bytes
     control: str
+    blobs: list[str] = []
 
 
 class Spawned(Message):
@@ -486,7 +502,7 @@ class Draining(Message):
 
 FromClient = Acquire | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
 ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
-FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | WorkerDrained
+FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
+from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.workers.halt import Halt
 
@@ -25,15 +26,34 @@ class Repeatable(NamedTuple):
     halt: Callable[[], object] | None
 
 
+class Save(NamedTuple):
+    """A model that is worth saving for the load cache."""
+
+    key: str
+    nbytes: int
+    """Of its files, or as it was given."""
+    blob: str | None
+    """The name of the memory that it was given as."""
+    order: str
+    """What :mod:`onnx_dl.workers.saver` is to be told."""
+
+
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
 
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
-        """The model was loaded within so many seconds and its callers know: time for what can be done in the
-        background.  ``blobs``: as it was loaded with, valid until this returns."""
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> Sequence[Save]:
+        """The model was loaded within so many seconds and its callers know.
+
+        Args:
+            seconds: of the load, without warm-up.
+            blobs: as it was loaded with.
+
+        Returns:
+            What is worth saving in the background, so that the next load is faster.
+        """
 
     def run(
         self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt
@@ -82,9 +102,10 @@ def enter(folder: str) -> None:
 
 
 def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
-    """Loads the model; ``blobs``: descriptors of the memory that the spec names.
+    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them.
 
     Raises:
+        EngineError: some that it names are not.
         ValueError: there is no such engine.
         Exception: what the engine raises.
     """
@@ -99,5 +120,14 @@ def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")
-    backend: Backend = opens(spec, blobs)
+    backend: Backend = opens(spec, blobs if spec.members else _own(spec, blobs))
     return backend
+
+
+def _own(spec: ModelSpec, blobs: Mapping[str, int]) -> dict[str, int]:
+    if not blobs.keys() >= set(spec.blobs):
+        raise EngineError(
+            f"{spec.name} cannot be loaded: the application that gave its bytes or initializers is gone or "
+            "has closed it, or its group has more than 125 of such. Open it again, or from a file."
+        )
+    return {name: blobs[name] for name in spec.blobs}

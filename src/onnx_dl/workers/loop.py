@@ -47,7 +47,7 @@ class Worker:
         self._id = spawn.worker_id
         self._gauges = gauges
         self._lifeline = Channel.from_fd(lifeline)
-        self._blobs = blobs
+        self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
         self._context = sockets.context()
         self._control = sockets.dealer(self._context, spawn.control, spawn.identity)
         self._secret = secrets.token_hex(16)
@@ -74,9 +74,9 @@ class Worker:
     def _load(self, order: m.Load) -> None:
         started = time.monotonic()
         try:
-            backends.enter(order.spec.cwd)
-            blobs = _named(order.spec.blobs, self._blobs)
-            backend = backends.load(order.spec, blobs)
+            if not order.spec.members:  # each of a group has its own
+                backends.enter(order.spec.cwd)
+            backend = backends.load(order.spec, self._blobs)
             loaded = time.monotonic()
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
@@ -99,8 +99,9 @@ class Worker:
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            backend.ready(loaded - started, blobs)
-        sockets.close_all(self._blobs)
+            for save in backend.ready(loaded - started, self._blobs):
+                self._say(m.Saveable(worker_id=self._id, **save._asdict()))
+        sockets.close_all(self._blobs.values())
         with contextlib.closing(listener):
             self._attend(listener, backend)
 
@@ -362,12 +363,6 @@ class LaneService:
 def _key(name: Any) -> Any:
     """A name in a feed; msgpack has no tuples, which onnxruntime shall refuse in its own words."""
     return tuple(map(_key, name)) if isinstance(name, list) else name
-
-
-def _named(names: list[str], fds: list[int]) -> dict[str, int]:
-    if len(names) != len(fds):
-        raise RuntimeError("The application that gave the model's memory is gone.")
-    return dict(zip(names, fds, strict=True))
 
 
 def _leave() -> NoReturn:

@@ -1,0 +1,89 @@
+"""The hosts of this process that nobody needs to pass around: the default one, and shared ones by name.
+
+What a host is and does is :mod:`onnx_dl.host`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+
+from onnx_dl.config import settings
+from onnx_dl.errors import OnnxDLError
+from onnx_dl.host import ModelHost
+from onnx_dl.rendezvous import USUAL, Place
+
+_default: ModelHost | None = None
+_default_lock = threading.Lock()
+_shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
+_shared_lock = threading.Lock()
+
+
+def default_host() -> ModelHost:
+    """The host of every proxy that names no other: this application's own, or the shared one that
+    ``ONNX_DL_HOST`` names."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            name = settings().host
+            _default = shared_host(name) if name else ModelHost()
+        return _default
+
+
+def shared_host(name: str, *, start: bool = True) -> ModelHost:
+    """The shared host of this name; it is looked for when it is first used."""
+    Place(name)  # a name that cannot be is an error now
+    with _shared_lock:
+        host = _shared_hosts.get(name)
+        if host is None:
+            host = _shared_hosts[name] = ModelHost()
+            host.name = name
+        host.starts = start
+        return host
+
+
+def connect(name: str = USUAL, *, start: bool = True) -> ModelHost:
+    """A host that all applications of this user share: the one of this name, found or started.
+
+    One that is started here runs in the background, with this application's ``ONNX_DL_*`` settings and its
+    Python environment, until it has had no client and no model for a minute (``ONNX_DL_LINGER``).  When it is
+    restarted, calls go on with the new one; only those that the old one had begun raise SupervisorDied.
+
+    Args:
+        start: whether to start it if there is none.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
+        SupervisorError: there is none, and it is not to be started.
+        SupervisorStartError: it does not come up, or refuses us.
+    """
+    host = shared_host(name, start=start)
+    host.start()
+    return host
+
+
+def warm_up() -> threading.Thread:
+    """Starts the default host's processes in the background, while the application is still busy.
+
+    The first use of a model then need not wait for them.  What goes wrong is told to that first use.  Returns
+    the thread that does it, for whoever wants to ``join()``.
+    """
+    host = default_host()
+
+    def start() -> None:
+        with contextlib.suppress(OnnxDLError):
+            host.start()
+
+    thread = threading.Thread(target=start, name="onnx-dl-warm-up", daemon=True)
+    thread.start()
+    return thread
+
+
+def _after_fork() -> None:
+    global _default_lock, _shared_lock
+    _default_lock, _shared_lock = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

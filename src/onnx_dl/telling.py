@@ -1,0 +1,43 @@
+"""Tells the application what happens, in a thread of its own: the log, and whoever listens to the bus."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+
+from onnx_dl.events import EventBus, EventType, ModelEvent
+
+logger = logging.getLogger("onnx_dl")
+
+
+class Teller:
+    """Takes events from whoever must not wait, and gives them to those who may take their time."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self._bus = bus
+        self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._tell, name="onnx-dl-events", daemon=True)
+        self._thread.start()
+
+    def put(self, event: ModelEvent) -> None:
+        self._events.put(event)
+
+    def end(self) -> None:
+        """What was put before is still told.  May be called twice."""
+        self._events.put(None)
+
+    def join(self, timeout: float) -> None:
+        """Returns when all is told, or after so many seconds; at once if it is a listener that asks."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _tell(self) -> None:
+        while (event := self._events.get()) is not None:
+            level = logging.WARNING if event.type is EventType.THRASH else logging.INFO
+            logger.log(level, "%s", event, extra={"onnx_dl_event": event})
+            for callback, error in self._bus.publish(event):
+                logger.error("An event callback failed: %r", callback, exc_info=error)
