@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from onnx_dl import config, installation
+from onnx_dl.console import output
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.events import format_bytes
 
@@ -114,10 +115,15 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = parser().parse_args(argv)
+    if arguments.command != "run":  # a program has its stdout as it is
+        output.prepare()
     try:
         outcome = arguments.run(arguments)
-    except OnnxDLError as error:
-        print(f"onnx-dl: {error}", file=sys.stderr)
+    except (OnnxDLError, OSError) as error:
+        if isinstance(error, OSError):  # a full disk, or a folder that is gone
+            output.let_go()
+        if sys.stderr is not None:
+            print(f"onnx-dl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

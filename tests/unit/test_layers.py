@@ -64,6 +64,7 @@ HEIGHT = {
     "launch": 15,
     "supervise": 15,
     "cli": 16,
+    "__main__": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
 GROUPS = [{"client", "connection", "watch"}, {"lifecycle", "model", "config"}]

@@ -8,6 +8,7 @@ in the worker only, and knows nothing of sockets or policy.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -90,6 +91,14 @@ def member(backend: Backend, key: str) -> Backend:
     """The one of a group's that a caller names, or else the only one that there is."""
     members: Mapping[str, Backend] | None = getattr(backend, "members", None)
     return backend if members is None else members[key]
+
+
+def enter(folder: str) -> None:
+    """Goes where relative paths of a model begin; a model with none needs no folder that is still there."""
+    try:
+        os.chdir(folder)
+    except FileNotFoundError:
+        os.chdir("/")
 
 
 def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:

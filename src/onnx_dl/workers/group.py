@@ -7,7 +7,6 @@ docs/groups.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +55,7 @@ def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
     errors: dict[str, Exception] = {}
     for member in spec.members:
         try:
-            os.chdir(member.cwd)
+            backends.enter(member.cwd)
             members[member.key] = backends.load(member, blobs)
         except Exception as error:  # whatever its engine raised belongs to whoever asked for this one
             errors[member.key] = error

@@ -74,7 +74,7 @@ class Worker:
         started = time.monotonic()
         try:
             if not order.spec.members:  # each of a group has its own
-                os.chdir(order.spec.cwd)
+                backends.enter(order.spec.cwd)
             backend = backends.load(order.spec, self._blobs)
             loaded = time.monotonic()
             description = backend.describe()
