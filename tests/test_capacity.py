@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_dl import CapacityError, ConfigError, EventType, InferenceSessionProxy, ModelEvent, ModelHost
 from tests.contract.both import CPU, F, model, node, scaled, tensor
-from tests.waiting import DEADLINE
+from tests.waiting import DEADLINE, eventually
 
 MB = 1 << 20
 X = np.ones((1, 1024), np.float32)
@@ -115,6 +115,20 @@ def test_pinned_models_stay(limited: Any, models: list[str], monkeypatch: pytest
     assert pinned.is_loaded
     pinned.close()
     assert value(other) == 1024
+
+
+def test_what_the_host_holds_and_nobody_called_makes_room(limited: Any, models: list[str]) -> None:
+    host = limited(90 * MB)
+    host.adopt(models[0])
+    (other,) = proxies(models[1:2], host)
+    assert value(other) == 1024
+    assert host.reasons() == ["evicted"]
+
+
+def test_what_the_host_holds_and_nobody_called_expires(limited: Any, models: list[str]) -> None:
+    host = limited(90 * MB)
+    host.adopt(models[0], ttl=0.2)
+    eventually(lambda: host.reasons() == ["ttl"], "the model's TTL ends it")
 
 
 def test_a_model_in_use_stays_until_it_is_not(limited: Any, models: list[str]) -> None:

@@ -118,6 +118,7 @@ class ModelProxy:
         """
         model = self._model()
         model.adopt(self._lease)
+        model.load(self._lease)  # a use: without one it would neither expire nor make room for others
         status = model.status()
         assert status is not None
         return status
