@@ -72,8 +72,8 @@ def caching_host(folder: Path | None) -> ModelHost:
 
 
 def wait_for_cache(folder: Path, count: int = 1) -> None:
-    """Until so many saves in the background are done."""
-    deadline = time.monotonic() + 60
+    """Until so many saves in the background are done, which come one after another."""
+    deadline = time.monotonic() + 60 * count
     while len(Cache(folder, 1 << 40).entries()) < count:
         if time.monotonic() > deadline:
             raise TimeoutError("nothing was saved")

@@ -62,13 +62,13 @@ def maps(pid: int, path: Path) -> bool:
 
 
 def is_saved(store: Cache, count: int = 1) -> None:
-    eventually(lambda: len(store.entries()) == count, "the model is in the cache", timeout=30)
+    eventually(lambda: len(store.entries()) == count, "the model is in the cache", timeout=60)
 
 
 def no_saver_is_left(host: ModelHost) -> None:
     supervisor = psutil.Process(host.snapshot().supervisor_pid)
     eventually(
-        lambda: not [p for p in supervisor.children(recursive=True) if is_saver(p)], "savers end", timeout=30
+        lambda: not [p for p in supervisor.children(recursive=True) if is_saver(p)], "savers end", timeout=60
     )
 
 
@@ -161,7 +161,7 @@ def test_small_models_and_dice_are_not_saved(cached_host: ModelHost, store: Cach
     onnx.save(model, path)
     proxy = InferenceSessionProxy(str(path), providers=CPU, host=cached_host)
     proxy.run(None, {"x": X})
-    eventually(lambda: list(store.root.glob("*.refused")), "it is refused", timeout=30)
+    eventually(lambda: list(store.root.glob("*.refused")), "it is refused", timeout=60)
     no_saver_is_left(cached_host)
     assert not store.entries()
 
