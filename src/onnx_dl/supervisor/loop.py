@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -251,6 +252,10 @@ class Supervisor:
                     self._send(self._identities[worker_id], message)
                 case TellClient(client, message) if client != HOST:
                     self._send(client, message)
+                case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
+                    why = failure.args[0] if failure.args else failure.name
+                    with contextlib.suppress(OSError):  # nobody reads it any more
+                        print(f"onnx-dl: an eager model did not load: {why}", file=sys.stderr, flush=True)
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
                 case ForgetPeak(worker_id):
