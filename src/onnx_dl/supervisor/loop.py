@@ -35,7 +35,6 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
-from onnx_dl.supervisor.configured import Configuration
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
@@ -48,6 +47,7 @@ from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel, Listener, Socket
 
 if TYPE_CHECKING:
+    from onnx_dl.supervisor.configured import Configuration
     from onnx_dl.supervisor.scrape import Scrape
 
 
@@ -104,7 +104,7 @@ class Supervisor:
         Raises:
             OnnxDLError: what the settings or the file ask for cannot be had.
         """
-        self._file = Configuration(settings.config) if settings.config else None
+        self._file = _file(settings.config)
         self._plain, self._firm = settings, firm
         settings = self._file.over(settings, firm) if self._file else settings
         self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
@@ -527,6 +527,15 @@ class Supervisor:
             self._carry_out(self._scheduler.on_client_gone(client.identity, now))
             if self._place is None and not any(other.identity for other in self._clients):
                 self._carry_out(self._scheduler.on_abandoned(now))
+
+
+def _file(path: str) -> Configuration | None:
+    """The host's file; what reads it is imported only if there is one."""
+    if not path:
+        return None
+    from onnx_dl.supervisor.configured import Configuration
+
+    return Configuration(path)
 
 
 def _scrape(address: str) -> Scrape | None:
