@@ -227,7 +227,9 @@ def test_a_worker_that_has_grown_is_replaced(host: ModelHost) -> None:
     assert pid_after(small) == second
 
 
-@pytest.mark.parametrize("terms", [{"max_runs": 0}, {"max_runs": "3"}, {"max_memory": "much"}])
+@pytest.mark.parametrize(
+    "terms", [{"max_runs": 0}, {"max_runs": "3"}, {"max_memory": "much"}, {"pin": "yes"}, {"priority": 1.5}]
+)
 def test_allowances_that_cannot_be(host: ModelHost, terms: dict) -> None:
     with pytest.raises(ConfigError):
         InferenceSessionProxy(scaled(), host=host, **terms)

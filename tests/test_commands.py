@@ -181,7 +181,7 @@ def test_unloading(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert [asked for asked in shared.asked if asked[0] == "unload"] == [
         ("unload", DIGITS, False), ("unload", "other", True),
     ]  # fmt: skip
-    assert capsys.readouterr().out == f"unloaded {DIGITS}\nother was not loaded\n"
+    assert capsys.readouterr().out == f"unloaded {DIGITS}\nother was not loaded; onnx-dl ps lists what is\n"
 
 
 # --- events and top, in processes of their own -------------------------------------------------------------
@@ -302,6 +302,33 @@ def test_the_host_ends(arguments: list[str], running: Callable[..., Running]) ->
     code, err = running(*arguments, before=DIES).ended()
     assert code == 1
     assert "onnx-dl: The " in err and ("has ended" in err or "went away" in err)
+
+
+def ended(arguments: list[str], stdout: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command whose stdout the shell redirects so."""
+    command = f'exec "$0" -m onnx_dl "$@" {stdout}'
+    return subprocess.run(
+        ["sh", "-c", command, sys.executable, *arguments],
+        env=os.environ | environment, capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_told_in_a_line() -> None:
+    found = ended(["cache", "ls"], ">/dev/full")
+    assert found.returncode == 1
+    assert found.stderr == "onnx-dl: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/null"])
+def test_a_closed_stdout_is_one_that_nobody_reads(stdout: str) -> None:
+    found = ended(["cache", "ls"], stdout)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_characters_that_the_terminal_does_not_have(tmp_path: Path) -> None:
+    folder = tmp_path / "\u00e4"
+    found = ended(["cache", "ls"], "", ONNX_DL_CACHE_DIR=str(folder), PYTHONIOENCODING="ascii")
+    assert found.stdout.endswith(f"{tmp_path}/?\n") and not found.stderr
 
 
 def test_events_wants_to_know_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import InferenceSessionProxy, InstallationError, installation
+from onnx_dl import InferenceSessionProxy, InstallationError, cli, installation
 from onnx_dl.demo.assets import model_path
 
 
@@ -57,3 +58,12 @@ def test_a_proxy_needs_no_onnxruntime_in_the_application() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bundle_without_metadata_still_has_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert installation.version() == "unknown"
+    assert cli.parser().parse_args(["ps"]).command == "ps"

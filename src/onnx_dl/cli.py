@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from onnx_dl import config
+from onnx_dl import config, installation
+from onnx_dl.console import output
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.events import format_bytes
 
@@ -27,9 +27,7 @@ def parser() -> argparse.ArgumentParser:
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
     )
-    top.add_argument(
-        "--version", action="version", version=f"onnx-dl {importlib.metadata.version('onnx-dl')}"
-    )
+    top.add_argument("--version", action="version", version=f"onnx-dl {installation.version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo", help="load, use and unload four models, beside the same work in-process"
@@ -117,10 +115,15 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = parser().parse_args(argv)
+    if arguments.command != "run":  # a program has its stdout as it is
+        output.prepare()
     try:
         outcome = arguments.run(arguments)
-    except OnnxDLError as error:
-        print(f"onnx-dl: {error}", file=sys.stderr)
+    except (OnnxDLError, OSError) as error:
+        if isinstance(error, OSError):  # a full disk, or a folder that is gone
+            output.let_go()
+        if sys.stderr is not None:
+            print(f"onnx-dl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

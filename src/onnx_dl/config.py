@@ -107,9 +107,32 @@ def parse_runs(value: object) -> int | None:
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
     """
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63):
         return value
     raise ConfigError(f"max_runs={value!r} is no number of calls; give an int from 1 on, or None.")
+
+
+def parse_pin(value: object) -> bool:
+    """True or False, as Python's, numpy's, or the numbers 1 and 0.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    if not isinstance(value, str) and value in (True, False):
+        return bool(value)
+    raise ConfigError(f"pin={value!r} is neither True nor False.")
+
+
+def parse_priority(value: object) -> int:
+    """A whole number of 64 bits.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+    """
+    found = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else 2**63
+    if -(2**63) <= found < 2**63:
+        return found
+    raise ConfigError(f"priority={value!r} is no whole number; models of a lower one make room first.")
 
 
 def parse_group(value: object) -> str | None:
@@ -186,7 +209,7 @@ def parse_size(value: object) -> int:
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
     """
-    match = _SIZE.fullmatch(str(value)) if isinstance(value, str | int) else None
+    match = _SIZE.fullmatch(str(value)) if isinstance(value, str | numbers.Integral) else None
     nbytes = float(match[1]) * _SIZES[(match[2] or "").lower()] if match else math.inf
     if isinstance(value, bool) or nbytes >= 2**63:
         raise ConfigError(
@@ -277,11 +300,16 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
                 parse_size(text)
             if field == "metrics":
                 parse_address(text)
+            _check_kind(variable, field, text)
             found[field] = os.path.abspath(text) if field == "config" else text
+    return msgspec.convert(found, Settings, strict=False)
+
+
+def _check_kind(variable: str, field: str, text: str) -> None:
     try:
-        return msgspec.convert(found, Settings, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"An ONNX_DL_* environment variable cannot be used: {error}.") from None
+        msgspec.convert({field: text}, Settings, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{variable}={text!r} is no number of seconds from 0 to 1000000.") from None
 
 
 def _check_choice(variable: str, field: str, text: str) -> None:

@@ -73,10 +73,15 @@ def kernel(system: str, release: str) -> Finding:
     )
 
 
-def environment(complaint: str) -> Finding:
-    """The ONNX_DL_* variables."""
+def environment(complaint: str, unknown: Mapping[str, str]) -> Finding:
+    """The ONNX_DL_* variables; ``unknown``: those that nothing reads, with what may be meant."""
     if complaint:
         return Finding("settings", Mark.PROBLEM, complaint, "Correct the variable, or unset it.")
+    if unknown:
+        meant = [f"{name} (or is it {other}?)" if other else name for name, other in unknown.items()]
+        return Finding(
+            "settings", Mark.WARNING, f"nothing reads {', '.join(meant)}", "Correct it, or unset it."
+        )
     return Finding("settings", Mark.OK, "the ONNX_DL_* environment variables can be used")
 
 
@@ -105,6 +110,14 @@ def memory(
         of = f"{format_bytes(allowed)} of {format_bytes(installed)}, by {groups}"
         return Finding("memory", Mark.OK, of + models)
     return Finding("memory", Mark.OK, f"all {format_bytes(installed)}, {groups} sets no limit{models}")
+
+
+def shared_hosts(complaint: str, *, wanted: bool) -> Finding:
+    """The folder in which the hosts of this user are found; ``wanted``: the settings name one."""
+    if complaint:
+        mark = Mark.PROBLEM if wanted else Mark.WARNING
+        return Finding("shared hosts", mark, complaint, "Programs that use no shared host need none.")
+    return Finding("shared hosts", Mark.OK, "have a folder of this user alone")
 
 
 def shared_memory(size: int | None) -> Finding:

@@ -66,6 +66,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
     retry_after: float | None = None
 
     def __str__(self) -> str:
+        if self.type is EventType.THRASH:  # it is about several models
+            return f"{self.type}: {self.detail}"
         parts = [f"{self.type} {self.model}"]
         if self.reason:
             parts.append(f"reason {self.reason}")
@@ -79,6 +81,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
             parts.append(f"GPU {format_bytes(self.gpu)}")
         if self.pid is not None:
             parts.append(f"pid {self.pid}")
+        if self.retry_after:
+            parts.append(f"retry in {self.retry_after:.1f} s")
         if self.detail:
             parts.append(self.detail)
         return ", ".join(parts)

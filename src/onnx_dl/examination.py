@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import difflib
 import os
 import platform
 import sys
@@ -11,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import config, doctor, installation, machine, trials
-from onnx_dl.errors import ConfigError
+from onnx_dl import config, doctor, installation, machine, rendezvous, trials
+from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.probe import Gpu, gpus
 from onnx_dl.trials import Answer
 from onnx_dl.workers import cache
@@ -21,6 +22,8 @@ _BUDGET: Final = 9.0
 """Seconds that all trials together may take."""
 _IMPORT: Final = 5.0
 """Seconds of it for the import of onnxruntime, which the providers wait for."""
+_NO_SETTINGS: Final = frozenset({"ONNX_DL_RUNTIME_DIR"})
+"""Variables that no host is set by, and that are read all the same."""
 
 
 def examine() -> list[doctor.Finding]:
@@ -41,7 +44,7 @@ def examine() -> list[doctor.Finding]:
         return [
             doctor.python_version(sys.version_info[:3]),
             doctor.kernel(platform.system(), platform.release()),
-            doctor.environment(complaint),
+            doctor.environment(complaint, unknown_variables(os.environ)),
             doctor.packages(installation.distributions(), here),
             *(doctor.provider(name, trial.result(), found_gpus) for name, trial in tried.items()),
             doctor.gpu(found_gpus, no_gpus, list(tried)),
@@ -52,6 +55,7 @@ def examine() -> list[doctor.Finding]:
                 machine.cgroup_version(),
                 (starting.result().said or {}).get("memory_limit"),
             ),
+            doctor.shared_hosts(_no_folder(os.environ), wanted=bool(chosen.host)),
             doctor.shared_memory(_size_of(Path("/dev/shm"))),
             doctor.telemetry(said.get("version"), os.environ),
             doctor.start(chosen.start, starting.result()),
@@ -65,6 +69,22 @@ def _settings(environ: Mapping[str, str]) -> tuple[config.Settings, str]:
         return config.settings(environ), ""
     except ConfigError as error:
         return config.Settings(), str(error)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """``ONNX_DL_*`` variables that nothing reads, each with the one that may be meant, or with nothing."""
+    known = {f"ONNX_DL_{field.upper()}" for field in config.Settings.__struct_fields__} | _NO_SETTINGS
+    strange = sorted(name for name in environ if name.startswith("ONNX_DL_") and name not in known)
+    return {name: "".join(difflib.get_close_matches(name, known, 1, 0.85)) for name in strange}
+
+
+def _no_folder(environ: Mapping[str, str]) -> str:
+    """Why there is none for the files of shared hosts; empty: there is one."""
+    try:
+        rendezvous.runtime_folder(environ)
+    except PlatformError as error:
+        return str(error)
+    return ""
 
 
 def _gpus() -> tuple[list[Gpu], str]:

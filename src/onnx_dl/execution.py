@@ -17,7 +17,7 @@ from onnx_dl import signatures
 from onnx_dl.config import Allowances, parse_allowances, parse_group
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
-from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key
+from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key, working_directory
 from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch
 
@@ -159,7 +159,7 @@ def _spec_of(path: str, tag: str, allowances: Allowances, group: str | None) -> 
     return ModelSpec(
         key=model_key(file_identity(path), "onnx_mlir", extra, allowances, group),
         name=path,
-        cwd=os.getcwd(),
+        cwd=working_directory(),
         engine="onnx_mlir",
         path=path,
         extra=extra,

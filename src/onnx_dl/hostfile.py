@@ -66,7 +66,8 @@ def read(path: str | os.PathLike[str]) -> HostFile:
     """
     file = os.path.abspath(path)
     if not os.path.isfile(file):
-        raise ConfigError(f"{file} cannot be read: there is no such file.")
+        reason = "it is no file" if os.path.exists(file) else "there is no such file"
+        raise ConfigError(f"{file} cannot be read: {reason}.")
     try:
         data = Path(file).read_bytes()
     except OSError as error:

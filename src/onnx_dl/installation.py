@@ -47,9 +47,18 @@ def several(found: Iterable[str]) -> str:
     )
 
 
+@functools.cache
 def build() -> str:
     """Distribution and version of what is installed, such as ``onnxruntime-gpu-1.20.0``; imports nothing."""
     return "+".join(sorted(f"{name}-{version}" for name, version in distributions().items())) or "none"
+
+
+def version() -> str:
+    """Ours; ``unknown`` in a bundle that left the packages' metadata out."""
+    try:
+        return importlib.metadata.version("onnx-dl")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def distributions() -> dict[str, str]:

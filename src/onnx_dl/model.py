@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -200,6 +200,9 @@ def model_key(identity: object, *how: object) -> str:
 def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -> ModelSpec:
     """The spec, with its key, of a model that onnxruntime runs; ``how``: the spec's fields that say how.
 
+    Programs share one worker whatever their working directories, unless these say where external data of a
+    model given as bytes lies, or a file that onnxruntime is told to write.
+
     Raises:
         ConfigError: the path is not UTF-8.
         OSError: the file cannot be looked at.
@@ -210,12 +213,28 @@ def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -
         raise ConfigError(
             f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
         ) from None
+    what = file_identity(os.path.join(cwd, path)) if path else blob
     return ModelSpec(
-        # The working directory tells where a model given as bytes finds its external data, and profiles land.
-        key=model_key(file_identity(os.path.join(cwd, path)) if path else blob, how, cwd),
+        key=model_key(what, how, cwd if path is None or _names_files(how) else ""),
         name=path or f"bytes:{str(blob)[:12]}",
         cwd=cwd,
         path=path,
         blob=blob,
         **how,
     )
+
+
+def _names_files(how: Mapping[str, Any]) -> bool:
+    """Whether onnxruntime is told something that may be a relative path."""
+    options = how["options"] or {}
+    plain = all(isinstance(provider, str) for provider in how["providers"] or ())
+    told = [options.get(name) for name in ("enable_profiling", "optimized_model_filepath", "config")]
+    return not plain or any(told) or any(how["provider_options"] or ())
+
+
+def working_directory() -> str:
+    """Where this program is; the root where its folder was removed, in which only absolute paths are left."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"

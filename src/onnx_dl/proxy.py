@@ -44,9 +44,15 @@ class ModelProxy:
         """``memory``: what must be in shared memory before the model loads, see :meth:`ModelHost.model`.
 
         Raises:
-            ValueError: ``ttl`` is none of the three modes, or ``latency`` neither of the two.
+            ValueError: ``ttl`` is none of the three modes, ``latency`` or ``pin`` neither of its two, or
+                ``priority`` no whole number.
         """
-        self._lease = Lease(config.parse_ttl(ttl), config.parse_latency(latency), pin, priority)
+        self._lease = Lease(
+            config.parse_ttl(ttl),
+            config.parse_latency(latency),
+            config.parse_pin(pin),
+            config.parse_priority(priority),
+        )
         self._host = host or default_host()
         self._take(spec, memory)
 

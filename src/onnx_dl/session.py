@@ -67,7 +67,8 @@ class InferenceSessionProxy(DescribedProxy):
             others are ignored, as onnxruntime does.
 
     Raises:
-        ValueError: ``ttl`` is none of the three modes, ``latency`` neither of the two, or a limit none.
+        ValueError: ``ttl`` is none of the three modes, ``latency`` or ``pin`` neither of its two,
+            ``priority`` no whole number, or a limit none.
         TypeError: the model is neither a path nor bytes.
         ConfigError: an option cannot reach a worker; the message names it.
         onnxruntime's NoSuchFile: there is no such file.  Unless ``eager``, a file that is not a model is

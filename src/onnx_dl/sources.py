@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from onnx_dl import installation, options, recorded
 from onnx_dl.config import Allowances
-from onnx_dl.model import ModelSpec, specify
+from onnx_dl.model import ModelSpec, specify, working_directory
 from onnx_dl.transport import shm
 from onnx_dl.transport.live import LiveMemory
 
@@ -103,7 +103,7 @@ def describe(
         "group": group,
     }
     digest = None if data is None else hashlib.sha256(data).hexdigest()
-    spec = specify(path, digest, os.getcwd(), how)
+    spec = specify(path, digest, working_directory(), how)
     memory: dict[str, Callable[[], int]] = {}
     if data is not None and digest is not None:
         memory[digest] = functools.partial(shm.freeze, data)

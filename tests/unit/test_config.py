@@ -130,9 +130,9 @@ def test_bad_choice():
 @pytest.mark.parametrize("field", ["load_timeout", "start_timeout", "exit_grace", "stable_after"])
 def test_bad_time(field, text):
     """A time that is negative or no number would kill every load, one that is infinite the poll loop."""
-    with pytest.raises(ConfigError, match=r"ONNX_DL_") as caught:
+    with pytest.raises(ConfigError, match=r"is no number of seconds from 0 to 1000000") as caught:
         settings({f"ONNX_DL_{field.upper()}": text})
-    assert field in str(caught.value).lower()
+    assert f"ONNX_DL_{field.upper()}={text!r}" in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 
@@ -225,3 +225,36 @@ def test_times_refused(value):
 def test_sizes_refused(value):
     with pytest.raises(ConfigError, match="is no size"):
         config.parse_size(value)
+
+
+@pytest.mark.parametrize("value", [np.int64(2000), 2000, "2000", "2 kB"])
+def test_sizes(value):
+    assert config.parse_size(value) == 2000
+
+
+@pytest.mark.parametrize("value", [True, 1, np.True_])
+def test_pinned(value):
+    assert config.parse_pin(value) is True
+    assert config.parse_pin(type(value)(0)) is False
+
+
+@pytest.mark.parametrize("value", ["yes", "", 2, None, [], math.nan])
+def test_neither_pinned_nor_not(value):
+    with pytest.raises(ConfigError, match="is neither True nor False"):
+        config.parse_pin(value)
+
+
+@pytest.mark.parametrize("value", [0, -3, np.int64(7), -(2**63), 2**63 - 1])
+def test_priorities(value):
+    assert config.parse_priority(value) == value
+
+
+@pytest.mark.parametrize("value", ["high", 1.5, True, None, 2**63, 10**30])
+def test_priorities_refused(value):
+    with pytest.raises(ConfigError, match="is no whole number"):
+        config.parse_priority(value)
+
+
+def test_runs_that_no_message_can_tell():
+    with pytest.raises(ConfigError, match="is no number of calls"):
+        config.parse_runs(2**63)

@@ -136,7 +136,7 @@ def test_no_limit() -> None:
         ({"pid": None, "idle": None}, "IDLE", "-"),
         ({}, "TTL LEFT", "48.0 s"),
         ({"idle": 61.0}, "TTL LEFT", "0 µs"),
-        ({"idle": None, "busy": 1}, "TTL LEFT", "1 m 0 s"),
+        ({"idle": None, "busy": 1}, "TTL LEFT", "1 m"),
         ({"ttl": -1.0}, "TTL LEFT", "stays"),
         ({"ttl": None}, "TTL LEFT", "-"),
         ({"pinned": True}, "PINNED", "yes"),
@@ -207,8 +207,8 @@ def test_the_live_picture_fits(width: int) -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        (0.000066, "66 µs"), (0.0123, "12 ms"), (1.25, "1.2 s"), (59.94, "59.9 s"), (75.4, "1 m 15 s"),
-        (3599.6, "1 h 0 m"), (86_400.0, "24 h 0 m"),
+        (0.000066, "66 µs"), (0.0123, "12 ms"), (1.25, "1.2 s"), (59.94, "59.9 s"), (59.96, "1 m"),
+        (75.4, "1 m 15 s"), (3599.6, "1 h 0 m"), (86_400.0, "24 h 0 m"),
     ],
 )  # fmt: skip
 def test_durations(seconds: float, expected: str) -> None:

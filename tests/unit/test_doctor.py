@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onnx_dl import doctor
+from onnx_dl import doctor, examination
 from onnx_dl.config import Settings
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.supervisor.probe import Gpu
@@ -46,8 +46,26 @@ def test_kernel(system: str, release: str, mark: Mark) -> None:
 
 
 def test_settings() -> None:
-    gave(Mark.OK, doctor.environment(""))
-    gave(Mark.PROBLEM, doctor.environment("ONNX_DL_LANE='x' is not one of socket, zmq."), "ONNX_DL_LANE")
+    gave(Mark.OK, doctor.environment("", {}))
+    complaint = "ONNX_DL_LANE='x' is not one of socket, zmq."
+    gave(Mark.PROBLEM, doctor.environment(complaint, {}), "ONNX_DL_LANE")
+    gave(
+        Mark.WARNING, doctor.environment("", {"ONNX_DL_Z": "", "ONNX_DL_LAN": "ONNX_DL_LANE"}), "Z,", "LANE?"
+    )
+
+
+def test_variables_that_nothing_reads() -> None:
+    names = ("ONNX_DL_MEMORY_LIMT", "ONNX_DL_ZEBRA", "ONNX_DL_LANE", "ONNX_DL_RUNTIME_DIR", "HOME")
+    assert examination.unknown_variables(dict.fromkeys(names, "x")) == {
+        "ONNX_DL_MEMORY_LIMT": "ONNX_DL_MEMORY_LIMIT",
+        "ONNX_DL_ZEBRA": "",
+    }
+
+
+def test_a_folder_for_shared_hosts() -> None:
+    gave(Mark.OK, doctor.shared_hosts("", wanted=True))
+    gave(Mark.PROBLEM, doctor.shared_hosts("/x: is open to other users", wanted=True), "/x")
+    gave(Mark.WARNING, doctor.shared_hosts("/x: is open to other users", wanted=False), "/x")
 
 
 def test_one_build() -> None:

@@ -27,8 +27,9 @@ def made(seq: int = 1, kind: str = "loading", **fields) -> ModelEvent:
             made(kind="unloaded", reason="request", seconds=2.0, freed=0, rss=9_000_000, pid=7),
             "unloaded m.onnx, reason request, 2.000 s, gave back 0.0 MB, pid 7",
         ),
-        (made(kind="thrash", detail="a, b were loaded again"), "thrash m.onnx, a, b were loaded again"),
+        (made(kind="thrash", detail="a, b were loaded again"), "thrash: a, b were loaded again"),
         (made(kind="failed", detail="no such file"), "failed m.onnx, no such file"),
+        (made(kind="failed", detail="gone", retry_after=2.0), "failed m.onnx, retry in 2.0 s, gone"),
     ],
 )
 def test_wording(event, line):

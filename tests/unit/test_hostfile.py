@@ -409,6 +409,8 @@ def test_messages_name_the_file(base):
     file = base / "my.toml"
     with pytest.raises(ConfigError, match=f"^{re.escape(str(file))} cannot be read: there is no such file"):
         read(file)
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(base))} cannot be read: it is no file"):
+        read(base)
     file.write_text("\nmemory_limit = 'x'")
     with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}, line 2: memory_limit"):
         read(file)

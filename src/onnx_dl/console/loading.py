@@ -43,4 +43,4 @@ def unload(host: Host, model: str, *, force: bool) -> None:
     """Ends a model's worker and prints whether there was one."""
     was_loaded = host.unload(model, force=force)
     with quiet_end():
-        say(f"unloaded {model}" if was_loaded else f"{model} was not loaded")
+        say(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import sys
@@ -21,11 +22,19 @@ def quiet_end() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        _let_go()
+        let_go()
         raise SystemExit(1) from None
 
 
-def _let_go() -> None:
+def prepare() -> None:
+    """A stdout that is closed takes everything, and one of few characters shows the others as ``?``."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def let_go() -> None:
     """The interpreter's exit flushes stdout once more, which must not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())

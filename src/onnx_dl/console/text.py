@@ -16,11 +16,11 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:
         return f"{seconds * 1e3:.0f} ms"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} m {rest} s"
+        return f"{minutes} m {rest} s" if rest else f"{minutes} m"
     return f"{minutes // 60} h {minutes % 60} m"
 
 

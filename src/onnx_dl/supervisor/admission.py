@@ -16,11 +16,12 @@ from onnx_dl.config import Settings, parse_size
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec, Usage
 from onnx_dl.supervisor import needs, room
-from onnx_dl.supervisor.commands import Command, ForgetPeak, Remember
+from onnx_dl.supervisor.commands import Command, EndSaver, ForgetPeak, Remember, StartSaver
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes, Experience, Known, Need
 from onnx_dl.supervisor.records import Model, Worker
 from onnx_dl.supervisor.room import Answer, Candidate
+from onnx_dl.supervisor.saving import Saving
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -72,6 +73,7 @@ class Admission:
         """Seconds without use by worker, during a look."""
         self._looking = False
         self._look_at: float | None = None
+        self._saving = Saving()
 
     def _limit_to(self, settings: Settings) -> None:
         ram = _limit(settings.memory_limit, self._memory)
@@ -137,21 +139,37 @@ class Admission:
                 self._make_way([] if is_early else evicted, now)
                 return
         self._look_at = None
+        self._saving.stir(now)
 
     def _decide(self, model: Model, wish: _Wish, now: float) -> tuple[Answer, list[int]]:
-        idle = self._candidates()
+        idle, need, in_use = self._candidates(), self._need(model), self._in_use(now)
+        if need.fits(self._limit) and (wish.alone or not (in_use + need).fits(self._limit)):
+            self._end_saver()
         if wish.alone:
             if idle:
                 return Answer.EVICT, [candidate.worker_id for candidate in idle]
             if not self._looking or self._leaving(now) != NOTHING or self._any_leaves():
                 return Answer.WAIT, []
-        return room.decide(self._need(model), self._limit, self._in_use(now), self._leaving(now), idle)
+        return room.decide(need, self._limit, in_use, self._leaving(now), idle)
 
     def _make_way(self, evicted: list[int], now: float) -> None:
         for worker_id in evicted:
             self._order(worker_id, m.DrainIfIdle())
         if self._look_at is None:
             self._look_at = now
+
+    def _end_saver(self) -> None:
+        if self._saving.end():
+            self._out.append(EndSaver())
+
+    def _save(self, now: float) -> None:
+        """After a look: a model is saved if there is room, and no more if there is none."""
+        in_use = self._in_use(now)
+        if not in_use.fits(self._limit):
+            self._end_saver()
+        free = NOTHING if self._wishes else self._limit - in_use
+        if (wish := self._saving.start(free, self._limit, now)) is not None:
+            self._out.append(StartSaver(wish))
 
     def _is_new(self, worker_id: int, now: float) -> bool:
         worker = self._by_worker[worker_id].worker
@@ -224,24 +242,33 @@ class Admission:
 
     def wants_look(self, now: float) -> bool:
         """Whether :meth:`on_tick` is to be told what the workers do and hold."""
-        return self._look_at is not None and self._look_at <= now
+        return self._is_due(self._look_at, now) or self._is_due(self._saving.look_at, now)
+
+    @staticmethod
+    def _is_due(at: float | None, now: float) -> bool:
+        return at is not None and at <= now
 
     def _room_deadline(self) -> float | None:
         untils = [wish.until for wish in self._wishes.values()]
-        return min([*untils, *([self._look_at] if self._look_at is not None else [])], default=None)
+        looks = [at for at in (self._look_at, self._saving.look_at) if at is not None]
+        return min([*untils, *looks], default=None)
 
     def _pass_time(self, now: float, seen: Mapping[int, Seen]) -> None:
         for key, wish in [(key, wish) for key, wish in self._wishes.items() if wish.until <= now]:
             del self._wishes[key]
             if (model := self._models.get(key)) is not None:
                 self._refuse_room(model, wish, now)
-        if self.wants_look(now):
+        if not self.wants_look(now):
+            return
+        for worker_id, each in seen.items():
+            self._see(worker_id, each, now)
+        if self._is_due(self._look_at, now):
             self._look_at = now + _LOOK_EVERY
             self._look(seen, now)
+        self._save(now)
 
     def _look(self, seen: Mapping[int, Seen], now: float) -> None:
         for worker_id, each in seen.items():
-            self._see(worker_id, each, now)
             if each.reading.last_used and not each.reading.busy:
                 self._idle[worker_id] = max(0.0, now - each.reading.last_used)
         self._looking = True
@@ -253,6 +280,8 @@ class Admission:
 
     def _shrink(self, now: float) -> None:
         """The limit is lower than it was: of those who are idle, as many leave as it takes, or all."""
+        if not self._in_use(now).fits(self._limit):
+            self._end_saver()
         in_use, leaving, idle = self._in_use(now), self._leaving(now), self._candidates()
         if not (in_use - leaving).fits(self._limit):
             _, evicted = room.decide(NOTHING, self._limit, in_use, leaving, idle)
@@ -291,11 +320,12 @@ class Admission:
         return sum(map(self.ledger.counted, pinned), NOTHING)
 
     def _in_use(self, now: float) -> Bytes:
-        return sum(map(self.ledger.counted, self._by_worker), self.ledger.afterglow(now))
+        others = self.ledger.afterglow(now) + self._saving.taken
+        return sum(map(self.ledger.counted, self._by_worker), others)
 
     def _leaving(self, now: float) -> Bytes:
         leaving = (w for w, model in self._by_worker.items() if model.state is ModelState.DRAINING)
-        return sum(map(self.ledger.counted, leaving), self.ledger.afterglow(now))
+        return sum(map(self.ledger.counted, leaving), self.ledger.afterglow(now) + self._saving.leaving)
 
     def _any_leaves(self) -> bool:
         return any(model.state is ModelState.DRAINING for model in self._by_worker.values())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec
 from onnx_dl.supervisor.needs import Need
+from onnx_dl.supervisor.saving import Wish
 from onnx_dl.transport.messages import Message
 
 
@@ -56,4 +57,16 @@ class Remember(NamedTuple):
     need: Need
 
 
-Command = StartWorker | TellWorker | TellClient | KillWorker | Emit | ForgetPeak | Remember
+class StartSaver(NamedTuple):
+    """Start the process that saves a model for the load cache."""
+
+    wish: Wish
+
+
+class EndSaver(NamedTuple):
+    """SIGKILL to that process, now."""
+
+
+Command = (
+    StartWorker | TellWorker | TellClient | KillWorker | Emit | ForgetPeak | Remember | StartSaver | EndSaver
+)

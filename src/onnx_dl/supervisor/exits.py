@@ -41,6 +41,11 @@ def ran_out_of_memory(failure: Failure | None, status: int, stderr: str) -> bool
     return failure.family != "onnx_dl" and any(isinstance(arg, str) and _tells(arg) for arg in failure.args)
 
 
+def wants_more_memory(status: int) -> bool:
+    """Whether a saver ended with this wait status because it may not take what it needs."""
+    return os.waitstatus_to_exitcode(status) == os.EX_TEMPFAIL
+
+
 def _tells(text: str) -> bool:
     return any(phrase in text.lower() for phrase in _OUT_OF_MEMORY)
 

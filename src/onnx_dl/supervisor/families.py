@@ -5,7 +5,6 @@ The only importer of prometheus_client; imported only where metrics are asked fo
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -20,6 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from onnx_dl import installation
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.supervisor.metrics import Facts, Times
@@ -200,7 +200,7 @@ FAMILIES: Final = (
         "onnx_dl",
         (),
         "The supervisor; written as onnx_dl_info.",
-        lambda _: [([], {"version": importlib.metadata.version("onnx-dl")})],
+        lambda _: [([], {"version": installation.version()})],
     ),
 )
 

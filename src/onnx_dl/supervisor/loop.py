@@ -25,12 +25,15 @@ from onnx_dl.model import ModelSpec, Usage
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.admission import Seen
+from onnx_dl.supervisor.clients import Client, Clients
 from onnx_dl.supervisor.commands import (
     Command,
     Emit,
+    EndSaver,
     ForgetPeak,
     KillWorker,
     Remember,
+    StartSaver,
     StartWorker,
     TellClient,
     TellWorker,
@@ -40,48 +43,16 @@ from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import MOST_BLOBS, Processes
 from onnx_dl.supervisor.records import HOST
+from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
-from onnx_dl.transport.sockets import Channel, Listener, Socket
+from onnx_dl.transport.sockets import Listener, Socket
 
 if TYPE_CHECKING:
     from onnx_dl.supervisor.configured import Configuration
     from onnx_dl.supervisor.scrape import Scrape
-
-
-class _Client:
-    """One application process."""
-
-    def __init__(self, lifeline: Channel) -> None:
-        self.lifeline = lifeline
-        self.identity: bytes | None = None
-        self.blobs: dict[int, tuple[str, int]] = {}
-        """Memory that models are loaded from: name and memfd."""
-        self.pidfd: int | None = None
-        # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
-        with contextlib.suppress(OSError):
-            self.pidfd = os.pidfd_open(lifeline.peer_pid())
-
-    def sources(self) -> list[int]:
-        return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
-
-    def keep_blob(self, number: int, name: str, fd: int) -> None:
-        """Kept until the client drops it or is gone."""
-        self.drop_blob(number)
-        self.blobs[number] = name, fd
-
-    def drop_blob(self, number: int) -> None:
-        if (blob := self.blobs.pop(number, None)) is not None:
-            os.close(blob[1])
-
-    def close(self) -> None:
-        self.lifeline.close()
-        for number in list(self.blobs):
-            self.drop_blob(number)
-        if self.pidfd is not None:
-            os.close(self.pidfd)
 
 
 class Supervisor:
@@ -119,9 +90,8 @@ class Supervisor:
         self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
         self._context = sockets.context()
         self._control: Socket = sockets.router(self._context, f"{address}/control")
-        self._listener = Listener(f"{address}/lifeline")
         processes.attach(f"{address}/control", self)
-        self._clients: list[_Client] = []
+        self._clients = Clients(Listener(f"{address}/lifeline"), self._greet, self._client_gone)
         self._abandoned_at: float | None = time.monotonic() + settings.start_timeout
         """When to give up if no client comes; None once one has."""
         self._workers: dict[bytes, int] = {}
@@ -159,17 +129,15 @@ class Supervisor:
         self._processes.close()
         # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
         self._context.destroy(linger=500)
-        self._listener.close()
-        for client in self._clients:
-            client.close()
+        self._clients.close()
 
     def _poller(self) -> zmq.Poller:
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
-        fds = [self._listener.fileno(), self._wakeup, *self._processes.sources()]
+        fds = [self._wakeup, *self._processes.sources(), *self._clients.sources()]
         fds += [] if self._scrape is None else [self._scrape.fileno()]
         fds += [] if self._file is None else self._file.sources()
-        for fd in (*fds, *(fd for client in self._clients for fd in client.sources())):
+        for fd in fds:
             poller.register(fd, zmq.POLLIN)
         return poller
 
@@ -184,13 +152,9 @@ class Supervisor:
         self._processes.handle(ready)
         if self._file is not None and any(fd in ready for fd in self._file.sources()):
             self._reload(asked=False)
-        if self._listener.fileno() in ready and (channel := self._listener.accept()):
-            self._clients.append(_Client(channel))
         if self._scrape is not None and self._scrape.fileno() in ready:
             self._scrape.answer(self._facts)
-        for client in list(self._clients):
-            if client.pidfd in ready or client.lifeline.fileno() in ready:
-                self._hear_lifeline(client, gone=client.pidfd in ready)
+        self._clients.handle(ready)
 
     def _heed_signals(self, signals: set[int]) -> None:
         now = time.monotonic()
@@ -233,7 +197,7 @@ class Supervisor:
         """A shared host that nobody uses, and that has no models of its own, ends after a while."""
         if self._place is None:
             return
-        used = self._foreground or self._scheduler.holds_any or any(c.identity for c in self._clients)
+        used = self._foreground or self._scheduler.holds_any or any(self._clients.identities())
         if used:
             self._abandoned_at = None
         elif self._abandoned_at is None:
@@ -263,14 +227,17 @@ class Supervisor:
                         self._meter().forget_peak(pid)
                 case Remember(key, need):
                     self._store.put(key, need)
+                case StartSaver(wish):
+                    self._start_saver(wish)
+                case EndSaver():
+                    self._processes.end_saver()
                 case Emit(event):
                     if self._foreground:
                         with contextlib.suppress(OSError):  # nobody reads it any more
                             print(event, flush=True)
                     self._metrics.on_event(event)
-                    for known in self._clients:
-                        if known.identity is not None:
-                            self._send(known.identity, m.Published(event=event))
+                    for identity in self._clients.identities():
+                        self._send(identity, m.Published(event=event))
 
     def _send(self, identity: bytes, message: m.Message) -> None:
         self._control.send_multipart([identity, m.encode(message)])
@@ -307,6 +274,19 @@ class Supervisor:
         )
         self._carry_out(commands)
 
+    def _start_saver(self, wish: Wish) -> None:
+        blob = None if wish.blob is None else self._clients.blobs().get(wish.blob)
+        started = False
+        if wish.blob is None or blob is not None:  # else the application that gave it is gone
+            with contextlib.suppress(OSError):  # out of processes or memory: the next load asks again
+                self._processes.start_saver(wish.order, blob, wish.need.ram)
+                started = True
+        if not started:
+            self.saver_ended(0)
+
+    def saver_ended(self, status: int) -> None:
+        self._carry_out(self._scheduler.on_saver_ended(status, time.monotonic()))
+
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)
         self._workers.pop(self._identities.pop(worker_id), None)
@@ -333,6 +313,8 @@ class Supervisor:
                 if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
                     self._meter().loaded(pid)
                 return scheduler.on_ready(message, self._measure(worker_id), now)
+            case m.Saveable():
+                return scheduler.on_saveable(message, now)
             case m.WorkerFailed():
                 return scheduler.on_load_failed(message, now)
             case m.WorkerDraining():
@@ -383,15 +365,11 @@ class Supervisor:
             with contextlib.suppress(ProtocolError):  # a peer that talks nonsense gets no answer
                 if (worker_id := self._workers.get(identity)) is not None:
                     self._heed_worker(worker_id, data)
-                elif client := self._client(identity):
-                    # What it said on its lifeline, it said before: the bytes of a model, for one.
-                    self._hear_lifeline(client, gone=False)
+                # What it said on its lifeline, it said before: the bytes of a model, for one.
+                elif client := self._clients.known(identity):
                     self._carry_out(self._from_client(client, m.from_client(data)))
 
-    def _client(self, identity: bytes) -> _Client | None:
-        return next((client for client in self._clients if client.identity == identity), None)
-
-    def _from_client(self, client: _Client, message: object) -> list[Command]:
+    def _from_client(self, client: Client, message: object) -> list[Command]:
         now = time.monotonic()
         scheduler = self._scheduler
         identity = client.identity or b""
@@ -462,53 +440,17 @@ class Supervisor:
 
     def _blobs(self, spec: ModelSpec) -> dict[str, int]:
         """The memory that a model is loaded from, as far as somebody has it and one message takes it."""
-        kept = dict(blob for client in self._clients for blob in client.blobs.values())
+        kept = self._clients.blobs()
         found = [(name, kept[name]) for name in spec.blobs if name in kept]
         return dict(found[:MOST_BLOBS])
 
-    def _hear_lifeline(self, client: _Client, *, gone: bool) -> None:
-        """All that a client has said on its lifeline, and whether it is still there."""
-        while client in self._clients:
-            try:
-                received = client.lifeline.receive(0)
-            except TimeoutError:
-                break
-            except OSError:  # out of descriptors: without what it sent it cannot be served
-                received = None
-            if received is None or not self._obey_lifeline(client, *received):
-                gone = True
-                break
-        if gone and client in self._clients:
-            self._clients.remove(client)
-            client.close()
-            self._lost(client)
-
-    def _obey_lifeline(self, client: _Client, data: memoryview, fds: list[int]) -> bool:
-        """Follows one message; false if the client must go."""
-        try:
-            message = m.on_lifeline(data)
-        except ProtocolError:
-            message = None
-        if isinstance(message, m.ClientHello):
-            return self._welcome(client, message)
-        if isinstance(message, m.Blob) and client.identity is not None and len(fds) == 1:
-            client.keep_blob(message.number, message.name, fds[0])
-            return True
-        for fd in fds:
-            os.close(fd)
-        return False
-
-    def _welcome(self, client: _Client, hello: m.ClientHello) -> bool:
+    def _greet(self, hello: m.ClientHello) -> m.Message | None:
         if self._scheduler.closing:  # without a word: the next host is for it, in a moment
-            return False
-        refusal = self._refusal(hello)
-        build = "" if self._place is None else installation.build()
-        answer = m.Refused(reason=refusal) if refusal else m.Welcome(build=build)
-        client.lifeline.send(m.encode(answer))
-        if refusal is None:
-            client.identity = hello.client
-            self._abandoned_at = None
-        return refusal is None
+            return None
+        if refusal := self._refusal(hello):
+            return m.Refused(reason=refusal)
+        self._abandoned_at = None
+        return m.Welcome(build="" if self._place is None else installation.build())
 
     def _refusal(self, hello: m.ClientHello) -> str | None:
         if not secrets.compare_digest(hello.secret, self._secret):
@@ -520,13 +462,12 @@ class Supervisor:
             )
         return None
 
-    def _lost(self, client: _Client) -> None:
+    def _client_gone(self, identity: bytes) -> None:
         now = time.monotonic()
-        if client.identity is not None:
-            self._refresh(now)
-            self._carry_out(self._scheduler.on_client_gone(client.identity, now))
-            if self._place is None and not any(other.identity for other in self._clients):
-                self._carry_out(self._scheduler.on_abandoned(now))
+        self._refresh(now)
+        self._carry_out(self._scheduler.on_client_gone(identity, now))
+        if self._place is None and not any(self._clients.identities()):
+            self._carry_out(self._scheduler.on_abandoned(now))
 
 
 def _file(path: str) -> Configuration | None:
@@ -555,9 +496,8 @@ def _signals(foreground: bool) -> int:
         if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):  # nohup
             signal.signal(number, lambda *_: None)
     if not foreground:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C goes to the whole group; it is the application's
+        # Ctrl-C goes to the whole group; it is the application's.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return read_end
 
 

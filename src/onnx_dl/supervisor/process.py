@@ -18,6 +18,7 @@ from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Page, Reading
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
@@ -161,6 +162,8 @@ class Witness(Protocol):
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None: ...
 
+    def saver_ended(self, status: int) -> None: ...
+
 
 class Processes:
     """All worker processes.  The template is started at once: its imports take longest."""
@@ -172,6 +175,7 @@ class Processes:
         self._pending: collections.deque[_Process] = collections.deque()
         self._template: _Template | None = _Template(sys_path, mode)
         """The one that the next worker comes from."""
+        self._saver: SaverProcess | None = None
 
     def attach(self, control: str, witness: Witness) -> None:
         """Where workers find the supervisor, and who hears of them; before the first spawn."""
@@ -211,6 +215,12 @@ class Processes:
 
     def reap(self) -> None:
         """Collects every child that has ended; called after SIGCHLD."""
+        self._collect()
+        if self._saver is not None and (status := self._saver.ended()) is not None:
+            self._saver = None
+            self._witness.saver_ended(status)
+
+    def _collect(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -220,9 +230,27 @@ class Processes:
                     self._template_died(self._template, status)
                 elif process := self._by_pid(pid):
                     self._exited(process, status)
+                elif self._saver is not None:
+                    self._saver.reaped(pid, status)
+
+    def start_saver(self, order: str, blob: int | None, memory: int) -> None:
+        """Starts the process that saves a model, of which there is one at most.
+
+        Raises:
+            OSError: the system has no process for it, or no memory.
+        """
+        environment = os.environ | _SINGLE_THREADED
+        self._saver = SaverProcess(self._sys_path, environment, order, blob, memory)
+
+    def end_saver(self) -> None:
+        if self._saver is not None:
+            self._saver.kill()
 
     def close(self) -> None:
-        """Ends the template.  Workers must have been reaped before."""
+        """Ends the template and the saver.  Workers must have been reaped before."""
+        if self._saver is not None:
+            self._saver.kill()
+            self._saver.bury()
         if self._template is not None:
             self._template.channel.close()
             os.kill(self._template.pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
-from onnx_dl.supervisor import exits
+from onnx_dl.supervisor import exits, saving
 from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.ledger import Ledger
@@ -231,6 +231,18 @@ class Scheduler(Admission):
                 self._welcome(model, ready, now)
             self._tell_need(model, now)  # after those who wait: it is written to a disk
             self._admit(now)
+        return self._done()
+
+    def on_saveable(self, ask: m.Saveable, now: float) -> list[Command]:
+        """A model is worth saving for the load cache."""
+        self._saving.ask(saving.Wish(ask.key, ask.order, ask.blob, saving.need(ask.nbytes)))
+        self._admit(now)
+        return self._done()
+
+    def on_saver_ended(self, status: int, now: float) -> list[Command]:
+        """The process that saved a model is reaped, and all that it started."""
+        self._saving.ended(short=exits.wants_more_memory(status))
+        self._admit(now)
         return self._done()
 
     def on_load_failed(self, failed: m.WorkerFailed, now: float) -> list[Command]:
@@ -526,8 +538,10 @@ class Scheduler(Admission):
         self._say_bye()
 
     def _refuse_all(self) -> None:
-        """Nobody who waits will be served."""
+        """Nobody who waits will be served, and nothing is saved."""
         self._wishes.clear()
+        self._saving.close()
+        self._end_saver()
         for model in self._models.values():
             waiters, model.waiters = model.waiters, []
             for client, ask in waiters:

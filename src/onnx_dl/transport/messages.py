@@ -284,6 +284,20 @@ class WorkerReady(Message):
     seconds: float
 
 
+class Saveable(Message):
+    """The model is worth saving for the load cache.
+
+    ``nbytes``: of its files, or as it was given; ``blob``: the memory that it was given as; ``order``: what
+    the process is to be told that saves it.
+    """
+
+    worker_id: int
+    key: str
+    nbytes: int
+    blob: str | None
+    order: str
+
+
 class WorkerFailed(Message):
     """The model did not load; the worker waits for Exit."""
 
@@ -489,7 +503,7 @@ class Draining(Message):
 
 FromClient = Acquire | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
 ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
-FromWorker = WorkerStarted | WorkerReady | WorkerFailed | WorkerDraining | WorkerDrained
+FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady

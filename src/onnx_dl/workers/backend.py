@@ -8,6 +8,7 @@ in the worker only, and knows nothing of sockets or policy.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,15 +26,34 @@ class Repeatable(NamedTuple):
     halt: Callable[[], object] | None
 
 
+class Save(NamedTuple):
+    """A model that is worth saving for the load cache."""
+
+    key: str
+    nbytes: int
+    """Of its files, or as it was given."""
+    blob: str | None
+    """The name of the memory that it was given as."""
+    order: str
+    """What :mod:`onnx_dl.workers.saver` is to be told."""
+
+
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
 
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
-        """The model was loaded within so many seconds and its callers know: time for what can be done in the
-        background.  ``blobs``: as it was loaded with, valid until this returns."""
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> Sequence[Save]:
+        """The model was loaded within so many seconds and its callers know.
+
+        Args:
+            seconds: of the load, without warm-up.
+            blobs: as it was loaded with.
+
+        Returns:
+            What is worth saving in the background, so that the next load is faster.
+        """
 
     def run(
         self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt
@@ -71,6 +91,14 @@ def member(backend: Backend, key: str) -> Backend:
     """The one of a group's that a caller names, or else the only one that there is."""
     members: Mapping[str, Backend] | None = getattr(backend, "members", None)
     return backend if members is None else members[key]
+
+
+def enter(folder: str) -> None:
+    """Goes where relative paths of a model begin; a model with none needs no folder that is still there."""
+    try:
+        os.chdir(folder)
+    except FileNotFoundError:
+        os.chdir("/")
 
 
 def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:

@@ -7,7 +7,6 @@ docs/groups.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.transport import failures
 from onnx_dl.workers import backend as backends
-from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.backend import Backend, Save
 
 
 class Group:
@@ -33,9 +32,8 @@ class Group:
             failed=dict(self._failed),
         )
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
-        for member in self.members.values():
-            member.ready(seconds, blobs)
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
+        return [save for member in self.members.values() for save in member.ready(seconds, blobs)]
 
     def run(self, *_: Any) -> Any:
         raise EngineError("A group has no run() of its own; a lane names one of its models.")
@@ -57,7 +55,7 @@ def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
     errors: dict[str, Exception] = {}
     for member in spec.members:
         try:
-            os.chdir(member.cwd)
+            backends.enter(member.cwd)
             members[member.key] = backends.load(member, blobs)
         except Exception as error:  # whatever its engine raised belongs to whoever asked for this one
             errors[member.key] = error

@@ -74,7 +74,7 @@ class Worker:
         started = time.monotonic()
         try:
             if not order.spec.members:  # each of a group has its own
-                os.chdir(order.spec.cwd)
+                backends.enter(order.spec.cwd)
             backend = backends.load(order.spec, self._blobs)
             loaded = time.monotonic()
             description = backend.describe()
@@ -98,7 +98,8 @@ class Worker:
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            backend.ready(loaded - started, self._blobs)
+            for save in backend.ready(loaded - started, self._blobs):
+                self._say(m.Saveable(worker_id=self._id, **save._asdict()))
         sockets.close_all(self._blobs.values())
         with contextlib.closing(listener):
             self._attend(listener, backend)

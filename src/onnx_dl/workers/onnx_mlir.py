@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from onnx_dl import signatures
 from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
-from onnx_dl.workers.backend import Repeatable
+from onnx_dl.workers.backend import Repeatable, Save
 from onnx_dl.workers.halt import Halt
 
 _DEFAULT: Final = "run_main_graph"
@@ -229,8 +229,8 @@ class OnnxMlirBackend:
             },
         )
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
-        pass
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
+        return []
 
     def run(
         self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt

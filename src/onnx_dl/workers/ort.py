@@ -8,16 +8,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from onnx_dl import config
+from onnx_dl import config, external
 from onnx_dl.model import ModelDescription, ModelSpec, file_identity
 from onnx_dl.options import make_run_options
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable, ort_session, saver
-from onnx_dl.workers.backend import Repeatable
+from onnx_dl.workers.backend import Repeatable, Save
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.ort_calls import Calls
 from onnx_dl.workers.ort_session import Opened
@@ -67,28 +68,24 @@ class OnnxRuntimeBackend:
         self._cached = entry
         return session
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> None:
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
         slow = seconds >= config.settings().cache_from
         on_cpu = self._session.get_providers() == ["CPUExecutionProvider"]
         if self._key is None or self._cached is not None or not (slow and on_cpu):
-            return
+            return []
         mine = not config.settings().cache_dir  # who names a folder knows what goes there
-        if _store().is_refused(self._key) or (mine and cacheable.is_passing(self._spec)):
-            return
-        watch = os.pidfd_open(os.getppid())
-        try:
-            saver.start(
-                saver.Order(
-                    key=self._key,
-                    onnxruntime=_build(),
-                    spec=self._spec,
-                    description=self.describe(),
-                    blob=None if self._spec.blob is None else blobs[self._spec.blob],
-                    watch=watch,
-                )
-            )
-        finally:
-            os.close(watch)
+        nbytes = _bytes_of(self._spec, blobs)
+        is_small = nbytes < cacheable.SMALLEST
+        if is_small or _store().is_refused(self._key) or (mine and cacheable.is_passing(self._spec)):
+            return []
+        order = saver.Order(
+            key=self._key,
+            onnxruntime=_build(),
+            spec=self._spec,
+            description=self.describe(),
+            nbytes=nbytes,
+        )
+        return [Save(self._key, nbytes, self._spec.blob, msgspec.json.encode(order).decode())]
 
     def describe(self) -> ModelDescription:
         if self._cached is not None:  # the saved form has other options, and need not tell all
@@ -198,6 +195,12 @@ def _build() -> str:
 
 def _caching() -> bool:
     return config.settings().cache == "on"
+
+
+def _bytes_of(spec: ModelSpec, blobs: Mapping[str, int]) -> int:
+    if spec.blob is not None:
+        return os.fstat(blobs[spec.blob]).st_size
+    return external.bytes_of(os.path.join(spec.cwd, spec.path or ""))
 
 
 def _store() -> cache.Cache:

@@ -1,41 +1,42 @@
 """The process that saves a model for the load cache, in the background.
 
-Started by a worker after a slow load, on idle processor time, and gone when the supervisor is.  It has
-onnxruntime write the model, loads what was written, and keeps it only if both give the same bytes for the
-same inputs.
+Started by the supervisor after a slow load, on idle processor time, and gone when the supervisor is.
+onnxruntime writes the model, runs the model itself, and runs what was written: one after another, each in a
+process of its own, so that all takes no more memory than the largest of the three.  What was written is kept
+only if both gave the same bytes for the same inputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import os
 import select
-import sys
-import threading
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-import numpy as np
 
-from onnx_dl import config
+from onnx_dl import config, recorder
 from onnx_dl.external import external_files
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, file_identity
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable
+from onnx_dl.workers.kin import die_with_parent
 
-_BOOT: Final = (
-    "import os, sys; os.fork() and os._exit(0); "  # an orphan is the supervisor's, which outlives the worker
-    "import json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.workers.saver import main; main(sys.argv[2])"
-)
+if TYPE_CHECKING:
+    from onnx_dl.workers.ort_session import Opened
+
 _SIZES: Final = (1, 2, 16, 64, 224)
 """Tried in turn for dimensions that a model leaves open."""
 _GROWTH: Final = 4
 """A saved form holds the weights twice, as they are and packed.  More: constants were computed beforehand."""
-_NEEDED: Final = 4
-"""Memory that saving takes, in sizes of the model."""
+_PATIENCE: Final = 600.0
+"""Seconds for each of the three; there may be little idle time."""
+_PAUSE: Final = 0.005
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,33 +46,43 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     onnxruntime: str
     spec: ModelSpec
     description: ModelDescription
-    blob: int | None
-    """Descriptor of a model given as bytes."""
-    watch: int
-    """Pidfd of a process that lives as long as the supervisor does."""
+    nbytes: int
+    """Of the model."""
 
 
-def start(order: Order) -> None:
-    """Starts the process, and returns at once."""
-    argv = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path), msgspec.json.encode(order).decode()]
-    for fd in (order.watch, order.blob):
-        if fd is not None:
-            os.set_inheritable(fd, True)
-    pid = os.posix_spawn(sys.executable, argv, os.environ)
-    # It forks and ends at once, so that what it forked is no child of this process, which may end before.
-    threading.Thread(target=os.waitpid, args=(pid, 0), daemon=True).start()
+class _TooLarge(Exception):
+    """It took more memory than it may."""
 
 
-def main(text: str) -> None:
-    """Entry point of the process."""
-    order = msgspec.json.decode(text, type=Order)
+class Answers(msgspec.Struct, frozen=True):
+    """What a model gave, twice for the same inputs: digests.  ``size``: which of the sizes it took."""
+
+    size: int
+    first: str
+    second: str
+
+
+def main(order: int, blob: int, supervisor: int, memory: int) -> None:
+    """Entry point of the process.
+
+    Args:
+        order: descriptor of the :class:`Order`, as JSON.
+        blob: descriptor of a model given as bytes, or -1.
+        supervisor: process id of the parent.
+        memory: bytes that this may take.
+    """
+    die_with_parent(supervisor)
+    recorder.remove()
     _keep_out_of_the_way()
-    threading.Thread(target=_leave_with, args=(order.watch,), daemon=True).start()
+    status = 0
     # Nobody waits for this, and a cache that cannot be written is none.
     with contextlib.suppress(Exception), open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
-        _save(order)
-    os._exit(0)
+        try:
+            _save(msgspec.json.decode(shm.thaw(order), type=Order), blob, memory)
+        except _TooLarge:
+            status = os.EX_TEMPFAIL
+    os._exit(status)
 
 
 def _keep_out_of_the_way() -> None:
@@ -82,29 +93,19 @@ def _keep_out_of_the_way() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _leave_with(process: int) -> None:
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    poll.poll()
-    os._exit(0)
-
-
-def _save(order: Order) -> None:
+def _save(order: Order, blob: int, memory: int) -> None:
     spec = order.spec
     os.chdir(spec.cwd)
     external = external_files(spec.path) if spec.path is not None else []
     before = [file_identity(path) for path in external]
-    data = None if order.blob is None else shm.thaw(order.blob)
-    nbytes = sum(size for *_, size, _ in before) + (
-        os.path.getsize(spec.path) if spec.path else len(data or b"")
-    )
     store = cache.Cache(cache.folder(), config.parse_size(config.settings().cache_limit))
-    if _NEEDED * nbytes > _free_memory():
+    found = store.find(order.key)
+    if memory > _free_memory() or (found is not None and found.meta.external == before):
         return
     with store.writing(order.key) as path:
         if path is None:
             return
-        if nbytes < cacheable.SMALLEST or not _try(spec, data, path, nbytes):
+        if not _try(order, blob, path, memory):
             store.refuse(order.key)
             return
         unchanged = [file_identity(file) for file in external] == before
@@ -119,11 +120,20 @@ def _save(order: Order) -> None:
             store.keep(order.key, path, meta)
 
 
-def _try(spec: ModelSpec, data: bytes | None, path: Path, nbytes: int) -> bool:
+def _try(order: Order, blob: int, path: Path, memory: int) -> bool:
     """Writes the saved form; whether it is worth having."""
-    _write(spec, data, path)
-    written = sum(file.stat().st_size for file in path.iterdir())
-    return written <= _GROWTH * nbytes and _gives_the_same(spec, data, path)
+    spec = order.spec
+    if spec.path is None:  # read like a file: as bytes it would take its size once more
+        spec = msgspec.structs.replace(spec, path=f"/proc/self/fd/{blob}", blob=None)
+    saving = cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS)
+    _apart(lambda: b"written" if _opened(saving) else b"", memory)
+    if sum(file.stat().st_size for file in path.iterdir()) > _GROWTH * order.nbytes:
+        return False
+    plain = _answers(spec, _SIZES, memory)
+    if plain is None:
+        return False
+    saved = _answers(cacheable.loading(spec, str(path / cache.MODEL)), (plain.size,), memory)
+    return saved is not None and plain.first == plain.second == saved.first  # some give the dice a roll
 
 
 def _free_memory() -> int:
@@ -133,28 +143,82 @@ def _free_memory() -> int:
     return 0
 
 
-def _write(spec: ModelSpec, data: bytes | None, path: Path) -> None:
-    from onnx_dl.workers.ort_session import Opened
-
-    Opened(cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS), data)
+# --- processes of their own ------------------------------------------------------------------------------
 
 
-def _gives_the_same(spec: ModelSpec, data: bytes | None, path: Path) -> bool:
-    """Whether the saved model answers like the model itself, twice, because some give the dice a roll."""
-    from onnx_dl.workers.ort_session import Opened
+def _apart(step: Callable[[], bytes], memory: int) -> bytes:
+    """What a step returns that runs in a process of its own.
 
-    session = Opened(spec, data).session
-    feed = next((feed for size in _SIZES if (feed := _feed(session, size)) is not None), None)
-    if feed is None:
-        return False
-    wanted, again = _bytes_of(session, feed), _bytes_of(session, feed)
-    del session
-    saved = Opened(cacheable.loading(spec, str(path / cache.MODEL)), None).session
-    return wanted == again == _bytes_of(saved, feed)
+    Raises:
+        _TooLarge: it would have taken more than ``memory`` bytes.
+        OSError: it did not end well, or not in time.
+    """
+    read_end, write_end = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid == 0:
+        _be_apart(step, write_end, parent)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        is_large = _watch(pid, read_end, memory)
+        told = pipe.read()
+    os.waitpid(pid, 0)
+    if is_large:
+        raise _TooLarge
+    if not told:
+        raise OSError("A step of a save failed.")
+    return told
+
+
+def _be_apart(step: Callable[[], bytes], pipe: int, parent: int) -> None:
+    """The rest of this process's life."""
+    with contextlib.suppress(Exception):
+        die_with_parent(parent)
+        os.write(pipe, step())
+    os._exit(0)
+
+
+def _watch(pid: int, pipe: int, memory: int) -> bool:
+    """Until a process has something to say or has ended; it is ended if it takes too much or too long.
+    Whether it took too much."""
+    deadline = time.monotonic() + _PATIENCE
+    while not select.select([pipe], [], [], _PAUSE)[0]:
+        is_large = _resident(pid) > memory
+        if is_large or time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            return is_large
+    return False
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+# --- in these --------------------------------------------------------------------------------------------
+
+
+def _opened(spec: ModelSpec) -> Opened:
+    from onnx_dl.workers.ort_session import Opened  # onnxruntime has threads, and those are not forked
+
+    return Opened(spec, None)
+
+
+def _answers(spec: ModelSpec, sizes: tuple[int, ...], memory: int) -> Answers | None:
+    """None: it takes no input of these sizes."""
+    told = _apart(lambda: msgspec.json.encode(_ask(_opened(spec).session, sizes)), memory)
+    return msgspec.json.decode(told, type=Answers | None)
+
+
+def _ask(session: Any, sizes: tuple[int, ...]) -> Answers | None:
+    for size in sizes:
+        if (feed := _feed(session, size)) is not None:
+            return Answers(size, _digest(session, feed), _digest(session, feed))
+    return None
 
 
 def _feed(session: Any, size: int) -> dict[str, Any] | None:
     """An input that the model takes, if it takes one of this size."""
+    import numpy as np
+
     random = np.random.default_rng(size)
     try:
         feed = {node.name: _value(node, size, random) for node in session.get_inputs()}
@@ -164,7 +228,9 @@ def _feed(session: Any, size: int) -> dict[str, Any] | None:
     return feed
 
 
-def _value(node: TensorSpec, size: int, random: np.random.Generator) -> Any:
+def _value(node: TensorSpec, size: int, random: Any) -> Any:
+    import numpy as np
+
     shape = [length if isinstance(length, int) else size for length in node.shape]
     kind = node.type.removeprefix("tensor(").removesuffix(")")
     if kind in ("float", "double", "float16"):
@@ -174,6 +240,13 @@ def _value(node: TensorSpec, size: int, random: np.random.Generator) -> Any:
     return random.integers(0, 2, shape).astype(kind)
 
 
-def _bytes_of(session: Any, feed: dict[str, Any]) -> list[bytes]:
-    results = session.run(None, feed)
-    return [value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode() for value in results]
+def _digest(session: Any, feed: dict[str, Any]) -> str:
+    """Of the bytes of all results."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for value in session.run(None, feed):
+        data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        digest.update(b"%d " % len(data))
+        digest.update(data)
+    return digest.hexdigest()

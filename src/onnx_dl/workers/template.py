@@ -13,7 +13,6 @@ ZeroMQ context, touched CUDA or kept a session.  Its environment sees to the sin
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import os
 import selectors
@@ -26,6 +25,7 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers import memory
+from onnx_dl.workers.kin import die_with_parent, name_process
 from onnx_dl.workers.loop import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
@@ -33,8 +33,6 @@ _THROW_AWAY: Final = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
     b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
-_PR_SET_PDEATHSIG: Final = 1
-_PR_SET_NAME: Final = 15
 
 
 class Template:
@@ -91,9 +89,10 @@ class Template:
             lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
             os.close(stderr)
+            # The lifeline says so too, but one whose native code hangs with the GIL would not hear it.
             die_with_parent()
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
-            _name_process(f"onnx-dl:{spawn.worker_id}")
+            name_process(f"onnx-dl:{spawn.worker_id}")
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except BaseException:
             traceback.print_exc()
@@ -121,23 +120,6 @@ class Template:
             os._exit(0)
 
 
-def die_with_parent() -> None:
-    """SIGKILL to this process when its parent ends.
-
-    The lifeline says so too, but a worker whose native code hangs while it holds the GIL would not hear it.
-    The signal comes when the parent's spawning *thread* ends, so parents spawn from their main thread.
-    """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _name_process(name: str) -> None:
-    _prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]))
-
-
-def _prctl(option: int, argument: object) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
-
-
 def _import_engine() -> None:
     """Everything that a worker will need, so that its children share it."""
     import onnxruntime
@@ -159,7 +141,7 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
-    _name_process("onnx-dl-template")
+    name_process("onnx-dl-template")
     channel = Channel.from_fd(channel_fd)
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()

@@ -1,0 +1,10 @@
+"""``python -m onnx_dl`` is ``onnx-dl``."""
+
+from __future__ import annotations
+
+import sys
+
+from onnx_dl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The applications that a supervisor serves: who they are, whether they live, and the memory they hand over.
+
+Covers their lifelines.  What they ask for on the control socket is :mod:`onnx_dl.supervisor.loop`'s.  Used by
+the supervisor's one thread only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Container, Iterator
+
+from onnx_dl.errors import ProtocolError
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
+from onnx_dl.transport.sockets import Channel, Listener
+
+
+class Client:
+    """One application process."""
+
+    def __init__(self, lifeline: Channel) -> None:
+        self.lifeline = lifeline
+        self.identity: bytes | None = None
+        self.blobs: dict[int, tuple[str, int]] = {}
+        """Memory that models are loaded from: name and memfd."""
+        self.pidfd: int | None = None
+        # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
+        with contextlib.suppress(OSError):
+            self.pidfd = os.pidfd_open(lifeline.peer_pid())
+
+    def sources(self) -> list[int]:
+        return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
+
+    def keep_blob(self, number: int, name: str, fd: int) -> None:
+        """Kept until the client drops it or is gone."""
+        self.drop_blob(number)
+        self.blobs[number] = name, fd
+
+    def drop_blob(self, number: int) -> None:
+        if (blob := self.blobs.pop(number, None)) is not None:
+            os.close(blob[1])
+
+    def close(self) -> None:
+        self.lifeline.close()
+        for number in list(self.blobs):
+            self.drop_blob(number)
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+
+
+class Clients:
+    """All applications that are connected; those that were let in have an identity."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        greet: Callable[[m.ClientHello], m.Message | None],
+        on_gone: Callable[[bytes], None],
+    ) -> None:
+        """``greet``: the answer to who says hello: Welcome lets it in; None is no answer at all.
+        ``on_gone``: told of the identity of one that was let in."""
+        self._listener = listener
+        self._greet = greet
+        self._on_gone = on_gone
+        self._clients: list[Client] = []
+
+    def sources(self) -> list[int]:
+        """Descriptors to poll, for :meth:`handle`."""
+        return [self._listener.fileno(), *(fd for client in self._clients for fd in client.sources())]
+
+    def handle(self, ready: Container[object]) -> None:
+        """Takes in what came on these descriptors."""
+        if self._listener.fileno() in ready and (channel := self._listener.accept()):
+            self._clients.append(Client(channel))
+        for client in list(self._clients):
+            if client.pidfd in ready or client.lifeline.fileno() in ready:
+                self._hear(client, gone=client.pidfd in ready)
+
+    def identities(self) -> Iterator[bytes]:
+        """Of those that were let in."""
+        return (client.identity for client in self._clients if client.identity is not None)
+
+    def known(self, identity: bytes) -> Client | None:
+        """The one of this identity, with all that it has said on its lifeline heard; None: it is gone, or
+        never was."""
+        client = next((client for client in self._clients if client.identity == identity), None)
+        if client is not None:
+            self._hear(client, gone=False)
+        return client if client in self._clients else None
+
+    def blobs(self) -> dict[str, int]:
+        """Descriptors of all memory that they have handed over, by name."""
+        return dict(blob for client in self._clients for blob in client.blobs.values())
+
+    def close(self) -> None:
+        self._listener.close()
+        for client in self._clients:
+            client.close()
+
+    def _hear(self, client: Client, *, gone: bool) -> None:
+        """All that a client has said on its lifeline, and whether it is still there."""
+        while client in self._clients:
+            try:
+                received = client.lifeline.receive(0)
+            except TimeoutError:
+                break
+            except OSError:  # out of descriptors: without what it sent it cannot be served
+                received = None
+            if received is None or not self._obey(client, *received):
+                gone = True
+                break
+        if gone and client in self._clients:
+            self._clients.remove(client)
+            client.close()
+            if client.identity is not None:
+                self._on_gone(client.identity)
+
+    def _obey(self, client: Client, data: memoryview, fds: list[int]) -> bool:
+        """Follows one message; false if the client must go."""
+        try:
+            message = m.on_lifeline(data)
+        except ProtocolError:
+            message = None
+        if isinstance(message, m.Blob) and client.identity is not None and len(fds) == 1:
+            client.keep_blob(message.number, message.name, fds[0])
+            return True
+        sockets.close_all(fds)
+        return isinstance(message, m.ClientHello) and self._welcome(client, message)
+
+    def _welcome(self, client: Client, hello: m.ClientHello) -> bool:
+        answer = self._greet(hello)
+        if answer is not None:
+            client.lifeline.send(m.encode(answer))
+        if not isinstance(answer, m.Welcome):
+            return False
+        client.identity = hello.client
+        return True

@@ -1,0 +1,92 @@
+"""The process that saves a model for the load cache (:mod:`onnx_dl.workers.saver`), and those that it forks.
+
+Whether one is to run is decided by :mod:`onnx_dl.supervisor.saving`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from onnx_dl.transport import shm
+
+_BOOT: Final = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from onnx_dl.workers.saver import main; main(*map(int, sys.argv[2:]))"
+)
+_PROCESS_MRELEASE: Final = 448
+"""The system call, of Linux 5.15 and later; the same number everywhere."""
+
+
+class SaverProcess:
+    """One saver: a child of this process, with a process group of its own."""
+
+    def __init__(
+        self, sys_path: list[str], environment: Mapping[str, str], order: str, blob: int | None, memory: int
+    ) -> None:
+        """``blob``: descriptor of a model given as bytes; ``memory``: bytes that it may take.
+
+        Raises:
+            OSError: the system has no process for it, or no memory.
+        """
+        fds = [shm.freeze(order.encode()), *([] if blob is None else [os.dup(blob)])]
+        try:
+            for fd in fds:
+                os.set_inheritable(fd, True)
+            numbers = (fds[0], -1 if blob is None else fds[1], os.getpid(), memory)
+            argv = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys_path), *map(str, numbers)]
+            self._pid = os.posix_spawn(sys.executable, argv, environment, setpgroup=0)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._status = 0
+
+    def reaped(self, pid: int, status: int) -> None:
+        """A child of this process has ended, which may be this one."""
+        if pid == self._pid:
+            self._status = status
+
+    def ended(self) -> int | None:
+        """The wait status; None while it lives, or one that it forked, whose parent is now this process."""
+        try:
+            os.waitid(os.P_PGID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return self._status
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL to all of it, and its memory back at once."""
+        members = [self._pid, *_children(self._pid)]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        for pid in members:
+            _release_memory(pid)
+
+    def bury(self) -> None:
+        """Waits for the end of one that was killed."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self._pid, 0)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has just ended, or the kernel does not tell
+        return []
+
+
+def _release_memory(pid: int) -> None:
+    """Of a process that is being killed: left to itself, one that runs on idle time only takes seconds to go
+    when all processors are busy."""
+    with contextlib.suppress(OSError):
+        fd = os.pidfd_open(pid)
+        ctypes.CDLL(None).syscall(_PROCESS_MRELEASE, fd, 0)
+        os.close(fd)
