@@ -232,3 +232,21 @@ def test_what_is_eager_and_never_called_makes_room(following: Opened, file: Path
     with host.events() as events:
         file.write_text("memory_limit = 1000000\n" + NEG + "eager = true")
         assert wait_for(events, EventType.UNLOADED).reason == "evicted"
+
+
+def test_an_eager_model_that_does_not_load_is_told(
+    following: Opened, file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a group, too, where the others load."""
+    (file.parent / "bad.onnx").write_bytes(b"no model")
+    member = '\neager = true\ngroup = "g"\n'
+    host = following(NEG + member + '[models.broken]\npath = "bad.onnx"' + member)
+    said: list[str] = []
+
+    def told() -> bool:
+        said.append(capfd.readouterr().err)
+        return "bad.onnx failed:Protobuf parsing failed" in "".join(said)
+
+    eventually(told, "stderr says so")
+    assert "onnx-dl: an eager model did not load: " in "".join(said)
+    assert value(host.open("negate")) == -5

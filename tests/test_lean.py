@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,6 +50,15 @@ def test_the_supervisor_carries_no_numbers(digits: InferenceSessionProxy, host: 
     for library in ("_multiarray_umath", "onnxruntime_pybind11_state"):
         assert library not in mapped(supervisor)
         assert library in mapped(template), "the name that is looked for is right"
+
+
+def test_the_supervisor_imports_what_it_needs() -> None:
+    """No reader of host files, no server of metrics, unless they are asked for; no terminal, no database."""
+    unwanted = {"asyncio", "http", "numpy", "onnxruntime", "prometheus_client", "rich", "sqlite3", "tomllib"}
+    script = "import sys, onnx_dl.supervisor.main, onnx_dl.supervisor.loop; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "onnx_dl.supervisor.scheduler" in found.split()
+    assert not unwanted & set(found.split())
 
 
 def test_a_small_worker_has_little_of_its_own(digits: InferenceSessionProxy, host: ModelHost) -> None:

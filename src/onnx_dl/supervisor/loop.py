@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,6 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
-from onnx_dl.supervisor.configured import Configuration
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
@@ -51,6 +51,7 @@ from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Listener, Socket
 
 if TYPE_CHECKING:
+    from onnx_dl.supervisor.configured import Configuration
     from onnx_dl.supervisor.scrape import Scrape
 
 
@@ -74,7 +75,7 @@ class Supervisor:
         Raises:
             OnnxDLError: what the settings or the file ask for cannot be had.
         """
-        self._file = Configuration(settings.config) if settings.config else None
+        self._file = _file(settings.config)
         self._plain, self._firm = settings, firm
         settings = self._file.over(settings, firm) if self._file else settings
         self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
@@ -215,6 +216,10 @@ class Supervisor:
                     self._send(self._identities[worker_id], message)
                 case TellClient(client, message) if client != HOST:
                     self._send(client, message)
+                case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
+                    why = failure.args[0] if failure.args else failure.name
+                    with contextlib.suppress(OSError):  # nobody reads it any more
+                        print(f"onnx-dl: an eager model did not load: {why}", file=sys.stderr, flush=True)
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
                 case ForgetPeak(worker_id):
@@ -463,6 +468,15 @@ class Supervisor:
         self._carry_out(self._scheduler.on_client_gone(identity, now))
         if self._place is None and not any(self._clients.identities()):
             self._carry_out(self._scheduler.on_abandoned(now))
+
+
+def _file(path: str) -> Configuration | None:
+    """The host's file; what reads it is imported only if there is one."""
+    if not path:
+        return None
+    from onnx_dl.supervisor.configured import Configuration
+
+    return Configuration(path)
 
 
 def _scrape(address: str) -> Scrape | None:

@@ -105,6 +105,7 @@ class _Process:
         self.pid: int | None = None
         self.condemned = False
         self._pidfd: int | None = None
+        self._dropped = False
         self._lifeline, self._lifeline_worker = Channel.pair()
 
     def request(self, template: _Template, control: str) -> None:
@@ -115,10 +116,7 @@ class _Process:
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd)
         template.channel.send(m.encode(message), (*fds, *self._blobs.values()))
-        self._drop_blobs()
-        # Our copies would hide the worker's death from the other ends.
-        os.close(self.stderr.write_end)
-        self._lifeline_worker.close()
+        self._drop_ends()
 
     def born(self, pid: int) -> None:
         self.pid = pid
@@ -134,13 +132,18 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def _drop_blobs(self) -> None:
+    def _drop_ends(self) -> None:
+        """Closes what is the worker's: our copies would hide its death from the other ends."""
         while self._blobs:
             os.close(self._blobs.popitem()[1])
+        if not self._dropped:
+            os.close(self.stderr.write_end)
+            self._lifeline_worker.close()
+        self._dropped = True
 
     def buried(self) -> str:
         """It is reaped; its last lines on stderr."""
-        self._drop_blobs()
+        self._drop_ends()
         self.stderr.pump()
         self.stderr.close()
         self._lifeline.close()
