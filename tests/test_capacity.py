@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -247,3 +251,23 @@ def test_a_worker_that_has_grown_is_replaced(host: ModelHost) -> None:
 def test_allowances_that_cannot_be(host: ModelHost, terms: dict) -> None:
     with pytest.raises(ConfigError):
         InferenceSessionProxy(scaled(), host=host, **terms)
+
+
+def test_a_limit_that_was_misspelt_is_not_lost_unseen(host: ModelHost) -> None:
+    with pytest.warns(UserWarning, match="max_memroy is no argument of a session; did you mean max_memory"):
+        InferenceSessionProxy(scaled(), host=host, max_memroy="1MB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what onnxruntime takes, and what is nothing like ours
+        InferenceSessionProxy(scaled(), host=host, enable_fallback=0, something=1)
+
+
+def test_a_forked_child_is_not_warned_of_its_parents_supervisor(host: ModelHost) -> None:
+    host.start()
+    pid = os.fork()
+    if pid == 0:
+        warnings.simplefilter("error")
+        wrong: list[object] = []
+        sys.unraisablehook = wrong.append
+        gc.collect()
+        os._exit(len(wrong))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -723,3 +723,18 @@ def test_a_host_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("ONNX_DL_PYTHON", str(tmp_path / "python"))
     with pytest.raises(SupervisorStartError, match=r"(?s)exit status 3.*gone wrong on purpose"):
         onnx_dl.connect("mine")
+
+
+def test_a_relative_path_is_another_applications_too(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whoever opened it, it is known by where it lies."""
+    monkeypatch.setenv("ONNX_DL_HOST", "mine")
+    host = onnx_dl.connect()
+    assert host.name == "mine"
+    monkeypatch.chdir(Path(path).parent)
+    assert twice(host.open(Path(path).name, providers=CPU)) == 2
+    assert [status.model for status in host.snapshot().models] == [path]
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert not host.unload(Path(path).name)
+    assert host.unload(path)

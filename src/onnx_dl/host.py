@@ -120,8 +120,14 @@ class ModelHost:
         self._reset()
         _hosts.add(self)
 
+    def forget(self) -> None:
+        """In a forked child: nothing of the parent's is ours."""
+        if self._process is not None:
+            self._process.returncode = 0  # no child of this process: subprocess must not warn of it
+        self._reset()
+
     def _reset(self) -> None:
-        """As if nothing was ever started; also in a forked child, where nothing of the parent's is ours."""
+        """As if nothing was ever started."""
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -228,7 +234,7 @@ class ModelHost:
         """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
 
         A shared host stays, but lets go of all that this application holds.  Iterators from :meth:`events`
-        end after the last event.
+        end after the last event.  A proxy of it that is used afterwards starts it again.
         """
         with self._lock:
             connection, self._connection = self._connection, None
@@ -508,7 +514,7 @@ def _close_all() -> None:
 def _after_fork() -> None:
     """A forked child starts a supervisor of its own when it uses a model."""
     for host in list(_hosts):
-        host._reset()
+        host.forget()
 
 
 atexit.register(_close_all)

@@ -44,7 +44,7 @@ def shared_host(name: str, *, start: bool = True) -> ModelHost:
         return host
 
 
-def connect(name: str = USUAL, *, start: bool = True) -> ModelHost:
+def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
     """A host that all applications of this user share: the one of this name, found or started.
 
     One that is started here runs in the background, with this application's ``ONNX_DL_*`` settings and its
@@ -52,6 +52,7 @@ def connect(name: str = USUAL, *, start: bool = True) -> ModelHost:
     restarted, calls go on with the new one; only those that the old one had begun raise SupervisorDied.
 
     Args:
+        name: None: what ``ONNX_DL_HOST`` says, or else ``"default"``.
         start: whether to start it if there is none.
 
     Raises:
@@ -59,6 +60,8 @@ def connect(name: str = USUAL, *, start: bool = True) -> ModelHost:
         SupervisorError: there is none, and it is not to be started.
         SupervisorStartError: it does not come up, or refuses us.
     """
+    if name is None:
+        name = settings().host or USUAL
     host = shared_host(name, start=start)
     host.start()
     return host

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -58,6 +59,9 @@ class ModelProxy:
 
     def _take(self, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]) -> None:
         """From now on this is a proxy of that model."""
+        if self._host.name is not None and spec.path is not None:
+            # To other applications a relative path means another file.
+            spec = msgspec.structs.replace(spec, name=os.path.abspath(os.path.join(spec.cwd, spec.path)))
         self._spec = spec
         self._memory = memory
         self._remote: RemoteModel | None = None
@@ -118,7 +122,6 @@ class ModelProxy:
         """
         model = self._model()
         model.adopt(self._lease)
-        model.load(self._lease)  # a use: without one it would neither expire nor make room for others
         status = model.status()
         assert status is not None
         return status

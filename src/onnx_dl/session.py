@@ -7,8 +7,11 @@ constructor arguments :mod:`onnx_dl.sources`'s.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
@@ -103,6 +106,7 @@ class InferenceSessionProxy(DescribedProxy):
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
         self._model_path, self._model_bytes = sources.locate(source)
         self._arguments = (sess_options, kwargs)
+        _warn_of_slips(kwargs)
         found = sources.describe(
             self._model_path,
             self._model_bytes,
@@ -461,6 +465,16 @@ class InferenceSessionProxy(DescribedProxy):
 
         known = self._remote is not None and not self._remote.connection.closed
         return self._model() if known else await asyncio.to_thread(self._model)
+
+
+_OURS: Final = frozenset(inspect.signature(InferenceSessionProxy.__init__).parameters) - {"self", "kwargs"}
+
+
+def _warn_of_slips(kwargs: dict[str, Any]) -> None:
+    """onnxruntime ignores arguments that it does not know; one that was meant for us would be lost unseen."""
+    for name in kwargs.keys() - sources.KNOWN:
+        if near := difflib.get_close_matches(name, _OURS, 1, 0.75):
+            warnings.warn(f"{name} is no argument of a session; did you mean {near[0]}?", stacklevel=3)
 
 
 InferenceSession = InferenceSessionProxy

@@ -16,7 +16,8 @@ from onnx_dl.model import ModelSpec, specify, working_directory
 from onnx_dl.transport import shm
 from onnx_dl.transport.live import LiveMemory
 
-_EXTRA: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
+KNOWN: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
+"""Of onnxruntime's constructor, beside those that have a place of their own."""
 
 
 class Source(NamedTuple):
@@ -117,7 +118,7 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
 
     Raises: like :func:`describe`.
     """
-    extra = {name: value for name, value in spec.extra.items() if name in _EXTRA} | {"enable_fallback": 0}
+    extra = {name: value for name, value in spec.extra.items() if name in KNOWN} | {"enable_fallback": 0}
     how = {
         "options": spec.options,
         **_providers(providers, provider_options, extra),
@@ -143,7 +144,7 @@ def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> 
 
 
 def _extras(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: _sorted(kwargs[name]) for name in _EXTRA if name in kwargs}
+    return {name: _sorted(kwargs[name]) for name in KNOWN if name in kwargs}
 
 
 def _sorted(value: Any) -> Any:

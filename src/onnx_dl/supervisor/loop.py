@@ -218,8 +218,7 @@ class Supervisor:
                     self._send(client, message)
                 case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
                     why = failure.args[0] if failure.args else failure.name
-                    with contextlib.suppress(OSError):  # nobody reads it any more
-                        print(f"onnx-dl: an eager model did not load: {why}", file=sys.stderr, flush=True)
+                    _complain(f"an eager model did not load: {why}")
                 case KillWorker(worker_id):
                     self._processes.kill(worker_id)
                 case ForgetPeak(worker_id):
@@ -362,12 +361,14 @@ class Supervisor:
                 return
             except ValueError:  # not two frames: nobody we know
                 continue
-            with contextlib.suppress(ProtocolError):  # a peer that talks nonsense gets no answer
+            try:
                 if (worker_id := self._workers.get(identity)) is not None:
                     self._heed_worker(worker_id, data)
                 # What it said on its lifeline, it said before: the bytes of a model, for one.
                 elif client := self._clients.known(identity):
                     self._carry_out(self._from_client(client, m.from_client(data)))
+            except ProtocolError as error:  # a peer that talks nonsense gets no answer
+                _complain(str(error))
 
     def _from_client(self, client: Client, message: object) -> list[Command]:
         now = time.monotonic()
@@ -477,6 +478,12 @@ def _file(path: str) -> Configuration | None:
     from onnx_dl.supervisor.configured import Configuration
 
     return Configuration(path)
+
+
+def _complain(text: str) -> None:
+    """Says on stderr what nobody else is told."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"onnx-dl: {text}", file=sys.stderr, flush=True)
 
 
 def _scrape(address: str) -> Scrape | None:

@@ -578,6 +578,8 @@ class Scheduler(Admission):
         the first failure costs no wait, later ones double."""
         lived = now - worker.ready_at if worker.ready_at is not None else 0.0
         model.failures = 1 if lived > self._settings.stable_after else model.failures + 1
+        if worker.exceeded:  # that was the input of a call; other callers need not wait for it
+            model.failures = 0
         delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
         model.retry_at = now + delay
         model.last_failure = worker.failure or self._death(model, worker, status, stderr)
