@@ -17,6 +17,8 @@ EXPECTED = {
     "04_shared_proxy.py": ["4 proxies", "loaded 1 time(s)"],
     "05_zero_copy.py": ["equal: True"],
     "06_patch.py": ["equal results: True", "wine.onnx is ready in process"],
+    "07_memory_limit.py": ["every call was answered", "made room: True"],
+    "08_group.py": ["group:demo: 3 models", "loaded 1 time(s)", "[False, False, False]"],
 }
 
 
