@@ -8,7 +8,6 @@ knows when it was last used.
 
 from __future__ import annotations
 
-import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits, saving
 from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.fates import Fates, death
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
 from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
@@ -33,7 +33,6 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
-_REMEMBERED_FATES: Final = 256
 _HOSTS_OWN: Final = (HOST, 0)
 """The lease by which the host itself holds a model."""
 
@@ -55,8 +54,7 @@ class Scheduler(Admission):
         self._by_worker: dict[int, Model] = {}
         self._ids = itertools.count(1)
         self._seq = 0
-        self._fates: collections.OrderedDict[int, m.Failure | None] = collections.OrderedDict()
-        self._fate_askers: dict[int, list[tuple[bytes, int]]] = {}
+        self._fates = Fates()
         self._closing: list[tuple[bytes, int]] | None = None
         self._terms: Mapping[str, Terms] = {}
         self._grouped: Mapping[str, Sequence[ModelSpec]] = {}
@@ -170,9 +168,9 @@ class Scheduler(Admission):
     def on_ask_fate(self, client: bytes, ask: m.AskFate) -> list[Command]:
         """A client lost its worker and wants to know how; answered when the worker is reaped."""
         if ask.worker_id in self._by_worker:
-            self._fate_askers.setdefault(ask.worker_id, []).append((client, ask.ticket))
+            self._fates.wait(ask.worker_id, client, ask.ticket)
         else:
-            self._tell(client, m.Fate(ticket=ask.ticket, failure=self._fates.get(ask.worker_id)))
+            self._tell(client, m.Fate(ticket=ask.ticket, failure=self._fates.of(ask.worker_id)))
         return self._done()
 
     def on_shutdown(
@@ -297,7 +295,7 @@ class Scheduler(Admission):
         freed = self.ledger.give_back(worker_id)
         if was_ready or model.state is ModelState.UNLOADED:
             # One that was to be replaced anyway does not fail; all the same, somebody will ask why it ended.
-            why = self._death(model, worker, status, stderr) if exceeded else None
+            why = death(model, worker, status, stderr) if exceeded else None
             self._emit_unloaded(model, worker, freed, now, None if why is None else str(why.args[0]))
         if model.state is ModelState.FAILED and self._may_work_alone(model, worker, status, stderr):
             self._try_again(model, worker, status, stderr, now)
@@ -569,7 +567,7 @@ class Scheduler(Admission):
 
     def _try_again(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         model.retry_at = now
-        model.last_failure = worker.failure or self._death(model, worker, status, stderr)
+        model.last_failure = worker.failure or death(model, worker, status, stderr)
         self._emit_failed(model, worker, 0.0, now)
         self._want_alone(model, model.waiters[0][1].spec, now)
 
@@ -582,7 +580,7 @@ class Scheduler(Admission):
             model.failures = 0
         delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
         model.retry_at = now + delay
-        model.last_failure = worker.failure or self._death(model, worker, status, stderr)
+        model.last_failure = worker.failure or death(model, worker, status, stderr)
         model.second_try = False
         self._emit_failed(model, worker, delay, now)
         failed = [(client, ask) for client, ask in model.waiters if model.serves(ask)]
@@ -590,25 +588,14 @@ class Scheduler(Admission):
         for client, ask in failed:
             self._deny(client, ask.ticket, model, now)
 
-    def _death(self, model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
-        who = (model.spec.name, worker.pid or 0, status, stderr)
-        if worker.exceeded:
-            limit = model.spec.max_memory_hard or 0
-            return failures.describe(exits.memory_exceeded(*who, limit=limit, used=worker.exceeded))
-        reason = worker.reason if worker.killed else "crash"
-        return failures.describe(exits.worker_died(*who, reason=reason, loading=worker.ready is None))
-
     def _tell_fate(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         fate = None
         if not worker.drained:
-            fate = self._death(model, worker, status, stderr)
+            fate = death(model, worker, status, stderr)
             if model.state is ModelState.FAILED:
                 fate = _retry_after(fate, model, now)
-        self._fates[worker.id] = fate
-        while len(self._fates) > _REMEMBERED_FATES:
-            self._fates.popitem(last=False)
-        for client, ticket in self._fate_askers.pop(worker.id, []):
-            self._tell(client, m.Fate(ticket=ticket, failure=fate))
+        for client, told in self._fates.note(worker.id, fate):
+            self._tell(client, told)
 
     def _answer_unloaders(self, model: Model) -> None:
         unloaders, model.unloaders = model.unloaders, []
