@@ -733,7 +733,8 @@ def test_a_relative_path_is_another_applications_too(
     host = onnx_dl.connect()
     assert host.name == "mine"
     monkeypatch.chdir(Path(path).parent)
-    assert twice(host.open(Path(path).name, providers=CPU)) == 2
+    proxy = host.open(Path(path).name, providers=CPU)  # held: else the model may be gone by then
+    assert twice(proxy) == 2
     assert [status.model for status in host.snapshot().models] == [path]
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert not host.unload(Path(path).name)
