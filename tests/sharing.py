@@ -93,17 +93,15 @@ class Forked:
         """What ``work`` returned; an exception as text.  Waits for the child's end."""
         said = b""
         deadline = time.monotonic() + timeout
-        os.set_blocking(self._read, False)
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                data = os.read(self._read, 1 << 16)
-                if not data:
-                    break
-                said += data
-            if time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"child {self.pid} hangs")
-            time.sleep(0.002)
+        poll = select.poll()
+        poll.register(self._read)
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not (data := os.read(self._read, 1 << 16)):
+                break
+            said += data
+        else:
+            self.kill()
+            raise AssertionError(f"child {self.pid} hangs")
         self._wait()
         return json.loads(said)
 

@@ -409,7 +409,9 @@ def test_calls_go_on_at_the_next_host(path: str, how: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "stop"])
-def test_one_that_is_kept_is_waited_for(path: str, how: str, kept: Kept, runtime: Path) -> None:
+def test_one_that_is_kept_is_waited_for(
+    path: str, how: str, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host = onnx_dl.connect()
     proxy = host.open(path, providers=CPU)
     assert twice(proxy) == 2
@@ -421,9 +423,12 @@ def test_one_that_is_kept_is_waited_for(path: str, how: str, kept: Kept, runtime
     else:
         os.kill(first, getattr(signal, how))
         kept.process.communicate(timeout=2 * DEADLINE)
+        looks: list[int | None] = []
+        holder = Place.holder
+        monkeypatch.setattr(Place, "holder", lambda place: looks.append(holder(place)) or looks[-1])
         calls = Threads(lambda: twice(proxy, 3), lambda: twice(proxy, 4))
-        time.sleep(0.3)  # no client starts one meanwhile
-        assert Place("default").holder() is None
+        eventually(lambda: len(looks) > 20, "clients look for it again and again")
+        assert set(looks) == {None}  # and start none
         kept.start()
         assert calls.join() == [6, 8]
     assert supervisor_pid(host) == kept.process.pid != first
@@ -597,7 +602,9 @@ def test_adopted_again_and_again(path: str) -> None:
 
 
 def test_there_is_none_and_none_is_wanted(runtime: Path) -> None:
-    with pytest.raises(SupervisorError, match=r"No shared host 'mine' runs.*onnx-dl supervise --name mine"):
+    with pytest.raises(
+        SupervisorError, match=r"No shared host named 'mine' runs.*onnx-dl supervise --name mine"
+    ):
         onnx_dl.connect("mine", start=False)
     assert Place("mine").holder() is None
     done = subprocess.run(command("stop"), capture_output=True, text=True, timeout=60)
@@ -647,7 +654,8 @@ def test_it_stays_for_a_while_without_clients(path: str, monkeypatch: pytest.Mon
     pid = supervisor_pid(host)
     host.adopt(path)
     host.close()
-    time.sleep(0.9)
+    onnx_dl.connect("another").close()  # it has no client as well, since later, and no model
+    eventually(lambda: Place("another").holder() is None, "that one has ended")
     assert Place("mine").holder() == pid
     host = onnx_dl.connect("mine", start=False)
     (status,) = host.snapshot().models

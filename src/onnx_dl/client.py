@@ -106,8 +106,7 @@ class RemoteModel:
         self._companions = companions
         self.spec = spec
         self.description: ModelDescription | None = None
-        self._load_timeout = settings.load_timeout
-        self._room_timeout = settings.room_timeout
+        self._patience = settings.load_timeout + settings.room_timeout + _LOAD_MARGIN
         self._over_zmq = settings.lane == "zmq"
         self._blobs = blobs
         self._lock = threading.Lock()  # brief: guards what follows
@@ -353,7 +352,7 @@ class RemoteModel:
 
     def _ask_until_served(self, lease: Lease, *, for_host: bool = False) -> tuple[Connection, m.Granted]:
         """The answer of this host, or of the one that comes after it.  Called while acquiring."""
-        deadline = time.monotonic() + self._load_timeout + self._room_timeout + _LOAD_MARGIN
+        deadline = time.monotonic() + self._patience
         while True:
             connection = self.connection
             try:
@@ -366,7 +365,6 @@ class RemoteModel:
 
     def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool) -> m.Granted:
         companions = [model for model in self._companions() if model is not self]
-        patience = self._load_timeout + self._room_timeout + _LOAD_MARGIN
         try:
             answer = connection.ask(
                 lambda ticket: m.Acquire(
@@ -380,12 +378,12 @@ class RemoteModel:
                     for_host=for_host,
                     companions=[model.spec for model in companions],
                 ),
-                patience,
+                self._patience,
             )
         except BaseException as broken:  # Ctrl-C for one: what would be granted now, nobody would give back
             connection.tell(m.Release(proxy=lease.id))
             if isinstance(broken, TimeoutError):
-                raise self._not_loaded(patience) from None
+                raise self._not_loaded(self._patience) from None
             raise
         if isinstance(answer, m.Denied):
             error = failures.rebuild(answer.failure)

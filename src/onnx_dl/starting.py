@@ -25,7 +25,7 @@ import msgspec
 from onnx_dl import config
 from onnx_dl.config import Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
-from onnx_dl.rendezvous import Place
+from onnx_dl.rendezvous import USUAL, Place
 
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -110,10 +110,11 @@ def await_end(name: str, pid: int, patience: float) -> None:
 
 def no_host(name: str) -> str:
     """What to do without a host of this name."""
-    option = "" if name == "default" else f" --name {name}"
+    supervise, load = ("", "") if name == USUAL else (f" --name {name}", f" --host {name}")
     return (
-        f"No shared host {name!r} runs. Start one with: onnx-dl supervise{option} "
-        "(or onnx_dl.connect(), which starts it in the background)."
+        f"No shared host named {name!r} runs. Start one with: onnx-dl supervise{supervise}, in the "
+        f"background with onnx_dl.connect({name!r}), or by loading a model into it: "
+        f"onnx-dl load MODEL{load}. --host or ONNX_DL_HOST names another."
     )
 
 

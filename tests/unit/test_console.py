@@ -10,13 +10,14 @@ from rich.console import Console, RenderableType
 
 from onnx_dl.console import checklist, table, text
 from onnx_dl.console.history import History
-from onnx_dl.console.hosts import alive, default_name, none_runs
+from onnx_dl.console.hosts import alive, default_name
 from onnx_dl.console.loading import loaded
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host import Snapshot
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
+from onnx_dl.starting import no_host
 
 
 def status(model: str = "/models/asr.onnx", **fields: Any) -> ModelStatus:
@@ -250,9 +251,9 @@ def test_what_load_says() -> None:
 def test_which_host() -> None:
     assert default_name({}) == default_name({"ONNX_DL_HOST": ""}) == "default"
     assert default_name({"ONNX_DL_HOST": "batch"}) == "batch"
-    assert "onnx-dl supervise, or " in none_runs("default") and "load MODEL. " in none_runs("default")
-    assert "onnx-dl supervise --name batch, " in none_runs("batch")
-    assert "onnx-dl load MODEL --host batch. " in none_runs("batch")
+    assert "onnx-dl supervise, " in no_host("default") and "load MODEL. " in no_host("default")
+    assert "onnx-dl supervise --name batch, " in no_host("batch")
+    assert "onnx-dl load MODEL --host batch. " in no_host("batch")
 
 
 def test_a_host_that_has_ended() -> None:

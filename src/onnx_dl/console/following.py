@@ -13,16 +13,17 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl.console.hosts import Host, alive
+from onnx_dl.console.hosts import alive
 from onnx_dl.console.output import is_read, quiet_end, say
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.events import EventStream, ModelEvent
+from onnx_dl.host import ModelHost
 
 _PATIENCE: Final = 0.5
 """Seconds without an event after which it is looked whether anybody is left to tell, or to be told."""
 
 
-def events(host: Host, *, as_json: bool, seconds: float | None = None) -> None:
+def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> None:
     """Prints each event from now on as one line, for so many seconds; None: until Ctrl-C.
 
     Raises:
@@ -66,7 +67,7 @@ def _as_json(event: ModelEvent) -> str:
 
 
 @contextlib.contextmanager
-def _watched(host: Host) -> Iterator[Callable[[], bool]]:
+def _watched(host: ModelHost) -> Iterator[Callable[[], bool]]:
     """Tells whether the host's supervisor has ended.  By its pidfd, which costs the host nothing."""
     pid = alive(host.snapshot()).supervisor_pid
     assert pid is not None

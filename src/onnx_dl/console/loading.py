@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from onnx_dl import config
-from onnx_dl.console.hosts import Host
 from onnx_dl.console.output import quiet_end, say
 from onnx_dl.errors import OnnxDLError, RemoteError
 from onnx_dl.events import format_bytes
+from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelStatus
 
 
 def load(
-    host: Host, model: str, *, ttl: float | None, pin: bool | None = None, priority: int | None = None
+    host: ModelHost, model: str, *, ttl: float | None, pin: bool | None = None, priority: int | None = None
 ) -> None:
     """Has the host load a model and hold it on, and prints what became of it.
 
@@ -39,7 +39,7 @@ def loaded(status: ModelStatus) -> str:
     )
 
 
-def unload(host: Host, model: str, *, force: bool) -> None:
+def unload(host: ModelHost, model: str, *, force: bool) -> None:
     """Ends a model's worker and prints whether there was one."""
     was_loaded = host.unload(model, force=force)
     with quiet_end():

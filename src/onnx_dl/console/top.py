@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from onnx_dl.console.history import History
-from onnx_dl.console.hosts import Host, alive
+from onnx_dl.console.hosts import alive
 from onnx_dl.console.output import console, quiet_end, say
 from onnx_dl.console.table import live, overview
+from onnx_dl.host import ModelHost
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -22,7 +23,7 @@ _REMEMBERED: Final = 300.0
 _SAMPLES: Final = 600
 
 
-def ps(host: Host, *, as_json: bool) -> None:
+def ps(host: ModelHost, *, as_json: bool) -> None:
     """Prints the host's models; as JSON, the snapshot in one line."""
     snapshot = alive(host.snapshot())
     with quiet_end():
@@ -33,7 +34,7 @@ def ps(host: Host, *, as_json: bool) -> None:
             terminal.print(overview(snapshot, terminal.width))
 
 
-def top(host: Host, interval: float) -> None:
+def top(host: ModelHost, interval: float) -> None:
     """Shows the host's models every ``interval`` seconds until Ctrl-C, which is no error.
 
     Where stdout is no terminal, one picture after the other is printed.

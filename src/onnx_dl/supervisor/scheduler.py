@@ -17,11 +17,12 @@ import msgspec
 
 from onnx_dl.config import Settings
 from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
-from onnx_dl.events import EventType, ModelEvent
+from onnx_dl.events import EventType
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits, saving
 from onnx_dl.supervisor.admission import Admission, Seen
+from onnx_dl.supervisor.chronicle import Chronicle
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.fates import Fates, death
 from onnx_dl.supervisor.ledger import Ledger
@@ -50,10 +51,10 @@ class Scheduler(Admission):
         super().__init__(settings, memory, known)
         self._settings = settings
         self._epoch = epoch
+        self._chronicle = Chronicle(epoch)
         self._models: dict[str, Model] = {}
         self._by_worker: dict[int, Model] = {}
         self._ids = itertools.count(1)
-        self._seq = 0
         self._fates = Fates()
         self._closing: list[tuple[bytes, int]] | None = None
         self._terms: Mapping[str, Terms] = {}
@@ -361,7 +362,7 @@ class Scheduler(Admission):
     @property
     def seq(self) -> int:
         """The number of the last event."""
-        return self._seq
+        return self._chronicle.seq
 
     @property
     def closing(self) -> bool:
@@ -616,43 +617,11 @@ class Scheduler(Admission):
     ) -> None:
         if worker.reason == "evicted":
             self._thrash.evicted(model.key)
-        since = worker.ready_at if worker.ready_at is not None else worker.started
-        self._emit(
-            EventType.UNLOADED,
-            model,
-            worker,
-            now,
-            usage=freed,
-            reason=worker.reason,
-            seconds=now - since,
-            freed=freed.private,
-            detail=detail,
-        )
+        self._out.append(Emit(self._chronicle.unloaded(model, worker, freed, now, detail)))
 
-    def _emit(
-        self,
-        kind: EventType,
-        model: Model,
-        worker: Worker,
-        now: float,
-        usage: Usage | None = None,
-        **fields: Any,
-    ) -> None:
-        self._seq += 1
-        usage = usage or self.ledger.of(worker.id)
-        event = ModelEvent(
-            seq=self._seq,
-            type=kind,
-            at=now + self._epoch,
-            model=model.spec.name,
-            key=model.key,
-            worker_id=worker.id,
-            pid=worker.pid,
-            rss=usage.rss or None,
-            gpu=usage.gpu,
-            **fields,
-        )
-        self._out.append(Emit(event))
+    def _emit(self, kind: EventType, model: Model, worker: Worker, now: float, **fields: Any) -> None:
+        held = self.ledger.of(worker.id)
+        self._out.append(Emit(self._chronicle.event(kind, model, worker, held, now, **fields)))
 
 
 def _retry_after(failure: m.Failure, model: Model, now: float) -> m.Failure:
