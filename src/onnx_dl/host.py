@@ -158,30 +158,31 @@ class ModelHost:
         Raises:
             DeadlinePassed: the deadline did; the start goes on.
         """
+        may_start = start and self.starts
         while True:
             with self._lock:
                 if (connection := self._alive) is not None:
                     return connection
-                starting = self._begin_start(start)
+                starting = self._begin_start(may_start)
             try:
                 return starting.wait(deadline, "the host to start")
             except SupervisorError:
-                if starting.may_start or not start:
+                if starting.may_start or not may_start:
                     raise
-                # Somebody else only looked for a host that runs.
+                # Another thread only looked for a host that runs.
 
     @property
     def _alive(self) -> Connection | None:
         connection = self._connection
         return None if connection is None or connection.closed else connection
 
-    def _begin_start(self, start: bool) -> _Start:
+    def _begin_start(self, may_start: bool) -> _Start:
         """Called with the lock held."""
         if sys.is_finalizing() or _exiting:
             raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
         check_platform()
         if self._starting is None or self._starting.done:
-            self._starting = _Start(self, start and self.starts)
+            self._starting = _Start(self, may_start)
         return self._starting
 
     def bring_up(self, this: _Start, deadline: Deadline) -> Connection:
