@@ -104,19 +104,17 @@ class Connection:
         hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=secret, client=self._identity)
         try:
             lifeline = Channel.connect(address, deadline)
-            lifeline.send(m.encode(hello))
-            received = _received(lifeline, deadline)
         except OSError as error:
             raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
-        if received is None:
+        try:
+            lifeline.send(m.encode(hello))
+            self.build = _welcomed(lifeline, deadline)
+        except BaseException as error:
             lifeline.close()
-            raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
-        answer = m.on_lifeline(received[0])
-        if isinstance(answer, m.Welcome):
-            self.build = answer.build
-            return lifeline
-        lifeline.close()
-        raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
+            if isinstance(error, OSError):
+                raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
+            raise
+        return lifeline
 
     # --- for any thread -----------------------------------------------------------------------------------
 
@@ -319,12 +317,26 @@ class Connection:
         return SupervisorDied(_GONE.format(pid=self.supervisor_pid))
 
 
-def _received(lifeline: Channel, deadline: Deadline) -> tuple[memoryview, list[int]] | None:
+def _welcomed(lifeline: Channel, deadline: Deadline) -> str:
+    """The supervisor's welcome: which onnxruntime its workers run, if it is shared.
+
+    Raises:
+        DeadlinePassed: it says nothing.
+        SupervisorUnreachable: it went away.
+        SupervisorStartError: it refuses us.
+    """
     while True:
         try:
-            return lifeline.receive(deadline.step())
+            received = lifeline.receive(deadline.step())
+            break
         except TimeoutError:
             deadline.check("the supervisor to greet us")
+    if received is None:
+        raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
+    answer = m.on_lifeline(received[0])
+    if isinstance(answer, m.Welcome):
+        return answer.build
+    raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
