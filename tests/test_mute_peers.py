@@ -16,7 +16,7 @@ from onnx_dl.errors import SupervisorTimeout
 from tests.scripted import HOWS, STEPS, scripted
 from tests.slow import identity_model
 
-TIMEOUT: Final = 0.5
+TIMEOUT: Final = 0.3
 BOUND: Final = TIMEOUT + 1.5
 """The deadline, the grace of a run that is told to end, and a busy machine."""
 
@@ -45,6 +45,7 @@ METHODS: Final[dict[str, Callable[[InferenceSessionProxy], Any]]] = {
 
 @pytest.fixture(params=["socket", "zmq"])
 def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How calls travel."""
     monkeypatch.setenv("ONNX_DL_LANE", request.param)
     return str(request.param)
 
@@ -63,6 +64,8 @@ def at_most(seconds: float) -> Iterator[None]:
 def test_each_step_with_each_method(
     lane: str, step: str, how: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if lane == "zmq" and step in ("greeting", "acquire"):
+        pytest.skip("does not depend on how calls travel")
     with scripted(monkeypatch, step, how), ModelHost() as host:
         proxy = InferenceSessionProxy(identity_model(), providers=["CPUExecutionProvider"], host=host)
         with at_most(BOUND), pytest.raises((OnnxDLError, ExceptionGroup)) as raised:
@@ -71,7 +74,9 @@ def test_each_step_with_each_method(
             assert all(isinstance(error, OnnxDLError) for error in raised.value.exceptions)
 
 
-@pytest.mark.parametrize("question", ["snapshot", "is_loaded", "unload", "open by name", "unload at the host"])
+@pytest.mark.parametrize(
+    "question", ["snapshot", "is_loaded", "unload", "open by name", "unload at the host"]
+)
 def test_a_mute_supervisor_is_told_of(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "0.4")
     monkeypatch.setenv("ONNX_DL_CONFIG", "host.toml")
@@ -90,10 +95,12 @@ def test_a_mute_supervisor_is_told_of(question: str, monkeypatch: pytest.MonkeyP
             ask[question]()
 
 
-def test_a_supervisor_that_takes_no_client() -> None:
-    """Its process is there, and its listener; nobody accepts."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "0.4")
-        with scripted(monkeypatch, "greeting", "mute"), ModelHost() as host:
-            with at_most(2.0), pytest.raises(OnnxDLError, match="supervisor"):
-                host.start()
+def test_a_supervisor_that_greets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "0.4")
+    with (
+        scripted(monkeypatch, "greeting", "mute"),
+        ModelHost() as host,
+        at_most(2.0),
+        pytest.raises(OnnxDLError, match="supervisor"),
+    ):
+        host.start()

@@ -43,6 +43,9 @@ from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _LOAD_MARGIN: Final = 30.0
 """Seconds beyond the supervisor's own deadline for a load after which a client stops waiting."""
+_PAUSE: Final = 0.005
+_LONGEST_PAUSE: Final = 0.2
+"""Seconds before a worker is asked for once more that took no lane."""
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
 ANSWERS: Final = (int, m.Same, m.Result)
@@ -217,16 +220,18 @@ class RemoteModel:
             DescriptorsExhausted: this process may open no more files.
             Exception: the caller's values cannot be sent; nothing was.
         """
-        while True:
+        for attempt in itertools.count():
             try:
-                while (lane := self._take_lane(lease, deadline, wait=wait)) is None:
-                    continue
-                return lane, self._made(lane, make)
+                if (lane := self._take_lane(lease, deadline, wait=wait)) is not None:
+                    return lane, self._made(lane, make)
             except OSError as error:
                 if error.errno not in _NO_DESCRIPTOR:
                     raise
                 if not self._spare():
                     raise _exhausted() from error
+            if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
+                time.sleep(min(_PAUSE * attempt, _LONGEST_PAUSE))
+        raise AssertionError("unreachable")
 
     def _made(self, lane: ClientLane, make: Callable[[ClientLane], Any]) -> Any:
         try:

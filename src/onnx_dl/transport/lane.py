@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import time
@@ -349,5 +350,7 @@ def _caller_calls(handover: Handover, ctx: Context, reply_to: str | None, polls:
         return BellCalls(handover, CallerBell(Patience() if polls else None), rings=REQUEST, hears=REPLY)
     try:
         return ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)
-    except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
-        raise ConnectionError(str(error)) from error
+    except zmq.ZMQError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise OSError(error.errno, str(error)) from error
+        raise ConnectionError(str(error)) from error  # the connection to the supervisor ended meanwhile
