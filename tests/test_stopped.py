@@ -36,8 +36,7 @@ BOUND: Final = TIMEOUT + 1.5
 class Stage:
     """A host whose processes the test stops, and lets go on at the end."""
 
-    def __init__(self, lane: str) -> None:
-        self.over_zmq = lane == "zmq"
+    def __init__(self) -> None:
         self.host = ModelHost()
         self._stopped: list[psutil.Process] = []
         self.proxy: Any = None
@@ -79,7 +78,7 @@ class Stage:
 
 @pytest.fixture
 def stage(lane: str, nothing_is_left_behind: None) -> Iterator[Stage]:
-    stage = Stage(lane)
+    stage = Stage()
     yield stage
     stage.close()
 
@@ -162,10 +161,14 @@ SITUATIONS: Final = {
 
 
 @pytest.mark.parametrize("method", [*METHODS, "unload"])
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(
+    ("lane", "situation"),
+    # Only the workers' ones depend on how calls travel.
+    [("socket", name) for name in SITUATIONS]
+    + [("zmq", name) for name in SITUATIONS if name.startswith("worker")],
+    indirect=["lane"],
+)
 def test_each_situation_with_each_method(stage: Stage, situation: str, method: str) -> None:
-    if stage.over_zmq and not situation.startswith("worker"):
-        pytest.skip("does not depend on how calls travel")
     SITUATIONS[situation](stage)
     call = METHODS.get(method, lambda proxy: proxy.unload(timeout=TIMEOUT))
     with at_most(BOUND), contextlib.suppress(OnnxDLError, ExceptionGroup):
