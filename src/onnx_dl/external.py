@@ -8,11 +8,11 @@ ValueError, never in a crash, and an application looks for a bounded time only.
 from __future__ import annotations
 
 import contextlib
-import mmap
+import functools
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -33,6 +33,14 @@ _LONGEST_LOOK: Final = 0.05
 """Seconds that an application looks through a model; what it has not found by then is not counted."""
 _LOOK_AT_CLOCK: Final = 64
 """Fields between two looks at the clock."""
+_LONGEST_NAME: Final = 4096
+"""Bytes of a path, on Linux."""
+_LOCATION: Final = b"location"
+"""The key of the entry that names a tensor's file."""
+_SEARCHED: Final = 64 << 10
+"""Bytes of a message that is searched before it is looked through field by field."""
+_WINDOW: Final = 4096
+"""Bytes that are read at a time."""
 
 
 def bytes_of(path: str) -> int:
@@ -49,36 +57,42 @@ def bytes_of(path: str) -> int:
                 found.add(name)
     for name in found:
         with contextlib.suppress(OSError, ValueError):
-            total += os.path.getsize(name)
+            total += os.path.getsize(os.path.join(os.path.dirname(path), name))
     return total
 
 
-def external_files(path: str) -> list[str]:
-    """Paths of the files that a model's tensors lie in.
+def external_files(model: str | bytes) -> list[str]:
+    """Names of the files that the tensors of a model lie in, given by its path or as bytes; they are looked
+    for beside it.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no model.
     """
-    return sorted(set(_names(path, None)))
+    if isinstance(model, bytes):
+        walk = _Walk(lambda count, at: model[at : at + count], None)
+        return sorted(set(walk.locations(0, len(model), "model", 0)))
+    return sorted(set(_names(model, None)))
 
 
 def _names(path: str, until: float | None) -> Iterator[str]:
     """Yields each as it is found, until this time, so that what was found by then counts."""
-    if not os.path.getsize(path):
+    if not (size := os.path.getsize(path)):  # so is a FIFO, to open which would wait
         return
-    folder = os.path.dirname(os.path.abspath(path))
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for name in _Walk(data, until).locations(0, len(data), "model", 0):
-            yield os.path.join(folder, name)
+    with open(path, "rb") as file:
+        # Not mapped: to look at a page of a file that somebody shortens meanwhile ends the process.
+        walk = _Walk(functools.partial(os.pread, file.fileno()), until)
+        yield from walk.locations(0, size, "model", 0)
 
 
 class _Walk:
-    """Through one file."""
+    """Through one model.  ``read``: tells so many bytes from this place on, or fewer at its end."""
 
-    def __init__(self, data: mmap.mmap, until: float | None) -> None:
-        self._data = data
+    def __init__(self, read: Callable[[int, int], bytes], until: float | None) -> None:
+        self._read = read
         self._until = until
         self._fields_seen = 0
+        self._window = b""
+        self._window_at = 0
 
     def locations(self, start: int, end: int, kind: str, depth: int) -> Iterator[str]:
         if depth > _DEEPEST:
@@ -86,10 +100,10 @@ class _Walk:
         inside = _INSIDE[kind]
         for field, first, last in self._fields(start, end):
             if inside.get(field) == "entry":
-                pair = {number: self._data[a:b] for number, a, b in self._fields(first, last)}
-                if pair.get(1) == b"location":
+                pair = {number: self._text(a, b) for number, a, b in self._fields(first, last)}
+                if pair.get(1) == _LOCATION:
                     yield pair.get(2, b"").decode()
-            elif field in inside:
+            elif field in inside and self._may_tell(first, last):
                 yield from self.locations(first, last, inside[field], depth + 1)
 
     def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -119,15 +133,25 @@ class _Walk:
         if late and self._until is not None and time.monotonic() >= self._until:
             raise ValueError("too large to be looked through here")
 
+    def _may_tell(self, first: int, last: int) -> bool:
+        """False: a message is short enough to be searched, and names no file.  Most nodes are."""
+        return last - first > _SEARCHED or _LOCATION in self._read(last - first, first)
+
+    def _text(self, first: int, last: int) -> bytes:
+        """What lies there, if it can be a name."""
+        return self._read(last - first, first) if last - first <= _LONGEST_NAME else b""
+
     def _varint(self, at: int) -> tuple[int, int]:
         value = shift = 0
-        while True:
-            if at >= len(self._data):
-                raise ValueError("not a model: it ends too soon")
-            if shift > 63:
-                raise ValueError("not a model: a number of more than 64 bits")
-            byte = self._data[at]
+        while shift <= 63:
+            offset = at - self._window_at
+            if not 0 <= offset < len(self._window):
+                self._window, self._window_at, offset = self._read(_WINDOW, at), at, 0
+                if not self._window:
+                    raise ValueError("not a model: it ends too soon")
+            byte = self._window[offset]
             value |= (byte & 127) << shift
             at, shift = at + 1, shift + 7
             if byte < 128:
                 return value, at
+        raise ValueError("not a model: a number of more than 64 bits")
