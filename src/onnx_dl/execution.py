@@ -138,7 +138,7 @@ class ExecutionSession(ModelProxy):
         self._entry_point = name
 
     def _described(self) -> ModelDescription:
-        return self._model().describe(self._lease)
+        return self._described_model().describe(self._lease)
 
     def _signatures(self, name: str | None) -> tuple[str, str]:
         details = self._described().details

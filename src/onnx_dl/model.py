@@ -18,6 +18,8 @@ from onnx_dl.lifecycle import ModelState
 
 _FOLDER_OF_BYTES = "session.model_external_initializers_file_folder_path"
 """onnxruntime's option that says where external data of a model given as bytes lies."""
+_ONCE_PER_PROCESS = ("session.set_denormal_as_zero",)
+"""Options that onnxruntime heeds for the first session of a process only."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             return os.path.join(os.path.dirname(own), name) if name else own
         config = (self.options or {}).get("config", {})
         return os.path.join(self.cwd, config.get(_FOLDER_OF_BYTES, ""), name)
+
+    @property
+    def pristine(self) -> bool:
+        """Whether it needs a process in which onnxruntime has made no session yet."""
+        config = (self.options or {}).get("config", {})
+        return any(config.get(name) == "1" for name in _ONCE_PER_PROCESS) or any(
+            member.pristine for member in self.members
+        )
 
     @property
     def unit(self) -> str:

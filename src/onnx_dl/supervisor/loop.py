@@ -207,7 +207,7 @@ class Supervisor:
         for command in commands:
             match command:
                 case StartWorker(worker_id, spec):
-                    identity = self._processes.spawn(worker_id, self._blobs(spec))
+                    identity = self._processes.spawn(worker_id, self._blobs(spec), pristine=spec.pristine)
                     self._identities[worker_id] = identity
                     self._workers[identity] = worker_id
                     if uses_gpu(spec):
@@ -382,6 +382,8 @@ class Supervisor:
                 return scheduler.on_withdraw(identity, message, now)
             case m.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
+            case m.Outdated():
+                return scheduler.on_outdated(identity, message, now)
             case m.SetTtl(proxy=proxy, ttl=ttl):
                 return scheduler.on_set_ttl(identity, proxy, ttl)
             case m.Unload():

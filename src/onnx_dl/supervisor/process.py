@@ -94,8 +94,9 @@ class _Template:
 class _Process:
     """One worker process, from the request for it until it is reaped."""
 
-    def __init__(self, worker_id: int, blobs: Mapping[str, int]) -> None:
+    def __init__(self, worker_id: int, blobs: Mapping[str, int], pristine: bool) -> None:
         self.worker_id = worker_id
+        self._pristine = pristine
         self.identity = secrets.token_bytes(16)
         # Copies: the client may drop its own while this waits for a template.
         self._blobs = {name: os.dup(fd) for name, fd in blobs.items()}
@@ -112,7 +113,11 @@ class _Process:
         """Asks the template for the process and hands over its ends of the descriptors."""
         self.template = template
         message = m.Spawn(
-            worker_id=self.worker_id, identity=self.identity, control=control, blobs=list(self._blobs)
+            worker_id=self.worker_id,
+            identity=self.identity,
+            control=control,
+            blobs=list(self._blobs),
+            pristine=self._pristine,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd)
         template.channel.send(m.encode(message), (*fds, *self._blobs.values()))
@@ -188,10 +193,20 @@ class Processes:
         template = self._template
         return [*fds, template.channel.fileno()] if template and template.open else fds
 
-    def spawn(self, worker_id: int, blobs: Mapping[str, int] = MappingProxyType({})) -> bytes:
-        """Starts a worker process and returns the routing id of its control socket.  ``blobs``: descriptors
-        of the memory that its model is loaded from, by name."""
-        process = self._processes[worker_id] = _Process(worker_id, blobs)
+    def spawn(
+        self,
+        worker_id: int,
+        blobs: Mapping[str, int] = MappingProxyType({}),
+        *,
+        pristine: bool = False,
+    ) -> bytes:
+        """Starts a worker process and returns the routing id of its control socket.
+
+        Args:
+            blobs: descriptors of the memory that its model is loaded from, by name.
+            pristine: it is to have made no session of the engine before.
+        """
+        process = self._processes[worker_id] = _Process(worker_id, blobs, pristine)
         self._pending.append(process)
         self._dispatch()
         return process.identity

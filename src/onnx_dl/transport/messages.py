@@ -129,6 +129,15 @@ class Acquire(Message):
     """Other models of its group that this client has proxies of: they are loaded together."""
 
 
+class Outdated(Message):
+    """The file at ``path`` is not what this worker has read: the proxy leaves the worker for another.  No
+    answer."""
+
+    proxy: int
+    worker_id: int
+    path: str
+
+
 class Granted(Message):
     """The model is ready in this worker; lanes are opened at ``address`` with ``secret``."""
 
@@ -353,12 +362,14 @@ class Exit(Message):
 
 class Spawn(Message):
     """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
-    blobs, which are those of these names."""
+    blobs, which are those of these names.  ``pristine``: in a process in which the engine has made no
+    session yet."""
 
     worker_id: int
     identity: bytes
     control: str
     blobs: list[str] = []
+    pristine: bool = False
 
 
 class Spawned(Message):
@@ -513,7 +524,17 @@ class Draining(Message):
 
 
 FromClient = (
-    Acquire | Withdraw | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
+    Acquire
+    | Withdraw
+    | AskModel
+    | DropBlob
+    | Outdated
+    | Release
+    | SetTtl
+    | Unload
+    | AskStatus
+    | AskFate
+    | Shutdown
 )
 ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained

@@ -182,7 +182,7 @@ class Cache:
         try:
             meta = _open_meta((path / _META).read_bytes())
             used = path.stat().st_mtime
-        except (OSError, ValueError, msgspec.DecodeError):
+        except (OSError, ValueError):  # msgspec's are ValueErrors
             return None
         nbytes = sum(size for size, _ in meta.files.values())
         return Entry(key=path.name, path=path, meta=meta, nbytes=nbytes, used=used)

@@ -37,12 +37,16 @@ def names_of(spec: ModelSpec, data: bytes | None = None) -> list[str]:
 def _libraries(spec: ModelSpec) -> list[str]:
     """Those of custom operators and of execution providers.  One without a folder is the system's to find."""
     calls: list[Any] = (spec.options or {}).get("calls", [])
-    named = [arg for name, args, kwargs in calls if name == _LIBRARY_CALL for arg in (*args, *kwargs.values())]
+    named = [
+        arg for name, args, kwargs in calls if name == _LIBRARY_CALL for arg in (*args, *kwargs.values())
+    ]
     found = [*named, *spec.surroundings.get("libraries", {}).values()]
     return [path for path in found if isinstance(path, str) and os.path.isabs(path)]
 
 
-def load(spec: ModelSpec, names: Callable[[], list[str]], make: Callable[[], _T]) -> tuple[_T, list[ReadFile]]:
+def load(
+    spec: ModelSpec, names: Callable[[], list[str]], make: Callable[[], _T]
+) -> tuple[_T, list[ReadFile]]:
     """What ``make`` makes of the model, and the files that it was made of.
 
     Args:

@@ -2,7 +2,9 @@
 
 It imports the engine, makes and drops a throw-away session so that the code is warm, and waits.  For each
 Spawn it forks a worker, which starts in a few milliseconds and shares the imported pages; where forking is
-not possible, or not wanted, it becomes the worker itself.  It reaps its children and reports their wait
+not possible, or not wanted, it becomes the worker itself.  What onnxruntime does once per process, for its
+first session, the throw-away session has used up: a worker whose model asks for that begins anew as a fresh
+interpreter.  It reaps its children and reports their wait
 status: only a reaped worker is gone.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
@@ -17,6 +19,7 @@ import faulthandler
 import os
 import selectors
 import signal
+import sys
 import traceback
 from typing import Final, NoReturn
 
@@ -35,12 +38,17 @@ _THROW_AWAY: Final = (
 )
 
 
+_WORKER: Final = "worker"
+
+
 class Template:
     """Serves the supervisor at the other end of ``channel`` until it is gone."""
 
-    def __init__(self, channel: Channel, *, fork: bool) -> None:
+    def __init__(self, channel: Channel, *, fork: bool, used: bool) -> None:
+        """``used``: the engine has made a session in this process."""
         self._channel = channel
         self._fork = fork
+        self._used = used
         self._children: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
         self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,22 +77,24 @@ class Template:
         spawn = m.on_template(data)
         if not self._fork:
             self._tell(m.Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
-            self._become(spawn, fds)
+            self.become(spawn, fds)
         try:
             pid = os.fork()
         except OSError as error:
             self._tell(m.SpawnFailed(worker_id=spawn.worker_id, reason=str(error)))
         else:
             if pid == 0:
-                self._become(spawn, fds)
+                self.become(spawn, fds)
             self._children[pid] = spawn.worker_id
             self._tell(m.Spawned(worker_id=spawn.worker_id, pid=pid))
         for fd in fds:
             os.close(fd)
 
-    def _become(self, spawn: m.Spawn, fds: list[int]) -> NoReturn:
+    def become(self, spawn: m.Spawn, fds: list[int]) -> NoReturn:
         """The rest of this process's life is a worker's."""
         try:
+            if spawn.pristine and self._used:
+                _begin_anew(spawn, fds)
             self._shed()
             lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
@@ -120,11 +130,23 @@ class Template:
             os._exit(0)
 
 
+def _begin_anew(spawn: m.Spawn, fds: list[int]) -> NoReturn:
+    """The same process with another interpreter, which becomes the worker."""
+    ours, theirs = Channel.pair()
+    ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
+    os.set_inheritable(theirs.fileno(), True)
+    *same, _, _ = sys.orig_argv[1:]
+    os.execv(sys.executable, [sys.executable, *same, str(theirs.fileno()), _WORKER])
+
+
 def _import_engine() -> None:
     """Everything that a worker will need, so that its children share it."""
-    import onnxruntime
-
     import onnx_dl.workers.ort  # noqa: F401
+
+
+def _warm_up() -> None:
+    """Runs what every load runs, so that its pages are there."""
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -137,13 +159,21 @@ def _is_single_threaded() -> bool:
 
 
 def main(channel_fd: int, mode: str) -> NoReturn:
-    """Entry point of the process; ``mode`` is ``fork`` or ``exec``."""
+    """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
     name_process("onnx-dl-template")
     channel = Channel.from_fd(channel_fd)
+    used = False
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()
+        used = mode == "fork" and _is_single_threaded()
+        if used:
+            _warm_up()
     memory.share()
-    Template(channel, fork=mode == "fork" and _is_single_threaded()).serve()
+    template = Template(channel, fork=mode == "fork" and _is_single_threaded(), used=used)
+    if mode == _WORKER and (received := channel.receive()) is not None:
+        data, fds = received
+        template.become(m.on_template(data), fds)
+    template.serve()
