@@ -22,7 +22,7 @@ class ReadFile(msgspec.Struct, frozen=True, array_like=True):
     """
 
     name: str
-    identity: Identity | None
+    identity: tuple[int, int, int, int] | None
 
 
 Where = Callable[[str], str]

@@ -94,7 +94,7 @@ class _Template:
 class _Process:
     """One worker process, from the request for it until it is reaped."""
 
-    def __init__(self, worker_id: int, blobs: Mapping[str, int], pristine: bool) -> None:
+    def __init__(self, worker_id: int, blobs: Mapping[str, int], *, pristine: bool = False) -> None:
         self.worker_id = worker_id
         self._pristine = pristine
         self.identity = secrets.token_bytes(16)
@@ -206,7 +206,7 @@ class Processes:
             blobs: descriptors of the memory that its model is loaded from, by name.
             pristine: it is to have made no session of the engine before.
         """
-        process = self._processes[worker_id] = _Process(worker_id, blobs, pristine)
+        process = self._processes[worker_id] = _Process(worker_id, blobs, pristine=pristine)
         self._pending.append(process)
         self._dispatch()
         return process.identity
