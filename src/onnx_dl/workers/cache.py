@@ -159,7 +159,7 @@ class Cache:
         nbytes = sum(size for size, _ in files.values())
         if not self._make_room(nbytes):
             return False
-        (path / _META).write_bytes(_seal_meta(meta))
+        (path / _META).write_bytes(seal_meta(meta))
         for file in path.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -180,7 +180,7 @@ class Cache:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            meta = _open_meta((path / _META).read_bytes())
+            meta = open_meta((path / _META).read_bytes())
             used = path.stat().st_mtime
         except (OSError, ValueError):  # msgspec's are ValueErrors
             return None
@@ -212,15 +212,17 @@ def _locked(fd: int) -> Iterator[bool]:
         yield True
 
 
-def _seal_meta(meta: Meta) -> bytes:
+def seal_meta(meta: Meta) -> bytes:
+    """As it is on disk."""
     plain = msgspec.json.encode(meta)
     return msgspec.json.encode(_Sealed(zlib.crc32(plain), msgspec.Raw(plain)))
 
 
-def _open_meta(data: bytes) -> Meta:
-    """
+def open_meta(data: bytes) -> Meta:
+    """What was written.
+
     Raises:
-        ValueError: it is not what was written.
+        ValueError: it is not that any more.
     """
     sealed = msgspec.json.decode(data, type=_Sealed)
     if zlib.crc32(sealed.meta) != sealed.crc:
