@@ -79,6 +79,14 @@ def test_a_damaged_entry_is_removed_and_not_found(store: Cache, damage: str):
     assert put(store, "a") and store.find("a") is not None
 
 
+def is_refused(meta: bytes) -> bool:
+    try:
+        open_meta(meta)
+    except ValueError:
+        return True
+    return False
+
+
 def test_a_flipped_bit_in_what_an_entry_says_of_itself_makes_it_none(store: Cache):
     """Of any byte, checksum included: names and shapes would be wrong at each load."""
     put(store, "a")
@@ -89,9 +97,7 @@ def test_a_flipped_bit_in_what_an_entry_says_of_itself_makes_it_none(store: Cach
     for bit, flipped in enumerate(flips):
         flipped[bit // 8] ^= 1 << bit % 8
     cut = [whole[:length] for length in range(len(whole))]
-    for damaged in (*flips, *cut):
-        with pytest.raises(ValueError, match=""):
-            open_meta(bytes(damaged))
+    assert all(is_refused(bytes(damaged)) for damaged in (*flips, *cut))
     for damaged in (flips[0], flips[len(flips) // 2], cut[-1]):
         meta.write_bytes(damaged)
         assert store.find("a") is None

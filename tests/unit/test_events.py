@@ -28,6 +28,11 @@ def made(seq: int = 1, kind: str = "loading", **fields) -> ModelEvent:
             "unloaded m.onnx, reason request, 2.000 s, gave back 0.0 MB, pid 7",
         ),
         (made(kind="thrash", detail="a, b were loaded again"), "thrash: a, b were loaded again"),
+        (
+            made(kind="outdated", pid=7, detail="/w.bin"),
+            "outdated m.onnx, pid 7: /w.bin has changed since it was loaded; sessions that use it keep it until "
+            "it is unloaded, new ones load what is there now",
+        ),
         (made(kind="failed", detail="no such file"), "failed m.onnx, no such file"),
         (made(kind="failed", detail="gone", retry_after=2.0), "failed m.onnx, retry in 2.0 s, gone"),
     ],
