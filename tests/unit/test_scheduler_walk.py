@@ -184,7 +184,6 @@ class World:
                     del self.open[ticket]  # and if it is answered all the same, answer() objects
                     ask = m.Withdraw(ticket=ticket, proxy=proxy, keep=rng.random() < 0.5)
                     self.do(s.on_withdraw(client, ask, self.now))
-
             case 13:
                 worker_id = rng.choice([*s.pids(), 99])
                 self.do(
