@@ -132,6 +132,7 @@ class Template:
 
 def _begin_anew(spawn: m.Spawn, fds: list[int]) -> NoReturn:
     """The same process with another interpreter, which becomes the worker."""
+    die_with_parent()  # what is executed keeps that; its imports take a while
     ours, theirs = Channel.pair()
     ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
     os.set_inheritable(theirs.fileno(), True)
