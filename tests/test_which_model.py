@@ -119,6 +119,30 @@ def test_new_proxies_get_what_is_there_and_older_ones_keep_theirs(
     assert [answer(proxy) for proxy in (older, *newer)] == [2] * 4
 
 
+def test_a_link_that_goes_to_and_fro(host: ModelHost, path: Path) -> None:
+    """While each version is in use, and one is named after files that its load did not find any more."""
+    weights(path.parent / "two", 2)
+
+    def point_to(name: str) -> None:
+        (path.parent / "link").symlink_to(name)
+        os.replace(path.parent / "link", path.parent / "m.data")
+
+    kept = []
+    for name, value in [("one", 1), ("two", 2), ("one", 1), ("two", 2), ("one", 1)]:
+        point_to(name)
+        kept.append(host.open(path, providers=CPU))
+        assert answer(kept[-1]) == value
+    assert [answer(proxy) for proxy in kept] == [1, 2, 1, 2, 1]
+    assert len(loaded(host)) == 2
+    for proxy in kept:
+        proxy.unload()
+    point_to("two")
+    assert [answer(proxy) for proxy in kept] == [2] * 5
+    point_to("one")
+    newer = host.open(path, providers=CPU)
+    assert [answer(newer), answer(kept[0]), answer(kept[1])] == [1, 2, 2]
+
+
 def test_another_application_gets_what_is_there(
     nothing_is_left_behind: None, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:

@@ -67,7 +67,6 @@ class ModelProxy:
             # To other applications a relative path means another file.
             spec = msgspec.structs.replace(spec, name=os.path.abspath(os.path.join(spec.cwd, spec.path)))
         self._spec = spec
-        self._origin = spec.key
         self._memory = memory
         self._remote: RemoteModel | None = None
         self._used: RemoteModel | None = None
@@ -284,17 +283,18 @@ class ModelProxy:
                 self._used = model
                 return model
             model.leave_outdated(self._lease, worker, path)
-            self._become_another(worker.description)
+            self._become_another(model.spec.key, worker.description)
         raise FilesChanging(
             f"{path} is not what the worker of {self._spec.name} has just read. Either it changes all the "
             "time, or the host sees other files under the same paths than this process, as in a container."
         )
 
-    def _become_another(self, read: ModelDescription) -> None:
-        """Files of the model are others than its worker has read.  Others keep that; this is from now on a
-        proxy of a model with another key, which all have who find the same files."""
+    def _become_another(self, key: str, read: ModelDescription) -> None:
+        """Files of the model with this key are others than its worker has read.  Who used it keeps it; this
+        is from now on a proxy of a model with another key, which all have who find the same files then.
+        Threads of this proxy may come to that at the same time, from the same key."""
         now = files.look_at(self._spec.where, [file.name for file in read.files])
-        self._spec = msgspec.structs.replace(self._spec, key=model_key(self._origin, now))
+        self._spec = msgspec.structs.replace(self._spec, key=model_key(key, now))
         self._lease.key = self._spec.key
 
     def _described_model(self) -> RemoteModel:

@@ -4,8 +4,7 @@ It imports the engine, makes and drops a throw-away session so that the code is 
 Spawn it forks a worker, which starts in a few milliseconds and shares the imported pages; where forking is
 not possible, or not wanted, it becomes the worker itself.  What onnxruntime does once per process, for its
 first session, the throw-away session has used up: a worker whose model asks for that begins anew as a fresh
-interpreter.  It reaps its children and reports their wait
-status: only a reaped worker is gone.
+interpreter.  It reaps its children and reports their wait status: only a reaped worker is gone.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
 ZeroMQ context, touched CUDA or kept a session.  Its environment sees to the single thread
