@@ -434,6 +434,12 @@ class RemoteModel:
         """
         return self._acquire(lease, deadline)
 
+    def give_back(self, lease: Lease) -> None:
+        """This proxy holds no worker until it uses the model again."""
+        with self._lock:
+            lease.granted = None
+        self.connection.tell(m.Release(proxy=lease.id))
+
     def leave_outdated(self, lease: Lease, granted: m.Granted, path: str) -> None:
         """This proxy does not want the worker, because this file is not what that has read."""
         with self._lock:

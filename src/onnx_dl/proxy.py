@@ -140,8 +140,11 @@ class ModelProxy:
 
         Raises: what the first call would raise.
         """
+        used = self._bound()
         model = self._model()
         model.adopt(self._lease)
+        if used is None:  # the worker is the host's alone until this proxy has a use for it
+            model.give_back(self._lease)
         status = model.status()
         assert status is not None
         return status
