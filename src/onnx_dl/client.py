@@ -252,10 +252,8 @@ class RemoteModel:
             reply = lane.exchange(message) if watch is None else watch.exchange(self, lane, message)
             if isinstance(reply, ANSWERS):
                 return True, finish(lane, reply)
-        except (
-            BaseException
-        ) as error:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
-            lane.close()
+        except BaseException as error:
+            lane.close()  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
                 raise _exhausted() from error
             raise
@@ -305,11 +303,12 @@ class RemoteModel:
 
         Only the host that granted it knows: another one's workers have the same numbers.
         """
+        limit = None
         if deadline is not None:  # a moment, also where the run's own time has just passed
-            deadline = Deadline(max(GRACE, deadline.left() or 0.0))
+            limit = Deadline(max(GRACE, deadline.left() or 0.0))
         try:
             fate = connection.ask(
-                lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=deadline
+                lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
             )
         except DeadlinePassed:
             raise run_timeout(deadline, "lost its worker, whose end is not known yet") from None
