@@ -109,6 +109,7 @@ def test_a_coroutine_that_takes_too_long(endless: InferenceSessionProxy) -> None
 
 
 def test_a_run_that_takes_too_long(endless: InferenceSessionProxy) -> None:
+    endless.load()
     with pytest.raises(RunTimeout, match=r"longer than 0\.05 seconds"):
         endless.run(None, ENDLESS, timeout=0.05)
     with pytest.raises(TimeoutError):  # which it is

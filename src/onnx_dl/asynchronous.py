@@ -1,7 +1,8 @@
 """Calls that are awaited: coroutines, without a thread for each.
 
 The event loop watches the lane's descriptor itself.  What may block (a load, a new lane, copying much) is
-done in a thread of its executor.  onnxruntime's own callbacks are :mod:`onnx_dl.callbacks`'s.
+done in a thread of its executor, with a deadline that passes when the coroutine ends, so that no thread is
+left for the loop to wait for when it closes.  onnxruntime's own callbacks are :mod:`onnx_dl.callbacks`'s.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, TypeVar
 
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
-from onnx_dl.watch import GRACE, Watch
+from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _AT_ONCE: Final = 32
 """Calls of one model that one event loop has under way; each takes a lane and a thread of the worker."""
@@ -24,54 +26,101 @@ _LARGE: Final = 1 << 20
 """Bytes of inputs from which copying them is not the event loop's work."""
 
 Make = Callable[[ClientLane], Any]
+_T = TypeVar("_T")
 
 _turns: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[RemoteModel, asyncio.Semaphore]] = (
     weakref.WeakKeyDictionary()
 )
 
 
+@contextlib.asynccontextmanager
+async def deadline_of(timeout: float | None) -> AsyncIterator[Deadline]:
+    """A deadline for what threads do for this coroutine.  It passes when the block ends."""
+    deadline = Deadline(timeout, movable=True)
+    try:
+        yield deadline
+    finally:
+        deadline.end()
+
+
+async def in_thread(work: Callable[[Deadline], _T], timeout: float | None) -> _T:
+    """What ``work`` returns; it is given a deadline, and ends when this coroutine is cancelled."""
+    async with deadline_of(timeout) as deadline:
+        return await asyncio.to_thread(work, deadline)
+
+
 async def call(
-    model: RemoteModel, lease: Lease, make: Make, nbytes: int, timeout: float | None, run_options: Any
+    find: Callable[[Deadline], RemoteModel] | RemoteModel,
+    lease: Lease,
+    make: Make,
+    nbytes: int,
+    timeout: float | None,
+    run_options: Any,
 ) -> Any:
     """One call, awaited.  Cancelling it ends the run.
 
-    ``nbytes``: of the inputs; ``run_options``: whose ``terminate`` another thread may set.
+    ``find``: the model, or what finds it where the host must be started first; ``nbytes``: of the inputs;
+    ``run_options``: whose ``terminate`` another thread may set.
 
     Raises:
         RunTimeout: it took longer than ``timeout`` seconds, and was told to end.
         Exception: like :meth:`RemoteModel.run`.
     """
+    async with deadline_of(timeout) as deadline:
+        try:
+            async with asyncio.timeout(timeout):
+                model = find if isinstance(find, RemoteModel) else await asyncio.to_thread(find, deadline)
+                async with _turn(model):
+                    return await _call(model, lease, make, nbytes, run_options, deadline)
+        except TimeoutError as error:
+            if timeout is None or isinstance(error, RunTimeout) or not _is_ours(error):
+                raise
+            raise run_timeout(deadline, "was told to end") from None
+
+
+def _turn(model: RemoteModel) -> asyncio.Semaphore:
+    turns = _turns.setdefault(asyncio.get_running_loop(), weakref.WeakKeyDictionary())
+    return turns.setdefault(model, asyncio.Semaphore(_AT_ONCE))
+
+
+def _is_ours(error: TimeoutError) -> bool:
+    """Whether the caller's time is up, rather than that of a load or of the supervisor."""
+    return type(error) in (TimeoutError, DeadlinePassed)
+
+
+async def _call(
+    model: RemoteModel, lease: Lease, make: Make, nbytes: int, run_options: Any, deadline: Deadline
+) -> Any:
     loop = asyncio.get_running_loop()
-    turn = _turns.setdefault(loop, weakref.WeakKeyDictionary()).setdefault(model, asyncio.Semaphore(_AT_ONCE))
-    try:
-        async with asyncio.timeout(timeout), turn:
-            while True:
-                lane, message = await _ask_with(loop, model, lease, make, nbytes)
-                if lane.reply_fd is None or run_options is not None:
-                    done, result = await _in_thread(model, lane, message, run_options)
-                    if done:
-                        return result
-                    continue
-                reply = await _reply(loop, model, lane, message)
-                if isinstance(reply, ANSWERS):
-                    return model.finish(lane, reply)
-                if isinstance(reply, m.CallFailed | m.Draining):
-                    model.settle(lane, reply)
-                else:  # it asks how the worker ended, and that may take a while
-                    await loop.run_in_executor(None, model.settle, lane, reply)
-    except TimeoutError as error:
-        if isinstance(error, RunTimeout) or timeout is None:
-            raise
-        raise RunTimeout(f"The run took longer than {timeout:g} seconds and was told to end.") from None
+    while True:
+        lane, message = await _ask_with(loop, model, lease, make, nbytes, deadline)
+        if lane.reply_fd is None or run_options is not None:
+            watch = Watch(run_options, deadline)
+            done, result = await asyncio.to_thread(model.complete, lane, message, watch)
+            if done:
+                return result
+            continue
+        reply = await _reply(loop, model, lane, message)
+        if isinstance(reply, ANSWERS):
+            return model.finish(lane, reply)
+        if isinstance(reply, m.CallFailed | m.Draining):
+            model.settle(lane, reply)
+        else:  # it asks how the worker ended, and that may take a while
+            await loop.run_in_executor(None, model.settle, lane, reply, deadline)
 
 
 async def _ask_with(
-    loop: asyncio.AbstractEventLoop, model: RemoteModel, lease: Lease, make: Make, nbytes: int
+    loop: asyncio.AbstractEventLoop,
+    model: RemoteModel,
+    lease: Lease,
+    make: Make,
+    nbytes: int,
+    deadline: Deadline,
 ) -> tuple[ClientLane, Any]:
     if nbytes < _LARGE:
         with contextlib.suppress(BlockingIOError):
             return model.ask_with(lease, make, wait=False)
-    asked = loop.run_in_executor(None, model.ask_with, lease, make)
+    asked = loop.run_in_executor(None, model.ask_with, lease, make, deadline)
     try:
         return await asyncio.shield(asked)
     except asyncio.CancelledError:  # a lane that nobody takes is free again
@@ -98,24 +147,14 @@ async def _reply(loop: asyncio.AbstractEventLoop, model: RemoteModel, lane: Clie
 
 def _abort(model: RemoteModel, lane: ClientLane) -> None:
     """Ends a call that nobody waits for, and frees its lane if it does end."""
+    grace = Deadline(GRACE)
     try:
-        model.terminate(lane)
-        reply = lane.receive(GRACE)
+        if not model.terminate(lane, grace):
+            raise TimeoutError
+        reply = lane.receive(grace.left())
         if isinstance(reply, ANSWERS):
             model.finish(lane, reply)
         else:
-            model.settle(lane, reply)
+            model.settle(lane, reply, grace)
     except Exception:  # nobody is there to hear of it
         lane.close()
-
-
-async def _in_thread(model: RemoteModel, lane: ClientLane, message: Any, run_options: Any) -> Any:
-    """Where there is no descriptor to watch (ZeroMQ), or RunOptions are to be looked at meanwhile."""
-    watch = Watch(run_options)
-    waiting = asyncio.ensure_future(asyncio.to_thread(model.complete, lane, message, watch))
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        watch.ended = True
-        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        raise

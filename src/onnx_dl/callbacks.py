@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
+from onnx_dl.deadline import Deadline
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.transport.sockets import Waker
-from onnx_dl.watch import EVERY
+from onnx_dl.watch import EVERY, GRACE, run_timeout
 
 
 class Callbacks:
@@ -50,16 +51,16 @@ class Callbacks:
         with selector:
             while self._take_in(selector):
                 calls = [key.data for key in selector.get_map().values() if key.data is not None]
-                watched = any(call.callback.is_watched for call in calls)
-                for key, _ in selector.select(EVERY if watched else None):
+                for key, _ in selector.select(_until_next_look(calls)):
                     if key.data is None:
                         waker.clear()
                         continue
                     selector.unregister(key.fd)
                     calls.remove(key.data)
                     key.data.tell(key.data.lane.receive())
-                for call in calls:
-                    call.callback.look(call.model, call.lane)
+                for call in [call for call in calls if call.look()]:
+                    selector.unregister(call.lane.reply_fd or 0)
+                    call.give_up()
 
     def _take_in(self, selector: selectors.BaseSelector) -> bool:
         """Watches what has come; false if there is nothing left to watch, so that the thread may end."""
@@ -79,18 +80,51 @@ class _Call(NamedTuple):
     callback: Callback
 
     def tell(self, reply: Any) -> None:
-        self.callback.tell(self.model, self.lane, reply)
+        """The callback hears of the reply.  How a worker ended may take a while to learn, and is asked in
+        another thread, so that other callbacks need not wait."""
+        if reply is None:
+            threading.Thread(target=self._tell, args=(None,), name="onnx-dl-callback", daemon=True).start()
+        else:
+            self._tell(reply)
+
+    def _tell(self, reply: Any) -> None:
+        self.callback.tell(*_outcome(self.model, self.lane, reply, self.callback.deadline))
+
+    def look(self) -> bool:
+        """Has the run end if its options say so now; whether its time is up."""
+        if self.callback.wants_end():
+            threading.Thread(
+                target=self.model.terminate,
+                args=(self.lane, Deadline(GRACE)),
+                name="onnx-dl-callback",
+                daemon=True,
+            ).start()
+        return self.callback.deadline is not None and self.callback.deadline.passed
+
+    def give_up(self) -> None:
+        """The time is up: closing the lane ends the run as soon as the model lets it."""
+        self.lane.close()
+        self.callback.tell([], str(run_timeout(self.callback.deadline, "was told to end")))
 
     def wait(self) -> None:
         """Over ZeroMQ, where there is no descriptor to wait for."""
         while True:
             try:
-                reply = self.lane.receive(EVERY)
+                reply = self.lane.receive(_until_next_look([self]))
             except TimeoutError:
-                self.callback.look(self.model, self.lane)
+                if self.look():
+                    self.give_up()
+                    return
                 continue
-            self.tell(reply)
+            self._tell(reply)
             return
+
+
+def _until_next_look(calls: list[_Call]) -> float | None:
+    """Seconds until one of them must be looked at, if no reply comes; None: not before."""
+    looks = [EVERY for call in calls if call.callback.is_watched]
+    lefts = [call.callback.deadline.left() for call in calls if call.callback.deadline is not None]
+    return min([*looks, *(left for left in lefts if left is not None)], default=None)
 
 
 _callbacks = Callbacks()
@@ -99,37 +133,44 @@ _callbacks = Callbacks()
 class Callback:
     """Who is told of results.  ``run_options``: whose ``terminate`` another thread may set meanwhile."""
 
-    def __init__(self, callback: Callable[[Any, Any, str], object], user_data: Any, run_options: Any) -> None:
+    def __init__(
+        self,
+        callback: Callable[[Any, Any, str], object],
+        user_data: Any,
+        run_options: Any,
+        deadline: Deadline | None = None,
+    ) -> None:
         self._callback = callback
         self._user_data = user_data
         self._run_options = run_options
         self._ended = False
+        self.deadline = deadline
 
     @property
     def is_watched(self) -> bool:
         """Whether somebody may still end the call."""
         return self._run_options is not None and not self._ended
 
-    def look(self, model: RemoteModel, lane: ClientLane) -> None:
-        """Has the call end if its options say so now."""
-        if self.is_watched and getattr(self._run_options, "terminate", False):
-            self._ended = True
-            model.terminate(lane)
+    def wants_end(self) -> bool:
+        """Whether the run's options say, since the last look, that it is to end."""
+        if not (self.is_watched and getattr(self._run_options, "terminate", False)):
+            return False
+        self._ended = True
+        return True
 
-    def tell(self, model: RemoteModel, lane: ClientLane, reply: Any) -> None:
+    def tell(self, results: Any, error: str) -> None:
         """Calls the callback; what it raises goes where Python reports what nobody can catch."""
-        results, error = _outcome(model, lane, reply)
         try:
             self._callback(results, self._user_data, error)
         except Exception as failed:
             _report(failed)
 
 
-def _outcome(model: RemoteModel, lane: ClientLane, reply: Any) -> tuple[Any, str]:
+def _outcome(model: RemoteModel, lane: ClientLane, reply: Any, deadline: Deadline | None) -> tuple[Any, str]:
     try:
         if isinstance(reply, ANSWERS):
             return model.finish(lane, reply), ""
-        model.settle(lane, reply)
+        model.settle(lane, reply, deadline)
     except Exception as error:
         return [], str(error)
     return [], "The worker was unloaded meanwhile."
@@ -158,19 +199,25 @@ def call_back(
 ) -> None:
     """Begins a call and returns; ``callback`` is told of its results in another thread.
 
-    Raises: what is known to be wrong before the run begins.
+    Raises:
+        RunTimeout: the callback's deadline passed before the run began.
+        Exception: what is known to be wrong before that.
     """
+    deadline = callback.deadline
     while True:
-        lane, message = model.ask_with(lease, make)
+        lane, message = model.ask_with(lease, make, deadline)
         try:
-            reply = lane.exchange(message)
+            reply = lane.exchange(message, None if deadline is None else deadline.left())
+        except TimeoutError:
+            lane.close()
+            raise run_timeout(deadline, "was told to end") from None
         except BaseException:
             lane.close()
             raise
         if isinstance(reply, m.Started):
             _callbacks.await_reply(model, lane, callback)
             return
-        model.settle(lane, reply)
+        model.settle(lane, reply, deadline)
 
 
 def _after_fork() -> None:

@@ -8,7 +8,10 @@ the model now.  Policy (when to load, what to evict) is the supervisor's; onnxru
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import itertools
+import math
 import os
 import threading
 import time
@@ -17,14 +20,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from onnx_dl import remarks
+from onnx_dl.acquisition import Acquisition, Make, Renew
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
-    HostClosing,
+    DescriptorsExhausted,
     LoadTimeout,
     ProtocolError,
     ProxyClosedError,
-    SupervisorDied,
+    SupervisorTimeout,
     UnloadTimeout,
     WorkerDied,
 )
@@ -34,10 +39,14 @@ from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
-from onnx_dl.watch import Watch
+from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _LOAD_MARGIN: Final = 30.0
 """Seconds beyond the supervisor's own deadline for a load after which a client stops waiting."""
+_PAUSE: Final = 0.005
+_LONGEST_PAUSE: Final = 0.2
+"""Seconds before a worker is asked for once more that took no lane."""
+_NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
 ANSWERS: Final = (int, m.Same, m.Result)
 
@@ -95,27 +104,29 @@ class RemoteModel:
         spec: ModelSpec,
         settings: Settings,
         blobs: Sequence[SharedBlob] = (),
-        renew: Callable[[RemoteModel, Connection], None] | None = None,
+        renew: Callable[[RemoteModel, Connection, Deadline | None], None] | None = None,
         companions: Callable[[], Sequence[RemoteModel]] = tuple,
+        spare: Callable[[], bool] = bool,
     ) -> None:
         """``blobs``: the memory that it is loaded from; ``renew``: moves this to the next host when the
         present one is gone, if there may be another; ``companions``: those that this application has in the
-        same group."""
+        same group; ``spare``: closes idle lanes of all models, and tells whether there were any."""
         self.connection = connection
-        self._renew = renew
+        self._renew: Renew | None = None if renew is None else functools.partial(renew, self)
         self._companions = companions
+        self._spare = spare
         self.spec = spec
         self.description: ModelDescription | None = None
         self._patience = settings.load_timeout + settings.room_timeout + _LOAD_MARGIN
         self._over_zmq = settings.lane == "zmq"
         self._blobs = blobs
+        self._acquisition = Acquisition(self._patience)
         self._lock = threading.Lock()  # brief: guards what follows
         self._granted: m.Granted | None = None
         self._grantor = connection
         """To the host whose worker that is; the present connection may be another by now."""
         self._lanes: list[ClientLane] = []
         self._holds = 0
-        self._acquiring = threading.Lock()  # long: one thread at a time asks for a worker
         self._hold_lane: ClientLane | None = None
 
     # --- calls --------------------------------------------------------------------------------------------
@@ -132,7 +143,8 @@ class RemoteModel:
 
         Raises:
             WorkerDied: the worker ended during the call, which may have been executed in part.
-            RunTimeout: ``watch`` has a deadline, and it passed.
+            RunTimeout: the deadline of ``watch`` passed during the run.
+            DeadlinePassed: it passed before.
             Exception: what onnxruntime raised, as the same class.
         """
 
@@ -178,8 +190,9 @@ class RemoteModel:
         finish: Callable[[ClientLane, Any], Any] | None = None,
         watch: Watch | None = None,
     ) -> Any:
+        deadline = None if watch is None else watch.deadline
         while True:
-            lane, message = self.ask_with(lease, make)
+            lane, message = self.ask_with(lease, make, deadline)
             done, result = self._exchange(lane, message, finish or self.finish, watch)
             if done:
                 return result
@@ -192,18 +205,37 @@ class RemoteModel:
         return self._exchange(lane, message, self.finish, watch)
 
     def ask_with(
-        self, lease: Lease, make: Callable[[ClientLane], Any], *, wait: bool = True
+        self,
+        lease: Lease,
+        make: Callable[[ClientLane], Any],
+        deadline: Deadline | None = None,
+        *,
+        wait: bool = True,
     ) -> tuple[ClientLane, Any]:
         """A lane that nobody else uses, and the request made for it, not sent.
 
         Raises:
             BlockingIOError: not ``wait``, and no lane is idle.
+            DeadlinePassed: the deadline did.
+            DescriptorsExhausted: this process may open no more files.
             Exception: the caller's values cannot be sent; nothing was.
         """
-        while (lane := self._take_lane(lease, wait=wait)) is None:
-            continue
+        for attempt in itertools.count():
+            try:
+                if (lane := self._take_lane(lease, deadline, wait=wait)) is not None:
+                    return lane, self._made(lane, make)
+            except OSError as error:
+                if error.errno not in _NO_DESCRIPTOR:
+                    raise
+                if not self._spare():
+                    raise _exhausted() from error
+            if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
+                time.sleep(min(_PAUSE * attempt, _LONGEST_PAUSE))
+        raise AssertionError("unreachable")
+
+    def _made(self, lane: ClientLane, make: Callable[[ClientLane], Any]) -> Any:
         try:
-            return lane, make(lane)
+            return make(lane)
         except Exception:
             self.put_lane(lane)
             raise
@@ -220,16 +252,20 @@ class RemoteModel:
             reply = lane.exchange(message) if watch is None else watch.exchange(self, lane, message)
             if isinstance(reply, ANSWERS):
                 return True, finish(lane, reply)
-        except BaseException:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
-            lane.close()
+        except BaseException as error:
+            lane.close()  # KeyboardInterrupt included: the reply is still to come, and is nobody's
+            if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
+                raise _exhausted() from error
             raise
-        self.settle(lane, reply)
+        self.settle(lane, reply, None if watch is None else watch.deadline)
         return False, None
 
-    def settle(self, lane: ClientLane, reply: Any) -> None:
+    def settle(self, lane: ClientLane, reply: Any, deadline: Deadline | None = None) -> None:
         """Looks after a lane whose request has no result.  Returns if the request is to be made again.
 
-        Raises: what the worker raised, or how it ended.
+        Raises:
+            RunTimeout: how the worker ended is not known in time.
+            Exception: what the worker raised, or how it ended.
         """
         match reply:
             case m.CallFailed(failure=failure):
@@ -241,26 +277,42 @@ class RemoteModel:
                 return
         self._forget(lane.granted)
         lane.close()
-        self._ask_fate(lane.origin, lane.granted)
+        self._ask_fate(lane.origin, lane.granted, deadline)
 
-    def terminate(self, lane: ClientLane) -> None:
-        """Has the worker end the call that this lane waits for, as soon as the model lets it."""
-        other = self._lane_at(lane.origin, lane.granted)
-        if other is None:  # the worker is gone, and the call with it
-            return
+    def terminate(self, lane: ClientLane, deadline: Deadline) -> bool:
+        """Has the worker end the call that this lane waits for, as soon as the model lets it.
+
+        Returns whether the worker heard it in time, or is gone and the call with it.
+        """
         try:
-            other.exchange(lane.end_of_this())
+            other = self._lane_at(lane.origin, lane.granted, deadline)
+        except (DeadlinePassed, OSError):  # stopped, or no descriptor is left; closing the lane ends it, too
+            return False
+        if other is None:
+            return True
+        try:
+            other.exchange(lane.end_of_this(), deadline.left())
+        except TimeoutError:
+            return False
         finally:
             other.close()
+        return True
 
-    def _ask_fate(self, connection: Connection, granted: m.Granted) -> None:
+    def _ask_fate(self, connection: Connection, granted: m.Granted, deadline: Deadline | None) -> None:
         """The worker went without an answer.  Returns if it had drained, so that it never began the call.
 
         Only the host that granted it knows: another one's workers have the same numbers.
         """
+        limit = None
+        if deadline is not None:  # a moment, also where the run's own time has just passed
+            limit = Deadline(max(GRACE, deadline.left() or 0.0))
         try:
-            fate = connection.ask(lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id))
-        except TimeoutError:
+            fate = connection.ask(
+                lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
+            )
+        except DeadlinePassed:
+            raise run_timeout(deadline, "lost its worker, whose end is not known yet") from None
+        except SupervisorTimeout:
             raise WorkerDied(
                 f"The worker of {self.spec.name} (pid {granted.pid}) stopped answering.", pid=granted.pid
             ) from None
@@ -269,8 +321,9 @@ class RemoteModel:
 
     # --- lanes --------------------------------------------------------------------------------------------
 
-    def _take_lane(self, lease: Lease, *, wait: bool = True) -> ClientLane | None:
-        """A lane that nobody else uses; None if the worker went while it was opened: ask again."""
+    def _take_lane(self, lease: Lease, deadline: Deadline | None, *, wait: bool = True) -> ClientLane | None:
+        """A lane that nobody else uses; None if the worker went or did not answer while one was opened: ask
+        again."""
         if (lane := self._idle_lane(lease)) is not None:
             # With a bell, the exchange itself tells a call that was never begun.
             if not (lane.over_zmq and lane.is_dead()):
@@ -280,11 +333,11 @@ class RemoteModel:
             return None
         if not wait:
             raise BlockingIOError("no lane is idle")
-        granted = self._current(lease) or self._acquire(lease)
-        lane = self._open_lane(granted, lease.latency)
-        if lane is None:
-            self._forget(granted)
-        return lane
+        if deadline is not None:
+            deadline.check("the worker")
+        granted = self._acquire(lease, deadline)
+        # A proxy that is new to the worker may use the lanes that others left idle.
+        return self._idle_lane(lease) or self._open_lane(granted, lease.latency, deadline)
 
     def _idle_lane(self, lease: Lease) -> ClientLane | None:
         with self._lock:
@@ -299,21 +352,41 @@ class RemoteModel:
                     return lane
         return None
 
-    def _open_lane(self, granted: m.Granted, latency: str = "normal") -> ClientLane | None:
+    def _open_lane(self, granted: m.Granted, latency: str, deadline: Deadline | None) -> ClientLane | None:
+        """A new lane to the present worker.  None: it is gone, or did not answer and may still."""
         with self._lock:
             connection = self._grantor if self._granted is granted else None
-        return None if connection is None else self._lane_at(connection, granted, latency)
+        if connection is None:
+            return None
+        try:
+            lane = self._lane_at(connection, granted, deadline, latency)
+        except DeadlinePassed:
+            if deadline is not None and deadline.passed:
+                raise
+            return None
+        if lane is None:
+            self._forget(granted)
+        return lane
 
     def _lane_at(
-        self, connection: Connection, granted: m.Granted, latency: str = "normal"
+        self,
+        connection: Connection,
+        granted: m.Granted,
+        deadline: Deadline | None,
+        latency: str = "normal",
     ) -> ClientLane | None:
+        """A new lane; None: the worker is gone.
+
+        Raises:
+            DeadlinePassed: it did not answer in time.
+            OSError: no descriptor is left.
+        """
+        opening = Deadline(connection.timeout, outer=deadline)
         try:
-            lane = ClientLane(
-                connection.context, granted, connection.timeout, over_zmq=self._over_zmq, latency=latency
-            )
+            lane = ClientLane(connection.context, granted, opening, over_zmq=self._over_zmq, latency=latency)
             lane.origin = connection
             return lane
-        except (ConnectionError, FileNotFoundError, TimeoutError, ProtocolError):
+        except (ConnectionError, FileNotFoundError, ProtocolError):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 
     def put_lane(self, lane: ClientLane) -> None:
@@ -337,60 +410,47 @@ class RemoteModel:
         # the block to end before it unloads: to acquire would wait for the unload, for ever.
         return self._granted is not None and bool(lease.granted is self._granted or self._holds)
 
-    def _acquire(self, lease: Lease) -> m.Granted:
-        with self._acquiring:
-            if granted := self._current(lease):
-                return granted
-            if lease.closed:
-                raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
-            connection, answer = self._ask_until_served(lease)
-            granted = self._accept(lease, answer, connection)
+    def _acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
+        if granted := self._current(lease):
+            return granted
+        if lease.closed:
+            raise ProxyClosedError(f"The proxy of {self.spec.name} is closed; make a new one.")
+        connection, answer = self._ask_until_served(lease, deadline)
+        granted = self._accept(lease, answer, connection, deadline)
         if not lease.told:
             lease.told = True
             remarks.repeat(answer.description.details.get("remarks"))
         return granted
 
-    def _ask_until_served(self, lease: Lease, *, for_host: bool = False) -> tuple[Connection, m.Granted]:
-        """The answer of this host, or of the one that comes after it.  Called while acquiring."""
-        deadline = time.monotonic() + self._patience
-        while True:
-            connection = self.connection
-            try:
-                return connection, self._ask_for_worker(connection, lease, for_host=for_host)
-            except (SupervisorDied, HostClosing):
-                # Nothing ran yet, so it may be asked for again.
-                if self._renew is None or time.monotonic() >= deadline:
-                    raise
-                self._renew(self, connection)
-
-    def _ask_for_worker(self, connection: Connection, lease: Lease, *, for_host: bool) -> m.Granted:
-        companions = [model for model in self._companions() if model is not self]
+    def _ask_until_served(
+        self, lease: Lease, deadline: Deadline | None, *, for_host: bool = False
+    ) -> tuple[Connection, m.Granted]:
+        prepare = functools.partial(self._prepare, lease, for_host)
         try:
-            answer = connection.ask(
-                lambda ticket: m.Acquire(
-                    ticket=ticket,
-                    proxy=lease.id,
-                    spec=self.spec,
-                    ttl=lease.ttl,
-                    file_bytes=self._file_bytes() + sum(model._file_bytes() for model in companions),
-                    pin=lease.pin,
-                    priority=lease.priority,
-                    for_host=for_host,
-                    companions=[model.spec for model in companions],
-                ),
-                self._patience,
+            return self._acquisition.ask(
+                lease, lambda: self.connection, prepare, self._renew, deadline, for_host=for_host
             )
-        except BaseException as broken:  # Ctrl-C for one: what would be granted now, nobody would give back
-            connection.tell(m.Release(proxy=lease.id))
-            if isinstance(broken, TimeoutError):
-                raise self._not_loaded(self._patience) from None
+        except (DeadlinePassed, SupervisorTimeout):
             raise
-        if isinstance(answer, m.Denied):
-            error = failures.rebuild(answer.failure)
-            remarks.repeat(getattr(error, "remarks", None))
-            raise error
-        granted: m.Granted = answer
-        return granted
+        except TimeoutError as error:
+            if isinstance(error, LoadTimeout):
+                raise
+            raise self._not_loaded(self._patience) from None
+
+    def _prepare(self, lease: Lease, for_host: bool) -> Make:
+        companions = [model for model in self._companions() if model is not self]
+        nbytes = self._file_bytes() + sum(model._file_bytes() for model in companions)
+        return lambda ticket: m.Acquire(
+            ticket=ticket,
+            proxy=lease.id,
+            spec=self.spec,
+            ttl=lease.ttl,
+            file_bytes=nbytes,
+            pin=lease.pin,
+            priority=lease.priority,
+            for_host=for_host,
+            companions=[model.spec for model in companions],
+        )
 
     def _not_loaded(self, seconds: float) -> LoadTimeout:
         return LoadTimeout(
@@ -404,8 +464,7 @@ class RemoteModel:
 
         Raises: what the first call would raise.
         """
-        with self._acquiring:
-            self._ask_until_served(lease, for_host=True)
+        self._ask_until_served(lease, None, for_host=True)
 
     def _file_bytes(self) -> int:
         """Of the model's files, those beside it included; 0 where they cannot be looked at."""
@@ -413,7 +472,9 @@ class RemoteModel:
         beside = bytes_of(os.path.join(self.spec.cwd, path)) if path else 0
         return beside + sum(blob.nbytes for blob in self._blobs)
 
-    def _accept(self, lease: Lease, answer: m.Granted, connection: Connection) -> m.Granted:
+    def _accept(
+        self, lease: Lease, answer: m.Granted, connection: Connection, deadline: Deadline | None
+    ) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""
         with self._lock:
             stale: list[ClientLane] = []
@@ -427,7 +488,7 @@ class RemoteModel:
         if lease.closed:  # closed while it waited: it must not keep what it just got
             connection.tell(m.Release(proxy=lease.id))
         if self._holds:
-            self._hold_with(granted)
+            self._hold_with(granted, deadline)
         return granted
 
     def _forget(self, granted: m.Granted) -> None:
@@ -456,8 +517,9 @@ class RemoteModel:
             untidy = [*surplus, *(lane for lane in kept.values() if lane.is_large)]
             idle = [lane for lane in untidy if lane.last_used < since]
             self._lanes = [lane for lane in self._lanes if lane not in idle]
+        deaf = False  # a worker that does not answer on one lane is asked on no other
         for lane in idle:
-            if lane in surplus or not lane.trim():
+            if deaf or lane in surplus or (deaf := not _trim(lane)):
                 lane.close()
             else:
                 self.put_lane(lane)
@@ -465,76 +527,99 @@ class RemoteModel:
 
     # --- holding ------------------------------------------------------------------------------------------
 
-    def hold(self, lease: Lease) -> None:
-        """Keeps the model loaded until as many :meth:`unhold` as there were holds."""
-        while True:
-            granted = self._current(lease) or self._acquire(lease)
-            with self._acquiring:
-                if granted is self._granted and self._hold_with(granted):
-                    self._holds += 1
-                    return
-            self._forget(granted)
+    def hold(self, lease: Lease, deadline: Deadline | None = None) -> None:
+        """Keeps the model loaded until as many :meth:`unhold` as there were holds.
+
+        Raises:
+            DeadlinePassed: the deadline did.
+        """
+        while not self._hold_with(self._acquire(lease, deadline), deadline, begin=True):
+            if deadline is not None:
+                deadline.check("the worker")
 
     def unhold(self) -> None:
-        """One block ended; with the last one the TTL starts."""
-        with self._acquiring:
+        """One block ended; with the last one the TTL starts.  Waits for no worker that does not answer."""
+        with self._lock:
             self._holds -= 1
             if self._holds or self._hold_lane is None:
                 return
             lane, self._hold_lane = self._hold_lane, None
-            try:
-                answer = None if lane.is_dead() else lane.exchange(m.Unhold())
-            except BaseException:
-                lane.close()
-                raise
-            if answer is None:
-                lane.close()
-            else:
-                self.put_lane(lane)
-
-    def _hold_with(self, granted: m.Granted) -> bool:
-        """Sees to it that one lane holds this worker; false if it drains.  Called while acquiring."""
-        lane, self._hold_lane = self._hold_lane, None
-        if lane is not None and (lane.granted is not granted or lane.is_dead()):
+        try:
+            answer = None if lane.is_dead() else lane.exchange(m.Unhold(), GRACE)
+        except TimeoutError:
+            answer = None
+        except BaseException:
             lane.close()
-            lane = None
-        if lane is None:
-            lane = self._open_lane(granted)
+            raise
+        if answer is None:
+            lane.close()  # which ends the hold, too
+        else:
+            self.put_lane(lane)
+
+    def _hold_with(self, granted: m.Granted, deadline: Deadline | None, *, begin: bool = False) -> bool:
+        """Sees to it that one lane holds this worker; false if it drains.  ``begin``: for one block more."""
+        if not self._is_held(granted, begin):
+            lane = self._held_lane(granted, deadline)
             if lane is None:
+                self._forget(granted)
                 return False
-            if not isinstance(lane.exchange(m.Hold()), m.Result):
-                lane.close()
-                return False
-        self._hold_lane = lane
+            with self._lock:
+                stale, self._hold_lane = self._hold_lane, lane
+                self._holds += begin
+                unwanted = None if self._holds else self._take_hold_lane()  # the last block ended meanwhile
+            for old in (stale, unwanted):
+                if old is not None:
+                    old.close()
         return True
 
-    def load(self, lease: Lease) -> None:
+    def _is_held(self, granted: m.Granted, begin: bool) -> bool:
+        with self._lock:
+            lane = self._hold_lane
+            held = lane is not None and lane.granted is granted and not lane.is_dead()
+            self._holds += held and begin
+        return held
+
+    def _held_lane(self, granted: m.Granted, deadline: Deadline | None) -> ClientLane | None:
+        """A new lane that holds this worker; None if it drains or is gone."""
+        while (lane := self._open_lane(granted, "normal", deadline)) is None:
+            if self._granted is not granted:
+                return None
+        try:
+            reply = lane.exchange(m.Hold(), None if deadline is None else deadline.left())
+        except BaseException as error:
+            lane.close()
+            if isinstance(error, TimeoutError):
+                raise DeadlinePassed("the worker") from None
+            raise
+        if isinstance(reply, m.Result):
+            return lane
+        lane.close()
+        return None
+
+    def _take_hold_lane(self) -> ClientLane | None:
+        """Called with the lock held."""
+        lane, self._hold_lane = self._hold_lane, None
+        return lane
+
+    def load(self, lease: Lease, deadline: Deadline | None = None) -> None:
         """Has the model ready.  A load that nobody needed counts as a use, so that its TTL ends it; with a
         TTL of 0, where a use would, the model waits for its first call."""
         if lease.ttl == 0:
             while self._current(lease) is None:
-                self._acquire(lease)
+                self._acquire(lease, deadline)
         else:
-            self._perform(lease, lambda lane: m.Touch())
+            self._perform(
+                lease, lambda lane: m.Touch(), watch=None if deadline is None else Watch(deadline=deadline)
+            )
 
     # --- the rest -----------------------------------------------------------------------------------------
 
-    def unload(self, *, force: bool, timeout: float | None) -> bool:
+    def unload(self, *, force: bool, deadline: Deadline | None) -> bool:
         """Ends the worker and waits until it is reaped; whether there was one.
 
-        Raises:
-            UnloadTimeout: it was not within ``timeout`` seconds; it still will be.
+        Raises: like :func:`unload`.
         """
-        deadline = threading.TIMEOUT_MAX if timeout is None else timeout
-        try:
-            answer = self.connection.ask(
-                lambda ticket: m.Unload(ticket=ticket, key=self.spec.unit, force=force), deadline
-            )
-        except TimeoutError:
-            raise UnloadTimeout(
-                f"{self.spec.name} was still in use after {timeout:g} seconds; it unloads when the running "
-                "calls and session() blocks have ended. unload(force=True) does not wait for them."
-            ) from None
+        answer = unload(self.connection, self.spec.unit, self.spec.name, force=force, deadline=deadline)
         if (granted := self._granted) is not None:
             self._forget(granted)
         return bool(answer.was_loaded)
@@ -555,21 +640,29 @@ class RemoteModel:
             return
         if (granted := self._granted) is not None:
             self._forget(granted)
-        with self._acquiring:
-            if self.connection is connection:
-                self._drop_hold()
+        self._drop_hold()
 
     def move(self, connection: Connection, blobs: Sequence[SharedBlob]) -> None:
-        """From now on this is the model at another host.  Called while acquiring, or while nobody can be."""
+        """From now on this is the model at another host.  An answer of the last one that is still on its way
+        leads to a worker that is gone, and the model is asked for again."""
         self.connection, self._blobs = connection, blobs
         if (granted := self._granted) is not None:
             self._forget(granted)
         self._drop_hold()
 
     def _drop_hold(self) -> None:
-        lane, self._hold_lane = self._hold_lane, None
+        with self._lock:
+            lane = self._take_hold_lane()
         if lane is not None:
             lane.close()
+
+    def spare(self) -> bool:
+        """Closes all idle lanes; whether there were any."""
+        with self._lock:
+            lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.close()
+        return bool(lanes)
 
     def retime(self, lease: Lease, ttl: float) -> None:
         """The proxy's TTL from now on."""
@@ -579,3 +672,42 @@ class RemoteModel:
     def __del__(self) -> None:
         for lane in (*self._lanes, *([self._hold_lane] if self._hold_lane else [])):
             lane.close()
+
+
+def unload(
+    connection: Connection, key: str, name: str, *, force: bool, deadline: Deadline | None
+) -> m.Unloaded:
+    """Ends the worker of a model, and waits until it is reaped.
+
+    Raises:
+        UnloadTimeout: it was not in time; it still will be.
+        SupervisorTimeout: the supervisor does not answer.
+    """
+    try:
+        answer: m.Unloaded = connection.ask(
+            lambda ticket: m.Unload(ticket=ticket, key=key, force=force),
+            deadline=deadline,
+            patience=math.inf,
+        )
+    except DeadlinePassed:
+        seconds = 0.0 if deadline is None else deadline.timeout or 0.0
+        raise UnloadTimeout(
+            f"{name} was still in use after {seconds:g} seconds; it unloads when the running "
+            "calls and session() blocks have ended. unload(force=True) does not wait for them."
+        ) from None
+    return answer
+
+
+def _trim(lane: ClientLane) -> bool:
+    """Has both ends of an idle lane give their memory back.  A lane that fails ends alone."""
+    try:
+        return lane.trim()
+    except (OSError, ProtocolError):
+        return False
+
+
+def _exhausted() -> DescriptorsExhausted:
+    return DescriptorsExhausted(
+        "This process may open no more files, and a call needs some. Raise its limit (ulimit -n), use fewer "
+        "threads at a time, or let go of results."
+    )

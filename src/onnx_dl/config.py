@@ -56,6 +56,21 @@ def parse_time(value: object) -> float:
     return seconds
 
 
+def parse_timeout(value: object) -> float | None:
+    """Seconds after which a caller goes on; None: it waits for as long as it takes, as with more than a
+    million seconds.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no such time.
+    """
+    seconds = None if value is None else _seconds(value)
+    if value is not None and (seconds is None or not seconds >= 0):
+        raise ConfigError(
+            f'timeout={value!r} is no time; give seconds from 0 on, text such as "90s", or None.'
+        )
+    return None if seconds is None or seconds > 1e6 else seconds
+
+
 def parse_latency(value: object) -> str:
     """``"normal"`` or ``"low"``.
 

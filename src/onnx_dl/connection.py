@@ -17,11 +17,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import zmq
 
-from onnx_dl.errors import ProtocolError, SupervisorDied, SupervisorStartError, SupervisorUnreachable
+from onnx_dl.deadline import Deadline
+from onnx_dl.errors import (
+    ProtocolError,
+    SupervisorDied,
+    SupervisorStartError,
+    SupervisorTimeout,
+    SupervisorUnreachable,
+)
 from onnx_dl.events import ModelEvent
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
@@ -36,8 +43,18 @@ _GONE: Final = (
 TIDY_EVERY: Final = 5.0
 """Seconds after which what is idle gives its memory back."""
 
+_LONGEST: Final = 1e9
+"""Seconds; more than any wait takes."""
+
 _LAST_WORDS: Final = 0.1
 """Seconds without a message after which a dead supervisor is taken to have said all."""
+
+
+class Asked(NamedTuple):
+    """A request on its way."""
+
+    ticket: int
+    future: concurrent.futures.Future[Any]
 
 
 class Connection:
@@ -51,12 +68,13 @@ class Connection:
         on_event: Callable[[ModelEvent], None],
         on_end: Callable[[Connection], None],
         tidy: Callable[[], bool],
+        deadline: Deadline | None = None,
     ) -> None:
         """Connects.  ``on_end`` is called when this connection has ended, to close all lanes; ``tidy`` some
         seconds after :meth:`arm`, and again for as long as it says that something is left to do.
 
         Raises:
-            SupervisorUnreachable: nobody answers within ``timeout`` seconds.
+            SupervisorUnreachable: nobody answers within ``timeout`` seconds, or by ``deadline``.
             SupervisorStartError: who answers refuses us.
         """
         self.timeout = timeout
@@ -67,8 +85,9 @@ class Connection:
         self._on_end = on_end
         self._tidy = tidy
         self._armed = False
+        self._heard_at = time.monotonic()
         self._identity = secrets.token_bytes(16)
-        self._lifeline = self._greet(f"{address}/lifeline", secret)
+        self._lifeline = self._greet(f"{address}/lifeline", secret, Deadline(timeout, outer=deadline))
         self.supervisor_pid = self._lifeline.peer_pid()
         self.context = sockets.context()  # not before somebody answered: it must be ended
         self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
@@ -81,44 +100,92 @@ class Connection:
         self._thread.start()
         _connections.add(self)
 
-    def _greet(self, address: str, secret: str) -> Channel:
+    def _greet(self, address: str, secret: str, deadline: Deadline) -> Channel:
         hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=secret, client=self._identity)
         try:
-            lifeline = Channel.connect(address, self.timeout)
-            lifeline.send(m.encode(hello))
-            received = lifeline.receive(self.timeout)
+            lifeline = Channel.connect(address, deadline)
         except OSError as error:
             raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
-        if received is None:
+        try:
+            lifeline.send(m.encode(hello))
+            self.build = _welcomed(lifeline, deadline)
+        except BaseException as error:
             lifeline.close()
-            raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
-        answer = m.on_lifeline(received[0])
-        if isinstance(answer, m.Welcome):
-            self.build = answer.build
-            return lifeline
-        lifeline.close()
-        raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
+            if isinstance(error, OSError):
+                raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
+            raise
+        return lifeline
 
     # --- for any thread -----------------------------------------------------------------------------------
 
-    def ask(self, make: Callable[[int], m.Message], timeout: float | None = None) -> Any:
+    def ask(
+        self,
+        make: Callable[[int], m.Message],
+        *,
+        deadline: Deadline | None = None,
+        patience: float | None = None,
+    ) -> Any:
         """Sends the request that ``make`` builds around a ticket, and returns its answer.
 
-        Raises:
-            SupervisorDied: it went away before it answered.
-            TimeoutError: no answer within ``timeout`` seconds (default: the connection's).
+        Args, Raises: see :meth:`await_answer`.
         """
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        asked = self.begin(make)
+        try:
+            return self.await_answer(asked, deadline=deadline, patience=patience)
+        finally:
+            self.forget(asked)
+
+    def begin(self, make: Callable[[int], m.Message]) -> Asked:
+        """Sends a request; whoever does :meth:`forget` it in the end.
+
+        Raises:
+            SupervisorDied: it went away.
+        """
+        asked = Asked(next(self._tickets), concurrent.futures.Future())
         with self._lock:
             if self.closed:
                 raise self._died()
-            ticket = next(self._tickets)
-            self._pending[ticket] = future
+            self._pending[asked.ticket] = asked.future
         try:
-            self.tell(make(ticket))
-            return future.result(self.timeout if timeout is None else timeout)
-        finally:
-            self._pending.pop(ticket, None)
+            self.tell(make(asked.ticket))
+        except BaseException:
+            self.forget(asked)
+            raise
+        return asked
+
+    def await_answer(
+        self, asked: Asked, *, deadline: Deadline | None = None, patience: float | None = None
+    ) -> Any:
+        """The answer.  Several threads may wait for it.
+
+        Args:
+            patience: seconds that the answer may take; None: as long as any control message (the
+                connection's ``timeout``); infinity: as long as it takes.  A supervisor that says nothing else
+                either is given up after two of these timeouts, whatever the patience.
+
+        Raises:
+            DeadlinePassed: ``deadline`` did.
+            SupervisorDied: the supervisor went away before it answered.
+            SupervisorTimeout: it does not answer at all.
+            TimeoutError: the patience is at its end, and the supervisor lives.
+        """
+        limit = Deadline(self.timeout if patience is None else min(patience, _LONGEST), outer=deadline)
+        while True:
+            try:
+                return asked.future.result(limit.step(self.timeout))
+            except TimeoutError:
+                if asked.future.done():  # meanwhile, or the error is its own
+                    return asked.future.result()
+            if deadline is not None:
+                deadline.check("the supervisor's answer")
+            if limit.passed:
+                raise TimeoutError if patience is not None else self._mute()
+            if time.monotonic() - self._heard_at >= self.timeout:
+                self.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=False), deadline=deadline)
+
+    def forget(self, asked: Asked) -> None:
+        """Nobody waits for the answer any more."""
+        self._pending.pop(asked.ticket, None)
 
     def tell(self, message: m.Message) -> None:
         """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
@@ -139,6 +206,8 @@ class Connection:
             The number by which DropBlob names it.
         """
         number = next(self._tickets)
+        if not self._lifeline.writable(self.timeout):  # it reads nothing: send() would wait for ever
+            raise self._mute()
         try:
             self._lifeline.send(m.encode(m.Blob(number=number, name=name)), (fd,))
         except OSError:
@@ -221,6 +290,7 @@ class Connection:
             return False
         except ProtocolError:
             return True
+        self._heard_at = time.monotonic()
         if isinstance(message, m.Published):
             self._on_event(message.event)
         elif future := self._pending.get(message.ticket):
@@ -237,8 +307,36 @@ class Connection:
         # Waits for lanes that are in use; their callers close them, because their workers are dead.
         self.context.term()
 
+    def _mute(self) -> SupervisorTimeout:
+        return SupervisorTimeout(
+            f"The onnx-dl supervisor (pid {self.supervisor_pid}) lives but did not answer within "
+            f"{self.timeout:g} seconds (ONNX_DL_START_TIMEOUT). It is stopped, or the machine is too busy."
+        )
+
     def _died(self) -> SupervisorDied:
         return SupervisorDied(_GONE.format(pid=self.supervisor_pid))
+
+
+def _welcomed(lifeline: Channel, deadline: Deadline) -> str:
+    """The supervisor's welcome: which onnxruntime its workers run, if it is shared.
+
+    Raises:
+        DeadlinePassed: it says nothing.
+        SupervisorUnreachable: it went away.
+        SupervisorStartError: it refuses us.
+    """
+    while True:
+        try:
+            received = lifeline.receive(deadline.step())
+            break
+        except TimeoutError:
+            deadline.check("the supervisor to greet us")
+    if received is None:
+        raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
+    answer = m.on_lifeline(received[0])
+    if isinstance(answer, m.Welcome):
+        return answer.build
+    raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from onnx_dl.client import RemoteModel
+from onnx_dl.deadline import Deadline
 from onnx_dl.model import ModelDescription
 from onnx_dl.native import NativeSession
 from onnx_dl.nodes import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
@@ -173,7 +174,7 @@ class DescribedProxy(ModelProxy):
             self._description, self._described = Description(described), described
         return self._description
 
-    def _model(self) -> RemoteModel:
+    def _model(self, deadline: Deadline | None = None) -> RemoteModel:
         if self._is_gone:
             raise AttributeError("'NoneType' object has no attribute 'run'")
-        return super()._model()
+        return super()._model(deadline)

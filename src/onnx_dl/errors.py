@@ -12,6 +12,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── PlatformError (OSError)             this operating system lacks what we stand on
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
+    ├── DescriptorsExhausted (OSError)      a process may open no more files
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
     ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
     ├── ProtocolError                       a peer said what the protocol does not allow
@@ -23,6 +24,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     │   ├── SupervisorStartError            the supervisor process did not come up
     │   │   └── SupervisorUnreachable       nobody answers at its address
     │   ├── SupervisorDied                  it went away under us
+    │   ├── SupervisorTimeout (TimeoutError)   it lives but does not answer
     │   └── HostClosing                     it is about to go
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
@@ -33,6 +35,7 @@ onnxruntime's own classes with onnxruntime's own messages.
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 
@@ -76,6 +79,16 @@ class SharedMemoryError(OnnxDLError, MemoryError):
     code = "shared-memory"
 
 
+class DescriptorsExhausted(OnnxDLError, OSError):
+    """A process has no descriptor left for what was asked of it; what it has goes on.  ``errno``: EMFILE."""
+
+    code = "descriptors-exhausted"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EMFILE
+
+
 class UnsupportedValueError(OnnxDLError, TypeError):
     """A value of this kind cannot travel to a worker."""
 
@@ -107,7 +120,8 @@ class UnloadTimeout(OnnxDLError, TimeoutError):
 
 
 class RunTimeout(OnnxDLError, TimeoutError):
-    """``run(timeout=...)`` passed; the run was told to end, as by ``RunOptions.terminate``."""
+    """``run(timeout=...)`` passed; the run was told to end, as by ``RunOptions.terminate``.  A load that it
+    waited for goes on for the next caller."""
 
     code = "run-timeout"
 
@@ -148,6 +162,13 @@ class SupervisorDied(SupervisorError):
     """The supervisor process went away, and all workers with it; the next use starts a new one."""
 
     code = "supervisor-died"
+
+
+class SupervisorTimeout(SupervisorError, TimeoutError):
+    """The supervisor process lives but did not answer in time (``ONNX_DL_START_TIMEOUT``): it is stopped, or
+    the machine is too busy."""
+
+    code = "supervisor-timeout"
 
 
 class HostClosing(SupervisorError):
@@ -245,7 +266,8 @@ class MemoryLimitExceeded(WorkerDied, MemoryError):
 
 
 class LoadTimeout(WorkerError, TimeoutError):
-    """The model did not load within ``ONNX_DL_LOAD_TIMEOUT`` seconds; its worker was ended."""
+    """The model did not load within ``ONNX_DL_LOAD_TIMEOUT`` seconds, and its worker was ended; or it was not
+    ready within the caller's own ``timeout``, and the load goes on for the next caller."""
 
     code = "load-timeout"
 

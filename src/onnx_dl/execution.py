@@ -14,12 +14,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_dl import signatures
-from onnx_dl.config import Allowances, parse_allowances, parse_group
+from onnx_dl.config import Allowances, parse_allowances, parse_group, parse_timeout
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key, working_directory
 from onnx_dl.proxy import ModelProxy
-from onnx_dl.watch import Watch
+from onnx_dl.watch import Watch, not_begun
 
 
 class ExecutionSession(ModelProxy):
@@ -94,12 +95,21 @@ class ExecutionSession(ModelProxy):
             MemoryLimitExceeded: it did, because it had more memory than ``max_memory_hard``.
         """
         signatures.check_types(inputs)
-        model = self._model()
+        if timeout is None:
+            return self._run(inputs, None)
+        deadline = Deadline.of(parse_timeout(timeout))
+        try:
+            return self._run(inputs, deadline)
+        except DeadlinePassed as passed:
+            raise not_begun(deadline, passed) from None
+
+    def _run(self, inputs: Sequence[NDArray[Any]], deadline: Deadline | None) -> list[NDArray[Any]]:
+        model = self._model(deadline)
         if model.description is not None:  # else the worker compares them
             self._check(model.description, inputs)
         name = None if self._entry_point is None else [self._entry_point]
         feed = {str(index): array for index, array in enumerate(inputs)}
-        watch = None if timeout is None else Watch(timeout=timeout)
+        watch = None if deadline is None else Watch(deadline=deadline)
         result: list[NDArray[Any]] = model.run(self._lease, name, feed, None, watch)
         return result
 

@@ -25,9 +25,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import installation, starting
-from onnx_dl.client import RemoteModel, SharedBlob
-from onnx_dl.config import check_platform, parse_size, settings
+from onnx_dl.background import Background
+from onnx_dl.client import RemoteModel, SharedBlob, unload
+from onnx_dl.config import check_platform, parse_size, parse_timeout, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
+from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
@@ -65,7 +67,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 class Preloadable(Protocol):
     """What :meth:`ModelHost.preload` takes: an InferenceSessionProxy."""
 
-    def load(self) -> None: ...
+    def load_by(self, deadline: Deadline) -> None: ...
 
 
 class Member(Protocol):
@@ -128,7 +130,8 @@ class ModelHost:
 
     def _reset(self) -> None:
         """As if nothing was ever started."""
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # brief: guards what follows
+        self._starting: _Start | None = None
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
@@ -145,30 +148,68 @@ class ModelHost:
             PlatformError: onnx-dl cannot run on this system.
             SupervisorStartError: the process did not come up.
         """
-        with self._lock:
-            self._connect()
+        self._connect()
 
-    def _connect(self, *, start: bool = True) -> Connection:
-        """The live connection, to a new supervisor if there is none.  Called with the lock held.
+    def _connect(self, deadline: Deadline | None = None, *, start: bool = True) -> Connection:
+        """The live connection, to a new supervisor if there is none.  One thread starts it, for all who wait.
 
         ``start``: whether a shared one may be started.
+
+        Raises:
+            DeadlinePassed: the deadline did; the start goes on.
         """
-        if self._connection is not None and not self._connection.closed:
-            return self._connection
+        may_start = start and self.starts
+        while True:
+            with self._lock:
+                if (connection := self._alive) is not None:
+                    return connection
+                starting = self._begin_start(may_start)
+            try:
+                return starting.wait(deadline, "the host to start")
+            except SupervisorError:
+                if starting.may_start or not may_start:
+                    raise
+                # Another thread only looked for a host that runs.
+
+    @property
+    def _alive(self) -> Connection | None:
+        connection = self._connection
+        return None if connection is None or connection.closed else connection
+
+    def _begin_start(self, may_start: bool) -> _Start:
+        """Called with the lock held."""
         if sys.is_finalizing() or _exiting:
             raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
         check_platform()
+        if self._starting is None or self._starting.done:
+            self._starting = _Start(self, may_start)
+        return self._starting
+
+    def bring_up(self, this: _Start, deadline: Deadline) -> Connection:
+        """In the thread of :class:`_Start`: a connection to a new supervisor."""
         self._bury()
-        self._teller = Teller(self._bus)
-        self._blobs = weakref.WeakValueDictionary()
+        teller, models = Teller(self._bus), self._models
+        process: subprocess.Popen[bytes] | None = None
+        link = functools.partial(self._link, teller, models, deadline)
         if self.name is not None:
-            start = start and self.starts
-            self._connection = starting.reach(self.name, self._settings, self._link, start=start)
+            connection = starting.reach(self.name, self._settings, link, deadline, start=this.may_start)
         else:
-            self._process, address, secret = starting.start_private(self._settings, self._firm)
-            self._connection = self._link(address, secret)
-        self._teller.start()
-        return self._connection
+            process, address, secret = starting.start_private(self._settings, self._firm, deadline)
+            try:
+                connection = link(address, secret)
+            except BaseException:
+                _end(process)
+                raise
+        with self._lock:
+            if wanted := self._starting is this:
+                self._connection, self._process, self._teller = connection, process, teller
+                self._blobs = weakref.WeakValueDictionary()
+        if not wanted:  # closed meanwhile
+            connection.close()
+            _end(process)
+            raise SupervisorError("The host was closed while it started.")
+        teller.start()
+        return connection
 
     def _present(self) -> Connection | None:
         """The live connection, after a restart to the next host if there is one by now.  Starts nothing."""
@@ -177,19 +218,26 @@ class ModelHost:
             return connection
         if self.name is None or not starting.runs(self.name):
             return None
-        with self._lock, contextlib.suppress(SupervisorError):
+        with contextlib.suppress(SupervisorError):
             return self._connect(start=False)
         return None
 
-    def _link(self, address: str, secret: str) -> Connection:
-        models = self._models
+    def _link(
+        self,
+        teller: Teller,
+        models: weakref.WeakValueDictionary[str, RemoteModel],
+        deadline: Deadline,
+        address: str,
+        secret: str,
+    ) -> Connection:
         connection = Connection(
             address,
             secret,
             self._settings.start_timeout,
-            self._on_event,
+            functools.partial(_on_event, models, teller),
             functools.partial(_shut_all, models),
             lambda: _tidy(models, self._buffers),
+            deadline,
         )
         if connection.build and connection.build != (ours := installation.build()):
             connection.close()
@@ -203,30 +251,38 @@ class ModelHost:
         self,
         proxies: Iterable[Preloadable],
         progress: Callable[[Preloadable, int, int], object] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> None:
         """Loads models, all at the same time, and returns when all are ready.
 
         Args:
             proxies: proxies of this host; each holds its model from then on, as after its first call.
             progress: called in this thread as ``progress(proxy, ready, total)`` when one more is ready.
+            timeout: seconds for all of them; loads that take longer go on.
 
         Raises:
-            ExceptionGroup: some did not load; it holds what each raised, with a note that names the model.
-                The others are ready.
+            ExceptionGroup: some did not load; it holds what each raised, LoadTimeout for one, with a note
+                that names the model.  The others are ready.
         """
         waiting = list(proxies)
         failed: list[Exception] = []
+        deadline = Deadline(parse_timeout(timeout), movable=True)
         with concurrent.futures.ThreadPoolExecutor(max(1, len(waiting)), "onnx-dl-preload") as threads:
-            loads = {threads.submit(proxy.load): proxy for proxy in waiting}
-            for ready, load in enumerate(concurrent.futures.as_completed(loads), 1):
-                if (error := load.exception()) is None:
-                    if progress is not None:
-                        progress(loads[load], ready - len(failed), len(waiting))
-                elif isinstance(error, Exception):
-                    error.add_note(f"while {loads[load]!r} was loaded")
-                    failed.append(error)
-                else:
-                    raise error
+            loads = {threads.submit(proxy.load_by, deadline): proxy for proxy in waiting}
+            try:
+                for ready, load in enumerate(concurrent.futures.as_completed(loads), 1):
+                    if (error := load.exception()) is None:
+                        if progress is not None:
+                            progress(loads[load], ready - len(failed), len(waiting))
+                    elif isinstance(error, Exception):
+                        error.add_note(f"while {loads[load]!r} was loaded")
+                        failed.append(error)
+                    else:
+                        raise error
+            except BaseException:  # Ctrl-C, or what progress() raised: no thread waits on
+                deadline.end()
+                raise
         if failed:
             raise ExceptionGroup(f"{len(failed)} of {len(waiting)} models did not load", failed)
 
@@ -238,17 +294,18 @@ class ModelHost:
         """
         with self._lock:
             connection, self._connection = self._connection, None
-            if connection is not None and self.name is None:
+            starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.end(_FAREWELL)
+        if connection is not None:
+            if self.name is None:
                 # Dead, or too busy to answer: then _bury() sees to it.
                 with contextlib.suppress(SupervisorDied, TimeoutError):
-                    connection.ask(lambda ticket: m.Shutdown(ticket=ticket), _FAREWELL)
-                connection.close()
-            self._bury()
-            self._buffers.trim()
-            teller = self._teller  # a thread that finds the next host makes another
-        if connection is not None:
-            # Without the lock: a thread that looks for the next host waits for it, and this for that thread.
+                    connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=_FAREWELL)
             connection.close()
+        teller = self._teller
+        self._bury()
+        self._buffers.trim()
         teller.join(_FAREWELL)
         self._bus.close()
 
@@ -267,21 +324,17 @@ class ModelHost:
         if connection is not None:
             with contextlib.suppress(SupervisorDied):
                 patience = self._settings.exit_grace + _FAREWELL
-                connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience)
+                connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=patience)
         self.close()
         if connection is not None:  # calls that waited may have started the next one
             starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
     def _bury(self) -> None:
         """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+        with self._lock:
+            process, self._process = self._process, None
         self._teller.end()
-        if self._process is not None:
-            try:
-                self._process.wait(_FAREWELL)
-            except subprocess.TimeoutExpired:
-                self._process.kill()  # its workers die with it: PR_SET_PDEATHSIG
-                self._process.wait()
-            self._process = None
+        _end(process)
 
     def __enter__(self) -> Self:
         return self
@@ -291,23 +344,35 @@ class ModelHost:
 
     # --- models -------------------------------------------------------------------------------------------
 
-    def model(self, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]) -> RemoteModel:
+    def model(
+        self, spec: ModelSpec, memory: Mapping[str, Callable[[], int]], deadline: Deadline | None = None
+    ) -> RemoteModel:
         """The one RemoteModel of this application for the spec, starting the supervisor if need be.
 
         ``memory``: for each of the spec's blobs, what makes a descriptor of it.
+
+        Raises:
+            DeadlinePassed: the host did not start in time; it goes on starting.
         """
+        connection = self._connect(deadline)
         with self._lock:
-            connection = self._connect()
             model = self._models.get(spec.key)
             if model is None:
                 renew = None if self.name is None else functools.partial(self._renew, memory)
                 blobs = self._shared(connection, spec, memory)
                 together = functools.partial(self._members, spec.group)
-                model = RemoteModel(connection, spec, self._settings, blobs, renew, together)
+                model = RemoteModel(
+                    connection, spec, self._settings, blobs, renew, together, self._spare_lanes
+                )
                 self._models[spec.key] = model
             elif model.connection is not connection:
                 model.move(connection, self._shared(connection, spec, memory))
             return model
+
+    def _spare_lanes(self) -> bool:
+        """Closes the idle lanes of all models, because descriptors ran out; whether there were any."""
+        spared = [model.spare() for model in _alive(self._models)]  # all of them, not until the first
+        return any(spared)
 
     def join(self, proxy: Member) -> None:
         """A proxy was made; those of one group are loaded together."""
@@ -323,11 +388,17 @@ class ModelHost:
                     found[model.spec.key] = model
         return list(found.values())
 
-    def _renew(self, memory: Mapping[str, Callable[[], int]], model: RemoteModel, failed: Connection) -> None:
+    def _renew(
+        self,
+        memory: Mapping[str, Callable[[], int]],
+        model: RemoteModel,
+        failed: Connection,
+        deadline: Deadline | None,
+    ) -> None:
         """The host that this connection led to is gone or going: finds the next one, or starts it."""
+        failed.end()
+        connection = self._connect(deadline)
         with self._lock:
-            failed.end()
-            connection = self._connect()
             if model.connection is not connection:
                 model.move(connection, self._shared(connection, model.spec, memory))
 
@@ -358,8 +429,7 @@ class ModelHost:
         return bool(self.name or self._settings.config)
 
     def _named(self, name: str) -> m.Named:
-        with self._lock:
-            connection = self._connect()
+        connection = self._connect()
         answer = connection.ask(lambda ticket: m.AskModel(ticket=ticket, name=name))
         if isinstance(answer, m.Denied):
             raise failures.rebuild(answer.failure)
@@ -405,7 +475,9 @@ class ModelHost:
             Whether there was one.
 
         Raises:
-            TimeoutError: calls still ran after ``timeout`` seconds; the unload happens when they end.
+            UnloadTimeout: (a TimeoutError) calls still ran after ``timeout`` seconds; the unload happens when
+                they end.
+            SupervisorTimeout: the supervisor does not answer.
         """
         if (connection := self._present()) is None:
             return False
@@ -414,9 +486,9 @@ class ModelHost:
             with contextlib.suppress(ConfigError):  # then it is no name in the host's file
                 names.add(self._named(model).spec.name)
         models = self.snapshot().models
-        keys = [status.key for status in models if names & {status.model, *status.members.values()}]
-        patience = threading.TIMEOUT_MAX if timeout is None else timeout
-        answers = [connection.ask(_unload_of(key, force), patience) for key in keys]
+        keys = {status.key for status in models if names & {status.model, *status.members.values()}}
+        deadline = Deadline.of(parse_timeout(timeout))
+        answers = [unload(connection, key, model, force=force, deadline=deadline) for key in keys]
         return any(answer.was_loaded for answer in answers)
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
@@ -473,15 +545,33 @@ class ModelHost:
         """Calls ``callback`` with each event, in a thread of its own; returns a function that ends that."""
         return self._bus.listen(callback)
 
-    def _on_event(self, event: ModelEvent) -> None:
-        """In the connection's thread: must not wait for anything."""
-        for model in _alive(self._models):
-            model.on_event(event)
-        self._teller.put(event)
+
+class _Start(Background[Connection]):
+    """The supervisor of a host comes up, or is found."""
+
+    def __init__(self, host: ModelHost, may_start: bool) -> None:
+        self.may_start = may_start
+        super().__init__(lambda deadline: host.bring_up(self, deadline), "onnx-dl-start")
 
 
-def _unload_of(key: str, force: bool) -> Callable[[int], m.Message]:
-    return lambda ticket: m.Unload(ticket=ticket, key=key, force=force)
+def _on_event(
+    models: weakref.WeakValueDictionary[str, RemoteModel], teller: Teller, event: ModelEvent
+) -> None:
+    """In the connection's thread: must not wait for anything."""
+    for model in _alive(models):
+        model.on_event(event)
+    teller.put(event)
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    """Waits for a supervisor that ends, and kills one that does not."""
+    if process is None:
+        return
+    try:
+        process.wait(_FAREWELL)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its workers die with it: PR_SET_PDEATHSIG
+        process.wait()
 
 
 def _alive(known: weakref.WeakValueDictionary[Any, _T]) -> list[_T]:

@@ -20,7 +20,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import config
 from onnx_dl.client import Lease, RemoteModel
-from onnx_dl.errors import ProxyClosedError
+from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
 from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState
@@ -104,15 +105,28 @@ class ModelProxy:
             return False
         return self._spec.group is None or self._spec.key in status.members
 
-    def load(self) -> None:
+    def load(self, *, timeout: float | None = None) -> None:
         """Loads the model now, so that its first call need not wait; returns when it is ready.
 
         Counts as a use: after a TTL without a call the model is unloaded again.  With ``ttl=0`` it waits for
         its first call.
 
-        Raises: what the first call would raise.
+        Args:
+            timeout: seconds to wait; None: as long as the load may take (``ONNX_DL_LOAD_TIMEOUT``).
+
+        Raises:
+            LoadTimeout: ``timeout`` passed; the load goes on for the next caller.
+            Exception: what the first call would raise.
         """
-        self._model().load(self._lease)
+        self.load_by(Deadline.of(config.parse_timeout(timeout)))
+
+    def load_by(self, deadline: Deadline | None) -> None:
+        """:meth:`load`, for as long as ``deadline`` says.
+
+        Raises: like :meth:`load`.
+        """
+        with self._in_time(deadline):
+            self._model(deadline).load(self._lease, deadline)
 
     def adopt(self) -> ModelStatus:
         """Loads the model and has the host itself hold it on this proxy's terms, also when this proxy and
@@ -126,20 +140,29 @@ class ModelProxy:
         assert status is not None
         return status
 
-    async def aload(self) -> None:
-        """:meth:`load`, in a thread, for asyncio."""
-        import asyncio  # costs 50 ms that most programs need not pay
+    async def aload(self, *, timeout: float | None = None) -> None:
+        """:meth:`load`, in a thread, for asyncio.  The thread ends when the task is cancelled."""
+        from onnx_dl import asynchronous  # imports asyncio: 50 ms that most programs need not pay
 
-        await asyncio.to_thread(self.load)
+        await asynchronous.in_thread(self.load_by, config.parse_timeout(timeout))
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Self]:
+    def session(self, *, timeout: float | None = None) -> Iterator[Self]:
         """Holds the model loaded for the block; its TTL starts when the last block ends.
 
         Blocks nest.  ``unload()`` waits for them; ``unload(force=True)`` does not.
+
+        Args:
+            timeout: seconds that the block may take to begin.
+
+        Raises:
+            LoadTimeout: ``timeout`` passed; the load goes on for the next caller.
+            Exception: what the first call would raise.
         """
-        model = self._model()
-        model.hold(self._lease)
+        deadline = Deadline.of(config.parse_timeout(timeout))
+        with self._in_time(deadline):
+            model = self._model(deadline)
+            model.hold(self._lease, deadline)
         try:
             yield self
         finally:
@@ -156,9 +179,11 @@ class ModelProxy:
 
         Raises:
             UnloadTimeout: calls still ran after ``timeout`` seconds; the unload happens when they end.
+            SupervisorTimeout: the supervisor does not answer (``ONNX_DL_START_TIMEOUT``).
         """
+        deadline = Deadline.of(config.parse_timeout(timeout))
         model = self._host.known_model(self._spec.key)
-        return model is not None and model.unload(force=force, timeout=timeout)
+        return model is not None and model.unload(force=force, deadline=deadline)
 
     def close(self) -> None:
         """Gives up the model; it is unloaded if no other proxy holds it.  May be called twice."""
@@ -215,15 +240,30 @@ class ModelProxy:
         """The model, for others of its group to load it with them; None if the proxy is closed."""
         return None if self._lease.closed else self._model()
 
-    def _model(self) -> RemoteModel:
-        """The model as the client knows it, with the supervisor started if need be."""
+    @contextlib.contextmanager
+    def _in_time(self, deadline: Deadline | None) -> Iterator[None]:
+        """What takes too long in the block is told as a LoadTimeout."""
+        try:
+            yield
+        except (DeadlinePassed, RunTimeout):
+            took = "before it was given up"
+            if deadline is not None and deadline.timeout is not None:
+                took = f"within {deadline.timeout:g} seconds"
+            raise LoadTimeout(f"{self._spec.name} was not ready {took}; its load goes on.") from None
+
+    def _model(self, deadline: Deadline | None = None) -> RemoteModel:
+        """The model as the client knows it, with the supervisor started if need be.
+
+        Raises:
+            DeadlinePassed: that took longer.
+        """
         model = self._remote
         if model is not None and not model.connection.closed and not self._lease.closed:
             return model
         if self._lease.closed:
             raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
         self._check_installation()
-        model = self._remote = self._host.model(self._spec, self._memory)
+        model = self._remote = self._host.model(self._spec, self._memory, deadline)
         return model
 
     def _check_installation(self) -> None:

@@ -20,13 +20,14 @@ import numpy as np
 from onnx_dl import config, installation, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.described import DescribedProxy
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
 from onnx_dl.proxy import ModelProxy
-from onnx_dl.watch import Watch
+from onnx_dl.watch import Watch, not_begun
 
 _MISSING: Final = object()
 
@@ -172,7 +173,8 @@ class InferenceSessionProxy(DescribedProxy):
                 OrtValue, a list or dict where the model takes sequences or maps, None for an absent optional.
             run_options: an ``onnxruntime.RunOptions``, read now; setting its ``terminate`` in another thread
                 ends the run.
-            timeout: seconds after which the run is told to end.
+            timeout: seconds after which the run is told to end; the start of the host, a load and all other
+                waits count.  None: as long as it takes.
 
         Returns:
             One value per output, in order; arrays are writable, C-contiguous and the caller's own.
@@ -185,12 +187,14 @@ class InferenceSessionProxy(DescribedProxy):
         """
         feed = self._fed(input_feed)
         names = names_of(output_names)
-        if run_options is None and timeout is None:
-            plain = watch = None
-        else:
-            plain, watch = options.read_run_options(run_options), Watch(run_options, timeout)
+        deadline = plain = watch = None
+        if run_options is not None or timeout is not None:
+            deadline = Deadline.of(config.parse_timeout(timeout))
+            plain, watch = options.read_run_options(run_options), Watch(run_options, deadline)
         try:
-            result: list[Any] = self._model().run(self._lease, names, feed, plain, watch)
+            result: list[Any] = self._model(deadline).run(self._lease, names, feed, plain, watch)
+        except DeadlinePassed as passed:
+            raise not_begun(deadline, passed) from None
         except Exception as error:
             self._fall_back(error)
             return self.run(names, input_feed, run_options, timeout=timeout)
@@ -213,12 +217,14 @@ class InferenceSessionProxy(DescribedProxy):
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
+        # A supervisor that must be started first is not the event loop's to wait for.
+        known = self._remote is not None and not self._remote.connection.closed
         result: list[Any] = await asynchronous.call(
-            await self._amodel(),
+            self._model() if known else self._model,
             self._lease,
             lambda lane: lane.call(names, feed, plain),
             nbytes,
-            timeout,
+            config.parse_timeout(timeout),
             run_options,
         )
         return result if names is None else sharing(names, result)
@@ -230,21 +236,34 @@ class InferenceSessionProxy(DescribedProxy):
         callback: Callable[[Any, Any, str], object],
         user_data: Any,
         run_options: Any = None,
+        *,
+        timeout: float | None = None,
     ) -> None:
         """onnxruntime's own: returns at once; ``callback(results, user_data, error)`` is called in another
-        thread, one that other callbacks share.  For asyncio there is :meth:`arun`."""
+        thread, one that other callbacks share.  For asyncio there is :meth:`arun`.
+
+        ``timeout``: seconds after which the run is told to end, and the callback is told so.
+
+        Raises:
+            RunTimeout: ``timeout`` passed before the run began.
+            Exception: what is known to be wrong before that.
+        """
         from onnx_dl import callbacks
 
         if not (callback is None or callable(callback)):
             raise TypeError(f"run_async(): incompatible function arguments. {callback!r} is no function.")
+        deadline = Deadline.of(config.parse_timeout(timeout))
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
-        callbacks.call_back(
-            self._model(),
-            self._lease,
-            lambda lane: lane.call(names, feed, plain, background=True),
-            callbacks.Callback(callback, user_data, run_options),
-        )
+        try:
+            callbacks.call_back(
+                self._model(deadline),
+                self._lease,
+                lambda lane: lane.call(names, feed, plain, background=True),
+                callbacks.Callback(callback, user_data, run_options, deadline),
+            )
+        except DeadlinePassed as passed:
+            raise not_begun(deadline, passed) from None
 
     def run_with_ort_values(
         self,
@@ -458,13 +477,6 @@ class InferenceSessionProxy(DescribedProxy):
 
     def _check_installation(self) -> None:
         installation.check()
-
-    async def _amodel(self) -> Any:
-        """The model; a supervisor that must be started first is not the event loop's to wait for."""
-        import asyncio
-
-        known = self._remote is not None and not self._remote.connection.closed
-        return self._model() if known else await asyncio.to_thread(self._model)
 
 
 _OURS: Final = frozenset(inspect.signature(InferenceSessionProxy.__init__).parameters) - {"self", "kwargs"}

@@ -24,6 +24,7 @@ import msgspec
 
 from onnx_dl import config
 from onnx_dl.config import Settings
+from onnx_dl.deadline import Deadline
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.rendezvous import USUAL, Place
 
@@ -42,7 +43,9 @@ _TAKEN: Final = b"-"
 _C = TypeVar("_C")
 
 
-def start_private(settings: Settings, firm: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], str, str]:
+def start_private(
+    settings: Settings, firm: Sequence[str], deadline: Deadline
+) -> tuple[subprocess.Popen[bytes], str, str]:
     """A supervisor of this application's own: the process, its address and its secret.
 
     ``firm``: names of settings that a host's file does not change.
@@ -51,10 +54,12 @@ def start_private(settings: Settings, firm: Sequence[str] = ()) -> tuple[subproc
         SupervisorStartError: it did not come up.
     """
     address, secret = config.fresh_address("host"), secrets.token_hex(16)
-    return _start(address, secret, settings, firm=firm)[0], address, secret
+    return _start(address, secret, settings, deadline, firm=firm)[0], address, secret
 
 
-def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, start: bool) -> _C:
+def reach(
+    name: str, settings: Settings, link: Callable[[str, str], _C], deadline: Deadline, *, start: bool
+) -> _C:
     """What ``link`` makes of the address and the secret of the shared host of this name.
 
     Args:
@@ -75,6 +80,7 @@ def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, star
         waited = time.monotonic() - began
         # One that somebody looks after is about to be there again.
         absent = holder is None and not (record is not None and record.kept and waited < _RESTART)
+        deadline.check(f"the host {name!r}")
         if absent and not start:
             raise SupervisorError(no_host(name))
         if waited >= settings.start_timeout + _RESTART:
@@ -84,7 +90,7 @@ def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, star
                 "serves only applications there."
             )
         if absent:
-            _start_shared(place, settings)
+            _start_shared(place, settings, deadline)
         else:
             time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
@@ -118,13 +124,13 @@ def no_host(name: str) -> str:
     )
 
 
-def _start_shared(place: Place, settings: Settings) -> None:
+def _start_shared(place: Place, settings: Settings, deadline: Deadline) -> None:
     """A host in the background; returns when it listens or another does."""
     address, secret = config.fresh_address("host"), secrets.token_hex(16)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         # Not our stderr: whoever reads that to its end would wait for the host.
-        process, _ = _start(address, secret, settings, host=place.name, stdout=log, stderr=log)
+        process, _ = _start(address, secret, settings, deadline, host=place.name, stdout=log, stderr=log)
     except SupervisorStartError as error:
         last = place.log.read_text(errors="replace")[-2000:].rstrip()
         end = f"\nThe end of {place.log}:\n{last}" if last else ""
@@ -138,6 +144,7 @@ def _start(
     address: str,
     secret: str,
     settings: Settings,
+    deadline: Deadline,
     host: str | None = None,
     firm: Sequence[str] = (),
     **streams: Any,
@@ -173,18 +180,26 @@ def _start(
         ) from error
     finally:
         os.close(ready_write)
-    return process, _await_ready(process, ready, json.dumps(orders).encode(), settings.start_timeout)
+    limit = Deadline(settings.start_timeout, outer=deadline)
+    return process, _await_ready(process, ready, json.dumps(orders).encode(), limit)
 
 
-def _await_ready(process: subprocess.Popen[bytes], ready: int, orders: bytes, timeout: float) -> bool:
+def _is_readable(fd: int, limit: Deadline) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while not poll.poll(1000 * (limit.step() or 0.0)):
+        if limit.passed:
+            return False
+    return True
+
+
+def _await_ready(process: subprocess.Popen[bytes], ready: int, orders: bytes, limit: Deadline) -> bool:
     """Gives the orders and waits for the byte that says that they are carried out, or why not."""
     assert process.stdin is not None
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(orders)
-        poll = select.poll()
-        poll.register(ready, select.POLLIN)
-        said = os.read(ready, select.PIPE_BUF) if poll.poll(timeout * 1000) else b""
+        said = os.read(ready, select.PIPE_BUF) if _is_readable(ready, limit) else b""
         if said in (_READY, _TAKEN):
             return said == _READY
     finally:

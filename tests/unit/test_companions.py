@@ -10,6 +10,7 @@ import pytest
 
 from onnx_dl import EventType, ModelEvent, ModelHost
 from onnx_dl.errors import InstallationError
+from onnx_dl.host import _on_event
 
 
 class Proxy:
@@ -72,9 +73,9 @@ def test_events_come_while_models_are_opened(hasty: None) -> None:
         thread = threading.Thread(target=make)
         thread.start()
         while not done.is_set():
-            host._on_event(event)
+            _on_event(host._models, host._teller, event)
         thread.join()
-        host._on_event(event)  # the thread may have been faster than the first one
+        _on_event(host._models, host._teller, event)  # the thread may have been faster than the first one
     assert all(model.told for model in models)
 
 

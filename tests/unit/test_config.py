@@ -258,3 +258,17 @@ def test_priorities_refused(value):
 def test_runs_that_no_message_can_tell():
     with pytest.raises(ConfigError, match="is no number of calls"):
         config.parse_runs(2**63)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(None, None), (0, 0.0), (1.5, 1.5), ("90s", 90.0), (np.float32(2), 2.0), (1e9, None)],
+)
+def test_timeouts(value: object, seconds: float | None) -> None:
+    assert config.parse_timeout(value) == seconds
+
+
+@pytest.mark.parametrize("value", [-1, "soon", True, float("nan"), [1]])
+def test_what_is_no_timeout(value: object) -> None:
+    with pytest.raises(ConfigError, match="timeout="):
+        config.parse_timeout(value)

@@ -20,6 +20,8 @@ HEIGHT = {
     "lifecycle": 1,
     "model": 1,
     "config": 1,
+    "deadline": 1,
+    "background": 2,
     "events": 2,
     "telling": 3,
     "installation": 2,
@@ -37,6 +39,7 @@ HEIGHT = {
     "signatures": 5,
     "nodes": 6,
     "sources": 6,
+    "acquisition": 7,
     "client": 7,
     "connection": 7,
     "watch": 7,
@@ -67,7 +70,7 @@ HEIGHT = {
     "__main__": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
-GROUPS = [{"client", "connection", "watch"}, {"lifecycle", "model", "config"}]
+GROUPS = [{"acquisition", "client", "connection", "watch"}, {"lifecycle", "model", "config"}]
 ENGINE = {"workers.ort", "workers.ort_calls", "workers.ort_session"}
 ZMQ = {
     "transport.sockets",

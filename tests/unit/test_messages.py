@@ -51,6 +51,7 @@ EXAMPLES = [
     m.AskModel(ticket=1, name="vad"),
     m.Named(ticket=1, spec=MODEL, ttl=60.0, pin=True, priority=2),
     m.DropBlob(number=1),
+    m.Withdraw(ticket=1, proxy=2, keep=True),
     m.Release(proxy=1),
     m.SetTtl(proxy=1, ttl=0.5),
     m.Unload(ticket=1, key="k", force=True),
@@ -140,7 +141,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 4 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 5 .* same version of onnx-dl"):
             reader(raw)
 
 

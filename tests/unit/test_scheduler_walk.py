@@ -135,6 +135,7 @@ class World:
             assert line.worker_id == live.get(key)
             assert (line.worker_id is None) == (line.state in (ModelState.UNLOADED, ModelState.FAILED))
         assert set(live) <= set(status)
+        assert len(s.tickets) == len(self.open), "who waits, and who is known to wait"
         assert set(s.pids()) <= set(self.workers)
         if self.limited:
             assert s.in_use(self.now).ram <= LIMIT
@@ -152,7 +153,7 @@ class World:
         rng, s = self.rng, self.scheduler
         client, key = rng.choice(CLIENTS), rng.choice(KEYS)
         proxy = rng.randrange(3) + 10 * KEYS.index(key)
-        match rng.randrange(12):
+        match rng.randrange(13):
             case 0 | 1 | 2 | 3 | 4:
                 if (client, proxy) not in self.acquiring:
                     ticket = self.ask(client, m.Granted | m.Denied)
@@ -160,8 +161,9 @@ class World:
                     ttl = rng.choice([-1.0, 0.0, 5.0, 30.0])
                     self.do(s.on_acquire(client, acquire(ticket, proxy, ttl, key), self.now))
             case 5:
-                if (client, proxy) not in self.acquiring:
-                    self.do(s.on_release(client, proxy, self.now))
+                waits = self.acquiring.get((client, proxy))
+                self.do(s.on_release(client, proxy, self.now))
+                assert waits is None or waits in self.answered, "another thread waits, and hears at once"
             case 6:
                 self.do(s.on_set_ttl(client, proxy, rng.choice([-1.0, 0.0, 5.0])))
             case 7 | 8:
@@ -177,12 +179,16 @@ class World:
             case 11:
                 for worker_id in s.pids():
                     self.do(s.on_measured(worker_id, Seen(USAGE), self.now))
+            case 12:
+                if (ticket := self.acquiring.pop((client, proxy), None)) is not None:
+                    del self.open[ticket]  # and if it is answered all the same, answer() objects
+                    ask = m.Withdraw(ticket=ticket, proxy=proxy, keep=rng.random() < 0.5)
+                    self.do(s.on_withdraw(client, ask, self.now))
 
     def client_goes(self, client: bytes) -> None:
-        waits = [ticket for (who, _), ticket in self.acquiring.items() if who == client]
         self.acquiring = {k: t for k, t in self.acquiring.items() if k[0] != client}
-        for ticket in waits:
-            del self.open[ticket]  # and if it is answered all the same, answer() objects
+        # What is answered all the same, answer() objects to.
+        self.open = {ticket: asked for ticket, asked in self.open.items() if asked[0] != client}
         self.do(self.scheduler.on_client_gone(client, self.now))
 
     def worker_acts(self) -> None:
@@ -288,6 +294,7 @@ def test_random_walk(seed, limited):
     assert world.seq > 50 and len(world.answered) > 50  # the walk goes somewhere
     world.settle()
     assert not world.acquiring
+    assert not len(world.scheduler.tickets), "every request was answered, exactly once, or withdrawn"
 
     for client in CLIENTS:
         world.client_goes(client)

@@ -378,6 +378,8 @@ class Supervisor:
             case m.Acquire():
                 self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
+            case m.Withdraw():
+                return scheduler.on_withdraw(identity, message, now)
             case m.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
             case m.SetTtl(proxy=proxy, ttl=ttl):

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.config import Settings
-from onnx_dl.errors import HostClosing, LoadTimeout, WorkerDied
+from onnx_dl.errors import HostClosing, LoadTimeout, ProxyClosedError, WorkerDied
 from onnx_dl.events import EventType
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
@@ -29,6 +29,7 @@ from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
 from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
 from onnx_dl.supervisor.thrash import Thrash
+from onnx_dl.supervisor.tickets import Tickets
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -56,6 +57,7 @@ class Scheduler(Admission):
         self._by_worker: dict[int, Model] = {}
         self._ids = itertools.count(1)
         self._fates = Fates()
+        self.tickets = Tickets()
         self._closing: list[tuple[bytes, int]] | None = None
         self._terms: Mapping[str, Terms] = {}
         self._grouped: Mapping[str, Sequence[ModelSpec]] = {}
@@ -69,6 +71,7 @@ class Scheduler(Admission):
 
     def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> list[Command]:
         """A proxy needs its model."""
+        self.tickets.opened(client, ask.ticket)
         if self._closing is not None:
             self._refuse(client, ask)
             return self._done()
@@ -89,12 +92,28 @@ class Scheduler(Admission):
         return self._done()
 
     def on_release(self, client: bytes, proxy: int, now: float) -> list[Command]:
-        """A proxy is closed or collected."""
+        """A proxy is closed or collected.  Another thread may wait for its model all the same."""
         for model in list(self._models.values()):
             waiting = [w for w in model.waiters if (w[0], w[1].proxy) == (client, proxy)]
             model.waiters = [w for w in model.waiters if w not in waiting]
+            for _, ask in waiting:
+                error = ProxyClosedError(f"The proxy of {ask.spec.name} was closed while its model loaded.")
+                self._tell(client, m.Denied(ticket=ask.ticket, failure=failures.describe(error)))
             if model.let_go((client, proxy)) or waiting:
                 self._after_release(model, "request", now)
+        self._admit(now)
+        return self._done()
+
+    def on_withdraw(self, client: bytes, ask: m.Withdraw, now: float) -> list[Command]:
+        """Nobody waits for the answer to an Acquire any more."""
+        self.tickets.close(client, ask.ticket)
+        for model in list(self._models.values()):
+            waiting = [w for w in model.waiters if (w[0], w[1].ticket) == (client, ask.ticket)]
+            if waiting and not ask.keep:
+                model.waiters = [w for w in model.waiters if w not in waiting]
+                self._after_release(model, "request", now)
+            elif not waiting and (client, ask.proxy) in model.leases:  # the answer crossed this
+                self._begin_ttl(model)
         self._admit(now)
         return self._done()
 
@@ -112,6 +131,7 @@ class Scheduler(Admission):
 
     def on_unload(self, client: bytes, ask: m.Unload, now: float) -> list[Command]:
         """Somebody wants a model's memory back."""
+        self.tickets.opened(client, ask.ticket)
         model = self._models.get(ask.key)
         if model is None or model.worker is None:
             self._tell(client, m.Unloaded(ticket=ask.ticket, was_loaded=False))
@@ -154,6 +174,7 @@ class Scheduler(Admission):
 
     def on_client_gone(self, client: bytes, now: float) -> list[Command]:
         """A client's process ended or it said goodbye: all that it held is released."""
+        self.tickets.client_gone(client)
         for model in list(self._models.values()):
             held = [lease for lease in model.leases if lease[0] == client]
             waited = [waiter for waiter in model.waiters if waiter[0] == client]
@@ -168,6 +189,7 @@ class Scheduler(Admission):
 
     def on_ask_fate(self, client: bytes, ask: m.AskFate) -> list[Command]:
         """A client lost its worker and wants to know how; answered when the worker is reaped."""
+        self.tickets.opened(client, ask.ticket)
         if ask.worker_id in self._by_worker:
             self._fates.wait(ask.worker_id, client, ask.ticket)
         else:
@@ -178,6 +200,7 @@ class Scheduler(Admission):
         self, client: bytes, ask: m.Shutdown, now: float, *, gently: bool = False
     ) -> list[Command]:
         """End every worker at once, or like :meth:`on_stop`; Bye when all are reaped."""
+        self.tickets.opened(client, ask.ticket)
         self._closing = [*(self._closing or []), (client, ask.ticket)]
         if gently:
             self._drain_all(now)
@@ -416,8 +439,10 @@ class Scheduler(Admission):
         commands, self._out = self._out, []
         return commands
 
-    def _tell(self, client: bytes, message: m.Message) -> None:
-        self._out.append(TellClient(client, message))
+    def _tell(self, client: bytes, message: Any) -> None:
+        """Answers a request, unless it was withdrawn."""
+        if self.tickets.close(client, message.ticket):
+            self._out.append(TellClient(client, message))
 
     def _order(self, worker_id: int, message: m.Message) -> None:
         self._out.append(TellWorker(worker_id, message))
@@ -437,12 +462,15 @@ class Scheduler(Admission):
         if warning := self._thrash.loaded(model.key, model.spec.name, model.wished_at, now):
             self._emit(EventType.THRASH, model, model.worker, now, detail=warning)
         waiters, model.waiters = model.waiters, []
+        wanted = any(self.tickets.is_open(client, ask.ticket) for client, ask in waiters)
         for client, ask in waiters:
             if model.serves(ask):
                 self._grant(model, client, ask)
             else:
                 model.waiters.append((client, ask))
         self._retime(model)
+        if not wanted and model.leases:  # all who asked were out of time; nobody may call it for long
+            self._begin_ttl(model)
         if model.waiters:  # they came while it loaded without theirs
             self._drain(model, "regrouped", now)
         elif not model.leases:  # all who asked have gone meanwhile
@@ -486,8 +514,9 @@ class Scheduler(Admission):
             self._order(worker.id, m.Retime(ttl=worker.told_ttl))
 
     def _begin_ttl(self, model: Model) -> None:
-        """The host wanted it, which calls no model: its load counts as a use, so that it can end and make
-        room.  With a TTL of 0 it waits for its first call."""
+        """It was loaded and nobody is about to call it (the host wanted it, or those who asked were out of
+        time): its load counts as a use, so that it can end and make room.  With a TTL of 0 it waits for its
+        first call."""
         self._retime(model)
         worker = model.worker
         if worker is not None and worker.told_ttl != 0:

@@ -72,7 +72,11 @@ class CallerBell(_Waiter):
 
     def __init__(self, patience: Patience | None) -> None:
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._pipe, self._workers_end = os.pipe()
+        try:
+            self._pipe, self._workers_end = os.pipe()
+        except OSError:  # no descriptor is left for it
+            os.close(self._eventfd)
+            raise
         super().__init__(self._pipe, patience)
         self._closed = False
         _bells.add(self)

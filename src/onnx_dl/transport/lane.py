@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import zmq
 
 from onnx_dl.config import fresh_address
+from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
@@ -69,19 +71,20 @@ class ClientLane(Lane):
     """The caller's end."""
 
     def __init__(
-        self, ctx: Context, granted: m.Granted, timeout: float, *, over_zmq: bool, latency: str
+        self, ctx: Context, granted: m.Granted, deadline: Deadline, *, over_zmq: bool, latency: str
     ) -> None:
         """Opens a lane to the worker that was granted.  ``latency``: "low" polls, see
         :mod:`onnx_dl.transport.patience`.
 
         Raises:
-            OSError: the worker is gone, or did not answer within ``timeout`` seconds.
+            DeadlinePassed: the worker did not answer in time.
+            OSError: it is gone.
         """
         self.granted = granted
         self.origin: Any = None
         """Who granted it, if whoever opens the lane wants to know that later."""
         self.latency = latency
-        handover = Handover(Channel.connect(granted.address, timeout), m.lane_reply, keep_descriptors=True)
+        handover = Handover(Channel.connect(granted.address, deadline), m.lane_reply, keep_descriptors=True)
         polls = latency == "low" and not over_zmq and len(os.sched_getaffinity(0)) > 1
         reply_to = fresh_address("lane") if over_zmq else None
         try:
@@ -91,7 +94,7 @@ class ClientLane(Lane):
             raise
         super().__init__(handover, calls, polls=polls)
         try:
-            self._page = self._open(granted, reply_to, timeout)
+            self._page = self._open(granted, reply_to, deadline)
         except BaseException:
             self.close()
             raise
@@ -107,7 +110,7 @@ class ClientLane(Lane):
         self._sent_at = self._took = 0
         self.last_used = time.perf_counter_ns()
 
-    def _open(self, granted: m.Granted, reply_to: str | None, timeout: float) -> Block:
+    def _open(self, granted: m.Granted, reply_to: str | None, deadline: Deadline) -> Block:
         bell = self._calls.bell if isinstance(self._calls, BellCalls) else None
         hello = m.LaneHello(
             version=m.PROTOCOL_VERSION,
@@ -121,13 +124,21 @@ class ClientLane(Lane):
         if isinstance(bell, CallerBell):
             bell.handed_over()
         page = self._arena.page()
-        opened = self._calls.next(timeout)
+        opened = self._await(deadline)
         if opened is None:
             raise ConnectionError("the worker did not open the lane")
         if not (isinstance(opened, m.LaneOpen) and secrets.compare_digest(opened.secret, granted.secret)):
             raise ProtocolError("Another process than the worker answered on a lane.")
         self._thread = opened.thread
         return page
+
+    def _await(self, deadline: Deadline) -> Any:
+        """The worker's first message.  It may be stopped, or native code may hold its interpreter's lock."""
+        while True:
+            try:
+                return self._calls.next(deadline.step())
+            except TimeoutError:
+                deadline.check("the worker to open a lane")
 
     def pack(self, values: Iterable[Any]) -> list[m.Value]:
         """Copies the arrays in ``values`` to where the worker sees them; see :class:`Packer`."""
@@ -215,10 +226,10 @@ class ClientLane(Lane):
             keep=keep,
         )
 
-    def exchange(self, request: Request) -> Any:
+    def exchange(self, request: Request, timeout: float | None = None) -> Any:
         """Sends a request and waits for its reply, see :meth:`send` and :meth:`receive`."""
         self.send(request)
-        return self.receive()
+        return self.receive(timeout)
 
     def send(self, request: Request) -> None:
         """Sends a request.  An exception, KeyboardInterrupt included, leaves the lane unusable: close it."""
@@ -339,5 +350,7 @@ def _caller_calls(handover: Handover, ctx: Context, reply_to: str | None, polls:
         return BellCalls(handover, CallerBell(Patience() if polls else None), rings=REQUEST, hears=REPLY)
     try:
         return ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)
-    except zmq.ZMQError as error:  # the connection to the supervisor ended meanwhile
-        raise ConnectionError(str(error)) from error
+    except zmq.ZMQError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise OSError(error.errno, str(error)) from error
+        raise ConnectionError(str(error)) from error  # the connection to the supervisor ended meanwhile

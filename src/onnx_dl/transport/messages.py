@@ -15,7 +15,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -159,6 +159,17 @@ class Release(Message):
     """The proxy is gone and holds nothing any more."""
 
     proxy: int
+
+
+class Withdraw(Message):
+    """Nobody waits for the answer to this Acquire any more.  It need not be answered.
+
+    ``keep``: the load goes on, and the proxy holds the model all the same; that counts as a use.
+    """
+
+    ticket: int
+    proxy: int
+    keep: bool
 
 
 class AskModel(Message):
@@ -501,7 +512,9 @@ class Draining(Message):
     """Not executed: the worker takes no new work.  Acquire again."""
 
 
-FromClient = Acquire | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
+FromClient = (
+    Acquire | Withdraw | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
+)
 ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit

@@ -15,12 +15,14 @@ import os
 import select
 import socket
 import struct
+import time
 import weakref
 from collections.abc import Iterable
 from typing import Final
 
 import zmq
 
+from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 
 LONGEST: Final = 64 << 10
@@ -28,6 +30,9 @@ LONGEST: Final = 64 << 10
 
 MOST_DESCRIPTORS: Final = 128
 """In one message; Linux allows 253."""
+
+_FULL: Final = 0.005
+"""Seconds until a listener whose queue was full is tried again."""
 
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
 _PEERCRED: Final = struct.Struct("3i")
@@ -69,17 +74,22 @@ class Channel:
         return cls(sock)
 
     @classmethod
-    def connect(cls, address: str, timeout: float) -> Channel:
+    def connect(cls, address: str, deadline: Deadline) -> Channel:
         """Connects to a listener of the same user.
 
         Raises:
-            OSError: nobody listens at ``address``, or did not accept within ``timeout`` seconds.
+            DeadlinePassed: the listener's queue stayed full.
+            OSError: nobody listens at ``address``, or it cannot be reached.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            sock.settimeout(timeout)
-            sock.connect(f"\0{address}")
-            sock.settimeout(None)
+            sock.setblocking(False)  # else connect() waits without a bound where the queue is full
+            while error := sock.connect_ex(f"\0{address}"):
+                if error != errno.EAGAIN:
+                    raise OSError(error, os.strerror(error))
+                deadline.check("a listener whose queue is full")
+                time.sleep(deadline.step(_FULL) or 0.0)
+            sock.setblocking(True)
             _check_user(sock)
         except BaseException:
             sock.close()
@@ -117,6 +127,12 @@ class Channel:
             close_all(fds)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return (self._view[:size], fds) if size or fds else None
+
+    def writable(self, timeout: float) -> bool:
+        """Whether a small message can be sent without waiting, within ``timeout`` seconds."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        return bool(poll.poll(timeout * 1000))
 
     def readable(self, timeout: float = 0.0) -> bool:
         """Whether a message or EOF is there within ``timeout`` seconds."""

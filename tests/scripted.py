@@ -1,0 +1,158 @@
+"""A supervisor and a worker that follow a script: real up to some step, and then mute, or gone.
+
+They live in a thread of the test.  What they do until then, they do with the project's own sockets and
+messages, so that a client cannot tell them from real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any, Final
+
+import pytest
+import zmq
+
+from onnx_dl import host as hosts
+from onnx_dl.config import fresh_address
+from onnx_dl.model import ModelDescription, ModelStatus
+from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
+from onnx_dl.transport.sockets import Channel, Listener, Waker
+from onnx_dl.transport.worker_lane import WorkerLane
+
+STEPS: Final = ("greeting", "acquire", "lane", "call", "fate")
+"""The steps of a first call, in order.  At "fate" the worker has begun the call and goes away."""
+HOWS: Final = ("mute", "closes")
+
+_SECRET: Final = "of the script"
+
+
+class _Process:
+    """In place of the supervisor's process."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0
+
+    def kill(self) -> None:
+        pass
+
+
+class Scripted:
+    """Serves until :meth:`close`.  ``step``: from which on it is ``how``: "mute" or "closes"."""
+
+    def __init__(self, step: str, how: str) -> None:
+        self._step, self._how = step, how
+        self._address = fresh_address("scripted")
+        self._worker_address = fresh_address("scripted-worker")
+        self._context = sockets.context()
+        self._control = sockets.router(self._context, f"{self._address}/control")
+        self._lifelines = Listener(f"{self._address}/lifeline")
+        self._lanes = Listener(self._worker_address)
+        self._stop = Waker()
+        self._kept: list[Any] = []
+        self._serving: list[threading.Thread] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def start(self, *_: Any) -> tuple[Any, str, str]:
+        """In place of :func:`onnx_dl.starting.start_private`."""
+        return _Process(), self._address, _SECRET
+
+    def close(self) -> None:
+        self._stop.wake()
+        self._thread.join()
+        for kept in self._kept:
+            kept.close()
+        for thread in self._serving:
+            thread.join()
+        self._lifelines.close()
+        self._lanes.close()
+        self._control.close()
+        self._context.term()
+
+    # --- the thread ---------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        for fd in (self._lifelines.fileno(), self._lanes.fileno(), self._stop.fileno()):
+            poller.register(fd, zmq.POLLIN)
+        poller.register(self._control, zmq.POLLIN)
+        while self._stop.fileno() not in (ready := sockets.wait(poller, None)):
+            if self._lifelines.fileno() in ready and (channel := self._lifelines.accept()):
+                self._greet(channel)
+            if self._lanes.fileno() in ready and (channel := self._lanes.accept()):
+                self._open_lane(channel)
+            if self._control in ready:
+                identity, data = self._control.recv_multipart()
+                self._answer(identity, m.from_client(data))
+
+    def _greet(self, channel: Channel) -> None:
+        channel.receive(1.0)
+        self._kept.append(channel)
+        if self._step == "greeting":
+            if self._how == "closes":
+                channel.close()
+        else:
+            channel.send(m.encode(m.Welcome()))
+
+    def _answer(self, identity: bytes, message: Any) -> None:
+        answer: Any = None
+        match message:
+            case m.Acquire() if self._step == "acquire" and self._how == "closes":
+                self._kept[0].close()
+            case m.Acquire(ticket=ticket) if self._step != "acquire":
+                answer = m.Granted(
+                    ticket=ticket,
+                    worker_id=1,
+                    pid=1,
+                    address=self._worker_address,
+                    secret=_SECRET,
+                    description=ModelDescription(),
+                )
+            case m.AskStatus(ticket=ticket) if self._step != "acquire":
+                models: list[ModelStatus] = []
+                answer = m.Status(ticket=ticket, seq=0, supervisor_pid=1, models=models)
+            case m.AskFate() if self._how == "closes":
+                self._kept[0].close()
+            case m.Shutdown(ticket=ticket):
+                answer = m.Bye(ticket=ticket)
+        if answer is not None:
+            self._control.send_multipart([identity, m.encode(answer)])
+
+    def _open_lane(self, channel: Channel) -> None:
+        self._kept.append(channel)
+        if self._step == "lane":
+            if self._how == "closes":
+                channel.close()
+            return
+        thread = threading.Thread(target=self._serve_lane, args=(channel,), daemon=True)
+        self._serving.append(thread)
+        thread.start()
+
+    def _serve_lane(self, channel: Channel) -> None:
+        with contextlib.suppress(Exception):
+            lane = WorkerLane(self._context, channel, _SECRET, 5.0)
+            try:
+                if self._step == "fate":
+                    lane.receive()  # begins it
+                elif self._how == "mute":
+                    self._stop_of(channel)
+            finally:
+                lane.close()
+
+    def _stop_of(self, channel: Channel) -> None:
+        while not channel.is_dead():
+            if channel.readable(0.05) and not channel.is_dead():
+                threading.Event().wait(0.05)
+
+
+@contextlib.contextmanager
+def scripted(monkeypatch: pytest.MonkeyPatch, step: str, how: str) -> Any:
+    """In the block, hosts of this process start nothing but this."""
+    script = Scripted(step, how)
+    monkeypatch.setattr(hosts.starting, "start_private", script.start)
+    try:
+        yield script
+    finally:
+        script.close()
