@@ -15,7 +15,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
