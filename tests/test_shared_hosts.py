@@ -697,7 +697,9 @@ def test_a_host_that_ends_at_once_is_not_started_for_ever(
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -Sc "{says_ready}"\n')
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setenv("ONNX_DL_PYTHON", str(tmp_path / "python"))
-    with pytest.raises(SupervisorStartError, match=r"ends as soon as it is started; its log is .*mine@5\.log"):
+    with pytest.raises(
+        SupervisorStartError, match=r"ends as soon as it is started; its log is .*mine@5\.log"
+    ):
         onnx_dl.connect("mine")
 
 
