@@ -13,10 +13,12 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from onnx_dl.errors import ConfigError
 from onnx_dl.rendezvous import Place, Record, runtime_folder, uptime
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
@@ -56,25 +58,27 @@ def running(name: str | None = None, environ: Mapping[str, str] = os.environ) ->
     Raises:
         PlatformError: there is no folder that is the user's alone.
     """
-    return _sorted(seen for place in _places(environ) if name in (None, place.name) for seen in _seen(place))
+    places = _places(runtime_folder(environ))
+    return _sorted(seen for place in places if name in (None, place.name) for seen in _seen(place))
 
 
-def of_other_versions(name: str, environ: Mapping[str, str] = os.environ) -> list[Sighting]:
-    """The hosts of this name that another version of onnx-dl has started.  A host may ask this, too.
+def of_other_versions(place: Place) -> list[Sighting]:
+    """The hosts that have the same name as the one at this place and speak another version.
 
-    Raises:
-        PlatformError: there is no folder that is the user's alone.
+    A host may ask this, too.  Nothing is found in a folder that has gone.
     """
-    others = (p for p in _places(environ) if p.name == name and p.protocol != PROTOCOL_VERSION)
-    return _sorted(seen for place in others for seen in _seen(place))
+    others = (p for p in _places(place.folder) if p.name == place.name and p.protocol != place.protocol)
+    return _sorted(seen for other in others for seen in _seen(other))
 
 
-def _places(environ: Mapping[str, str]) -> Iterator[Place]:
-    for entry in sorted(os.listdir(runtime_folder(environ))):
-        if found := _LOCK.fullmatch(entry):
-            number = found["protocol"]
-            with contextlib.suppress(ValueError):  # a file that is none of ours
-                yield Place(found["name"], environ, None if number is None else int(number))
+def _places(folder: Path) -> Iterator[Place]:
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.listdir(folder):
+            if found := _LOCK.fullmatch(entry):
+                number = found["protocol"]
+                protocol = None if number is None else int(number)
+                with contextlib.suppress(ConfigError):  # a file that is none of ours
+                    yield Place(found["name"], protocol=protocol, folder=folder)
 
 
 def _seen(place: Place) -> Iterator[Sighting]:
@@ -110,13 +114,10 @@ def follower(place: Place) -> str | None:
     is."""
     if place.published is None:
         return None
-    with contextlib.suppress(OSError):  # the folder is gone: nobody can be found there
-        if (waiting := place.awaited_by()) is not None:
-            return f"onnx-dl supervise (pid {waiting}) waits for its name"
-        own = _sighting(place, place.published)
-        if (next_one := successor(own, of_other_versions(place.name))) is not None:
-            return f"a host of another version was started after it: {told(next_one)}"
-    return None
+    if (waiting := place.awaited_by()) is not None:
+        return f"onnx-dl supervise (pid {waiting}) waits for its name"
+    next_one = successor(_sighting(place, place.published), of_other_versions(place))
+    return None if next_one is None else f"a host of another version was started after it: {told(next_one)}"
 
 
 def successor(own: Sighting, others: Iterable[Sighting]) -> Sighting | None:

@@ -77,8 +77,9 @@ class Place:
         name: str,
         environ: Mapping[str, str] = os.environ,
         protocol: int | None = PROTOCOL_VERSION,
+        folder: Path | None = None,
     ) -> None:
-        """``protocol``: None is any version before 5.
+        """``protocol``: None is any version before 5.  ``folder``: None: the one of this user.
 
         Raises:
             ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
@@ -90,7 +91,7 @@ class Place:
             )
         self.name = name
         self.protocol = protocol
-        self.folder = runtime_folder(environ)
+        self.folder = folder or runtime_folder(environ)
         stem = name if protocol is None else f"{name}@{protocol}"
         self._record = self.folder / f"{stem}.json"
         self._lock = self.folder / f"{stem}.lock"
@@ -238,14 +239,14 @@ def _locked_by(fd: int, byte: int) -> int | None:
 
 def _content(path: Path) -> bytes | None:
     """Of a file of moderate size; None of anything else.  Does not wait, as reading from a FIFO would."""
-    try:
+    with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(fd, "rb", buffering=0) as file, contextlib.suppress(OSError):
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            data = file.read(_LARGEST + 1) or b""
-            return data if len(data) <= _LARGEST else None
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                data = os.read(fd, _LARGEST + 1)
+                return data if len(data) <= _LARGEST else None
+        finally:
+            os.close(fd)
     return None
 
 

@@ -82,7 +82,7 @@ def reach(name: str, settings: Settings, link: Callable[[str, str], _C], *, star
         # One that somebody looks after is about to be there again.
         absent = holder is None and not (record is not None and record.kept and waited < _RESTART)
         if absent and not start:
-            raise SupervisorError(no_host(name, census.of_other_versions(name)))
+            raise SupervisorError(no_host(name, census.of_other_versions(place)))
         if waited >= settings.start_timeout + _RESTART:
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
@@ -123,8 +123,11 @@ def terminate(seen: Sighting) -> None:
     """Ends a host of another version, which cannot be asked to end; returns when it has gone.
 
     Raises:
+        SupervisorError: it has no process id here.
         TimeoutError: it is still there after the time that calls have to end, and some seconds.
     """
+    if not seen.pid:
+        raise SupervisorError(f"The host {seen.name!r} runs in another container; end it from there.")
     place = Place(seen.name, protocol=seen.protocol)
     with contextlib.suppress(ProcessLookupError):
         fd = os.pidfd_open(seen.pid)

@@ -175,6 +175,7 @@ def test_sockets_are_imported_by_transport_only():
         "supervisor.room",
         "supervisor.saving",
         "supervisor.scheduler",
+        "supervisor.solitude",
         "supervisor.thrash",
         "workers.gate",
     ],
