@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -87,6 +88,8 @@ class Version:
         path = self.folder / "onnx_dl" / name
         assert path.read_text().count(text) == 1, f"{name} has changed: {text!r}"
         path.write_text(path.read_text().replace(text, other))
+        # What is compiled is known by the text's length and the second of its time, which may be the same.
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     @property
     def environment(self) -> dict[str, str]:

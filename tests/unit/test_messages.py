@@ -140,7 +140,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 4 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 5 .* same version of onnx-dl"):
             reader(raw)
 
 
