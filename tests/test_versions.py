@@ -341,3 +341,25 @@ def test_the_package_is_replaced_under_a_program(shared: bool, tmp_path: Path, p
         assert f"the application speaks protocol version {PROTOCOL_VERSION}" in answer
         assert "Restart the application" in answer
     assert not seen()
+
+
+def test_the_package_is_replaced_under_a_host(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each worker is a fresh interpreter, it is one of the new version: no load, and no call that waits
+    for it, ends in nothing."""
+    monkeypatch.setenv("ONNX_DL_START", "exec")
+    later = [str(tmp_path / f"{number}.onnx") for number in range(3)]
+    for name in later:
+        Path(name).write_bytes(scaled())
+    version = made(tmp_path, ["this"])["this"]
+    with Program(version) as program:
+        assert program.ask("use", path) == 42
+        version.speak(PROTOCOL_VERSION + 1)
+        answers = [program.ask("use", name) for name in later]
+        if answers[0] == 42:  # the interpreter for the next worker was there already
+            del answers[0]
+        for answer in answers:
+            assert answer.startswith("WorkerDied: ")
+            assert "Restart the application, or the shared host" in answer
+        assert program.ask("use", path) == 42  # what is loaded goes on

@@ -87,7 +87,9 @@ class Version:
     def _change(self, name: str, text: str, other: str) -> None:
         path = self.folder / "onnx_dl" / name
         assert path.read_text().count(text) == 1, f"{name} has changed: {text!r}"
-        path.write_text(path.read_text().replace(text, other))
+        new = path.with_suffix(".new")
+        new.write_text(path.read_text().replace(text, other))
+        new.replace(path)  # a process that starts at this moment sees one or the other
         # What is compiled is known by the text's length and the second of its time, which may be the same.
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
