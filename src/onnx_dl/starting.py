@@ -1,9 +1,9 @@
 """Starts supervisor processes, and finds those that serve several applications.
 
 A *private* supervisor is a child of the application that starts it and ends with it.  A *shared* one is found
-by its name (:mod:`onnx_dl.rendezvous`), or started in the background, exactly once: of two that are started
-at the same moment, the one that gets the lock is the host, and the other leaves.  What is said to a
-supervisor is :mod:`onnx_dl.connection`'s.
+by its name (:mod:`onnx_dl.rendezvous`), if it speaks the same version of the protocol, or started in the
+background, exactly once: of two that are started at the same moment, the one that gets the lock is the host,
+and the other leaves.  What is said to a supervisor is :mod:`onnx_dl.connection`'s.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl import census, config
+from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -35,6 +37,8 @@ _BOOT: Final = (
 _LOOK_EVERY: Final = 0.01
 _RESTART: Final = 10.0
 """Seconds for a service manager to restart a host, before another is started in its place."""
+_FAREWELL: Final = 3.0
+"""Seconds that a host of another version has beyond the time that calls have to end."""
 _READY: Final = b"!"
 """What a supervisor says when it listens."""
 _TAKEN: Final = b"-"
@@ -62,6 +66,8 @@ def reach(
 ) -> _C:
     """What ``link`` makes of the address and the secret of the shared host of this name.
 
+    One that speaks another version of the protocol is none, and may run beside the one that is found.
+
     Args:
         link: raises :class:`~onnx_dl.errors.SupervisorUnreachable` where nobody answers.
         start: whether to start the host if there is none.
@@ -82,7 +88,7 @@ def reach(
         absent = holder is None and not (record is not None and record.kept and waited < _RESTART)
         deadline.check(f"the host {name!r}")
         if absent and not start:
-            raise SupervisorError(no_host(name))
+            raise SupervisorError(no_host(name, census.of_other_versions(place)))
         if waited >= settings.start_timeout + _RESTART:
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
@@ -96,7 +102,7 @@ def reach(
 
 
 def runs(name: str) -> bool:
-    """Whether there is a host of this name now."""
+    """Whether there is a host of this name, and of this version, now."""
     return Place(name).holder() is not None
 
 
@@ -106,20 +112,47 @@ def await_end(name: str, pid: int, patience: float) -> None:
     Raises:
         TimeoutError: it still does after so many seconds.
     """
-    place = Place(name)
+    _await_end(Place(name), pid, patience)
+
+
+def _await_end(place: Place, pid: int, patience: float) -> None:
     deadline = time.monotonic() + patience
     while place.holder() == pid:
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"The host {name!r} (pid {pid}) is still there after {patience:g} seconds.")
+            raise TimeoutError(
+                f"The host {place.name!r} (pid {pid}) is still there after {patience:g} seconds."
+            )
         time.sleep(_LOOK_EVERY)
 
 
-def no_host(name: str) -> str:
-    """What to do without a host of this name."""
+def terminate(seen: Sighting) -> None:
+    """Ends a host of another version, which cannot be asked to end; returns when it has gone.
+
+    Raises:
+        SupervisorError: it has no process id here.
+        TimeoutError: it is still there after the time that calls have to end, and some seconds.
+    """
+    if not seen.pid:
+        raise SupervisorError(f"The host {seen.name!r} runs in another container; end it from there.")
+    place = Place(seen.name, protocol=seen.protocol)
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(seen.pid)
+        try:
+            if place.holder() == seen.pid:  # else the number may be another process's by now
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+        finally:
+            os.close(fd)
+    _await_end(place, seen.pid, config.settings().exit_grace + _FAREWELL)
+
+
+def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
+    """What to do without a host of this name that this version can ask; ``others``: of other versions."""
     supervise, load = ("", "") if name == USUAL else (f" --name {name}", f" --host {name}")
+    of_this = f" for this version of onnx-dl ({census.version(PROTOCOL_VERSION)})" if others else ""
+    listed = "".join(f" There is one of another version: {census.told(other)}." for other in others)
     return (
-        f"No shared host named {name!r} runs. Start one with: onnx-dl supervise{supervise}, in the "
-        f"background with onnx_dl.connect({name!r}), or by loading a model into it: "
+        f"No shared host named {name!r} runs{of_this}.{listed} Start one with: onnx-dl supervise{supervise}, "
+        f"in the background with onnx_dl.connect({name!r}), or by loading a model into it: "
         f"onnx-dl load MODEL{load}. --host or ONNX_DL_HOST names another."
     )
 
@@ -158,6 +191,7 @@ def _start(
         "sys_path": sys_path,
         "settings": msgspec.to_builtins(settings),
         "ready_fd": ready_write,
+        "protocol": PROTOCOL_VERSION,
         "host": host,
         "firm": list(firm),
     }

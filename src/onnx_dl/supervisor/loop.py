@@ -7,6 +7,7 @@ The only writer of everything in this process.  What to do is decided by
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from onnx_dl import installation, machine
+from onnx_dl import census, installation, machine
 from onnx_dl.config import Settings
 from onnx_dl.errors import ConfigError, InvalidTransition, ProtocolError
 from onnx_dl.model import ModelSpec, Usage
@@ -45,6 +46,7 @@ from onnx_dl.supervisor.process import MOST_BLOBS, Processes
 from onnx_dl.supervisor.records import HOST
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -94,6 +96,7 @@ class Supervisor:
         self._clients = Clients(Listener(f"{address}/lifeline"), self._greet, self._client_gone)
         self._abandoned_at: float | None = time.monotonic() + settings.start_timeout
         """When to give up if no client comes; None once one has."""
+        self._solitude = Solitude(settings.linger, self._abandoned_at, kept=foreground)
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
@@ -112,7 +115,8 @@ class Supervisor:
         self._follow_file()
         while not self._scheduler.finished:
             self._mind_loneliness()
-            deadlines = (self._scheduler.next_deadline(), self._abandoned_at)
+            look_at = None if self._scheduler.closing else self._solitude.look_at
+            deadlines = (self._scheduler.next_deadline(), self._abandoned_at, look_at)
             deadline = min((at for at in deadlines if at is not None), default=None)
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             self._take_in(sockets.wait(self._poller(), wait))
@@ -121,6 +125,8 @@ class Supervisor:
             self._carry_out(self._scheduler.on_tick(now, seen))
             if self._abandoned_at is not None and now >= self._abandoned_at:
                 self._abandoned_at = None
+                if self._solitude.follower is not None:
+                    self._say(f"the host ends, because {self._solitude.follower}")
                 self._carry_out(self._scheduler.on_abandoned(now))
         if self._place is not None and not self._returns:
             self._place.withdraw()
@@ -194,14 +200,15 @@ class Supervisor:
             self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
 
     def _mind_loneliness(self) -> None:
-        """A shared host that nobody uses, and that has no models of its own, ends after a while."""
-        if self._place is None:
+        """A shared host that nobody uses ends after a while, or when another follows it."""
+        if self._place is None or self._scheduler.closing:
             return
-        used = self._foreground or self._scheduler.holds_any or any(self._clients.identities())
-        if used:
-            self._abandoned_at = None
-        elif self._abandoned_at is None:
-            self._abandoned_at = time.monotonic() + self._settings.linger
+        self._abandoned_at = self._solitude.ends_at(
+            time.monotonic(),
+            clients=any(self._clients.identities()),
+            models=self._scheduler.holds_any,
+            look=functools.partial(census.follower, self._place),
+        )
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
@@ -232,11 +239,15 @@ class Supervisor:
                     self._processes.end_saver()
                 case Emit(event):
                     if self._foreground:
-                        with contextlib.suppress(OSError):  # nobody reads it any more
-                            print(event, flush=True)
+                        self._say(str(event))
                     self._metrics.on_event(event)
                     for identity in self._clients.identities():
                         self._send(identity, m.Published(event=event))
+
+    def _say(self, text: str) -> None:
+        """To who keeps the host, or to the log of one in the background."""
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(text, flush=True)
 
     def _send(self, identity: bytes, message: m.Message) -> None:
         self._control.send_multipart([identity, m.encode(message)])
@@ -453,6 +464,7 @@ class Supervisor:
         if refusal := self._refusal(hello):
             return m.Refused(reason=refusal)
         self._abandoned_at = None
+        self._solitude.on_client()
         return m.Welcome(build="" if self._place is None else installation.build())
 
     def _refusal(self, hello: m.ClientHello) -> str | None:

@@ -359,6 +359,8 @@ class Spawn(Message):
     identity: bytes
     control: str
     blobs: list[str] = []
+    version: int = PROTOCOL_VERSION
+    """Of the supervisor.  The package may have been replaced on disk since it was started."""
 
 
 class Spawned(Message):

@@ -17,6 +17,7 @@ import faulthandler
 import os
 import selectors
 import signal
+import sys
 import traceback
 from typing import Final, NoReturn
 
@@ -32,6 +33,11 @@ from onnx_dl.workers.loop import Worker
 _THROW_AWAY: Final = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
     b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+_REPLACED: Final = (
+    "onnx-dl was replaced on disk by a version that speaks another protocol, while the supervisor ran. "
+    "Restart the application, or the shared host."
 )
 
 
@@ -67,6 +73,9 @@ class Template:
             os._exit(0)
         data, fds = received
         spawn = m.on_template(data)
+        if spawn.version != m.PROTOCOL_VERSION:  # what it would start cannot talk to anybody
+            print(_REPLACED, file=sys.stderr, flush=True)  # the supervisor says where that can be read
+            os._exit(1)
         if not self._fork:
             self._tell(m.Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
             self._become(spawn, fds)
