@@ -190,13 +190,13 @@ class ModelHost:
         self._bury()
         teller, models = Teller(self._bus), self._models
         process: subprocess.Popen[bytes] | None = None
-        link = functools.partial(self._link, teller, models, deadline)
+        link = functools.partial(self._link, teller, models)
         if self.name is not None:
             connection = starting.reach(self.name, self._settings, link, deadline, start=this.may_start)
         else:
             process, address, secret = starting.start_private(self._settings, self._firm, deadline)
             try:
-                connection = link(address, secret)
+                connection = link(address, secret, deadline)
             except BaseException:
                 _end(process)
                 raise
@@ -226,9 +226,9 @@ class ModelHost:
         self,
         teller: Teller,
         models: weakref.WeakValueDictionary[str, RemoteModel],
-        deadline: Deadline,
         address: str,
         secret: str,
+        deadline: Deadline,
     ) -> Connection:
         connection = Connection(
             address,

@@ -62,14 +62,20 @@ def start_private(
 
 
 def reach(
-    name: str, settings: Settings, link: Callable[[str, str], _C], deadline: Deadline, *, start: bool
+    name: str,
+    settings: Settings,
+    link: Callable[[str, str, Deadline], _C],
+    deadline: Deadline,
+    *,
+    start: bool,
 ) -> _C:
     """What ``link`` makes of the address and the secret of the shared host of this name.
 
     One that speaks another version of the protocol is none, and may run beside the one that is found.
 
     Args:
-        link: raises :class:`~onnx_dl.errors.SupervisorUnreachable` where nobody answers.
+        link: is given a deadline, too; raises :class:`~onnx_dl.errors.SupervisorUnreachable` where nobody
+            answers by then.
         start: whether to start the host if there is none.
 
     Raises:
@@ -77,26 +83,29 @@ def reach(
         SupervisorStartError: it does not come up, or refuses us.
     """
     place = Place(name)
-    began = time.monotonic()
+    answer = Deadline(settings.start_timeout, outer=deadline)
+    limit = Deadline(settings.start_timeout + _RESTART, outer=deadline)
+    restart = Deadline(_RESTART)
     while True:
         holder, record = place.holder(), place.record()
         if record is not None and record.pid == holder:
             with contextlib.suppress(SupervisorUnreachable):
-                return link(record.address, record.secret)
-        waited = time.monotonic() - began
+                return link(record.address, record.secret, answer)
         # One that somebody looks after is about to be there again.
-        absent = holder is None and not (record is not None and record.kept and waited < _RESTART)
+        awaited = holder is None and record is not None and record.kept and not restart.passed
+        absent = holder is None and not awaited
         deadline.check(f"the host {name!r}")
         if absent and not start:
             raise SupervisorError(no_host(name, census.of_other_versions(place)))
-        if waited >= settings.start_timeout + _RESTART:
+        if limit.passed or (holder is not None and answer.passed):
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
                 f"its log is {place.log}. If it runs in a container or network namespace of its own, it "
                 "serves only applications there."
             )
         if absent:
-            _start_shared(place, settings, deadline)
+            _start_shared(place, settings, limit)
+            answer = Deadline(settings.start_timeout, outer=limit)
         else:
             time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
