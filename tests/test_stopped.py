@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout
+from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout, starting
 from onnx_dl.errors import LoadTimeout, ProxyClosedError, UnloadTimeout, WorkerDied
 from tests.contract.both import CPU, loop
 from tests.contract.test_async_contract import ENDLESS
@@ -381,3 +381,30 @@ def group(supervisor: int) -> list[int]:
             if os.getpgid(pid) == supervisor:
                 found.append(pid)
     return found
+
+
+def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ModelHost()
+    beginning = threading.Event()
+    start = starting.start_private
+
+    def slowly(*args: Any) -> Any:
+        beginning.set()
+        return start(*args)
+
+    monkeypatch.setattr(starting, "start_private", slowly)
+    ended: list[object] = []
+
+    def use() -> None:
+        try:
+            host.start()
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert beginning.wait(DEADLINE)
+    host.close()
+    thread.join(DEADLINE)
+    assert [str(error) for error in ended] in ([], ["The host was closed while it started."])
+    assert host.snapshot().supervisor_pid is None

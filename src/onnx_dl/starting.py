@@ -104,8 +104,8 @@ def reach(
                 "serves only applications there."
             )
         if absent:
-            _start_shared(place, settings, limit)
-            answer = Deadline(settings.start_timeout, outer=limit)
+            _start_shared(place, settings, deadline)
+            answer = Deadline(settings.start_timeout, outer=deadline)
         else:
             time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
