@@ -9,6 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import TypeVar
+
+import msgspec
+
+_T = TypeVar("_T")
 
 
 def head(path: str | os.PathLike[str], most: int) -> bytes:
@@ -39,6 +44,14 @@ def read(path: str | os.PathLike[str], most: int) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes")
     return data
+
+
+def decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
+    """JSON of this kind; None: it is something else, in whatever way."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (ValueError, RecursionError):  # of which msgspec's errors and those of text are some
+        return None
 
 
 def _check_regular(found: os.stat_result) -> None:
