@@ -181,8 +181,8 @@ class Allowances(NamedTuple):
 def parse_allowances(max_memory: object, max_memory_hard: object, max_runs: object) -> Allowances:
     """Sizes in bytes and a number of calls; None: no limit.
 
-    ``max_memory`` alone ends no call.  A hard limit alone counts between calls, too, or what a call left would
-    end the next one.
+    ``max_memory`` alone ends no call.  A hard limit alone counts between calls, too, or what a call left
+    would end the next one.
 
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one cannot be, or the hard limit is the lower.

@@ -63,7 +63,7 @@ EXAMPLES = [
     m.Bye(ticket=1),
     m.Published(event=EVENT),
     m.WorkerStarted(worker_id=1),
-    m.Load(spec=spec(), ttl=5.0),
+    m.Load(spec=spec(), ttl=5.0, mapped=True),
     m.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
     m.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),
     m.WorkerFailed(worker_id=1, failure=FAILURE),
@@ -140,7 +140,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 4 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 5 .* same version of onnx-dl"):
             reader(raw)
 
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from onnx_dl.supervisor import saving
-from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Command, EndSaver, StartSaver
+from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes
 from onnx_dl.supervisor.saving import Saving, Wish
 from onnx_dl.supervisor.scheduler import Scheduler

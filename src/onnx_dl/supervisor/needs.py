@@ -91,7 +91,9 @@ class Peak(msgspec.Struct, frozen=True, array_like=True):
         return self.nbytes > 0 and not self.ended
 
     def after(self, nbytes: int) -> Peak:
-        """Such a load has taken so much."""
+        """Such a load has taken so much; what is near to what was measured is that."""
+        if self.is_measured and _near(self.nbytes, nbytes):
+            return self
         return Peak(_fading(0 if self.ended else self.nbytes, nbytes))
 
     def is_near(self, other: Peak) -> bool:

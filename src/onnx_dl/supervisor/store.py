@@ -92,14 +92,17 @@ def _encode(found: list[tuple[str, Need]]) -> bytes:
 
 def _entries(data: bytes, latest: float) -> Iterator[tuple[str, Need]]:
     """What is whole.  ``latest``: what claims to be of later than that would stay for ever, and is old."""
-    for part in [data] if _split(data) is not None else [b"{%b}" % line.strip(b", \r") for line in data.split(b"\n")]:
-        for key, raw in (_split(part) or {}).items():
-            if (need := smallfiles.decoded(raw, Need)) is not None:
-                yield key, need if need.at <= latest else msgspec.structs.replace(need, at=0.0)
+    for key, raw in _split(data):
+        if (need := smallfiles.decoded(raw, Need)) is not None:
+            yield key, need if need.at <= latest else msgspec.structs.replace(need, at=0.0)
 
 
-def _split(data: bytes) -> dict[str, msgspec.Raw] | None:
-    return smallfiles.decoded(data, dict[str, msgspec.Raw])
+def _split(data: bytes) -> Iterator[tuple[str, msgspec.Raw]]:
+    """The entries, of single lines if the whole is damaged."""
+    whole = smallfiles.decoded(data, dict[str, msgspec.Raw])
+    lines = [data] if whole is not None else (b"{%b}" % line.strip(b", \r") for line in data.split(b"\n"))
+    for part in lines:
+        yield from (smallfiles.decoded(part, dict[str, msgspec.Raw]) or {}).items()
 
 
 def _replace(path: Path, data: bytes) -> None:
