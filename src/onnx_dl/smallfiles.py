@@ -9,15 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
 _T = TypeVar("_T")
 
 
-def head(path: str | os.PathLike[str], most: int) -> bytes:
-    """The first bytes of a regular file, ``most`` of them at most.
+def opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, to be read.
 
     Raises:
         OSError: there is none, it is no regular file, or it cannot be read; ``strerror`` says which.
@@ -29,8 +29,22 @@ def head(path: str | os.PathLike[str], most: int) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except ValueError as error:  # the path has a NUL
         raise FileNotFoundError(errno.ENOENT, str(error), os.fspath(path)) from None
-    with open(fd, "rb") as file:
+    file = open(fd, "rb")  # noqa: SIM115 - is the caller's to close
+    try:
         _check_regular(os.fstat(fd))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def head(path: str | os.PathLike[str], most: int) -> bytes:
+    """The first bytes of a regular file, ``most`` of them at most.
+
+    Raises:
+        OSError: as for :func:`opened`.
+    """
+    with opened(path) as file:
         return file.read(most)
 
 

@@ -182,7 +182,7 @@ def _places(path: str) -> Iterator[tuple[str, str]]:
             target = os.readlink(step)
             rest += target.split("/")[::-1]
             at = "/" if target.startswith("/") else at
-        elif os.path.isdir(step):
+        elif rest and os.path.isdir(step):  # a folder in place of the file may go again
             at = step
         else:
             yield at, name
