@@ -31,9 +31,9 @@ _SHARE: Final = 0.8
 """Of the memory that the machine or its cgroup has; the application needs some, too.  Also of a GPU's."""
 _FADING: Final = 30.0
 """Seconds with runs after which the most that they took counts for less, if it did not come again."""
-_FASTEST: Final = 20e9
-"""Bytes that a load takes within a second at most: 2.4e9 were measured of plain ones, and 23e9 of pages of
-files that were in memory already."""
+_FASTEST: Final = 5e9
+"""Bytes that a load takes within a second at most: 2.4e9 were measured.  Pages of files that are in memory
+already come faster, but few loads end with many of these."""
 _WEIGH_EVERY: Final = 0.005
 _WEIGH_AT_LEAST: Final = 1.0
 """Seconds between two looks at a load that is near its bound, and far from it."""

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import Any, NamedTuple
+import time
+from typing import Any, Final, NamedTuple
 
 import psutil
 
 from onnx_dl.model import Usage
+
+_KNOWN_FOR: Final = 0.05
+"""Seconds in which what a process shares with others does not change by much."""
 
 
 class Probe:
@@ -25,6 +29,8 @@ class Probe:
         self._gpus = _nvml_devices()
         self._used_before: dict[int, int] = {}
         self._estimates: dict[int, int] = {}
+        self._shared: dict[int, tuple[float, int]] = {}
+        """By how much PSS was less than resident bytes, and when, of processes that load."""
 
     def begin(self, pid: int) -> None:
         """The process is about to load a model on a GPU."""
@@ -66,20 +72,30 @@ class Probe:
         )
 
     def weigh(self, pid: int, most: int) -> int:
-        """Bytes that a process holds, or more than that if it is not more than ``most``.
+        """Bytes that a process holds, or about that if it is not more than ``most``.
 
-        Resident bytes are cheap (20 µs) and count what processes share in full; only if there are more than
-        ``most`` of them, PSS counts (1 ms for 500 MB).
+        Resident bytes are cheap (20 µs) and count what processes share in full.  Only if they are more than
+        ``most``, PSS counts (1 ms for 500 MB, in which the process gets no fresh pages); what it was less by
+        is known for a moment.
         """
         try:
             with open(f"/proc/{pid}/statm") as statm:
                 resident = int(statm.read().split()[1]) * mmap.PAGESIZE
-            return resident if resident <= most else int(psutil.Process(pid).memory_full_info().pss)
+            at, shared = self._shared.get(pid, (0.0, 0))
+            about = resident - (shared if time.monotonic() - at < _KNOWN_FOR else 0)
+            if about <= most:
+                return about
+            pss = int(psutil.Process(pid).memory_full_info().pss)
         except (psutil.Error, OSError):  # it is gone
+            self._shared.pop(pid, None)
             return 0
+        self._shared[pid] = time.monotonic(), max(0, resident - pss)
+        return pss
 
     def forget_peak(self, pid: int) -> None:
-        """The most that the process had is what it has now; without effect where the kernel refuses that."""
+        """The most that the process had is what it has now; without effect where the kernel refuses that.
+        It has loaded."""
+        self._shared.pop(pid, None)
         with contextlib.suppress(OSError), open(f"/proc/{pid}/clear_refs", "w") as file:
             file.write("5")
 

@@ -39,7 +39,7 @@ class Save(NamedTuple):
     """What :mod:`onnx_dl.workers.saver` is to be told."""
 
 
-class Unsaved(EngineError):
+class Unsaved(RuntimeError):
     """The load cache does not have the model, or in no form that can be used."""
 
 
