@@ -185,6 +185,8 @@ class CapacityError(OnnxDLError, MemoryError):
         limit: bytes that all workers together may take.
         in_use: bytes that they took when this was decided.
         resource: ``memory`` or ``gpu memory``: what these bytes are of.
+        size: bytes that the model takes once it is loaded, where that was measured, else 0.  If only
+            ``needed`` is more than the limit, it is the load that does not fit.
     """
 
     code = "capacity"
@@ -196,9 +198,11 @@ class CapacityError(OnnxDLError, MemoryError):
         limit: int = 0,
         in_use: int = 0,
         resource: str = "memory",
+        size: int = 0,
     ) -> None:
         super().__init__(message)
         self.resource = resource
+        self.size = size
         self.needed = needed
         self.limit = limit
         self.in_use = in_use

@@ -16,6 +16,7 @@ ROOT = Path(onnx_dl.__file__).parent
 HEIGHT = {
     "errors": 0,
     "hosttables": 1,
+    "smallfiles": 1,
     "tomllines": 1,
     "lifecycle": 1,
     "model": 1,

@@ -64,7 +64,7 @@ EXAMPLES = [
     m.Bye(ticket=1),
     m.Published(event=EVENT),
     m.WorkerStarted(worker_id=1),
-    m.Load(spec=spec(), ttl=5.0),
+    m.Load(spec=spec(), ttl=5.0, mapped=True),
     m.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
     m.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),
     m.WorkerFailed(worker_id=1, failure=FAILURE),

@@ -25,7 +25,6 @@ from onnx_dl.errors import ConfigError, InvalidTransition, ProtocolError
 from onnx_dl.model import ModelSpec, Usage
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
-from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.clients import Client, Clients
 from onnx_dl.supervisor.commands import (
     Command,
@@ -39,6 +38,7 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
@@ -89,7 +89,7 @@ class Supervisor:
         self._returns = False
         epoch = time.time() - time.monotonic()
         self._store = store.of(settings)
-        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
+        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store, self._store.is_saved)
         self._context = sockets.context()
         self._control: Socket = sockets.router(self._context, f"{address}/control")
         processes.attach(f"{address}/control", self)
@@ -121,6 +121,7 @@ class Supervisor:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             self._take_in(sockets.wait(self._poller(), wait))
             now = time.monotonic()
+            self._weigh(now)
             seen = self._look(now) if self._scheduler.wants_look(now) else {}
             self._carry_out(self._scheduler.on_tick(now, seen))
             if self._abandoned_at is not None and now >= self._abandoned_at:
@@ -355,6 +356,12 @@ class Supervisor:
         for worker_id, pid in self._scheduler.ghosts(now).items():
             seen[worker_id] = Seen(Usage(gpu=self._meter().gpu_left(pid)))
         return seen
+
+    def _weigh(self, now: float) -> None:
+        """Has the scheduler know what loads have taken so far (20 µs each)."""
+        for load in self._scheduler.to_weigh(now):
+            nbytes = self._meter().weigh(load.pid, load.nbytes)
+            self._carry_out(self._scheduler.on_weighed(load.worker_id, nbytes, now))
 
     def _refresh(self, now: float, *, fresh: bool = False) -> None:
         """Has the scheduler know what workers hold now."""

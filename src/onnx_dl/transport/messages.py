@@ -278,21 +278,29 @@ class WorkerStarted(Message):
 
 class Load(Message):
     """Load this model.  ``warmups``: by key of the model, or of members of a group, and by input: what to run
-    it with once before it is ready."""
+    it with once before it is ready.  ``mapped``: only from the load cache, because there is no memory for
+    more; where it is not there, the worker says so (``WorkerFailed.unsaved``)."""
 
     spec: ModelSpec
     ttl: float
     warmups: dict[str, dict[str, Warmup]] = {}
+    mapped: bool = False
 
 
 class WorkerReady(Message):
-    """The model is loaded and lanes may be opened at ``address`` with ``secret``.  ``seconds``: the load."""
+    """The model is loaded and lanes may be opened at ``address`` with ``secret``.  ``seconds``: the load.
+
+    ``entry``: under which key the load cache has the model, or would have it; empty: it never does.
+    ``mapped``: it came from there.
+    """
 
     worker_id: int
     address: str
     secret: str
     description: ModelDescription
     seconds: float
+    entry: str = ""
+    mapped: bool = False
 
 
 class Saveable(Message):
@@ -310,10 +318,12 @@ class Saveable(Message):
 
 
 class WorkerFailed(Message):
-    """The model did not load; the worker waits for Exit."""
+    """The model did not load; the worker waits for Exit.  ``unsaved``: it was to come from the load cache,
+    where it is not, or cannot be used."""
 
     worker_id: int
     failure: Failure
+    unsaved: bool = False
 
 
 class Retime(Message):

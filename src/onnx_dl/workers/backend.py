@@ -1,8 +1,9 @@
 """The seam between a worker and the engine that runs its model.
 
 Covers what a worker asks of an engine.  An engine is one module beside this one, named by
-``ModelSpec.engine``, whose function ``open_model(spec, blobs)`` returns a :class:`Backend`.  It is imported
-in the worker only, and knows nothing of sockets or policy.
+``ModelSpec.engine``, whose function ``open_model(spec, blobs, mapped)`` returns a :class:`Backend`
+(``mapped``: only from the load cache, which an engine that does not use it need not heed).  It is imported in
+the worker only, and knows nothing of sockets or policy.
 """
 
 from __future__ import annotations
@@ -38,8 +39,24 @@ class Save(NamedTuple):
     """What :mod:`onnx_dl.workers.saver` is to be told."""
 
 
+class Unsaved(RuntimeError):
+    """The load cache does not have the model, or in no form that can be used."""
+
+
+class Origin(NamedTuple):
+    """Where a model was loaded from."""
+
+    entry: str = ""
+    """Under which key the load cache has it, or would have it; empty: it never does."""
+    mapped: bool = False
+    """It came from there."""
+
+
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
+
+    def origin(self) -> Origin:
+        """Where it was loaded from."""
 
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
@@ -101,10 +118,12 @@ def enter(folder: str) -> None:
         os.chdir("/")
 
 
-def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
-    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them.
+def load(spec: ModelSpec, blobs: Mapping[str, int], *, mapped: bool = False) -> Backend:
+    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them;
+    ``mapped``: only from the load cache.
 
     Raises:
+        Unsaved: it is not there.
         EngineError: some that it names are not.
         ValueError: there is no such engine.
         Exception: what the engine raises.
@@ -120,7 +139,7 @@ def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")
-    backend: Backend = opens(spec, blobs if spec.members else _own(spec, blobs))
+    backend: Backend = opens(spec, blobs if spec.members else _own(spec, blobs), mapped)
     return backend
 
 

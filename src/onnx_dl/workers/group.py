@@ -16,7 +16,7 @@ from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.transport import failures
 from onnx_dl.workers import backend as backends
-from onnx_dl.workers.backend import Backend, Save
+from onnx_dl.workers.backend import Backend, Origin, Save
 
 
 class Group:
@@ -32,6 +32,9 @@ class Group:
             failed=dict(self._failed),
         )
 
+    def origin(self) -> Origin:
+        return Origin()
+
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
         return [save for member in self.members.values() for save in member.ready(seconds, blobs)]
 
@@ -45,8 +48,8 @@ class Group:
             member.close()
 
 
-def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
-    """Loads the members of a group.
+def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> Group:
+    """Loads the members of a group, each as it can: ``mapped`` is not asked of groups.
 
     Raises:
         Exception: what the first of them raised, if none loads.

@@ -28,7 +28,7 @@ from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers import memory, warmup
-from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.backend import Backend, Unsaved
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.memory import Allowance, Own
@@ -75,13 +75,15 @@ class Worker:
         try:
             if not order.spec.members:  # each of a group has its own
                 backends.enter(order.spec.cwd)
-            backend = backends.load(order.spec, self._blobs)
+            backend = backends.load(order.spec, self._blobs, mapped=order.mapped)
             loaded = time.monotonic()
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
             memory.trim()  # before ready, so that what is measured then is what stays
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
-            self._say(m.WorkerFailed(worker_id=self._id, failure=failures.describe(error)))
+            unsaved = isinstance(error, Unsaved)
+            failure = failures.describe(error)
+            self._say(m.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
             self._hear()
             return
         ready = time.monotonic()
@@ -95,6 +97,7 @@ class Worker:
                 secret=self._secret,
                 description=description,
                 seconds=ready - started,
+                **backend.origin()._asdict(),
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use

@@ -18,7 +18,7 @@ from onnx_dl.model import ModelDescription, ModelSpec, file_identity
 from onnx_dl.options import make_run_options
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable, ort_session, saver
-from onnx_dl.workers.backend import Repeatable, Save
+from onnx_dl.workers.backend import Origin, Repeatable, Save, Unsaved
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.ort_calls import Calls
 from onnx_dl.workers.ort_session import Opened
@@ -30,12 +30,15 @@ _SILENT: Final = 4
 class OnnxRuntimeBackend:
     """One ``onnxruntime.InferenceSession``."""
 
-    def __init__(self, spec: ModelSpec, blobs: Mapping[str, int]) -> None:
-        """Raises what onnxruntime raises."""
+    def __init__(self, spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> None:
+        """Raises what onnxruntime raises; ``mapped``: or :class:`~onnx_dl.workers.backend.Unsaved`."""
         self._spec = cacheable.with_engine_caches(spec, cache.folder()) if _caching() else spec
         self._cached: cache.Entry | None = None
         self._key = _key_of(spec)
-        self._opened = self._open_cached() or self._open(blobs)
+        opened = self._open_cached()
+        if opened is None and mapped:
+            raise Unsaved(f"The load cache has {spec.name} no more, or in no form that can be used.")
+        self._opened = opened or self._open(blobs)
         self._session = self._opened.session
         self._invoke = Calls(self._session, _with_options)
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
@@ -67,6 +70,9 @@ class OnnxRuntimeBackend:
             return None
         self._cached = entry
         return session
+
+    def origin(self) -> Origin:
+        return Origin(self._key or "", self._cached is not None)
 
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
         slow = seconds >= config.settings().cache_from
@@ -159,9 +165,9 @@ class OnnxRuntimeBackend:
             self._session.end_profiling()
 
 
-def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> OnnxRuntimeBackend:
-    """The engine; raises what onnxruntime raises."""
-    return OnnxRuntimeBackend(spec, blobs)
+def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> OnnxRuntimeBackend:
+    """The engine; raises what onnxruntime raises, and :class:`~onnx_dl.workers.backend.Unsaved`."""
+    return OnnxRuntimeBackend(spec, blobs, mapped)
 
 
 def _with_options(call: Callable[[Any], Any], options: dict[str, Any] | None, halt: Halt) -> Any:
