@@ -55,7 +55,6 @@ class Origin(NamedTuple):
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
 
-
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
 
