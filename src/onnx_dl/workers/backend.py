@@ -1,9 +1,9 @@
 """The seam between a worker and the engine that runs its model.
 
 Covers what a worker asks of an engine.  An engine is one module beside this one, named by
-``ModelSpec.engine``, whose function ``open_model(spec, blobs, mapped)`` returns a :class:`Backend`
-(``mapped``: only from the load cache, which an engine that does not use it need not heed).  It is imported in
-the worker only, and knows nothing of sockets or policy.
+``ModelSpec.engine``, whose function ``open_model(spec, blobs)`` returns a :class:`Backend`.  It is imported
+in the worker only, and knows nothing of sockets or policy.  One that uses the load cache has more
+(:class:`Cached`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -54,9 +54,6 @@ class Origin(NamedTuple):
 
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
-
-    def origin(self) -> Origin:
-        """Where it was loaded from."""
 
     def describe(self) -> ModelDescription:
         """What the model says of itself."""
@@ -104,6 +101,15 @@ class Backend(Protocol):
         """The last thing that is asked: write what must be on disk.  Memory need not be freed."""
 
 
+@runtime_checkable
+class Cached(Protocol):
+    """What a backend has whose engine uses the load cache; ``open_model`` takes ``mapped=True`` then: the
+    model is to come from there, or to raise :class:`Unsaved`."""
+
+    def origin(self) -> Origin:
+        """Where the model was loaded from."""
+
+
 def member(backend: Backend, key: str) -> Backend:
     """The one of a group's that a caller names, or else the only one that there is."""
     members: Mapping[str, Backend] | None = getattr(backend, "members", None)
@@ -139,8 +145,14 @@ def load(spec: ModelSpec, blobs: Mapping[str, int], *, mapped: bool = False) -> 
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")
-    backend: Backend = opens(spec, blobs if spec.members else _own(spec, blobs), mapped)
+    given = blobs if spec.members else _own(spec, blobs)
+    backend: Backend = opens(spec, given, mapped=True) if mapped else opens(spec, given)
     return backend
+
+
+def origin(backend: Backend) -> Origin:
+    """Where a model was loaded from."""
+    return backend.origin() if isinstance(backend, Cached) else Origin()
 
 
 def _own(spec: ModelSpec, blobs: Mapping[str, int]) -> dict[str, int]:

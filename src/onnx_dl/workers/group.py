@@ -16,7 +16,7 @@ from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.transport import failures
 from onnx_dl.workers import backend as backends
-from onnx_dl.workers.backend import Backend, Origin, Save
+from onnx_dl.workers.backend import Backend, Save
 
 
 class Group:
@@ -32,9 +32,6 @@ class Group:
             failed=dict(self._failed),
         )
 
-    def origin(self) -> Origin:
-        return Origin()
-
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
         return [save for member in self.members.values() for save in member.ready(seconds, blobs)]
 
@@ -48,8 +45,8 @@ class Group:
             member.close()
 
 
-def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> Group:
-    """Loads the members of a group, each as it can: ``mapped`` is not asked of groups.
+def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
+    """Loads the members of a group.
 
     Raises:
         Exception: what the first of them raised, if none loads.

@@ -97,7 +97,7 @@ class Worker:
                 secret=self._secret,
                 description=description,
                 seconds=ready - started,
-                **backend.origin()._asdict(),
+                **backends.origin(backend)._asdict(),
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use

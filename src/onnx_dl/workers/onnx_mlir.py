@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from onnx_dl import signatures
 from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
-from onnx_dl.workers.backend import Origin, Repeatable, Save
+from onnx_dl.workers.backend import Repeatable, Save
 from onnx_dl.workers.halt import Halt
 
 _DEFAULT: Final = "run_main_graph"
@@ -229,9 +229,6 @@ class OnnxMlirBackend:
             },
         )
 
-    def origin(self) -> Origin:
-        return Origin()
-
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
         return []
 
@@ -311,7 +308,7 @@ class OnnxMlirBackend:
         return found
 
 
-def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> OnnxMlirBackend:
+def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> OnnxMlirBackend:
     """The engine.
 
     Raises:
