@@ -12,6 +12,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── PlatformError (OSError)             this operating system lacks what we stand on
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
+    ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
     ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
     ├── ProtocolError                       a peer said what the protocol does not allow
@@ -33,6 +34,7 @@ onnxruntime's own classes with onnxruntime's own messages.
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 
@@ -74,6 +76,19 @@ class SharedMemoryError(OnnxDLError, MemoryError):
     """The system refused shared memory for a tensor."""
 
     code = "shared-memory"
+
+
+class DescriptorsExhausted(OnnxDLError, OSError):
+    """A process of ours, or the application, may have no more file descriptors.
+
+    What is loaded goes on.  ``errno`` is EMFILE.  :func:`onnx_dl.descriptors.exhausted` makes one.
+    """
+
+    code = "descriptors-exhausted"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EMFILE
 
 
 class UnsupportedValueError(OnnxDLError, TypeError):
