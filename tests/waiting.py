@@ -34,6 +34,13 @@ def worker_pid(host: ModelHost) -> int:
     return pid
 
 
+def template_of(host: ModelHost) -> psutil.Process:
+    """The process that the workers of a host are forked from."""
+    children = psutil.Process(host.snapshot().supervisor_pid).children()
+    (template,) = [child for child in children if child.name().startswith("onnx-dl-templat")]
+    return template
+
+
 def is_gone(pid: int) -> bool:
     """No process has this id, not even a zombie."""
     return not psutil.pid_exists(pid)

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting
+from onnx_dl import installation, starting, surroundings
 from onnx_dl.client import RemoteModel, SharedBlob
 from onnx_dl.config import check_platform, parse_size, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
@@ -158,6 +158,7 @@ class ModelHost:
         if sys.is_finalizing() or _exiting:
             raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
         check_platform()
+        surroundings.fill_standard_streams()
         self._bury()
         self._teller = Teller(self._bus)
         self._blobs = weakref.WeakValueDictionary()

@@ -15,14 +15,13 @@ import secrets
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl import config, surroundings
 from onnx_dl.config import Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.rendezvous import USUAL, Place
@@ -143,7 +142,7 @@ def _start(
     **streams: Any,
 ) -> tuple[subprocess.Popen[bytes], bool]:
     """A supervisor process, and whether it listens; if not, another has its name."""
-    sys_path = [os.path.abspath(entry) for entry in sys.path]
+    sys_path = surroundings.search_path()
     ready, ready_write = os.pipe()
     orders = {
         "address": address,
@@ -153,6 +152,7 @@ def _start(
         "ready_fd": ready_write,
         "host": host,
         "firm": list(firm),
+        "application": (os.getpid(), surroundings.started_at(os.getpid())),
     }
     try:
         process = subprocess.Popen(

@@ -13,6 +13,12 @@ import pytest
 from onnx_dl import DescriptorsExhausted, OnnxDLError, descriptors
 
 
+def told_by(code: str) -> list[str]:
+    """The words that a program prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+
+
 def test_free_counts_down() -> None:
     before = descriptors.free()
     fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(7)]
@@ -26,8 +32,7 @@ def test_free_counts_down() -> None:
 
 def test_counting_without_proc_tells_the_same() -> None:
     code = "from onnx_dl import descriptors as d; print(d._open(), d._counted())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert len(set(told.stdout.split())) == 1
+    assert len(set(told_by(code))) == 1
 
 
 @pytest.mark.parametrize(
@@ -39,8 +44,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one(soft: int, hard: int, then: in
         f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard})); d.raise_limit(); "
         "print(d.limit(), r.getrlimit(r.RLIMIT_NOFILE)[1])"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert told.stdout.split() == [str(then), str(hard)]
+    assert told_by(code) == [str(then), str(hard)]
 
 
 def test_the_error_says_what_and_how_many() -> None:

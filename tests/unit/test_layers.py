@@ -16,6 +16,7 @@ ROOT = Path(onnx_dl.__file__).parent
 HEIGHT = {
     "errors": 0,
     "descriptors": 1,
+    "surroundings": 2,
     "hosttables": 1,
     "tomllines": 1,
     "lifecycle": 1,

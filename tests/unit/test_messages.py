@@ -78,7 +78,6 @@ EXAMPLES = [
     m.Spawn(worker_id=1, identity=b"i", control="c"),
     m.Spawned(worker_id=1, pid=2),
     m.SpawnFailed(worker_id=1, reason="r"),
-    m.Reaped(worker_id=1, status=11),
     m.TemplateReady(forkable=True),
     m.LaneHello(version=1, secret="s", reply_to="r", poll=True),
     m.LaneOpen(secret="s", thread=7),
@@ -140,7 +139,7 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = m.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 4 .* same version of onnx-dl"):
+        with pytest.raises(ProtocolError, match=r"protocol version 5 .* same version of onnx-dl"):
             reader(raw)
 
 

@@ -11,16 +11,22 @@ import ctypes
 import os
 import select
 import sys
+import time
+import traceback
 from typing import Final
 
 import msgspec
 
+from onnx_dl import surroundings
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
+from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_LAST_WORDS: Final = 0.5
+"""Seconds for what is to be read by people, at the end."""
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,19 +41,25 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """The name under which other applications find it."""
     firm: list[str] = []
     """Names of settings that were given as arguments, which the host's file does not change."""
+    application: tuple[int, int | None] | None = None
+    """The process that starts it, and when that began: a supervisor of its own ends with it."""
     foreground: bool = False
     """It was started by hand: it stays without clients, and says on stdout what happens."""
 
 
 def main() -> None:
     """Runs a supervisor until its last client is gone."""
-    orders = msgspec.json.decode(sys.stdin.buffer.read(), type=Orders)
+    surroundings.make_own()
+    said = sys.stdin.buffer.read()
+    if not said:  # the application ended before it could say what it wants
+        return
+    orders = msgspec.json.decode(said, type=Orders)
     if orders.host is not None and os.fork():
         os._exit(0)  # whoever started a shared host need not wait for its end
     _detach()
     try:
         served = serve(orders)
-    except OnnxDLError as error:
+    except (OnnxDLError, OSError) as error:
         _tell(orders, str(error))
         sys.exit(1)
     if not served:
@@ -60,13 +72,18 @@ def serve(orders: Orders) -> bool:
     Raises:
         OnnxDLError: what the settings ask for cannot be had.
     """
+    try:
+        application = _application(orders)
+    except ProcessLookupError:
+        return True
     _take_in_orphans()
     place = None if orders.host is None else Place(orders.host)
     if place is not None and not place.claim():
         return False
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # what the last one of this name wrote
-    processes = Processes(orders.sys_path, orders.settings.start)
+    settings = orders.settings
+    processes = Processes(orders.sys_path, settings.start, settings.start_timeout, time.monotonic)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 
@@ -74,10 +91,11 @@ def serve(orders: Orders) -> bool:
         processes,
         orders.address,
         orders.secret,
-        orders.settings,
+        settings,
         place=place,
         foreground=orders.foreground,
         firm=orders.firm,
+        application=application,
     )
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)
@@ -85,8 +103,29 @@ def serve(orders: Orders) -> bool:
         said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
         print(said, flush=True)
     _tell(orders, "!")
-    supervisor.run()
+    sys.stdout, sys.stderr = outlets = Outlet(1), Outlet(2)
+    try:
+        supervisor.run()
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        for outlet in outlets:
+            outlet.finish(_LAST_WORDS)
     return True
+
+
+def _application(orders: Orders) -> int | None:
+    """A descriptor that is readable when the application is gone that has this supervisor for itself.
+
+    Its lifeline says so, too, but not before it is connected.
+
+    Raises:
+        ProcessLookupError: it is gone already.
+    """
+    if orders.host is not None or orders.application is None:
+        return None
+    return surroundings.watch(*orders.application)
 
 
 def _tell(orders: Orders, text: str) -> None:

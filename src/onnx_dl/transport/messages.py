@@ -15,7 +15,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -358,17 +358,10 @@ class Spawned(Message):
 
 
 class SpawnFailed(Message):
-    """No process came of it."""
+    """No process came of it.  ``worker_id`` is 0 where the Spawn could not be read."""
 
     worker_id: int
     reason: str
-
-
-class Reaped(Message):
-    """A worker's wait status; its process is gone."""
-
-    worker_id: int
-    status: int
 
 
 class TemplateReady(Message):
@@ -506,7 +499,7 @@ ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
-OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
+OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
 AboutBlocks = BlockShared | BlockDropped
 LaneRequest = (
     Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks
