@@ -76,7 +76,6 @@ ZMQ = {
     "transport.calls",
     "transport.lane",
     "connection",  # owns the application's control socket, and polls
-    "supervisor.loop",
     "workers.loop",
 }
 
@@ -162,7 +161,8 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 
 def test_sockets_are_imported_by_transport_only():
-    assert {name for name in MODULES if "socket" in outside(name)} == {"transport.sockets"}
+    users = {name for name in MODULES if "socket" in outside(name)}
+    assert users == {"transport.router", "transport.sockets"}
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,8 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import zmq
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from onnx_dl import descriptors, installation, machine
 from onnx_dl.config import Settings
@@ -44,7 +42,7 @@ from onnx_dl.supervisor.commands import (
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
-from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.process import RESERVE, Processes
 from onnx_dl.supervisor.records import HOST
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
@@ -53,12 +51,16 @@ from onnx_dl.supervisor.workerprocess import MOST_BLOBS
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
+from onnx_dl.transport.router import Router
 from onnx_dl.transport.secret import same_secret
-from onnx_dl.transport.sockets import Socket
 
 if TYPE_CHECKING:
     from onnx_dl.supervisor.configured import Configuration
     from onnx_dl.supervisor.scrape import Scrape
+
+
+_LINGER: Final = 0.5
+"""Seconds for the last messages to be taken."""
 
 
 class Supervisor:
@@ -96,8 +98,7 @@ class Supervisor:
         epoch = time.time() - time.monotonic()
         self._store = store.of(settings)
         self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
-        self._context = sockets.context()
-        self._control: Socket = sockets.router(self._context, f"{address}/control")
+        self._control = Router(f"{address}/control", RESERVE // 2, self._is_expected)
         processes.attach(f"{address}/control", self)
         self._clients = Clients(f"{address}/lifeline", self._greet, self._client_gone)
         self._application = application
@@ -124,7 +125,7 @@ class Supervisor:
         self._processes.reap()  # one may have ended before signals were heard
         while not self._scheduler.finished:
             self._mind_loneliness()
-            self._take_in(sockets.wait(self._poller(), self._patience()))
+            self._take_in(sockets.readable(self._sources(), self._patience()))
             self._pass_time(time.monotonic())
         if self._place is not None and not self._returns:
             self._place.withdraw()
@@ -132,7 +133,7 @@ class Supervisor:
             self._scrape.close()
         self._processes.close()
         # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
-        self._context.destroy(linger=500)
+        self._control.close(_LINGER)
         self._clients.close()
 
     def _patience(self) -> float | None:
@@ -141,25 +142,28 @@ class Supervisor:
             self._scheduler.next_deadline(),
             self._processes.next_deadline(),
             self._clients.next_deadline(),
+            self._control.next_deadline(),
             self._abandoned_at,
         )
         deadline = min((at for at in deadlines if at is not None), default=None)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    def _poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._control, zmq.POLLIN)
-        fds = [self._wakeups.fileno(), *self._processes.sources(), *self._clients.sources()]
+    def _sources(self) -> list[int]:
+        """Descriptors to poll."""
+        fds = [
+            self._control.fileno(),
+            self._wakeups.fileno(),
+            *self._processes.sources(),
+            *self._clients.sources(),
+        ]
         fds += [] if self._application is None else [self._application]
         fds += [] if self._scrape is None else [self._scrape.fileno()]
         fds += [] if self._file is None else self._file.sources()
-        for fd in fds:
-            poller.register(fd, zmq.POLLIN)
-        return poller
+        return fds
 
-    def _take_in(self, ready: dict[Any, int]) -> None:
+    def _take_in(self, ready: Container[object]) -> None:
         # Workers first: what they say before they die must be known before their death is.
-        if self._control in ready:
+        if self._control.fileno() in ready:
             self._hear_control()
         if self._wakeups.fileno() in ready:
             self._heed_signals(self._wakeups.arrived())
@@ -184,6 +188,7 @@ class Supervisor:
     def _pass_time(self, now: float) -> None:
         self._processes.on_tick()
         self._clients.on_tick(now)
+        self._control.on_tick(now)
         with boundary("the search for room", self._end_search):
             seen = self._look(now) if self._scheduler.wants_look(now) else {}
             self._carry_out(self._scheduler.on_tick(now, seen))
@@ -309,7 +314,7 @@ class Supervisor:
             self._send(identity, m.Published(event=event))
 
     def _send(self, identity: bytes, message: m.Message) -> None:
-        self._control.send_multipart([identity, m.encode(message)])
+        self._control.send(identity, m.encode(message))
 
     def _start_worker(self, worker_id: int, spec: ModelSpec) -> None:
         identity = self._identities[worker_id] = secrets.token_bytes(16)
@@ -383,7 +388,9 @@ class Supervisor:
 
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)
-        self._workers.pop(self._identities.pop(worker_id), None)
+        identity = self._identities.pop(worker_id)
+        self._workers.pop(identity, None)
+        self._control.forget(identity)
         self._on_gpu.discard(worker_id)
         self._runs_measured.pop(worker_id, None)
 
@@ -447,13 +454,7 @@ class Supervisor:
 
     def _hear_control(self) -> None:
         """Every message that has come, from workers and clients."""
-        while True:
-            try:
-                identity, data = self._control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except ValueError:  # not two frames: nobody we know
-                continue
+        for identity, data in self._control.receive(time.monotonic()):
             if (worker_id := self._workers.get(identity)) is not None:
                 self._heed_worker(worker_id, data)
             # What it said on its lifeline, it said before: the bytes of a model, for one.
@@ -561,6 +562,9 @@ class Supervisor:
         found = [(name, kept[name]) for name in spec.blobs if name in kept]
         return dict(found[:MOST_BLOBS])
 
+    def _is_expected(self, identity: bytes) -> bool:
+        return identity in self._workers or self._clients.known(identity) is not None
+
     def _greet(self, hello: m.ClientHello) -> m.Message | None:
         if self._scheduler.closing:  # without a word: the next host is for it, in a moment
             return None
@@ -580,6 +584,7 @@ class Supervisor:
         return None
 
     def _client_gone(self, identity: bytes) -> None:
+        self._control.forget(identity)
         now = time.monotonic()
         with boundary(
             "the end of a client",

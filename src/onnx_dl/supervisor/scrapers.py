@@ -27,7 +27,7 @@ class Scrapers:
         self._lock = threading.Lock()
 
     def came(self, who: Hashable, now: float) -> tuple[bool, Hashable | None]:
-        """Whether it is let in, and who makes way: of those who have not asked yet, the one that came first."""
+        """Whether it is let in, and who makes way: the first that came of those who have not asked yet."""
         with self._lock:
             slowest = None
             if len(self._asking) + len(self._answered) >= self._most:

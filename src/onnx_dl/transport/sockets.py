@@ -167,6 +167,15 @@ def _check_user(sock: socket.socket) -> None:
         raise ProtocolError(f"The process at the other end belongs to user {uid}, not to {os.getuid()}.")
 
 
+def is_ours(sock: socket.socket) -> int | None:
+    """The process at the other end, if it belongs to the same user."""
+    try:
+        _check_user(sock)
+    except ProtocolError:
+        return None
+    return _credentials(sock)[0]
+
+
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
@@ -253,14 +262,6 @@ def _socket(ctx: Context, kind: int) -> Socket:
     return sock
 
 
-def router(ctx: Context, address: str) -> Socket:
-    """A bound ROUTER socket; only processes of the same user get in."""
-    sock = _socket(ctx, zmq.ROUTER)
-    sock.setsockopt(_IPC_FILTER_UID, os.getuid())
-    sock.bind(f"ipc://@{address}")
-    return sock
-
-
 def dealer(ctx: Context, address: str, identity: bytes) -> Socket:
     """A DEALER socket connected to a ROUTER under a routing id of its own."""
     sock = _socket(ctx, zmq.DEALER)
@@ -283,6 +284,14 @@ def pair(ctx: Context, address: str) -> Socket:
     sock.linger = 500
     sock.connect(f"ipc://@{address}")
     return sock
+
+
+def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
+    """Those of these descriptors that are readable within ``timeout`` seconds; None: waits for ever."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))}
 
 
 def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:
