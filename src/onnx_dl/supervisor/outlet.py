@@ -25,6 +25,7 @@ class Outlet(io.TextIOBase):
         self._nbytes = self._dropped = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._ending = False
 
     def writable(self) -> bool:
         return True
@@ -49,6 +50,14 @@ class Outlet(io.TextIOBase):
         with self._changed:
             self._changed.wait_for(lambda: not self._nbytes, patience)
 
+    def end(self) -> None:
+        """The thread ends when it has written what waits."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
     def _begin(self) -> None:
         if self._thread is None:
             thread = threading.Thread(target=self._pour, name="onnx-dl-outlet", daemon=True)
@@ -59,8 +68,8 @@ class Outlet(io.TextIOBase):
             self._thread = thread
 
     def _pour(self) -> None:
-        while True:
-            data, dropped = self._next()
+        while (found := self._next()) is not None:
+            data, dropped = found
             if dropped:
                 _write(self._fd, f"onnx-dl: {dropped} bytes were not written: nobody reads this\n".encode())
             _write(self._fd, data)
@@ -68,9 +77,11 @@ class Outlet(io.TextIOBase):
                 self._nbytes -= len(data)
                 self._changed.notify_all()
 
-    def _next(self) -> tuple[bytes, int]:
+    def _next(self) -> tuple[bytes, int] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
+            self._changed.wait_for(lambda: self._waiting or self._ending)
+            if not self._waiting:
+                return None
             dropped, self._dropped = self._dropped, 0
             return self._waiting.popleft(), dropped
 
