@@ -91,6 +91,7 @@ class Processes:
         doing = "answer" if template.was_ready else "become ready"
         template.close()
         template.kill()
+        template.given_up = True
         reason = f"the template process (pid {template.pid}) did not {doing} in time and was ended"
         self._fail_all(self._waiting_for(template), f"{reason} (ONNX_DL_START_TIMEOUT is {self._patience:g})")
 
@@ -260,7 +261,7 @@ class Processes:
     def _template_died(self, template: TemplateProcess, status: int) -> None:
         """What it was asked for fails.  One that was never ready would be started again for ever, so what
         waits for it fails, too."""
-        waiting = self._waiting_for(template)
+        waiting = [] if template.given_up else self._waiting_for(template)
         template.close()
         self._template = None
         self._fail_all(waiting, f"the template process ended with wait status {status}; its stderr says why")

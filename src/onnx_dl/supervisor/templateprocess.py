@@ -42,6 +42,8 @@ class TemplateProcess:
         """
         self.forks = mode == "fork"
         self.was_ready = False
+        self.given_up = False
+        """Who waited for it has been told; who comes until it is reaped waits for the next one."""
         self.asked: WorkerProcess | None = None
         """The worker that it was asked for and has not told of."""
         self._patience = patience
