@@ -19,7 +19,7 @@ from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
 MOST_BLOBS: Final = MOST_DESCRIPTORS - 3
 """That a worker is born with, beside what every one has."""
-COST: Final = 8
+COST: Final = 6
 """Descriptors that the supervisor needs for one worker, beside its blobs, its control connection included."""
 _TAIL: Final = 40
 """Lines of a worker's stderr that are kept for the error that tells of its death."""
