@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from onnx_dl import descriptors
-from onnx_dl.transport.sockets import Channel, Listener
+from onnx_dl.transport.sockets import Channel, Listener, close_all
 
 PATIENCE: Final = 10.0
 """Seconds in which a connection must have said something."""
@@ -153,6 +153,10 @@ class Door:
         self._epoll.register(fd, select.EPOLLIN)
 
     def _dismiss(self, channel: Channel) -> None:
+        with contextlib.suppress(OSError):  # TimeoutError, if it has said nothing
+            # What is unread when a socket is closed has the other end see a reset, and not why.
+            if (said := channel.receive(0)) is not None:
+                close_all(said[1])
         with contextlib.suppress(OSError):
             self._turn_away(channel, str(descriptors.exhausted("A connection")))
         channel.close()

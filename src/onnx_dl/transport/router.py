@@ -19,7 +19,7 @@ from onnx_dl import descriptors
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import zmtp
 from onnx_dl.transport.door import Silence
-from onnx_dl.transport.sockets import is_ours
+from onnx_dl.transport.sockets import BACKLOG, is_ours
 
 MOST_UNREAD: Final = 64 << 20
 """Bytes that wait for a peer to read; one that lets more wait is not to be waited for."""
@@ -85,7 +85,7 @@ class Router:
         self._expected = expected
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(f"\0{address}")
-        self._listener.listen(256)
+        self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)

@@ -29,6 +29,8 @@ LONGEST: Final = 64 << 10
 MOST_DESCRIPTORS: Final = 128
 """In one message; Linux allows 253."""
 
+BACKLOG: Final = 4096
+"""Connections that may wait to be accepted, as far as the system lets them; others are refused at once."""
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
@@ -194,7 +196,7 @@ class Listener:
     def __init__(self, address: str) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.bind(f"\0{address}")
-        self._sock.listen(256)
+        self._sock.listen(BACKLOG)
         self._sock.setblocking(False)
 
     def accept(self) -> Channel | None:
