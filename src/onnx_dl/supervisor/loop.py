@@ -255,14 +255,14 @@ class Supervisor:
         self._carrying = True
         try:
             while self._todo:
-                command = self._todo.popleft()
-                try:
-                    self._perform(command)
-                except Exception as error:
-                    tell_failure(f"{type(command).__name__} failed", error)
-                    self._undo(command, error)
+                self._perform_safely(self._todo.popleft())
         finally:
             self._carrying = False
+
+    def _perform_safely(self, command: Command) -> None:
+        """A command that fails is told, and becomes the fact that it was not carried out."""
+        with boundary(f"{type(command).__name__} failed", lambda error: self._undo(command, error)):
+            self._perform(command)
 
     def _perform(self, command: Command) -> None:
         match command:
@@ -290,15 +290,11 @@ class Supervisor:
                 self._publish(event)
 
     def _undo(self, command: Command, error: Exception) -> None:
-        """The fact that a command was not carried out."""
+        """What follows for whom a command concerned that failed."""
         match command:
             case StartWorker(worker_id) if worker_id in self._identities:
-                self._forget(worker_id)
-                failure = None
-                if isinstance(error, OSError):
-                    failure = _failure(_exhausted(error))
-                now = time.monotonic()
-                self._carry_out(self._scheduler.on_spawn_failed(worker_id, str(error), now, failure))
+                failure = _failure(_exhausted(error) if isinstance(error, OSError) else error)
+                self.spawn_failed(worker_id, str(error), failure)
             case TellWorker(worker_id):
                 self._carry_out(self._scheduler.on_broken(worker_id, _failure(error)))
             case TellClient(client) if client != HOST:
@@ -310,8 +306,8 @@ class Supervisor:
         if self._foreground:
             print(event, flush=True)
         self._metrics.on_event(event)
-        for identity in self._clients.identities():
-            self._send(identity, m.Published(event=event))
+        for identity in list(self._clients.identities()):
+            self._perform_safely(TellClient(identity, m.Published(event=event)))
 
     def _send(self, identity: bytes, message: m.Message) -> None:
         self._control.send(identity, m.encode(message))
@@ -339,11 +335,11 @@ class Supervisor:
             lambda error: self._carry_out(self._scheduler.on_broken(worker_id, _failure(error))),
         )
 
-    def spawn_failed(self, worker_id: int, reason: str) -> None:
-        self._forget(worker_id)
-        now = time.monotonic()
+    def spawn_failed(self, worker_id: int, reason: str, failure: m.Failure | None = None) -> None:
         with self._about_the_end_of(worker_id):
-            self._carry_out(self._scheduler.on_spawn_failed(worker_id, self._explain(reason), now))
+            self._forget(worker_id)
+            now = time.monotonic()
+            self._carry_out(self._scheduler.on_spawn_failed(worker_id, self._explain(reason), now, failure))
 
     def _about_the_end_of(self, worker_id: int) -> contextlib.AbstractContextManager[None]:
         return boundary(
