@@ -21,6 +21,7 @@ from typing import Final
 
 import zmq
 
+from onnx_dl import descriptors
 from onnx_dl.errors import ProtocolError
 
 LONGEST: Final = 64 << 10
@@ -32,6 +33,8 @@ MOST_DESCRIPTORS: Final = 128
 BACKLOG: Final = 4096
 """Connections that may wait to be accepted, as far as the system lets them; others are refused at once."""
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
+_ZMQ_NEEDS: Final = 12
+"""Descriptors of a context with its first socket, and of what others may take meanwhile."""
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -253,8 +256,19 @@ class Waker:
 
 
 def context() -> Context:
-    """A ZeroMQ context; never shared across fork."""
+    """A ZeroMQ context; never shared across fork.
+
+    Raises:
+        DescriptorsExhausted: this process may have too few more of them.
+    """
+    _check_descriptors("A ZeroMQ context")
     return zmq.Context()
+
+
+def _check_descriptors(what: str) -> None:
+    """libzmq ends the process where it finds no descriptor: in ``epoll_create``, and in ``accept``."""
+    if descriptors.free() < _ZMQ_NEEDS:
+        raise descriptors.exhausted(what)
 
 
 def _socket(ctx: Context, kind: int) -> Socket:
@@ -273,7 +287,12 @@ def dealer(ctx: Context, address: str, identity: bytes) -> Socket:
 
 
 def pair_listener(ctx: Context, address: str) -> Socket:
-    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms."""
+    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms.
+
+    Raises:
+        DescriptorsExhausted: this process may have too few more of them.
+    """
+    _check_descriptors("A lane over ZeroMQ")
     sock = _socket(ctx, zmq.PAIR)
     sock.setsockopt(_IPC_FILTER_UID, os.getuid())
     sock.bind(f"ipc://@{address}")
