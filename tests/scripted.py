@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from typing import Any, Final
 
 import pytest
@@ -18,6 +19,7 @@ from onnx_dl.config import fresh_address
 from onnx_dl.model import ModelDescription, ModelStatus
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
+from onnx_dl.transport.router import Router
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 
@@ -46,7 +48,7 @@ class Scripted:
         self._address = fresh_address("scripted")
         self._worker_address = fresh_address("scripted-worker")
         self._context = sockets.context()
-        self._control = sockets.router(self._context, f"{self._address}/control")
+        self._control = Router(f"{self._address}/control", 0, lambda name: True)
         self._lifelines = Listener(f"{self._address}/lifeline")
         self._lanes = Listener(self._worker_address)
         self._stop = Waker()
@@ -68,24 +70,23 @@ class Scripted:
             thread.join()
         self._lifelines.close()
         self._lanes.close()
-        self._control.close()
+        self._control.close(0.0)
         self._context.term()
 
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        for fd in (self._lifelines.fileno(), self._lanes.fileno(), self._stop.fileno()):
-            poller.register(fd, zmq.POLLIN)
-        poller.register(self._control, zmq.POLLIN)
+        for source in (self._lifelines, self._lanes, self._control, self._stop):
+            poller.register(source.fileno(), zmq.POLLIN)
         while self._stop.fileno() not in (ready := sockets.wait(poller, None)):
             if self._lifelines.fileno() in ready and (channel := self._lifelines.accept()):
                 self._greet(channel)
             if self._lanes.fileno() in ready and (channel := self._lanes.accept()):
                 self._open_lane(channel)
-            if self._control in ready:
-                identity, data = self._control.recv_multipart()
-                self._answer(identity, m.from_client(data))
+            if self._control.fileno() in ready:
+                for identity, data in self._control.receive(time.monotonic()):
+                    self._answer(identity, m.from_client(data))
 
     def _greet(self, channel: Channel) -> None:
         channel.receive(1.0)
@@ -118,7 +119,7 @@ class Scripted:
             case m.Shutdown(ticket=ticket):
                 answer = m.Bye(ticket=ticket)
         if answer is not None:
-            self._control.send_multipart([identity, m.encode(answer)])
+            self._control.send(identity, m.encode(answer))
 
     def _open_lane(self, channel: Channel) -> None:
         self._kept.append(channel)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnx_dl.errors import (
         CapacityError,
         ConfigError,
+        DescriptorsExhausted,
         EngineError,
         HostClosing,
         InstallationError,
@@ -51,6 +52,7 @@ _HOMES = {
     "errors": (
         "CapacityError",
         "ConfigError",
+        "DescriptorsExhausted",
         "EngineError",
         "HostClosing",
         "InstallationError",

@@ -12,7 +12,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── PlatformError (OSError)             this operating system lacks what we stand on
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
-    ├── DescriptorsExhausted (OSError)      a process may open no more files
+    ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
     ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
     ├── ProtocolError                       a peer said what the protocol does not allow
@@ -80,7 +80,10 @@ class SharedMemoryError(OnnxDLError, MemoryError):
 
 
 class DescriptorsExhausted(OnnxDLError, OSError):
-    """A process has no descriptor left for what was asked of it; what it has goes on.  ``errno``: EMFILE."""
+    """A process of ours, or the application, may have no more file descriptors.
+
+    What is loaded goes on.  ``errno`` is EMFILE.  :func:`onnx_dl.descriptors.exhausted` makes one.
+    """
 
     code = "descriptors-exhausted"
 

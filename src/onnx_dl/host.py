@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting
+from onnx_dl import installation, starting, surroundings
 from onnx_dl.background import Background
 from onnx_dl.client import RemoteModel, SharedBlob, unload
 from onnx_dl.config import check_platform, parse_size, parse_timeout, settings
@@ -197,6 +197,7 @@ class ModelHost:
             raise
 
     def _bring_up(self, this: _Start, deadline: Deadline) -> Connection:
+        surroundings.fill_standard_streams()
         self._bury()
         teller, models = Teller(self._bus), self._models
         process: subprocess.Popen[bytes] | None = None

@@ -15,14 +15,13 @@ import secrets
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import census, config
+from onnx_dl import census, config, surroundings
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.deadline import Deadline
@@ -192,7 +191,7 @@ def _start(
     **streams: Any,
 ) -> tuple[subprocess.Popen[bytes], bool]:
     """A supervisor process, and whether it listens; if not, another has its name."""
-    sys_path = [os.path.abspath(entry) for entry in sys.path]
+    sys_path = surroundings.search_path()
     ready, ready_write = os.pipe()
     orders = {
         "address": address,
@@ -203,6 +202,7 @@ def _start(
         "protocol": PROTOCOL_VERSION,
         "host": host,
         "firm": list(firm),
+        "application": (os.getpid(), surroundings.started_at(os.getpid())),
     }
     try:
         process = subprocess.Popen(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import sys
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl import config, surroundings
 from onnx_dl.errors import SupervisorError
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.supervisor.main import Orders, serve
@@ -30,11 +28,12 @@ def supervise(name: str = USUAL, **settings: str | None) -> None:
             to be the next one.
     """
     config.check_platform()
+    surroundings.make_own()
     given = {field: value for field, value in settings.items() if value is not None}
     orders = Orders(
         address=config.fresh_address("host"),
         secret=secrets.token_hex(16),
-        sys_path=[os.path.abspath(entry) for entry in sys.path],
+        sys_path=surroundings.search_path(),
         settings=msgspec.structs.replace(config.settings(), **given),
         protocol=PROTOCOL_VERSION,
         host=name,

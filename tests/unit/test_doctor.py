@@ -13,7 +13,7 @@ from onnx_dl.config import Settings
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.supervisor.probe import Gpu
 from onnx_dl.transport.messages import PROTOCOL_VERSION
-from onnx_dl.trials import Answer, answer, parent_of
+from onnx_dl.trials import Answer, answer, children_of
 
 HERE = {"version": "1.31.1", "build": "onnxruntime-gpu", "folder": "/x/onnxruntime", "providers": ["A"]}
 H100 = Gpu("NVIDIA H100", 80_000_000_000, "550.1")
@@ -238,7 +238,10 @@ def test_answers(code: int, stdout: str, expected: Answer) -> None:
     assert answer(code, stdout, "e") == expected
 
 
-def test_a_parent(tmp_path: Path) -> None:
-    (tmp_path / "7").mkdir()
-    (tmp_path / "7" / "status").write_text("Name:\tx\nPid:\t7\nPPid:\t3\nTracerPid:\t0\n")
-    assert parent_of(7, tmp_path) == 3
+def test_children(tmp_path: Path) -> None:
+    for pid, parent in ((7, 3), (8, 33), (9, 3)):
+        (tmp_path / str(pid)).mkdir()
+        status = f"Name:\tx\nPid:\t{pid}\nPPid:\t{parent}\nTracerPid:\t0\n"
+        (tmp_path / str(pid) / "status").write_text(status)
+    (tmp_path / "10").mkdir()  # it has just ended
+    assert children_of(3, tmp_path) == {7, 9}

@@ -79,7 +79,6 @@ EXAMPLES = [
     m.Spawn(worker_id=1, identity=b"i", control="c"),
     m.Spawned(worker_id=1, pid=2),
     m.SpawnFailed(worker_id=1, reason="r"),
-    m.Reaped(worker_id=1, status=11),
     m.TemplateReady(forkable=True),
     m.LaneHello(version=1, secret="s", reply_to="r", poll=True),
     m.LaneOpen(secret="s", thread=7),

@@ -12,14 +12,17 @@ import ctypes
 import os
 import select
 import sys
+import time
+import traceback
 from typing import Final
 
 import msgspec
 
-from onnx_dl import census
+from onnx_dl import census, surroundings
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
+from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
@@ -28,6 +31,8 @@ _REPLACED: Final = (
     "onnx-dl was replaced on disk while this application ran: the application speaks {theirs}, "
     "what is installed now speaks version {ours}. Restart the application."
 )
+_LAST_WORDS: Final = 0.5
+"""Seconds for what is to be read by people, at the end."""
 
 
 class Starter(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,13 +54,18 @@ class Orders(Starter, frozen=True, kw_only=True):
     """The name under which other applications find it."""
     firm: list[str] = []
     """Names of settings that were given as arguments, which the host's file does not change."""
+    application: tuple[int, int | None] | None = None
+    """The process that starts it, and when that began: a supervisor of its own ends with it."""
     foreground: bool = False
     """It was started by hand: it stays without clients, and says on stdout what happens."""
 
 
 def main() -> None:
     """Runs a supervisor until its last client is gone."""
+    surroundings.make_own()
     said = sys.stdin.buffer.read()
+    if not said:  # the application ended before it could say what it wants
+        return
     starter = msgspec.json.decode(said, type=Starter)
     if starter.protocol != PROTOCOL_VERSION:  # the rest of its orders may mean anything
         _tell(starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=census.version(starter.protocol)))
@@ -70,7 +80,7 @@ def main() -> None:
             serve(orders, place)
         else:
             _tell(orders, "-")
-    except OnnxDLError as error:
+    except (OnnxDLError, OSError) as error:
         _tell(orders, str(error))
         sys.exit(1)
 
@@ -83,10 +93,15 @@ def serve(orders: Orders, place: Place | None) -> None:
     Raises:
         OnnxDLError: what the settings ask for cannot be had.
     """
+    try:
+        application = _application(orders)
+    except ProcessLookupError:
+        return
     _take_in_orphans()
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # what the last one of this name wrote
-    processes = Processes(orders.sys_path, orders.settings.start)
+    settings = orders.settings
+    processes = Processes(orders.sys_path, settings.start, settings.start_timeout, time.monotonic)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 
@@ -94,10 +109,11 @@ def serve(orders: Orders, place: Place | None) -> None:
         processes,
         orders.address,
         orders.secret,
-        orders.settings,
+        settings,
         place=place,
         foreground=orders.foreground,
         firm=orders.firm,
+        application=application,
     )
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)
@@ -105,7 +121,28 @@ def serve(orders: Orders, place: Place | None) -> None:
         said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
         print(said, flush=True)
     _tell(orders, "!")
-    supervisor.run()
+    sys.stdout, sys.stderr = outlets = Outlet(1), Outlet(2)
+    try:
+        supervisor.run()
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        for outlet in outlets:
+            outlet.finish(_LAST_WORDS)
+
+
+def _application(orders: Orders) -> int | None:
+    """A descriptor that is readable when the application is gone that has this supervisor for itself.
+
+    Its lifeline says so, too, but not before it is connected.
+
+    Raises:
+        ProcessLookupError: it is gone already.
+    """
+    if orders.host is not None or orders.application is None:
+        return None
+    return surroundings.watch(*orders.application)
 
 
 def _tell(starter: Starter, text: str) -> None:

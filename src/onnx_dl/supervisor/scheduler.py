@@ -21,12 +21,12 @@ from onnx_dl.events import EventType
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits, saving
-from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.chronicle import Chronicle
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.fates import Fates, death
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.measuring import Seen
+from onnx_dl.supervisor.mending import Mending
 from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
 from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
 from onnx_dl.supervisor.thrash import Thrash
@@ -40,7 +40,7 @@ _HOSTS_OWN: Final = (HOST, 0)
 """The lease by which the host itself holds a model."""
 
 
-class Scheduler(Admission):
+class Scheduler(Mending):
     """All models of one supervisor.  ``epoch`` is added to monotonic times to make Unix times."""
 
     def __init__(
@@ -351,12 +351,14 @@ class Scheduler(Admission):
         self._say_bye()
         return self._done()
 
-    def on_spawn_failed(self, worker_id: int, reason: str, now: float) -> list[Command]:
-        """No process came of a StartWorker."""
+    def on_spawn_failed(
+        self, worker_id: int, reason: str, now: float, failure: m.Failure | None = None
+    ) -> list[Command]:
+        """No process came of a StartWorker.  ``failure``: what is answered, if there is more to say."""
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             error = WorkerDied(f"No worker process could be started for {model.spec.name}: {reason}.")
-            model.worker.failure = failures.describe(error)
+            model.worker.failure = failure or failures.describe(error)
         return self.on_exited(worker_id, 0, "", now)
 
     # --- time ---------------------------------------------------------------------------------------------

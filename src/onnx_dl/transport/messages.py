@@ -381,17 +381,10 @@ class Spawned(Message):
 
 
 class SpawnFailed(Message):
-    """No process came of it."""
+    """No process came of it.  ``worker_id`` is 0 where the Spawn could not be read."""
 
     worker_id: int
     reason: str
-
-
-class Reaped(Message):
-    """A worker's wait status; its process is gone."""
-
-    worker_id: int
-    status: int
 
 
 class TemplateReady(Message):
@@ -531,7 +524,7 @@ ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
-OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
+OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
 AboutBlocks = BlockShared | BlockDropped
 LaneRequest = (
     Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks

@@ -22,6 +22,7 @@ from typing import Final
 
 import zmq
 
+from onnx_dl import descriptors
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 
@@ -34,7 +35,11 @@ MOST_DESCRIPTORS: Final = 128
 _FULL: Final = 0.005
 """Seconds until a listener whose queue was full is tried again."""
 
+BACKLOG: Final = 4096
+"""Connections that may wait to be accepted, as far as the system lets them; others are refused at once."""
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
+_ZMQ_NEEDS: Final = 12
+"""Descriptors of a context with its first socket, and of what others may take meanwhile."""
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -183,6 +188,15 @@ def _check_user(sock: socket.socket) -> None:
         raise ProtocolError(f"The process at the other end belongs to user {uid}, not to {os.getuid()}.")
 
 
+def is_ours(sock: socket.socket) -> int | None:
+    """The process at the other end, if it belongs to the same user."""
+    try:
+        _check_user(sock)
+    except ProtocolError:
+        return None
+    return _credentials(sock)[0]
+
+
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
@@ -201,7 +215,7 @@ class Listener:
     def __init__(self, address: str) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.bind(f"\0{address}")
-        self._sock.listen(256)
+        self._sock.listen(BACKLOG)
         self._sock.setblocking(False)
 
     def accept(self) -> Channel | None:
@@ -258,22 +272,25 @@ class Waker:
 
 
 def context() -> Context:
-    """A ZeroMQ context; never shared across fork."""
+    """A ZeroMQ context; never shared across fork.
+
+    Raises:
+        DescriptorsExhausted: this process may have too few more of them.
+    """
+    _check_descriptors("A ZeroMQ context")
     return zmq.Context()
+
+
+def _check_descriptors(what: str) -> None:
+    """libzmq ends the process where it finds no descriptor: in ``epoll_create``, and in ``accept``."""
+    if descriptors.free() < _ZMQ_NEEDS:
+        raise descriptors.exhausted(what)
 
 
 def _socket(ctx: Context, kind: int) -> Socket:
     sock = ctx.socket(kind)
     sock.linger = 0
     sock.sndhwm = sock.rcvhwm = 0  # control is sparse and must not be dropped; calls are one at a time
-    return sock
-
-
-def router(ctx: Context, address: str) -> Socket:
-    """A bound ROUTER socket; only processes of the same user get in."""
-    sock = _socket(ctx, zmq.ROUTER)
-    sock.setsockopt(_IPC_FILTER_UID, os.getuid())
-    sock.bind(f"ipc://@{address}")
     return sock
 
 
@@ -286,7 +303,12 @@ def dealer(ctx: Context, address: str, identity: bytes) -> Socket:
 
 
 def pair_listener(ctx: Context, address: str) -> Socket:
-    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms."""
+    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms.
+
+    Raises:
+        DescriptorsExhausted: this process may have too few more of them.
+    """
+    _check_descriptors("A lane over ZeroMQ")
     sock = _socket(ctx, zmq.PAIR)
     sock.setsockopt(_IPC_FILTER_UID, os.getuid())
     sock.bind(f"ipc://@{address}")
@@ -299,6 +321,14 @@ def pair(ctx: Context, address: str) -> Socket:
     sock.linger = 500
     sock.connect(f"ipc://@{address}")
     return sock
+
+
+def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
+    """Those of these descriptors that are readable within ``timeout`` seconds; None: waits for ever."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))}
 
 
 def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from typing import Any
 
@@ -15,13 +14,14 @@ from onnx_dl.transport.calls import AGAIN, REPLY, REQUEST, BellCalls, Calls, Zmq
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.lane import Lane
 from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 
 def _checked(hello: Any, secret: str, fds: int) -> m.LaneHello:
     """The greeting of a caller who may open a lane."""
-    if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
+    if not (isinstance(hello, m.LaneHello) and same_secret(hello.secret, secret)):
         raise ProtocolError("Somebody without the secret tried to open a lane.")
     if hello.version != m.PROTOCOL_VERSION:
         raise ProtocolError(f"A caller speaks protocol version {hello.version}.")

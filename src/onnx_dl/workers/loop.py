@@ -23,8 +23,9 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.model import ModelSpec
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.door import Door
 from onnx_dl.transport.gauges import Gauges
-from onnx_dl.transport.sockets import Channel, Listener, Waker
+from onnx_dl.transport.sockets import Channel, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers import memory, warmup
@@ -35,8 +36,10 @@ from onnx_dl.workers.memory import Allowance, Own
 from onnx_dl.workers.repeats import Repeat, Repeats
 from onnx_dl.workers.watchdog import Watchdog
 
-_GREETING: Final = 10.0
-"""Seconds that a caller has to say hello on a lane that it opened."""
+_RESERVE: Final = 16
+"""Descriptors that stay free for the model and for lanes that are open."""
+_GREETING: Final = 1.0
+"""Seconds for a caller that has begun to say hello on a lane."""
 
 
 class Worker:
@@ -89,7 +92,7 @@ class Worker:
         ready = time.monotonic()
         self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
         self._set_limits(order.spec)
-        listener = Listener(self._address)
+        door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         self._say(
             m.WorkerReady(
                 worker_id=self._id,
@@ -104,8 +107,8 @@ class Worker:
             for save in backend.ready(loaded - started, self._blobs):
                 self._say(m.Saveable(worker_id=self._id, **save._asdict()))
         sockets.close_all(self._blobs.values())
-        with contextlib.closing(listener):
-            self._attend(listener, backend)
+        with contextlib.closing(door):
+            self._attend(door, backend)
 
     def _set_limits(self, spec: ModelSpec) -> None:
         if spec.max_memory is not None or spec.max_runs is not None:
@@ -119,10 +122,10 @@ class Worker:
         self._gauges.exceeded(nbytes)
         os._exit(os.EX_TEMPFAIL)
 
-    def _attend(self, listener: Listener, backend: Backend) -> None:
+    def _attend(self, door: Door, backend: Backend) -> None:
         """The main thread's loop, from ready to Exit."""
         poller = zmq.Poller()
-        for source in (self._control, self._lifeline, listener, self._waker):
+        for source in (self._control, self._lifeline, door, self._waker):
             poller.register(source if source is self._control else source.fileno(), zmq.POLLIN)
         callers: dict[int, Channel] = {}
         drained = False
@@ -134,7 +137,7 @@ class Worker:
                 drained = True
                 backend.close()
                 self._say(m.WorkerDrained(worker_id=self._id))
-            ready = sockets.wait(poller, verdict.wait)
+            ready = sockets.wait(poller, _sooner(verdict.wait, door.next_deadline()))
             self._waker.clear()
             if self._lifeline.fileno() in ready:
                 return
@@ -145,7 +148,8 @@ class Worker:
                 poller.unregister(fd)
                 self._caller_gone(callers.pop(fd))
             self._bury_lanes(poller, callers)
-            if listener.fileno() in ready and (channel := listener.accept()):
+            door.on_tick(time.monotonic())
+            for channel in door.spoken(time.monotonic()) if door.fileno() in ready else ():
                 # Without POLLIN: what the caller says is for the lane's own thread.
                 poller.register(channel.fileno(), zmq.POLLERR)
                 callers[channel.fileno()] = channel
@@ -360,6 +364,12 @@ class LaneService:
     def _unhold(self) -> None:
         self._holds -= 1
         self._gate.unhold(time.monotonic())
+
+
+def _sooner(wait: float | None, deadline: float | None) -> float | None:
+    """Seconds to wait, for so many at most and until this moment; None: for ever."""
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    return min((each for each in (wait, left) if each is not None), default=None)
 
 
 def _key(name: Any) -> Any:
