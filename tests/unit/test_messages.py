@@ -21,7 +21,9 @@ from onnx_dl.transport import messages as m
 from tests.unit.builders import DESCRIPTION, spec
 
 FAILURE = m.Failure(family="builtin", name="ValueError", args=["no", 1], details={"retry_after": 1.5})
-VALUE = m.Items("list", [m.Tensor("<f4", (2, 3), 1, 64, True), m.Strings((1,), ["a"]), m.Plain({"a": [1]})])
+VALUE = m.Items(
+    "list", [m.Tensor("<f4", (2, 3), 1, 64, True), m.Text((1,), 1, 0), m.Packed(1, 64), m.Plain(1)]
+)
 MODEL = spec(
     options={"config": {}}, providers=["CPU", ["CUDA", {"id": 1}]], provider_options=[{}], extra={"x": 1}
 )
@@ -82,9 +84,7 @@ EXAMPLES = [
     m.TemplateReady(forkable=True),
     m.LaneHello(version=1, secret="s", reply_to="r", poll=True),
     m.LaneOpen(secret="s", thread=7),
-    m.BlockShared(block=1, size=2),
-    m.BlockDropped(block=1),
-    m.Large(nbytes=5),
+    m.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
     m.Call(
         outputs=m.Plain(None), feed=[("x", VALUE), (3, m.Plain(1))], options={"logid": "a"}, plan=3, moved=[1]
     ),

@@ -22,7 +22,7 @@ from onnx_dl import census, descriptors, installation, machine
 from onnx_dl.config import Settings
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
 from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
@@ -574,9 +574,10 @@ class Supervisor:
         return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
     def _blobs(self, spec: ModelSpec) -> dict[str, int]:
-        """The memory that a model is loaded from, as far as somebody has it and one message takes it."""
+        """The memory that a model is loaded from, by tag, as far as somebody has it and one message
+        takes it."""
         kept = self._clients.blobs()
-        found = [(name, kept[name]) for name in spec.blobs if name in kept]
+        found = [(blob_tag(name), kept[name]) for name in spec.blobs if name in kept]
         return dict(found[:MOST_BLOBS])
 
     def _is_expected(self, identity: bytes) -> bool:

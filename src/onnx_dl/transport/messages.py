@@ -49,11 +49,26 @@ class Tensor(msgspec.Struct, frozen=True, tag="t", array_like=True):
     leased: bool = False
 
 
-class Strings(msgspec.Struct, frozen=True, tag="s", array_like=True):
-    """An object array of text, in C order."""
+class Text(msgspec.Struct, frozen=True, tag="s", array_like=True):
+    """An object array of text: its shape, and where its items lie as a :class:`Packed` list, in C order.
+
+    Block 0: it has none.
+    """
 
     shape: tuple[int, ...]
-    items: list[str]
+    block: int
+    offset: int
+
+
+class Packed(msgspec.Struct, frozen=True, tag="m", array_like=True):
+    """A list or dict of plain values in shared memory, as msgpack.
+
+    At ``offset`` lie two 64-bit numbers: where in the block its bytes begin, and how many there are.  So the
+    same message names values of any length.  Valid until the next message on the same lane.
+    """
+
+    block: int
+    offset: int
 
 
 class Items(msgspec.Struct, frozen=True, tag="i", array_like=True):
@@ -69,7 +84,7 @@ class Plain(msgspec.Struct, frozen=True, tag="p", array_like=True):
     value: Any
 
 
-Value = Tensor | Strings | Items | Plain
+Value = Tensor | Text | Packed | Items | Plain
 
 
 # --- lifeline: client -> supervisor over a Unix socket; its EOF means death in either direction ----------
@@ -363,7 +378,7 @@ class Exit(Message):
 
 class Spawn(Message):
     """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
-    blobs, which are those of these names."""
+    blobs, which are those of these tags (:func:`onnx_dl.model.blob_tag`)."""
 
     worker_id: int
     identity: bytes
@@ -417,23 +432,18 @@ class LaneOpen(Message):
     thread: int
 
 
-class BlockShared(Message):
-    """A new block of ``size`` bytes; its memfd comes with the message."""
+class Envelope(Message, omit_defaults=True):
+    """A message with what its receiver must know of blocks first, or one that is too long for a packet.
 
-    block: int
-    size: int
+    ``shared``: number and size of new blocks, whose memfds come first among the descriptors; ``dropped``:
+    blocks that will not be used again.  ``letter``: block and length; the first bytes of that block are an
+    Envelope with the message, which has neither ``shared`` nor ``letter``.
+    """
 
-
-class BlockDropped(Message):
-    """The block will not be used again; unmap it."""
-
-    block: int
-
-
-class Large(Message):
-    """The next ``nbytes`` bytes on the Unix socket are one message, too long for one packet."""
-
-    nbytes: int
+    shared: list[tuple[int, int]] = []
+    dropped: list[int] = []
+    message: msgspec.Raw = msgspec.Raw()
+    letter: tuple[int, int] | None = None
 
 
 class Call(Message):
@@ -525,11 +535,8 @@ FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDrain
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
-AboutBlocks = BlockShared | BlockDropped
-LaneRequest = (
-    Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks
-)
-LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Large | AboutBlocks
+LaneRequest = Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
+LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Envelope
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=to_plain)
 
@@ -549,7 +556,7 @@ class Reader:
     def __init__(self, union: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
 
-    def __call__(self, data: bytes | memoryview) -> Any:
+    def __call__(self, data: bytes | memoryview | msgspec.Raw) -> Any:
         try:
             return self._decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

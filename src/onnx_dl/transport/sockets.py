@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import zmq
@@ -45,6 +45,7 @@ _PEERCRED: Final = struct.Struct("3i")
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED: Final = int(socket.MSG_CTRUNC)
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_AT_ONCE: Final = int(socket.MSG_DONTWAIT)
 """An application may have given SIGPIPE back its default, which would end it when a worker is gone."""
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -112,6 +113,26 @@ class Channel:
             return False
         return True
 
+    def post(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Like :meth:`send`, but never waits: a peer that has no room for the message counts as gone."""
+        try:
+            if fds:
+                socket.send_fds(self._sock, [data], fds, _NO_SIGNAL | _AT_ONCE)
+            else:
+                self._sock.send(data, _NO_SIGNAL | _AT_ONCE)
+        except (ConnectionError, BlockingIOError):
+            return False
+        return True
+
+    def take(self) -> tuple[memoryview, list[int]] | None:
+        """Like :meth:`receive`, but a message must be there: does not wait.
+
+        Raises:
+            BlockingIOError: there is none.
+            OSError: descriptors came, and this process may have no more.
+        """
+        return self._receive(_AT_ONCE)
+
     def receive(self, timeout: float | None = None) -> tuple[memoryview, list[int]] | None:
         """One message and its descriptors, which the caller closes; None at EOF.
 
@@ -123,8 +144,11 @@ class Channel:
         """
         if timeout is not None and not self.readable(timeout):
             raise TimeoutError("the peer sent nothing in time")
+        return self._receive(0)
+
+    def _receive(self, how: int) -> tuple[memoryview, list[int]] | None:
         try:
-            size, control, flags, _address = self._sock.recvmsg_into([self._view], _FDS_SPACE, _CLOEXEC)
+            size, control, flags, _address = self._sock.recvmsg_into([self._view], _FDS_SPACE, _CLOEXEC | how)
         except ConnectionResetError:
             return None
         fds = [fd for message in control for fd in _fds_of(*message)] if control else []

@@ -27,6 +27,14 @@ class Repeatable(NamedTuple):
     halt: Callable[[], object] | None
 
 
+class Rerun(NamedTuple):
+    """A call that was made before, for other values of the same types: ``run`` makes it with a feed and gives
+    the results, ``halt`` has it end early, from another thread, and of no more use."""
+
+    run: Callable[[dict[str, Any]], Sequence[Any]]
+    halt: Callable[[], object]
+
+
 class Save(NamedTuple):
     """A model that is worth saving for the load cache."""
 
@@ -89,6 +97,10 @@ class Backend(Protocol):
     def repeat(self, outputs: Any, feed: dict[str, Any], results: list[NDArray[Any]]) -> Repeatable | None:
         """A call that was made before, to be made again and again: it reads ``feed`` and writes ``results``
         in place, and raises if they cannot hold what comes out.  None if the engine cannot do that."""
+
+    def rerun(self, outputs: Any) -> Rerun | None:
+        """A call that was made before, to be made with other feeds of the same names and types; None if the
+        engine has no faster way than :meth:`run`."""
 
     def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
         """Another method of the engine's session.

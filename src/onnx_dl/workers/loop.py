@@ -19,8 +19,8 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from onnx_dl.config import fresh_address
-from onnx_dl.errors import ProtocolError
-from onnx_dl.model import ModelSpec
+from onnx_dl.errors import OnnxDLError, SharedMemoryError
+from onnx_dl.model import ModelSpec, blob_tag
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.door import Door
@@ -49,7 +49,7 @@ class Worker:
         self._id = spawn.worker_id
         self._gauges = gauges
         self._lifeline = Channel.from_fd(lifeline)
-        self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
+        self._tagged = dict(zip(spawn.blobs, blobs, strict=True))
         self._context = sockets.context()
         self._control = sockets.dealer(self._context, spawn.control, spawn.identity)
         self._secret = secrets.token_hex(16)
@@ -75,10 +75,12 @@ class Worker:
 
     def _load(self, order: m.Load) -> None:
         started = time.monotonic()
+        tagged = {name: self._tagged.get(blob_tag(name)) for name in order.spec.blobs}
+        blobs = {name: fd for name, fd in tagged.items() if fd is not None}
         try:
             if not order.spec.members:  # each of a group has its own
                 backends.enter(order.spec.cwd)
-            backend = backends.load(order.spec, self._blobs, mapped=order.mapped)
+            backend = backends.load(order.spec, blobs, mapped=order.mapped)
             loaded = time.monotonic()
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
@@ -104,9 +106,9 @@ class Worker:
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            for save in backend.ready(loaded - started, self._blobs):
+            for save in backend.ready(loaded - started, blobs):
                 self._say(m.Saveable(worker_id=self._id, **save._asdict()))
-        sockets.close_all(self._blobs.values())
+        sockets.close_all(self._tagged.values())
         with contextlib.closing(door):
             self._attend(door, backend)
 
@@ -275,7 +277,7 @@ class LaneService:
         while True:
             try:
                 request = self._lane.receive()
-            except ProtocolError as error:
+            except (OnnxDLError, OSError) as error:  # the lane ends with the next one if it is of no more use
                 self._fail(error)
                 continue
             self._halt.begin(self._lane.request)
@@ -336,6 +338,8 @@ class LaneService:
             self._lane.say(m.CallFailed(failure=failures.describe(error)))
         except (TypeError, ValueError, OverflowError):  # an attribute of it cannot travel; its text can
             self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
+        except SharedMemoryError as no_memory:  # its text is too long for a packet
+            self._lane.say(m.CallFailed(failure=failures.describe(no_memory)))
 
     def _call(self, call: m.Call) -> None:
         feed = {_key(name): self._lane.unpack(value) for name, value in call.feed}
