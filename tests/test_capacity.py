@@ -175,6 +175,23 @@ def test_who_fits_is_not_refused_with_who_does_not(
     assert not host.reasons()
 
 
+def test_threads_that_want_one_model_wait_together(
+    limited: Any, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one proxy or by several: nobody begins to wait when another is refused."""
+    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "1")
+    host = limited(90 * MB)
+    used, one = proxies(models[:2], host)
+    others = [*proxies(models[1:2], host), *proxies(models[1:2], host)]
+    with used.session(), concurrent.futures.ThreadPoolExecutor(6) as pool:
+        began = time.monotonic()
+        loads = [pool.submit(proxy.load) for proxy in (one, one, one, one, *others)]
+        errors = [load.exception(4 * DEADLINE) for load in loads]
+        took = time.monotonic() - began
+    assert {type(error) for error in errors} == {CapacityError}
+    assert took < 2 * 1.0 + 1.5  # one after the other would be six
+
+
 # --- loads that are too large ------------------------------------------------------------------------------
 
 CAP = 115 * MB
