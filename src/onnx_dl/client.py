@@ -19,13 +19,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import remarks
+from onnx_dl import descriptors, remarks
 from onnx_dl.acquisition import Acquisition, Make, Renew
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
-    DescriptorsExhausted,
     LoadTimeout,
     ProtocolError,
     ProxyClosedError,
@@ -228,7 +227,7 @@ class RemoteModel:
                 if error.errno not in _NO_DESCRIPTOR:
                     raise
                 if not self._spare():
-                    raise _exhausted() from error
+                    raise descriptors.exhausted(f"A call of {self.spec.name}") from error
             if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
                 time.sleep(min(_PAUSE * attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable")
@@ -255,7 +254,7 @@ class RemoteModel:
         except BaseException as error:
             lane.close()  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
-                raise _exhausted() from error
+                raise descriptors.exhausted(f"A call of {self.spec.name}") from error
             raise
         self.settle(lane, reply, None if watch is None else watch.deadline)
         return False, None
@@ -704,10 +703,3 @@ def _trim(lane: ClientLane) -> bool:
         return lane.trim()
     except (OSError, ProtocolError):
         return False
-
-
-def _exhausted() -> DescriptorsExhausted:
-    return DescriptorsExhausted(
-        "This process may open no more files, and a call needs some. Raise its limit (ulimit -n), use fewer "
-        "threads at a time, or let go of results."
-    )
