@@ -7,6 +7,7 @@ messages, so that a client cannot tell them from real ones.
 from __future__ import annotations
 
 import contextlib
+import select
 import threading
 import time
 from typing import Any, Final
@@ -54,6 +55,8 @@ class Scripted:
         self._stop = Waker()
         self._kept: list[Any] = []
         self._serving: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._lanes_served: list[WorkerLane] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -66,6 +69,9 @@ class Scripted:
         self._thread.join()
         for kept in self._kept:
             kept.close()
+        with self._lock:
+            for lane in self._lanes_served:
+                lane.hang_up()
         for thread in self._serving:
             thread.join()
         self._lifelines.close()
@@ -134,18 +140,23 @@ class Scripted:
     def _serve_lane(self, channel: Channel) -> None:
         with contextlib.suppress(Exception):
             lane = WorkerLane(self._context, channel, _SECRET, 5.0)
+            with self._lock:
+                self._lanes_served.append(lane)
             try:
                 if self._step == "fate":
                     lane.receive()  # begins it
                 elif self._how == "mute":
-                    self._stop_of(channel)
+                    self._wait_for_its_end(channel)
             finally:
-                lane.close()
+                with self._lock:
+                    self._lanes_served.remove(lane)
+                    lane.close()
 
-    def _stop_of(self, channel: Channel) -> None:
-        while not channel.is_dead():
-            if channel.readable(0.05) and not channel.is_dead():
-                threading.Event().wait(0.05)
+    @staticmethod
+    def _wait_for_its_end(channel: Channel) -> None:
+        poll = select.poll()
+        poll.register(channel.fileno(), 0)  # what the caller says is not read
+        poll.poll()
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ LIFELINE = {
 LANE = {
     "nonsense": b"nonsense",
     "a secret that is not ASCII": m.encode(m.LaneHello(version=m.PROTOCOL_VERSION, secret=ODD_SECRET)),
-    "a message of a lane": m.encode(m.BlockDropped(block=1)),
+    "a message of a lane": m.encode(m.Trim()),
     "deep": b"\x91" * 60_000,
 }
 

@@ -73,7 +73,8 @@ class Scheduler(Mending):
 
     def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> list[Command]:
         """A proxy needs its model."""
-        self.tickets.opened(client, ask.ticket)
+        if client != HOST:  # which waits for no answer
+            self.tickets.opened(client, ask.ticket)
         if self._closing is not None:
             self._refuse(client, ask)
             return self._done()
@@ -460,7 +461,7 @@ class Scheduler(Mending):
 
     def _tell(self, client: bytes, message: Any) -> None:
         """Answers a request, unless it was withdrawn."""
-        if self.tickets.close(client, message.ticket):
+        if client == HOST or self.tickets.close(client, message.ticket):
             self._out.append(TellClient(client, message))
 
     def _order(self, worker_id: int, message: m.Message) -> None:

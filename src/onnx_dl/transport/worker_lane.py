@@ -72,7 +72,11 @@ class WorkerLane(Lane):
         """The key of the model that the caller wants, where there are several."""
         self.thread = threading.get_native_id()
         """Of the thread that serves the lane."""
-        self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))
+        try:
+            self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))
+        except BaseException:  # no memory for one: nobody else closes what came from the caller
+            self._calls.close()
+            raise
         self._unpacker = Unpacker(self._handover.block, copy=False)
 
     @property
