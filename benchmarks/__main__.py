@@ -16,7 +16,19 @@ from typing import Any, Final
 # Models load plainly unless it is the load cache that is measured, and the user's is left alone.
 os.environ["ONNX_DL_CACHE"] = "off"
 
-from benchmarks import breakdown, calls, capped_host, caps, cold, crowd, memory, reclaim, report, spinning
+from benchmarks import (
+    breakdown,
+    calls,
+    capped_host,
+    caps,
+    cold,
+    crowd,
+    memory,
+    reclaim,
+    report,
+    spinning,
+    values,
+)
 from benchmarks.models import cases, voice_activity
 from benchmarks.report import Row
 
@@ -41,6 +53,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
     return {
         **{key: lambda rounds, case=case: calls.measure(case, rounds) for key, case in CASES.items()},
         "vad": _stream,
+        "values": values.measure,
         "crowd": lambda rounds: [
             *crowd.measure(CASES["tiny"], 2000, rounds),
             *crowd.measure(CASES["conv"], 6, rounds),

@@ -7,7 +7,9 @@ messages, so that a client cannot tell them from real ones.
 from __future__ import annotations
 
 import contextlib
+import select
 import threading
+import time
 from typing import Any, Final
 
 import pytest
@@ -18,6 +20,7 @@ from onnx_dl.config import fresh_address
 from onnx_dl.model import ModelDescription, ModelStatus
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
+from onnx_dl.transport.router import Router
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 
@@ -46,12 +49,14 @@ class Scripted:
         self._address = fresh_address("scripted")
         self._worker_address = fresh_address("scripted-worker")
         self._context = sockets.context()
-        self._control = sockets.router(self._context, f"{self._address}/control")
+        self._control = Router(f"{self._address}/control", 0, lambda name: True)
         self._lifelines = Listener(f"{self._address}/lifeline")
         self._lanes = Listener(self._worker_address)
         self._stop = Waker()
         self._kept: list[Any] = []
         self._serving: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._lanes_served: list[WorkerLane] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -64,28 +69,30 @@ class Scripted:
         self._thread.join()
         for kept in self._kept:
             kept.close()
+        with self._lock:
+            for lane in self._lanes_served:
+                lane.hang_up()
         for thread in self._serving:
             thread.join()
         self._lifelines.close()
         self._lanes.close()
-        self._control.close()
+        self._control.close(0.0)
         self._context.term()
 
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        for fd in (self._lifelines.fileno(), self._lanes.fileno(), self._stop.fileno()):
-            poller.register(fd, zmq.POLLIN)
-        poller.register(self._control, zmq.POLLIN)
+        for source in (self._lifelines, self._lanes, self._control, self._stop):
+            poller.register(source.fileno(), zmq.POLLIN)
         while self._stop.fileno() not in (ready := sockets.wait(poller, None)):
             if self._lifelines.fileno() in ready and (channel := self._lifelines.accept()):
                 self._greet(channel)
             if self._lanes.fileno() in ready and (channel := self._lanes.accept()):
                 self._open_lane(channel)
-            if self._control in ready:
-                identity, data = self._control.recv_multipart()
-                self._answer(identity, m.from_client(data))
+            if self._control.fileno() in ready:
+                for identity, data in self._control.receive(time.monotonic()):
+                    self._answer(identity, m.from_client(data))
 
     def _greet(self, channel: Channel) -> None:
         channel.receive(1.0)
@@ -118,7 +125,7 @@ class Scripted:
             case m.Shutdown(ticket=ticket):
                 answer = m.Bye(ticket=ticket)
         if answer is not None:
-            self._control.send_multipart([identity, m.encode(answer)])
+            self._control.send(identity, m.encode(answer))
 
     def _open_lane(self, channel: Channel) -> None:
         self._kept.append(channel)
@@ -133,18 +140,23 @@ class Scripted:
     def _serve_lane(self, channel: Channel) -> None:
         with contextlib.suppress(Exception):
             lane = WorkerLane(self._context, channel, _SECRET, 5.0)
+            with self._lock:
+                self._lanes_served.append(lane)
             try:
                 if self._step == "fate":
                     lane.receive()  # begins it
                 elif self._how == "mute":
-                    self._stop_of(channel)
+                    self._wait_for_its_end(channel)
             finally:
-                lane.close()
+                with self._lock:
+                    self._lanes_served.remove(lane)
+                    lane.close()
 
-    def _stop_of(self, channel: Channel) -> None:
-        while not channel.is_dead():
-            if channel.readable(0.05) and not channel.is_dead():
-                threading.Event().wait(0.05)
+    @staticmethod
+    def _wait_for_its_end(channel: Channel) -> None:
+        poll = select.poll()
+        poll.register(channel.fileno(), 0)  # what the caller says is not read
+        poll.poll()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from onnx_dl import hosts
+from onnx_dl import census, hosts
 from onnx_dl.rendezvous import Place
 from tests.waiting import DEADLINE, eventually
 
@@ -38,8 +38,8 @@ def own_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for host in list(hosts._shared_hosts.values()):
             host.close()
         hosts._shared_hosts.clear()
-        for lock in folder.glob("*.lock"):
-            end(Place(lock.stem).holder())
+        for seen in census.running():
+            end(seen.pid)
         try:
             eventually(lambda: not belonging(folder), f"the end of what used {folder}")
         finally:

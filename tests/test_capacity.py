@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import gc
+import json
 import os
 import sys
 import threading
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -38,6 +43,34 @@ def weighty(path: Path, mb: int, seed: int) -> str:
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path.write_bytes(made.SerializeToString())
     return str(path)
+
+
+def layered(path: Path) -> str:
+    """A model of 48 MB that loads in less than it takes when its layers need not be packed any more."""
+    nodes = [node("MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}"]) for i in range(12)]
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array((random.standard_normal((1024, 1024)) / 32).astype(np.float32), f"w{i}")
+        for i in range(12)
+    ]
+    path.write_bytes(model(nodes, [tensor("x", F, [1, 1024])], [tensor("h12", F, [1, 1024])], weights))
+    return str(path)
+
+
+def hollow(folder: Path, mb: int) -> str:
+    """A model of so many MB that takes none of the disk."""
+    columns = mb * MB // 4096
+    path = weighty(folder / "hollow.onnx", 1, 0)
+    model = onnx.load(path)
+    (weights,) = model.graph.initializer
+    weights.ClearField("raw_data")
+    weights.dims[1] = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = columns
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="hollow.bin")
+    onnx.save(model, path)
+    with open(folder / "hollow.bin", "wb") as file:
+        file.truncate(columns * 4096)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +141,160 @@ def test_what_can_never_fit_is_refused_at_once(limited: Any, models: list[str], 
     assert not host.snapshot().models
 
 
-def test_pinned_models_stay(limited: Any, models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "1")
+def test_pinned_models_stay(limited: Any, models: list[str]) -> None:
+    """What they leave no room for is refused at once, with the numbers."""
     host = limited(90 * MB)
     (pinned,) = proxies(models[:1], host, pin=True)
     (other,) = proxies(models[1:2], host)
     assert value(pinned) == 0
-    with pytest.raises(CapacityError, match="did not become free within 1 seconds"):
+    with pytest.raises(CapacityError, match="more than pinned models leave of the limit of 94") as caught:
         value(other)
+    error = caught.value
+    assert error.needed <= error.limit < error.needed + error.in_use
     assert pinned.is_loaded
     pinned.close()
     assert value(other) == 1024
+
+
+def test_who_fits_is_not_refused_with_who_does_not(
+    limited: Any, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is in use; one that does not fit beside it waits, and small ones wait behind it."""
+    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "1")
+    host = limited(450 * MB)
+    (used,) = proxies(models[:1], host)
+    (large,) = proxies([hollow(tmp_path, 390)], host)
+    small = proxies([weighty(tmp_path / f"s{seed}.onnx", 2, seed) for seed in range(4)], host)
+    with used.session(), concurrent.futures.ThreadPoolExecutor(5) as pool:
+        refused = pool.submit(large.load)
+        eventually(lambda: len(host.snapshot().models) == 2, "the large one waits")
+        found = [pool.submit(value, proxy) for proxy in small]
+        with pytest.raises(CapacityError, match="did not become free within 1 seconds"):
+            refused.result(DEADLINE)
+        assert [each.result(DEADLINE) for each in found] == [1024 * seed for seed in range(4)]
+    assert not host.reasons()
+
+
+def test_threads_that_want_one_model_wait_together(
+    limited: Any, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one proxy or by several: nobody begins to wait when another is refused."""
+    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "1")
+    host = limited(90 * MB)
+    used, one = proxies(models[:2], host)
+    others = [*proxies(models[1:2], host), *proxies(models[1:2], host)]
+    with used.session(), concurrent.futures.ThreadPoolExecutor(6) as pool:
+        began = time.monotonic()
+        loads = [pool.submit(proxy.load) for proxy in (one, one, one, one, *others)]
+        errors = [load.exception(4 * DEADLINE) for load in loads]
+        took = time.monotonic() - began
+    assert {type(error) for error in errors} == {CapacityError}
+    assert took < 2 * 1.0 + 1.5  # one after the other would be six
+
+
+# --- loads that are too large ------------------------------------------------------------------------------
+
+CAP = 115 * MB
+"""In which a model of 60 MB is worth a try: it takes 79 when it is loaded, and 138 while it loads."""
+
+
+class Weighed:
+    """The most that any worker of a host took: bytes, by the kernel's account of what each has for itself."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self.most = 0
+        self._host = host
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.005):
+            for status in self._host.snapshot().models:
+                with contextlib.suppress(psutil.Error):
+                    if status.pid is not None:
+                        found = psutil.Process(status.pid).memory_full_info()
+                        self.most = max(self.most, found.pss)
+
+    def __enter__(self) -> Weighed:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where hosts keep what they measured, and saved models."""
+    monkeypatch.setenv("ONNX_DL_CACHE", "on")
+    monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def refused(path: str, host: ModelHost) -> CapacityError:
+    with pytest.raises(CapacityError, match="is more than the limit") as caught:
+        value(host.open(path, providers=CPU))
+    return caught.value
+
+
+def test_a_load_that_does_not_fit_is_ended_and_refused_alike_from_then_on(
+    limited: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNX_DL_CACHE_FROM", "1000")  # never: from the load cache it would fit
+    path = weighty(tmp_path / "m.onnx", 60, 3)
+    host = limited(CAP)
+    with Weighed(host) as weighed:
+        first = refused(path, host)
+    loads = host.snapshot().seq
+    assert first.needed > CAP and weighed.most < CAP + 60 * MB  # what a load takes within a look, and late
+    for again in (refused(path, host), refused(path, limited(CAP))):
+        assert (again.needed, again.size, again.limit) == (first.needed, first.size, CAP)
+    assert host.snapshot().seq == loads  # nothing was tried
+    assert value(limited(4 * CAP).open(path, providers=CPU)) == 3 * 1024
+    last = refused(path, limited(CAP))
+    assert last.size < CAP < last.needed and "once it is loaded" in str(last)
+
+
+def test_a_model_that_fits_only_when_it_is_mapped_is_mapped(
+    limited: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNX_DL_CACHE_FROM", "0")
+    path = layered(tmp_path / "m.onnx")
+    host = limited(1 << 40)
+    expected = host.open(path, providers=CPU).run(None, {"x": X})[0]
+    eventually(lambda: list(kept.glob("[!u]*/meta.json")), "the model is saved", 60)
+    host.close()
+    (need,) = json.loads(next(kept.glob("needs-*.json")).read_bytes()).values()
+    loading, size = need["load"][0], max(need["steady"]["ram"], need["peak"]["ram"])
+    assert loading > size + 10 * MB
+    host = limited((loading + size) // 2)
+    with Weighed(host) as weighed:
+        proxy = host.open(path, providers=CPU)
+        assert np.array_equal(proxy.run(None, {"x": X})[0], expected)
+    assert weighed.most < (loading + size) // 2
+    proxy.close()
+    for entry in kept.glob("[!u]*/meta.json"):
+        entry.parent.rename(tmp_path / "gone")
+    error = refused(path, host)
+    assert error.size < error.limit < error.needed
+
+
+def test_what_was_given_back_is_told_though_somebody_measures_all_the_time(limited: Any) -> None:
+    host = limited(1 << 40)
+    with Weighed(host), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stop = threading.Event()
+        asked = pool.submit(lambda: [host.snapshot() for _ in iter(stop.is_set, True)])
+        for turn in range(10):
+            proxy = host.open(scaled(), providers=CPU)
+            proxy.load()
+            proxy.unload(force=turn % 2 == 1)
+            proxy.close()
+        stop.set()
+        assert len(asked.result(DEADLINE)) > 20
+    host.close()
+    freed = [event.freed for event in host.seen if event.type is EventType.UNLOADED]
+    assert len(freed) == 10 and min(freed) > 500_000
 
 
 def test_what_the_host_holds_and_nobody_called_makes_room(limited: Any, models: list[str]) -> None:

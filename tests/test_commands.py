@@ -21,8 +21,9 @@ from onnx_dl import ModelHost, Snapshot, WorkerDied, trials
 from onnx_dl.cli import main
 from onnx_dl.console import hosts, loading
 from onnx_dl.demo.assets import model_path
-from onnx_dl.errors import SupervisorError, SupervisorStartError
+from onnx_dl.errors import SupervisorStartError
 from onnx_dl.model import ModelStatus
+from tests.sharing import own_runtime
 from tests.waiting import DEADLINE, eventually
 
 DIGITS, WINE = str(model_path("digits")), str(model_path("wine"))
@@ -50,6 +51,13 @@ class Shared:
         self.asked.append(("close",))
 
 
+@pytest.fixture(autouse=True)
+def runtime(nothing_is_left_behind: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No hosts of others."""
+    with own_runtime(monkeypatch):
+        yield
+
+
 @pytest.fixture
 def shared(host: ModelHost, monkeypatch: pytest.MonkeyPatch) -> Shared:
     """The host that commands find, whichever they ask for; ``asked`` has what they did."""
@@ -68,16 +76,20 @@ def shared(host: ModelHost, monkeypatch: pytest.MonkeyPatch) -> Shared:
 
 @pytest.mark.parametrize(
     "command",
-    [["ps"], ["ps", "--json"], ["top"], ["events", "--follow"], ["events", "--for", "1"], ["unload", "m"]],
+    [
+        ["ps"],
+        ["ps", "--json"],
+        ["top"],
+        ["events", "--follow"],
+        ["events", "--for", "1"],
+        ["unload", "m"],
+        ["stop"],
+        ["stop", "--all-versions"],
+    ],
 )
 def test_no_host_runs(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def connect(name: str, *, start: bool) -> None:
-        assert not start
-        raise SupervisorError("nobody answers")
-
-    monkeypatch.setattr(hosts, "connect", connect)
     monkeypatch.delenv("ONNX_DL_HOST", raising=False)
     assert main(command) == 1
     out, err = capsys.readouterr()

@@ -250,3 +250,58 @@ def test_an_eager_model_that_does_not_load_is_told(
     eventually(told, "stderr says so")
     assert "onnx-dl: an eager model did not load: " in "".join(said)
     assert value(host.open("negate")) == -5
+
+
+# --- whatever stands in files ------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[str | bytes, str]] = {
+    "nested": ("x = " + "[" * 489 + "]" * 489, "line 1: this is nested more than 32 levels deep"),
+    "metrics": ('metrics = "nonsense"', 'line 1: metrics = "nonsense" is no address'),
+    "option": (
+        NEG + "options = {log_severity_level = 77}",
+        "line 3: models.negate.options.log_severity_level",
+    ),
+    "number": (NEG + f"priority = 0x{'f' * 5000}", "line 3: models.negate.priority is a number of more than"),
+    "no text": (b"# \xff", "line 1: this is not UTF-8"),
+    "large": ("#" * (1 << 20) + "\n", "it has more than 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_host_goes_on_whatever_its_file_becomes(
+    following: Opened, file: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host = following(NEG + "ttl = 60")
+    proxy = host.open("negate")
+    assert value(proxy) == -5
+    content, told = BAD[kind]
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    said: list[str] = []
+    eventually(lambda: said.append(capfd.readouterr().err) or told in "".join(said), "stderr says why not")
+    assert "What was in force before stays." in "".join(said)
+    assert value(proxy) == -5 and statuses(host)["Neg.onnx"].ttl == 60
+    file.write_text(NEG + "ttl = 90")
+    eventually(lambda: statuses(host)["Neg.onnx"].ttl == 90, "the next one counts")
+
+
+@pytest.mark.parametrize("becomes", ["folder", "fifo", "device"])
+def test_a_host_waits_for_nothing_that_comes_in_place_of_its_file(
+    following: Opened, file: Path, becomes: str
+) -> None:
+    host = following(NEG + "ttl = 60")
+    assert value(host.open("negate")) == -5
+    file.unlink()
+    match becomes:
+        case "folder":
+            file.mkdir()
+        case "fifo":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+    pid = host.snapshot().supervisor_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGHUP)
+    assert value(host.open("negate")) == -5
+    os.rmdir(file) if becomes == "folder" else os.unlink(file)
+    file.write_text(NEG + "ttl = 90")
+    eventually(lambda: statuses(host)["Neg.onnx"].ttl == 90, "a file counts")

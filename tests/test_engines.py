@@ -42,6 +42,9 @@ class Scaler:
     def repeat(self, outputs, feed, results):
         return None
 
+    def rerun(self, outputs):
+        return None
+
     def invoke(self, method, args, halt):
         if method == "crash":
             ctypes.string_at(8)

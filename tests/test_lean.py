@@ -13,7 +13,7 @@ import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.demo.assets import model_path
-from tests.waiting import eventually, family, worker_pid
+from tests.waiting import eventually, family, template_of, worker_pid
 
 FEED = {"pixels": np.linspace(0, 16, 128, dtype=np.float32).reshape(2, 64)}
 WINDOW = 0.3
@@ -46,7 +46,8 @@ def activity(pids: list[int]) -> tuple[list[int], float]:
 
 def test_the_supervisor_carries_no_numbers(digits: InferenceSessionProxy, host: ModelHost) -> None:
     supervisor = host.snapshot().supervisor_pid or 0
-    template = psutil.Process(worker_pid(host)).ppid()
+    digits.load()
+    template = template_of(host).pid
     for library in ("_multiarray_umath", "onnxruntime_pybind11_state"):
         assert library not in mapped(supervisor)
         assert library in mapped(template), "the name that is looked for is right"

@@ -73,6 +73,8 @@ def test_a_day_of_a_host(nothing_is_left_behind: None, tmp_path: Path) -> None:
 
         second.unload()
         value(second)
+        calls = ("onnx_dl_call_seconds_count", paths[1])
+        eventually(lambda: scrape(host)[calls] == 2, "the call is counted, a moment after it is answered")
         psutil.Process(worker_pid(host)).kill()
         wait_for(events, EventType.FAILED)
         samples = scrape(host)

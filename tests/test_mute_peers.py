@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -11,9 +12,12 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
+import onnx_dl
 from onnx_dl import InferenceSessionProxy, ModelHost, OnnxDLError
-from onnx_dl.errors import SupervisorTimeout
+from onnx_dl.errors import SupervisorStartError, SupervisorTimeout
+from onnx_dl.rendezvous import Place
 from tests.scripted import HOWS, STEPS, scripted
+from tests.sharing import own_runtime
 from tests.slow import identity_model
 
 TIMEOUT: Final = 0.3
@@ -107,3 +111,15 @@ def test_a_supervisor_that_greets_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.raises(OnnxDLError, match="supervisor"),
     ):
         host.start()
+
+
+def test_a_mute_shared_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the name and the lock, and answers nobody."""
+    with own_runtime(monkeypatch), scripted(monkeypatch, "greeting", "mute") as script:
+        monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "0.4")
+        place = Place("mine")
+        place.publish(*script.start()[1:], kept=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(Place, "holder", lambda _: os.getpid())
+            with at_most(2.0), pytest.raises(SupervisorStartError, match="does not answer"):
+                onnx_dl.connect("mine")

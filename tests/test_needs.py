@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -124,3 +125,32 @@ def test_models_that_push_each_other_out_are_warned_of(
     assert "raise memory_limit" in str(told[0])
     levels = {record.levelno for record in caplog.records if record.getMessage().startswith("thrash")}
     assert levels == {logging.WARNING}
+
+
+HUGE = {"load": [1 << 49, False], "steady": {"ram": 1 << 49}, "peak": {"ram": 1 << 49}}
+WRONG = {
+    "above 2^64": {"load": [1 << 65, False]},
+    "endless": {"load": [10**400, False]},
+    "huge": HUGE,
+    "huge and ended": {"load": [1 << 49, True]},
+    "negative": {"load": [-1, False], "steady": {"ram": -1}},
+    "nested": None,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_whatever_stands_in_the_file_of_needs_models_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """And what was wrong is measured anew."""
+    monkeypatch.setenv("ONNX_DL_CACHE", "on")
+    monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "kept"))
+    path = spiky(tmp_path / "m.onnx")
+    use_all([path], 280 * MB, BIG[:4])
+    (file,) = (tmp_path / "kept").glob("needs-*.json")
+    (key,) = known = json.loads(file.read_bytes())
+    text = json.dumps({key: WRONG[wrong]}) if wrong != "nested" else "[" * 100_000
+    file.write_text(text)
+    use_all([path], 280 * MB, BIG[:4])
+    again = json.loads(file.read_bytes())[key]["steady"]["ram"]
+    assert again == pytest.approx(known[key]["steady"]["ram"], rel=0.5)

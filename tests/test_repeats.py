@@ -137,6 +137,58 @@ def test_shapes_that_depend_on_data(
     assert capfd.readouterr().err == "", "onnxruntime had nothing to complain of"
 
 
+@pytest.fixture
+def classifier(tmp_path: Path) -> str:
+    """Two columns to a label, their name, and a ZipMap of both; text beside them to itself."""
+    ml, text = "ai.onnx.ml", TensorProto.STRING
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["label"], axis=1, keepdims=0),
+        helper.make_node(
+            "LabelEncoder", ["label"], ["name"], domain=ml, keys_int64s=[0, 1], values_strings=["ä", "b"]
+        ),
+        helper.make_node("ZipMap", ["x"], ["maps"], domain=ml, classlabels_int64s=[0, 1]),
+        helper.make_node("Identity", ["t"], ["u"]),
+    ]
+    kind = helper.make_map_type_proto(
+        TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    )
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", TensorProto.FLOAT, ["n", 2]), info("t", text, ["m"])],
+        [
+            info("label", TensorProto.INT64, ["n"]),
+            info("name", text, ["n"]),
+            helper.make_value_info("maps", helper.make_sequence_type_proto(kind)),
+            info("u", text, ["m"]),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(ml, 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "classifier.onnx")
+    return str(tmp_path / "classifier.onnx")
+
+
+@pytest.mark.parametrize("latency", ["normal", "low"])
+def test_text_and_maps_are_new_each_time(host: ModelHost, classifier: str, latency: str):
+    """As many rows and as long texts as chance has it, numbers of every kind; results stay the caller's."""
+    proxy = InferenceSessionProxy(classifier, providers=CPU, host=host, latency=latency)
+    local = onnxruntime.InferenceSession(classifier, providers=CPU)
+    random, kept = np.random.default_rng(3), []
+    for turn in range(150):
+        x = random.standard_normal((int(random.integers(1, 3)), 2), np.float32)
+        x[0, 0] = [np.nan, -0.0, np.inf, 1e-45, 0.5][turn % 5]
+        text = [
+            "ü" * int(random.integers(1, 10) ** random.integers(5)) for _ in range(int(random.integers(3)))
+        ]
+        feed = {"x": x, "t": np.array(text, [object, "U"][turn % 2]) if text else np.array(text, object)}
+        names = [None, ["maps"], ["u", "label"]][turn // 50]
+        kept.append((proxy.run(names, feed), local.run(names, feed)))
+    for ours, theirs in kept:
+        assert repr(ours) == repr(theirs)
+        assert [type(result) for result in ours] == [type(result) for result in theirs]
+
+
 def test_a_call_that_fails_in_between(host: ModelHost, both: str):
     proxy = InferenceSessionProxy(both, providers=CPU, host=host)
     local = onnxruntime.InferenceSession(both, providers=CPU)

@@ -697,7 +697,9 @@ def test_a_host_that_ends_at_once_is_not_started_for_ever(
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -Sc "{says_ready}"\n')
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setenv("ONNX_DL_PYTHON", str(tmp_path / "python"))
-    with pytest.raises(SupervisorStartError, match=r"ends as soon as it is started; its log is .*mine\.log"):
+    with pytest.raises(
+        SupervisorStartError, match=r"ends as soon as it is started; its log is .*mine@5\.log"
+    ):
         onnx_dl.connect("mine")
 
 
@@ -708,7 +710,7 @@ def test_a_template_that_cannot_start(path: str, tmp_path: Path, monkeypatch: py
     (broken / "onnxruntime.py").write_text("import os; os.write(2, b'broken on purpose\\n'); os._exit(9)")
     monkeypatch.syspath_prepend(str(broken))
     host = onnx_dl.connect("mine")
-    with pytest.raises(WorkerDied, match=r"(?s)the template process ended.*mine\.log:.*broken on purpose"):
+    with pytest.raises(WorkerDied, match=r"(?s)the template process ended.*mine@5\.log:.*broken on purpose"):
         twice(host.open(path, providers=CPU))
 
 

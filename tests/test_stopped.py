@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout
+from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout, starting
 from onnx_dl.errors import LoadTimeout, ProxyClosedError, UnloadTimeout, WorkerDied
 from tests.contract.both import CPU, loop
 from tests.contract.test_async_contract import ENDLESS
@@ -221,7 +221,7 @@ def test_the_load_goes_on_for_the_next_caller(stage: Stage) -> None:
     template_before_the_load(stage)
     with pytest.raises(LoadTimeout, match="its load goes on"):
         stage.proxy.load(timeout=0.1)
-    with pytest.raises(RunTimeout, match=r"longer than 0\.1 seconds.*had not begun"):
+    with pytest.raises(RunTimeout, match=r"longer than 0\.1 seconds.*the model to load, which goes on"):
         stage.proxy.run(None, X, timeout=0.1)
     stage.go_on()
     eventually(lambda: stage.proxy.is_loaded, "the load, which nobody waits for")
@@ -381,3 +381,30 @@ def group(supervisor: int) -> list[int]:
             if os.getpgid(pid) == supervisor:
                 found.append(pid)
     return found
+
+
+def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ModelHost()
+    beginning = threading.Event()
+    start = starting.start_private
+
+    def slowly(*args: Any) -> Any:
+        beginning.set()
+        return start(*args)
+
+    monkeypatch.setattr(starting, "start_private", slowly)
+    ended: list[object] = []
+
+    def use() -> None:
+        try:
+            host.start()
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert beginning.wait(DEADLINE)
+    host.close()
+    thread.join(DEADLINE)
+    assert [str(error) for error in ended] in ([], ["The host was closed while it started."])
+    assert host.snapshot().supervisor_pid is None

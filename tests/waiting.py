@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -32,6 +33,20 @@ def worker_pid(host: ModelHost) -> int:
     """The process id of the only worker."""
     (pid,) = [status.pid for status in host.snapshot().models if status.pid is not None]
     return pid
+
+
+def template_of(host: ModelHost) -> psutil.Process:
+    """The process that the workers of a host are forked from."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(host.snapshot().supervisor_pid).children()
+            found[:] = [child for child in children if child.name().startswith("onnx-dl-templat")]
+        return len(found) == 1
+
+    eventually(is_there, "a template")
+    return found[0]
 
 
 def is_gone(pid: int) -> bool:

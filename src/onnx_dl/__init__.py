@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnx_dl.errors import (
         CapacityError,
         ConfigError,
+        DescriptorsExhausted,
         EngineError,
         FilesChanging,
         HostClosing,
@@ -52,6 +53,7 @@ _HOMES = {
     "errors": (
         "CapacityError",
         "ConfigError",
+        "DescriptorsExhausted",
         "EngineError",
         "FilesChanging",
         "HostClosing",

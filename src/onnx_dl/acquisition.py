@@ -91,7 +91,9 @@ class Acquisition:
     ) -> m.Granted:
         request = self._join(key, connection, prepare)
         try:
-            answer = connection.await_answer(request.asked, deadline=deadline, patience=limit.left())
+            answer = connection.await_answer(
+                request.asked, deadline=deadline, patience=limit.left(), what="the model to load"
+            )
         except BaseException as broken:  # Ctrl-C included
             self._leave(key, request, withdraw=True, keep=isinstance(broken, DeadlinePassed))
             raise

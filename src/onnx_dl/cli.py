@@ -90,7 +90,7 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         return command
 
     ps = add("ps", _ps, "list the models of a shared host")
-    ps.add_argument("--json", action="store_true", help="the snapshot as one JSON object")
+    ps.add_argument("--json", action="store_true", help="the snapshot and the hosts as one JSON object")
     top = add("top", _top, "watch the models of a shared host, and their memory over time")
     top.add_argument("--interval", metavar="S", default="2", help="seconds between two pictures (2)")
     events = add("events", _events, "print what happens in a shared host; nothing of the past is kept")
@@ -108,7 +108,10 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         )
         load.add_argument("--priority", type=int, help="models of a lower one make room first")
     unload = add("unload", _unload, "unload a model, for all who use it", model=True)
-    add("stop", _stop, "end a shared host and all its models, for everybody")
+    stop = add("stop", _stop, "end a shared host and all its models, for everybody")
+    stop.add_argument(
+        "--all-versions", action="store_true", help="and those of that name of other versions of onnx-dl"
+    )
     unload.add_argument("--force", action="store_true", help="do not wait for calls that run: they fail")
 
 
@@ -163,10 +166,9 @@ def _supervise(arguments: argparse.Namespace) -> None:
 
 
 def _stop(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import hosts
+    from onnx_dl.console import stopping
 
-    with hosts.running(_host(arguments)) as host:
-        host.stop()
+    stopping.stop(_host(arguments), all_versions=arguments.all_versions)
 
 
 def _demo(_: argparse.Namespace) -> None:
@@ -196,10 +198,9 @@ def _host(arguments: argparse.Namespace) -> str:
 
 
 def _ps(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import hosts, top
+    from onnx_dl.console import top
 
-    with hosts.running(_host(arguments)) as host:
-        top.ps(host, as_json=arguments.json)
+    top.ps(_host(arguments), as_json=arguments.json)
 
 
 def _top(arguments: argparse.Namespace) -> None:

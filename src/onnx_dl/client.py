@@ -19,13 +19,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import remarks
+from onnx_dl import descriptors, remarks
 from onnx_dl.acquisition import Acquisition, Make, Renew
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
-    DescriptorsExhausted,
     LoadTimeout,
     ProtocolError,
     ProxyClosedError,
@@ -237,7 +236,7 @@ class RemoteModel:
                 if error.errno not in _NO_DESCRIPTOR:
                     raise
                 if not self._spare():
-                    raise _exhausted() from error
+                    raise descriptors.exhausted(f"A call of {self.spec.name}") from error
             if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
                 time.sleep(min(_PAUSE * attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable")
@@ -261,12 +260,10 @@ class RemoteModel:
             reply = lane.exchange(message) if watch is None else watch.exchange(self, lane, message)
             if isinstance(reply, ANSWERS):
                 return True, finish(lane, reply)
-        except (
-            BaseException
-        ) as error:  # KeyboardInterrupt included: the reply is still to come, and is nobody's
-            lane.close()
+        except BaseException as error:
+            lane.close()  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
-                raise _exhausted() from error
+                raise descriptors.exhausted(f"A call of {self.spec.name}") from error
             raise
         self.settle(lane, reply, None if watch is None else watch.deadline)
         return False, None
@@ -314,11 +311,12 @@ class RemoteModel:
 
         Only the host that granted it knows: another one's workers have the same numbers.
         """
+        limit = None
         if deadline is not None:  # a moment, also where the run's own time has just passed
-            deadline = Deadline(max(GRACE, deadline.left() or 0.0))
+            limit = Deadline(max(GRACE, deadline.left() or 0.0))
         try:
             fate = connection.ask(
-                lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=deadline
+                lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
             )
         except DeadlinePassed:
             raise run_timeout(deadline, "lost its worker, whose end is not known yet") from None
@@ -742,10 +740,3 @@ def _trim(lane: ClientLane) -> bool:
         return lane.trim()
     except (OSError, ProtocolError):
         return False
-
-
-def _exhausted() -> DescriptorsExhausted:
-    return DescriptorsExhausted(
-        "This process may open no more files, and a call needs some. Raise its limit (ulimit -n), use fewer "
-        "threads at a time, or let go of results."
-    )

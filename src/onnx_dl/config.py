@@ -196,8 +196,8 @@ class Allowances(NamedTuple):
 def parse_allowances(max_memory: object, max_memory_hard: object, max_runs: object) -> Allowances:
     """Sizes in bytes and a number of calls; None: no limit.
 
-    With ``max_memory`` alone, ``max_memory_hard`` is twice that.  Alone, the hard limit counts between calls,
-    too, or what a call left would end the next one.
+    ``max_memory`` alone ends no call.  A hard limit alone counts between calls, too, or what a call left
+    would end the next one.
 
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one cannot be, or the hard limit is the lower.
@@ -209,8 +209,6 @@ def parse_allowances(max_memory: object, max_memory_hard: object, max_runs: obje
             f"max_memory_hard={max_memory_hard!r} is less than max_memory={max_memory!r}: a worker would be "
             "ended during a run before it could be replaced between two. Give max_memory_hard the larger one."
         )
-    if soft is not None and hard is None:
-        hard = 2 * soft
     return Allowances(hard if soft is None else soft, hard, parse_runs(max_runs))
 
 

@@ -154,7 +154,12 @@ class Connection:
         return asked
 
     def await_answer(
-        self, asked: Asked, *, deadline: Deadline | None = None, patience: float | None = None
+        self,
+        asked: Asked,
+        *,
+        deadline: Deadline | None = None,
+        patience: float | None = None,
+        what: str = "the supervisor's answer",
     ) -> Any:
         """The answer.  Several threads may wait for it.
 
@@ -162,6 +167,8 @@ class Connection:
             patience: seconds that the answer may take; None: as long as any control message (the
                 connection's ``timeout``); infinity: as long as it takes.  A supervisor that says nothing else
                 either is given up after two of these timeouts, whatever the patience.
+
+            what: is waited for, in words, if the deadline passes.
 
         Raises:
             DeadlinePassed: ``deadline`` did.
@@ -177,7 +184,7 @@ class Connection:
                 if asked.future.done():  # meanwhile, or the error is its own
                     return asked.future.result()
             if deadline is not None:
-                deadline.check("the supervisor's answer")
+                deadline.check(what)
             if limit.passed:
                 raise TimeoutError if patience is not None else self._mute()
             if time.monotonic() - self._heard_at >= self.timeout:

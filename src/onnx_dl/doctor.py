@@ -15,7 +15,8 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config, installation
+from onnx_dl import census, config, installation
+from onnx_dl.census import Sighting
 from onnx_dl.events import format_bytes
 from onnx_dl.supervisor.probe import Gpu
 from onnx_dl.trials import Answer
@@ -118,6 +119,21 @@ def shared_hosts(complaint: str, *, wanted: bool) -> Finding:
         mark = Mark.PROBLEM if wanted else Mark.WARNING
         return Finding("shared hosts", mark, complaint, "Programs that use no shared host need none.")
     return Finding("shared hosts", Mark.OK, "have a folder of this user alone")
+
+
+def host(seen: Sighting, hosts: Sequence[Sighting]) -> Finding:
+    """A shared host that runs; ``hosts``: all that run."""
+    check = f"host {seen.name}"
+    if seen.reachable:
+        leaves = f"; {census.outlook(seen, hosts)}" if census.successor(seen, hosts) is not None else ""
+        return Finding(check, Mark.OK, census.told(seen) + leaves)
+    return Finding(
+        check,
+        Mark.WARNING,
+        f"{census.told(seen)}; this version of onnx-dl cannot ask it and uses one of its own: models of both "
+        "are in memory twice",
+        census.outlook(seen, hosts),
+    )
 
 
 def shared_memory(size: int | None) -> Finding:

@@ -12,7 +12,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── PlatformError (OSError)             this operating system lacks what we stand on
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
-    ├── DescriptorsExhausted (OSError)      a process may open no more files
+    ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
     ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
     ├── ProtocolError                       a peer said what the protocol does not allow
@@ -80,7 +80,10 @@ class SharedMemoryError(OnnxDLError, MemoryError):
 
 
 class DescriptorsExhausted(OnnxDLError, OSError):
-    """A process has no descriptor left for what was asked of it; what it has goes on.  ``errno``: EMFILE."""
+    """A process of ours, or the application, may have no more file descriptors.
+
+    What is loaded goes on.  ``errno`` is EMFILE.  :func:`onnx_dl.descriptors.exhausted` makes one.
+    """
 
     code = "descriptors-exhausted"
 
@@ -192,6 +195,8 @@ class CapacityError(OnnxDLError, MemoryError):
         limit: bytes that all workers together may take.
         in_use: bytes that they took when this was decided.
         resource: ``memory`` or ``gpu memory``: what these bytes are of.
+        size: bytes that the model takes once it is loaded, where that was measured, else 0.  If only
+            ``needed`` is more than the limit, it is the load that does not fit.
     """
 
     code = "capacity"
@@ -203,9 +208,11 @@ class CapacityError(OnnxDLError, MemoryError):
         limit: int = 0,
         in_use: int = 0,
         resource: str = "memory",
+        size: int = 0,
     ) -> None:
         super().__init__(message)
         self.resource = resource
+        self.size = size
         self.needed = needed
         self.limit = limit
         self.in_use = in_use

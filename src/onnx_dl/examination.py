@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import config, doctor, installation, machine, rendezvous, trials
+from onnx_dl import census, config, doctor, installation, machine, trials
+from onnx_dl.census import Sighting
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.probe import Gpu, gpus
 from onnx_dl.trials import Answer
@@ -41,6 +42,7 @@ def examine() -> list[doctor.Finding]:
         left = max(0.1, end - time.monotonic())
         tried = {name: ask("provider", name, timeout=left) for name in said.get("providers", ())}
         found_gpus, no_gpus = _gpus()
+        running, no_folder = _hosts(os.environ)
         return [
             doctor.python_version(sys.version_info[:3]),
             doctor.kernel(platform.system(), platform.release()),
@@ -55,7 +57,8 @@ def examine() -> list[doctor.Finding]:
                 machine.cgroup_version(),
                 (starting.result().said or {}).get("memory_limit"),
             ),
-            doctor.shared_hosts(_no_folder(os.environ), wanted=bool(chosen.host)),
+            doctor.shared_hosts(no_folder, wanted=bool(chosen.host)),
+            *(doctor.host(seen, running) for seen in running),
             doctor.shared_memory(_size_of(Path("/dev/shm"))),
             doctor.telemetry(said.get("version"), os.environ),
             doctor.start(chosen.start, starting.result()),
@@ -78,13 +81,12 @@ def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: "".join(difflib.get_close_matches(name, known, 1, 0.85)) for name in strange}
 
 
-def _no_folder(environ: Mapping[str, str]) -> str:
-    """Why there is none for the files of shared hosts; empty: there is one."""
+def _hosts(environ: Mapping[str, str]) -> tuple[list[Sighting], str]:
+    """The shared hosts that run, and why there is no folder for their files; empty: there is one."""
     try:
-        rendezvous.runtime_folder(environ)
+        return census.running(environ=environ), ""
     except PlatformError as error:
-        return str(error)
-    return ""
+        return [], str(error)
 
 
 def _gpus() -> tuple[list[Gpu], str]:

@@ -24,12 +24,12 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting
+from onnx_dl import installation, starting, surroundings
 from onnx_dl.background import Background
 from onnx_dl.client import RemoteModel, SharedBlob, unload
 from onnx_dl.config import check_platform, parse_size, parse_timeout, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
-from onnx_dl.deadline import Deadline
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
@@ -39,6 +39,8 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
 
 _T = TypeVar("_T")
+
+_CLOSED: Final = "The host was closed while it started."
 
 _FAREWELL: Final = 3.0
 """Seconds that the supervisor has to end all workers and itself when the application closes it."""
@@ -187,16 +189,25 @@ class ModelHost:
 
     def bring_up(self, this: _Start, deadline: Deadline) -> Connection:
         """In the thread of :class:`_Start`: a connection to a new supervisor."""
+        try:
+            return self._bring_up(this, deadline)
+        except (DeadlinePassed, SupervisorError):
+            if deadline.passed:  # close() ended it
+                raise SupervisorError(_CLOSED) from None
+            raise
+
+    def _bring_up(self, this: _Start, deadline: Deadline) -> Connection:
+        surroundings.fill_standard_streams()
         self._bury()
         teller, models = Teller(self._bus), self._models
         process: subprocess.Popen[bytes] | None = None
-        link = functools.partial(self._link, teller, models, deadline)
+        link = functools.partial(self._link, teller, models)
         if self.name is not None:
             connection = starting.reach(self.name, self._settings, link, deadline, start=this.may_start)
         else:
             process, address, secret = starting.start_private(self._settings, self._firm, deadline)
             try:
-                connection = link(address, secret)
+                connection = link(address, secret, deadline)
             except BaseException:
                 _end(process)
                 raise
@@ -207,7 +218,7 @@ class ModelHost:
         if not wanted:  # closed meanwhile
             connection.close()
             _end(process)
-            raise SupervisorError("The host was closed while it started.")
+            raise SupervisorError(_CLOSED)
         teller.start()
         return connection
 
@@ -226,9 +237,9 @@ class ModelHost:
         self,
         teller: Teller,
         models: weakref.WeakValueDictionary[str, RemoteModel],
-        deadline: Deadline,
         address: str,
         secret: str,
+        deadline: Deadline,
     ) -> Connection:
         connection = Connection(
             address,
@@ -294,7 +305,9 @@ class ModelHost:
         """
         with self._lock:
             connection, self._connection = self._connection, None
-            starting, self._starting = self._starting, None
+            starting = None
+            if self.name is None:  # of a shared one, other threads may look for the next one meanwhile
+                starting, self._starting = self._starting, None
         if starting is not None:
             starting.end(_FAREWELL)
         if connection is not None:

@@ -8,17 +8,17 @@ imported.  ``docs/host-file.md`` has the tables of all keys; a test says when th
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tomllib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from onnx_dl import config
+from onnx_dl import config, smallfiles
 from onnx_dl.errors import ConfigError
 from onnx_dl.hosttables import (
     DefaultsTable,
@@ -30,7 +30,12 @@ from onnx_dl.hosttables import (
     shown,
 )
 from onnx_dl.model import ModelSpec, Warmup, specify
-from onnx_dl.tomllines import line_of
+from onnx_dl.tomllines import line_of, too_deep
+
+MOST_BYTES: Final = 1 << 20
+"""Of a file: several thousand models, which are read within half a second."""
+_DEEPEST: Final = 32
+"""Levels of tables and arrays, of which the deepest key that means something needs seven."""
 
 
 class Configured(Struct, frozen=True, kw_only=True):
@@ -65,11 +70,10 @@ def read(path: str | os.PathLike[str]) -> HostFile:
         ConfigError: it cannot be read or used; the message has file, line and what is allowed.
     """
     file = os.path.abspath(path)
-    if not os.path.isfile(file):
-        reason = "it is no file" if os.path.exists(file) else "there is no such file"
-        raise ConfigError(f"{file} cannot be read: {reason}.")
     try:
-        data = Path(file).read_bytes()
+        data = smallfiles.read(file, MOST_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file} cannot be read: there is no such file.") from error
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
     try:
@@ -88,15 +92,18 @@ def parse(text: str, base: str, file: str = "host.toml") -> HostFile:
     Raises:
         ConfigError: it cannot be used; the message has file, line and what is allowed.
     """
+    # Before anything that calls itself for each level, and takes the square of a key's parts in time.
+    if (line := too_deep(text, _DEEPEST)) is not None:
+        raise ConfigError(f"{file}, line {line}: this is nested more than {_DEEPEST} levels deep.")
     try:
         raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         place, reason = _place_of(error, text)
         raise ConfigError(f"{file}, {place}: this is no TOML: {reason}.") from None
     return _Reader(text, os.path.abspath(base), file).host(raw)
 
 
-def _place_of(error: Exception, text: str) -> tuple[str, str]:
+def _place_of(error: ValueError, text: str) -> tuple[str, str]:
     """Where tomllib found what it does not take, and what it says of it."""
     reason, _, place = str(error).rstrip(")").rpartition(" (at ")
     if place.startswith("line "):
@@ -113,6 +120,8 @@ _INTEGERS: Final = {f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for 
 _FLOATS: Final = ("float16", "float32", "float64")
 DTYPES: Final = ("bool", *_INTEGERS, *_FLOATS, "str")
 """Of inputs that are warmed up with."""
+_MOST_ITEMS: Final = 1 << 48
+_MOST_INT: Final = 2**64 - 1
 
 
 class _Reader:
@@ -124,6 +133,8 @@ class _Reader:
         self._file = file
 
     def host(self, raw: dict[str, Any]) -> HostFile:
+        for where, problem in _oddities(raw):
+            self._refuse(where, problem)
         table = self._table(HostTable, raw, ())
         defaults = self._table(DefaultsTable, table.defaults, ("defaults",))
         ttl = self._parsed(config.parse_ttl, defaults.ttl, ("defaults", "ttl"))
@@ -136,9 +147,14 @@ class _Reader:
             gpu_memory_limit=self._parsed(config.parse_size, table.gpu_memory_limit, ("gpu_memory_limit",)),
             room_timeout=self._parsed(config.parse_time, table.room_timeout, ("room_timeout",)),
             load_timeout=self._parsed(config.parse_time, table.load_timeout, ("load_timeout",)),
-            metrics=table.metrics,
+            metrics=self._metrics(table.metrics),
             models=models,
         )
+
+    def _metrics(self, address: str | None) -> str | None:
+        if address:  # an empty one means nowhere, as in the environment
+            self._parsed(config.parse_address, address, ("metrics",))
+        return address
 
     def _model(
         self, name: str, raw: dict[str, Any], defaults: DefaultsTable, common: dict[str, Any]
@@ -167,7 +183,7 @@ class _Reader:
             "extra": {},
             "surroundings": {},
             **self._allowances(given, where),
-            "group": given.group or None,
+            "group": self._parsed(config.parse_group, given.group or None, (*where, "group")),
         }
         path = os.path.join(self._base, os.path.expanduser(given.path))
         if not os.path.isfile(path):
@@ -207,6 +223,8 @@ class _Reader:
         fill = ("" if given.dtype == "str" else 0) if given.fill is None else given.fill
         if not _holds(given.dtype, fill):
             self._refuse((*where, "fill"), f"= {shown(fill)} is no value of the dtype {given.dtype}")
+        if math.prod(given.shape) > _MOST_ITEMS:
+            self._refuse((*where, "shape"), f"= {shown(given.shape)} has more items than fit any memory")
         return Warmup(given.dtype, tuple(given.shape), fill)
 
     def _options(self, table: dict[str, Any], where: _Keys) -> dict[str, Any]:
@@ -242,8 +260,29 @@ class _Reader:
         raise ConfigError(f"{self._file}, line {line}: {_dotted(where)} {problem}.")
 
 
+def _oddities(raw: dict[str, Any]) -> Iterator[tuple[_Keys, str]]:
+    """What no table of the file may hold, and what not all that looks at values can take: where it stands,
+    and why not.  Without recursion, because what it looks for is too deep for that."""
+    left: list[tuple[_Keys, int, Any]] = [((), 0, raw)]
+    while left:
+        where, depth, value = left.pop()
+        if depth > _DEEPEST:
+            yield where, f"is nested more than {_DEEPEST} levels deep"
+        elif isinstance(value, dict):
+            left += [((*where, key), depth + 1, item) for key, item in value.items()]
+            if any("\0" in key for key in value):
+                yield where, "has a key with a NUL in it"
+        elif isinstance(value, list):
+            left += [(where, depth + 1, item) for item in value]
+        elif isinstance(value, str) and "\0" in value:
+            yield where, f"= {shown(value)} has a NUL in it"
+        elif isinstance(value, int) and abs(value) > _MOST_INT:
+            yield where, "is a number of more than 64 bits"
+
+
 def _dotted(keys: _Keys) -> str:
-    return ".".join(key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key) for key in keys)
+    dotted = ".".join(key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key) for key in keys)
+    return dotted if len(dotted) <= 300 else f"{dotted[:300]}..."
 
 
 def _first(*values: Any) -> Any:

@@ -17,6 +17,12 @@ _Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 _Scalar = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | str
 _Name = Annotated[str, Meta(min_length=1)]
 
+_Threads = Annotated[
+    Annotated[int, Meta(ge=0, le=4096)] | None, Meta(description="a number of threads from 0 to 4096")
+]
+_Severity = Annotated[Annotated[int, Meta(ge=-1, le=4)] | None, Meta(description="a number from 0 to 4")]
+"""onnxruntime takes -1 for what it has as its own default."""
+
 _Flag = Annotated[bool | None, Meta(description="true or false")]
 _Whole = Annotated[_Int32 | None, Meta(description="a whole number of 32 bits")]
 _Text = Annotated[str | None, Meta(description="text in quotes")]
@@ -73,9 +79,9 @@ class SessionTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     execution_mode: Annotated[_Mode | None, _one_of(_Mode)] = None
     execution_order: Annotated[_Order | None, _one_of(_Order)] = None
     graph_optimization_level: Annotated[_Level | None, _one_of(_Level)] = None
-    inter_op_num_threads: _Whole = None
-    intra_op_num_threads: _Whole = None
-    log_severity_level: _Whole = None
+    inter_op_num_threads: _Threads = None
+    intra_op_num_threads: _Threads = None
+    log_severity_level: _Severity = None
     log_verbosity_level: _Whole = None
     logid: _Text = None
     optimized_model_filepath: _Text = None
@@ -83,7 +89,11 @@ class SessionTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     use_deterministic_compute: _Flag = None
     use_per_session_threads: _Flag = None
     config: Annotated[
-        dict[str, str], Meta(description='text in quotes, such as "session.intra_op.allow_spinning" = "0"')
+        dict[Annotated[str, Meta(min_length=1, max_length=1024)], str],
+        Meta(
+            description='text in quotes, such as "session.intra_op.allow_spinning" = "0", '
+            "by a key of 1 to 1024 characters"
+        ),
     ] = {}
 
     def plain(self) -> dict[str, Any]:
@@ -100,7 +110,7 @@ class InputTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One input in ``warmup``."""
 
     shape: Annotated[
-        list[Annotated[int, Meta(ge=0, le=2**31 - 1)]],
+        Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(max_length=32)],
         Meta(description="a list of sizes, such as [1, 3, 224, 224]"),
     ]
     dtype: Annotated[str, Meta(description='the name of a numpy dtype, such as "float32"')] = "float32"

@@ -56,12 +56,12 @@ class InferenceSessionProxy(DescribedProxy):
         pin: the model is not evicted to make room for others while this proxy holds it.
         priority: of models that are idle, those of a lower one make room first.
         max_memory: bytes, or text such as ``"300MB"``: a worker that has more memory of its own after a call
-            is replaced by another before the next; nobody sees an error.  Its peak is that and what one run
-            takes.
+            is replaced by another before the next; nobody sees an error, however much a run takes.  Its peak
+            is that and what one run takes.
         max_memory_hard: bytes or text: a worker that has more than that during a run is ended, and its
-            callers get :class:`~onnx_dl.errors.MemoryLimitExceeded`; None: twice ``max_memory``, if that is
-            given.  Looked at every 10 ms while a call is under way, so that what a run takes within less
-            is seen late.  With it alone, it is ``max_memory``, too.
+            callers get :class:`~onnx_dl.errors.MemoryLimitExceeded`; None: no run is ended.  Looked at every
+            10 ms while a call is under way, so that what a run takes within less is seen late.  Without
+            ``max_memory``, it is that, too.
         max_runs: calls after which a worker is replaced by another.
         group: a name: all models of a host that have the same live in one worker, and are loaded, limited and
             unloaded together.  It costs less memory than several, a CUDA context each above all; a crash of

@@ -1,9 +1,9 @@
 """Starts supervisor processes, and finds those that serve several applications.
 
 A *private* supervisor is a child of the application that starts it and ends with it.  A *shared* one is found
-by its name (:mod:`onnx_dl.rendezvous`), or started in the background, exactly once: of two that are started
-at the same moment, the one that gets the lock is the host, and the other leaves.  What is said to a
-supervisor is :mod:`onnx_dl.connection`'s.
+by its name (:mod:`onnx_dl.rendezvous`), if it speaks the same version of the protocol, or started in the
+background, exactly once: of two that are started at the same moment, the one that gets the lock is the host,
+and the other leaves.  What is said to a supervisor is :mod:`onnx_dl.connection`'s.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import secrets
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl import census, config, surroundings
+from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -35,6 +36,8 @@ _BOOT: Final = (
 _LOOK_EVERY: Final = 0.01
 _RESTART: Final = 10.0
 """Seconds for a service manager to restart a host, before another is started in its place."""
+_FAREWELL: Final = 3.0
+"""Seconds that a host of another version has beyond the time that calls have to end."""
 _READY: Final = b"!"
 """What a supervisor says when it listens."""
 _TAKEN: Final = b"-"
@@ -58,12 +61,20 @@ def start_private(
 
 
 def reach(
-    name: str, settings: Settings, link: Callable[[str, str], _C], deadline: Deadline, *, start: bool
+    name: str,
+    settings: Settings,
+    link: Callable[[str, str, Deadline], _C],
+    deadline: Deadline,
+    *,
+    start: bool,
 ) -> _C:
     """What ``link`` makes of the address and the secret of the shared host of this name.
 
+    One that speaks another version of the protocol is none, and may run beside the one that is found.
+
     Args:
-        link: raises :class:`~onnx_dl.errors.SupervisorUnreachable` where nobody answers.
+        link: is given a deadline, too; raises :class:`~onnx_dl.errors.SupervisorUnreachable` where nobody
+            answers by then.
         start: whether to start the host if there is none.
 
     Raises:
@@ -71,19 +82,21 @@ def reach(
         SupervisorStartError: it does not come up, or refuses us.
     """
     place = Place(name)
-    began = time.monotonic()
+    answer = Deadline(settings.start_timeout, outer=deadline)
+    limit = Deadline(settings.start_timeout + _RESTART, outer=deadline)
+    restart = Deadline(_RESTART)
     while True:
         holder, record = place.holder(), place.record()
         if record is not None and record.pid == holder:
             with contextlib.suppress(SupervisorUnreachable):
-                return link(record.address, record.secret)
-        waited = time.monotonic() - began
+                return link(record.address, record.secret, answer)
         # One that somebody looks after is about to be there again.
-        absent = holder is None and not (record is not None and record.kept and waited < _RESTART)
+        awaited = holder is None and record is not None and record.kept and not restart.passed
+        absent = holder is None and not awaited
         deadline.check(f"the host {name!r}")
         if absent and not start:
-            raise SupervisorError(no_host(name))
-        if waited >= settings.start_timeout + _RESTART:
+            raise SupervisorError(no_host(name, census.of_other_versions(place)))
+        if limit.passed or (holder is not None and answer.passed):
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
                 f"its log is {place.log}. If it runs in a container or network namespace of its own, it "
@@ -91,12 +104,13 @@ def reach(
             )
         if absent:
             _start_shared(place, settings, deadline)
+            answer = Deadline(settings.start_timeout, outer=deadline)
         else:
             time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
 
 def runs(name: str) -> bool:
-    """Whether there is a host of this name now."""
+    """Whether there is a host of this name, and of this version, now."""
     return Place(name).holder() is not None
 
 
@@ -106,20 +120,47 @@ def await_end(name: str, pid: int, patience: float) -> None:
     Raises:
         TimeoutError: it still does after so many seconds.
     """
-    place = Place(name)
+    _await_end(Place(name), pid, patience)
+
+
+def _await_end(place: Place, pid: int, patience: float) -> None:
     deadline = time.monotonic() + patience
     while place.holder() == pid:
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"The host {name!r} (pid {pid}) is still there after {patience:g} seconds.")
+            raise TimeoutError(
+                f"The host {place.name!r} (pid {pid}) is still there after {patience:g} seconds."
+            )
         time.sleep(_LOOK_EVERY)
 
 
-def no_host(name: str) -> str:
-    """What to do without a host of this name."""
+def terminate(seen: Sighting) -> None:
+    """Ends a host of another version, which cannot be asked to end; returns when it has gone.
+
+    Raises:
+        SupervisorError: it has no process id here.
+        TimeoutError: it is still there after the time that calls have to end, and some seconds.
+    """
+    if not seen.pid:
+        raise SupervisorError(f"The host {seen.name!r} runs in another container; end it from there.")
+    place = Place(seen.name, protocol=seen.protocol)
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(seen.pid)
+        try:
+            if place.holder() == seen.pid:  # else the number may be another process's by now
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+        finally:
+            os.close(fd)
+    _await_end(place, seen.pid, config.settings().exit_grace + _FAREWELL)
+
+
+def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
+    """What to do without a host of this name that this version can ask; ``others``: of other versions."""
     supervise, load = ("", "") if name == USUAL else (f" --name {name}", f" --host {name}")
+    of_this = f" for this version of onnx-dl ({census.version(PROTOCOL_VERSION)})" if others else ""
+    listed = "".join(f" There is one of another version: {census.told(other)}." for other in others)
     return (
-        f"No shared host named {name!r} runs. Start one with: onnx-dl supervise{supervise}, in the "
-        f"background with onnx_dl.connect({name!r}), or by loading a model into it: "
+        f"No shared host named {name!r} runs{of_this}.{listed} Start one with: onnx-dl supervise{supervise}, "
+        f"in the background with onnx_dl.connect({name!r}), or by loading a model into it: "
         f"onnx-dl load MODEL{load}. --host or ONNX_DL_HOST names another."
     )
 
@@ -150,7 +191,7 @@ def _start(
     **streams: Any,
 ) -> tuple[subprocess.Popen[bytes], bool]:
     """A supervisor process, and whether it listens; if not, another has its name."""
-    sys_path = [os.path.abspath(entry) for entry in sys.path]
+    sys_path = surroundings.search_path()
     ready, ready_write = os.pipe()
     orders = {
         "address": address,
@@ -158,8 +199,10 @@ def _start(
         "sys_path": sys_path,
         "settings": msgspec.to_builtins(settings),
         "ready_fd": ready_write,
+        "protocol": PROTOCOL_VERSION,
         "host": host,
         "firm": list(firm),
+        "application": (os.getpid(), surroundings.started_at(os.getpid())),
     }
     try:
         process = subprocess.Popen(

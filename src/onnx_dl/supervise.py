@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import sys
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl import config, surroundings
 from onnx_dl.errors import SupervisorError
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.supervisor.main import Orders, serve
+from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 
 def supervise(name: str = USUAL, **settings: str | None) -> None:
     """Runs the host of this name until SIGTERM or Ctrl-C; what happens to models is printed on stdout.
 
+    Where an application has started the host of this name in the background, this waits until that one has
+    gone, which it does when its clients have.  A host of another version that was started before ends
+    likewise; for that this does not wait.
+
     ``settings``: fields of :class:`~onnx_dl.config.Settings` in place of what the environment says.
 
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) a name or setting cannot be.
-        SupervisorError: a host of this name runs.
+        SupervisorError: a host of this name runs that is kept in the foreground, or another process waits
+            to be the next one.
     """
     config.check_platform()
+    surroundings.make_own()
     given = {field: value for field, value in settings.items() if value is not None}
     orders = Orders(
         address=config.fresh_address("host"),
         secret=secrets.token_hex(16),
-        sys_path=[os.path.abspath(entry) for entry in sys.path],
+        sys_path=surroundings.search_path(),
         settings=msgspec.structs.replace(config.settings(), **given),
+        protocol=PROTOCOL_VERSION,
         host=name,
         firm=list(given),
         foreground=True,
     )
-    if not serve(orders):
+    place = Place(name)
+    _take(place)
+    serve(orders, place)
+
+
+def _take(place: Place) -> None:
+    """Makes this process the host, at once or after the one in the background."""
+    holder = None
+    while holder is None:  # it may end between the two questions
+        if place.claim():
+            return
+        holder = place.holder()
+    record = place.record()
+    # Not asked again below: a process that looks at a lock file loses the locks that it has in it.
+    if record is None or record.pid != holder or record.kept:
+        raise SupervisorError(f"A host {place.name!r} runs already (pid {holder}). {_stop(place)}")
+    if not place.line_up():
         raise SupervisorError(
-            f"A host {name!r} runs already (pid {Place(name).holder()}). onnx-dl stop --host {name} ends it."
+            f"A host {place.name!r} runs already (pid {holder}), and another onnx-dl supervise waits for its "
+            "end."
         )
+    print(
+        f"host {place.name!r} runs in the background, pid {holder}; this one follows when its clients have "
+        f"gone. {_stop(place)}",
+        flush=True,
+    )
+    place.await_turn()
+
+
+def _stop(place: Place) -> str:
+    return f"onnx-dl stop --host {place.name} ends it."

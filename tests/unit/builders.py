@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from onnx_dl.config import Settings
@@ -12,7 +11,8 @@ from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, 
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures, shm
 from onnx_dl.transport import messages as m
-from onnx_dl.transport.arena import Arena, Mappings
+from onnx_dl.transport.arena import Arena
+from onnx_dl.transport.mappings import Mappings
 
 A, B = b"client-a", b"client-b"
 SETTINGS = Settings(python="python", load_timeout=100.0, exit_grace=5.0, stable_after=10.0)
@@ -172,10 +172,11 @@ class Peer:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.mappings = Mappings()
+        self.room = 1000
 
     def shared(self, block: int, size: int, fd: int) -> None:
         self.calls.append(("shared", block))
-        self.mappings.add(block, size, os.dup(fd))
+        self.mappings.add(block, size, fd)
 
     def dropped(self, block: int) -> None:
         self.calls.append(("dropped", block))

@@ -11,14 +11,14 @@ from onnx_dl.errors import CapacityError, WorkerDied
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
 from onnx_dl.supervisor import room
-from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import ForgetPeak, Remember, StartWorker
-from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Need
+from onnx_dl.supervisor.measuring import Seen
+from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
-from tests.unit.builders import SETTINGS, A, B, acquire, events, failed, order, ready, starts, told
+from tests.unit.builders import SETTINGS, A, B, acquire, events, failed, kill, order, ready, starts, told
 
 MB = 1 << 20
 
@@ -108,7 +108,7 @@ def test_one_that_was_pinned_stays(scheduler: Scheduler) -> None:
 
 
 def test_nobody_waits_for_ever(scheduler: Scheduler) -> None:
-    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    load(scheduler, "a", 1, 80, 0.0)  # somebody uses it all the time
     assert scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0) == []
     error = denied(scheduler.on_tick(40.0))
     assert "did not become free within 30 seconds" in str(error)
@@ -121,8 +121,9 @@ def test_a_guess_does_not_count_on_what_pinned_models_hold(scheduler: Scheduler)
     """What may fit beside them is tried."""
     load(scheduler, "a", 1, 50, 0.0, pin=True)
     ask = msgspec.structs.replace(acquire(2, 2, key="b"), file_bytes=10 * MB)
-    assert room.guess(10 * MB, Bytes(UNLIMITED, UNLIMITED)).ram > 50 * MB
+    assert room.guess(10 * MB).likely.ram > 50 * MB
     assert [c.spec.key for c in scheduler.on_acquire(A, ask, 1.0) if isinstance(c, StartWorker)] == ["b"]
+    assert taken(scheduler, 1.0) == 100
 
 
 def test_what_can_never_fit(scheduler: Scheduler) -> None:
@@ -141,10 +142,10 @@ def test_loads_in_progress_count(scheduler: Scheduler) -> None:
 
 
 def test_who_came_first_is_served_first(scheduler: Scheduler) -> None:
-    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
     scheduler.on_acquire(A, acquire(3, 3, key="c"), 2.0)
-    commands = scheduler.on_release(A, 1, 3.0)  # who pinned it has gone: it drains
+    commands = scheduler.on_release(A, 1, 3.0)  # who used it has gone: it drains
     assert order(1, m.Drain()) in commands
     scheduler.on_drained(1, usage(80), 3.0)
     commands = scheduler.on_exited(1, 0, "", 3.0)
@@ -152,7 +153,7 @@ def test_who_came_first_is_served_first(scheduler: Scheduler) -> None:
 
 
 def test_who_waits_may_go(scheduler: Scheduler) -> None:
-    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
     scheduler.on_release(A, 2, 2.0)
     assert [s.key for s in scheduler.snapshot(2.0)] == ["a"]
@@ -169,7 +170,7 @@ def test_what_was_measured_counts_the_next_time(scheduler: Scheduler) -> None:
 
 
 def test_a_host_that_closes_denies_who_waits(scheduler: Scheduler) -> None:
-    load(scheduler, "a", 1, 80, 0.0, pin=True)
+    load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 1.0)
     commands = scheduler.on_shutdown(A, m.Shutdown(ticket=9), 2.0)
     assert [message.ticket for message in told(commands, m.Denied)] == [2]
@@ -187,6 +188,102 @@ def test_the_limit_is_a_share_of_the_machine_unless_it_was_set(
     file_bytes = needed * MB - room.BASE
     commands = scheduler.on_acquire(A, msgspec.structs.replace(acquire(1), file_bytes=file_bytes), 0.0)
     assert [isinstance(c, StartWorker) for c in commands][:1] == [fits]
+
+
+# --- whose time is up ------------------------------------------------------------------------------------
+
+
+def ask(ticket: int, key: str, mb: int, **terms: object) -> m.Acquire:
+    """For a model of so many MB."""
+    return msgspec.structs.replace(acquire(ticket, ticket, key=key), file_bytes=mb * MB, **terms)
+
+
+def busy(mb: int) -> Seen:
+    return Seen(usage(mb), Reading(runs=1, busy=1, last_used=1.0))
+
+
+@pytest.fixture
+def crowded() -> Scheduler:
+    """119 of 450 MB are in use all the time, one of 416 MB waits for 3 s, and four of 12 behind it."""
+    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="450MiB", room_timeout=3.0))
+    load(scheduler, "used", 1, 119, 0.0)
+    assert not starts(scheduler.on_acquire(A, ask(2, "large", 384), 10.0))
+    for ticket in range(3, 7):
+        assert not starts(scheduler.on_acquire(A, ask(ticket, f"small{ticket}", 12), 10.0 + ticket / 100))
+    return scheduler
+
+
+@pytest.mark.parametrize("late", [0.0, 0.049, 0.5, 20.0])
+def test_those_behind_who_fit_are_not_refused_with_the_first(crowded: Scheduler, late: float) -> None:
+    """However late the loop is."""
+    assert crowded.on_tick(12.99, {1: busy(119)}) == []
+    commands = crowded.on_tick(13.0 + late, {1: busy(119)})
+    assert [message.ticket for message in told(commands, m.Denied)] == [2]
+    assert [c.spec.key for c in starts(commands)] == [f"small{ticket}" for ticket in range(3, 7)]
+
+
+def test_who_is_first_then_gets_a_chance(crowded: Scheduler) -> None:
+    """A second, for somebody to make way; then those behind it who fit load all the same."""
+    crowded.on_release(A, 3, 11.0)
+    crowded.on_acquire(A, ask(7, "other", 380), 11.0)
+    for ticket in range(4, 7):
+        crowded.on_release(A, ticket, 11.0)
+    crowded.on_acquire(A, ask(8, "tiny", 1), 11.0)
+    commands = crowded.on_tick(14.5, {1: busy(119)})
+    assert [message.ticket for message in told(commands, m.Denied)] == [2] and not starts(commands)
+    assert not told(crowded.on_tick(15.4, {1: busy(119)}), m.Denied)
+    commands = crowded.on_tick(15.5, {1: busy(119)})
+    assert [message.ticket for message in told(commands, m.Denied)] == [7]
+    assert [c.spec.key for c in starts(commands)] == ["tiny"]
+
+
+def test_who_waits_first_from_the_beginning_waits_no_longer(crowded: Scheduler) -> None:
+    assert crowded._room_deadline() is not None
+    assert told(crowded.on_tick(13.0, {1: busy(119)}), m.Denied)
+
+
+def test_all_who_wait_for_one_model_are_told_together(crowded: Scheduler) -> None:
+    crowded.on_acquire(B, ask(9, "large", 384), 12.9)
+    assert [d.ticket for d in told(crowded.on_tick(13.0, {1: busy(119)}), m.Denied)] == [2, 9]
+
+
+def test_without_patience_who_fits_loads_all_the_same() -> None:
+    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="450MiB", room_timeout=0.0))
+    load(scheduler, "used", 1, 119, 0.0)
+    scheduler.on_acquire(A, ask(2, "large", 384), 10.0)
+    scheduler.on_acquire(A, ask(3, "small", 12), 10.0)
+    commands = scheduler.on_tick(10.0, {1: busy(119)})
+    assert told(commands, m.Denied) and starts(commands)
+
+
+# --- what will never fit ---------------------------------------------------------------------------------
+
+
+def test_what_pinned_models_leave_no_room_for_is_refused_at_once(crowded: Scheduler) -> None:
+    load_pinned = ask(10, "used", 0, pin=True)
+    crowded.on_acquire(A, load_pinned, 11.0)
+    (error, *_) = [
+        failures.rebuild(message.failure)
+        for message in told(crowded.on_tick(11.05, {1: busy(119)}), m.Denied)
+    ]
+    assert isinstance(error, CapacityError)
+    assert (error.needed, error.limit, error.in_use) == (416 * MB, 450 * MB, 119 * MB)
+    assert "more than pinned models leave of the limit of 471.9 MB (they hold 124.8 MB; " in str(error)
+
+
+def test_it_is_refused_behind_others_too(scheduler: Scheduler) -> None:
+    load(scheduler, "pinned", 1, 50, 0.0, pin=True)
+    load(scheduler, "used", 2, 30, 0.0)
+    assert scheduler.on_acquire(A, ask(3, "waits", 10), 1.0) == []
+    assert "pinned models" in str(denied(scheduler.on_acquire(A, ask(4, "never", 30), 1.0)))
+
+
+def test_runs_of_pinned_models_refuse_nobody_for_ever(scheduler: Scheduler) -> None:
+    """What they took once may be free again."""
+    load(scheduler, "pinned", 1, 20, 0.0, pin=True)
+    scheduler.on_measured(1, Seen(peaked(20, 90), Reading(runs=1)), 1.0)
+    assert scheduler.on_acquire(A, ask(2, "waits", 10), 2.0) == []
+    assert "did not become free" in str(denied(scheduler.on_tick(32.0, {1: busy(20)})))
 
 
 # --- what is measured ------------------------------------------------------------------------------------
@@ -228,7 +325,9 @@ def test_the_mark_is_set_back_once_the_peak_of_the_load_is_known(scheduler: Sche
     scheduler.on_acquire(A, acquire(1), 0.0)
     commands = scheduler.on_ready(ready(1), peaked(30, 60), 1.0)
     assert ForgetPeak(1) in commands
-    assert remembered(commands) == [Need(load=60 * MB, steady=Bytes(30 * MB), peak=Bytes(30 * MB), at=1.0)]
+    assert remembered(commands) == [
+        Need(load=Peak(60 * MB), steady=Bytes(30 * MB), peak=Bytes(30 * MB), at=1.0)
+    ]
     assert taken(scheduler, 1.0) == 30  # its load is over
 
 
@@ -261,7 +360,7 @@ def test_what_a_life_told_is_remembered_at_its_end(scheduler: Scheduler) -> None
     load(scheduler, "a", 1, 30, 0.0)
     scheduler.on_measured(1, Seen(peaked(30, 70), Reading(runs=1)), 1.0)
     (need,) = remembered(leave(scheduler, 1, peaked(30, 70), 2.0))
-    assert (need.load, need.steady.ram, need.peak.ram, need.at) == (30 * MB, 30 * MB, 70 * MB, 2.0)
+    assert (need.load.nbytes, need.steady.ram, need.peak.ram, need.at) == (30 * MB, 30 * MB, 70 * MB, 2.0)
     load(scheduler, "a", 2, 30, 3.0)
     assert remembered(leave(scheduler, 2, peaked(30, 70), 4.0)) == []  # nothing new
     load(scheduler, "a", 3, 30, 5.0)
@@ -279,7 +378,7 @@ def test_a_crash_tells_nothing_of_the_last_runs(scheduler: Scheduler) -> None:
 
 
 def test_what_earlier_hosts_measured_counts_at_the_first_load() -> None:
-    known = {"a": Need(load=90 * MB, steady=Bytes(10 * MB), peak=Bytes(10 * MB))}
+    known = {"a": Need(load=Peak(90 * MB), steady=Bytes(10 * MB), peak=Bytes(10 * MB))}
     settings = msgspec.structs.replace(SETTINGS, memory_limit="100MiB")
     scheduler = Scheduler(settings, known=known)
     load(scheduler, "b", 1, 20, 0.0)
@@ -448,12 +547,14 @@ def test_gpu_memory_comes_back_later_than_its_process(gpus: Scheduler) -> None:
 
 
 def test_what_never_fits_on_the_gpu_is_told(gpus: Scheduler) -> None:
+    """Also at its first load, which cannot be weighed on the way."""
     gpus.on_acquire(A, on_gpu(1, "a"), 0.0)
     gpus.on_spawned(1, 101)
-    gpus.on_ready(ready(1), peaked(30, 30, gpu=1200), 0.0)
-    leave(gpus, 1, peaked(30, 30, gpu=1200), 5.0)
-    error = denied(gpus.on_acquire(A, on_gpu(2, "a"), 10.0))
-    assert (error.resource, error.needed, error.limit) == ("gpu memory", 1200 * MB, 1000 * MB)
+    commands = gpus.on_ready(ready(1), peaked(30, 30, gpu=1200), 0.0)
+    assert kill(1) in commands and not told(commands, m.Granted)
+    errors = [denied(gpus.on_exited(1, KILLED, "", 5.0)), denied(gpus.on_acquire(A, on_gpu(2, "a"), 10.0))]
+    for error in errors:
+        assert (error.resource, error.needed, error.limit) == ("gpu memory", 1200 * MB, 1000 * MB)
 
 
 def test_the_limit_is_a_share_of_the_gpus_unless_it_was_set(gpus: Scheduler) -> None:

@@ -12,8 +12,18 @@ import pytest
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.transport import shm
-from onnx_dl.transport.arena import HEADER, IDLE_TURNS, SMALLEST, Arena, Block, Mappings, align, size_class
-from tests.unit.builders import Peer, arena, segment
+from onnx_dl.transport.arena import (
+    HEADER,
+    IDLE_TURNS,
+    SMALLEST,
+    Arena,
+    Block,
+    Nobody,
+    align,
+    size_class,
+)
+from onnx_dl.transport.mappings import Mappings
+from tests.unit.builders import arena, segment
 
 MB = 1 << 20
 
@@ -377,17 +387,68 @@ def test_refused_memory_is_an_error_of_ours_and_leaks_nothing(monkeypatch):
     assert a.scratch(MB).size == MB
 
 
-def test_failed_announcement_leaks_nothing():
-    class Gone(Peer):
-        def shared(self, block: int, size: int, fd: int) -> None:
-            raise OSError("the peer is gone")
+def test_failed_announcement_leaks_nothing(monkeypatch):
+    def none_left(fd: int) -> int:
+        raise OSError(errno.EMFILE, "no descriptor is left")
 
     fds = open_segments()
-    a = Arena(Gone())
-    for take in (a.scratch, a.lease):
-        with pytest.raises(OSError, match="gone"):
+    a, peer = arena()
+    monkeypatch.setattr(os, "dup", none_left)
+    for take in (a.scratch, a.lease, a.letter):
+        with pytest.raises(OSError, match="left"):
             take(MB)
-    assert (a.nbytes, open_segments()) == (0, fds)
+    assert (a.nbytes, peer.calls, open_segments()) == (0, [], fds)
+    monkeypatch.undo()
+    assert a.scratch(MB).size == MB
+
+
+def test_a_message_that_announces_enough_leases_no_new_block():
+    a, peer = arena()
+    kept = a.lease(MB)
+    peer.room = 0
+    assert a.lease(MB) is None
+    kept.leased = False
+    assert a.lease(MB) is kept, "the peer knows this one"
+    assert a.scratch(MB).size == MB, "without scratch no message could be sent"
+    assert a.letter(MB).size == MB
+
+
+def test_what_cannot_be_announced_is_not_adopted():
+    a, peer = arena()
+    other = Arena(Nobody(), keep_descriptors=True)
+    first, second = other.lease(MB), other.lease(MB)
+    number = a.adopt(first)
+    peer.room = 0
+    assert a.adopt(second) is None
+    assert a.adopt(first) == number
+    peer.room = 1
+    second.mapping.shed()  # another thread has more recent ones
+    assert a.adopt(second) is None
+
+
+def test_letters_use_free_blocks_again_and_go_when_they_are_not_used():
+    a, peer = arena()
+    letter = a.letter(MB)
+    assert a.letter(MB) is letter
+    leased = a.lease(MB)
+    assert leased is letter, "a letter is valid until the next message"
+    assert a.letter(MB) is not leased
+    leased.leased = False
+    for _ in range(3 * IDLE_TURNS):
+        a.scratch(10)
+    assert a.nbytes == SMALLEST
+    assert [call for call, _ in peer.calls].count("dropped") == 2
+
+
+def test_hostile_announcements():
+    for number, size in ((0, 10), (-1, 10), (2, -1), (1, 10), (2, 2**62)):
+        mappings = Mappings()
+        mappings.add(1, 0, segment(HEADER))
+        fds = open_segments()
+        with pytest.raises((ProtocolError, SharedMemoryError)):
+            mappings.add(number, size, segment(HEADER))
+        assert open_segments() == fds
+        assert mappings.get(2) is None
 
 
 def test_freeze_and_thaw():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
 
@@ -406,3 +407,60 @@ def test_sizes(text: str | int, size: int):
 def test_no_sizes(text: object):
     with pytest.raises(ConfigError, match="is no size"):
         parse_size(text)
+
+
+def _field(number: int, value: bytes) -> bytes:
+    size, head = len(value), bytearray([number << 3 | 2])
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*head, size]) + value
+
+
+def test_whatever_stands_in_a_model_file_it_is_looked_through_soon(tmp_path: Path):
+    """A host does that with files that it was told to load."""
+    deep = b""
+    for number in (6, 5, 1) * 400:  # a graph in an attribute in a node in a graph...
+        deep = _field(number, deep)
+    path = tmp_path / "m.onnx"
+    long = b"\x3a\xff\xff\xff\xff\x7f"
+    for data in (_field(7, deep), b"\x80" * 100_000, b"\x08\x01" * 2_000_000, long, b""):
+        path.write_bytes(data)
+        assert bytes_of(str(path)) == len(data)
+    for seed in range(200):
+        rng = random.Random(seed)
+        path.write_bytes(bytes(rng.choice(b"\x00\x08\x0a\x0d\x2a\x3a\x6a\x80\x01\x05") for _ in range(300)))
+        assert bytes_of(str(path)) >= 300
+    path.unlink()
+    os.mkfifo(path)
+    assert bytes_of(str(path)) == 0
+
+
+# --- entries that were tampered with -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["meta.json", "verified", MODEL])
+@pytest.mark.parametrize("becomes", ["fifo", "folder", "deep", "no text", "large", "link"])
+def test_whatever_stands_in_an_entry_it_is_used_or_removed(store: Cache, what: str, becomes: str):
+    """Nobody waits, nothing is raised, and another model's file is never taken for its own."""
+    put(store, "a")
+    path = store.root / "a" / what
+    path.unlink(missing_ok=True)
+    match becomes:
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "deep":
+            path.write_bytes(b"[" * 100_000)
+        case "no text":
+            path.write_bytes(b'{"name": "\xff"}')
+        case "large":
+            with open(path, "wb") as file:
+                file.truncate(1 << 32)
+        case "link":
+            path.symlink_to("/dev/zero")
+    found = store.find("a")
+    assert (found is not None) == (what == "verified")
+    store.entries()
+    store.clear()

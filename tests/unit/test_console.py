@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from io import StringIO
 from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
-from onnx_dl.console import checklist, table, text
+from onnx_dl.census import Sighting
+from onnx_dl.console import checklist, table, text, versions
 from onnx_dl.console.history import History
 from onnx_dl.console.hosts import alive, default_name
 from onnx_dl.console.loading import loaded
@@ -18,6 +20,7 @@ from onnx_dl.host import Snapshot
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.starting import no_host
+from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 
 def status(model: str = "/models/asr.onnx", **fields: Any) -> ModelStatus:
@@ -151,6 +154,37 @@ def test_a_cell(fields: dict[str, Any], title: str, expected: str) -> None:
     assert cells(status(**fields))[title] == expected
 
 
+def test_hosts_of_several_versions() -> None:
+    """Of each: what it is, whether it can be asked, what becomes of it."""
+    before = Sighting(name="a", protocol=None, pid=1, started=1.0, kept=True)
+    ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
+    later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
+    first, second, third = versions.lines([before, ours, later])
+    assert first.startswith("Host: onnx-dl, protocol version 4 or older, pid 1, since ")
+    assert "This version of onnx-dl cannot ask it." in first and "--all-versions ends it." in first
+    assert second.startswith(f"Host: onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since ")
+    assert second.endswith(". It ends when its clients have gone.")
+    assert third.endswith("This version of onnx-dl cannot ask it. It stays as any host does.")
+    assert versions.lines([ours]) == [second.removesuffix(" It ends when its clients have gone.")]
+    assert versions.lines([]) == []
+
+
+def test_hosts_of_several_versions_as_data() -> None:
+    ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
+    later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0", kept=True)
+    first, second = versions.data([ours, later])
+    assert first.pop("since") < second.pop("since") < time.time()
+    assert first == {
+        "name": "a", "protocol": PROTOCOL_VERSION, "package": "1.0", "pid": 2, "kept": False,
+        "reachable": True, "leaving": True,
+    }  # fmt: skip
+    assert second == {
+        "name": "a", "protocol": PROTOCOL_VERSION + 1, "package": "2.0", "pid": 3, "kept": True,
+        "reachable": False, "leaving": False,
+    }  # fmt: skip
+    assert versions.data([Sighting(name="a", protocol=None, pid=1)])[0]["since"] is None
+
+
 def test_names_are_not_taken_for_markup() -> None:
     assert "[red].onnx" in lines(table.overview(snapshot(status("/m/[red].onnx")), 120))[2]
 
@@ -254,6 +288,13 @@ def test_which_host() -> None:
     assert "onnx-dl supervise, " in no_host("default") and "load MODEL. " in no_host("default")
     assert "onnx-dl supervise --name batch, " in no_host("batch")
     assert "onnx-dl load MODEL --host batch. " in no_host("batch")
+    other = Sighting(name="batch", protocol=PROTOCOL_VERSION + 1, pid=7, package="9.9")
+    ours = f"this version of onnx-dl (protocol version {PROTOCOL_VERSION})"
+    assert no_host("batch", [other]).startswith(
+        f"No shared host named 'batch' runs for {ours}. "
+        f"There is one of another version: onnx-dl 9.9, protocol version {PROTOCOL_VERSION + 1}, pid 7. "
+        "Start one with: "
+    )
 
 
 def test_a_host_that_has_ended() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from onnx_dl import doctor, examination
+from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.supervisor.probe import Gpu
-from onnx_dl.trials import Answer, answer, parent_of
+from onnx_dl.transport.messages import PROTOCOL_VERSION
+from onnx_dl.trials import Answer, answer, children_of
 
 HERE = {"version": "1.31.1", "build": "onnxruntime-gpu", "folder": "/x/onnxruntime", "providers": ["A"]}
 H100 = Gpu("NVIDIA H100", 80_000_000_000, "550.1")
@@ -66,6 +68,23 @@ def test_a_folder_for_shared_hosts() -> None:
     gave(Mark.OK, doctor.shared_hosts("", wanted=True))
     gave(Mark.PROBLEM, doctor.shared_hosts("/x: is open to other users", wanted=True), "/x")
     gave(Mark.WARNING, doctor.shared_hosts("/x: is open to other users", wanted=False), "/x")
+
+
+def test_shared_hosts_that_run() -> None:
+    ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
+    later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
+    before = Sighting(name="a", protocol=None, pid=1, started=1.0)
+    assert doctor.host(ours, [ours]).check == "host a"
+    gave(
+        Mark.OK, doctor.host(ours, [ours]), f"onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since "
+    )
+    gave(Mark.OK, doctor.host(ours, [ours, later]), "It ends when its clients have gone")
+    gave(
+        Mark.WARNING, doctor.host(later, [ours, later]), "onnx-dl 2.0, ", "pid 3", "cannot ask it", "It stays"
+    )
+    gave(
+        Mark.WARNING, doctor.host(before, [before, ours]), "4 or older, pid 1", "stop --host a --all-versions"
+    )
 
 
 def test_one_build() -> None:
@@ -219,7 +238,10 @@ def test_answers(code: int, stdout: str, expected: Answer) -> None:
     assert answer(code, stdout, "e") == expected
 
 
-def test_a_parent(tmp_path: Path) -> None:
-    (tmp_path / "7").mkdir()
-    (tmp_path / "7" / "status").write_text("Name:\tx\nPid:\t7\nPPid:\t3\nTracerPid:\t0\n")
-    assert parent_of(7, tmp_path) == 3
+def test_children(tmp_path: Path) -> None:
+    for pid, parent in ((7, 3), (8, 33), (9, 3)):
+        (tmp_path / str(pid)).mkdir()
+        status = f"Name:\tx\nPid:\t{pid}\nPPid:\t{parent}\nTracerPid:\t0\n"
+        (tmp_path / str(pid) / "status").write_text(status)
+    (tmp_path / "10").mkdir()  # it has just ended
+    assert children_of(3, tmp_path) == {7, 9}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import tomllib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from onnx_dl.errors import ConfigError
 from onnx_dl.hostfile import DTYPES, Configured, HostFile, parse, read
 from onnx_dl.model import Warmup
 from onnx_dl.session import InferenceSessionProxy
+from tests.unit.damage import damaged, replaced
 from tests.unit.test_layers import loaded_by
 
 PAGE = (Path(__file__).parents[2] / "docs" / "host-file.md").read_text()
@@ -233,7 +235,15 @@ REFUSED = [
     ("a =", 1, "this is no TOML: Invalid value"),
     ("# x\na = 1\n\na = 2", 4, "this is no TOML: Cannot overwrite a value"),
     ("a = [1,\n2\n\n", 2, "this is no TOML: Unclosed array"),
-    ("a = " + "[" * 5000, 1, "this is no TOML: maximum recursion depth"),
+    ("a = " + "[" * 5000, 1, "this is nested more than 32 levels deep"),
+    ("\na = " + "[" * 489 + "]" * 489, 2, "this is nested more than 32 levels deep"),
+    ("\n\n" + "a." * 40 + "b = 1", 3, "this is nested more than 32 levels deep"),
+    ("[" + "a." * 20 + "b]\n" + "c." * 20 + "d = 1", 2, "is nested more than 32 levels deep"),
+    (f"[defaults]\nttl = 0x{'f' * 5000}", 2, "defaults.ttl is a number of more than 64 bits"),
+    ('[defaults.options]\nlogid = "a\\u0000b"', 2, 'defaults.options.logid = "a\\u0000b" has a NUL in it'),
+    ('"a\\u0000b" = 1', 1, "has a key with a NUL in it"),
+    ('metrics = "nonsense"', 1, 'metrics = "nonsense" is no address; write host:port'),
+    ('metrics = "localhost:99999"', 1, "is no address"),
     ("memory = 1", 1, "memory is no key that is known here; these are: memory_limit, "),
     ('memory_limit = "much"', 1, 'memory_limit = "much" is no size; write a number of bytes or'),
     ("gpu_memory_limit = 1.5", 1, 'gpu_memory_limit = 1.5 must be a number of bytes, or text such as "2GiB"'),
@@ -252,7 +262,7 @@ REFUSED = [
     ('[models.vad]\npath = ""', 2, 'models.vad.path = "" must be the path of a model file'),
     ('[models.vad]\npath = "none.onnx"', 2, 'models.vad.path = "none.onnx": there is no file /'),
     ('[models.vad]\npath = "models"', 2, "there is no file /"),
-    ('[models.vad]\npath = "a\\u0000b"', 2, "there is no file /"),
+    ('[models.vad]\npath = "a\\u0000b"', 2, "has a NUL in it"),
     ('[models.""]\npath = "vad.onnx"', 1, 'models."" is no name for a model'),
     ('[models."a/b"]\npath = "vad.onnx"', 1, 'models."a/b" is no name for a model: give it printable text'),
     ('[models."a\\\\b"]\npath = "vad.onnx"', 1, "is no name for a model"),
@@ -266,6 +276,13 @@ REFUSED = [
     (VAD + "eager = 1", 3, "models.vad.eager = 1 must be true or false"),
     (VAD + "priority = 1.0", 3, "models.vad.priority = 1.0 must be a whole number"),
     (VAD + "priority = 9999999999", 3, "must be a whole number of 32 bits"),
+    (VAD + 'group = " "', 3, 'models.vad.group = " " is no name of a group'),
+    (VAD + "options.log_severity_level = 77", 3, "log_severity_level = 77 must be a number from 0 to 4"),
+    (VAD + "options.intra_op_num_threads = 100000", 3, "must be a number of threads from 0 to 4096"),
+    (VAD + "options.inter_op_num_threads = -1", 3, "must be a number of threads from 0 to 4096"),
+    (VAD + 'options.config."" = "x"', 3, "by a key of 1 to 1024 characters"),
+    (VAD + "warmup.x = {shape = [2147483647, 2147483647]}", 3, "has more items than fit any memory"),
+    (VAD + f"warmup.x = {{shape = {[1] * 33}}}", 3, "must be a list of sizes"),
     (VAD + "group = 1", 3, "models.vad.group = 1 must be text in quotes"),
     (VAD + "colour = 1", 3, "models.vad.colour is no key that is known here; these are: ttl, "),
     (VAD + 'max_memory = "x"', 3, 'models.vad.max_memory = "x" is no size'),
@@ -281,7 +298,7 @@ REFUSED = [
     (VAD + "options = 1", 3, "models.vad.options = 1 must be a table of SessionOptions"),
     (VAD + 'options = {logid = "a",\tlogo = 1}', 3, "models.vad.options.logo is no key that is known here"),
     (VAD + "[models.vad.options]\n\nlogid = 1", 5, "models.vad.options.logid = 1 must be text in quotes"),
-    (VAD + "options.intra_op_num_threads = '2'", 3, "must be a whole number of 32 bits"),
+    (VAD + "options.intra_op_num_threads = '2'", 3, "must be a number of threads from 0 to 4096"),
     (VAD + 'options.execution_mode = "fast"', 3, 'must be one of "sequential" (ORT_SEQUENTIAL), "parallel"'),
     (VAD + "options.graph_optimization_level = 99", 3, 'must be one of "disable_all" (ORT_DISABLE_ALL)'),
     (
@@ -491,3 +508,63 @@ def test_the_example_is_a_file(base):
     assert found.memory_limit and found.metrics and len(found.models) > 1
     used = {key for model in tomllib.loads(text)["models"].values() for key in model}
     assert used == set(hosttables.ModelTable.__struct_fields__), "it shows every key of a model"
+
+
+# --- damage ------------------------------------------------------------------------------------------------
+
+STRANGE = [
+    *(b"[", b"]", b"{", b"}", b"'", b'"', b'"""', b"'''", b"=", b".", b",", b"\n", b"\r", b"#", b"\\", b"\0"),
+    *(b"\xff", b"\xf0\x9f\x98\x80", b"\xed\xa0\x80", b"1e999", b"nan", b"-inf", b"0x" + b"f" * 5000),
+    *(b"9" * 400, b"9" * 5000, b"1979-05-27T07:32:00Z", b"'''a", b"a.a.", b"[[a]]\n", b"[a.b]\n", b"{a={"),
+    *(b"\\u0000", b"\\ud800", b"models.vad.", b"defaults.options.", b"warmup.x.shape=", b"~nobody/\x7f"),
+]
+
+
+def example() -> str:
+    (text,) = re.findall(r"```toml\n(.+?)```", PAGE, flags=re.DOTALL)
+    return text
+
+
+def check_damaged(seed: int, base: Path, file: Path) -> None:
+    """It is taken, and can travel, or refused with file and line."""
+    data = damaged(example().encode(), STRANGE, seed)[:100_000]
+    if seed % 2:
+        values = re.findall(r"= ([^\s\[{][^#\n]*?) *(?:#.*)?\n", example())
+        data = replaced(example(), values, ODD, seed).encode()
+    file.write_bytes(data)
+    try:
+        found = read(file)
+    except ConfigError as error:
+        assert re.match(rf"{re.escape(str(file))}, line \d+", str(error)), error
+    else:
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=HostFile).models == found.models
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_whatever_a_file_becomes(first, base):
+    for name in ("vad.onnx", "vision/detector.onnx"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"")
+    for seed in range(first, first + 100):
+        check_damaged(seed, base, base / "host.toml")
+
+
+def test_a_mistake_in_a_long_array_is_found_soon(base):
+    """In two seconds, if they were found line by line; 10 ms are usual."""
+    lines = '  "CPUExecutionProvider",\n' * 1500
+    began = time.perf_counter()
+    assert "line 3:" in refusal(f"{VAD}providers = [\n{lines}1]\n", base)
+    assert time.perf_counter() - began < 0.5
+
+
+def test_a_file_that_is_too_large_is_not_read(base):
+    with open(base / "large.toml", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ConfigError, match=r"large\.toml cannot be read: it has more than 1048576 bytes"):
+        read(base / "large.toml")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc/self/mem", "a\0b"])
+def test_what_is_no_file_of_its_own(path):
+    with pytest.raises(ConfigError, match="cannot be read: "):
+        read(path)

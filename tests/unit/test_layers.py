@@ -16,7 +16,10 @@ ROOT = Path(onnx_dl.__file__).parent
 HEIGHT = {
     "errors": 0,
     "files": 0,
+    "descriptors": 1,
+    "surroundings": 2,
     "hosttables": 1,
+    "smallfiles": 1,
     "tomllines": 1,
     "lifecycle": 1,
     "model": 1,
@@ -32,7 +35,8 @@ HEIGHT = {
     "machine": 2,
     "recorder": 2,
     "remarks": 2,
-    "rendezvous": 2,
+    "rendezvous": 5,
+    "census": 6,
     "values": 3,
     "recorded": 4,
     "transport": 4,
@@ -78,7 +82,6 @@ ZMQ = {
     "transport.calls",
     "transport.lane",
     "connection",  # owns the application's control socket, and polls
-    "supervisor.loop",
     "workers.loop",
 }
 
@@ -164,7 +167,8 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 
 def test_sockets_are_imported_by_transport_only():
-    assert {name for name in MODULES if "socket" in outside(name)} == {"transport.sockets"}
+    users = {name for name in MODULES if "socket" in outside(name)}
+    assert users == {"transport.router", "transport.sockets"}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,7 @@ def test_sockets_are_imported_by_transport_only():
         "supervisor.room",
         "supervisor.saving",
         "supervisor.scheduler",
+        "supervisor.solitude",
         "supervisor.thrash",
         "workers.gate",
     ],

@@ -21,7 +21,9 @@ from onnx_dl.transport import messages as m
 from tests.unit.builders import DESCRIPTION, spec
 
 FAILURE = m.Failure(family="builtin", name="ValueError", args=["no", 1], details={"retry_after": 1.5})
-VALUE = m.Items("list", [m.Tensor("<f4", (2, 3), 1, 64, True), m.Strings((1,), ["a"]), m.Plain({"a": [1]})])
+VALUE = m.Items(
+    "list", [m.Tensor("<f4", (2, 3), 1, 64, True), m.Text((1,), 1, 0), m.Packed(1, 64), m.Plain(1)]
+)
 MODEL = spec(
     options={"config": {}}, providers=["CPU", ["CUDA", {"id": 1}]], provider_options=[{}], extra={"x": 1}
 )
@@ -65,7 +67,7 @@ EXAMPLES = [
     m.Bye(ticket=1),
     m.Published(event=EVENT),
     m.WorkerStarted(worker_id=1),
-    m.Load(spec=spec(), ttl=5.0),
+    m.Load(spec=spec(), ttl=5.0, mapped=True),
     m.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
     m.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),
     m.WorkerFailed(worker_id=1, failure=FAILURE),
@@ -80,13 +82,10 @@ EXAMPLES = [
     m.Spawn(worker_id=1, identity=b"i", control="c"),
     m.Spawned(worker_id=1, pid=2),
     m.SpawnFailed(worker_id=1, reason="r"),
-    m.Reaped(worker_id=1, status=11),
     m.TemplateReady(forkable=True),
     m.LaneHello(version=1, secret="s", reply_to="r", poll=True),
     m.LaneOpen(secret="s", thread=7),
-    m.BlockShared(block=1, size=2),
-    m.BlockDropped(block=1),
-    m.Large(nbytes=5),
+    m.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
     m.Call(
         outputs=m.Plain(None), feed=[("x", VALUE), (3, m.Plain(1))], options={"logid": "a"}, plan=3, moved=[1]
     ),

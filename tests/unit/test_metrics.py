@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import re
 import select
 import threading
@@ -22,6 +23,7 @@ from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.supervisor.families import CALLS, FAMILIES, LOADS, render
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.scrape import Scrape
+from onnx_dl.supervisor.scrapers import Scrapers
 from onnx_dl.transport.gauges import Gauges, Reading, bound
 from tests.waiting import DEADLINE, eventually
 
@@ -365,17 +367,86 @@ def test_who_waits_is_sent_away_at_the_end() -> None:
 
 
 def test_more_connections_than_are_served() -> None:
-    """Who comes while sixteen say nothing is sent away at once."""
+    """Who comes is served: of those who say nothing, the one that has done so for longest makes way."""
     with listening(10 * DEADLINE) as scrape:
         silent = [http.client.HTTPConnection(scrape.address, timeout=DEADLINE) for _ in range(40)]
         for connection in silent:
             connection.connect()
         eventually(lambda: len(closed(silent)) >= 24, "the others are closed")
-        assert 0 < serving() <= 16
+        eventually(lambda: 0 < serving() <= 16, "no more than sixteen are served")
+        assert get(scrape, "/healthz") == (200, "ok\n")
         for connection in silent:
             connection.close()
-        eventually(lambda: not serving(), "the threads have ended")
-        assert get(scrape, "/healthz") == (200, "ok\n")
+
+
+def test_one_that_asks_byte_by_byte_is_cut_off() -> None:
+    """A byte now and then is no reason to wait for the next."""
+    with listening(0.3) as scrape, contextlib.closing(connected(scrape)) as slow:
+        dripping = iter(b"GET /metrics HTTP/1.1\r\n" + b"X: y\r\n" * 10_000)
+
+        def is_cut() -> bool:
+            try:
+                slow.sock.send(bytes([next(dripping)]))
+            except OSError:
+                return True
+            return bool(closed([slow]))
+
+        eventually(is_cut, "the end of its time")
+
+
+def connected(scrape: Scrape) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(scrape.address, timeout=DEADLINE)
+    connection.connect()
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("127.0.0.1:9464", 200),
+        ("[::1]:9464", 200),
+        ("192.0.2.7", 200),
+        ("localhost:1", 200),
+        ("LOCALHOST.", 200),
+        (os.uname().nodename, 200),
+        ("rebound.example:9464", 421),
+        ("127.0.0.1.rebound.example", 421),
+        ("localhost.rebound.example", 421),
+        ("", 421),
+    ],
+)
+def test_whom_the_page_is_for(scrape: Scrape, name: str, status: int) -> None:
+    with contextlib.closing(connected(scrape)) as connection:
+        connection.putrequest("GET", "/healthz", skip_host=True)
+        connection.putheader("Host", name)
+        connection.endheaders()
+        answer = connection.getresponse()
+        assert answer.status == status
+        assert (b"localhost" in answer.read()) == (status == 421)
+
+
+def test_programs_that_name_no_host_are_served(scrape: Scrape) -> None:
+    with contextlib.closing(connected(scrape)) as connection:
+        connection.sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert b"200 OK" in connection.sock.recv(4096)
+
+
+def test_how_long_each_may_take() -> None:
+    scrapers = Scrapers(patience=5.0, most=3)
+    for at, who in enumerate("abc"):
+        assert scrapers.came(who, at) == (True, None)
+    scrapers.has_asked("a", 3.0)
+    assert scrapers.came("d", 3.0) == (True, "b")  # the slowest of those who have not asked
+    scrapers.has_asked("b", 3.0)  # it was cut off meanwhile
+    assert scrapers.next_deadline() == 7.0
+    assert scrapers.overdue(8.0) == ["c", "d"]
+    assert scrapers.overdue(8.0) == []
+    for who in "ef":
+        scrapers.came(who, 8.0)
+        scrapers.has_asked(who, 8.0)
+    assert scrapers.came("g", 8.0) == (False, None)  # all are about to be answered
+    scrapers.left("a")
+    assert scrapers.came("g", 8.0) == (True, None)
 
 
 def closed(connections: list[http.client.HTTPConnection]) -> list[Any]:

@@ -11,9 +11,11 @@ from onnx_dl.supervisor.needs import (
     Bytes,
     Experience,
     Need,
+    Peak,
     faded,
     identity,
     loaded,
+    outgrown,
     risen,
     uses_gpu,
 )
@@ -28,28 +30,22 @@ def used(pss: int, peak: int = 0, gpu: int | None = None) -> Usage:
 
 
 def need(load: int, steady: int, peak: int, gpu: int = 0, gpu_peak: int = 0) -> Need:
-    return Need(load=load * MB, steady=Bytes(steady * MB, gpu * MB), peak=Bytes(peak * MB, gpu_peak * MB))
+    return Need(
+        load=Peak(load * MB), steady=Bytes(steady * MB, gpu * MB), peak=Bytes(peak * MB, gpu_peak * MB)
+    )
 
 
 def test_the_first_load_tells_what_the_next_one_needs() -> None:
     known = loaded(None, used(40, 90, gpu=30))
     assert known == need(90, 40, 40, 30, 30)
-    assert known.to_load(LIMIT) == Bytes(90 * MB, 30 * MB)
     assert known.in_use(LIMIT) == Bytes(40 * MB, 30 * MB)
 
 
 def test_runs_may_take_more_than_the_load() -> None:
     known = risen(loaded(None, used(40, 90)), used(50, 120, gpu=7))
     assert known == need(90, 40, 120, 0, 7)
-    assert known.to_load(LIMIT) == known.in_use(LIMIT) == Bytes(120 * MB, 7 * MB)
+    assert known.in_use(LIMIT) == Bytes(120 * MB, 7 * MB)
     assert risen(known, used(45, 60)) == known
-
-
-def test_runs_that_took_more_than_there_is_refuse_nobody_and_loads_do() -> None:
-    greedy = need(90, 40, 500, 10, 500)
-    assert greedy.to_load(LIMIT) == greedy.in_use(LIMIT) == LIMIT
-    assert need(500, 40, 40).to_load(LIMIT).ram == 500 * MB
-    assert not need(90, 40, 40, gpu=101).to_load(LIMIT).fits(LIMIT)
 
 
 def test_more_counts_at_once_and_less_by_half_of_the_way() -> None:
@@ -88,7 +84,7 @@ def test_news_is_told_once() -> None:
     assert experience.news("a", 5.0) is None  # the store has it
     experience.note("a", need(20, 10, 20))
     told = experience.news("a", 6.0)
-    assert told is not None and (told.load, told.at) == (20 * MB, 6.0)
+    assert told is not None and (told.load, told.at) == (Peak(20 * MB), 6.0)
     assert experience.news("a", 7.0) is None
     assert experience.news("never measured", 7.0) is None
 
@@ -133,3 +129,43 @@ def test_sums() -> None:
     assert Bytes(5, 1) - Bytes(1, 5) == Bytes(4, -4)
     assert Bytes(1, 9).most(Bytes(2, 3)) == Bytes(2, 9) and Bytes(1, 9).least(Bytes(2, 3)) == Bytes(1, 3)
     assert Bytes(10**15, 10**15).fits(Bytes(UNLIMITED, UNLIMITED))
+
+
+# --- loads in two ways, and those that were ended ----------------------------------------------------------
+
+
+def test_loads_from_the_load_cache_are_known_apart() -> None:
+    known = loaded(None, used(40, 90), "ab12")
+    assert (known.load, known.mapped, known.entry) == (Peak(90 * MB), Peak(), "ab12")
+    known = loaded(known, used(30, 50), "ab12", mapped=True)
+    assert (known.load, known.mapped) == (Peak(90 * MB), Peak(50 * MB))
+    assert known.is_news(loaded(None, used(40, 90), "ab12"))
+
+
+def test_a_load_that_takes_much_the_same_is_the_same() -> None:
+    """So that what just fits is not refused for a thousandth the next time."""
+    known = loaded(None, used(40, 100))
+    assert loaded(known, used(40, 104)).load == loaded(known, used(40, 97)).load == known.load
+    assert loaded(known, used(40, 110)).load == Peak(110 * MB)
+
+
+def test_a_load_that_was_ended_needs_more() -> None:
+    known = outgrown(None, 90 * MB)
+    assert known.load == Peak(90 * MB, ended=True) and not known.load.is_measured and not known.is_loaded
+    assert known.is_news(need(90, 0, 0)) and outgrown(None, 120 * MB).is_news(known)
+    assert loaded(known, used(40, 200)).load == Peak(200 * MB)
+    assert outgrown(need(1, 2, 3), 9, mapped=True).load == Peak(MB)
+
+
+@pytest.mark.parametrize(
+    ("known", "there_is", "could"),
+    [
+        (need(90, 40, 60), Bytes(90 * MB), True),
+        (need(90, 40, 60), Bytes(89 * MB), False),
+        (need(9, 40, 60), Bytes(59 * MB), False),
+        (outgrown(None, 1 << 49), Bytes(1 << 40), False),
+        (need(9, 9, 9, gpu_peak=8), Bytes(1 << 40, 7 * MB), False),
+    ],
+)
+def test_what_cannot_have_been_measured_here(known: Need, there_is: Bytes, could: bool) -> None:
+    assert known.could_be(there_is) is could

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from onnx_dl.transport import messages as m
-from onnx_dl.transport.plans import MOST, Plan, Plans, can_repeat, in_place, key_of
+from onnx_dl.transport.plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
+from onnx_dl.transport.tensors import Packer, Unpacker
 from tests.unit.builders import arena
 
 X = np.zeros((2, 3), np.float32)
@@ -38,9 +39,10 @@ def test_what_is_no_array_is_not_remembered(value):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("f4", True), ("?", True), ("O", False), ("U3", False), ("V2", False)]
+    ("dtype", "expected"),
+    [("f4", True), ("?", True), ("O", True), ("U3", True), ("V2", False), ("S2", False)],
 )
-def test_only_numbers_repeat(dtype: str, expected: bool):
+def test_numbers_and_text_repeat(dtype: str, expected: bool):
     assert can_repeat({"x": np.zeros(2, dtype)}) is expected
 
 
@@ -61,7 +63,7 @@ def test_results_that_cannot_be_written_in_place(value):
 
 
 def plan(number: int) -> Plan:
-    return Plan(number, None, 0, [], [])
+    return Plan(number, None, 0, [], [], [])
 
 
 def test_another_scratch_block_ends_all_plans():
@@ -82,3 +84,27 @@ def test_it_does_not_grow_without_bounds():
         numbers.add(number)
         plans.remember(key, plan(number))
     assert numbers == set(range(MOST))
+
+
+def test_results_whose_blocks_are_gone_are_forgotten():
+    plans, kept, gone = Plans(), plan(0), plan(1)
+    kept.results, gone.results = [m.Packed(1, 0)], [TENSOR, m.Packed(2, 0)]
+    plans.remember("kept", kept)
+    plans.remember("gone", gone)
+    plans.let_go(lambda number: number == 1)
+    assert (kept.results, gone.results) == ([m.Packed(1, 0)], None)
+
+
+def test_text_is_put_where_it_lay():
+    a, peer = arena()
+    text = np.array(["a", "b"], object)
+    packer = Packer(a)
+    values = packer.pack([X, text])
+    texts = texts_of(["x", "t"], values)
+    made = Plan(0, packer.scratch, packer.nbytes, targets_of(values, packer.scratch), texts, [])
+    for other in (["", "ü" * 1000], ["c", "d"]):
+        text = np.array(other, object)
+        assert made.fill({"x": X + 1, "t": text}, a)
+        got = [Unpacker(peer.get, copy=True).unpack(value) for value in values]
+        assert got[0].tolist() == (X + 1).tolist() and got[1].tolist() == other
+    assert not made.fill({"x": X, "t": np.array(["", "x" * 100_000], object)}, a)

@@ -50,6 +50,22 @@ def test_a_process_that_is_gone_holds_nothing() -> None:
     assert Probe().measure(child.pid) == Usage()
 
 
+def test_a_zombie_holds_nothing_and_weighs_nothing() -> None:
+    """Between its end and its funeral a process has no memory, and what is read of it is no figure."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert Probe().measure(child.pid) == Usage()
+    assert Probe().weigh(child.pid, 0) == 0
+    child.wait()
+    assert Probe().weigh(child.pid, 0) == 0
+
+
+def test_weighing_is_exact_only_where_it_matters() -> None:
+    """Resident bytes count what processes share in full, so they are never less."""
+    rough, exact = Probe().weigh(os.getpid(), 1 << 50), Probe().weigh(os.getpid(), 0)
+    assert 1e6 < exact <= rough * 1.01
+
+
 def test_no_driver_means_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     module = fake_nvml({os.getpid(): 7})
 

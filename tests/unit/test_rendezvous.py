@@ -7,13 +7,14 @@ import os
 import signal
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from onnx_dl import ConfigError, PlatformError, rendezvous
+from onnx_dl import ConfigError, PlatformError, installation, rendezvous
 from onnx_dl.rendezvous import Place, Record, runtime_folder
+from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder of another user")
 NOBODY = 65534
@@ -185,7 +186,17 @@ def test_what_is_published_is_found_until_it_is_withdrawn(folder: Path) -> None:
     place = Place("a", given(folder))
     assert place.record() is None
     place.publish("address", "secret", kept=True)
-    assert place.record() == Record(address="address", secret="secret", pid=os.getpid(), kept=True)
+    record = place.record()
+    assert record == place.published and record is not None
+    assert (record.address, record.secret, record.pid, record.kept) == (
+        "address",
+        "secret",
+        os.getpid(),
+        True,
+    )
+    assert (record.protocol, record.package) == (PROTOCOL_VERSION, installation.version())
+    assert record.started is not None and 0 <= rendezvous.uptime() - record.started < 60
+    assert [path.name for path in folder.iterdir()] == [f"a@{PROTOCOL_VERSION}.json"]
     assert [mode(path) for path in folder.iterdir()] == [0o600]
     assert Place("b", given(folder)).record() is None
     place.withdraw()
@@ -193,48 +204,198 @@ def test_what_is_published_is_found_until_it_is_withdrawn(folder: Path) -> None:
     assert place.record() is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"address": 1}), "\xff"])
-def test_a_record_of_no_use_is_none(folder: Path, text: str) -> None:
-    (folder / "a.json").write_text(text, encoding="latin-1")
+def test_each_version_has_a_record_of_its_own(folder: Path) -> None:
+    ours, theirs = Place("a", given(folder)), Place("a", given(folder), PROTOCOL_VERSION + 1)
+    theirs.publish("address", "secret", kept=False)
+    assert ours.record() is None
+    assert theirs.record() == theirs.published
+    ours.publish("another", "secret", kept=False)
+    theirs.withdraw()
+    assert theirs.record() is None
+    assert ours.record() == ours.published
+
+
+def test_a_record_before_5_says_no_version(folder: Path) -> None:
+    fields = {"address": "address", "secret": "secret", "pid": 7, "kept": True}
+    (folder / "a.json").write_text(json.dumps(fields))
+    before = Place("a", given(folder), protocol=None)
+    assert before.record() == Record(address="address", secret="secret", pid=7, kept=True)
+    published = before.published_at()
+    assert published is not None and abs(rendezvous.uptime() - published) < 60
     assert Place("a", given(folder)).record() is None
+
+
+GOOD = {"address": "a", "secret": "s", "pid": 7, "protocol": PROTOCOL_VERSION}
+
+
+def record_of(folder: Path, content: bytes) -> Record | None:
+    (folder / f"a@{PROTOCOL_VERSION}.json").write_bytes(content)
+    return Place("a", given(folder)).record()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"\xff", b"\x00" * 100, b'{"address": "\xff"}', b"[" * 10_000, b"9" * 400,
+        b'{"x": ' + b"[" * 8000 + b"]" * 8000 + b"}", json.dumps(GOOD).encode() + b" " * 20_000,
+        json.dumps(GOOD).encode("utf-16"), json.dumps(GOOD).encode()[:-1],
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_record(folder: Path, content: bytes) -> None:
+    assert record_of(folder, content) is None
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"address": 1}, {"address": ""}, {"address": "a\0b"}, {"address": "\u00e4"}, {"address": "a" * 200},
+        {"address": "a\n"}, {"secret": None}, {"secret": "\u00e4"}, {"pid": "7"}, {"pid": 7.5}, {"pid": True},
+        {"kept": 1}, {"protocol": PROTOCOL_VERSION + 1}, {"protocol": None}, {"protocol": "5"},
+        {"package": 5}, {"package": "x" * 1000}, {"started": "now"}, {"started": -1}, {"started": 1e300},
+    ],
+)  # fmt: skip
+def test_a_record_with_a_field_of_no_use(folder: Path, field: dict[str, object]) -> None:
+    assert record_of(folder, json.dumps(GOOD | field).encode()) is None
+
+
+def test_fields_of_later_packages_are_passed_over(folder: Path) -> None:
+    assert record_of(folder, json.dumps(GOOD | {"colour": [1]}).encode()) is not None
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def closed(path: Path) -> None:
+    path.write_text("{}")
+    path.chmod(0)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, fifo, loop, device, closed])
+def test_something_else_in_place_of_a_record(folder: Path, make: Callable[[Path], None]) -> None:
+    """It is none, and reading it waits for nobody."""
+    make(folder / f"a@{PROTOCOL_VERSION}.json")
+    assert Place("a", given(folder)).record() is None
+
+
+@pytest.mark.parametrize("make", [fifo, loop, device, closed])
+def test_a_record_takes_the_place_of_something_else(folder: Path, make: Callable[[Path], None]) -> None:
+    make(folder / f"a@{PROTOCOL_VERSION}.json")
+    place = Place("a", given(folder))
+    place.publish("address", "secret", kept=False)
+    assert place.record() == place.published
+
+
+def test_a_folder_in_place_of_a_record_is_said(folder: Path) -> None:
+    (folder / f"a@{PROTOCOL_VERSION}.json").mkdir()
+    with pytest.raises(
+        PlatformError, match=r"a@\d+\.json, which cannot be used \(Is a directory\)\. Remove it"
+    ):
+        Place("a", given(folder)).publish("address", "secret", kept=False)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_folder_in_place_of_a_lock_is_said(folder: Path) -> None:
+    (folder / f"a@{PROTOCOL_VERSION}.lock").mkdir()
+    place = Place("a", given(folder))
+    for ask in (place.holder, place.claim):
+        with pytest.raises(PlatformError, match=r"a@\d+\.lock, which cannot be used \(Is a directory\)"):
+            ask()
 
 
 # --- the lock ----------------------------------------------------------------------------------------------
 
 
-def claimed(folder: Path) -> int:
-    """A child that is the host, until it is killed."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(write, b"!" if Place("a", given(folder)).claim() else b"-")
-            signal.pause()
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as said:
-        assert said.read(1) == b"!"
-    return pid
+class Child:
+    """A forked process that does something with a place and says what came of each step."""
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        self._read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for step in steps:
+                    os.write(write, b"!" if step() is not False else b"-")
+                signal.pause()
+            finally:
+                os._exit(0)
+        os.close(write)
+
+    def says(self) -> bytes:
+        """What came of the next step."""
+        return os.read(self._read, 1)
+
+    def end(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._read)
+
+
+def claimed(folder: Path) -> Child:
+    """A child that is the host."""
+    child = Child(Place("a", given(folder)).claim)
+    assert child.says() == b"!"
+    return child
 
 
 def test_the_lock_says_who_has_it_and_ends_with_it(folder: Path) -> None:
     place = Place("a", given(folder))
     assert place.holder() is None
-    pid = claimed(folder)
+    first = claimed(folder)
     try:
-        assert place.holder() == pid
+        assert place.holder() == first.pid
         assert not place.claim()
-        assert place.holder() == pid  # looking and trying took nothing away
+        assert place.holder() == first.pid  # looking and trying took nothing away
         assert Place("b", given(folder)).holder() is None
+        for protocol in (None, PROTOCOL_VERSION + 1):
+            assert Place("a", given(folder), protocol).holder() is None
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        first.end()
     assert place.holder() is None
     second = claimed(folder)
-    assert place.holder() == second
-    os.kill(second, signal.SIGKILL)
-    os.waitpid(second, 0)
+    assert place.holder() == second.pid
+    second.end()
+
+
+def test_who_waits_is_the_next(folder: Path) -> None:
+    """However many try at that moment; the host learns that somebody waits, and a third one is told."""
+    place, waiting = Place("a", given(folder)), Place("a", given(folder))
+    told: list[bytes] = []
+    read, write = os.pipe()
+
+    def host() -> None:
+        assert place.claim()
+        assert place.awaited_by() is None
+        os.write(write, b"claimed")
+        while place.awaited_by() is None:
+            os.sched_yield()
+        os.write(write, str(place.awaited_by()).encode())
+
+    first = Child(host)
+    assert os.read(read, 100) == b"claimed"
+    second = Child(waiting.line_up, waiting.await_turn, lambda: waiting.awaited_by() is None)
+    try:
+        assert second.says() == b"!"
+        told.append(os.read(read, 100))
+        assert not Place("a", given(folder)).line_up()
+        assert not Place("a", given(folder)).claim()
+    finally:
+        first.end()
+    assert told == [str(second.pid).encode()]
+    assert second.says() == b"!"  # it is the host,
+    assert second.says() == b"!"  # and nobody waits for its end
+    assert Place("a", given(folder)).holder() == second.pid
+    second.end()
+    os.close(read)
+    os.close(write)
 
 
 def test_a_folder_that_knows_no_locks_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from onnx_dl.transport import messages as m
-from onnx_dl.workers.backend import Repeatable
+from onnx_dl.workers.backend import Repeatable, Rerun
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.repeats import Repeat
 from tests.unit.builders import arena
@@ -26,8 +26,24 @@ class Lane:
 
 
 class Backend:
+    def __init__(self) -> None:
+        self.runs: list[str] = []
+
     def repeat(self, outputs: Any, feed: Any, results: Any) -> Any:
         return Repeatable(lambda: None, None)
+
+    def run(self, *_: Any) -> list[Any]:
+        self.runs.append("run")
+        return []
+
+    def rerun(self, outputs: Any) -> Rerun:
+        self.runs.append("prepared")
+
+        def run(feed: dict[str, Any]) -> list[Any]:
+            self.runs.append("rerun")
+            return []
+
+        return Rerun(run, lambda: None)
 
 
 def test_results_are_never_written_where_the_caller_does_not_read():
@@ -38,3 +54,29 @@ def test_results_are_never_written_where_the_caller_does_not_read():
     repeat.learn(m.Items("list", [m.Tensor("<f4", (4,), lane.current_scratch.number, 0)]), lane)
     backend: Any = Backend()
     assert repeat.run(lane, backend, {"x": np.zeros(1)}, [], Halt()) is None
+
+
+def repeat_of(*feed: tuple[str, Any]) -> Repeat:
+    return Repeat(m.Call(outputs=m.Plain(None), feed=list(feed), plan=0), None, dict(feed))
+
+
+def test_a_run_that_was_told_to_end_is_prepared_anew():
+    """What told it would tell the next one, too."""
+    repeat, backend, halt = repeat_of(), Backend(), Halt()
+    for number in range(4):
+        halt.begin(number)
+        if number == 2:
+            halt.ask(2)
+        repeat.run_plainly(backend, {}, halt)  # type: ignore[arg-type]
+    assert backend.runs == ["prepared", "run", "rerun", "rerun", "prepared", "run"]
+
+
+def test_another_scratch_block_is_left():
+    """What lay in the one before would never be freed."""
+    lane: Any = Lane()
+    repeat, block = repeat_of(), lane.current_scratch
+    repeat.learn(m.Items("list", [m.Packed(block.number, 0)]), lane)
+    repeat.leave(block)
+    assert repeat.form is not None
+    repeat.leave(lane.scratch(1))
+    assert repeat.form is None

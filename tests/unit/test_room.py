@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
-from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes
-from onnx_dl.supervisor.room import Answer, Candidate, decide, guess, refusal
+from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes, Need, Peak
+from onnx_dl.supervisor.room import Answer, Candidate, Case, Guess, Plan, decide, guess, plan, refusal
 
 MB = 1 << 20
 
@@ -104,14 +105,65 @@ def test_whoever_goes_is_enough_and_none_of_them_is_spare():
     assert seen == set(Answer)
 
 
-def test_a_guess_grows_with_the_files_and_refuses_nobody_who_may_fit():
-    unlimited, most = Bytes(UNLIMITED, UNLIMITED), Bytes(200 * MB, 400 * MB)
-    assert guess(0, unlimited).ram < guess(100 * MB, unlimited).ram < guess(200 * MB, unlimited).ram
-    assert guess(100 * MB, most).ram == 200 * MB < guess(100 * MB, unlimited).ram
-    assert guess(200 * MB, most).ram > 200 * MB
-    assert guess(100 * MB, unlimited).gpu == 0
-    assert guess(0, unlimited, True).gpu < guess(100 * MB, unlimited, True).gpu
-    assert guess(100 * MB, most, True).gpu == 400 * MB
+def test_a_guess_grows_with_the_files():
+    sizes = [guess(mb * MB, on_gpu) for on_gpu in (False, True) for mb in (0, 100, 200)]
+    cpu, gpus = sizes[:3], sizes[3:]
+    assert [g.likely.ram for g in cpu] == sorted({g.likely.ram for g in cpu})
+    assert all(g.least.ram <= g.likely.ram and g.likely.gpu == 0 for g in cpu)
+    assert [g.likely.gpu for g in gpus] == sorted({g.likely.gpu for g in gpus})
+
+
+# --- terms of a load ---------------------------------------------------------------------------------------
+
+LEFT = Bytes(200, 100)
+GUESS = Guess(Bytes(50), Bytes(150, 40))
+
+
+def known(load: int = 0, steady: int = 0, peak: int = 0, **more: Any) -> Need:
+    return Need(load=Peak(load), steady=Bytes(steady), peak=Bytes(peak), **more)
+
+
+@pytest.mark.parametrize(
+    ("measured", "guessed", "saved", "expected"),
+    [
+        # What was never measured: a guess, all there is, or what it takes at least.
+        (None, GUESS, False, Plan(Bytes(150, 40))),
+        (None, Guess(Bytes(50), Bytes(300, 400)), False, Plan(Bytes(200, 100))),
+        (None, Guess(Bytes(210), Bytes(300)), False, Plan(Bytes(210))),
+        # What was measured counts, more or less.
+        (known(180, 60, 70), GUESS, False, Plan(Bytes(180), True)),
+        (known(300, 60, 70), GUESS, False, Plan(Bytes(300), True)),
+        # Runs alone refuse nobody.
+        (known(60, 50, 500), GUESS, False, Plan(Bytes(200), True)),
+        # From the load cache, where it takes less, or where nothing else would do.
+        (known(180, 60, 70, mapped=Peak(90)), GUESS, True, Plan(Bytes(90), True, True)),
+        (known(180, 60, 70, mapped=Peak(90)), GUESS, False, Plan(Bytes(180), True)),
+        (known(180, 60, 70), GUESS, True, Plan(Bytes(180), True)),
+        (known(300, 60, 70), GUESS, True, Plan(Bytes(70), False, True)),
+        (known(300, 60, 70, mapped=Peak(90, True)), GUESS, True, Plan(Bytes(91), False, True)),
+        (known(0, 60, 70, mapped=Peak(90)), GUESS, False, Plan(Bytes(150, 40))),
+    ],
+)
+def test_terms(measured: Need | None, guessed: Guess, saved: bool, expected: Plan) -> None:
+    assert plan(measured, guessed, LEFT, saved=saved) == expected
+
+
+@pytest.mark.parametrize(("had", "needs"), [(120, 150), (160, 161), (205, 206)])
+def test_one_that_was_ended_needs_more_than_it_had(had: int, needs: int) -> None:
+    assert plan(Need(load=Peak(had, ended=True)), GUESS, LEFT, saved=True) == Plan(Bytes(needs, 40))
+
+
+def test_a_load_may_take_what_was_promised_or_what_is_free():
+    assert Plan(Bytes(100)).bound(150) == 150
+    assert Plan(Bytes(100)).bound(50) == 100
+    assert Plan(Bytes(100), measured=True).bound(50) == 105
+
+
+def test_what_stays_is_not_waited_for():
+    limit, most = Bytes(100), Bytes(100)
+    assert decide(Bytes(60), limit, Bytes(50), NOTHING, [], Bytes(41)) == (Answer.NEVER, [])
+    assert decide(Bytes(60), limit, Bytes(50), NOTHING, [], Bytes(40)) == (Answer.WAIT, [])
+    assert decide(Bytes(60), most, Bytes(40), NOTHING, [], Bytes(40)) == (Answer.LOAD, [])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +176,30 @@ def test_a_guess_grows_with_the_files_and_refuses_nobody_who_may_fit():
     ],
 )
 def test_a_refusal_tells_which_memory(need: Bytes, in_use: Bytes, resource: str, told: str) -> None:
-    error = refusal("m.onnx", need, Bytes(100, 100), in_use, 5.0)
+    error = refusal(Case("m.onnx", need, Bytes(100, 100), in_use), 5.0)
     assert error.resource == resource and told in str(error)
     kind = "ram" if resource == "memory" else "gpu"
     assert (error.needed, error.in_use) == (getattr(need, kind), getattr(in_use, kind))
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        (
+            Case("m", Bytes(421 * MB), Bytes(300 * MB), NOTHING, size=Bytes(200 * MB)),
+            "m needs about 441.5 MB to load (and 209.7 MB once it is loaded), which is more than the limit",
+        ),
+        (
+            Case("m", Bytes(201 * MB), Bytes(200 * MB), NOTHING, file_bytes=90 * MB, ended=True),
+            "m needs more than 210.8 MB to load, where it was ended (its files have 94.4 MB), which is more",
+        ),
+        (
+            Case("m", Bytes(100 * MB), Bytes(200 * MB), Bytes(150 * MB), stays=Bytes(110 * MB)),
+            "more than pinned models leave of the limit of 209.7 MB (they hold 115.3 MB; 157.3 MB are in",
+        ),
+    ],
+)
+def test_a_refusal_has_all_figures(case: Case, told: str) -> None:
+    error = refusal(case, 5.0)
+    assert told in str(error)
+    assert (error.needed, error.limit, error.size) == (case.need.ram, case.limit.ram, case.size.ram)

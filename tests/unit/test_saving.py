@@ -8,12 +8,13 @@ import msgspec
 import pytest
 
 from onnx_dl.supervisor import saving
-from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Command, EndSaver, StartSaver
+from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes
 from onnx_dl.supervisor.saving import Saving, Wish
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, acquire, order, starts
 from tests.unit.test_admission import MB, idle, load, usage
 
@@ -224,11 +225,11 @@ def test_a_load_that_will_never_fit_ends_nothing(scheduler: Scheduler) -> None:
 
 
 def test_while_somebody_waits_for_room_nothing_is_saved(scheduler: Scheduler) -> None:
-    load(scheduler, "a", 1, 50, 0.0, pin=True)
+    load(scheduler, "a", 1, 50, 0.0)
     ask = msgspec.structs.replace(acquire(2, 2, key="b"), file_bytes=460 * MB)
     assert scheduler.on_acquire(A, ask, 1.0) == []
     scheduler.on_saveable(saveable(), 1.1)
-    assert not saved(look(scheduler, 1.1, w1=idle(50, 0.5)))
+    assert not saved(look(scheduler, 1.1, w1=Seen(usage(50), Reading(busy=1, last_used=0.5))))
     scheduler.on_release(A, 2, 2.0)
     assert saved(look(scheduler, 2.0, w1=idle(50, 0.5))) == ["a"]
 

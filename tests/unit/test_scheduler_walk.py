@@ -10,8 +10,8 @@ import pytest
 
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
-from onnx_dl.supervisor.admission import Seen
 from onnx_dl.supervisor.commands import Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading

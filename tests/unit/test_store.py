@@ -14,12 +14,13 @@ import pytest
 from onnx_dl import installation
 from onnx_dl.config import Settings
 from onnx_dl.supervisor import store
-from onnx_dl.supervisor.needs import Bytes, Need
+from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.store import Store
+from tests.unit.damage import damaged
 
 
 def need(load: int, at: float = 0.0) -> Need:
-    return Need(load=load, steady=Bytes(load, 1), peak=Bytes(load, 2), at=at)
+    return Need(load=Peak(load), steady=Bytes(load, 1), peak=Bytes(load, 2), at=at)
 
 
 @pytest.fixture
@@ -46,13 +47,13 @@ def test_writers_do_not_undo_each_other(path: Path) -> None:
 FILL = """
 import sys
 from pathlib import Path
-from onnx_dl.supervisor.needs import Bytes, Need
+from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.store import Store
 mine = Store(lambda: Path(sys.argv[1]))
 for i in range(50):
-    mine.put(sys.argv[2] + str(i), Need(load=i, steady=Bytes(i, 1), peak=Bytes(i, 2)))
+    mine.put(sys.argv[2] + str(i), Need(load=Peak(i), steady=Bytes(i, 1), peak=Bytes(i, 2)))
 while mine._unwritten:  # the lock was another's
-    mine.put(sys.argv[2] + "49", Need(load=49, steady=Bytes(49, 1), peak=Bytes(49, 2)))
+    mine.put(sys.argv[2] + "49", Need(load=Peak(49), steady=Bytes(49, 1), peak=Bytes(49, 2)))
 """
 
 
@@ -127,3 +128,92 @@ def test_the_build_that_is_installed() -> None:
     import onnxruntime
 
     assert installation.build().endswith(f"-{onnxruntime.__version__}")
+
+
+# --- whatever stands there ---------------------------------------------------------------------------------
+
+WRONG = [
+    *(
+        b"1",
+        b"null",
+        b'"x"',
+        b"[]",
+        b"[" * 900 + b"]" * 900,
+        b'{"load": 1}',
+        b'{"load": [1]',
+        b'{"load": ["1"]}',
+    ),
+    *(b'{"load": [%d]}' % number for number in (-1, 2**50 + 1, 2**63, 2**64 + 1, 10**400)),
+    *(b'{"load": [1e999]}', b'{"load": [NaN]}', b'{"load": [1.5]}', b'{"load": [1, 2]}', b'{"at": -1}'),
+    *(b'{"at": 1e300}', b'{"steady": {"ram": -5}}', b'{"peak": {"gpu": 99999999999999999999}}'),
+    *(b'{"entry": "../../etc"}', b'{"entry": 5}', b'{"entry": "\xff"}'),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[str(wrong[:30]) for wrong in WRONG])
+def test_what_cannot_be_is_dropped_and_the_rest_is_used(path: Path, wrong: bytes) -> None:
+    for key in "ac":
+        Store(lambda: path).put(key, need(1))
+    first, *rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, b'"b": ' + wrong + b",", *rest]))
+    mine = Store(lambda: path)
+    assert [mine.get(key) for key in "abc"] == [need(1), None, need(1)]
+    mine.put("d", need(2))
+    assert b'"b"' not in path.read_bytes()
+    assert [Store(lambda: path).get(key) for key in "acd"] == [need(1), need(1), need(2)]
+
+
+def test_of_a_file_that_was_cut_off_the_lines_are_used(path: Path) -> None:
+    for key in "abc":
+        Store(lambda: path).put(key, need(1))
+    data = path.read_bytes()
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        found = Store(lambda: path).open()
+        assert set(found.values()) <= {need(1)}
+        assert len(found) >= data[:size].count(b"},\n")
+
+
+def test_what_claims_to_be_of_the_future_does_not_stay_for_ever(path: Path) -> None:
+    Store(lambda: path).put("a", need(1, at=1e11))
+    assert Store(lambda: path).get("a") == need(1, at=0.0)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_whatever_the_file_becomes(path: Path, seed: int) -> None:
+    whole = Store(lambda: path)
+    for number in range(5):
+        whole.put(str(number), need(number * 1000, at=float(number)))
+    path.write_bytes(damaged(path.read_bytes(), [*WRONG, b"{", b"}", b'"', b"\n", b"\\u0000", b":"], seed))
+    mine = Store(lambda: path)
+    assert all(0 <= found.load.nbytes <= 1 << 50 and found.at >= 0 for found in mine.open().values())
+    mine.put("new", need(7))
+    assert Store(lambda: path).get("new") == need(7)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "large"])
+def test_something_else_in_its_place(path: Path, kind: str) -> None:
+    """Nobody waits for it, and nobody reads a gigabyte."""
+    path.parent.mkdir()
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "large":
+            with open(path, "wb") as file:
+                file.truncate(1 << 30)
+    mine = Store(lambda: path)
+    assert mine.get("a") is None
+    mine.put("a", need(1))
+    assert (Store(lambda: path).get("a") is None) == (kind == "folder")
+
+
+def test_entries_of_the_load_cache(path: Path) -> None:
+    mine = Store(lambda: path)
+    (path.parent / "ab12").mkdir(parents=True)
+    assert mine.is_saved("ab12")
+    assert not mine.is_saved("ab13") and not mine.is_saved("")
+    assert not Store(lambda: None).is_saved("ab12")

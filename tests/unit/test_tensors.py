@@ -11,7 +11,7 @@ import pytest
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
-from onnx_dl.transport.messages import Items, Plain, Strings, Tensor
+from onnx_dl.transport.messages import Items, Packed, Plain, Tensor, Text
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Shelf, Unpacker, is_plain
 from tests.unit.builders import arena
 
@@ -389,9 +389,19 @@ HOSTILE = [
     Tensor("<f4", (-1,), 0, 0),
     Tensor("|O", (3,), 0, 0),
     Tensor("quatsch", (0,), 0, 0),
-    Strings((3,), ["a"]),
-    Strings((-1, 5), ["a"]),
-    Strings((2**62,), []),
+    Text((3,), 1, 0),
+    Text((-1, 5), 1, 0),
+    Text((2**62,), 1, 0),
+    Text((1,), 1, 2**62),
+    Text((1,), 1, -8),
+    Text((1,), 99, 0),
+    Text((3,), 0, 0),
+    Text((-1,), 0, 0),
+    Packed(1, 2**62),
+    Packed(1, -8),
+    Packed(1, 65_530),
+    Packed(99, 0),
+    Packed(0, 0),
     Items("set", []),
     Items("", []),
     Items("dict", [Plain(1)]),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from onnx_dl import census
+from onnx_dl.census import Sighting
+from onnx_dl.console import versions
 from onnx_dl.console.history import History
-from onnx_dl.console.hosts import alive
+from onnx_dl.console.hosts import alive, running
 from onnx_dl.console.output import console, quiet_end, say
 from onnx_dl.console.table import live, overview
-from onnx_dl.host import ModelHost
+from onnx_dl.errors import SupervisorError
+from onnx_dl.host import ModelHost, Snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,15 +27,37 @@ _REMEMBERED: Final = 300.0
 _SAMPLES: Final = 600
 
 
-def ps(host: ModelHost, *, as_json: bool) -> None:
-    """Prints the host's models; as JSON, the snapshot in one line."""
-    snapshot = alive(host.snapshot())
+def ps(name: str, *, as_json: bool) -> None:
+    """Prints the models of the host of this name, and which hosts run under it; as JSON, in one line.
+
+    Raises:
+        SupervisorError: there is no host that this version of onnx-dl can ask.  Those of other versions are
+            printed before.
+    """
+    snapshot, failure = None, None
+    try:
+        with running(name) as host:
+            snapshot = alive(host.snapshot())
+    except SupervisorError as error:
+        failure = error
+    found = census.running(name)
+    if snapshot is not None or found:
+        _print(snapshot or Snapshot(0, None, [], name), found, as_json=as_json)
+    if failure is not None:
+        raise failure
+
+
+def _print(snapshot: Snapshot, found: Sequence[Sighting], *, as_json: bool) -> None:
     with quiet_end():
         if as_json:
-            say(msgspec.json.encode(snapshot).decode())
-        else:
-            terminal = console()
+            seen = msgspec.to_builtins(snapshot) | {"hosts": versions.data(found)}
+            say(msgspec.json.encode(seen).decode())
+            return
+        terminal = console()
+        if snapshot.supervisor_pid is not None:
             terminal.print(overview(snapshot, terminal.width))
+        for line in versions.lines(found):
+            terminal.print(line, markup=False)
 
 
 def top(host: ModelHost, interval: float) -> None:

@@ -7,13 +7,24 @@ the supervisor's one thread only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Container, Iterator
+from typing import Final
 
+from onnx_dl import descriptors
 from onnx_dl.errors import ProtocolError
+from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.process import RESERVE
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.sockets import Channel, Listener
+from onnx_dl.transport.door import Door
+from onnx_dl.transport.sockets import Channel
+
+_COST: Final = 3
+"""Descriptors of one client: its lifeline, its process, its control connection."""
+_MOST: Final = 64
+"""Connections of one process; each of its hosts has one."""
 
 
 class Client:
@@ -24,10 +35,13 @@ class Client:
         self.identity: bytes | None = None
         self.blobs: dict[int, tuple[str, int]] = {}
         """Memory that models are loaded from: name and memfd."""
+        self.is_short = False
+        """It handed over memory for which there was no descriptor."""
+        self.pid = lifeline.peer_pid()
         self.pidfd: int | None = None
         # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
         with contextlib.suppress(OSError):
-            self.pidfd = os.pidfd_open(lifeline.peer_pid())
+            self.pidfd = os.pidfd_open(self.pid)
 
     def sources(self) -> list[int]:
         return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
@@ -35,7 +49,11 @@ class Client:
     def keep_blob(self, number: int, name: str, fd: int) -> None:
         """Kept until the client drops it or is gone."""
         self.drop_blob(number)
-        self.blobs[number] = name, fd
+        if descriptors.free() < RESERVE:
+            self.is_short = True
+            os.close(fd)
+        else:
+            self.blobs[number] = name, fd
 
     def drop_blob(self, number: int) -> None:
         if (blob := self.blobs.pop(number, None)) is not None:
@@ -54,28 +72,39 @@ class Clients:
 
     def __init__(
         self,
-        listener: Listener,
+        address: str,
         greet: Callable[[m.ClientHello], m.Message | None],
         on_gone: Callable[[bytes], None],
     ) -> None:
         """``greet``: the answer to who says hello: Welcome lets it in; None is no answer at all.
         ``on_gone``: told of the identity of one that was let in."""
-        self._listener = listener
+        self._door = Door(address, RESERVE // 2, _refuse)
         self._greet = greet
         self._on_gone = on_gone
         self._clients: list[Client] = []
 
     def sources(self) -> list[int]:
         """Descriptors to poll, for :meth:`handle`."""
-        return [self._listener.fileno(), *(fd for client in self._clients for fd in client.sources())]
+        return [self._door.fileno(), *(fd for client in self._clients for fd in client.sources())]
 
-    def handle(self, ready: Container[object]) -> None:
+    def next_deadline(self) -> float | None:
+        """When :meth:`on_tick` has something to do; None: not before something happens."""
+        return self._door.next_deadline()
+
+    def on_tick(self, now: float) -> None:
+        """Time has passed: those are closed that say nothing."""
+        self._door.on_tick(now)
+
+    def handle(self, ready: Container[object], now: float) -> None:
         """Takes in what came on these descriptors."""
-        if self._listener.fileno() in ready and (channel := self._listener.accept()):
-            self._clients.append(Client(channel))
         for client in list(self._clients):
             if client.pidfd in ready or client.lifeline.fileno() in ready:
                 self._hear(client, gone=client.pidfd in ready)
+        if self._door.fileno() in ready:
+            for channel in self._door.spoken(now):
+                client = Client(channel)
+                self._clients.append(client)
+                self._hear(client, gone=False)
 
     def identities(self) -> Iterator[bytes]:
         """Of those that were let in."""
@@ -84,7 +113,7 @@ class Clients:
     def known(self, identity: bytes) -> Client | None:
         """The one of this identity, with all that it has said on its lifeline heard; None: it is gone, or
         never was."""
-        client = next((client for client in self._clients if client.identity == identity), None)
+        client = self._of(identity)
         if client is not None:
             self._hear(client, gone=False)
         return client if client in self._clients else None
@@ -93,24 +122,40 @@ class Clients:
         """Descriptors of all memory that they have handed over, by name."""
         return dict(blob for client in self._clients for blob in client.blobs.values())
 
+    def drop(self, identity: bytes) -> None:
+        """Something went wrong with this one: it must go."""
+        if (client := self._of(identity)) is not None:
+            self._part(client)
+
     def close(self) -> None:
-        self._listener.close()
+        self._door.close()
         for client in self._clients:
             client.close()
 
+    def _of(self, identity: bytes) -> Client | None:
+        return next((client for client in self._clients if client.identity == identity), None)
+
     def _hear(self, client: Client, *, gone: bool) -> None:
         """All that a client has said on its lifeline, and whether it is still there."""
-        while client in self._clients:
-            try:
-                received = client.lifeline.receive(0)
-            except TimeoutError:
-                break
-            except OSError:  # out of descriptors: without what it sent it cannot be served
-                received = None
-            if received is None or not self._obey(client, *received):
-                gone = True
-                break
-        if gone and client in self._clients:
+        with boundary(f"the client of process {client.pid}", lambda error: self._part(client)):
+            while client in self._clients:
+                try:
+                    received = client.lifeline.receive(0)
+                except TimeoutError:
+                    break
+                except OSError as error:
+                    if error.errno != errno.EMFILE:
+                        raise
+                    client.is_short = True
+                    continue
+                if received is None or not self._obey(client, *received):
+                    gone = True
+                    break
+            if gone:
+                self._part(client)
+
+    def _part(self, client: Client) -> None:
+        if client in self._clients:
             self._clients.remove(client)
             client.close()
             if client.identity is not None:
@@ -126,13 +171,30 @@ class Clients:
             client.keep_blob(message.number, message.name, fds[0])
             return True
         sockets.close_all(fds)
-        return isinstance(message, m.ClientHello) and self._welcome(client, message)
+        # Once: who says hello again and again, and reads no answer, would have us wait.
+        is_hello = isinstance(message, m.ClientHello) and client.identity is None
+        return is_hello and self._welcome(client, message)
 
     def _welcome(self, client: Client, hello: m.ClientHello) -> bool:
         answer = self._greet(hello)
+        if isinstance(answer, m.Welcome) and (refusal := self._refusal(client, hello)):
+            answer = m.Refused(reason=refusal)
         if answer is not None:
             client.lifeline.send(m.encode(answer))
         if not isinstance(answer, m.Welcome):
             return False
         client.identity = hello.client
         return True
+
+    def _refusal(self, client: Client, hello: m.ClientHello) -> str | None:
+        if self._of(hello.client) is not None:
+            return "another client has this name"
+        if client.pid and sum(other.pid == client.pid for other in self._clients) > _MOST:
+            return f"process {client.pid} has {_MOST} connections already"
+        if descriptors.free() < _COST + RESERVE:
+            return str(descriptors.exhausted("A client"))
+        return None
+
+
+def _refuse(channel: Channel, reason: str) -> None:
+    channel.send(m.encode(m.Refused(reason=reason)))

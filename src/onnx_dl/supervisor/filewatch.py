@@ -13,8 +13,9 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final, NamedTuple
+
+from onnx_dl import smallfiles
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 # From <sys/inotify.h>.  Of a file that is written only the end counts: what is half written is not looked at.
@@ -31,6 +32,8 @@ _CHUNK: Final = 1 << 16
 _MOST_LINKS: Final = 40
 """As many as the kernel follows."""
 _TRIES: Final = 100
+_MOST_BYTES: Final = (1 << 20) + 1
+"""That are compared: one more than a file may have that is of any use."""
 
 
 class _Folder(NamedTuple):
@@ -84,7 +87,7 @@ class FileWatch:
 
     def _read(self) -> bytes | None:
         try:
-            return Path(self._path).read_bytes() if os.path.isfile(self._path) else None
+            return smallfiles.head(self._path, _MOST_BYTES)
         except OSError:
             return None
 
@@ -179,7 +182,7 @@ def _places(path: str) -> Iterator[tuple[str, str]]:
             target = os.readlink(step)
             rest += target.split("/")[::-1]
             at = "/" if target.startswith("/") else at
-        elif os.path.isdir(step):
+        elif rest and os.path.isdir(step):  # a folder in place of the file may go again
             at = step
         else:
             yield at, name

@@ -1,30 +1,31 @@
 """The supervisor's only thread: polls, feeds the scheduler, carries out its commands.
 
 The only writer of everything in this process.  What to do is decided by
-:mod:`onnx_dl.supervisor.scheduler`; how processes start and end is :mod:`onnx_dl.supervisor.process`.
+:mod:`onnx_dl.supervisor.scheduler`; how processes start and end is :mod:`onnx_dl.supervisor.process`.  A
+failure ends the client, the worker or the command that it concerns (:mod:`onnx_dl.supervisor.boundary`).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import errno
+import functools
 import os
 import secrets
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-import zmq
-
-from onnx_dl import installation, machine
+from onnx_dl import census, descriptors, installation, machine
 from onnx_dl.config import Settings
-from onnx_dl.errors import ConfigError, InvalidTransition, ProtocolError
-from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
+from onnx_dl.events import ModelEvent
+from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
-from onnx_dl.supervisor.admission import Seen
+from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
 from onnx_dl.supervisor.clients import Client, Clients
 from onnx_dl.supervisor.commands import (
     Command,
@@ -38,21 +39,30 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
+from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
 from onnx_dl.supervisor.probe import Probe
-from onnx_dl.supervisor.process import MOST_BLOBS, Processes
+from onnx_dl.supervisor.process import RESERVE, Processes
 from onnx_dl.supervisor.records import HOST
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.solitude import Solitude
+from onnx_dl.supervisor.wakeups import Wakeups
+from onnx_dl.supervisor.workerprocess import MOST_BLOBS
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
-from onnx_dl.transport.sockets import Listener, Socket
+from onnx_dl.transport.router import Router
+from onnx_dl.transport.secret import same_secret
 
 if TYPE_CHECKING:
     from onnx_dl.supervisor.configured import Configuration
     from onnx_dl.supervisor.scrape import Scrape
+
+
+_LINGER: Final = 0.5
+"""Seconds for the last messages to be taken."""
 
 
 class Supervisor:
@@ -67,10 +77,12 @@ class Supervisor:
         place: Place | None = None,
         foreground: bool = False,
         firm: Sequence[str] = (),
+        application: int | None = None,
     ) -> None:
         """``place``: where applications find it, if it serves more than the one that started it; it then
         stays for a while without clients, or, in the ``foreground``, until it is told to go.  ``firm``: the
-        names of settings that the host's file does not change.
+        names of settings that the host's file does not change.  ``application``: a descriptor that is
+        readable when the only application is gone that this serves.
 
         Raises:
             OnnxDLError: what the settings or the file ask for cannot be had.
@@ -87,13 +99,14 @@ class Supervisor:
         self._returns = False
         epoch = time.time() - time.monotonic()
         self._store = store.of(settings)
-        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store)
-        self._context = sockets.context()
-        self._control: Socket = sockets.router(self._context, f"{address}/control")
+        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store, self._store.is_saved)
+        self._control = Router(f"{address}/control", RESERVE // 2, self._is_expected)
         processes.attach(f"{address}/control", self)
-        self._clients = Clients(Listener(f"{address}/lifeline"), self._greet, self._client_gone)
+        self._clients = Clients(f"{address}/lifeline", self._greet, self._client_gone)
+        self._application = application
         self._abandoned_at: float | None = time.monotonic() + settings.start_timeout
         """When to give up if no client comes; None once one has."""
+        self._solitude = Solitude(settings.linger, self._abandoned_at, kept=foreground)
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
@@ -102,7 +115,9 @@ class Supervisor:
         self._runs_measured: dict[int, int] = {}
         """The runs that a worker had made when it was looked at."""
         self._metrics = Metrics()
-        self._wakeup = _signals(foreground)
+        self._wakeups = Wakeups(foreground)
+        self._todo: collections.deque[Command] = collections.deque()
+        self._carrying = False
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -110,51 +125,86 @@ class Supervisor:
         """Until the last client is gone and all workers are reaped."""
         self._store.open()  # while the template still imports
         self._follow_file()
+        self._processes.reap()  # one may have ended before signals were heard
         while not self._scheduler.finished:
             self._mind_loneliness()
-            deadlines = (self._scheduler.next_deadline(), self._abandoned_at)
-            deadline = min((at for at in deadlines if at is not None), default=None)
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._take_in(sockets.wait(self._poller(), wait))
-            now = time.monotonic()
-            seen = self._look(now) if self._scheduler.wants_look(now) else {}
-            self._carry_out(self._scheduler.on_tick(now, seen))
-            if self._abandoned_at is not None and now >= self._abandoned_at:
-                self._abandoned_at = None
-                self._carry_out(self._scheduler.on_abandoned(now))
+            self._take_in(sockets.readable(self._sources(), self._patience()))
+            self._pass_time(time.monotonic())
         if self._place is not None and not self._returns:
             self._place.withdraw()
         if self._scrape is not None:
             self._scrape.close()
         self._processes.close()
         # The last events and Bye may still be on their way; EOF on a lifeline must not overtake them.
-        self._context.destroy(linger=500)
+        self._control.close(_LINGER)
         self._clients.close()
 
-    def _poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._control, zmq.POLLIN)
-        fds = [self._wakeup, *self._processes.sources(), *self._clients.sources()]
+    def _patience(self) -> float | None:
+        """Seconds until there is something to do; None: not before something comes."""
+        deadlines = (
+            self._scheduler.next_deadline(),
+            self._processes.next_deadline(),
+            self._clients.next_deadline(),
+            self._control.next_deadline(),
+            None if self._scheduler.closing else self._solitude.look_at,
+            self._abandoned_at,
+        )
+        deadline = min((at for at in deadlines if at is not None), default=None)
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _sources(self) -> list[int]:
+        """Descriptors to poll."""
+        fds = [
+            self._control.fileno(),
+            self._wakeups.fileno(),
+            *self._processes.sources(),
+            *self._clients.sources(),
+        ]
+        fds += [] if self._application is None else [self._application]
         fds += [] if self._scrape is None else [self._scrape.fileno()]
         fds += [] if self._file is None else self._file.sources()
-        for fd in fds:
-            poller.register(fd, zmq.POLLIN)
-        return poller
+        return fds
 
-    def _take_in(self, ready: dict[Any, int]) -> None:
+    def _take_in(self, ready: Container[object]) -> None:
         # Workers first: what they say before they die must be known before their death is.
-        if self._control in ready:
+        if self._control.fileno() in ready:
             self._hear_control()
-        if self._wakeup in ready:
-            self._heed_signals(_pending_signals(self._wakeup))
+        if self._wakeups.fileno() in ready:
+            self._heed_signals(self._wakeups.arrived())
             self._hear_control()
             self._processes.reap()
         self._processes.handle(ready)
         if self._file is not None and any(fd in ready for fd in self._file.sources()):
             self._reload(asked=False)
         if self._scrape is not None and self._scrape.fileno() in ready:
-            self._scrape.answer(self._facts)
-        self._clients.handle(ready)
+            with boundary("the page of metrics"):
+                self._scrape.answer(self._facts)
+        self._clients.handle(ready, time.monotonic())
+        if self._application is not None and self._application in ready:
+            self._application_gone(self._application)
+
+    def _application_gone(self, application: int) -> None:
+        """The only one that this serves, whether it has connected or not."""
+        self._application = None
+        os.close(application)
+        self._carry_out(self._scheduler.on_abandoned(time.monotonic()))
+
+    def _pass_time(self, now: float) -> None:
+        self._processes.on_tick()
+        self._clients.on_tick(now)
+        self._control.on_tick(now)
+        with boundary("the search for room", self._end_search):
+            self._weigh(now)
+            seen = self._look(now) if self._scheduler.wants_look(now) else {}
+            self._carry_out(self._scheduler.on_tick(now, seen))
+        if self._abandoned_at is not None and now >= self._abandoned_at:
+            self._abandoned_at = None
+            if self._solitude.follower is not None:
+                self._say(f"the host ends, because {self._solitude.follower}")
+            self._carry_out(self._scheduler.on_abandoned(now))
+
+    def _end_search(self, error: Exception) -> None:
+        self._carry_out(self._scheduler.on_stuck(_failure(error)))
 
     def _heed_signals(self, signals: set[int]) -> None:
         now = time.monotonic()
@@ -177,8 +227,9 @@ class Supervisor:
         return {signal.SIGTERM, signal.SIGINT} | closed
 
     def _reload(self, *, asked: bool) -> None:
-        if self._file is not None and self._file.refresh(asked=asked) and not self._scheduler.closing:
-            self._follow_file()
+        with boundary("the host's file"):  # what was in force before stays
+            if self._file is not None and self._file.refresh(asked=asked) and not self._scheduler.closing:
+                self._follow_file()
 
     def _follow_file(self) -> None:
         """What the host's file says is in force from now on."""
@@ -194,63 +245,122 @@ class Supervisor:
             self._carry_out(self._scheduler.on_acquire(HOST, ask, now))
 
     def _mind_loneliness(self) -> None:
-        """A shared host that nobody uses, and that has no models of its own, ends after a while."""
-        if self._place is None:
+        """A shared host that nobody uses ends after a while, or when another follows it."""
+        if self._place is None or self._scheduler.closing:
             return
-        used = self._foreground or self._scheduler.holds_any or any(self._clients.identities())
-        if used:
-            self._abandoned_at = None
-        elif self._abandoned_at is None:
-            self._abandoned_at = time.monotonic() + self._settings.linger
+        self._abandoned_at = self._solitude.ends_at(
+            time.monotonic(),
+            clients=any(self._clients.identities()),
+            models=self._scheduler.holds_any,
+            look=functools.partial(census.follower, self._place),
+        )
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
-        for command in commands:
-            match command:
-                case StartWorker(worker_id, spec):
-                    identity = self._processes.spawn(worker_id, self._blobs(spec), pristine=spec.pristine)
-                    self._identities[worker_id] = identity
-                    self._workers[identity] = worker_id
-                    if uses_gpu(spec):
-                        self._on_gpu.add(worker_id)
-                case TellWorker(worker_id, message):
-                    self._send(self._identities[worker_id], message)
-                case TellClient(client, message) if client != HOST:
-                    self._send(client, message)
-                case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
-                    why = failure.args[0] if failure.args else failure.name
-                    _complain(f"an eager model did not load: {why}")
-                case KillWorker(worker_id):
-                    self._processes.kill(worker_id)
-                case ForgetPeak(worker_id):
-                    if (pid := self._scheduler.pids().get(worker_id)) is not None:
-                        self._meter().forget_peak(pid)
-                case Remember(key, need):
-                    self._store.put(key, need)
-                case StartSaver(wish):
-                    self._start_saver(wish)
-                case EndSaver():
-                    self._processes.end_saver()
-                case Emit(event):
-                    if self._foreground:
-                        with contextlib.suppress(OSError):  # nobody reads it any more
-                            print(event, flush=True)
-                    self._metrics.on_event(event)
-                    for identity in self._clients.identities():
-                        self._send(identity, m.Published(event=event))
+        """In the order in which they were decided, also where one leads to others."""
+        self._todo.extend(commands)
+        if self._carrying:
+            return
+        self._carrying = True
+        try:
+            while self._todo:
+                self._perform_safely(self._todo.popleft())
+        finally:
+            self._carrying = False
+
+    def _perform_safely(self, command: Command) -> None:
+        """A command that fails is told, and becomes the fact that it was not carried out."""
+        with boundary(f"{type(command).__name__} failed", lambda error: self._undo(command, error)):
+            self._perform(command)
+
+    def _perform(self, command: Command) -> None:
+        match command:
+            case StartWorker(worker_id, spec):
+                self._start_worker(worker_id, spec)
+            case TellWorker(worker_id, message):
+                self._send(self._identities[worker_id], message)
+            case TellClient(client, message) if client != HOST:
+                self._send(client, message)
+            case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
+                why = failure.args[0] if failure.args else failure.name
+                tell(f"an eager model did not load: {why}")
+            case KillWorker(worker_id):
+                self._processes.kill(worker_id)
+            case ForgetPeak(worker_id):
+                if (pid := self._scheduler.pids().get(worker_id)) is not None:
+                    self._meter().forget_peak(pid)
+            case Remember(key, need):
+                self._store.put(key, need)
+            case StartSaver(wish):
+                self._start_saver(wish)
+            case EndSaver():
+                self._processes.end_saver()
+            case Emit(event):
+                self._publish(event)
+
+    def _undo(self, command: Command, error: Exception) -> None:
+        """What follows for whom a command concerned that failed."""
+        match command:
+            case StartWorker(worker_id) if worker_id in self._identities:
+                failure = _failure(_exhausted(error) if isinstance(error, OSError) else error)
+                self.spawn_failed(worker_id, str(error), failure)
+            case TellWorker(worker_id):
+                self._carry_out(self._scheduler.on_broken(worker_id, _failure(error)))
+            case TellClient(client) if client != HOST:
+                self._clients.drop(client)
+            case StartSaver():
+                self.saver_ended(0)
+
+    def _publish(self, event: ModelEvent) -> None:
+        if self._foreground:
+            self._say(str(event))
+        self._metrics.on_event(event)
+        for identity in list(self._clients.identities()):
+            self._perform_safely(TellClient(identity, m.Published(event=event)))
+
+    def _say(self, text: str) -> None:
+        """To who keeps the host, or to the log of one in the background."""
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(text, flush=True)
 
     def _send(self, identity: bytes, message: m.Message) -> None:
-        self._control.send_multipart([identity, m.encode(message)])
+        self._control.send(identity, m.encode(message))
+
+    def _start_worker(self, worker_id: int, spec: ModelSpec) -> None:
+        identity = self._identities[worker_id] = secrets.token_bytes(16)
+        self._workers[identity] = worker_id
+        if uses_gpu(spec):
+            self._on_gpu.add(worker_id)
+        self._processes.spawn(worker_id, identity, self._blobs(spec), pristine=spec.pristine)
 
     # --- workers ------------------------------------------------------------------------------------------
 
     def spawned(self, worker_id: int, pid: int) -> None:
-        if worker_id in self._on_gpu:
-            self._meter().begin(pid)
-        self._carry_out(self._scheduler.on_spawned(worker_id, pid))
+        with self._about(worker_id):
+            if worker_id in self._on_gpu:
+                self._meter().begin(pid)
+            self._carry_out(self._scheduler.on_spawned(worker_id, pid))
 
-    def spawn_failed(self, worker_id: int, reason: str) -> None:
-        self._forget(worker_id)
-        self._carry_out(self._scheduler.on_spawn_failed(worker_id, self._explain(reason), time.monotonic()))
+    def _about(self, worker_id: int) -> contextlib.AbstractContextManager[None]:
+        """Around what concerns one worker: if it fails, that one is not to be trusted; the others have done
+        nothing."""
+        return boundary(
+            f"worker {worker_id}",
+            lambda error: self._carry_out(self._scheduler.on_broken(worker_id, _failure(error))),
+        )
+
+    def spawn_failed(self, worker_id: int, reason: str, failure: m.Failure | None = None) -> None:
+        with self._about_the_end_of(worker_id):
+            self._forget(worker_id)
+            now = time.monotonic()
+            self._carry_out(self._scheduler.on_spawn_failed(worker_id, self._explain(reason), now, failure))
+
+    def _about_the_end_of(self, worker_id: int) -> contextlib.AbstractContextManager[None]:
+        return boundary(
+            f"the end of worker {worker_id}",
+            lambda error: self._carry_out(
+                self._scheduler.on_lost(worker_id, _failure(error), time.monotonic())
+            ),
+        )
 
     def _explain(self, reason: str) -> str:
         """With what stands in the log of a host in the background, which the application does not see."""
@@ -264,40 +374,38 @@ class Supervisor:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self._hear_control()
-        if worker_id in self._on_gpu and (pid := self._scheduler.pids().get(worker_id)) is not None:
-            self._meter().end(pid)
-        self._forget(worker_id, reading)
-        now = time.monotonic()
-        commands = self._scheduler.on_exited(
-            worker_id, status, stderr, now, reading.exceeded, runs=reading.runs
-        )
-        self._carry_out(commands)
+        with self._about_the_end_of(worker_id):
+            if worker_id in self._on_gpu and (pid := self._scheduler.pids().get(worker_id)) is not None:
+                self._meter().end(pid)
+            self._forget(worker_id, reading)
+            now = time.monotonic()
+            commands = self._scheduler.on_exited(
+                worker_id, status, stderr, now, reading.exceeded, runs=reading.runs
+            )
+            self._carry_out(commands)
 
     def _start_saver(self, wish: Wish) -> None:
         blob = None if wish.blob is None else self._clients.blobs().get(wish.blob)
-        started = False
-        if wish.blob is None or blob is not None:  # else the application that gave it is gone
-            with contextlib.suppress(OSError):  # out of processes or memory: the next load asks again
-                self._processes.start_saver(wish.order, blob, wish.need.ram)
-                started = True
-        if not started:
+        if wish.blob is not None and blob is None:  # the application that gave it is gone
             self.saver_ended(0)
+        else:
+            self._processes.start_saver(wish.order, blob, wish.need.ram)
 
     def saver_ended(self, status: int) -> None:
-        self._carry_out(self._scheduler.on_saver_ended(status, time.monotonic()))
+        with boundary("the end of a saver", self._end_search):
+            self._carry_out(self._scheduler.on_saver_ended(status, time.monotonic()))
 
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)
-        self._workers.pop(self._identities.pop(worker_id), None)
+        identity = self._identities.pop(worker_id)
+        self._workers.pop(identity, None)
+        self._control.forget(identity)
         self._on_gpu.discard(worker_id)
         self._runs_measured.pop(worker_id, None)
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
-        try:
+        with self._about(worker_id):
             self._carry_out(self._from_worker(worker_id, m.from_worker(data)))
-        except InvalidTransition:  # this worker is not to be trusted; the others have done nothing
-            traceback.print_exc()
-            self._processes.kill(worker_id)
 
     def _from_worker(self, worker_id: int, message: Any) -> list[Command]:
         if message.worker_id != worker_id:  # a worker speaks for itself only
@@ -306,6 +414,7 @@ class Supervisor:
         scheduler = self._scheduler
         match message:
             case m.WorkerStarted():
+                self._processes.greeted(worker_id)
                 return scheduler.on_started(worker_id)
             case m.WorkerReady():
                 self._runs_measured[worker_id] = 0
@@ -345,6 +454,12 @@ class Supervisor:
             seen[worker_id] = Seen(Usage(gpu=self._meter().gpu_left(pid)))
         return seen
 
+    def _weigh(self, now: float) -> None:
+        """Has the scheduler know what loads have taken so far (20 µs each)."""
+        for load in self._scheduler.to_weigh(now):
+            nbytes = self._meter().weigh(load.pid, load.nbytes)
+            self._carry_out(self._scheduler.on_weighed(load.worker_id, nbytes, now))
+
     def _refresh(self, now: float, *, fresh: bool = False) -> None:
         """Has the scheduler know what workers hold now."""
         for worker_id, seen in self._look(now, fresh=fresh).items():
@@ -354,21 +469,29 @@ class Supervisor:
 
     def _hear_control(self) -> None:
         """Every message that has come, from workers and clients."""
-        while True:
+        for identity, data in self._control.receive(time.monotonic()):
+            if (worker_id := self._workers.get(identity)) is not None:
+                self._heed_worker(worker_id, data)
+            # What it said on its lifeline, it said before: the bytes of a model, for one.
+            elif client := self._clients.known(identity):
+                self._heed_client(client, data)
+
+    def _heed_client(self, client: Client, data: bytes) -> None:
+        with boundary(f"the client of process {client.pid}", lambda error: self._clients.drop(identity)):
+            identity = client.identity or b""
             try:
-                identity, data = self._control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except ValueError:  # not two frames: nobody we know
-                continue
-            try:
-                if (worker_id := self._workers.get(identity)) is not None:
-                    self._heed_worker(worker_id, data)
-                # What it said on its lifeline, it said before: the bytes of a model, for one.
-                elif client := self._clients.known(identity):
-                    self._carry_out(self._from_client(client, m.from_client(data)))
+                message = m.from_client(data)
             except ProtocolError as error:  # a peer that talks nonsense gets no answer
-                _complain(str(error))
+                tell(str(error))
+                return
+            try:
+                self._carry_out(self._from_client(client, message))
+            except Exception as error:
+                if not isinstance(message, m.Acquire):
+                    raise
+                tell_failure(f"{message.spec.name} was not acquired", error)
+                now, failure = time.monotonic(), _failure(error)
+                self._carry_out(self._scheduler.on_not_acquired(identity, message, failure, now))
 
     def _from_client(self, client: Client, message: object) -> list[Command]:
         now = time.monotonic()
@@ -376,14 +499,15 @@ class Supervisor:
         identity = client.identity or b""
         match message:
             case m.Acquire():
+                self._check_blobs(client, message)
                 self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Withdraw():
                 return scheduler.on_withdraw(identity, message, now)
-            case m.Release(proxy=proxy):
-                return scheduler.on_release(identity, proxy, now)
             case m.Outdated():
                 return scheduler.on_outdated(identity, message, now)
+            case m.Release(proxy=proxy):
+                return scheduler.on_release(identity, proxy, now)
             case m.SetTtl(proxy=proxy, ttl=ttl):
                 return scheduler.on_set_ttl(identity, proxy, ttl)
             case m.Unload():
@@ -401,6 +525,14 @@ class Supervisor:
             case m.DropBlob(number=number):
                 client.drop_blob(number)
         return []
+
+    def _check_blobs(self, client: Client, ask: m.Acquire) -> None:
+        """
+        Raises:
+            DescriptorsExhausted: the client gave memory that could not be kept.
+        """
+        if client.is_short and not self._clients.blobs().keys() >= set(ask.spec.blobs):
+            raise descriptors.exhausted(f"The memory that {ask.spec.name} is loaded from")
 
     def _prepare(self, ask: m.Acquire, now: float) -> None:
         """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
@@ -444,10 +576,14 @@ class Supervisor:
         return self._metrics.facts(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
     def _blobs(self, spec: ModelSpec) -> dict[str, int]:
-        """The memory that a model is loaded from, as far as somebody has it and one message takes it."""
+        """The memory that a model is loaded from, by tag, as far as somebody has it and one message
+        takes it."""
         kept = self._clients.blobs()
-        found = [(name, kept[name]) for name in spec.blobs if name in kept]
+        found = [(blob_tag(name), kept[name]) for name in spec.blobs if name in kept]
         return dict(found[:MOST_BLOBS])
+
+    def _is_expected(self, identity: bytes) -> bool:
+        return identity in self._workers or self._clients.known(identity) is not None
 
     def _greet(self, hello: m.ClientHello) -> m.Message | None:
         if self._scheduler.closing:  # without a word: the next host is for it, in a moment
@@ -455,10 +591,11 @@ class Supervisor:
         if refusal := self._refusal(hello):
             return m.Refused(reason=refusal)
         self._abandoned_at = None
+        self._solitude.on_client()
         return m.Welcome(build="" if self._place is None else installation.build())
 
     def _refusal(self, hello: m.ClientHello) -> str | None:
-        if not secrets.compare_digest(hello.secret, self._secret):
+        if not same_secret(hello.secret, self._secret):
             return "the secret is wrong"
         if hello.version != m.PROTOCOL_VERSION:
             return (
@@ -468,9 +605,14 @@ class Supervisor:
         return None
 
     def _client_gone(self, identity: bytes) -> None:
+        self._control.forget(identity)
         now = time.monotonic()
-        self._refresh(now)
-        self._carry_out(self._scheduler.on_client_gone(identity, now))
+        with boundary(
+            "the end of a client",
+            lambda error: self._carry_out(self._scheduler.forget_client(identity)),
+        ):
+            self._refresh(now)
+            self._carry_out(self._scheduler.on_client_gone(identity, now))
         if self._place is None and not any(self._clients.identities()):
             self._carry_out(self._scheduler.on_abandoned(now))
 
@@ -484,10 +626,23 @@ def _file(path: str) -> Configuration | None:
     return Configuration(path)
 
 
-def _complain(text: str) -> None:
-    """Says on stderr what nobody else is told."""
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        print(f"onnx-dl: {text}", file=sys.stderr, flush=True)
+def _failure(error: Exception) -> m.Failure:
+    """What a caller is told whom a failure of the host concerns: always an error of ours."""
+    if not isinstance(error, OnnxDLError):
+        error = SupervisorError(
+            f"The host failed ({type(error).__name__}: {error}); its stderr says where. This is a bug in "
+            "onnx-dl. What else is loaded goes on."
+        )
+    return failures.describe(error)
+
+
+def _exhausted(error: OSError) -> Exception:
+    """The error for what the system refused to give a worker."""
+    if isinstance(error, OnnxDLError):
+        return error
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return descriptors.exhausted("A worker process")
+    return WorkerDied(f"No worker process could be started: {error}.")
 
 
 def _scrape(address: str) -> Scrape | None:
@@ -497,23 +652,3 @@ def _scrape(address: str) -> Scrape | None:
     from onnx_dl.supervisor.scrape import Scrape
 
     return Scrape(address)
-
-
-def _signals(foreground: bool) -> int:
-    """A descriptor from which the numbers of arrived signals can be read."""
-    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):  # nohup
-            signal.signal(number, lambda *_: None)
-    if not foreground:
-        # Ctrl-C goes to the whole group; it is the application's.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return read_end
-
-
-def _pending_signals(fd: int) -> set[int]:
-    try:
-        return set(os.read(fd, 4096))
-    except BlockingIOError:
-        return set()

@@ -2,6 +2,7 @@
 
 Who starts it writes one JSON object to its stdin (:class:`Orders`) and waits for what it says on a pipe:
 ``!``, its sockets are bound; ``-``, another process is the host of this name already; else, why it failed.
+The starter and this process may be of two versions of onnx-dl, if it was upgraded while the starter ran.
 """
 
 from __future__ import annotations
@@ -11,62 +12,96 @@ import ctypes
 import os
 import select
 import sys
+import time
+import traceback
 from typing import Final
 
 import msgspec
 
+from onnx_dl import census, surroundings
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
+from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
+from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_REPLACED: Final = (
+    "onnx-dl was replaced on disk while this application ran: the application speaks {theirs}, "
+    "what is installed now speaks version {ours}. Restart the application."
+)
+_LAST_WORDS: Final = 0.5
+"""Seconds for what is to be read by people, at the end."""
 
 
-class Orders(msgspec.Struct, frozen=True, kw_only=True):
+class Starter(msgspec.Struct, frozen=True, kw_only=True):
+    """What an application of any version of onnx-dl says of itself in its orders."""
+
+    protocol: int | None = None
+    """The version that it speaks; None: one before 5."""
+    ready_fd: int | None = None
+
+
+class Orders(Starter, frozen=True, kw_only=True):
     """What the supervisor is told at its start.  ``secret`` is why this does not travel in ``argv``."""
 
     address: str
     secret: str
     sys_path: list[str]
     settings: Settings
-    ready_fd: int | None = None
     host: str | None = None
     """The name under which other applications find it."""
     firm: list[str] = []
     """Names of settings that were given as arguments, which the host's file does not change."""
+    application: tuple[int, int | None] | None = None
+    """The process that starts it, and when that began: a supervisor of its own ends with it."""
     foreground: bool = False
     """It was started by hand: it stays without clients, and says on stdout what happens."""
 
 
 def main() -> None:
     """Runs a supervisor until its last client is gone."""
-    orders = msgspec.json.decode(sys.stdin.buffer.read(), type=Orders)
+    surroundings.make_own()
+    said = sys.stdin.buffer.read()
+    if not said:  # the application ended before it could say what it wants
+        return
+    starter = msgspec.json.decode(said, type=Starter)
+    if starter.protocol != PROTOCOL_VERSION:  # the rest of its orders may mean anything
+        _tell(starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=census.version(starter.protocol)))
+        sys.exit(1)
+    orders = msgspec.json.decode(said, type=Orders)
     if orders.host is not None and os.fork():
         os._exit(0)  # whoever started a shared host need not wait for its end
     _detach()
     try:
-        served = serve(orders)
-    except OnnxDLError as error:
+        place = None if orders.host is None else Place(orders.host)
+        if place is None or place.claim():
+            serve(orders, place)
+        else:
+            _tell(orders, "-")
+    except (OnnxDLError, OSError) as error:
         _tell(orders, str(error))
         sys.exit(1)
-    if not served:
-        _tell(orders, "-")
 
 
-def serve(orders: Orders) -> bool:
-    """Serves until there is nobody left to serve; false, at once, if there is another host of this name.
+def serve(orders: Orders, place: Place | None) -> None:
+    """Serves until there is nobody left to serve.
+
+    ``place``: of a shared host; this process has claimed it.
 
     Raises:
         OnnxDLError: what the settings ask for cannot be had.
     """
+    try:
+        application = _application(orders)
+    except ProcessLookupError:
+        return
     _take_in_orphans()
-    place = None if orders.host is None else Place(orders.host)
-    if place is not None and not place.claim():
-        return False
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # what the last one of this name wrote
-    processes = Processes(orders.sys_path, orders.settings.start)
+    settings = orders.settings
+    processes = Processes(orders.sys_path, settings.start, settings.start_timeout, time.monotonic)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 
@@ -74,10 +109,11 @@ def serve(orders: Orders) -> bool:
         processes,
         orders.address,
         orders.secret,
-        orders.settings,
+        settings,
         place=place,
         foreground=orders.foreground,
         firm=orders.firm,
+        application=application,
     )
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)
@@ -85,15 +121,35 @@ def serve(orders: Orders) -> bool:
         said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
         print(said, flush=True)
     _tell(orders, "!")
-    supervisor.run()
-    return True
+    sys.stdout, sys.stderr = outlets = Outlet(1), Outlet(2)
+    try:
+        supervisor.run()
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        for outlet in outlets:
+            outlet.finish(_LAST_WORDS)
 
 
-def _tell(orders: Orders, text: str) -> None:
-    if orders.ready_fd is not None:
+def _application(orders: Orders) -> int | None:
+    """A descriptor that is readable when the application is gone that has this supervisor for itself.
+
+    Its lifeline says so, too, but not before it is connected.
+
+    Raises:
+        ProcessLookupError: it is gone already.
+    """
+    if orders.host is not None or orders.application is None:
+        return None
+    return surroundings.watch(*orders.application)
+
+
+def _tell(starter: Starter, text: str) -> None:
+    if starter.ready_fd is not None:
         with contextlib.suppress(BrokenPipeError):  # it has gone; others may come
-            os.write(orders.ready_fd, text.encode()[: select.PIPE_BUF])
-        os.close(orders.ready_fd)
+            os.write(starter.ready_fd, text.encode()[: select.PIPE_BUF])
+        os.close(starter.ready_fd)
 
 
 def _detach() -> None:

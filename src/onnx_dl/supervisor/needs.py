@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from onnx_dl.model import ModelSpec, Usage, model_key
 
@@ -21,6 +22,8 @@ _NEWS: Final = 0.05
 _STALE: Final = 86_400.0
 """Seconds after which figures are written down again, so that those of models in use are not the oldest."""
 _REMEMBERED: Final = 4096
+_Count = Annotated[int, Meta(ge=0, le=1 << 50)]
+"""Bytes, as they may stand in a file."""
 _ON_GPUS: Final = (
     "CUDAExecutionProvider",
     "TensorrtExecutionProvider",
@@ -35,8 +38,8 @@ _ON_GPUS: Final = (
 class Bytes:
     """Of the two kinds of memory that have limits."""
 
-    ram: int = 0
-    gpu: int = 0
+    ram: _Count = 0
+    gpu: _Count = 0
 
     def __add__(self, other: Bytes) -> Bytes:
         return Bytes(self.ram + other.ram, self.gpu + other.gpu)
@@ -76,24 +79,53 @@ def highest(usage: Usage) -> Bytes:
     return Bytes(max(usage.peak, usage.pss), usage.gpu or 0)
 
 
-class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What one model was measured to take."""
+class Peak(msgspec.Struct, frozen=True, array_like=True):
+    """The most memory that a model took while it loaded in one of the two ways; 0: it never did."""
 
-    load: int
-    """The most memory that it took while it loaded."""
-    steady: Bytes
-    """When it was ready."""
-    peak: Bytes
+    nbytes: _Count = 0
+    ended: bool = False
+    """The load was ended when it had so much: it needs more than that."""
+
+    @property
+    def is_measured(self) -> bool:
+        return self.nbytes > 0 and not self.ended
+
+    def after(self, nbytes: int) -> Peak:
+        """Such a load has taken so much; what is near to what was measured is that."""
+        if self.is_measured and _near(self.nbytes, nbytes):
+            return self
+        return Peak(_fading(0 if self.ended else self.nbytes, nbytes))
+
+    def is_near(self, other: Peak) -> bool:
+        return self.ended == other.ended and _near(self.nbytes, other.nbytes)
+
+
+class Need(msgspec.Struct, frozen=True, kw_only=True):
+    """What one model was measured to take.  What was never measured is 0."""
+
+    load: Peak = Peak()
+    """Of plain loads."""
+    mapped: Peak = Peak()
+    """Of loads from the load cache."""
+    steady: Bytes = NOTHING
+    """What it takes when it is ready."""
+    peak: Bytes = NOTHING
     """The most that it took in runs."""
-    at: float = 0.0
+    entry: Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")] = ""
+    """Under which key the load cache has it, if it has; empty: it never does."""
+    at: Annotated[float, Meta(ge=0, le=1e11)] = 0.0
     """Unix time of the last word."""
 
-    def to_load(self, limit: Bytes) -> Bytes:
-        """What must be free for a load.
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a load was ever measured to its end."""
+        return self.steady != NOTHING
 
-        Runs alone refuse nobody: a model that once took more than there is loads when it has all there is.
-        """
-        return Bytes(self.load).most(self.steady).most(self.in_use(limit))
+    def could_be(self, most: Bytes) -> bool:
+        """Whether it was measured where there are so many bytes; it may come from another machine, or be
+        damaged."""
+        loads = Bytes(max(self.load.nbytes, self.mapped.nbytes))
+        return loads.most(self.steady).most(self.peak).fits(most)
 
     def in_use(self, limit: Bytes) -> Bytes:
         """What counts while it is ready, even if it takes less at the moment."""
@@ -104,18 +136,29 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
         if told is None or self.at - told.at > _STALE:
             return True
         near = self.steady.is_near(told.steady) and self.peak.is_near(told.peak)
-        return not (near and _near(self.load, told.load))
+        alike = self.load.is_near(told.load) and self.mapped.is_near(told.mapped)
+        return not (near and alike and self.entry == told.entry)
 
 
-def loaded(known: Need | None, usage: Usage) -> Need:
-    """After a load; ``usage`` was measured before the first run."""
-    load, steady = max(usage.peak, usage.pss), present(usage)
-    if known is None:
-        return Need(load=load, steady=steady, peak=steady)
+def loaded(known: Need | None, usage: Usage, entry: str = "", *, mapped: bool = False) -> Need:
+    """After a load; ``usage`` was measured before the first run.  ``mapped``: it came from the load cache,
+    which has it, or would have it, under the key ``entry``."""
+    known = known or Need()
+    steady, most = present(usage), highest(usage).ram
     return Need(
-        load=_fading(known.load, load),
+        load=known.load if mapped else known.load.after(most),
+        mapped=known.mapped.after(most) if mapped else known.mapped,
         steady=known.steady.fading(steady),
         peak=known.peak.most(steady),
+        entry=entry,
+    )
+
+
+def outgrown(known: Need | None, nbytes: int, *, mapped: bool = False) -> Need:
+    """After a load was ended that had so many bytes."""
+    known, peak = known or Need(), Peak(nbytes, ended=True)
+    return (
+        msgspec.structs.replace(known, mapped=peak) if mapped else msgspec.structs.replace(known, load=peak)
     )
 
 

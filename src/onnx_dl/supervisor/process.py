@@ -1,165 +1,38 @@
 """Starts worker processes, hears their stderr, and learns of their end.
 
-Covers the template process (:mod:`onnx_dl.workers.template`), its replacement when it dies, and the
-descriptors that a worker is born with.  Which worker to start or kill is not decided here.  Used by the
-supervisor's one thread only.
+Covers the template process (:mod:`onnx_dl.workers.template`) and its replacement when it dies or does not
+answer.  All workers are children of this process, so the end of a template is not theirs.  Which worker to
+start or kill is not decided here.  Used by the supervisor's one thread only.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
-import secrets
 import signal
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from onnx_dl import descriptors
+from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.saverprocess import SaverProcess
+from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
+from onnx_dl.supervisor.workerprocess import COST, WorkerProcess
 from onnx_dl.transport import messages as m
-from onnx_dl.transport.gauges import Page, Reading
-from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
+from onnx_dl.transport.gauges import Reading
 
-MOST_BLOBS: Final = MOST_DESCRIPTORS - 3
-"""That a worker is born with, beside what every one has."""
-_TAIL: Final = 40
-"""Lines of a worker's stderr that are kept for the error that tells of its death."""
-
-_BOOT: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.workers.template import main; main(int(sys.argv[2]), sys.argv[3])"
-)
-
-
-# Read when numpy and onnxruntime are imported, so it must be there before.  OpenBLAS would start a pool of
-# threads, and onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share);
-# a process with threads cannot fork safely.
-_SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
-
-
-class StderrTail:
-    """One worker's stderr: passed on to ours as it comes, and its last lines kept."""
-
-    def __init__(self) -> None:
-        self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._read_end, False)
-        self._lines: collections.deque[bytes] = collections.deque(maxlen=_TAIL)
-        self._partial = b""
-        self.open = True
-
-    def fileno(self) -> int:
-        return self._read_end
-
-    def pump(self) -> None:
-        """Takes in what is there."""
-        while self.open:
-            try:
-                data = os.read(self._read_end, 1 << 16)
-            except BlockingIOError:
-                return
-            if not data:
-                self.open = False
-                return
-            with contextlib.suppress(OSError):  # the application closed its stderr: nobody wants to read it
-                os.write(2, data)
-            *lines, self._partial = (self._partial + data).split(b"\n")
-            self._lines.extend(lines)
-
-    def text(self) -> str:
-        lines = [*self._lines, *([self._partial] if self._partial else [])]
-        return b"\n".join(lines).decode(errors="replace")
-
-    def close(self) -> None:
-        self.open = False
-        os.close(self._read_end)
-
-
-class _Template:
-    """The supervisor's end of one template process."""
-
-    def __init__(self, sys_path: list[str], mode: str) -> None:
-        self.channel, theirs = Channel.pair()
-        self.ready = False
-        self.open = True
-        fd = theirs.fileno()
-        os.set_inheritable(fd, True)
-        argv = [sys.executable, "-c", _BOOT, json.dumps(sys_path), str(fd), mode]
-        self.pid = os.posix_spawn(sys.executable, argv, os.environ | _SINGLE_THREADED)
-        theirs.close()
-
-
-class _Process:
-    """One worker process, from the request for it until it is reaped."""
-
-    def __init__(self, worker_id: int, blobs: Mapping[str, int], *, pristine: bool = False) -> None:
-        self.worker_id = worker_id
-        self._pristine = pristine
-        self.identity = secrets.token_bytes(16)
-        # Copies: the client may drop its own while this waits for a template.
-        self._blobs = {name: os.dup(fd) for name, fd in blobs.items()}
-        self.stderr = StderrTail()
-        self.page = Page()
-        self.template: _Template | None = None
-        self.pid: int | None = None
-        self.condemned = False
-        self._pidfd: int | None = None
-        self._dropped = False
-        self._lifeline, self._lifeline_worker = Channel.pair()
-
-    def request(self, template: _Template, control: str) -> None:
-        """Asks the template for the process and hands over its ends of the descriptors."""
-        self.template = template
-        message = m.Spawn(
-            worker_id=self.worker_id,
-            identity=self.identity,
-            control=control,
-            blobs=list(self._blobs),
-            pristine=self._pristine,
-        )
-        fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd)
-        template.channel.send(m.encode(message), (*fds, *self._blobs.values()))
-        self._drop_ends()
-
-    def born(self, pid: int) -> None:
-        self.pid = pid
-        with contextlib.suppress(ProcessLookupError):  # already dead and reaped; that message is on its way
-            self._pidfd = os.pidfd_open(pid)
-        if self.condemned:
-            self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL, also if the process has no pid yet.  By pidfd: a pid may mean another process by now."""
-        self.condemned = True
-        if self._pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def _drop_ends(self) -> None:
-        """Closes what is the worker's: our copies would hide its death from the other ends."""
-        while self._blobs:
-            os.close(self._blobs.popitem()[1])
-        if not self._dropped:
-            os.close(self.stderr.write_end)
-            self._lifeline_worker.close()
-        self._dropped = True
-
-    def buried(self) -> str:
-        """It is reaped; its last lines on stderr."""
-        self._drop_ends()
-        self.stderr.pump()
-        self.stderr.close()
-        self._lifeline.close()
-        self.page.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-        return self.stderr.text()
+RESERVE: Final = 16
+"""Descriptors that stay free, so that files can be read, and clients let in to be told why not."""
+_HURRY: Final = 1.0
+"""Seconds for a template to tell of a worker that is to end."""
 
 
 class Witness(Protocol):
-    """Who is told what becomes of processes, from within ``handle`` and ``reap``."""
+    """Who is told what becomes of processes, from within ``handle``, ``reap``, ``spawn`` and ``on_tick``."""
 
     def spawned(self, worker_id: int, pid: int) -> None: ...
 
@@ -173,14 +46,21 @@ class Witness(Protocol):
 class Processes:
     """All worker processes.  The template is started at once: its imports take longest."""
 
-    def __init__(self, sys_path: list[str], mode: str) -> None:
+    def __init__(self, sys_path: list[str], mode: str, patience: float, now: Callable[[], float]) -> None:
+        """``patience``: seconds in which a template answers, and becomes ready; ``now``: the clock.
+
+        Raises:
+            OSError: the system has no process for a template, or no descriptors.
+        """
         self._sys_path = sys_path
         self._mode = mode
-        self._processes: dict[int, _Process] = {}
-        self._pending: collections.deque[_Process] = collections.deque()
-        self._template: _Template | None = _Template(sys_path, mode)
-        """The one that the next worker comes from."""
+        self._patience = patience
+        self._now = now
+        self._processes: dict[int, WorkerProcess] = {}
+        self._pending: collections.deque[WorkerProcess] = collections.deque()
         self._saver: SaverProcess | None = None
+        self._template: TemplateProcess | None = self._new_template()
+        """The one that the next worker comes from; it is replaced when it is reaped."""
 
     def attach(self, control: str, witness: Witness) -> None:
         """Where workers find the supervisor, and who hears of them; before the first spawn."""
@@ -193,60 +73,106 @@ class Processes:
         template = self._template
         return [*fds, template.channel.fileno()] if template and template.open else fds
 
+    def next_deadline(self) -> float | None:
+        """When :meth:`on_tick` has something to do; None: not before something happens."""
+        return None if self._template is None else self._template.deadline
+
+    def on_tick(self) -> None:
+        """Time has passed: a template that owes an answer for too long is ended."""
+        template = self._template
+        if template is None or template.deadline is None or self._now() < template.deadline:
+            return
+        self._hear(template)  # the answer may have come while this process did something else
+        if template is self._template and template.deadline is not None:
+            self._end_template(template)
+
+    def _end_template(self, template: TemplateProcess) -> None:
+        """It is reaped when it is dead; who waits for it need not."""
+        doing = "answer" if template.was_ready else "become ready"
+        template.close()
+        template.kill()
+        template.given_up = True
+        reason = f"the template process (pid {template.pid}) did not {doing} in time and was ended"
+        self._fail_all(self._waiting_for(template), f"{reason} (ONNX_DL_START_TIMEOUT is {self._patience:g})")
+
+    # --- workers ------------------------------------------------------------------------------------------
+
     def spawn(
         self,
         worker_id: int,
+        identity: bytes,
         blobs: Mapping[str, int] = MappingProxyType({}),
         *,
         pristine: bool = False,
-    ) -> bytes:
-        """Starts a worker process and returns the routing id of its control socket.
+    ) -> None:
+        """Starts a worker process.
 
         Args:
+            identity: the routing id of its control socket.
             blobs: descriptors of the memory that its model is loaded from, by name.
             pristine: it is to have made no session of the engine before.
+
+        Raises:
+            DescriptorsExhausted: it needs more descriptors than this process may have.
+            OSError: the system has none left, or no memory.
         """
-        process = self._processes[worker_id] = _Process(worker_id, blobs, pristine=pristine)
+        owed = sum(process.owed for process in self._processes.values())
+        if descriptors.free() - owed < COST + len(blobs) + RESERVE:
+            raise descriptors.exhausted("A worker process")
+        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, pristine=pristine)
         self._pending.append(process)
         self._dispatch()
-        return process.identity
 
     def kill(self, worker_id: int) -> None:
+        """SIGKILL, now.  One that is asked for gets it when it is there, which may not be long."""
+        process = self._processes.get(worker_id)
+        if process is None:
+            return
+        process.kill()
+        if process in self._pending:  # nobody was asked for it
+            self._pending.remove(process)
+            self._exited(process, signal.SIGKILL)
+        elif self._template is not None and self._template.asked is process:
+            self._template.hurry(self._now() + _HURRY)
+
+    def greeted(self, worker_id: int) -> None:
+        """The worker has its connection."""
         if process := self._processes.get(worker_id):
-            process.kill()
+            process.greeted = True
 
     def readings(self) -> dict[int, Reading]:
         """What the workers tell of themselves now."""
         return {worker_id: process.page.gauges.read() for worker_id, process in self._processes.items()}
 
-    def handle(self, ready: Container[int]) -> None:
+    def handle(self, ready: Container[object]) -> None:
         """Takes in what came on these descriptors."""
         for process in self._processes.values():
             if process.stderr.open and process.stderr.fileno() in ready:
-                process.stderr.pump()
+                with boundary(f"stderr of worker {process.worker_id}", process.mute):
+                    _pass_on(process.stderr.pump())
         template = self._template
         if template and template.open and template.channel.fileno() in ready:
             self._hear(template)
+            if not template.open:
+                self.reap()  # SIGCHLD may have come before
 
     def reap(self) -> None:
         """Collects every child that has ended; called after SIGCHLD."""
-        self._collect()
-        if self._saver is not None and (status := self._saver.ended()) is not None:
+        while (pid := _ended_child()) is not None:
+            if self._template is not None and self._by_pid(pid) is None:
+                self._hear(self._template)  # it says that there is a worker before that can end
+            status = os.waitpid(pid, 0)[1]
+            if process := self._by_pid(pid):
+                self._exited(process, status)
+            elif self._template and pid == self._template.pid:
+                self._template_died(self._template, status)
+            elif self._saver is not None:
+                self._saver.reaped(pid, status)
+        if self._saver is not None and (status_of_saver := self._saver.ended()) is not None:
             self._saver = None
-            self._witness.saver_ended(status)
+            self._witness.saver_ended(status_of_saver)
 
-    def _collect(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    return
-                if self._template and pid == self._template.pid:
-                    self._template_died(self._template, status)
-                elif process := self._by_pid(pid):
-                    self._exited(process, status)
-                elif self._saver is not None:
-                    self._saver.reaped(pid, status)
+    # --- the saver ----------------------------------------------------------------------------------------
 
     def start_saver(self, order: str, blob: int | None, memory: int) -> None:
         """Starts the process that saves a model, of which there is one at most.
@@ -254,7 +180,7 @@ class Processes:
         Raises:
             OSError: the system has no process for it, or no memory.
         """
-        environment = os.environ | _SINGLE_THREADED
+        environment = os.environ | SINGLE_THREADED
         self._saver = SaverProcess(self._sys_path, environment, order, blob, memory)
 
     def end_saver(self) -> None:
@@ -267,82 +193,127 @@ class Processes:
             self._saver.kill()
             self._saver.bury()
         if self._template is not None:
-            self._template.channel.close()
-            os.kill(self._template.pid, signal.SIGKILL)
+            self._template.close()
+            self._template.kill()
             os.waitpid(self._template.pid, 0)
             self._template = None
 
-    def _by_pid(self, pid: int) -> _Process | None:
-        return next((process for process in self._processes.values() if process.pid == pid), None)
+    # --- the template -------------------------------------------------------------------------------------
+
+    def _new_template(self) -> TemplateProcess:
+        return TemplateProcess(self._sys_path, self._mode, self._now(), self._patience)
 
     def _dispatch(self) -> None:
-        """Requests what is pending, as far as there is a template that is ready."""
-        while self._pending:
-            if self._template is None:
-                self._template = _Template(self._sys_path, self._mode)
-            if not self._template.ready:
-                return
-            self._pending.popleft().request(self._template, self._control)
-            # One that does not fork serves one request, and says so when it has become the worker.
-            self._template.ready = self._mode == "fork"
+        """Asks for the next worker, if there is a template that is free."""
+        if self._pending and self._template is None:
+            self._replace()
+        template = self._template
+        if not self._pending or template is None or not template.is_free:
+            return
+        process = self._pending.popleft()
+        try:
+            template.ask(process, self._control, self._now())
+        except BrokenPipeError:
+            self._pending.appendleft(process)  # for the next one, when this one is reaped
+            template.close()
+        except OSError as error:
+            self._failed(process, str(error))
+            self._dispatch()
 
-    def _hear(self, template: _Template) -> None:
-        """All that the template has said; at EOF it is dead or a worker, and must not be polled any more."""
-        with contextlib.suppress(TimeoutError):
-            while template.open:
-                received = template.channel.receive(0)
-                if received is None:
-                    template.open = False
-                    template.channel.close()
-                else:
-                    self._obey(template, m.on_template(received[0]))
+    def _replace(self) -> None:
+        """Starts the next template; where none can be, those fail that wait for it."""
+        self._template = None
+        try:
+            self._template = self._new_template()
+        except OSError as error:
+            self._fail_all(list(self._pending), f"no template process could be started ({error})")
 
-    def _obey(self, template: _Template, message: object) -> None:
+    def _hear(self, template: TemplateProcess) -> None:
+        """All that the template has said.  One that talks nonsense is ended, and reaped later; its workers
+        have done nothing."""
+        with boundary("the template", lambda error: self._distrust(template)):
+            for message in template.heard():
+                self._obey(template, message)
+            if not template.open and not self._is_worker(template):
+                template.kill()  # it may have closed its end without ending
+
+    def _distrust(self, template: TemplateProcess) -> None:
+        template.close()
+        template.kill()
+
+    def _is_worker(self, template: TemplateProcess) -> bool:
+        return self._by_pid(template.pid) is not None
+
+    def _obey(self, template: TemplateProcess, message: object) -> None:
         match message:
             case m.TemplateReady(forkable=forkable):
-                template.ready = True
+                template.became_ready()
                 if not forkable:
                     self._mode = "exec"
-                self._dispatch()
-            case m.Spawned(worker_id=worker_id, pid=pid):
-                self._processes[worker_id].born(pid)
-                self._witness.spawned(worker_id, pid)
-                if pid == template.pid:  # it became the worker; the next one needs another
-                    self._template = _Template(self._sys_path, self._mode)
-            case m.SpawnFailed(worker_id=worker_id, reason=reason):
-                self._failed(self._processes[worker_id], reason)
-            case m.Reaped(worker_id=worker_id, status=status):
-                self._exited(self._processes[worker_id], status)
+            case m.Spawned(pid=pid):
+                self._spawned(template, pid)
+            case m.SpawnFailed(reason=reason):
+                if (process := template.answered()) is not None:
+                    self._failed(process, reason)
+        self._dispatch()
 
-    def _template_died(self, template: _Template, status: int) -> None:
-        """Its workers die with it; their parent is now this process, which reaps them.  See PR_SET_PDEATHSIG
-        in :mod:`onnx_dl.workers.template` and PR_SET_CHILD_SUBREAPER in :mod:`onnx_dl.supervisor.main`."""
-        self._hear(template)
+    def _spawned(self, template: TemplateProcess, pid: int) -> None:
+        if (process := template.answered()) is None:
+            return
+        process.born(pid)
+        if pid == template.pid:  # it became the worker; the next one needs another
+            template.close()
+            self._replace()
+        self._witness.spawned(process.worker_id, pid)
+
+    def _template_died(self, template: TemplateProcess, status: int) -> None:
+        """What it was asked for fails.  One that was never ready would be started again for ever, so what
+        waits for it fails, too."""
+        waiting = [] if template.given_up else self._waiting_for(template)
+        template.close()
         self._template = None
-        reason = f"the template process ended with wait status {status}; its stderr says why"
-        # A template that cannot start would be started again for ever, so what is pending fails now.
-        pending, self._pending = list(self._pending), collections.deque()
-        for process in list(self._processes.values()):
-            if process in pending or (process.template is template and process.pid is None):
-                self._failed(process, reason)
-            elif process.template is template and not _is_child(process.pid):
-                # The template reaped it and died before it could say so.
-                self._exited(process, signal.SIGKILL)
+        self._fail_all(waiting, f"the template process ended with wait status {status}; its stderr says why")
+        self._dispatch()
 
-    def _failed(self, process: _Process, reason: str) -> None:
+    def _waiting_for(self, template: TemplateProcess) -> list[WorkerProcess]:
+        asked = template.answered()
+        waiting = [] if template.was_ready else list(self._pending)
+        return waiting if asked is None else [asked, *waiting]
+
+    # --- ends ---------------------------------------------------------------------------------------------
+
+    def _by_pid(self, pid: int) -> WorkerProcess | None:
+        return next((process for process in self._processes.values() if process.pid == pid), None)
+
+    def _fail_all(self, processes: list[WorkerProcess], reason: str) -> None:
+        for process in processes:
+            self._failed(process, reason)
+
+    def _failed(self, process: WorkerProcess, reason: str) -> None:
+        with contextlib.suppress(ValueError):
+            self._pending.remove(process)
         del self._processes[process.worker_id]
         process.buried()
         self._witness.spawn_failed(process.worker_id, reason)
 
-    def _exited(self, process: _Process, status: int) -> None:
+    def _exited(self, process: WorkerProcess, status: int) -> None:
         del self._processes[process.worker_id]
         reading = process.page.gauges.read()
-        self._witness.exited(process.worker_id, status, process.buried(), reading)
+        stderr, rest = process.buried()
+        _pass_on(rest)
+        self._witness.exited(process.worker_id, status, stderr, reading)
 
 
-def _is_child(pid: int | None) -> bool:
+def _pass_on(data: bytes) -> None:
+    """What workers write on stderr belongs on ours."""
+    if isinstance(sys.stderr, Outlet):
+        sys.stderr.pass_on(data)
+
+
+def _ended_child() -> int | None:
+    """A child that is dead and not reaped; the first one of them."""
     try:
-        os.waitid(os.P_PID, pid or 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return False
-    return True
+        return None
+    return None if found is None else found.si_pid

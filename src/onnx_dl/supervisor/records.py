@@ -12,6 +12,7 @@ from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import NOTHING, Bytes
+from onnx_dl.supervisor.room import Plan
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
@@ -56,6 +57,20 @@ class Worker:
     """A proxy found that a file has changed since it was read, and that was told."""
     exceeded: int = 0
     """Bytes that it had when it ended itself because it may not have so many."""
+    plan: Plan = dataclasses.field(default_factory=Plan)
+    """The terms of its load."""
+    weigh_at: float | None = None
+    """When to look at what its load takes; None: there is no limit, or it has loaded."""
+    outgrew: bool = False
+    """Its load was ended because it took more memory than there was."""
+    unsaved: bool = False
+    """It was to load from the load cache, where its model is no more."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was told to leave or ended: its memory may be gone before it is reaped, so what is
+        measured from then on does not count."""
+        return self.killed or self.drained or self.failure is not None
 
 
 @dataclasses.dataclass

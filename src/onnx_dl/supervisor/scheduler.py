@@ -21,11 +21,12 @@ from onnx_dl.events import EventType
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.supervisor import exits, saving
-from onnx_dl.supervisor.admission import Admission, Seen
 from onnx_dl.supervisor.chronicle import Chronicle
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.fates import Fates, death
 from onnx_dl.supervisor.ledger import Ledger
+from onnx_dl.supervisor.measuring import Seen
+from onnx_dl.supervisor.mending import Mending
 from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
 from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
 from onnx_dl.supervisor.thrash import Thrash
@@ -39,7 +40,7 @@ _HOSTS_OWN: Final = (HOST, 0)
 """The lease by which the host itself holds a model."""
 
 
-class Scheduler(Admission):
+class Scheduler(Mending):
     """All models of one supervisor.  ``epoch`` is added to monotonic times to make Unix times."""
 
     def __init__(
@@ -48,8 +49,9 @@ class Scheduler(Admission):
         epoch: float = 0.0,
         memory: int | None = None,
         known: Known | None = None,
+        is_saved: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        super().__init__(settings, memory, known)
+        super().__init__(settings, memory, known, is_saved)
         self._settings = settings
         self._epoch = epoch
         self._chronicle = Chronicle(epoch)
@@ -71,7 +73,8 @@ class Scheduler(Admission):
 
     def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> list[Command]:
         """A proxy needs its model."""
-        self.tickets.opened(client, ask.ticket)
+        if client != HOST:  # which waits for no answer
+            self.tickets.opened(client, ask.ticket)
         if self._closing is not None:
             self._refuse(client, ask)
             return self._done()
@@ -247,7 +250,13 @@ class Scheduler(Admission):
             assert model.worker is not None
             model.worker.told_ttl = model.ttl()
             warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
-            self._order(worker_id, m.Load(spec=model.spec, ttl=model.worker.told_ttl, warmups=warmups))
+            load = m.Load(
+                spec=model.spec,
+                ttl=model.worker.told_ttl,
+                warmups=warmups,
+                mapped=model.worker.plan.mapped,
+            )
+            self._order(worker_id, load)
         return self._done()
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
@@ -255,10 +264,9 @@ class Scheduler(Admission):
         model = self._by_worker.get(ready.worker_id)
         worker = model.worker if model else None
         # One that was given up on is killed already; its readiness crossed that.
-        if model and worker and worker.failure is None:
+        if model and worker and worker.failure is None and self._learn_load(model, ready, usage, now):
             model.step(LifecycleEvent.WORKER_READY, now)
             worker.ready, worker.ready_at = ready, now
-            self._learn_load(model, worker, usage, now)
             if model.state is ModelState.DRAINING:
                 self._order(worker.id, m.Drain())
             else:
@@ -284,6 +292,7 @@ class Scheduler(Admission):
         if model := self._by_worker.get(failed.worker_id):
             assert model.worker is not None
             model.worker.failure = failed.failure
+            model.worker.unsaved = failed.unsaved
             model.worker.kill_at = now + self._settings.exit_grace
             self._order(failed.worker_id, m.Exit())
         return self._done()
@@ -310,6 +319,13 @@ class Scheduler(Admission):
         self._see(worker_id, seen, now)
         return self._done()
 
+    def on_weighed(self, worker_id: int, nbytes: int, now: float) -> list[Command]:
+        """A load of :meth:`to_weigh` has so many bytes."""
+        model = self._by_worker.get(worker_id)
+        if model and model.worker and model.worker.ready is None and not model.worker.is_ending:
+            self._weigh(model, model.worker, nbytes, now)
+        return self._done()
+
     def on_exited(
         self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0, *, runs: int = 0
     ) -> list[Command]:
@@ -333,7 +349,9 @@ class Scheduler(Admission):
             # One that was to be replaced anyway does not fail; all the same, somebody will ask why it ended.
             why = death(model, worker, status, stderr) if exceeded else None
             self._emit_unloaded(model, worker, freed, now, None if why is None else str(why.args[0]))
-        if model.state is ModelState.FAILED and self._may_work_alone(model, worker, status, stderr):
+        if model.state is ModelState.FAILED and worker.unsaved and model.waiters:
+            self._load_plainly(model, worker, now)
+        elif model.state is ModelState.FAILED and self._may_work_alone(model, worker, status, stderr):
             self._try_again(model, worker, status, stderr, now)
         elif model.state is ModelState.FAILED:
             self._failed(model, worker, status, stderr, now)
@@ -346,12 +364,14 @@ class Scheduler(Admission):
         self._say_bye()
         return self._done()
 
-    def on_spawn_failed(self, worker_id: int, reason: str, now: float) -> list[Command]:
-        """No process came of a StartWorker."""
+    def on_spawn_failed(
+        self, worker_id: int, reason: str, now: float, failure: m.Failure | None = None
+    ) -> list[Command]:
+        """No process came of a StartWorker.  ``failure``: what is answered, if there is more to say."""
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             error = WorkerDied(f"No worker process could be started for {model.spec.name}: {reason}.")
-            model.worker.failure = failures.describe(error)
+            model.worker.failure = failure or failures.describe(error)
         return self.on_exited(worker_id, 0, "", now)
 
     # --- time ---------------------------------------------------------------------------------------------
@@ -453,7 +473,7 @@ class Scheduler(Admission):
 
     def _tell(self, client: bytes, message: Any) -> None:
         """Answers a request, unless it was withdrawn."""
-        if self.tickets.close(client, message.ticket):
+        if client == HOST or self.tickets.close(client, message.ticket):
             self._out.append(TellClient(client, message))
 
     def _order(self, worker_id: int, message: m.Message) -> None:
@@ -603,22 +623,31 @@ class Scheduler(Admission):
 
     def _may_work_alone(self, model: Model, worker: Worker, status: int, stderr: str) -> bool:
         """Whether a load failed that may work when others have made way."""
+        if worker.ready is not None or model.second_try or not model.waiters:
+            return False
         is_ours = worker.killed or worker.exceeded > 0
-        is_first = worker.ready is None and not is_ours and not model.second_try
-        return is_first and bool(model.waiters) and exits.ran_out_of_memory(worker.failure, status, stderr)
+        ran_out = not is_ours and exits.ran_out_of_memory(worker.failure, status, stderr)
+        return worker.outgrew or ran_out
+
+    def _load_plainly(self, model: Model, worker: Worker, now: float) -> None:
+        """The load cache has the model no more."""
+        self._forget_saved(model)
+        model.retry_at, model.last_failure = now, worker.failure
+        self._emit_failed(model, worker, 0.0, now)
+        self._want(model, model.waiters[0][1].spec, now)
 
     def _try_again(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         model.retry_at = now
         model.last_failure = worker.failure or death(model, worker, status, stderr)
         self._emit_failed(model, worker, 0.0, now)
-        self._want_alone(model, model.waiters[0][1].spec, now)
+        self._want_again(model, model.waiters[0][1].spec, now, alone=not worker.outgrew)
 
     def _failed(self, model: Model, worker: Worker, status: int, stderr: str, now: float) -> None:
         """Books a failure and answers those who wait, but for members of a group that were not in this load;
         the first failure costs no wait, later ones double."""
         lived = now - worker.ready_at if worker.ready_at is not None else 0.0
         model.failures = 1 if lived > self._settings.stable_after else model.failures + 1
-        if worker.exceeded:  # that was the input of a call; other callers need not wait for it
+        if worker.exceeded or worker.outgrew:  # of a call's input, or others: nobody need wait for that
             model.failures = 0
         delay = min(_LONGEST_BACKOFF, 2.0 ** (model.failures - 2)) if model.failures > 1 else 0.0
         model.retry_at = now + delay

@@ -8,7 +8,9 @@ scraper, however slow.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.server
+import os
 import queue
 import select
 import socketserver
@@ -24,13 +26,16 @@ from onnx_dl.config import parse_address
 from onnx_dl.errors import SupervisorStartError
 from onnx_dl.supervisor import families
 from onnx_dl.supervisor.metrics import Facts
+from onnx_dl.supervisor.scrapers import MOST, Scrapers, is_meant
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Waker
 
 _PATIENCE: Final = 5.0
-"""Seconds that a scrape waits for the loop, and a connection for its peer."""
-_MOST: Final = 16
-"""Connections at once; others are closed."""
+"""Seconds for a request to come, for the loop to answer, and for the scraper to take that."""
+_MISDIRECTED: Final = (
+    b"This page is asked for by an IP address, as localhost, or by the name that ONNX_DL_METRICS has. "
+    b"Other names are refused, because a page in a browser could give itself the address of this one.\n"
+)
 
 Ask = Callable[[], Facts]
 
@@ -98,8 +103,12 @@ class Scrape:
         poll = select.poll()
         for source in (self._server, self._stop):
             poll.register(source, select.POLLIN)
-        while self._stop.fileno() not in dict(poll.poll()):
-            self._server.handle_request()
+        ready: dict[int, int] = {}
+        while self._stop.fileno() not in ready:
+            if self._server.fileno() in ready:
+                self._server.handle_request()
+            self._server.cut_off()
+            ready = dict(poll.poll(self._server.milliseconds()))
 
 
 def _listen(address: str, ask: Ask, patience: float) -> _Server:
@@ -119,12 +128,14 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = _MOST
+    request_queue_size = MOST
     timeout = 0  # handle_request() is called when somebody is there
 
     def __init__(self, host: str, port: int, ask: Ask, patience: float) -> None:
         self.ask = ask
         self.patience = patience
+        self.scrapers = Scrapers(patience)
+        self.names = frozenset({"localhost", host.lower().rstrip("."), os.uname().nodename.lower()})
         self.address_family, address = sockets.resolve(host)
         super().__init__((address, port), _Handler)
 
@@ -136,11 +147,34 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return threading.active_count() <= _MOST
+        let_in, slowest = self.scrapers.came(request, time.monotonic())
+        if slowest is not None:
+            _cut(slowest)
+        return let_in
+
+    def cut_off(self) -> None:
+        """Those whose time is up."""
+        for request in self.scrapers.overdue(time.monotonic()):
+            _cut(request)
+
+    def milliseconds(self) -> float | None:
+        """Until somebody's time is up; None: nobody is there."""
+        deadline = self.scrapers.next_deadline()
+        return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1
+
+    def shutdown_request(self, request: Any) -> None:
+        self.scrapers.left(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # the peer went away or was too slow
             super().handle_error(request, client_address)
+
+
+def _cut(request: Any) -> None:
+    """Its thread, which may be waiting for it, sees the end of it."""
+    with contextlib.suppress(OSError):
+        request.shutdown(2)  # both ways
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -153,6 +187,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
 
     def do_GET(self) -> None:
+        self.server.scrapers.has_asked(self.request, time.monotonic())
+        if not is_meant(self.headers.get("Host"), self.server.names):
+            self._say(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
+            return
         match urllib.parse.urlsplit(self.path).path:
             case "/" | "/metrics":
                 self._tell()

@@ -1,7 +1,8 @@
 """What models were measured to need, on disk: one small file for each version of onnxruntime.
 
 Several supervisors may write it.  Reading and writing never raise because of a disk: a file that cannot be
-read is an empty one, and what cannot be written is known until this process ends.
+read is an empty one, and what cannot be written is known until this process ends.  Each entry is checked for
+itself, so that of a file that was damaged all is used that is whole; the next writing mends the rest.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from onnx_dl import config, installation
+from onnx_dl import config, installation, smallfiles
 from onnx_dl.config import Settings
 from onnx_dl.supervisor.needs import Need
 
 _MOST: Final = 4096
 """Models; beyond that, what was not told of for longest goes."""
-_decoder: Final = msgspec.json.Decoder(dict[str, Need])
+_MOST_BYTES: Final = 4 << 20
+"""Of the file, which has 0.3 KB for a model; one that is larger is not ours."""
+_DAY: Final = 86_400.0
 
 
 class Store:
@@ -55,11 +59,17 @@ class Store:
         with contextlib.suppress(OSError):  # read-only, full, or somebody else is at it: the next time
             self._write(self._path)
 
+    def is_saved(self, entry: str) -> bool:
+        """Whether the load cache has an entry of this key."""
+        self.open()
+        return bool(entry) and self._path is not None and (self._path.parent / entry).is_dir()
+
     def _read(self) -> dict[str, Need]:
         try:
-            return {} if self._path is None else _decoder.decode(self._path.read_bytes())
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            data = b"" if self._path is None else smallfiles.read(self._path, _MOST_BYTES)
+        except OSError:
             return {}
+        return dict(_entries(data, time.time() + _DAY))
 
     def _write(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,10 +78,31 @@ class Store:
             # The folder's lock, because the file is replaced; without waiting, because models wait for us.
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = sorted((self._read() | self._unwritten).items(), key=lambda item: item[1].at)
-            _replace(path, msgspec.json.encode(dict(found[-_MOST:])))
+            _replace(path, _encode(found[-_MOST:]))
             self._unwritten = {}
         finally:
             os.close(folder)
+
+
+def _encode(found: list[tuple[str, Need]]) -> bytes:
+    """JSON with a line for each entry, so that the lines are left of a file that was cut off."""
+    lines = (msgspec.json.encode(key) + b": " + msgspec.json.encode(need) for key, need in found)
+    return b"{\n" + b",\n".join(lines) + b"\n}\n"
+
+
+def _entries(data: bytes, latest: float) -> Iterator[tuple[str, Need]]:
+    """What is whole.  ``latest``: what claims to be of later than that would stay for ever, and is old."""
+    for key, raw in _split(data):
+        if (need := smallfiles.decoded(raw, Need)) is not None:
+            yield key, need if need.at <= latest else msgspec.structs.replace(need, at=0.0)
+
+
+def _split(data: bytes) -> Iterator[tuple[str, msgspec.Raw]]:
+    """The entries, of single lines if the whole is damaged."""
+    whole = smallfiles.decoded(data, dict[str, msgspec.Raw])
+    lines = [data] if whole is not None else (b"{%b}" % line.strip(b", \r") for line in data.split(b"\n"))
+    for part in lines:
+        yield from (smallfiles.decoded(part, dict[str, msgspec.Raw]) or {}).items()
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -1,12 +1,13 @@
 """Leases of blocks of shared memory: who may write where, and when memory is used again.
 
-Each side of a lane owns one :class:`Arena`, into which it alone writes tensors for its peer, and keeps
-:class:`Mappings` of the peer's.  A block is either *scratch* (its bytes are valid until the next message on
-the lane) or *leased* (the peer holds it until it clears the block's lease word).  Clearing a word needs no
-message and no lock, so the finalizer of an array may do it from any thread, also when the owner is long dead.
+Each side of a lane owns one :class:`Arena`, into which it alone writes for its peer; what the peer owns is
+mapped by :class:`~onnx_dl.transport.mappings.Mappings`.  A block is either *scratch* (its bytes are valid
+until the next message on the lane), a *letter* (the same, for one long message) or *leased* (the peer holds
+it until it clears the block's lease word).  Clearing a word needs no message and no lock, so the finalizer of
+an array may do it from any thread, also when the owner is long dead.
 
 What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor reaches the peer
-(:mod:`onnx_dl.transport.lane`) is not known here.  Not thread-safe: a lane has one user at a time.
+(:mod:`onnx_dl.transport.handover`) is not known here.  Not thread-safe: a lane has one user at a time.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class Block:
     @functools.cached_property
     def _bytes(self) -> NDArray[np.uint8]:
         return np.asarray(self.mapping)
+
+    @functools.cached_property
+    def payload(self) -> memoryview:
+        """The bytes that are for values, writable."""
+        return memoryview(self._bytes)[HEADER : HEADER + self.size]  # type: ignore[arg-type]
 
     @functools.cached_property
     def _words(self) -> memoryview[int]:
@@ -191,10 +197,15 @@ class Reference(NamedTuple):
 
 
 class Announcer(Protocol):
-    """Tells the peer of blocks."""
+    """Tells the peer of blocks, at the latest with the next message."""
+
+    @property
+    def room(self) -> int:
+        """How many more blocks the next message may be the first to name: each takes a descriptor of the
+        few that a packet holds."""
 
     def shared(self, block: int, size: int, fd: int) -> None:
-        """A block is new; the peer must map ``fd`` before it is named in a message."""
+        """A block is new; the peer must map ``fd``, which is taken over, before it is named in a message."""
 
     def dropped(self, block: int) -> None:
         """A block will not be used again."""
@@ -203,8 +214,10 @@ class Announcer(Protocol):
 class Nobody:
     """The peer of an arena whose blocks reach others by adoption only."""
 
+    room = 1
+
     def shared(self, block: int, size: int, fd: int) -> None:
-        pass
+        os.close(fd)
 
     def dropped(self, block: int) -> None:
         pass
@@ -266,26 +279,50 @@ class Arena:
             block = self._scratch = self._create(size_class(max(self._scratch_peak, grown)))
         return block
 
-    def lease(self, nbytes: int) -> Block:
-        """A block of at least ``nbytes`` that is the peer's until it ends the lease."""
+    def lease(self, nbytes: int) -> Block | None:
+        """A block of at least ``nbytes`` that is the peer's until it ends the lease; None if that had to be
+        a new one, and the next message has no room for it."""
         self._next_turn()
-        fitting = [b for b in self._blocks if nbytes <= b.size <= 2 * size_class(nbytes) and not b.leased]
-        block = min(fitting, key=lambda b: b.size, default=None)
+        block = self._free(nbytes)
         if block is None:
-            block = self._create(size_class(nbytes))
-            self._blocks.append(block)
+            if self._announcer.room <= 0:
+                return None
+            block = self._add(nbytes)
         block.leased = True
         block.last_turn = self._turn
         return block
 
-    def adopt(self, block: Block) -> int:
-        """The number by which the peer knows a block of another arena; it stays that arena's."""
+    def letter(self, nbytes: int) -> Block:
+        """A block of at least ``nbytes`` for one message that is too long for a packet.
+
+        Valid until the next message, like scratch.  It is one that could be leased, so that it is used
+        again, and given back, as these are.  To be asked for when the leases of the message are taken.
+        """
+        self._next_turn()
+        block = self._free(nbytes) or self._add(nbytes)
+        block.last_turn = self._turn
+        return block
+
+    def _free(self, nbytes: int) -> Block | None:
+        fitting = [b for b in self._blocks if nbytes <= b.size <= 2 * size_class(nbytes) and not b.leased]
+        return min(fitting, key=lambda b: b.size, default=None)
+
+    def _add(self, nbytes: int) -> Block:
+        block = self._create(size_class(nbytes))
+        self._blocks.append(block)
+        return block
+
+    def adopt(self, block: Block) -> int | None:
+        """The number by which the peer knows a block of another arena; it stays that arena's.  None if the
+        peer cannot be told of it with the next message: what lies in it must be copied."""
         adopted = self._adopted.get(id(block.mapping))
         if adopted is None or adopted.mapping() is not block.mapping:
-            assert block.mapping.fd is not None
+            fd = block.mapping.duplicate() if self._announcer.room > 0 else None
+            if fd is None:
+                return None
             self._numbers += 1
             adopted = _Adopted(weakref.ref(block.mapping), self._numbers)
-            self._announcer.shared(adopted.number, block.size, block.mapping.fd)
+            self._announcer.shared(adopted.number, block.size, fd)
             self._adopted[id(block.mapping)] = adopted
         adopted.last_turn = self._turn
         return adopted.number
@@ -335,7 +372,9 @@ class Arena:
         self._numbers += 1
         fd = shm.create(size + HEADER)
         block = Block(self._numbers, size, fd)
-        self._announcer.shared(block.number, size, fd)
+        duplicate = block.mapping.duplicate()
+        assert duplicate is not None
+        self._announcer.shared(block.number, size, duplicate)
         if self._keep_descriptors:
             block.mapping.keep_descriptor()
         else:
@@ -343,45 +382,3 @@ class Arena:
         block.last_turn = self._turn
         self.nbytes += size
         return block
-
-
-class Mappings:
-    """The peer's blocks, as mapped here.  ``keep_descriptors``: they may be handed to a third process."""
-
-    def __init__(self, *, keep_descriptors: bool = False) -> None:
-        self._blocks: dict[int, Block] = {}
-        self._keep_descriptors = keep_descriptors
-        self.drops = 0
-        """Counts the blocks that the peer dropped."""
-        self.nbytes = 0
-        """Bytes of the blocks that are mapped."""
-        self.page: Block | None = None
-        """The peer's block of no payload."""
-
-    def add(self, number: int, size: int, fd: int) -> None:
-        """Maps a new block and takes over ``fd``.
-
-        Raises:
-            SharedMemoryError: it is smaller than announced, or cannot be mapped.
-        """
-        block = self._blocks[number] = Block(number, size, fd)
-        self.nbytes += size
-        if not size:
-            self.page = block
-        if size and self._keep_descriptors:
-            block.mapping.keep_descriptor()
-        else:
-            block.mapping.shed()
-
-    def drop(self, number: int) -> None:
-        """Forgets a block; arrays that lie in it keep its memory."""
-        if (block := self._blocks.pop(number, None)) is not None:
-            self.drops += 1
-            self.nbytes -= block.size
-
-    def get(self, number: int) -> Block | None:
-        return self._blocks.get(number)
-
-    def clock(self) -> int:
-        """The latest time that the peer left in any block."""
-        return max((block.clock for block in list(self._blocks.values())), default=0)

@@ -39,6 +39,7 @@ class Buffers:
             return np.empty(shape, wanted)  # copied faster than looked up; numpy words the error
         with self._lock:
             block = self._arena.lease(nbytes)
+        assert block is not None  # no peer has to be told of it
         return block.held_array(wanted.str, shape, 0)
 
     def trim(self) -> None:

@@ -6,15 +6,14 @@ What they mean is :mod:`onnx_dl.transport.lane`'s.
 from __future__ import annotations
 
 import contextlib
-import time
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import zmq
 
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.bell import CallerBell, WorkerBell
-from onnx_dl.transport.handover import HANDOVER, Handover
+from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.sockets import Socket
 
 REPLY, SAME = 0, 1
@@ -56,18 +55,14 @@ class BellCalls:
         self._hears = hears
 
     def send(self, message: m.Message | bytes) -> bool:
-        sent = self._handover.send(message)
+        sent = self._handover.send(message if isinstance(message, bytes) else m.encode(message))
         if sent:
             self.bell.ring(self._rings)
         return sent
 
     def next(self, timeout: float | None = None) -> Any:
         number = self.bell.wait(timeout)
-        if number != self._hears:
-            return number
-        with contextlib.suppress(TimeoutError):  # it rang but says nothing: as good as gone
-            return self._handover.next(HANDOVER)
-        return None
+        return number if number != self._hears else self._handover.next()
 
     def again(self, number: int) -> bool:
         self.bell.ring(AGAIN + number)
@@ -81,7 +76,8 @@ class BellCalls:
 
 
 class ZmqCalls:
-    """Messages go over a ZeroMQ PAIR socket."""
+    """Messages go over a ZeroMQ PAIR socket; an empty one says that the message lies on the Unix socket,
+    because it is long or something is to be said of blocks."""
 
     def __init__(self, handover: Handover, socket: Socket, read: m.Reader) -> None:
         self._handover = handover
@@ -89,12 +85,18 @@ class ZmqCalls:
         self._read = read
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(handover.channel.fileno(), zmq.POLLIN)
+        # Without POLLIN: a message that lies there is not looked at before the empty one has come.
+        self._poller.register(handover.channel.fileno(), zmq.POLLERR)
 
     def send(self, message: m.Message | bytes) -> bool:
+        data = message if isinstance(message, bytes) else m.encode(message)
+        if not self._handover.fits(data):
+            if not self._handover.send(data):
+                return False
+            data = _ON_THE_UNIX_SOCKET
         # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
         with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
-            self._socket.send(message if isinstance(message, bytes) else m.encode(message), zmq.NOBLOCK)
+            self._socket.send(data, zmq.NOBLOCK)
             return True
         return False
 
@@ -103,18 +105,17 @@ class ZmqCalls:
             data = self._next(timeout)
         except zmq.ContextTerminated:  # the supervisor died, and the worker with it
             return None
-        return None if data is None else self._read(data)
+        if data is None:
+            return None
+        return self._read(data) if data else self._handover.next()
 
     def _next(self, timeout: float | None) -> bytes | None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            ready = sockets.wait(self._poller, None if deadline is None else deadline - time.monotonic())
-            if self._socket in ready:
-                return self._socket.recv()
-            if self._handover.is_dead():
-                return _last_words(self._socket)
-            if not ready:
-                raise TimeoutError("nobody answered in time")
+        ready = sockets.wait(self._poller, timeout)
+        if self._socket in ready:
+            return self._socket.recv()
+        if ready:
+            return _last_words(self._socket)
+        raise TimeoutError("nobody answered in time")
 
     def again(self, number: int) -> bool:
         return self.send(m.Again(plan=number))
@@ -124,6 +125,9 @@ class ZmqCalls:
 
     def close(self) -> None:
         self._socket.close()
+
+
+_ON_THE_UNIX_SOCKET: Final = b""
 
 
 def _last_words(socket: Socket) -> bytes | None:

@@ -117,11 +117,17 @@ class Page:
         Raises:
             OSError: the system has no descriptor or memory left.
         """
-        if fd is None:
-            fd = os.memfd_create("onnx-gauges", os.MFD_CLOEXEC)
-            os.truncate(fd, _SIZE)
+        made = None
+        try:
+            if fd is None:
+                fd = made = os.memfd_create("onnx-gauges", os.MFD_CLOEXEC)
+                os.truncate(fd, _SIZE)
+            self._page = mmap.mmap(fd, _SIZE)
+        except OSError:
+            if made is not None:
+                os.close(made)
+            raise
         self.fd = fd
-        self._page = mmap.mmap(fd, _SIZE)
         self._words = memoryview(self._page).cast("Q")
         self.gauges = Gauges(self._words)
 

@@ -1,99 +1,226 @@
-"""The Unix socket of a lane: messages of any length, and the blocks of shared memory that come over it.
+"""The Unix socket of a lane: messages, and the blocks of shared memory that come with them.
 
-Both ends of a lane have one.  How calls are told of is :mod:`onnx_dl.transport.calls`'s.
+Each message is one packet of at most :data:`PACKET` bytes, sent without waiting.  One that is longer lies in
+a block of the sender's, and the packet names it.  What is to be said of blocks waits for the next message and
+travels in the same packet.  So a sender never waits for its reader, whatever that does, and no more than two
+packets are ever on their way in one direction (:class:`~onnx_dl.transport.messages.Started` and the result).
+
+Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`onnx_dl.transport.calls`'s.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any, Final
+
+import msgspec
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Block, Mappings
-from onnx_dl.transport.sockets import LONGEST, Channel
+from onnx_dl.transport.arena import Arena, Block
+from onnx_dl.transport.mappings import Mappings
+from onnx_dl.transport.sockets import Channel
 
-HANDOVER: Final = 10.0
-"""Seconds within which a block must arrive that a message names; its sender sent it before the message."""
+PACKET: Final = 4096
+"""Bytes of a packet.  The smallest buffer that Linux lets a Unix socket have takes one of these."""
+
+MOST_NEW: Final = 64
+"""Blocks that one message may be the first to name, besides scratch, a letter and the page."""
+
+
+class Notices:
+    """What the peer is to be told of blocks with the next message.
+
+    A message that cannot be sent leaves them here for the next one.
+    """
+
+    def __init__(self) -> None:
+        self._shared: dict[int, tuple[int, int]] = {}
+        """Size and descriptor, by number."""
+        self._dropped: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._shared or self._dropped)
+
+    @property
+    def room(self) -> int:
+        return MOST_NEW - len(self._shared)
+
+    def shared(self, block: int, size: int, fd: int) -> None:
+        self._shared[block] = size, fd
+
+    def dropped(self, block: int) -> None:
+        if (unsaid := self._shared.pop(block, None)) is not None:  # the peer never heard of it
+            os.close(unsaid[1])
+        else:
+            self._dropped.append(block)
+
+    def new(self) -> list[tuple[int, int]]:
+        """Number and size of the blocks that are new."""
+        return [(number, size) for number, (size, _) in self._shared.items()]
+
+    def old(self) -> list[int]:
+        """Numbers of the blocks that were dropped."""
+        return list(self._dropped)
+
+    def descriptors(self) -> list[int]:
+        """Of the blocks that are new."""
+        return [fd for _, fd in self._shared.values()]
+
+    def told(self, dropped: int) -> None:
+        """The peer knows what is new, and the first so many that were dropped."""
+        sockets.close_all(self.descriptors())
+        self._shared.clear()
+        del self._dropped[:dropped]
+
+    def __del__(self) -> None:
+        sockets.close_all(self.descriptors())
 
 
 class Handover:
-    """The Unix socket of a lane, and the peer's blocks that came over it.
+    """The Unix socket of a lane, the blocks that this end writes to, and the peer's that came over it.
 
-    It knows neither lane nor arena, so that these are freed with their memory as soon as nobody uses them,
-    and not when the garbage collector finds a cycle.
+    It does not know the lane, so that all is freed with its memory as soon as nobody uses it, and not when
+    the garbage collector finds a cycle.
     """
 
     def __init__(self, channel: Channel, read: m.Reader, *, keep_descriptors: bool) -> None:
         self.channel = channel
+        self._notices = Notices()
+        self.arena = Arena(self._notices)
         self.mappings = Mappings(keep_descriptors=keep_descriptors)
+        self.is_broken = False
+        """Whether something that the peer said of blocks was lost: the lane is of no more use."""
         self._read = read
 
-    def shared(self, block: int, size: int, fd: int) -> None:
-        self.channel.send(m.encode(m.BlockShared(block=block, size=size)), (fd,))
+    # --- sending ------------------------------------------------------------------------------------------
 
-    def dropped(self, block: int) -> None:
-        self.channel.send(m.encode(m.BlockDropped(block=block)))
+    def fits(self, data: bytes) -> bool:
+        """Whether a message may travel as it is: it is short, and nothing is to be said of blocks."""
+        return len(data) <= PACKET and not self._notices
 
-    def send(self, message: m.Message | bytes, fds: tuple[int, ...] = ()) -> bool:
-        """Sends a message of any length; false if the peer is gone, and has not got all of it."""
-        data = message if isinstance(message, bytes) else m.encode(message)
-        if fds:
-            return self.channel.send(data, fds)
-        if len(data) <= LONGEST:
-            return self.channel.send(data)
-        parts = [data[start : start + LONGEST] for start in range(0, len(data), LONGEST)]
-        return all(map(self.channel.send, [m.encode(m.Large(nbytes=len(data))), *parts]))
-
-    def next(self, timeout: float | None) -> Any:
-        """The next message, once blocks were taken in that came before it; None if the peer is gone.
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Sends a message, which may have descriptors of its own; false if the peer is gone.
 
         Raises:
-            TimeoutError: nothing came within ``timeout`` seconds.
+            SharedMemoryError: it is long, and the system has no memory for it.  Nothing was sent.
+            OSError: the system lets no more descriptors travel.
         """
-        while (received := self.channel.receive(timeout)) is not None:
-            data, fds = received
+        if not fds and self.fits(data):
+            return self.channel.post(data)
+        dropped = self._notices.old()
+        packet = self._packet(data, dropped)
+        sent = self.channel.post(packet, (*self._notices.descriptors(), *fds))
+        self._notices.told(len(dropped))
+        return sent
+
+    def _packet(self, data: bytes, dropped: list[int]) -> bytes:
+        if len(data) < PACKET:
+            whole = m.Envelope(shared=self._notices.new(), dropped=dropped, message=msgspec.Raw(data))
+            if len(packet := m.encode(whole)) <= PACKET:
+                return packet
+        text = m.encode(m.Envelope(dropped=dropped, message=msgspec.Raw(data)))
+        block = self.arena.letter(len(text))  # may be new, and may drop others: these wait
+        block.payload[: len(text)] = text
+        return m.encode(m.Envelope(shared=self._notices.new(), letter=(block.number, len(text))))
+
+    # --- receiving ----------------------------------------------------------------------------------------
+
+    def next(self) -> Any:
+        """The message that lies on the socket, when its blocks are taken in; None if the peer is gone, or
+        there is none: it said that there was, which is as good.
+
+        Raises:
+            ProtocolError: what came is no message, or it contradicts itself.
+            SharedMemoryError: a block of it cannot be mapped.
+            OSError: this process may have no more descriptors.
+        """
+        try:
+            received = self.channel.take()
+        except BlockingIOError:
+            return None
+        except OSError:
+            self.is_broken = True
+            raise
+        if received is None:
+            return None
+        message, fds = self._opened(*received)
+        if fds:
+            sockets.close_all(fds)
+            raise ProtocolError("A message came with descriptors that it does not need.")
+        return message
+
+    def greeting(self, timeout: float) -> tuple[Any, list[int]]:
+        """The first message and its own descriptors, which the caller closes; None if the peer is gone.
+
+        Raises:
+            TimeoutError: none came within ``timeout`` seconds.
+            Exception: like :meth:`next`.
+        """
+        received = self.channel.receive(timeout)
+        return (None, []) if received is None else self._opened(*received)
+
+    def _opened(self, data: memoryview, fds: list[int]) -> tuple[Any, list[int]]:
+        had_blocks = bool(fds)
+        try:
             message = self._read(data)
-            if not self._take_in(message, fds):
-                return self._large(message) if isinstance(message, m.Large) else message
-        return None
+            if type(message) is not m.Envelope:
+                return message, fds
+            own = self._take_in(message, fds)
+        except BaseException:
+            self.is_broken = self.is_broken or had_blocks
+            sockets.close_all(fds)
+            raise
+        try:
+            return self._message_in(message), own
+        except BaseException:
+            sockets.close_all(own)
+            raise
 
-    def _take_in(self, message: object, fds: list[int]) -> bool:
-        """Whether it was about blocks."""
-        if isinstance(message, m.BlockShared) and fds:
-            self.mappings.add(message.block, message.size, fds[0])
-        elif isinstance(message, m.BlockDropped):
-            self.mappings.drop(message.block)
-        else:
-            if fds:
-                sockets.close_all(fds)
-            return False
-        return True
+    def _take_in(self, envelope: m.Envelope, fds: list[int]) -> list[int]:
+        """Maps the blocks that came; returns the descriptors that are not theirs.  Takes from ``fds`` what is
+        taken over."""
+        if len(envelope.shared) > len(fds):
+            raise ProtocolError("Blocks were announced that did not come.")
+        self._drop(envelope.dropped)
+        for number, size in envelope.shared:
+            self.mappings.add(number, size, fds.pop(0))
+        return fds
 
-    def _large(self, announced: m.Large) -> Any:
-        data = bytearray()
-        while len(data) < announced.nbytes:
-            received = self.channel.receive(HANDOVER)
-            if received is None:
-                return None
-            data += received[0]
-        return self._read(memoryview(data))
+    def _drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.mappings.drop(number)
+
+    def _message_in(self, envelope: m.Envelope) -> Any:
+        inside = envelope if envelope.letter is None else self._letter(*envelope.letter)
+        message = self._read(inside.message)
+        if type(message) is m.Envelope:
+            raise ProtocolError("An envelope lies in another.")
+        return message
+
+    def _letter(self, number: int, nbytes: int) -> m.Envelope:
+        block = self.block(number)
+        if not 0 <= nbytes <= block.size:
+            raise ProtocolError(f"A message of {nbytes} bytes does not fit its block of {block.size} bytes.")
+        letter = self._read(bytes(block.payload[:nbytes]))  # a copy: the peer could change what is read
+        if type(letter) is not m.Envelope or letter.shared or letter.letter is not None:
+            raise ProtocolError("A block that was to hold a message holds something else.")
+        self._drop(letter.dropped)
+        return letter
 
     def block(self, number: int) -> Block:
-        """A block of the peer, which it announced before it named it."""
-        while (block := self.mappings.get(number)) is None:
-            try:
-                received = self.channel.receive(HANDOVER)
-            except TimeoutError:
-                received = None
-            if received is None or not self._take_in(self._read(received[0]), received[1]):
-                raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
+        """A block of the peer, which it announced before it named it, or with it.
+
+        Raises:
+            ProtocolError: it did not.
+        """
+        block = self.mappings.get(number)
+        if block is None:
+            raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
         return block
 
     def is_dead(self) -> bool:
-        """Whether the peer is gone, once all that it said about blocks is taken in; does not wait."""
-        while self.channel.readable():
-            received = self.channel.receive(0)
-            if received is None or not self._take_in(self._read(received[0]), received[1]):
-                return True  # gone, or it said what nobody asked for: of no use either way
-        return False
+        """Whether the peer is gone; does not wait."""
+        return self.channel.is_dead()

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Final
@@ -24,15 +23,17 @@ from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Arena, Block, Reference, home_of
+from onnx_dl.transport.arena import Block, Reference, home_of
 from onnx_dl.transport.bell import CallerBell
 from onnx_dl.transport.calls import REPLY, REQUEST, BellCalls, Calls, ZmqCalls
+from onnx_dl.transport.forms import in_one_place, reader_of
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.patience import Patience
 from onnx_dl.transport.placement import Apart, Placement
-from onnx_dl.transport.plans import Plan, Plans, can_repeat, in_place, key_of, targets_of
+from onnx_dl.transport.plans import Plan, Plans, can_repeat, key_of, targets_of, texts_of
+from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
-from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
+from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker, as_it_is
 
 Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate
 
@@ -52,7 +53,7 @@ class Lane:
 
     def __init__(self, handover: Handover, calls: Calls, *, polls: bool) -> None:
         self._handover = handover
-        self._arena = Arena(handover)
+        self._arena = handover.arena
         self._calls = calls
         self.polls = polls
         self.over_zmq = isinstance(calls, ZmqCalls)
@@ -105,13 +106,14 @@ class ClientLane(Lane):
         self._plan: Plan | None = None
         """Of the request that was made last; ``_asked``: of the one that was sent last."""
         self._asked: Plan | None = None
-        self._requests = 0
+        self._drops = self._requests = 0
         self._sent = False
         self._sent_at = self._took = 0
         self.last_used = time.perf_counter_ns()
 
     def _open(self, granted: m.Granted, reply_to: str | None, deadline: Deadline) -> Block:
         bell = self._calls.bell if isinstance(self._calls, BellCalls) else None
+        page = self._arena.page()  # travels with the greeting
         hello = m.LaneHello(
             version=m.PROTOCOL_VERSION,
             secret=granted.secret,
@@ -120,14 +122,13 @@ class ClientLane(Lane):
             model=granted.model,
         )
         fds = bell.descriptors() if isinstance(bell, CallerBell) else ()
-        self._handover.send(hello, fds)
+        self._handover.send(m.encode(hello), fds)
         if isinstance(bell, CallerBell):
             bell.handed_over()
-        page = self._arena.page()
         opened = self._await(deadline)
         if opened is None:
             raise ConnectionError("the worker did not open the lane")
-        if not (isinstance(opened, m.LaneOpen) and secrets.compare_digest(opened.secret, granted.secret)):
+        if not (isinstance(opened, m.LaneOpen) and same_secret(opened.secret, granted.secret)):
             raise ProtocolError("Another process than the worker answered on a lane.")
         self._thread = opened.thread
         return page
@@ -159,21 +160,21 @@ class ClientLane(Lane):
 
         Raises: like :meth:`Packer.pack`.
         """
-        moved = self._moved(feed)
+        moved, feed = self._moved(feed)
         self._key = None
         plan = self._find_plan(outputs, feed, moved, keep) if options is None and not background else None
-        if plan is None or (plan.nbytes and self._arena.scratch(plan.nbytes) is not plan.block):
+        if plan is None or not plan.fill(feed, self._arena):
             request = self._first_call(outputs, feed, options, moved, keep)
             request.background = background
             return request
         self._plan = plan
-        plan.fill(feed)
         return m.Again(
             plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved] if moved else []
         )
 
-    def _moved(self, feed: Mapping[Any, Any]) -> dict[Any, m.Tensor] | None:
-        """Where the worker finds the large arrays that lie in shared memory already."""
+    def _moved(self, feed: Mapping[Any, Any]) -> tuple[dict[Any, m.Tensor] | None, Mapping[Any, Any]]:
+        """Where the worker finds the large arrays that lie in shared memory already, and the feed; in this,
+        what the worker cannot be told of is an array to be copied."""
         found = None
         for name, value in feed.items():
             if type(value) is Reference:
@@ -182,9 +183,13 @@ class ClientLane(Lane):
                 block, offset = home, home.offset_of(value)
             else:
                 continue
+            if (number := self._arena.adopt(block)) is None:
+                if type(value) is Reference:
+                    feed = {**feed, name: block.array(value.dtype.str, value.shape, offset)}
+                continue
             found = found or {}
-            found[name] = m.Tensor(value.dtype.str, value.shape, self._arena.adopt(block), offset)
-        return found
+            found[name] = m.Tensor(value.dtype.str, value.shape, number, offset)
+        return found, feed
 
     def _find_plan(
         self, outputs: Any, feed: Mapping[Any, Any], moved: dict[Any, m.Tensor] | None, keep: bool
@@ -209,14 +214,14 @@ class ClientLane(Lane):
     ) -> m.Call:
         moved = moved or {}
         packer = Packer(self._arena, moved={id(feed[name]): tensor for name, tensor in moved.items()})
-        packed_outputs, *values = packer.pack([outputs, *feed.values()])
+        packed_outputs, *values = packer.pack([as_it_is(outputs), *feed.values()])
         number = None
         self._plan = None
         if self._key is not None and can_repeat(feed):
             number = self._plans.next_number(packer.scratch)
-            targets = targets_of(values, packer.scratch)
+            targets, texts = targets_of(values, packer.scratch), texts_of(feed, values)
             places = [(index, name) for index, name in enumerate(feed) if name in moved]
-            self._plan = Plan(number, packer.scratch, packer.nbytes, targets, places)
+            self._plan = Plan(number, packer.scratch, packer.nbytes, targets, texts, places)
         return m.Call(
             outputs=packed_outputs,
             feed=list(zip(feed, values, strict=True)),
@@ -291,13 +296,13 @@ class ClientLane(Lane):
             done = isinstance(self._calls.next(_TRIM_TIMEOUT), m.Result)
         except TimeoutError:
             return False
-        return done and not self._handover.is_dead()
+        return done
 
     def result(self, reply: m.Result | m.Same | int) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
         if not isinstance(reply, m.Result):
-            copy = self._unpacker.shelf.copy
-            return [copy(block.array(t.dtype, t.shape, t.offset)) for block, t in self._results_in_place()]
+            plan = self._repeated()
+            return [read() for read in plan.readers or self._read_by(plan)]
         self._learn(reply.value)
         return self._unpacker.unpack(reply.value)
 
@@ -309,23 +314,35 @@ class ClientLane(Lane):
             if self._asked is None or self._asked.results is None:
                 values: list[Any] = self._unpacker.unpack(reply.value)
                 return values
-        return [
-            Reference(block, np.dtype(t.dtype), t.shape, t.offset) for block, t in self._results_in_place()
-        ]
+        return list(map(self._reference, self._repeated().results or []))
 
-    def _results_in_place(self) -> list[tuple[Block, m.Tensor]]:
+    def _reference(self, value: m.Value) -> Any:
+        if not isinstance(value, m.Tensor):
+            return self._unpacker.unpack(value)
+        return Reference(self._handover.block(value.block), np.dtype(value.dtype), value.shape, value.offset)
+
+    def _repeated(self) -> Plan:
+        """The plan of the request that was sent last, of which it is known where its results lie."""
         plan = self._asked
         if plan is None or plan.results is None:
             raise ProtocolError("A worker answered that its results lie where none ever lay.")
-        return plan.results
+        return plan
 
     def _learn(self, value: m.Value) -> None:
+        mappings = self._handover.mappings
+        if mappings.drops != self._drops:
+            self._drops = mappings.drops
+            self._plans.let_go(lambda number: mappings.get(number) is not None)
         if (plan := self._asked) is None:
             return
-        tensors = in_place(value) or []
-        in_scratch = tensors and not any(t.leased for t in tensors)
-        plan.results = [(self._handover.block(t.block), t) for t in tensors] if in_scratch else None
+        plan.results, plan.readers = in_one_place(value), []
         self._plans.remember(self._key, plan)
+
+    def _read_by(self, plan: Plan) -> list[Callable[[], Any]]:
+        """What reads the results of the plan.  Not made before they are read: to look at a block maps it."""
+        copy, block = self._unpacker.shelf.copy, self._handover.block
+        plan.readers = [reader_of(value, block(value.block), copy) for value in plan.results or []]
+        return plan.readers
 
     def is_dead(self) -> bool:
         """Whether the worker is gone; does not wait."""

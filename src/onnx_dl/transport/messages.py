@@ -49,11 +49,26 @@ class Tensor(msgspec.Struct, frozen=True, tag="t", array_like=True):
     leased: bool = False
 
 
-class Strings(msgspec.Struct, frozen=True, tag="s", array_like=True):
-    """An object array of text, in C order."""
+class Text(msgspec.Struct, frozen=True, tag="s", array_like=True):
+    """An object array of text: its shape, and where its items lie as a :class:`Packed` list, in C order.
+
+    Block 0: it has none.
+    """
 
     shape: tuple[int, ...]
-    items: list[str]
+    block: int
+    offset: int
+
+
+class Packed(msgspec.Struct, frozen=True, tag="m", array_like=True):
+    """A list or dict of plain values in shared memory, as msgpack.
+
+    At ``offset`` lie two 64-bit numbers: where in the block its bytes begin, and how many there are.  So the
+    same message names values of any length.  Valid until the next message on the same lane.
+    """
+
+    block: int
+    offset: int
 
 
 class Items(msgspec.Struct, frozen=True, tag="i", array_like=True):
@@ -69,7 +84,7 @@ class Plain(msgspec.Struct, frozen=True, tag="p", array_like=True):
     value: Any
 
 
-Value = Tensor | Strings | Items | Plain
+Value = Tensor | Text | Packed | Items | Plain
 
 
 # --- lifeline: client -> supervisor over a Unix socket; its EOF means death in either direction ----------
@@ -287,21 +302,29 @@ class WorkerStarted(Message):
 
 class Load(Message):
     """Load this model.  ``warmups``: by key of the model, or of members of a group, and by input: what to run
-    it with once before it is ready."""
+    it with once before it is ready.  ``mapped``: only from the load cache, because there is no memory for
+    more; where it is not there, the worker says so (``WorkerFailed.unsaved``)."""
 
     spec: ModelSpec
     ttl: float
     warmups: dict[str, dict[str, Warmup]] = {}
+    mapped: bool = False
 
 
 class WorkerReady(Message):
-    """The model is loaded and lanes may be opened at ``address`` with ``secret``.  ``seconds``: the load."""
+    """The model is loaded and lanes may be opened at ``address`` with ``secret``.  ``seconds``: the load.
+
+    ``entry``: under which key the load cache has the model, or would have it; empty: it never does.
+    ``mapped``: it came from there.
+    """
 
     worker_id: int
     address: str
     secret: str
     description: ModelDescription
     seconds: float
+    entry: str = ""
+    mapped: bool = False
 
 
 class Saveable(Message):
@@ -319,10 +342,12 @@ class Saveable(Message):
 
 
 class WorkerFailed(Message):
-    """The model did not load; the worker waits for Exit."""
+    """The model did not load; the worker waits for Exit.  ``unsaved``: it was to come from the load cache,
+    where it is not, or cannot be used."""
 
     worker_id: int
     failure: Failure
+    unsaved: bool = False
 
 
 class Retime(Message):
@@ -362,14 +387,16 @@ class Exit(Message):
 
 class Spawn(Message):
     """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
-    blobs, which are those of these names.  ``pristine``: in a process in which the engine has made no
-    session yet."""
+    blobs, which are those of these tags (:func:`onnx_dl.model.blob_tag`).  ``pristine``: in a process in
+    which the engine has made no session yet."""
 
     worker_id: int
     identity: bytes
     control: str
     blobs: list[str] = []
     pristine: bool = False
+    version: int = PROTOCOL_VERSION
+    """Of the supervisor.  The package may have been replaced on disk since it was started."""
 
 
 class Spawned(Message):
@@ -380,17 +407,10 @@ class Spawned(Message):
 
 
 class SpawnFailed(Message):
-    """No process came of it."""
+    """No process came of it.  ``worker_id`` is 0 where the Spawn could not be read."""
 
     worker_id: int
     reason: str
-
-
-class Reaped(Message):
-    """A worker's wait status; its process is gone."""
-
-    worker_id: int
-    status: int
 
 
 class TemplateReady(Message):
@@ -423,23 +443,18 @@ class LaneOpen(Message):
     thread: int
 
 
-class BlockShared(Message):
-    """A new block of ``size`` bytes; its memfd comes with the message."""
+class Envelope(Message, omit_defaults=True):
+    """A message with what its receiver must know of blocks first, or one that is too long for a packet.
 
-    block: int
-    size: int
+    ``shared``: number and size of new blocks, whose memfds come first among the descriptors; ``dropped``:
+    blocks that will not be used again.  ``letter``: block and length; the first bytes of that block are an
+    Envelope with the message, which has neither ``shared`` nor ``letter``.
+    """
 
-
-class BlockDropped(Message):
-    """The block will not be used again; unmap it."""
-
-    block: int
-
-
-class Large(Message):
-    """The next ``nbytes`` bytes on the Unix socket are one message, too long for one packet."""
-
-    nbytes: int
+    shared: list[tuple[int, int]] = []
+    dropped: list[int] = []
+    message: msgspec.Raw = msgspec.Raw()
+    letter: tuple[int, int] | None = None
 
 
 class Call(Message):
@@ -540,12 +555,9 @@ ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
-OnTemplate = Spawn | Spawned | SpawnFailed | Reaped | TemplateReady
-AboutBlocks = BlockShared | BlockDropped
-LaneRequest = (
-    Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Large | AboutBlocks
-)
-LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Large | AboutBlocks
+OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
+LaneRequest = Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
+LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Envelope
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=to_plain)
 
@@ -565,7 +577,7 @@ class Reader:
     def __init__(self, union: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
 
-    def __call__(self, data: bytes | memoryview) -> Any:
+    def __call__(self, data: bytes | memoryview | msgspec.Raw) -> Any:
         try:
             return self._decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,26 +1,28 @@
 """Calls that repeat: what of a call need not be said again.
 
 A caller that gives arrays of the same names, dtypes and shapes as before copies them to where they lay before
-and names the call by a number; a worker whose results have the same dtypes and shapes as before answers that
-they lie where they lay.  Covers the caller's table of such calls.  The worker's is
+and names the call by a number; a worker whose results are of the same form as before answers that they lie
+where they lay (:mod:`onnx_dl.transport.forms`).  Covers the caller's table of such calls.  The worker's is
 :mod:`onnx_dl.workers.repeats`; messages and blocks are :mod:`onnx_dl.transport.lane`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.transport.arena import Block, Reference
-from onnx_dl.transport.messages import Items, Tensor, Value
+from onnx_dl.transport import packing
+from onnx_dl.transport.arena import Arena, Block, Reference
+from onnx_dl.transport.messages import Items, Packed, Tensor, Text, Value
 
 MOST: Final = 64
 """Calls that one lane remembers; one more, and it forgets all."""
 
-_PLAIN_KINDS: Final = frozenset("biufc")
+_KINDS: Final = frozenset("biufcUO")
+"""Of arrays whose bytes are all that could differ the next time, and of text."""
 
 
 def key_of(outputs: Any, feed: Mapping[Any, Any], keep: bool) -> tuple[Any, ...] | None:
@@ -34,14 +36,14 @@ def key_of(outputs: Any, feed: Mapping[Any, Any], keep: bool) -> tuple[Any, ...]
 
 
 def can_repeat(feed: Mapping[Any, Any]) -> bool:
-    """Whether the bytes of these arrays are all that could differ the next time."""
-    return all(value.dtype.kind in _PLAIN_KINDS for value in feed.values())
+    """Whether arrays like these may take their place the next time."""
+    return all(value.dtype.kind in _KINDS for value in feed.values())
 
 
 class Plan:
     """One call, as it was made the first time."""
 
-    __slots__ = ("block", "moved", "nbytes", "number", "results", "targets")
+    __slots__ = ("block", "moved", "nbytes", "number", "readers", "results", "targets", "texts")
 
     def __init__(
         self,
@@ -49,20 +51,51 @@ class Plan:
         block: Block | None,
         nbytes: int,
         targets: list[NDArray[Any] | None],
+        texts: list[tuple[Any, int]],
         moved: list[tuple[int, Any]],
     ) -> None:
-        """``block``: the scratch block, of which ``nbytes`` are used; ``targets``: where the inputs lie in
-        it, None for those that lie elsewhere or nowhere; ``moved``: index and name of those elsewhere."""
+        """``block``: the scratch block, whose fixed part has ``nbytes``; ``targets``: where the inputs lie in
+        it, None for text and for those that lie elsewhere or nowhere; ``texts``: name and offset of text;
+        ``moved``: index and name of those elsewhere."""
         self.number = number
         self.block = block
         self.nbytes = nbytes
         self.targets = targets
+        self.texts = texts
         self.moved = moved
-        self.results: list[tuple[Block, Tensor]] | None = None
-        """Where they lay the last time, if the next ones may lie there too."""
+        self.results: list[Tensor | Text | Packed] | None = None
+        """What they were the last time, if the next ones may lie there too."""
+        self.readers: list[Callable[[], Any]] = []
+        """One for each of these, once they are read: gives the value that lies there now."""
 
-    def fill(self, feed: Mapping[Any, Any]) -> None:
-        """Copies the inputs to where the worker expects them."""
+    def fill(self, feed: Mapping[Any, Any], arena: Arena) -> bool:
+        """Puts the inputs where the worker expects them; false if the arena has no such place any more.
+
+        Raises:
+            UnicodeEncodeError: there are surrogates in a text.
+        """
+        if self.texts:
+            return self._fill_with_texts(feed, arena)
+        if self.nbytes and arena.scratch(self.nbytes) is not self.block:
+            return False
+        self._copy(feed)
+        return True
+
+    def _fill_with_texts(self, feed: Mapping[Any, Any], arena: Arena) -> bool:
+        encoded, nbytes = [], self.nbytes
+        for name, offset in self.texts:
+            data = packing.encode_text(feed[name])
+            encoded.append((offset, nbytes, data))
+            nbytes += len(data)
+        block = arena.scratch(nbytes)
+        if block is not self.block:
+            return False
+        self._copy(feed)
+        for offset, start, data in encoded:
+            packing.write(block, offset, start, data)
+        return True
+
+    def _copy(self, feed: Mapping[Any, Any]) -> None:
         for target, value in zip(self.targets, feed.values(), strict=True):
             if target is not None:
                 target[...] = value
@@ -96,6 +129,12 @@ class Plans:
             self._plans.clear()
         return len(self._plans)
 
+    def let_go(self, has: Callable[[int], bool]) -> None:
+        """The worker dropped blocks: what lay in them would never be freed.  ``has``: whether one is left."""
+        for plan in self._plans.values():
+            if plan.results and not all(has(value.block) for value in plan.results):
+                plan.results, plan.readers = None, []
+
     def remember(self, key: Hashable, plan: Plan) -> None:
         """The worker has answered this call, so it remembers it too."""
         self._plans[key] = plan
@@ -109,3 +148,9 @@ def targets_of(values: Sequence[Value], block: Block | None) -> list[NDArray[Any
         else None
         for value in values
     ]
+
+
+def texts_of(names: Iterable[Any], values: Sequence[Value]) -> list[tuple[Any, int]]:
+    """Name and offset of the texts in a packed feed that has these names."""
+    pairs = zip(names, values, strict=True)
+    return [(name, value.offset) for name, value in pairs if isinstance(value, Text) and value.block]

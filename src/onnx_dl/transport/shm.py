@@ -101,6 +101,15 @@ class Mapping:
         if self._address:
             _libc.munmap(self._address, self.size)
 
+    def duplicate(self) -> int | None:
+        """Another descriptor of the segment, which the caller closes; None if it has none any more.
+
+        Raises:
+            OSError: this process may have no more descriptors.
+        """
+        with _mapping:  # another thread may make this mapping shed the descriptor meanwhile
+            return None if self.fd is None else os.dup(self.fd)
+
     def keep_descriptor(self) -> None:
         """Keeps the descriptor, so that the segment can be handed to a third process.
 

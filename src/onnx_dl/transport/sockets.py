@@ -17,11 +17,12 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import zmq
 
+from onnx_dl import descriptors
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 
@@ -34,12 +35,17 @@ MOST_DESCRIPTORS: Final = 128
 _FULL: Final = 0.005
 """Seconds until a listener whose queue was full is tried again."""
 
+BACKLOG: Final = 4096
+"""Connections that may wait to be accepted, as far as the system lets them; others are refused at once."""
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
+_ZMQ_NEEDS: Final = 12
+"""Descriptors of a context with its first socket, and of what others may take meanwhile."""
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED: Final = int(socket.MSG_CTRUNC)
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_AT_ONCE: Final = int(socket.MSG_DONTWAIT)
 """An application may have given SIGPIPE back its default, which would end it when a worker is gone."""
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -107,6 +113,26 @@ class Channel:
             return False
         return True
 
+    def post(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Like :meth:`send`, but never waits: a peer that has no room for the message counts as gone."""
+        try:
+            if fds:
+                socket.send_fds(self._sock, [data], fds, _NO_SIGNAL | _AT_ONCE)
+            else:
+                self._sock.send(data, _NO_SIGNAL | _AT_ONCE)
+        except (ConnectionError, BlockingIOError):
+            return False
+        return True
+
+    def take(self) -> tuple[memoryview, list[int]] | None:
+        """Like :meth:`receive`, but a message must be there: does not wait.
+
+        Raises:
+            BlockingIOError: there is none.
+            OSError: descriptors came, and this process may have no more.
+        """
+        return self._receive(_AT_ONCE)
+
     def receive(self, timeout: float | None = None) -> tuple[memoryview, list[int]] | None:
         """One message and its descriptors, which the caller closes; None at EOF.
 
@@ -118,8 +144,11 @@ class Channel:
         """
         if timeout is not None and not self.readable(timeout):
             raise TimeoutError("the peer sent nothing in time")
+        return self._receive(0)
+
+    def _receive(self, how: int) -> tuple[memoryview, list[int]] | None:
         try:
-            size, control, flags, _address = self._sock.recvmsg_into([self._view], _FDS_SPACE, _CLOEXEC)
+            size, control, flags, _address = self._sock.recvmsg_into([self._view], _FDS_SPACE, _CLOEXEC | how)
         except ConnectionResetError:
             return None
         fds = [fd for message in control for fd in _fds_of(*message)] if control else []
@@ -183,6 +212,15 @@ def _check_user(sock: socket.socket) -> None:
         raise ProtocolError(f"The process at the other end belongs to user {uid}, not to {os.getuid()}.")
 
 
+def is_ours(sock: socket.socket) -> int | None:
+    """The process at the other end, if it belongs to the same user."""
+    try:
+        _check_user(sock)
+    except ProtocolError:
+        return None
+    return _credentials(sock)[0]
+
+
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
@@ -201,7 +239,7 @@ class Listener:
     def __init__(self, address: str) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.bind(f"\0{address}")
-        self._sock.listen(256)
+        self._sock.listen(BACKLOG)
         self._sock.setblocking(False)
 
     def accept(self) -> Channel | None:
@@ -258,22 +296,25 @@ class Waker:
 
 
 def context() -> Context:
-    """A ZeroMQ context; never shared across fork."""
+    """A ZeroMQ context; never shared across fork.
+
+    Raises:
+        DescriptorsExhausted: this process may have too few more of them.
+    """
+    _check_descriptors("A ZeroMQ context")
     return zmq.Context()
+
+
+def _check_descriptors(what: str) -> None:
+    """libzmq ends the process where it finds no descriptor: in ``epoll_create``, and in ``accept``."""
+    if descriptors.free() < _ZMQ_NEEDS:
+        raise descriptors.exhausted(what)
 
 
 def _socket(ctx: Context, kind: int) -> Socket:
     sock = ctx.socket(kind)
     sock.linger = 0
     sock.sndhwm = sock.rcvhwm = 0  # control is sparse and must not be dropped; calls are one at a time
-    return sock
-
-
-def router(ctx: Context, address: str) -> Socket:
-    """A bound ROUTER socket; only processes of the same user get in."""
-    sock = _socket(ctx, zmq.ROUTER)
-    sock.setsockopt(_IPC_FILTER_UID, os.getuid())
-    sock.bind(f"ipc://@{address}")
     return sock
 
 
@@ -286,7 +327,12 @@ def dealer(ctx: Context, address: str, identity: bytes) -> Socket:
 
 
 def pair_listener(ctx: Context, address: str) -> Socket:
-    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms."""
+    """A bound PAIR socket.  Bind before the peer connects: a connect that comes first costs 100 ms.
+
+    Raises:
+        DescriptorsExhausted: this process may have too few more of them.
+    """
+    _check_descriptors("A lane over ZeroMQ")
     sock = _socket(ctx, zmq.PAIR)
     sock.setsockopt(_IPC_FILTER_UID, os.getuid())
     sock.bind(f"ipc://@{address}")
@@ -299,6 +345,14 @@ def pair(ctx: Context, address: str) -> Socket:
     sock.linger = 500
     sock.connect(f"ipc://@{address}")
     return sock
+
+
+def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
+    """Those of these descriptors that are readable within ``timeout`` seconds; None: waits for ever."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))}
 
 
 def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:

@@ -8,19 +8,22 @@ Where arrays lie is decided by :mod:`onnx_dl.transport.arena`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl import values as ort
 from onnx_dl.errors import OnnxDLError, ProtocolError
+from onnx_dl.transport import packing
 from onnx_dl.transport.arena import Arena, Block, align
-from onnx_dl.transport.messages import Items, Plain, Strings, Tensor, Value
+from onnx_dl.transport.messages import Items, Packed, Plain, Tensor, Text, Value
 
 VIEW_FROM: Final = 64 << 10
 """Results of at least this many bytes are handed over as views; smaller ones are copied out.
@@ -34,13 +37,23 @@ _LONG_LONG: Final = frozenset("qQ") if np.dtype("q").isnative else frozenset()
 _LIKE_TEXT: Final = (memoryview, bytearray, set, frozenset, range)
 """onnxruntime refuses these in the same words as text, which do not show what is in it."""
 
+_CONTAINERS: Final = (list, dict)
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
 
 
-class Packer:
-    """Encodes the values of one message.  Small arrays share the arena's scratch block.
+class _Written(NamedTuple):
+    """A value that is msgpack already; of a text array, with its shape."""
 
-    Arrays of ``lease_from`` bytes or more get a leased block each; with None, none does.
+    data: bytes
+    shape: tuple[int, ...] | None
+
+
+class Packer:
+    """Encodes the values of one message.  Small arrays, and what is no array, share the arena's scratch
+    block: first everything whose size the types decide, then the bytes of the rest.
+
+    Arrays of ``lease_from`` bytes or more get a leased block each, as long as the message has room to
+    announce new ones; with None, none does.
     """
 
     def __init__(
@@ -54,25 +67,34 @@ class Packer:
         self._moved = moved
         self._lease_from = lease_from
         self._leases: list[Block] = []
+        self._homes: deque[Block | None] = deque()
+        """The blocks of the arrays, in order; None: scratch."""
+        self._bytes = self._start = self._offset = 0
         self.scratch: Block | None = None
         """Where the small arrays lie."""
         self.nbytes = 0
-        """Bytes of it that are used."""
+        """Bytes of it whose use the types of the values decide."""
 
-    def pack(self, values: Iterable[Any]) -> list[Value]:
+    def pack(self, values: Iterable[Any], *, from_engine: bool = False) -> list[Value]:
         """The values for the wire, in order; their arrays are copied into shared memory.
+
+        ``from_engine``: they are an engine's results, whose lists of dicts are of one kind throughout, so
+        that the first tells what the others are.
 
         Raises:
             RuntimeError: a value is of a kind that onnxruntime takes from nobody, in onnxruntime's words.
             UnsupportedValueError: an OrtValue holds what onnxruntime gives no access to.
+            UnicodeEncodeError: there are surrogates in a text.
             SharedMemoryError: the system has no memory for an array.
         """
-        values = [_lowered(value) for value in values]
-        needed = sum(map(self._scratch_bytes, values))
-        if needed:
-            self.scratch = self._arena.scratch(needed)
+        nodes = [(from_engine and _maps(value)) or self._node(value) for value in values]
         try:
-            return [self._encode(value) for value in values]
+            for node in nodes:
+                self._measure(node)
+            if self.nbytes:
+                self.scratch = self._arena.scratch(self.nbytes + self._bytes)
+            self._start = self.nbytes
+            return [self._place(node) for node in nodes]
         except BaseException:
             self.abandon()
             raise
@@ -82,77 +104,101 @@ class Packer:
         for block in self._leases:
             block.leased = False
 
-    def _is_leased(self, array: NDArray[Any]) -> bool:
-        return self._lease_from is not None and array.nbytes >= self._lease_from
-
-    def _scratch_bytes(self, value: Any) -> int:
-        if id(value) in self._moved:
-            return 0
-        if isinstance(value, np.ndarray):
-            return 0 if value.dtype.kind == "O" or self._is_leased(value) else align(value.nbytes)
-        if isinstance(value, np.generic):
-            return align(value.nbytes)
-        if type(value) in (list, tuple):
-            return sum(map(self._scratch_bytes, value))
-        if type(value) is dict:
-            return sum(map(self._scratch_bytes, value.values()))
-        if type(value) is ort.Parts:
-            return sum(map(self._scratch_bytes, value.items))
-        return 0
-
-    def _encode(self, value: Any) -> Value:
+    def _node(self, value: Any) -> Any:
+        """The value as one of: array, _Written, Parts of these, or what may travel in the message itself."""
         if moved := self._moved.get(id(value)):
             return moved
         if isinstance(value, np.ndarray):
-            return self._encode_array(np.asarray(value))
+            return _text(value) if value.dtype.kind == "O" else np.asarray(value)
         if isinstance(value, np.generic):
-            return Items("scalar", [self._encode_array(np.asarray(value))])
+            return ort.Parts("scalar", [self._node(np.asarray(value))])
+        if isinstance(value, Plain):
+            return value
         if is_plain(value):
-            return Plain(value)
+            return _Written(packing.encode(value), None) if type(value) in _CONTAINERS else Plain(value)
+        if isinstance(value, str):  # of a subclass
+            return Plain(str.__str__(value))
         if type(value) in (list, tuple):
-            return Items(type(value).__name__, [self._encode(item) for item in value])
+            return ort.Parts(type(value).__name__, list(map(self._node, value)))
         if type(value) is dict:
-            return Items("dict", [self._encode(item) for item in chain.from_iterable(value.items())])
-        if type(value) is ort.Parts:
-            return Items(value.kind, [self._encode(item) for item in value.items])
-        raise RuntimeError(f"Unable to handle object of type {type(value)}")
+            return ort.Parts("dict", list(map(self._node, chain.from_iterable(value.items()))))
+        if isinstance(value, _LIKE_TEXT):
+            return Plain("text")
+        parts = value if type(value) is ort.Parts else ort.take_apart(value)
+        if parts is None:
+            raise RuntimeError(f"Unable to handle object of type {type(value)}")
+        return parts._replace(items=list(map(self._node, parts.items)))
 
-    def _encode_array(self, array: NDArray[Any]) -> Value:
-        if array.dtype.kind == "O":
-            return Strings(array.shape, [item if type(item) is str else str(item) for item in array.flat])
+    def _measure(self, node: Any) -> None:
+        if isinstance(node, np.ndarray):
+            if node.nbytes:
+                self._homes.append(home := self._lease(node))
+                self.nbytes += 0 if home else align(node.nbytes)
+        elif type(node) is _Written:
+            self.nbytes += packing.PLACE
+            self._bytes += len(node.data)
+        elif type(node) is ort.Parts:
+            for item in node.items:
+                self._measure(item)
+
+    def _lease(self, array: NDArray[Any]) -> Block | None:
+        if self._lease_from is None or array.nbytes < self._lease_from:
+            return None
+        block = self._arena.lease(array.nbytes)
+        if block is not None:
+            self._leases.append(block)
+        return block
+
+    def _place(self, node: Any) -> Value:
+        if isinstance(node, np.ndarray):
+            return self._place_array(node)
+        if type(node) is _Written:
+            return self._write(node)
+        if type(node) is ort.Parts:
+            return Items(node.kind, list(map(self._place, node.items)))
+        value: Value = node
+        return value
+
+    def _place_array(self, array: NDArray[Any]) -> Tensor:
         dtype = array.dtype.char if array.dtype.char in _LONG_LONG else array.dtype.str
         if not array.nbytes:
             return Tensor(dtype, array.shape, 0, 0)
-        block, offset, leased = self._place(array)
+        home = self._homes.popleft()
+        block, offset = (home, 0) if home else (self.scratch, self._take(align(array.nbytes)))
+        assert block is not None
         # Bytes are what travels, also of a dtype that only its own package knows (ml_dtypes' bfloat16).
         source = array.view(dtype) if array.dtype.kind == "V" else array
         np.copyto(block.array(dtype, array.shape, offset), source, casting="no")
-        return Tensor(dtype, array.shape, block.number, offset, leased)
+        return Tensor(dtype, array.shape, block.number, offset, home is not None)
 
-    def _place(self, array: NDArray[Any]) -> tuple[Block, int, bool]:
-        if self._is_leased(array):
-            block = self._arena.lease(array.nbytes)
-            self._leases.append(block)
-            return block, 0, True
+    def _write(self, node: _Written) -> Value:
         assert self.scratch is not None
-        offset = self.nbytes
-        self.nbytes += align(array.nbytes)
-        return self.scratch, offset, False
+        offset = self._take(packing.PLACE)
+        packing.write(self.scratch, offset, self._start, node.data)
+        self._start += len(node.data)
+        number = self.scratch.number
+        return Packed(number, offset) if node.shape is None else Text(node.shape, number, offset)
+
+    def _take(self, nbytes: int) -> int:
+        offset, self._offset = self._offset, self._offset + nbytes
+        return offset
 
 
-def _lowered(value: Any) -> Any:
-    """The value with onnxruntime's own objects in it taken apart."""
-    if isinstance(value, np.ndarray) or is_plain(value):
-        return value
-    if isinstance(value, str) and not isinstance(value, np.generic):  # of a subclass
-        return str.__str__(value)
-    if type(value) in (list, tuple):
-        return type(value)(map(_lowered, value))
-    if type(value) is dict:
-        return {key: _lowered(item) for key, item in value.items()}
-    if isinstance(value, _LIKE_TEXT):
-        return "text"
-    return ort.take_apart(value) or value
+def _text(array: NDArray[Any]) -> _Written | Text:
+    return _Written(packing.encode_text(array), array.shape) if array.size else Text(array.shape, 0, 0)
+
+
+def _maps(value: Any) -> _Written | None:
+    """What ZipMap made, looked at by its first row only; None: it is something else."""
+    if type(value) is list and value and type(value[0]) is dict and is_plain(value[0]):
+        with contextlib.suppress(TypeError, OverflowError):
+            return _Written(packing.encode(value), None)
+    return None
+
+
+def as_it_is(value: Any) -> Any:
+    """The value for :meth:`Packer.pack`, to travel in the message itself if it can."""
+    return Plain(value) if is_plain(value) else value
 
 
 def is_plain(value: Any) -> bool:
@@ -237,9 +283,18 @@ class Unpacker:
             return self._array(value)
         if isinstance(value, Plain):
             return value.value
-        if isinstance(value, Strings):
-            return _text_array(value)
+        if isinstance(value, Text):
+            return self._text(value)
+        if isinstance(value, Packed):
+            return packing.reader(self._block(value.block), value.offset)()
         return self._items(value)
+
+    def _text(self, text: Text) -> NDArray[np.object_]:
+        if text.block:
+            return packing.text_reader(self._block(text.block), text.offset, text.shape)()
+        if math.prod(text.shape):
+            raise ProtocolError(f"Text of the shape {text.shape} lies in no block.")
+        return np.empty(text.shape, object)
 
     def _array(self, tensor: Tensor) -> NDArray[Any]:
         if not tensor.block:
@@ -272,9 +327,3 @@ def _nothing(tensor: Tensor) -> NDArray[Any]:
     if dtype.hasobject or dtype.itemsize * math.prod(tensor.shape):
         raise ProtocolError(f"A tensor of dtype {tensor.dtype!r} and shape {tensor.shape} lies in no block.")
     return np.empty(tensor.shape, dtype)
-
-
-def _text_array(value: Strings) -> NDArray[np.object_]:
-    array = np.empty(len(value.items), object)
-    array[:] = value.items
-    return array.reshape(value.shape)

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import sockets
+from onnx_dl.transport import packing, sockets
 from onnx_dl.transport.arena import Block
 from onnx_dl.transport.bell import WorkerBell
 from onnx_dl.transport.calls import AGAIN, REPLY, REQUEST, BellCalls, Calls, ZmqCalls
+from onnx_dl.transport.forms import Form
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.lane import Lane
 from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 
 def _checked(hello: Any, secret: str, fds: int) -> m.LaneHello:
     """The greeting of a caller who may open a lane."""
-    if not (isinstance(hello, m.LaneHello) and secrets.compare_digest(hello.secret, secret)):
+    if not (isinstance(hello, m.LaneHello) and same_secret(hello.secret, secret)):
         raise ProtocolError("Somebody without the secret tried to open a lane.")
     if hello.version != m.PROTOCOL_VERSION:
         raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
     if fds != (2 if hello.reply_to is None else 0):
         raise ProtocolError(f"A caller came with {fds} descriptors.")
     return hello
+
+
+def _packed(packer: Packer, value: Any) -> m.Value:
+    if type(value) is list:  # results, each as it would be alone
+        return m.Items("list", packer.pack(value, from_engine=True))
+    (packed,) = packer.pack([value])
+    return packed
 
 
 class WorkerLane(Lane):
@@ -40,14 +49,16 @@ class WorkerLane(Lane):
             ProtocolError: the caller does not know the secret or speaks another version.
             TimeoutError: the caller said nothing for ``timeout`` seconds.
         """
-        received = channel.receive(timeout)
-        fds = received[1] if received else []
+        handover = Handover(channel, m.lane_request, keep_descriptors=False)
+        greeting, fds = handover.greeting(timeout)
         try:
-            hello = _checked(m.lane_request(received[0]) if received else None, secret, len(fds))
+            hello = _checked(greeting, secret, len(fds))
+            page = handover.mappings.page
+            if page is None:
+                raise ProtocolError("A caller came without its page.")
         except BaseException:
             sockets.close_all(fds)
             raise
-        handover = Handover(channel, m.lane_request, keep_descriptors=False)
         calls: Calls
         if hello.reply_to is None:
             self._bell = WorkerBell(fds, Patience() if hello.poll else None)
@@ -55,12 +66,17 @@ class WorkerLane(Lane):
         else:
             calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
         super().__init__(handover, calls, polls=hello.poll)
+        self._page = page
         self._requests = 0
         self.model = hello.model
         """The key of the model that the caller wants, where there are several."""
         self.thread = threading.get_native_id()
         """Of the thread that serves the lane."""
-        self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))
+        try:
+            self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))
+        except BaseException:  # no memory for one: nobody else closes what came from the caller
+            self._calls.close()
+            raise
         self._unpacker = Unpacker(self._handover.block, copy=False)
 
     @property
@@ -79,20 +95,22 @@ class WorkerLane(Lane):
 
         Raises:
             ProtocolError: it is no request.
+            SharedMemoryError: a block that it needs cannot be mapped.
+            OSError: this process may have no more descriptors.
         """
+        if self._handover.is_broken:  # to the caller, a worker that went before it began anything
+            return None
         self._requests += 1
         request = self._calls.next()
-        if self._handover.mappings.page is None:  # over ZeroMQ the first request may overtake it
-            self._handover.is_dead()
-        if (page := self._handover.mappings.page) is not None and request is not None:
-            page.begin()
+        if request is not None:
+            self._page.begin()
         return request - AGAIN if type(request) is int else request
 
     @property
     def request(self) -> int:
         """The number by which the caller knows the request that was received last.
 
-        Counted here, too: over ZeroMQ a request may come before the page that has the caller's count.
+        Counted here, too: what stands in the page is whatever the caller wrote there last.
         """
         return self._requests
 
@@ -100,8 +118,12 @@ class WorkerLane(Lane):
         """A value of a request; its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)
 
+    def text_reader(self, text: m.Text) -> Callable[[], Any]:
+        """Gives, at each call, the text of this place in a request that repeats."""
+        return packing.text_reader(self._handover.block(text.block), text.offset, text.shape)
+
     def reply(self, value: Any, *, keep: bool = False) -> m.Value:
-        """Sends a result; large arrays in it are leased to the caller, unless ``keep``.
+        """Sends a result of the engine; large arrays in it are leased to the caller, unless ``keep``.
 
         Returns what was sent.
 
@@ -109,13 +131,17 @@ class WorkerLane(Lane):
             Exception: the value cannot be sent; nothing was.
         """
         packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
-        (packed,) = packer.pack([value])
+        packed = _packed(packer, value)
         try:
             self._calls.send(m.Result(value=packed))
         except BaseException:
             packer.abandon()
             raise
         return packed
+
+    def put(self, form: Form, results: Sequence[Any]) -> bool:
+        """Puts results where others lay that were of the same form; false if they do not fit there."""
+        return form.put(results, self._arena)
 
     def say(self, message: m.CallFailed | m.Draining | m.Started | bytes) -> None:
         """Sends a reply that is ready to be sent."""
@@ -138,8 +164,8 @@ class WorkerLane(Lane):
         """Where the small results of the last reply lie."""
         return self._arena.current_scratch
 
-    def lease(self, nbytes: int) -> Block:
-        """Where a large result of the next reply may be written."""
+    def lease(self, nbytes: int) -> Block | None:
+        """Where a large result of the next reply may be written; None: in no block of its own."""
         return self._arena.lease(nbytes)
 
     @property

@@ -2,7 +2,8 @@
 
 Covers what a worker asks of an engine.  An engine is one module beside this one, named by
 ``ModelSpec.engine``, whose function ``open_model(spec, blobs)`` returns a :class:`Backend`.  It is imported
-in the worker only, and knows nothing of sockets or policy.
+in the worker only, and knows nothing of sockets or policy.  One that uses the load cache has more
+(:class:`Cached`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -26,6 +27,14 @@ class Repeatable(NamedTuple):
     halt: Callable[[], object] | None
 
 
+class Rerun(NamedTuple):
+    """A call that was made before, for other values of the same types: ``run`` makes it with a feed and gives
+    the results, ``halt`` has it end early, from another thread, and of no more use."""
+
+    run: Callable[[dict[str, Any]], Sequence[Any]]
+    halt: Callable[[], object]
+
+
 class Save(NamedTuple):
     """A model that is worth saving for the load cache."""
 
@@ -36,6 +45,19 @@ class Save(NamedTuple):
     """The name of the memory that it was given as."""
     order: str
     """What :mod:`onnx_dl.workers.saver` is to be told."""
+
+
+class Unsaved(RuntimeError):
+    """The load cache does not have the model, or in no form that can be used."""
+
+
+class Origin(NamedTuple):
+    """Where a model was loaded from."""
+
+    entry: str = ""
+    """Under which key the load cache has it, or would have it; empty: it never does."""
+    mapped: bool = False
+    """It came from there."""
 
 
 class Backend(Protocol):
@@ -76,6 +98,10 @@ class Backend(Protocol):
         """A call that was made before, to be made again and again: it reads ``feed`` and writes ``results``
         in place, and raises if they cannot hold what comes out.  None if the engine cannot do that."""
 
+    def rerun(self, outputs: Any) -> Rerun | None:
+        """A call that was made before, to be made with other feeds of the same names and types; None if the
+        engine has no faster way than :meth:`run`."""
+
     def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
         """Another method of the engine's session.
 
@@ -85,6 +111,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """The last thing that is asked: write what must be on disk.  Memory need not be freed."""
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """What a backend has whose engine uses the load cache; ``open_model`` takes ``mapped=True`` then: the
+    model is to come from there, or to raise :class:`Unsaved`."""
+
+    def origin(self) -> Origin:
+        """Where the model was loaded from."""
 
 
 def member(backend: Backend, key: str) -> Backend:
@@ -101,10 +136,12 @@ def enter(folder: str) -> None:
         os.chdir("/")
 
 
-def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
-    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them.
+def load(spec: ModelSpec, blobs: Mapping[str, int], *, mapped: bool = False) -> Backend:
+    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them;
+    ``mapped``: only from the load cache.
 
     Raises:
+        Unsaved: it is not there.
         EngineError: some that it names are not.
         ValueError: there is no such engine.
         Exception: what the engine raises.
@@ -120,8 +157,14 @@ def load(spec: ModelSpec, blobs: Mapping[str, int]) -> Backend:
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")
-    backend: Backend = opens(spec, blobs if spec.members else _own(spec, blobs))
+    given = blobs if spec.members else _own(spec, blobs)
+    backend: Backend = opens(spec, given, mapped=True) if mapped else opens(spec, given)
     return backend
+
+
+def origin(backend: Backend) -> Origin:
+    """Where a model was loaded from."""
+    return backend.origin() if isinstance(backend, Cached) else Origin()
 
 
 def _own(spec: ModelSpec, blobs: Mapping[str, int]) -> dict[str, int]:

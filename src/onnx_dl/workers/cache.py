@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl import config, smallfiles
 from onnx_dl.model import ModelDescription
 
 MODEL: Final = "model.onnx"
@@ -31,6 +32,8 @@ _UNFINISHED: Final = "unfinished-"
 _REFUSED: Final = ".refused"
 _VERIFIED: Final = "verified"
 _CHUNK: Final = 1 << 22
+_MOST_BYTES: Final = 64 << 20
+"""Of what an entry says of itself: the model's own metadata is in it."""
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,9 +183,9 @@ class Cache:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            meta = open_meta((path / _META).read_bytes())
+            meta = open_meta(smallfiles.read(path / _META, _MOST_BYTES))
             used = path.stat().st_mtime
-        except (OSError, ValueError):  # msgspec's are ValueErrors
+        except (OSError, ValueError, RecursionError):  # msgspec's are ValueErrors
             return None
         nbytes = sum(size for size, _ in meta.files.values())
         return Entry(key=path.name, path=path, meta=meta, nbytes=nbytes, used=used)
@@ -250,20 +253,44 @@ def _is_whole(entry: Entry) -> bool:
     that, that nobody has touched them since is enough.
     """
     try:
-        stats = {name: (entry.path / name).stat() for name in entry.meta.files}
+        stats = {name: (entry.path / name).lstat() for name in entry.meta.files}
+        if not all(map(_is_own, stats, stats.values())):
+            return False
         if any(stats[name].st_size != size for name, (size, _) in entry.meta.files.items()):
             return False
         seal = _seal(stats)
         mark = entry.path / _VERIFIED
-        if mark.exists() and mark.read_text() == seal:
+        if _holds(mark, seal.encode()):
             return True
         if any(_crc(entry.path / name) != crc for name, (_, crc) in entry.meta.files.items()):
             return False
         with contextlib.suppress(OSError):  # a read-only cache is read each time
-            mark.write_text(seal)
+            _put(mark, seal.encode())
     except OSError:
         return False
     return True
+
+
+def _is_own(name: str, found: os.stat_result) -> bool:
+    """A file of the entry's folder, and not what one would wait for, or another's."""
+    return os.path.basename(name) == name and stat.S_ISREG(found.st_mode)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    with contextlib.suppress(OSError):
+        return smallfiles.read(path, len(data)) == data
+    return False
+
+
+def _put(path: Path, data: bytes) -> None:
+    """In place of whatever is there: to write into a FIFO would wait."""
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh.write_bytes(data)
+    try:
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink()
+        raise
 
 
 def _seal(stats: dict[str, os.stat_result]) -> str:

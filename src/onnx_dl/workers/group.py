@@ -38,7 +38,7 @@ class Group:
     def run(self, *_: Any) -> Any:
         raise EngineError("A group has no run() of its own; a lane names one of its models.")
 
-    run_async = repeat = invoke = run
+    run_async = repeat = rerun = invoke = run
 
     def close(self) -> None:
         for member in self.members.values():

@@ -19,24 +19,27 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from onnx_dl.config import fresh_address
-from onnx_dl.errors import ProtocolError
-from onnx_dl.model import ModelSpec
+from onnx_dl.errors import OnnxDLError, SharedMemoryError
+from onnx_dl.model import ModelSpec, blob_tag
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.door import Door
 from onnx_dl.transport.gauges import Gauges
-from onnx_dl.transport.sockets import Channel, Listener, Waker
+from onnx_dl.transport.sockets import Channel, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers import memory, warmup
-from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.backend import Backend, Unsaved
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.memory import Allowance, Own
 from onnx_dl.workers.repeats import Repeat, Repeats
 from onnx_dl.workers.watchdog import Watchdog
 
-_GREETING: Final = 10.0
-"""Seconds that a caller has to say hello on a lane that it opened."""
+_RESERVE: Final = 16
+"""Descriptors that stay free for the model and for lanes that are open."""
+_GREETING: Final = 1.0
+"""Seconds for a caller that has begun to say hello on a lane."""
 
 
 class Worker:
@@ -46,7 +49,7 @@ class Worker:
         self._id = spawn.worker_id
         self._gauges = gauges
         self._lifeline = Channel.from_fd(lifeline)
-        self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
+        self._tagged = dict(zip(spawn.blobs, blobs, strict=True))
         self._context = sockets.context()
         self._control = sockets.dealer(self._context, spawn.control, spawn.identity)
         self._secret = secrets.token_hex(16)
@@ -72,22 +75,26 @@ class Worker:
 
     def _load(self, order: m.Load) -> None:
         started = time.monotonic()
+        tagged = {name: self._tagged.get(blob_tag(name)) for name in order.spec.blobs}
+        blobs = {name: fd for name, fd in tagged.items() if fd is not None}
         try:
             if not order.spec.members:  # each of a group has its own
                 backends.enter(order.spec.cwd)
-            backend = backends.load(order.spec, self._blobs)
+            backend = backends.load(order.spec, blobs, mapped=order.mapped)
             loaded = time.monotonic()
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
             memory.trim()  # before ready, so that what is measured then is what stays
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
-            self._say(m.WorkerFailed(worker_id=self._id, failure=failures.describe(error)))
+            unsaved = isinstance(error, Unsaved)
+            failure = failures.describe(error)
+            self._say(m.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
             self._hear()
             return
         ready = time.monotonic()
         self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
         self._set_limits(order.spec)
-        listener = Listener(self._address)
+        door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         self._say(
             m.WorkerReady(
                 worker_id=self._id,
@@ -95,14 +102,15 @@ class Worker:
                 secret=self._secret,
                 description=description,
                 seconds=ready - started,
+                **backends.origin(backend)._asdict(),
             )
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
-            for save in backend.ready(loaded - started, self._blobs):
+            for save in backend.ready(loaded - started, blobs):
                 self._say(m.Saveable(worker_id=self._id, **save._asdict()))
-        sockets.close_all(self._blobs.values())
-        with contextlib.closing(listener):
-            self._attend(listener, backend)
+        sockets.close_all(self._tagged.values())
+        with contextlib.closing(door):
+            self._attend(door, backend)
 
     def _set_limits(self, spec: ModelSpec) -> None:
         if spec.max_memory is not None or spec.max_runs is not None:
@@ -116,10 +124,10 @@ class Worker:
         self._gauges.exceeded(nbytes)
         os._exit(os.EX_TEMPFAIL)
 
-    def _attend(self, listener: Listener, backend: Backend) -> None:
+    def _attend(self, door: Door, backend: Backend) -> None:
         """The main thread's loop, from ready to Exit."""
         poller = zmq.Poller()
-        for source in (self._control, self._lifeline, listener, self._waker):
+        for source in (self._control, self._lifeline, door, self._waker):
             poller.register(source if source is self._control else source.fileno(), zmq.POLLIN)
         callers: dict[int, Channel] = {}
         drained = False
@@ -131,7 +139,7 @@ class Worker:
                 drained = True
                 backend.close()
                 self._say(m.WorkerDrained(worker_id=self._id))
-            ready = sockets.wait(poller, verdict.wait)
+            ready = sockets.wait(poller, _sooner(verdict.wait, door.next_deadline()))
             self._waker.clear()
             if self._lifeline.fileno() in ready:
                 return
@@ -142,7 +150,8 @@ class Worker:
                 poller.unregister(fd)
                 self._caller_gone(callers.pop(fd))
             self._bury_lanes(poller, callers)
-            if listener.fileno() in ready and (channel := listener.accept()):
+            door.on_tick(time.monotonic())
+            for channel in door.spoken(time.monotonic()) if door.fileno() in ready else ():
                 # Without POLLIN: what the caller says is for the lane's own thread.
                 poller.register(channel.fileno(), zmq.POLLERR)
                 callers[channel.fileno()] = channel
@@ -268,7 +277,7 @@ class LaneService:
         while True:
             try:
                 request = self._lane.receive()
-            except ProtocolError as error:
+            except (OnnxDLError, OSError) as error:  # the lane ends with the next one if it is of no more use
                 self._fail(error)
                 continue
             self._halt.begin(self._lane.request)
@@ -329,6 +338,8 @@ class LaneService:
             self._lane.say(m.CallFailed(failure=failures.describe(error)))
         except (TypeError, ValueError, OverflowError):  # an attribute of it cannot travel; its text can
             self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
+        except SharedMemoryError as no_memory:  # its text is too long for a packet
+            self._lane.say(m.CallFailed(failure=failures.describe(no_memory)))
 
     def _call(self, call: m.Call) -> None:
         feed = {_key(name): self._lane.unpack(value) for name, value in call.feed}
@@ -357,6 +368,12 @@ class LaneService:
     def _unhold(self) -> None:
         self._holds -= 1
         self._gate.unhold(time.monotonic())
+
+
+def _sooner(wait: float | None, deadline: float | None) -> float | None:
+    """Seconds to wait, for so many at most and until this moment; None: for ever."""
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    return min((each for each in (wait, left) if each is not None), default=None)
 
 
 def _key(name: Any) -> Any:

@@ -269,6 +269,9 @@ class OnnxMlirBackend:
 
         return Repeatable(run, stop.set)
 
+    def rerun(self, outputs: Any) -> None:
+        return None
+
     def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
         raise AttributeError(f"A model of onnx-mlir has no method {method!r}.")
 

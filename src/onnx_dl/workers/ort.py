@@ -19,7 +19,7 @@ from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.options import make_run_options
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable, ort_session, reading, saver
-from onnx_dl.workers.backend import Repeatable, Save
+from onnx_dl.workers.backend import Origin, Repeatable, Rerun, Save, Unsaved
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.ort_calls import Calls
 from onnx_dl.workers.ort_session import Opened
@@ -31,13 +31,16 @@ _SILENT: Final = 4
 class OnnxRuntimeBackend:
     """One ``onnxruntime.InferenceSession``."""
 
-    def __init__(self, spec: ModelSpec, blobs: Mapping[str, int]) -> None:
-        """Raises what onnxruntime raises."""
+    def __init__(self, spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> None:
+        """Raises what onnxruntime raises; ``mapped``: or :class:`~onnx_dl.workers.backend.Unsaved`."""
         self._spec = cacheable.with_engine_caches(spec, cache.folder()) if _caching() else spec
         self._cached: cache.Entry | None = None
         self._key = _key_of(spec)
         self._files: list[ReadFile] = []
-        self._opened = self._open_cached() or self._open(blobs)
+        opened = self._open_cached()
+        if opened is None and mapped:
+            raise Unsaved(f"The load cache has {spec.name} no more, or in no form that can be used.")
+        self._opened = opened or self._open(blobs)
         self._session = self._opened.session
         self._invoke = Calls(self._session, _with_options)
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
@@ -77,6 +80,9 @@ class OnnxRuntimeBackend:
     def _differs(self, entry: cache.Entry) -> bool:
         """Whether an entry was made of other files than those that the model would be read from now."""
         return files.changed(self._spec.where, entry.meta.description.files) is not None
+
+    def origin(self) -> Origin:
+        return Origin(self._key or "", self._cached is not None)
 
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
         slow = seconds >= config.settings().cache_from
@@ -157,6 +163,13 @@ class OnnxRuntimeBackend:
         run = self._session._sess.run_with_iobinding
         return Repeatable(functools.partial(run, binding._iobinding, options), _end(options))
 
+    def rerun(self, outputs: Any) -> Rerun:
+        names = list(outputs) if outputs else list(self._outputs)
+        options = onnxruntime.RunOptions()
+        # Not the Python method: it checks names again and makes a list of all outputs, which costs 2 µs.
+        run = self._session._sess.run
+        return Rerun(lambda feed: run(names, feed, options), _end(options))
+
     def _has_known_shape(self, name: str) -> bool:
         """Whether the shapes of the inputs decide the shape of this output."""
         return all(isinstance(size, int) or size in self._input_sizes for size in self._outputs[name].shape)
@@ -169,9 +182,9 @@ class OnnxRuntimeBackend:
             self._session.end_profiling()
 
 
-def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> OnnxRuntimeBackend:
-    """The engine; raises what onnxruntime raises."""
-    return OnnxRuntimeBackend(spec, blobs)
+def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> OnnxRuntimeBackend:
+    """The engine; raises what onnxruntime raises, and :class:`~onnx_dl.workers.backend.Unsaved`."""
+    return OnnxRuntimeBackend(spec, blobs, mapped)
 
 
 def _with_options(call: Callable[[Any], Any], options: dict[str, Any] | None, halt: Halt) -> Any:

@@ -3,6 +3,10 @@
 The caller's side is :mod:`onnx_dl.transport.plans`.  From the second time on, a call is prepared: the engine
 reads its inputs where the caller puts them and writes its results where the caller finds them, and the reply
 is ready before the run.  Nothing is packed, unpacked or looked up.
+
+Where the engine cannot do that (text, maps, sequences), the call is run the plain way, without asking again
+what was asked the first time, and its results are put where the last ones lay, if they are of the same form
+(:mod:`onnx_dl.transport.forms`).
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ import numpy as np
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block, align
+from onnx_dl.transport.forms import Form, in_one_place
 from onnx_dl.transport.plans import in_place
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.backend import Backend
+from onnx_dl.workers.backend import Backend, Rerun
 from onnx_dl.workers.halt import Halt
 
 _MOST: Final = 16
@@ -40,11 +45,15 @@ class Repeat:
         self.keep = call.keep
         self.names = list(feed)
         moved = {self.names[index] for index in call.moved}
-        self.feed = {name: None if name in moved else array for name, array in feed.items()}
+        self._texts = [(name, v) for name, v in call.feed if isinstance(v, m.Text) and v.block]
+        self._readers: list[tuple[str, Callable[[], Any]]] = []
+        """Of these, once the call has repeated."""
+        absent = moved.union(name for name, _ in self._texts)
+        self.feed = {name: None if name in absent else array for name, array in feed.items()}
         self.blocks = {
             value.block
             for name, value in call.feed
-            if isinstance(value, m.Tensor) and value.block and name not in moved
+            if isinstance(value, m.Tensor | m.Text) and value.block and name not in moved
         }
         self._preparable = True
         self._results: list[m.Tensor] = []
@@ -52,11 +61,32 @@ class Repeat:
         self._scratch: Block | None = None
         self._nbytes = 0
         self._prepared: dict[tuple[int, ...], _Prepared | None] = {}
+        self.form: Form | None = None
+        """How the results lie that were sent last, if others can take their place."""
+        self._plainly: Rerun | None = None
+
+    def fed(self, lane: WorkerLane, moved: dict[str, Any]) -> dict[str, Any]:
+        """The feed of the present call; ``moved``: what lies elsewhere each time."""
+        if not self._texts:
+            return self.feed | moved if moved else self.feed
+        if not self._readers:
+            self._readers = [(name, lane.text_reader(text)) for name, text in self._texts]
+        feed = self.feed | moved
+        for name, read in self._readers:
+            feed[name] = read()
+        return feed
 
     def forget(self) -> None:
         """Prepares anew: memory that was in use before may be gone."""
         self._results.clear()
         self._prepared.clear()
+        self.form = None
+
+    def leave(self, scratch: Block | None) -> None:
+        """This is the scratch block now: another one, where results lay, would never be freed."""
+        if self._scratch is not None and self._scratch is not scratch:
+            self._scratch = None
+            self.forget()
 
     def learn(self, sent: m.Value, lane: WorkerLane) -> None:
         """The results were sent like this: the next ones may lie where these do, or in blocks like theirs."""
@@ -66,6 +96,27 @@ class Repeat:
             # The one that holds them: to ask for one could replace it, and the caller reads where they lay.
             self._scratch = lane.current_scratch if self._nbytes else None
             self._results = tensors
+        elif (block := lane.current_scratch) is not None and (values := in_one_place(sent)):
+            self._scratch, self.form = block, Form(values, block)
+
+    def run_plainly(self, backend: Backend, feed: dict[str, Any], halt: Halt) -> Any:
+        """Runs the call as the engine does it by itself.
+
+        Raises:
+            Exception: the engine's.
+        """
+        if self._plainly is None:
+            self._plainly = backend.rerun(self.outputs)
+            return backend.run(self.outputs, feed, None, halt)
+        plainly, self._plainly = self._plainly, None
+        halt.attach(plainly.halt)
+        try:
+            results = plainly.run(feed)
+        finally:
+            halt.detach()
+        if not halt.was_asked:  # else it would end the next one, too
+            self._plainly = plainly
+        return results
 
     def run(
         self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int], halt: Halt
@@ -76,7 +127,8 @@ class Repeat:
         """
         if not self._results or (self._nbytes and lane.scratch(self._nbytes) is not self._scratch):
             return None
-        leased = [lane.lease(_nbytes(t)) for t in self._results if t.leased]
+        if (leased := self._lease(lane)) is None:
+            return None
         try:
             prepared = self._prepare(leased, backend, feed, (*key, *(block.number for block in leased)))
             if prepared is not None:
@@ -89,9 +141,20 @@ class Repeat:
         except Exception:  # the plain way shall tell, or find other shapes
             self._preparable = False
         self.forget()
-        for block in leased:
-            block.leased = False
+        _release(leased)
         return None
+
+    def _lease(self, lane: WorkerLane) -> list[Block] | None:
+        """A block for each large result; None if the reply has no room to announce so many new ones."""
+        leased: list[Block] = []
+        for tensor in self._results:
+            if tensor.leased:
+                block = lane.lease(_nbytes(tensor))
+                if block is None:
+                    _release(leased)
+                    return None
+                leased.append(block)
+        return leased
 
     def _prepare(
         self, leased: list[Block], backend: Backend, feed: dict[str, Any], key: tuple[int, ...]
@@ -128,6 +191,7 @@ class Repeats:
         self._backend = backend
         self._repeats: dict[int, Repeat] = {}
         self._drops = 0
+        self._scratch: Block | None = None
 
     def remember(self, number: int, repeat: Repeat) -> None:
         """Keeps a call, instead of the one that had this number."""
@@ -145,7 +209,7 @@ class Repeats:
         repeat = self._find(again.plan)
         moved = {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
         key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
-        self._run(repeat, repeat.feed | moved, key)
+        self._run(repeat, repeat.fed(self._lane, moved), key)
 
     def answer_number(self, number: int) -> None:
         """Runs a remembered call and replies.
@@ -155,7 +219,7 @@ class Repeats:
             Exception: the engine's.
         """
         repeat = self._find(number)
-        self._run(repeat, repeat.feed, [])
+        self._run(repeat, repeat.fed(self._lane, {}), [])
 
     def _find(self, number: int) -> Repeat:
         if self._drops != self._lane.drops:
@@ -168,13 +232,23 @@ class Repeats:
     def _run(self, repeat: Repeat, feed: dict[str, Any], key: list[int]) -> None:
         reply = repeat.run(self._lane, self._backend, feed, key, self._halt)
         if reply is None:
-            run = self._backend.run(repeat.outputs, feed, None, self._halt)
-            sent = self._lane.reply(run, keep=repeat.keep)
-            repeat.learn(sent, self._lane)
+            self._run_plainly(repeat, feed)
         elif reply:
             self._lane.say(reply)
         else:
             self._lane.say_same()
+
+    def _run_plainly(self, repeat: Repeat, feed: dict[str, Any]) -> None:
+        results = repeat.run_plainly(self._backend, feed, self._halt)
+        if repeat.form is not None and self._lane.put(repeat.form, results):
+            self._lane.say_same()
+            return
+        sent = self._lane.reply(results, keep=repeat.keep)
+        if self._scratch is not (scratch := self._lane.current_scratch):
+            self._scratch = scratch
+            for other in self._repeats.values():
+                other.leave(scratch)
+        repeat.learn(sent, self._lane)
 
     def _let_go(self) -> None:
         """The caller dropped blocks: what lies in them would never be freed."""
@@ -182,6 +256,11 @@ class Repeats:
         self._repeats = {n: r for n, r in self._repeats.items() if all(map(self._lane.has, r.blocks))}
         for repeat in self._repeats.values():
             repeat.forget()
+
+
+def _release(blocks: list[Block]) -> None:
+    for block in blocks:
+        block.leased = False
 
 
 def _nbytes(tensor: m.Tensor) -> int:

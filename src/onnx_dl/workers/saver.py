@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from onnx_dl import config, files, recorder
+from onnx_dl import config, files, recorder, surroundings
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable
@@ -70,6 +70,7 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
         supervisor: process id of the parent.
         memory: bytes that this may take.
     """
+    surroundings.make_own()
     die_with_parent(supervisor)
     recorder.remove()
     _keep_out_of_the_way()

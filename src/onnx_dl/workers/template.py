@@ -4,11 +4,12 @@ It imports the engine, makes and drops a throw-away session so that the code is 
 Spawn it forks a worker, which starts in a few milliseconds and shares the imported pages; where forking is
 not possible, or not wanted, it becomes the worker itself.  What onnxruntime does once per process, for its
 first session, the throw-away session has used up: a worker whose model asks for that begins anew as a fresh
-interpreter.  It reaps its children and reports their wait status: only a reaped worker is gone.
+interpreter.  A worker is a grandchild whose parent ends at
+once, so the supervisor takes it in and reaps it, and the end of this process is not the worker's.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
 ZeroMQ context, touched CUDA or kept a session.  Its environment sees to the single thread
-(``_SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.process`).  Knows nothing of models.
+(``SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.templateprocess`).  Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import selectors
 import signal
 import sys
+import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import recorder
+from onnx_dl import recorder, surroundings
 from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers import memory
@@ -34,6 +36,11 @@ from onnx_dl.workers.loop import Worker
 _THROW_AWAY: Final = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
     b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+_REPLACED: Final = (
+    "onnx-dl was replaced on disk by a version that speaks another protocol, while the supervisor ran. "
+    "Restart the application, or the shared host."
 )
 
 
@@ -48,95 +55,104 @@ class Template:
         self._channel = channel
         self._fork = fork
         self._used = used
-        self._children: dict[int, int] = {}
-        self._selector = selectors.DefaultSelector()
-        self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._supervisor = os.getppid()
 
     def serve(self) -> NoReturn:
-        wakeup = self._wakeup[0]
-        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._selector.register(self._channel, selectors.EVENT_READ)
-        self._selector.register(wakeup, selectors.EVENT_READ)
         self._tell(m.TemplateReady(forkable=self._fork))
         while True:
-            ready = [key.fd for key, _ in self._selector.select()]
-            if wakeup in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(wakeup, 4096)
-                self._reap()
-            if self._channel.fileno() in ready:
-                self._spawn_one()
+            try:
+                received = self._channel.receive()
+            except OSError as error:  # the descriptors of a model are more than this process may have
+                self._tell(m.SpawnFailed(worker_id=0, reason=str(error)))
+                continue
+            if received is None:
+                os._exit(0)
+            self._spawn(m.on_template(received[0]), received[1])
 
-    def _spawn_one(self) -> None:
-        received = self._channel.receive()
-        if received is None:
-            os._exit(0)
-        data, fds = received
-        spawn = m.on_template(data)
+    def _spawn(self, spawn: m.Spawn, fds: list[int]) -> None:
+        if spawn.version != m.PROTOCOL_VERSION:  # what it would start cannot talk to anybody
+            print(_REPLACED, file=sys.stderr, flush=True)  # the supervisor says where that can be read
+            os._exit(1)
         if not self._fork:
             self._tell(m.Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
             self.become(spawn, fds)
+        told = self._forked(spawn, fds)
+        sockets.close_all(fds)
+        if told.isdigit():
+            self._tell(m.Spawned(worker_id=spawn.worker_id, pid=int(told)))
+        else:
+            self._tell(m.SpawnFailed(worker_id=spawn.worker_id, reason=told or "fork failed"))
+
+    def _forked(self, spawn: m.Spawn, fds: list[int]) -> str:
+        """The process id of the new worker, or why there is none."""
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        try:
+            middle = os.fork()
+            if middle == 0:
+                os.close(read_end)
+                self._fork_again(spawn, fds, write_end)
+            os.close(write_end)
+            write_end = -1
+            told = os.read(read_end, 1024).decode(errors="replace")
+            os.waitpid(middle, 0)
+        except OSError as error:
+            return str(error)
+        finally:
+            sockets.close_all(fd for fd in (read_end, write_end) if fd >= 0)
+        return told
+
+    def _fork_again(self, spawn: m.Spawn, fds: list[int], pipe: int) -> NoReturn:
+        """In the process between: the worker's parent, which leaves at once."""
+        middle = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
-            self._tell(m.SpawnFailed(worker_id=spawn.worker_id, reason=str(error)))
-        else:
-            if pid == 0:
-                self.become(spawn, fds)
-            self._children[pid] = spawn.worker_id
-            self._tell(m.Spawned(worker_id=spawn.worker_id, pid=pid))
-        for fd in fds:
-            os.close(fd)
+            os.write(pipe, str(error).encode())
+            os._exit(1)
+        if pid == 0:
+            os.close(pipe)
+            self.become(spawn, fds, middle)
+        os.write(pipe, str(pid).encode())
+        os._exit(0)
 
-    def become(self, spawn: m.Spawn, fds: list[int]) -> NoReturn:
-        """The rest of this process's life is a worker's."""
+    def become(self, spawn: m.Spawn, fds: list[int], middle: int | None = None) -> NoReturn:
+        """The rest of this process's life is a worker's; ``middle``: its parent until that has left."""
         try:
+            self._channel.close()
             if spawn.pristine and self._used:
-                _begin_anew(spawn, fds)
-            self._shed()
+                self._begin_anew(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
             os.close(stderr)
-            # The lifeline says so too, but one whose native code hangs with the GIL would not hear it.
-            die_with_parent()
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
             name_process(f"onnx-dl:{spawn.worker_id}")
+            self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except BaseException:
             traceback.print_exc()
             os._exit(70)
 
-    def _shed(self) -> None:
-        """Drops what belongs to the template only."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._selector.close()
-        for fd in self._wakeup:
-            os.close(fd)
-        self._channel.close()
+    def _die_with_supervisor(self, middle: int | None) -> None:
+        """The lifeline says so too, but one whose native code hangs with the GIL would not hear it.
 
-    def _reap(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while self._children:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    return
-                self._tell(m.Reaped(worker_id=self._children.pop(pid), status=status))
+        Not before the parent has left: its end would count.
+        """
+        while os.getppid() == middle:
+            time.sleep(0.0001)
+        die_with_parent(self._supervisor)
+
+    def _begin_anew(self, spawn: m.Spawn, fds: list[int], middle: int | None) -> NoReturn:
+        """The same process with another interpreter, which becomes the worker."""
+        self._die_with_supervisor(middle)  # what is executed keeps that; its imports take a while
+        ours, theirs = Channel.pair()
+        ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
+        os.set_inheritable(theirs.fileno(), True)
+        *same, _, _ = sys.orig_argv[1:]
+        os.execv(sys.executable, [sys.executable, *same, str(theirs.fileno()), _WORKER])
 
     def _tell(self, message: m.Message) -> None:
         if not self._channel.send(m.encode(message)):
             os._exit(0)
-
-
-def _begin_anew(spawn: m.Spawn, fds: list[int]) -> NoReturn:
-    """The same process with another interpreter, which becomes the worker."""
-    die_with_parent()  # what is executed keeps that; its imports take a while
-    ours, theirs = Channel.pair()
-    ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
-    os.set_inheritable(theirs.fileno(), True)
-    *same, _, _ = sys.orig_argv[1:]
-    os.execv(sys.executable, [sys.executable, *same, str(theirs.fileno()), _WORKER])
 
 
 def _import_engine() -> None:
@@ -160,6 +176,7 @@ def _is_single_threaded() -> bool:
 
 def main(channel_fd: int, mode: str) -> NoReturn:
     """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
+    surroundings.make_own()
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's

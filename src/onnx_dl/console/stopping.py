@@ -1,0 +1,42 @@
+"""``onnx-dl stop``: ends the shared host of a name, and on request those of other versions of onnx-dl."""
+
+from __future__ import annotations
+
+from onnx_dl import census, starting
+from onnx_dl.census import Sighting
+from onnx_dl.console import hosts
+from onnx_dl.console.output import quiet_end, say
+from onnx_dl.errors import SupervisorError
+
+
+def stop(name: str, *, all_versions: bool) -> None:
+    """Ends the host of this name and version, and prints what was ended and what was not.
+
+    ``all_versions``: and those of other versions, by SIGTERM, because this version cannot speak to them.
+
+    Raises:
+        SupervisorError: there is none.
+        TimeoutError: one is still there.
+    """
+    found = census.running(name)
+    others = [seen for seen in found if not seen.reachable]
+    if not any(seen.reachable for seen in found) and not (others and all_versions):
+        raise SupervisorError(starting.no_host(name, others))
+    for seen in found:
+        with quiet_end():
+            say(f"{_end(name, seen, all_versions=all_versions)}: host {name!r}, {census.told(seen)}")
+    if others and not all_versions:
+        with quiet_end():
+            say("onnx-dl stop --all-versions ends those of other versions, too")
+
+
+def _end(name: str, seen: Sighting, *, all_versions: bool) -> str:
+    """What became of one."""
+    if seen.reachable:
+        with hosts.running(name) as host:
+            host.stop()
+    elif all_versions:
+        starting.terminate(seen)
+    else:
+        return "left"
+    return "ended"

@@ -1,0 +1,95 @@
+"""Where the supervisor writes what people read, without ever waiting for them.
+
+A terminal that was stopped (Ctrl-S) and a pipe that nobody empties block who writes to them: here, a thread
+that does nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import threading
+from typing import Final
+
+_MOST: Final = 1 << 20
+"""Bytes that wait to be written; more is dropped, and said so."""
+
+
+class Outlet(io.TextIOBase):
+    """Text and bytes for one descriptor, in the place of ``sys.stdout`` or ``sys.stderr``.  Thread-safe."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._waiting: collections.deque[bytes] = collections.deque()
+        self._nbytes = self._dropped = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.pass_on(text.encode(errors="backslashreplace"))
+        return len(text)
+
+    def pass_on(self, data: bytes) -> None:
+        """Writes it soon; does not wait."""
+        with self._changed:
+            if self._nbytes + len(data) > _MOST:
+                self._dropped += len(data)
+                return
+            self._nbytes += len(data)
+            self._waiting.append(data)
+            self._begin()
+            self._changed.notify_all()
+
+    def finish(self, patience: float) -> None:
+        """Waits until all is written, for so many seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._nbytes, patience)
+
+    def end(self) -> None:
+        """The thread ends when it has written what waits."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _begin(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._pour, name="onnx-dl-outlet", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread to be had; the next text tries again
+                return
+            self._thread = thread
+
+    def _pour(self) -> None:
+        while (found := self._next()) is not None:
+            data, dropped = found
+            if dropped:
+                _write(self._fd, f"onnx-dl: {dropped} bytes were not written: nobody reads this\n".encode())
+            _write(self._fd, data)
+            with self._changed:
+                self._nbytes -= len(data)
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[bytes, int] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._ending)
+            if not self._waiting:
+                return None
+            dropped, self._dropped = self._dropped, 0
+            return self._waiting.popleft(), dropped
+
+
+def _write(fd: int, data: bytes) -> None:
+    """All of it, or nothing more once nobody is there to read it."""
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        return
