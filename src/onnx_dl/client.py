@@ -63,6 +63,8 @@ class Lease:
         self.priority = priority
         self.granted: m.Granted | None = None
         self.closed = False
+        self.key = ""
+        """Of the model that it is a claim to."""
         self.told = False
         """Whether its owner heard what onnxruntime said while it loaded the model."""
 
@@ -124,6 +126,8 @@ class RemoteModel:
         self._granted: m.Granted | None = None
         self._grantor = connection
         """To the host whose worker that is; the present connection may be another by now."""
+        self._opened: m.Granted | None = None
+        """The last worker that a lane was opened to."""
         self._lanes: list[ClientLane] = []
         self._holds = 0
         self._hold_lane: ClientLane | None = None
@@ -164,12 +168,17 @@ class RemoteModel:
 
     def describe(self, lease: Lease) -> ModelDescription:
         """What the model says of itself.  Loads the model if it never was; later it costs no message."""
-        if self.description is None:
+        if self.description is None or self._is_untouched():
             self._perform(lease, lambda lane: m.Touch())
         else:
             self._touch()
         assert self.description is not None
         return self.description
+
+    def _is_untouched(self) -> bool:
+        """Whether this application has loaded the model, and not used it yet."""
+        with self._lock:
+            return self._granted is not None and self._granted is not self._opened
 
     def _touch(self) -> None:
         """A use that the worker need not hear of now.  If no lane is idle, the model is in use anyway."""
@@ -355,6 +364,7 @@ class RemoteModel:
         """A new lane to the present worker.  None: it is gone, or did not answer and may still."""
         with self._lock:
             connection = self._grantor if self._granted is granted else None
+            self._opened = granted
         if connection is None:
             return None
         try:
@@ -408,6 +418,33 @@ class RemoteModel:
         # Whoever is inside of a session() block uses the worker that it holds, also while that waits for
         # the block to end before it unloads: to acquire would wait for the unload, for ever.
         return self._granted is not None and bool(lease.granted is self._granted or self._holds)
+
+    def serves(self, lease: Lease) -> bool:
+        """Whether a proxy that has used the present worker may go on to."""
+        return not self.connection.closed and self._may_use(lease)
+
+    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
+        """A worker for this proxy, loaded if need be.
+
+        Raises:
+            DeadlinePassed: ``deadline`` did.  The load goes on.
+            Exception: the load failed, or why there is none.
+        """
+        return self._acquire(lease, deadline)
+
+    def give_back(self, lease: Lease) -> None:
+        """This proxy holds no worker until it uses the model again."""
+        with self._lock:
+            lease.granted = None
+        self.connection.tell(m.Release(proxy=lease.id))
+
+    def leave_outdated(self, lease: Lease, granted: m.Granted, path: str) -> None:
+        """This proxy does not want the worker, because this file is not what that has read."""
+        with self._lock:
+            if lease.granted is granted:
+                lease.granted = None
+            connection = self._grantor
+        connection.tell(m.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
 
     def _acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
         if granted := self._current(lease):

@@ -169,7 +169,7 @@ class DescribedProxy(ModelProxy):
         model = self._remote
         if self._description is not None and (model is None or model.connection.closed):
             return self._description
-        described = self._model().describe(self._lease)
+        described = self._described_model().describe(self._lease)
         if self._description is None or described is not self._described:
             self._description, self._described = Description(described), described
         return self._description

@@ -104,6 +104,13 @@ class EngineError(OnnxDLError, RuntimeError):
     code = "engine"
 
 
+class FilesChanging(OnnxDLError, RuntimeError):
+    """The files of a model changed each time that it was loaded, or its worker sees others than this
+    process under the same paths."""
+
+    code = "files-changing"
+
+
 class ProtocolError(OnnxDLError):
     """A peer sent something that the protocol does not allow, or speaks another version of it."""
 

@@ -26,6 +26,8 @@ class EventType(enum.StrEnum):
     FAILED = "failed"
     THRASH = "thrash"
     """A warning: models are loaded again and again because they do not fit together."""
+    OUTDATED = "outdated"
+    """A warning: a file of the model has changed.  Proxies that use its worker keep it, new ones do not."""
 
 
 class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,8 +47,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
             ``regrouped`` (a model joins its group), ``crash`` or ``exit``.
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
         freed: unloaded: bytes that only this worker held, now returned to the system.
-        detail: failed: what went wrong; thrash: which models, and how much of the time their loads took;
-            unloaded: that its worker ended itself for its memory.
+        detail: failed: what went wrong; outdated: the path of the file; thrash: which models, and how much
+            of the time their loads took; unloaded: that its worker ended itself for its memory.
         retry_after: failed: seconds until the host will load the model again.
     """
 
@@ -68,6 +70,11 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         if self.type is EventType.THRASH:  # it is about several models
             return f"{self.type}: {self.detail}"
+        if self.type is EventType.OUTDATED:
+            return (
+                f"{self.type} {self.model}, pid {self.pid}: {self.detail} has changed since it was loaded; "
+                "sessions that use it keep it until it is unloaded, new ones load what is there now"
+            )
         parts = [f"{self.type} {self.model}"]
         if self.reason:
             parts.append(f"reason {self.reason}")

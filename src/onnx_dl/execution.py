@@ -18,7 +18,7 @@ from onnx_dl.config import Allowances, parse_allowances, parse_group, parse_time
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
-from onnx_dl.model import ModelDescription, ModelSpec, file_identity, model_key, working_directory
+from onnx_dl.model import ModelDescription, ModelSpec, model_identity, model_key, working_directory
 from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch, not_begun
 
@@ -138,7 +138,7 @@ class ExecutionSession(ModelProxy):
         self._entry_point = name
 
     def _described(self) -> ModelDescription:
-        return self._model().describe(self._lease)
+        return self._described_model().describe(self._lease)
 
     def _signatures(self, name: str | None) -> tuple[str, str]:
         details = self._described().details
@@ -167,7 +167,7 @@ def _spec_of(path: str, tag: str, allowances: Allowances, group: str | None) -> 
         )
     extra = {"tag": tag} if tag else {}
     return ModelSpec(
-        key=model_key(file_identity(path), "onnx_mlir", extra, allowances, group),
+        key=model_key(model_identity(path), "onnx_mlir", extra, allowances, group),
         name=path,
         cwd=working_directory(),
         engine="onnx_mlir",

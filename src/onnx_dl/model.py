@@ -13,7 +13,13 @@ from typing import Any
 import msgspec
 
 from onnx_dl.errors import ConfigError
+from onnx_dl.files import ReadFile
 from onnx_dl.lifecycle import ModelState
+
+_FOLDER_OF_BYTES = "session.model_external_initializers_file_folder_path"
+"""onnxruntime's option that says where external data of a model given as bytes lies."""
+_ONCE_PER_PROCESS = ("session.set_denormal_as_zero",)
+"""Options that onnxruntime heeds for the first session of a process only."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +58,23 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Names of the memory that the model, or all members of a group, are loaded from."""
         own = [self.blob, self.memory, *(name for member in self.members for name in member.blobs)]
         return list(dict.fromkeys(name for name in own if name is not None))
+
+    def where(self, name: str) -> str:
+        """The path at which onnxruntime looks for a file of the model, by its name in :class:`ReadFile`:
+        beside the model as it was given, which may be a link to a file elsewhere."""
+        if self.path is not None:
+            own = os.path.join(self.cwd, self.path)
+            return os.path.join(os.path.dirname(own), name) if name else own
+        config = (self.options or {}).get("config", {})
+        return os.path.join(self.cwd, config.get(_FOLDER_OF_BYTES, ""), name)
+
+    @property
+    def pristine(self) -> bool:
+        """Whether it needs a process in which onnxruntime has made no session yet."""
+        config = (self.options or {}).get("config", {})
+        return any(config.get(name) == "1" for name in _ONCE_PER_PROCESS) or any(
+            member.pristine for member in self.members
+        )
 
     @property
     def unit(self) -> str:
@@ -119,6 +142,8 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the models of a group say of themselves, by key."""
     failed: dict[str, Any] = {}
     """How others of them did not load: what :mod:`onnx_dl.transport.failures` makes of an exception."""
+    files: list[ReadFile] = []
+    """What it was read from, as that was."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -196,6 +221,16 @@ def file_identity(path: str) -> tuple[str, int, int, int, int]:
     return real, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+def model_identity(path: str) -> tuple[object, ...]:
+    """What tells one model from another: its file, and the folder in which its external data is looked for.
+    Links to one file in different folders are different models.
+
+    Raises:
+        OSError: the file cannot be looked at.
+    """
+    return *file_identity(path), os.path.realpath(os.path.dirname(path))
+
+
 def model_key(identity: object, *how: object) -> str:
     """A digest of what the model is and how it is loaded: equal keys share one worker."""
     plain = msgspec.json.encode([identity, *how], order="deterministic", enc_hook=to_plain)
@@ -218,7 +253,7 @@ def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -
         raise ConfigError(
             f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
         ) from None
-    what = file_identity(os.path.join(cwd, path)) if path else blob
+    what = model_identity(os.path.join(cwd, path)) if path else blob
     return ModelSpec(
         key=model_key(what, how, cwd if path is None or _names_files(how) else ""),
         name=path or f"bytes:{str(blob)[:12]}",

@@ -12,21 +12,24 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import config
+from onnx_dl import config, files
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.deadline import Deadline, DeadlinePassed
-from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
+from onnx_dl.errors import FilesChanging, LoadTimeout, ProxyClosedError, RunTimeout
 from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelSpec, ModelStatus
+from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, model_key
 from onnx_dl.transport import shm
+
+_MOST_VERSIONS: Final = 3
+"""Workers that a proxy asks for, one after the other, because files differ from what they have read."""
 
 
 class ModelProxy:
@@ -66,10 +69,13 @@ class ModelProxy:
         self._spec = spec
         self._memory = memory
         self._remote: RemoteModel | None = None
+        self._used: RemoteModel | None = None
+        """The model whose worker this proxy has found to have read what is there."""
+        self._lease.key = spec.key
         self._host.join(self)
         # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
         # itself for ever.
-        self._finalizer = weakref.finalize(self, _release, self._lease, weakref.ref(self._host), spec.key)
+        self._finalizer = weakref.finalize(self, _release, self._lease, weakref.ref(self._host))
         # The interpreter's exit closes the host, which releases everything at once.
         self._finalizer.atexit = False
 
@@ -134,8 +140,11 @@ class ModelProxy:
 
         Raises: what the first call would raise.
         """
+        used = self._bound()
         model = self._model()
         model.adopt(self._lease)
+        if used is None:  # the worker is the host's alone until this proxy has a use for it
+            model.give_back(self._lease)
         status = model.status()
         assert status is not None
         return status
@@ -238,7 +247,7 @@ class ModelProxy:
 
     def companion(self) -> RemoteModel | None:
         """The model, for others of its group to load it with them; None if the proxy is closed."""
-        return None if self._lease.closed else self._model()
+        return None if self._lease.closed else self._known(None)
 
     @contextlib.contextmanager
     def _in_time(self, deadline: Deadline | None) -> Iterator[None]:
@@ -252,18 +261,68 @@ class ModelProxy:
             raise LoadTimeout(f"{self._spec.name} was not ready {took}; its load goes on.") from None
 
     def _model(self, deadline: Deadline | None = None) -> RemoteModel:
+        """The model, with a worker that this proxy may use: started and loaded if need be, and read from the
+        files that are there now, unless this proxy has used it before.
+
+        Raises:
+            DeadlinePassed: that took longer.
+            FilesChanging: they were others each time.
+            Exception: the load failed.
+        """
+        return self._bound() or self._bind(deadline)
+
+    def _bound(self) -> RemoteModel | None:
+        """The model, if this proxy uses its present worker already."""
+        model, lease = self._used, self._lease
+        if model is None or lease.closed or not model.serves(lease):
+            return None
+        return model
+
+    def _bind(self, deadline: Deadline | None) -> RemoteModel:
+        for _ in range(_MOST_VERSIONS):
+            model = self._known(deadline)
+            worker = model.acquire(self._lease, deadline)
+            if (path := files.changed(self._spec.where, worker.description.files)) is None:
+                self._used = model
+                return model
+            model.leave_outdated(self._lease, worker, path)
+            self._become_another(model.spec.key, worker.description)
+        raise FilesChanging(
+            f"{path} is not what the worker of {self._spec.name} has just read. Either it changes all the "
+            "time, or the host sees other files under the same paths than this process, as in a container."
+        )
+
+    def _become_another(self, key: str, read: ModelDescription) -> None:
+        """Files of the model with this key are others than its worker has read.  Who used it keeps it; this
+        is from now on a proxy of a model with another key, which all have who find the same files then.
+        Threads of this proxy may come to that at the same time, from the same key."""
+        now = files.look_at(self._spec.where, [file.name for file in read.files])
+        self._spec = msgspec.structs.replace(self._spec, key=model_key(key, now))
+        self._lease.key = self._spec.key
+
+    def _described_model(self) -> RemoteModel:
+        """The model, whose description is known or comes with a load.  What was said by a worker that is gone
+        holds as long as its files do."""
+        model = self._known(None)
+        known = model.description
+        if known is not None and (
+            model is self._used or files.changed(self._spec.where, known.files) is None
+        ):
+            return model
+        return self._model()
+
+    def _known(self, deadline: Deadline | None) -> RemoteModel:
         """The model as the client knows it, with the supervisor started if need be.
 
         Raises:
             DeadlinePassed: that took longer.
         """
-        model = self._remote
-        if model is not None and not model.connection.closed and not self._lease.closed:
-            return model
         if self._lease.closed:
             raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
-        self._check_installation()
-        model = self._remote = self._host.model(self._spec, self._memory, deadline)
+        spec, model = self._spec, self._remote
+        if model is None or model.connection.closed or model.spec.key != spec.key:
+            self._check_installation()
+            model = self._remote = self._host.model(spec, self._memory, deadline)
         return model
 
     def _check_installation(self) -> None:
@@ -307,9 +366,9 @@ def _bytes_of(fd: int) -> bytes:
         os.close(fd)
 
 
-def _release(lease: Lease, host_ref: weakref.ref[ModelHost], key: str) -> None:
+def _release(lease: Lease, host_ref: weakref.ref[ModelHost]) -> None:
     """A proxy is closed or collected."""
     lease.closed = True
     host = host_ref()
-    if host is not None and (model := host.known_model(key)) is not None:
+    if host is not None and (model := host.known_model(lease.key)) is not None:
         model.leave(lease)

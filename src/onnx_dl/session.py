@@ -217,10 +217,9 @@ class InferenceSessionProxy(DescribedProxy):
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
-        # A supervisor that must be started first is not the event loop's to wait for.
-        known = self._remote is not None and not self._remote.connection.closed
+        # A supervisor that must be started first, or a load, is not the event loop's to wait for.
         result: list[Any] = await asynchronous.call(
-            self._model() if known else self._model,
+            self._bound() or self._model,
             self._lease,
             lambda lane: lane.call(names, feed, plain),
             nbytes,

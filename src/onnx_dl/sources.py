@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib
@@ -36,25 +37,41 @@ def locate(source: object) -> tuple[str | None, bytes | None]:
     Raises:
         TypeError: it is neither, in onnxruntime's words.
         onnxruntime's NoSuchFile: there is no such file.
+        onnxruntime's Fail: it cannot be looked at, a loop of links for one.
     """
     if isinstance(source, str | os.PathLike):
         path = str.__str__(os.fspath(source))
-        if path and not os.path.exists(path):  # onnxruntime has an opinion of its own on ''
-            raise _no_such_file(path)
+        if path and (number := _error_of(path)):  # onnxruntime has an opinion of its own on ''
+            raise _cannot_look(path, number)
         return path, None
     if isinstance(source, bytes):
         return None, source
     raise TypeError(f"Unable to load from type '{type(source)}'")
 
 
-def _no_such_file(path: str) -> Exception:
+def _error_of(path: str) -> int:
+    """The error number of looking at a file; 0 if there is none."""
+    try:
+        os.stat(path)
+    except ValueError:  # a NUL in it
+        return errno.ENOENT
+    except OSError as error:
+        return error.errno or errno.ENOENT
+    return 0
+
+
+def _cannot_look(path: str, number: int) -> Exception:
     """onnxruntime's own exception, in its own words."""
     installation.check()
     module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    error: Exception = module.NoSuchFile(
-        "[ONNXRuntimeError] : 3 : NO_SUCHFILE : "
-        f"Load model from {path} failed:Load model {path} failed. File doesn't exist"
-    )
+    failed = f"Load model from {path} failed:"
+    error: Exception
+    if number == errno.ENOENT:
+        error = module.NoSuchFile(
+            f"[ONNXRuntimeError] : 3 : NO_SUCHFILE : {failed}Load model {path} failed. File doesn't exist"
+        )
+    else:
+        error = module.Fail(f"[ONNXRuntimeError] : 1 : FAIL : {failed}system error number {number}")
     return error
 
 

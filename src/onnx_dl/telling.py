@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from typing import Final
 
 from onnx_dl.events import EventBus, EventType, ModelEvent
 
 logger = logging.getLogger("onnx_dl")
+
+_WARNINGS: Final = (EventType.THRASH, EventType.OUTDATED)
 
 
 class Teller:
@@ -37,7 +40,7 @@ class Teller:
 
     def _tell(self) -> None:
         while (event := self._events.get()) is not None:
-            level = logging.WARNING if event.type is EventType.THRASH else logging.INFO
+            level = logging.WARNING if event.type in _WARNINGS else logging.INFO
             logger.log(level, "%s", event, extra={"onnx_dl_event": event})
             for callback, error in self._bus.publish(event):
                 logger.error("An event callback failed: %r", callback, exc_info=error)

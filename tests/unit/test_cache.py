@@ -18,7 +18,7 @@ from onnx_dl.config import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.external import bytes_of, external_files
 from onnx_dl.workers import cacheable
-from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of
+from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of, open_meta
 from tests.unit.builders import DESCRIPTION, spec
 
 LIMIT = 10_000
@@ -78,6 +78,39 @@ def test_a_damaged_entry_is_removed_and_not_found(store: Cache, damage: str):
     assert store.find("a") is None
     assert damage == "meta" or names(store) == set()
     assert put(store, "a") and store.find("a") is not None
+
+
+def is_refused(meta: bytes) -> bool:
+    try:
+        open_meta(meta)
+    except ValueError:
+        return True
+    return False
+
+
+def test_a_flipped_bit_in_what_an_entry_says_of_itself_makes_it_none(store: Cache):
+    """Of any byte, checksum included: names and shapes would be wrong at each load."""
+    put(store, "a")
+    meta = store.root / "a" / "meta.json"
+    whole = meta.read_bytes()
+    assert open_meta(whole).name == "a.onnx"
+    flips = [bytearray(whole) for _ in range(8 * len(whole))]
+    for bit, flipped in enumerate(flips):
+        flipped[bit // 8] ^= 1 << bit % 8
+    cut = [whole[:length] for length in range(len(whole))]
+    assert all(is_refused(bytes(damaged)) for damaged in (*flips, *cut))
+    for damaged in (flips[0], flips[len(flips) // 2], cut[-1]):
+        meta.write_bytes(damaged)
+        assert store.find("a") is None
+    meta.write_bytes(whole)
+    assert store.find("a") is not None
+
+
+def test_what_is_no_entry_any_more_goes_with_the_next_save(store: Cache):
+    put(store, "a")
+    (store.root / "a" / "meta.json").write_bytes(b"{}")
+    put(store, "b")
+    assert names(store) == {"b"}
 
 
 def test_a_failed_write_leaves_nothing(store: Cache):
@@ -274,7 +307,8 @@ def test_external_data_is_found_wherever_it_is(tmp_path: Path):
     graph = helper.make_graph(nodes, "g", inputs, outputs, [tensor("a", "a.bin"), tensor("i", None)])
     path = tmp_path / "m.onnx"
     path.write_bytes(helper.make_model(graph).SerializeToString())
-    assert external_files(str(path)) == [str(tmp_path / n) for n in ("a.bin", "branch.bin", "constant.bin")]
+    names = ["a.bin", "branch.bin", "constant.bin"]
+    assert external_files(str(path)) == external_files(path.read_bytes()) == names
 
 
 @pytest.mark.parametrize("content", [b"not a model at all", b"\xff" * 40, b"\x3a\xff\x01"])
@@ -283,6 +317,74 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a model"):
         external_files(str(path))
+
+
+def within(path: Path, limit: float = 1.0) -> int:
+    """What is counted of a model, and that it is told soon: 50 ms, and what else this machine does."""
+    began = time.monotonic()
+    nbytes = bytes_of(str(path))
+    assert time.monotonic() - began < limit
+    return nbytes
+
+
+@pytest.mark.parametrize("content", [b"\0", b"\x08\x00", b"\x2a\x00", b"\x3a\x02\x0a\x00", b"\xff"])
+def test_an_application_looks_through_a_file_for_a_bounded_time(tmp_path: Path, content: bytes):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content * ((32 << 20) // len(content)))
+    assert within(path) == path.stat().st_size
+
+
+def test_a_sparse_file(tmp_path: Path):
+    path = tmp_path / "m.onnx"
+    with open(path, "wb") as file:
+        file.truncate(3 << 30)
+    assert within(path) == 3 << 30
+
+
+def nested(levels: int) -> bytes:
+    """Subgraphs of subgraphs, which are too long to be searched at once."""
+    message = b"\x12" + _length(9) + b"location " + b"\x12" + _length(1 << 17) + bytes(1 << 17)
+    for _ in range(levels):  # graph.node, node.attribute, attribute.g
+        for field in (b"\x32", b"\x2a", b"\x0a"):
+            message = field + _length(len(message)) + message
+    return b"\x3a" + _length(len(message)) + message
+
+
+def _length(count: int) -> bytes:
+    parts = bytearray()
+    while count > 127:
+        parts.append(count & 127 | 128)
+        count >>= 7
+    return bytes([*parts, count])
+
+
+def test_messages_within_each_other(tmp_path: Path):
+    path = tmp_path / "m.onnx"
+    for levels in (30, 35, 300):
+        path.write_bytes(nested(levels))
+        assert within(path) == path.stat().st_size
+    with pytest.raises(ValueError, match="more than 100 messages within each other"):
+        external_files(str(path))
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("fifo", "loop", "nothing", "nothing/m.onnx", "x" * 300, "a\0b", ""):
+        assert within(tmp_path / name) in (0, os.stat(tmp_path).st_size)
+
+
+def test_files_beside_a_model_count_as_far_as_they_are_found(tmp_path: Path):
+    weights = numpy_helper.from_array(np.ones(3000, np.float32), "w")
+    graph = helper.make_graph([], "g", [], [], [weights])
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph), path, save_as_external_data=True, location="w", size_threshold=0)
+    assert within(path) == path.stat().st_size + 12_000
+    (tmp_path / "way").symlink_to(path)
+    os.mkdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "m.onnx").symlink_to(path)
+    assert within(tmp_path / "way") == path.stat().st_size + 12_000
+    assert within(tmp_path / "elsewhere" / "m.onnx") == path.stat().st_size, "its weights are not there"
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,10 @@ def test_many_publishers_lose_nothing():
     for n in range(4):
         own = [seq for seq in got if seq // 1000 == n]
         assert own == sorted(own)
+
+
+def test_what_an_outdated_model_means_is_said():
+    said = str(made(kind="outdated", pid=7, detail="/w.bin"))
+    assert said.startswith(
+        "outdated m.onnx, pid 7: /w.bin has changed since it was loaded; sessions that use"
+    )

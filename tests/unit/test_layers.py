@@ -15,6 +15,7 @@ ROOT = Path(onnx_dl.__file__).parent
 # From the bottom.  A room is a module, or a package with all that is in it.
 HEIGHT = {
     "errors": 0,
+    "files": 0,
     "descriptors": 1,
     "surroundings": 2,
     "hosttables": 1,

@@ -54,6 +54,7 @@ EXAMPLES = [
     m.Named(ticket=1, spec=MODEL, ttl=60.0, pin=True, priority=2),
     m.DropBlob(number=1),
     m.Withdraw(ticket=1, proxy=2, keep=True),
+    m.Outdated(proxy=1, worker_id=2, path="/m.onnx"),
     m.Release(proxy=1),
     m.SetTtl(proxy=1, ttl=0.5),
     m.Unload(ticket=1, key="k", force=True),

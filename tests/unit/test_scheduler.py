@@ -199,6 +199,39 @@ def test_last_release_drains_by_request(rig):
     assert s.on_release(A, 1, 2.5) == []
 
 
+def outdated(proxy: int, worker_id: int = 1) -> m.Outdated:
+    return m.Outdated(proxy=proxy, worker_id=worker_id, path="/w.bin")
+
+
+def test_a_file_that_has_changed_is_told_once_and_only_who_says_so_leaves(rig):
+    rig.ready(ttl=5.0)
+    s = rig.scheduler
+    s.on_acquire(B, acquire(2, proxy=1, ttl=60.0), 1.5)
+    s.on_acquire(B, acquire(3, proxy=2), 1.5)
+    told_of = event(3, "outdated", 2.0, usage=USAGE, detail="/w.bin")
+    assert s.on_outdated(B, outdated(2), 2.0) == [told_of, order(1, m.Retime(ttl=60.0))]
+    assert s.on_outdated(B, outdated(2), 2.1) == []
+    assert s.on_outdated(B, outdated(1), 2.2) == [order(1, m.Retime(ttl=5.0))]
+    assert s.on_outdated(B, outdated(1, worker_id=7), 2.3) == []
+    assert s.snapshot(3.0)[0].leases == 1
+
+
+def test_an_outdated_worker_that_nobody_else_uses_goes(rig):
+    rig.ready()
+    assert rig.scheduler.on_outdated(A, outdated(1), 2.0) == [
+        event(3, "outdated", 2.0, usage=USAGE, detail="/w.bin"),
+        event(4, "draining", 2.0, usage=USAGE, reason="request"),
+        order(1, m.Drain()),
+    ]
+
+
+def test_what_is_outdated_and_drains_already_is_told_all_the_same(rig):
+    rig.draining()
+    assert rig.scheduler.on_outdated(A, outdated(1), 3.0) == [
+        event(4, "outdated", 3.0, usage=USAGE, detail="/w.bin")
+    ]
+
+
 def test_last_client_gone_drains_by_exit(rig):
     rig.ready()
     s = rig.scheduler

@@ -153,7 +153,7 @@ class World:
         rng, s = self.rng, self.scheduler
         client, key = rng.choice(CLIENTS), rng.choice(KEYS)
         proxy = rng.randrange(3) + 10 * KEYS.index(key)
-        match rng.randrange(13):
+        match rng.randrange(14):
             case 0 | 1 | 2 | 3 | 4:
                 if (client, proxy) not in self.acquiring:
                     ticket = self.ask(client, m.Granted | m.Denied)
@@ -184,6 +184,11 @@ class World:
                     del self.open[ticket]  # and if it is answered all the same, answer() objects
                     ask = m.Withdraw(ticket=ticket, proxy=proxy, keep=rng.random() < 0.5)
                     self.do(s.on_withdraw(client, ask, self.now))
+            case 13:
+                worker_id = rng.choice([*s.pids(), 99])
+                self.do(
+                    s.on_outdated(client, m.Outdated(proxy=proxy, worker_id=worker_id, path="/w"), self.now)
+                )
 
     def client_goes(self, client: bytes) -> None:
         self.acquiring = {k: t for k, t in self.acquiring.items() if k[0] != client}

@@ -330,7 +330,7 @@ class Supervisor:
         self._workers[identity] = worker_id
         if uses_gpu(spec):
             self._on_gpu.add(worker_id)
-        self._processes.spawn(worker_id, identity, self._blobs(spec))
+        self._processes.spawn(worker_id, identity, self._blobs(spec), pristine=spec.pristine)
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -504,6 +504,8 @@ class Supervisor:
                 return scheduler.on_acquire(identity, message, now)
             case m.Withdraw():
                 return scheduler.on_withdraw(identity, message, now)
+            case m.Outdated():
+                return scheduler.on_outdated(identity, message, now)
             case m.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
             case m.SetTtl(proxy=proxy, ttl=ttl):

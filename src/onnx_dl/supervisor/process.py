@@ -97,12 +97,20 @@ class Processes:
 
     # --- workers ------------------------------------------------------------------------------------------
 
-    def spawn(self, worker_id: int, identity: bytes, blobs: Mapping[str, int] = MappingProxyType({})) -> None:
+    def spawn(
+        self,
+        worker_id: int,
+        identity: bytes,
+        blobs: Mapping[str, int] = MappingProxyType({}),
+        *,
+        pristine: bool = False,
+    ) -> None:
         """Starts a worker process.
 
         Args:
             identity: the routing id of its control socket.
             blobs: descriptors of the memory that its model is loaded from, by name.
+            pristine: it is to have made no session of the engine before.
 
         Raises:
             DescriptorsExhausted: it needs more descriptors than this process may have.
@@ -111,7 +119,7 @@ class Processes:
         owed = sum(process.owed for process in self._processes.values())
         if descriptors.free() - owed < COST + len(blobs) + RESERVE:
             raise descriptors.exhausted("A worker process")
-        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs)
+        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, pristine=pristine)
         self._pending.append(process)
         self._dispatch()
 

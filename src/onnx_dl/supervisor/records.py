@@ -53,6 +53,8 @@ class Worker:
     marked_at: float = 0.0
     marked_runs: int = 0
     """The runs that it had made when that was."""
+    outdated: bool = False
+    """A proxy found that a file has changed since it was read, and that was told."""
     exceeded: int = 0
     """Bytes that it had when it ended itself because it may not have so many."""
     plan: Plan = dataclasses.field(default_factory=Plan)

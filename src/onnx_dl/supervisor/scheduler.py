@@ -107,6 +107,18 @@ class Scheduler(Mending):
         self._admit(now)
         return self._done()
 
+    def on_outdated(self, client: bytes, told: m.Outdated, now: float) -> list[Command]:
+        """A file is not any more what a worker has read: this proxy goes to another, who used it stays."""
+        model = self._by_worker.get(told.worker_id)
+        if model is not None and model.worker is not None:
+            if not model.worker.outdated:
+                model.worker.outdated = True
+                self._emit(EventType.OUTDATED, model, model.worker, now, detail=told.path)
+            if model.let_go((client, told.proxy)):
+                self._after_release(model, "request", now)
+                self._admit(now)
+        return self._done()
+
     def on_withdraw(self, client: bytes, ask: m.Withdraw, now: float) -> list[Command]:
         """Nobody waits for the answer to an Acquire any more."""
         self.tickets.close(client, ask.ticket)

@@ -64,14 +64,18 @@ class StderrTail:
 class WorkerProcess:
     """From the request for it until it is reaped."""
 
-    def __init__(self, worker_id: int, identity: bytes, blobs: Mapping[str, int]) -> None:
-        """``blobs``: descriptors of the memory that its model is loaded from, by name.
+    def __init__(
+        self, worker_id: int, identity: bytes, blobs: Mapping[str, int], *, pristine: bool = False
+    ) -> None:
+        """``blobs``: descriptors of the memory that its model is loaded from, by name; ``pristine``: it is to
+        have made no session of the engine before.
 
         Raises:
             OSError: the system has no descriptors or memory left; nothing is left open.
         """
         self.worker_id = worker_id
         self.identity = identity
+        self._pristine = pristine
         self.pid: int | None = None
         self.condemned = False
         self.greeted = False
@@ -100,7 +104,11 @@ class WorkerProcess:
         """
         assert self._lifeline_worker is not None
         message = m.Spawn(
-            worker_id=self.worker_id, identity=self.identity, control=control, blobs=list(self._blobs)
+            worker_id=self.worker_id,
+            identity=self.identity,
+            control=control,
+            blobs=list(self._blobs),
+            pristine=self._pristine,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
         sent = channel.send(m.encode(message), fds)

@@ -144,6 +144,15 @@ class Acquire(Message):
     """Other models of its group that this client has proxies of: they are loaded together."""
 
 
+class Outdated(Message):
+    """The file at ``path`` is not what this worker has read: the proxy leaves the worker for another.  No
+    answer."""
+
+    proxy: int
+    worker_id: int
+    path: str
+
+
 class Granted(Message):
     """The model is ready in this worker; lanes are opened at ``address`` with ``secret``."""
 
@@ -378,12 +387,14 @@ class Exit(Message):
 
 class Spawn(Message):
     """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
-    blobs, which are those of these tags (:func:`onnx_dl.model.blob_tag`)."""
+    blobs, which are those of these tags (:func:`onnx_dl.model.blob_tag`).  ``pristine``: in a process in
+    which the engine has made no session yet."""
 
     worker_id: int
     identity: bytes
     control: str
     blobs: list[str] = []
+    pristine: bool = False
     version: int = PROTOCOL_VERSION
     """Of the supervisor.  The package may have been replaced on disk since it was started."""
 
@@ -528,7 +539,17 @@ class Draining(Message):
 
 
 FromClient = (
-    Acquire | Withdraw | AskModel | DropBlob | Release | SetTtl | Unload | AskStatus | AskFate | Shutdown
+    Acquire
+    | Withdraw
+    | AskModel
+    | DropBlob
+    | Outdated
+    | Release
+    | SetTtl
+    | Unload
+    | AskStatus
+    | AskFate
+    | Shutdown
 )
 ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained

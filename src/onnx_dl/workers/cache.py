@@ -35,22 +35,25 @@ _CHUNK: Final = 1 << 22
 _MOST_BYTES: Final = 64 << 20
 """Of what an entry says of itself: the model's own metadata is in it."""
 
-Identity = tuple[str, int, int, int, int]
-"""What :func:`onnx_dl.model.file_identity` tells of a file."""
-
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """What an entry says of itself.
 
-    ``source``: the model's file, empty for one given as bytes; ``files``: size and CRC-32 by name;
-    ``external``: files beside the model that hold its weights, as they were.
+    ``source``: the model's file, empty for one given as bytes; ``files``: size and CRC-32 by name.  Which
+    files the model itself was read from is in ``description``.
     """
 
     name: str
     source: str
     description: ModelDescription
     files: dict[str, tuple[int, int]]
-    external: list[Identity] = []
+
+
+class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What :class:`Meta` is on disk: ``crc`` is the CRC-32 of the bytes of ``meta``."""
+
+    crc: int
+    meta: msgspec.Raw
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +162,7 @@ class Cache:
         nbytes = sum(size for size, _ in files.values())
         if not self._make_room(nbytes):
             return False
-        (path / _META).write_bytes(msgspec.json.encode(meta))
+        (path / _META).write_bytes(seal_meta(meta))
         for file in path.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -180,18 +183,19 @@ class Cache:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            meta = smallfiles.decoded(smallfiles.read(path / _META, _MOST_BYTES), Meta)
+            meta = open_meta(smallfiles.read(path / _META, _MOST_BYTES))
             used = path.stat().st_mtime
-        except OSError:
-            return None
-        if meta is None:
+        except (OSError, ValueError, RecursionError):  # msgspec's are ValueErrors
             return None
         nbytes = sum(size for size, _ in meta.files.values())
         return Entry(key=path.name, path=path, meta=meta, nbytes=nbytes, used=used)
 
     def _sweep(self) -> None:
-        """Removes what a save left that was killed: its lock is free."""
+        """Removes what is no entry, and what a save left that was killed: its lock is free."""
         with contextlib.suppress(OSError):
+            for path in self.root.glob(f"*/{_META}"):
+                if not path.parent.name.startswith(_UNFINISHED) and self._read(path.parent) is None:
+                    self.discard(path.parent.name)
             for path in self.root.glob(f"{_UNFINISHED}*"):
                 key = path.name.removeprefix(_UNFINISHED).rpartition("-")[0]
                 with open(self.root / f".{key}.lock", "w") as lock, _locked(lock.fileno()) as free:
@@ -209,6 +213,24 @@ def _locked(fd: int) -> Iterator[bool]:
         yield False
     else:
         yield True
+
+
+def seal_meta(meta: Meta) -> bytes:
+    """As it is on disk."""
+    plain = msgspec.json.encode(meta)
+    return msgspec.json.encode(_Sealed(zlib.crc32(plain), msgspec.Raw(plain)))
+
+
+def open_meta(data: bytes) -> Meta:
+    """What was written.
+
+    Raises:
+        ValueError: it is not that any more.
+    """
+    sealed = msgspec.json.decode(data, type=_Sealed)
+    if zlib.crc32(sealed.meta) != sealed.crc:
+        raise ValueError("the checksum is another")
+    return msgspec.json.decode(sealed.meta, type=Meta)
 
 
 def files_of(path: Path) -> dict[str, tuple[int, int]]:

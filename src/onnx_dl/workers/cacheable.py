@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from onnx_dl.model import ModelSpec, file_identity, model_key
+from onnx_dl.model import ModelSpec, model_identity, model_key
 
 SMALLEST: Final = 8 << 20
 """Bytes of weights below which a saved form saves nothing worth a file."""
@@ -78,7 +78,7 @@ def key_of(spec: ModelSpec, onnxruntime: str) -> str:
     Raises:
         OSError: its file cannot be looked at.
     """
-    identity = spec.blob if spec.path is None else file_identity(spec.path)
+    identity = spec.blob if spec.path is None else model_identity(spec.path)
     how = (spec.options, spec.providers, spec.provider_options, spec.extra, spec.surroundings)
     return model_key(identity, *how, onnxruntime, _cpu())
 

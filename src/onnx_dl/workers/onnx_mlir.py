@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnx_dl import signatures
 from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl.workers import reading
 from onnx_dl.workers.backend import Repeatable, Save
 from onnx_dl.workers.halt import Halt
 
@@ -212,7 +213,8 @@ class OnnxMlirBackend:
         """Raises EngineError."""
         self._name = spec.name
         path = os.path.abspath(os.path.join(spec.cwd, spec.path or ""))
-        self._library = Library(path, spec.extra.get("tag", ""))
+        tag = spec.extra.get("tag", "")
+        self._library, self._files = reading.load(spec, lambda: [""], lambda: Library(path, tag))
         self._lock = threading.Lock()
 
     def describe(self) -> ModelDescription:
@@ -227,6 +229,7 @@ class OnnxMlirBackend:
                 "output_signature": entry and entry.output_signature,
                 "signatures": self._library.signatures(),
             },
+            files=self._files,
         )
 
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:

@@ -13,11 +13,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from onnx_dl import config, external
-from onnx_dl.model import ModelDescription, ModelSpec, file_identity
+from onnx_dl import config, external, files
+from onnx_dl.files import ReadFile
+from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.options import make_run_options
 from onnx_dl.transport import shm
-from onnx_dl.workers import cache, cacheable, ort_session, saver
+from onnx_dl.workers import cache, cacheable, ort_session, reading, saver
 from onnx_dl.workers.backend import Origin, Repeatable, Rerun, Save, Unsaved
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.ort_calls import Calls
@@ -35,6 +36,7 @@ class OnnxRuntimeBackend:
         self._spec = cacheable.with_engine_caches(spec, cache.folder()) if _caching() else spec
         self._cached: cache.Entry | None = None
         self._key = _key_of(spec)
+        self._files: list[ReadFile] = []
         opened = self._open_cached()
         if opened is None and mapped:
             raise Unsaved(f"The load cache has {spec.name} no more, or in no form that can be used.")
@@ -50,26 +52,34 @@ class OnnxRuntimeBackend:
         self._inputs = {node.name for node in ends}
 
     def _open(self, blobs: Mapping[str, int]) -> Opened:
-        blob, memory = self._spec.blob, self._spec.memory
-        return Opened(
-            self._spec,
-            None if blob is None else shm.thaw(blobs[blob]),
-            None if memory is None else os.dup(blobs[memory]),
-        )
+        spec = self._spec
+        data = None if spec.blob is None else shm.thaw(blobs[spec.blob])
+
+        def make() -> Opened:
+            return Opened(spec, data, None if spec.memory is None else os.dup(blobs[spec.memory]))
+
+        opened, self._files = reading.load(spec, lambda: reading.names_of(spec, data), make)
+        return opened
 
     def _open_cached(self) -> Opened | None:
         """A session of the saved form; None if there is none, or none that can be used."""
         store = _store()
         entry = store.find(self._key) if self._key is not None else None
-        if entry is None or [_identity(path) for path, *_ in entry.meta.external] != entry.meta.external:
+        if entry is None or self._differs(entry):
             return None
         try:
             session = Opened(cacheable.loading(self._spec, entry.model), None)
         except Exception:  # whatever is wrong with it, the model itself will load or say why not
             store.discard(entry.key)
             return None
+        if self._differs(entry):  # since then, so that a plain load has to find out what is there now
+            return None
         self._cached = entry
         return session
+
+    def _differs(self, entry: cache.Entry) -> bool:
+        """Whether an entry was made of other files than those that the model would be read from now."""
+        return files.changed(self._spec.where, entry.meta.description.files) is not None
 
     def origin(self) -> Origin:
         return Origin(self._key or "", self._cached is not None)
@@ -96,7 +106,7 @@ class OnnxRuntimeBackend:
     def describe(self) -> ModelDescription:
         if self._cached is not None:  # the saved form has other options, and need not tell all
             return self._cached.meta.description
-        return ort_session.describe(self._opened)
+        return msgspec.structs.replace(ort_session.describe(self._opened), files=self._files)
 
     def run(
         self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt
@@ -227,11 +237,4 @@ def _key_of(spec: ModelSpec) -> str | None:
     try:
         return cacheable.key_of(spec, _build())
     except OSError:  # onnxruntime shall say what is wrong with the file
-        return None
-
-
-def _identity(path: str) -> cache.Identity | None:
-    try:
-        return file_identity(path)
-    except OSError:
         return None

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from onnx_dl import config, recorder, surroundings
-from onnx_dl.external import external_files
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, file_identity
+from onnx_dl import config, files, recorder, surroundings
+from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable
 from onnx_dl.workers.kin import die_with_parent
@@ -97,11 +96,12 @@ def _keep_out_of_the_way() -> None:
 def _save(order: Order, blob: int, memory: int) -> None:
     spec = order.spec
     os.chdir(spec.cwd)
-    external = external_files(spec.path) if spec.path is not None else []
-    before = [file_identity(path) for path in external]
+    read = order.description.files
+    if files.changed(spec.where, read) is not None:  # since the load: the next one will be of another model
+        return
     store = cache.Cache(cache.folder(), config.parse_size(config.settings().cache_limit))
     found = store.find(order.key)
-    if memory > _free_memory() or (found is not None and found.meta.external == before):
+    if memory > _free_memory() or (found is not None and found.meta.description.files == read):
         return
     with store.writing(order.key) as path:
         if path is None:
@@ -109,14 +109,13 @@ def _save(order: Order, blob: int, memory: int) -> None:
         if not _try(order, blob, path, memory):
             store.refuse(order.key)
             return
-        unchanged = [file_identity(file) for file in external] == before
+        unchanged = files.changed(spec.where, read) is None
         if unchanged and cacheable.key_of(spec, order.onnxruntime) == order.key:
             meta = cache.Meta(
                 name=spec.name,
                 source="" if spec.path is None else os.path.abspath(spec.path),
                 description=order.description,
                 files=cache.files_of(path),
-                external=before,
             )
             store.keep(order.key, path, meta)
 

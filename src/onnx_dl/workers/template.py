@@ -2,7 +2,9 @@
 
 It imports the engine, makes and drops a throw-away session so that the code is warm, and waits.  For each
 Spawn it forks a worker, which starts in a few milliseconds and shares the imported pages; where forking is
-not possible, or not wanted, it becomes the worker itself.  A worker is a grandchild whose parent ends at
+not possible, or not wanted, it becomes the worker itself.  What onnxruntime does once per process, for its
+first session, the throw-away session has used up: a worker whose model asks for that begins anew as a fresh
+interpreter.  A worker is a grandchild whose parent ends at
 once, so the supervisor takes it in and reaps it, and the end of this process is not the worker's.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
@@ -42,12 +44,17 @@ _REPLACED: Final = (
 )
 
 
+_WORKER: Final = "worker"
+
+
 class Template:
     """Serves the supervisor at the other end of ``channel`` until it is gone."""
 
-    def __init__(self, channel: Channel, *, fork: bool) -> None:
+    def __init__(self, channel: Channel, *, fork: bool, used: bool) -> None:
+        """``used``: the engine has made a session in this process."""
         self._channel = channel
         self._fork = fork
+        self._used = used
         self._supervisor = os.getppid()
 
     def serve(self) -> NoReturn:
@@ -68,8 +75,7 @@ class Template:
             os._exit(1)
         if not self._fork:
             self._tell(m.Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
-            self._channel.close()
-            self._become(spawn, fds, None)
+            self.become(spawn, fds)
         told = self._forked(spawn, fds)
         sockets.close_all(fds)
         if told.isdigit():
@@ -105,27 +111,44 @@ class Template:
             os._exit(1)
         if pid == 0:
             os.close(pipe)
-            self._become(spawn, fds, middle)
+            self.become(spawn, fds, middle)
         os.write(pipe, str(pid).encode())
         os._exit(0)
 
-    def _become(self, spawn: m.Spawn, fds: list[int], middle: int | None) -> NoReturn:
+    def become(self, spawn: m.Spawn, fds: list[int], middle: int | None = None) -> NoReturn:
         """The rest of this process's life is a worker's; ``middle``: its parent until that has left."""
         try:
+            self._channel.close()
+            if spawn.pristine and self._used:
+                self._begin_anew(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
             os.close(stderr)
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
             name_process(f"onnx-dl:{spawn.worker_id}")
-            while os.getppid() == middle:
-                time.sleep(0.0001)
-            # The lifeline says so too, but one whose native code hangs with the GIL would not hear it.  Not
-            # before the parent has left: its end would count.
-            die_with_parent(self._supervisor)
+            self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except BaseException:
             traceback.print_exc()
             os._exit(70)
+
+    def _die_with_supervisor(self, middle: int | None) -> None:
+        """The lifeline says so too, but one whose native code hangs with the GIL would not hear it.
+
+        Not before the parent has left: its end would count.
+        """
+        while os.getppid() == middle:
+            time.sleep(0.0001)
+        die_with_parent(self._supervisor)
+
+    def _begin_anew(self, spawn: m.Spawn, fds: list[int], middle: int | None) -> NoReturn:
+        """The same process with another interpreter, which becomes the worker."""
+        self._die_with_supervisor(middle)  # what is executed keeps that; its imports take a while
+        ours, theirs = Channel.pair()
+        ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
+        os.set_inheritable(theirs.fileno(), True)
+        *same, _, _ = sys.orig_argv[1:]
+        os.execv(sys.executable, [sys.executable, *same, str(theirs.fileno()), _WORKER])
 
     def _tell(self, message: m.Message) -> None:
         if not self._channel.send(m.encode(message)):
@@ -134,9 +157,12 @@ class Template:
 
 def _import_engine() -> None:
     """Everything that a worker will need, so that its children share it."""
-    import onnxruntime
-
     import onnx_dl.workers.ort  # noqa: F401
+
+
+def _warm_up() -> None:
+    """Runs what every load runs, so that its pages are there."""
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -149,14 +175,22 @@ def _is_single_threaded() -> bool:
 
 
 def main(channel_fd: int, mode: str) -> NoReturn:
-    """Entry point of the process; ``mode`` is ``fork`` or ``exec``."""
+    """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
     surroundings.make_own()
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
     name_process("onnx-dl-template")
     channel = Channel.from_fd(channel_fd)
+    used = False
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()
+        used = mode == "fork" and _is_single_threaded()
+        if used:
+            _warm_up()
     memory.share()
-    Template(channel, fork=mode == "fork" and _is_single_threaded()).serve()
+    template = Template(channel, fork=mode == "fork" and _is_single_threaded(), used=used)
+    if mode == _WORKER and (received := channel.receive()) is not None:
+        data, fds = received
+        template.become(m.on_template(data), fds)
+    template.serve()
