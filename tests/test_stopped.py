@@ -408,3 +408,16 @@ def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.Mo
     thread.join(DEADLINE)
     assert [str(error) for error in ended] in ([], ["The host was closed while it started."])
     assert host.snapshot().supervisor_pid is None
+
+
+def test_close_ends_a_supervisor_that_is_stopped(lane: str) -> None:
+    """It has 3 s to say goodbye and 3 s to end; what it leaves is killed with it."""
+    host = ModelHost()
+    proxy = InferenceSessionProxy(identity_model(), providers=CPU, host=host)
+    proxy.run(None, X)
+    supervisor = host.snapshot().supervisor_pid
+    assert supervisor is not None
+    psutil.Process(supervisor).suspend()
+    with at_most(6.0 + 3.0):
+        host.close()
+    eventually(lambda: not group(supervisor), "the end of all that it started", 3.0)
