@@ -118,6 +118,7 @@ def test_what_a_peer_said_before_its_end_is_heard(rig: Rig) -> None:
     dealer.send(b"last words")
     dealer.close()
     assert rig.hear(2)[1] == (NAME, b"last words")
+    eventually(lambda: rig.attend() and not rig.router._peers, "the end of the connection")
     again = rig.dealer(NAME)  # the name is free again
     again.send(b"back")
     assert rig.hear(3)[2] == (NAME, b"back")
