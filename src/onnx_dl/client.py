@@ -665,11 +665,6 @@ class RemoteModel:
         answer = self.connection.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=measure))
         return next((status for status in answer.models if status.key == self.spec.unit), None)
 
-    def leave(self, lease: Lease) -> None:
-        """A proxy is closed or collected.  Runs in finalizers, so it takes no lock and waits for nothing."""
-        lease.closed = True
-        self.connection.tell(m.Release(proxy=lease.id))
-
     def shut(self, connection: Connection) -> None:
         """The connection has ended: nothing that is shared with workers is of use any more."""
         if self.connection is not connection:  # it was moved meanwhile

@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import installation, starting, surroundings
 from onnx_dl.background import Background
-from onnx_dl.client import RemoteModel, SharedBlob, unload
+from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
 from onnx_dl.config import check_platform, parse_size, parse_timeout, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
@@ -525,6 +525,15 @@ class ModelHost:
         """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""
         model = self._models.get(key)
         return None if model is None or model.connection.closed else model
+
+    def leave(self, lease: Lease) -> None:
+        """A proxy is closed or collected.  Runs in finalizers, so it takes no lock and waits for nothing.
+
+        The model is not asked: the garbage collector may have found both in one cycle, and then it has
+        emptied the weak references to the model before it calls the finalizer of the proxy.
+        """
+        if (connection := self._connection) is not None:
+            connection.tell(m.Release(proxy=lease.id))
 
     # --- what happens -------------------------------------------------------------------------------------
 

@@ -369,6 +369,5 @@ def _bytes_of(fd: int) -> bytes:
 def _release(lease: Lease, host_ref: weakref.ref[ModelHost]) -> None:
     """A proxy is closed or collected."""
     lease.closed = True
-    host = host_ref()
-    if host is not None and (model := host.known_model(lease.key)) is not None:
-        model.leave(lease)
+    if (host := host_ref()) is not None:
+        host.leave(lease)
