@@ -8,7 +8,6 @@ others waiting; the last one tells the supervisor, which goes on loading.  Lanes
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from onnx_dl import remarks
 from onnx_dl.connection import Asked, Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import HostClosing, SupervisorDied
+from onnx_dl.forking import Guard
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 
@@ -29,10 +29,18 @@ Renew = Callable[[Connection, Deadline | None], None]
 class _Request:
     """One Acquire on its way, and how many threads wait for its answer."""
 
+    is_shared = True
+
     def __init__(self, connection: Connection, asked: Asked) -> None:
         self.connection = connection
         self.asked = asked
         self.waiting = 0
+
+
+class _Private(_Request):
+    """One that no other thread waits for."""
+
+    is_shared = False
 
 
 class Acquisition:
@@ -41,7 +49,7 @@ class Acquisition:
     def __init__(self, patience: float) -> None:
         """``patience``: seconds after which a host that has not answered does not load the model any more."""
         self._patience = patience
-        self._lock = threading.Lock()
+        self._lock = Guard()
         self._requests: dict[tuple[int, bool], _Request] = {}
 
     def ask(
@@ -106,6 +114,9 @@ class Acquisition:
         return granted
 
     def _join(self, key: tuple[int, bool], connection: Connection, prepare: Callable[[], Make]) -> _Request:
+        if self._lock.is_mine:
+            # A handler has interrupted this thread in one of the sections below.
+            return _Private(connection, connection.begin(prepare()))
         with self._lock:
             if (request := self._under_way(key, connection)) is not None:
                 return request
@@ -128,12 +139,19 @@ class Acquisition:
         self, key: tuple[int, bool], request: _Request, *, withdraw: bool = False, keep: bool = False
     ) -> None:
         """One thread waits no more.  The last one says so, also where the answer may have crossed that."""
+        if not request.is_shared:
+            _end(request, key[0], withdraw, keep)
+            return
         with self._lock:
             request.waiting -= 1
             if request.waiting:
                 return
             if self._requests.get(key) is request:
                 del self._requests[key]
-            request.connection.forget(request.asked)
-            if withdraw:
-                request.connection.tell(m.Withdraw(ticket=request.asked.ticket, proxy=key[0], keep=keep))
+            _end(request, key[0], withdraw, keep)
+
+
+def _end(request: _Request, proxy: int, withdraw: bool, keep: bool) -> None:
+    request.connection.forget(request.asked)
+    if withdraw:
+        request.connection.tell(m.Withdraw(ticket=request.asked.ticket, proxy=proxy, keep=keep))

@@ -7,7 +7,6 @@ models there are is not known here (:mod:`onnx_dl.client`), nor who started the 
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import math
 import os
@@ -30,6 +29,7 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
+from onnx_dl.forking import Promise, refuse
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel, Waker
@@ -54,7 +54,7 @@ class Asked(NamedTuple):
     """A request on its way."""
 
     ticket: int
-    future: concurrent.futures.Future[Any]
+    future: Promise[Any]
 
 
 class Connection:
@@ -94,11 +94,12 @@ class Connection:
         self._waker = Waker()
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
-        self._pending: dict[int, concurrent.futures.Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._pending: dict[int, Promise[Any]] = {}
+        self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        """Memory that was handed over, by name; for whoever did."""
         self._thread = threading.Thread(target=self._serve, name="onnx-dl-client", daemon=True)
         self._thread.start()
-        _connections.add(self)
+        _connections[id(self)] = self
 
     def _greet(self, address: str, secret: str, deadline: Deadline) -> Channel:
         hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=secret, client=self._identity)
@@ -139,14 +140,15 @@ class Connection:
         """Sends a request; whoever does :meth:`forget` it in the end.
 
         Raises:
+            ReentrantUse: this thread is the one that answers come to.
             SupervisorDied: it went away.
         """
-        asked = Asked(next(self._tickets), concurrent.futures.Future())
-        with self._lock:
-            if self.closed:
-                raise self._died()
-            self._pending[asked.ticket] = asked.future
+        self.check_thread()
+        asked = Asked(next(self._tickets), Promise())
+        self._pending[asked.ticket] = asked.future
         try:
+            if self.closed:  # looked at last: whoever ends it says so before going through what is pending
+                raise self._died()
             self.tell(make(asked.ticket))
         except BaseException:
             self.forget(asked)
@@ -194,6 +196,11 @@ class Connection:
         """Nobody waits for the answer any more."""
         self._pending.pop(asked.ticket, None)
 
+    def check_thread(self) -> None:
+        """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""
+        if self._thread is threading.current_thread():
+            refuse("the one that takes in what the supervisor says")
+
     def tell(self, message: m.Message) -> None:
         """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
         if not self.closed:
@@ -231,14 +238,12 @@ class Connection:
 
     def end(self) -> None:
         """Like :meth:`close`, without waiting."""
-        with self._lock:
-            self.closed = True
+        self.closed = True
         self._waker.wake()
 
     def abandon(self) -> None:
         """In a forked child: the parent's threads and sockets are not ours to use or to close."""
         self.closed = True
-        self._lock = threading.Lock()
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -346,12 +351,13 @@ def _welcomed(lifeline: Channel, deadline: Deadline) -> str:
     raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
 
 
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+_connections: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDictionary()
 
 
 def _abandon_all() -> None:
-    for connection in list(_connections):
-        connection.abandon()
+    for ref in _connections.valuerefs():
+        if (connection := ref()) is not None:
+            connection.abandon()
 
 
 os.register_at_fork(after_in_child=_abandon_all)

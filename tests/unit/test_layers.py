@@ -16,6 +16,7 @@ ROOT = Path(onnx_dl.__file__).parent
 HEIGHT = {
     "errors": 0,
     "files": 0,
+    "forking": 1,
     "descriptors": 1,
     "surroundings": 2,
     "hosttables": 1,
@@ -46,6 +47,7 @@ HEIGHT = {
     "sources": 6,
     "acquisition": 7,
     "client": 7,
+    "serving": 7,
     "connection": 7,
     "watch": 7,
     "supervisor": 7,
@@ -75,7 +77,7 @@ HEIGHT = {
     "__main__": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
-GROUPS = [{"acquisition", "client", "connection", "watch"}, {"lifecycle", "model", "config"}]
+GROUPS = [{"acquisition", "client", "connection", "serving", "watch"}, {"lifecycle", "model", "config"}]
 ENGINE = {"workers.ort", "workers.ort_calls", "workers.ort_session"}
 ZMQ = {
     "transport.sockets",

@@ -12,7 +12,6 @@ What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor r
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import weakref
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
+from onnx_dl.forking import lazily
 from onnx_dl.transport import shm
 
 HEADER: Final = 64
@@ -72,20 +72,20 @@ class Block:
             raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {error}.") from None
         self._views: dict[tuple[str, tuple[int, ...], int], NDArray[Any]] = {}  # shapes repeat
 
-    @functools.cached_property
+    @lazily
     def _bytes(self) -> NDArray[np.uint8]:
         return np.asarray(self.mapping)
 
-    @functools.cached_property
+    @lazily
     def payload(self) -> memoryview:
         """The bytes that are for values, writable."""
         return memoryview(self._bytes)[HEADER : HEADER + self.size]  # type: ignore[arg-type]
 
-    @functools.cached_property
+    @lazily
     def _words(self) -> memoryview[int]:
         return memoryview(self._bytes[:HEADER]).cast("B").cast("Q")  # type: ignore[arg-type]
 
-    @functools.cached_property
+    @lazily
     def _address(self) -> int:
         return self.mapping.address + HEADER
 

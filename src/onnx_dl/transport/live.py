@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,6 @@ class LiveMemory:
         """
         self.name = f"memory:{secrets.token_hex(16)}"
         self._owners = owners
-        self._lock = threading.Lock()
         self.places: list[int] = []
         size = 0
         for array in arrays:
@@ -55,13 +53,12 @@ class LiveMemory:
         return os.dup(self._mapping.fd)
 
     def refresh(self) -> None:
-        """Copies what changed."""
-        with self._lock:
-            for original, copy in self._pairs:
-                for start in range(0, original.nbytes, _STEP):
-                    part = slice(start, start + _STEP)
-                    if not np.array_equal(original[part], copy[part]):
-                        copy[part] = original[part]
+        """Copies what changed.  Several threads may do so at once: each copies the same bytes."""
+        for original, copy in self._pairs:
+            for start in range(0, original.nbytes, _STEP):
+                part = slice(start, start + _STEP)
+                if not np.array_equal(original[part], copy[part]):
+                    copy[part] = original[part]
 
 
 def view(fd: int) -> Any:

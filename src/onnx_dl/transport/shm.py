@@ -13,11 +13,11 @@ import contextlib
 import ctypes
 import mmap
 import os
-import threading
 import weakref
 from typing import Final
 
 from onnx_dl.errors import SharedMemoryError
+from onnx_dl.forking import Guard
 
 _PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
@@ -132,15 +132,9 @@ class Mapping:
 
 
 KEPT_DESCRIPTORS: Final = 64
-_mapping = threading.Lock()  # between a thread that looks at a segment and one that makes it shed
-
-
-def _after_fork() -> None:
-    global _mapping
-    _mapping = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_mapping: Final = Guard()
+"""Between a thread that looks at a segment and one that makes it shed.  A thread may interrupt itself in
+between: each step leaves a segment that is whole."""
 _with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
 
 
