@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from onnx_dl.deadline import Deadline, result_of
-from onnx_dl.forking import Promise, refuse
+from onnx_dl.forking import Promise
 
 _T = TypeVar("_T")
 
@@ -27,25 +27,23 @@ class Background(Generic[_T]):
         self._promise: Promise[_T] = Promise()
         self._to_do = collections.deque([work])
         self._name = name
-        self._begun = False
-        self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
         """Begins, unless it is begun.
 
-        A signal handler may interrupt whoever is about to start the thread, and would wait for ever for what
-        only its own thread goes on to start.  So both start one, and whichever comes first has the work.
+        A signal handler may interrupt whoever is about to start the thread, and a ``__del__`` the thread
+        before it takes the work: either would wait for ever for what only its own thread goes on to do.  So
+        whoever finds the work undone starts a thread, and the first of them has it.
         """
-        if not self._begun:
+        if self._to_do:
             threading.Thread(target=self._do, name=self._name, daemon=True).start()
-            self._begun = True
 
     def _do(self) -> None:
         try:
             work = self._to_do.popleft()
         except IndexError:
             return
-        self._thread = threading.current_thread()
+        self._promise.giver = threading.current_thread()
         try:
             self._promise.set_result(work(self._deadline))
         except BaseException as error:
@@ -63,21 +61,14 @@ class Background(Generic[_T]):
             ReentrantUse: it is this thread that does the work.
             BaseException: what the work raised.
         """
-        if self._is_own and not self.done:
-            refuse(f"busy with {what}")
         self.begin()
         result: _T = result_of(self._promise, deadline, what)
         return result
-
-    @property
-    def _is_own(self) -> bool:
-        return self._thread is threading.current_thread()
 
     def end(self, timeout: float | None) -> None:
         """Has the work end before it is done, and waits for that, for so many seconds at most; None:
         for as long as it takes."""
         self._deadline.end()
         self._do()  # if nobody has begun it: it ends at once
-        if not self._is_own:
-            with contextlib.suppress(BaseException):
-                self._promise.result(timeout)
+        with contextlib.suppress(BaseException):  # ReentrantUse: it is this thread that does the work
+            self._promise.result(timeout)

@@ -38,11 +38,15 @@ class Callbacks:
         else:
             self._hand_over(call)
 
+    def _forget(self, waiter: _Waiter) -> None:
+        if self._waiter is waiter:  # if another has taken its place by now, that serves all that it has
+            self._waiter = None
+
     def _hand_over(self, call: _Call) -> None:
         waiter = self._waiter
         if waiter is None or waiter.ended:
             # Two threads may come here at once: then there are two of these, each with calls of its own.
-            waiter = _Waiter()
+            waiter = _Waiter(self._forget)
             waiter.coming.append(call)
             waiter.start()
             self._waiter = waiter  # not before it runs: a signal handler would wait for its own thread
@@ -58,7 +62,8 @@ class Callbacks:
 class _Waiter:
     """Ends when there is nothing to wait for.  No lock: a call is where whoever takes it out finds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_end: Callable[[_Waiter], None]) -> None:
+        self._at_end = at_end
         self.coming: collections.deque[_Call] = collections.deque()
         self.waker = Waker()
         self.ended = False
@@ -91,6 +96,8 @@ class _Waiter:
             self.ended = True
             self._watch(selector)  # what came before that was to be seen
         self.ended = len(selector.get_map()) == 1
+        if self.ended:
+            self._at_end(self)
         return not self.ended
 
     def _watch(self, selector: selectors.BaseSelector) -> None:

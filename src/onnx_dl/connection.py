@@ -144,7 +144,7 @@ class Connection:
             SupervisorDied: it went away.
         """
         self.check_thread()
-        asked = Asked(next(self._tickets), Promise())
+        asked = Asked(next(self._tickets), Promise(self._thread))
         self._pending[asked.ticket] = asked.future
         try:
             if self.closed:  # looked at last: whoever ends it says so before going through what is pending
@@ -174,6 +174,7 @@ class Connection:
 
         Raises:
             DeadlinePassed: ``deadline`` did.
+            ReentrantUse: this thread is the one that answers come to.
             SupervisorDied: the supervisor went away before it answered.
             SupervisorTimeout: it does not answer at all.
             TimeoutError: the patience is at its end, and the supervisor lives.
@@ -192,9 +193,9 @@ class Connection:
             if time.monotonic() - self._heard_at >= self.timeout:
                 self.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=False), deadline=deadline)
 
-    def forget(self, asked: Asked) -> None:
-        """Nobody waits for the answer any more."""
-        self._pending.pop(asked.ticket, None)
+    def forget(self, asked: Asked) -> bool:
+        """Nobody waits for the answer any more; whether that is new."""
+        return self._pending.pop(asked.ticket, None) is not None
 
     def check_thread(self) -> None:
         """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""

@@ -29,7 +29,7 @@ from onnx_dl.errors import ReentrantUse, SupervisorDied
 _T = TypeVar("_T")
 
 _STILL: Final = 5.0
-"""Seconds that a fork waits for the blocks of :func:`still`, which take milliseconds."""
+"""Seconds that are waited for what takes milliseconds: a section of a Guard, a block of :func:`still`."""
 
 _FORKED: Final = (
     "This process was forked while it waited for another thread, which the child does not have. "
@@ -70,11 +70,19 @@ class Guard(RLock):  # type: ignore[misc]
         the lock as it was.
 
         Raises:
-            ReentrantUse: this thread is inside.
+            ReentrantUse: this thread is inside, or another one that does not come out: it may be interrupted
+                there by something that waits for this thread.
         """
-        if self.is_mine:
-            refuse("in the middle of a step that nobody else may see half done")
+        if self.is_mine or not self._is_free():
+            refuse("in the middle of a step that nobody else may see half done, or waits for one that is")
         return self
+
+    def _is_free(self) -> bool:
+        try:
+            return self.acquire(timeout=_STILL)
+        finally:
+            if self.is_mine:
+                self.release()
 
     def after_in_child(self) -> None:
         """Free, if a thread held it that the child has not.  The thread that forked still has what it had."""
@@ -88,9 +96,11 @@ class Promise(Generic[_T]):
     Its only lock is a latch, which is held until the result is there.
     """
 
-    __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value")
+    __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value", "giver")
 
-    def __init__(self) -> None:
+    def __init__(self, giver: threading.Thread | None = None) -> None:
+        """``giver``: the thread that will give it, which must not wait for itself; may be set later."""
+        self.giver = giver
         self._done = False
         self._error: BaseException | None = None
         self._latch = threading.Lock()
@@ -118,15 +128,22 @@ class Promise(Generic[_T]):
 
         Raises:
             TimeoutError: it was not there within ``timeout`` seconds; None waits for ever.
+            ReentrantUse: it is not there, and this is the thread that will give it.
             BaseException: what was given instead.
         """
-        if not self._done and self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
-            self._latch.release()  # for the next who waits
+        if not self._done:
+            self._wait(timeout)
         if not self._done:
             raise TimeoutError
         if self._error is not None:
             raise self._error
         return self._value
+
+    def _wait(self, timeout: float | None) -> None:
+        if self.giver is threading.current_thread():
+            refuse("the one that others, and now it itself, wait for")
+        if self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            self._latch.release()  # for the next who waits
 
     def after_in_child(self) -> None:
         """The thread that would give it does not exist.  Who waits forked in a signal handler."""

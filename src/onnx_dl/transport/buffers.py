@@ -44,8 +44,13 @@ class Buffers:
         return block.held_array(wanted.str, shape, 0)
 
     def trim(self) -> None:
-        """Gives back what no array lies in."""
-        if self._lock.is_mine:
-            return  # a signal handler has interrupted us above; there will be another occasion
-        with self._lock:
+        """Gives back what no array lies in; not now, if somebody is at it.
+
+        Does not wait: whoever holds the lock may be interrupted there by what waits for our thread.
+        """
+        if self._lock.is_mine or not self._lock.acquire(blocking=False):
+            return
+        try:
             self._arena.trim()
+        finally:
+            self._lock.release()
