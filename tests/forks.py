@@ -1,7 +1,7 @@
 """A program that forks while its threads run, map, load and unload: ``python -m tests.forks CHILDREN SEED``.
 
 Each child calls the models that its parent uses at that moment, and says in its exit status whether it was
-right.  They use a shared host, so that a child need not start one; each tenth starts one of its own, too.
+right.  They use a shared host, so that a child need not start one; each 25th starts one of its own, too.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def in_child(parent: Parent, number: int) -> int:
     signal.alarm(PATIENCE)
     right = is_right(parent.steady, small) and is_right(parent.polled, large)
     right = right and is_right(parent.reloaded, small)
-    if number % 10 == 0:
+    if number % 25 == 0:
         right = right and is_right(parent.private, small)
     parent.own.close()
     parent.host.close()
