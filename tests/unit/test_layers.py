@@ -17,6 +17,7 @@ HEIGHT = {
     "errors": 0,
     "files": 0,
     "descriptors": 1,
+    "owned": 1,
     "surroundings": 2,
     "hosttables": 1,
     "smallfiles": 1,

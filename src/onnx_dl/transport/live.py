@@ -35,27 +35,44 @@ class LiveMemory:
         """
         self.name = f"memory:{secrets.token_hex(16)}"
         self._owners = owners
-        self._lock = threading.Lock()
+        self._arrays = arrays
         self.places: list[int] = []
-        size = 0
+        self._size = 0
         for array in arrays:
-            self.places.append(size)
-            size += align(array.nbytes)
-        self._mapping = Mapping(shm.create(max(size, 1)), max(size, 1))
+            self.places.append(self._size)
+            self._size += align(array.nbytes)
+        self._begin()
+        self.refresh()
+
+    def _begin(self) -> None:
+        """With a segment of this process: a forked child must not change what its parent's workers see."""
+        self._lock = threading.Lock()
+        self._mapping = Mapping(shm.create(max(self._size, 1)), max(self._size, 1))
         whole = np.asarray(self._mapping)
         self._pairs = [
             (array, whole[place : place + array.nbytes])
-            for array, place in zip(arrays, self.places, strict=True)
+            for array, place in zip(self._arrays, self.places, strict=True)
         ]
-        self.refresh()
+        self._pid = os.getpid()
 
     def descriptor(self) -> int:
-        """Of the segment; whoever asks closes it."""
-        assert self._mapping.fd is not None
-        return os.dup(self._mapping.fd)
+        """Of the segment; whoever asks closes it.
+
+        Raises:
+            SharedMemoryError: the system has no memory for another one.
+        """
+        fd = self._mapping.duplicate() if self._pid == os.getpid() else None
+        if fd is None:  # this is a forked child, or the program closed the descriptor
+            self._begin()
+            self.refresh()
+            fd = self._mapping.duplicate()
+        assert fd is not None
+        return fd
 
     def refresh(self) -> None:
         """Copies what changed."""
+        if self._pid != os.getpid():
+            self._begin()
         with self._lock:
             for original, copy in self._pairs:
                 for start in range(0, original.nbytes, _STEP):
