@@ -38,7 +38,7 @@ class Callbacks:
             return
         with self._lock:
             self._coming.append(call)
-            if self._waker is None:
+            if self._waker is None or not self._waker.is_ours():
                 self._waker = Waker()
                 threading.Thread(
                     target=self._serve, args=(self._waker,), name="onnx-dl-callbacks", daemon=True
@@ -46,10 +46,10 @@ class Callbacks:
             self._waker.wake()
 
     def _serve(self, waker: Waker) -> None:
-        selector = selectors.DefaultSelector()
+        selector = selectors.PollSelector()  # has no descriptor of its own, which a program might close
         selector.register(waker.fileno(), selectors.EVENT_READ)
         with selector:
-            while self._take_in(selector):
+            while self._take_in(selector, waker):
                 calls = [key.data for key in selector.get_map().values() if key.data is not None]
                 for key, _ in selector.select(_until_next_look(calls)):
                     if key.data is None:
@@ -57,20 +57,24 @@ class Callbacks:
                         continue
                     selector.unregister(key.fd)
                     calls.remove(key.data)
-                    key.data.tell(key.data.lane.receive())
+                    key.data.tell(key.data.lane.receive(0))
                 for call in [call for call in calls if call.look()]:
                     selector.unregister(call.lane.reply_fd or 0)
                     call.give_up()
 
-    def _take_in(self, selector: selectors.BaseSelector) -> bool:
+    def _take_in(self, selector: selectors.BaseSelector, waker: Waker) -> bool:
         """Watches what has come; false if there is nothing left to watch, so that the thread may end."""
         with self._lock:
             for call in self._coming:
-                selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
+                try:
+                    selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
+                except KeyError:  # the program closed the descriptor that had this number
+                    threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
             self._coming.clear()
             if len(selector.get_map()) > 1:
                 return True
-            self._waker = None
+            if self._waker is waker:
+                self._waker = None
             return False
 
 
@@ -107,7 +111,7 @@ class _Call(NamedTuple):
         self.callback.tell([], str(run_timeout(self.callback.deadline, "was told to end")))
 
     def wait(self) -> None:
-        """Over ZeroMQ, where there is no descriptor to wait for."""
+        """In a thread of its own, where there is no descriptor to wait for beside others."""
         while True:
             try:
                 reply = self.lane.receive(_until_next_look([self]))

@@ -421,7 +421,7 @@ class RemoteModel:
 
     def serves(self, lease: Lease) -> bool:
         """Whether a proxy that has used the present worker may go on to."""
-        return not self.connection.closed and self._may_use(lease)
+        return self.connection.usable and self._may_use(lease)
 
     def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
         """A worker for this proxy, loaded if need be.

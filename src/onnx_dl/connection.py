@@ -13,6 +13,7 @@ import math
 import os
 import queue
 import secrets
+import select
 import threading
 import time
 import weakref
@@ -30,6 +31,7 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
+from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel, Waker
@@ -38,7 +40,10 @@ _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
     "The next use starts a new one."
 )
-
+_LOST: Final = (
+    "This program closed descriptors of onnx-dl (os.closerange, or what makes a daemon of it), and with them "
+    "its connection to the supervisor process (pid {pid}). The next use makes a new one."
+)
 
 TIDY_EVERY: Final = 5.0
 """Seconds after which what is idle gives its memory back."""
@@ -79,6 +84,8 @@ class Connection:
         """
         self.timeout = timeout
         self.closed = False
+        self.lost = False
+        """Whether it is closed because the program closed its descriptors."""
         self.build = ""
         """The onnxruntime of a shared host."""
         self._on_event = on_event
@@ -92,6 +99,7 @@ class Connection:
         self.context = sockets.context()  # not before somebody answered: it must be ended
         self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
         self._waker = Waker()
+        self._is_there = self._lifeline.is_ours
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, concurrent.futures.Future[Any]] = {}
@@ -118,6 +126,15 @@ class Connection:
 
     # --- for any thread -----------------------------------------------------------------------------------
 
+    @property
+    def usable(self) -> bool:
+        """Whether something can be asked: it has not ended, and the program has not closed its descriptors,
+        which is noticed here."""
+        if self.closed or self._is_there():
+            return not self.closed
+        self.lose()
+        return False
+
     def ask(
         self,
         make: Callable[[int], m.Message],
@@ -142,6 +159,8 @@ class Connection:
             SupervisorDied: it went away.
         """
         asked = Asked(next(self._tickets), concurrent.futures.Future())
+        if not self.usable:
+            raise self._died()
         with self._lock:
             if self.closed:
                 raise self._died()
@@ -226,14 +245,31 @@ class Connection:
     def close(self) -> None:
         """Lets go of the supervisor, which releases all that this application held."""
         self.end()
-        if self._thread is not threading.current_thread():
+        if not self.lost and self._thread is not threading.current_thread():
             self._thread.join(self.timeout)
 
     def end(self) -> None:
         """Like :meth:`close`, without waiting."""
+        if not self.usable:
+            return
         with self._lock:
             self.closed = True
         self._waker.wake()
+
+    def lose(self) -> None:
+        """The program closed the descriptors.  All that is here is abandoned: to close a ZeroMQ socket, or to
+        end its context, would write to the numbers that they had, and close them, whoever has them now.
+
+        The thread may sleep on for ever: its poll() waits for files that nothing else leads to.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = self.lost = True
+        keep_for_ever(self._socket)
+        keep_for_ever(self.context)
+        self._fail_all()
+        self._on_end(self)
 
     def abandon(self) -> None:
         """In a forked child: the parent's threads and sockets are not ours to use or to close."""
@@ -247,22 +283,25 @@ class Connection:
             self._attend()
         finally:  # whatever happened, nobody may wait for an answer that will not come
             self.end()
-            self._tear_down()
+            if not self.lost:
+                self._tear_down()
 
     def _attend(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._lifeline.fileno(), zmq.POLLIN)
-        poller.register(self._waker.fileno(), zmq.POLLIN)
+        # Not ZeroMQ's own poll, which reads from its descriptors before it returns: they may be others' then.
+        poll = select.poll()
+        for fd in (self._socket.FD, self._lifeline.fileno(), self._waker.fileno()):
+            poll.register(fd, select.POLLIN)
         tidy_at = math.inf
         while not self.closed:
             tidy_at = self._tidy_if_due(tidy_at)
-            ready = sockets.wait(poller, None if tidy_at == math.inf else tidy_at - time.monotonic())
+            sockets.sleep(poll, None if tidy_at == math.inf else tidy_at - time.monotonic())
+            if not self.usable:
+                return
             self._waker.clear()
             self._send_all()
-            while self._socket in ready and self._receive_one():
+            while self._receive_one():  # all of them: the socket's descriptor tells of changes only
                 pass
-            if self._lifeline.fileno() in ready and self._lifeline.is_dead():
+            if self._lifeline.is_dead():
                 self._hear_last_words()
                 return
 
@@ -307,12 +346,15 @@ class Connection:
     def _tear_down(self) -> None:
         self._lifeline.close()
         self._socket.close()
-        for future in list(self._pending.values()):
-            if not future.done():
-                future.set_exception(self._died())
+        self._fail_all()
         self._on_end(self)
         # Waits for lanes that are in use; their callers close them, because their workers are dead.
         self.context.term()
+
+    def _fail_all(self) -> None:
+        for future in list(self._pending.values()):
+            if not future.done():
+                future.set_exception(self._died())
 
     def _mute(self) -> SupervisorTimeout:
         return SupervisorTimeout(
@@ -321,7 +363,7 @@ class Connection:
         )
 
     def _died(self) -> SupervisorDied:
-        return SupervisorDied(_GONE.format(pid=self.supervisor_pid))
+        return SupervisorDied((_LOST if self.lost else _GONE).format(pid=self.supervisor_pid))
 
 
 def _welcomed(lifeline: Channel, deadline: Deadline) -> str:

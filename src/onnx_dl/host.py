@@ -176,7 +176,7 @@ class ModelHost:
     @property
     def _alive(self) -> Connection | None:
         connection = self._connection
-        return None if connection is None or connection.closed else connection
+        return connection if connection is not None and connection.usable else None
 
     def _begin_start(self, may_start: bool) -> _Start:
         """Called with the lock held."""
@@ -198,7 +198,7 @@ class ModelHost:
 
     def _bring_up(self, this: _Start, deadline: Deadline) -> Connection:
         surroundings.fill_standard_streams()
-        self._bury()
+        self._bury(self._connection)
         teller, models = Teller(self._bus), self._models
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, teller, models)
@@ -225,7 +225,7 @@ class ModelHost:
     def _present(self) -> Connection | None:
         """The live connection, after a restart to the next host if there is one by now.  Starts nothing."""
         connection = self._connection
-        if connection is None or not connection.closed:
+        if connection is None or connection.usable:
             return connection
         if self.name is None or not starting.runs(self.name):
             return None
@@ -317,7 +317,7 @@ class ModelHost:
                     connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=_FAREWELL)
             connection.close()
         teller = self._teller
-        self._bury()
+        self._bury(connection)
         self._buffers.trim()
         teller.join(_FAREWELL)
         self._bus.close()
@@ -342,10 +342,12 @@ class ModelHost:
         if connection is not None:  # calls that waited may have started the next one
             starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
-    def _bury(self) -> None:
-        """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+    def _bury(self, connection: Connection | None) -> None:
+        """Reaps the supervisor that this led to, which ends or is dead, and lets its listeners finish."""
         with self._lock:
             process, self._process = self._process, None
+        if process is not None and connection is not None and connection.lost:
+            process.kill()  # it sees no end of its lifeline, on which an abandoned thread waits
         self._teller.end()
         _end(process)
 
@@ -524,7 +526,7 @@ class ModelHost:
     def known_model(self, key: str) -> RemoteModel | None:
         """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""
         model = self._models.get(key)
-        return None if model is None or model.connection.closed else model
+        return model if model is not None and model.connection.usable else None
 
     # --- what happens -------------------------------------------------------------------------------------
 

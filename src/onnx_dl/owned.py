@@ -1,4 +1,4 @@
-"""Descriptors of this process: each has one owner, who closes it once, and only while it still is what it was.
+"""Descriptors of this process: each has one owner, who closes it once, while it still is what it was.
 
 A program may close every descriptor that it has (``os.closerange``, daemons) and open files of its own, which
 then have our numbers.  So a number is looked at before it is used.  Two marks tell whose it is: the file's
@@ -11,6 +11,7 @@ What is left is the moment between the look and the use.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import os
@@ -120,6 +121,11 @@ def _marked(fd: int) -> int:
             _get(fd, _SET_MARK, mark)
         return mark
     return 0
+
+
+def keep_for_ever(thing: object) -> None:
+    """Nothing finalizes it, not even the interpreter's end."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _after_fork() -> None:

@@ -11,26 +11,16 @@ fork; their leases do not end before that, and the parent waits for it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import threading
 import weakref
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
+
+from onnx_dl.owned import keep_for_ever
 
 _PATIENCE: Final = 10.0
 """Seconds that a parent waits for a child to copy; what it has not copied by then is kept for ever."""
-
-
-class Leased(Protocol):
-    """A block of shared memory."""
-
-    leased: bool
-
-    @property
-    def mapping(self) -> Any: ...
-
-    def give_away(self) -> bool: ...
 
 
 class Lease:
@@ -72,7 +62,9 @@ def _living() -> list[Lease]:
 def _before() -> None:
     shared: list[Lease] = []
     _forks.append(fork := _Fork(threading.get_ident(), shared, None))
-    shared += [lease for lease in _living() if not (lease.block.mapping.is_private or lease.block.give_away())]
+    shared += [
+        lease for lease in _living() if not (lease.block.mapping.is_private or lease.block.give_away())
+    ]
     if shared:
         _forks[_forks.index(fork)] = fork._replace(pipe=_pipe())
 
@@ -88,7 +80,7 @@ def _after_in_parent() -> None:
     fork = _take_fork()
     if fork is not None and fork.shared and not _is_copied(fork.pipe):
         for lease in fork.shared:
-            _keep_for_ever(lease)
+            keep_for_ever(lease)
 
 
 def _take_fork() -> _Fork | None:
@@ -131,13 +123,8 @@ def _copy(lease: Lease) -> None:
     try:
         lease.block.mapping.make_copy()
     except BaseException:  # the parent has it to itself as long as this lease does not end
-        _keep_for_ever(lease)
+        keep_for_ever(lease)
         raise
-
-
-def _keep_for_ever(lease: Lease) -> None:
-    """Also at the interpreter's end, where Python clears what is still there."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(lease))
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
