@@ -143,8 +143,10 @@ class Block:
     def give_away(self) -> bool:
         """It is this process's own from now on, and the owner's never again.  The header is, too, so that the
         end of the lease is seen by nobody.  False: as long as it is not, the lease must not end."""
-        self._words[_LEASE] = _GIVEN_AWAY
-        return self.mapping.make_private()
+        if not self.mapping.is_private:
+            self._words[_LEASE] = _GIVEN_AWAY
+            self.mapping.make_private()
+        return self.mapping.is_private
 
     @property
     def clock(self) -> int:

@@ -62,9 +62,7 @@ def _living() -> list[Lease]:
 def _before() -> None:
     shared: list[Lease] = []
     _forks.append(fork := _Fork(threading.get_ident(), shared, None))
-    shared += [
-        lease for lease in _living() if not (lease.block.mapping.is_private or lease.block.give_away())
-    ]
+    shared += [lease for lease in _living() if not lease.block.give_away()]
     if shared:
         _forks[_forks.index(fork)] = fork._replace(pipe=_pipe())
 
@@ -84,7 +82,7 @@ def _after_in_parent() -> None:
 
 
 def _take_fork() -> _Fork | None:
-    """This thread's.  A signal handler may have forked while this thread was about to: its own is the last."""
+    """This thread's; the last one, because a signal handler may fork while its thread is about to."""
     for fork in reversed(_forks):
         if fork.thread == threading.get_ident():
             _forks.remove(fork)
