@@ -108,11 +108,14 @@ class RemoteModel:
         renew: Callable[[RemoteModel, Connection, Deadline | None], None] | None = None,
         companions: Callable[[], Sequence[RemoteModel]] = tuple,
         spare: Callable[[], bool] = bool,
+        is_shared: bool = False,
     ) -> None:
         """``blobs``: the memory that it is loaded from; ``renew``: moves this to the next host when the
-        present one is gone, if there may be another; ``companions``: those that this application has in the
-        same group; ``spare``: closes idle lanes of all models, and tells whether there were any."""
+        present one is gone; ``companions``: those that this application has in the same group; ``spare``:
+        closes idle lanes of all models, and tells whether there were any; ``is_shared``: whether the host is,
+        so that callers need not know of its end."""
         self.connection = connection
+        self._is_shared = is_shared
         self._renew: Renew | None = None if renew is None else functools.partial(renew, self)
         self._companions = companions
         self._spare = spare
@@ -421,7 +424,7 @@ class RemoteModel:
 
     def serves(self, lease: Lease) -> bool:
         """Whether a proxy that has used the present worker may go on to."""
-        return self.connection.usable and self._may_use(lease)
+        return not self.connection.closed and self._may_use(lease)
 
     def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
         """A worker for this proxy, loaded if need be.
@@ -464,7 +467,7 @@ class RemoteModel:
         prepare = functools.partial(self._prepare, lease, for_host)
         try:
             return self._acquisition.ask(
-                lease, lambda: self.connection, prepare, self._renew, deadline, for_host=for_host
+                lease, lambda: self.connection, prepare, self._renewal(), deadline, for_host=for_host
             )
         except (DeadlinePassed, SupervisorTimeout):
             raise
@@ -472,6 +475,12 @@ class RemoteModel:
             if isinstance(error, LoadTimeout):
                 raise
             raise self._not_loaded(self._patience) from None
+
+    def _renewal(self) -> Renew | None:
+        """What moves this to the next host, unless its callers must hear that the present one has died: with
+        a connection whose descriptors the program closed, nothing has."""
+        lost = not self.connection.usable and self.connection.lost
+        return self._renew if self._is_shared or lost else None
 
     def _prepare(self, lease: Lease, for_host: bool) -> Make:
         companions = [model for model in self._companions() if model is not self]

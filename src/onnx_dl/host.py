@@ -373,11 +373,18 @@ class ModelHost:
         with self._lock:
             model = self._models.get(spec.key)
             if model is None:
-                renew = None if self.name is None else functools.partial(self._renew, memory)
+                renew = functools.partial(self._renew, memory)
                 blobs = self._shared(connection, spec, memory)
                 together = functools.partial(self._members, spec.group)
                 model = RemoteModel(
-                    connection, spec, self._settings, blobs, renew, together, self._spare_lanes
+                    connection,
+                    spec,
+                    self._settings,
+                    blobs,
+                    renew,
+                    together,
+                    self._spare_lanes,
+                    is_shared=self.name is not None,
                 )
                 self._models[spec.key] = model
             elif model.connection is not connection:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import time
+from collections.abc import Callable
 from typing import Final
 
 from onnx_dl.owned import Descriptor
@@ -27,6 +28,8 @@ class _Waiter:
 
     def __init__(self, fd: int, patience: Patience | None) -> None:
         self._fd = fd
+        self._is_ours: Callable[[], bool] = lambda: True
+        """Whether the descriptor still is what it was."""
         self._patience = patience
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
@@ -46,10 +49,6 @@ class _Waiter:
             if not self._is_ours():
                 return None
         return self._read()
-
-    def _is_ours(self) -> bool:
-        """Whether the descriptor still is what it was."""
-        return True
 
     def _read(self) -> int | None:
         raise NotImplementedError
@@ -77,10 +76,12 @@ class CallerBell(_Waiter):
     """The caller's end."""
 
     def __init__(self, patience: Patience | None) -> None:
-        self._ring = Descriptor(os.eventfd(0, os.EFD_CLOEXEC))
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._ring = Descriptor(self._eventfd)
         hears, workers_end = os.pipe()
         self._hears, self._workers_end = Descriptor(hears), Descriptor(workers_end)
         super().__init__(hears, patience)
+        self._rings_ours, self._is_ours = self._ring.holds, self._hears.holds  # looked up at each call
 
     def descriptors(self) -> tuple[int, int]:
         """What the worker's end is made of; to be sent to it."""
@@ -93,9 +94,9 @@ class CallerBell(_Waiter):
     def ring(self, number: int) -> bool:
         """Wakes the worker with a number from 1 on.  False: the program has closed this end, and the numbers
         may be those of its own files."""
-        if not (self._hears.holds() and self._ring.holds()):
+        if not (self._rings_ours() and self._is_ours()):
             return False
-        os.eventfd_write(self._ring.number, number)
+        os.eventfd_write(self._eventfd, number)
         return True
 
     def fileno(self) -> int:
@@ -105,9 +106,6 @@ class CallerBell(_Waiter):
     def _read(self) -> int | None:
         data = os.read(self._fd, 1)
         return data[0] if data else None
-
-    def _is_ours(self) -> bool:
-        return self._hears.holds()
 
     def close(self) -> None:
         """Gives up the descriptors.  May be called twice."""
