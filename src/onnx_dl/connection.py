@@ -31,7 +31,7 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
-from onnx_dl.owned import keep_for_ever
+from onnx_dl.owned import Watched, keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel, Waker
@@ -99,7 +99,7 @@ class Connection:
         self.context = sockets.context()  # not before somebody answered: it must be ended
         self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
         self._waker = Waker()
-        self._is_there = self._lifeline.is_ours
+        self._ears = Watched(self._socket.FD)
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, concurrent.futures.Future[Any]] = {}
@@ -130,8 +130,10 @@ class Connection:
     def usable(self) -> bool:
         """Whether something can be asked: it has not ended, and the program has not closed its descriptors,
         which is noticed here."""
-        if self.closed or self._is_there():
-            return not self.closed
+        if self.closed:
+            return False
+        if self._lifeline.is_ours() and self._waker.is_ours() and self._ears.holds():
+            return True
         self.lose()
         return False
 

@@ -3,7 +3,8 @@
 A program may close every descriptor that it has (``os.closerange``, daemons) and open files of its own, which
 then have our numbers.  So a number is looked at before it is used.  Two marks tell whose it is: the file's
 identity (``st_dev``, ``st_ino``), and a number that the kernel keeps with an open file and that nobody else
-uses, the signal of ``F_SETSIG``; nothing ever sends it.  To read that takes a quarter of a microsecond.
+uses, the signal of ``F_SETSIG``; nothing ever sends it.  To read that takes a quarter of a microsecond.  All
+eventfds have one identity, so only the mark tells them apart.
 
 What is left is the moment between the look and the use.
 """
@@ -16,24 +17,24 @@ import fcntl
 import itertools
 import os
 import weakref
-from typing import Final
+from typing import ClassVar, Final
 
 _SET_MARK: Final = getattr(fcntl, "F_SETSIG", 10)
 _GET_MARK: Final = getattr(fcntl, "F_GETSIG", 11)
 _MARKS: Final = itertools.cycle(range(35, 65))
 """Signals that neither libc nor Python uses.  They take turns: an old number of ours may be a new one's."""
+_NONE: Final = -1
 
 _get = fcntl.fcntl
 
 
-class Descriptor:
-    """One open file, closed when nobody holds this any more."""
+class Watched:
+    """An open file that somebody else closes, such as a library."""
 
     __slots__ = ("__weakref__", "_identity", "_mark", "_numbers", "_pid")
 
     def __init__(self, fd: int) -> None:
-        """Takes over ``fd``.
-
+        """
         Raises:
             OSError: it is not open.
         """
@@ -42,7 +43,6 @@ class Descriptor:
         self._pid = os.getpid()
         self._mark = _marked(fd)
         self._numbers.append(fd)
-        _living[id(self)] = weakref.ref(self)
 
     @property
     def number(self) -> int:
@@ -53,9 +53,33 @@ class Descriptor:
     def holds(self) -> bool:
         """Whether the number is still that of this file, as far as a quick look tells."""
         try:
-            return _get(self._numbers[0], _GET_MARK) == self._mark
+            if _get(self._numbers[0], _GET_MARK) == self._mark:
+                return True
         except (IndexError, OSError):
+            pass
+        return self._mark == _NONE and self._is_at(self.number)
+
+    def _is_at(self, number: int) -> bool:
+        try:
+            marked = self._mark == _NONE or _get(number, _GET_MARK) == self._mark
+            return marked and _identity(number) == self._identity
+        except OSError:
             return False
+
+
+class Descriptor(Watched):
+    """An open file, closed when nobody holds this any more."""
+
+    __slots__ = ()
+
+    def __init__(self, fd: int) -> None:
+        """Takes over ``fd``.
+
+        Raises:
+            OSError: it is not open.
+        """
+        super().__init__(fd)
+        self._living[id(self)] = weakref.ref(self)
 
     def duplicate(self) -> int | None:
         """Another descriptor of the same file, which the caller closes; None: the program closed this one.
@@ -84,27 +108,17 @@ class Descriptor:
         if (number := self.take()) is not None:
             os.close(number)
 
-    def _is_at(self, number: int) -> bool:
-        try:
-            return _get(number, _GET_MARK) == self._mark and _identity(number) == self._identity
-        except OSError:
-            return False
-
     def close_in_child(self) -> None:
         """In a forked child, at once: later the number may be another's."""
         self._pid = os.getpid()
         self.close()
 
     def __del__(self) -> None:
+        self._living.pop(id(self), None)
         if hasattr(self, "_mark"):
-            self._forget(id(self), None)
             self.close()
 
-    _living: dict[int, weakref.ref[Descriptor]] = {}
-    _forget = _living.pop
-
-
-_living: Final = Descriptor._living
+    _living: ClassVar[dict[int, weakref.ref[Descriptor]]] = {}
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -115,12 +129,12 @@ def _identity(fd: int) -> tuple[int, int]:
 def _marked(fd: int) -> int:
     """The file's mark.  One that another process of ours opened has its mark already, and keeps it: that
     process looks for it, too."""
-    with contextlib.suppress(OSError):  # a sandbox may not let us: then all files look like ours
+    with contextlib.suppress(OSError):  # a sandbox may not let us: then only its identity tells
         if not (mark := _get(fd, _GET_MARK)):
             mark = next(_MARKS)
             _get(fd, _SET_MARK, mark)
         return mark
-    return 0
+    return _NONE
 
 
 def keep_for_ever(thing: object) -> None:
@@ -130,7 +144,7 @@ def keep_for_ever(thing: object) -> None:
 
 def _after_fork() -> None:
     """What a child inherits is closed: it would hide its parent's death from others, and keep memory."""
-    for ref in list(_living.values()):
+    for ref in list(Descriptor._living.values()):
         if (descriptor := ref()) is not None:
             descriptor.close_in_child()
 
