@@ -28,6 +28,7 @@ from onnx_dl.errors import (
     LoadTimeout,
     ProtocolError,
     ProxyClosedError,
+    SupervisorDied,
     SupervisorTimeout,
     UnloadTimeout,
     WorkerDied,
@@ -395,10 +396,11 @@ class RemoteModel:
         """
         opening = Deadline(connection.timeout, outer=deadline)
         try:
-            lane = ClientLane(connection.context, granted, opening, over_zmq=self._over_zmq, latency=latency)
+            context = connection.context if self._over_zmq else None
+            lane = ClientLane(context, granted, opening, over_zmq=self._over_zmq, latency=latency)
             lane.origin = connection
             return lane
-        except (ConnectionError, FileNotFoundError, ProtocolError):
+        except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 
     def put_lane(self, lane: ClientLane) -> None:

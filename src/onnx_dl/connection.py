@@ -1,6 +1,6 @@
 """An application's connection to a supervisor: requests with answers, notices without, events.
 
-One thread owns the ZeroMQ socket, because these are not thread-safe; other threads hand it messages.  Which
+One thread owns the control socket; other threads hand it messages.  Which
 models there are is not known here (:mod:`onnx_dl.client`), nor who started the supervisor
 (:mod:`onnx_dl.host`).
 """
@@ -8,6 +8,7 @@ models there are is not known here (:mod:`onnx_dl.client`), nor who started the 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -20,10 +21,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-import zmq
-
-from onnx_dl.deadline import Deadline
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
+    OnnxDLError,
     ProtocolError,
     SupervisorDied,
     SupervisorStartError,
@@ -31,10 +31,11 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
-from onnx_dl.owned import Watched, keep_for_ever
+from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.sockets import Channel, Waker
+from onnx_dl.transport.dealer import Dealer
+from onnx_dl.transport.sockets import Channel, Context, Waker
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
@@ -50,6 +51,9 @@ TIDY_EVERY: Final = 5.0
 
 _LONGEST: Final = 1e9
 """Seconds; more than any wait takes."""
+
+_AWAY: Final = 0.1
+"""Seconds until a supervisor that sent us away is asked again."""
 
 _LAST_WORDS: Final = 0.1
 """Seconds without a message after which a dead supervisor is taken to have said all."""
@@ -96,10 +100,9 @@ class Connection:
         self._identity = secrets.token_bytes(16)
         self._lifeline = self._greet(f"{address}/lifeline", secret, Deadline(timeout, outer=deadline))
         self.supervisor_pid = self._lifeline.peer_pid()
-        self.context = sockets.context()  # not before somebody answered: it must be ended
-        self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
+        self._context: Context | None = None
+        self._control = self._connect(f"{address}/control", Deadline(timeout, outer=deadline))
         self._waker = Waker()
-        self._ears = Watched(self._socket.FD)
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, concurrent.futures.Future[Any]] = {}
@@ -124,7 +127,32 @@ class Connection:
             raise
         return lifeline
 
+    def _connect(self, address: str, deadline: Deadline) -> Dealer:
+        try:
+            sockets.check_descriptors("A connection to the supervisor")
+            return Dealer(address, self._identity, deadline)
+        except BaseException as error:
+            self._lifeline.close()
+            if isinstance(error, OSError) and not isinstance(error, OnnxDLError):
+                raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
+            raise
+
     # --- for any thread -----------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> Context:
+        """For lanes over ZeroMQ.
+
+        Raises:
+            SupervisorDied: the connection has ended.
+            DescriptorsExhausted: this process may have too few more of them.
+        """
+        with self._lock:
+            if self.closed:
+                raise self._died()
+            if self._context is None:
+                self._context = sockets.context()
+            return self._context
 
     @property
     def usable(self) -> bool:
@@ -132,7 +160,7 @@ class Connection:
         which is noticed here."""
         if self.closed:
             return False
-        if self._lifeline.is_ours() and self._waker.is_ours() and self._ears.holds():
+        if self._lifeline.is_ours() and self._waker.is_ours() and self._control.is_ours():
             return True
         self.lose()
         return False
@@ -259,8 +287,8 @@ class Connection:
         self._waker.wake()
 
     def lose(self) -> None:
-        """The program closed the descriptors.  All that is here is abandoned: to close a ZeroMQ socket, or to
-        end its context, would write to the numbers that they had, and close them, whoever has them now.
+        """The program closed the descriptors.  A ZeroMQ context is abandoned: to end it would write to the
+        numbers that it had, and close them, whoever has them now.
 
         The thread may sleep on for ever: its poll() waits for files that nothing else leads to.
         """
@@ -268,8 +296,7 @@ class Connection:
             if self.closed:
                 return
             self.closed = self.lost = True
-        keep_for_ever(self._socket)
-        keep_for_ever(self.context)
+        keep_for_ever(self._context)
         self._fail_all()
         self._on_end(self)
 
@@ -289,23 +316,32 @@ class Connection:
                 self._tear_down()
 
     def _attend(self) -> None:
-        # Not ZeroMQ's own poll, which reads from its descriptors before it returns: they may be others' then.
         poll = select.poll()
-        for fd in (self._socket.FD, self._lifeline.fileno(), self._waker.fileno()):
-            poll.register(fd, select.POLLIN)
+        for end in (self._lifeline, self._waker):
+            poll.register(end.fileno(), select.POLLIN)
         tidy_at = math.inf
         while not self.closed:
             tidy_at = self._tidy_if_due(tidy_at)
+            poll.register(self._control.fileno(), self._control.awaits)
             sockets.sleep(poll, None if tidy_at == math.inf else tidy_at - time.monotonic())
             if not self.usable:
                 return
             self._waker.clear()
+            self._hear()
             self._send_all()
-            while self._receive_one():  # all of them: the socket's descriptor tells of changes only
-                pass
             if self._lifeline.is_dead():
                 self._hear_last_words()
                 return
+            if self._control.gone:
+                poll.unregister(self._control.fileno())
+                self._come_again()
+
+    def _come_again(self) -> None:
+        """The supervisor had no descriptor left when we came; it sends away whoever it cannot let in."""
+        if self._lifeline.readable(_AWAY):
+            return
+        with contextlib.suppress(OSError, DeadlinePassed):  # it is gone; the lifeline tells
+            self._control.reconnect(Deadline(self.timeout))
 
     def _tidy_if_due(self, tidy_at: float) -> float:
         """When to look again; never, while there is nothing to tidy up."""
@@ -317,41 +353,39 @@ class Connection:
         return min(tidy_at, now + TIDY_EVERY) if self._armed else math.inf
 
     def _hear_last_words(self) -> None:
-        """Events and answers that were sent before the end, which ZeroMQ's own thread may still hold."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        while sockets.wait(poller, _LAST_WORDS):
-            self._receive_one()
+        """Events and answers that were sent before the end."""
+        poll = select.poll()
+        poll.register(self._control.fileno(), select.POLLIN)
+        while not self._control.gone and poll.poll(_LAST_WORDS * 1000):
+            self._hear()
 
     def _send_all(self) -> None:
-        while True:
+        while self._control.is_let_in:
             try:
-                data = self._outbox.get_nowait()
+                self._control.send(self._outbox.get_nowait())
             except queue.Empty:
                 return
-            self._socket.send(data)
 
-    def _receive_one(self) -> bool:
-        try:
-            message = m.to_client(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            return False
-        except ProtocolError:
-            return True
-        self._heard_at = time.monotonic()
+    def _hear(self) -> None:
+        for data in self._control.receive():
+            self._heard_at = time.monotonic()
+            with contextlib.suppress(ProtocolError):
+                self._take_in(m.to_client(data))
+
+    def _take_in(self, message: Any) -> None:
         if isinstance(message, m.Published):
             self._on_event(message.event)
         elif future := self._pending.get(message.ticket):
             future.set_result(message)
-        return True
 
     def _tear_down(self) -> None:
         self._lifeline.close()
-        self._socket.close()
+        self._control.close()
         self._fail_all()
         self._on_end(self)
         # Waits for lanes that are in use; their callers close them, because their workers are dead.
-        self.context.term()
+        if self._context is not None:
+            self._context.term()
 
     def _fail_all(self) -> None:
         for future in list(self._pending.values()):

@@ -28,13 +28,14 @@ _NONE: Final = -1
 _get = fcntl.fcntl
 
 
-class Watched:
-    """An open file that somebody else closes, such as a library."""
+class Descriptor:
+    """An open file, closed when nobody holds this any more."""
 
     __slots__ = ("__weakref__", "_identity", "_mark", "_numbers", "_pid")
 
     def __init__(self, fd: int) -> None:
-        """
+        """Takes over ``fd``.
+
         Raises:
             OSError: it is not open.
         """
@@ -43,6 +44,7 @@ class Watched:
         self._pid = os.getpid()
         self._mark = _marked(fd)
         self._numbers.append(fd)
+        self._living[id(self)] = weakref.ref(self)
 
     @property
     def number(self) -> int:
@@ -65,21 +67,6 @@ class Watched:
             return marked and _identity(number) == self._identity
         except OSError:
             return False
-
-
-class Descriptor(Watched):
-    """An open file, closed when nobody holds this any more."""
-
-    __slots__ = ()
-
-    def __init__(self, fd: int) -> None:
-        """Takes over ``fd``.
-
-        Raises:
-            OSError: it is not open.
-        """
-        super().__init__(fd)
-        self._living[id(self)] = weakref.ref(self)
 
     def duplicate(self) -> int | None:
         """Another descriptor of the same file, which the caller closes; None: the program closed this one.

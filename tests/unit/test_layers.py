@@ -82,7 +82,6 @@ ZMQ = {
     "transport.sockets",
     "transport.calls",
     "transport.lane",
-    "connection",  # owns the application's control socket, and polls
     "workers.loop",
 }
 
@@ -169,7 +168,7 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.router", "transport.sockets"}
+    assert users == {"transport.dealer", "transport.router", "transport.sockets"}
 
 
 @pytest.mark.parametrize(

@@ -87,20 +87,7 @@ class Channel:
             DeadlinePassed: the listener's queue stayed full.
             OSError: nobody listens at ``address``, or it cannot be reached.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            sock.setblocking(False)  # else connect() waits without a bound where the queue is full
-            while error := sock.connect_ex(f"\0{address}"):
-                if error != errno.EAGAIN:
-                    raise OSError(error, os.strerror(error))
-                deadline.check("a listener whose queue is full")
-                time.sleep(deadline.step(_FULL) or 0.0)
-            sock.setblocking(True)
-            _check_user(sock)
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
+        return cls(connected(socket.SOCK_SEQPACKET, address, deadline))
 
     def send(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
         """Sends one message with duplicates of ``fds``; false if the peer is gone, or the program closed this
@@ -199,6 +186,29 @@ class Channel:
         """May be called twice."""
         self._sock.detach()  # Python's object would close the number, whoever has it
         self._descriptor.close()
+
+
+def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
+    """A Unix socket that is connected to a listener of the same user.
+
+    Raises:
+        DeadlinePassed: the listener's queue stayed full.
+        OSError: nobody listens at ``address``, or it cannot be reached.
+    """
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sock.setblocking(False)  # else connect() waits without a bound where the queue is full
+        while error := sock.connect_ex(f"\0{address}"):
+            if error != errno.EAGAIN:
+                raise OSError(error, os.strerror(error))
+            deadline.check("a listener whose queue is full")
+            time.sleep(deadline.step(_FULL) or 0.0)
+        sock.setblocking(True)
+        _check_user(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _fds_of(level: int, kind: int, data: bytes) -> list[int]:
@@ -305,12 +315,13 @@ def context() -> Context:
     Raises:
         DescriptorsExhausted: this process may have too few more of them.
     """
-    _check_descriptors("A ZeroMQ context")
+    check_descriptors("A ZeroMQ context")
     return zmq.Context()
 
 
-def _check_descriptors(what: str) -> None:
-    """libzmq ends the process where it finds no descriptor: in ``epoll_create``, and in ``accept``."""
+def check_descriptors(what: str) -> None:
+    """Raises where there are too few: libzmq ends the process where it finds none, in ``epoll_create`` and in
+    ``accept``; a connection that lacks one half way says less of why."""
     if descriptors.free() < _ZMQ_NEEDS:
         raise descriptors.exhausted(what)
 
@@ -336,7 +347,7 @@ def pair_listener(ctx: Context, address: str) -> Socket:
     Raises:
         DescriptorsExhausted: this process may have too few more of them.
     """
-    _check_descriptors("A lane over ZeroMQ")
+    check_descriptors("A lane over ZeroMQ")
     sock = _socket(ctx, zmq.PAIR)
     sock.setsockopt(_IPC_FILTER_UID, os.getuid())
     sock.bind(f"ipc://@{address}")
