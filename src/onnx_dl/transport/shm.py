@@ -161,7 +161,7 @@ class Mapping:
         Raises:
             SharedMemoryError: the system has no memory for it.
         """
-        copy = _mapped(self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        copy = _mapped(self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE, -1)
         ctypes.memmove(copy, self.address, self.size)
         _libc.mremap(copy, self.size, self.size, _MREMAP_TO, self.address)
         self.is_private = True
