@@ -36,6 +36,7 @@ class LiveMemory:
         self.name = f"memory:{secrets.token_hex(16)}"
         self._owners = owners
         self._arrays = arrays
+        self._pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         self.places: list[int] = []
         self._size = 0
         for array in arrays:
@@ -45,15 +46,18 @@ class LiveMemory:
         self.refresh()
 
     def _begin(self) -> None:
-        """With a segment of this process: a forked child must not change what its parent's workers see."""
+        """With no segment: a forked child must not change what its parent's workers see."""
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._pairs = []
+        self._add()
+
+    def _add(self) -> None:
+        """Another segment.  Workers may have mapped the ones before, so these are kept up to date, too."""
         self._mapping = Mapping(shm.create(max(self._size, 1)), max(self._size, 1))
         whole = np.asarray(self._mapping)
-        self._pairs = [
-            (array, whole[place : place + array.nbytes])
-            for array, place in zip(self._arrays, self.places, strict=True)
-        ]
-        self._pid = os.getpid()
+        places = zip(self._arrays, self.places, strict=True)
+        self._pairs += [(array, whole[place : place + array.nbytes]) for array, place in places]
 
     def descriptor(self) -> int:
         """Of the segment; whoever asks closes it.
@@ -61,9 +65,9 @@ class LiveMemory:
         Raises:
             SharedMemoryError: the system has no memory for another one.
         """
-        fd = self._mapping.duplicate() if self._pid == os.getpid() else None
-        if fd is None:  # this is a forked child, or the program closed the descriptor
-            self._begin()
+        self.refresh()
+        if (fd := self._mapping.duplicate()) is None:  # the program closed the descriptor
+            self._add()
             self.refresh()
             fd = self._mapping.duplicate()
         assert fd is not None

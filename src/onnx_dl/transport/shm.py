@@ -107,8 +107,9 @@ class Mapping:
         return place
 
     def __del__(self) -> None:
-        # Its descriptor goes with it.  A weak reference may still lead here meanwhile (shed), or later.
-        if (address := self._place.pop(None, 0)) and address:
+        # Its descriptor goes with it.  A weak reference may still lead here (shed), which then maps nothing.
+        address, self._place[None] = self._place.get(None), 0
+        if address:
             _libc.munmap(address, self.size)
 
     def duplicate(self) -> int | None:
