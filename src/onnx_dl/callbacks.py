@@ -44,7 +44,7 @@ class Callbacks:
 
     def _hand_over(self, call: _Call) -> None:
         waiter = self._waiter
-        if waiter is None or waiter.ended:
+        if waiter is None or waiter.ended or not waiter.waker.is_ours():
             # Two threads may come here at once: then there are two of these, each with calls of its own.
             waiter = _Waiter(self._forget)
             waiter.coming.append(call)
@@ -73,7 +73,7 @@ class _Waiter:
 
     def _serve(self) -> None:
         waker = self.waker
-        selector = selectors.DefaultSelector()
+        selector = selectors.PollSelector()  # has no descriptor of its own, which a program might close
         selector.register(waker.fileno(), selectors.EVENT_READ)
         with selector:
             while self._take_in(selector):
@@ -84,7 +84,7 @@ class _Waiter:
                         continue
                     selector.unregister(key.fd)
                     calls.remove(key.data)
-                    key.data.tell(key.data.lane.receive())
+                    key.data.tell(key.data.lane.receive(0))
                 for call in [call for call in calls if call.look()]:
                     selector.unregister(call.lane.reply_fd or 0)
                     call.give_up()
@@ -104,7 +104,10 @@ class _Waiter:
         with contextlib.suppress(IndexError):
             while True:
                 call = self.coming.popleft()
-                selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
+                try:
+                    selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
+                except KeyError:  # the program closed the descriptor that had this number
+                    threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
 
 
 class _Call(NamedTuple):
@@ -140,7 +143,7 @@ class _Call(NamedTuple):
         self.callback.tell([], str(run_timeout(self.callback.deadline, "was told to end")))
 
     def wait(self) -> None:
-        """Over ZeroMQ, where there is no descriptor to wait for."""
+        """In a thread of its own, where there is no descriptor to wait for beside others."""
         while True:
             try:
                 reply = self.lane.receive(_until_next_look([self]))

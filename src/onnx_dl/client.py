@@ -26,6 +26,7 @@ from onnx_dl.errors import (
     LoadTimeout,
     ProtocolError,
     ProxyClosedError,
+    SupervisorDied,
     SupervisorTimeout,
     UnloadTimeout,
     WorkerDied,
@@ -108,11 +109,14 @@ class RemoteModel:
         renew: Callable[[RemoteModel, Connection, Deadline | None], None] | None = None,
         companions: Callable[[], Sequence[RemoteModel]] = tuple,
         spare: Callable[[], bool] = bool,
+        is_shared: bool = False,
     ) -> None:
         """``blobs``: the memory that it is loaded from; ``renew``: moves this to the next host when the
-        present one is gone, if there may be another; ``companions``: those that this application has in the
-        same group; ``spare``: closes idle lanes of all models, and tells whether there were any."""
+        present one is gone; ``companions``: those that this application has in the same group; ``spare``:
+        closes idle lanes of all models, and tells whether there were any; ``is_shared``: whether the host is,
+        so that callers need not know of its end."""
         self.connection = connection
+        self._is_shared = is_shared
         self._renew: Renew | None = None if renew is None else functools.partial(renew, self)
         self._companions = companions
         self._spare = spare
@@ -384,10 +388,11 @@ class RemoteModel:
         """
         opening = Deadline(connection.timeout, outer=deadline)
         try:
-            lane = ClientLane(connection.context, granted, opening, over_zmq=self._over_zmq, latency=latency)
+            context = connection.context if self._over_zmq else None
+            lane = ClientLane(context, granted, opening, over_zmq=self._over_zmq, latency=latency)
             lane.origin = connection
             return lane
-        except (ConnectionError, FileNotFoundError, ProtocolError):
+        except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 
     def put_lane(self, lane: ClientLane) -> None:
@@ -453,7 +458,7 @@ class RemoteModel:
         prepare = functools.partial(self._prepare, lease, for_host)
         try:
             return self._acquisition.ask(
-                lease, lambda: self.connection, prepare, self._renew, deadline, for_host=for_host
+                lease, lambda: self.connection, prepare, self._renewal(), deadline, for_host=for_host
             )
         except (DeadlinePassed, SupervisorTimeout):
             raise
@@ -461,6 +466,12 @@ class RemoteModel:
             if isinstance(error, LoadTimeout):
                 raise
             raise self._not_loaded(self._patience) from None
+
+    def _renewal(self) -> Renew | None:
+        """What moves this to the next host, unless its callers must hear that the present one has died: with
+        a connection whose descriptors the program closed, nothing has."""
+        lost = not self.connection.usable and self.connection.lost
+        return self._renew if self._is_shared or lost else None
 
     def _prepare(self, lease: Lease, for_host: bool) -> Make:
         companions = [model for model in self._companions() if model is not self]

@@ -183,7 +183,7 @@ class ModelHost:
     @property
     def _alive(self) -> Connection | None:
         connection = self._connection
-        return None if connection is None or connection.closed else connection
+        return connection if connection is not None and connection.usable else None
 
     def bring_up(self, this: _Start, deadline: Deadline) -> Connection:
         """In the thread of :class:`_Start`: a connection to a new supervisor."""
@@ -223,7 +223,7 @@ class ModelHost:
     def _present(self) -> Connection | None:
         """The live connection, after a restart to the next host if there is one by now.  Starts nothing."""
         connection = self._connection
-        if connection is None or not connection.closed:
+        if connection is None or connection.usable:
             return connection
         if self.name is None or not starting.runs(self.name):
             return None
@@ -325,7 +325,7 @@ class ModelHost:
                 with contextlib.suppress(SupervisorDied, TimeoutError):
                     connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=_FAREWELL)
             connection.close()
-        _bury(process, teller)
+        _bury(connection, process, teller)
         self._buffers.trim()
         teller.join(_FAREWELL)
         self._bus.close()
@@ -350,11 +350,11 @@ class ModelHost:
         if connection is not None:  # calls that waited may have started the next one
             starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
-    def _take(self) -> tuple[subprocess.Popen[bytes] | None, Teller]:
+    def _take(self) -> tuple[Connection | None, subprocess.Popen[bytes] | None, Teller]:
         """The last supervisor, which is dead, from whoever would bury it, too."""
         with self._lock:
             process, self._process = self._process, None
-            return process, self._teller
+            return self._connection, process, self._teller
 
     def __enter__(self) -> Self:
         return self
@@ -385,10 +385,16 @@ class ModelHost:
     def _made(
         self, connection: Connection, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]
     ) -> RemoteModel:
-        renew = None if self.name is None else functools.partial(self._renew, memory)
-        blobs = self._shared(connection, spec, memory)
-        together = functools.partial(self._members, spec.group)
-        return RemoteModel(connection, spec, self._settings, blobs, renew, together, self._spare_lanes)
+        return RemoteModel(
+            connection,
+            spec,
+            self._settings,
+            self._shared(connection, spec, memory),
+            functools.partial(self._renew, memory),
+            functools.partial(self._members, spec.group),
+            self._spare_lanes,
+            is_shared=self.name is not None,
+        )
 
     def _move(
         self, model: RemoteModel, connection: Connection, memory: Mapping[str, Callable[[], int]]
@@ -540,7 +546,7 @@ class ModelHost:
     def known_model(self, key: str) -> RemoteModel | None:
         """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""
         model = self._models.get(key)
-        return None if model is None or model.connection.closed else model
+        return model if model is not None and model.connection.usable else None
 
     # --- what happens -------------------------------------------------------------------------------------
 
@@ -606,8 +612,10 @@ def _on_event(
     teller.put(event)
 
 
-def _bury(process: subprocess.Popen[bytes] | None, teller: Teller) -> None:
-    """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+def _bury(connection: Connection | None, process: subprocess.Popen[bytes] | None, teller: Teller) -> None:
+    """Reaps the supervisor that this led to, which ends or is dead, and lets its listeners finish."""
+    if process is not None and connection is not None and connection.lost:
+        process.kill()  # it sees no end of its lifeline, on which an abandoned thread waits
     teller.end()
     _end(process)
 

@@ -321,7 +321,7 @@ class ModelProxy:
         if self._lease.closed:
             raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
         spec, model = self._spec, self._remote
-        if model is None or model.connection.closed or model.spec.key != spec.key:
+        if model is None or not model.connection.usable or model.spec.key != spec.key:
             self._check_installation()
             model = self._remote = self._host.model(spec, self._memory, deadline)
         return model

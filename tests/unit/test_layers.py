@@ -18,6 +18,7 @@ HEIGHT = {
     "files": 0,
     "forking": 1,
     "descriptors": 1,
+    "owned": 1,
     "surroundings": 2,
     "hosttables": 1,
     "smallfiles": 1,
@@ -83,7 +84,6 @@ ZMQ = {
     "transport.sockets",
     "transport.calls",
     "transport.lane",
-    "connection",  # owns the application's control socket, and polls
     "workers.loop",
 }
 
@@ -170,7 +170,7 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.router", "transport.sockets"}
+    assert users == {"transport.dealer", "transport.router", "transport.sockets"}
 
 
 @pytest.mark.parametrize(
