@@ -37,16 +37,19 @@ class Callbacks:
             threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
             return
         with self._lock:
+            waker = self._waker or self._started()
             self._coming.append(call)
-            if self._waker is None:
-                self._waker = Waker()
-                threading.Thread(
-                    target=self._serve, args=(self._waker,), name="onnx-dl-callbacks", daemon=True
-                ).start()
-            self._waker.wake()
+            waker.wake()
+
+    def _started(self) -> Waker:
+        """Begins to serve.  Called with the lock held."""
+        waker = Waker()
+        threading.Thread(target=self._serve, args=(waker,), name="onnx-dl-callbacks", daemon=True).start()
+        self._waker = waker
+        return waker
 
     def _serve(self, waker: Waker) -> None:
-        selector = selectors.DefaultSelector()
+        selector = selectors.PollSelector()  # takes no descriptor, of which there may be none left
         selector.register(waker.fileno(), selectors.EVENT_READ)
         with selector:
             while self._take_in(selector):
@@ -57,7 +60,7 @@ class Callbacks:
                         continue
                     selector.unregister(key.fd)
                     calls.remove(key.data)
-                    key.data.tell(key.data.lane.receive())
+                    key.data.hear()
                 for call in [call for call in calls if call.look()]:
                     selector.unregister(call.lane.reply_fd or 0)
                     call.give_up()
@@ -78,6 +81,16 @@ class _Call(NamedTuple):
     model: RemoteModel
     lane: ClientLane
     callback: Callback
+
+    def hear(self) -> None:
+        """A reply is there."""
+        try:
+            reply = self.lane.receive()
+        except Exception as error:  # other calls are still to hear of theirs
+            self.lane.close()
+            self.callback.tell([], str(error))
+        else:
+            self.tell(reply)
 
     def tell(self, reply: Any) -> None:
         """The callback hears of the reply.  How a worker ended may take a while to learn, and is asked in
@@ -139,7 +152,11 @@ class Callback:
         user_data: Any,
         run_options: Any,
         deadline: Deadline | None = None,
+        inputs: Any = None,
     ) -> None:
+        """``inputs``: are kept until the callback has ended, because the worker may read them where they lie
+        and the caller need not keep them, as with onnxruntime."""
+        self._inputs = inputs
         self._callback = callback
         self._user_data = user_data
         self._run_options = run_options
@@ -164,6 +181,8 @@ class Callback:
             self._callback(results, self._user_data, error)
         except Exception as failed:
             _report(failed)
+        finally:
+            self._inputs = None
 
 
 def _outcome(model: RemoteModel, lane: ClientLane, reply: Any, deadline: Deadline | None) -> tuple[Any, str]:
@@ -208,15 +227,15 @@ def call_back(
         lane, message = model.ask_with(lease, make, deadline)
         try:
             reply = lane.exchange(message, None if deadline is None else deadline.left())
+            if isinstance(reply, m.Started):
+                _callbacks.await_reply(model, lane, callback)
+                return
         except TimeoutError:
             lane.close()
             raise run_timeout(deadline, "was told to end") from None
         except BaseException:
             lane.close()
             raise
-        if isinstance(reply, m.Started):
-            _callbacks.await_reply(model, lane, callback)
-            return
         model.settle(lane, reply, deadline)
 
 

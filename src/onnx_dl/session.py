@@ -259,7 +259,7 @@ class InferenceSessionProxy(DescribedProxy):
                 self._model(deadline),
                 self._lease,
                 lambda lane: lane.call(names, feed, plain, background=True),
-                callbacks.Callback(callback, user_data, run_options, deadline),
+                callbacks.Callback(callback, user_data, run_options, deadline, feed),
             )
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None
