@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, ItemsView, Iterable, KeysView, Sequence, ValuesView
+from collections.abc import Callable, Iterable, Sequence
 from types import GeneratorType
 from typing import Any, Final
 
@@ -80,7 +80,8 @@ def names_of(output_names: Any) -> Any:
 
 
 _TEXT: Final = frozenset((str,))
-_AS_LISTS: Final = (GeneratorType, set, frozenset, map, zip, KeysView, ValuesView, ItemsView)
+_VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
+_AS_LISTS: Final = (GeneratorType, set, frozenset, map, zip, *_VIEWS)
 
 
 def are_names(names: list[Any]) -> bool:
