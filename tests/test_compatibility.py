@@ -316,7 +316,9 @@ options = onnxruntime.SessionOptions()
 options.use_per_session_threads = False
 session = InferenceSessionProxy(both.identity(), options, providers=both.CPU)
 session.load()
-print(psutil.Process(session.status().pid).num_threads())
+from onnx_dl import default_host
+(pid,) = (status.pid for status in default_host().snapshot().models)
+print(psutil.Process(pid).num_threads())
 """
     )
     one, three = (int(in_fresh_process(script.replace("SIZE", size))[0]) for size in "13")

@@ -96,7 +96,7 @@ class Equal:
         return other == "sum"
 
 
-class Text(str):
+class OfItsOwn(str):
     """Text all the same."""
 
 
@@ -149,7 +149,7 @@ def test_names_in_everything_that_is_a_list_to_onnxruntime(make: Make) -> None:
         {1: "a", 2: "b"}.values(),
         [b"a", "b"],
         [bytearray(b"a"), np.str_("b")],
-        [Text("a"), np.bytes_(b"b")],
+        [OfItsOwn("a"), np.bytes_(b"b")],
         collections.UserList("ab"),
         collections.UserDict(a=1, b=2),
         [*np.array(["a", "b"])],

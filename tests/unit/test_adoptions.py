@@ -5,10 +5,18 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import pytest
 
+from onnx_dl.transport import shm
 from onnx_dl.transport.adoptions import MOST
 from onnx_dl.transport.arena import Arena, Block, Nobody
 from tests.unit.builders import arena
+
+
+@pytest.fixture(autouse=True)
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks keep theirs."""
+    monkeypatch.setattr(shm, "KEPT_DESCRIPTORS", 2 * MOST)
 
 
 def blocks(count: int) -> tuple[Arena, list[Block]]:
@@ -38,8 +46,8 @@ def test_what_its_owner_lets_go_is_dropped_with_the_next_message():
     other.trim()
     gc.collect()
     mine.adoptions.next_message()
-    assert peer.get(numbers[0]) is None
-    assert peer.get(numbers[1]) is not None
+    assert peer.mappings.get(numbers[0]) is None
+    assert peer.mappings.get(numbers[1]) is not None
     assert mine.adoptions.nbytes == two.size
 
 
@@ -52,7 +60,7 @@ def test_what_is_gone_is_dropped_when_nothing_is_adopted_any_more():
     other.trim()
     for _ in range(100):
         mine.scratch(10)
-    assert peer.get(number) is None
+    assert peer.mappings.get(number) is None
 
 
 def test_the_one_that_was_named_longest_ago_makes_room():
@@ -65,9 +73,9 @@ def test_the_one_that_was_named_longest_ago_makes_room():
     mine.adoptions.next_message()
     assert mine.adopt(many[0]) == numbers[0]
     assert mine.adopt(many[MOST]) is not None
-    assert peer.get(numbers[0]) is not None
-    assert peer.get(numbers[1]) is None
-    assert len([number for number in numbers if peer.get(number)]) == MOST - 1
+    assert peer.mappings.get(numbers[0]) is not None
+    assert peer.mappings.get(numbers[1]) is None
+    assert len([number for number in numbers if peer.mappings.get(number)]) == MOST - 1
 
 
 def test_what_one_message_names_makes_no_room_for_more_of_it():
@@ -87,6 +95,6 @@ def test_memory_stays_readable_for_who_has_it():
     one.array("<f4", (4,), 0)[:] = 7
     number = mine.adopt(one)
     assert number is not None
-    mapped = peer.get(number)
+    mapped = peer.mappings.get(number)
     assert mapped is not None
     assert np.array_equal(mapped.array("<f4", (4,), 0), [7] * 4)
