@@ -19,7 +19,7 @@ import pytest
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, sockets
+from onnx_dl.transport import failures, mappings, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.lane import ClientLane
@@ -381,6 +381,44 @@ def test_a_call_that_was_never_made_is_not_made_again(stranger: Stranger, again:
     assert isinstance(stranger.hear(), m.Forgotten)
     stranger.say(m.encode(m.Touch()))
     assert isinstance(stranger.hear(), m.Result)
+
+
+def test_a_number_that_no_caller_gives_is_not_remembered(stranger: Stranger):
+    for number in (64, 1 << 40, -1):
+        stranger.say(m.encode(m.Call(outputs=m.Plain(None), feed=[], plan=number)))
+        assert isinstance(stranger.hear(), m.Result)
+        stranger.say(m.encode(m.Again(plan=number)))
+        assert isinstance(stranger.hear(), m.Forgotten)
+
+
+def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all(stranger: Stranger):
+    bad = m.encode(m.Call(outputs=m.Plain(None), feed=[("error", m.Plain([1]))], plan=1))
+    for number, kept in ((0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (0, [0])):
+        stranger.say(m.encode(m.Call(outputs=m.Plain([f"{number}"]), feed=[], plan=number)))
+        assert isinstance(stranger.hear(), m.Result)
+        for again in range(4):
+            stranger.say(m.encode(m.Again(plan=again)))
+            assert isinstance(stranger.hear(), m.Result if again in kept else m.Forgotten)
+    stranger.say(bad)
+    assert isinstance(stranger.hear(), m.CallFailed)
+    stranger.say(m.encode(m.Again(plan=1)))
+    assert isinstance(stranger.hear(), m.Forgotten), "a call that failed has changed nothing"
+
+
+def test_one_block_too_many_ends_the_lane(stranger: Stranger):
+    memfd = os.memfd_create("block")
+    os.truncate(memfd, 100)
+    number = 1
+    for _ in range(mappings.MOST // 50 + 1):
+        shared = [(number := number + 1, 10) for _ in range(50)]
+        stranger.say(
+            m.encode(m.Envelope(shared=shared, message=msgspec.Raw(m.encode(m.Touch())))), (memfd,) * 50
+        )
+        heard = stranger.hear()
+    os.close(memfd)
+    assert isinstance(heard, m.CallFailed)
+    stranger.say(m.encode(m.Touch()))
+    assert stranger.hear() is None
 
 
 def test_a_bell_without_a_packet_ends_the_lane(stranger: Stranger):

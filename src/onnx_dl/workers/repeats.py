@@ -20,7 +20,7 @@ import numpy as np
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block, align
 from onnx_dl.transport.forms import Form, in_one_place
-from onnx_dl.transport.plans import in_place
+from onnx_dl.transport.plans import MOST, in_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Backend, Rerun
 from onnx_dl.workers.halt import Halt
@@ -213,7 +213,12 @@ class Repeats:
         self._scratch: Block | None = None
 
     def remember(self, number: int, repeat: Repeat) -> None:
-        """Keeps a call whose result is sent, instead of the one that had this number; of all, if it is 0."""
+        """Keeps a call whose result is sent, instead of the one that had this number; of all, if it is 0.
+
+        One of a number that no caller of ours gives is not kept: there is a bound to what is.
+        """
+        if not 0 <= number < MOST:
+            return
         if not number:
             self._repeats.clear()
         self._repeats[number] = repeat
