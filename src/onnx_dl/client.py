@@ -81,7 +81,14 @@ class SharedBlob:
             number = connection.share_blob(name, fd)
         finally:
             os.close(fd)
-        weakref.finalize(self, connection.tell, m.DropBlob(number=number)).atexit = False
+        # The connection by a weak reference: it leads to listeners, and one of these may hold the model.
+        weakref.finalize(self, _drop, weakref.ref(connection), number).atexit = False
+
+
+def _drop(connection_ref: weakref.ref[Connection], number: int) -> None:
+    """Nobody loads a model from this memory any more."""
+    if (connection := connection_ref()) is not None:
+        connection.tell(m.DropBlob(number=number))
 
 
 class Kept:
