@@ -110,7 +110,7 @@ class Scheduler(Mending):
     def on_outdated(self, client: bytes, told: m.Outdated, now: float) -> list[Command]:
         """A file is not any more what a worker has read: this proxy goes to another, who used it stays."""
         model = self._by_worker.get(told.worker_id)
-        if model is not None and model.worker is not None:
+        if model is not None and model.worker is not None and model.worker.ready is not None:
             if not model.worker.outdated:
                 model.worker.outdated = True
                 self._emit(EventType.OUTDATED, model, model.worker, now, detail=told.path)

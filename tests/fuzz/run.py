@@ -1,0 +1,64 @@
+"""Feeds the decoders; whatever is wrong ends it with all that is needed to have it again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections import Counter
+
+import psutil
+
+from tests.fuzz import decoders
+
+SLOW = 2.0
+"""Seconds that one frame may take, on a busy machine."""
+
+
+class Fault(AssertionError):
+    """A decoder did what it must not."""
+
+
+def feed(frames: int, seed: int, only: str = "", report: Counter[str] | None = None) -> Counter[str]:
+    """So many frames, over all decoders.
+
+    Raises:
+        Fault: says which decoder, which frame and what came out.
+    """
+    rng = random.Random(seed)
+    counts: Counter[str] = Counter() if report is None else report
+    with contextlib.ExitStack() as stack:
+        targets = [target for target in decoders.all_of(rng, stack) if only in target.name]
+        weights = [target.share for target in targets]
+        before = _belongings()
+        for number in range(frames):
+            target = rng.choices(targets, weights)[0]
+            give(target, target.mutator.frame(), f"seed {seed}, frame {number}")
+            counts[target.name] += 1
+        after = _belongings()
+    if after != before:
+        raise Fault(f"left behind: {after} after {before}")
+    return counts
+
+
+def give(target: decoders.Target, data: bytes, which: str) -> None:
+    began = time.perf_counter()
+    try:
+        target.take(data)
+    except target.allowed:
+        pass
+    except Exception as error:
+        raise Fault(f"{target.name}: {which}: {type(error).__name__}: {error}\n{_shown(data)}") from error
+    took = time.perf_counter() - began
+    if took > SLOW:
+        raise Fault(f"{target.name}: {which}: took {took:.1f} s\n{_shown(data)}")
+
+
+def _shown(data: bytes) -> str:
+    return f"{data[:600]!r}" + (f" and {len(data) - 600} bytes" if len(data) > 600 else "")
+
+
+def _belongings() -> tuple[int, int]:
+    return psutil.Process(os.getpid()).num_fds(), threading.active_count()
