@@ -176,7 +176,7 @@ def _count(element_type: int, shape: list[int], raw: Any) -> int:
     """
     count = math.prod(shape)
     is_one = isinstance(raw, np.ndarray) and element_type != _STRING and min(shape, default=0) >= 0
-    if not (is_one and 0 < count <= 2 * raw.nbytes or count == raw.nbytes == 0):  # the smallest have 4 bits
+    if not (is_one and (0 < count <= 8 * raw.nbytes or count == raw.nbytes == 0)):  # of a bit each, at least
         raise ValueError(f"what came is no tensor of type {element_type} and shape {shape}")
     return count
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from onnx_dl import external, hostfile, signatures
-from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError
+from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.rendezvous import Place, Record
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
@@ -25,9 +25,11 @@ from onnx_dl.supervisor.scrapers import is_meant
 from onnx_dl.transport import failures, packing, shm, zmtp
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import HEADER, Block
+from onnx_dl.transport.handover import PACKET, Handover
+from onnx_dl.transport.sockets import Channel
 from onnx_dl.transport.tensors import Unpacker
 from onnx_dl.workers import cache
-from tests.fuzz import examples, mutation
+from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.slow import identity_model
 
@@ -52,6 +54,7 @@ def all_of(rng: random.Random, stack: contextlib.ExitStack) -> list[Target]:
         _values(rng, copy=True),
         _values(rng, copy=False),
         *_packed(rng),
+        *(_handover(rng, keep, stack) for keep in (False, True)),
         _zmtp(rng),
         *_files(rng, folder),
         _host_file(rng, folder),
@@ -102,7 +105,8 @@ def block(content: bytes = b"") -> Block:
 
 def _values(rng: random.Random, *, copy: bool) -> Target:
     """Values that name bytes in shared memory, as they come in calls and results."""
-    home = block(b"".join(struct.pack("=QQ", 16, 40) for _ in range(1)) + packing.encode(["a", 1, {"b": [2.5]}]))
+    some = packing.encode(["a", 1, {"b": [2.5]}])
+    home = block(struct.pack("=QQ", 16, len(some)) + some)
     home.payload[1024:1040] = struct.pack("=QQ", 1040, 5)
     home.payload[1040:1045] = packing.encode(["x", "y"])
     find = {7: home}.__getitem__
@@ -127,7 +131,7 @@ def _values(rng: random.Random, *, copy: bool) -> Target:
         m.Items("sequence", [m.Plain("seq(tensor(float))"), m.Items("list", [tensor])]),
         m.Items("maps", [m.Plain("seq(map(int64,tensor(float)))"), m.Plain([{1: 0.5}])]),
         m.Items("absent", []),
-        m.Items("coo", [m.Tensor("<i8", (2,), 7, 0), tensor, m.Tensor("<i8", (16,), 7, 0)]),
+        m.Items("coo", [m.Tensor("<i8", (2,), 7, 0), m.Tensor("<f4", (4,), 7, 64), m.Tensor("<i8", (4,), 7, 128)]),
     ]  # fmt: skip
 
     def take(data: bytes) -> None:
@@ -172,6 +176,39 @@ def _packed(rng: random.Random) -> list[Target]:
     ]
 
 
+def _handover(rng: random.Random, keep: bool, stack: contextlib.ExitStack) -> Target:
+    """A lane's socket, with descriptors of every kind beside what is said."""
+    read, union = (m.lane_reply, "lane_reply") if keep else (m.lane_request, "lane_request")
+    odd = stack.enter_context(contextlib.closing(descriptors.Odd()))
+    corpus = [
+        m.encode(m.Envelope(shared=shared, dropped=dropped, message=msgspec.Raw(inside)))
+        for inside in examples.frames(union, rng)
+        for shared, dropped in (([], []), ([(3, 4096)], []), ([(1, 0), (4, 65536)], [3, 9]))
+    ] + [m.encode(m.Envelope(shared=[(5, 4096)], letter=(5, 40))), m.encode(m.Envelope(letter=(3, 0)))]
+    ends: list[Any] = []
+    stack.callback(lambda: [each.close() for each in ends])
+
+    def renew() -> None:
+        while ends:
+            ends.pop().close()
+        ends.extend(Channel.pair())
+        ends.append(Handover(ends[1], read, keep_descriptors=keep))
+
+    def take(data: bytes) -> None:
+        if not ends or ends[2].is_broken or rng.random() < 0.02:
+            if ends:
+                ends.pop()
+            renew()
+        fds = [odd.some(rng) for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 5)))]
+        if not ends[0].post(data[:PACKET], fds):
+            return
+        ends[2].next()
+
+    stack.callback(lambda: ends and ends.pop())
+    allowed = (ProtocolError, SharedMemoryError)
+    return Target(f"handover, keep={keep}", mutation.msgpack(rng, corpus), take, allowed, 0.5)
+
+
 def _zmtp(rng: random.Random) -> Target:
     """A stream may come in pieces of any size: what is heard is the same."""
     hello = zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=b"0123456789abcdef")
@@ -211,7 +248,10 @@ def _zmtp(rng: random.Random) -> Target:
 
 
 def _files(rng: random.Random, folder: Path) -> list[Target]:
-    needs = {f"key{n}": Need(load=Peak(5 << 20), steady=Bytes(1 << 20), peak=Bytes(2 << 20), at=1e9) for n in range(3)}
+    needs = {
+        f"key{n}": Need(load=Peak(5 << 20), steady=Bytes(1 << 20), peak=Bytes(2 << 20), at=1e9)
+        for n in range(3)
+    }
     record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)
     place = Place("fuzz", folder=folder)
     kept = cache.Cache(folder / "cache", 1 << 30)
@@ -285,7 +325,9 @@ def _model_file(rng: random.Random, folder: Path) -> Target:
 
     tensor = b"\x08\x04\x10\x01\x42\x01w\x6a\x0f\x0a\x08location\x12\x03w.b\x70\x01"
     graph = b"\x2a" + bytes([len(tensor)]) + tensor
-    return Target("model file", Mutator(rng, [identity_model(), b"\x3a" + bytes([len(graph)]) + graph]), take, share=0.3)
+    return Target(
+        "model file", Mutator(rng, [identity_model(), b"\x3a" + bytes([len(graph)]) + graph]), take, share=0.3
+    )
 
 
 def _signature(data: bytes) -> None:

@@ -34,8 +34,13 @@ def example(kind: type[Any], rng: random.Random) -> Any:
 def failure(rng: random.Random) -> m.Failure:
     error = rng.choice(
         (
-            ValueError("no"), OSError(2, "no", "file"), KeyError("k"), UnicodeDecodeError("utf-8", b"x", 0, 1, "r"),
-            MemoryError(), StopIteration(3), ExceptionGroup("g", [ValueError(1)]),
+            ValueError("no"),
+            OSError(2, "no", "file"),
+            KeyError("k"),
+            UnicodeDecodeError("utf-8", b"x", 0, 1, "r"),
+            MemoryError(),
+            StopIteration(3),
+            ExceptionGroup("g", [ValueError(1)]),
         )  # fmt: skip
     )
     error.__cause__ = rng.choice((None, TypeError("why")))
@@ -61,7 +66,7 @@ def _made(info: Any, rng: random.Random, depth: int) -> Any:
         case inspect.IntType():
             return rng.choice((0, 1, 2, 3, 64, 65536))
         case inspect.FloatType():
-            return rng.choice((-1.0, 0.0, 2.5))
+            return rng.choice((0.0, 2.5))
         case inspect.StrType():
             return rng.choice(("a", "float32", "<f4", "list", "x.onnx"))
         case inspect.BytesType():

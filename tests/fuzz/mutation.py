@@ -9,11 +9,27 @@ from typing import Any, Final
 
 import msgspec
 
-NUMBERS: Final = (-(2**63), -1, 0, 1, 2, 7, 64, 4096, 65536, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
+NUMBERS: Final = (
+    -(2**63),
+    -1,
+    0,
+    1,
+    2,
+    7,
+    64,
+    4096,
+    65536,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+)
 _LEAVES: Final[tuple[Any, ...]] = (
     None, True, b"", b"\xff\0", "", "\0", "x" * 300, "é", 0.0, -1.5, float("nan"), float("inf"), [], {}, [[]], *NUMBERS,
 )  # fmt: skip
-_DEEP: Final = (50, 200, 2_000, 100_000)
+_DEEP: Final = (50, 50, 50, 200, 200, 200, 2_000, 2_000, 20_000)
 
 
 class Mutator:
@@ -129,7 +145,9 @@ class Mutator:
         if not data:
             return data
         changed = bytearray(data)
-        changed[self.rng.randrange(len(data))] = self.rng.choice((0, 0x7F, 0x80, 0xC1, 0xDD, 0xDF, 0xC6, 0xFF))
+        changed[self.rng.randrange(len(data))] = self.rng.choice(
+            (0, 0x7F, 0x80, 0xC1, 0xDD, 0xDF, 0xC6, 0xFF)
+        )
         return bytes(changed)
 
     def _cut(self, data: bytes) -> bytes:

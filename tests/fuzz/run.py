@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import threading
 import time
 from collections import Counter
-
-import psutil
 
 from tests.fuzz import decoders
 
@@ -21,23 +20,24 @@ class Fault(AssertionError):
     """A decoder did what it must not."""
 
 
-def feed(frames: int, seed: int, only: str = "", report: Counter[str] | None = None) -> Counter[str]:
+def feed(frames: int, seed: int, only: str = "") -> Counter[str]:
     """So many frames, over all decoders.
 
     Raises:
         Fault: says which decoder, which frame and what came out.
     """
     rng = random.Random(seed)
-    counts: Counter[str] = Counter() if report is None else report
+    counts: Counter[str] = Counter()
+    before = _belongings()
     with contextlib.ExitStack() as stack:
         targets = [target for target in decoders.all_of(rng, stack) if only in target.name]
         weights = [target.share for target in targets]
-        before = _belongings()
         for number in range(frames):
             target = rng.choices(targets, weights)[0]
             give(target, target.mutator.frame(), f"seed {seed}, frame {number}")
             counts[target.name] += 1
-        after = _belongings()
+    del targets
+    after = _belongings()
     if after != before:
         raise Fault(f"left behind: {after} after {before}")
     return counts
@@ -60,5 +60,10 @@ def _shown(data: bytes) -> str:
     return f"{data[:600]!r}" + (f" and {len(data) - 600} bytes" if len(data) > 600 else "")
 
 
-def _belongings() -> tuple[int, int]:
-    return psutil.Process(os.getpid()).num_fds(), threading.active_count()
+def _belongings() -> tuple[list[str], int]:
+    gc.collect()
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(found), threading.active_count()

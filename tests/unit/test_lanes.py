@@ -19,7 +19,7 @@ import pytest
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, sockets
+from onnx_dl.transport import failures, shm, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.lane import ClientLane
@@ -309,8 +309,7 @@ class Stranger:
         self.channel = Channel.connect(worker.address, Deadline(DEADLINE))
         self.eventfd = os.eventfd(0)
         self.pipe, workers_end = os.pipe()
-        memfd = os.memfd_create("page")
-        os.truncate(memfd, 64)
+        memfd = shm.create(64)
         hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)
         envelope = m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))
         self.channel.post(m.encode(envelope), (memfd, self.eventfd, workers_end))

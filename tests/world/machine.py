@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.world.workers import LOADS, MB, FakeWorker
 from tests.world.world import CLIENTS, LIMITS, MODELS, UNITS, World
@@ -154,7 +160,10 @@ class Machine(RuleBasedStateMachine):
         else:
             world.knows_gpus(None if name == "a" else nbytes * 20)
 
-    @rule(seconds=st.sampled_from((0.0, 0.004, 0.05, 0.3, 1.0, 10.0, 40.0, 200.0)), late=st.sampled_from((0.0, 0.002)))
+    @rule(
+        seconds=st.sampled_from((0.0, 0.004, 0.05, 0.3, 1.0, 10.0, 40.0, 200.0)),
+        late=st.sampled_from((0.0, 0.002)),
+    )
     def wait(self, seconds, late):
         self.world.pass_time(seconds, late)
 

@@ -94,7 +94,9 @@ class FakeWorker:
         )
         entry = "" if keys else self.spec.key * 8
         return msgspec.structs.replace(
-            ready(self.id), description=description, entry=entry if set(entry) <= set("abcdef") else "",
+            ready(self.id),
+            description=description,
+            entry=entry if set(entry) <= set("abcdef") else "",
             mapped=self.mapped,
         )
 

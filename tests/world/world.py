@@ -105,7 +105,9 @@ class World:
             case ForgetPeak(worker_id):
                 self.workers[worker_id].peak = self.workers[worker_id].nbytes
             case Remember(key, need):
-                self.known[key] = msgspec.convert(msgspec.to_builtins(need), Need)  # as it is written and read
+                self.known[key] = msgspec.convert(
+                    msgspec.to_builtins(need), Need
+                )  # as it is written and read
             case StartSaver():
                 assert self.saver is None, "two savers at once"
                 self.saver = "runs"

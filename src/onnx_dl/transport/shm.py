@@ -2,8 +2,9 @@
 
 A segment is a memfd.  It has no name, so nothing of it survives its last owner, however that ended, and the
 64 MB /dev/shm of a container does not bound it.  Its pages are allocated at once with ``posix_fallocate``:
-a system without memory says so here, instead of ending a process with SIGBUS at the first write.  How a
-descriptor reaches another process is :mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
+a system without memory says so here, instead of ending a process with SIGBUS at the first write.  For the
+same reason it is sealed against shrinking, and what is neither sealed nor allocated is not mapped: whoever
+made it could have the process that mapped it end.  How a descriptor reaches another process is :mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import threading
@@ -33,9 +35,11 @@ def create(size: int) -> int:
     Raises:
         SharedMemoryError: the system has not that much memory.
     """
-    fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC)
+    fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, size)
+        if size:
+            os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     except BaseException as error:  # Ctrl-C included, which comes when a call like this one ends
         os.close(fd)
         if not isinstance(error, OSError):
@@ -60,13 +64,13 @@ class Mapping:
         """Takes over ``fd``.  It is not mapped before somebody looks at it.
 
         Raises:
-            ValueError: it is smaller than ``size`` bytes.
+            ValueError: it is smaller than ``size`` bytes, or may become so.
+            OSError: it is no memfd.
         """
         self.fd: int | None = None
         self._address = 0
         self.size = size
-        if os.fstat(fd).st_size < size:
-            raise ValueError("the segment is smaller than announced")
+        _check(fd, size)
         self.fd = fd
 
     @property
@@ -131,6 +135,16 @@ class Mapping:
             os.close(fd)
 
 
+def _check(fd: int, size: int) -> None:
+    """A peer's word is not enough: pages that are not there, or go, end who touches them, and a segment of any
+    size costs who made it nothing before it is mapped."""
+    about = os.fstat(fd)
+    if about.st_size < size or about.st_blocks * 512 < size:
+        raise ValueError("the segment is smaller than announced")
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError("the segment may shrink")
+
+
 KEPT_DESCRIPTORS: Final = 64
 _mapping = threading.Lock()  # between a thread that looks at a segment and one that makes it shed
 
@@ -146,12 +160,11 @@ _with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
 
 def freeze(data: bytes) -> int:
     """A descriptor of shared memory that holds ``data``; the caller closes it."""
-    fd = create(max(len(data), 1))
+    fd = create(len(data))
     view = memoryview(data)
     offset = 0
     while offset < len(data):
         offset += os.pwrite(fd, view[offset:], offset)
-    os.ftruncate(fd, len(data))
     return fd
 
 
