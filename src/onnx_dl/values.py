@@ -168,8 +168,10 @@ def _dense(element_type: int, shape: list[int], raw: Any, device: str = "cpu", *
 
 
 def _count(element_type: int, shape: list[int], raw: Any) -> int:
-    """How many elements there are.  A peer's word is not enough: bytes that do not fill a tensor exactly would
-    be copied beyond it, or its memory asked for without a bound.
+    """How many elements there are.
+
+    A peer's word is not enough: bytes that do not fill a tensor exactly would be copied beyond it, or memory
+    would be asked for without a bound.
 
     Raises:
         ValueError: these bytes are no such tensor.

@@ -23,9 +23,17 @@ class Odd:
         read_only = os.open(f"/proc/self/fd/{sealed[1]}", os.O_RDONLY)
         self._good = sealed
         self._fds = [
-            *sealed, *sealed, *loose, read_only, *self._pipe, os.eventfd(0), os.open("/", os.O_RDONLY),
-            os.open(os.devnull, os.O_RDWR), os.open("/dev/zero", os.O_RDWR), os.open(__file__, os.O_RDONLY),
-        ]  # fmt: skip
+            *sealed,
+            *sealed,
+            *loose,
+            read_only,
+            *self._pipe,
+            os.eventfd(0),
+            os.open("/", os.O_RDONLY),
+            os.open(os.devnull, os.O_RDWR),
+            os.open("/dev/zero", os.O_RDWR),
+            os.open(__file__, os.O_RDONLY),
+        ]
 
     def some(self, rng: random.Random) -> int:
         return rng.choice(self._good if rng.random() < 0.6 else [*self._fds, self._pair[0].fileno()])

@@ -13,9 +13,15 @@ from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 
 UNIONS = {
-    "from_client": m.FromClient, "to_client": m.ToClient, "from_worker": m.FromWorker, "to_worker": m.ToWorker,
-    "on_lifeline": m.OnLifeline, "on_template": m.OnTemplate, "lane_request": m.LaneRequest, "lane_reply": m.LaneReply,
-}  # fmt: skip
+    "from_client": m.FromClient,
+    "to_client": m.ToClient,
+    "from_worker": m.FromWorker,
+    "to_worker": m.ToWorker,
+    "on_lifeline": m.OnLifeline,
+    "on_template": m.OnTemplate,
+    "lane_request": m.LaneRequest,
+    "lane_reply": m.LaneReply,
+}
 
 
 def frames(name: str, rng: random.Random) -> list[bytes]:
@@ -41,7 +47,7 @@ def failure(rng: random.Random) -> m.Failure:
             MemoryError(),
             StopIteration(3),
             ExceptionGroup("g", [ValueError(1)]),
-        )  # fmt: skip
+        )
     )
     error.__cause__ = rng.choice((None, TypeError("why")))
     return failures.describe(error, retry_after=1.0)

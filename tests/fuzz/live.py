@@ -38,7 +38,10 @@ _TURN = 50
 
 
 def feed(frames: int, seed: int, only: str = "") -> Counter[str]:
-    """So many frames, while a well-behaved client calls on.  ``only``: a part of the name of a kind of socket."""
+    """So many frames, while a well-behaved client calls on.
+
+    ``only``: a part of the name of a kind of socket.
+    """
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
     with _host() as (host, rogue), WellBehaved(host) as client:
@@ -48,12 +51,8 @@ def feed(frames: int, seed: int, only: str = "") -> Counter[str]:
         belongings = _belongings(supervisor, worker)
         while sum(counts.values()) < frames:
             name, say = rng.choice(sockets)
-            calls = client.calls
             counts[name] += say()
-            eventually(
-                lambda: client.calls > calls or client.wrong, f"a call while {name} is spoken to", 60.0
-            )
-            assert not client.wrong, f"seed {seed}, {name}: {client.wrong}"
+            client.goes_on(f"seed {seed}, {name}")
         rogue.close()
         assert rogue.processes() == (supervisor, worker), "somebody ended"
         eventually(
@@ -115,6 +114,12 @@ class WellBehaved:
         self._stop.set()
         self._thread.join(DEADLINE)
         self.proxy.close()
+
+    def goes_on(self, meanwhile: str) -> None:
+        """Another call comes back, and is right."""
+        calls = self.calls
+        eventually(lambda: self.calls > calls or self.wrong, f"a call; {meanwhile}", 60.0)
+        assert not self.wrong, f"{meanwhile}: {self.wrong}"
 
     def granted(self) -> m.Granted:
         """What it was told of its worker."""

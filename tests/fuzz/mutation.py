@@ -27,8 +27,23 @@ NUMBERS: Final = (
     2**64 - 1,
 )
 _LEAVES: Final[tuple[Any, ...]] = (
-    None, True, b"", b"\xff\0", "", "\0", "x" * 300, "é", 0.0, -1.5, float("nan"), float("inf"), [], {}, [[]], *NUMBERS,
-)  # fmt: skip
+    None,
+    True,
+    b"",
+    b"\xff\0",
+    "",
+    "\0",
+    "x" * 300,
+    "é",
+    0.0,
+    -1.5,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    *NUMBERS,
+)
 _DEEP: Final = (50, 50, 50, 200, 200, 200, 2_000, 2_000, 20_000)
 
 
@@ -47,9 +62,19 @@ class Mutator:
         self._encode, self._decode = encode, decode
         self._plain = [decode(data) for data in self.corpus] if decode else []
         self._ways = [
-            self._flip, self._flip, self._byte, self._cut, self._grow, self._repeat, self._remove, self._splice,
-            self._swap, self._number, self._nest, self._noise,
-        ]  # fmt: skip
+            self._flip,
+            self._flip,
+            self._byte,
+            self._cut,
+            self._grow,
+            self._repeat,
+            self._remove,
+            self._splice,
+            self._swap,
+            self._number,
+            self._nest,
+            self._noise,
+        ]
 
     def frame(self) -> bytes:
         """The next one: mostly damaged, sometimes whole."""

@@ -26,9 +26,17 @@ def feed(frames: int, seed: int, only: str = "") -> Counter[str]:
     Raises:
         Fault: says which decoder, which frame and what came out.
     """
+    before = _belongings()
+    counts = _fed(frames, seed, only)  # in a frame of its own, which keeps no target
+    after = _belongings()
+    if after != before:
+        raise Fault(f"left behind: {after} after {before}")
+    return counts
+
+
+def _fed(frames: int, seed: int, only: str) -> Counter[str]:
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
-    before = _belongings()
     with contextlib.ExitStack() as stack:
         targets = [target for target in decoders.all_of(rng, stack) if only in target.name]
         weights = [target.share for target in targets]
@@ -36,10 +44,6 @@ def feed(frames: int, seed: int, only: str = "") -> Counter[str]:
             target = rng.choices(targets, weights)[0]
             give(target, target.mutator.frame(), f"seed {seed}, frame {number}")
             counts[target.name] += 1
-    del targets
-    after = _belongings()
-    if after != before:
-        raise Fault(f"left behind: {after} after {before}")
     return counts
 
 

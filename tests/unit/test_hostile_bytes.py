@@ -124,7 +124,7 @@ ALLOWED = {"launch.py": {"exec", "compile", "runpy"}}
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
-    """A proxy may be pickled, by others: it says how it is made again (``__reduce__``), and unpickles nothing."""
+    """A proxy may be pickled, by others: it says how it is made again, and unpickles nothing."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.world.machine import Machine, walk
 
 TRANSITIONS = 10_000
 
 
+@pytest.mark.slow
 def test_whatever_happens_in_whatever_order() -> None:
     walk(TRANSITIONS)
     assert Machine.done > TRANSITIONS // 2

@@ -115,7 +115,7 @@ def check_promise(s: Scheduler, now: float) -> None:
 
 
 def check_time(s: Scheduler, now: float) -> None:
-    """All that was due was done just now: nothing is due any more, and what waits has a time at which it ends."""
+    """All that was due was done just now: nothing is due, and what waits has a time at which it ends."""
     at = s.next_deadline()
     assert at is None or at > now, f"a timer of {at} is due for ever, it is {now}"
     if s._wishes:

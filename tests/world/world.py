@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from onnx_dl.model import ModelSpec
+from onnx_dl.model import ModelSpec, Usage
 from onnx_dl.supervisor.commands import (
     Command,
     Emit,
@@ -30,7 +30,6 @@ from onnx_dl.supervisor.records import HOST, Terms
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
-from onnx_dl.model import Usage
 from tests.unit.builders import SETTINGS, ready, spec
 from tests.world import truth
 from tests.world.workers import FakeWorker

@@ -129,8 +129,10 @@ class WorkerBell(_Waiter):
             os.write(self._pipe, _BYTES[number])
 
     def hang_up(self) -> None:
-        """For another thread that knows that the caller is gone.  It does not wait: where there is no room, the
-        number that will be read is as large."""
+        """For another thread that knows that the caller is gone.
+
+        It does not wait: where there is no room for the number, the one that will be read is as large.
+        """
         os.set_blocking(self._eventfd, False)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._eventfd, _GONE)

@@ -4,7 +4,8 @@ A segment is a memfd.  It has no name, so nothing of it survives its last owner,
 64 MB /dev/shm of a container does not bound it.  Its pages are allocated at once with ``posix_fallocate``:
 a system without memory says so here, instead of ending a process with SIGBUS at the first write.  For the
 same reason it is sealed against shrinking, and what is neither sealed nor allocated is not mapped: whoever
-made it could have the process that mapped it end.  How a descriptor reaches another process is :mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
+made it could have the process that mapped it end.  How a descriptor reaches another process is
+:mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ class Mapping:
 
 
 def _check(fd: int, size: int) -> None:
-    """A peer's word is not enough: pages that are not there, or go, end who touches them, and a segment of any
-    size costs who made it nothing before it is mapped."""
+    """A peer's word is not enough: a page that is gone ends who touches it, and a segment of any
+    size costs its maker nothing until somebody maps it."""
     about = os.fstat(fd)
     if about.st_size < size or about.st_blocks * 512 < size:
         raise ValueError("the segment is smaller than announced")
