@@ -338,6 +338,30 @@ class Stranger:
         os.close(self.pipe)
 
 
+@pytest.mark.parametrize("odd", ["/dev/zero", "/dev/null", "pipe", "swapped", "read end"])
+def test_a_bell_of_other_descriptors_opens_no_lane(worker: Worker, odd: str):
+    worker.accept()
+    with contextlib.ExitStack() as stack:
+        eventfd, (read_end, write_end), page = os.eventfd(0), os.pipe(), shm.create(64)
+        fds = [eventfd, read_end, write_end, page]
+        if odd.startswith("/"):
+            fds.append(os.open(odd, os.O_RDWR))
+        for fd in fds:
+            stack.callback(os.close, fd)
+        bell = {
+            "pipe": (read_end, write_end),
+            "swapped": (write_end, eventfd),
+            "read end": (eventfd, read_end),
+        }.get(odd, (fds[-1], write_end))
+        channel = Channel.connect(worker.address, Deadline(DEADLINE))
+        stack.callback(channel.close)
+        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)
+        channel.post(
+            m.encode(m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))), (page, *bell)
+        )
+        assert channel.receive(DEADLINE) is None
+
+
 @pytest.fixture
 def stranger(worker: Worker) -> Iterator[Stranger]:
     made = Stranger(worker)
