@@ -9,7 +9,10 @@ import ast
 import contextlib
 import os
 import random
+import time
+import types
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +23,7 @@ from onnx_dl.errors import ProtocolError, RemoteError, SharedMemoryError
 from onnx_dl.transport import failures, shm
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import HEADER, Block
+from onnx_dl.transport.worker_lane import WorkerLane
 from tests.fuzz import decoders, run
 
 SOURCES = sorted((Path(__file__).parents[2] / "src" / "onnx_dl").rglob("*.py"))
@@ -112,6 +116,13 @@ def test_numbers_that_no_time_or_size_can_be(field: str, number: float) -> None:
     }
     with pytest.raises(ProtocolError):
         m.from_client(msgspec.msgpack.encode(message | {field: number}))
+
+
+def test_a_use_in_the_future_is_now() -> None:
+    """The word is the peer's; a number beyond 64 bits, after rounding, ended the worker."""
+    mappings = types.SimpleNamespace(clock=lambda: 2**64 - 1)
+    lane: Any = types.SimpleNamespace(_handover=types.SimpleNamespace(mappings=mappings))
+    assert WorkerLane.last_touch(lane) <= time.monotonic()
 
 
 # --- nothing that came is run -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,5 +192,8 @@ class WorkerLane(Lane):
         return self._handover.mappings.get(block) is not None
 
     def last_touch(self) -> float:
-        """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""
-        return self._handover.mappings.clock() / 1e9
+        """When the caller last left the time of a use, in monotonic seconds; 0.0 if never.
+
+        A caller may have written anything there; a time that is still to come is now.
+        """
+        return min(self._handover.mappings.clock() / 1e9, time.monotonic())
