@@ -30,6 +30,7 @@ SOURCES = sorted((Path(__file__).parents[2] / "src" / "onnx_dl").rglob("*.py"))
 FRAMES = 12_000
 
 
+@pytest.mark.slow
 def test_damaged_frames_of_every_kind() -> None:
     run.feed(FRAMES, seed=12)
 
