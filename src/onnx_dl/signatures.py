@@ -48,7 +48,7 @@ def parse(signature: str) -> tuple[TensorSpec, ...] | None:
     bf16 is one, without the quotes that JSON asks for)."""
     try:
         return tuple(_spec(item) for item in json.loads(signature))
-    except (AttributeError, LookupError, TypeError, ValueError):
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None
 
 

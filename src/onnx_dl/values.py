@@ -154,15 +154,33 @@ def put_together(kind: str, items: list[Any], *, copy: bool) -> Any:
 def _dense(element_type: int, shape: list[int], raw: Any, device: str = "cpu", *, copy: bool = True) -> Any:
     onnxruntime = importlib.import_module("onnxruntime")
     native = importlib.import_module(_C).OrtValue
-    count = math.prod(shape)
+    count = _count(element_type, shape, raw)
     if not copy and device == "cpu" and raw.nbytes and raw.nbytes % count == 0:
         words = raw.view(f"u{raw.nbytes // count}").reshape(shape)
         return native.ortvalue_from_numpy_with_onnx_type(words, element_type)
     made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)
+    if made._get_c_value().tensor_size_in_bytes() != raw.nbytes:
+        raise ValueError(f"{raw.nbytes} bytes are no tensor of type {element_type} and shape {shape}")
     ctypes.memmove(made.data_ptr(), raw.ctypes.data, raw.nbytes)
     if device != "cpu":
         made = onnxruntime.OrtValue.ortvalue_from_numpy(made.numpy(), device)
     return made._get_c_value()
+
+
+def _count(element_type: int, shape: list[int], raw: Any) -> int:
+    """How many elements there are.
+
+    A peer's word is not enough: bytes that do not fill a tensor exactly would be copied beyond it, or memory
+    would be asked for without a bound.
+
+    Raises:
+        ValueError: these bytes are no such tensor.
+    """
+    count = math.prod(shape)
+    is_one = isinstance(raw, np.ndarray) and element_type != _STRING and min(shape, default=0) >= 0
+    if not (is_one and (0 < count <= 8 * raw.nbytes or count == raw.nbytes == 0)):  # of a bit each, at least
+        raise ValueError(f"what came is no tensor of type {element_type} and shape {shape}")
+    return count
 
 
 def _wrapped(value: Any) -> Any:

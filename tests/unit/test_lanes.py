@@ -19,7 +19,7 @@ import pytest
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, mappings, sockets
+from onnx_dl.transport import failures, mappings, shm, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.lane import ClientLane
@@ -310,8 +310,7 @@ class Stranger:
         self.channel = Channel.connect(worker.address, Deadline(DEADLINE))
         self.eventfd = os.eventfd(0)
         self.pipe, workers_end = os.pipe()
-        memfd = os.memfd_create("page")
-        os.truncate(memfd, 64)
+        memfd = shm.create(64)
         hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)
         envelope = m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))
         self.channel.post(m.encode(envelope), (memfd, self.eventfd, workers_end))
@@ -338,6 +337,30 @@ class Stranger:
         self.channel.close()
         os.close(self.eventfd)
         os.close(self.pipe)
+
+
+@pytest.mark.parametrize("odd", ["/dev/zero", "/dev/null", "pipe", "swapped", "read end"])
+def test_a_bell_of_other_descriptors_opens_no_lane(worker: Worker, odd: str):
+    worker.accept()
+    with contextlib.ExitStack() as stack:
+        eventfd, (read_end, write_end), page = os.eventfd(0), os.pipe(), shm.create(64)
+        fds = [eventfd, read_end, write_end, page]
+        if odd.startswith("/"):
+            fds.append(os.open(odd, os.O_RDWR))
+        for fd in fds:
+            stack.callback(os.close, fd)
+        bell = {
+            "pipe": (read_end, write_end),
+            "swapped": (write_end, eventfd),
+            "read end": (eventfd, read_end),
+        }.get(odd, (fds[-1], write_end))
+        channel = Channel.connect(worker.address, Deadline(DEADLINE))
+        stack.callback(channel.close)
+        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)
+        channel.post(
+            m.encode(m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))), (page, *bell)
+        )
+        assert channel.receive(DEADLINE) is None
 
 
 @pytest.fixture

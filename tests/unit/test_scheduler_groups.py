@@ -168,3 +168,29 @@ def test_a_group_needs_gpu_memory_if_any_of_its_models_does(rig):
     )
     begun(rig, s.on_acquire(A, wanted, 0.0))
     assert s.in_use(0.0).gpu == (300 + 150) << 20
+
+
+# --- what the host's file has ----------------------------------------------------------------------------
+
+
+def test_an_eager_member_that_the_file_loses_while_it_loads_holds_nothing(rig):
+    s, kept = rig.scheduler, Terms(-1.0, False, 0)
+    s.on_acquire(A, ask(1, "b"), 0.0)
+    s.on_configured(SETTINGS, {"a": kept}, {"group:g": [member("a")]}, 0.1)
+    s.on_acquire(HOST, msgspec.structs.replace(ask(0, "a", proxy=0), for_host=True), 0.1)
+    s.on_configured(SETTINGS, {"b": kept}, {"group:g": [member("b")]}, 0.2)
+    s.on_client_gone(A, 0.3)
+    s.on_configured(SETTINGS, {}, {}, 0.4)
+    assert starts(s.on_exited(1, 9, "", 0.5)) == []
+    assert s.snapshot(0.5) == [] and not s.holds_any
+
+
+def test_the_host_lets_go_of_a_member_that_its_file_named_after_the_load(rig):
+    s, kept = rig.scheduler, Terms(-1.0, False, 0)
+    begun(rig, s.on_acquire(A, ask(1, "b"), 0.0))
+    s.on_ready(loaded("b"), USAGE, 0.1)
+    s.on_configured(SETTINGS, {"b": kept}, {"group:g": [member("b")]}, 0.2)
+    s.on_client_gone(A, 0.3)
+    assert s.holds_any
+    s.on_configured(SETTINGS, {}, {}, 0.4)
+    assert not s.holds_any

@@ -128,6 +128,7 @@ class Admission(Measuring):
             self._refuse_room(model, wish, plan, now)
             return False
         if not is_first:
+            wish.first_since = None  # a load that is made once more goes before those that were first
             return True
         answer, evicted = self._decide(wish, plan, now)
         if answer is Answer.LOAD:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from onnx_dl.config import KEEP
@@ -134,11 +134,14 @@ class Model:
         if client != HOST:
             self.named[client] = {spec.key: spec for spec in (ask.spec, *ask.companions)}
 
-    def part(self, keys: Iterable[str]) -> None:
-        """The host has none of these models in this group any more."""
+    def follow(self, lost: Container[str], others: Iterable[ModelSpec]) -> None:
+        """The host's file has changed: of this group, the host has none of the models any more that it lost,
+        and, of ``others`` that the file names, those that are in the group already."""
         hosts = self.named.get(HOST, {})
-        for key in keys:
-            hosts.pop(key, None)
+        found = {spec.key: spec for spec in others if spec.key in self.members}
+        hosts = {key: spec for key, spec in hosts.items() if key not in lost} | found
+        if hosts or HOST in self.named:
+            self.named[HOST] = hosts
 
     @property
     def members(self) -> dict[str, ModelSpec]:

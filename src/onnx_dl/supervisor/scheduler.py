@@ -110,7 +110,7 @@ class Scheduler(Mending):
     def on_outdated(self, client: bytes, told: m.Outdated, now: float) -> list[Command]:
         """A file is not any more what a worker has read: this proxy goes to another, who used it stays."""
         model = self._by_worker.get(told.worker_id)
-        if model is not None and model.worker is not None:
+        if model is not None and model.worker is not None and model.worker.ready is not None:
             if not model.worker.outdated:
                 model.worker.outdated = True
                 self._emit(EventType.OUTDATED, model, model.worker, now, detail=told.path)
@@ -173,16 +173,18 @@ class Scheduler(Mending):
         self._settings = settings
         self._limit_to(settings)
         for model in list(self._models.values()):
-            had, own = model.own_terms(before), model.own_terms(terms)
-            model.part(before.keys() - terms.keys())
+            had, count = model.own_terms(before), len(model.waiters)
+            # Of a group, the file may have lost one model and gained another: each has its own wish.
+            model.waiters = [w for w in model.waiters if w[0] != HOST or w[1].spec.key in terms]
+            model.follow(before.keys() - terms.keys(), grouped.get(model.key, ()))
+            own, parted = model.own_terms(terms), len(model.waiters) < count
             if own is not None and model.leases:
                 model.grant(_HOSTS_OWN, *own)
                 self._retime(model)
             elif own is None and had is not None:
-                waiting = [waiter for waiter in model.waiters if waiter[0] == HOST]
-                model.waiters = [waiter for waiter in model.waiters if waiter[0] != HOST]
-                if model.let_go(_HOSTS_OWN) or waiting:
-                    self._after_release(model, "request", now)
+                parted = model.let_go(_HOSTS_OWN) or parted
+            if parted:
+                self._after_release(model, "request", now)
         self._admit(now)
         self._look_at = now
         return self._done()

@@ -127,8 +127,13 @@ class WorkerBell(_Waiter):
         return True
 
     def hang_up(self) -> None:
-        """For another thread that knows that the caller is gone."""
-        os.eventfd_write(self._eventfd, _GONE)
+        """For another thread that knows that the caller is gone.
+
+        It does not wait: where there is no room for the number, the one that will be read is as large.
+        """
+        os.set_blocking(self._eventfd, False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._eventfd, _GONE)
 
     def _read(self) -> int | None:
         number = os.eventfd_read(self._eventfd)

@@ -44,10 +44,18 @@ def rebuild(failure: Failure) -> Exception:
     error = _instance(failure)
     for name, value in failure.details.items():
         if name == "cause":
-            error.__cause__ = rebuild(msgspec.convert(value, Failure))
+            error.__cause__ = _cause(value)
         elif not hasattr(type(error), name):  # a peer adds attributes, it does not replace what a class has
             setattr(error, name, value)
     return error
+
+
+def _cause(value: Any) -> Exception:
+    """What a peer says was the reason, which may be anything."""
+    try:
+        return rebuild(msgspec.convert(value, Failure))
+    except (msgspec.ValidationError, RecursionError) as error:
+        return RemoteError(f"The reason came as what is no failure: {error}", type_name="", traceback="")
 
 
 def _instance(failure: Failure) -> Exception:
@@ -67,7 +75,7 @@ def _instance(failure: Failure) -> Exception:
 def _call(cls: type[Exception], failure: Failure) -> Exception:
     try:
         return cls(*failure.args)
-    except (TypeError, ValueError):  # UnicodeDecodeError and its like refuse other arguments than their own
+    except Exception:  # UnicodeDecodeError and its like refuse other arguments than their own
         return _remote(failure)
 
 

@@ -7,15 +7,23 @@ not fit raises :class:`~onnx_dl.errors.ProtocolError`.  Sockets are not known he
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
 
 PROTOCOL_VERSION = 5
+
+Count = Annotated[int, Meta(ge=0)]
+"""Bytes.  What is less than none would make room that there is not."""
+Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+Ttl = Annotated[float, Meta(ge=-1, le=sys.float_info.max)]
+"""Seconds, or -1; neither infinite nor no number, with which no time can be compared."""
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -133,8 +141,8 @@ class Acquire(Message):
     ticket: int
     proxy: int
     spec: ModelSpec
-    ttl: float
-    file_bytes: int = 0
+    ttl: Ttl
+    file_bytes: Count = 0
     """Of the model's files; the first guess at what it needs."""
     pin: bool = False
     priority: int = 0
@@ -208,7 +216,7 @@ class Named(Message):
 
     ticket: int
     spec: ModelSpec
-    ttl: float
+    ttl: Ttl
     pin: bool
     priority: int
 
@@ -217,7 +225,7 @@ class SetTtl(Message):
     """The proxy's TTL from now on."""
 
     proxy: int
-    ttl: float
+    ttl: Ttl
 
 
 class Unload(Message):
@@ -306,7 +314,7 @@ class Load(Message):
     more; where it is not there, the worker says so (``WorkerFailed.unsaved``)."""
 
     spec: ModelSpec
-    ttl: float
+    ttl: Ttl
     warmups: dict[str, dict[str, Warmup]] = {}
     mapped: bool = False
 
@@ -322,7 +330,7 @@ class WorkerReady(Message):
     address: str
     secret: str
     description: ModelDescription
-    seconds: float
+    seconds: Seconds
     entry: str = ""
     mapped: bool = False
 
@@ -336,7 +344,7 @@ class Saveable(Message):
 
     worker_id: int
     key: str
-    nbytes: int
+    nbytes: Count
     blob: str | None
     order: str
 
@@ -353,7 +361,7 @@ class WorkerFailed(Message):
 class Retime(Message):
     """The TTL in force from now on, in seconds.  ``used``: it counts from now, if there was no use so far."""
 
-    ttl: float
+    ttl: Ttl
     used: bool = False
 
 

@@ -2,8 +2,10 @@
 
 A segment is a memfd.  It has no name, so nothing of it survives its last owner, however that ended, and the
 64 MB /dev/shm of a container does not bound it.  Its pages are allocated at once with ``posix_fallocate``:
-a system without memory says so here, instead of ending a process with SIGBUS at the first write.  How a
-descriptor reaches another process is :mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
+a system without memory says so here, instead of ending a process with SIGBUS at the first write.  For the
+same reason it is sealed against shrinking, and what is neither sealed nor allocated is not mapped: whoever
+made it could have the process that mapped it end.  How a descriptor reaches another process is
+:mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import weakref
@@ -38,9 +41,11 @@ def create(size: int) -> int:
     Raises:
         SharedMemoryError: the system has not that much memory.
     """
-    fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC)
+    fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, size)
+        if size:
+            os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     except BaseException as error:  # Ctrl-C included, which comes when a call like this one ends
         os.close(fd)
         if not isinstance(error, OSError):
@@ -65,14 +70,14 @@ class Mapping:
         """Takes over ``fd``.  It is not mapped before somebody looks at it.
 
         Raises:
-            ValueError: it is smaller than ``size`` bytes.
+            ValueError: it is smaller than ``size`` bytes, or may become so.
+            OSError: it is no memfd.
         """
         self._place: dict[None, int] = {}  # empty: not mapped.  Each change is one step
         self.size = size
         self.is_private = False
         """Whether it is this process's own: what is written here is seen here only."""
-        if os.fstat(fd).st_size < size:
-            raise ValueError("the segment is smaller than announced")
+        _check(fd, size)
         self._descriptor = Descriptor(fd)
 
     @property
@@ -176,18 +181,27 @@ def _mapped(size: int, flags: int, fd: int, address: int | None = None) -> int:
     return found
 
 
+def _check(fd: int, size: int) -> None:
+    """A peer's word is not enough: a page that is gone ends who touches it, and a segment of any
+    size costs its maker nothing until somebody maps it."""
+    about = os.fstat(fd)
+    if about.st_size < size or about.st_blocks * 512 < size:
+        raise ValueError("the segment is smaller than announced")
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError("the segment may shrink")
+
+
 KEPT_DESCRIPTORS: Final = 64
 _with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
 
 
 def freeze(data: bytes) -> int:
     """A descriptor of shared memory that holds ``data``; the caller closes it."""
-    fd = create(max(len(data), 1))
+    fd = create(len(data))
     view = memoryview(data)
     offset = 0
     while offset < len(data):
         offset += os.pwrite(fd, view[offset:], offset)
-    os.ftruncate(fd, len(data))
     return fd
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import stat
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,15 +25,25 @@ from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 
-def _checked(hello: Any, secret: str, fds: int) -> m.LaneHello:
+def _checked(hello: Any, secret: str, fds: list[int]) -> m.LaneHello:
     """The greeting of a caller who may open a lane."""
     if not (isinstance(hello, m.LaneHello) and same_secret(hello.secret, secret)):
         raise ProtocolError("Somebody without the secret tried to open a lane.")
     if hello.version != m.PROTOCOL_VERSION:
         raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
-    if fds != (2 if hello.reply_to is None else 0):
-        raise ProtocolError(f"A caller came with {fds} descriptors.")
+    if len(fds) != (2 if hello.reply_to is None else 0):
+        raise ProtocolError(f"A caller came with {len(fds)} descriptors.")
+    if fds and not _are_bell(*fds):
+        raise ProtocolError("A caller came with descriptors of other kinds than a bell's.")
     return hello
+
+
+def _are_bell(eventfd: int, pipe: int) -> bool:
+    """Others could always be readable, or never, so that a thread waits in vain or without a pause; and what
+    cannot be written to would end the worker's main thread."""
+    is_eventfd = os.readlink(f"/proc/self/fd/{eventfd}") == "anon_inode:[eventfd]"
+    is_pipe = stat.S_ISFIFO(os.fstat(pipe).st_mode)
+    return is_eventfd and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
 
 
 def _packed(packer: Packer, value: Any) -> m.Value:
@@ -52,7 +66,7 @@ class WorkerLane(Lane):
         handover = Handover(channel, m.lane_request, keep_descriptors=False, most=mappings.MOST)
         greeting, fds = handover.greeting(timeout)
         try:
-            hello = _checked(greeting, secret, len(fds))
+            hello = _checked(greeting, secret, fds)
             page = handover.mappings.page
             if page is None:
                 raise ProtocolError("A caller came without its page.")
@@ -199,5 +213,8 @@ class WorkerLane(Lane):
         return self._handover.mappings.get(block) is not None
 
     def last_touch(self) -> float:
-        """When the caller last left the time of a use, in monotonic seconds; 0.0 if never."""
-        return self._handover.mappings.clock() / 1e9
+        """When the caller last left the time of a use, in monotonic seconds; 0.0 if never.
+
+        A caller may have written anything there; a time that is still to come is now.
+        """
+        return min(self._handover.mappings.clock() / 1e9, time.monotonic())

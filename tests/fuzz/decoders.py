@@ -1,0 +1,355 @@
+"""Each decoder: what valid input looks like, and what may come out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from onnx_dl import external, hostfile, signatures
+from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
+from onnx_dl.rendezvous import Place, Record
+from onnx_dl.supervisor import store
+from onnx_dl.supervisor.needs import Bytes, Need, Peak
+from onnx_dl.supervisor.scrapers import is_meant
+from onnx_dl.transport import failures, packing, shm, zmtp
+from onnx_dl.transport import messages as m
+from onnx_dl.transport.arena import HEADER, Block
+from onnx_dl.transport.handover import PACKET, Handover
+from onnx_dl.transport.sockets import Channel
+from onnx_dl.transport.tensors import Unpacker
+from onnx_dl.workers import cache
+from tests.fuzz import descriptors, examples, mutation
+from tests.fuzz.mutation import Mutator
+from tests.slow import identity_model
+
+
+@dataclasses.dataclass
+class Target:
+    """``take`` is given damaged input; what it raises beyond ``allowed`` is a fault."""
+
+    name: str
+    mutator: Mutator
+    take: Callable[[bytes], object]
+    allowed: tuple[type[Exception], ...] = ()
+    share: float = 1.0
+    """How often it has its turn."""
+
+
+def all_of(rng: random.Random, stack: contextlib.ExitStack) -> list[Target]:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return [
+        *(_messages(name, rng) for name in examples.UNIONS),
+        _failures(rng),
+        _values(rng, copy=True),
+        _values(rng, copy=False),
+        *_packed(rng),
+        *(_handover(rng, keep, stack) for keep in (False, True)),
+        _zmtp(rng),
+        *_files(rng, folder),
+        _host_file(rng, folder),
+        _model_file(rng, folder),
+        Target("signature", mutation.json(rng, [b'[{"type":"f32","dims":[2,-1],"name":"x"}]']), _signature),
+        Target("host header", Mutator(rng, [b"localhost:9464", b"[::1]:80", b"127.0.0.1"]), _host_header),
+    ]
+
+
+# --- from other processes ---------------------------------------------------------------------------------
+
+
+def _messages(name: str, rng: random.Random) -> Target:
+    read = getattr(m, name)
+
+    def take(data: bytes) -> None:
+        message = read(data)
+        again = read(m.encode(message))  # what was let in can be told on
+        assert again == message or "nan" in repr(message).lower() or isinstance(message, m.Envelope)
+
+    return Target(name, mutation.msgpack(rng, examples.frames(name, rng)), take, (ProtocolError,))
+
+
+def _failures(rng: random.Random) -> Target:
+    """What a peer says went wrong: whatever it says, an exception comes of it that can be raised."""
+
+    def take(data: bytes) -> None:
+        try:
+            failure = msgspec.msgpack.decode(data, type=m.Failure)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        error = failures.rebuild(failure)
+        assert isinstance(error, Exception)
+        str(error), repr(error)
+
+    corpus = [msgspec.msgpack.encode(examples.failure(rng)) for _ in range(40)]
+    return Target("failure", mutation.msgpack(rng, corpus), take, (OnnxDLError,))
+
+
+_SIZE = 4096
+
+
+def block(content: bytes = b"") -> Block:
+    made = Block(7, _SIZE, shm.create(_SIZE + HEADER))
+    made.payload[: len(content)] = content
+    return made
+
+
+def _values(rng: random.Random, *, copy: bool) -> Target:
+    """Values that name bytes in shared memory, as they come in calls and results."""
+    some = packing.encode(["a", 1, {"b": [2.5]}])
+    home = block(struct.pack("=QQ", 16, len(some)) + some)
+    home.payload[1024:1040] = struct.pack("=QQ", 1040, 5)
+    home.payload[1040:1045] = packing.encode(["x", "y"])
+    find = {7: home}.__getitem__
+
+    def found(number: int) -> Block:
+        try:
+            return find(number)
+        except KeyError:
+            raise ProtocolError("no such block") from None
+
+    unpacker = Unpacker(found, copy=copy)
+    read = msgspec.msgpack.Decoder(m.Value)
+    tensor = m.Tensor("<f4", (2, 8), 7, 64)
+    values = [
+        tensor,
+        m.Tensor("|b1", (3,), 7, 0),
+        m.Tensor("q", (4,), 7, 8),
+        m.Tensor("<f4", (0, 3), 0, 0),
+        m.Tensor("|V2", (4,), 7, 128, True),
+        m.Tensor("<M8[s]", (2,), 7, 64),
+        m.Text((2,), 7, 1024),
+        m.Text((0,), 0, 0),
+        m.Packed(7, 0),
+        m.Plain({"a": [1, 2]}),
+        m.Items("list", [tensor, m.Plain(1)]),
+        m.Items("tuple", []),
+        m.Items("dict", [m.Plain("k"), tensor]),
+        m.Items("scalar", [m.Tensor("<f8", (), 7, 0)]),
+        m.Items("OrtValue", [m.Items("dense", [m.Plain(1), m.Plain([2, 8]), m.Tensor("|u1", (64,), 7, 0)])]),
+        m.Items("dense", [m.Plain(16), m.Plain([32]), m.Tensor("|u1", (64,), 7, 0)]),
+        m.Items("text", [m.Text((2,), 7, 1024)]),
+        m.Items("sequence", [m.Plain("seq(tensor(float))"), m.Items("list", [tensor])]),
+        m.Items("maps", [m.Plain("seq(map(int64,tensor(float)))"), m.Plain([{1: 0.5}])]),
+        m.Items("absent", []),
+        m.Items(
+            "coo", [m.Tensor("<i8", (2,), 7, 0), m.Tensor("<f4", (4,), 7, 64), m.Tensor("<i8", (4,), 7, 128)]
+        ),
+    ]
+
+    def take(data: bytes) -> None:
+        try:
+            value = read.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        made = unpacker.unpack(value)
+        if isinstance(made, np.ndarray):
+            made.tobytes()  # all of it can be read
+
+    corpus = [msgspec.msgpack.encode(value) for value in values]
+    return Target(f"values, copy={copy}", mutation.msgpack(rng, corpus), take, (OnnxDLError,), 0.5)
+
+
+def _packed(rng: random.Random) -> list[Target]:
+    """A block that the peer may write to at any time."""
+    home = block()
+
+    def lay(data: bytes) -> None:
+        data = data[:_SIZE]
+        home.payload[: len(data)] = data
+
+    def anything(data: bytes) -> None:
+        lay(data)
+        packing.reader(home, rng.choice((0, 8, _SIZE - 16)))()
+
+    def text(data: bytes) -> None:
+        lay(data)
+        packing.text_reader(home, 0, rng.choice(((2,), (1, 2), (), (2, 0))))()
+
+    def laid(value: Any) -> bytes:
+        data = packing.encode(value)
+        return struct.pack("=QQ", 16, len(data)) + data
+
+    rows = [laid([{"a": 1.5, "b": 2}] * 3), laid({"k": [1, [2]]}), laid([])]
+    texts = [laid(["a", "bc"]), laid(["", "x" * 50]), laid([])]
+    allowed = (ProtocolError,)
+    return [
+        Target("packed", Mutator(rng, rows), anything, allowed),
+        Target("text", Mutator(rng, texts), text, allowed),
+    ]
+
+
+def _handover(rng: random.Random, keep: bool, stack: contextlib.ExitStack) -> Target:
+    """A lane's socket, with descriptors of every kind beside what is said."""
+    read, union = (m.lane_reply, "lane_reply") if keep else (m.lane_request, "lane_request")
+    odd = stack.enter_context(contextlib.closing(descriptors.Odd()))
+    corpus = [
+        m.encode(m.Envelope(shared=shared, dropped=dropped, message=msgspec.Raw(inside)))
+        for inside in examples.frames(union, rng)
+        for shared, dropped in (([], []), ([(3, 4096)], []), ([(1, 0), (4, 65536)], [3, 9]))
+    ] + [m.encode(m.Envelope(shared=[(5, 4096)], letter=(5, 40))), m.encode(m.Envelope(letter=(3, 0)))]
+    ends: list[Any] = []
+    stack.callback(lambda: [each.close() for each in ends])
+
+    def renew() -> None:
+        while ends:
+            ends.pop().close()
+        ends.extend(Channel.pair())
+        ends.append(Handover(ends[1], read, keep_descriptors=keep))
+
+    def take(data: bytes) -> None:
+        if not ends or ends[2].is_broken or rng.random() < 0.02:
+            if ends:
+                ends.pop()
+            renew()
+        fds = [odd.some(rng) for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 5)))]
+        if not ends[0].post(data[:PACKET], fds):
+            return
+        ends[2].next()
+
+    stack.callback(lambda: ends and ends.pop())
+    allowed = (ProtocolError, SharedMemoryError)
+    return Target(f"handover, keep={keep}", mutation.msgpack(rng, corpus), take, allowed, 0.5)
+
+
+def _zmtp(rng: random.Random) -> Target:
+    """A stream may come in pieces of any size: what is heard is the same."""
+    hello = zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=b"0123456789abcdef")
+    streams = [
+        hello,
+        hello + zmtp.frame(b"hi") + zmtp.frame(b"x" * 300),
+        hello + zmtp.frame(b"a", 1) + zmtp.frame(b"b"),
+        hello + zmtp.frame(b"\x04PING\0\0", 4) + zmtp.frame(b""),
+        zmtp.GREETING,
+    ]
+
+    def heard(pieces: list[bytes]) -> tuple[list[bytes], bool]:
+        reader, found = zmtp.Reader(), []
+        try:
+            for piece in pieces:
+                found += reader.feed(piece)
+        except ProtocolError:
+            return found, False
+        assert len(reader._data) <= sum(map(len, pieces))
+        return found, True
+
+    def take(data: bytes) -> None:
+        whole, fine = [], True
+        reader = zmtp.Reader()
+        try:
+            whole.extend(reader.feed(data))
+        except ProtocolError:
+            fine = False
+        cuts = sorted(rng.randrange(len(data) + 1) for _ in range(4))
+        pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        found, well = heard(pieces)
+        assert fine == well
+        assert found[: len(whole)] == whole[: len(found)], "pieces of another size are another message"
+
+    return Target("zmtp", Mutator(rng, streams), take)
+
+
+# --- from a disk ------------------------------------------------------------------------------------------
+
+
+def _files(rng: random.Random, folder: Path) -> list[Target]:
+    needs = {
+        f"key{n}": Need(load=Peak(5 << 20), steady=Bytes(1 << 20), peak=Bytes(2 << 20), at=1e9)
+        for n in range(3)
+    }
+    record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)
+    place = Place("fuzz", folder=folder)
+    kept = cache.Cache(folder / "cache", 1 << 30)
+
+    def read_needs(data: bytes) -> None:
+        for _, need in store._entries(data, 2e9):
+            msgspec.json.encode(need)
+
+    def read_record(data: bytes) -> None:
+        place._record.write_bytes(data)
+        found = place.record()
+        assert found is None or isinstance(found, Record)
+
+    def read_meta(data: bytes) -> None:
+        path = folder / "cache" / ("0" * 32)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "meta.json").write_bytes(data)
+        kept.entries()
+
+    def read_sealed(data: bytes) -> None:
+        """Damaged before the checksum was made: by whatever wrote it."""
+        read_meta(b'{"crc":%d,"meta":%b}' % (zlib.crc32(data), data))
+
+    return [
+        Target("needs", mutation.json(rng, [store._encode(list(needs.items()))]), read_needs),
+        Target("record", mutation.json(rng, [msgspec.json.encode(record)]), read_record, share=0.2),
+        Target("meta of the load cache", mutation.json(rng, [cache.seal_meta(meta())]), read_meta, share=0.1),
+        Target("sealed meta", mutation.json(rng, [msgspec.json.encode(meta())]), read_sealed, share=0.1),
+    ]
+
+
+def meta() -> cache.Meta:
+    made = examples._made(msgspec.inspect.type_info(cache.Meta), random.Random(5), 0)
+    return msgspec.convert(made, cache.Meta)
+
+
+_HOST_FILE = b"""memory_limit = "2GiB"
+room_timeout = "30s"
+[models.asr]
+path = "asr.onnx"
+ttl = "5m"
+pin = true
+priority = 3
+eager = true
+providers = ["CPUExecutionProvider"]
+[models.asr.warmup]
+x = {dtype = "float32", shape = [1, 4], fill = 0}
+[models.b]
+path = "b.onnx"
+group = "g"
+options = {intra_op_num_threads = 2}
+"""
+
+
+def _host_file(rng: random.Random, folder: Path) -> Target:
+    for name in ("asr.onnx", "b.onnx"):
+        (folder / name).write_bytes(identity_model())
+
+    def take(data: bytes) -> None:
+        path = folder / "host.toml"
+        path.write_bytes(data)
+        hostfile.read(path)
+
+    return Target("host.toml", Mutator(rng, [_HOST_FILE]), take, (ConfigError, OSError), 0.2)
+
+
+def _model_file(rng: random.Random, folder: Path) -> Target:
+    def take(data: bytes) -> None:
+        path = folder / "m.onnx"
+        path.write_bytes(data)
+        external.bytes_of(str(path))
+        with contextlib.suppress(ValueError):
+            external.external_files(data)
+
+    tensor = b"\x08\x04\x10\x01\x42\x01w\x6a\x0f\x0a\x08location\x12\x03w.b\x70\x01"
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    return Target(
+        "model file", Mutator(rng, [identity_model(), b"\x3a" + bytes([len(graph)]) + graph]), take, share=0.3
+    )
+
+
+def _signature(data: bytes) -> None:
+    signatures.parse(data.decode(errors="replace"))
+
+
+def _host_header(data: bytes) -> None:
+    assert is_meant(data.decode("latin-1"), frozenset({"localhost"})) in (True, False)
