@@ -582,7 +582,7 @@ class RemoteModel:
             lane, self._hold_lane = self._hold_lane, None
         try:
             answer = None if lane.is_dead() else lane.exchange(m.Unhold(), GRACE)
-        except TimeoutError:
+        except (TimeoutError, ProtocolError):
             answer = None
         except BaseException:
             lane.close()

@@ -536,6 +536,21 @@ def test_crash_while_draining_is_an_unload(rig):
 # --- deadlines -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("busy", "ended_at"), [([0, 0], 7.0), ([1, 0, 0], 12.0), ([0, 1, 0, 0], 17.0)])
+def test_a_worker_that_drains_does_nothing_and_does_not_leave_is_killed(rig, busy, ended_at):
+    """It is stopped, or hangs; one in which something runs has the time that this takes."""
+    rig.draining(now=2.0)
+    s = rig.scheduler
+    now = 2.0
+    for number in busy:
+        assert s.next_deadline() == now and s.to_check(now) == [1]
+        assert s.to_check(now - 0.1) == []
+        commands = s.on_checked(1, number, now)
+        now += 5.0
+    assert (now - 5.0, commands) == (ended_at, [kill(1)])
+    assert s.to_check(99.0) == [] and s.next_deadline() is None
+
+
 def test_load_timeout_kills_and_tells_the_waiters(rig):
     rig.loading(now=10.0)
     s = rig.scheduler
@@ -559,8 +574,8 @@ def test_ready_that_crosses_a_load_timeout_grants_nobody_a_worker_that_was_kille
 def test_drained_worker_that_does_not_exit_is_killed_once(rig):
     rig.draining()
     s = rig.scheduler
-    assert s.next_deadline() is None
     s.on_drained(1, USAGE, 3.0)
+    assert s.to_check(99.0) == []
     assert s.next_deadline() == 8.0
     assert s.on_tick(7.9) == []
     assert s.on_tick(8.0) == [kill(1)]
