@@ -29,7 +29,7 @@ from onnx_dl.errors import (
 from onnx_dl.model import ModelSpec, file_identity, model_key
 from onnx_dl.proxy import ModelProxy
 from onnx_dl.watch import Watch, not_begun
-from tests.waiting import DEADLINE, eventually, is_gone
+from tests.waiting import DEADLINE, eventually
 
 FOLDER: Final = Path(__file__).parent / "misbehaving"
 X: Final = np.arange(4, dtype=np.float32)
@@ -111,20 +111,20 @@ class Gate:
 
 
 def signal_order(folder: Path, pid: int, what: str) -> None:
-    """Has a process misbehave in its main thread; returns when it has, or sleeps for ever, or is gone."""
-    path, done = folder / str(pid), folder / f"{pid}.done"
+    """Has a process misbehave in its main thread; returns when it has, or does for ever, or is gone."""
+    path = folder / str(pid)
     path.write_text(what)
     os.kill(pid, signal.SIGUSR1)
-    eventually(lambda: done.exists() or is_gone(pid) or (not path.exists() and rests(pid)), "it obeys")
-    done.unlink(missing_ok=True)
+    eventually(lambda: not path.exists() or is_stopped(pid), "it obeys")
+    path.unlink(missing_ok=True)
 
 
-def rests(pid: int) -> bool:
-    """Whether it is stopped or hangs for good."""
-    with contextlib.suppress(psutil.NoSuchProcess, OSError):
-        status = psutil.Process(pid).status()
-        return status == psutil.STATUS_STOPPED or "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
-    return False
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, or gone."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def ended(future: concurrent.futures.Future[Any], within: float) -> str:

@@ -30,8 +30,10 @@ CAP = 160 << 20
 """Bytes: what a worker may have that leaks, or takes too much."""
 CAPS = {"leaks": {"max_memory": CAP}, "takes too much": {"max_memory_hard": CAP}}
 
-ENDS = ("exit", "SIGSEGV", "SIGKILL", "abort", "fact nonsense", "fact in part", "fact that cannot be")
-"""What ends a worker, at once or by the supervisor."""
+ENDS = {"exit": 3, "SIGSEGV": signal.SIGSEGV, "SIGKILL": signal.SIGKILL, "abort": signal.SIGABRT}
+"""What ends a worker, and how WorkerDied tells it."""
+FALLS_OUT = ("fact nonsense", "fact in part", "fact that cannot be")
+"""For what the supervisor ends it."""
 
 FOUND = matrix.cells()
 
@@ -129,9 +131,13 @@ def perform(cell: Cell, shared: Stage) -> None:
         scene.misbehave(cell.fault)
         takes_effect(scene, cell)
         unaffected(shared)
+        caller = scene.caller or scene.call()
         with bounded(BOUND if cell.row.timeout else DEADLINE, "the call"):
-            outcome = ended(scene.caller or scene.call(), DEADLINE)
+            outcome = ended(caller, DEADLINE)
         assert outcome in cell.row.caller[cell.state].split("|"), outcome
+        if outcome == "died" and cell.fault in ENDS:
+            error: Any = caller.exception()
+            assert (error.pid, error.signal or error.exit_code) == (scene.pid, ENDS[cell.fault])
         if scene.unloader is not None:
             assert ended(scene.unloader, DEADLINE) in (cell.row.unload, "right")
         unaffected(shared)
@@ -143,7 +149,7 @@ def perform(cell: Cell, shared: Stage) -> None:
 def takes_effect(scene: Scene, cell: Cell) -> None:
     """What a signal ordered is done by now, where the next call would come too early."""
     pid = scene.pid or 0
-    if cell.fault in ENDS and scene.caller is None:
+    if (cell.fault in ENDS or cell.fault in FALLS_OUT) and scene.caller is None:
         eventually(lambda: is_gone(pid), "the worker is gone")
 
 
@@ -189,14 +195,13 @@ def test_a_template(cell: Cell, own: Stage) -> None:
         unaffected(own)
         scene.go_on()
         outcomes = {ended(future, RECOVERY) for future in scene.waiting()}
-        # The load of the caller who waits for close() to end begins with the faulty template.
-        allowed = {"right"} if cell.state != "close" else {"right", "died"}
-        assert outcomes <= allowed, outcomes
+        assert outcomes <= set(cell.row.caller[cell.state].split("|")), outcomes
         unaffected(own)
         fresh = Misbehaving(own.folder / f"fresh{len(os.listdir(own.folder))}", 7, own.host)
         scene.closing.callback(fresh.close)
         for proxy in (fresh, scene.proxy):
             outcome = ended(scene.threads.submit(proxy.run), RECOVERY)
+            assert outcome in ("right", "died"), outcome
             if outcome == "died":  # told of the template's end, once
                 proxy.run(DEADLINE)
         eventually(lambda: is_gone(template.pid), "it is reaped")
@@ -228,7 +233,8 @@ def test_a_supervisor(cell: Cell, own: Stage) -> None:
                     own.host.close()
         scene.proxy.run(RECOVERY)
         own.other.run(RECOVERY)
-        assert is_gone(own.supervisor) == (cell.fault != "stops")
+        if cell.fault != "stops":  # it, and the workers that it had
+            eventually(lambda: is_gone(own.supervisor) and is_gone(own.neighbour or 0), "all are gone")
 
 
 def afflict(stage: Stage, pid: int, fault: str) -> None:

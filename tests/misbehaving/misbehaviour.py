@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -32,15 +33,26 @@ def moment(name: str, results: Any = None) -> None:
 
 
 def on_signal(*_: Any) -> None:
-    """The order is in a file of the folder ``MISBEHAVING``; it is removed when the process begins to obey,
-    and there is another when it is done."""
-    path = os.path.join(os.environ["MISBEHAVING"], str(os.getpid()))
-    with open(path) as file:
+    """The order is in a file of the folder ``MISBEHAVING``, which is removed when it is obeyed, or from then
+    on for ever."""
+    with open(_order_file()) as file:
         order = file.read()
-    os.unlink(path)
     misbehave(order)
-    with open(path + ".done", "w"):
-        pass
+    _is_obeyed()
+
+
+def _order_file() -> str:
+    return os.path.join(os.environ["MISBEHAVING"], str(os.getpid()))
+
+
+def _is_obeyed() -> None:
+    with contextlib.suppress(FileNotFoundError):  # it was an order at a pipe
+        os.unlink(_order_file())
+
+
+def _hang() -> None:
+    _is_obeyed()
+    time.sleep(EVER)
 
 
 def misbehave(order: str, results: Any = None) -> None:
@@ -66,6 +78,8 @@ def _segv() -> None:
 def _with_the_lock() -> None:
     import ctypes
 
+    sys.setswitchinterval(EVER)  # from now on, not only in native code
+    _is_obeyed()
     ctypes.PyDLL(None).sleep(int(EVER))
 
 
@@ -88,7 +102,7 @@ def _stop() -> None:
 
 def _close_everything() -> None:
     os.closerange(3, 1 << 16)
-    time.sleep(EVER)
+    _hang()
 
 
 FAULTS = {
@@ -97,7 +111,7 @@ FAULTS = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "abort": os.abort,
     "ignores SIGTERM": _heeds_no_sigterm,
-    "hangs": lambda: time.sleep(EVER),
+    "hangs": _hang,
     "hangs with the lock": _with_the_lock,
     "stops": _stop,
     "leaks": _leak,
