@@ -72,9 +72,17 @@ def test_started_worker_is_told_what_to_load_with_the_ttl_in_force(rig):
     assert rig.scheduler.on_started(1) == [order(1, m.Load(spec=spec(), ttl=30.0))]
 
 
+def test_a_worker_that_is_faster_than_the_template_loads_when_its_process_is_known(rig):
+    """It could not be measured before, and who was granted it would be told no process id."""
+    rig.scheduler.on_acquire(A, acquire(1, ttl=30.0), 0.0)
+    assert rig.scheduler.on_started(1) == []
+    assert rig.scheduler.on_spawned(1, 101) == [order(1, m.Load(spec=spec(), ttl=30.0))]
+
+
 def test_started_worker_is_told_its_warm_up(rig):
     rig.scheduler.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
     rig.scheduler.on_acquire(A, acquire(1), 0.0)
+    rig.scheduler.on_spawned(1, 101)
     (said,) = rig.scheduler.on_started(1)
     assert said == order(1, m.Load(spec=spec(), ttl=-1.0, warmups={"m": {"x": Warmup("float32", (1, 4))}}))
 
@@ -134,6 +142,7 @@ def test_ttl_in_force_is_the_longest_and_minus_one_is_longer_than_any(rig, ttls,
     s = rig.scheduler
     for n, ttl in enumerate(ttls):
         s.on_acquire(A, acquire(n, proxy=n, ttl=ttl), 0.0)
+    s.on_spawned(1, 101)
     assert s.on_started(1) == [order(1, m.Load(spec=spec(), ttl=longest))]
     commands = s.on_ready(ready(), USAGE, 1.0)
     assert not [c for c in commands if isinstance(c, TellWorker)]  # it knows

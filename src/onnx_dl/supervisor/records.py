@@ -37,6 +37,8 @@ class Worker:
     id: int
     started: float
     pid: int | None = None
+    listens: bool = False
+    """It has said that it has started."""
     ready: m.WorkerReady | None = None
     ready_at: float | None = None
     told_ttl: float = KEEP

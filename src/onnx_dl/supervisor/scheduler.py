@@ -244,22 +244,25 @@ class Scheduler(Mending):
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             model.worker.pid = pid
+            if model.worker.listens:
+                self._order_load(model, model.worker)
         return self._done()
 
     def on_started(self, worker_id: int) -> list[Command]:
         """A worker listens."""
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
-            model.worker.told_ttl = model.ttl()
-            warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
-            load = m.Load(
-                spec=model.spec,
-                ttl=model.worker.told_ttl,
-                warmups=warmups,
-                mapped=model.worker.plan.mapped,
-            )
-            self._order(worker_id, load)
+            model.worker.listens = True
+            # The template may tell of it later, and what has no process id can be neither measured nor named.
+            if model.worker.pid is not None:
+                self._order_load(model, model.worker)
         return self._done()
+
+    def _order_load(self, model: Model, worker: Worker) -> None:
+        worker.told_ttl = model.ttl()
+        warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
+        load = m.Load(spec=model.spec, ttl=worker.told_ttl, warmups=warmups, mapped=worker.plan.mapped)
+        self._order(worker.id, load)
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
         """A worker has loaded its model."""
