@@ -21,7 +21,7 @@ from onnx_dl.demo.assets import model_path
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import zmtp
 from tests.small import plus
-from tests.waiting import DEADLINE, eventually, is_gone, template_of, worker_pid
+from tests.waiting import DEADLINE, eventually, template_of, worker_pid
 
 FEED = {"pixels": np.zeros((1, 64), np.float32)}
 ODD_SECRET = "ä" * 16
@@ -137,23 +137,6 @@ def test_connections_that_say_nothing(digits: InferenceSessionProxy, host: Model
 
         eventually(few_are_left, "no more than sixteen on each socket")
         unharmed(host, digits, supervisor, worker)
-
-
-def test_a_template_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for it is told; what is loaded goes on; the next load has another."""
-    monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "2")
-    with ModelHost() as host:
-        first = InferenceSessionProxy(model_path("digits"), host=host)
-        first.run(None, FEED)
-        worker, template = worker_pid(host), template_of(host)
-        template.suspend()
-        second = InferenceSessionProxy(model_path("diabetes"), host=host)
-        with pytest.raises(WorkerDied, match=r"the template process .* did not answer in time"):
-            second.load()
-        second.load()
-        first.run(None, FEED)
-        assert worker in {status.pid for status in host.snapshot().models}
-        eventually(lambda: is_gone(template.pid), "it is reaped")
 
 
 def test_a_stopped_template_and_a_stopped_worker_keep_nothing_alive(

@@ -400,30 +400,6 @@ def test_a_corrupt_model_fails_at_first_use_and_backs_off(host: ModelHost, tmp_p
         assert (caught.value.retry_after > 0) == (turn > 0)
 
 
-def test_the_supervisor_may_die(spinner: Spinner, host: ModelHost) -> None:
-    running = spinner.begin()
-    worker, supervisor = worker_pid(host), host.snapshot().supervisor_pid
-    os.kill(supervisor or 0, signal.SIGKILL)
-    with pytest.raises(onnx_dl.SupervisorDied):
-        running.result(DEADLINE)
-    eventually(lambda: is_gone(worker), "the worker dies with it")
-    spinner.run()
-    assert host.snapshot().supervisor_pid != supervisor
-
-
-def test_the_template_may_die(digits: InferenceSessionProxy, host: ModelHost) -> None:
-    """What is loaded does not notice, and the next load has another."""
-    digits.run(None, FEED)
-    worker, template = worker_pid(host), template_of(host)
-    template.kill()
-    eventually(lambda: is_gone(template.pid), "the template is reaped")
-    digits.run(None, FEED)
-    assert worker_pid(host) == worker
-    InferenceSessionProxy(model_path("diabetes"), host=host).load()
-    assert template_of(host).pid != template.pid
-    assert digits.unload()
-
-
 # --- tensors that outlive things ---------------------------------------------------------------------------
 
 

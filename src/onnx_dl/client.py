@@ -604,7 +604,7 @@ class RemoteModel:
     def _let_go(self, lane: ClientLane) -> None:
         try:
             answer = None if lane.is_dead() else lane.exchange(m.Unhold(), GRACE)
-        except TimeoutError:
+        except (TimeoutError, ProtocolError):
             answer = None
         except BaseException:
             lane.close()

@@ -80,6 +80,7 @@ class Worker:
         self.context = sockets.context()
         self.threads: list[threading.Thread] = []
         self.halts: dict[int, Halt] = {}
+        self.lanes: list[WorkerLane] = []
 
     def granted(self) -> m.Granted:
         return m.Granted(
@@ -97,6 +98,7 @@ class Worker:
             assert channel is not None
             with contextlib.suppress(ProtocolError, TimeoutError), contextlib.closing(channel):
                 lane = WorkerLane(self.context, channel, SECRET, DEADLINE)
+                self.lanes.append(lane)
                 backend: Any = self.backend
                 service = LaneService(lane, self.gate, backend, self.halts, None, None)
                 done = sockets.Waker()
@@ -258,6 +260,17 @@ def test_a_trim_of_many_blocks(lane: ClientLane):
     kept.clear()
     assert lane.trim()
     assert not lane.is_large
+
+
+@pytest.mark.parametrize("calls", [1, 127, 128, 300])
+def test_an_answer_to_another_request_is_none(lane: ClientLane, worker: Worker, calls: int):
+    """Numbers begin anew at 128."""
+    sent = np.arange(4.0)
+    for _ in range(calls):
+        assert same(called(lane, {"x": sent}), [sent])
+    worker.lanes[0].reply([np.zeros(4)])  # once more, to the last one
+    with pytest.raises(ProtocolError, match="answered request"):
+        called(lane, {"x": sent})
 
 
 # --- calls that repeat -------------------------------------------------------------------------------------
@@ -429,8 +442,7 @@ def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all
 
 
 def test_one_block_too_many_ends_the_lane(stranger: Stranger):
-    memfd = os.memfd_create("block")
-    os.truncate(memfd, 100)
+    memfd = shm.create(100)
     number = 1
     for _ in range(mappings.MOST // 50 + 1):
         shared = [(number := number + 1, 10) for _ in range(50)]

@@ -213,6 +213,7 @@ def test_where_it_is_no_more_it_loads_plainly_if_it_fits() -> None:
     commands = scheduler.on_exited(1, 0, "", 0.2)
     assert [start.worker_id for start in starts(commands)] == [2] and not told(commands, m.Denied)
     assert taken(scheduler, 0.2) == 200
+    scheduler.on_spawned(2, 102)
     assert mapped_loads(scheduler.on_started(2)) == [False]
 
 

@@ -72,9 +72,17 @@ def test_started_worker_is_told_what_to_load_with_the_ttl_in_force(rig):
     assert rig.scheduler.on_started(1) == [order(1, m.Load(spec=spec(), ttl=30.0))]
 
 
+def test_a_worker_that_is_faster_than_the_template_loads_when_its_process_is_known(rig):
+    """It could not be measured before, and who was granted it would be told no process id."""
+    rig.scheduler.on_acquire(A, acquire(1, ttl=30.0), 0.0)
+    assert rig.scheduler.on_started(1) == []
+    assert rig.scheduler.on_spawned(1, 101) == [order(1, m.Load(spec=spec(), ttl=30.0))]
+
+
 def test_started_worker_is_told_its_warm_up(rig):
     rig.scheduler.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
     rig.scheduler.on_acquire(A, acquire(1), 0.0)
+    rig.scheduler.on_spawned(1, 101)
     (said,) = rig.scheduler.on_started(1)
     assert said == order(1, m.Load(spec=spec(), ttl=-1.0, warmups={"m": {"x": Warmup("float32", (1, 4))}}))
 
@@ -134,6 +142,7 @@ def test_ttl_in_force_is_the_longest_and_minus_one_is_longer_than_any(rig, ttls,
     s = rig.scheduler
     for n, ttl in enumerate(ttls):
         s.on_acquire(A, acquire(n, proxy=n, ttl=ttl), 0.0)
+    s.on_spawned(1, 101)
     assert s.on_started(1) == [order(1, m.Load(spec=spec(), ttl=longest))]
     commands = s.on_ready(ready(), USAGE, 1.0)
     assert not [c for c in commands if isinstance(c, TellWorker)]  # it knows
@@ -536,6 +545,21 @@ def test_crash_while_draining_is_an_unload(rig):
 # --- deadlines -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("busy", "ended_at"), [([0, 0], 7.0), ([1, 0, 0], 12.0), ([0, 1, 0, 0], 17.0)])
+def test_a_worker_that_drains_does_nothing_and_does_not_leave_is_killed(rig, busy, ended_at):
+    """It is stopped, or hangs; one in which something runs has the time that this takes."""
+    rig.draining(now=2.0)
+    s = rig.scheduler
+    now = 2.0
+    for number in busy:
+        assert s.next_deadline() == now and s.to_check(now) == [1]
+        assert s.to_check(now - 0.1) == []
+        commands = s.on_checked(1, number, now)
+        now += 5.0
+    assert (now - 5.0, commands) == (ended_at, [kill(1)])
+    assert s.to_check(99.0) == [] and s.next_deadline() is None
+
+
 def test_load_timeout_kills_and_tells_the_waiters(rig):
     rig.loading(now=10.0)
     s = rig.scheduler
@@ -559,8 +583,8 @@ def test_ready_that_crosses_a_load_timeout_grants_nobody_a_worker_that_was_kille
 def test_drained_worker_that_does_not_exit_is_killed_once(rig):
     rig.draining()
     s = rig.scheduler
-    assert s.next_deadline() is None
     s.on_drained(1, USAGE, 3.0)
+    assert s.to_check(99.0) == []
     assert s.next_deadline() == 8.0
     assert s.on_tick(7.9) == []
     assert s.on_tick(8.0) == [kill(1)]

@@ -195,6 +195,7 @@ class Supervisor:
         self._control.on_tick(now)
         with boundary("the search for room", self._end_search):
             self._weigh(now)
+            self._check_draining(now)
             seen = self._look(now) if self._scheduler.wants_look(now) else {}
             self._carry_out(self._scheduler.on_tick(now, seen))
         if self._abandoned_at is not None and now >= self._abandoned_at:
@@ -459,6 +460,14 @@ class Supervisor:
         for load in self._scheduler.to_weigh(now):
             nbytes = self._meter().weigh(load.pid, load.nbytes)
             self._carry_out(self._scheduler.on_weighed(load.worker_id, nbytes, now))
+
+    def _check_draining(self, now: float) -> None:
+        """Has the scheduler know what workers do that are to end."""
+        if due := self._scheduler.to_check(now):
+            readings = self._processes.readings()
+            for worker_id in due:
+                busy = readings.get(worker_id, Reading()).busy
+                self._carry_out(self._scheduler.on_checked(worker_id, busy, now))
 
     def _refresh(self, now: float, *, fresh: bool = False) -> None:
         """Has the scheduler know what workers hold now."""

@@ -37,6 +37,8 @@ class Worker:
     id: int
     started: float
     pid: int | None = None
+    listens: bool = False
+    """It has said that it has started."""
     ready: m.WorkerReady | None = None
     ready_at: float | None = None
     told_ttl: float = KEEP
@@ -45,6 +47,10 @@ class Worker:
     drained: bool = False
     """It finished all calls that it began, and began no other."""
     kill_at: float | None = None
+    check_at: float | None = None
+    """While it drains: when to look at whether it does anything."""
+    idle_since: float | None = None
+    """While it drains: since when it was seen to do nothing."""
     killed: bool = False
     """The supervisor ended it; another death is a crash, whatever it was about to do."""
     reason: str = "crash"

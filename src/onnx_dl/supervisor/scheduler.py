@@ -36,6 +36,8 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
+_SHORTEST_GRACE: Final = 1.0
+"""Seconds that a worker has at least to say that it has drained."""
 _HOSTS_OWN: Final = (HOST, 0)
 """The lease by which the host itself holds a model."""
 
@@ -244,22 +246,25 @@ class Scheduler(Mending):
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
             model.worker.pid = pid
+            if model.worker.listens:
+                self._order_load(model, model.worker)
         return self._done()
 
     def on_started(self, worker_id: int) -> list[Command]:
         """A worker listens."""
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
-            model.worker.told_ttl = model.ttl()
-            warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
-            load = m.Load(
-                spec=model.spec,
-                ttl=model.worker.told_ttl,
-                warmups=warmups,
-                mapped=model.worker.plan.mapped,
-            )
-            self._order(worker_id, load)
+            model.worker.listens = True
+            # The template may tell of it later, and what has no process id can be neither measured nor named.
+            if model.worker.pid is not None:
+                self._order_load(model, model.worker)
         return self._done()
+
+    def _order_load(self, model: Model, worker: Worker) -> None:
+        worker.told_ttl = model.ttl()
+        warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
+        load = m.Load(spec=model.spec, ttl=worker.told_ttl, warmups=warmups, mapped=worker.plan.mapped)
+        self._order(worker.id, load)
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
         """A worker has loaded its model."""
@@ -328,6 +333,25 @@ class Scheduler(Mending):
             self._weigh(model, model.worker, nbytes, now)
         return self._done()
 
+    def to_check(self, now: float) -> list[int]:
+        """The workers that :meth:`on_checked` is to be told of now."""
+        return [worker.id for worker in self._draining() if (worker.check_at or 0.0) <= now]
+
+    def on_checked(self, worker_id: int, busy: int, now: float) -> list[Command]:
+        """So many calls and blocks are under way in a worker that was told to drain.
+
+        One that does nothing and does not leave either is stopped, or hangs, and is ended: nobody's call is
+        lost, and others wait for its end.
+        """
+        model = self._by_worker.get(worker_id)
+        if model and (worker := model.worker) and worker.check_at is not None:
+            grace = max(self._settings.exit_grace, _SHORTEST_GRACE)
+            worker.idle_since = None if busy else worker.idle_since or now
+            worker.check_at = now + grace
+            if worker.idle_since is not None and now >= worker.idle_since + grace:
+                self._kill_now(worker)
+        return self._done()
+
     def on_exited(
         self, worker_id: int, status: int, stderr: str, now: float, exceeded: int = 0, *, runs: int = 0
     ) -> list[Command]:
@@ -380,8 +404,10 @@ class Scheduler(Mending):
 
     def next_deadline(self) -> float | None:
         """When :meth:`on_tick` has something to do; None: not before the next fact."""
+        deadlines = [at for _, at, _ in self._deadlines()]
+        deadlines += [worker.check_at for worker in self._draining() if worker.check_at is not None]
         room = self._room_deadline()
-        return min([*(at for _, at, _ in self._deadlines()), *([] if room is None else [room])], default=None)
+        return min([*deadlines, *([] if room is None else [room])], default=None)
 
     def on_tick(self, now: float, seen: Mapping[int, Seen] = MappingProxyType({})) -> list[Command]:
         """Time has passed.  ``seen``: all workers by id, where :meth:`wants_look` says that it matters."""
@@ -400,6 +426,13 @@ class Scheduler(Mending):
                 yield worker, worker.kill_at, self._kill
             elif worker.ready is None and worker.failure is None:
                 yield worker, worker.started + self._settings.load_timeout, self._give_up
+
+    def _draining(self) -> Iterator[Worker]:
+        """Workers that were told to drain, and have neither said that they did nor been ended."""
+        for model in self._by_worker.values():
+            worker = model.worker
+            if worker and worker.check_at is not None and worker.kill_at is None and not worker.is_ending:
+                yield worker
 
     def _kill(self, worker: Worker) -> None:
         worker.kill_at = None
@@ -581,6 +614,7 @@ class Scheduler(Mending):
         if first:
             assert model.worker is not None
             model.worker.reason = reason
+            model.worker.check_at = now
             self._emit(EventType.DRAINING, model, model.worker, now, reason=reason)
 
     def _drain_all(self, now: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 import zmq
 
+from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
@@ -18,13 +19,15 @@ from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.sockets import Socket
 
 REPLY, SAME = 0, 1
-"""What a worker rings: a reply lies on the socket; the answer is Same."""
+"""What a worker rings, beside the number of the request: a reply lies on the socket; the answer is Same."""
 REQUEST, AGAIN = 1, 2
 """What a caller rings: a request lies on the socket; from 2 on, Again with that number less 2."""
+_NUMBERS: Final = 128
+"""A reply tells the number of its request, less multiples of this.  One is under way at a time."""
 
 
 class Calls(Protocol):
-    """How requests and replies travel."""
+    """How requests and replies travel.  Each reply tells which request it is for."""
 
     def send(self, message: m.Message | bytes) -> bool:
         """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
@@ -34,6 +37,7 @@ class Calls(Protocol):
 
         Raises:
             TimeoutError: none came for ``timeout`` seconds.
+            ProtocolError: it is none, or answers another request.
         """
 
     def again(self, number: int) -> bool:
@@ -67,53 +71,99 @@ class NoCalls:
         pass
 
 
-class BellCalls:
+class _Bell:
     """Messages lie on the Unix socket; the bell says so, or spares them."""
 
-    def __init__(self, handover: Handover, bell: CallerBell | WorkerBell, *, rings: int, hears: int) -> None:
-        """``rings``, ``hears``: the numbers by which this and the other end say that a message lies there."""
+    def __init__(self, handover: Handover, bell: CallerBell | WorkerBell) -> None:
         self._handover = handover
         self.bell = bell
-        self._rings = rings
-        self._hears = hears
+        self.number = 0
+        """Of the present request, from 1 on."""
 
     def send(self, message: m.Message | bytes) -> bool:
         sent = self._handover.send(message if isinstance(message, bytes) else m.encode(message))
-        return sent and self.bell.ring(self._rings)
+        return sent and self._ring()
 
-    def next(self, timeout: float | None = None) -> Any:
-        number = self.bell.wait(timeout)
-        return number if number != self._hears else self._handover.next()
-
-    def again(self, number: int) -> bool:
-        return self.bell.ring(AGAIN + number)
-
-    def same(self) -> None:
-        self.bell.ring(SAME)
+    def _ring(self) -> bool:
+        raise NotImplementedError
 
     def close(self) -> None:
         self.bell.close()
 
 
+class CallerBellCalls(_Bell):
+    """The caller's end."""
+
+    def send(self, message: m.Message | bytes) -> bool:
+        self.number += 1
+        return super().send(message)
+
+    def _ring(self) -> bool:
+        return self.bell.ring(REQUEST)
+
+    def next(self, timeout: float | None = None) -> Any:
+        rung = self.bell.wait(timeout)
+        if rung is None:
+            return None
+        _check(rung >> 1, self.number)
+        return SAME if rung & SAME else self._handover.next()
+
+    def again(self, number: int) -> bool:
+        self.number += 1
+        return self.bell.ring(AGAIN + number)
+
+    def same(self) -> None:
+        raise NotImplementedError
+
+
+class WorkerBellCalls(_Bell):
+    """The worker's end."""
+
+    def next(self, timeout: float | None = None) -> Any:
+        number = self.bell.wait(timeout)
+        self.number += 1
+        return number if number != REQUEST else self._handover.next()
+
+    def _ring(self) -> bool:
+        return self.bell.ring(self.number % _NUMBERS << 1 | REPLY)
+
+    def same(self) -> None:
+        self.bell.ring(self.number % _NUMBERS << 1 | SAME)
+
+    def again(self, number: int) -> bool:
+        raise NotImplementedError
+
+
 class ZmqCalls:
     """Messages go over a ZeroMQ PAIR socket; an empty one says that the message lies on the Unix socket,
-    because it is long or something is to be said of blocks."""
+    because it is long or something is to be said of blocks.  The first byte of a reply is the number of its
+    request."""
 
-    def __init__(self, handover: Handover, socket: Socket, read: m.Reader) -> None:
+    def __init__(self, handover: Handover, socket: Socket, *, calls: bool) -> None:
+        """``calls``: this is the caller's end."""
         self._handover = handover
         self._socket = socket
-        self._read = read
+        self._calls = calls
+        self._read = m.lane_reply if calls else m.lane_request
+        self.number = 0
+        """Of the present request, from 1 on."""
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         # Without POLLIN: a message that lies there is not looked at before the empty one has come.
         self._poller.register(handover.channel.fileno(), zmq.POLLERR)
 
     def send(self, message: m.Message | bytes) -> bool:
+        self.number += self._calls
         data = message if isinstance(message, bytes) else m.encode(message)
         if not self._handover.fits(data):
             if not self._handover.send(data):
                 return False
             data = _ON_THE_UNIX_SOCKET
+        return self._tell(data)
+
+    def _tell(self, data: bytes) -> bool:
+        if not self._calls:
+            data = bytes([self.number % _NUMBERS]) + data
         if not self._handover.channel.is_ours():
             return False
         # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
@@ -129,6 +179,11 @@ class ZmqCalls:
             return None
         if data is None:
             return None
+        if self._calls:
+            _check(data[0] if data else -1, self.number)
+            data = data[1:]
+        else:
+            self.number += 1
         return self._read(data) if data else self._handover.next()
 
     def _next(self, timeout: float | None) -> bytes | None:
@@ -152,6 +207,16 @@ class ZmqCalls:
             self._socket.close()
         else:  # its descriptors are gone, too: ZeroMQ would use their numbers
             keep_for_ever(self._socket)
+
+
+def _check(answered: int, asked: int) -> None:
+    """A worker that answers twice or too late must not have that taken for the answer to the next request.
+
+    Raises:
+        ProtocolError: it is for another request.
+    """
+    if answered != asked % _NUMBERS:
+        raise ProtocolError(f"A worker answered request {answered} of a lane instead of {asked % _NUMBERS}.")
 
 
 _ON_THE_UNIX_SOCKET: Final = b""

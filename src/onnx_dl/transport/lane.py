@@ -25,7 +25,7 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Block, Reference, home_of
 from onnx_dl.transport.bell import CallerBell
-from onnx_dl.transport.calls import REPLY, REQUEST, BellCalls, Calls, NoCalls, ZmqCalls
+from onnx_dl.transport.calls import CallerBellCalls, Calls, NoCalls, ZmqCalls
 from onnx_dl.transport.forms import in_one_place, reader_of
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.patience import Patience
@@ -111,7 +111,7 @@ class ClientLane(Lane):
         self.last_used = time.perf_counter_ns()
 
     def _open(self, granted: m.Granted, reply_to: str | None, deadline: Deadline) -> Block:
-        bell = self._calls.bell if isinstance(self._calls, BellCalls) else None
+        bell = self._calls.bell if isinstance(self._calls, CallerBellCalls) else None
         page = self._arena.page()  # travels with the greeting
         hello = m.LaneHello(
             version=m.PROTOCOL_VERSION,
@@ -365,9 +365,9 @@ def _placement_of(thread: int, kind: type[Placement | Apart]) -> Placement | Apa
 
 def _caller_calls(handover: Handover, ctx: Context | None, reply_to: str | None, polls: bool) -> Calls:
     if reply_to is None or ctx is None:
-        return BellCalls(handover, CallerBell(Patience() if polls else None), rings=REQUEST, hears=REPLY)
+        return CallerBellCalls(handover, CallerBell(Patience() if polls else None))
     try:
-        return ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)
+        return ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), calls=True)
     except zmq.ZMQError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise OSError(error.errno, str(error)) from error

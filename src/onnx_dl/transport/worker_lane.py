@@ -15,7 +15,7 @@ from onnx_dl.transport import mappings, packing, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block
 from onnx_dl.transport.bell import WorkerBell
-from onnx_dl.transport.calls import AGAIN, REPLY, REQUEST, BellCalls, Calls, ZmqCalls
+from onnx_dl.transport.calls import AGAIN, Calls, WorkerBellCalls, ZmqCalls
 from onnx_dl.transport.forms import Form
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.lane import Lane
@@ -76,9 +76,9 @@ class WorkerLane(Lane):
         calls: Calls
         if hello.reply_to is None:
             self._bell = WorkerBell(fds, Patience() if hello.poll else None)
-            calls = BellCalls(handover, self._bell, rings=REPLY, hears=REQUEST)
+            calls = WorkerBellCalls(handover, self._bell)
         else:
-            calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), m.lane_request)
+            calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), calls=False)
         super().__init__(handover, calls, polls=hello.poll)
         self._page = page
         self._requests = 0
