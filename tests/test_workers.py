@@ -293,6 +293,17 @@ def test_a_block_survives_a_crash(digits: InferenceSessionProxy, host: ModelHost
 # --- unload ------------------------------------------------------------------------------------------------
 
 
+def test_a_proxy_that_the_garbage_collector_finds_ends_its_worker(host: ModelHost) -> None:
+    """A cycle holds it, as the traceback of a caught exception does; the model is found in the same step."""
+    cycle = [InferenceSessionProxy(model_path("digits"), host=host)]
+    cycle[0].run(None, FEED)
+    pid = worker_pid(host)
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    eventually(lambda: is_gone(pid), "the end of the worker")
+
+
 def test_unload_means_gone(host: ModelHost) -> None:
     before_start = InferenceSessionProxy(model_path("digits"), host=host)
     before_start.run(None, FEED)
