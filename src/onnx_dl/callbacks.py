@@ -118,7 +118,7 @@ class _Call(NamedTuple):
     def hear(self) -> None:
         """A reply is there."""
         try:
-            reply = self.lane.receive()
+            reply = self.lane.receive(0)
         except Exception as error:  # other calls are still to hear of theirs
             self.lane.close()
             self.callback.tell([], str(error))
