@@ -132,6 +132,15 @@ def test_64_descriptors(models: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_default_timeout_of_sockets(models: list[str]) -> None:
+    """Programs that fetch pages set one; our waits have their own."""
+    code = f"import socket; socket.setdefaulttimeout(0.001)\n{WHOLE}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *models], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- out of memory -----------------------------------------------------------------------------------------
 
 HUNGRY = """

@@ -124,9 +124,9 @@ class WellBehaved:
     def granted(self) -> m.Granted:
         """What it was told of its worker."""
         assert self.proxy._remote is not None
-        granted = self.proxy._remote._granted
-        assert granted is not None
-        return granted
+        serving = self.proxy._remote._serving
+        assert serving is not None
+        return serving.granted
 
     def _call(self) -> None:
         while not self._stop.wait(0.001):

@@ -292,7 +292,10 @@ class World:
         now = max(self.now - late, 1000.0)
         for load in s.to_weigh(now):
             self.do(s.on_weighed(load.worker_id, self.workers[load.worker_id].nbytes, now))
-        deadline = s.next_deadline()
+        due = s.to_check(now)
+        for worker_id in due:
+            self.do(s.on_checked(worker_id, int(self.workers[worker_id].hung), now))
+        deadline = now if due else s.next_deadline()
         wants = s.wants_look(now)
         commands = s.on_tick(now, self.look(False) if wants else {})
         assert (deadline is not None and deadline <= now) or commands == [], "nothing was due"

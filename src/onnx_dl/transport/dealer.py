@@ -34,9 +34,10 @@ class Dealer:
         self._connect(deadline)
 
     def _connect(self, deadline: Deadline) -> None:
-        self._sock = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
+        sock = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
+        self._descriptor = Descriptor(sock.fileno())
+        self._sock = sockets.Face(sock)
         self._sock.setblocking(False)
-        self._descriptor = Descriptor(self._sock.fileno())
         self._reader = zmtp.Reader()
         self._unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))
         self.gone = False

@@ -53,12 +53,30 @@ Socket = zmq.Socket[bytes]
 _IPC_FILTER_UID: Final = 59  # zmq.h: ZMQ_IPC_FILTER_UID; pyzmq has no name for it in its typed options
 
 
+class Face(socket.socket):
+    """Python's functions for a socket that somebody else closes: a :class:`~onnx_dl.owned.Descriptor`.
+
+    Where the garbage collector finds both in one cycle, Python would warn of a socket that nobody closed.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Takes over the number of ``sock``, which has none afterwards.  What waits has no timeout, whatever
+        the program told ``socket.setdefaulttimeout``."""
+        super().__init__(sock.family, sock.type, sock.proto, sock.fileno())
+        sock.detach()
+        self.setblocking(True)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never made
+            self.detach()
+
+
 class Channel:
     """A connected SEQPACKET socket: whole messages, descriptors beside them, EOF when the peer is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._descriptor = Descriptor(sock.fileno())
-        self._sock = sock
+        self._sock = Face(sock)
         self._buffer = bytearray(LONGEST)
         self._view = memoryview(self._buffer)
 
