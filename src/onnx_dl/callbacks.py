@@ -51,6 +51,8 @@ class Callbacks:
             waiter.coming.append(call)
             waiter.start()
             self._waiter = waiter  # not before it runs: a signal handler would wait for its own thread
+            if waiter.ended:
+                self._forget(waiter)
             return
         waiter.coming.append(call)
         waiter.waker.wake()
