@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelEvent, ModelHost, ReentrantUse
@@ -71,6 +72,20 @@ def test_a_callback_of_events_uses_the_model_and_closes_the_host(host: ModelHost
     proxy.load()
     loaded.set()
     assert ended.wait(DEADLINE) and done == [True]
+
+
+def test_a_callback_waits_for_a_call_that_it_makes(host: ModelHost) -> None:
+    proxy = InferenceSessionProxy(identity_model(), host=host)
+    feed = {"x": np.ones(4, np.float32)}
+    inner, outer = threading.Event(), threading.Event()
+
+    def callback(*_: object) -> None:
+        proxy.run_async(None, feed, lambda *_: inner.set(), None)
+        if inner.wait(DEADLINE):
+            outer.set()
+
+    proxy.run_async(None, feed, callback, None)
+    assert outer.wait(2 * DEADLINE)
 
 
 AT_EXIT = """

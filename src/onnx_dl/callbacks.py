@@ -44,8 +44,9 @@ class Callbacks:
 
     def _hand_over(self, call: _Call) -> None:
         waiter = self._waiter
-        if waiter is None or waiter.ended or not waiter.waker.is_ours():
-            # Two threads may come here at once: then there are two of these, each with calls of its own.
+        if waiter is None or waiter.ended or waiter.is_this_thread or not waiter.waker.is_ours():
+            # Two threads may come here at once: then there are two of these, each with calls of its own.  A
+            # callback that waits for the result of a call that it has made must not wait for its own thread.
             waiter = _Waiter(self._forget)
             waiter.coming.append(call)
             waiter.start()
@@ -69,9 +70,14 @@ class _Waiter:
         self.coming: collections.deque[_Call] = collections.deque()
         self.waker = Waker()
         self.ended = False
+        self._thread = threading.Thread(target=self._serve, name="onnx-dl-callbacks", daemon=True)
+
+    @property
+    def is_this_thread(self) -> bool:
+        return self._thread is threading.current_thread()
 
     def start(self) -> None:
-        threading.Thread(target=self._serve, name="onnx-dl-callbacks", daemon=True).start()
+        self._thread.start()
 
     def _serve(self) -> None:
         waker = self.waker
@@ -254,10 +260,12 @@ def call_back(
     """Begins a call and returns; ``callback`` is told of its results in another thread.
 
     Raises:
+        ReentrantUse: this thread is the connection's own, which the callback may have to wait for.
         RunTimeout: the callback's deadline passed before the run began.
         Exception: what is known to be wrong before that.
     """
     deadline = callback.deadline
+    model.connection.check_thread()
     while True:
         lane, message = model.ask_with(lease, make, deadline)
         try:

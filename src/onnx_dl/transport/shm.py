@@ -101,6 +101,8 @@ class Mapping:
 
     def _map(self) -> int:
         if (fd := self._descriptor.duplicate()) is None:
+            if (place := self._place.get(None)) is not None:
+                return place  # another thread has mapped it meanwhile, and then closed the descriptor
             raise SharedMemoryError(f"Cannot map {self.size} bytes of shared memory: {_TAKEN}")
         try:
             address = _mapped(self.size, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd)
