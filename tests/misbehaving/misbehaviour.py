@@ -128,7 +128,8 @@ def _instances(module: str, name: str) -> list[Any]:
 
 
 def _lanes(own: bool) -> list[Any]:
-    """Of the worker: all, or the one of this thread."""
+    """Of the worker: all, or the one of this thread.  Another's ZeroMQ socket is used while that thread waits
+    at it, which libzmq does not promise to bear."""
     lanes = _instances("onnx_dl.transport.worker_lane", "WorkerLane")
     return [lane for lane in lanes if not own or lane.thread == threading.get_native_id()]
 

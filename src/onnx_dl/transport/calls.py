@@ -105,7 +105,8 @@ class CallerBellCalls(_Bell):
         rung = self.bell.wait(timeout)
         if rung is None:
             return None
-        _check(rung >> 1, self.number)
+        if rung >> 1 != self.number % _NUMBERS:
+            raise _another(rung >> 1, self.number)
         return SAME if rung & SAME else self._handover.next()
 
     def again(self, number: int) -> bool:
@@ -180,7 +181,8 @@ class ZmqCalls:
         if data is None:
             return None
         if self._calls:
-            _check(data[0] if data else -1, self.number)
+            if not data or data[0] != self.number % _NUMBERS:
+                raise _another(data[0] if data else -1, self.number)
             data = data[1:]
         else:
             self.number += 1
@@ -209,14 +211,9 @@ class ZmqCalls:
             keep_for_ever(self._socket)
 
 
-def _check(answered: int, asked: int) -> None:
-    """A worker that answers twice or too late must not have that taken for the answer to the next request.
-
-    Raises:
-        ProtocolError: it is for another request.
-    """
-    if answered != asked % _NUMBERS:
-        raise ProtocolError(f"A worker answered request {answered} of a lane instead of {asked % _NUMBERS}.")
+def _another(answered: int, asked: int) -> ProtocolError:
+    """What a worker says twice or too late must not be taken for the answer to the next request."""
+    return ProtocolError(f"A worker answered request {answered} of a lane instead of {asked % _NUMBERS}.")
 
 
 _ON_THE_UNIX_SOCKET: Final = b""
