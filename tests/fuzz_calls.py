@@ -140,9 +140,14 @@ def called_back(proxy: InferenceSessionProxy, call: Call) -> Any:
     results, error = told
     if not error:
         return list(results)
-    if isinstance(call.wanted, Exception) and str(call.wanted) in error:
-        raise call.wanted  # told as text
-    raise Wrong(f"run_async() says {error}")
+    raise _same_words(call, error)
+
+
+def _same_words(call: Call, text: str) -> Exception:
+    """The error that ``run()`` raises, where another way tells the same in another class."""
+    if isinstance(call.wanted, Exception) and str(call.wanted).endswith(text.removeprefix("Error in execution: ")):
+        return call.wanted
+    return Wrong(f"{call.kind}, {shapes(call.feed)}: {text}")
 
 
 def with_values(proxy: InferenceSessionProxy, call: Call) -> Any:
@@ -160,7 +165,12 @@ def bound(proxy: InferenceSessionProxy, call: Call) -> Any:
         binding.bind_cpu_input(name, array)
     for name in call.outputs or zoo.outputs_of(call.kind):
         binding.bind_output(name)
-    proxy.run_with_iobinding(binding)
+    try:
+        proxy.run_with_iobinding(binding)
+    except RuntimeError as error:
+        if isinstance(error, OURS):
+            raise
+        raise _same_words(call, str(error)) from None
     return binding.copy_outputs_to_cpu()
 
 

@@ -6,11 +6,9 @@ many calls later: none of them may change unless this program changes it.
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
-import time
 from typing import Any, Final, NamedTuple
 
 # Before the first import of onnxruntime: neither telemetry nor the user's cache.
@@ -105,37 +103,6 @@ def _bytes(held: list[Held]) -> int:
     )
 
 
-def leftovers(descriptors: int) -> list[str]:
-    """What this process still has, some seconds after it closed everything."""
-    deadline = time.monotonic() + 10
-    while (left := _left(descriptors)) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.01)
-    return left
-
-
-def _left(descriptors: int) -> list[str]:
-    children = [f"process {pid}" for pid in _children()]
-    links = {fd: _link(fd) for fd in os.listdir("/proc/self/fd")}
-    ours = [f"descriptor {fd}: {link}" for fd, link in links.items() if "onnx-dl" in link]
-    with open("/proc/self/maps") as maps:
-        mapped = [line.strip() for line in maps if "memfd:onnx-dl" in line]
-    more = [f"{len(links)} descriptors, {descriptors} before"] if len(links) > descriptors else []
-    return [*children, *ours, *mapped, *more]
-
-
-def _children() -> list[str]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return file.read().split()
-
-
-def _link(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""
-
-
 def main(argv: list[str] | None = None) -> int:
     given = fuzzing.arguments("fuzz_results", WEIGHTS, argv)
     connection.TIDY_EVERY = hosts.TIDY_EVERY = TIDY  # type: ignore[misc]
@@ -151,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         world.held.clear()
         world.close()
     del world
-    if left := leftovers(descriptors):
+    if left := fuzzing.leftovers(descriptors):
         print("LEFT:", *left, sep="\n  ", file=sys.stderr)
         return 1
     return status

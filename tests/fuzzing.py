@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import faulthandler
+import gc
 import os
 import random
 import sys
@@ -114,3 +115,34 @@ class Player:
         traceback.print_exc()
         again = f"python -m tests.{self._name} --seed {self._given.seed} --minutes 60"
         print(f"WRONG: {where}. To see it again: {again}", file=sys.stderr, flush=True)
+
+
+def leftovers(descriptors: int) -> list[str]:
+    """What this process still has, some seconds after it closed everything."""
+    deadline = time.monotonic() + 10
+    while (left := _left(descriptors)) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    return left
+
+
+def _left(descriptors: int) -> list[str]:
+    children = [f"process {pid}" for pid in _children()]
+    links = {fd: _link(fd) for fd in os.listdir("/proc/self/fd")}
+    ours = [f"descriptor {fd}: {link}" for fd, link in links.items() if "onnx-dl" in link]
+    with open("/proc/self/maps") as maps:
+        mapped = [line.strip() for line in maps if "memfd:onnx-dl" in line]
+    more = [f"{len(links)} descriptors, {descriptors} before"] if len(links) > descriptors else []
+    return [*children, *ours, *mapped, *more]
+
+
+def _children() -> list[str]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return file.read().split()
+
+
+def _link(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""
