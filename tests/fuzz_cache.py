@@ -192,10 +192,11 @@ def damage(library: Library, rng: random.Random) -> str:
 
 
 def swap(library: Library, rng: random.Random) -> str:
-    """A file, or all of them, are those of another model's entry."""
-    saved, other = library.any_saved(rng), library.any_saved(rng)
-    if other is saved:
-        other = rng.choice([s for s in library.saved if s is not saved])
+    """A file, or all of them, are those of another model's entry, of the same form if there is one."""
+    saved = library.any_saved(rng)
+    others = [one for one in library.saved if one is not saved]
+    alike = [one for one in others if one.variant.form == saved.variant.form]
+    other = rng.choice(alike or others)
     names = rng.choice([["model.onnx"], ["weights.bin"], ["meta.json"], ["model.onnx", "weights.bin"],
                         ["model.onnx", "weights.bin", "meta.json"]])  # fmt: skip
     if rng.random() < 0.5:

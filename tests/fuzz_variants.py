@@ -229,9 +229,9 @@ class Variant(NamedTuple):
         if path.exists():
             return
         model = KINDS[self.kind](np.random.default_rng(self.seed))
-        helper.set_model_props(model, {"seed": str(self.seed), "kind": self.kind})
+        external = self.form == "external"  # there, another seed is another file of weights and no more
+        helper.set_model_props(model, {"kind": self.kind} | ({} if external else {"seed": str(self.seed)}))
         target = path.with_suffix(".target") if self.form == "link" else path
-        external = self.form == "external"
         onnx.save(model, target, save_as_external_data=external, location=f"{path.name}.data")
         if self.form == "link":
             path.symlink_to(target.name)
