@@ -150,8 +150,11 @@ class Library:
             time.sleep(0.01)
 
     def is_mapped(self, proxy: InferenceSessionProxy) -> bool:
-        key = proxy._spec.key
-        (pid,) = [s.pid for s in proxy._host.snapshot().models if s.key == key and s.pid is not None]
+        key, models = proxy._spec.key, proxy._host.snapshot().models
+        pids = [status.pid for status in models if status.key == key and status.pid is not None]
+        if len(pids) != 1:
+            raise Wrong(f"{key} has just been called, and has these workers: {pids} of {models}")
+        (pid,) = pids
         return str(self.store.root) in Path(f"/proc/{pid}/maps").read_text()
 
     def close(self) -> None:
@@ -193,6 +196,7 @@ def damage(library: Library, rng: random.Random) -> str:
 
 def swap(library: Library, rng: random.Random) -> str:
     """A file, or all of them, are those of another model's entry, of the same form if there is one."""
+    library.any_saved(rng)
     saved = library.any_saved(rng)
     others = [one for one in library.saved if one is not saved]
     alike = [one for one in others if one.variant.form == saved.variant.form]

@@ -13,6 +13,7 @@ import onnxruntime
 
 import onnx_dl
 from onnx_dl import InferenceSessionProxy
+from onnx_dl.errors import SupervisorDied, WorkerDied
 from tests import fuzz_faults, zoo
 from tests.fuzzing import Step, Wrong
 
@@ -147,6 +148,10 @@ def _same_words(call: Call, text: str) -> Exception:
     """The error that ``run()`` raises, where another way tells the same in another class."""
     if isinstance(call.wanted, Exception) and str(call.wanted).endswith(text.removeprefix("Error in execution: ")):
         return call.wanted
+    deaths = {"The onnx-dl supervisor process": SupervisorDied, "The worker of": WorkerDied}
+    for words, death in deaths.items():
+        if text.startswith(words):
+            return death(text)
     return Wrong(f"{call.kind}, {shapes(call.feed)}: {text}")
 
 
@@ -201,7 +206,10 @@ def answer(proxy: InferenceSessionProxy, call: Call, way: Way) -> Any:
         raise
     except Exception as error:
         found = error
-    check(call, found, way.__name__)
+    try:
+        check(call, found, way.__name__)
+    except Wrong as wrong:
+        raise wrong from (found if isinstance(found, Exception) else None)
     return found
 
 
