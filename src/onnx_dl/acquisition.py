@@ -8,7 +8,7 @@ others waiting; the last one tells the supervisor, which goes on loading.  Lanes
 
 from __future__ import annotations
 
-import threading
+import collections
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,21 +27,44 @@ Renew = Callable[[Connection, Deadline | None], None]
 
 
 class _Request:
-    """One Acquire on its way, and how many threads wait for its answer."""
+    """One Acquire on its way, and the threads that wait for its answer, of which the first has made it.
+
+    No lock: a thread that was interrupted would wait for itself.  Who joins says so before looking whether it
+    is over; who leaves says that it is over before looking whether somebody joined.
+    """
 
     def __init__(self, connection: Connection, asked: Asked) -> None:
         self.connection = connection
         self.asked = asked
-        self.waiting = 0
+        self._waiting = collections.deque([None])
+        self.is_over = False
+
+    def join(self, connection: Connection) -> bool:
+        """One thread more waits for the answer; false: this is over, or was asked elsewhere."""
+        if self.is_over or self.asked.future.done() or self.connection is not connection:
+            return False
+        self._waiting.append(None)
+        return not self.is_over or self.leave()
+
+    def leave(self, withdrawal: m.Withdraw | None = None) -> bool:
+        """One thread waits no more.  The last one says so, also where the answer may have crossed that.
+
+        Returns false.
+        """
+        self._waiting.pop()
+        if not self._waiting:
+            self.is_over = True
+            if not self._waiting and self.connection.forget(self.asked) and withdrawal is not None:
+                self.connection.tell(withdrawal)
+        return False
 
 
 class Acquisition:
-    """The requests of one model.  Thread-safe; its lock is held for moments only."""
+    """The requests of one model.  Thread-safe."""
 
     def __init__(self, patience: float) -> None:
         """``patience``: seconds after which a host that has not answered does not load the model any more."""
         self._patience = patience
-        self._lock = threading.Lock()
         self._requests: dict[tuple[int, bool], _Request] = {}
 
     def ask(
@@ -95,9 +118,14 @@ class Acquisition:
                 request.asked, deadline=deadline, patience=limit.left(), what="the model to load"
             )
         except BaseException as broken:  # Ctrl-C included
-            self._leave(key, request, withdraw=True, keep=isinstance(broken, DeadlinePassed))
+            keep = isinstance(broken, DeadlinePassed)
+            request.leave(m.Withdraw(ticket=request.asked.ticket, proxy=key[0], keep=keep))
             raise
-        self._leave(key, request)
+        else:
+            request.leave()
+        finally:
+            if request.is_over and self._requests.get(key) is request:
+                self._requests.pop(key, None)  # if it is the next one by now, nobody joins that
         if isinstance(answer, m.Denied):
             error = failures.rebuild(answer.failure)
             remarks.repeat(getattr(error, "remarks", None))
@@ -106,34 +134,12 @@ class Acquisition:
         return granted
 
     def _join(self, key: tuple[int, bool], connection: Connection, prepare: Callable[[], Make]) -> _Request:
-        with self._lock:
-            if (request := self._under_way(key, connection)) is not None:
-                return request
-        make = prepare()
-        with self._lock:
-            request = self._under_way(key, connection)  # another thread may have been faster
-            if request is None:
-                request = self._requests[key] = _Request(connection, connection.begin(make))
-                request.waiting = 1
-            return request
-
-    def _under_way(self, key: tuple[int, bool], connection: Connection) -> _Request | None:
         request = self._requests.get(key)
-        if request is None or request.asked.future.done() or request.connection is not connection:
-            return None
-        request.waiting += 1
+        if request is not None and request.join(connection):
+            return request
+        make = prepare()
+        request = self._requests.get(key)  # another thread may have been faster
+        if request is None or not request.join(connection):
+            # Two threads may come here at once: then there are two requests, and both are answered.
+            request = self._requests[key] = _Request(connection, connection.begin(make))
         return request
-
-    def _leave(
-        self, key: tuple[int, bool], request: _Request, *, withdraw: bool = False, keep: bool = False
-    ) -> None:
-        """One thread waits no more.  The last one says so, also where the answer may have crossed that."""
-        with self._lock:
-            request.waiting -= 1
-            if request.waiting:
-                return
-            if self._requests.get(key) is request:
-                del self._requests[key]
-            request.connection.forget(request.asked)
-            if withdraw:
-                request.connection.tell(m.Withdraw(ticket=request.asked.ticket, proxy=key[0], keep=keep))

@@ -6,12 +6,14 @@ goes on for the next one.  What the work is, is not known here.
 
 from __future__ import annotations
 
-import concurrent.futures
+import collections
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from onnx_dl.deadline import Deadline, result_of
+from onnx_dl.forking import Promise
 
 _T = TypeVar("_T")
 
@@ -20,34 +22,53 @@ class Background(Generic[_T]):
     """One piece of work and its result."""
 
     def __init__(self, work: Callable[[Deadline], _T], name: str) -> None:
-        """Begins.  ``work`` is given a deadline that passes when nobody wants the result any more."""
+        """Begins nothing yet.  ``work`` is given a deadline that passes when nobody wants the result."""
         self._deadline = Deadline(None, movable=True)
-        self._future: concurrent.futures.Future[_T] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._do, args=(work,), name=name, daemon=True)
-        self._thread.start()
+        self._promise: Promise[_T] = Promise()
+        self._to_do = collections.deque([work])
+        self._name = name
 
-    def _do(self, work: Callable[[Deadline], _T]) -> None:
+    def begin(self) -> None:
+        """Begins, unless it is begun.
+
+        A signal handler may interrupt whoever is about to start the thread, and a ``__del__`` the thread
+        before it takes the work: either would wait for ever for what only its own thread goes on to do.  So
+        whoever finds the work undone starts a thread, and the first of them has it.
+        """
+        if self._to_do:
+            threading.Thread(target=self._do, name=self._name, daemon=True).start()
+
+    def _do(self) -> None:
         try:
-            self._future.set_result(work(self._deadline))
+            work = self._to_do.popleft()
+        except IndexError:
+            return
+        self._promise.giver = threading.current_thread()
+        try:
+            self._promise.set_result(work(self._deadline))
         except BaseException as error:
-            self._future.set_exception(error)
+            self._promise.set_exception(error)
 
     @property
     def done(self) -> bool:
-        return self._future.done()
+        return self._promise.done()
 
     def wait(self, deadline: Deadline | None, what: str) -> _T:
         """The result.
 
         Raises:
             DeadlinePassed: it was not there in time; ``what`` was waited for.
+            ReentrantUse: it is this thread that does the work.
             BaseException: what the work raised.
         """
-        result: _T = result_of(self._future, deadline, what)
+        self.begin()
+        result: _T = result_of(self._promise, deadline, what)
         return result
 
-    def end(self, timeout: float) -> None:
-        """Has the work end before it is done, and waits for that, for so many seconds at most."""
+    def end(self, timeout: float | None) -> None:
+        """Has the work end before it is done, and waits for that, for so many seconds at most; None:
+        for as long as it takes."""
         self._deadline.end()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        self._do()  # if nobody has begun it: it ends at once
+        with contextlib.suppress(BaseException):  # ReentrantUse: it is this thread that does the work
+            self._promise.result(timeout)

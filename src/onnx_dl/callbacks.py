@@ -5,6 +5,8 @@ The thread waits for all replies that are to come, and is there only while some 
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
 import selectors
 import sys
@@ -23,30 +25,55 @@ from onnx_dl.watch import EVERY, GRACE, run_timeout
 
 
 class Callbacks:
-    """Calls that were begun, and one thread that waits for their replies."""
+    """Calls that were begun, and a thread that waits for their replies."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._coming: list[_Call] = []
-        self._waker: Waker | None = None
+        self._waiter: _Waiter | None = None
 
     def await_reply(self, model: RemoteModel, lane: ClientLane, callback: Callback) -> None:
         """``callback`` is told of the reply of this lane, in another thread."""
         call = _Call(model, lane, callback)
         if lane.reply_fd is None:
             threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
-            return
-        with self._lock:
-            self._coming.append(call)
-            if self._waker is None:
-                self._waker = Waker()
-                threading.Thread(
-                    target=self._serve, args=(self._waker,), name="onnx-dl-callbacks", daemon=True
-                ).start()
-            self._waker.wake()
+        else:
+            self._hand_over(call)
 
-    def _serve(self, waker: Waker) -> None:
-        selector = selectors.DefaultSelector()
+    def _forget(self, waiter: _Waiter) -> None:
+        if self._waiter is waiter:  # if another has taken its place by now, that serves all that it has
+            self._waiter = None
+
+    def _hand_over(self, call: _Call) -> None:
+        waiter = self._waiter
+        if waiter is None or waiter.ended or not waiter.waker.is_ours():
+            # Two threads may come here at once: then there are two of these, each with calls of its own.
+            waiter = _Waiter(self._forget)
+            waiter.coming.append(call)
+            waiter.start()
+            self._waiter = waiter  # not before it runs: a signal handler would wait for its own thread
+            return
+        waiter.coming.append(call)
+        waiter.waker.wake()
+        # It may have ended meanwhile: what it did not take then, another does.
+        while waiter.ended and waiter.coming:
+            with contextlib.suppress(IndexError):
+                self._hand_over(waiter.coming.popleft())
+
+
+class _Waiter:
+    """Ends when there is nothing to wait for.  No lock: a call is where whoever takes it out finds it."""
+
+    def __init__(self, at_end: Callable[[_Waiter], None]) -> None:
+        self._at_end = at_end
+        self.coming: collections.deque[_Call] = collections.deque()
+        self.waker = Waker()
+        self.ended = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._serve, name="onnx-dl-callbacks", daemon=True).start()
+
+    def _serve(self) -> None:
+        waker = self.waker
+        selector = selectors.PollSelector()  # has no descriptor of its own, which a program might close
         selector.register(waker.fileno(), selectors.EVENT_READ)
         with selector:
             while self._take_in(selector):
@@ -57,21 +84,30 @@ class Callbacks:
                         continue
                     selector.unregister(key.fd)
                     calls.remove(key.data)
-                    key.data.tell(key.data.lane.receive())
+                    key.data.tell(key.data.lane.receive(0))
                 for call in [call for call in calls if call.look()]:
                     selector.unregister(call.lane.reply_fd or 0)
                     call.give_up()
 
     def _take_in(self, selector: selectors.BaseSelector) -> bool:
         """Watches what has come; false if there is nothing left to watch, so that the thread may end."""
-        with self._lock:
-            for call in self._coming:
-                selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
-            self._coming.clear()
-            if len(selector.get_map()) > 1:
-                return True
-            self._waker = None
-            return False
+        self._watch(selector)
+        if len(selector.get_map()) == 1:
+            self.ended = True
+            self._watch(selector)  # what came before that was to be seen
+        self.ended = len(selector.get_map()) == 1
+        if self.ended:
+            self._at_end(self)
+        return not self.ended
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                call = self.coming.popleft()
+                try:
+                    selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
+                except KeyError:  # the program closed the descriptor that had this number
+                    threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
 
 
 class _Call(NamedTuple):
@@ -107,7 +143,7 @@ class _Call(NamedTuple):
         self.callback.tell([], str(run_timeout(self.callback.deadline, "was told to end")))
 
     def wait(self) -> None:
-        """Over ZeroMQ, where there is no descriptor to wait for."""
+        """In a thread of its own, where there is no descriptor to wait for beside others."""
         while True:
             try:
                 reply = self.lane.receive(_until_next_look([self]))

@@ -7,13 +7,11 @@ the model now.  Policy (when to load, what to evict) is the supervisor's; onnxru
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import itertools
 import math
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,13 +26,16 @@ from onnx_dl.errors import (
     LoadTimeout,
     ProtocolError,
     ProxyClosedError,
+    SupervisorDied,
     SupervisorTimeout,
     UnloadTimeout,
     WorkerDied,
 )
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.external import bytes_of
+from onnx_dl.forking import refuse
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
+from onnx_dl.serving import Holds, Serving, close_all
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
@@ -108,11 +109,14 @@ class RemoteModel:
         renew: Callable[[RemoteModel, Connection, Deadline | None], None] | None = None,
         companions: Callable[[], Sequence[RemoteModel]] = tuple,
         spare: Callable[[], bool] = bool,
+        is_shared: bool = False,
     ) -> None:
         """``blobs``: the memory that it is loaded from; ``renew``: moves this to the next host when the
-        present one is gone, if there may be another; ``companions``: those that this application has in the
-        same group; ``spare``: closes idle lanes of all models, and tells whether there were any."""
+        present one is gone; ``companions``: those that this application has in the same group; ``spare``:
+        closes idle lanes of all models, and tells whether there were any; ``is_shared``: whether the host is,
+        so that callers need not know of its end."""
         self.connection = connection
+        self._is_shared = is_shared
         self._renew: Renew | None = None if renew is None else functools.partial(renew, self)
         self._companions = companions
         self._spare = spare
@@ -122,15 +126,15 @@ class RemoteModel:
         self._over_zmq = settings.lane == "zmq"
         self._blobs = blobs
         self._acquisition = Acquisition(self._patience)
-        self._lock = threading.Lock()  # brief: guards what follows
-        self._granted: m.Granted | None = None
-        self._grantor = connection
-        """To the host whose worker that is; the present connection may be another by now."""
-        self._opened: m.Granted | None = None
-        """The last worker that a lane was opened to."""
-        self._lanes: list[ClientLane] = []
-        self._holds = 0
-        self._hold_lane: ClientLane | None = None
+        self._last: Serving | None = None
+        """The worker that was granted last."""
+        self._holds = Holds()
+
+    @property
+    def _serving(self) -> Serving | None:
+        """The worker that serves now."""
+        serving = self._last
+        return None if serving is None or serving.is_gone else serving
 
     # --- calls --------------------------------------------------------------------------------------------
 
@@ -177,13 +181,13 @@ class RemoteModel:
 
     def _is_untouched(self) -> bool:
         """Whether this application has loaded the model, and not used it yet."""
-        with self._lock:
-            return self._granted is not None and self._granted is not self._opened
+        serving = self._serving
+        return serving is not None and not serving.is_opened
 
     def _touch(self) -> None:
-        """A use that the worker need not hear of now.  If no lane is idle, the model is in use anyway."""
-        with contextlib.suppress(IndexError):
-            self._lanes[-1].touch()
+        """A use that the worker need not hear of now."""
+        if (serving := self._serving) is not None:
+            serving.touch()
 
     def finish(self, lane: ClientLane, reply: m.Result | m.Same | int) -> Any:
         """The values of a reply; the lane is free again."""
@@ -348,27 +352,19 @@ class RemoteModel:
         return self._idle_lane(lease) or self._open_lane(granted, lease.latency, deadline)
 
     def _idle_lane(self, lease: Lease) -> ClientLane | None:
-        with self._lock:
-            lanes = self._lanes
-            if not (lanes and self._may_use(lease)):
-                return None
-            if lanes[-1].latency == lease.latency:
-                return lanes.pop()
-            for lane in lanes:
-                if lane.latency == lease.latency:
-                    lanes.remove(lane)
-                    return lane
-        return None
+        serving = self._last
+        if serving is None or not self._may_use(serving, lease):
+            return None
+        return serving.take(lease.latency)
 
     def _open_lane(self, granted: m.Granted, latency: str, deadline: Deadline | None) -> ClientLane | None:
         """A new lane to the present worker.  None: it is gone, or did not answer and may still."""
-        with self._lock:
-            connection = self._grantor if self._granted is granted else None
-            self._opened = granted
-        if connection is None:
+        serving = self._serving
+        if serving is None or serving.granted is not granted:
             return None
+        serving.is_opened = True
         try:
-            lane = self._lane_at(connection, granted, deadline, latency)
+            lane = self._lane_at(serving.connection, granted, deadline, latency)
         except DeadlinePassed:
             if deadline is not None and deadline.passed:
                 raise
@@ -392,36 +388,36 @@ class RemoteModel:
         """
         opening = Deadline(connection.timeout, outer=deadline)
         try:
-            lane = ClientLane(connection.context, granted, opening, over_zmq=self._over_zmq, latency=latency)
+            context = connection.context if self._over_zmq else None
+            lane = ClientLane(context, granted, opening, over_zmq=self._over_zmq, latency=latency)
             lane.origin = connection
             return lane
-        except (ConnectionError, FileNotFoundError, ProtocolError):
+        except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 
     def put_lane(self, lane: ClientLane) -> None:
         """A lane that was taken is free again."""
-        with self._lock:
-            keep = self._granted is lane.granted
-            if keep:
-                self._lanes.append(lane)
-            untidy = len(self._lanes) > 1 or lane.is_large
-        if not keep:
+        serving = self._last
+        if serving is None or serving.granted is not lane.granted:
             lane.close()
-        elif untidy:
+            return
+        serving.put(lane)
+        if serving.is_untidy or lane.is_large:
             self.connection.arm()
 
     def _current(self, lease: Lease) -> m.Granted | None:
-        with self._lock:
-            return self._granted if self._may_use(lease) else None
+        serving = self._last
+        return serving.granted if serving is not None and self._may_use(serving, lease) else None
 
-    def _may_use(self, lease: Lease) -> bool:
+    def _may_use(self, serving: Serving, lease: Lease) -> bool:
         # Whoever is inside of a session() block uses the worker that it holds, also while that waits for
         # the block to end before it unloads: to acquire would wait for the unload, for ever.
-        return self._granted is not None and bool(lease.granted is self._granted or self._holds)
+        return not serving.is_gone and (lease.granted is serving.granted or bool(self._holds))
 
     def serves(self, lease: Lease) -> bool:
         """Whether a proxy that has used the present worker may go on to."""
-        return not self.connection.closed and self._may_use(lease)
+        serving = self._last
+        return serving is not None and not self.connection.closed and self._may_use(serving, lease)
 
     def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
         """A worker for this proxy, loaded if need be.
@@ -434,16 +430,14 @@ class RemoteModel:
 
     def give_back(self, lease: Lease) -> None:
         """This proxy holds no worker until it uses the model again."""
-        with self._lock:
-            lease.granted = None
+        lease.granted = None
         self.connection.tell(m.Release(proxy=lease.id))
 
     def leave_outdated(self, lease: Lease, granted: m.Granted, path: str) -> None:
         """This proxy does not want the worker, because this file is not what that has read."""
-        with self._lock:
-            if lease.granted is granted:
-                lease.granted = None
-            connection = self._grantor
+        if lease.granted is granted:
+            lease.granted = None
+        connection = self.connection if self._last is None else self._last.connection
         connection.tell(m.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
 
     def _acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
@@ -464,7 +458,7 @@ class RemoteModel:
         prepare = functools.partial(self._prepare, lease, for_host)
         try:
             return self._acquisition.ask(
-                lease, lambda: self.connection, prepare, self._renew, deadline, for_host=for_host
+                lease, lambda: self.connection, prepare, self._renewal(), deadline, for_host=for_host
             )
         except (DeadlinePassed, SupervisorTimeout):
             raise
@@ -472,6 +466,12 @@ class RemoteModel:
             if isinstance(error, LoadTimeout):
                 raise
             raise self._not_loaded(self._patience) from None
+
+    def _renewal(self) -> Renew | None:
+        """What moves this to the next host, unless its callers must hear that the present one has died: with
+        a connection whose descriptors the program closed, nothing has."""
+        lost = not self.connection.usable and self.connection.lost
+        return self._renew if self._is_shared or lost else None
 
     def _prepare(self, lease: Lease, for_host: bool) -> Make:
         companions = [model for model in self._companions() if model is not self]
@@ -512,15 +512,15 @@ class RemoteModel:
         self, lease: Lease, answer: m.Granted, connection: Connection, deadline: Deadline | None
     ) -> m.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""
-        with self._lock:
-            stale: list[ClientLane] = []
-            if self._granted is None or self._granted.address != answer.address:
-                self._granted, stale, self._lanes = answer, self._lanes, []
-                self._grantor = connection
-            granted = lease.granted = self._granted
-            self.description = answer.description
-        for lane in stale:
-            lane.close()
+        serving = self._serving
+        if serving is None or serving.granted.address != answer.address:
+            # Two threads may come here at once with one answer each: who comes first asks once more.
+            stale, serving = self._last, Serving(answer, connection)
+            self._last = serving
+            if stale is not None:
+                stale.leave()
+        granted = lease.granted = serving.granted
+        self.description = answer.description
         if lease.closed:  # closed while it waited: it must not keep what it just got
             connection.tell(m.Release(proxy=lease.id))
         if self._holds:
@@ -529,37 +529,32 @@ class RemoteModel:
 
     def _forget(self, granted: m.Granted) -> None:
         """This worker takes no more calls of ours."""
-        with self._lock:
-            stale: list[ClientLane] = []
-            if self._granted is granted:
-                self._granted, stale, self._lanes = None, self._lanes, []
-        for lane in stale:
-            lane.close()
+        serving = self._last
+        if serving is not None and serving.granted is granted:
+            serving.leave()
 
     def on_event(self, event: ModelEvent) -> None:
         """Gives back the memory that was shared with a worker that is gone."""
-        granted = self._granted
+        serving = self._last
         gone = event.type in (EventType.UNLOADED, EventType.FAILED)
-        if gone and granted is not None and granted.worker_id == event.worker_id:
-            self._forget(granted)
+        if gone and serving is not None and serving.granted.worker_id == event.worker_id:
+            serving.leave()
 
     def tidy(self, idle_for: float) -> bool:
         """Lets lanes that were idle for so many seconds give their memory back, and closes those beyond the
         one that was used last.  Returns whether there will be more to do."""
+        if (serving := self._serving) is None:
+            return False
         since = time.perf_counter_ns() - int(idle_for * 1e9)
-        with self._lock:
-            kept = {lane.latency: lane for lane in self._lanes}
-            surplus = [lane for lane in self._lanes if lane is not kept[lane.latency]]
-            untidy = [*surplus, *(lane for lane in kept.values() if lane.is_large)]
-            idle = [lane for lane in untidy if lane.last_used < since]
-            self._lanes = [lane for lane in self._lanes if lane not in idle]
+        surplus, large = serving.untidy()
+        idle = [lane for lane in (*surplus, *large) if lane.last_used < since]
         deaf = False  # a worker that does not answer on one lane is asked on no other
-        for lane in idle:
+        for lane in filter(serving.take_this, idle):
             if deaf or lane in surplus or (deaf := not _trim(lane)):
                 lane.close()
             else:
                 self.put_lane(lane)
-        return len(untidy) > len(idle)
+        return len(surplus) + len(large) > len(idle)
 
     # --- holding ------------------------------------------------------------------------------------------
 
@@ -569,17 +564,26 @@ class RemoteModel:
         Raises:
             DeadlinePassed: the deadline did.
         """
-        while not self._hold_with(self._acquire(lease, deadline), deadline, begin=True):
+        while not self._begin_block(self._acquire(lease, deadline), deadline):
             if deadline is not None:
                 deadline.check("the worker")
 
+    def _begin_block(self, granted: m.Granted, deadline: Deadline | None) -> bool:
+        self._holds.begin()
+        held = False
+        try:
+            held = self._hold_with(granted, deadline)
+        finally:
+            if not held:
+                close_all(self._holds.end())
+        return held
+
     def unhold(self) -> None:
         """One block ended; with the last one the TTL starts.  Waits for no worker that does not answer."""
-        with self._lock:
-            self._holds -= 1
-            if self._holds or self._hold_lane is None:
-                return
-            lane, self._hold_lane = self._hold_lane, None
+        for lane in self._holds.end():
+            self._let_go(lane)
+
+    def _let_go(self, lane: ClientLane) -> None:
         try:
             answer = None if lane.is_dead() else lane.exchange(m.Unhold(), GRACE)
         except TimeoutError:
@@ -592,33 +596,20 @@ class RemoteModel:
         else:
             self.put_lane(lane)
 
-    def _hold_with(self, granted: m.Granted, deadline: Deadline | None, *, begin: bool = False) -> bool:
-        """Sees to it that one lane holds this worker; false if it drains.  ``begin``: for one block more."""
-        if not self._is_held(granted, begin):
+    def _hold_with(self, granted: m.Granted, deadline: Deadline | None) -> bool:
+        """Sees to it that a lane holds this worker; false if it drains."""
+        if not self._holds.has(granted):
             lane = self._held_lane(granted, deadline)
             if lane is None:
                 self._forget(granted)
                 return False
-            with self._lock:
-                stale, self._hold_lane = self._hold_lane, lane
-                self._holds += begin
-                unwanted = None if self._holds else self._take_hold_lane()  # the last block ended meanwhile
-            for old in (stale, unwanted):
-                if old is not None:
-                    old.close()
+            self._holds.put(lane)
         return True
-
-    def _is_held(self, granted: m.Granted, begin: bool) -> bool:
-        with self._lock:
-            lane = self._hold_lane
-            held = lane is not None and lane.granted is granted and not lane.is_dead()
-            self._holds += held and begin
-        return held
 
     def _held_lane(self, granted: m.Granted, deadline: Deadline | None) -> ClientLane | None:
         """A new lane that holds this worker; None if it drains or is gone."""
         while (lane := self._open_lane(granted, "normal", deadline)) is None:
-            if self._granted is not granted:
+            if (serving := self._serving) is None or serving.granted is not granted:
                 return None
         try:
             reply = lane.exchange(m.Hold(), None if deadline is None else deadline.left())
@@ -631,11 +622,6 @@ class RemoteModel:
             return lane
         lane.close()
         return None
-
-    def _take_hold_lane(self) -> ClientLane | None:
-        """Called with the lock held."""
-        lane, self._hold_lane = self._hold_lane, None
-        return lane
 
     def load(self, lease: Lease, deadline: Deadline | None = None) -> None:
         """Has the model ready.  A load that nobody needed counts as a use, so that its TTL ends it; with a
@@ -653,11 +639,13 @@ class RemoteModel:
     def unload(self, *, force: bool, deadline: Deadline | None) -> bool:
         """Ends the worker and waits until it is reaped; whether there was one.
 
-        Raises: like :func:`unload`.
+        Raises: like :func:`unload`; ReentrantUse: it would wait for a block that this thread is in.
         """
+        if not force and deadline is None and self._holds.are_mine:
+            refuse(f"in a session() block of {self.spec.name}, which unload() waits for without a timeout")
         answer = unload(self.connection, self.spec.unit, self.spec.name, force=force, deadline=deadline)
-        if (granted := self._granted) is not None:
-            self._forget(granted)
+        if (serving := self._last) is not None:
+            serving.leave()
         return bool(answer.was_loaded)
 
     def status(self, *, measure: bool = True) -> ModelStatus | None:
@@ -669,40 +657,26 @@ class RemoteModel:
         """The connection has ended: nothing that is shared with workers is of use any more."""
         if self.connection is not connection:  # it was moved meanwhile
             return
-        if (granted := self._granted) is not None:
-            self._forget(granted)
-        self._drop_hold()
+        if (serving := self._last) is not None:
+            serving.leave()
+        close_all(self._holds.take())
 
     def move(self, connection: Connection, blobs: Sequence[SharedBlob]) -> None:
         """From now on this is the model at another host.  An answer of the last one that is still on its way
         leads to a worker that is gone, and the model is asked for again."""
         self.connection, self._blobs = connection, blobs
-        if (granted := self._granted) is not None:
-            self._forget(granted)
-        self._drop_hold()
-
-    def _drop_hold(self) -> None:
-        with self._lock:
-            lane = self._take_hold_lane()
-        if lane is not None:
-            lane.close()
+        if (serving := self._last) is not None:
+            serving.leave()
+        close_all(self._holds.take())
 
     def spare(self) -> bool:
         """Closes all idle lanes; whether there were any."""
-        with self._lock:
-            lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            lane.close()
-        return bool(lanes)
+        return self._last is not None and self._last.drain()
 
     def retime(self, lease: Lease, ttl: float) -> None:
         """The proxy's TTL from now on."""
         lease.ttl = ttl
         self.connection.tell(m.SetTtl(proxy=lease.id, ttl=ttl))
-
-    def __del__(self) -> None:
-        for lane in (*self._lanes, *([self._hold_lane] if self._hold_lane else [])):
-            lane.close()
 
 
 def unload(

@@ -71,13 +71,16 @@ def parse_timeout(value: object) -> float | None:
     return None if seconds is None or seconds > 1e6 else seconds
 
 
+LATENCIES: Final = ("normal", "low")
+
+
 def parse_latency(value: object) -> str:
     """``"normal"`` or ``"low"``.
 
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) anything else.
     """
-    if value not in ("normal", "low"):
+    if value not in LATENCIES:
         raise ConfigError(f'latency={value!r} is neither "normal" nor "low".')
     return str(value)
 

@@ -1,28 +1,28 @@
 """An application's connection to a supervisor: requests with answers, notices without, events.
 
-One thread owns the ZeroMQ socket, because these are not thread-safe; other threads hand it messages.  Which
+One thread owns the control socket; other threads hand it messages.  Which
 models there are is not known here (:mod:`onnx_dl.client`), nor who started the supervisor
 (:mod:`onnx_dl.host`).
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
 import queue
 import secrets
+import select
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-import zmq
-
-from onnx_dl.deadline import Deadline
+from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
+    OnnxDLError,
     ProtocolError,
     SupervisorDied,
     SupervisorStartError,
@@ -30,21 +30,30 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
+from onnx_dl.forking import Promise, refuse
+from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.sockets import Channel, Waker
+from onnx_dl.transport.dealer import Dealer
+from onnx_dl.transport.sockets import Channel, Context, Waker
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
     "The next use starts a new one."
 )
-
+_LOST: Final = (
+    "This program closed descriptors of onnx-dl (os.closerange, or what makes a daemon of it), and with them "
+    "its connection to the supervisor process (pid {pid}). The next use makes a new one."
+)
 
 TIDY_EVERY: Final = 5.0
 """Seconds after which what is idle gives its memory back."""
 
 _LONGEST: Final = 1e9
 """Seconds; more than any wait takes."""
+
+_AWAY: Final = 0.1
+"""Seconds until a supervisor that sent us away is asked again."""
 
 _LAST_WORDS: Final = 0.1
 """Seconds without a message after which a dead supervisor is taken to have said all."""
@@ -54,7 +63,7 @@ class Asked(NamedTuple):
     """A request on its way."""
 
     ticket: int
-    future: concurrent.futures.Future[Any]
+    future: Promise[Any]
 
 
 class Connection:
@@ -79,6 +88,8 @@ class Connection:
         """
         self.timeout = timeout
         self.closed = False
+        self.lost = False
+        """Whether it is closed because the program closed its descriptors."""
         self.build = ""
         """The onnxruntime of a shared host."""
         self._on_event = on_event
@@ -89,16 +100,17 @@ class Connection:
         self._identity = secrets.token_bytes(16)
         self._lifeline = self._greet(f"{address}/lifeline", secret, Deadline(timeout, outer=deadline))
         self.supervisor_pid = self._lifeline.peer_pid()
-        self.context = sockets.context()  # not before somebody answered: it must be ended
-        self._socket = sockets.dealer(self.context, f"{address}/control", self._identity)
+        self._contexts: dict[None, Context] = {}  # of one, or of none: each change is one step
+        self._control = self._connect(f"{address}/control", Deadline(timeout, outer=deadline))
         self._waker = Waker()
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
-        self._pending: dict[int, concurrent.futures.Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._pending: dict[int, Promise[Any]] = {}
+        self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        """Memory that was handed over, by name; for whoever did."""
         self._thread = threading.Thread(target=self._serve, name="onnx-dl-client", daemon=True)
         self._thread.start()
-        _connections.add(self)
+        _connections[id(self)] = self
 
     def _greet(self, address: str, secret: str, deadline: Deadline) -> Channel:
         hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=secret, client=self._identity)
@@ -116,7 +128,55 @@ class Connection:
             raise
         return lifeline
 
+    def _connect(self, address: str, deadline: Deadline) -> Dealer:
+        try:
+            sockets.check_descriptors("A connection to the supervisor")
+            return Dealer(address, self._identity, deadline)
+        except BaseException as error:
+            self._lifeline.close()
+            if isinstance(error, OSError) and not isinstance(error, OnnxDLError):
+                raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
+            raise
+
     # --- for any thread -----------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> Context:
+        """For lanes over ZeroMQ.
+
+        Raises:
+            SupervisorDied: the connection has ended.
+            DescriptorsExhausted: this process may have too few more of them.
+        """
+        if (known := self._contexts.get(None)) is None and not self.closed:
+            made = sockets.context()
+            known = self._contexts.setdefault(None, made)
+            if known is not made:  # another thread was faster
+                made.term()
+        if self.closed:  # looked at last: its end may have found no context
+            self._end_context()
+            raise self._died()
+        assert known is not None
+        return known
+
+    def _end_context(self) -> None:
+        context = self._contexts.pop(None, None)
+        if self.lost:
+            keep_for_ever(context)
+        elif context is not None:
+            # Waits for lanes that are in use; their callers close them, because their workers are dead.
+            context.term()
+
+    @property
+    def usable(self) -> bool:
+        """Whether something can be asked: it has not ended, and the program has not closed its descriptors,
+        which is noticed here."""
+        if self.closed:
+            return False
+        if self._lifeline.is_ours() and self._waker.is_ours() and self._control.is_ours():
+            return True
+        self.lose()
+        return False
 
     def ask(
         self,
@@ -139,14 +199,17 @@ class Connection:
         """Sends a request; whoever does :meth:`forget` it in the end.
 
         Raises:
+            ReentrantUse: this thread is the one that answers come to.
             SupervisorDied: it went away.
         """
-        asked = Asked(next(self._tickets), concurrent.futures.Future())
-        with self._lock:
-            if self.closed:
-                raise self._died()
-            self._pending[asked.ticket] = asked.future
+        self.check_thread()
+        if not self.usable:
+            raise self._died()
+        asked = Asked(next(self._tickets), Promise(self._thread))
+        self._pending[asked.ticket] = asked.future
         try:
+            if self.closed:  # looked at last: whoever ends it says so before going through what is pending
+                raise self._died()
             self.tell(make(asked.ticket))
         except BaseException:
             self.forget(asked)
@@ -172,6 +235,7 @@ class Connection:
 
         Raises:
             DeadlinePassed: ``deadline`` did.
+            ReentrantUse: this thread is the one that answers come to.
             SupervisorDied: the supervisor went away before it answered.
             SupervisorTimeout: it does not answer at all.
             TimeoutError: the patience is at its end, and the supervisor lives.
@@ -190,9 +254,14 @@ class Connection:
             if time.monotonic() - self._heard_at >= self.timeout:
                 self.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=False), deadline=deadline)
 
-    def forget(self, asked: Asked) -> None:
-        """Nobody waits for the answer any more."""
-        self._pending.pop(asked.ticket, None)
+    def forget(self, asked: Asked) -> bool:
+        """Nobody waits for the answer any more; whether that is new."""
+        return self._pending.pop(asked.ticket, None) is not None
+
+    def check_thread(self) -> None:
+        """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""
+        if self._thread is threading.current_thread():
+            refuse("the one that takes in what the supervisor says")
 
     def tell(self, message: m.Message) -> None:
         """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
@@ -226,19 +295,33 @@ class Connection:
     def close(self) -> None:
         """Lets go of the supervisor, which releases all that this application held."""
         self.end()
-        if self._thread is not threading.current_thread():
+        if not self.lost and self._thread is not threading.current_thread():
             self._thread.join(self.timeout)
 
     def end(self) -> None:
         """Like :meth:`close`, without waiting."""
-        with self._lock:
-            self.closed = True
+        if not self.usable:
+            return
+        self.closed = True
         self._waker.wake()
+
+    def lose(self) -> None:
+        """The program closed the descriptors.  A ZeroMQ context is abandoned: to end it would write to the
+        numbers that it had, and close them, whoever has them now.
+
+        The thread may sleep on for ever: its poll() waits for files that nothing else leads to.
+        """
+        if self.closed:
+            return
+        self.lost = True  # first: its own thread, which may see the end at any moment, must not tear it down
+        self.closed = True
+        self._end_context()
+        self._fail_all()
+        self._on_end(self)
 
     def abandon(self) -> None:
         """In a forked child: the parent's threads and sockets are not ours to use or to close."""
         self.closed = True
-        self._lock = threading.Lock()
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -247,24 +330,36 @@ class Connection:
             self._attend()
         finally:  # whatever happened, nobody may wait for an answer that will not come
             self.end()
-            self._tear_down()
+            if not self.lost:
+                self._tear_down()
 
     def _attend(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._lifeline.fileno(), zmq.POLLIN)
-        poller.register(self._waker.fileno(), zmq.POLLIN)
+        poll = select.poll()
+        for end in (self._lifeline, self._waker):
+            poll.register(end.fileno(), select.POLLIN)
         tidy_at = math.inf
         while not self.closed:
             tidy_at = self._tidy_if_due(tidy_at)
-            ready = sockets.wait(poller, None if tidy_at == math.inf else tidy_at - time.monotonic())
+            poll.register(self._control.fileno(), self._control.awaits)
+            sockets.sleep(poll, None if tidy_at == math.inf else tidy_at - time.monotonic())
+            if not self.usable:
+                return
             self._waker.clear()
+            self._hear()
             self._send_all()
-            while self._socket in ready and self._receive_one():
-                pass
-            if self._lifeline.fileno() in ready and self._lifeline.is_dead():
+            if self._lifeline.is_dead():
                 self._hear_last_words()
                 return
+            if self._control.gone:
+                poll.unregister(self._control.fileno())
+                self._come_again()
+
+    def _come_again(self) -> None:
+        """The supervisor had no descriptor left when we came; it sends away whoever it cannot let in."""
+        if self._lifeline.readable(_AWAY):
+            return
+        with contextlib.suppress(OSError, DeadlinePassed):  # it is gone; the lifeline tells
+            self._control.reconnect(Deadline(self.timeout))
 
     def _tidy_if_due(self, tidy_at: float) -> float:
         """When to look again; never, while there is nothing to tidy up."""
@@ -276,43 +371,42 @@ class Connection:
         return min(tidy_at, now + TIDY_EVERY) if self._armed else math.inf
 
     def _hear_last_words(self) -> None:
-        """Events and answers that were sent before the end, which ZeroMQ's own thread may still hold."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        while sockets.wait(poller, _LAST_WORDS):
-            self._receive_one()
+        """Events and answers that were sent before the end."""
+        poll = select.poll()
+        poll.register(self._control.fileno(), select.POLLIN)
+        while not self._control.gone and poll.poll(_LAST_WORDS * 1000):
+            self._hear()
 
     def _send_all(self) -> None:
-        while True:
+        while self._control.is_let_in:
             try:
-                data = self._outbox.get_nowait()
+                self._control.send(self._outbox.get_nowait())
             except queue.Empty:
                 return
-            self._socket.send(data)
 
-    def _receive_one(self) -> bool:
-        try:
-            message = m.to_client(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            return False
-        except ProtocolError:
-            return True
-        self._heard_at = time.monotonic()
+    def _hear(self) -> None:
+        for data in self._control.receive():
+            self._heard_at = time.monotonic()
+            with contextlib.suppress(ProtocolError):
+                self._take_in(m.to_client(data))
+
+    def _take_in(self, message: Any) -> None:
         if isinstance(message, m.Published):
             self._on_event(message.event)
         elif future := self._pending.get(message.ticket):
             future.set_result(message)
-        return True
 
     def _tear_down(self) -> None:
         self._lifeline.close()
-        self._socket.close()
+        self._control.close()
+        self._fail_all()
+        self._on_end(self)
+        self._end_context()
+
+    def _fail_all(self) -> None:
         for future in list(self._pending.values()):
             if not future.done():
                 future.set_exception(self._died())
-        self._on_end(self)
-        # Waits for lanes that are in use; their callers close them, because their workers are dead.
-        self.context.term()
 
     def _mute(self) -> SupervisorTimeout:
         return SupervisorTimeout(
@@ -321,7 +415,7 @@ class Connection:
         )
 
     def _died(self) -> SupervisorDied:
-        return SupervisorDied(_GONE.format(pid=self.supervisor_pid))
+        return SupervisorDied((_LOST if self.lost else _GONE).format(pid=self.supervisor_pid))
 
 
 def _welcomed(lifeline: Channel, deadline: Deadline) -> str:
@@ -346,12 +440,13 @@ def _welcomed(lifeline: Channel, deadline: Deadline) -> str:
     raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
 
 
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+_connections: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDictionary()
 
 
 def _abandon_all() -> None:
-    for connection in list(_connections):
-        connection.abandon()
+    for ref in _connections.valuerefs():
+        if (connection := ref()) is not None:
+            connection.abandon()
 
 
 os.register_at_fork(after_in_child=_abandon_all)

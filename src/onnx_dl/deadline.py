@@ -7,9 +7,8 @@ waits of one call share one time, however many there are.  What each of them wai
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 _LOOK_EVERY: Final = 0.05
 """Seconds between two looks at a deadline that another thread may bring forward."""
@@ -75,7 +74,15 @@ class Deadline:
             raise DeadlinePassed(what)
 
 
-def result_of(future: concurrent.futures.Future[Any], deadline: Deadline | None, what: str) -> Any:
+class Awaited(Protocol):
+    """A Future, or a :class:`~onnx_dl.forking.Promise`."""
+
+    def done(self) -> bool: ...
+
+    def result(self, timeout: float | None = None) -> Any: ...
+
+
+def result_of(future: Awaited, deadline: Deadline | None, what: str) -> Any:
     """The future's result.
 
     Raises:

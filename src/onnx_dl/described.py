@@ -167,7 +167,7 @@ class DescribedProxy(ModelProxy):
             gone: Description = GONE
             return gone
         model = self._remote
-        if self._description is not None and (model is None or model.connection.closed):
+        if self._description is not None and (model is None or not model.connection.usable):
             return self._description
         described = self._described_model().describe(self._lease)
         if self._description is None or described is not self._described:

@@ -14,6 +14,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
     ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
+    ├── ReentrantUse (RuntimeError)         a thread interrupted itself and would wait for itself
     ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
     ├── ProtocolError                       a peer said what the protocol does not allow
     ├── InvalidTransition                   a model was asked for a step its state does not allow
@@ -96,6 +97,16 @@ class UnsupportedValueError(OnnxDLError, TypeError):
     """A value of this kind cannot travel to a worker."""
 
     code = "unsupported-value"
+
+
+class ReentrantUse(OnnxDLError, RuntimeError):
+    """A signal handler, a ``__del__`` or a callback used a model where its thread would wait for itself.
+
+    It comes at once, and nothing was done.  Use the model later or in another thread: a handler may set a
+    flag, or put work into a ``queue.SimpleQueue``.
+    """
+
+    code = "reentrant"
 
 
 class EngineError(OnnxDLError, RuntimeError):

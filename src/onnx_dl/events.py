@@ -9,11 +9,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import itertools
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Self
 
 import msgspec
+
+from onnx_dl.deadline import Deadline
+from onnx_dl.forking import refuse
 
 
 class EventType(enum.StrEnum):
@@ -110,27 +115,49 @@ class EventStream(Iterator[ModelEvent]):
     def __init__(self, bus: EventBus, limit: int) -> None:
         self._bus = bus
         self._waiting: collections.deque[ModelEvent] = collections.deque(maxlen=limit)
-        self._changed = threading.Condition()
+        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """Holds something if whoever waits should look again.  A Condition has a lock."""
         self._closed = False
 
     def put(self, event: ModelEvent) -> None:
-        with self._changed:
-            self._waiting.append(event)
-            self._changed.notify()
+        self._waiting.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._changed.empty():  # else whoever takes what is there looks after this
+            self._changed.put(None)
 
     def get(self, timeout: float | None = None) -> ModelEvent:
         """The next event.
 
         Raises:
             TimeoutError: none came within ``timeout`` seconds.
+            ReentrantUse: there is none, and this is the thread that would bring it: a callback's.
             StopIteration: the stream was closed.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._waiting or self._closed, timeout):
-                raise TimeoutError(f"no model event within {timeout} seconds")
-            if not self._waiting:
-                raise StopIteration
-            return self._waiting.popleft()
+        deadline = Deadline(timeout)
+        while True:
+            with contextlib.suppress(IndexError):
+                event = self._waiting.popleft()
+                self._wake_another()
+                return event
+            self._check(deadline)
+            with contextlib.suppress(queue.Empty):
+                self._changed.get(timeout=deadline.left())
+
+    def _wake_another(self) -> None:
+        if self._waiting or self._closed:
+            self._wake()
+
+    def _check(self, deadline: Deadline) -> None:
+        """Raises why there is nothing to wait for."""
+        if self._closed:
+            self._wake()  # others that wait
+            raise StopIteration
+        if self._bus.is_publishing_here:
+            refuse("the one that brings events")
+        if deadline.passed:
+            raise TimeoutError(f"no model event within {deadline.timeout} seconds")
 
     def __next__(self) -> ModelEvent:
         return self.get()
@@ -138,9 +165,8 @@ class EventStream(Iterator[ModelEvent]):
     def close(self) -> None:
         """Ends the iteration once the events that already came are fetched."""
         self._bus.forget(self)
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._wake()
 
     def __enter__(self) -> Self:
         return self
@@ -150,42 +176,50 @@ class EventStream(Iterator[ModelEvent]):
 
 
 class EventBus:
-    """Hands each event to every listener, in order.  Thread-safe."""
+    """Hands each event to every listener, in order.  Thread-safe: its dicts change in single steps."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._listeners: list[Callable[[ModelEvent], object]] = []
-        self._streams: list[EventStream] = []
+        self._numbers = itertools.count()
+        self._listeners: dict[int, Callable[[ModelEvent], object]] = {}
+        self._streams: dict[int, EventStream] = {}
+        self._here = threading.local()
+
+    @property
+    def is_publishing_here(self) -> bool:
+        """Whether this thread is calling listeners."""
+        return getattr(self._here, "publishing", False)
 
     def listen(self, callback: Callable[[ModelEvent], object]) -> Callable[[], None]:
         """Calls ``callback`` with every event from now on; returns what ends that."""
-        with self._lock:
-            self._listeners.append(callback)
+        number = next(self._numbers)
+        self._listeners[number] = callback
 
         def stop() -> None:
-            with self._lock, contextlib.suppress(ValueError):
-                self._listeners.remove(callback)
+            self._listeners.pop(number, None)
 
         return stop
 
     def stream(self, limit: int = 10_000) -> EventStream:
         stream = EventStream(self, limit)
-        with self._lock:
-            self._streams.append(stream)
+        self._streams[id(stream)] = stream
         return stream
 
     def forget(self, stream: EventStream) -> None:
-        with self._lock, contextlib.suppress(ValueError):
-            self._streams.remove(stream)
+        self._streams.pop(id(stream), None)
 
     def publish(self, event: ModelEvent) -> list[tuple[Callable[[ModelEvent], object], Exception]]:
         """Delivers one event; a listener that raises hinders no other, and is returned with its error."""
-        with self._lock:
-            streams, listeners = list(self._streams), list(self._listeners)
-        for stream in streams:
+        for stream in list(self._streams.values()):
             stream.put(event)
+        self._here.publishing = True
+        try:
+            return self._call_all(event)
+        finally:
+            self._here.publishing = False
+
+    def _call_all(self, event: ModelEvent) -> list[tuple[Callable[[ModelEvent], object], Exception]]:
         failed = []
-        for callback in listeners:
+        for callback in list(self._listeners.values()):
             try:
                 callback(event)
             except Exception as error:  # a user's callback may raise anything
@@ -193,7 +227,5 @@ class EventBus:
         return failed
 
     def close(self) -> None:
-        with self._lock:
-            streams = list(self._streams)
-        for stream in streams:
+        for stream in list(self._streams.values()):
             stream.close()

@@ -8,14 +8,13 @@ never come here; one model's calls are :mod:`onnx_dl.client`'s.
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import contextlib
 import functools
 import importlib
 import os
+import queue
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol, Self, TypeVar
@@ -32,6 +31,7 @@ from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
+from onnx_dl.forking import Guard
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
@@ -122,7 +122,7 @@ class ModelHost:
         self._bus = EventBus()
         self._grouped: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
         self._reset()
-        _hosts.add(self)
+        _hosts[id(self)] = self
 
     def forget(self) -> None:
         """In a forked child: nothing of the parent's is ours."""
@@ -132,12 +132,12 @@ class ModelHost:
 
     def _reset(self) -> None:
         """As if nothing was ever started."""
-        self._lock = threading.Lock()  # brief: guards what follows
+        self._lock = Guard()  # brief: guards what follows
+        self._handing_over = Guard()
         self._starting: _Start | None = None
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
-        self._blobs: weakref.WeakValueDictionary[str, SharedBlob] = weakref.WeakValueDictionary()
         self._teller = Teller(self._bus)
         self._buffers = Buffers()
 
@@ -162,10 +162,17 @@ class ModelHost:
         """
         may_start = start and self.starts
         while True:
-            with self._lock:
+            if (connection := self._alive) is not None:
+                return connection
+            if sys.is_finalizing() or _exiting:
+                raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
+            check_platform()
+            with self._lock.alone():
                 if (connection := self._alive) is not None:
                     return connection
-                starting = self._begin_start(may_start)
+                if self._starting is None or self._starting.done:
+                    self._starting = _Start(self, may_start)
+                starting = self._starting
             try:
                 return starting.wait(deadline, "the host to start")
             except SupervisorError:
@@ -176,16 +183,7 @@ class ModelHost:
     @property
     def _alive(self) -> Connection | None:
         connection = self._connection
-        return None if connection is None or connection.closed else connection
-
-    def _begin_start(self, may_start: bool) -> _Start:
-        """Called with the lock held."""
-        if sys.is_finalizing() or _exiting:
-            raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
-        check_platform()
-        if self._starting is None or self._starting.done:
-            self._starting = _Start(self, may_start)
-        return self._starting
+        return connection if connection is not None and connection.usable else None
 
     def bring_up(self, this: _Start, deadline: Deadline) -> Connection:
         """In the thread of :class:`_Start`: a connection to a new supervisor."""
@@ -197,8 +195,9 @@ class ModelHost:
             raise
 
     def _bring_up(self, this: _Start, deadline: Deadline) -> Connection:
+        deadline.check("the host to start")
         surroundings.fill_standard_streams()
-        self._bury()
+        _bury(*self._take())
         teller, models = Teller(self._bus), self._models
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, teller, models)
@@ -214,7 +213,6 @@ class ModelHost:
         with self._lock:
             if wanted := self._starting is this:
                 self._connection, self._process, self._teller = connection, process, teller
-                self._blobs = weakref.WeakValueDictionary()
         if not wanted:  # closed meanwhile
             connection.close()
             _end(process)
@@ -225,7 +223,7 @@ class ModelHost:
     def _present(self) -> Connection | None:
         """The live connection, after a restart to the next host if there is one by now.  Starts nothing."""
         connection = self._connection
-        if connection is None or not connection.closed:
+        if connection is None or connection.usable:
             return connection
         if self.name is None or not starting.runs(self.name):
             return None
@@ -279,21 +277,28 @@ class ModelHost:
         waiting = list(proxies)
         failed: list[Exception] = []
         deadline = Deadline(parse_timeout(timeout), movable=True)
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(waiting)), "onnx-dl-preload") as threads:
-            loads = {threads.submit(proxy.load_by, deadline): proxy for proxy in waiting}
-            try:
-                for ready, load in enumerate(concurrent.futures.as_completed(loads), 1):
-                    if (error := load.exception()) is None:
-                        if progress is not None:
-                            progress(loads[load], ready - len(failed), len(waiting))
-                    elif isinstance(error, Exception):
-                        error.add_note(f"while {loads[load]!r} was loaded")
-                        failed.append(error)
-                    else:
-                        raise error
-            except BaseException:  # Ctrl-C, or what progress() raised: no thread waits on
-                deadline.end()
-                raise
+        ended: queue.SimpleQueue[tuple[Preloadable, BaseException | None]] = queue.SimpleQueue()
+        loads = [
+            Background(functools.partial(_load, proxy, deadline, ended), "onnx-dl-preload")
+            for proxy in waiting
+        ]
+        try:
+            for load in loads:
+                load.begin()
+            for ready in range(1, len(waiting) + 1):
+                proxy, error = ended.get()
+                if error is None:
+                    if progress is not None:
+                        progress(proxy, ready - len(failed), len(waiting))
+                elif isinstance(error, Exception):
+                    error.add_note(f"while {proxy!r} was loaded")
+                    failed.append(error)
+                else:
+                    raise error
+        finally:  # Ctrl-C, or what progress() raised: no thread waits on
+            deadline.end()
+            for load in loads:
+                load.end(None)
         if failed:
             raise ExceptionGroup(f"{len(failed)} of {len(waiting)} models did not load", failed)
 
@@ -303,9 +308,13 @@ class ModelHost:
         A shared host stays, but lets go of all that this application holds.  Iterators from :meth:`events`
         end after the last event.  A proxy of it that is used afterwards starts it again.
         """
-        with self._lock:
-            connection, self._connection = self._connection, None
-            starting = None
+        if (present := self._connection) is not None:
+            present.check_thread()
+        with self._lock.alone():
+            # In one step: who uses a model from now on, a signal handler in this thread for one, has a new
+            # supervisor, and that one is not to end here.
+            connection, process, teller = self._connection, self._process, self._teller
+            self._connection = self._process = starting = None
             if self.name is None:  # of a shared one, other threads may look for the next one meanwhile
                 starting, self._starting = self._starting, None
         if starting is not None:
@@ -316,8 +325,7 @@ class ModelHost:
                 with contextlib.suppress(SupervisorDied, TimeoutError):
                     connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=_FAREWELL)
             connection.close()
-        teller = self._teller
-        self._bury()
+        _bury(connection, process, teller)
         self._buffers.trim()
         teller.join(_FAREWELL)
         self._bus.close()
@@ -342,12 +350,11 @@ class ModelHost:
         if connection is not None:  # calls that waited may have started the next one
             starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
-    def _bury(self) -> None:
-        """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+    def _take(self) -> tuple[Connection | None, subprocess.Popen[bytes] | None, Teller]:
+        """The last supervisor, which is dead, from whoever would bury it, too."""
         with self._lock:
             process, self._process = self._process, None
-        self._teller.end()
-        _end(process)
+            return self._connection, process, self._teller
 
     def __enter__(self) -> Self:
         return self
@@ -368,19 +375,32 @@ class ModelHost:
             DeadlinePassed: the host did not start in time; it goes on starting.
         """
         connection = self._connect(deadline)
-        with self._lock:
-            model = self._models.get(spec.key)
-            if model is None:
-                renew = None if self.name is None else functools.partial(self._renew, memory)
-                blobs = self._shared(connection, spec, memory)
-                together = functools.partial(self._members, spec.group)
-                model = RemoteModel(
-                    connection, spec, self._settings, blobs, renew, together, self._spare_lanes
-                )
-                self._models[spec.key] = model
-            elif model.connection is not connection:
-                model.move(connection, self._shared(connection, spec, memory))
-            return model
+        if (model := self._models.get(spec.key)) is None:
+            made = self._made(connection, spec, memory)
+            with self._lock.alone():
+                model = self._models.setdefault(spec.key, made)  # another thread may have been faster
+        self._move(model, connection, memory)
+        return model
+
+    def _made(
+        self, connection: Connection, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]
+    ) -> RemoteModel:
+        return RemoteModel(
+            connection,
+            spec,
+            self._settings,
+            self._shared(connection, spec, memory),
+            functools.partial(self._renew, memory),
+            functools.partial(self._members, spec.group),
+            self._spare_lanes,
+            is_shared=self.name is not None,
+        )
+
+    def _move(
+        self, model: RemoteModel, connection: Connection, memory: Mapping[str, Callable[[], int]]
+    ) -> None:
+        if model.connection is not connection:
+            model.move(connection, self._shared(connection, model.spec, memory))
 
     def _spare_lanes(self) -> bool:
         """Closes the idle lanes of all models, because descriptors ran out; whether there were any."""
@@ -410,10 +430,7 @@ class ModelHost:
     ) -> None:
         """The host that this connection led to is gone or going: finds the next one, or starts it."""
         failed.end()
-        connection = self._connect(deadline)
-        with self._lock:
-            if model.connection is not connection:
-                model.move(connection, self._shared(connection, model.spec, memory))
+        self._move(model, self._connect(deadline), memory)
 
     def _shared(
         self, connection: Connection, spec: ModelSpec, memory: Mapping[str, Callable[[], int]]
@@ -516,15 +533,20 @@ class ModelHost:
         return self._buffers.empty(shape, dtype)
 
     def _blob(self, connection: Connection, name: str, make: Callable[[], int]) -> SharedBlob:
-        blob = self._blobs.get(name)
-        if blob is None:
-            blob = self._blobs[name] = SharedBlob(connection, name, make)
-        return blob
+        """One for all who need it: a model of a gigabyte is not to be copied by each thread."""
+        if self._handing_over.is_mine:
+            # A signal handler has interrupted this thread below: one copy more.
+            return SharedBlob(connection, name, make)
+        with self._handing_over:
+            blob: SharedBlob | None = connection.blobs.get(name)
+            if blob is None:
+                blob = connection.blobs[name] = SharedBlob(connection, name, make)
+            return blob
 
     def known_model(self, key: str) -> RemoteModel | None:
         """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""
         model = self._models.get(key)
-        return None if model is None or model.connection.closed else model
+        return model if model is not None and model.connection.usable else None
 
     def leave(self, lease: Lease) -> None:
         """A proxy is closed or collected.  Runs in finalizers, so it takes no lock and waits for nothing.
@@ -568,6 +590,20 @@ class ModelHost:
         return self._bus.listen(callback)
 
 
+def _load(
+    proxy: Preloadable,
+    deadline: Deadline,
+    ended: queue.SimpleQueue[tuple[Preloadable, BaseException | None]],
+    _: Deadline,
+) -> None:
+    try:
+        proxy.load_by(deadline)
+    except BaseException as error:
+        ended.put((proxy, error))
+    else:
+        ended.put((proxy, None))
+
+
 class _Start(Background[Connection]):
     """The supervisor of a host comes up, or is found."""
 
@@ -583,6 +619,14 @@ def _on_event(
     for model in _alive(models):
         model.on_event(event)
     teller.put(event)
+
+
+def _bury(connection: Connection | None, process: subprocess.Popen[bytes] | None, teller: Teller) -> None:
+    """Reaps the supervisor that this led to, which ends or is dead, and lets its listeners finish."""
+    if process is not None and connection is not None and connection.lost:
+        process.kill()  # it sees no end of its lifeline, on which an abandoned thread waits
+    teller.end()
+    _end(process)
 
 
 def _end(process: subprocess.Popen[bytes] | None) -> None:
@@ -612,20 +656,20 @@ def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffer
     return any(left)
 
 
-_hosts: weakref.WeakSet[ModelHost] = weakref.WeakSet()
+_hosts: weakref.WeakValueDictionary[int, ModelHost] = weakref.WeakValueDictionary()
 _exiting = False
 
 
 def _close_all() -> None:
     global _exiting
     _exiting = True
-    for host in list(_hosts):
+    for host in _alive(_hosts):
         host.close()
 
 
 def _after_fork() -> None:
     """A forked child starts a supervisor of its own when it uses a model."""
-    for host in list(_hosts):
+    for host in _alive(_hosts):
         host.forget()
 
 

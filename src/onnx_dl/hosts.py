@@ -6,42 +6,44 @@ What a host is and does is :mod:`onnx_dl.host`'s.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import weakref
+from typing import Final
 
 from onnx_dl.config import settings
 from onnx_dl.errors import OnnxDLError
+from onnx_dl.forking import Guard
 from onnx_dl.host import ModelHost
 from onnx_dl.rendezvous import USUAL, Place
 
 _default: ModelHost | None = None
-_default_lock = threading.Lock()
 _shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
-_shared_lock = threading.Lock()
+_lock: Final = Guard()
 
 
 def default_host() -> ModelHost:
     """The host of every proxy that names no other: this application's own, or the shared one that
     ``ONNX_DL_HOST`` names."""
     global _default
-    with _default_lock:
-        if _default is None:
-            name = settings().host
-            _default = shared_host(name) if name else ModelHost()
-        return _default
+    if (known := _default) is not None:
+        return known
+    name = settings().host
+    made = shared_host(name) if name else ModelHost()
+    with _lock.alone():
+        known = _default = _default or made  # another thread may have been faster
+    return known
 
 
 def shared_host(name: str, *, start: bool = True) -> ModelHost:
     """The shared host of this name; it is looked for when it is first used."""
     Place(name)  # a name that cannot be is an error now
-    with _shared_lock:
-        host = _shared_hosts.get(name)
-        if host is None:
-            host = _shared_hosts[name] = ModelHost()
-            host.name = name
-        host.starts = start
-        return host
+    if (host := _shared_hosts.get(name)) is None:
+        made = ModelHost()
+        made.name = name
+        with _lock.alone():
+            host = _shared_hosts.setdefault(name, made)
+    host.starts = start
+    return host
 
 
 def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
@@ -82,11 +84,3 @@ def warm_up() -> threading.Thread:
     thread = threading.Thread(target=start, name="onnx-dl-warm-up", daemon=True)
     thread.start()
     return thread
-
-
-def _after_fork() -> None:
-    global _default_lock, _shared_lock
-    _default_lock, _shared_lock = threading.Lock(), threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

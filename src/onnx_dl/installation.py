@@ -6,6 +6,7 @@ and uninstalling either leaves a package that imports but is empty.  pip finds n
 
 from __future__ import annotations
 
+import email.parser  # importlib.metadata needs it; a signal handler would find it imported by half  # noqa: F401
 import functools
 import importlib.metadata
 import importlib.util

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from functools import cached_property
 from typing import Any
 
 from onnx_dl import options, recorded
+from onnx_dl.forking import lazily
 from onnx_dl.model import ModelDescription, TensorSpec
 
 
@@ -86,22 +86,22 @@ class Description:
         self.details = described.details
         self._options = described.options
 
-    @cached_property
+    @lazily
     def session_options(self) -> Any:
         """The options in force, as an ``onnxruntime.SessionOptions``."""
         return options.make_session_options(self._options)
 
-    @cached_property
+    @lazily
     def input_memory_infos(self) -> list[Any]:
         """As ``onnxruntime.OrtMemoryInfo``."""
         return [_memory_info(*info) for info in self.details["input_memory_infos"]]
 
-    @cached_property
+    @lazily
     def output_memory_infos(self) -> list[Any]:
         """As ``onnxruntime.OrtMemoryInfo``."""
         return [_memory_info(*info) for info in self.details["output_memory_infos"]]
 
-    @cached_property
+    @lazily
     def input_epdevices(self) -> list[Any]:
         """This process's ``onnxruntime.OrtEpDevice`` for those of the worker; None where it has none."""
         local = importlib.import_module("onnxruntime").get_ep_devices()

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from onnx_dl import config
 from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.forking import Guard, importing
 from onnx_dl.host import ModelHost
 from onnx_dl.session import InferenceSessionProxy
 
@@ -81,7 +82,7 @@ class Patch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with _lock:
+        with _lock.alone():
             if self in _active:
                 _active.remove(self)
             _restore_if_idle()
@@ -113,7 +114,7 @@ def patch(
     """
     defaults = _checked({"ttl": ttl, "latency": latency, "eager": eager}, "patch()")
     made = Patch(defaults, [(glob, _checked(more, glob)) for glob, more in (models or {}).items()], host)
-    with _lock:
+    with _lock.alone():
         _active.append(made)
         _replace()
     return made
@@ -121,7 +122,7 @@ def patch(
 
 def unpatch() -> None:
     """Takes the latest patch back.  Sessions that it made go on working."""
-    with _lock:
+    with _lock.alone():
         if _active:
             _active.pop()
         _restore_if_idle()
@@ -166,7 +167,7 @@ def _checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
 # --- the class ---------------------------------------------------------------------------------------------
 
 _EARLIER: Final = "no patch() was in force when it was made"
-_lock: Final = threading.Lock()
+_lock: Final = Guard()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -178,7 +179,7 @@ _undo: list[Callable[[], None]] = []
 def _replace() -> None:
     if _undo:
         return
-    session_class = importlib.import_module("onnxruntime").InferenceSession
+    session_class = importing("onnxruntime").InferenceSession
     native_class = importlib.import_module(_C).InferenceSession
     if "__getattr__" not in vars(session_class):
         _delegate(session_class)

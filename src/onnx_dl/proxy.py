@@ -22,6 +22,7 @@ from onnx_dl import config, files
 from onnx_dl.client import Lease, RemoteModel
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import FilesChanging, LoadTimeout, ProxyClosedError, RunTimeout
+from onnx_dl.forking import importing
 from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState
@@ -151,7 +152,7 @@ class ModelProxy:
 
     async def aload(self, *, timeout: float | None = None) -> None:
         """:meth:`load`, in a thread, for asyncio.  The thread ends when the task is cancelled."""
-        from onnx_dl import asynchronous  # imports asyncio: 50 ms that most programs need not pay
+        asynchronous = importing("onnx_dl.asynchronous")  # and asyncio: 50 ms that most need not pay
 
         await asynchronous.in_thread(self.load_by, config.parse_timeout(timeout))
 
@@ -320,7 +321,7 @@ class ModelProxy:
         if self._lease.closed:
             raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
         spec, model = self._spec, self._remote
-        if model is None or model.connection.closed or model.spec.key != spec.key:
+        if model is None or not model.connection.usable or model.spec.key != spec.key:
             self._check_installation()
             model = self._remote = self._host.model(spec, self._memory, deadline)
         return model

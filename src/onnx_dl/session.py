@@ -17,13 +17,14 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import config, installation, options, sources, values
+from onnx_dl import callbacks, config, installation, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.described import DescribedProxy
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, check_names, names_of, plain_name, refuse_dtypes, sharing
+from onnx_dl.forking import importing
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
 from onnx_dl.proxy import ModelProxy
@@ -212,7 +213,7 @@ class InferenceSessionProxy(DescribedProxy):
 
         Up to 32 calls of one model run at a time; others wait their turn.
         """
-        from onnx_dl import asynchronous  # imports asyncio: 50 ms that most programs need not pay
+        asynchronous = importing("onnx_dl.asynchronous")  # and asyncio: 50 ms that most need not pay
 
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
@@ -247,8 +248,6 @@ class InferenceSessionProxy(DescribedProxy):
             RunTimeout: ``timeout`` passed before the run began.
             Exception: what is known to be wrong before that.
         """
-        from onnx_dl import callbacks
-
         if not (callback is None or callable(callback)):
             raise TypeError(f"run_async(): incompatible function arguments. {callback!r} is no function.")
         deadline = Deadline.of(config.parse_timeout(timeout))

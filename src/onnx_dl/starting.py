@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import census, config, surroundings
+from onnx_dl import census, config, forking, surroundings
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.deadline import Deadline
@@ -191,23 +191,32 @@ def _start(
     **streams: Any,
 ) -> tuple[subprocess.Popen[bytes], bool]:
     """A supervisor process, and whether it listens; if not, another has its name."""
-    sys_path = surroundings.search_path()
-    ready, ready_write = os.pipe()
     orders = {
         "address": address,
         "secret": secret,
-        "sys_path": sys_path,
+        "sys_path": surroundings.search_path(),
         "settings": msgspec.to_builtins(settings),
-        "ready_fd": ready_write,
         "protocol": PROTOCOL_VERSION,
         "host": host,
         "firm": list(firm),
         "application": (os.getpid(), surroundings.started_at(os.getpid())),
     }
+    # A child that another thread forks meanwhile would keep our ends of its pipes: the supervisor would wait
+    # for the end of its orders, or we for its failure, until that child ends.
+    with forking.still():
+        process, ready = _spawn(settings.python, orders, streams)
+    return process, _await_ready(process, ready, Deadline(settings.start_timeout, outer=deadline))
+
+
+def _spawn(
+    python: str, orders: dict[str, Any], streams: dict[str, Any]
+) -> tuple[subprocess.Popen[bytes], int]:
+    """A supervisor process that has its orders, and where it says that they are carried out."""
+    ready, ready_write = os.pipe()
     try:
         process = subprocess.Popen(
             # -P: a file named json.py in the current directory is not ours to import.
-            [settings.python, "-P", "-c", _BOOT, json.dumps(sys_path)],
+            [python, "-P", "-c", _BOOT, json.dumps(orders["sys_path"])],
             stdin=subprocess.PIPE,
             pass_fds=[ready_write],
             # Ctrl-C in the terminal is the application's.  Not a session of its own: Linux schedules sessions
@@ -218,13 +227,15 @@ def _start(
     except (OSError, TypeError) as error:
         os.close(ready)
         raise SupervisorStartError(
-            f"Cannot start {settings.python!r} ({error}). If this application embeds Python, set "
+            f"Cannot start {python!r} ({error}). If this application embeds Python, set "
             "ONNX_DL_PYTHON to the path of an interpreter of the same version."
         ) from error
     finally:
         os.close(ready_write)
-    limit = Deadline(settings.start_timeout, outer=deadline)
-    return process, _await_ready(process, ready, json.dumps(orders).encode(), limit)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(json.dumps(orders | {"ready_fd": ready_write}).encode())
+    return process, ready
 
 
 def _is_readable(fd: int, limit: Deadline) -> bool:
@@ -236,12 +247,9 @@ def _is_readable(fd: int, limit: Deadline) -> bool:
     return True
 
 
-def _await_ready(process: subprocess.Popen[bytes], ready: int, orders: bytes, limit: Deadline) -> bool:
-    """Gives the orders and waits for the byte that says that they are carried out, or why not."""
-    assert process.stdin is not None
+def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) -> bool:
+    """Waits for the byte that says that the orders are carried out, or why not."""
     try:
-        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-            stdin.write(orders)
         said = os.read(ready, select.PIPE_BUF) if _is_readable(ready, limit) else b""
         if said in (_READY, _TAKEN):
             return said == _READY

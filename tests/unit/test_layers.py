@@ -16,7 +16,9 @@ ROOT = Path(onnx_dl.__file__).parent
 HEIGHT = {
     "errors": 0,
     "files": 0,
+    "forking": 1,
     "descriptors": 1,
+    "owned": 1,
     "surroundings": 2,
     "hosttables": 1,
     "smallfiles": 1,
@@ -46,6 +48,7 @@ HEIGHT = {
     "sources": 6,
     "acquisition": 7,
     "client": 7,
+    "serving": 7,
     "connection": 7,
     "watch": 7,
     "supervisor": 7,
@@ -75,13 +78,12 @@ HEIGHT = {
     "__main__": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
-GROUPS = [{"acquisition", "client", "connection", "watch"}, {"lifecycle", "model", "config"}]
+GROUPS = [{"acquisition", "client", "connection", "serving", "watch"}, {"lifecycle", "model", "config"}]
 ENGINE = {"workers.ort", "workers.ort_calls", "workers.ort_session"}
 ZMQ = {
     "transport.sockets",
     "transport.calls",
     "transport.lane",
-    "connection",  # owns the application's control socket, and polls
     "workers.loop",
 }
 
@@ -168,7 +170,7 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.router", "transport.sockets"}
+    assert users == {"transport.dealer", "transport.router", "transport.sockets"}
 
 
 @pytest.mark.parametrize(

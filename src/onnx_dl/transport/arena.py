@@ -12,7 +12,6 @@ What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor r
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import weakref
@@ -23,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
+from onnx_dl.forking import lazily
 from onnx_dl.transport import shm
+from onnx_dl.transport.leases import Lease
 
 HEADER: Final = 64
 """Bytes before the payload; onnxruntime's own outputs are 64-byte aligned, so ours are too."""
@@ -35,6 +36,7 @@ IDLE_TURNS: Final = 32
 _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
 _LEASE, _CLOCK, _ASKED, _BEGUN = range(4)  # 8-byte words of the header
+_GIVEN_AWAY: Final = 2
 
 
 def size_class(nbytes: int) -> int:
@@ -72,20 +74,20 @@ class Block:
             raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {error}.") from None
         self._views: dict[tuple[str, tuple[int, ...], int], NDArray[Any]] = {}  # shapes repeat
 
-    @functools.cached_property
+    @lazily
     def _bytes(self) -> NDArray[np.uint8]:
         return np.asarray(self.mapping)
 
-    @functools.cached_property
+    @lazily
     def payload(self) -> memoryview:
         """The bytes that are for values, writable."""
         return memoryview(self._bytes)[HEADER : HEADER + self.size]  # type: ignore[arg-type]
 
-    @functools.cached_property
+    @lazily
     def _words(self) -> memoryview[int]:
         return memoryview(self._bytes[:HEADER]).cast("B").cast("Q")  # type: ignore[arg-type]
 
-    @functools.cached_property
+    @lazily
     def _address(self) -> int:
         return self.mapping.address + HEADER
 
@@ -107,7 +109,7 @@ class Block:
     def held_array(self, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
         """Like :meth:`array`; the lease ends when the array and all its views are gone."""
         self._check(dtype, shape, offset)
-        array = np.asarray(_Lease(self, np.dtype(dtype).str, shape, self._address + offset))
+        array = np.asarray(Lease(self, np.dtype(dtype).str, shape, self._address + offset))
         return array if array.dtype.char == np.dtype(dtype).char else array.view(dtype)
 
     def _check(self, dtype: str, shape: tuple[int, ...], offset: int) -> None:
@@ -127,11 +129,24 @@ class Block:
 
     @property
     def leased(self) -> bool:
-        return bool(self._words[_LEASE])
+        return bool(self._words[_LEASE]) or self.mapping.is_private
 
     @leased.setter
     def leased(self, value: bool) -> None:
         self._words[_LEASE] = value
+
+    @property
+    def is_given_away(self) -> bool:
+        """Whether the lease never ends, so that the owner may forget the block."""
+        return self._words[_LEASE] == _GIVEN_AWAY or self.mapping.is_private
+
+    def give_away(self) -> bool:
+        """It is this process's own from now on, and the owner's never again.  The header is, too, so that the
+        end of the lease is seen by nobody.  False: as long as it is not, the lease must not end."""
+        if not self.mapping.is_private:
+            self._words[_LEASE] = _GIVEN_AWAY
+            self.mapping.make_private()
+        return self.mapping.is_private
 
     @property
     def clock(self) -> int:
@@ -160,31 +175,14 @@ class Block:
         return int(array.__array_interface__["data"][0]) - self._address
 
 
-class _Lease:
-    """The base of a leased array: numpy keeps it alive for as long as any view of the array lives."""
-
-    __slots__ = ("__array_interface__", "_block")
-
-    def __init__(self, block: Block, dtype: str, shape: tuple[int, ...], address: int) -> None:
-        self._block = block
-        self.__array_interface__ = {"version": 3, "typestr": dtype, "shape": shape, "data": (address, False)}
-
-    def __del__(self) -> None:
-        self._block.leased = False
-
-    @property
-    def block(self) -> Block:
-        return self._block
-
-
 def home_of(array: NDArray[Any]) -> Block | None:
     """The leased block that an array lies in, if it is one that another process can be given as it is."""
     base: Any = array.base
     while type(base) is np.ndarray:
         base = base.base
-    if type(base) is not _Lease or not array.flags.c_contiguous or array.dtype.hasobject:
+    if type(base) is not Lease or not array.flags.c_contiguous or array.dtype.hasobject:
         return None
-    return base.block if base.block.mapping.fd is not None else None
+    return base.block if base.block.mapping.has_descriptor else None
 
 
 class Reference(NamedTuple):
@@ -350,7 +348,7 @@ class Arena:
         return too_large
 
     def _drop_free(self, wanted: Callable[[Block], bool]) -> None:
-        free = [block for block in self._blocks if not block.leased and wanted(block)]
+        free = [b for b in self._blocks if b.is_given_away or (not b.leased and wanted(b))]
         for block in free:
             self._blocks.remove(block)
             self.nbytes -= block.size

@@ -11,9 +11,10 @@ import contextlib
 import os
 import select
 import time
-import weakref
+from collections.abc import Callable
 from typing import Final
 
+from onnx_dl.owned import Descriptor
 from onnx_dl.transport.patience import Patience
 
 _GONE: Final = 1 << 32
@@ -27,6 +28,8 @@ class _Waiter:
 
     def __init__(self, fd: int, patience: Patience | None) -> None:
         self._fd = fd
+        self._is_ours: Callable[[], bool] = lambda: True
+        """Whether the descriptor still is what it was."""
         self._patience = patience
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
@@ -43,6 +46,8 @@ class _Waiter:
             return self._wait_patiently(self._patience, timeout)
         if timeout is not None:
             self._sleep(timeout)
+            if not self._is_ours():
+                return None
         return self._read()
 
     def _read(self) -> int | None:
@@ -62,7 +67,7 @@ class _Waiter:
                 except BlockingIOError:
                     continue
             self._sleep(timeout)
-            return self._read()
+            return self._read() if self._is_ours() else None
         finally:
             patience.note(time.perf_counter() - started)
 
@@ -72,48 +77,40 @@ class CallerBell(_Waiter):
 
     def __init__(self, patience: Patience | None) -> None:
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
-        try:
-            self._pipe, self._workers_end = os.pipe()
-        except OSError:  # no descriptor is left for it
-            os.close(self._eventfd)
-            raise
-        super().__init__(self._pipe, patience)
-        self._closed = False
-        _bells.add(self)
+        self._ring = Descriptor(self._eventfd)
+        hears, workers_end = os.pipe()
+        self._hears, self._workers_end = Descriptor(hears), Descriptor(workers_end)
+        super().__init__(hears, patience)
+        self._rings_ours, self._is_ours = self._ring.holds, self._hears.holds  # looked up at each call
 
     def descriptors(self) -> tuple[int, int]:
         """What the worker's end is made of; to be sent to it."""
-        return self._eventfd, self._workers_end
+        return self._ring.number, self._workers_end.number
 
     def handed_over(self) -> None:
         """The worker has its end: ours of the pipe would hide its death."""
-        os.close(self._workers_end)
-        self._workers_end = -1
+        self._workers_end.close()
 
-    def ring(self, number: int) -> None:
-        """Wakes the worker with a number from 1 on."""
+    def ring(self, number: int) -> bool:
+        """Wakes the worker with a number from 1 on.  False: the program has closed this end, and the numbers
+        may be those of its own files."""
+        if not (self._rings_ours() and self._is_ours()):
+            return False
         os.eventfd_write(self._eventfd, number)
+        return True
 
     def fileno(self) -> int:
         """Readable when the worker rang or is gone."""
-        return self._pipe
+        return self._fd
 
     def _read(self) -> int | None:
-        data = os.read(self._pipe, 1)
+        data = os.read(self._fd, 1)
         return data[0] if data else None
-
-    def __del__(self) -> None:
-        # A lane that nobody holds: Ctrl-C came between two steps.
-        if hasattr(self, "_closed"):
-            self.close()
 
     def close(self) -> None:
         """Gives up the descriptors.  May be called twice."""
-        if not self._closed:
-            self._closed = True
-            for fd in (self._eventfd, self._pipe, self._workers_end):
-                if fd >= 0:
-                    os.close(fd)
+        for descriptor in (self._ring, self._hears, self._workers_end):
+            descriptor.close()
 
 
 class WorkerBell(_Waiter):
@@ -123,10 +120,11 @@ class WorkerBell(_Waiter):
         self._eventfd, self._pipe = fds
         super().__init__(self._eventfd, patience)
 
-    def ring(self, number: int) -> None:
+    def ring(self, number: int) -> bool:
         """Wakes the caller with a number from 0 to 255.  That it is gone shows when it is waited for."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self._pipe, _BYTES[number])
+        return True
 
     def hang_up(self) -> None:
         """For another thread that knows that the caller is gone."""
@@ -140,14 +138,3 @@ class WorkerBell(_Waiter):
         """Gives up the descriptors."""
         os.close(self._eventfd)
         os.close(self._pipe)
-
-
-_bells: weakref.WeakSet[CallerBell] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    for bell in list(_bells):
-        bell.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)

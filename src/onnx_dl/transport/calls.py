@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 import zmq
 
+from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.bell import CallerBell, WorkerBell
@@ -56,17 +57,14 @@ class BellCalls:
 
     def send(self, message: m.Message | bytes) -> bool:
         sent = self._handover.send(message if isinstance(message, bytes) else m.encode(message))
-        if sent:
-            self.bell.ring(self._rings)
-        return sent
+        return sent and self.bell.ring(self._rings)
 
     def next(self, timeout: float | None = None) -> Any:
         number = self.bell.wait(timeout)
         return number if number != self._hears else self._handover.next()
 
     def again(self, number: int) -> bool:
-        self.bell.ring(AGAIN + number)
-        return True
+        return self.bell.ring(AGAIN + number)
 
     def same(self) -> None:
         self.bell.ring(SAME)
@@ -94,6 +92,8 @@ class ZmqCalls:
             if not self._handover.send(data):
                 return False
             data = _ON_THE_UNIX_SOCKET
+        if not self._handover.channel.is_ours():
+            return False
         # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
         with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
             self._socket.send(data, zmq.NOBLOCK)
@@ -110,6 +110,8 @@ class ZmqCalls:
         return self._read(data) if data else self._handover.next()
 
     def _next(self, timeout: float | None) -> bytes | None:
+        if not self._handover.channel.is_ours():
+            return None
         ready = sockets.wait(self._poller, timeout)
         if self._socket in ready:
             return self._socket.recv()
@@ -124,7 +126,10 @@ class ZmqCalls:
         self.send(m.Same())
 
     def close(self) -> None:
-        self._socket.close()
+        if self._handover.channel.is_ours():
+            self._socket.close()
+        else:  # its descriptors are gone, too: ZeroMQ would use their numbers
+            keep_for_ever(self._socket)
 
 
 _ON_THE_UNIX_SOCKET: Final = b""

@@ -10,13 +10,13 @@ Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.owned import Descriptor
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Arena, Block
@@ -37,7 +37,7 @@ class Notices:
     """
 
     def __init__(self) -> None:
-        self._shared: dict[int, tuple[int, int]] = {}
+        self._shared: dict[int, tuple[int, Descriptor]] = {}
         """Size and descriptor, by number."""
         self._dropped: list[int] = []
 
@@ -49,11 +49,11 @@ class Notices:
         return MOST_NEW - len(self._shared)
 
     def shared(self, block: int, size: int, fd: int) -> None:
-        self._shared[block] = size, fd
+        self._shared[block] = size, Descriptor(fd)
 
     def dropped(self, block: int) -> None:
         if (unsaid := self._shared.pop(block, None)) is not None:  # the peer never heard of it
-            os.close(unsaid[1])
+            unsaid[1].close()
         else:
             self._dropped.append(block)
 
@@ -67,16 +67,14 @@ class Notices:
 
     def descriptors(self) -> list[int]:
         """Of the blocks that are new."""
-        return [fd for _, fd in self._shared.values()]
+        return [descriptor.number for _, descriptor in self._shared.values()]
 
     def told(self, dropped: int) -> None:
         """The peer knows what is new, and the first so many that were dropped."""
-        sockets.close_all(self.descriptors())
+        for _, descriptor in self._shared.values():
+            descriptor.close()
         self._shared.clear()
         del self._dropped[:dropped]
-
-    def __del__(self) -> None:
-        sockets.close_all(self.descriptors())
 
 
 class Handover:

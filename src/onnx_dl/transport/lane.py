@@ -72,7 +72,7 @@ class ClientLane(Lane):
     """The caller's end."""
 
     def __init__(
-        self, ctx: Context, granted: m.Granted, deadline: Deadline, *, over_zmq: bool, latency: str
+        self, ctx: Context | None, granted: m.Granted, deadline: Deadline, *, over_zmq: bool, latency: str
     ) -> None:
         """Opens a lane to the worker that was granted.  ``latency``: "low" polls, see
         :mod:`onnx_dl.transport.patience`.
@@ -362,8 +362,8 @@ def _placement_of(thread: int, kind: type[Placement | Apart]) -> Placement | Apa
     return kind(cores) if len(cores) > 1 else None
 
 
-def _caller_calls(handover: Handover, ctx: Context, reply_to: str | None, polls: bool) -> Calls:
-    if reply_to is None:
+def _caller_calls(handover: Handover, ctx: Context | None, reply_to: str | None, polls: bool) -> Calls:
+    if reply_to is None or ctx is None:
         return BellCalls(handover, CallerBell(Patience() if polls else None), rings=REQUEST, hears=REPLY)
     try:
         return ZmqCalls(handover, sockets.pair_listener(ctx, reply_to), m.lane_reply)

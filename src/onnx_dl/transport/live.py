@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,33 +34,52 @@ class LiveMemory:
         """
         self.name = f"memory:{secrets.token_hex(16)}"
         self._owners = owners
-        self._lock = threading.Lock()
+        self._arrays = arrays
+        self._pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         self.places: list[int] = []
-        size = 0
+        self._size = 0
         for array in arrays:
-            self.places.append(size)
-            size += align(array.nbytes)
-        self._mapping = Mapping(shm.create(max(size, 1)), max(size, 1))
-        whole = np.asarray(self._mapping)
-        self._pairs = [
-            (array, whole[place : place + array.nbytes])
-            for array, place in zip(arrays, self.places, strict=True)
-        ]
+            self.places.append(self._size)
+            self._size += align(array.nbytes)
+        self._begin()
         self.refresh()
 
+    def _begin(self) -> None:
+        """With no segment: a forked child must not change what its parent's workers see."""
+        self._pid = os.getpid()
+        self._pairs = []
+        self._add()
+
+    def _add(self) -> None:
+        """Another segment.  Workers may have mapped the ones before, so these are kept up to date, too."""
+        self._mapping = Mapping(shm.create(max(self._size, 1)), max(self._size, 1))
+        whole = np.asarray(self._mapping)
+        places = zip(self._arrays, self.places, strict=True)
+        self._pairs += [(array, whole[place : place + array.nbytes]) for array, place in places]
+
     def descriptor(self) -> int:
-        """Of the segment; whoever asks closes it."""
-        assert self._mapping.fd is not None
-        return os.dup(self._mapping.fd)
+        """Of the segment; whoever asks closes it.
+
+        Raises:
+            SharedMemoryError: the system has no memory for another one.
+        """
+        self.refresh()
+        if (fd := self._mapping.duplicate()) is None:  # the program closed the descriptor
+            self._add()
+            self.refresh()
+            fd = self._mapping.duplicate()
+        assert fd is not None
+        return fd
 
     def refresh(self) -> None:
-        """Copies what changed."""
-        with self._lock:
-            for original, copy in self._pairs:
-                for start in range(0, original.nbytes, _STEP):
-                    part = slice(start, start + _STEP)
-                    if not np.array_equal(original[part], copy[part]):
-                        copy[part] = original[part]
+        """Copies what changed.  Several threads may do so at once: each copies the same bytes."""
+        if self._pid != os.getpid():
+            self._begin()
+        for original, copy in self._pairs:
+            for start in range(0, original.nbytes, _STEP):
+                part = slice(start, start + _STEP)
+                if not np.array_equal(original[part], copy[part]):
+                    copy[part] = original[part]
 
 
 def view(fd: int) -> Any:

@@ -13,11 +13,11 @@ import contextlib
 import ctypes
 import mmap
 import os
-import threading
 import weakref
 from typing import Final
 
 from onnx_dl.errors import SharedMemoryError
+from onnx_dl.owned import Descriptor
 
 _PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
@@ -25,6 +25,11 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_MAP_FIXED: Final = 0x10  # of Linux on all that we run on; Python has no name for these two
+_MREMAP_TO: Final = 1 | 2
+_TAKEN: Final = "the program closed its descriptor."
 
 
 def create(size: int) -> int:
@@ -54,7 +59,7 @@ class Mapping:
     not), and an application that keeps a thousand results would run out of them.
     """
 
-    __slots__ = ("__weakref__", "_address", "fd", "size")
+    __slots__ = ("__weakref__", "_descriptor", "_place", "is_private", "size")
 
     def __init__(self, fd: int, size: int) -> None:
         """Takes over ``fd``.  It is not mapped before somebody looks at it.
@@ -62,12 +67,18 @@ class Mapping:
         Raises:
             ValueError: it is smaller than ``size`` bytes.
         """
-        self.fd: int | None = None
-        self._address = 0
+        self._place: dict[None, int] = {}  # empty: not mapped.  Each change is one step
         self.size = size
+        self.is_private = False
+        """Whether it is this process's own: what is written here is seen here only."""
         if os.fstat(fd).st_size < size:
             raise ValueError("the segment is smaller than announced")
-        self.fd = fd
+        self._descriptor = Descriptor(fd)
+
+    @property
+    def has_descriptor(self) -> bool:
+        """Whether the segment can be handed to another process."""
+        return self._descriptor.number >= 0
 
     @property
     def address(self) -> int:
@@ -77,29 +88,29 @@ class Mapping:
         Raises:
             SharedMemoryError: it cannot be mapped.
         """
-        if not self._address:
-            with _mapping:
-                self._map()
-        return self._address
+        return self._place.get(None) or self._map()
 
     @property
     def __array_interface__(self) -> dict[str, object]:
         return {"version": 3, "typestr": "|u1", "shape": (self.size,), "data": (self.address, False)}
 
-    def _map(self) -> None:
-        if self._address or self.fd is None:
-            return
-        address = _libc.mmap(None, self.size, _PROT, mmap.MAP_SHARED | mmap.MAP_POPULATE, self.fd, 0)
-        if address == _MAP_FAILED:
-            reason = os.strerror(ctypes.get_errno())
-            raise SharedMemoryError(f"Cannot map {self.size} bytes of shared memory: {reason}.")
-        self._address = address
+    def _map(self) -> int:
+        if (fd := self._descriptor.duplicate()) is None:
+            raise SharedMemoryError(f"Cannot map {self.size} bytes of shared memory: {_TAKEN}")
+        try:
+            address = _mapped(self.size, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd)
+        finally:
+            os.close(fd)
+        place = self._place.setdefault(None, address)
+        if place != address:  # another thread was faster
+            _libc.munmap(address, self.size)
+        return place
 
     def __del__(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-        if self._address:
-            _libc.munmap(self._address, self.size)
+        # Its descriptor goes with it.  A weak reference may still lead here (shed), which then maps nothing.
+        address, self._place[None] = self._place.get(None), 0
+        if address:
+            _libc.munmap(address, self.size)
 
     def duplicate(self) -> int | None:
         """Another descriptor of the segment, which the caller closes; None if it has none any more.
@@ -107,8 +118,7 @@ class Mapping:
         Raises:
             OSError: this process may have no more descriptors.
         """
-        with _mapping:  # another thread may make this mapping shed the descriptor meanwhile
-            return None if self.fd is None else os.dup(self.fd)
+        return self._descriptor.duplicate()
 
     def keep_descriptor(self) -> None:
         """Keeps the descriptor, so that the segment can be handed to a third process.
@@ -117,30 +127,56 @@ class Mapping:
         """
         _with_descriptor.append(weakref.ref(self))
         while len(_with_descriptor) > KEPT_DESCRIPTORS:
-            # An IndexError: another thread was faster.  No memory to map it: it keeps its descriptor.
-            with contextlib.suppress(IndexError, SharedMemoryError):
+            # An IndexError: another thread was faster.  No memory to map it, or no descriptor: it keeps its.
+            with contextlib.suppress(IndexError, SharedMemoryError, OSError):
                 if (oldest := _with_descriptor.popleft()()) is not None:
                     oldest.shed()
 
     def shed(self) -> None:
         """Maps the segment and closes the descriptor."""
-        with _mapping:
-            self._map()
-            fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
+        if self.address:
+            self._descriptor.close()
+
+    # --- around a fork ------------------------------------------------------------------------------------
+
+    def make_private(self) -> bool:
+        """The same bytes at the same address, but from now on what is written stays in this process, and in
+        those that it forks.  Nobody else may write to the segment any more.
+
+        Other threads may read and write meanwhile: nothing is copied, and the kernel exchanges the pages in
+        one step.  False: that cannot be, because it has no descriptor any more.
+        """
+        with contextlib.suppress(OSError, SharedMemoryError):
+            if (fd := self._descriptor.duplicate()) is not None:
+                try:
+                    _mapped(self.size, mmap.MAP_PRIVATE | _MAP_FIXED, fd, self.address)
+                    self.is_private = True
+                finally:
+                    os.close(fd)
+                self._descriptor.close()
+        return self.is_private
+
+    def make_copy(self) -> None:
+        """The same as :meth:`make_private`, by copying, where no other thread writes meanwhile.
+
+        Raises:
+            SharedMemoryError: the system has no memory for it.
+        """
+        copy = _mapped(self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE, -1)
+        ctypes.memmove(copy, self.address, self.size)
+        _libc.mremap(copy, self.size, self.size, _MREMAP_TO, self.address)
+        self.is_private = True
+
+
+def _mapped(size: int, flags: int, fd: int, address: int | None = None) -> int:
+    found: int = _libc.mmap(address, size, _PROT, flags, fd, 0)
+    if found == _MAP_FAILED:
+        reason = os.strerror(ctypes.get_errno())
+        raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {reason}.")
+    return found
 
 
 KEPT_DESCRIPTORS: Final = 64
-_mapping = threading.Lock()  # between a thread that looks at a segment and one that makes it shed
-
-
-def _after_fork() -> None:
-    global _mapping
-    _mapping = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 _with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
 
 

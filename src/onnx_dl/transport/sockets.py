@@ -16,7 +16,6 @@ import select
 import socket
 import struct
 import time
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -25,6 +24,7 @@ import zmq
 from onnx_dl import descriptors
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
+from onnx_dl.owned import Descriptor
 
 LONGEST: Final = 64 << 10
 """Bytes in one message of a Channel; much more does not fit a Unix socket's buffer everywhere."""
@@ -57,15 +57,15 @@ class Channel:
     """A connected SEQPACKET socket: whole messages, descriptors beside them, EOF when the peer is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self._descriptor = Descriptor(sock.fileno())
         self._sock = sock
         self._buffer = bytearray(LONGEST)
         self._view = memoryview(self._buffer)
-        _channels.add(self)
 
     def __del__(self) -> None:
-        # One that nobody holds (Ctrl-C came between two steps) is closed without Python's warning.
+        # One that nobody holds: Ctrl-C came between two steps.
         if hasattr(self, "_sock"):
-            self._sock.close()
+            self.close()
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
@@ -87,23 +87,13 @@ class Channel:
             DeadlinePassed: the listener's queue stayed full.
             OSError: nobody listens at ``address``, or it cannot be reached.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            sock.setblocking(False)  # else connect() waits without a bound where the queue is full
-            while error := sock.connect_ex(f"\0{address}"):
-                if error != errno.EAGAIN:
-                    raise OSError(error, os.strerror(error))
-                deadline.check("a listener whose queue is full")
-                time.sleep(deadline.step(_FULL) or 0.0)
-            sock.setblocking(True)
-            _check_user(sock)
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
+        return cls(connected(socket.SOCK_SEQPACKET, address, deadline))
 
     def send(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
-        """Sends one message with duplicates of ``fds``; false if the peer is gone."""
+        """Sends one message with duplicates of ``fds``; false if the peer is gone, or the program closed this
+        end."""
+        if not self.is_ours():
+            return False
         try:
             if fds:
                 socket.send_fds(self._sock, [data], list(fds), _NO_SIGNAL)
@@ -115,6 +105,8 @@ class Channel:
 
     def post(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Like :meth:`send`, but never waits: a peer that has no room for the message counts as gone."""
+        if not self.is_ours():
+            return False
         try:
             if fds:
                 socket.send_fds(self._sock, [data], fds, _NO_SIGNAL | _AT_ONCE)
@@ -147,6 +139,8 @@ class Channel:
         return self._receive(0)
 
     def _receive(self, how: int) -> tuple[memoryview, list[int]] | None:
+        if not self.is_ours():
+            return None
         try:
             size, control, flags, _address = self._sock.recvmsg_into([self._view], _FDS_SPACE, _CLOEXEC | how)
         except ConnectionResetError:
@@ -172,11 +166,15 @@ class Channel:
     def is_dead(self) -> bool:
         """Whether the peer is gone and all its messages are read; does not wait."""
         try:
-            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not (self.is_ours() and self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return False
         except OSError:
             return True
+
+    def is_ours(self) -> bool:
+        """Whether the program has not closed the descriptor: another file may have its number by now."""
+        return self._descriptor.holds()
 
     def peer_pid(self) -> int:
         return _credentials(self._sock)[0]
@@ -185,7 +183,32 @@ class Channel:
         return self._sock.fileno()
 
     def close(self) -> None:
-        self._sock.close()
+        """May be called twice."""
+        self._sock.detach()  # Python's object would close the number, whoever has it
+        self._descriptor.close()
+
+
+def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
+    """A Unix socket that is connected to a listener of the same user.
+
+    Raises:
+        DeadlinePassed: the listener's queue stayed full.
+        OSError: nobody listens at ``address``, or it cannot be reached.
+    """
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sock.setblocking(False)  # else connect() waits without a bound where the queue is full
+        while error := sock.connect_ex(f"\0{address}"):
+            if error != errno.EAGAIN:
+                raise OSError(error, os.strerror(error))
+            deadline.check("a listener whose queue is full")
+            time.sleep(deadline.step(_FULL) or 0.0)
+        sock.setblocking(True)
+        _check_user(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _fds_of(level: int, kind: int, data: bytes) -> list[int]:
@@ -219,18 +242,6 @@ def is_ours(sock: socket.socket) -> int | None:
     except ProtocolError:
         return None
     return _credentials(sock)[0]
-
-
-_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """A forked child that kept our descriptors would hide our death from the other ends."""
-    for channel in list(_channels):
-        channel.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Listener:
@@ -278,21 +289,24 @@ class Waker:
     """Wakes a poll() in another thread; ``wake`` may be called from anywhere, finalizers included."""
 
     def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._descriptor = Descriptor(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+
+    def is_ours(self) -> bool:
+        """Whether the program has not closed the descriptor."""
+        return self._descriptor.holds()
 
     def wake(self) -> None:
-        os.eventfd_write(self._fd, 1)
+        if self._descriptor.holds():
+            os.eventfd_write(self._descriptor.number, 1)
 
     def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
+        if self._descriptor.holds():
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._descriptor.number)
 
     def fileno(self) -> int:
-        return self._fd
-
-    def __del__(self) -> None:
-        # Not earlier: somebody who wakes a waker that was closed would write to whatever has its number now.
-        os.close(self._fd)
+        """-1 in a forked child."""
+        return self._descriptor.number
 
 
 def context() -> Context:
@@ -301,12 +315,13 @@ def context() -> Context:
     Raises:
         DescriptorsExhausted: this process may have too few more of them.
     """
-    _check_descriptors("A ZeroMQ context")
+    check_descriptors("A ZeroMQ context")
     return zmq.Context()
 
 
-def _check_descriptors(what: str) -> None:
-    """libzmq ends the process where it finds no descriptor: in ``epoll_create``, and in ``accept``."""
+def check_descriptors(what: str) -> None:
+    """Raises where there are too few: libzmq ends the process where it finds none, in ``epoll_create`` and in
+    ``accept``; a connection that lacks one half way says less of why."""
     if descriptors.free() < _ZMQ_NEEDS:
         raise descriptors.exhausted(what)
 
@@ -332,7 +347,7 @@ def pair_listener(ctx: Context, address: str) -> Socket:
     Raises:
         DescriptorsExhausted: this process may have too few more of them.
     """
-    _check_descriptors("A lane over ZeroMQ")
+    check_descriptors("A lane over ZeroMQ")
     sock = _socket(ctx, zmq.PAIR)
     sock.setsockopt(_IPC_FILTER_UID, os.getuid())
     sock.bind(f"ipc://@{address}")
@@ -353,6 +368,12 @@ def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return {fd for fd, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))}
+
+
+def sleep(poll: select.poll, timeout: float | None) -> None:
+    """Until one of its descriptors is ready, for so many seconds at most; None: for as long as it takes."""
+    # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
+    poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))
 
 
 def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:

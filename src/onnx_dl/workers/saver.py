@@ -36,6 +36,8 @@ _GROWTH: Final = 4
 _PATIENCE: Final = 600.0
 """Seconds for each of the three; there may be little idle time."""
 _PAUSE: Final = 0.005
+_OOM_SCORE: Final = 1000
+"""The most there is: nobody waits for what is saved."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,8 +91,7 @@ def _keep_out_of_the_way() -> None:
     """Runs when nobody else wants to, and is the first to go when memory is short."""
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    surroundings.go_first(_OOM_SCORE)
 
 
 def _save(order: Order, blob: int, memory: int) -> None:

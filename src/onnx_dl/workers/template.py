@@ -43,8 +43,9 @@ _REPLACED: Final = (
     "Restart the application, or the shared host."
 )
 
-
 _WORKER: Final = "worker"
+_OOM_SCORE: Final = 900
+"""A worker can be had again: it goes before an application that is larger, and after one that saves."""
 
 
 class Template:
@@ -129,6 +130,7 @@ class Template:
             os.close(stderr)
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
             name_process(f"onnx-dl:{spawn.worker_id}")
+            surroundings.go_first(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except BaseException:

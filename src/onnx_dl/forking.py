@@ -1,0 +1,241 @@
+"""What lets a process fork, and a thread interrupt itself, at any moment.
+
+A thread interrupts itself where Python runs a signal handler, a ``__del__``, a callback of a weak reference
+or of the garbage collector: between any two steps of ours, and such code may use a model.  So every lock of
+an application's process is a :class:`Guard`, and every wait for another thread a :class:`Promise`: one place
+that knows what becomes of them in a forked child, and what they do if their own thread comes once more.
+``tests/unit/test_forking.py`` fails where something else is used.
+
+:func:`still` is for what a child must not find half done.  What a lock guards is not known here.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib
+import os
+import threading
+import time
+import weakref
+from _thread import RLock
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, Final, Generic, NoReturn, Self, TypeVar, overload
+
+from onnx_dl.errors import ReentrantUse, SupervisorDied
+
+_T = TypeVar("_T")
+
+_STILL: Final = 5.0
+"""Seconds that are waited for what takes milliseconds: a section of a Guard, a block of :func:`still`."""
+
+_FORKED: Final = (
+    "This process was forked while it waited for another thread, which the child does not have. "
+    "Use the model again: the child starts a host of its own."
+)
+
+
+def refuse(what: str) -> NoReturn:
+    """Raises ReentrantUse.  ``what``: the thread is doing."""
+    raise ReentrantUse(
+        f"This thread is {what}, and was interrupted there by a signal handler, a __del__ or a callback that "
+        "uses a model: it would wait for itself. Nothing was done. Do it later, or have another thread do it."
+    )
+
+
+class Guard(RLock):  # type: ignore[misc]
+    """A lock for brief sections, free in a forked child.
+
+    ``with guard.alone()`` is for sections that must not be entered twice; ``with guard`` for those whose
+    state is whole at each step, so that their own thread may come once more.
+    """
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        _ours[id(self)] = self
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread holds it."""
+        return bool(self._is_owned())  # type: ignore[attr-defined]
+
+    def alone(self) -> Self:
+        """The lock, to be entered.
+
+        Looked at before it is entered and not by ``__enter__``: that stays C, so that Ctrl-C cannot come
+        between taking the lock and being sure to release it.  Whoever interrupts us between the two leaves
+        the lock as it was.
+
+        Raises:
+            ReentrantUse: this thread is inside, or another one that does not come out: it may be interrupted
+                there by something that waits for this thread.
+        """
+        if self.is_mine or not self._is_free():
+            refuse("in the middle of a step that nobody else may see half done, or waits for one that is")
+        return self
+
+    def _is_free(self) -> bool:
+        try:
+            return self.acquire(timeout=_STILL)
+        finally:
+            if self.is_mine:
+                self.release()
+
+    def after_in_child(self) -> None:
+        """Free, if a thread held it that the child has not.  The thread that forked still has what it had."""
+        if not self.is_mine:
+            self._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+class Promise(Generic[_T]):
+    """A result that another thread will give.  Has a Future's methods, without the lock around them.
+
+    Its only lock is a latch, which is held until the result is there.
+    """
+
+    __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value", "giver")
+
+    def __init__(self, giver: threading.Thread | None = None) -> None:
+        """``giver``: the thread that will give it, which must not wait for itself; may be set later."""
+        self.giver = giver
+        self._done = False
+        self._error: BaseException | None = None
+        self._latch = threading.Lock()
+        self._latch.acquire()
+        _ours[id(self)] = self
+
+    def done(self) -> bool:
+        return self._done
+
+    def set_result(self, value: _T) -> None:
+        self._value = value
+        self._open()
+
+    def set_exception(self, error: BaseException) -> None:
+        self._error = error
+        self._open()
+
+    def _open(self) -> None:
+        self._done = True
+        with contextlib.suppress(RuntimeError):  # it was open
+            self._latch.release()
+
+    def result(self, timeout: float | None = None) -> _T:
+        """The result.
+
+        Raises:
+            TimeoutError: it was not there within ``timeout`` seconds; None waits for ever.
+            ReentrantUse: it is not there, and this is the thread that will give it.
+            BaseException: what was given instead.
+        """
+        if not self._done:
+            self._wait(timeout)
+        if not self._done:
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _wait(self, timeout: float | None) -> None:
+        if self.giver is threading.current_thread():
+            refuse("the one that others, and now it itself, wait for")
+        if self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            self._latch.release()  # for the next who waits
+
+    def after_in_child(self) -> None:
+        """The thread that would give it does not exist.  Who waits forked in a signal handler."""
+        if not self._done:
+            self.set_exception(SupervisorDied(_FORKED))
+
+
+_ours: weakref.WeakValueDictionary[int, Guard | Promise[Any]] = weakref.WeakValueDictionary()
+
+
+class lazily(Generic[_T]):
+    """Like ``functools.cached_property``, of which Python 3.11 holds a lock for all instances meanwhile.
+
+    Of two threads that compute it, one has computed it in vain; both get the same.
+    """
+
+    def __init__(self, compute: Callable[[Any], _T]) -> None:
+        self._compute = compute
+        functools.update_wrapper(self, compute)  # type: ignore[arg-type]
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> _T: ...
+    def __get__(self, instance: object | None, owner: type) -> _T | Self:
+        if instance is None:
+            return self
+        value: _T = instance.__dict__.setdefault(self._compute.__name__, self._compute(instance))
+        return value
+
+
+# --- forks -------------------------------------------------------------------------------------------------
+
+_still: Final[collections.deque[int]] = collections.deque()
+"""The threads in a block of :func:`still`, once for each."""
+_forking: Final[collections.deque[int]] = collections.deque()
+"""The threads that are about to fork."""
+_LOOK_EVERY: Final = 0.0005
+
+
+@contextlib.contextmanager
+def still() -> Iterator[None]:
+    """No other thread forks this process during the block, which must be brief.
+
+    For descriptors that a child would keep open unseen, and for imports: a child waits for ever for a module
+    that a thread was importing which it has not.  Several threads may be in such a block: no lock, because a
+    signal handler may interrupt one and wait for another.
+    """
+    try:
+        _enter(_still, _forking)
+        yield
+    finally:
+        _leave(_still)
+
+
+def importing(name: str) -> ModuleType:
+    """A module that is imported when it is first needed, by a thread beside which others may fork."""
+    with still():
+        return importlib.import_module(name)
+
+
+def _enter(own: collections.deque[int], other: collections.deque[int]) -> None:
+    """Says that this thread is here once no other thread is there.  Who looks has said so before, and takes
+    it back while it waits, so that of two who come at once neither overlooks the other."""
+    me, deadline = threading.get_ident(), time.monotonic() + _STILL
+    own.append(me)
+    # Not for ever: somebody's __del__ may have a thread in a block wait for whoever forks.
+    while any(thread != me for thread in list(other)) and time.monotonic() < deadline:
+        own.remove(me)
+        time.sleep(_LOOK_EVERY)
+        own.append(me)
+
+
+def _leave(own: collections.deque[int]) -> None:
+    with contextlib.suppress(ValueError):  # Ctrl-C came before it was said
+        own.remove(threading.get_ident())
+
+
+def _after_in_child() -> None:
+    _leave(_forking)
+    me = threading.get_ident()
+    for threads in (_still, _forking):
+        for other in set(threads) - {me}:
+            while other in threads:
+                threads.remove(other)
+    for own in [own for ref in _ours.valuerefs() if (own := ref()) is not None]:
+        own.after_in_child()
+
+
+# Registered before what is built upon it, so that no hook of ours in a child finds a lock held.
+os.register_at_fork(
+    before=functools.partial(_enter, _forking, _still),
+    after_in_parent=functools.partial(_leave, _forking),
+    after_in_child=_after_in_child,
+)

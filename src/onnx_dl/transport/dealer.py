@@ -1,0 +1,108 @@
+"""An application's end of the control socket: what ZeroMQ calls a DEALER, without libzmq.
+
+libzmq has threads that sleep on descriptors of its own; when a program closes these (``os.closerange``), it
+reads from and writes to files of the program, or ends the process.  Here there is one descriptor, which is
+looked at before it is used, and no thread.  Used by one thread.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from typing import Final
+
+from onnx_dl.deadline import Deadline
+from onnx_dl.errors import ProtocolError
+from onnx_dl.owned import Descriptor
+from onnx_dl.transport import sockets, zmtp
+
+_CHUNK: Final = 1 << 18
+_NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+
+
+class Dealer:
+    """Connected to a ROUTER, which knows it by its name."""
+
+    def __init__(self, address: str, name: bytes, deadline: Deadline) -> None:
+        """
+        Raises:
+            DeadlinePassed: the router's queue stayed full.
+            OSError: nobody listens at ``address``, or this process may have no more descriptors.
+        """
+        self._address = address
+        self._name = name
+        self._connect(deadline)
+
+    def _connect(self, deadline: Deadline) -> None:
+        self._sock = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
+        self._sock.setblocking(False)
+        self._descriptor = Descriptor(self._sock.fileno())
+        self._reader = zmtp.Reader()
+        self._unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))
+        self.gone = False
+        """Whether the router has ended the connection."""
+        self._flush()
+
+    def reconnect(self, deadline: Deadline) -> None:
+        """Comes again, after it was sent away before it was let in; raises as the constructor."""
+        self.close()
+        self._connect(deadline)
+
+    def fileno(self) -> int:
+        return self._descriptor.number
+
+    def is_ours(self) -> bool:
+        """Whether the program has not closed the descriptor."""
+        return self._descriptor.holds()
+
+    @property
+    def is_let_in(self) -> bool:
+        """Whether messages may be sent: before that, who is sent away does not know what was read."""
+        return self._reader.identity is not None
+
+    @property
+    def awaits(self) -> int:
+        """What to poll for."""
+        return select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
+
+    def send(self, data: bytes) -> None:
+        """Sends it as far as the router takes it now, and the rest with the next :meth:`receive`."""
+        self._unsent += zmtp.frame(data)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent and not self.gone and self.is_ours():
+                del self._unsent[: self._sock.send(memoryview(self._unsent)[:_CHUNK], _NO_SIGNAL)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end()
+
+    def receive(self) -> list[bytes]:
+        """The messages that have come; does not wait."""
+        found: list[bytes] = []
+        try:
+            while not self.gone and self.is_ours():
+                if not (data := self._sock.recv(_CHUNK)):
+                    self._end()
+                found += self._reader.feed(data)
+        except BlockingIOError:
+            pass
+        except (OSError, ProtocolError):
+            self._end()
+        self._flush()
+        return found
+
+    def _end(self) -> None:
+        self.gone = True
+        self._unsent.clear()
+
+    def close(self) -> None:
+        """May be called twice.  What is not sent by then is dropped."""
+        self._sock.detach()  # Python's object would close the number, whoever has it
+        self._descriptor.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
