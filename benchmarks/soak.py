@@ -1,9 +1,9 @@
 """``python -m benchmarks.soak --minutes N --seed S``: random calls and random faults, every answer checked.
 
-Several threads call several models in all ways; meanwhile workers, template and supervisor are killed, stopped
-and crashed, models are unloaded, evicted and replaced.  What calls have to give was computed beforehand, by
-onnxruntime in this process.  The exit status is 1 if an answer was wrong, an error was nobody's fault, a call
-hung, recovery took too long, or anything is left at the end.
+Several threads call several models in all ways; meanwhile workers, template and supervisor are killed,
+stopped and crashed, models are unloaded, evicted and replaced.  What calls have to give was computed before,
+by onnxruntime in this process.  The exit status is 1 if an answer was wrong, an error had no cause, a call hung,
+recovery took too long, or anything is left at the end.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ os.environ.update(ORT_DISABLE_TELEMETRY="1", ONNX_DL_STABLE_AFTER="0", ONNX_DL_R
 
 import numpy as np
 import psutil
+from tests import fuzzing
 
 from benchmarks.soak_calls import Caller, Ground, Ledger, environment
 from benchmarks.soak_faults import FAULTS, Injector
 from onnx_dl import OnnxDLError
-from tests import fuzzing
 
 THREADS: Final = 4
 HANG: Final = 60.0

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-
-from onnx_dl import CapacityError, InferenceSessionProxy, ModelHost, OnnxDLError
-from onnx_dl.errors import RunTimeout, SupervisorDied, WorkerDied
 from tests import fuzz_calls, fuzz_variants, zoo
 from tests.fuzz_calls import Call
 from tests.fuzzing import Wrong
+
+from onnx_dl import CapacityError, InferenceSessionProxy, ModelHost, OnnxDLError
+from onnx_dl.errors import RunTimeout, SupervisorDied, WorkerDied
 
 CASES: Final = 12
 """Calls of each model that are known beforehand."""

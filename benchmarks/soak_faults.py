@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import numpy as np
 import psutil
+from tests import fuzz_calls, fuzz_damage, fuzz_faults, zoo
+from tests.fuzzing import Wrong
+from tests.zoo import I64, build, constant, node, tensor
 
 from benchmarks.soak_calls import DEATHS, HEAVY, NO_ROOM, Ground
 from onnx_dl import InferenceSessionProxy, OnnxDLError
 from onnx_dl.errors import MemoryLimitExceeded
-from tests import fuzz_calls, fuzz_damage, fuzz_faults, fuzz_variants, zoo
-from tests.fuzzing import Wrong
-from tests.zoo import I64, build, constant, node, tensor
 
 STOPPED: Final = 1.5
 """Seconds for which a process is stopped at most."""
@@ -172,11 +172,15 @@ def _evict(ground: Ground, rng: random.Random) -> Done:
     ground.ledger.fault("evict", None, *NO_ROOM)
     large = _large(ground.folder)
     with InferenceSessionProxy(large, zoo.session_options(), zoo.CPU, host=ground.host) as proxy:
-        with contextlib.suppress(*NO_ROOM, *DEATHS):
-            proxy.load()
-            proxy.unload(force=True)
+        _load_and_go(proxy)
     ground.ledger.extend("evict")
     return None, time.monotonic()
+
+
+def _load_and_go(proxy: InferenceSessionProxy) -> None:
+    with contextlib.suppress(*NO_ROOM, *DEATHS):
+        proxy.load()
+        proxy.unload(force=True)
 
 
 def _large(folder: Path) -> str:
@@ -236,7 +240,9 @@ def _damage(ground: Ground, rng: random.Random) -> Done:
     """Of an entry of the load cache, between two loads."""
     since = ground.ledger.fault("damaged entry", HEAVY)
     root = ground.folder / "cache"
-    entries = [path.parent for path in root.glob("*/meta.json") if not path.parent.name.startswith("unfinished")]
+    entries = [
+        path.parent for path in root.glob("*/meta.json") if not path.parent.name.startswith("unfinished")
+    ]
     proxy = ground.proxy(HEAVY, rng)
     if entries:
         entry = rng.choice(entries)
@@ -244,7 +250,9 @@ def _damage(ground: Ground, rng: random.Random) -> Done:
         copy = ground.folder / "damaged"
         with contextlib.suppress(OSError):  # somebody else has removed it
             shutil.copytree(entry, copy)
-            fuzz_damage.OF_FILES[rng.choice(["cut", "flip", "zeros", "gone", "replaced"])](copy / file.name, rng)
+            fuzz_damage.OF_FILES[rng.choice(["cut", "flip", "zeros", "gone", "replaced"])](
+                copy / file.name, rng
+            )
             shutil.rmtree(entry)  # not in place: others have mapped it
             os.rename(copy, entry)
         shutil.rmtree(copy, ignore_errors=True)

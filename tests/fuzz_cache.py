@@ -1,4 +1,6 @@
-"""The load cache against in-process onnxruntime, whatever happens to its files: ``python -m tests.fuzz_cache --help``.
+"""The load cache against in-process onnxruntime, whatever happens to its files.
+
+``python -m tests.fuzz_cache --help``.
 
 Each step takes a model and options, loads it with an entry of the cache that is whole, damaged, of another
 model, old or half written, and compares the answers bit for bit, and what the model says of itself.
@@ -7,6 +9,7 @@ model, old or half written, and compares the answers bit for bit, and what the m
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -33,8 +36,9 @@ SAVED: Final = 120.0
 """Seconds that a save may take: savers run when nobody else wants to."""
 NEW: Final = 0.25
 """How often a step takes a model that is not saved yet."""
-WEIGHTS: Final = {"whole": 2, "damage": 12, "swap": 3, "stale": 3, "replace_loaded": 2, "killed": 2, "heal": 1,
-                  "never": 1}  # fmt: skip
+WEIGHTS: Final = {
+    "whole": 2, "damage": 12, "swap": 3, "stale": 3, "replace_loaded": 2, "killed": 2, "heal": 1, "never": 1,
+}  # fmt: skip
 DAMAGE: Final = tuple(fuzz_damage.OF_FILES)
 
 
@@ -122,9 +126,7 @@ class Library:
         self.plain += len(found) - sum(found)
         return f"{saved.variant.name}, {['plain', 'mapped'][found[-1]]}"
 
-    def check(
-        self, variant: Variant, proxy: InferenceSessionProxy, like: Variant | None = None
-    ) -> None:
+    def check(self, variant: Variant, proxy: InferenceSessionProxy, like: Variant | None = None) -> None:
         """``like``: the model that lies there now."""
         expected = (like or variant).expected(self.folder)
         for feed, wanted in expected.answers:
@@ -294,15 +296,13 @@ def main(argv: list[str] | None = None) -> int:
     descriptors = len(os.listdir("/proc/self/fd")) + 1
     with tempfile.TemporaryDirectory() as folder:
         library = Library(Path(folder))
-        steps: dict[str, Any] = {
-            name: (lambda rng, step=step: step(library, rng)) for name, step in STEPS.items()
-        }
+        steps: dict[str, Any] = {name: functools.partial(step, library) for name, step in STEPS.items()}
         try:
             status = fuzzing.Player("fuzz_cache", given, WEIGHTS).play(steps)
         finally:
             library.close()
     print(f"{library.mapped} loads were mapped, {library.plain} plain; {len(library.saved)} models")
-    del library, steps
+    steps.clear()
     if left := fuzzing.leftovers(descriptors):
         print("LEFT:", *left, sep="\n  ", file=sys.stderr)
         return 1

@@ -146,7 +146,9 @@ def called_back(proxy: InferenceSessionProxy, call: Call) -> Any:
 
 def _same_words(call: Call, text: str) -> Exception:
     """The error that ``run()`` raises, where another way tells the same in another class."""
-    if isinstance(call.wanted, Exception) and str(call.wanted).endswith(text.removeprefix("Error in execution: ")):
+    if isinstance(call.wanted, Exception) and str(call.wanted).endswith(
+        text.removeprefix("Error in execution: ")
+    ):
         return call.wanted
     deaths = {"The onnx-dl supervisor process": SupervisorDied, "The worker of": WorkerDied}
     for words, death in deaths.items():

@@ -20,7 +20,9 @@ def remove(path: Path) -> None:
 
 
 def _cut(path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.choice([0, 1, rng.randrange(path.stat().st_size + 1), max(0, path.stat().st_size - 1)]))
+    os.truncate(
+        path, rng.choice([0, 1, rng.randrange(path.stat().st_size + 1), max(0, path.stat().st_size - 1)])
+    )
 
 
 def _longer(path: Path, rng: random.Random) -> None:
@@ -32,7 +34,9 @@ def _flip(path: Path, rng: random.Random) -> None:
     """One bit: in the first bytes, the last ones, or anywhere; the file's time may be what it was."""
     stat = path.stat()
     size = max(1, stat.st_size)
-    at = rng.choice([rng.randrange(min(64, size)), size - 1 - rng.randrange(min(64, size)), rng.randrange(size)])
+    at = rng.choice(
+        [rng.randrange(min(64, size)), size - 1 - rng.randrange(min(64, size)), rng.randrange(size)]
+    )
     with open(path, "r+b") as file:
         file.seek(at)
         byte = file.read(1) or b"\0"

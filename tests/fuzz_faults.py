@@ -1,4 +1,4 @@
-"""The steps of the fuzzer of results in which calls are not left to themselves: cancelled, late, killed, forked."""
+"""Steps of the fuzzer of results in which calls are disturbed: cancelled, late, killed, forked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -146,7 +147,9 @@ def timeout(world: World, rng: random.Random) -> str:
     seconds = rng.random() * 0.003
     with contextlib.suppress(RunTimeout):
         fuzz_calls.answer(
-            world.any_proxy(rng, call.kind), call, lambda proxy, c: proxy.run(c.outputs, c.feed, timeout=seconds)
+            world.any_proxy(rng, call.kind),
+            call,
+            lambda proxy, c: proxy.run(c.outputs, c.feed, timeout=seconds),
         )
     return call.kind
 
@@ -186,8 +189,9 @@ def cancel(world: World, rng: random.Random) -> str:
 def fork(world: World, rng: random.Random) -> str:
     """A child that ends, writes to what it has, or calls models itself."""
     kinds = rng.sample(["write", "call", "collect", "exit"], rng.randint(0, 3))
+    lane = rng.choice(list(world.hosts))
     call = fuzz_calls.draw(rng, world)  # what is wanted is asked of onnxruntime in the parent
-    await_child(fork_child(lambda: _child(world, rng, kinds, call)), f"A child that does {kinds}")
+    await_child(fork_child(lambda: _child(world, rng, kinds, call, lane)), f"A child that does {kinds}")
     world.look()
     return ", ".join(kinds) or "nothing"
 
@@ -206,21 +210,21 @@ def fork_busy(world: World, rng: random.Random) -> str:
         running = [pool.submit(work, seed) for seed in seeds]
         for call in calls:
             time.sleep(rng.random() * 0.01)
-            pid = fork_child(lambda call=call: _child_calls(world, call))  # type: ignore[misc]
+            pid = fork_child(functools.partial(_child_calls, world, call, rng.choice(list(world.hosts))))
             await_child(pid, f"A child that calls {call.kind}")
         for one in running:
             one.result()
     return ", ".join(call.kind for call in calls)
 
 
-def _child(world: World, rng: random.Random, kinds: list[str], call: fuzz_calls.Call) -> None:
+def _child(world: World, rng: random.Random, kinds: list[str], call: fuzz_calls.Call, lane: str) -> None:
     world.look()
     if "write" in kinds:
         for _ in range(3):
             fuzz_calls.change(world, rng)
         world.look()
     if "call" in kinds:
-        _child_calls(world, call)
+        _child_calls(world, call, lane)
         world.look()
     if "collect" in kinds:
         world.held.clear()
@@ -229,9 +233,9 @@ def _child(world: World, rng: random.Random, kinds: list[str], call: fuzz_calls.
         atexit._run_exitfuncs()
 
 
-def _child_calls(world: World, call: fuzz_calls.Call) -> None:
-    for lane in ("socket", "zmq"):
-        fuzz_calls.answer(world.proxy(call.kind, lane), call, fuzz_calls.plainly)
+def _child_calls(world: World, call: fuzz_calls.Call, lane: str) -> None:
+    """With a host of its own."""
+    fuzz_calls.answer(world.proxy(call.kind, lane), call, fuzz_calls.plainly)
 
 
 def fork_child(work: Callable[[], object]) -> int:

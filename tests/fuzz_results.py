@@ -98,9 +98,7 @@ def _host(lane: str) -> ModelHost:
 
 
 def _bytes(held: list[Held]) -> int:
-    return sum(
-        array.nbytes for one in held for array in one.wanted if isinstance(array, np.ndarray)
-    )
+    return sum(array.nbytes for one in held for array in one.wanted if isinstance(array, np.ndarray))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import onnxruntime
 from onnx import ModelProto, helper
 
 from tests import zoo
-from tests.zoo import BOOL, F16, I64, F, build, constant, node, tensor
+from tests.zoo import BOOL, I64, F, build, constant, node, tensor
 
 WIDTH: Final = 1024
 """Of weights of 4 MiB."""
@@ -97,7 +97,9 @@ def _branches(rng: np.random.Generator) -> ModelProto:
     def branch(name: str) -> Any:
         weights = constant(f"{name}_w", _weights(rng, WIDTH, WIDTH))
         result = tensor(f"{name}_y", F, ["n", WIDTH])
-        return helper.make_graph([node("MatMul", ["x", f"{name}_w"], [f"{name}_y"])], name, [], [result], [weights])
+        return helper.make_graph(
+            [node("MatMul", ["x", f"{name}_w"], [f"{name}_y"])], name, [], [result], [weights]
+        )
 
     nodes = [
         node("MatMul", ["x", "w"], ["a"]),
@@ -106,7 +108,9 @@ def _branches(rng: np.random.Generator) -> ModelProto:
         node("If", ["positive"], ["b"], then_branch=branch("yes"), else_branch=branch("no")),
         node("Add", ["a", "b"], ["y"]),
     ]
-    return build(nodes, *_ends(), [constant("w", _weights(rng, WIDTH, WIDTH)), constant("zero", np.float32(0))])
+    return build(
+        nodes, *_ends(), [constant("w", _weights(rng, WIDTH, WIDTH)), constant("zero", np.float32(0))]
+    )
 
 
 def _turns(rng: np.random.Generator) -> ModelProto:
@@ -136,7 +140,10 @@ def _recurrent(rng: np.random.Generator) -> ModelProto:
         node("Concat", ["b", "b"], ["y"], axis=1),
     ]
     half = WIDTH // 2
-    weights = [constant("w", _weights(rng, 1, 4 * half, WIDTH)), constant("r", _weights(rng, 1, 4 * half, half))]
+    weights = [
+        constant("w", _weights(rng, 1, 4 * half, WIDTH)),
+        constant("r", _weights(rng, 1, 4 * half, half)),
+    ]
     return build(nodes, *_ends(), [*weights, constant("first", np.int64([0]))])
 
 
@@ -244,7 +251,13 @@ class Variant(NamedTuple):
         """Names, types, shapes, metadata, providers."""
         ends = [[n.name, n.type, list(n.shape)] for n in (*session.get_inputs(), *session.get_outputs())]
         meta = session.get_modelmeta()
-        return [ends, dict(meta.custom_metadata_map), meta.graph_name, meta.producer_name, session.get_providers()]
+        return [
+            ends,
+            dict(meta.custom_metadata_map),
+            meta.graph_name,
+            meta.producer_name,
+            session.get_providers(),
+        ]
 
     @contextlib.contextmanager
     def changed(self, folder: Path, rng: random.Random) -> Iterator[Variant]:
@@ -293,7 +306,9 @@ def _written(file: Path, new: Path) -> Iterator[None]:
 
 @functools.cache
 def _expected(variant: Variant, folder: Path) -> Expected:
-    session = onnxruntime.InferenceSession(variant.source(folder), variant.options(), providers=variant.providers)
+    session = onnxruntime.InferenceSession(
+        variant.source(folder), variant.options(), providers=variant.providers
+    )
     rng = np.random.default_rng(7)
     feeds = [{"x": zoo.floats(rng, ROWS, WIDTH)} for _ in range(2)]
     return Expected([(feed, session.run(None, feed)) for feed in feeds], variant.said_by(session))

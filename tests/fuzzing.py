@@ -1,4 +1,4 @@
-"""What both fuzzers are: steps drawn by a seed, for so long, told where they failed, ended where they hang."""
+"""What both fuzzers are: steps drawn by a seed, told where they failed, ended where they hang."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ F, F64, F16, I64, I32, U8, BOOL, STR = (
 )
 CPU = ["CPUExecutionProvider"]
 SIZES = (0, 1, 2, 3, 7, 16, 17, 64, 300, 4096, 16384, 16385, 70_000, 300_000)
-"""Elements of an input, on both sides of where results become views (64 KiB) and of what the event loop copies
-itself (1 MiB)."""
+"""Elements of an input, on both sides of where results become views (64 KiB) and of what the event loop
+copies itself (1 MiB)."""
 
 Feed = dict[str, Any]
 node = helper.make_node
@@ -186,12 +186,12 @@ def _words(rng: np.random.Generator, count: int) -> np.ndarray:
 
 def _classes() -> bytes:
     """Labels as text, and ZipMap's list of dicts."""
-    ml = "ai.onnx.ml"
+    ml, names = "ai.onnx.ml", ["a", "ä", "c"]
     nodes = [
         node("ArgMax", ["x"], ["best"], axis=1, keepdims=0),
-        node("LabelEncoder", ["best"], ["label"], domain=ml, keys_int64s=[0, 1, 2], values_strings=["a", "ä", "c"]),
-        node("ZipMap", ["x"], ["maps"], domain=ml, classlabels_strings=["a", "ä", "c"]),
-    ]  # fmt: skip
+        node("LabelEncoder", ["best"], ["label"], domain=ml, keys_int64s=[0, 1, 2], values_strings=names),
+        node("ZipMap", ["x"], ["maps"], domain=ml, classlabels_strings=names),
+    ]
     inner = helper.make_map_type_proto(STR, helper.make_tensor_type_proto(F, None))
     maps = helper.make_value_info("maps", helper.make_sequence_type_proto(inner))
     return _bytes(nodes, [tensor("x", F, ["n", 3])], [tensor("label", STR, ["n"]), maps])
@@ -204,6 +204,11 @@ def _mapped() -> bytes:
     return _bytes(nodes, [helper.make_value_info("m", kind)], [tensor("y", F, [1, 3])])
 
 
+def _mapped_feed(rng: np.random.Generator, size: int) -> Feed:
+    a, b = map(float, floats(rng, 2))
+    return {"m": {"a": a, "b": b}}
+
+
 def _sequences() -> bytes:
     """A sequence goes in and comes out; its length is a value."""
     kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(F, None))
@@ -213,7 +218,8 @@ def _sequences() -> bytes:
         node("ConcatFromSequence", ["more"], ["all"], axis=0),
         node("SequenceLength", ["more"], ["length"]),
     ]
-    return _bytes(nodes, [parts, tensor("x", F, ["n"])], [more, tensor("all", F, ["k"]), tensor("length", I64, [])])  # fmt: skip
+    outputs = [more, tensor("all", F, ["k"]), tensor("length", I64, [])]
+    return _bytes(nodes, [parts, tensor("x", F, ["n"])], outputs)
 
 
 def _sequences_feed(rng: np.random.Generator, size: int) -> Feed:
@@ -257,8 +263,7 @@ def kinds() -> dict[str, Kind]:
         Kind("turns", turns(), _turns_feed, 4096),
         Kind("text", _text(), lambda rng, size: {"t": _words(rng, size + 1)}, 4096, False),
         Kind("classes", _classes(), lambda rng, size: {"x": floats(rng, size + 1, 3)}, 300, False),
-        Kind("mapped", _mapped(), lambda rng, size: {"m": dict(zip("ab", map(float, floats(rng, 2)), strict=True))},
-             1, False),
+        Kind("mapped", _mapped(), _mapped_feed, 1, False),
         Kind("sequences", _sequences(), _sequences_feed, 16_385, False),
     ]  # fmt: skip
     return {kind.name: kind for kind in found}
@@ -336,7 +341,9 @@ def _array_difference(found: np.ndarray, wanted: np.ndarray, where: str) -> str 
         return None
     at = int(other[0]) // wanted.itemsize
     values = found.reshape(-1)[at], wanted.reshape(-1)[at]
-    return f"{where}: {other.size} bytes of {ours.size} are others; first at {at}: {values[0]} for {values[1]}"
+    return (
+        f"{where}: {other.size} bytes of {ours.size} are others; first at {at}: {values[0]} for {values[1]}"
+    )
 
 
 def _shown(value: Any) -> str:
