@@ -2,8 +2,8 @@
 
 Several threads call several models in all ways; meanwhile workers, template and supervisor are killed,
 stopped and crashed, models are unloaded, evicted and replaced.  What calls have to give was computed before,
-by onnxruntime in this process.  The exit status is 1 if an answer was wrong, an error had no cause, a call hung,
-recovery took too long, or anything is left at the end.
+by onnxruntime in this process.  The exit status is 1 if an answer was wrong, an error had no cause, a call
+hung, recovery took too long, or anything is left at the end.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from benchmarks.soak_faults import FAULTS, Injector
 from onnx_dl import OnnxDLError
 
 THREADS: Final = 4
+INJECTORS: Final = 2
+"""Threads that do something to processes and models, and wait each time until calls are right again."""
 HANG: Final = 60.0
 """Seconds after which a call hangs."""
 WORST: Final = 10.0
@@ -83,7 +85,8 @@ def soak(given: argparse.Namespace, folder: Path) -> int:
     callers = [Caller(ground, random.Random(f"{given.seed}/{i}"), stop) for i in range(given.threads)]
     kinds = [kind for kind in given.only if kind not in given.without]
     memory = Memory(ground, stop)
-    threads = [*callers, Injector(ground, random.Random(given.seed), stop, kinds), memory]
+    injectors = [Injector(ground, random.Random(f"{given.seed}/f{i}"), stop, kinds) for i in range(INJECTORS)]
+    threads = [*callers, *injectors, memory]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 60 * given.minutes

@@ -46,7 +46,7 @@ class Injector(threading.Thread):
         while not self._stop_.wait(self._rng.expovariate(3.0)):
             kind, started = self._rng.choice(self._kinds), time.monotonic()
             try:
-                with ledger.timed(f"fault {kind}"):
+                with ALONE[kind], ledger.timed(f"fault {kind}"):
                     model, since = FAULTS[kind](self._ground, self._rng)
                     if since is not None:
                         self._recover(kind, model, since)
@@ -300,3 +300,5 @@ FAULTS: Final[dict[str, Callable[[Ground, random.Random], Done]]] = {
     "damaged entry": _damage,
     "replaced file": _replace,
 }
+ALONE: Final = {kind: threading.Lock() for kind in FAULTS}
+"""One thread at a time does each: files would be written by two."""

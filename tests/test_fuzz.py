@@ -1,8 +1,8 @@
 """The fuzzers and the soak, for a short time.
 
-By hand for an hour: ``python -m tests.fuzz_results --minutes 60 --seed 1``, and so on.  Each is a program of its
-own, because it forks, kills what it started, and changes what holds for its whole process.  ``FUZZ_MINUTES`` and
-``FUZZ_SEED`` set how long each goes on, and what it draws.
+By hand for an hour: ``python -m tests.fuzz_results --minutes 60 --seed 1``, and so on.  Each is a program of
+its own, because it forks, kills what it started, and changes what holds for its whole process.
+``FUZZ_MINUTES`` and ``FUZZ_SEED`` set how long each goes on, and what it draws.
 """
 
 from __future__ import annotations
