@@ -159,6 +159,20 @@ def test_the_intermediate_never_enters_the_application(host: ModelHost, double: 
     assert len(between) == 1, "one segment that both workers see and the application does not"
 
 
+def test_a_stage_whose_results_cannot_be_passed_on_any_more(host: ModelHost, double: str, negate: str):
+    """Only the blocks that were mapped last keep their descriptors: what lies in others is copied."""
+    first, second, late = (
+        InferenceSessionProxy(path, providers=CPU, host=host, latency=latency)
+        for path, latency in ((double, "normal"), (negate, "normal"), (negate, "low"))
+    )
+    x, kept = np.arange(LARGE, dtype=np.float32), list[np.ndarray]()
+    for last in (second, late, second, late):
+        chain = pipeline(first, last)
+        for _ in range(3):
+            assert np.array_equal(chain.run(None, {"x": x})[0], -2 * x)
+        kept += [host.empty((LARGE,)) for _ in range(70)]
+
+
 def test_inputs_of_later_stages_and_named_connections(host: ModelHost, double: str, tmp_path: Path):
     add = make(
         tmp_path / "add.onnx", helper.make_node("Add", ["a", "b"], ["sum"]), inputs="a b", outputs="sum"

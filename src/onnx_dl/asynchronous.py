@@ -95,15 +95,14 @@ async def _call(
     while True:
         lane, message = await _ask_with(loop, model, lease, make, nbytes, deadline)
         if lane.reply_fd is None or run_options is not None:
-            watch = Watch(run_options, deadline)
-            done, result = await asyncio.to_thread(model.complete, lane, message, watch)
+            done, result = await _complete(model, lane, message, Watch(run_options, deadline))
             if done:
                 return result
             continue
         reply = await _reply(loop, model, lane, message)
         if isinstance(reply, ANSWERS):
             return model.finish(lane, reply)
-        if isinstance(reply, m.CallFailed | m.Draining):
+        if isinstance(reply, m.CallFailed | m.Draining | m.Forgotten):
             model.settle(lane, reply)
         else:  # it asks how the worker ended, and that may take a while
             await loop.run_in_executor(None, model.settle, lane, reply, deadline)
@@ -128,21 +127,48 @@ async def _ask_with(
         raise
 
 
+async def _complete(model: RemoteModel, lane: ClientLane, message: Any, watch: Watch) -> tuple[bool, Any]:
+    """:meth:`RemoteModel.complete` in a thread.  A lane that no thread has taken when the coroutine is
+    cancelled is free again."""
+    free = [lane]
+    try:
+        return await asyncio.to_thread(lambda: model.complete(free.pop(), message, watch))
+    except asyncio.CancelledError:
+        with contextlib.suppress(IndexError):  # a thread has it: its deadline ends the call
+            model.put_lane(free.pop())
+        raise
+
+
 async def _reply(loop: asyncio.AbstractEventLoop, model: RemoteModel, lane: ClientLane, message: Any) -> Any:
+    try:
+        lane.send(message)
+        await _readable(loop, lane)
+        return lane.receive()
+    except asyncio.CancelledError:
+        _abandon(loop, model, lane)
+        raise
+    except BaseException:
+        lane.close()
+        raise
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, lane: ClientLane) -> None:
     ready = asyncio.Event()
     fd = lane.reply_fd
     assert fd is not None
+    loop.add_reader(fd, ready.set)
     try:
-        lane.send(message)
-        loop.add_reader(fd, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_reader(fd)
-    except asyncio.CancelledError:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _abandon(loop: asyncio.AbstractEventLoop, model: RemoteModel, lane: ClientLane) -> None:
+    """Ends a call that nobody waits for, without waiting."""
+    try:
         loop.run_in_executor(None, _abort, model, lane)
-        raise
-    return lane.receive()
+    except RuntimeError:  # the loop's threads have ended: closing the lane ends the call, too
+        lane.close()
 
 
 def _abort(model: RemoteModel, lane: ClientLane) -> None:
@@ -152,9 +178,11 @@ def _abort(model: RemoteModel, lane: ClientLane) -> None:
         if not model.terminate(lane, grace):
             raise TimeoutError
         reply = lane.receive(grace.left())
+    except Exception:  # nobody is there to hear of it
+        lane.close()
+        return
+    with contextlib.suppress(Exception):  # likewise; the lane is put back, or closed, before
         if isinstance(reply, ANSWERS):
             model.finish(lane, reply)
         else:
             model.settle(lane, reply, grace)
-    except Exception:  # nobody is there to hear of it
-        lane.close()

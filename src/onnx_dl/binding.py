@@ -21,6 +21,9 @@ from onnx_dl.errors import OnnxDLError
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
+_NO_TEXT: Final = "Only binding non-string Tensors is currently supported"
+_TEXT: Final = 8
+"""onnx's number of it."""
 _BOTH_NEEDED: Final = "`element_type` and `shape` are to be provided if pre-allocated memory is provided"
 
 
@@ -87,7 +90,13 @@ class IOBinding:
         Args:
             element_type: a numpy type, or an int of onnx's TensorProto.DataType.
             shape: of the tensor that lies there.
+
+        Raises:
+            RuntimeError: there is no such input, or the memory is said to hold text, in onnxruntime's words.
         """
+        _check_device(device_type, device_id)
+        if _is_text(element_type):
+            raise RuntimeError(_NO_TEXT)
         value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
         self._check_input(name)
         self._inputs[name] = self._live(value, None)
@@ -134,6 +143,7 @@ class IOBinding:
 
         Raises:
             ValueError: an address without element type or shape.
+            RuntimeError: with an address, there is no such output, or it is text, in onnxruntime's words.
         """
         if buffer_ptr is None:
             _check_device(device_type, device_id)
@@ -142,9 +152,16 @@ class IOBinding:
         if element_type is None or shape is None:
             raise ValueError(_BOTH_NEEDED)
         value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
-        if name not in {node.name for node in self._proxy.get_outputs()}:
+        kind = self._type_of(name)
+        if kind is None:
             raise RuntimeError(f"Failed to find NodeArg with name: {name} in the def list")
+        if kind == "tensor(string)":
+            raise RuntimeError(_NO_TEXT)
         self._outputs[name] = _Output(device_type, device_id, value)
+
+    def _type_of(self, name: str) -> str | None:
+        """The type of an output; None: there is none of this name."""
+        return next((node.type for node in self._proxy.get_outputs() if node.name == name), None)
 
     def bind_ortvalue_output(self, name: str, ortvalue: Any) -> None:
         """Binds an output to an OrtValue's memory."""
@@ -192,9 +209,12 @@ class IOBinding:
     def _at(
         self, device_type: str, device_id: int, element_type: Any, shape: Sequence[int], address: int
     ) -> Any:
-        """A native OrtValue over memory of this process."""
+        """A native OrtValue over memory of this process; of text, one of its own, which no run may write to,
+        as in onnxruntime."""
         onnxruntime = importlib.import_module("onnxruntime")
         _check_device(device_type, device_id)
+        if _is_text(element_type):
+            return makers.text(np.full(list(shape), "", object))
         number, nbytes = _element(onnxruntime, element_type, shape)
         lies_there = values.bytes_at(address, nbytes)
         return values.put_together("dense", [number, list(shape), lies_there], copy=False)
@@ -232,11 +252,17 @@ class IOBinding:
             and all(given.get(name) in values.NUMERIC and name not in taken for name in self._outputs)
         )
 
+    def _place(self, name: str, value: Any) -> list[Any] | None:
+        """See :func:`place_of`.  Text where the model has none is refused by the run."""
+        if value is not None and value.is_tensor() and value.element_type() == _TEXT:
+            return None if self._type_of(name) == "tensor(string)" else [_TEXT, list(value.shape())]
+        return place_of(value)
+
     def _run(self, call: Callable[[list[Any], list[Any]], list[Any]]) -> None:
         """``call`` is given what is bound and returns what came out of it."""
         inputs = [[name, value] for name, value in self._inputs.items()]
         outputs = [
-            [name, output.device, output.number, place_of(output.value)]
+            [name, output.device, output.number, self._place(name, output.value)]
             for name, output in self._outputs.items()
         ]
         results = call(inputs, outputs)
@@ -247,6 +273,16 @@ class IOBinding:
                 _write(output.value, result)
             else:
                 self._outputs[name] = _Output(output.device, output.number, result, result)
+
+
+def _is_text(element_type: Any) -> bool:
+    """Whether this is what onnxruntime takes for text: numpy's types of text, bytes and objects, too."""
+    if isinstance(element_type, int) and not isinstance(element_type, type):
+        return element_type == _TEXT
+    try:
+        return np.dtype(element_type).kind in "OSU"
+    except TypeError:
+        return False
 
 
 def _fits(output: _Output, result: Any) -> bool:

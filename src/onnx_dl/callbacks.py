@@ -84,7 +84,7 @@ class _Waiter:
                         continue
                     selector.unregister(key.fd)
                     calls.remove(key.data)
-                    key.data.tell(key.data.lane.receive(0))
+                    key.data.hear()
                 for call in [call for call in calls if call.look()]:
                     selector.unregister(call.lane.reply_fd or 0)
                     call.give_up()
@@ -114,6 +114,16 @@ class _Call(NamedTuple):
     model: RemoteModel
     lane: ClientLane
     callback: Callback
+
+    def hear(self) -> None:
+        """A reply is there."""
+        try:
+            reply = self.lane.receive()
+        except Exception as error:  # other calls are still to hear of theirs
+            self.lane.close()
+            self.callback.tell([], str(error))
+        else:
+            self.tell(reply)
 
     def tell(self, reply: Any) -> None:
         """The callback hears of the reply.  How a worker ended may take a while to learn, and is asked in
@@ -175,7 +185,11 @@ class Callback:
         user_data: Any,
         run_options: Any,
         deadline: Deadline | None = None,
+        inputs: Any = None,
     ) -> None:
+        """``inputs``: are kept until the callback has ended, because the worker may read them where they lie
+        and the caller need not keep them, as with onnxruntime."""
+        self._inputs = inputs
         self._callback = callback
         self._user_data = user_data
         self._run_options = run_options
@@ -200,6 +214,8 @@ class Callback:
             self._callback(results, self._user_data, error)
         except Exception as failed:
             _report(failed)
+        finally:
+            self._inputs = None
 
 
 def _outcome(model: RemoteModel, lane: ClientLane, reply: Any, deadline: Deadline | None) -> tuple[Any, str]:
@@ -244,15 +260,15 @@ def call_back(
         lane, message = model.ask_with(lease, make, deadline)
         try:
             reply = lane.exchange(message, None if deadline is None else deadline.left())
+            if isinstance(reply, m.Started):
+                _callbacks.await_reply(model, lane, callback)
+                return
         except TimeoutError:
             lane.close()
             raise run_timeout(deadline, "was told to end") from None
         except BaseException:
             lane.close()
             raise
-        if isinstance(reply, m.Started):
-            _callbacks.await_reply(model, lane, callback)
-            return
         model.settle(lane, reply, deadline)
 
 

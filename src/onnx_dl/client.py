@@ -81,7 +81,14 @@ class SharedBlob:
             number = connection.share_blob(name, fd)
         finally:
             os.close(fd)
-        weakref.finalize(self, connection.tell, m.DropBlob(number=number)).atexit = False
+        # The connection by a weak reference: it leads to listeners, and one of these may hold the model.
+        weakref.finalize(self, _drop, weakref.ref(connection), number).atexit = False
+
+
+def _drop(connection_ref: weakref.ref[Connection], number: int) -> None:
+    """Nobody loads a model from this memory any more."""
+    if (connection := connection_ref()) is not None:
+        connection.tell(m.DropBlob(number=number))
 
 
 class Kept:
@@ -191,7 +198,11 @@ class RemoteModel:
 
     def finish(self, lane: ClientLane, reply: m.Result | m.Same | int) -> Any:
         """The values of a reply; the lane is free again."""
-        result = lane.result(reply)
+        try:
+            result = lane.result(reply)
+        except BaseException:  # this end does not know what the worker's knows now
+            lane.close()
+            raise
         self.put_lane(lane)
         return result
 
@@ -248,8 +259,11 @@ class RemoteModel:
     def _made(self, lane: ClientLane, make: Callable[[ClientLane], Any]) -> Any:
         try:
             return make(lane)
-        except Exception:
+        except Exception:  # the lane is as it was: what a request changes, it changes when it is answered
             self.put_lane(lane)
+            raise
+        except BaseException:  # Ctrl-C may have come in the midst of a change
+            lane.close()
             raise
 
     def _exchange(
@@ -283,6 +297,10 @@ class RemoteModel:
             case m.CallFailed(failure=failure):
                 self.put_lane(lane)
                 raise failures.rebuild(failure)
+            case m.Forgotten():
+                lane.forget()
+                self.put_lane(lane)
+                return
             case m.Draining():
                 self._forget(lane.granted)
                 lane.close()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from types import GeneratorType
 from typing import Any, Final
 
 import numpy as np
 
 from onnx_dl.nodes import NodeArg
+from onnx_dl.transport import packing
+from onnx_dl.transport.tensors import is_plain
 
 USERS: Final = 256
 """numpy's first number for dtypes that packages register, such as ml_dtypes' bfloat16."""
@@ -54,10 +59,61 @@ def plain_name(name: Any) -> Any:
 
 
 def names_of(output_names: Any) -> Any:
-    """Names of outputs in a form that travels: whatever it was that onnxruntime takes, a list."""
-    if output_names is None or isinstance(output_names, list | tuple | str | bytes | dict):
-        return output_names
-    return list(output_names) if hasattr(output_names, "__iter__") else output_names or None
+    """Names of outputs in a form that travels: None for all, or a list of text.
+
+    What onnxruntime takes for a list is decided here, because not all of that could travel: a generator or an
+    array of numpy's is one for it, and neither text nor a dict nor an iterator is.  What it refuses becomes
+    something that can travel and that it refuses in the same words.
+
+    Raises:
+        ValueError: an array that is neither true nor false, in numpy's words.
+    """
+    if output_names is None or (type(output_names) is list and are_names(output_names)):
+        return output_names or None
+    if not output_names:
+        return None
+    if not _is_a_list(output_names):
+        return _refused(output_names)
+    len(output_names) if hasattr(output_names, "__len__") else None  # numpy's array of no dimension has none
+    names = [_text_of(name) for name in output_names]
+    return names if are_names(names) else _refused(names)
+
+
+_TEXT: Final = frozenset((str,))
+_VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
+_AS_LISTS: Final = (GeneratorType, set, frozenset, map, zip, *_VIEWS)
+
+
+def are_names(names: list[Any]) -> bool:
+    """Whether these are text, without surrogates, of which onnxruntime says that they are none."""
+    return _TEXT.issuperset(map(type, names)) and _can_travel("".join(names))
+
+
+def _can_travel(text: str) -> bool:
+    return text.isascii() or text.encode(errors="ignore").decode() == text
+
+
+def _is_a_list(value: Any) -> bool:
+    """Whether pybind11 takes it for a ``std::vector``."""
+    if ctypes.pythonapi.PySequence_Check(ctypes.py_object(value)):
+        return not isinstance(value, str | bytes)
+    return isinstance(value, _AS_LISTS)
+
+
+def _text_of(name: Any) -> Any:
+    """A name as text, where pybind11 takes it for a ``std::string``."""
+    if isinstance(name, bytes | bytearray):
+        with contextlib.suppress(UnicodeDecodeError):
+            return name.decode()
+    return plain_name(name)
+
+
+def _refused(value: Any) -> Any:
+    with contextlib.suppress(UnicodeEncodeError):
+        if is_plain(value):
+            packing.encode(value)
+            return value
+    return repr(value).encode(errors="backslashreplace").decode()
 
 
 def sharing(names: Sequence[str], results: Sequence[Any]) -> list[Any]:

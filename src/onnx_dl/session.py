@@ -23,7 +23,7 @@ from onnx_dl.client import Kept, Lease
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.described import DescribedProxy
 from onnx_dl.errors import ConfigError, OnnxDLError
-from onnx_dl.feeds import USERS, check_names, names_of, plain_name, refuse_dtypes, sharing
+from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.forking import importing
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
@@ -258,7 +258,7 @@ class InferenceSessionProxy(DescribedProxy):
                 self._model(deadline),
                 self._lease,
                 lambda lane: lane.call(names, feed, plain, background=True),
-                callbacks.Callback(callback, user_data, run_options, deadline),
+                callbacks.Callback(callback, user_data, run_options, deadline, feed),
             )
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None
@@ -270,7 +270,7 @@ class InferenceSessionProxy(DescribedProxy):
         run_options: Any = None,
     ) -> list[Any]:
         """One inference with an ``onnxruntime.OrtValue`` per input, whose results are OrtValues."""
-        feed, names = self._owned(input_dict_ort_values), names_of(output_names) or None
+        feed, names = self._owned(input_dict_ort_values), names_of(output_names)
         native = {name: value._get_c_value() for name, value in feed.items()}
         if run_options is None and (found := self._with_arrays(names, feed, native)) is not None:
             return found
@@ -283,6 +283,8 @@ class InferenceSessionProxy(DescribedProxy):
 
     def _with_arrays(self, names: Any, feed: dict[str, Any], native: dict[str, Any]) -> list[Any] | None:
         """The way of ``run()``, which is faster; None if it will not do, or must not tell what is wrong."""
+        if names is not None and not (type(names) is list and are_names(names)):
+            return None
         types = {node.name: node.type for node in self.get_outputs()}
         wanted = list(types) if names is None else names
         arrays = {name: values.as_array(value, feed[name]) for name, value in native.items()}

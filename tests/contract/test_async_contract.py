@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +179,26 @@ def test_an_exception_in_the_callback_is_printed(make: Make) -> None:
     assert (printed[0].exc_type, str(printed[0].exc_value)) == (ValueError, "from the callback")
     assert printed[0].object == "onnxruntime.InferenceSession.run_async callback"
     equal(ask(session, ["sum"], FEED)[0], [A + B])
+
+
+def test_inputs_are_kept_until_the_callback_has_ended(make: Make) -> None:
+    """The caller need not keep them, and the run may read them where they lie."""
+    session, entered, go_on = make(scaled()), threading.Event(), threading.Event()
+    x = ones(300, 300)
+    kept, gone = weakref.ref(x), threading.Event()
+    weakref.finalize(x, gone.set)
+
+    def callback(*_: Any) -> None:
+        entered.set()
+        assert go_on.wait(DEADLINE)
+
+    session.run_async(["more"], {"x": x}, callback, None)
+    del x
+    assert entered.wait(DEADLINE)
+    gc.collect()
+    assert kept() is not None
+    go_on.set()
+    assert gone.wait(DEADLINE)
 
 
 def test_many_at_once(make: Make) -> None:

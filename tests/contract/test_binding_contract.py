@@ -31,6 +31,7 @@ from tests.contract.both import (
     tensor,
 )
 
+NO_TEXT = "Only binding non-string Tensors is currently supported"
 EXECUTION = "Error in execution: "
 SHAPE = (
     "The output OrtValue provided for output 'more' of node '' (Add) has shape {} "
@@ -324,13 +325,32 @@ def test_text_and_sequences_cannot_be_bound_as_arrays(make: Make) -> None:
     binding = make(identity(STR)).io_binding()
     for value in (np.array(["a"], object), np.array(["a"])):
         error = raised(binding.bind_cpu_input, "x", value)
-        assert (type(error), str(error)) == (
-            RuntimeError,
-            "Only binding non-string Tensors is currently supported",
-        )
+        assert (type(error), str(error)) == (RuntimeError, NO_TEXT)
     session = make(model([node("Identity", ["x"], ["y"])], [sequence("x")], [sequence("y")]))
     error = raised(session.io_binding().bind_cpu_input, "x", [ones(2)])
     assert (type(error), str(error)) == (RuntimeError, "Only binding Tensors is currently supported")
+
+
+def test_memory_at_an_address_that_is_said_to_hold_text(make: Make) -> None:
+    """Refused as an input, whatever its name; as an output by the run, or at once if that is text."""
+    memory = np.zeros(64, np.uint8).ctypes.data
+    numbers, text = make(scaled()), make(identity(STR))
+    binding = bound(numbers)
+    for kind in (np.str_, np.object_, str, np.bytes_, np.dtype("U3"), 8):
+        for session, name in ((numbers, "x"), (numbers, "Q"), (text, "x")):
+            error = raised(session.io_binding().bind_input, name, "cpu", 0, kind, [2], memory)
+            assert (type(error), str(error)) == (RuntimeError, NO_TEXT)
+        binding.bind_output("more", "cpu", 0, kind, [2], memory)
+        (value,) = binding.get_outputs()
+        assert (value.data_type(), value.shape()) == ("tensor(string)", [2])
+        assert "Unexpected output data type." in str(raised(numbers.run_with_iobinding, binding))
+    for kind in (np.str_, np.float32):
+        error = raised(text.io_binding().bind_output, "y", "cpu", 0, kind, [2], memory)
+        assert (type(error), str(error)) == (RuntimeError, NO_TEXT)
+    error = raised(binding.bind_output, "Q", "cpu", 0, np.str_, [2], memory)
+    assert str(error) == "Failed to find NodeArg with name: Q in the def list"
+    error = raised(binding.bind_input, "x", "nope", 0, np.str_, [2], memory)
+    assert (type(error), str(error)) == (Exception, "Unsupported device type: nope")
 
 
 @pytest.mark.parametrize(

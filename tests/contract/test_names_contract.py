@@ -25,6 +25,7 @@ from tests.contract.both import (
     model,
     node,
     ones,
+    ortvalue,
     raised,
     scaled,
     tensor,
@@ -83,6 +84,93 @@ def test_outputs_that_are_no_names(make: Make, outputs: Any) -> None:
     error = raised(make(fixed()).run, outputs, feed())
     assert type(error) is TypeError
     assert str(error).startswith(PYBIND)
+
+
+class Equal:
+    """Equal to the name of an output, and none."""
+
+    def __hash__(self) -> int:
+        return hash("sum")
+
+    def __eq__(self, other: object) -> bool:
+        return other == "sum"
+
+
+class OfItsOwn(str):
+    """Text all the same."""
+
+
+NO_NAMES = {
+    "text": lambda: "ab",
+    "bytes": lambda: b"ab",
+    "a dict": lambda: {"a": 1, "b": 2},
+    "a view of a dict": lambda: types.MappingProxyType({"a": 1}),
+    "an iterator": lambda: iter(["a", "b"]),
+    "None in it": lambda: ["a", None],
+    "what equals a name": lambda: [Equal()],
+    "a list of lists": lambda: [["a"]],
+    "pairs": lambda: {"a": "b"}.items(),
+    "numbers": lambda: [1, True],
+    "bytearray": lambda: bytearray(b"a"),
+    "no text": lambda: ["\udc80"],
+    "an object": object,
+    "True": lambda: True,
+    "a number": lambda: 1.5,
+    "an array of no dimension": lambda: np.array("a"),
+}
+
+
+def twins() -> bytes:
+    """x to a and b, which are equal, so that names that are letters can be told from a text of them."""
+    nodes = [node("Identity", ["x"], [name]) for name in "ab"]
+    return model(nodes, [tensor("x")], [tensor("a"), tensor("b")])
+
+
+def test_names_that_are_refused_after_equal_ones_were_taken(make: Make) -> None:
+    """A call that repeats is known by its names: these equal others, or are made of the same letters."""
+    session, x = make(twins()), {"x": ones(2)}
+    for _ in range(3):
+        for names in (["a", "b"], ["a"], None):
+            session.run(names, x)
+    for what, given in NO_NAMES.items():
+        error = raised(session.run, given(), x)
+        assert type(error) is TypeError, what
+        assert str(error).startswith(PYBIND) or str(error) == "len() of unsized object", what
+    equal(session.run(["a", "b"], x), [ones(2)] * 2)
+
+
+def test_names_in_everything_that_is_a_list_to_onnxruntime(make: Make) -> None:
+    session, x = make(twins()), {"x": ones(2)}
+    many: list[Any] = [
+        ("a", "b"),
+        (name for name in "ab"),
+        map(str, "ab"),
+        {"a": 1, "b": 2}.keys(),
+        {1: "a", 2: "b"}.values(),
+        [b"a", "b"],
+        [bytearray(b"a"), np.str_("b")],
+        [OfItsOwn("a"), np.bytes_(b"b")],
+        collections.UserList("ab"),
+        collections.UserDict(a=1, b=2),
+        [*np.array(["a", "b"])],
+    ]
+    for names in many:
+        equal(session.run(names, x), [ones(2)] * 2)
+    for names in (set("a"), frozenset("a"), np.array(["a"]), np.array(["a"], object), {"a": 1}.keys()):
+        equal(session.run(names, x), [ones(2)])
+    for names in (np.bool_(False), set(), b"", range(0)):
+        equal(session.run(names, x), [ones(2)] * 2)
+    for array in (np.array(["a", "b"]), np.array([])):
+        assert type(raised(session.run, array, x)) is ValueError, "numpy says that its truth is ambiguous"
+
+
+def test_names_for_ortvalues(make: Make) -> None:
+    session, x = make(twins()), {"x": ortvalue(ones(2))}
+    for given in (lambda: "ab", lambda: {"a": 1}, lambda: 1, lambda: [["a"]], lambda: ["\udc80"]):
+        error = raised(session.run_with_ort_values, given(), x)
+        assert type(error) is TypeError
+        assert "incompatible function arguments" in str(error)
+    assert len(session.run_with_ort_values((name for name in "ab"), x)) == 2
 
 
 MISSING: dict[str, tuple[dict, str]] = {

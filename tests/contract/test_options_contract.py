@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ READABLE: dict[str, Any] = {
     "use_deterministic_compute": True,
     "profile_file_prefix": "other_",
 }
+ROOT = Path(__file__).parents[2]
 MISSING_KEY = "SessionOptions does not have configuration with key: {}"
 
 
@@ -100,6 +103,43 @@ def test_defaults(make: Make) -> None:
     for name in [*READABLE, "enable_profiling", "optimized_model_filepath", "use_per_session_threads"]:
         assert getattr(found, name) == getattr(plain, name)
     assert not found.has_providers()
+
+
+POOLS = """
+import numpy as np, onnxruntime
+from tests.contract.both import CPU, scaled
+x = {"x": np.ones((1, 1), np.float32)}
+onnxruntime.set_global_thread_pool_sizes(2, 1)
+own = onnxruntime.SessionOptions()
+shared = onnxruntime.SessionOptions()
+shared.use_per_session_threads = False
+from onnx_dl import InferenceSessionProxy
+cls = {"onnxruntime": onnxruntime.InferenceSession, "proxy": InferenceSessionProxy}[KIND]
+how = {} if KIND == "onnxruntime" else {"eager": True}
+for options in (None, own, shared):
+    try:
+        session = cls(scaled(), options, providers=CPU, **how)
+    except RuntimeError as error:
+        print(type(error) is RuntimeError, str(error))
+    else:
+        found = session.get_session_options()
+        print(found.use_per_session_threads, found.intra_op_num_threads, found.inter_op_num_threads)
+        print(session.run(["twice"], x)[0].item())
+"""
+
+
+def test_threads_of_the_process(kind: str) -> None:
+    """They are set once per process: in one of its own."""
+    script = POOLS.replace("KIND", repr(kind))
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    refused = [line for line in lines if line.startswith("True ")]
+    assert len(refused) == 2
+    assert all(line.endswith("must be false when using a global thread pool") for line in refused)
+    assert lines[-2:] == ["False 0 0", "2.0"]
 
 
 def test_the_options_in_force_are_a_copy(make: Make) -> None:

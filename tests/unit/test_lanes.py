@@ -19,10 +19,11 @@ import pytest
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, sockets
+from onnx_dl.transport import failures, mappings, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.lane import ClientLane
+from onnx_dl.transport.plans import Plan
 from onnx_dl.transport.sockets import Channel, Listener
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Rerun
@@ -269,7 +270,7 @@ def test_text_and_maps_repeat_without_a_message(lane: ClientLane, worker: Worker
         assert same(got, text)
     assert (worker.backend.runs, worker.backend.reruns) == (2, 18)
     request = lane.call(None, {"x": text}, None)
-    assert isinstance(request, m.Again) and not request.moved
+    assert isinstance(request, Plan)
     reply = ask(lane, request)
     assert isinstance(reply, int | m.Same)
     assert same(lane.result(reply), [text])
@@ -356,9 +357,8 @@ NONSENSE = [
     m.encode(m.Call(outputs=m.Plain(None), feed=[("x", TENSOR)])),
     m.encode(m.Call(outputs=m.Plain(None), feed=[("x", m.Text((1,), 1, 0))], plan=0)),
     m.encode(m.Call(outputs=m.Plain(None), feed=[("x", m.Packed(1, 1 << 40))])),
-    m.encode(m.Again(plan=77)),
-    m.encode(m.Again(plan=0, moved=[(99, TENSOR)])),
 ]
+UNKNOWN = [m.encode(m.Again(plan=77)), m.encode(m.Again(plan=0, moved=[(99, TENSOR)]))]
 
 
 @pytest.mark.parametrize("index", range(len(NONSENSE)))
@@ -371,6 +371,54 @@ def test_nonsense_is_answered_and_the_lane_goes_on(stranger: Stranger, index: in
         assert isinstance(stranger.hear(), m.Result)
     else:
         assert heard is None, "an empty packet is EOF"
+
+
+@pytest.mark.parametrize("again", UNKNOWN)
+def test_a_call_that_was_never_made_is_not_made_again(stranger: Stranger, again: bytes):
+    stranger.say(again)
+    assert isinstance(stranger.hear(), m.Forgotten)
+    os.eventfd_write(stranger.eventfd, 2 + 5)
+    assert isinstance(stranger.hear(), m.Forgotten)
+    stranger.say(m.encode(m.Touch()))
+    assert isinstance(stranger.hear(), m.Result)
+
+
+def test_a_number_that_no_caller_gives_is_not_remembered(stranger: Stranger):
+    for number in (64, 1 << 40, -1):
+        stranger.say(m.encode(m.Call(outputs=m.Plain(None), feed=[], plan=number)))
+        assert isinstance(stranger.hear(), m.Result)
+        stranger.say(m.encode(m.Again(plan=number)))
+        assert isinstance(stranger.hear(), m.Forgotten)
+
+
+def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all(stranger: Stranger):
+    bad = m.encode(m.Call(outputs=m.Plain(None), feed=[("error", m.Plain([1]))], plan=1))
+    for number, kept in ((0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (0, [0])):
+        stranger.say(m.encode(m.Call(outputs=m.Plain([f"{number}"]), feed=[], plan=number)))
+        assert isinstance(stranger.hear(), m.Result)
+        for again in range(4):
+            stranger.say(m.encode(m.Again(plan=again)))
+            assert isinstance(stranger.hear(), m.Result if again in kept else m.Forgotten)
+    stranger.say(bad)
+    assert isinstance(stranger.hear(), m.CallFailed)
+    stranger.say(m.encode(m.Again(plan=1)))
+    assert isinstance(stranger.hear(), m.Forgotten), "a call that failed has changed nothing"
+
+
+def test_one_block_too_many_ends_the_lane(stranger: Stranger):
+    memfd = os.memfd_create("block")
+    os.truncate(memfd, 100)
+    number = 1
+    for _ in range(mappings.MOST // 50 + 1):
+        shared = [(number := number + 1, 10) for _ in range(50)]
+        stranger.say(
+            m.encode(m.Envelope(shared=shared, message=msgspec.Raw(m.encode(m.Touch())))), (memfd,) * 50
+        )
+        heard = stranger.hear()
+    os.close(memfd)
+    assert isinstance(heard, m.CallFailed)
+    stranger.say(m.encode(m.Touch()))
+    assert stranger.hear() is None
 
 
 def test_a_bell_without_a_packet_ends_the_lane(stranger: Stranger):

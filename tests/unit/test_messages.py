@@ -99,6 +99,7 @@ EXAMPLES = [
     m.Same(),
     m.CallFailed(failure=FAILURE),
     m.Draining(),
+    m.Forgotten(),
 ]
 
 READERS = {

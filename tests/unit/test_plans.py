@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_dl.transport import messages as m
+from onnx_dl.transport.arena import Block
 from onnx_dl.transport.plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
 from onnx_dl.transport.tensors import Packer, Unpacker
 from tests.unit.builders import arena
@@ -31,6 +32,24 @@ def test_calls_that_differ_in_more_than_bytes_have_other_keys(other):
     assert key_of(None, {"x": X}, False) == key_of(None, {"x": X + 1}, False)
     assert key_of(*other, False) != key_of(None, {"x": X}, False)
     assert key_of(None, {"x": X}, True) != key_of(None, {"x": X}, False)
+
+
+class Like(str):
+    """Equal to a text."""
+
+
+@pytest.mark.parametrize("outputs", ["yz", {"y": 1, "z": 2}, ["y", 1], [b"y"], [Like("y")], {"y"}, b"yz"])
+def test_names_that_are_no_lists_of_text_are_not_remembered(outputs):
+    """What is equal to names that onnxruntime takes may be what it refuses."""
+    assert key_of(outputs, {"x": X}, False) is None
+    assert key_of(["y", "z"], {"x": X}, False) == key_of(("y", "z"), {"x": X}, False) is not None
+
+
+def test_inputs_that_move_have_other_keys_than_names():
+    keys = [
+        key_of(None, {"x": X, "y": X}, False, moved) for moved in (None, {"x": 1}, {"y": 1}, {"x": 1, "y": 1})
+    ]
+    assert len(set(keys)) == 4
 
 
 @pytest.mark.parametrize("value", [[1.0], 1, "a", None, np.float32(1), np.ma.masked_array([1.0])])
@@ -62,19 +81,22 @@ def test_results_that_cannot_be_written_in_place(value):
     assert in_place(m.Items("list", [TENSOR, TENSOR])) == [TENSOR, TENSOR]
 
 
-def plan(number: int) -> Plan:
-    return Plan(number, None, 0, [], [], [])
+def plan(key: object, number: int, block: Block | None = None) -> Plan:
+    return Plan(key, number, block, 0, [], [], [])
 
 
 def test_another_scratch_block_ends_all_plans():
     a, _ = arena()
     plans, first, second = Plans(), a.scratch(10), a.lease(10)
-    plans.remember("k", plan(plans.next_number(first)))
+    plans.remember(plan("k", plans.next_number(first), first))
     assert plans.next_number(first) == 1
     assert plans.next_number(None) == 1, "a call without small inputs lies in none"
     assert plans.find("k") is not None
     assert plans.next_number(second) == 0
+    assert plans.find("k") is not None, "nothing has changed before the call is answered"
+    plans.remember(plan("l", 0, second))
     assert plans.find("k") is None
+    assert (plans.next_number(second), plans.next_number(first)) == (1, 0)
 
 
 def test_it_does_not_grow_without_bounds():
@@ -82,15 +104,26 @@ def test_it_does_not_grow_without_bounds():
     for key in range(10 * MOST):
         number = plans.next_number(None)
         numbers.add(number)
-        plans.remember(key, plan(number))
+        plans.remember(plan(key, number))
     assert numbers == set(range(MOST))
 
 
+def test_numbers_are_never_used_twice_at_a_time():
+    """Also where a call is said in full once more, because its place has become too small."""
+    plans = Plans()
+    for _ in range(3):
+        plans.remember(plan("same", plans.next_number(None)))
+    other = plan("other", plans.next_number(None))
+    plans.remember(other)
+    plans.remember(other)
+    assert (other.number, plans.next_number(None)) == (3, 4)
+
+
 def test_results_whose_blocks_are_gone_are_forgotten():
-    plans, kept, gone = Plans(), plan(0), plan(1)
+    plans, kept, gone = Plans(), plan("kept", 0), plan("gone", 1)
     kept.results, gone.results = [m.Packed(1, 0)], [TENSOR, m.Packed(2, 0)]
-    plans.remember("kept", kept)
-    plans.remember("gone", gone)
+    plans.remember(kept)
+    plans.remember(gone)
     plans.let_go(lambda number: number == 1)
     assert (kept.results, gone.results) == ([m.Packed(1, 0)], None)
 
@@ -101,7 +134,7 @@ def test_text_is_put_where_it_lay():
     packer = Packer(a)
     values = packer.pack([X, text])
     texts = texts_of(["x", "t"], values)
-    made = Plan(0, packer.scratch, packer.nbytes, targets_of(values, packer.scratch), texts, [])
+    made = Plan(None, 0, packer.scratch, packer.nbytes, targets_of(values, packer.scratch), texts, [])
     for other in (["", "ü" * 1000], ["c", "d"]):
         text = np.array(other, object)
         assert made.fill({"x": X + 1, "t": text}, a)

@@ -53,7 +53,7 @@ def test_results_are_never_written_where_the_caller_does_not_read():
     repeat = Repeat(call, None, {})
     repeat.learn(m.Items("list", [m.Tensor("<f4", (4,), lane.current_scratch.number, 0)]), lane)
     backend: Any = Backend()
-    assert repeat.run(lane, backend, {"x": np.zeros(1)}, [], Halt()) is None
+    assert not repeat.run(lane, backend, {"x": np.zeros(1)}, [], Halt())
 
 
 def repeat_of(*feed: tuple[str, Any]) -> Repeat:

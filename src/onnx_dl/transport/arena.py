@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.forking import lazily
 from onnx_dl.transport import shm
+from onnx_dl.transport.adoptions import Adoptions
 from onnx_dl.transport.leases import Lease
 
 HEADER: Final = 64
@@ -221,15 +221,6 @@ class Nobody:
         pass
 
 
-class _Adopted:
-    """A block of another arena that the peer of this one knows."""
-
-    def __init__(self, mapping: weakref.ref[shm.Mapping], number: int) -> None:
-        self.mapping = mapping
-        self.number = number
-        self.last_turn = 0
-
-
 class Arena:
     """The blocks that this side writes to."""
 
@@ -242,9 +233,10 @@ class Arena:
         self._scratch: Block | None = None
         self._scratch_peak = 0
         self._blocks: list[Block] = []
-        self._adopted: dict[int, _Adopted] = {}
+        self.adoptions = Adoptions(announcer, self._next_number)
+        """Blocks of other arenas, which stay theirs."""
         self.nbytes = 0
-        """Bytes of shared memory that this arena keeps."""
+        """Bytes of the blocks that this arena keeps."""
 
     @property
     def current_scratch(self) -> Block | None:
@@ -311,31 +303,20 @@ class Arena:
         return block
 
     def adopt(self, block: Block) -> int | None:
-        """The number by which the peer knows a block of another arena; it stays that arena's.  None if the
-        peer cannot be told of it with the next message: what lies in it must be copied."""
-        adopted = self._adopted.get(id(block.mapping))
-        if adopted is None or adopted.mapping() is not block.mapping:
-            fd = block.mapping.duplicate() if self._announcer.room > 0 else None
-            if fd is None:
-                return None
-            self._numbers += 1
-            adopted = _Adopted(weakref.ref(block.mapping), self._numbers)
-            self._announcer.shared(adopted.number, block.size, fd)
-            self._adopted[id(block.mapping)] = adopted
-        adopted.last_turn = self._turn
-        return adopted.number
+        """The number by which the peer knows a block of another arena; see :meth:`Adoptions.number`."""
+        return self.adoptions.number(block)
 
     def trim(self) -> None:
         """Gives back all blocks that nobody holds."""
         self._drop_scratch()
         self._scratch_peak = 0
         self._drop_free(lambda block: True)
-        self._drop_adopted(lambda adopted: True)
+        self.adoptions.drop_all()
 
     def _next_turn(self) -> None:
         if self._turn % IDLE_TURNS == 0:
             self._drop_free(lambda block: self._turn - block.last_turn > IDLE_TURNS)
-            self._drop_adopted(lambda adopted: self._turn - adopted.last_turn > IDLE_TURNS)
+            self.adoptions.drop_dead()
         self._turn += 1
 
     def _scratch_is_too_large(self, block: Block) -> bool:
@@ -354,29 +335,31 @@ class Arena:
             self.nbytes -= block.size
             self._announcer.dropped(block.number)
 
-    def _drop_adopted(self, wanted: Callable[[_Adopted], bool]) -> None:
-        for key, adopted in list(self._adopted.items()):
-            if adopted.mapping() is None or wanted(adopted):
-                del self._adopted[key]
-                self._announcer.dropped(adopted.number)
-
     def _drop_scratch(self) -> None:
         if self._scratch is not None:
             self.nbytes -= self._scratch.size
             self._announcer.dropped(self._scratch.number)
             self._scratch = None
 
-    def _create(self, size: int) -> Block:
+    def _next_number(self) -> int:
         self._numbers += 1
-        fd = shm.create(size + HEADER)
-        block = Block(self._numbers, size, fd)
+        return self._numbers
+
+    def _create(self, size: int) -> Block:
+        """A new block.  The peer is told of it only when nothing can fail any more: one that it was told of
+        and that nobody has here would be its own for ever."""
+        block = Block(self._next_number(), size, shm.create(size + HEADER))
         duplicate = block.mapping.duplicate()
         assert duplicate is not None
+        try:
+            if self._keep_descriptors:
+                block.mapping.keep_descriptor()
+            else:
+                block.mapping.shed()
+        except BaseException:
+            os.close(duplicate)
+            raise
         self._announcer.shared(block.number, size, duplicate)
-        if self._keep_descriptors:
-            block.mapping.keep_descriptor()
-        else:
-            block.mapping.shed()
         block.last_turn = self._turn
         self.nbytes += size
         return block

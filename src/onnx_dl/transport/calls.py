@@ -45,6 +45,28 @@ class Calls(Protocol):
     def close(self) -> None: ...
 
 
+class NoCalls:
+    """Of a lane that is closed: nothing is sent, so that whoever uses it still finds its call not begun.
+
+    Its descriptors may belong to others by now.
+    """
+
+    def send(self, message: m.Message | bytes) -> bool:
+        return False
+
+    def next(self, timeout: float | None = None) -> Any:
+        return None
+
+    def again(self, number: int) -> bool:
+        return False
+
+    def same(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class BellCalls:
     """Messages lie on the Unix socket; the bell says so, or spares them."""
 

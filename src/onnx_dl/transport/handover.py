@@ -10,6 +10,7 @@ Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -84,11 +85,14 @@ class Handover:
     the garbage collector finds a cycle.
     """
 
-    def __init__(self, channel: Channel, read: m.Reader, *, keep_descriptors: bool) -> None:
+    def __init__(
+        self, channel: Channel, read: m.Reader, *, keep_descriptors: bool, most: float = math.inf
+    ) -> None:
+        """``keep_descriptors``, ``most``: see :class:`Mappings`."""
         self.channel = channel
         self._notices = Notices()
         self.arena = Arena(self._notices)
-        self.mappings = Mappings(keep_descriptors=keep_descriptors)
+        self.mappings = Mappings(keep_descriptors=keep_descriptors, most=most)
         self.is_broken = False
         """Whether something that the peer said of blocks was lost: the lane is of no more use."""
         self._read = read

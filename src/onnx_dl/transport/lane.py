@@ -25,17 +25,17 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Block, Reference, home_of
 from onnx_dl.transport.bell import CallerBell
-from onnx_dl.transport.calls import REPLY, REQUEST, BellCalls, Calls, ZmqCalls
+from onnx_dl.transport.calls import REPLY, REQUEST, BellCalls, Calls, NoCalls, ZmqCalls
 from onnx_dl.transport.forms import in_one_place, reader_of
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.patience import Patience
 from onnx_dl.transport.placement import Apart, Placement
-from onnx_dl.transport.plans import Plan, Plans, can_repeat, key_of, targets_of, texts_of
+from onnx_dl.transport.plans import Asked, Plan, Plans, can_repeat, key_of, targets_of, texts_of
 from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker, as_it_is
 
-Request = m.Call | m.Again | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate
+Request = Plan | Asked | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
 
 LARGE: Final = 1 << 20
 """Bytes of shared memory that an idle lane may keep."""
@@ -54,7 +54,7 @@ class Lane:
     def __init__(self, handover: Handover, calls: Calls, *, polls: bool) -> None:
         self._handover = handover
         self._arena = handover.arena
-        self._calls = calls
+        self._calls: Calls = calls
         self.polls = polls
         self.over_zmq = isinstance(calls, ZmqCalls)
 
@@ -63,8 +63,9 @@ class Lane:
         self._calls.close()
 
     def close(self) -> None:
-        """Ends the lane.  Arrays that lie in its blocks stay valid."""
-        self._calls.close()
+        """Ends the lane.  Arrays that lie in its blocks stay valid.  May be called twice."""
+        calls, self._calls = self._calls, NoCalls()
+        calls.close()
         self._handover.channel.close()
 
 
@@ -102,10 +103,8 @@ class ClientLane(Lane):
         self._placement = None if over_zmq else _placement_of(self._thread, Apart if polls else Placement)
         self._unpacker = Unpacker(self._handover.block, copy=True)
         self._plans = Plans()
-        self._key: Hashable | None = None
-        self._plan: Plan | None = None
-        """Of the request that was made last; ``_asked``: of the one that was sent last."""
         self._asked: Plan | None = None
+        """Of the request that was sent last.  It joins ``_plans`` when that is answered."""
         self._drops = self._requests = 0
         self._sent = False
         self._sent_at = self._took = 0
@@ -156,33 +155,37 @@ class ClientLane(Lane):
     ) -> Request:
         """The request for one inference; the arrays in ``feed`` are copied, unless they lie in shared memory.
 
-        ``keep``: for :meth:`references` instead of :meth:`result`.  ``background``: Started comes first.
+        To make it changes nothing that an answer of the worker depends on, so a request that is not sent
+        after all needs no undoing.  ``keep``: for :meth:`references` instead of :meth:`result`.
+        ``background``: Started comes first.
 
         Raises: like :meth:`Packer.pack`.
         """
         moved, feed = self._moved(feed)
-        self._key = None
-        plan = self._find_plan(outputs, feed, moved, keep) if options is None and not background else None
-        if plan is None or not plan.fill(feed, self._arena):
-            request = self._first_call(outputs, feed, options, moved, keep)
-            request.background = background
-            return request
-        self._plan = plan
-        return m.Again(
-            plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved] if moved else []
-        )
+        key = None
+        if options is None and not background:
+            try:
+                key = key_of(outputs, feed, keep, moved)
+                plan = self._plans.find(key)
+            except TypeError:  # names that cannot be hashed: not what onnxruntime takes; it shall say so
+                plan = None
+            if plan is not None and plan.fill(feed, self._arena):
+                return plan if moved is None else Asked(_again(plan, moved), plan)
+        return self._first_call(outputs, feed, options, moved or {}, key, keep=keep, background=background)
 
-    def _moved(self, feed: Mapping[Any, Any]) -> tuple[dict[Any, m.Tensor] | None, Mapping[Any, Any]]:
+    def _moved(self, given: Mapping[Any, Any]) -> tuple[dict[Any, m.Tensor] | None, Mapping[Any, Any]]:
         """Where the worker finds the large arrays that lie in shared memory already, and the feed; in this,
         what the worker cannot be told of is an array to be copied."""
-        found = None
-        for name, value in feed.items():
+        found, feed = None, given
+        for name, value in given.items():
             if type(value) is Reference:
                 block, offset = value.block, value.offset
             elif type(value) is np.ndarray and value.nbytes >= VIEW_FROM and (home := home_of(value)):
                 block, offset = home, home.offset_of(value)
             else:
                 continue
+            if found is None and feed is given:
+                self._arena.adoptions.next_message()
             if (number := self._arena.adopt(block)) is None:
                 if type(value) is Reference:
                     feed = {**feed, name: block.array(value.dtype.str, value.shape, offset)}
@@ -191,63 +194,55 @@ class ClientLane(Lane):
             found[name] = m.Tensor(value.dtype.str, value.shape, number, offset)
         return found, feed
 
-    def _find_plan(
-        self, outputs: Any, feed: Mapping[Any, Any], moved: dict[Any, m.Tensor] | None, keep: bool
-    ) -> Plan | None:
-        """The plan of a call like this one, and its key for the plan that will be."""
-        try:
-            key = key_of(outputs, feed, keep)
-            key = key if moved is None or key is None else (*key, *moved)
-            plan = self._plans.find(key)
-        except TypeError:  # names that cannot be hashed: not what onnxruntime takes; it shall say so
-            return None
-        self._key = key
-        return plan
-
     def _first_call(
         self,
         outputs: Any,
         feed: Mapping[Any, Any],
         options: Any,
-        moved: dict[Any, m.Tensor] | None,
+        moved: dict[Any, m.Tensor],
+        key: Hashable | None,
+        *,
         keep: bool,
-    ) -> m.Call:
-        moved = moved or {}
+        background: bool,
+    ) -> Asked:
         packer = Packer(self._arena, moved={id(feed[name]): tensor for name, tensor in moved.items()})
         packed_outputs, *values = packer.pack([as_it_is(outputs), *feed.values()])
-        number = None
-        self._plan = None
-        if self._key is not None and can_repeat(feed):
+        places = [(index, name) for index, name in enumerate(feed) if name in moved]
+        plan = None
+        if key is not None and can_repeat(feed):
             number = self._plans.next_number(packer.scratch)
             targets, texts = targets_of(values, packer.scratch), texts_of(feed, values)
-            places = [(index, name) for index, name in enumerate(feed) if name in moved]
-            self._plan = Plan(number, packer.scratch, packer.nbytes, targets, texts, places)
-        return m.Call(
+            plan = Plan(key, number, packer.scratch, packer.nbytes, targets, texts, places)
+        call = m.Call(
             outputs=packed_outputs,
             feed=list(zip(feed, values, strict=True)),
             options=options,
-            plan=number,
-            moved=[index for index, name in enumerate(feed) if name in moved],
+            plan=None if plan is None else plan.number,
+            moved=[index for index, _ in places],
             keep=keep,
+            background=background,
         )
+        return Asked(call, plan)
 
     def exchange(self, request: Request, timeout: float | None = None) -> Any:
         """Sends a request and waits for its reply, see :meth:`send` and :meth:`receive`."""
         self.send(request)
         return self.receive(timeout)
 
-    def send(self, request: Request) -> None:
-        """Sends a request.  An exception, KeyboardInterrupt included, leaves the lane unusable: close it."""
-        self._asked, self._plan = self._plan, None
+    def send(self, request: Any) -> None:
+        """Sends a :data:`Request`.  An exception, KeyboardInterrupt included, leaves the lane unusable: close
+        it."""
+        kind = type(request)
+        self._asked = request if kind is Plan else request.plan if kind is Asked else None
         self._sent_at = time.perf_counter_ns()
         self._requests += 1
         if self._placement is not None:
             self._place(self._placement)
         self._page.ask(self._requests)
-        if type(request) is m.Again and not request.moved:
-            self._sent = self._calls.again(request.plan)
+        if kind is Plan:
+            self._sent = self._calls.again(request.number)
         else:
-            self._sent = self._calls.send(request)
+            self._sent = self._calls.send(request.message if kind is Asked else request)
 
     def receive(self, timeout: float | None = None) -> Any:
         """The reply to the request that was sent; None if the worker went without one.
@@ -284,19 +279,21 @@ class ClientLane(Lane):
     @property
     def is_large(self) -> bool:
         """Whether both ends keep so much memory that it is worth giving back."""
-        return self._arena.nbytes + self._handover.mappings.nbytes > LARGE
+        arena = self._arena
+        return arena.nbytes + arena.adoptions.nbytes + self._handover.mappings.nbytes > LARGE
+
+    def forget(self) -> None:
+        """No call is made again by its number: the worker does not remember them."""
+        self._plans = Plans()
 
     def trim(self) -> bool:
         """Gives back the memory of both ends; false if the worker did not answer: close the lane."""
-        self._plans, self._asked = Plans(), None
+        self.forget()
         self._arena.trim()
-        self._requests += 1
-        self._calls.send(m.Trim())
         try:
-            done = isinstance(self._calls.next(_TRIM_TIMEOUT), m.Result)
+            return isinstance(self.exchange(m.Trim(), _TRIM_TIMEOUT), m.Result)
         except TimeoutError:
             return False
-        return done
 
     def result(self, reply: m.Result | m.Same | int) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
@@ -336,7 +333,7 @@ class ClientLane(Lane):
         if (plan := self._asked) is None:
             return
         plan.results, plan.readers = in_one_place(value), []
-        self._plans.remember(self._key, plan)
+        self._plans.remember(plan)
 
     def _read_by(self, plan: Plan) -> list[Callable[[], Any]]:
         """What reads the results of the plan.  Not made before they are read: to look at a block maps it."""
@@ -351,6 +348,10 @@ class ClientLane(Lane):
     def touch(self) -> None:
         """Leaves the time of a use where the worker looks before its TTL ends it.  Costs no message."""
         self._page.clock = time.monotonic_ns()
+
+
+def _again(plan: Plan, moved: Mapping[Any, m.Tensor]) -> m.Again:
+    return m.Again(plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved])
 
 
 def _placement_of(thread: int, kind: type[Placement | Apart]) -> Placement | Apart | None:

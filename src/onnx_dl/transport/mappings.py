@@ -5,16 +5,24 @@ What they are good for is told in :mod:`onnx_dl.transport.arena`.
 
 from __future__ import annotations
 
+import math
 import os
+from typing import Final
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport.arena import Block
 
+MOST: Final = 512
+"""Blocks that a worker maps for one caller.  Ours names far fewer at a time: 128 of other arenas
+(:mod:`onnx_dl.transport.adoptions`), and its scratch, page and letters."""
+
 
 class Mappings:
-    """The peer's blocks, as mapped here.  ``keep_descriptors``: they may be handed to a third process."""
+    """The peer's blocks, as mapped here."""
 
-    def __init__(self, *, keep_descriptors: bool = False) -> None:
+    def __init__(self, *, keep_descriptors: bool = False, most: float = math.inf) -> None:
+        """``keep_descriptors``: they may be handed to a third process; ``most``: as many are mapped."""
+        self._most = most
         self._blocks: dict[int, Block] = {}
         self._keep_descriptors = keep_descriptors
         self.drops = 0
@@ -28,12 +36,16 @@ class Mappings:
         """Maps a new block and takes over ``fd``.
 
         Raises:
-            ProtocolError: it has a number that is in use, or a size or number that cannot be.
+            ProtocolError: it has a number that is in use, or a size or number that cannot be, or it is one
+                too many.
             SharedMemoryError: it is smaller than announced, or cannot be mapped.
         """
         if number <= 0 or size < 0 or number in self._blocks:
             os.close(fd)
             raise ProtocolError(f"Block {number} of {size} bytes cannot be shared.")
+        if len(self._blocks) >= self._most:
+            os.close(fd)
+            raise ProtocolError(f"A caller shares more than {self._most} blocks; it must drop some first.")
         block = self._blocks[number] = Block(number, size, fd)
         self.nbytes += size
         if not size:

@@ -460,7 +460,8 @@ class Envelope(Message, omit_defaults=True):
 class Call(Message):
     """Run the model: names of outputs, feed, RunOptions.
 
-    ``plan``: remember it under this number; ``moved``: indices in the feed of what will lie elsewhere then;
+    ``plan``: remember it under this number when its result is sent, and if that is 0, forget all others;
+    ``moved``: indices in the feed of what will lie elsewhere then;
     ``keep``: lease nothing, the client does nothing else on this lane until it needs the results no more.
     """
 
@@ -534,6 +535,10 @@ class Started(Message):
     """A Call in the background runs; its result is still to come."""
 
 
+class Forgotten(Message):
+    """Not executed: the worker does not remember this call.  Say it in full."""
+
+
 class Draining(Message):
     """Not executed: the worker takes no new work.  Acquire again."""
 
@@ -557,7 +562,7 @@ ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
 LaneRequest = Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
-LaneReply = LaneOpen | Result | Same | Started | CallFailed | Draining | Envelope
+LaneReply = LaneOpen | Result | Same | Started | CallFailed | Forgotten | Draining | Envelope
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=to_plain)
 

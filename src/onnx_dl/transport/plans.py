@@ -4,35 +4,55 @@ A caller that gives arrays of the same names, dtypes and shapes as before copies
 and names the call by a number; a worker whose results are of the same form as before answers that they lie
 where they lay (:mod:`onnx_dl.transport.forms`).  Covers the caller's table of such calls.  The worker's is
 :mod:`onnx_dl.workers.repeats`; messages and blocks are :mod:`onnx_dl.transport.lane`'s.
+
+Both tables change once per call: the worker's when it has sent the result, the caller's when it has read it.
+A call that was prepared and never sent, or that failed, has changed neither.  A lane on which one has changed
+and the other not is closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.transport import packing
 from onnx_dl.transport.arena import Arena, Block, Reference
-from onnx_dl.transport.messages import Items, Packed, Tensor, Text, Value
+from onnx_dl.transport.messages import Again, Call, Items, Packed, Tensor, Text, Value
 
 MOST: Final = 64
-"""Calls that one lane remembers; one more, and it forgets all."""
+"""Calls that one lane remembers; the next one has number 0, with which both ends forget all others."""
 
 _KINDS: Final = frozenset("biufcUO")
 """Of arrays whose bytes are all that could differ the next time, and of text."""
 
 
-def key_of(outputs: Any, feed: Mapping[Any, Any], keep: bool) -> tuple[Any, ...] | None:
-    """What two calls have in common that differ in their bytes only; None if no such call is remembered."""
-    parts: list[Any] = [keep, None if outputs is None else tuple(outputs)]
+def key_of(
+    outputs: Any, feed: Mapping[Any, Any], keep: bool, moved: Iterable[Any] | None = None
+) -> tuple[Any, ...] | None:
+    """What two calls have in common that differ in their bytes only; None if no such call is remembered.
+
+    ``moved``: names of inputs that lie elsewhere each time.  Names are text and nothing else, because what is
+    equal to a text need not be one to onnxruntime.
+    """
+    if outputs is not None and not _are_names(outputs):
+        return None
+    parts: list[Any] = [
+        keep,
+        None if outputs is None else tuple(outputs),
+        None if moved is None else tuple(moved),
+    ]
     for name, value in feed.items():
         if (type(value) is not np.ndarray and type(value) is not Reference) or type(name) is not str:
             return None
         parts += (name, value.dtype, value.shape)
     return tuple(parts)
+
+
+def _are_names(outputs: Any) -> bool:
+    return type(outputs) in (list, tuple) and all(type(name) is str for name in outputs)
 
 
 def can_repeat(feed: Mapping[Any, Any]) -> bool:
@@ -43,10 +63,11 @@ def can_repeat(feed: Mapping[Any, Any]) -> bool:
 class Plan:
     """One call, as it was made the first time."""
 
-    __slots__ = ("block", "moved", "nbytes", "number", "readers", "results", "targets", "texts")
+    __slots__ = ("block", "key", "moved", "nbytes", "number", "readers", "results", "targets", "texts")
 
     def __init__(
         self,
+        key: Hashable,
         number: int,
         block: Block | None,
         nbytes: int,
@@ -54,9 +75,10 @@ class Plan:
         texts: list[tuple[Any, int]],
         moved: list[tuple[int, Any]],
     ) -> None:
-        """``block``: the scratch block, whose fixed part has ``nbytes``; ``targets``: where the inputs lie in
-        it, None for text and for those that lie elsewhere or nowhere; ``texts``: name and offset of text;
-        ``moved``: index and name of those elsewhere."""
+        """``key``: see :func:`key_of`; ``block``: the scratch block, whose fixed part has ``nbytes``;
+        ``targets``: where the inputs lie in it, None for text and for those that lie elsewhere or nowhere;
+        ``texts``: name and offset of text; ``moved``: index and name of those elsewhere."""
+        self.key = key
         self.number = number
         self.block = block
         self.nbytes = nbytes
@@ -101,6 +123,14 @@ class Plan:
                 target[...] = value
 
 
+class Asked(NamedTuple):
+    """A request that was prepared, and the plan that it is of.  Until it is answered, the lane knows nothing
+    of it.  A :class:`Plan` alone is the request to make that call again with nothing moved."""
+
+    message: Call | Again
+    plan: Plan | None
+
+
 def in_place(value: Value) -> list[Tensor] | None:
     """The tensors of a result, if it is a list of tensors that all have bytes; None if not."""
     if not (isinstance(value, Items) and value.kind == "list" and value.items):
@@ -110,24 +140,22 @@ def in_place(value: Value) -> list[Tensor] | None:
 
 
 class Plans:
-    """The calls that one lane remembers."""
+    """The calls that one lane remembers.  Changed by :meth:`remember` alone."""
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
+        self._next = 0
         self._block: Block | None = None
+        """The scratch block that the inputs of all of them lie in."""
 
     def find(self, key: Hashable) -> Plan | None:
         return self._plans.get(key)
 
     def next_number(self, block: Block | None) -> int:
-        """A number for a call whose inputs lie in this scratch block.  Another block than before: what lay
-        in that is gone, and all plans with it."""
-        if block is not None and block is not self._block:
-            self._plans.clear()
-            self._block = block
-        if len(self._plans) >= MOST:
-            self._plans.clear()
-        return len(self._plans)
+        """The number of the next call that is remembered, if its inputs lie in this scratch block.  0: it
+        will be the only one.  What lay in another block is gone."""
+        another = block is not None and self._block is not None and block is not self._block
+        return 0 if another or self._next >= MOST else self._next
 
     def let_go(self, has: Callable[[int], bool]) -> None:
         """The worker dropped blocks: what lay in them would never be freed.  ``has``: whether one is left."""
@@ -135,9 +163,16 @@ class Plans:
             if plan.results and not all(has(value.block) for value in plan.results):
                 plan.results, plan.readers = None, []
 
-    def remember(self, key: Hashable, plan: Plan) -> None:
+    def remember(self, plan: Plan) -> None:
         """The worker has answered this call, so it remembers it too."""
-        self._plans[key] = plan
+        if self._plans.get(plan.key) is plan:
+            return
+        if not plan.number:
+            self._plans.clear()
+            self._block = None
+        self._plans[plan.key] = plan
+        self._next = plan.number + 1
+        self._block = plan.block or self._block
 
 
 def targets_of(values: Sequence[Value], block: Block | None) -> list[NDArray[Any] | None]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.transport import mappings, packing, sockets
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import packing, sockets
 from onnx_dl.transport.arena import Block
 from onnx_dl.transport.bell import WorkerBell
 from onnx_dl.transport.calls import AGAIN, REPLY, REQUEST, BellCalls, Calls, ZmqCalls
@@ -49,7 +49,7 @@ class WorkerLane(Lane):
             ProtocolError: the caller does not know the secret or speaks another version.
             TimeoutError: the caller said nothing for ``timeout`` seconds.
         """
-        handover = Handover(channel, m.lane_request, keep_descriptors=False)
+        handover = Handover(channel, m.lane_request, keep_descriptors=False, most=mappings.MOST)
         greeting, fds = handover.greeting(timeout)
         try:
             hello = _checked(greeting, secret, len(fds))
@@ -68,6 +68,8 @@ class WorkerLane(Lane):
         super().__init__(handover, calls, polls=hello.poll)
         self._page = page
         self._requests = 0
+        self._answered = False
+        """Whether the request that was received last has its reply, or may have it."""
         self.model = hello.model
         """The key of the model that the caller wants, where there are several."""
         self.thread = threading.get_native_id()
@@ -101,6 +103,7 @@ class WorkerLane(Lane):
         if self._handover.is_broken:  # to the caller, a worker that went before it began anything
             return None
         self._requests += 1
+        self._answered = False
         request = self._calls.next()
         if request is not None:
             self._page.begin()
@@ -133,7 +136,7 @@ class WorkerLane(Lane):
         packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
         packed = _packed(packer, value)
         try:
-            self._calls.send(m.Result(value=packed))
+            self._send(m.Result(value=packed))
         except BaseException:
             packer.abandon()
             raise
@@ -143,13 +146,31 @@ class WorkerLane(Lane):
         """Puts results where others lay that were of the same form; false if they do not fit there."""
         return form.put(results, self._arena)
 
-    def say(self, message: m.CallFailed | m.Draining | m.Started | bytes) -> None:
+    def say(self, message: m.CallFailed | m.Draining | m.Forgotten | m.Started | bytes) -> None:
         """Sends a reply that is ready to be sent."""
-        self._calls.send(message)
+        if type(message) is m.Started:
+            self._calls.send(message)
+        else:
+            self._send(message)
 
     def say_same(self) -> None:
         """The results lie where the last ones lay."""
         self._calls.same()
+        self._answered = True
+
+    def _send(self, reply: m.Message | bytes) -> None:
+        self._calls.send(reply)
+        self._answered = True
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the request that was received last has its reply.  A second one would be taken for that of
+        the next request."""
+        return self._answered
+
+    def give_up(self) -> None:
+        """The lane ends: what both ends know of each other may differ."""
+        self._handover.is_broken = True
 
     def trim(self) -> None:
         """Gives back the memory that no result lies in."""

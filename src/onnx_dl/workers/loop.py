@@ -334,6 +334,9 @@ class LaneService:
             self._gate.leave(now, now - began if is_run else None)
 
     def _fail(self, error: Exception) -> None:
+        if self._lane.is_answered:  # what was to be remembered of the call was not
+            self._lane.give_up()
+            return
         try:
             self._lane.say(m.CallFailed(failure=failures.describe(error)))
         except (TypeError, ValueError, OverflowError):  # an attribute of it cannot travel; its text can
@@ -342,10 +345,10 @@ class LaneService:
             self._lane.say(m.CallFailed(failure=failures.describe(no_memory)))
 
     def _call(self, call: m.Call) -> None:
+        self._repeats.review()
         feed = {_key(name): self._lane.unpack(value) for name, value in call.feed}
         outputs = self._lane.unpack(call.outputs)
-        if call.plan is not None:
-            self._repeats.remember(call.plan, Repeat(call, outputs, feed))
+        repeat = None if call.plan is None else Repeat(call, outputs, feed)
         if call.background:
             run = self._backend.run_async(
                 outputs, feed, call.options, self._halt, lambda: self._lane.say(m.Started())
@@ -353,6 +356,8 @@ class LaneService:
         else:
             run = self._backend.run(outputs, feed, call.options, self._halt)
         self._lane.reply(run, keep=call.keep)
+        if call.plan is not None and repeat is not None:
+            self._repeats.remember(call.plan, repeat)
 
     def _invoke(self, request: m.Invoke) -> None:
         args = [self._lane.unpack(arg) for arg in request.args]

@@ -9,10 +9,13 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
-from onnx_dl import values
+from onnx_dl import makers, values
 from onnx_dl.workers.halt import Halt
 
 _C: Final = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+
+_TEXT: Final = 8
+"""onnx's number of it."""
 
 Run = Callable[[Callable[[Any], Any], dict[str, Any] | None, Halt], Any]
 """Runs a function with an ``onnxruntime.RunOptions`` that says what the plain one does."""
@@ -72,6 +75,8 @@ def _run_with_ortvaluevector(
 
 def _value_at(place: list[Any]) -> Any:
     element_type, shape = place
+    if element_type == _TEXT:  # bound where the model has no text, which onnxruntime shall refuse
+        return makers.text(np.full(shape, "", object))
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)._get_c_value()
 
 

@@ -38,11 +38,14 @@ class Opened:
         self.keys = list((spec.options or {}).get("config", {}))
         recorded.set_surroundings(spec.surroundings)
         _preload_cuda(spec)
+        _refuse_own_threads(spec)
         options = None
         self._kept: list[Any] = []
         if spec.options is not None:
             options, self._kept = _options(spec, None if memory is None else live.view(memory))
         options, self.shares = _with_share(options)
+        self.as_set = {name: (spec.options or {})[name] for name in _OF_POOLS} if _uses_pools(spec) else {}
+        """Options that read as the caller set them, though the session has others."""
         with remarks.captured() as self.remarks:
             self.session = onnxruntime.InferenceSession(
                 spec.path if data is None else data, options, *_providers(spec), **_extra(spec)
@@ -53,6 +56,9 @@ class Opened:
         self.session.disable_fallback()
         self.session._model_bytes = None  # onnxruntime would keep them for ever, for a fallback
 
+
+_POOLS: Final = "set_global_thread_pool_sizes"
+_OF_POOLS: Final = ("use_per_session_threads", "intra_op_num_threads", "inter_op_num_threads")
 
 _GIVEN: Final = "given"
 """The key in ``ModelSpec.extra`` of providers as the caller gave them, for onnxruntime to refuse them."""
@@ -72,13 +78,25 @@ def _extra(spec: ModelSpec) -> dict[str, Any]:
     return {name: value for name, value in spec.extra.items() if name not in (_GIVEN, "tuple")}
 
 
+def _uses_pools(spec: ModelSpec) -> bool:
+    """Whether the model is to compute with the threads that the application made for all its models."""
+    return _POOLS in spec.surroundings and (spec.options or {}).get("use_per_session_threads") is False
+
+
+def _refuse_own_threads(spec: ModelSpec) -> None:
+    """Where the application has such threads, onnxruntime refuses a session with threads of its own.  So that
+    it does here, it is told the same."""
+    if _POOLS in spec.surroundings and not _uses_pools(spec):
+        with contextlib.suppress(Exception):  # another model of this process was refused before
+            onnxruntime.set_global_thread_pool_sizes(*spec.surroundings[_POOLS])
+
+
 def _options(spec: ModelSpec, memory: Any) -> tuple[Any, list[Any]]:
     plain = dict(spec.options or {})
-    pools = spec.surroundings.get("set_global_thread_pool_sizes")
-    if pools and plain.get("use_per_session_threads") is False:
+    if _uses_pools(spec):
         # One model in this process: pools of its own are the same as the process's.
         plain |= {"use_per_session_threads": True}
-        plain |= dict(zip(("intra_op_num_threads", "inter_op_num_threads"), pools, strict=False))
+        plain |= dict(zip(_OF_POOLS[1:], spec.surroundings[_POOLS], strict=False))
     options = make_session_options(plain)
     places = plain.get("places", [])
 
@@ -136,7 +154,7 @@ def describe(opened: Opened) -> ModelDescription:
 
 def _options_of(opened: Opened) -> dict[str, Any]:
     options = read_session_options(opened.session.get_session_options(), opened.keys) or {}
-    return options | {"intra_op_num_threads": 0} if opened.shares else options
+    return options | ({"intra_op_num_threads": 0} if opened.shares else {}) | opened.as_set
 
 
 def _tensor_specs(nodes: Sequence[Any]) -> list[TensorSpec]:

@@ -17,11 +17,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block, align
 from onnx_dl.transport.forms import Form, in_one_place
-from onnx_dl.transport.plans import in_place
+from onnx_dl.transport.plans import MOST, in_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Backend, Rerun
 from onnx_dl.workers.halt import Halt
@@ -44,6 +43,7 @@ class Repeat:
         self.outputs = outputs
         self.keep = call.keep
         self.names = list(feed)
+        self._moved = len(call.moved)
         moved = {self.names[index] for index in call.moved}
         self._texts = [(name, v) for name, v in call.feed if isinstance(v, m.Text) and v.block]
         self._readers: list[tuple[str, Callable[[], Any]]] = []
@@ -75,6 +75,14 @@ class Repeat:
         for name, read in self._readers:
             feed[name] = read()
         return feed
+
+    def let_go(self, has: Callable[[int], bool]) -> None:
+        """The caller dropped blocks: what was prepared for one would keep its memory.  ``has``: whether one
+        is left."""
+        places = 2 * self._moved  # block and offset of each come first in a key
+        if places:
+            kept = self._prepared.items()
+            self._prepared = {key: made for key, made in kept if all(map(has, key[:places:2]))}
 
     def forget(self) -> None:
         """Prepares anew: memory that was in use before may be gone."""
@@ -120,15 +128,29 @@ class Repeat:
 
     def run(
         self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int], halt: Halt
-    ) -> bytes | None:
-        """Runs the call as it was prepared; returns the reply.  None: run it the plain way.
+    ) -> bool:
+        """Runs the call as it was prepared, and replies.  False: run it the plain way.
 
         ``key`` says where those arrays of ``feed`` lie that lie elsewhere each time.
         """
         if not self._results or (self._nbytes and lane.scratch(self._nbytes) is not self._scratch):
-            return None
-        if (leased := self._lease(lane)) is None:
-            return None
+            return False
+        leased: list[Block] = []
+        try:
+            made = self._lease(lane, leased) and self._ran(leased, backend, feed, key, halt)
+            if made:
+                _say(lane, made.reply)
+                return True
+        except BaseException:  # a block that the caller never hears of would never be free
+            _release(leased)
+            raise
+        _release(leased)
+        return False
+
+    def _ran(
+        self, leased: list[Block], backend: Backend, feed: dict[str, Any], key: list[int], halt: Halt
+    ) -> _Prepared | None:
+        """What was run; None if it could not be like this."""
         try:
             prepared = self._prepare(leased, backend, feed, (*key, *(block.number for block in leased)))
             if prepared is not None:
@@ -137,24 +159,21 @@ class Repeat:
                     prepared.run()
                 finally:
                     halt.detach()
-                return prepared.reply
+                return prepared
         except Exception:  # the plain way shall tell, or find other shapes
             self._preparable = False
         self.forget()
-        _release(leased)
         return None
 
-    def _lease(self, lane: WorkerLane) -> list[Block] | None:
-        """A block for each large result; None if the reply has no room to announce so many new ones."""
-        leased: list[Block] = []
+    def _lease(self, lane: WorkerLane, leased: list[Block]) -> bool:
+        """Takes a block for each large result; false if the reply cannot announce so many new ones."""
         for tensor in self._results:
             if tensor.leased:
                 block = lane.lease(_nbytes(tensor))
                 if block is None:
-                    _release(leased)
-                    return None
+                    return False
                 leased.append(block)
-        return leased
+        return True
 
     def _prepare(
         self, leased: list[Block], backend: Backend, feed: dict[str, Any], key: tuple[int, ...]
@@ -194,7 +213,14 @@ class Repeats:
         self._scratch: Block | None = None
 
     def remember(self, number: int, repeat: Repeat) -> None:
-        """Keeps a call, instead of the one that had this number."""
+        """Keeps a call whose result is sent, instead of the one that had this number; of all, if it is 0.
+
+        One of a number that no caller of ours gives is not kept: there is a bound to what is.
+        """
+        if not 0 <= number < MOST:
+            return
+        if not number:
+            self._repeats.clear()
         self._repeats[number] = repeat
 
     def clear(self) -> None:
@@ -202,41 +228,36 @@ class Repeats:
         self._repeats.clear()
 
     def answer(self, again: m.Again) -> None:
-        """Runs a remembered call whose large inputs lie elsewhere than the last time, and replies.
+        """Runs a remembered call whose large inputs lie elsewhere than the last time, and replies; Forgotten,
+        if there is none of that number.
 
-        Raises: like :meth:`answer_number`.
+        Raises:
+            Exception: the engine's.
         """
         repeat = self._find(again.plan)
+        if repeat is None:
+            self._lane.say(m.Forgotten())
+            return
         moved = {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
         key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
         self._run(repeat, repeat.fed(self._lane, moved), key)
 
     def answer_number(self, number: int) -> None:
-        """Runs a remembered call and replies.
-
-        Raises:
-            ProtocolError: there is none of that number.
-            Exception: the engine's.
-        """
+        """Like :meth:`answer`, with nothing moved."""
         repeat = self._find(number)
+        if repeat is None:
+            self._lane.say(m.Forgotten())
+            return
         self._run(repeat, repeat.fed(self._lane, {}), [])
 
-    def _find(self, number: int) -> Repeat:
+    def _find(self, number: int) -> Repeat | None:
         if self._drops != self._lane.drops:
             self._let_go()
-        repeat = self._repeats.get(number)
-        if repeat is None:
-            raise ProtocolError(f"A caller repeats call {number}, which it never made.")
-        return repeat
+        return self._repeats.get(number)
 
     def _run(self, repeat: Repeat, feed: dict[str, Any], key: list[int]) -> None:
-        reply = repeat.run(self._lane, self._backend, feed, key, self._halt)
-        if reply is None:
+        if not repeat.run(self._lane, self._backend, feed, key, self._halt):
             self._run_plainly(repeat, feed)
-        elif reply:
-            self._lane.say(reply)
-        else:
-            self._lane.say_same()
 
     def _run_plainly(self, repeat: Repeat, feed: dict[str, Any]) -> None:
         results = repeat.run_plainly(self._backend, feed, self._halt)
@@ -250,12 +271,23 @@ class Repeats:
                 other.leave(scratch)
         repeat.learn(sent, self._lane)
 
+    def review(self) -> None:
+        """Lets go what lies in blocks that the caller dropped: it would never be freed."""
+        if self._drops != self._lane.drops:
+            self._let_go()
+
     def _let_go(self) -> None:
-        """The caller dropped blocks: what lies in them would never be freed."""
         self._drops = self._lane.drops
         self._repeats = {n: r for n, r in self._repeats.items() if all(map(self._lane.has, r.blocks))}
         for repeat in self._repeats.values():
-            repeat.forget()
+            repeat.let_go(self._lane.has)
+
+
+def _say(lane: WorkerLane, reply: bytes) -> None:
+    if reply:
+        lane.say(reply)
+    else:
+        lane.say_same()
 
 
 def _release(blocks: list[Block]) -> None:
