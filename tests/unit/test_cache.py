@@ -34,7 +34,9 @@ def put(store: Cache, key: str, nbytes: int = 100, used: float | None = None, so
         assert path is not None
         (path / MODEL).write_bytes(b"m" * 10)
         (path / WEIGHTS).write_bytes(b"w" * (nbytes - 10))
-        meta = Meta(name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path))
+        meta = Meta(
+            key=key, name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path)
+        )
         kept = store.keep(key, path, meta)
     if used is not None and kept:
         os.utime(store.root / key, (used, used))
@@ -60,6 +62,14 @@ def test_what_is_written_again_replaces_what_was(store: Cache):
     put(store, "a", 200)
     assert [entry.nbytes for entry in store.entries()] == [200]
     assert names(store) == {"a"}
+
+
+def test_the_entry_of_another_model_is_none(store: Cache):
+    """Complete as it is: models given as bytes have no files by which they could be told apart."""
+    put(store, "a")
+    os.rename(store.root / "a", store.root / "b")
+    assert store.find("b") is None and store.entries() == []
+    assert put(store, "b") and store.find("b") is not None
 
 
 @pytest.mark.parametrize("damage", ["weights", "shorter", "missing", "meta"])

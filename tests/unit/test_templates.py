@@ -7,6 +7,7 @@ import os
 import re
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -220,3 +221,23 @@ def test_workers_outlive_the_template(make: Callable[[str], Rig]) -> None:
     rig.processes.kill(1)
     rig.until(lambda: len(rig.of(1)) == 2, "the worker is reaped")
     assert rig.of(1)[1] == ("exited", signal.SIGKILL)
+
+
+OUTLIVED = """
+import os
+from onnx_dl.workers.template import Template
+
+def told(*args):
+    raise BrokenPipeError  # nobody reads the worker's number any more
+
+template = object.__new__(Template)
+template._fork_again = told
+print(os.getpid(), repr(template._forked(None, [])), os.getpid(), flush=True)
+"""
+
+
+def test_what_a_template_forked_and_did_not_live_to_hear_of_is_no_second_template() -> None:
+    """The process between a template and its worker ends, whatever it finds."""
+    done = subprocess.run([sys.executable, "-c", OUTLIVED], capture_output=True, text=True, timeout=60)
+    pid, told, again = done.stdout.split()
+    assert (told, again, done.stderr) == ("''", pid, "")

@@ -39,10 +39,12 @@ _MOST_BYTES: Final = 64 << 20
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """What an entry says of itself.
 
+    ``key``: what it was written under, so that the whole entry of another model in its place is none;
     ``source``: the model's file, empty for one given as bytes; ``files``: size and CRC-32 by name.  Which
     files the model itself was read from is in ``description``.
     """
 
+    key: str
     name: str
     source: str
     description: ModelDescription
@@ -186,6 +188,8 @@ class Cache:
             meta = open_meta(smallfiles.read(path / _META, _MOST_BYTES))
             used = path.stat().st_mtime
         except (OSError, ValueError, RecursionError):  # msgspec's are ValueErrors
+            return None
+        if meta.key != path.name:
             return None
         nbytes = sum(size for size, _ in meta.files.values())
         return Entry(key=path.name, path=path, meta=meta, nbytes=nbytes, used=used)

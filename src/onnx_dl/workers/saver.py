@@ -113,6 +113,7 @@ def _save(order: Order, blob: int, memory: int) -> None:
         unchanged = files.changed(spec.where, read) is None
         if unchanged and cacheable.key_of(spec, order.onnxruntime) == order.key:
             meta = cache.Meta(
+                key=order.key,
                 name=spec.name,
                 source="" if spec.path is None else os.path.abspath(spec.path),
                 description=order.description,

@@ -90,8 +90,11 @@ class Template:
         try:
             middle = os.fork()
             if middle == 0:
-                os.close(read_end)
-                self._fork_again(spawn, fds, write_end)
+                try:
+                    os.close(read_end)
+                    self._fork_again(spawn, fds, write_end)
+                finally:  # the template has gone meanwhile: this must not go on as a second one
+                    os._exit(1)
             os.close(write_end)
             write_end = -1
             told = os.read(read_end, 1024).decode(errors="replace")

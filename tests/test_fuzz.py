@@ -1,0 +1,54 @@
+"""The fuzzers and the soak, for a short time.
+
+By hand for an hour: ``python -m tests.fuzz_results --minutes 60 --seed 1``, and so on.  Each is a program of
+its own, because it forks, kills what it started, and changes what holds for its whole process.
+``FUZZ_MINUTES`` and ``FUZZ_SEED`` set how long each goes on, and what it draws.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SEED = os.environ.get("FUZZ_SEED", "1")
+BEYOND = 150
+"""Seconds for the start, the end and a last step on a machine that is busy."""
+
+
+def play(module: str, minutes: float) -> str:
+    """What it printed; fails where it found something, with what it printed."""
+    minutes = float(os.environ.get("FUZZ_MINUTES", minutes))
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--minutes", str(minutes), "--seed", SEED],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60 * minutes + BEYOND,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)  # each has a limit of its own
+def test_results_are_those_of_onnxruntime_and_stay_so() -> None:
+    assert "nothing wrong" in play("tests.fuzz_results", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_no_damage_of_the_load_cache_changes_an_answer() -> None:
+    assert "nothing wrong" in play("tests.fuzz_cache", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_minute_of_calls_and_faults() -> None:
+    told = play("benchmarks.soak", 1)
+    assert "wrong: 0" in told and "left: 0" in told and "recoveries:" in told
