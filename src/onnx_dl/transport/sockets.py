@@ -54,10 +54,8 @@ _IPC_FILTER_UID: Final = 59  # zmq.h: ZMQ_IPC_FILTER_UID; pyzmq has no name for 
 
 
 class Face(socket.socket):
-    """Python's functions for a socket that somebody else closes: a :class:`~onnx_dl.owned.Descriptor`.
-
-    Where the garbage collector finds both in one cycle, Python would warn of a socket that nobody closed.
-    """
+    """Python's functions for a socket that a :class:`~onnx_dl.owned.Descriptor` closes.  Where the garbage
+    collector finds both in one cycle, Python would warn of a socket that nobody closed."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Takes over the number of ``sock``, which has none afterwards.  What waits has no timeout, whatever
