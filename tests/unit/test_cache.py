@@ -34,9 +34,7 @@ def put(store: Cache, key: str, nbytes: int = 100, used: float | None = None, so
         assert path is not None
         (path / MODEL).write_bytes(b"m" * 10)
         (path / WEIGHTS).write_bytes(b"w" * (nbytes - 10))
-        meta = Meta(
-            key=key, name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path)
-        )
+        meta = Meta(key=key, name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path))
         kept = store.keep(key, path, meta)
     if used is not None and kept:
         os.utime(store.root / key, (used, used))
