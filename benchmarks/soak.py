@@ -50,7 +50,6 @@ class Memory(threading.Thread):
         self._ground = ground
         self._stop_ = stop
         self.points: list[tuple[float, float]] = []
-        self.hung: list[str] = []
 
     def run(self) -> None:
         while not self._stop_.wait(1.0):
@@ -64,7 +63,7 @@ class Memory(threading.Thread):
         now = time.monotonic()
         waiting = list(self._ground.ledger.waiting.values())
         if hung := [f"{what} since {now - since:.0f} s" for since, what in waiting if now - since > HANG]:
-            print("HUNG:", *hung, sep="\n  ", flush=True)
+            print(f"hung: {len(hung)}", *hung, sep="\n  ", flush=True)
             faulthandler.dump_traceback(all_threads=True)
             os._exit(1)  # nobody can wait for them
 
@@ -110,6 +109,7 @@ def report(ledger: Ledger, slope: float | None) -> int:
     worst, kind = max(ledger.recoveries, default=(0.0, "none"))
     print(f"recoveries: {len(ledger.recoveries)}, the worst {worst:.2f} s ({kind})")
     print(f"slope of memory: {'-' if slope is None else f'{slope:+.1f}'} MB/h (application and supervisor)")
+    print("hung: 0")  # who hangs ends the program
     print(f"wrong: {len(ledger.wrong)}", *ledger.wrong[:20], sep="\n  ", flush=True)
     return int(bool(ledger.wrong) or worst > WORST)
 

@@ -238,7 +238,7 @@ def _fork(ground: Ground, rng: random.Random) -> Done:
 
 def _damage(ground: Ground, rng: random.Random) -> Done:
     """Of an entry of the load cache, between two loads."""
-    since = ground.ledger.fault("damaged entry", HEAVY)
+    ground.ledger.fault("damaged entry", HEAVY)
     root = ground.folder / "cache"
     entries = [
         path.parent for path in root.glob("*/meta.json") if not path.parent.name.startswith("unfinished")
@@ -257,7 +257,7 @@ def _damage(ground: Ground, rng: random.Random) -> Done:
             os.rename(copy, entry)
         shutil.rmtree(copy, ignore_errors=True)
     proxy.unload()
-    return HEAVY, since
+    return HEAVY, time.monotonic()
 
 
 def _replace(ground: Ground, rng: random.Random) -> Done:
