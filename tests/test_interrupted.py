@@ -37,7 +37,7 @@ def run(*arguments: object) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["step", "signal", "del", "weak", "fork"])
 def test_a_program_that_interrupts_itself(kind: str) -> None:
-    run("tests.interrupted", kind, SEED, INTERRUPTIONS // 10 if kind == "fork" else INTERRUPTIONS)
+    run("tests.interrupted", kind, SEED, INTERRUPTIONS // 20 if kind == "fork" else INTERRUPTIONS)
 
 
 @pytest.mark.slow
