@@ -304,6 +304,25 @@ def test_a_proxy_that_the_garbage_collector_finds_ends_its_worker(host: ModelHos
     eventually(lambda: is_gone(pid), "the end of the worker")
 
 
+def test_memory_does_not_wait_for_the_garbage_collector(host: ModelHost) -> None:
+    """Blocks and descriptors go when the last proxy of a model does: nothing of ours is in a cycle."""
+    proxy = InferenceSessionProxy(spin_model(), host=host)
+    for _ in range(3):
+        proxy.run(None, {"x": np.zeros((64, 64), np.float32), "n": BRIEF})
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        del proxy
+        gc.collect()
+        found = {type(thing).__name__ for thing in gc.garbage if type(thing).__module__.startswith("onnx_dl")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not found
+
+
 def test_unload_means_gone(host: ModelHost) -> None:
     before_start = InferenceSessionProxy(model_path("digits"), host=host)
     before_start.run(None, FEED)

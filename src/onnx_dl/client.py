@@ -124,7 +124,7 @@ class RemoteModel:
         so that callers need not know of its end."""
         self.connection = connection
         self._is_shared = is_shared
-        self._renew: Renew | None = None if renew is None else functools.partial(renew, self)
+        self._renew = renew
         self._companions = companions
         self._spare = spare
         self.spec = spec
@@ -489,7 +489,8 @@ class RemoteModel:
         """What moves this to the next host, unless its callers must hear that the present one has died: with
         a connection whose descriptors the program closed, nothing has."""
         lost = not self.connection.usable and self.connection.lost
-        return self._renew if self._is_shared or lost else None
+        renew = self._renew if self._is_shared or lost else None
+        return None if renew is None else functools.partial(renew, self)
 
     def _prepare(self, lease: Lease, for_host: bool) -> Make:
         companions = [model for model in self._companions() if model is not self]

@@ -12,6 +12,7 @@ What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor r
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -228,12 +229,12 @@ class Arena:
         """``keep_descriptors``: the blocks may be adopted by other arenas."""
         self._announcer = announcer
         self._keep_descriptors = keep_descriptors
-        self._numbers = 0
+        self._numbers = itertools.count(1)
         self._turn = 0
         self._scratch: Block | None = None
         self._scratch_peak = 0
         self._blocks: list[Block] = []
-        self.adoptions = Adoptions(announcer, self._next_number)
+        self.adoptions = Adoptions(announcer, self._numbers.__next__)
         """Blocks of other arenas, which stay theirs."""
         self.nbytes = 0
         """Bytes of the blocks that this arena keeps."""
@@ -341,14 +342,10 @@ class Arena:
             self._announcer.dropped(self._scratch.number)
             self._scratch = None
 
-    def _next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers
-
     def _create(self, size: int) -> Block:
         """A new block.  The peer is told of it only when nothing can fail any more: one that it was told of
         and that nobody has here would be its own for ever."""
-        block = Block(self._next_number(), size, shm.create(size + HEADER))
+        block = Block(next(self._numbers), size, shm.create(size + HEADER))
         duplicate = block.mapping.duplicate()
         assert duplicate is not None
         try:
