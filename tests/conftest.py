@@ -17,7 +17,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["ONNX_DL_CACHE"] = "off"
 
 from onnx_dl import ModelHost
-from tests.waiting import DEADLINE
+from tests.waiting import DEADLINE, allowed
 
 
 def _belongings() -> dict[str, set[object]]:
@@ -48,7 +48,7 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = _belongings()
     yield
     request.node.funcargs.clear()  # pytest would hold on to proxies, and these to their connection
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + allowed(DEADLINE)
     while gc.collect() >= 0 and (left := _left(before)):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.002)
@@ -58,4 +58,13 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 def host(nothing_is_left_behind: None) -> Iterator[ModelHost]:
     """A host of the test's own, closed at its end."""
     with ModelHost() as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def module_host() -> Iterator[ModelHost]:
+    """The host of a file's tests.  It runs before they count what they leave: each of them has its own
+    sessions."""
+    with ModelHost() as host:
+        host.start()
         yield host

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -71,9 +70,7 @@ def all_of_ours(supervisor: int) -> list[psutil.Process]:
 
 
 def assert_gone(supervisor: int) -> None:
-    started = time.monotonic()
     eventually(lambda: not all_of_ours(supervisor), f"the end of group {supervisor}", LIMIT)
-    assert time.monotonic() - started < LIMIT
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)

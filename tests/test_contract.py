@@ -56,6 +56,12 @@ def fixed() -> bytes:
     return model(nodes, ends, {"sum": (f, [2, 3]), "product": (f, [2, 3])}, [weights])
 
 
+@pytest.fixture
+def host(module_host: ModelHost) -> ModelHost:
+    """One for all: each test has its own models."""
+    return module_host
+
+
 class Both:
     """The same model as onnxruntime has it and as the proxy has it."""
 

@@ -128,8 +128,10 @@ def trimmed(proxy: InferenceSessionProxy) -> None:
     """Nothing is there any more that the next call needs."""
     model = proxy._model()
     used, _ = model.ask_with(proxy._lease, lambda used: None)
-    assert used.trim()
-    model.put_lane(used)
+    if used.trim():
+        model.put_lane(used)
+    else:  # the worker got no processor in time: a caller closes the lane then, too
+        used.close()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 
@@ -14,9 +15,15 @@ DEADLINE = 8.0
 """Seconds; far more than anything takes, so that a slow machine fails no test."""
 
 
+def allowed(seconds: float) -> float:
+    """How long what takes at most ``seconds`` on a quiet machine may take now, where more processes want to
+    run than there are processors."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def eventually(happened: Callable[[], object], what: str, timeout: float = DEADLINE) -> None:
     """Returns as soon as ``happened()`` is true; fails the test if it never is."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + allowed(timeout)
     while not happened():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.002)

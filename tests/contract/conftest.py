@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from onnx_dl import ModelHost
@@ -14,15 +12,6 @@ from tests.contract.both import KINDS, Make
 def kind(request: pytest.FixtureRequest) -> str:
     """Which of the two classes."""
     return request.param
-
-
-@pytest.fixture(scope="module")
-def module_host() -> Iterator[ModelHost]:
-    """The host of a file's tests.  It runs before they count what they leave: each of them has its own
-    sessions."""
-    with ModelHost() as host:
-        host.start()
-        yield host
 
 
 @pytest.fixture

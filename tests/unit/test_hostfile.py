@@ -552,9 +552,9 @@ def test_whatever_a_file_becomes(first, base):
 def test_a_mistake_in_a_long_array_is_found_soon(base):
     """In two seconds, if they were found line by line; 10 ms are usual."""
     lines = '  "CPUExecutionProvider",\n' * 1500
-    began = time.perf_counter()
+    began = time.process_time()
     assert "line 3:" in refusal(f"{VAD}providers = [\n{lines}1]\n", base)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_a_file_that_is_too_large_is_not_read(base):

@@ -132,6 +132,12 @@ def _watch(channel: Channel, lane: WorkerLane, done: sockets.Waker) -> None:
         lane.hang_up()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trim may take longer where others use the processors; a caller would do without it."""
+    monkeypatch.setattr("onnx_dl.transport.lane._TRIM_TIMEOUT", DEADLINE)
+
+
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     init = Channel.__init__
