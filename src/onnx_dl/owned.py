@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import itertools
 import os
@@ -69,14 +70,19 @@ class Descriptor:
             return False
 
     def duplicate(self) -> int | None:
-        """Another descriptor of the same file, which the caller closes; None: the program closed this one.
+        """Another descriptor of the same file, which the caller closes; None: this one is closed.
 
         Raises:
             OSError: this process may have no more descriptors.
         """
         if not self.holds():
             return None
-        fd = os.dup(self.number)
+        try:
+            fd = os.dup(self.number)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # another thread closed it since the look
+                return None
+            raise
         if _identity(fd) == self._identity:  # looked at now: nobody else can close this one
             return fd
         os.close(fd)

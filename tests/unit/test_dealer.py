@@ -10,6 +10,7 @@ import zmq
 
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
+from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router
 from tests.waiting import eventually
@@ -101,3 +102,12 @@ def test_a_number_that_is_the_programs(address: str) -> None:
     os.close(number)
     os.close(theirs)
     router.close(0.0)
+
+
+def test_a_channel_that_is_closed_keeps_nobody_waiting() -> None:
+    mine, theirs = sockets.Channel.pair()
+    assert mine.writable(0.0) and not mine.readable(0.0)
+    mine.close()
+    assert mine.writable(60.0) and mine.readable(60.0)
+    assert not mine.send(b"too late")
+    theirs.close()

@@ -170,7 +170,7 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.dealer", "transport.router", "transport.sockets"}
+    assert users == {"transport.dealer", "transport.face", "transport.router", "transport.sockets"}
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,10 @@ def test_without_marks_the_files_identity_decides(monkeypatch: pytest.MonkeyPatc
         descriptor.close()
         assert is_open(number)
     os.close(number)
+
+
+def test_what_another_thread_closes_meanwhile_has_no_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Descriptor(opened("memfd"))
+    monkeypatch.setattr(Descriptor, "holds", lambda self: True)  # the look came before
+    owner.close()
+    assert owner.duplicate() is None

@@ -15,6 +15,7 @@ from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import Descriptor
 from onnx_dl.transport import sockets, zmtp
+from onnx_dl.transport.face import Face
 
 _CHUNK: Final = 1 << 18
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
@@ -36,7 +37,7 @@ class Dealer:
     def _connect(self, deadline: Deadline) -> None:
         sock = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
         self._descriptor = Descriptor(sock.fileno())
-        self._sock = sockets.Face(sock)
+        self._sock = Face(sock)
         self._sock.setblocking(False)
         self._reader = zmtp.Reader()
         self._unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))

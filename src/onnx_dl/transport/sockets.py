@@ -25,6 +25,7 @@ from onnx_dl import descriptors
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import Descriptor
+from onnx_dl.transport.face import Face
 
 LONGEST: Final = 64 << 10
 """Bytes in one message of a Channel; much more does not fit a Unix socket's buffer everywhere."""
@@ -51,22 +52,6 @@ Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
 _IPC_FILTER_UID: Final = 59  # zmq.h: ZMQ_IPC_FILTER_UID; pyzmq has no name for it in its typed options
-
-
-class Face(socket.socket):
-    """Python's functions for a socket that a :class:`~onnx_dl.owned.Descriptor` closes.  Where the garbage
-    collector finds both in one cycle, Python would warn of a socket that nobody closed."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        """Takes over the number of ``sock``, which has none afterwards.  What waits has no timeout, whatever
-        the program told ``socket.setdefaulttimeout``."""
-        super().__init__(sock.family, sock.type, sock.proto, sock.fileno())
-        sock.detach()
-        self.setblocking(True)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # it was never made
-            self.detach()
 
 
 class Channel:
@@ -169,15 +154,20 @@ class Channel:
 
     def writable(self, timeout: float) -> bool:
         """Whether a small message can be sent without waiting, within ``timeout`` seconds."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLOUT)
-        return bool(poll.poll(timeout * 1000))
+        return self._poll(select.POLLOUT, timeout)
 
     def readable(self, timeout: float = 0.0) -> bool:
         """Whether a message or EOF is there within ``timeout`` seconds."""
+        return self._poll(select.POLLIN, timeout)
+
+    def _poll(self, event: int, timeout: float) -> bool:
+        """True at once if this end is closed: neither to send nor to receive would wait then."""
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
+        with contextlib.suppress(ValueError):  # another thread closed it since the look
+            if self.is_ours():
+                poll.register(self.fileno(), event)
+                return bool(poll.poll(timeout * 1000))
+        return True
 
     def is_dead(self) -> bool:
         """Whether the peer is gone and all its messages are read; does not wait."""
