@@ -13,6 +13,8 @@ import pytest
 from onnx_dl.demo.assets import model_path
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 3.0
 
 USE = f"""

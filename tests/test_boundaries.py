@@ -23,6 +23,8 @@ from onnx_dl.transport import zmtp
 from tests.small import plus
 from tests.waiting import DEADLINE, eventually, template_of, worker_pid
 
+pytestmark = pytest.mark.slow
+
 FEED = {"pixels": np.zeros((1, 64), np.float32)}
 ODD_SECRET = "ä" * 16
 

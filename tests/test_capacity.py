@@ -25,6 +25,8 @@ from onnx_dl import CapacityError, ConfigError, EventType, InferenceSessionProxy
 from tests.contract.both import CPU, F, model, node, scaled, tensor
 from tests.waiting import DEADLINE, allowed, eventually
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 X = np.ones((1, 1024), np.float32)
 

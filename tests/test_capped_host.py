@@ -21,6 +21,8 @@ from tests import cgroups
 from tests.test_capacity import MB, hollow, limited, proxies, value, weighty
 from tests.waiting import DEADLINE, is_gone
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["limited"]  # a fixture
 
 LIMIT, GROUP = 400_000_000, 600_000_000

@@ -25,6 +25,8 @@ from tests.contract.both import CPU, I64, F, model, node, scaled, tensor
 from tests.mlir import Compile, compiler
 from tests.waiting import DEADLINE, eventually, is_gone, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 MB = 1_000_000
 CAP, LEAK = 300 * MB, 10 * MB
 """Bytes: what a worker may have after a call, and what each run of leak.c keeps."""

@@ -10,6 +10,8 @@ import pytest
 from tests.programs import program
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 OWN = """
 import socket, tempfile
 def files(n=60):

@@ -26,6 +26,8 @@ from onnx_dl.model import ModelStatus
 from tests.sharing import own_runtime
 from tests.waiting import DEADLINE, allowed, eventually
 
+pytestmark = pytest.mark.slow
+
 DIGITS, WINE = str(model_path("digits")), str(model_path("wine"))
 
 

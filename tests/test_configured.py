@@ -23,6 +23,8 @@ from onnx_dl import (
 from tests.contract.both import CPU, F, model, node, tensor
 from tests.waiting import eventually, wait_for
 
+pytestmark = pytest.mark.slow
+
 X = np.full((1, 3), 5, np.float32)
 Opened = Callable[..., ModelHost]
 

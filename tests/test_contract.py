@@ -19,6 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.demo.assets import load_samples, model_path
 
+pytestmark = pytest.mark.slow
+
 CPU = ["CPUExecutionProvider"]
 DTYPES = {
     np.dtype(t): getattr(TensorProto, name)

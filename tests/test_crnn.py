@@ -18,6 +18,8 @@ from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.crnn import CHARACTERS, CPU, HEIGHT, WIDEST, Reader, lines, recogniser, text
 from tests.onnx_values import attempt
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = [160, 64, 640, 8, 161, 4, 320, 160]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPECTED = {
     "01_basic_usage.py": ["after the first use, loaded: True", "unloaded: True - loaded: False"],

@@ -20,6 +20,8 @@ from onnx_dl import EngineError, EventType, ExecutionSession, ModelHost, RunTime
 from tests.mlir import Compile, compiler
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 SHORT, LONG = (3, 4), (300, 400)
 """Shapes whose results are copied out, and handed over as views."""
 RANDOM = np.random.default_rng(0)

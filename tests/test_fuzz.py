@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SEED = os.environ.get("FUZZ_SEED", "1")
 BEYOND = 150

@@ -25,6 +25,8 @@ from tests.contract.both import CPU, F, model, node, scaled, tensor
 from tests.mlir import compiler
 from tests.waiting import DEADLINE, allowed, eventually, is_gone, worker_pid
 
+pytestmark = pytest.mark.slow
+
 X = np.full((1, 3), 5, np.float32)
 
 

@@ -20,6 +20,8 @@ from tests.sharing import belonging, own_runtime
 from tests.test_capacity import MB, weighty
 from tests.waiting import DEADLINE, eventually
 
+pytestmark = pytest.mark.slow
+
 make_settings = pytest.importorskip("gunicorn.config").make_settings
 
 WORKERS = 4

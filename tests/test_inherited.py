@@ -14,6 +14,8 @@ import pytest
 from onnx_dl.demo.assets import model_path
 from tests.test_application_death import assert_gone
 
+pytestmark = pytest.mark.slow
+
 USE = f"""
 import json, os, resource, signal, sys, threading, time
 import numpy as np, onnx_dl

@@ -13,6 +13,8 @@ import pytest
 from onnx_dl import InferenceSessionProxy, InstallationError, cli, installation
 from onnx_dl.demo.assets import model_path
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fresh_check() -> None:

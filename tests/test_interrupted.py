@@ -19,6 +19,8 @@ from tests.sharing import own_runtime
 from tests.slow import identity_model
 from tests.waiting import DEADLINE
 
+pytestmark = pytest.mark.slow
+
 INTERRUPTIONS = int(os.environ.get("ONNX_DL_TEST_INTERRUPTIONS", "60"))
 FORKS = int(os.environ.get("ONNX_DL_TEST_FORKS", "50"))
 SEED = os.environ.get("ONNX_DL_TEST_SEED", "1")

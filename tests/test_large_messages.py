@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.contract.both import CPU, I64, STR, F, equal, identity, maps, model, node, sequence, tensor
 
+pytestmark = pytest.mark.slow
+
 SIZES = [1, 4_000, 300_000, 50 << 20]
 TIMEOUT = 60.0
 """Seconds after which a call is ended that should have come back; most of 50 MB is copying."""

@@ -17,6 +17,8 @@ from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.workers.cache import WEIGHTS, Cache
 from tests.waiting import eventually, worker_pid
 
+pytestmark = pytest.mark.slow
+
 CPU = ["CPUExecutionProvider"]
 WIDTH = 1024
 X = np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32)

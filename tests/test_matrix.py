@@ -22,6 +22,8 @@ from tests.matrix import Cell
 from tests.stage import FOLDER, Misbehaving, Scene, belongings, bounded, ended, signal_order
 from tests.waiting import DEADLINE, eventually, is_gone, template_of
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 0.4
 """Seconds that a caller waits who has a deadline."""
 BOUND = TIMEOUT + 1.5

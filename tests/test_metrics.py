@@ -20,6 +20,8 @@ from tests.contract.both import CPU, scaled
 from tests.test_capacity import MB, value, weighty
 from tests.waiting import DEADLINE, allowed, eventually, family, is_gone, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 Samples = dict[tuple[str, ...], float]
 
 

@@ -21,6 +21,8 @@ from tests.sharing import own_runtime
 from tests.slow import identity_model
 from tests.waiting import allowed
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT: Final = 0.3
 BOUND: Final = TIMEOUT + 1.5
 """The deadline, the grace of a run that is told to end, and a busy machine."""

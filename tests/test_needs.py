@@ -17,6 +17,8 @@ from tests.contract.both import CPU, F, model, node, tensor
 from tests.test_capacity import MB, value, weighty
 from tests.waiting import DEADLINE
 
+pytestmark = pytest.mark.slow
+
 BIG = np.ones(16 << 20, np.float32)
 """64 MiB, of which a worker needs two or three while it runs."""
 

@@ -19,6 +19,8 @@ from tests.onnx_cases import Case, cases, sample
 from tests.onnx_node import MODES, compare, real
 from tests.onnx_values import CPU, picture
 
+pytestmark = pytest.mark.slow
+
 SEED = 1
 """Of the sample and of the mistakes.  Before you change it, see with ``--self`` that onnxruntime survives."""
 COUNT, PARTS = 60, 6

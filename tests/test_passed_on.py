@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.onnx_values import CPU
 
+pytestmark = pytest.mark.slow
+
 F, B = TensorProto.FLOAT, TensorProto.BOOL
 
 

@@ -21,6 +21,8 @@ from onnx_dl.launch import prepare
 from onnx_dl.patching import parse_models
 from tests.contract.both import CPU, fixed, scaled
 
+pytestmark = pytest.mark.slow
+
 X = np.ones((2, 3), np.float32)
 TWICE = (["twice"], {"x": X})
 

@@ -13,6 +13,8 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.onnx_values import CPU, attempt
 
+pytestmark = pytest.mark.slow
+
 ROWS = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 TEXTS = [
     "the cat sat",

@@ -24,6 +24,8 @@ from onnx_dl import host as hosts
 from onnx_dl.demo.assets import model_path
 from tests.waiting import DEADLINE, eventually, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 CPU = ["CPUExecutionProvider"]
 FEED = {"pixels": np.zeros((1, 64), np.float32)}
 

@@ -23,6 +23,8 @@ from tests.test_capacity import MB, proxies, value, weighty
 from tests.test_load_cache import no_saver_is_left, store
 from tests.waiting import eventually, is_gone
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["store"]  # a fixture
 
 COUNT, SIZE = 4, 40

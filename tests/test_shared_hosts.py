@@ -44,6 +44,8 @@ from tests.sharing import Forked, Kept, belonging, command, own_runtime
 from tests.slow import spin_model
 from tests.waiting import DEADLINE, allowed, eventually, is_gone, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 FOR_EVER = np.array(10**9)
 X = np.eye(64, dtype=np.float32)
 

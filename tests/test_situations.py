@@ -29,6 +29,8 @@ from tests.small import plus
 from tests.test_application_death import assert_gone, supervisors
 from tests.test_capacity import MB, weighty
 
+pytestmark = pytest.mark.slow
+
 ROOT: Final = Path(__file__).parent.parent
 SECONDS: Final = float(os.environ.get("ONNX_DL_TEST_SECONDS", "8"))
 """For how long everything happens at once; 60 by hand."""

@@ -23,6 +23,8 @@ from tests.slow import identity_model
 from tests.test_zero_copy import mapped_segments
 from tests.waiting import worker_pid
 
+pytestmark = pytest.mark.slow
+
 STEPS: list[tuple[Any, str]] = [
     (lane.ClientLane, "call"),
     (lane.ClientLane, "_moved"),
@@ -41,11 +43,11 @@ STEPS: list[tuple[Any, str]] = [
     (arena.Block, "ask"),
     (handover.Handover, "send"),
     (sockets.Channel, "post"),
-    (calls.BellCalls, "send"),
-    (calls.BellCalls, "again"),
+    (calls.CallerBellCalls, "send"),
+    (calls.CallerBellCalls, "again"),
     (bell.CallerBell, "ring"),
     (calls.ZmqCalls, "send"),
-    (calls.BellCalls, "next"),
+    (calls.CallerBellCalls, "next"),
     (calls.ZmqCalls, "next"),
     (handover.Handover, "next"),
     (lane.ClientLane, "receive"),

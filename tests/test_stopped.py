@@ -27,6 +27,8 @@ from tests.slow import identity_model
 from tests.test_mute_peers import METHODS, TIMEOUT, X, at_most, lane
 from tests.waiting import DEADLINE, allowed, eventually, worker_pid
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["lane"]  # a fixture
 
 BOUND: Final = TIMEOUT + 1.5

@@ -18,6 +18,8 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.contract.both import CPU, fixed, ortvalue, scaled
 
+pytestmark = pytest.mark.slow
+
 X = np.ones((2, 3), np.float32)
 
 

@@ -26,6 +26,8 @@ from tests.sharing import Forked, belonging, command, own_runtime
 from tests.versions import Program, Version, made
 from tests.waiting import DEADLINE, eventually
 
+pytestmark = pytest.mark.slow
+
 NEXT = f"protocol version {PROTOCOL_VERSION + 1}"
 AFTER_A_LOOK = solitude.LOOK_EVERY + DEADLINE
 

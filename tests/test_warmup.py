@@ -16,6 +16,8 @@ from tests.contract.both import CPU, STR, F, identity, model, node, tensor
 from tests.mlir import compiler
 from tests.waiting import eventually, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 Told = Callable[[ModelProxy, dict[str, Any]], None]
 
 _TOLD = """

@@ -26,6 +26,8 @@ from tests.sharing import Forked, own_runtime
 from tests.test_load_cache import is_saved, maps, no_saver_is_left, store  # noqa: F401
 from tests.waiting import eventually, wait_for, worker_pid
 
+pytestmark = pytest.mark.slow
+
 CPU = ["CPUExecutionProvider"]
 N = 4096
 X = np.zeros(N, np.float32)

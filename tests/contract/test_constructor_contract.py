@@ -37,6 +37,8 @@ from tests.contract.both import (
     tensor,
 )
 
+pytestmark = pytest.mark.slow
+
 GOOD = scaled()
 PREFIX = "[ONNXRuntimeError] : "
 

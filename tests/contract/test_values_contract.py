@@ -36,6 +36,8 @@ from tests.contract.both import (
     tensor,
 )
 
+pytestmark = pytest.mark.slow
+
 Fail, InvalidArgument = C.Fail, C.InvalidArgument
 
 

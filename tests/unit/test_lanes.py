@@ -34,7 +34,7 @@ from tests.unit.builders import DESCRIPTION
 from tests.waiting import DEADLINE
 
 SECRET = "s" * 32
-SIZES = [1, 4000, 5000, 300_000, 50 << 20]
+SIZES = [1, 4000, 5000, 300_000, pytest.param(50 << 20, marks=pytest.mark.slow)]
 BOUND = 30.0
 """Seconds that any message may take.  Most of it is copying; before, these never came back."""
 
