@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ os.environ["ONNX_DL_CACHE"] = "off"
 
 from onnx_dl import ModelHost
 from tests.waiting import DEADLINE, allowed
+
+# Programs that tests start begin as from a terminal, also where tests run under nohup or in the background.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _belongings() -> dict[str, set[object]]:

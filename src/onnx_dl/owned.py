@@ -32,7 +32,7 @@ _get = fcntl.fcntl
 class Descriptor:
     """An open file, closed when nobody holds this any more."""
 
-    __slots__ = ("__weakref__", "_identity", "_mark", "_numbers", "_pid")
+    __slots__ = ("__weakref__", "_identity", "_mark", "_numbers", "_pid", "_was_lost")
 
     def __init__(self, fd: int) -> None:
         """Takes over ``fd``.
@@ -43,6 +43,7 @@ class Descriptor:
         self._numbers: list[int] = []  # of one, or of none: pop() takes it out in one step
         self._identity = _identity(fd)
         self._pid = os.getpid()
+        self._was_lost = False
         self._mark = _marked(fd)
         self._numbers.append(fd)
         self._living[id(self)] = weakref.ref(self)
@@ -69,6 +70,12 @@ class Descriptor:
         except OSError:
             return False
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended in another way than by its owner: the program closed it, or this is a child that
+        was forked."""
+        return self._was_lost or (bool(self._numbers) and not self.holds())
+
     def duplicate(self) -> int | None:
         """Another descriptor of the same file, which the caller closes; None: this one is closed.
 
@@ -94,7 +101,10 @@ class Descriptor:
             number = self._numbers.pop()
         except IndexError:
             return None
-        return number if os.getpid() == self._pid and self._is_at(number) else None
+        if os.getpid() == self._pid and self._is_at(number):
+            return number
+        self._was_lost = True
+        return None
 
     def close(self) -> None:
         """May be called twice, and from any thread."""
@@ -105,6 +115,7 @@ class Descriptor:
         """In a forked child, at once: later the number may be another's."""
         self._pid = os.getpid()
         self.close()
+        self._was_lost = True
 
     def __del__(self) -> None:
         self._living.pop(id(self), None)

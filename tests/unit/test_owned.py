@@ -114,3 +114,12 @@ def test_what_another_thread_closes_meanwhile_has_no_duplicate(monkeypatch: pyte
     monkeypatch.setattr(Descriptor, "holds", lambda self: True)  # the look came before
     owner.close()
     assert owner.duplicate() is None
+
+
+def test_only_what_others_ended_is_lost() -> None:
+    mine, theirs = Descriptor(opened("memfd")), Descriptor(opened("memfd"))
+    os.close(theirs.number)
+    assert theirs.is_lost and not mine.is_lost
+    mine.close()
+    theirs.close()
+    assert theirs.is_lost and not mine.is_lost

@@ -205,10 +205,10 @@ class ZmqCalls:
         self.send(m.Same())
 
     def close(self) -> None:
-        if self._handover.channel.is_ours():
-            self._socket.close()
-        else:  # its descriptors are gone, too: ZeroMQ would use their numbers
+        if self._handover.channel.is_lost:  # so are the socket's own: ZeroMQ would use their numbers
             keep_for_ever(self._socket)
+        else:
+            self._socket.close()
 
 
 def _another(answered: int, asked: int) -> ProtocolError:

@@ -182,6 +182,11 @@ class Channel:
         """Whether the program has not closed the descriptor: another file may have its number by now."""
         return self._descriptor.holds()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the program closed the descriptor, and not :meth:`close`."""
+        return self._descriptor.is_lost
+
     def peer_pid(self) -> int:
         return _credentials(self._sock)[0]
 
