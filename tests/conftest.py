@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import psutil
 import pytest
 
@@ -17,8 +18,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # Tests neither read nor fill the user's cache.
 os.environ["ONNX_DL_CACHE"] = "off"
 
-from onnx_dl import ModelHost
-from tests.waiting import DEADLINE, allowed
+from onnx_dl import InferenceSessionProxy, ModelHost
+from tests.slow import identity_model
+from tests.waiting import DEADLINE, allowed, eventually
 
 # Programs that tests start begin as from a terminal, also where tests run under nohup or in the background.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -72,5 +74,11 @@ def module_host() -> Iterator[ModelHost]:
     """The host of a file's tests.  It runs before they count what they leave: each of them has its own
     sessions."""
     with ModelHost() as host:
-        host.start()
+        _use(host)
+        eventually(lambda: not host.snapshot().models, "the end of the model")
         yield host
+
+
+def _use(host: ModelHost) -> None:
+    """So that it has all that it keeps."""
+    InferenceSessionProxy(identity_model(), host=host).run(None, {"x": np.zeros(1, np.float32)})
