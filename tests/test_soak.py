@@ -1,0 +1,14 @@
+"""Calls and faults; in a file of its own, so that it runs beside others."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.played import play
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # it has a limit of its own
+
+
+def test_a_minute_of_calls_and_faults() -> None:
+    told = play("benchmarks.soak")
+    assert "wrong: 0" in told and "left: 0" in told and "recoveries:" in told
