@@ -19,6 +19,8 @@ from tests.contract.both import CPU, loop, scaled
 from tests.contract.test_async_contract import ENDLESS, TERMINATED
 from tests.waiting import DEADLINE
 
+pytestmark = pytest.mark.slow
+
 X = np.ones((2, 3), np.float32)
 
 

@@ -20,6 +20,8 @@ from onnx_dl import InferenceSessionProxy, ModelHost, binding, errors, options, 
 from tests.contract import both
 from tests.contract.both import CPU, ones, ortvalue
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "compatibility.md").read_text()
 CLASSES = {

@@ -6,6 +6,8 @@ import pytest
 
 from tests.programs import program
 
+pytestmark = pytest.mark.slow
+
 FORK = """
 def fork(child):
     "Runs child() in a forked process while the parent goes on; returns what waits for its end."

@@ -31,6 +31,8 @@ from tests.contract.both import (
     tensor,
 )
 
+pytestmark = pytest.mark.slow
+
 A, B = ones(2, 3), ones(1, 3)
 SUM, PRODUCT = np.full((2, 3), 2, np.float32), np.full((2, 3), 4, np.float32)
 PYBIND = "run(): incompatible function arguments. The following argument types are supported:"

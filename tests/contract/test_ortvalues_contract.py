@@ -37,6 +37,8 @@ from tests.contract.both import (
     tensor,
 )
 
+pytestmark = pytest.mark.slow
+
 A, B = ones(2, 3), ones(1, 3)
 FEED = {"a": ortvalue(A), "b": ortvalue(B)}
 CPU_DEVICE = onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()
