@@ -31,6 +31,7 @@ from onnx_dl.workers.cache import Cache, Entry
 from tests import fuzz_damage, fuzzing, zoo
 from tests.fuzz_variants import PLAIN, VARIANTS, Variant
 from tests.fuzzing import Wrong
+from tests.waiting import eventually
 
 SAVED: Final = 120.0
 """Seconds that a save may take: savers run when nobody else wants to."""
@@ -91,11 +92,13 @@ class Library:
 
     def await_entries(self, before: set[str]) -> list[Entry]:
         """What was saved since; nobody saves any more."""
-        deadline = time.monotonic() + SAVED
-        while not (new := [e for e in self.store.entries() if e.key not in before]) or self.savers():
-            if time.monotonic() > deadline:
-                raise Wrong(f"Nothing was saved in {SAVED:g} seconds.")
-            time.sleep(0.01)
+        new: list[Entry] = []
+
+        def is_there() -> bool:
+            new[:] = [entry for entry in self.store.entries() if entry.key not in before]
+            return bool(new) and not self.savers()
+
+        eventually(is_there, "something was saved", SAVED)
         return new
 
     def savers(self) -> list[psutil.Process]:
@@ -137,19 +140,15 @@ class Library:
 
     def until_quiet(self) -> None:
         """Nobody saves."""
-        deadline = time.monotonic() + SAVED
-        while self.savers():
-            if time.monotonic() > deadline:
-                raise Wrong(f"A saver is still there after {SAVED:g} seconds.")
-            time.sleep(0.01)
+        eventually(lambda: not self.savers(), "the end of the savers", SAVED)
 
     def await_whole(self, saved: Saved) -> None:
         """The entry is there again."""
-        deadline = time.monotonic() + SAVED
-        while self.store.find(saved.key) is None or self.savers():
-            if time.monotonic() > deadline:
-                raise Wrong(f"{saved.variant.name} was not saved again in {SAVED:g} seconds.")
-            time.sleep(0.01)
+        eventually(
+            lambda: self.store.find(saved.key) is not None and not self.savers(),
+            f"{saved.variant.name} was saved again",
+            SAVED,
+        )
 
     def is_mapped(self, proxy: InferenceSessionProxy) -> bool:
         key, models = proxy._spec.key, proxy._host.snapshot().models
@@ -303,10 +302,7 @@ def main(argv: list[str] | None = None) -> int:
             library.close()
     print(f"{library.mapped} loads were mapped, {library.plain} plain; {len(library.saved)} models")
     steps.clear()
-    if left := fuzzing.leftovers(descriptors):
-        print("LEFT:", *left, sep="\n  ", file=sys.stderr)
-        return 1
-    return status
+    return fuzzing.ended(status, descriptors)
 
 
 if __name__ == "__main__":

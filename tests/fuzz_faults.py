@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from onnx_dl.errors import RunTimeout, SupervisorDied, WorkerDied
 from tests import fuzz_calls, zoo
 from tests.fuzzing import Wrong
+from tests.waiting import eventually, is_gone
 
 if TYPE_CHECKING:
     from tests.fuzz_results import World
@@ -71,11 +72,7 @@ def _kill_a_worker(world: World, rng: random.Random) -> str:
 
 
 def _await_end(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        for _ in range(30_000):
-            os.kill(pid, 0)
-            time.sleep(0.001)
-        raise Wrong(f"Process {pid} was killed and is still there.")
+    eventually(lambda: is_gone(pid), f"the end of process {pid}, which was killed", CHILD)
 
 
 def kill_supervisor(world: World, rng: random.Random) -> str:
@@ -92,11 +89,7 @@ def kill_supervisor(world: World, rng: random.Random) -> str:
             fuzz_calls.answer(world.proxy(call.kind, lane), call, rng.choice(fuzz_calls.ways(call)))
         except (SupervisorDied, WorkerDied):
             failed += 1
-    deadline = time.monotonic() + CHILD
-    while _supervisor_of(world, lane) == pid:
-        if time.monotonic() > deadline:
-            raise Wrong("A supervisor that was killed is still said to run.")
-        time.sleep(0.001)
+    eventually(lambda: _supervisor_of(world, lane) != pid, "a supervisor that was killed is known", CHILD)
     return f"pid {pid}, {failed} calls failed"
 
 

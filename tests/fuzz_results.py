@@ -116,10 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         world.held.clear()
         world.close()
     del world
-    if left := fuzzing.leftovers(descriptors):
-        print("LEFT:", *left, sep="\n  ", file=sys.stderr)
-        return 1
-    return status
+    return fuzzing.ended(status, descriptors)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
+from tests.waiting import eventually
+
 HANG: Final = 120.0
 """Seconds after which a step hangs."""
 
@@ -117,12 +119,25 @@ class Player:
         print(f"WRONG: {where}. To see it again: {again}", file=sys.stderr, flush=True)
 
 
+def ended(status: int, descriptors: int) -> int:
+    """The exit status of a program that closed everything: 1 where something is left all the same."""
+    if left := leftovers(descriptors):
+        print("LEFT:", *left, sep="\n  ", file=sys.stderr)
+        return 1
+    return status
+
+
 def leftovers(descriptors: int) -> list[str]:
     """What this process still has, some seconds after it closed everything."""
-    deadline = time.monotonic() + 10
-    while (left := _left(descriptors)) and time.monotonic() < deadline:
+    left: list[str] = []
+
+    def nothing_is_left() -> bool:
         gc.collect()
-        time.sleep(0.01)
+        left[:] = _left(descriptors)
+        return not left
+
+    with contextlib.suppress(AssertionError):  # the caller tells of it
+        eventually(nothing_is_left, "nothing is left", 10)
     return left
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout, WorkerDied
 from tests.contract.both import CPU, loop, scaled
 from tests.contract.test_async_contract import ENDLESS, TERMINATED
-from tests.waiting import DEADLINE
+from tests.waiting import DEADLINE, eventually
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +41,7 @@ def computing(proxy: InferenceSessionProxy) -> Callable[[], None]:
     idle = worker.cpu_times().user
 
     def wait() -> None:
-        deadline = time.monotonic() + DEADLINE
-        while worker.cpu_times().user < idle + 0.1:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        eventually(lambda: worker.cpu_times().user >= idle + 0.1, "the worker computes")
 
     return wait
 

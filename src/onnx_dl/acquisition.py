@@ -44,19 +44,18 @@ class _Request:
         if self.is_over or self.asked.future.done() or self.connection is not connection:
             return False
         self._waiting.append(None)
-        return not self.is_over or self.leave()
+        if self.is_over:
+            self.leave()
+            return False
+        return True
 
-    def leave(self, withdrawal: m.Withdraw | None = None) -> bool:
-        """One thread waits no more.  The last one says so, also where the answer may have crossed that.
-
-        Returns false.
-        """
+    def leave(self, withdrawal: m.Withdraw | None = None) -> None:
+        """One thread waits no more.  The last one says so, also where the answer may have crossed that."""
         self._waiting.pop()
         if not self._waiting:
             self.is_over = True
             if not self._waiting and self.connection.forget(self.asked) and withdrawal is not None:
                 self.connection.tell(withdrawal)
-        return False
 
 
 class Acquisition:

@@ -64,8 +64,6 @@ class Lease:
         self.priority = priority
         self.granted: m.Granted | None = None
         self.closed = False
-        self.key = ""
-        """Of the model that it is a claim to."""
         self.told = False
         """Whether its owner heard what onnxruntime said while it loaded the model."""
 
@@ -365,7 +363,7 @@ class RemoteModel:
             raise BlockingIOError("no lane is idle")
         if deadline is not None:
             deadline.check("the worker")
-        granted = self._acquire(lease, deadline)
+        granted = self.acquire(lease, deadline)
         # A proxy that is new to the worker may use the lanes that others left idle.
         return self._idle_lane(lease) or self._open_lane(granted, lease.latency, deadline)
 
@@ -437,15 +435,6 @@ class RemoteModel:
         serving = self._last
         return serving is not None and not self.connection.closed and self._may_use(serving, lease)
 
-    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
-        """A worker for this proxy, loaded if need be.
-
-        Raises:
-            DeadlinePassed: ``deadline`` did.  The load goes on.
-            Exception: the load failed, or why there is none.
-        """
-        return self._acquire(lease, deadline)
-
     def give_back(self, lease: Lease) -> None:
         """This proxy holds no worker until it uses the model again."""
         lease.granted = None
@@ -458,7 +447,13 @@ class RemoteModel:
         connection = self.connection if self._last is None else self._last.connection
         connection.tell(m.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
 
-    def _acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
+    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
+        """A worker for this proxy, loaded if need be.
+
+        Raises:
+            DeadlinePassed: ``deadline`` did.  The load goes on.
+            Exception: the load failed, or why there is none.
+        """
         if granted := self._current(lease):
             return granted
         if lease.closed:
@@ -583,7 +578,7 @@ class RemoteModel:
         Raises:
             DeadlinePassed: the deadline did.
         """
-        while not self._begin_block(self._acquire(lease, deadline), deadline):
+        while not self._begin_block(self.acquire(lease, deadline), deadline):
             if deadline is not None:
                 deadline.check("the worker")
 
@@ -647,7 +642,7 @@ class RemoteModel:
         TTL of 0, where a use would, the model waits for its first call."""
         if lease.ttl == 0:
             while self._current(lease) is None:
-                self._acquire(lease, deadline)
+                self.acquire(lease, deadline)
         else:
             self._perform(
                 lease, lambda lane: m.Touch(), watch=None if deadline is None else Watch(deadline=deadline)
@@ -676,14 +671,16 @@ class RemoteModel:
         """The connection has ended: nothing that is shared with workers is of use any more."""
         if self.connection is not connection:  # it was moved meanwhile
             return
-        if (serving := self._last) is not None:
-            serving.leave()
-        close_all(self._holds.take())
+        self._part()
 
     def move(self, connection: Connection, blobs: Sequence[SharedBlob]) -> None:
         """From now on this is the model at another host.  An answer of the last one that is still on its way
         leads to a worker that is gone, and the model is asked for again."""
         self.connection, self._blobs = connection, blobs
+        self._part()
+
+    def _part(self) -> None:
+        """Closes every lane to the worker, also those that hold it."""
         if (serving := self._last) is not None:
             serving.leave()
         close_all(self._holds.take())

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnx_dl.nodes import NodeArg
 from onnx_dl.transport import packing
+from onnx_dl.transport.plans import are_text
 from onnx_dl.transport.tensors import is_plain
 
 USERS: Final = 256
@@ -79,14 +80,13 @@ def names_of(output_names: Any) -> Any:
     return names if are_names(names) else _refused(names)
 
 
-_TEXT: Final = frozenset((str,))
 _VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
 _AS_LISTS: Final = (GeneratorType, set, frozenset, map, zip, *_VIEWS)
 
 
 def are_names(names: list[Any]) -> bool:
     """Whether these are text, without surrogates, of which onnxruntime says that they are none."""
-    return _TEXT.issuperset(map(type, names)) and _can_travel("".join(names))
+    return are_text(names) and _can_travel("".join(names))
 
 
 def _can_travel(text: str) -> bool:

@@ -72,7 +72,6 @@ class ModelProxy:
         self._remote: RemoteModel | None = None
         self._used: RemoteModel | None = None
         """The model whose worker this proxy has found to have read what is there."""
-        self._lease.key = spec.key
         self._host.join(self)
         # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
         # itself for ever.
@@ -299,7 +298,6 @@ class ModelProxy:
         Threads of this proxy may come to that at the same time, from the same key."""
         now = files.look_at(self._spec.where, [file.name for file in read.files])
         self._spec = msgspec.structs.replace(self._spec, key=model_key(key, now))
-        self._lease.key = self._spec.key
 
     def _described_model(self) -> RemoteModel:
         """The model, whose description is known or comes with a load.  What was said by a worker that is gone

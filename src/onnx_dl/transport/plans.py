@@ -25,6 +25,7 @@ from onnx_dl.transport.messages import Again, Call, Items, Packed, Tensor, Text,
 MOST: Final = 64
 """Calls that one lane remembers; the next one has number 0, with which both ends forget all others."""
 
+_TEXT: Final = frozenset((str,))
 _KINDS: Final = frozenset("biufcUO")
 """Of arrays whose bytes are all that could differ the next time, and of text."""
 
@@ -37,7 +38,7 @@ def key_of(
     ``moved``: names of inputs that lie elsewhere each time.  Names are text and nothing else, because what is
     equal to a text need not be one to onnxruntime.
     """
-    if outputs is not None and not _are_names(outputs):
+    if outputs is not None and not (type(outputs) in (list, tuple) and are_text(outputs)):
         return None
     parts: list[Any] = [
         keep,
@@ -51,8 +52,9 @@ def key_of(
     return tuple(parts)
 
 
-def _are_names(outputs: Any) -> bool:
-    return type(outputs) in (list, tuple) and all(type(name) is str for name in outputs)
+def are_text(names: Iterable[Any]) -> bool:
+    """Whether each is a plain ``str``, and nothing that only equals one."""
+    return _TEXT.issuperset(map(type, names))
 
 
 def can_repeat(feed: Mapping[Any, Any]) -> bool:

@@ -251,8 +251,7 @@ class Repeats:
         self._run(repeat, repeat.fed(self._lane, {}), [])
 
     def _find(self, number: int) -> Repeat | None:
-        if self._drops != self._lane.drops:
-            self._let_go()
+        self.review()
         return self._repeats.get(number)
 
     def _run(self, repeat: Repeat, feed: dict[str, Any], key: list[int]) -> None:
