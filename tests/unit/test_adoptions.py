@@ -41,7 +41,7 @@ def test_what_its_owner_lets_go_is_dropped_with_the_next_message():
     mine, peer = arena()
     other, (one, two) = blocks(2)
     numbers = mine.adopt(one), mine.adopt(two)
-    one.leased = False
+    one.end_lease()
     del one
     other.trim()
     gc.collect()
@@ -55,7 +55,7 @@ def test_what_is_gone_is_dropped_when_nothing_is_adopted_any_more():
     mine, peer = arena()
     other, (one,) = blocks(1)
     number = mine.adopt(one)
-    one.leased = False
+    one.end_lease()
     del one
     other.trim()
     for _ in range(100):

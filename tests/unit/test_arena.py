@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
-from onnx_dl.transport import shm
+from onnx_dl.transport import arena as arena_module
+from onnx_dl.transport import ordering, shm
 from onnx_dl.transport.arena import (
     HEADER,
     IDLE_TURNS,
@@ -111,7 +113,7 @@ def test_exact_fit_and_empty(block):
 
 
 def test_lease_ends_with_the_last_view(block):
-    block.leased = True
+    block.lease()
     array = block.held_array("<i4", (2, 4), 64)
     assert array.flags.writeable and array.flags.c_contiguous
     array[:] = 5
@@ -125,8 +127,35 @@ def test_lease_ends_with_the_last_view(block):
     assert not block.leased
 
 
+def clear(address):
+    """What a store-release does, but for its order."""
+    ctypes.c_uint32.from_address(address).value = 0
+
+
+@pytest.mark.parametrize("release", [None, clear])
+def test_the_end_of_a_lease_leaves_the_other_words_of_the_header(block, monkeypatch, release):
+    monkeypatch.setattr(arena_module, "release", release)
+    block.lease()
+    block.ask(2**63)
+    block.clock = 2**64 - 1
+    block.end_lease()
+    block.begin()
+    assert (block.leased, block.clock, block.begun) == (False, 2**64 - 1, 2**63)
+
+
+def test_machines_that_keep_the_order_of_writes_pay_for_nothing():
+    assert ordering.release_for("x86_64") is None
+
+
+@pytest.mark.skipif(ordering.release is None, reason="this machine needs no store-release")
+def test_store_release_clears_four_bytes():
+    words = (ctypes.c_uint32 * 2)(1, 7)
+    ordering.release(ctypes.addressof(words))
+    assert list(words) == [0, 7]
+
+
 def test_refused_held_array_does_not_end_somebody_elses_lease(block):
-    block.leased = True
+    block.lease()
     with pytest.raises(ProtocolError):
         block.held_array("<f4", (2000,), 0)
     gc.collect()
@@ -150,10 +179,10 @@ def test_clock_and_lease_are_seen_by_both_sides():
     block = a.page()
     theirs = peer.get(block.number)
     block.clock = 123
-    theirs.leased = True
+    theirs.lease()
     assert theirs.clock == 123
     assert block.leased
-    theirs.leased = False
+    theirs.end_lease()
     assert not block.leased
 
 
@@ -251,7 +280,7 @@ def test_leased_block_is_not_used_again_until_the_peer_clears_it():
     one = a.lease(MB)
     two = a.lease(MB)
     assert one is not two and one.leased and two.leased
-    peer.get(one.number).leased = False
+    peer.get(one.number).end_lease()
     assert a.lease(MB) is one
     assert one.leased
     assert peer.calls == [("shared", one.number), ("shared", two.number)]
@@ -261,7 +290,7 @@ def test_lease_takes_the_smallest_that_fits_and_none_that_is_far_too_large():
     a, _ = arena()
     small, middle, large = a.lease(MB), a.lease(2 * MB), a.lease(50 * MB)
     for block in (large, middle, small):
-        block.leased = False
+        block.end_lease()
     assert a.lease(int(1.5 * MB)) is middle
     assert a.lease(MB) is small
     assert a.lease(MB) not in (small, middle, large)
@@ -277,10 +306,10 @@ def test_free_blocks_are_given_back_after_a_burst():
     a, peer = arena()
     burst = [a.lease(MB) for _ in range(20)]
     for block in burst:
-        block.leased = False
+        block.end_lease()
     keep = a.lease(MB)
     for _ in range(3 * IDLE_TURNS):
-        keep.leased = False
+        keep.end_lease()
         assert a.lease(MB) is keep
     dropped = {number for kind, number in peer.calls if kind == "dropped"}
     assert dropped == {block.number for block in burst} - {keep.number}
@@ -294,7 +323,7 @@ def test_held_blocks_are_not_given_back():
         a.scratch(10)
     assert a.nbytes >= held.size
     assert ("dropped", held.number) not in peer.calls
-    held.leased = False
+    held.end_lease()
     for _ in range(2 * IDLE_TURNS):
         a.scratch(10)
     assert ("dropped", held.number) in peer.calls
@@ -304,7 +333,7 @@ def test_trim_gives_back_all_that_nobody_holds():
     a, peer = arena()
     a.scratch(MB)
     free, held = a.lease(MB), a.lease(MB)
-    free.leased = False
+    free.end_lease()
     a.trim()
     assert a.nbytes == held.size
     assert {n for kind, n in peer.calls if kind == "dropped"} == {1, free.number}
@@ -349,7 +378,7 @@ def test_memory_is_given_back_to_the_system():
     before, fds = mapped_bytes(), open_segments()
     a, peer = arena()
     a.scratch(20 * MB)
-    a.lease(20 * MB).leased = False
+    a.lease(20 * MB).end_lease()
     assert mapped_bytes() - before >= 80 * MB  # both sides map both
     a.trim()
     gc.collect()
@@ -407,7 +436,7 @@ def test_a_message_that_announces_enough_leases_no_new_block():
     kept = a.lease(MB)
     peer.room = 0
     assert a.lease(MB) is None
-    kept.leased = False
+    kept.end_lease()
     assert a.lease(MB) is kept, "the peer knows this one"
     assert a.scratch(MB).size == MB, "without scratch no message could be sent"
     assert a.letter(MB).size == MB
@@ -433,7 +462,7 @@ def test_letters_use_free_blocks_again_and_go_when_they_are_not_used():
     leased = a.lease(MB)
     assert leased is letter, "a letter is valid until the next message"
     assert a.letter(MB) is not leased
-    leased.leased = False
+    leased.end_lease()
     for _ in range(3 * IDLE_TURNS):
         a.scratch(10)
     assert a.nbytes == SMALLEST

@@ -186,7 +186,7 @@ def test_many_blocks_that_are_dropped_at_once(pair: Pair):
         pair.request(m.Touch())
     assert pair.worker.mappings.nbytes > 40 * MOST_NEW * 1000
     for block in pair.client.arena._blocks:
-        block.leased = False
+        block.end_lease()
     pair.client.arena.trim()
     assert pair.client.send(m.encode(m.Touch()))
     assert len(waiting(pair.worker.channel)) <= PACKET

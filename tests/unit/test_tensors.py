@@ -417,7 +417,7 @@ HOSTILE = [
 def test_hostile_values_are_protocol_errors(value, leased):
     a, peer = arena()
     block = a.scratch(100)
-    block.leased = True
+    block.lease()
 
     def find(number: int):
         if (found := peer.mappings.get(number)) is None:

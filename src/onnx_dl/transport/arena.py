@@ -26,6 +26,7 @@ from onnx_dl.forking import lazily
 from onnx_dl.transport import shm
 from onnx_dl.transport.adoptions import Adoptions
 from onnx_dl.transport.leases import Lease
+from onnx_dl.transport.ordering import release
 
 HEADER: Final = 64
 """Bytes before the payload; onnxruntime's own outputs are 64-byte aligned, so ours are too."""
@@ -37,7 +38,9 @@ IDLE_TURNS: Final = 32
 _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
 _LEASE, _CLOCK, _ASKED, _BEGUN = range(4)  # 8-byte words of the header
-_GIVEN_AWAY: Final = 2
+_FREE, _LEASED, _GIVEN_AWAY = range(3)
+"""States of a lease.  They fit into the word's first four bytes, which :mod:`onnx_dl.transport.ordering`
+clears; all machines that Linux's onnxruntime is built for are little-endian."""
 
 
 def size_class(nbytes: int) -> int:
@@ -132,9 +135,16 @@ class Block:
     def leased(self) -> bool:
         return bool(self._words[_LEASE]) or self.mapping.is_private
 
-    @leased.setter
-    def leased(self, value: bool) -> None:
-        self._words[_LEASE] = value
+    def lease(self) -> None:
+        """By the owner, before the peer is told of it."""
+        self._words[_LEASE] = _LEASED
+
+    def end_lease(self) -> None:
+        """By the holder: the block is the owner's again, who may write to it from this moment on."""
+        if release is None:
+            self._words[_LEASE] = _FREE
+        else:
+            release(self.mapping.address + 8 * _LEASE)
 
     @property
     def is_given_away(self) -> bool:
@@ -279,7 +289,7 @@ class Arena:
             if self._announcer.room <= 0:
                 return None
             block = self._add(nbytes)
-        block.leased = True
+        block.lease()
         block.last_turn = self._turn
         return block
 

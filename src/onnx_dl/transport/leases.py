@@ -37,7 +37,7 @@ class Lease:
 
     def __del__(self) -> None:
         self._living.pop(id(self), None)
-        self.block.leased = False
+        self.block.end_lease()
 
     _living: dict[int, weakref.ref[Lease]] = {}
 

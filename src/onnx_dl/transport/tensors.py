@@ -102,7 +102,7 @@ class Packer:
     def abandon(self) -> None:
         """Takes back the leases of a message that will not be sent."""
         for block in self._leases:
-            block.leased = False
+            block.end_lease()
 
     def _node(self, value: Any) -> Any:
         """The value as one of: array, _Written, Parts of these, or what may travel in the message itself."""

@@ -291,7 +291,7 @@ def _say(lane: WorkerLane, reply: bytes) -> None:
 
 def _release(blocks: list[Block]) -> None:
     for block in blocks:
-        block.leased = False
+        block.end_lease()
 
 
 def _nbytes(tensor: m.Tensor) -> int:
