@@ -1,4 +1,4 @@
-"""Plays a fuzzer, or the soak, for a short time.
+"""Plays a fuzzer, or the soak, for half a minute.
 
 By hand for an hour: ``python -m tests.fuzz_results --minutes 60 --seed 1``, and so on.  Each is a program of
 its own, because it forks, kills what it started, and changes what holds for its whole process.
@@ -20,7 +20,7 @@ BEYOND = 150
 
 def play(module: str) -> str:
     """What it printed; fails where it found something, with what it printed."""
-    minutes = float(os.environ.get("FUZZ_MINUTES", "1"))
+    minutes = float(os.environ.get("FUZZ_MINUTES", "0.4"))
     done = subprocess.run(
         [sys.executable, "-m", module, "--minutes", str(minutes), "--seed", SEED],
         cwd=ROOT,

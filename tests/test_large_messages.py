@@ -19,9 +19,9 @@ from tests.contract.both import CPU, I64, STR, F, equal, identity, maps, model, 
 
 pytestmark = pytest.mark.slow
 
-SIZES = [1, 4_000, 300_000, 50 << 20]
+SIZES = [1, 4_000, 300_000, 12 << 20]
 TIMEOUT = 60.0
-"""Seconds after which a call is ended that should have come back; most of 50 MB is copying."""
+"""Seconds after which a call is ended that should have come back; most of 12 MB is copying."""
 
 
 @pytest.fixture(params=["bell", "zmq"])

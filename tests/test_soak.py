@@ -9,6 +9,6 @@ from tests.played import play
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # it has a limit of its own
 
 
-def test_a_minute_of_calls_and_faults() -> None:
+def test_calls_and_faults_at_random() -> None:
     told = play("benchmarks.soak")
     assert "wrong: 0" in told and "left: 0" in told and "recoveries:" in told
