@@ -294,11 +294,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that the load cache may take; beyond that, what was not used for longest goes."""
     cache_from: _Seconds = 0.15
     """Loads that take at least this long are saved for the next time."""
+    worker_stderr: str = "inherit"
+    """Where an application writes what its own host's workers write on stderr: ``inherit``, to its stderr;
+    ``log``, to the logger ``onnx_dl.worker``."""
     metrics: str = ""
     """Where the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``; empty: nowhere."""
 
 
-_CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq"), "cache": ("on", "off")}
+_CHOICES: Final = {
+    "start": ("fork", "exec"),
+    "lane": ("socket", "zmq"),
+    "cache": ("on", "off"),
+    "worker_stderr": ("inherit", "log"),
+}
+
+
+def parse_worker_stderr(value: object) -> str:
+    """``"inherit"`` or ``"log"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    if value not in _CHOICES["worker_stderr"]:
+        raise ConfigError(f'worker_stderr={value!r} is neither "inherit" nor "log".')
+    return str(value)
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:

@@ -36,6 +36,7 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.sockets import Channel, Context, Waker
+from onnx_dl.workerlines import Said, WorkerLines
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
@@ -78,9 +79,11 @@ class Connection:
         on_end: Callable[[Connection], None],
         tidy: Callable[[], bool],
         deadline: Deadline | None = None,
+        lines: WorkerLines | None = None,
     ) -> None:
         """Connects.  ``on_end`` is called when this connection has ended, to close all lanes; ``tidy`` some
-        seconds after :meth:`arm`, and again for as long as it says that something is left to do.
+        seconds after :meth:`arm`, and again for as long as it says that something is left to do.  ``lines``
+        takes what workers write on stderr.
 
         Raises:
             SupervisorUnreachable: nobody answers within ``timeout`` seconds, or by ``deadline``.
@@ -95,6 +98,7 @@ class Connection:
         self._on_event = on_event
         self._on_end = on_end
         self._tidy = tidy
+        self._lines = lines or WorkerLines()
         self._armed = False
         self._heard_at = time.monotonic()
         self._identity = secrets.token_bytes(16)
@@ -243,7 +247,9 @@ class Connection:
         limit = Deadline(self.timeout if patience is None else min(patience, _LONGEST), outer=deadline)
         while True:
             try:
-                return asked.future.result(limit.step(self.timeout))
+                answer = asked.future.result(limit.step(self.timeout))
+                self._lines.catch_up()  # what was written before the answer can be read before it
+                return answer
             except TimeoutError:
                 if asked.future.done():  # meanwhile, or the error is its own
                     return asked.future.result()
@@ -297,6 +303,7 @@ class Connection:
         self.end()
         if not self.lost and self._thread is not threading.current_thread():
             self._thread.join(self.timeout)
+            self._lines.catch_up()
 
     def end(self) -> None:
         """Like :meth:`close`, without waiting."""
@@ -318,6 +325,7 @@ class Connection:
         self._end_context()
         self._fail_all()
         self._on_end(self)
+        self._lines.end()
 
     def abandon(self) -> None:
         """In a forked child: the parent's threads and sockets are not ours to use or to close."""
@@ -393,6 +401,9 @@ class Connection:
     def _take_in(self, message: Any) -> None:
         if isinstance(message, m.Published):
             self._on_event(message.event)
+        elif isinstance(message, m.Wrote):
+            wrote = (message.worker_id, message.model, message.pid, message.text, message.last)
+            self._lines.put(Said(*wrote))
         elif future := self._pending.get(message.ticket):
             future.set_result(message)
 
@@ -402,6 +413,7 @@ class Connection:
         self._fail_all()
         self._on_end(self)
         self._end_context()
+        self._lines.end()
 
     def _fail_all(self) -> None:
         for future in list(self._pending.values()):

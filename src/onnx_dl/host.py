@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_dl import installation, starting, surroundings
 from onnx_dl.background import Background
 from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
-from onnx_dl.config import check_platform, parse_size, parse_timeout, settings
+from onnx_dl.config import check_platform, parse_size, parse_timeout, parse_worker_stderr, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
@@ -37,6 +37,7 @@ from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
+from onnx_dl.workerlines import WorkerLines
 
 _T = TypeVar("_T")
 
@@ -100,6 +101,7 @@ class ModelHost:
         memory_limit: int | str | None = None,
         gpu_memory_limit: int | str | None = None,
         config: str | os.PathLike[str] | None = None,
+        worker_stderr: str | None = None,
     ) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
         ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
@@ -110,14 +112,21 @@ class ModelHost:
         None: what ``ONNX_DL_CONFIG`` says.  It is read when the supervisor starts, which raises if it cannot
         be used, and again whenever it changes.
 
+        ``worker_stderr``: where lines go that workers write on stderr: ``"inherit"``, to this application's
+        stderr as it is at that moment; ``"log"``, to the logger ``onnx_dl.worker``; None: what
+        ``ONNX_DL_WORKER_STDERR`` says.
+
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size.
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size, or ``worker_stderr`` neither
+                of its two.
         """
         limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
         given = {name: str(parse_size(size)) for name, size in limits.items() if size is not None}
         self._firm = list(given)
         if config is not None:
             given["config"] = os.path.abspath(config)
+        if worker_stderr is not None:
+            given["worker_stderr"] = parse_worker_stderr(worker_stderr)
         self._settings = msgspec.structs.replace(settings(), **given)
         self._bus = EventBus()
         self._grouped: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
@@ -247,6 +256,7 @@ class ModelHost:
             functools.partial(_shut_all, models),
             lambda: _tidy(models, self._buffers),
             deadline,
+            WorkerLines(log=self._settings.worker_stderr == "log"),
         )
         if connection.build and connection.build != (ours := installation.build()):
             connection.close()

@@ -141,6 +141,12 @@ def _marked(fd: int) -> int:
     return _NONE
 
 
+def is_ours(fd: int) -> bool:
+    """Whether this number is, now, that of a descriptor of ours."""
+    owners = [owner for ref in list(Descriptor._living.values()) if (owner := ref()) is not None]
+    return any(owner.number == fd and owner.holds() for owner in owners)
+
+
 def keep_for_ever(thing: object) -> None:
     """Nothing finalizes it, not even the interpreter's end."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

@@ -17,6 +17,7 @@ import pytest
 from onnx_dl.supervisor import templateprocess
 from onnx_dl.supervisor.main import _PR_SET_CHILD_SUBREAPER, _take_in_orphans
 from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.transport.gauges import Reading
 from tests.waiting import DEADLINE, eventually
 
@@ -54,6 +55,8 @@ class Rig:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self.told.append(("exited", worker_id, status))
+
+    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None: ...
 
     def saver_ended(self, status: int) -> None: ...
 

@@ -42,14 +42,16 @@ from onnx_dl.supervisor.commands import (
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
+from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import RESERVE, Processes
 from onnx_dl.supervisor.records import HOST
+from onnx_dl.supervisor.relay import MOST_UNREAD, Relay
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.supervisor.wakeups import Wakeups
-from onnx_dl.supervisor.workerprocess import MOST_BLOBS
+from onnx_dl.supervisor.workerprocess import MOST_BLOBS, WorkerProcess
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -78,11 +80,12 @@ class Supervisor:
         foreground: bool = False,
         firm: Sequence[str] = (),
         application: int | None = None,
+        stderr: Relay | None = None,
     ) -> None:
         """``place``: where applications find it, if it serves more than the one that started it; it then
         stays for a while without clients, or, in the ``foreground``, until it is told to go.  ``firm``: the
         names of settings that the host's file does not change.  ``application``: a descriptor that is
-        readable when the only application is gone that this serves.
+        readable when the only application is gone that this serves.  ``stderr``: takes what workers write.
 
         Raises:
             OnnxDLError: what the settings or the file ask for cannot be had.
@@ -95,6 +98,7 @@ class Supervisor:
         self._processes = processes
         self._settings = settings
         self._place = place
+        self._stderr = stderr or Relay(Outlet(2))
         self._foreground = foreground
         self._returns = False
         epoch = time.time() - time.monotonic()
@@ -130,6 +134,7 @@ class Supervisor:
             self._mind_loneliness()
             self._take_in(sockets.readable(self._sources(), self._patience()))
             self._pass_time(time.monotonic())
+            self._pass_on()
         if self._place is not None and not self._returns:
             self._place.withdraw()
         if self._scrape is not None:
@@ -280,6 +285,7 @@ class Supervisor:
             case TellWorker(worker_id, message):
                 self._send(self._identities[worker_id], message)
             case TellClient(client, message) if client != HOST:
+                self._pass_on()  # what was written before comes before
                 self._send(client, message)
             case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
                 why = failure.args[0] if failure.args else failure.name
@@ -326,12 +332,26 @@ class Supervisor:
     def _send(self, identity: bytes, message: m.Message) -> None:
         self._control.send(identity, m.encode(message))
 
+    def _pass_on(self) -> None:
+        """What this process and workers have written on stderr since the last time."""
+        self._stderr.pour(self._told_to_application)
+
+    def _told_to_application(self, wrote: m.Wrote) -> bool:
+        """Whether there is one that has this supervisor for itself, and reads."""
+        identity = next(self._clients.identities(), None) if self._place is None else None
+        unread = None if identity is None else self._control.unread(identity)
+        if identity is None or unread is None or unread > MOST_UNREAD:
+            return False
+        self._send(identity, wrote)
+        return True
+
     def _start_worker(self, worker_id: int, spec: ModelSpec) -> None:
         identity = self._identities[worker_id] = secrets.token_bytes(16)
         self._workers[identity] = worker_id
         if uses_gpu(spec):
             self._on_gpu.add(worker_id)
-        self._processes.spawn(worker_id, identity, self._blobs(spec), pristine=spec.pristine)
+        blobs = self._blobs(spec)
+        self._processes.spawn(worker_id, identity, blobs, model=spec.name, pristine=spec.pristine)
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -385,6 +405,10 @@ class Supervisor:
             )
             self._carry_out(commands)
 
+    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None:
+        worker_id, pid = process.worker_id, process.pid or 0
+        self._stderr.put(m.Wrote(worker_id=worker_id, model=process.model, pid=pid, text=text, last=last))
+
     def _start_saver(self, wish: Wish) -> None:
         blob = None if wish.blob is None else self._clients.blobs().get(wish.blob)
         if wish.blob is not None and blob is None:  # the application that gave it is gone
@@ -418,6 +442,7 @@ class Supervisor:
                 self._processes.greeted(worker_id)
                 return scheduler.on_started(worker_id)
             case m.WorkerReady():
+                self._processes.drain(worker_id)
                 self._runs_measured[worker_id] = 0
                 if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
                     self._meter().loaded(pid)
@@ -425,6 +450,7 @@ class Supervisor:
             case m.Saveable():
                 return scheduler.on_saveable(message, now)
             case m.WorkerFailed():
+                self._processes.drain(worker_id)
                 return scheduler.on_load_failed(message, now)
             case m.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now, message.reason)

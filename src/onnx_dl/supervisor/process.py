@@ -11,14 +11,12 @@ import collections
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
 from onnx_dl import descriptors
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
 from onnx_dl.supervisor.workerprocess import COST, WorkerProcess
@@ -39,6 +37,8 @@ class Witness(Protocol):
     def spawn_failed(self, worker_id: int, reason: str) -> None: ...
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None: ...
+
+    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None: ...
 
     def saver_ended(self, status: int) -> None: ...
 
@@ -103,6 +103,7 @@ class Processes:
         identity: bytes,
         blobs: Mapping[str, int] = MappingProxyType({}),
         *,
+        model: str = "",
         pristine: bool = False,
     ) -> None:
         """Starts a worker process.
@@ -110,6 +111,7 @@ class Processes:
         Args:
             identity: the routing id of its control socket.
             blobs: descriptors of the memory that its model is loaded from, by name.
+            model: its name.
             pristine: it is to have made no session of the engine before.
 
         Raises:
@@ -119,7 +121,8 @@ class Processes:
         owed = sum(process.owed for process in self._processes.values())
         if descriptors.free() - owed < COST + len(blobs) + RESERVE:
             raise descriptors.exhausted("A worker process")
-        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, pristine=pristine)
+        process = WorkerProcess(worker_id, identity, blobs, model=model, pristine=pristine)
+        self._processes[worker_id] = process
         self._pending.append(process)
         self._dispatch()
 
@@ -148,13 +151,23 @@ class Processes:
         """Takes in what came on these descriptors."""
         for process in self._processes.values():
             if process.stderr.open and process.stderr.fileno() in ready:
-                with boundary(f"stderr of worker {process.worker_id}", process.mute):
-                    _pass_on(process.stderr.pump())
+                self._pump(process)
         template = self._template
         if template and template.open and template.channel.fileno() in ready:
             self._hear(template)
             if not template.open:
                 self.reap()  # SIGCHLD may have come before
+
+    def drain(self, worker_id: int) -> None:
+        """Takes in what a worker has written: before somebody is told of what it has done since."""
+        process = self._processes.get(worker_id)
+        if process is not None and process.stderr.open:
+            self._pump(process)
+
+    def _pump(self, process: WorkerProcess) -> None:
+        with boundary(f"stderr of worker {process.worker_id}", process.mute):
+            if text := process.stderr.pump():
+                self._witness.wrote(process, text)
 
     def reap(self) -> None:
         """Collects every child that has ended; called after SIGCHLD."""
@@ -300,14 +313,8 @@ class Processes:
         del self._processes[process.worker_id]
         reading = process.page.gauges.read()
         stderr, rest = process.buried()
-        _pass_on(rest)
+        self._witness.wrote(process, rest, last=True)
         self._witness.exited(process.worker_id, status, stderr, reading)
-
-
-def _pass_on(data: bytes) -> None:
-    """What workers write on stderr belongs on ours."""
-    if isinstance(sys.stderr, Outlet):
-        sys.stderr.pass_on(data)
 
 
 def _ended_child() -> int | None:

@@ -65,16 +65,23 @@ class WorkerProcess:
     """From the request for it until it is reaped."""
 
     def __init__(
-        self, worker_id: int, identity: bytes, blobs: Mapping[str, int], *, pristine: bool = False
+        self,
+        worker_id: int,
+        identity: bytes,
+        blobs: Mapping[str, int],
+        *,
+        model: str = "",
+        pristine: bool = False,
     ) -> None:
-        """``blobs``: descriptors of the memory that its model is loaded from, by name; ``pristine``: it is to
-        have made no session of the engine before.
+        """``blobs``: descriptors of the memory that its model is loaded from, by name; ``model``: its name;
+        ``pristine``: it is to have made no session of the engine before.
 
         Raises:
             OSError: the system has no descriptors or memory left; nothing is left open.
         """
         self.worker_id = worker_id
         self.identity = identity
+        self.model = model
         self._pristine = pristine
         self.pid: int | None = None
         self.condemned = False

@@ -299,6 +299,20 @@ class Published(Message):
     event: ModelEvent
 
 
+class Wrote(Message):
+    """What a process has written on stderr, for the application of a private supervisor to write it to the
+    stderr that it has now.
+
+    ``worker_id`` and ``model``: 0 and empty for the supervisor itself; ``last``: the process has ended.
+    """
+
+    pid: int
+    text: bytes
+    worker_id: int = 0
+    model: str = ""
+    last: bool = False
+
+
 # --- control: supervisor <-> worker over ZeroMQ ----------------------------------------------------------
 
 
@@ -564,7 +578,7 @@ FromClient = (
     | AskFate
     | Shutdown
 )
-ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
+ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published | Wrote
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
