@@ -106,7 +106,7 @@ def test_a_load_that_fails(host: ModelHost, capfd: pytest.CaptureFixture[str]) -
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 0
     broken = InferenceSessionProxy(chatty_model()[:-40], options, providers=CPU, host=host)
-    with pytest.raises(Exception, match="(?i)protobuf parsing failed"):
+    with pytest.raises(Exception, match=r"(?i)protobuf parsing failed"):
         broken.load()
     del broken
     assert "onnxruntime" in capfd.readouterr().err

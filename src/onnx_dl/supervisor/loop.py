@@ -24,6 +24,7 @@ from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorEr
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.rendezvous import Place
+from onnx_dl.standing import Standing
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
 from onnx_dl.supervisor.clients import Client, Clients
@@ -118,6 +119,8 @@ class Supervisor:
         """Workers whose models ask for a GPU."""
         self._runs_measured: dict[int, int] = {}
         """The runs that a worker had made when it was looked at."""
+        self._standings: dict[str, Standing | None] = {}
+        """What the next worker of a model or group has from the thread that asked last."""
         self._metrics = Metrics()
         self._wakeups = Wakeups(foreground)
         self._todo: collections.deque[Command] = collections.deque()
@@ -350,8 +353,14 @@ class Supervisor:
         self._workers[identity] = worker_id
         if uses_gpu(spec):
             self._on_gpu.add(worker_id)
-        blobs = self._blobs(spec)
-        self._processes.spawn(worker_id, identity, blobs, model=spec.name, pristine=spec.pristine)
+        self._processes.spawn(
+            worker_id,
+            identity,
+            self._blobs(spec),
+            model=spec.name,
+            pristine=spec.pristine,
+            standing=self._standings.get(spec.unit),
+        )
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -535,6 +544,8 @@ class Supervisor:
         match message:
             case m.Acquire():
                 self._check_blobs(client, message)
+                if self._place is None:  # else applications would decide for each other
+                    self._standings[message.spec.unit] = message.standing
                 self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Withdraw():

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from onnx_dl import descriptors
+from onnx_dl.standing import Standing
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
@@ -105,6 +106,7 @@ class Processes:
         *,
         model: str = "",
         pristine: bool = False,
+        standing: Standing | None = None,
     ) -> None:
         """Starts a worker process.
 
@@ -113,6 +115,7 @@ class Processes:
             blobs: descriptors of the memory that its model is loaded from, by name.
             model: its name.
             pristine: it is to have made no session of the engine before.
+            standing: what it has from the application that asked for it; None: what this process has.
 
         Raises:
             DescriptorsExhausted: it needs more descriptors than this process may have.
@@ -121,7 +124,7 @@ class Processes:
         owed = sum(process.owed for process in self._processes.values())
         if descriptors.free() - owed < COST + len(blobs) + RESERVE:
             raise descriptors.exhausted("A worker process")
-        process = WorkerProcess(worker_id, identity, blobs, model=model, pristine=pristine)
+        process = WorkerProcess(worker_id, identity, blobs, model=model, pristine=pristine, standing=standing)
         self._processes[worker_id] = process
         self._pending.append(process)
         self._dispatch()

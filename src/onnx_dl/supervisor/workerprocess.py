@@ -12,6 +12,7 @@ import signal
 from collections.abc import Mapping
 from typing import Final
 
+from onnx_dl.standing import Standing
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -72,9 +73,10 @@ class WorkerProcess:
         *,
         model: str = "",
         pristine: bool = False,
+        standing: Standing | None = None,
     ) -> None:
         """``blobs``: descriptors of the memory that its model is loaded from, by name; ``model``: its name;
-        ``pristine``: it is to have made no session of the engine before.
+        ``pristine``: it is to have made no session of the engine before; ``standing``: None: as this process.
 
         Raises:
             OSError: the system has no descriptors or memory left; nothing is left open.
@@ -83,6 +85,7 @@ class WorkerProcess:
         self.identity = identity
         self.model = model
         self._pristine = pristine
+        self._standing = standing
         self.pid: int | None = None
         self.condemned = False
         self.greeted = False
@@ -116,6 +119,7 @@ class WorkerProcess:
             control=control,
             blobs=list(self._blobs),
             pristine=self._pristine,
+            standing=self._standing,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
         sent = channel.send(m.encode(message), fds)

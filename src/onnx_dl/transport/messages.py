@@ -16,6 +16,7 @@ from msgspec import Meta
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
+from onnx_dl.standing import Standing
 
 PROTOCOL_VERSION = 5
 
@@ -150,6 +151,8 @@ class Acquire(Message):
     """It is the host that is to hold the model from then on, also when the client is gone."""
     companions: list[ModelSpec] = []
     """Other models of its group that this client has proxies of: they are loaded together."""
+    standing: Standing | None = None
+    """Of the thread that asks: a private host's worker has it, if this has it loaded."""
 
 
 class Outdated(Message):
@@ -417,6 +420,8 @@ class Spawn(Message):
     control: str
     blobs: list[str] = []
     pristine: bool = False
+    standing: Standing | None = None
+    """What the worker has instead of what the supervisor has."""
     version: int = PROTOCOL_VERSION
     """Of the supervisor.  The package may have been replaced on disk since it was started."""
 

@@ -23,7 +23,7 @@ import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import recorder, surroundings
+from onnx_dl import recorder, standing, surroundings
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -123,6 +123,8 @@ class Template:
         """The rest of this process's life is a worker's; ``middle``: its parent until that has left."""
         try:
             self._channel.close()
+            if spawn.standing is not None:
+                standing.take(spawn.standing)  # before there is another thread
             if spawn.pristine and self._used:
                 self._begin_anew(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
