@@ -258,8 +258,9 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment can change.  Times are in seconds."""
 
-    python: str = sys.executable
-    """The interpreter for our processes; to be set where an embedding application is ``sys.executable``."""
+    python: str = ""
+    """The interpreter for our processes; empty: one like the application's (:mod:`onnx_dl.interpreters`), or
+    the application itself where it is frozen (:mod:`onnx_dl.boot`)."""
     lane: str = "socket"
     """``socket``: calls go over a Unix socket, ZeroMQ carries control; ``zmq``: calls go over ZeroMQ too."""
     start: str = "fork"

@@ -49,7 +49,6 @@ class Orders(Starter, frozen=True, kw_only=True):
 
     address: str
     secret: str
-    sys_path: list[str]
     settings: Settings
     host: str | None = None
     """The name under which other applications find it."""
@@ -102,7 +101,7 @@ def serve(orders: Orders, place: Place | None) -> None:
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # what the last one of this name wrote
     settings = orders.settings
-    processes = Processes(orders.sys_path, settings.start, settings.start_timeout, time.monotonic)
+    processes = Processes(settings.start, settings.start_timeout, time.monotonic)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 

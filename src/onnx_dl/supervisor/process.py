@@ -47,13 +47,12 @@ class Witness(Protocol):
 class Processes:
     """All worker processes.  The template is started at once: its imports take longest."""
 
-    def __init__(self, sys_path: list[str], mode: str, patience: float, now: Callable[[], float]) -> None:
+    def __init__(self, mode: str, patience: float, now: Callable[[], float]) -> None:
         """``patience``: seconds in which a template answers, and becomes ready; ``now``: the clock.
 
         Raises:
             OSError: the system has no process for a template, or no descriptors.
         """
-        self._sys_path = sys_path
         self._mode = mode
         self._patience = patience
         self._now = now
@@ -196,8 +195,7 @@ class Processes:
         Raises:
             OSError: the system has no process for it, or no memory.
         """
-        environment = os.environ | SINGLE_THREADED
-        self._saver = SaverProcess(self._sys_path, environment, order, blob, memory)
+        self._saver = SaverProcess(os.environ | SINGLE_THREADED, order, blob, memory)
 
     def end_saver(self) -> None:
         if self._saver is not None:
@@ -217,7 +215,7 @@ class Processes:
     # --- the template -------------------------------------------------------------------------------------
 
     def _new_template(self) -> TemplateProcess:
-        return TemplateProcess(self._sys_path, self._mode, self._now(), self._patience)
+        return TemplateProcess(self._mode, self._now(), self._patience)
 
     def _dispatch(self) -> None:
         """Asks for the next worker, if there is a template that is free."""

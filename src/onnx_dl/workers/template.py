@@ -23,7 +23,7 @@ import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import recorder, standing, surroundings
+from onnx_dl import boot, recorder, standing, surroundings
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -154,8 +154,7 @@ class Template:
         ours, theirs = Channel.pair()
         ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
         os.set_inheritable(theirs.fileno(), True)
-        *same, _, _ = sys.orig_argv[1:]
-        os.execv(sys.executable, [sys.executable, *same, str(theirs.fileno()), _WORKER])
+        os.execve(*boot.launch("template", theirs.fileno(), _WORKER))
 
     def _tell(self, message: m.Message) -> None:
         if not self._channel.send(m.encode(message)):
