@@ -18,6 +18,12 @@ from msgspec import Meta
 
 _RESETS: Final = 0x40000000
 """SCHED_RESET_ON_FORK: whom the thread starts has the usual policy."""
+Mask = Annotated[bytes, Meta(max_length=1024)]
+Nice = Annotated[int, Meta(ge=-20, le=19)]
+Policy = Annotated[int, Meta(ge=0, le=255)]
+Priority = Annotated[int, Meta(ge=0, le=99)]
+Mode = Annotated[int, Meta(ge=0, le=0o777)]
+
 _STATUS: Final = Path("/proc/thread-self/status")
 
 
@@ -28,11 +34,11 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     the scheduler, such as SCHED_BATCH and 0.
     """
 
-    processors: Annotated[bytes, Meta(max_length=1024)] | None = None
-    nice: Annotated[int, Meta(ge=-20, le=19)] | None = None
-    policy: Annotated[int, Meta(ge=0, le=255)] | None = None
-    priority: Annotated[int, Meta(ge=0, le=99)] = 0
-    umask: Annotated[int, Meta(ge=0, le=0o777)] | None = None
+    processors: Mask | None = None
+    nice: Nice | None = None
+    policy: Policy | None = None
+    priority: Priority = 0
+    umask: Mode | None = None
 
 
 def of_this_thread() -> Standing:
