@@ -401,7 +401,7 @@ class ModelHost:
             self._settings,
             self._shared(connection, spec, memory),
             functools.partial(self._renew, memory),
-            functools.partial(self._members, spec.group),
+            functools.partial(self._members, spec),
             self._spare_lanes,
             is_shared=self.name is not None,
         )
@@ -422,12 +422,14 @@ class ModelHost:
         if proxy.group is not None:
             self._grouped[id(proxy)] = proxy
 
-    def _members(self, group: str | None) -> list[RemoteModel]:
-        """Of this application.  One that cannot be had is left out; its own callers hear why."""
+    def _members(self, spec: ModelSpec) -> list[RemoteModel]:
+        """Of its group, in this application.  One that cannot be had is left out; its callers hear why."""
         found: dict[str, RemoteModel] = {}
-        for proxy in _alive(self._grouped) if group is not None else ():
+        for proxy in _alive(self._grouped) if spec.group is not None else ():
             with contextlib.suppress(OnnxDLError, OSError):
-                if proxy.group == group and (model := proxy.companion()) is not None:
+                if proxy.group != spec.group or (model := proxy.companion()) is None:
+                    continue
+                if model.spec.unit == spec.unit:
                     found[model.spec.key] = model
         return list(found.values())
 
@@ -483,6 +485,7 @@ class ModelHost:
         ttl: float | str | None = None,
         pin: bool | None = None,
         priority: int | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> ModelStatus:
         """Loads a model and has the host itself hold it, also when this application is gone.
 
@@ -491,13 +494,14 @@ class ModelHost:
             ttl: seconds without use after which it unloads all the same; -1: never; None: what the host's
                 file says of a name, else never.
             pin, priority: as a proxy's; None: what the host's file says.
+            environment: as a proxy's, of a path.
 
         Returns:
             How the model fares now.
 
         Raises: what the model's first call would raise.
         """
-        terms = {"ttl": ttl, "pin": pin, "priority": priority}
+        terms = {"ttl": ttl, "pin": pin, "priority": priority, "environment": environment or None}
         given = {name: value for name, value in terms.items() if value is not None}
         with self.open(model, **given) as proxy:
             status: ModelStatus = proxy.adopt()

@@ -28,6 +28,7 @@ HEIGHT = {
     "smallfiles": 1,
     "tomllines": 1,
     "lifecycle": 1,
+    "environment": 1,
     "model": 1,
     "config": 1,
     "deadline": 1,
@@ -83,7 +84,10 @@ HEIGHT = {
     "__main__": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
-GROUPS = [{"acquisition", "client", "connection", "serving", "watch"}, {"lifecycle", "model", "config"}]
+GROUPS = [
+    {"acquisition", "client", "connection", "serving", "watch"},
+    {"environment", "lifecycle", "model", "config"},
+]
 ENGINE = {"workers.ort", "workers.ort_calls", "workers.ort_session"}
 ZMQ = {
     "transport.sockets",

@@ -33,7 +33,7 @@ class Made:
     def attach(self, control: str, witness: Any) -> None:
         self.witness = witness
 
-    def spawn(self, worker_id: int, identity: bytes, blobs: Any, **how: Any) -> None:
+    def spawn(self, worker_id: int, identity: bytes, blobs: Any, birth: Any) -> None:
         if self.refuses is not None:
             raise self.refuses
         self.identities[worker_id] = identity

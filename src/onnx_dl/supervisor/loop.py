@@ -52,7 +52,7 @@ from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.supervisor.wakeups import Wakeups
-from onnx_dl.supervisor.workerprocess import MOST_BLOBS, WorkerProcess
+from onnx_dl.supervisor.workerprocess import MOST_BLOBS, Birth, WorkerProcess
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -353,14 +353,8 @@ class Supervisor:
         self._workers[identity] = worker_id
         if uses_gpu(spec):
             self._on_gpu.add(worker_id)
-        self._processes.spawn(
-            worker_id,
-            identity,
-            self._blobs(spec),
-            model=spec.name,
-            pristine=spec.pristine,
-            standing=self._standings.get(spec.unit),
-        )
+        birth = Birth(spec.name, spec.pristine, self._standings.get(spec.unit), spec.environment)
+        self._processes.spawn(worker_id, identity, self._blobs(spec), birth)
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -423,7 +417,7 @@ class Supervisor:
         if wish.blob is not None and blob is None:  # the application that gave it is gone
             self.saver_ended(0)
         else:
-            self._processes.start_saver(wish.order, blob, wish.need.ram)
+            self._processes.start_saver(wish.order, blob, wish.need.ram, wish.environment)
 
     def saver_ended(self, status: int) -> None:
         with boundary("the end of a saver", self._end_search):

@@ -16,11 +16,11 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from onnx_dl import descriptors
-from onnx_dl.standing import Standing
+from onnx_dl.environment import Environment
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
-from onnx_dl.supervisor.workerprocess import COST, WorkerProcess
+from onnx_dl.supervisor.workerprocess import COST, Birth, WorkerProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
@@ -102,19 +102,14 @@ class Processes:
         worker_id: int,
         identity: bytes,
         blobs: Mapping[str, int] = MappingProxyType({}),
-        *,
-        model: str = "",
-        pristine: bool = False,
-        standing: Standing | None = None,
+        birth: Birth = Birth(),  # noqa: B008 - is immutable
     ) -> None:
         """Starts a worker process.
 
         Args:
             identity: the routing id of its control socket.
             blobs: descriptors of the memory that its model is loaded from, by name.
-            model: its name.
-            pristine: it is to have made no session of the engine before.
-            standing: what it has from the application that asked for it; None: what this process has.
+            birth: what else it is to begin with.
 
         Raises:
             DescriptorsExhausted: it needs more descriptors than this process may have.
@@ -123,8 +118,7 @@ class Processes:
         owed = sum(process.owed for process in self._processes.values())
         if descriptors.free() - owed < COST + len(blobs) + RESERVE:
             raise descriptors.exhausted("A worker process")
-        process = WorkerProcess(worker_id, identity, blobs, model=model, pristine=pristine, standing=standing)
-        self._processes[worker_id] = process
+        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, birth)
         self._pending.append(process)
         self._dispatch()
 
@@ -189,13 +183,13 @@ class Processes:
 
     # --- the saver ----------------------------------------------------------------------------------------
 
-    def start_saver(self, order: str, blob: int | None, memory: int) -> None:
+    def start_saver(self, order: str, blob: int | None, memory: int, environment: Environment) -> None:
         """Starts the process that saves a model, of which there is one at most.
 
         Raises:
             OSError: the system has no process for it, or no memory.
         """
-        self._saver = SaverProcess(os.environ | SINGLE_THREADED, order, blob, memory)
+        self._saver = SaverProcess(environment.over(os.environ | SINGLE_THREADED), order, blob, memory)
 
     def end_saver(self) -> None:
         if self._saver is not None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
@@ -356,7 +357,7 @@ class Saveable(Message):
     """The model is worth saving for the load cache.
 
     ``nbytes``: of its files, or as it was given; ``blob``: the memory that it was given as; ``order``: what
-    the process is to be told that saves it.
+    the process is to be told that saves it, which has the ``environment``, too.
     """
 
     worker_id: int
@@ -364,6 +365,7 @@ class Saveable(Message):
     nbytes: Count
     blob: str | None
     order: str
+    environment: Environment = NOTHING
 
 
 class WorkerFailed(Message):
@@ -422,6 +424,8 @@ class Spawn(Message):
     pristine: bool = False
     standing: Standing | None = None
     """What the worker has instead of what the supervisor has."""
+    environment: Environment = NOTHING
+    """If there is one, the worker is a fresh interpreter, which starts with it."""
     version: int = PROTOCOL_VERSION
     """Of the supervisor.  The package may have been replaced on disk since it was started."""
 
