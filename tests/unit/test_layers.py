@@ -14,6 +14,8 @@ import onnx_dl
 ROOT = Path(onnx_dl.__file__).parent
 # From the bottom.  A room is a module, or a package with all that is in it.
 HEIGHT = {
+    "concurrency": -1,
+    "waits": 0,
     "errors": 0,
     "files": 0,
     "forking": 1,
@@ -27,7 +29,8 @@ HEIGHT = {
     "model": 1,
     "config": 1,
     "deadline": 1,
-    "background": 2,
+    "threads": 2,
+    "background": 3,
     "events": 2,
     "telling": 3,
     "installation": 2,
@@ -170,7 +173,13 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.dealer", "transport.face", "transport.router", "transport.sockets"}
+    assert users == {
+        "concurrency",
+        "transport.dealer",
+        "transport.face",
+        "transport.router",
+        "transport.sockets",
+    }
 
 
 @pytest.mark.parametrize(
