@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import descriptors, remarks
+from onnx_dl import descriptors, remarks, waits
 from onnx_dl.acquisition import Acquisition, Make, Renew
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
@@ -252,7 +252,7 @@ class RemoteModel:
                 if not self._spare():
                     raise descriptors.exhausted(f"A call of {self.spec.name}") from error
             if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
-                time.sleep(min(_PAUSE * attempt, _LONGEST_PAUSE))
+                waits.pause(min(_PAUSE * attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable")
 
     def _made(self, lane: ClientLane, make: Callable[[ClientLane], Any]) -> Any:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
+from onnx_dl import waits
 from onnx_dl.errors import ConfigError, PlatformError
 
 KEEP: Final = -1.0
@@ -369,6 +370,8 @@ def check_platform() -> None:
             "onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); "
             f"this is {sys.platform}. Use onnxruntime.InferenceSession here."
         )
+    if (why := waits.refusal()) is not None:
+        raise PlatformError(why)
 
 
 def fresh_address(role: str) -> str:

@@ -11,15 +11,14 @@ import contextlib
 import itertools
 import math
 import os
-import queue
 import secrets
 import select
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from onnx_dl import concurrency
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
     OnnxDLError,
@@ -32,6 +31,7 @@ from onnx_dl.errors import (
 from onnx_dl.events import ModelEvent
 from onnx_dl.forking import Promise, refuse
 from onnx_dl.owned import keep_for_ever
+from onnx_dl.threads import Thread
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
@@ -107,12 +107,12 @@ class Connection:
         self._contexts: dict[None, Context] = {}  # of one, or of none: each change is one step
         self._control = self._connect(f"{address}/control", Deadline(timeout, outer=deadline))
         self._waker = Waker()
-        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._outbox: concurrency.SimpleQueue[bytes] = concurrency.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, Promise[Any]] = {}
         self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         """Memory that was handed over, by name; for whoever did."""
-        self._thread = threading.Thread(target=self._serve, name="onnx-dl-client", daemon=True)
+        self._thread = Thread(self._serve, "onnx-dl-client")
         self._thread.start()
         _connections[id(self)] = self
 
@@ -209,7 +209,7 @@ class Connection:
         self.check_thread()
         if not self.usable:
             raise self._died()
-        asked = Asked(next(self._tickets), Promise(self._thread))
+        asked = Asked(next(self._tickets), Promise(self._thread.number))
         self._pending[asked.ticket] = asked.future
         try:
             if self.closed:  # looked at last: whoever ends it says so before going through what is pending
@@ -266,7 +266,7 @@ class Connection:
 
     def check_thread(self) -> None:
         """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""
-        if self._thread is threading.current_thread():
+        if self._thread.is_this:
             refuse("the one that takes in what the supervisor says")
 
     def tell(self, message: m.Message) -> None:
@@ -301,7 +301,7 @@ class Connection:
     def close(self) -> None:
         """Lets go of the supervisor, which releases all that this application held."""
         self.end()
-        if not self.lost and self._thread is not threading.current_thread():
+        if not self.lost and not self._thread.is_this:
             self._thread.join(self.timeout)
             self._lines.catch_up()
 
@@ -342,7 +342,7 @@ class Connection:
                 self._tear_down()
 
     def _attend(self) -> None:
-        poll = select.poll()
+        poll = concurrency.poll()
         for end in (self._lifeline, self._waker):
             poll.register(end.fileno(), select.POLLIN)
         tidy_at = math.inf
@@ -380,7 +380,7 @@ class Connection:
 
     def _hear_last_words(self) -> None:
         """Events and answers that were sent before the end."""
-        poll = select.poll()
+        poll = concurrency.poll()
         poll.register(self._control.fileno(), select.POLLIN)
         while not self._control.gone and poll.poll(_LAST_WORDS * 1000):
             self._hear()
@@ -389,7 +389,7 @@ class Connection:
         while self._control.is_let_in:
             try:
                 self._control.send(self._outbox.get_nowait())
-            except queue.Empty:
+            except concurrency.Empty:
                 return
 
     def _hear(self) -> None:

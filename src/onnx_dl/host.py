@@ -12,7 +12,6 @@ import contextlib
 import functools
 import importlib
 import os
-import queue
 import subprocess
 import sys
 import weakref
@@ -23,7 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting, surroundings
+from onnx_dl import installation, starting, surroundings, waits
 from onnx_dl.background import Background
 from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
 from onnx_dl.config import check_platform, parse_size, parse_timeout, parse_worker_stderr, settings
@@ -37,6 +36,7 @@ from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
+from onnx_dl.waits import Mailbox
 from onnx_dl.workerlines import WorkerLines
 
 _T = TypeVar("_T")
@@ -287,7 +287,7 @@ class ModelHost:
         waiting = list(proxies)
         failed: list[Exception] = []
         deadline = Deadline(parse_timeout(timeout), movable=True)
-        ended: queue.SimpleQueue[tuple[Preloadable, BaseException | None]] = queue.SimpleQueue()
+        ended: Mailbox[tuple[Preloadable, BaseException | None]] = Mailbox()
         loads = [
             Background(functools.partial(_load, proxy, deadline, ended), "onnx-dl-preload")
             for proxy in waiting
@@ -607,7 +607,7 @@ class ModelHost:
 def _load(
     proxy: Preloadable,
     deadline: Deadline,
-    ended: queue.SimpleQueue[tuple[Preloadable, BaseException | None]],
+    ended: Mailbox[tuple[Preloadable, BaseException | None]],
     _: Deadline,
 ) -> None:
     try:
@@ -647,9 +647,7 @@ def _end(process: subprocess.Popen[bytes] | None) -> None:
     """Waits for a supervisor that ends, and kills one that does not."""
     if process is None:
         return
-    try:
-        process.wait(_FAREWELL)
-    except subprocess.TimeoutExpired:
+    if not waits.ended(process, _FAREWELL):
         process.kill()  # its workers die with it: PR_SET_PDEATHSIG
         process.wait()
 

@@ -14,12 +14,11 @@ import importlib
 import logging
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import config
+from onnx_dl import concurrency, config
 from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.forking import Guard, importing
@@ -176,7 +175,7 @@ _lock: Final = Guard()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
-_inside: Final = threading.local()
+_inside: Final = concurrency.local()
 _undo: list[Callable[[], None]] = []
 """What gives the constructors back; methods keep asking the proxies of sessions that live on."""
 

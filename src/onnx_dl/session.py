@@ -216,11 +216,11 @@ class InferenceSessionProxy(DescribedProxy):
         *,
         timeout: float | None = None,
     ) -> list[Any]:
-        """:meth:`run` as a coroutine, without a thread per call.  Cancelling its task ends the run.
+        """:meth:`run` for asyncio and trio, without a thread per call.  Cancelling it ends the run.
 
         Up to 32 calls of one model run at a time; others wait their turn.
         """
-        asynchronous = importing("onnx_dl.asynchronous")  # and asyncio: 50 ms that most need not pay
+        asynchronous = importing("onnx_dl.asynchronous")
 
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
@@ -247,7 +247,7 @@ class InferenceSessionProxy(DescribedProxy):
         timeout: float | None = None,
     ) -> None:
         """onnxruntime's own: returns at once; ``callback(results, user_data, error)`` is called in another
-        thread, one that other callbacks share.  For asyncio there is :meth:`arun`.
+        thread, one that other callbacks share.  For coroutines there is :meth:`arun`.
 
         ``timeout``: seconds after which the run is told to end, and the callback is told so.
 

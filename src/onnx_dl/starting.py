@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import boot, census, config, forking, surroundings
+from onnx_dl import boot, census, concurrency, config, forking, surroundings, waits
 from onnx_dl.boot import Launch
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
@@ -103,7 +103,7 @@ def reach(
             _start_shared(place, settings, deadline)
             answer = Deadline(settings.start_timeout, outer=deadline)
         else:
-            time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
+            waits.pause(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
 
 def runs(name: str) -> bool:
@@ -127,7 +127,7 @@ def _await_end(place: Place, pid: int, patience: float) -> None:
             raise TimeoutError(
                 f"The host {place.name!r} (pid {pid}) is still there after {patience:g} seconds."
             )
-        time.sleep(_LOOK_EVERY)
+        waits.pause(_LOOK_EVERY)
 
 
 def terminate(seen: Sighting) -> None:
@@ -146,7 +146,7 @@ def terminate(seen: Sighting) -> None:
             if place.holder() == seen.pid:  # else the number may be another process's by now
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
-            os.close(fd)
+            concurrency.close(fd)
     _await_end(place, seen.pid, config.settings().exit_grace + _FAREWELL)
 
 
@@ -177,8 +177,8 @@ def _start_shared(place: Place, settings: Settings, deadline: Deadline) -> None:
         end = f"\nThe end of {place.log}:\n{last}" if last else ""
         raise SupervisorStartError(f"The host {place.name!r} did not come up. {error}{end}") from error
     finally:
-        os.close(log)
-    process.wait(settings.start_timeout)  # it has put a process of its own into the background
+        concurrency.close(log)
+    waits.ended(process, settings.start_timeout)  # it has put a process of its own into the background
 
 
 def _launch(settings: Settings) -> Launch:
@@ -218,7 +218,7 @@ def _spawn(
     """A supervisor process that has its orders, and where it says that they are carried out."""
     ready, ready_write = os.pipe()
     try:
-        process = subprocess.Popen(
+        process = concurrency.popen(
             launch.argv,
             env=launch.environment,
             stdin=subprocess.PIPE,
@@ -229,13 +229,13 @@ def _spawn(
             **streams,
         )
     except OSError as error:
-        os.close(ready)
+        concurrency.close(ready)
         raise SupervisorStartError(
             f"Cannot start {launch.program!r} ({error}). ONNX_DL_PYTHON may be set to the path of an "
             "interpreter of the same version."
         ) from error
     finally:
-        os.close(ready_write)
+        concurrency.close(ready_write)
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
         stdin.write(json.dumps(orders | {"ready_fd": ready_write}).encode())
@@ -243,9 +243,7 @@ def _spawn(
 
 
 def _is_readable(fd: int, limit: Deadline) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    while not poll.poll(1000 * (limit.step() or 0.0)):
+    while not waits.ready(fd, select.POLLIN, limit.step() or 0.0):
         if limit.passed:
             return False
     return True
@@ -258,7 +256,7 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) 
         if said in (_READY, _TAKEN):
             return said == _READY
     finally:
-        os.close(ready)
+        concurrency.close(ready)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the group: one in the background is a child of this process
     status = process.wait()

@@ -11,18 +11,17 @@ import collections
 import contextlib
 import logging
 import os
-import queue
 import re
 import select
 import signal
-import threading
 import traceback
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from onnx_dl import owned
+from onnx_dl import concurrency, owned, waits
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.forking import Promise
+from onnx_dl.threads import Thread
 
 logger = logging.getLogger("onnx_dl.worker")
 
@@ -105,10 +104,11 @@ class WorkerLines:
     def __init__(self, *, log: bool = False) -> None:
         """``log``: to the logger, instead of descriptor 2."""
         self._log = log
-        self._waiting: queue.SimpleQueue[Said | Promise[None] | None] = queue.SimpleQueue()
+        self._waiting: concurrency.SimpleQueue[Said | Promise[None] | None] = concurrency.SimpleQueue()
         self._token: collections.deque[None] = collections.deque([None])
         self._lines = Lines()
-        self._writer: threading.Thread | None = None
+        self._writer: int | None = None
+        """The number of the thread that writes."""
         # Each is written by one thread only: who puts, or who writes.
         self._put = self._dropped = 0
         self._done = self._told = 0
@@ -127,7 +127,7 @@ class WorkerLines:
     def catch_up(self) -> None:
         """Returns when all that was put before is written, or soon: a caller goes on when what its load has
         written can be read, unless nobody reads."""
-        if self._put == self._done or self._stuck or self._writer is threading.current_thread():
+        if self._put == self._done or self._stuck or self._writer == concurrency.get_ident():
             return
         mark: Promise[None] = Promise()
         self._give(mark)
@@ -146,9 +146,8 @@ class WorkerLines:
     def _give(self, item: Said | Promise[None] | None) -> None:
         self._waiting.put(item)
         if self._token:
-            thread = threading.Thread(target=self._write_all, name="onnx-dl-stderr", daemon=True)
             with contextlib.suppress(RuntimeError):  # no thread to be had; the next piece tries again
-                thread.start()
+                Thread(self._write_all, "onnx-dl-stderr").start()
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -161,7 +160,7 @@ class WorkerLines:
                 self._token.pop()
             except IndexError:  # another thread writes
                 return
-            self._writer = threading.current_thread()
+            self._writer = concurrency.get_ident()
             try:
                 self._write_until_idle()
             finally:
@@ -169,7 +168,7 @@ class WorkerLines:
                 self._token.append(None)
 
     def _write_until_idle(self) -> None:
-        with contextlib.suppress(queue.Empty):
+        with contextlib.suppress(concurrency.Empty):
             while self._take(self._waiting.get(timeout=_IDLE)):
                 pass
 
@@ -220,10 +219,4 @@ def _write(fd: int, data: bytes) -> None:
             try:
                 data = data[os.write(fd, data) :]
             except BlockingIOError:  # the program has made it so
-                _await_room(fd)
-
-
-def _await_room(fd: int) -> None:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    poll.poll()
+                waits.ready(fd, select.POLLOUT, None)

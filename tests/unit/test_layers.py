@@ -14,6 +14,8 @@ import onnx_dl
 ROOT = Path(onnx_dl.__file__).parent
 # From the bottom.  A room is a module, or a package with all that is in it.
 HEIGHT = {
+    "concurrency": -1,
+    "waits": 0,
     "errors": 0,
     "files": 0,
     "forking": 1,
@@ -32,7 +34,8 @@ HEIGHT = {
     "model": 1,
     "config": 1,
     "deadline": 1,
-    "background": 2,
+    "threads": 2,
+    "background": 3,
     "events": 2,
     "telling": 3,
     "workerlines": 3,
@@ -59,6 +62,9 @@ HEIGHT = {
     "watch": 7,
     "supervisor": 7,
     "workers": 7,
+    "eventloops": 2,
+    "on_asyncio": 3,
+    "on_trio": 3,
     "asynchronous": 8,
     "callbacks": 8,
     "host": 9,
@@ -179,7 +185,13 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.dealer", "transport.face", "transport.router", "transport.sockets"}
+    assert users == {
+        "concurrency",
+        "transport.dealer",
+        "transport.face",
+        "transport.router",
+        "transport.sockets",
+    }
 
 
 @pytest.mark.parametrize(
