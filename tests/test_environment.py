@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,44 +139,3 @@ def test_commands_and_the_hosts_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         found = [environ(status.pid) for status in host.snapshot().models if status.pid]
         assert sorted((each["A"], each.get("B")) for each in found) == [("command", "2"), ("file", None)]
         host.stop()
-
-
-def test_what_is_saved_is_its_own(tmp_path: Path) -> None:
-    """The load cache keeps nothing of it but a digest, and the next load with the same finds it."""
-    code = f"""
-import pathlib
-import numpy as np
-from onnx import TensorProto, helper, numpy_helper, save
-from onnx_dl import InferenceSessionProxy, ModelHost
-from tests.waiting import eventually
-weights = np.random.default_rng(0).standard_normal((1600, 1600)).astype(np.float32)
-graph = helper.make_graph(
-    [helper.make_node("MatMul", ["x", "w"], ["y"])], "g",
-    [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1600])],
-    [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1600])],
-    [numpy_helper.from_array(weights, "w")])
-save(helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)]), "large.onnx")
-with ModelHost() as host:
-    def load(**variables):
-        with InferenceSessionProxy("large.onnx", host=host, environment=variables) as proxy:
-            proxy.load()
-            return proxy._spec.key
-    entries = lambda: len(list(pathlib.Path("cache").rglob("*.onnx")))
-    load(TOKEN={SECRET!r})
-    eventually(lambda: entries() == 1, "it is saved", 60)
-    load()
-    eventually(lambda: entries() == 2, "it is saved without, too", 60)
-"""
-    environ = os.environ | {
-        "ONNX_DL_CACHE": "on",
-        "ONNX_DL_CACHE_DIR": str(tmp_path / "cache"),
-        "ONNX_DL_CACHE_FROM": "0",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert kept
-    assert not any(SECRET.encode() in file.read_bytes() for file in kept)
