@@ -217,3 +217,25 @@ def test_two_hosts_may_save_at_the_same_moment(store: Cache, tmp_path: Path):
             proxy.unload()
         again = [proxy.run(None, {"x": X})[0] for proxy in proxies]
     assert all(np.array_equal(result, results[0]) for result in (*results, *again))
+
+
+def test_variables_of_a_model(cached_host: ModelHost, store: Cache, tmp_path: Path) -> None:
+    """What is saved is found by the same variables, and nothing of them is kept but a digest."""
+    secret = "swordfish-7211"
+    path = make(tmp_path / "large.onnx")
+
+    def mapped(variables: dict[str, str]) -> bool:
+        how = {"providers": CPU, "host": cached_host, "environment": variables}
+        with InferenceSessionProxy(path, **how) as proxy:  # type: ignore[arg-type]
+            proxy.load()
+            found = maps(worker_pid(cached_host), tmp_path / "cache")
+            proxy.unload()
+            return found
+
+    assert not mapped({"TOKEN": secret})
+    is_saved(store)
+    assert mapped({"TOKEN": secret})
+    assert not mapped({})
+    no_saver_is_left(cached_host)
+    kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert not any(secret.encode() in file.read_bytes() for file in kept)

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnx_dl import EventType, ExecutionSession, InferenceSessionProxy, ModelHost, starting
+from onnx_dl import EventType, ExecutionSession, InferenceSessionProxy, ModelHost, boot
 from onnx_dl.proxy import ModelProxy
 from tests.contract.both import CPU, STR, F, identity, model, node, tensor
 from tests.mlir import compiler
@@ -39,9 +39,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     """``told(proxy, warmup)``: the supervisor, which must not run yet, warms this model up with that."""
 
     def tell(proxy: ModelProxy, warmup: dict[str, Any]) -> None:
-        prelude = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
+        prelude = "import json, sys; sys.path[:] = json.loads(sys.argv[1])[0]\n"
         program = _TOLD.format(warmups={proxy._spec.key: warmup})
-        monkeypatch.setattr(starting, "_BOOT", prelude + program)
+        monkeypatch.setattr(boot, "_BOOT", prelude + program)
 
     return tell
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_dl import recorder
 
 if TYPE_CHECKING:
+    from onnx_dl.boot import freeze_support
     from onnx_dl.errors import (
         CapacityError,
         ConfigError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from onnx_dl.session import InferenceSession, InferenceSessionProxy
 
 _HOMES = {
+    "boot": ("freeze_support",),
     "errors": (
         "CapacityError",
         "ConfigError",

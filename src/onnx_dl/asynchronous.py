@@ -1,21 +1,24 @@
 """Calls that are awaited: coroutines, without a thread for each.
 
 The event loop watches the lane's descriptor itself.  What may block (a load, a new lane, copying much) is
-done in a thread of its executor, with a deadline that passes when the coroutine ends, so that no thread is
-left for the loop to wait for when it closes.  onnxruntime's own callbacks are :mod:`onnx_dl.callbacks`'s.
+done in another thread, with a deadline that passes when the coroutine ends, so that no thread is left for the
+loop to wait for when it closes.  Whose event loop it is, is :mod:`onnx_dl.eventloops`'s; onnxruntime's own
+callbacks are :mod:`onnx_dl.callbacks`'s.
 """
 
 from __future__ import annotations
 
-import asyncio
+import collections
 import contextlib
+import functools
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
+from onnx_dl.eventloops import EventLoops, present
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.watch import GRACE, Watch, run_timeout
@@ -28,13 +31,14 @@ _LARGE: Final = 1 << 20
 Make = Callable[[ClientLane], Any]
 _T = TypeVar("_T")
 
-_turns: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[RemoteModel, asyncio.Semaphore]] = (
+_turns: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[RemoteModel, Any]] = (
     weakref.WeakKeyDictionary()
 )
+"""Semaphores, of each event loop for each model."""
 
 
-@contextlib.asynccontextmanager
-async def deadline_of(timeout: float | None) -> AsyncIterator[Deadline]:
+@contextlib.contextmanager
+def deadline_of(timeout: float | None) -> Iterator[Deadline]:
     """A deadline for what threads do for this coroutine.  It passes when the block ends."""
     deadline = Deadline(timeout, movable=True)
     try:
@@ -45,8 +49,8 @@ async def deadline_of(timeout: float | None) -> AsyncIterator[Deadline]:
 
 async def in_thread(work: Callable[[Deadline], _T], timeout: float | None) -> _T:
     """What ``work`` returns; it is given a deadline, and ends when this coroutine is cancelled."""
-    async with deadline_of(timeout) as deadline:
-        return await asyncio.to_thread(work, deadline)
+    with deadline_of(timeout) as deadline:
+        return await present().in_thread(functools.partial(work, deadline))
 
 
 async def call(
@@ -64,23 +68,31 @@ async def call(
 
     Raises:
         RunTimeout: it took longer than ``timeout`` seconds, and was told to end.
+        ConfigError: nothing that we know runs this coroutine.
         Exception: like :meth:`RemoteModel.run`.
     """
-    async with deadline_of(timeout) as deadline:
+    loop = present()
+    with deadline_of(timeout) as deadline:
         try:
-            async with asyncio.timeout(timeout):
-                model = find if isinstance(find, RemoteModel) else await asyncio.to_thread(find, deadline)
-                async with _turn(model):
-                    return await _call(model, lease, make, nbytes, run_options, deadline)
+            async with loop.timeout(timeout):
+                model = find
+                if not isinstance(model, RemoteModel):
+                    model = await loop.in_thread(functools.partial(model, deadline))
+                async with _turn(loop, model):
+                    return await _call(loop, model, lease, make, nbytes, run_options, deadline)
         except TimeoutError as error:
             if timeout is None or isinstance(error, RunTimeout) or not _is_ours(error):
                 raise
             raise run_timeout(deadline, "was told to end") from None
 
 
-def _turn(model: RemoteModel) -> asyncio.Semaphore:
-    turns = _turns.setdefault(asyncio.get_running_loop(), weakref.WeakKeyDictionary())
-    return turns.setdefault(model, asyncio.Semaphore(_AT_ONCE))
+def _turn(loop: EventLoops, model: RemoteModel) -> Any:
+    key = loop.key()
+    if (turns := _turns.get(key)) is None:
+        turns = _turns.setdefault(key, weakref.WeakKeyDictionary())
+    if (turn := turns.get(model)) is None:
+        turn = turns.setdefault(model, loop.semaphore(_AT_ONCE))
+    return turn
 
 
 def _is_ours(error: TimeoutError) -> bool:
@@ -89,13 +101,18 @@ def _is_ours(error: TimeoutError) -> bool:
 
 
 async def _call(
-    model: RemoteModel, lease: Lease, make: Make, nbytes: int, run_options: Any, deadline: Deadline
+    loop: EventLoops,
+    model: RemoteModel,
+    lease: Lease,
+    make: Make,
+    nbytes: int,
+    run_options: Any,
+    deadline: Deadline,
 ) -> Any:
-    loop = asyncio.get_running_loop()
     while True:
         lane, message = await _ask_with(loop, model, lease, make, nbytes, deadline)
         if lane.reply_fd is None or run_options is not None:
-            done, result = await _complete(model, lane, message, Watch(run_options, deadline))
+            done, result = await _complete(loop, model, lane, message, Watch(run_options, deadline))
             if done:
                 return result
             continue
@@ -105,11 +122,11 @@ async def _call(
         if isinstance(reply, m.CallFailed | m.Draining | m.Forgotten):
             model.settle(lane, reply)
         else:  # it asks how the worker ended, and that may take a while
-            await loop.run_in_executor(None, model.settle, lane, reply, deadline)
+            await loop.in_thread(functools.partial(model.settle, lane, reply, deadline))
 
 
 async def _ask_with(
-    loop: asyncio.AbstractEventLoop,
+    loop: EventLoops,
     model: RemoteModel,
     lease: Lease,
     make: Make,
@@ -119,32 +136,51 @@ async def _ask_with(
     if nbytes < _LARGE:
         with contextlib.suppress(BlockingIOError):
             return model.ask_with(lease, make, wait=False)
-    asked = loop.run_in_executor(None, model.ask_with, lease, make, deadline)
+    # Each lane is in here until somebody takes it out, in one step: the coroutine, or who finds it given up.
+    found: collections.deque[tuple[ClientLane, Any]] = collections.deque()
+    given_up = False
+
+    def ask() -> None:
+        found.append(model.ask_with(lease, make, deadline))
+        if given_up:
+            _put_back(model, found)
+
     try:
-        return await asyncio.shield(asked)
-    except asyncio.CancelledError:  # a lane that nobody takes is free again
-        asked.add_done_callback(lambda done: None if done.exception() else model.put_lane(done.result()[0]))
+        await loop.in_thread(ask)
+    except loop.cancelled:
+        given_up = True
+        _put_back(model, found)
         raise
+    return found.pop()
 
 
-async def _complete(model: RemoteModel, lane: ClientLane, message: Any, watch: Watch) -> tuple[bool, Any]:
+def _put_back(model: RemoteModel, found: collections.deque[tuple[ClientLane, Any]]) -> None:
+    """A lane that nobody has taken is free again."""
+    with contextlib.suppress(IndexError):
+        model.put_lane(found.pop()[0])
+
+
+async def _complete(
+    loop: EventLoops, model: RemoteModel, lane: ClientLane, message: Any, watch: Watch
+) -> tuple[bool, Any]:
     """:meth:`RemoteModel.complete` in a thread.  A lane that no thread has taken when the coroutine is
     cancelled is free again."""
     free = [lane]
     try:
-        return await asyncio.to_thread(lambda: model.complete(free.pop(), message, watch))
-    except asyncio.CancelledError:
+        return await loop.in_thread(lambda: model.complete(free.pop(), message, watch))
+    except loop.cancelled:
         with contextlib.suppress(IndexError):  # a thread has it: its deadline ends the call
             model.put_lane(free.pop())
         raise
 
 
-async def _reply(loop: asyncio.AbstractEventLoop, model: RemoteModel, lane: ClientLane, message: Any) -> Any:
+async def _reply(loop: EventLoops, model: RemoteModel, lane: ClientLane, message: Any) -> Any:
     try:
         lane.send(message)
-        await _readable(loop, lane)
+        assert lane.reply_fd is not None
+        await loop.readable(lane.reply_fd)
         return lane.receive()
-    except asyncio.CancelledError:
+    except loop.cancelled:
         _abandon(loop, model, lane)
         raise
     except BaseException:
@@ -152,21 +188,10 @@ async def _reply(loop: asyncio.AbstractEventLoop, model: RemoteModel, lane: Clie
         raise
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, lane: ClientLane) -> None:
-    ready = asyncio.Event()
-    fd = lane.reply_fd
-    assert fd is not None
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)
-
-
-def _abandon(loop: asyncio.AbstractEventLoop, model: RemoteModel, lane: ClientLane) -> None:
+def _abandon(loop: EventLoops, model: RemoteModel, lane: ClientLane) -> None:
     """Ends a call that nobody waits for, without waiting."""
     try:
-        loop.run_in_executor(None, _abort, model, lane)
+        loop.aside(functools.partial(_abort, model, lane))
     except RuntimeError:  # the loop's threads have ended: closing the lane ends the call, too
         lane.close()
 

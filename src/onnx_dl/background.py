@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from onnx_dl import concurrency
 from onnx_dl.deadline import Deadline, result_of
 from onnx_dl.forking import Promise
+from onnx_dl.threads import Thread
 
 _T = TypeVar("_T")
 
@@ -36,14 +37,14 @@ class Background(Generic[_T]):
         whoever finds the work undone starts a thread, and the first of them has it.
         """
         if self._to_do:
-            threading.Thread(target=self._do, name=self._name, daemon=True).start()
+            Thread(self._do, self._name).start()
 
     def _do(self) -> None:
         try:
             work = self._to_do.popleft()
         except IndexError:
             return
-        self._promise.giver = threading.current_thread()
+        self._promise.giver = concurrency.get_ident()
         try:
             self._promise.set_result(work(self._deadline))
         except BaseException as error:

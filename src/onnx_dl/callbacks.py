@@ -8,19 +8,20 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import selectors
+import select
 import sys
-import threading
 import traceback
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from onnx_dl import concurrency
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.deadline import Deadline
+from onnx_dl.threads import Thread
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
-from onnx_dl.transport.sockets import Waker
+from onnx_dl.transport.sockets import Waker, sleep_until_ready
 from onnx_dl.watch import EVERY, GRACE, run_timeout
 
 
@@ -34,7 +35,7 @@ class Callbacks:
         """``callback`` is told of the reply of this lane, in another thread."""
         call = _Call(model, lane, callback)
         if lane.reply_fd is None:
-            threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
+            Thread(call.wait, "onnx-dl-callback").start()
         else:
             self._hand_over(call)
 
@@ -70,52 +71,56 @@ class _Waiter:
         self.coming: collections.deque[_Call] = collections.deque()
         self.waker = Waker()
         self.ended = False
-        self._thread = threading.Thread(target=self._serve, name="onnx-dl-callbacks", daemon=True)
+        self._poll = concurrency.poll()  # has no descriptor of its own, which a program might close
+        self._calls: dict[int, _Call] = {}
+        """Those whose replies are waited for, by their descriptors."""
+        self._thread = Thread(self._serve, "onnx-dl-callbacks")
 
     @property
     def is_this_thread(self) -> bool:
-        return self._thread is threading.current_thread()
+        return self._thread.is_this
 
     def start(self) -> None:
         self._thread.start()
 
     def _serve(self) -> None:
         waker = self.waker
-        selector = selectors.PollSelector()  # has no descriptor of its own, which a program might close
-        selector.register(waker.fileno(), selectors.EVENT_READ)
-        with selector:
-            while self._take_in(selector):
-                calls = [key.data for key in selector.get_map().values() if key.data is not None]
-                for key, _ in selector.select(_until_next_look(calls)):
-                    if key.data is None:
-                        waker.clear()
-                        continue
-                    selector.unregister(key.fd)
-                    calls.remove(key.data)
-                    key.data.hear()
-                for call in [call for call in calls if call.look()]:
-                    selector.unregister(call.lane.reply_fd or 0)
-                    call.give_up()
+        self._poll.register(waker.fileno(), select.POLLIN)
+        while self._take_in():
+            for fd in sleep_until_ready(self._poll, _until_next_look(list(self._calls.values()))):
+                if fd == waker.fileno():
+                    waker.clear()
+                else:
+                    self._taken(fd).hear()
+            for fd, call in list(self._calls.items()):
+                if call.look():
+                    self._taken(fd).give_up()
 
-    def _take_in(self, selector: selectors.BaseSelector) -> bool:
+    def _taken(self, fd: int) -> _Call:
+        self._poll.unregister(fd)
+        return self._calls.pop(fd)
+
+    def _take_in(self) -> bool:
         """Watches what has come; false if there is nothing left to watch, so that the thread may end."""
-        self._watch(selector)
-        if len(selector.get_map()) == 1:
+        self._watch()
+        if not self._calls:
             self.ended = True
-            self._watch(selector)  # what came before that was to be seen
-        self.ended = len(selector.get_map()) == 1
+            self._watch()  # what came before that was to be seen
+        self.ended = not self._calls
         if self.ended:
             self._at_end(self)
         return not self.ended
 
-    def _watch(self, selector: selectors.BaseSelector) -> None:
+    def _watch(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
                 call = self.coming.popleft()
-                try:
-                    selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
-                except KeyError:  # the program closed the descriptor that had this number
-                    threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
+                fd = call.lane.reply_fd or 0
+                if fd in self._calls or fd == self.waker.fileno():  # the program closed what had this number
+                    Thread(call.wait, "onnx-dl-callback").start()
+                else:
+                    self._poll.register(fd, select.POLLIN)
+                    self._calls[fd] = call
 
 
 class _Call(NamedTuple):
@@ -137,7 +142,7 @@ class _Call(NamedTuple):
         """The callback hears of the reply.  How a worker ended may take a while to learn, and is asked in
         another thread, so that other callbacks need not wait."""
         if reply is None:
-            threading.Thread(target=self._tell, args=(None,), name="onnx-dl-callback", daemon=True).start()
+            Thread(self._tell, "onnx-dl-callback", (None,)).start()
         else:
             self._tell(reply)
 
@@ -147,12 +152,7 @@ class _Call(NamedTuple):
     def look(self) -> bool:
         """Has the run end if its options say so now; whether its time is up."""
         if self.callback.wants_end():
-            threading.Thread(
-                target=self.model.terminate,
-                args=(self.lane, Deadline(GRACE)),
-                name="onnx-dl-callback",
-                daemon=True,
-            ).start()
+            Thread(self.model.terminate, "onnx-dl-callback", (self.lane, Deadline(GRACE))).start()
         return self.callback.deadline is not None and self.callback.deadline.passed
 
     def give_up(self) -> None:

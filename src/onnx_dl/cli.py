@@ -107,6 +107,13 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
             "--ttl", help="seconds without use after which it unloads, e.g. 60 or 5m; -1: stays"
         )
         load.add_argument("--priority", type=int, help="models of a lower one make room first")
+        load.add_argument(
+            "--env",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="a variable for the model's worker; can be given several times",
+        )
     unload = add("unload", _unload, "unload a model, for all who use it", model=True)
     stop = add("stop", _stop, "end a shared host and all its models, for everybody")
     stop.add_argument(
@@ -225,7 +232,8 @@ def _load(arguments: argparse.Namespace) -> None:
     ttl = None if arguments.ttl is None else config.parse_ttl(config.plain_number(arguments.ttl))
     with hosts.started(_host(arguments)) as host:
         pin = True if arguments.command == "pin" else None
-        loading.load(host, arguments.model, ttl=ttl, pin=pin, priority=arguments.priority)
+        terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
+        loading.load(host, arguments.model, **terms, environment=arguments.env)
 
 
 def _unload(arguments: argparse.Namespace) -> None:

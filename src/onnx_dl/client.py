@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import descriptors, remarks
+from onnx_dl import descriptors, remarks, waits
 from onnx_dl.acquisition import Acquisition, Make, Renew
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
@@ -36,6 +36,7 @@ from onnx_dl.external import bytes_of
 from onnx_dl.forking import refuse
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.serving import Holds, Serving, close_all
+from onnx_dl.standing import of_this_thread
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
@@ -251,7 +252,7 @@ class RemoteModel:
                 if not self._spare():
                     raise descriptors.exhausted(f"A call of {self.spec.name}") from error
             if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
-                time.sleep(min(_PAUSE * attempt, _LONGEST_PAUSE))
+                waits.pause(min(_PAUSE * attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable")
 
     def _made(self, lane: ClientLane, make: Callable[[ClientLane], Any]) -> Any:
@@ -489,6 +490,7 @@ class RemoteModel:
 
     def _prepare(self, lease: Lease, for_host: bool) -> Make:
         companions = [model for model in self._companions() if model is not self]
+        standing = None if self._is_shared else of_this_thread()
         nbytes = self._file_bytes() + sum(model._file_bytes() for model in companions)
         return lambda ticket: m.Acquire(
             ticket=ticket,
@@ -500,6 +502,7 @@ class RemoteModel:
             priority=lease.priority,
             for_host=for_host,
             companions=[model.spec for model in companions],
+            standing=standing,
         )
 
     def _not_loaded(self, seconds: float) -> LoadTimeout:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
+from onnx_dl import waits
 from onnx_dl.errors import ConfigError, PlatformError
 
 KEEP: Final = -1.0
@@ -258,8 +259,9 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment can change.  Times are in seconds."""
 
-    python: str = sys.executable
-    """The interpreter for our processes; to be set where an embedding application is ``sys.executable``."""
+    python: str = ""
+    """The interpreter for our processes; empty: one like the application's (:mod:`onnx_dl.interpreters`), or
+    the application itself where it is frozen (:mod:`onnx_dl.boot`)."""
     lane: str = "socket"
     """``socket``: calls go over a Unix socket, ZeroMQ carries control; ``zmq``: calls go over ZeroMQ too."""
     start: str = "fork"
@@ -294,11 +296,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that the load cache may take; beyond that, what was not used for longest goes."""
     cache_from: _Seconds = 0.15
     """Loads that take at least this long are saved for the next time."""
+    worker_stderr: str = "inherit"
+    """Where an application writes what its own host's workers write on stderr: ``inherit``, to its stderr;
+    ``log``, to the logger ``onnx_dl.worker``."""
     metrics: str = ""
     """Where the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``; empty: nowhere."""
 
 
-_CHOICES: Final = {"start": ("fork", "exec"), "lane": ("socket", "zmq"), "cache": ("on", "off")}
+_CHOICES: Final = {
+    "start": ("fork", "exec"),
+    "lane": ("socket", "zmq"),
+    "cache": ("on", "off"),
+    "worker_stderr": ("inherit", "log"),
+}
+
+
+def parse_worker_stderr(value: object) -> str:
+    """``"inherit"`` or ``"log"``.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+    """
+    if value not in _CHOICES["worker_stderr"]:
+        raise ConfigError(f'worker_stderr={value!r} is neither "inherit" nor "log".')
+    return str(value)
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -349,6 +370,8 @@ def check_platform() -> None:
             "onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); "
             f"this is {sys.platform}. Use onnxruntime.InferenceSession here."
         )
+    if (why := waits.refusal()) is not None:
+        raise PlatformError(why)
 
 
 def fresh_address(role: str) -> str:

@@ -11,15 +11,14 @@ import contextlib
 import itertools
 import math
 import os
-import queue
 import secrets
 import select
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from onnx_dl import concurrency
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
     OnnxDLError,
@@ -32,10 +31,12 @@ from onnx_dl.errors import (
 from onnx_dl.events import ModelEvent
 from onnx_dl.forking import Promise, refuse
 from onnx_dl.owned import keep_for_ever
+from onnx_dl.threads import Thread
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.sockets import Channel, Context, Waker
+from onnx_dl.workerlines import Said, WorkerLines
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
@@ -78,9 +79,11 @@ class Connection:
         on_end: Callable[[Connection], None],
         tidy: Callable[[], bool],
         deadline: Deadline | None = None,
+        lines: WorkerLines | None = None,
     ) -> None:
         """Connects.  ``on_end`` is called when this connection has ended, to close all lanes; ``tidy`` some
-        seconds after :meth:`arm`, and again for as long as it says that something is left to do.
+        seconds after :meth:`arm`, and again for as long as it says that something is left to do.  ``lines``
+        takes what workers write on stderr.
 
         Raises:
             SupervisorUnreachable: nobody answers within ``timeout`` seconds, or by ``deadline``.
@@ -95,6 +98,7 @@ class Connection:
         self._on_event = on_event
         self._on_end = on_end
         self._tidy = tidy
+        self._lines = lines or WorkerLines()
         self._armed = False
         self._heard_at = time.monotonic()
         self._identity = secrets.token_bytes(16)
@@ -103,12 +107,12 @@ class Connection:
         self._contexts: dict[None, Context] = {}  # of one, or of none: each change is one step
         self._control = self._connect(f"{address}/control", Deadline(timeout, outer=deadline))
         self._waker = Waker()
-        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._outbox: concurrency.SimpleQueue[bytes] = concurrency.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, Promise[Any]] = {}
         self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         """Memory that was handed over, by name; for whoever did."""
-        self._thread = threading.Thread(target=self._serve, name="onnx-dl-client", daemon=True)
+        self._thread = Thread(self._serve, "onnx-dl-client")
         self._thread.start()
         _connections[id(self)] = self
 
@@ -205,7 +209,7 @@ class Connection:
         self.check_thread()
         if not self.usable:
             raise self._died()
-        asked = Asked(next(self._tickets), Promise(self._thread))
+        asked = Asked(next(self._tickets), Promise(self._thread.number))
         self._pending[asked.ticket] = asked.future
         try:
             if self.closed:  # looked at last: whoever ends it says so before going through what is pending
@@ -243,7 +247,9 @@ class Connection:
         limit = Deadline(self.timeout if patience is None else min(patience, _LONGEST), outer=deadline)
         while True:
             try:
-                return asked.future.result(limit.step(self.timeout))
+                answer = asked.future.result(limit.step(self.timeout))
+                self._lines.catch_up()  # what was written before the answer can be read before it
+                return answer
             except TimeoutError:
                 if asked.future.done():  # meanwhile, or the error is its own
                     return asked.future.result()
@@ -260,7 +266,7 @@ class Connection:
 
     def check_thread(self) -> None:
         """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""
-        if self._thread is threading.current_thread():
+        if self._thread.is_this:
             refuse("the one that takes in what the supervisor says")
 
     def tell(self, message: m.Message) -> None:
@@ -295,8 +301,9 @@ class Connection:
     def close(self) -> None:
         """Lets go of the supervisor, which releases all that this application held."""
         self.end()
-        if not self.lost and self._thread is not threading.current_thread():
+        if not self.lost and not self._thread.is_this:
             self._thread.join(self.timeout)
+            self._lines.catch_up()
 
     def end(self) -> None:
         """Like :meth:`close`, without waiting."""
@@ -318,6 +325,7 @@ class Connection:
         self._end_context()
         self._fail_all()
         self._on_end(self)
+        self._lines.end()
 
     def abandon(self) -> None:
         """In a forked child: the parent's threads and sockets are not ours to use or to close."""
@@ -334,7 +342,7 @@ class Connection:
                 self._tear_down()
 
     def _attend(self) -> None:
-        poll = select.poll()
+        poll = concurrency.poll()
         for end in (self._lifeline, self._waker):
             poll.register(end.fileno(), select.POLLIN)
         tidy_at = math.inf
@@ -372,7 +380,7 @@ class Connection:
 
     def _hear_last_words(self) -> None:
         """Events and answers that were sent before the end."""
-        poll = select.poll()
+        poll = concurrency.poll()
         poll.register(self._control.fileno(), select.POLLIN)
         while not self._control.gone and poll.poll(_LAST_WORDS * 1000):
             self._hear()
@@ -381,7 +389,7 @@ class Connection:
         while self._control.is_let_in:
             try:
                 self._control.send(self._outbox.get_nowait())
-            except queue.Empty:
+            except concurrency.Empty:
                 return
 
     def _hear(self) -> None:
@@ -393,6 +401,9 @@ class Connection:
     def _take_in(self, message: Any) -> None:
         if isinstance(message, m.Published):
             self._on_event(message.event)
+        elif isinstance(message, m.Wrote):
+            wrote = (message.worker_id, message.model, message.pid, message.text, message.last)
+            self._lines.put(Said(*wrote))
         elif future := self._pending.get(message.ticket):
             future.set_result(message)
 
@@ -402,6 +413,7 @@ class Connection:
         self._fail_all()
         self._on_end(self)
         self._end_context()
+        self._lines.end()
 
     def _fail_all(self) -> None:
         for future in list(self._pending.values()):

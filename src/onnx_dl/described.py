@@ -93,7 +93,9 @@ class DescribedProxy(ModelProxy):
     @property
     def _read_config_from_model(self) -> bool:
         given = self._arguments[1].get("read_config_from_model")
-        return os.environ.get("ORT_LOAD_CONFIG_FROM_MODEL") == "1" if given is None else int(given) == 1
+        if given is not None:
+            return int(given) == 1
+        return self._spec.environment.over(os.environ).get("ORT_LOAD_CONFIG_FROM_MODEL") == "1"
 
     @property
     def _fallback_providers(self) -> list[str]:

@@ -10,15 +10,15 @@ import collections
 import contextlib
 import enum
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import Self
 
 import msgspec
 
+from onnx_dl import concurrency
 from onnx_dl.deadline import Deadline
 from onnx_dl.forking import refuse
+from onnx_dl.waits import Mailbox
 
 
 class EventType(enum.StrEnum):
@@ -115,7 +115,7 @@ class EventStream(Iterator[ModelEvent]):
     def __init__(self, bus: EventBus, limit: int) -> None:
         self._bus = bus
         self._waiting: collections.deque[ModelEvent] = collections.deque(maxlen=limit)
-        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._changed: Mailbox[None] = Mailbox()
         """Holds something if whoever waits should look again.  A Condition has a lock."""
         self._closed = False
 
@@ -142,7 +142,7 @@ class EventStream(Iterator[ModelEvent]):
                 self._wake_another()
                 return event
             self._check(deadline)
-            with contextlib.suppress(queue.Empty):
+            with contextlib.suppress(concurrency.Empty):
                 self._changed.get(timeout=deadline.left())
 
     def _wake_another(self) -> None:
@@ -182,7 +182,7 @@ class EventBus:
         self._numbers = itertools.count()
         self._listeners: dict[int, Callable[[ModelEvent], object]] = {}
         self._streams: dict[int, EventStream] = {}
-        self._here = threading.local()
+        self._here = concurrency.local()
 
     @property
     def is_publishing_here(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from onnx_dl import signatures
 from onnx_dl.config import Allowances, parse_allowances, parse_group, parse_timeout
 from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.environment import Environment
+from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelDescription, ModelSpec, model_identity, model_key, working_directory
@@ -40,13 +42,15 @@ class ExecutionSession(ModelProxy):
         max_memory, max_memory_hard, max_runs: when a worker is replaced between two runs, or ended during
             one; see :class:`~onnx_dl.InferenceSessionProxy`.
         group: models that name the same share one worker; see :class:`~onnx_dl.InferenceSessionProxy`.
+        environment: variables for this model's worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
         eager: load the model now, so that what is wrong with it is raised here.
 
     Raises:
         FileNotFoundError: there is no such file.
         EngineError: it is no compiled model.  Unless ``eager``, that is found at first use.
-        ValueError: ``ttl`` is none of the three modes, ``latency`` neither of the two, or a limit none.
+        ValueError: ``ttl`` is none of the three modes, ``latency`` neither of the two, a limit none, or a
+            variable cannot be set.
     """
 
     def __init__(
@@ -64,11 +68,13 @@ class ExecutionSession(ModelProxy):
         max_memory_hard: int | str | None = None,
         max_runs: int | None = None,
         group: str | None = None,
+        environment: Mapping[str, str | None] | None = None,
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
         allowances = parse_allowances(max_memory, max_memory_hard, max_runs)
-        spec = _spec_of(os.fspath(shared_lib_path), tag, allowances, parse_group(group))
+        variables = parse_environment(environment)
+        spec = _spec_of(os.fspath(shared_lib_path), tag, allowances, parse_group(group), variables)
         super().__init__(spec, ttl=ttl, latency=latency, pin=pin, priority=priority, host=host)
         self._entry_point = entry_point
         if eager:
@@ -160,19 +166,22 @@ def _signatures_of(details: dict[str, Any], name: str | None) -> list[str] | Non
     return known.get(details["default_entry_point"] if name is None else name)
 
 
-def _spec_of(path: str, tag: str, allowances: Allowances, group: str | None) -> ModelSpec:
+def _spec_of(
+    path: str, tag: str, allowances: Allowances, group: str | None, environment: Environment
+) -> ModelSpec:
     if not os.path.exists(path):
         raise FileNotFoundError(
             errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
         )
     extra = {"tag": tag} if tag else {}
     return ModelSpec(
-        key=model_key(model_identity(path), "onnx_mlir", extra, allowances, group),
+        key=model_key(model_identity(path), "onnx_mlir", extra, allowances, group, environment),
         name=path,
         cwd=working_directory(),
         engine="onnx_mlir",
         path=path,
         extra=extra,
         group=group,
+        environment=environment,
         **allowances._asdict(),
     )

@@ -16,15 +16,15 @@ import contextlib
 import functools
 import importlib
 import os
-import threading
 import time
 import weakref
-from _thread import RLock
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar, overload
 
+from onnx_dl import concurrency
 from onnx_dl.errors import ReentrantUse, SupervisorDied
+from onnx_dl.waits import Wakers
 
 _T = TypeVar("_T")
 
@@ -45,7 +45,7 @@ def refuse(what: str) -> NoReturn:
     )
 
 
-class Guard(RLock):  # type: ignore[misc]
+class Guard(concurrency.RLock):  # type: ignore[misc]
     """A lock for brief sections, free in a forked child.
 
     ``with guard.alone()`` is for sections that must not be entered twice; ``with guard`` for those whose
@@ -93,18 +93,21 @@ class Guard(RLock):  # type: ignore[misc]
 class Promise(Generic[_T]):
     """A result that another thread will give.  Has a Future's methods, without the lock around them.
 
-    Its only lock is a latch, which is held until the result is there.
+    Its only lock is a latch, which is held until the result is there.  Greenlets do not wait for that but are
+    woken.
     """
 
-    __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value", "giver")
+    __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value", "_wakers", "giver")
 
-    def __init__(self, giver: threading.Thread | None = None) -> None:
-        """``giver``: the thread that will give it, which must not wait for itself; may be set later."""
+    def __init__(self, giver: int | None = None) -> None:
+        """``giver``: the number of the native thread that will give it, and must not wait for itself.  May be
+        set later."""
         self.giver = giver
         self._done = False
         self._error: BaseException | None = None
-        self._latch = threading.Lock()
+        self._latch = concurrency.allocate_lock()
         self._latch.acquire()
+        self._wakers = Wakers()
         _ours[id(self)] = self
 
     def done(self) -> bool:
@@ -122,6 +125,7 @@ class Promise(Generic[_T]):
         self._done = True
         with contextlib.suppress(RuntimeError):  # it was open
             self._latch.release()
+        self._wakers.wake()
 
     def result(self, timeout: float | None = None) -> _T:
         """The result.
@@ -140,8 +144,10 @@ class Promise(Generic[_T]):
         return self._value
 
     def _wait(self, timeout: float | None) -> None:
-        if self.giver is threading.current_thread():
+        if self.giver == concurrency.get_ident():
             refuse("the one that others, and now it itself, wait for")
+        if self._wakers.wait(self.done, timeout):
+            return
         if self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
             self._latch.release()  # for the next who waits
 
@@ -208,23 +214,23 @@ def importing(name: str) -> ModuleType:
 def _enter(own: collections.deque[int], other: collections.deque[int]) -> None:
     """Says that this thread is here once no other thread is there.  Who looks has said so before, and takes
     it back while it waits, so that of two who come at once neither overlooks the other."""
-    me, deadline = threading.get_ident(), time.monotonic() + _STILL
+    me, deadline = concurrency.get_ident(), time.monotonic() + _STILL
     own.append(me)
     # Not for ever: somebody's __del__ may have a thread in a block wait for whoever forks.
     while any(thread != me for thread in list(other)) and time.monotonic() < deadline:
         own.remove(me)
-        time.sleep(_LOOK_EVERY)
+        concurrency.sleep(_LOOK_EVERY)
         own.append(me)
 
 
 def _leave(own: collections.deque[int]) -> None:
     with contextlib.suppress(ValueError):  # Ctrl-C came before it was said
-        own.remove(threading.get_ident())
+        own.remove(concurrency.get_ident())
 
 
 def _after_in_child() -> None:
     _leave(_forking)
-    me = threading.get_ident()
+    me = concurrency.get_ident()
     for threads in (_still, _forking):
         for other in set(threads) - {me}:
             while other in threads:

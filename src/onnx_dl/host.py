@@ -12,7 +12,6 @@ import contextlib
 import functools
 import importlib
 import os
-import queue
 import subprocess
 import sys
 import weakref
@@ -23,10 +22,10 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting, surroundings
+from onnx_dl import installation, starting, surroundings, waits
 from onnx_dl.background import Background
 from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
-from onnx_dl.config import check_platform, parse_size, parse_timeout, settings
+from onnx_dl.config import check_platform, parse_size, parse_timeout, parse_worker_stderr, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
@@ -37,6 +36,8 @@ from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
+from onnx_dl.waits import Mailbox
+from onnx_dl.workerlines import WorkerLines
 
 _T = TypeVar("_T")
 
@@ -100,6 +101,7 @@ class ModelHost:
         memory_limit: int | str | None = None,
         gpu_memory_limit: int | str | None = None,
         config: str | os.PathLike[str] | None = None,
+        worker_stderr: str | None = None,
     ) -> None:
         """``memory_limit``: bytes that all workers together may take, as a number or as text such as
         ``"2GiB"``; None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
@@ -110,14 +112,21 @@ class ModelHost:
         None: what ``ONNX_DL_CONFIG`` says.  It is read when the supervisor starts, which raises if it cannot
         be used, and again whenever it changes.
 
+        ``worker_stderr``: where lines go that workers write on stderr: ``"inherit"``, to this application's
+        stderr as it is at that moment; ``"log"``, to the logger ``onnx_dl.worker``; None: what
+        ``ONNX_DL_WORKER_STDERR`` says.
+
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size.
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size, or ``worker_stderr`` neither
+                of its two.
         """
         limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
         given = {name: str(parse_size(size)) for name, size in limits.items() if size is not None}
         self._firm = list(given)
         if config is not None:
             given["config"] = os.path.abspath(config)
+        if worker_stderr is not None:
+            given["worker_stderr"] = parse_worker_stderr(worker_stderr)
         self._settings = msgspec.structs.replace(settings(), **given)
         self._bus = EventBus()
         self._grouped: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
@@ -247,6 +256,7 @@ class ModelHost:
             functools.partial(_shut_all, models),
             lambda: _tidy(models, self._buffers),
             deadline,
+            WorkerLines(log=self._settings.worker_stderr == "log"),
         )
         if connection.build and connection.build != (ours := installation.build()):
             connection.close()
@@ -277,7 +287,7 @@ class ModelHost:
         waiting = list(proxies)
         failed: list[Exception] = []
         deadline = Deadline(parse_timeout(timeout), movable=True)
-        ended: queue.SimpleQueue[tuple[Preloadable, BaseException | None]] = queue.SimpleQueue()
+        ended: Mailbox[tuple[Preloadable, BaseException | None]] = Mailbox()
         loads = [
             Background(functools.partial(_load, proxy, deadline, ended), "onnx-dl-preload")
             for proxy in waiting
@@ -391,7 +401,7 @@ class ModelHost:
             self._settings,
             self._shared(connection, spec, memory),
             functools.partial(self._renew, memory),
-            functools.partial(self._members, spec.group),
+            functools.partial(self._members, spec),
             self._spare_lanes,
             is_shared=self.name is not None,
         )
@@ -412,12 +422,14 @@ class ModelHost:
         if proxy.group is not None:
             self._grouped[id(proxy)] = proxy
 
-    def _members(self, group: str | None) -> list[RemoteModel]:
-        """Of this application.  One that cannot be had is left out; its own callers hear why."""
+    def _members(self, spec: ModelSpec) -> list[RemoteModel]:
+        """Of its group, in this application.  One that cannot be had is left out; its callers hear why."""
         found: dict[str, RemoteModel] = {}
-        for proxy in _alive(self._grouped) if group is not None else ():
+        for proxy in _alive(self._grouped) if spec.group is not None else ():
             with contextlib.suppress(OnnxDLError, OSError):
-                if proxy.group == group and (model := proxy.companion()) is not None:
+                if proxy.group != spec.group or (model := proxy.companion()) is None:
+                    continue
+                if model.spec.unit == spec.unit:
                     found[model.spec.key] = model
         return list(found.values())
 
@@ -473,6 +485,7 @@ class ModelHost:
         ttl: float | str | None = None,
         pin: bool | None = None,
         priority: int | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> ModelStatus:
         """Loads a model and has the host itself hold it, also when this application is gone.
 
@@ -481,13 +494,14 @@ class ModelHost:
             ttl: seconds without use after which it unloads all the same; -1: never; None: what the host's
                 file says of a name, else never.
             pin, priority: as a proxy's; None: what the host's file says.
+            environment: as a proxy's, of a path.
 
         Returns:
             How the model fares now.
 
         Raises: what the model's first call would raise.
         """
-        terms = {"ttl": ttl, "pin": pin, "priority": priority}
+        terms = {"ttl": ttl, "pin": pin, "priority": priority, "environment": environment or None}
         given = {name: value for name, value in terms.items() if value is not None}
         with self.open(model, **given) as proxy:
             status: ModelStatus = proxy.adopt()
@@ -593,7 +607,7 @@ class ModelHost:
 def _load(
     proxy: Preloadable,
     deadline: Deadline,
-    ended: queue.SimpleQueue[tuple[Preloadable, BaseException | None]],
+    ended: Mailbox[tuple[Preloadable, BaseException | None]],
     _: Deadline,
 ) -> None:
     try:
@@ -633,9 +647,7 @@ def _end(process: subprocess.Popen[bytes] | None) -> None:
     """Waits for a supervisor that ends, and kills one that does not."""
     if process is None:
         return
-    try:
-        process.wait(_FAREWELL)
-    except subprocess.TimeoutExpired:
+    if not waits.ended(process, _FAREWELL):
         process.kill()  # its workers die with it: PR_SET_PDEATHSIG
         process.wait()
 

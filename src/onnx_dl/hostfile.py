@@ -18,7 +18,8 @@ from typing import Any, Final, NoReturn, TypeVar
 import msgspec
 from msgspec import Struct
 
-from onnx_dl import config, smallfiles
+from onnx_dl import config, environment, smallfiles
+from onnx_dl.environment import Environment
 from onnx_dl.errors import ConfigError
 from onnx_dl.hosttables import (
     DefaultsTable,
@@ -184,6 +185,7 @@ class _Reader:
             "surroundings": {},
             **self._allowances(given, where),
             "group": self._parsed(config.parse_group, given.group or None, (*where, "group")),
+            "environment": self._environment(given, where),
         }
         path = os.path.join(self._base, os.path.expanduser(given.path))
         if not os.path.isfile(path):
@@ -193,6 +195,12 @@ class _Reader:
             return specify(path, None, self._base, how)
         except (ConfigError, OSError) as error:
             self._refuse((*where, "path"), f"= {shown(given.path)}: {error}")
+
+    def _environment(self, given: ModelTable, where: _Keys) -> Environment:
+        try:
+            return environment.parse(given.environment)
+        except ConfigError as error:
+            self._refuse((*where, "environment"), f"cannot be: {str(error).removesuffix('.')}")
 
     def _allowances(self, given: ModelTable, where: _Keys) -> dict[str, int | None]:
         for name in ("max_memory", "max_memory_hard"):

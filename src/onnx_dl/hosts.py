@@ -15,6 +15,7 @@ from onnx_dl.errors import OnnxDLError
 from onnx_dl.forking import Guard
 from onnx_dl.host import ModelHost
 from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.threads import Thread
 
 _default: ModelHost | None = None
 _shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
@@ -81,6 +82,6 @@ def warm_up() -> threading.Thread:
         with contextlib.suppress(OnnxDLError):
             host.start()
 
-    thread = threading.Thread(target=start, name="onnx-dl-warm-up", daemon=True)
+    thread = Thread(start, "onnx-dl-warm-up")
     thread.start()
     return thread

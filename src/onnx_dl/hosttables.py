@@ -144,6 +144,9 @@ class ModelTable(DefaultsTable, frozen=True, kw_only=True, forbid_unknown_fields
         Annotated[int, Meta(ge=1, le=2**63 - 1)] | None, Meta(description="a number of calls, 1 or more")
     ] = None
     group: _Text = None
+    environment: Annotated[
+        dict[str, str], Meta(description='a table of text, such as { OMP_NUM_THREADS = "4" }')
+    ] = {}
 
 
 class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

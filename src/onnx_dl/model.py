@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.errors import ConfigError
 from onnx_dl.files import ReadFile
 from onnx_dl.lifecycle import ModelState
@@ -32,7 +33,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).  A worker that has more
     than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced; one that has more
     than ``max_memory_hard`` during a call ends itself.  Models of the same ``group`` have one worker, whose
-    own spec (:func:`group_spec`) has them as ``members``.
+    own spec (:func:`group_spec`) has them as ``members``.  The worker has the ``environment`` from its start.
     """
 
     key: str
@@ -52,6 +53,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_runs: int | None = None
     group: str | None = None
     members: list[ModelSpec] = []
+    environment: Environment = NOTHING
 
     @property
     def blobs(self) -> list[str]:
@@ -78,8 +80,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unit(self) -> str:
-        """The key of what a worker is started for: this model, or the group that it is in."""
-        return self.key if self.group is None else f"group:{self.group}"
+        """The key of what a worker is started for: this model, or the group that it is in.  A group has a
+        worker for each environment of its models."""
+        if self.group is None:
+            return self.key
+        return f"group:{self.group}#{self.environment.tag}" if self.environment else f"group:{self.group}"
 
 
 def blob_tag(name: str) -> str:
@@ -107,6 +112,7 @@ def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
         max_memory=max(memory, default=None),
         max_memory_hard=max(hard, default=None),
         max_runs=min(runs, default=None),
+        environment=first.environment,
     )
 
 

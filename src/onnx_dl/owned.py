@@ -20,6 +20,8 @@ import os
 import weakref
 from typing import ClassVar, Final
 
+from onnx_dl import concurrency
+
 _SET_MARK: Final = getattr(fcntl, "F_SETSIG", 10)
 _GET_MARK: Final = getattr(fcntl, "F_GETSIG", 11)
 _MARKS: Final = itertools.cycle(range(35, 65))
@@ -92,7 +94,7 @@ class Descriptor:
             raise
         if _identity(fd) == self._identity:  # looked at now: nobody else can close this one
             return fd
-        os.close(fd)
+        concurrency.close(fd)
         return None
 
     def take(self) -> int | None:
@@ -109,7 +111,7 @@ class Descriptor:
     def close(self) -> None:
         """May be called twice, and from any thread."""
         if (number := self.take()) is not None:
-            os.close(number)
+            concurrency.close(number)
 
     def close_in_child(self) -> None:
         """In a forked child, at once: later the number may be another's."""
@@ -139,6 +141,12 @@ def _marked(fd: int) -> int:
             _get(fd, _SET_MARK, mark)
         return mark
     return _NONE
+
+
+def is_ours(fd: int) -> bool:
+    """Whether this number is, now, that of a descriptor of ours."""
+    owners = [owner for ref in list(Descriptor._living.values()) if (owner := ref()) is not None]
+    return any(owner.number == fd and owner.holds() for owner in owners)
 
 
 def keep_for_ever(thing: object) -> None:

@@ -14,12 +14,12 @@ import importlib
 import logging
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import config
+from onnx_dl import concurrency, config
+from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.forking import Guard, importing
 from onnx_dl.host import ModelHost
@@ -32,6 +32,7 @@ _PROXY: Final = "_onnx_dl_proxy"
 _PARSE: Final[dict[str, Callable[[Any], Any]]] = {
     "ttl": lambda value: config.parse_ttl(config.plain_number(value)),
     "latency": config.parse_latency,
+    "environment": parse_environment,
     "eager": config.parse_switch,
     "in_process": config.parse_switch,
 }
@@ -93,14 +94,16 @@ def patch(
     ttl: float | str = -1,
     latency: str = "normal",
     eager: bool = True,
+    environment: Mapping[str, str | None] | None = None,
     models: Mapping[str, Mapping[str, Any]] | None = None,
     host: ModelHost | None = None,
 ) -> Patch:
     """From now on, ``onnxruntime.InferenceSession`` opens models in workers, whoever uses it.
 
     Args:
-        ttl, latency, eager: as :class:`~onnx_dl.InferenceSessionProxy` has them; but models load when the
-            session is made, because callers who never heard of us may catch what onnxruntime raises there.
+        ttl, latency, eager, environment: as :class:`~onnx_dl.InferenceSessionProxy` has them; but models load
+            when the session is made, because callers who never heard of us may catch what onnxruntime
+            raises there.
         models: settings of single models by glob of path or file name, for example
             ``{"vad*.onnx": {"ttl": -1}, "tiny*": {"in_process": True}}``; of several that match, the later
             counts.
@@ -112,7 +115,8 @@ def patch(
     Raises:
         ConfigError: a setting does not exist, or has a value that cannot be.
     """
-    defaults = _checked({"ttl": ttl, "latency": latency, "eager": eager}, "patch()")
+    given = {"ttl": ttl, "latency": latency, "eager": eager, "environment": environment}
+    defaults = _checked(given, "patch()")
     made = Patch(defaults, [(glob, _checked(more, glob)) for glob, more in (models or {}).items()], host)
     with _lock.alone():
         _active.append(made)
@@ -171,7 +175,7 @@ _lock: Final = Guard()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
-_inside: Final = threading.local()
+_inside: Final = concurrency.local()
 _undo: list[Callable[[], None]] = []
 """What gives the constructors back; methods keep asking the proxies of sessions that live on."""
 

@@ -150,8 +150,8 @@ class ModelProxy:
         return status
 
     async def aload(self, *, timeout: float | None = None) -> None:
-        """:meth:`load`, in a thread, for asyncio.  The thread ends when the task is cancelled."""
-        asynchronous = importing("onnx_dl.asynchronous")  # and asyncio: 50 ms that most need not pay
+        """:meth:`load` for asyncio and trio, in a thread, which ends when the coroutine is cancelled."""
+        asynchronous = importing("onnx_dl.asynchronous")
 
         await asynchronous.in_thread(self.load_by, config.parse_timeout(timeout))
 

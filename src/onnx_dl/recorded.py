@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl import recorder, values
+from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.errors import ConfigError
 from onnx_dl.model import file_identity, to_plain
 
 _READ_AT_LOAD: Final = ("ORT_LOAD_CONFIG_FROM_MODEL",)
-"""Environment variables that onnxruntime reads when a session is made; a worker's are the supervisor's."""
+"""Environment variables that onnxruntime reads when a session is made; others are the supervisor's."""
 _CONFIG: Final = ("add_session_config_entry", "add_run_config_entry")
 _PATHS: Final = ("register_custom_ops_library",)
 _LATE: Final = (
@@ -227,13 +228,13 @@ def _adapter(identity: tuple[str, int, int, int, int]) -> Any:
     return adapter
 
 
-def set_surroundings(found: dict[str, Any]) -> None:
-    """Has this process as the application was."""
+def set_surroundings(found: dict[str, Any], own: Environment = NOTHING) -> None:
+    """Has this process as the application was; ``own``: variables that the model has of its own."""
     import onnxruntime
 
-    for name in _READ_AT_LOAD:
+    for name in set(_READ_AT_LOAD) - own.variables.keys():
         os.environ.pop(name, None)
-    os.environ.update(found.get("environment", {}))
+    os.environ.update(own.over(found.get("environment", {})))
     for name in ("set_seed", "set_default_logger_severity", "set_default_logger_verbosity"):
         if name in found:
             getattr(onnxruntime, name)(found[name])

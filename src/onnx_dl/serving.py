@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from onnx_dl import waits
 from onnx_dl.config import LATENCIES
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
@@ -91,7 +91,7 @@ class Serving:
 
 
 class Holds:
-    """The ``session()`` blocks that a model is in, by their threads, and the lane that holds its worker.
+    """The ``session()`` blocks that a model is in, by their threads or greenlets, and the lane that holds it.
 
     There is more than one lane for moments only, while threads begin and end blocks at once.
     """
@@ -105,17 +105,17 @@ class Holds:
 
     @property
     def are_mine(self) -> bool:
-        """Whether this thread is in a block."""
-        return threading.get_ident() in self._blocks
+        """Whether this thread, or greenlet, is in a block."""
+        return waits.caller() in self._blocks
 
     def begin(self) -> None:
         """One block more.  To be said before :meth:`has` is asked: who ends another one looks again."""
-        self._blocks.append(threading.get_ident())
+        self._blocks.append(waits.caller())
 
     def end(self) -> list[ClientLane]:
         """One block ended.  What held the worker, if it was the last one."""
         try:
-            self._blocks.remove(threading.get_ident())
+            self._blocks.remove(waits.caller())
         except ValueError:  # it began in another thread
             self._blocks.pop()
         return self._take_if_ended()

@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.described import DescribedProxy
+from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.forking import importing
@@ -67,6 +68,10 @@ class InferenceSessionProxy(DescribedProxy):
         group: a name: all models of a host that have the same live in one worker, and are loaded, limited and
             unloaded together.  It costs less memory than several, a CUDA context each above all; a crash of
             one is a crash of all, and memory comes back only for all.
+        environment: variables for this model's worker, by name, such as ``{"OMP_NUM_THREADS": "4"}``; None as
+            a value: the worker does not have it.  They are set before its interpreter starts, so that
+            what reads them at its start heeds them; its load takes as long as without forking.  Proxies of
+            one file with other environments have other workers.
         eager: load the model now, so that what is wrong with it is raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -75,7 +80,7 @@ class InferenceSessionProxy(DescribedProxy):
         ValueError: ``ttl`` is none of the three modes, ``latency`` or ``pin`` neither of its two,
             ``priority`` no whole number, or a limit none.
         TypeError: the model is neither a path nor bytes.
-        ConfigError: an option cannot reach a worker; the message names it.
+        ConfigError: an option cannot reach a worker, or a variable cannot be set; the message names it.
         onnxruntime's NoSuchFile: there is no such file.  Unless ``eager``, a file that is not a model is
             refused at first use.
     """
@@ -97,6 +102,7 @@ class InferenceSessionProxy(DescribedProxy):
         max_memory_hard: int | str | None = None,
         max_runs: int | None = None,
         group: str | None = None,
+        environment: Mapping[str, str | None] | None = None,
         eager: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -118,6 +124,7 @@ class InferenceSessionProxy(DescribedProxy):
             kwargs,
             config.parse_allowances(max_memory, max_memory_hard, max_runs),
             config.parse_group(group),
+            parse_environment(environment),
         )
         terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
         super().__init__(found.spec, host=host, memory=found.memory, **terms)  # type: ignore[arg-type]
@@ -209,11 +216,11 @@ class InferenceSessionProxy(DescribedProxy):
         *,
         timeout: float | None = None,
     ) -> list[Any]:
-        """:meth:`run` as a coroutine, without a thread per call.  Cancelling its task ends the run.
+        """:meth:`run` for asyncio and trio, without a thread per call.  Cancelling it ends the run.
 
         Up to 32 calls of one model run at a time; others wait their turn.
         """
-        asynchronous = importing("onnx_dl.asynchronous")  # and asyncio: 50 ms that most need not pay
+        asynchronous = importing("onnx_dl.asynchronous")
 
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
@@ -240,7 +247,7 @@ class InferenceSessionProxy(DescribedProxy):
         timeout: float | None = None,
     ) -> None:
         """onnxruntime's own: returns at once; ``callback(results, user_data, error)`` is called in another
-        thread, one that other callbacks share.  For asyncio there is :meth:`arun`.
+        thread, one that other callbacks share.  For coroutines there is :meth:`arun`.
 
         ``timeout``: seconds after which the run is told to end, and the callback is told so.
 

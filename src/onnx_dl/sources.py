@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from onnx_dl import installation, options, recorded
 from onnx_dl.config import Allowances
+from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.model import ModelSpec, specify, working_directory
 from onnx_dl.transport import shm
 from onnx_dl.transport.live import LiveMemory
@@ -97,6 +98,7 @@ def describe(
     kwargs: dict[str, Any],
     allowances: Allowances,
     group: str | None = None,
+    environment: Environment = NOTHING,
 ) -> Source:
     """All that a worker needs to load the model, and the key that says which proxies share it.
 
@@ -119,6 +121,7 @@ def describe(
         "surroundings": surroundings,
         **allowances._asdict(),
         "group": group,
+        "environment": environment,
     }
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     spec = specify(path, digest, working_directory(), how)
@@ -143,6 +146,7 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
         "surroundings": spec.surroundings,
         **Allowances(spec.max_memory, spec.max_memory_hard, spec.max_runs)._asdict(),
         "group": spec.group,
+        "environment": spec.environment,
     }
     return specify(spec.path, spec.blob, spec.cwd, how)
 

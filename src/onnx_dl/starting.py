@@ -21,7 +21,8 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import census, config, forking, surroundings
+from onnx_dl import boot, census, concurrency, config, forking, surroundings, waits
+from onnx_dl.boot import Launch
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.deadline import Deadline
@@ -29,10 +30,6 @@ from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnre
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
-_BOOT: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.supervisor.main import main; main()"
-)
 _LOOK_EVERY: Final = 0.01
 _RESTART: Final = 10.0
 """Seconds for a service manager to restart a host, before another is started in its place."""
@@ -57,7 +54,7 @@ def start_private(
         SupervisorStartError: it did not come up.
     """
     address, secret = config.fresh_address("host"), secrets.token_hex(16)
-    return _start(address, secret, settings, deadline, firm=firm)[0], address, secret
+    return _start(_launch(settings), address, secret, settings, deadline, firm=firm)[0], address, secret
 
 
 def reach(
@@ -106,7 +103,7 @@ def reach(
             _start_shared(place, settings, deadline)
             answer = Deadline(settings.start_timeout, outer=deadline)
         else:
-            time.sleep(_LOOK_EVERY)  # for another process, which is about to listen or to end
+            waits.pause(_LOOK_EVERY)  # for another process, which is about to listen or to end
 
 
 def runs(name: str) -> bool:
@@ -130,7 +127,7 @@ def _await_end(place: Place, pid: int, patience: float) -> None:
             raise TimeoutError(
                 f"The host {place.name!r} (pid {pid}) is still there after {patience:g} seconds."
             )
-        time.sleep(_LOOK_EVERY)
+        waits.pause(_LOOK_EVERY)
 
 
 def terminate(seen: Sighting) -> None:
@@ -149,7 +146,7 @@ def terminate(seen: Sighting) -> None:
             if place.holder() == seen.pid:  # else the number may be another process's by now
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
-            os.close(fd)
+            concurrency.close(fd)
     _await_end(place, seen.pid, config.settings().exit_grace + _FAREWELL)
 
 
@@ -168,20 +165,28 @@ def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
 def _start_shared(place: Place, settings: Settings, deadline: Deadline) -> None:
     """A host in the background; returns when it listens or another does."""
     address, secret = config.fresh_address("host"), secrets.token_hex(16)
+    launch = _launch(settings)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         # Not our stderr: whoever reads that to its end would wait for the host.
-        process, _ = _start(address, secret, settings, deadline, host=place.name, stdout=log, stderr=log)
+        process, _ = _start(
+            launch, address, secret, settings, deadline, host=place.name, stdout=log, stderr=log
+        )
     except SupervisorStartError as error:
         last = place.log.read_text(errors="replace")[-2000:].rstrip()
         end = f"\nThe end of {place.log}:\n{last}" if last else ""
         raise SupervisorStartError(f"The host {place.name!r} did not come up. {error}{end}") from error
     finally:
-        os.close(log)
-    process.wait(settings.start_timeout)  # it has put a process of its own into the background
+        concurrency.close(log)
+    waits.ended(process, settings.start_timeout)  # it has put a process of its own into the background
+
+
+def _launch(settings: Settings) -> Launch:
+    return boot.launch("supervisor", python=settings.python)
 
 
 def _start(
+    launch: Launch,
     address: str,
     secret: str,
     settings: Settings,
@@ -194,7 +199,6 @@ def _start(
     orders = {
         "address": address,
         "secret": secret,
-        "sys_path": surroundings.search_path(),
         "settings": msgspec.to_builtins(settings),
         "protocol": PROTOCOL_VERSION,
         "host": host,
@@ -204,19 +208,19 @@ def _start(
     # A child that another thread forks meanwhile would keep our ends of its pipes: the supervisor would wait
     # for the end of its orders, or we for its failure, until that child ends.
     with forking.still():
-        process, ready = _spawn(settings.python, orders, streams)
+        process, ready = _spawn(launch, orders, streams)
     return process, _await_ready(process, ready, Deadline(settings.start_timeout, outer=deadline))
 
 
 def _spawn(
-    python: str, orders: dict[str, Any], streams: dict[str, Any]
+    launch: Launch, orders: dict[str, Any], streams: dict[str, Any]
 ) -> tuple[subprocess.Popen[bytes], int]:
     """A supervisor process that has its orders, and where it says that they are carried out."""
     ready, ready_write = os.pipe()
     try:
-        process = subprocess.Popen(
-            # -P: a file named json.py in the current directory is not ours to import.
-            [python, "-P", "-c", _BOOT, json.dumps(orders["sys_path"])],
+        process = concurrency.popen(
+            launch.argv,
+            env=launch.environment,
             stdin=subprocess.PIPE,
             pass_fds=[ready_write],
             # Ctrl-C in the terminal is the application's.  Not a session of its own: Linux schedules sessions
@@ -224,14 +228,14 @@ def _spawn(
             process_group=0,
             **streams,
         )
-    except (OSError, TypeError) as error:
-        os.close(ready)
+    except OSError as error:
+        concurrency.close(ready)
         raise SupervisorStartError(
-            f"Cannot start {python!r} ({error}). If this application embeds Python, set "
-            "ONNX_DL_PYTHON to the path of an interpreter of the same version."
+            f"Cannot start {launch.program!r} ({error}). ONNX_DL_PYTHON may be set to the path of an "
+            "interpreter of the same version."
         ) from error
     finally:
-        os.close(ready_write)
+        concurrency.close(ready_write)
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
         stdin.write(json.dumps(orders | {"ready_fd": ready_write}).encode())
@@ -239,9 +243,7 @@ def _spawn(
 
 
 def _is_readable(fd: int, limit: Deadline) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    while not poll.poll(1000 * (limit.step() or 0.0)):
+    while not waits.ready(fd, select.POLLIN, limit.step() or 0.0):
         if limit.passed:
             return False
     return True
@@ -254,7 +256,7 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) 
         if said in (_READY, _TAKEN):
             return said == _READY
     finally:
-        os.close(ready)
+        concurrency.close(ready)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the group: one in the background is a child of this process
     status = process.wait()

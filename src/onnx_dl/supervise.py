@@ -33,7 +33,6 @@ def supervise(name: str = USUAL, **settings: str | None) -> None:
     orders = Orders(
         address=config.fresh_address("host"),
         secret=secrets.token_hex(16),
-        sys_path=surroundings.search_path(),
         settings=msgspec.structs.replace(config.settings(), **given),
         protocol=PROTOCOL_VERSION,
         host=name,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from typing import Final
 
+from onnx_dl import concurrency
 from onnx_dl.events import EventBus, EventType, ModelEvent
+from onnx_dl.threads import Thread
 
 logger = logging.getLogger("onnx_dl")
 
@@ -19,11 +19,11 @@ class Teller:
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
-        self._events: queue.SimpleQueue[ModelEvent | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._events: concurrency.SimpleQueue[ModelEvent | None] = concurrency.SimpleQueue()
+        self._thread: Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._tell, name="onnx-dl-events", daemon=True)
+        self._thread = Thread(self._tell, "onnx-dl-events")
         self._thread.start()
 
     def put(self, event: ModelEvent) -> None:
@@ -35,7 +35,7 @@ class Teller:
 
     def join(self, timeout: float) -> None:
         """Returns when all is told, or after so many seconds; at once if it is a listener that asks."""
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and not self._thread.is_this:
             self._thread.join(timeout)
 
     def _tell(self) -> None:

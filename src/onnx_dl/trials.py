@@ -11,19 +11,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import makers
+from onnx_dl import boot, makers
+from onnx_dl.errors import SupervisorStartError
 from onnx_dl.host import ModelHost
 
-_BOOT: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.trials import main; main(*sys.argv[2:])"
-)
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
@@ -35,20 +31,20 @@ class Answer(NamedTuple):
     stderr: str = ""
 
 
-def ask(trial: str, *arguments: str, timeout: float, python: str = sys.executable) -> Answer:
+def ask(trial: str, *arguments: str, timeout: float, python: str = "") -> Answer:
     """Runs a trial: ``installed``, ``provider NAME`` or ``start``.  Never raises because of what it does.
 
     ``timeout``: seconds after which it is killed; what it started ends with it.
     """
-    path = [os.path.abspath(entry) for entry in sys.path]
-    command = [python, "-P", "-c", _BOOT, json.dumps(path), trial, *arguments]
+    environ = _environ(os.environ, timeout)
     try:
+        launch = boot.launch("trial", trial, *arguments, python=python, environ=environ)
         done = subprocess.run(
-            command, capture_output=True, timeout=timeout, check=False, env=_environ(os.environ, timeout)
+            launch.argv, capture_output=True, timeout=timeout, check=False, env=launch.environment
         )
     except subprocess.TimeoutExpired as late:
         return Answer(None, f"gave no answer within {timeout:.0f} s", _text(late.stderr))
-    except OSError as error:
+    except (OSError, SupervisorStartError) as error:
         return Answer(None, f"could not be started ({error})")
     return answer(done.returncode, _text(done.stdout), _text(done.stderr))
 

@@ -69,8 +69,9 @@ def _made(info: Any, rng: random.Random, depth: int) -> Any:
             return {} if depth > 4 else {_made(key, rng, depth + 1): _made(value, rng, depth + 1)}
         case inspect.EnumType(cls=cls):
             return rng.choice([each.value for each in cls])
-        case inspect.IntType():
-            return rng.choice((0, 1, 2, 3, 64, 65536))
+        case inspect.IntType(ge=least, le=most):
+            found = [n for n in (0, 1, 2, 3, 64, 65536) if least is None or n >= least]
+            return rng.choice([n for n in found if most is None or n <= most])
         case inspect.FloatType():
             return rng.choice((0.0, 2.5))
         case inspect.StrType():

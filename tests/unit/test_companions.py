@@ -11,6 +11,9 @@ import pytest
 from onnx_dl import EventType, ModelEvent, ModelHost
 from onnx_dl.errors import InstallationError
 from onnx_dl.host import _on_event
+from onnx_dl.model import ModelSpec
+
+SPEC = ModelSpec(key="k", name="m", cwd="/", group="g")
 
 
 class Proxy:
@@ -54,7 +57,7 @@ def test_proxies_are_made_in_one_thread_while_another_loads_the_group(hasty: Non
         thread = threading.Thread(target=make)
         thread.start()
         while not done.is_set():
-            assert host._members("g") == []
+            assert host._members(SPEC) == []
         thread.join()
 
 
@@ -84,7 +87,7 @@ def test_one_that_cannot_be_had_is_no_error_of_another(error: Exception) -> None
     with ModelHost() as host:
         proxy = Proxy(error)
         host.join(proxy)
-        assert host._members("g") == []
+        assert host._members(SPEC) == []
 
 
 def test_groups_of_proxies_that_are_gone_are_forgotten() -> None:

@@ -93,7 +93,7 @@ def test_ttl_refused_with_the_three_modes_named(value):
 
 def test_defaults():
     assert settings({}) == Settings()
-    assert Settings().python == sys.executable
+    assert Settings().python == ""
     assert Settings().start == "fork"
 
 

@@ -18,6 +18,7 @@ from onnx_dl import forking as f
 from onnx_dl.background import Background
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import SupervisorDied
+from onnx_dl.threads import Thread
 from tests.unit.test_layers import MODULES
 
 # --- what is used ------------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ LOCKS = {
     "weakref": {"WeakSet"},  # to go through one fails while another thread adds to it
 }
 ALLOWED = {
-    "forking": {"threading.Lock", "_thread.RLock"},
+    "concurrency": {"_thread.RLock", "_thread.allocate_lock"},  # where forking.py has them from
     "patching": {"weakref.WeakSet"},  # never gone through
     "recorded": {"weakref.WeakSet"},
     "transport.sockets": {"weakref.WeakSet"},
@@ -219,7 +220,7 @@ def test_nobody_waits_for_ever_for_a_thread_that_is_interrupted(monkeypatch: pyt
 
 
 def test_who_gives_a_promise_does_not_wait_for_it() -> None:
-    promise: f.Promise[int] = f.Promise(threading.current_thread())
+    promise: f.Promise[int] = f.Promise(threading.get_ident())
     with pytest.raises(ReentrantUse):
         promise.result(60)
     promise.set_result(7)
@@ -253,14 +254,14 @@ def test_work_does_not_wait_for_itself() -> None:
 
 
 def test_what_interrupts_the_start_of_a_thread_starts_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(threading.Thread):
+    class Interrupted(Thread):
         def start(self) -> None:
             monkeypatch.undo()
             assert background.wait(Deadline(10.0), "it") == 7  # as a signal handler would
             super().start()
 
     background = Background(lambda deadline: 7, "work")
-    monkeypatch.setattr(threading, "Thread", Interrupted)
+    monkeypatch.setattr("onnx_dl.background.Thread", Interrupted)
     assert background.wait(Deadline(10.0), "it") == 7
 
 

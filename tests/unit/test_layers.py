@@ -14,22 +14,31 @@ import onnx_dl
 ROOT = Path(onnx_dl.__file__).parent
 # From the bottom.  A room is a module, or a package with all that is in it.
 HEIGHT = {
+    "concurrency": -1,
+    "waits": 0,
     "errors": 0,
     "files": 0,
     "forking": 1,
     "descriptors": 1,
     "owned": 1,
+    "standing": 1,
     "surroundings": 2,
+    "interpreters": 1,
+    "frozen": 1,
+    "boot": 3,
     "hosttables": 1,
     "smallfiles": 1,
     "tomllines": 1,
     "lifecycle": 1,
+    "environment": 1,
     "model": 1,
     "config": 1,
     "deadline": 1,
-    "background": 2,
+    "threads": 2,
+    "background": 3,
     "events": 2,
     "telling": 3,
+    "workerlines": 3,
     "installation": 2,
     "makers": 2,
     "external": 2,
@@ -53,6 +62,9 @@ HEIGHT = {
     "watch": 7,
     "supervisor": 7,
     "workers": 7,
+    "eventloops": 2,
+    "on_asyncio": 3,
+    "on_trio": 3,
     "asynchronous": 8,
     "callbacks": 8,
     "host": 9,
@@ -78,7 +90,10 @@ HEIGHT = {
     "__main__": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
-GROUPS = [{"acquisition", "client", "connection", "serving", "watch"}, {"lifecycle", "model", "config"}]
+GROUPS = [
+    {"acquisition", "client", "connection", "serving", "watch"},
+    {"environment", "lifecycle", "model", "config"},
+]
 ENGINE = {"workers.ort", "workers.ort_calls", "workers.ort_session"}
 ZMQ = {
     "transport.sockets",
@@ -170,7 +185,13 @@ def test_engine_is_imported_eagerly_by_its_backend_only():
 
 def test_sockets_are_imported_by_transport_only():
     users = {name for name in MODULES if "socket" in outside(name)}
-    assert users == {"transport.dealer", "transport.face", "transport.router", "transport.sockets"}
+    assert users == {
+        "concurrency",
+        "transport.dealer",
+        "transport.face",
+        "transport.router",
+        "transport.sockets",
+    }
 
 
 @pytest.mark.parametrize(

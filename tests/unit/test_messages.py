@@ -13,10 +13,12 @@ import msgspec
 import pytest
 
 import onnx_dl
+from onnx_dl.environment import Environment
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
+from onnx_dl.standing import Standing
 from onnx_dl.transport import messages as m
 from tests.unit.builders import DESCRIPTION, spec
 
@@ -40,6 +42,7 @@ STATUS = ModelStatus(
     failures=0,
     retry_after=0.0,
 )
+ENVIRONMENT = Environment({"A": "b", "C": None})
 EVENT = ModelEvent(seq=1, type=EventType.READY, at=1.5, model="m", key="k", worker_id=1, rss=5, seconds=0.5)
 
 EXAMPLES = [
@@ -66,6 +69,7 @@ EXAMPLES = [
     m.Shutdown(ticket=1),
     m.Bye(ticket=1),
     m.Published(event=EVENT),
+    m.Wrote(pid=1, text=b"why\n", worker_id=2, model="m.onnx", last=True),
     m.WorkerStarted(worker_id=1),
     m.Load(spec=spec(), ttl=5.0, mapped=True),
     m.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
@@ -79,7 +83,7 @@ EXAMPLES = [
     m.DrainIfIdle(),
     m.Terminate(thread=7, request=8),
     m.Started(),
-    m.Spawn(worker_id=1, identity=b"i", control="c"),
+    m.Spawn(worker_id=1, identity=b"i", control="c", standing=Standing(nice=3), environment=ENVIRONMENT),
     m.Spawned(worker_id=1, pid=2),
     m.SpawnFailed(worker_id=1, reason="r"),
     m.TemplateReady(forkable=True),

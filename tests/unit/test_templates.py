@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from onnx_dl.supervisor import templateprocess
+from onnx_dl import boot
 from onnx_dl.supervisor.main import _PR_SET_CHILD_SUBREAPER, _take_in_orphans
 from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.transport.gauges import Reading
 from tests.waiting import DEADLINE, eventually
 
 HEAD = (
-    "import os, socket, sys, time; channel = socket.socket(fileno=int(sys.argv[2])); "
+    "import json, os, socket, sys, time; channel = socket.socket(fileno=json.loads(sys.argv[3])[0]); "
     "say = lambda text: channel.send(text); "
     "from onnx_dl.transport import messages as m; ready = m.encode(m.TemplateReady(forkable=True)); "
 )
@@ -39,8 +40,8 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
         self.now = 0.0
         self.told: list[tuple[str, int, object]] = []
-        monkeypatch.setattr(templateprocess, "_BOOT", HEAD + program)
-        self.processes = Processes(sys.path, "fork", 30.0, lambda: self.now)
+        monkeypatch.setattr(boot, "_BOOT", HEAD + program)
+        self.processes = Processes("fork", 30.0, lambda: self.now)
         self.processes.attach("nowhere", self)
         monkeypatch.undo()
 
@@ -54,6 +55,8 @@ class Rig:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self.told.append(("exited", worker_id, status))
+
+    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None: ...
 
     def saver_ended(self, status: int) -> None: ...
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from onnx_dl import config
 from onnx_dl.console.output import quiet_end, say
+from onnx_dl.environment import parse_pairs
 from onnx_dl.errors import OnnxDLError, RemoteError
 from onnx_dl.events import format_bytes
 from onnx_dl.host import ModelHost
@@ -11,17 +14,25 @@ from onnx_dl.model import ModelStatus
 
 
 def load(
-    host: ModelHost, model: str, *, ttl: float | None, pin: bool | None = None, priority: int | None = None
+    host: ModelHost,
+    model: str,
+    *,
+    ttl: float | None,
+    pin: bool | None = None,
+    priority: int | None = None,
+    environment: Sequence[str] = (),
 ) -> None:
     """Has the host load a model and hold it on, and prints what became of it.
 
-    ``ttl``: in seconds; None, here and of the others: what the host's file says, or else its default.
+    ``ttl``: in seconds; None, here and of the others: what the host's file says, or else its default;
+    ``environment``: texts such as ``OMP_NUM_THREADS=4``.
 
     Raises:
         OnnxDLError: the model did not load; errors of onnxruntime's become one, with their words.
     """
     try:
-        status = host.adopt(model, ttl=ttl, pin=pin, priority=priority)
+        variables = parse_pairs(environment)
+        status = host.adopt(model, ttl=ttl, pin=pin, priority=priority, environment=variables)
     except OnnxDLError:
         raise
     except Exception as error:  # onnxruntime's own classes, or none that this process knows

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from onnx_dl import boot
 from onnx_dl.console.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
 from onnx_dl.demo.memory import Reading, Recorder
@@ -104,10 +104,10 @@ def _await_unloads(stream: Any, count: int) -> None:
 
 
 def _in_process(large: Path) -> Way:
-    command = [sys.executable, "-m", "onnx_dl.demo.inprocess", str(large)]
+    launch = boot.launch("demo", str(large))
     rss: dict[str, list[int]] = {"before": [], "peak": [], "loaded": [], "deleted": []}
     outcomes = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(launch.argv, env=launch.environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             report = json.loads(line)

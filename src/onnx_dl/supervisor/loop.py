@@ -24,6 +24,7 @@ from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorEr
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.rendezvous import Place
+from onnx_dl.standing import Standing
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
 from onnx_dl.supervisor.clients import Client, Clients
@@ -42,14 +43,16 @@ from onnx_dl.supervisor.commands import (
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.needs import uses_gpu
+from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.probe import Probe
 from onnx_dl.supervisor.process import RESERVE, Processes
 from onnx_dl.supervisor.records import HOST
+from onnx_dl.supervisor.relay import MOST_UNREAD, Relay
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.supervisor.wakeups import Wakeups
-from onnx_dl.supervisor.workerprocess import MOST_BLOBS
+from onnx_dl.supervisor.workerprocess import MOST_BLOBS, Birth, WorkerProcess
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -78,11 +81,12 @@ class Supervisor:
         foreground: bool = False,
         firm: Sequence[str] = (),
         application: int | None = None,
+        stderr: Relay | None = None,
     ) -> None:
         """``place``: where applications find it, if it serves more than the one that started it; it then
         stays for a while without clients, or, in the ``foreground``, until it is told to go.  ``firm``: the
         names of settings that the host's file does not change.  ``application``: a descriptor that is
-        readable when the only application is gone that this serves.
+        readable when the only application is gone that this serves.  ``stderr``: takes what workers write.
 
         Raises:
             OnnxDLError: what the settings or the file ask for cannot be had.
@@ -95,6 +99,7 @@ class Supervisor:
         self._processes = processes
         self._settings = settings
         self._place = place
+        self._stderr = stderr or Relay(Outlet(2))
         self._foreground = foreground
         self._returns = False
         epoch = time.time() - time.monotonic()
@@ -114,6 +119,8 @@ class Supervisor:
         """Workers whose models ask for a GPU."""
         self._runs_measured: dict[int, int] = {}
         """The runs that a worker had made when it was looked at."""
+        self._standings: dict[str, Standing | None] = {}
+        """What the next worker of a model or group has from the thread that asked last."""
         self._metrics = Metrics()
         self._wakeups = Wakeups(foreground)
         self._todo: collections.deque[Command] = collections.deque()
@@ -130,6 +137,7 @@ class Supervisor:
             self._mind_loneliness()
             self._take_in(sockets.readable(self._sources(), self._patience()))
             self._pass_time(time.monotonic())
+            self._pass_on()
         if self._place is not None and not self._returns:
             self._place.withdraw()
         if self._scrape is not None:
@@ -280,6 +288,7 @@ class Supervisor:
             case TellWorker(worker_id, message):
                 self._send(self._identities[worker_id], message)
             case TellClient(client, message) if client != HOST:
+                self._pass_on()  # what was written before comes before
                 self._send(client, message)
             case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
                 why = failure.args[0] if failure.args else failure.name
@@ -326,12 +335,26 @@ class Supervisor:
     def _send(self, identity: bytes, message: m.Message) -> None:
         self._control.send(identity, m.encode(message))
 
+    def _pass_on(self) -> None:
+        """What this process and workers have written on stderr since the last time."""
+        self._stderr.pour(self._told_to_application)
+
+    def _told_to_application(self, wrote: m.Wrote) -> bool:
+        """Whether there is one that has this supervisor for itself, and reads."""
+        identity = next(self._clients.identities(), None) if self._place is None else None
+        unread = None if identity is None else self._control.unread(identity)
+        if identity is None or unread is None or unread > MOST_UNREAD:
+            return False
+        self._send(identity, wrote)
+        return True
+
     def _start_worker(self, worker_id: int, spec: ModelSpec) -> None:
         identity = self._identities[worker_id] = secrets.token_bytes(16)
         self._workers[identity] = worker_id
         if uses_gpu(spec):
             self._on_gpu.add(worker_id)
-        self._processes.spawn(worker_id, identity, self._blobs(spec), pristine=spec.pristine)
+        birth = Birth(spec.name, spec.pristine, self._standings.get(spec.unit), spec.environment)
+        self._processes.spawn(worker_id, identity, self._blobs(spec), birth)
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -385,12 +408,16 @@ class Supervisor:
             )
             self._carry_out(commands)
 
+    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None:
+        worker_id, pid = process.worker_id, process.pid or 0
+        self._stderr.put(m.Wrote(worker_id=worker_id, model=process.model, pid=pid, text=text, last=last))
+
     def _start_saver(self, wish: Wish) -> None:
         blob = None if wish.blob is None else self._clients.blobs().get(wish.blob)
         if wish.blob is not None and blob is None:  # the application that gave it is gone
             self.saver_ended(0)
         else:
-            self._processes.start_saver(wish.order, blob, wish.need.ram)
+            self._processes.start_saver(wish.order, blob, wish.need.ram, wish.environment)
 
     def saver_ended(self, status: int) -> None:
         with boundary("the end of a saver", self._end_search):
@@ -418,6 +445,7 @@ class Supervisor:
                 self._processes.greeted(worker_id)
                 return scheduler.on_started(worker_id)
             case m.WorkerReady():
+                self._processes.drain(worker_id)
                 self._runs_measured[worker_id] = 0
                 if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
                     self._meter().loaded(pid)
@@ -425,6 +453,7 @@ class Supervisor:
             case m.Saveable():
                 return scheduler.on_saveable(message, now)
             case m.WorkerFailed():
+                self._processes.drain(worker_id)
                 return scheduler.on_load_failed(message, now)
             case m.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now, message.reason)
@@ -509,6 +538,8 @@ class Supervisor:
         match message:
             case m.Acquire():
                 self._check_blobs(client, message)
+                if self._place is None:  # else applications would decide for each other
+                    self._standings[message.spec.unit] = message.standing
                 self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Withdraw():

@@ -24,6 +24,7 @@ from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.relay import Relay
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -48,7 +49,6 @@ class Orders(Starter, frozen=True, kw_only=True):
 
     address: str
     secret: str
-    sys_path: list[str]
     settings: Settings
     host: str | None = None
     """The name under which other applications find it."""
@@ -101,10 +101,11 @@ def serve(orders: Orders, place: Place | None) -> None:
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # what the last one of this name wrote
     settings = orders.settings
-    processes = Processes(orders.sys_path, settings.start, settings.start_timeout, time.monotonic)
+    processes = Processes(settings.start, settings.start_timeout, time.monotonic)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.loop import Supervisor
 
+    stdout, stderr = Outlet(1), Relay(Outlet(2))
     supervisor = Supervisor(
         processes,
         orders.address,
@@ -114,6 +115,7 @@ def serve(orders: Orders, place: Place | None) -> None:
         foreground=orders.foreground,
         firm=orders.firm,
         application=application,
+        stderr=stderr,
     )
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)
@@ -121,15 +123,15 @@ def serve(orders: Orders, place: Place | None) -> None:
         said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
         print(said, flush=True)
     _tell(orders, "!")
-    sys.stdout, sys.stderr = outlets = Outlet(1), Outlet(2)
+    sys.stdout, sys.stderr = stdout, stderr
     try:
         supervisor.run()
     except BaseException:
         traceback.print_exc()
         raise SystemExit(1) from None
     finally:
-        for outlet in outlets:
-            outlet.finish(_LAST_WORDS)
+        for stream in (stdout, stderr):
+            stream.finish(_LAST_WORDS)
 
 
 def _application(orders: Orders) -> int | None:

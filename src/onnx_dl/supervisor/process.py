@@ -11,17 +11,16 @@ import collections
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
 from onnx_dl import descriptors
+from onnx_dl.environment import Environment
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
-from onnx_dl.supervisor.workerprocess import COST, WorkerProcess
+from onnx_dl.supervisor.workerprocess import COST, Birth, WorkerProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
@@ -40,19 +39,20 @@ class Witness(Protocol):
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None: ...
 
+    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None: ...
+
     def saver_ended(self, status: int) -> None: ...
 
 
 class Processes:
     """All worker processes.  The template is started at once: its imports take longest."""
 
-    def __init__(self, sys_path: list[str], mode: str, patience: float, now: Callable[[], float]) -> None:
+    def __init__(self, mode: str, patience: float, now: Callable[[], float]) -> None:
         """``patience``: seconds in which a template answers, and becomes ready; ``now``: the clock.
 
         Raises:
             OSError: the system has no process for a template, or no descriptors.
         """
-        self._sys_path = sys_path
         self._mode = mode
         self._patience = patience
         self._now = now
@@ -102,15 +102,14 @@ class Processes:
         worker_id: int,
         identity: bytes,
         blobs: Mapping[str, int] = MappingProxyType({}),
-        *,
-        pristine: bool = False,
+        birth: Birth = Birth(),  # noqa: B008 - is immutable
     ) -> None:
         """Starts a worker process.
 
         Args:
             identity: the routing id of its control socket.
             blobs: descriptors of the memory that its model is loaded from, by name.
-            pristine: it is to have made no session of the engine before.
+            birth: what else it is to begin with.
 
         Raises:
             DescriptorsExhausted: it needs more descriptors than this process may have.
@@ -119,7 +118,7 @@ class Processes:
         owed = sum(process.owed for process in self._processes.values())
         if descriptors.free() - owed < COST + len(blobs) + RESERVE:
             raise descriptors.exhausted("A worker process")
-        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, pristine=pristine)
+        self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, birth)
         self._pending.append(process)
         self._dispatch()
 
@@ -148,13 +147,23 @@ class Processes:
         """Takes in what came on these descriptors."""
         for process in self._processes.values():
             if process.stderr.open and process.stderr.fileno() in ready:
-                with boundary(f"stderr of worker {process.worker_id}", process.mute):
-                    _pass_on(process.stderr.pump())
+                self._pump(process)
         template = self._template
         if template and template.open and template.channel.fileno() in ready:
             self._hear(template)
             if not template.open:
                 self.reap()  # SIGCHLD may have come before
+
+    def drain(self, worker_id: int) -> None:
+        """Takes in what a worker has written: before somebody is told of what it has done since."""
+        process = self._processes.get(worker_id)
+        if process is not None and process.stderr.open:
+            self._pump(process)
+
+    def _pump(self, process: WorkerProcess) -> None:
+        with boundary(f"stderr of worker {process.worker_id}", process.mute):
+            if text := process.stderr.pump():
+                self._witness.wrote(process, text)
 
     def reap(self) -> None:
         """Collects every child that has ended; called after SIGCHLD."""
@@ -174,14 +183,13 @@ class Processes:
 
     # --- the saver ----------------------------------------------------------------------------------------
 
-    def start_saver(self, order: str, blob: int | None, memory: int) -> None:
+    def start_saver(self, order: str, blob: int | None, memory: int, environment: Environment) -> None:
         """Starts the process that saves a model, of which there is one at most.
 
         Raises:
             OSError: the system has no process for it, or no memory.
         """
-        environment = os.environ | SINGLE_THREADED
-        self._saver = SaverProcess(self._sys_path, environment, order, blob, memory)
+        self._saver = SaverProcess(environment.over(os.environ | SINGLE_THREADED), order, blob, memory)
 
     def end_saver(self) -> None:
         if self._saver is not None:
@@ -201,7 +209,7 @@ class Processes:
     # --- the template -------------------------------------------------------------------------------------
 
     def _new_template(self) -> TemplateProcess:
-        return TemplateProcess(self._sys_path, self._mode, self._now(), self._patience)
+        return TemplateProcess(self._mode, self._now(), self._patience)
 
     def _dispatch(self) -> None:
         """Asks for the next worker, if there is a template that is free."""
@@ -300,14 +308,8 @@ class Processes:
         del self._processes[process.worker_id]
         reading = process.page.gauges.read()
         stderr, rest = process.buried()
-        _pass_on(rest)
+        self._witness.wrote(process, rest, last=True)
         self._witness.exited(process.worker_id, status, stderr, reading)
-
-
-def _pass_on(data: bytes) -> None:
-    """What workers write on stderr belongs on ours."""
-    if isinstance(sys.stderr, Outlet):
-        sys.stderr.pass_on(data)
 
 
 def _ended_child() -> int | None:

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from onnx_dl import boot
 from onnx_dl.transport import shm
 
-_BOOT: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.workers.saver import main; main(*map(int, sys.argv[2:]))"
-)
 _PROCESS_MRELEASE: Final = 448
 """The system call, of Linux 5.15 and later; the same number everywhere."""
 
@@ -28,9 +23,7 @@ _PROCESS_MRELEASE: Final = 448
 class SaverProcess:
     """One saver: a child of this process, with a process group of its own."""
 
-    def __init__(
-        self, sys_path: list[str], environment: Mapping[str, str], order: str, blob: int | None, memory: int
-    ) -> None:
+    def __init__(self, environment: Mapping[str, str], order: str, blob: int | None, memory: int) -> None:
         """``blob``: descriptor of a model given as bytes; ``memory``: bytes that it may take.
 
         Raises:
@@ -41,8 +34,8 @@ class SaverProcess:
             for fd in fds:
                 os.set_inheritable(fd, True)
             numbers = (fds[0], -1 if blob is None else fds[1], os.getpid(), memory)
-            argv = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys_path), *map(str, numbers)]
-            self._pid = os.posix_spawn(sys.executable, argv, environment, setpgroup=0)
+            launch = boot.launch("saver", *numbers, environ=environment)
+            self._pid = os.posix_spawn(*launch, setpgroup=0)
         finally:
             for fd in fds:
                 os.close(fd)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
+from onnx_dl.environment import NOTHING as NO_VARIABLES
+from onnx_dl.environment import Environment
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 
 BASE: Final = 96 << 20
@@ -32,6 +34,7 @@ class Wish:
     blob: str | None
     need: Bytes
     tries: int = 1
+    environment: Environment = NO_VARIABLES
 
 
 def need(nbytes: int) -> Bytes:

@@ -284,7 +284,8 @@ class Scheduler(Mending):
 
     def on_saveable(self, ask: m.Saveable, now: float) -> list[Command]:
         """A model is worth saving for the load cache."""
-        self._saving.ask(saving.Wish(ask.key, ask.order, ask.blob, saving.need(ask.nbytes)))
+        need = saving.need(ask.nbytes)
+        self._saving.ask(saving.Wish(ask.key, ask.order, ask.blob, need, environment=ask.environment))
         self._admit(now)
         return self._done()
 

@@ -8,22 +8,15 @@ socket, and how long an answer may take is bounded.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
+from onnx_dl import boot
 from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
-
-_BOOT: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from onnx_dl.workers.template import main; main(int(sys.argv[2]), sys.argv[3])"
-)
-
 
 # Read when numpy and onnxruntime are imported, so it must be there before.  OpenBLAS would start a pool of
 # threads, and onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share);
@@ -34,7 +27,7 @@ SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": 
 class TemplateProcess:
     """One template, from its start until it is reaped or has become a worker."""
 
-    def __init__(self, sys_path: list[str], mode: str, now: float, patience: float) -> None:
+    def __init__(self, mode: str, now: float, patience: float) -> None:
         """``mode``: ``fork`` or ``exec``; ``patience``: seconds in which it answers, and becomes ready.
 
         Raises:
@@ -54,8 +47,8 @@ class TemplateProcess:
         try:
             fd = theirs.fileno()
             os.set_inheritable(fd, True)
-            argv = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys_path), str(fd), mode]
-            self.pid = os.posix_spawn(sys.executable, argv, os.environ | SINGLE_THREADED)
+            launch = boot.launch("template", fd, mode, environ=os.environ | SINGLE_THREADED)
+            self.pid = os.posix_spawn(*launch)
         except BaseException:
             self.channel.close()
             raise

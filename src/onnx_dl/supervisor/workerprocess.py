@@ -10,8 +10,10 @@ import contextlib
 import os
 import signal
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
+from onnx_dl.environment import NOTHING, Environment
+from onnx_dl.standing import Standing
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -61,21 +63,39 @@ class StderrTail:
         os.close(self._read_end)
 
 
+class Birth(NamedTuple):
+    """What a worker begins with.
+
+    ``model``: the name of what it is for; ``pristine``: it has made no session of the engine before;
+    ``standing``: what it has from the thread that asked for it, None: from this process; ``environment``: its
+    variables, beside this process's.
+    """
+
+    model: str = ""
+    pristine: bool = False
+    standing: Standing | None = None
+    environment: Environment = NOTHING
+
+
 class WorkerProcess:
     """From the request for it until it is reaped."""
 
     def __init__(
-        self, worker_id: int, identity: bytes, blobs: Mapping[str, int], *, pristine: bool = False
+        self,
+        worker_id: int,
+        identity: bytes,
+        blobs: Mapping[str, int],
+        birth: Birth = Birth(),  # noqa: B008 - is immutable
     ) -> None:
-        """``blobs``: descriptors of the memory that its model is loaded from, by name; ``pristine``: it is to
-        have made no session of the engine before.
+        """``blobs``: descriptors of the memory that its model is loaded from, by name.
 
         Raises:
             OSError: the system has no descriptors or memory left; nothing is left open.
         """
         self.worker_id = worker_id
         self.identity = identity
-        self._pristine = pristine
+        self.model = birth.model
+        self._birth = birth
         self.pid: int | None = None
         self.condemned = False
         self.greeted = False
@@ -108,7 +128,9 @@ class WorkerProcess:
             identity=self.identity,
             control=control,
             blobs=list(self._blobs),
-            pristine=self._pristine,
+            pristine=self._birth.pristine,
+            standing=self._birth.standing,
+            environment=self._birth.environment,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
         sent = channel.send(m.encode(message), fds)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from onnx_dl import concurrency, waits
 from onnx_dl.owned import Descriptor
 from onnx_dl.transport.patience import Patience
 
@@ -31,9 +32,9 @@ class _Waiter:
         self._is_ours: Callable[[], bool] = lambda: True
         """Whether the descriptor still is what it was."""
         self._patience = patience
-        self._poll = select.poll()
+        self._poll = concurrency.poll()
         self._poll.register(fd, select.POLLIN)
-        if patience is not None:
+        if patience is not None or waits.are_cooperative():
             os.set_blocking(fd, False)
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -48,13 +49,24 @@ class _Waiter:
             self._sleep(timeout)
             if not self._is_ours():
                 return None
-        return self._read()
+        try:
+            return self._read()
+        except BlockingIOError:  # uvloop has made it non-blocking, or we did for greenlets
+            return self._wait_and_read(timeout)
+
+    def _wait_and_read(self, timeout: float | None) -> int | None:
+        while True:
+            self._sleep(timeout)
+            if not self._is_ours():
+                return None
+            with contextlib.suppress(BlockingIOError):  # it was ready for a moment only
+                return self._read()
 
     def _read(self) -> int | None:
         raise NotImplementedError
 
     def _sleep(self, timeout: float | None) -> None:
-        if not self._poll.poll(None if timeout is None else timeout * 1000):
+        if not waits.polled(self._poll, self._fd, select.POLLIN, timeout):
             raise TimeoutError("nobody rang in time")
 
     def _wait_patiently(self, patience: Patience, timeout: float | None) -> int | None:
@@ -66,8 +78,7 @@ class _Waiter:
                     return self._read()
                 except BlockingIOError:
                     continue
-            self._sleep(timeout)
-            return self._read() if self._is_ours() else None
+            return self._wait_and_read(timeout)
         finally:
             patience.note(time.perf_counter() - started)
 
@@ -141,5 +152,5 @@ class WorkerBell(_Waiter):
 
     def close(self) -> None:
         """Gives up the descriptors."""
-        os.close(self._eventfd)
-        os.close(self._pipe)
+        concurrency.close(self._eventfd)
+        concurrency.close(self._pipe)

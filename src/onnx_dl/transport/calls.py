@@ -6,10 +6,13 @@ What they mean is :mod:`onnx_dl.transport.lane`'s.
 from __future__ import annotations
 
 import contextlib
+import select
 from typing import Any, Final, Protocol
 
 import zmq
 
+from onnx_dl import waits
+from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m
@@ -24,6 +27,8 @@ REQUEST, AGAIN = 1, 2
 """What a caller rings: a request lies on the socket; from 2 on, Again with that number less 2."""
 _NUMBERS: Final = 128
 """A reply tells the number of its request, less multiples of this.  One is under way at a time."""
+_LOOK_EVERY: Final = 0.02
+"""Seconds between two looks of a greenlet at a ZeroMQ socket."""
 
 
 class Calls(Protocol):
@@ -191,12 +196,21 @@ class ZmqCalls:
     def _next(self, timeout: float | None) -> bytes | None:
         if not self._handover.channel.is_ours():
             return None
-        ready = sockets.wait(self._poller, timeout)
+        ready = self._ready(timeout)
         if self._socket in ready:
             return self._socket.recv()
         if ready:
             return _last_words(self._socket)
         raise TimeoutError("nobody answered in time")
+
+    def _ready(self, timeout: float | None) -> dict[object, int]:
+        if waits.hub() is None:
+            return sockets.wait(self._poller, timeout)
+        limit = Deadline(timeout)
+        while not (ready := sockets.wait(self._poller, 0)) and not limit.passed:
+            # ZeroMQ's descriptor tells of changes only, and nothing of the other one that the poller has.
+            waits.ready(int(self._socket.getsockopt(zmq.FD)), select.POLLIN, limit.left(_LOOK_EVERY))
+        return ready
 
     def again(self, number: int) -> bool:
         return self.send(m.Again(plan=number))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+from typing import TYPE_CHECKING
+
+from onnx_dl import concurrency
+
+if TYPE_CHECKING:
+    import socket
 
 
-class Face(socket.socket):
+class Face(concurrency.socket):
     """Python's functions for a socket that a :class:`~onnx_dl.owned.Descriptor` closes.  Where the garbage
     collector finds both in one cycle, Python would warn of a socket that nobody closed."""
 

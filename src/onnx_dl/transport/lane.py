@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import zmq
 
+from onnx_dl import waits
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
@@ -76,7 +77,7 @@ class ClientLane(Lane):
         self, ctx: Context | None, granted: m.Granted, deadline: Deadline, *, over_zmq: bool, latency: str
     ) -> None:
         """Opens a lane to the worker that was granted.  ``latency``: "low" polls, see
-        :mod:`onnx_dl.transport.patience`.
+        :mod:`onnx_dl.transport.patience`; not in a program with greenlets, which would wait meanwhile.
 
         Raises:
             DeadlinePassed: the worker did not answer in time.
@@ -87,7 +88,7 @@ class ClientLane(Lane):
         """Who granted it, if whoever opens the lane wants to know that later."""
         self.latency = latency
         handover = Handover(Channel.connect(granted.address, deadline), m.lane_reply, keep_descriptors=True)
-        polls = latency == "low" and not over_zmq and len(os.sched_getaffinity(0)) > 1
+        polls = latency == "low" and not over_zmq and not waits.are_cooperative() and _has_two_cores()
         reply_to = fresh_address("lane") if over_zmq else None
         try:
             calls = _caller_calls(handover, ctx, reply_to, polls)
@@ -348,6 +349,10 @@ class ClientLane(Lane):
     def touch(self) -> None:
         """Leaves the time of a use where the worker looks before its TTL ends it.  Costs no message."""
         self._page.clock = time.monotonic_ns()
+
+
+def _has_two_cores() -> bool:
+    return len(os.sched_getaffinity(0)) > 1
 
 
 def _again(plan: Plan, moved: Mapping[Any, m.Tensor]) -> m.Again:

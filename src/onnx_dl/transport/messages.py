@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
+from onnx_dl.standing import Standing
 
 PROTOCOL_VERSION = 5
 
@@ -150,6 +152,8 @@ class Acquire(Message):
     """It is the host that is to hold the model from then on, also when the client is gone."""
     companions: list[ModelSpec] = []
     """Other models of its group that this client has proxies of: they are loaded together."""
+    standing: Standing | None = None
+    """Of the thread that asks: a private host's worker has it, if this has it loaded."""
 
 
 class Outdated(Message):
@@ -299,6 +303,20 @@ class Published(Message):
     event: ModelEvent
 
 
+class Wrote(Message):
+    """What a process has written on stderr, for the application of a private supervisor to write it to the
+    stderr that it has now.
+
+    ``worker_id`` and ``model``: 0 and empty for the supervisor itself; ``last``: the process has ended.
+    """
+
+    pid: int
+    text: bytes
+    worker_id: int = 0
+    model: str = ""
+    last: bool = False
+
+
 # --- control: supervisor <-> worker over ZeroMQ ----------------------------------------------------------
 
 
@@ -339,7 +357,7 @@ class Saveable(Message):
     """The model is worth saving for the load cache.
 
     ``nbytes``: of its files, or as it was given; ``blob``: the memory that it was given as; ``order``: what
-    the process is to be told that saves it.
+    the process is to be told that saves it, which has the ``environment``, too.
     """
 
     worker_id: int
@@ -347,6 +365,7 @@ class Saveable(Message):
     nbytes: Count
     blob: str | None
     order: str
+    environment: Environment = NOTHING
 
 
 class WorkerFailed(Message):
@@ -403,6 +422,10 @@ class Spawn(Message):
     control: str
     blobs: list[str] = []
     pristine: bool = False
+    standing: Standing | None = None
+    """What the worker has instead of what the supervisor has."""
+    environment: Environment = NOTHING
+    """If there is one, the worker is a fresh interpreter, which starts with it."""
     version: int = PROTOCOL_VERSION
     """Of the supervisor.  The package may have been replaced on disk since it was started."""
 
@@ -564,7 +587,7 @@ FromClient = (
     | AskFate
     | Shutdown
 )
-ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published
+ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published | Wrote
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused

@@ -124,6 +124,11 @@ class Router:
         peer.unsent += zmtp.frame(data)
         self._flush(peer)
 
+    def unread(self, name: bytes) -> int | None:
+        """Bytes that wait for this peer to read; None: nobody of this name is there."""
+        peer = self._by_name.get(name)
+        return None if peer is None else len(peer.unsent)
+
     def forget(self, name: bytes) -> None:
         """The peer of this name is gone, or to go."""
         if (peer := self._by_name.get(name)) is not None:

@@ -15,13 +15,12 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import zmq
 
-from onnx_dl import descriptors
+from onnx_dl import concurrency, descriptors, waits
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import Descriptor
@@ -70,13 +69,13 @@ class Channel:
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
-        a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        a, b = concurrency.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(a), cls(b)
 
     @classmethod
     def from_fd(cls, fd: int) -> Channel:
         """Takes over a descriptor that was inherited."""
-        sock = socket.socket(fileno=fd)
+        sock = concurrency.socket(fileno=fd)
         sock.set_inheritable(False)
         return cls(sock)
 
@@ -162,11 +161,9 @@ class Channel:
 
     def _poll(self, event: int, timeout: float) -> bool:
         """True at once if this end is closed: neither to send nor to receive would wait then."""
-        poll = select.poll()
         with contextlib.suppress(ValueError):  # another thread closed it since the look
             if self.is_ours():
-                poll.register(self.fileno(), event)
-                return bool(poll.poll(timeout * 1000))
+                return waits.ready(self.fileno(), event, timeout)
         return True
 
     def is_dead(self) -> bool:
@@ -206,14 +203,14 @@ def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
         DeadlinePassed: the listener's queue stayed full.
         OSError: nobody listens at ``address``, or it cannot be reached.
     """
-    sock = socket.socket(socket.AF_UNIX, kind)
+    sock = concurrency.socket(socket.AF_UNIX, kind)
     try:
         sock.setblocking(False)  # else connect() waits without a bound where the queue is full
         while error := sock.connect_ex(f"\0{address}"):
             if error != errno.EAGAIN:
                 raise OSError(error, os.strerror(error))
             deadline.check("a listener whose queue is full")
-            time.sleep(deadline.step(_FULL) or 0.0)
+            waits.pause(deadline.step(_FULL) or 0.0)
         sock.setblocking(True)
         _check_user(sock)
     except BaseException:
@@ -232,7 +229,7 @@ def _fds_of(level: int, kind: int, data: bytes) -> list[int]:
 def close_all(fds: Iterable[int]) -> None:
     """Closes descriptors that came and are of no use."""
     for fd in fds:
-        os.close(fd)
+        concurrency.close(fd)
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int, int]:
@@ -259,7 +256,7 @@ class Listener:
     """Accepts Channels of the same user at an abstract address."""
 
     def __init__(self, address: str) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock = concurrency.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.bind(f"\0{address}")
         self._sock.listen(BACKLOG)
         self._sock.setblocking(False)
@@ -375,7 +372,7 @@ def pair(ctx: Context, address: str) -> Socket:
 
 def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
     """Those of these descriptors that are readable within ``timeout`` seconds; None: waits for ever."""
-    poll = select.poll()
+    poll = concurrency.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return {fd for fd, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))}
@@ -383,8 +380,13 @@ def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
 
 def sleep(poll: select.poll, timeout: float | None) -> None:
     """Until one of its descriptors is ready, for so many seconds at most; None: for as long as it takes."""
+    sleep_until_ready(poll, timeout)
+
+
+def sleep_until_ready(poll: select.poll, timeout: float | None) -> list[int]:
+    """Like :func:`sleep`; those of its descriptors that are ready."""
     # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
-    poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))
+    return [fd for fd, _ in poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))]
 
 
 def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:

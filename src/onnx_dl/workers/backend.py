@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from onnx_dl.environment import Environment
 from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.workers.halt import Halt
@@ -45,6 +46,8 @@ class Save(NamedTuple):
     """The name of the memory that it was given as."""
     order: str
     """What :mod:`onnx_dl.workers.saver` is to be told."""
+    environment: Environment
+    """The variables that it is to have."""
 
 
 class Unsaved(RuntimeError):

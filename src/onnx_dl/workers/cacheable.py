@@ -79,7 +79,14 @@ def key_of(spec: ModelSpec, onnxruntime: str) -> str:
         OSError: its file cannot be looked at.
     """
     identity = spec.blob if spec.path is None else model_identity(spec.path)
-    how = (spec.options, spec.providers, spec.provider_options, spec.extra, spec.surroundings)
+    how = (
+        spec.options,
+        spec.providers,
+        spec.provider_options,
+        spec.extra,
+        spec.surroundings,
+        spec.environment,
+    )
     return model_key(identity, *how, onnxruntime, _cpu())
 
 

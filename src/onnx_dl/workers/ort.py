@@ -101,7 +101,15 @@ class OnnxRuntimeBackend:
             description=self.describe(),
             nbytes=nbytes,
         )
-        return [Save(self._key, nbytes, self._spec.blob, msgspec.json.encode(order).decode())]
+        return [
+            Save(
+                self._key,
+                nbytes,
+                self._spec.blob,
+                msgspec.json.encode(order).decode(),
+                self._spec.environment,
+            )
+        ]
 
     def describe(self) -> ModelDescription:
         if self._cached is not None:  # the saved form has other options, and need not tell all

@@ -36,7 +36,7 @@ class Opened:
             Exception: what onnxruntime raises; its attribute ``remarks`` is what was printed before.
         """
         self.keys = list((spec.options or {}).get("config", {}))
-        recorded.set_surroundings(spec.surroundings)
+        recorded.set_surroundings(spec.surroundings, spec.environment)
         _preload_cuda(spec)
         _refuse_own_threads(spec)
         options = None

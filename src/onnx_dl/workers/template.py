@@ -23,7 +23,10 @@ import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import recorder, surroundings
+import msgspec
+
+from onnx_dl import boot, recorder, standing, surroundings
+from onnx_dl.environment import NOTHING
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -123,7 +126,9 @@ class Template:
         """The rest of this process's life is a worker's; ``middle``: its parent until that has left."""
         try:
             self._channel.close()
-            if spawn.pristine and self._used:
+            if spawn.standing is not None:
+                standing.take(spawn.standing)  # before there is another thread
+            if spawn.environment or (spawn.pristine and self._used):
                 self._begin_anew(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
@@ -149,11 +154,13 @@ class Template:
     def _begin_anew(self, spawn: m.Spawn, fds: list[int], middle: int | None) -> NoReturn:
         """The same process with another interpreter, which becomes the worker."""
         self._die_with_supervisor(middle)  # what is executed keeps that; its imports take a while
+        os.dup2(fds[1], 2)  # an environment may be one in which no interpreter starts
         ours, theirs = Channel.pair()
-        ours.send(m.encode(spawn), tuple(fds))  # lies in the socket until it is read
+        begun = msgspec.structs.replace(spawn, environment=NOTHING)
+        ours.send(m.encode(begun), tuple(fds))  # lies in the socket until it is read
         os.set_inheritable(theirs.fileno(), True)
-        *same, _, _ = sys.orig_argv[1:]
-        os.execv(sys.executable, [sys.executable, *same, str(theirs.fileno()), _WORKER])
+        environ = spawn.environment.over(os.environ)
+        os.execve(*boot.launch("template", theirs.fileno(), _WORKER, environ=environ))
 
     def _tell(self, message: m.Message) -> None:
         if not self._channel.send(m.encode(message)):

@@ -1,0 +1,41 @@
+"""What calls that are awaited need of asyncio.  Imported where that runs: it takes 50 ms."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from onnx_dl.eventloops import EventLoops
+
+_T = TypeVar("_T")
+
+
+class _Asyncio:
+    cancelled: type[BaseException] = asyncio.CancelledError
+
+    def key(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def readable(self, fd: int) -> None:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(fd)
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.to_thread(work)
+
+    def aside(self, work: Callable[[], object]) -> None:
+        asyncio.get_running_loop().run_in_executor(None, work)
+
+    def timeout(self, seconds: float | None) -> asyncio.Timeout:
+        return asyncio.timeout(seconds)
+
+    def semaphore(self, value: int) -> asyncio.Semaphore:
+        return asyncio.Semaphore(value)
+
+
+LOOPS: Final[EventLoops] = _Asyncio()

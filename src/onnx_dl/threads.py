@@ -1,0 +1,63 @@
+"""Threads of ours in an application: native ones, whatever the program makes of ``threading``.
+
+What they do is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from onnx_dl import concurrency
+from onnx_dl.forking import Promise
+
+
+class Thread(concurrency.Thread):
+    """A daemon.  Where gevent has patched ``threading``, that does not know of it."""
+
+    def __init__(self, target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> None:
+        super().__init__(target=target, name=name, args=args, daemon=True)
+        self._native: Promise[None] | None = None
+        """Given at its end, if it is started past ``threading``."""
+        self._native_ident: int | None = None
+
+    @property
+    def number(self) -> int | None:
+        """Its native number; None before it runs."""
+        return self.ident if self._native is None else self._native_ident
+
+    @property
+    def is_this(self) -> bool:
+        """Whether it is the thread that asks, and has not ended."""
+        return self.number == concurrency.get_ident() and self.is_alive()
+
+    def start(self) -> None:
+        if not concurrency.is_patched("_thread"):
+            super().start()
+            return
+        self._native = Promise()
+        self._native_ident = concurrency.start_new_thread(self._run_native, ())
+
+    def _run_native(self) -> None:
+        assert self._native is not None
+        self._native_ident = concurrency.get_ident()
+        try:
+            self.run()
+        except SystemExit:
+            pass
+        except BaseException as error:
+            threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self)))
+        finally:
+            self._native.set_result(None)
+
+    def is_alive(self) -> bool:
+        return super().is_alive() if self._native is None else not self._native.done()
+
+    def join(self, timeout: float | None = None) -> None:
+        if self._native is None:
+            super().join(timeout)
+            return
+        with contextlib.suppress(Exception):  # it was not in time, or is not in this forked child
+            self._native.result(timeout)

@@ -1,0 +1,189 @@
+"""How a caller of ours waits: a thread stops, a greenlet of gevent lets the others of its thread go on.
+
+A thread has greenlets to think of if gevent has patched the standard library, which says that waits are to
+be cooperative, and the thread has a hub.  Our own threads have none.  A greenlet that is killed, or whose
+``gevent.Timeout`` passes, leaves each of these waits as by Ctrl-C.  What is waited for is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
+
+from onnx_dl import concurrency
+
+_T = TypeVar("_T")
+
+_COOPERATIVE: Final = ("_thread", "threading", "select", "socket", "time")
+"""Modules that make waits cooperative where they are patched."""
+
+_READ, _WRITE = 1, 2
+"""Of gevent's loops."""
+
+
+def are_cooperative() -> bool:
+    """Whether gevent has patched this program, so that some thread may have greenlets."""
+    return "gevent.monkey" in sys.modules and any(map(concurrency.is_patched, _COOPERATIVE))
+
+
+def hub() -> Any:
+    """gevent's hub, which runs other greenlets while the present one waits; None: the thread just waits."""
+    if not are_cooperative():
+        return None
+    found = sys.modules["gevent._hub_local"].get_hub_if_exists()
+    # The hub itself, in a callback of its loop, has nobody to wait for it.
+    return None if found is None or found is _gevent().getcurrent() else found
+
+
+def _gevent() -> Any:
+    return sys.modules["gevent"]
+
+
+def caller() -> int:
+    """Tells callers apart: the thread, or the greenlet where the thread has several."""
+    return concurrency.get_ident() if hub() is None else id(_gevent().getcurrent())
+
+
+def refusal() -> str | None:
+    """Why a program cannot use models, as it has been patched; None: it can."""
+    patcher = sys.modules.get("eventlet.patcher")
+    if patcher is None or not getattr(patcher, "already_patched", None):
+        return None
+    return (
+        "eventlet has patched this program: its threads, locks and polls are not the system's any more, and "
+        "onnx-dl waits for other processes with these. Use gevent (gunicorn -k gevent), or threads (-k "
+        "gthread), or onnxruntime.InferenceSession."
+    )
+
+
+# --- waiting -----------------------------------------------------------------------------------------------
+
+
+def pause(seconds: float) -> None:
+    """Like ``time.sleep``."""
+    if hub() is None:
+        concurrency.sleep(seconds)
+    else:
+        _gevent().sleep(seconds)
+
+
+def ready(fd: int, event: int, timeout: float | None) -> bool:
+    """Whether a descriptor becomes ready within ``timeout`` seconds; None: waits for as long as it takes.
+
+    ``event``: ``select.POLLIN`` or ``select.POLLOUT``.
+    """
+    poll = concurrency.poll()
+    poll.register(fd, event)
+    return polled(poll, fd, event, timeout)
+
+
+def polled(poll: select.poll, fd: int, event: int, timeout: float | None) -> bool:
+    """Like :func:`ready`, with a poll object that has just this descriptor."""
+    # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
+    milliseconds = None if timeout is None else max(0, math.ceil(timeout * 1000))
+    through = hub() if milliseconds != 0 else None
+    if through is None:
+        return bool(poll.poll(milliseconds))
+    if not poll.poll(0):
+        with contextlib.closing(through.loop.io(fd, _WRITE if event == select.POLLOUT else _READ)) as watcher:
+            _wait(through, watcher, lambda: False, timeout)
+    return bool(poll.poll(0))
+
+
+def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Whether a child of ours ends within ``timeout`` seconds; then it is reaped."""
+    with contextlib.suppress(ProcessLookupError):  # somebody else has reaped it
+        fd = os.pidfd_open(process.pid)
+        try:
+            ready(fd, select.POLLIN, timeout)
+        finally:
+            concurrency.close(fd)
+    return process.poll() is not None
+
+
+def _wait(through: Any, watcher: Any, is_over: Callable[[], bool], timeout: float | None) -> None:
+    """Until the watcher fires or the time is up.
+
+    ``is_over``: whether there is nothing to wait for; looked at when the watcher watches, so that nothing is
+    overlooked.
+    """
+    waiter = _gevent().hub.Waiter(through)
+    watcher.start(waiter.switch, None)
+    try:
+        with _gevent().Timeout(timeout, False):
+            if not is_over():
+                waiter.get()
+    finally:
+        watcher.stop()
+
+
+class Wakers:
+    """Greenlets that wait for another thread.  Takes no lock: a finalizer may wake them."""
+
+    __slots__ = ("_wakers",)
+
+    def __init__(self) -> None:
+        self._wakers: list[Callable[[], object]] = []
+
+    def wake(self) -> None:
+        """Wakes all of them, from any thread."""
+        for waker in self._wakers.copy():
+            with contextlib.suppress(Exception):  # it has gone on meanwhile, and closed what it was woken by
+                waker()
+
+    def wait(self, is_over: Callable[[], bool], timeout: float | None) -> bool:
+        """Waits until ``is_over``, which somebody else calls :meth:`wake` after, or the time is up.
+
+        Returns false, without having waited, if the caller must wait with its whole thread.
+        """
+        if (through := hub()) is None:
+            return False
+        with contextlib.closing(through.loop.async_()) as watcher:
+            waker = watcher.send
+            self._wakers.append(waker)
+            try:
+                _wait(through, watcher, is_over, timeout)
+            finally:
+                self._wakers.remove(waker)
+        return True
+
+
+class Mailbox(Generic[_T]):
+    """A ``queue.SimpleQueue`` out of which greenlets may take, too."""
+
+    def __init__(self) -> None:
+        self._items: concurrency.SimpleQueue[_T] = concurrency.SimpleQueue()
+        self._wakers = Wakers()
+
+    def put(self, item: _T) -> None:
+        """May be called from finalizers: it takes no lock and does not wait."""
+        self._items.put(item)
+        self._wakers.wake()
+
+    def empty(self) -> bool:
+        return self._items.empty()
+
+    def get(self, timeout: float | None = None) -> _T:
+        """The next one.
+
+        Raises:
+            queue.Empty: there was none for ``timeout`` seconds.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while self._wakers.wait(lambda: not self._items.empty(), _left(until)):
+            with contextlib.suppress(concurrency.Empty):  # another one has taken it
+                return self._items.get_nowait()
+            if time.monotonic() >= until:
+                raise concurrency.Empty
+        return self._items.get(timeout=timeout)
+
+
+def _left(until: float) -> float | None:
+    return None if until == math.inf else max(0.0, until - time.monotonic())
