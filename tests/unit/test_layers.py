@@ -19,6 +19,7 @@ HEIGHT = {
     "forking": 1,
     "descriptors": 1,
     "owned": 1,
+    "procfs": 1,
     "surroundings": 2,
     "hosttables": 1,
     "smallfiles": 1,

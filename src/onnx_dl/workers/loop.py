@@ -85,16 +85,16 @@ class Worker:
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
             memory.trim()  # before ready, so that what is measured then is what stays
+            ready = time.monotonic()
+            self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
+            self._set_limits(order.spec)
+            door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
             unsaved = isinstance(error, Unsaved)
             failure = failures.describe(error)
             self._say(m.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
             self._hear()
             return
-        ready = time.monotonic()
-        self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
-        self._set_limits(order.spec)
-        door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         self._say(
             m.WorkerReady(
                 worker_id=self._id,
@@ -116,7 +116,8 @@ class Worker:
         if spec.max_memory is not None or spec.max_runs is not None:
             self._allowance = Allowance(spec.max_memory, spec.max_runs)
         if spec.max_memory_hard is not None:
-            self._watchdog = Watchdog(spec.max_memory_hard, Own(), self._gate.in_flight, self._end_for)
+            own = Own("max_memory_hard")
+            self._watchdog = Watchdog(spec.max_memory_hard, own, self._gate.in_flight, self._end_for)
             self._watchdog.start()
 
     def _end_for(self, nbytes: int) -> NoReturn:

@@ -23,7 +23,7 @@ import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import recorder, surroundings
+from onnx_dl import procfs, recorder, surroundings
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -175,10 +175,6 @@ def _warm_up() -> None:
     onnxruntime.InferenceSession(_THROW_AWAY, options, providers=["CPUExecutionProvider"])
 
 
-def _is_single_threaded() -> bool:
-    return len(os.listdir("/proc/self/task")) == 1
-
-
 def main(channel_fd: int, mode: str) -> NoReturn:
     """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
     surroundings.make_own()
@@ -190,11 +186,11 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     used = False
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()
-        used = mode == "fork" and _is_single_threaded()
+        used = mode == "fork" and procfs.has_one_thread()
         if used:
             _warm_up()
     memory.share()
-    template = Template(channel, fork=mode == "fork" and _is_single_threaded(), used=used)
+    template = Template(channel, fork=mode == "fork" and procfs.has_one_thread(), used=used)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received
         template.become(m.on_template(data), fds)
