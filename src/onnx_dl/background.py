@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from onnx_dl import tasks
 from onnx_dl.deadline import Deadline, result_of
 from onnx_dl.forking import Promise
 
@@ -36,7 +37,9 @@ class Background(Generic[_T]):
         whoever finds the work undone starts a thread, and the first of them has it.
         """
         if self._to_do:
-            threading.Thread(target=self._do, name=self._name, daemon=True).start()
+            tasks.start(
+                threading.Thread(target=self._do, name=self._name, daemon=True), "This use of a model"
+            )
 
     def _do(self) -> None:
         try:

@@ -14,14 +14,17 @@ import threading
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from onnx_dl import tasks
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.deadline import Deadline
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.transport.sockets import Waker
 from onnx_dl.watch import EVERY, GRACE, run_timeout
+
+_NAME: Final = "onnx-dl-callback"
 
 
 class Callbacks:
@@ -34,7 +37,7 @@ class Callbacks:
         """``callback`` is told of the reply of this lane, in another thread."""
         call = _Call(model, lane, callback)
         if lane.reply_fd is None:
-            threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
+            tasks.start(threading.Thread(target=call.wait, name=_NAME, daemon=True), "run_async()")
         else:
             self._hand_over(call)
 
@@ -77,7 +80,8 @@ class _Waiter:
         return self._thread is threading.current_thread()
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises ProcessesExhausted: there is no thread for it."""
+        tasks.start(self._thread, "run_async()")
 
     def _serve(self) -> None:
         waker = self.waker
@@ -115,7 +119,15 @@ class _Waiter:
                 try:
                     selector.register(call.lane.reply_fd or 0, selectors.EVENT_READ, call)
                 except KeyError:  # the program closed the descriptor that had this number
-                    threading.Thread(target=call.wait, name="onnx-dl-callback", daemon=True).start()
+                    _apart(call.wait)
+
+
+def _apart(work: Callable[..., object], *args: Any) -> None:
+    """Does it in a thread of its own, so that other callbacks need not wait; here, where there is none."""
+    try:
+        threading.Thread(target=work, args=args, name=_NAME, daemon=True).start()
+    except RuntimeError:
+        work(*args)
 
 
 class _Call(NamedTuple):
@@ -137,7 +149,7 @@ class _Call(NamedTuple):
         """The callback hears of the reply.  How a worker ended may take a while to learn, and is asked in
         another thread, so that other callbacks need not wait."""
         if reply is None:
-            threading.Thread(target=self._tell, args=(None,), name="onnx-dl-callback", daemon=True).start()
+            _apart(self._tell, None)
         else:
             self._tell(reply)
 
@@ -147,12 +159,7 @@ class _Call(NamedTuple):
     def look(self) -> bool:
         """Has the run end if its options say so now; whether its time is up."""
         if self.callback.wants_end():
-            threading.Thread(
-                target=self.model.terminate,
-                args=(self.lane, Deadline(GRACE)),
-                name="onnx-dl-callback",
-                daemon=True,
-            ).start()
+            _apart(self.model.terminate, self.lane, Deadline(GRACE))
         return self.callback.deadline is not None and self.callback.deadline.passed
 
     def give_up(self) -> None:

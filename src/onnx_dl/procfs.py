@@ -26,7 +26,7 @@ def missing(what: str) -> PlatformError:
     """The error for ``what`` cannot be had without it, such as "max_memory"."""
     return PlatformError(
         f"{what} needs /proc, to see how much memory a process has, and it is not mounted here. Mount it "
-        f"(mount -t proc proc /proc) or leave {what} out; everything else works without."
+        f"(mount -t proc proc /proc) or set no such limit; everything else works without."
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import census, config, forking, surroundings
+from onnx_dl import census, config, forking, surroundings, tasks
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.deadline import Deadline
@@ -226,6 +226,8 @@ def _spawn(
         )
     except (OSError, TypeError) as error:
         os.close(ready)
+        if isinstance(error, OSError) and tasks.is_shortage(error):
+            raise tasks.exhausted("The supervisor process") from None
         raise SupervisorStartError(
             f"Cannot start {python!r} ({error}). If this application embeds Python, set "
             "ONNX_DL_PYTHON to the path of an interpreter of the same version."

@@ -7,6 +7,7 @@ import queue
 import threading
 from typing import Final
 
+from onnx_dl import tasks
 from onnx_dl.events import EventBus, EventType, ModelEvent
 
 logger = logging.getLogger("onnx_dl")
@@ -23,8 +24,10 @@ class Teller:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._tell, name="onnx-dl-events", daemon=True)
-        self._thread.start()
+        """Raises ProcessesExhausted: there is no thread for it."""
+        thread = threading.Thread(target=self._tell, name="onnx-dl-events", daemon=True)
+        tasks.start(thread, "The connection to a host")
+        self._thread = thread
 
     def put(self, event: ModelEvent) -> None:
         self._events.put(event)

@@ -20,6 +20,7 @@ HEIGHT = {
     "descriptors": 1,
     "owned": 1,
     "procfs": 1,
+    "tasks": 1,
     "surroundings": 2,
     "hosttables": 1,
     "smallfiles": 1,

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
+from onnx_dl import tasks
 from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
@@ -56,8 +57,10 @@ class TemplateProcess:
             os.set_inheritable(fd, True)
             argv = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys_path), str(fd), mode]
             self.pid = os.posix_spawn(sys.executable, argv, os.environ | SINGLE_THREADED)
-        except BaseException:
+        except BaseException as error:
             self.channel.close()
+            if isinstance(error, OSError) and tasks.is_shortage(error):
+                raise tasks.exhausted("The template process") from None
             raise
         finally:
             theirs.close()

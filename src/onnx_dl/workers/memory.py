@@ -48,7 +48,7 @@ class Allowance:
         self._nbytes = nbytes
         self._runs = runs
         self._made = itertools.count(1)
-        self._own = None if nbytes is None else Own("max_memory")
+        self._own = None if nbytes is None else Own()
 
     def is_used_up(self) -> bool:
         """Whether it is, with the call that has just ended.  Takes 2 µs."""
@@ -60,12 +60,12 @@ class Allowance:
 class Own:
     """Bytes of memory that are this process's own: pages of files and of shared memory not counted."""
 
-    def __init__(self, what: str) -> None:
-        """Raises PlatformError where nobody tells, for ``what`` needs to know them."""
+    def __init__(self) -> None:
+        """Raises PlatformError where nobody tells."""
         try:
             self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise procfs.missing(what) from None
+            raise procfs.missing("A limit of a worker's memory (max_memory, max_memory_hard)") from None
 
     def __call__(self) -> int:
         _, resident, shared, *_ = os.pread(self._statm, 128, 0).split()

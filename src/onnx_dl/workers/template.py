@@ -23,7 +23,8 @@ import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import procfs, recorder, surroundings
+from onnx_dl import procfs, recorder, surroundings, tasks
+from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -100,7 +101,7 @@ class Template:
             told = os.read(read_end, 1024).decode(errors="replace")
             os.waitpid(middle, 0)
         except OSError as error:
-            return str(error)
+            return _why(error)
         finally:
             sockets.close_all(fd for fd in (read_end, write_end) if fd >= 0)
         return told
@@ -111,7 +112,7 @@ class Template:
         try:
             pid = os.fork()
         except OSError as error:
-            os.write(pipe, str(error).encode())
+            os.write(pipe, _why(error).encode())
             os._exit(1)
         if pid == 0:
             os.close(pipe)
@@ -133,6 +134,9 @@ class Template:
             surroundings.go_first(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
+        except ProcessesExhausted as error:  # before it could say so to the supervisor
+            print(error, file=sys.stderr, flush=True)
+            os._exit(os.EX_OSERR)
         except BaseException:
             traceback.print_exc()
             os._exit(70)
@@ -158,6 +162,11 @@ class Template:
     def _tell(self, message: m.Message) -> None:
         if not self._channel.send(m.encode(message)):
             os._exit(0)
+
+
+def _why(error: OSError) -> str:
+    """Why there is no worker, for whoever waits for it."""
+    return str(tasks.exhausted("A worker process") if tasks.is_shortage(error) else error)
 
 
 def _import_engine() -> None:
