@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from onnx_dl import concurrency
+from onnx_dl import concurrency, tasks
 from onnx_dl.deadline import Deadline, result_of
 from onnx_dl.forking import Promise
 from onnx_dl.threads import Thread
@@ -37,7 +37,7 @@ class Background(Generic[_T]):
         whoever finds the work undone starts a thread, and the first of them has it.
         """
         if self._to_do:
-            Thread(self._do, self._name).start()
+            tasks.start(Thread(self._do, self._name), "This use of a model")
 
     def _do(self) -> None:
         try:

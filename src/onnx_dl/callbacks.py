@@ -13,9 +13,9 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from onnx_dl import concurrency
+from onnx_dl import concurrency, tasks
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.deadline import Deadline
 from onnx_dl.threads import Thread
@@ -23,6 +23,8 @@ from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.transport.sockets import Waker, sleep_until_ready
 from onnx_dl.watch import EVERY, GRACE, run_timeout
+
+_NAME: Final = "onnx-dl-callback"
 
 
 class Callbacks:
@@ -35,7 +37,7 @@ class Callbacks:
         """``callback`` is told of the reply of this lane, in another thread."""
         call = _Call(model, lane, callback)
         if lane.reply_fd is None:
-            Thread(call.wait, "onnx-dl-callback").start()
+            tasks.start(Thread(call.wait, _NAME), "run_async()")
         else:
             self._hand_over(call)
 
@@ -81,7 +83,8 @@ class _Waiter:
         return self._thread.is_this
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises ProcessesExhausted: there is no thread for it."""
+        tasks.start(self._thread, "run_async()")
 
     def _serve(self) -> None:
         waker = self.waker
@@ -117,10 +120,18 @@ class _Waiter:
                 call = self.coming.popleft()
                 fd = call.lane.reply_fd or 0
                 if fd in self._calls or fd == self.waker.fileno():  # the program closed what had this number
-                    Thread(call.wait, "onnx-dl-callback").start()
+                    _apart(call.wait)
                 else:
                     self._poll.register(fd, select.POLLIN)
                     self._calls[fd] = call
+
+
+def _apart(work: Callable[..., object], *args: Any) -> None:
+    """Does it in a thread of its own, so that other callbacks need not wait; here, where there is none."""
+    try:
+        Thread(work, _NAME, args).start()
+    except RuntimeError:
+        work(*args)
 
 
 class _Call(NamedTuple):
@@ -142,7 +153,7 @@ class _Call(NamedTuple):
         """The callback hears of the reply.  How a worker ended may take a while to learn, and is asked in
         another thread, so that other callbacks need not wait."""
         if reply is None:
-            Thread(self._tell, "onnx-dl-callback", (None,)).start()
+            _apart(self._tell, None)
         else:
             self._tell(reply)
 
@@ -152,7 +163,7 @@ class _Call(NamedTuple):
     def look(self) -> bool:
         """Has the run end if its options say so now; whether its time is up."""
         if self.callback.wants_end():
-            Thread(self.model.terminate, "onnx-dl-callback", (self.lane, Deadline(GRACE))).start()
+            _apart(self.model.terminate, self.lane, Deadline(GRACE))
         return self.callback.deadline is not None and self.callback.deadline.passed
 
     def give_up(self) -> None:

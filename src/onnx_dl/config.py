@@ -363,9 +363,14 @@ def cache_folder(found: Settings) -> Path:
     return Path(base) / "onnx-dl"
 
 
+def is_platform() -> bool:
+    """Whether onnx-dl can run on this operating system."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+
+
 def check_platform() -> None:
     """Raises :class:`~onnx_dl.errors.PlatformError` where onnx-dl cannot run."""
-    if not (sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
+    if not is_platform():
         raise PlatformError(
             "onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); "
             f"this is {sys.platform}. Use onnxruntime.InferenceSession here."

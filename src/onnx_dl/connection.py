@@ -18,10 +18,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import concurrency
+from onnx_dl import concurrency, tasks
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
     OnnxDLError,
+    ProcessesExhausted,
     ProtocolError,
     SupervisorDied,
     SupervisorStartError,
@@ -113,7 +114,12 @@ class Connection:
         self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         """Memory that was handed over, by name; for whoever did."""
         self._thread = Thread(self._serve, "onnx-dl-client")
-        self._thread.start()
+        try:
+            tasks.start(self._thread, "The connection to a host")
+        except ProcessesExhausted:  # the supervisor must not wait for us until we are collected
+            self._lifeline.close()
+            self._control.close()
+            raise
         _connections[id(self)] = self
 
     def _greet(self, address: str, secret: str, deadline: Deadline) -> Channel:

@@ -169,7 +169,8 @@ class DescribedProxy(ModelProxy):
             gone: Description = GONE
             return gone
         model = self._remote
-        if self._description is not None and (model is None or not model.connection.usable):
+        idle = model is None or not model.connection.usable
+        if self._description is not None and idle and not self._lease.closed:
             return self._description
         described = self._described_model().describe(self._lease)
         if self._description is None or described is not self._described:

@@ -13,6 +13,7 @@ onnxruntime's own classes with onnxruntime's own messages.
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
     ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
+    ├── ProcessesExhausted (OSError)        the system has no process or thread left for this user
     ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
     ├── ReentrantUse (RuntimeError)         a thread interrupted itself and would wait for itself
     ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
@@ -91,6 +92,19 @@ class DescriptorsExhausted(OnnxDLError, OSError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.errno = errno.EMFILE
+
+
+class ProcessesExhausted(OnnxDLError, OSError):
+    """A process or a thread that is needed cannot be started, because there may be no more.
+
+    What is loaded goes on.  ``errno`` is EAGAIN.  :func:`onnx_dl.tasks.exhausted` makes one.
+    """
+
+    code = "processes-exhausted"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EAGAIN
 
 
 class UnsupportedValueError(OnnxDLError, TypeError):

@@ -61,24 +61,21 @@ def bytes_of(path: str) -> int:
     return total
 
 
-def external_files(model: str | bytes) -> list[str]:
-    """Names of the files that the tensors of a model lie in, given by its path or as bytes; they are looked
-    for beside it.
+def external_files(model: str | int) -> list[str]:
+    """Names of the files that the tensors of a model lie in, which has this path or lies in the memory of
+    this descriptor; they are looked for beside it.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no model.
     """
-    if isinstance(model, bytes):
-        walk = _Walk(lambda count, at: model[at : at + count], None)
-        return sorted(set(walk.locations(0, len(model), "model", 0)))
     return sorted(set(_names(model, None)))
 
 
-def _names(path: str, until: float | None) -> Iterator[str]:
+def _names(path: str | int, until: float | None) -> Iterator[str]:
     """Yields each as it is found, until this time, so that what was found by then counts."""
     if not (size := os.path.getsize(path)):  # so is a FIFO, to open which would wait
         return
-    with open(path, "rb") as file:
+    with open(path, "rb", closefd=isinstance(path, str)) as file:
         # Not mapped: to look at a page of a file that somebody shortens meanwhile ends the process.
         walk = _Walk(functools.partial(os.pread, file.fileno()), until)
         yield from walk.locations(0, size, "model", 0)

@@ -207,7 +207,16 @@ class ModelHost:
         deadline.check("the host to start")
         surroundings.fill_standard_streams()
         _bury(*self._take())
-        teller, models = Teller(self._bus), self._models
+        teller = Teller(self._bus)
+        teller.start()  # first: where there is no thread for it, nothing is to be undone
+        try:
+            return self._bring_up_for(this, teller, deadline)
+        except BaseException:
+            teller.end()
+            raise
+
+    def _bring_up_for(self, this: _Start, teller: Teller, deadline: Deadline) -> Connection:
+        models = self._models
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, teller, models)
         if self.name is not None:
@@ -226,7 +235,6 @@ class ModelHost:
             connection.close()
             _end(process)
             raise SupervisorError(_CLOSED)
-        teller.start()
         return connection
 
     def _present(self) -> Connection | None:

@@ -7,7 +7,6 @@ and called is :mod:`onnx_dl.client`'s.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, model_key
-from onnx_dl.transport import shm
+from onnx_dl.transport import blob, shm
 
 _MOST_VERSIONS: Final = 3
 """Workers that a proxy asks for, one after the other, because files differ from what they have read."""
@@ -195,8 +194,13 @@ class ModelProxy:
         return model is not None and model.unload(force=force, deadline=deadline)
 
     def close(self) -> None:
-        """Gives up the model; it is unloaded if no other proxy holds it.  May be called twice."""
+        """Gives up the model; it is unloaded if no other proxy holds it.  May be called twice.
+
+        A model that was given as bytes is not kept any more: from this proxy no copy can be made.
+        """
         self._finalizer()
+        # The model in the client knows the memory, too: it hands it to the next host.
+        self._memory, self._remote, self._used = {}, None, None
 
     def __enter__(self) -> Self:
         return self
@@ -218,7 +222,7 @@ class ModelProxy:
 
     def __copy__(self) -> Self:
         """Another proxy of the same model."""
-        return _another(type(self), self._spec, self._memory, self._terms(), self._travelling(), self._host)
+        return _another(type(self), self._spec, self._given(), self._terms(), self._travelling(), self._host)
 
     def __deepcopy__(self, memo: object) -> Self:
         return self.__copy__()
@@ -229,9 +233,23 @@ class ModelProxy:
 
         Memory that the model is loaded from, if it is no file, goes along as it is now.
         """
-        memory = {name: _bytes_of(make()) for name, make in self._memory.items()}
+        memory = {name: bytes_of(make()) for name, make in self._given().items()}
         rest = (self._terms(), self._travelling(), self._host.name)
         return _unpickled, (type(self), self._spec, memory, *rest)
+
+    def _given(self) -> Mapping[str, Callable[[], int]]:
+        """The memory that the model is loaded from.
+
+        Raises:
+            ProxyClosedError: this proxy gave it back.
+        """
+        memory = self._memory
+        if not memory.keys() >= set(self._spec.blobs):
+            raise self._is_closed()
+        return memory
+
+    def _is_closed(self) -> ProxyClosedError:
+        return ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
 
     def _terms(self) -> dict[str, Any]:
         """What this proxy asks for; a copy asks for the same."""
@@ -316,12 +334,12 @@ class ModelProxy:
         Raises:
             DeadlinePassed: that took longer.
         """
-        if self._lease.closed:
-            raise ProxyClosedError(f"This proxy of {self._spec.name} is closed; make a new one.")
-        spec, model = self._spec, self._remote
+        memory, spec, model = self._memory, self._spec, self._remote
+        if self._lease.closed:  # looked at last: close() takes the memory away after that
+            raise self._is_closed()
         if model is None or not model.connection.usable or model.spec.key != spec.key:
             self._check_installation()
-            model = self._remote = self._host.model(spec, self._memory, deadline)
+            model = self._remote = self._host.model(spec, memory, deadline)
         return model
 
     def _check_installation(self) -> None:
@@ -354,11 +372,12 @@ def _unpickled(
     more: dict[str, Any],
     host: str | None,
 ) -> ModelProxy:
-    frozen = {name: functools.partial(shm.freeze, data) for name, data in memory.items()}
+    frozen = {name: blob.keep(name, data).descriptor for name, data in memory.items()}
     return _another(cls, spec, frozen, terms, more, None if host is None else shared_host(host))
 
 
-def _bytes_of(fd: int) -> bytes:
+def bytes_of(fd: int) -> bytes:
+    """What lies in shared memory, whose descriptor is closed."""
     try:
         return shm.thaw(fd)
     finally:

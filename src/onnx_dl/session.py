@@ -28,7 +28,7 @@ from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, r
 from onnx_dl.forking import importing
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
-from onnx_dl.proxy import ModelProxy
+from onnx_dl.proxy import ModelProxy, bytes_of
 from onnx_dl.watch import Watch, not_begun
 
 _MISSING: Final = object()
@@ -112,12 +112,12 @@ class InferenceSessionProxy(DescribedProxy):
         source = model_path if model_path is not _MISSING else path_or_bytes
         if source is _MISSING:
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
-        self._model_path, self._model_bytes = sources.locate(source)
+        self._model_path, data = sources.locate(source)
         self._arguments = (sess_options, kwargs)
         _warn_of_slips(kwargs)
         found = sources.describe(
             self._model_path,
-            self._model_bytes,
+            data,
             sess_options,
             providers,
             provider_options,
@@ -148,13 +148,13 @@ class InferenceSessionProxy(DescribedProxy):
             )
         proxy = object.__new__(cls)
         ModelProxy.__init__(proxy, spec, host=host, **terms)
-        proxy.__dict__.update(_model_path=spec.path, _model_bytes=None, _falls_back=None)
+        proxy.__dict__.update(_model_path=spec.path, _falls_back=None)
         proxy.__dict__.update(_arguments=(None, {}), _live=None)
         proxy._forget_metadata()
         return proxy
 
     def _travelling(self) -> dict[str, Any]:
-        own = ("_model_path", "_model_bytes", "_falls_back")
+        own = ("_model_path", "_falls_back")
         # No SessionOptions can be pickled; the spec says all that they said.
         return {name: self.__dict__[name] for name in own} | {"_arguments": (None, {}), "_live": None}
 
@@ -431,7 +431,7 @@ class InferenceSessionProxy(DescribedProxy):
         lease = self._lease
         self._lease = Lease(lease.ttl, lease.latency, lease.pin, lease.priority)
         try:
-            self._take(sources.with_providers(self._spec, providers, provider_options), self._memory)
+            self._take(sources.with_providers(self._spec, providers, provider_options), self._given())
             self.load()
         except BaseException:
             self._is_gone = True
@@ -481,6 +481,11 @@ class InferenceSessionProxy(DescribedProxy):
         return getattr(onnxruntime, "InferenceSession", None) or InferenceSessionProxy
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def _model_bytes(self) -> bytes | None:
+        """As onnxruntime has it: the model if it was given as bytes.  A copy, made anew each time."""
+        return None if self._spec.blob is None else bytes_of(self._given()[self._spec.blob]())
 
     def _check_installation(self) -> None:
         installation.check()

@@ -11,11 +11,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import installation, options, recorded
+from onnx_dl import config, installation, options, recorded, surroundings
 from onnx_dl.config import Allowances
 from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.model import ModelSpec, specify, working_directory
-from onnx_dl.transport import shm
+from onnx_dl.transport import blob, shm
 from onnx_dl.transport.live import LiveMemory
 
 KNOWN: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
@@ -112,13 +112,13 @@ def describe(
     live = _memory_of(sess_options, found)
     if plain is not None and live is not None:
         plain["places"] = live.places
-    surroundings = recorded.surroundings()
-    recorded.check_surroundings(surroundings, plain)
+    process_wide = recorded.surroundings()
+    recorded.check_surroundings(process_wide, plain)
     how: dict[str, Any] = {
         "options": plain,
         **_providers(providers, provider_options, _extras(kwargs)),
         "memory": None if live is None else live.name,
-        "surroundings": surroundings,
+        "surroundings": process_wide,
         **allowances._asdict(),
         "group": group,
         "environment": environment,
@@ -127,10 +127,18 @@ def describe(
     spec = specify(path, digest, working_directory(), how)
     memory: dict[str, Callable[[], int]] = {}
     if data is not None and digest is not None:
-        memory[digest] = functools.partial(shm.freeze, data)
+        memory[digest] = _kept(digest, data)
     if live is not None:
         memory[live.name] = live.descriptor
     return Source(spec, memory, live)
+
+
+def _kept(digest: str, data: bytes) -> Callable[[], int]:
+    """What makes descriptors of these bytes.  The caller may let go of them."""
+    if not config.is_platform():  # the first use says so
+        return functools.partial(shm.freeze, data)
+    surroundings.fill_standard_streams()
+    return blob.keep(digest, data).descriptor
 
 
 def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> ModelSpec:

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import boot, census, concurrency, config, forking, surroundings, waits
+from onnx_dl import boot, census, concurrency, config, forking, surroundings, tasks, waits
 from onnx_dl.boot import Launch
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
@@ -230,6 +230,8 @@ def _spawn(
         )
     except OSError as error:
         concurrency.close(ready)
+        if tasks.is_shortage(error):
+            raise tasks.exhausted("The supervisor process") from None
         raise SupervisorStartError(
             f"Cannot start {launch.program!r} ({error}). ONNX_DL_PYTHON may be set to the path of an "
             "interpreter of the same version."

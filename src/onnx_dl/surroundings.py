@@ -39,9 +39,23 @@ def fill_standard_streams() -> None:
     """
     if not all(map(_is_open, range(3))):
         # The lowest free number is taken each time, so nobody's descriptor is replaced.
-        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        while (fd := nothing()) <= 2:
             os.set_inheritable(fd, True)
         os.close(fd)
+
+
+def nothing() -> int:
+    """A descriptor of the null device.  In a chroot without one: of a pipe that nobody writes to, which is at
+    its end, and cannot be written to.
+
+    Raises:
+        OSError: this process may have no more descriptors.
+    """
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        return os.open(os.devnull, os.O_RDWR)
+    ours, theirs = os.pipe()
+    os.close(theirs)
+    return ours
 
 
 def _is_open(fd: int) -> bool:

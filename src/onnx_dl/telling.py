@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from onnx_dl import concurrency
+from onnx_dl import concurrency, tasks
 from onnx_dl.events import EventBus, EventType, ModelEvent
 from onnx_dl.threads import Thread
 
@@ -23,8 +23,10 @@ class Teller:
         self._thread: Thread | None = None
 
     def start(self) -> None:
-        self._thread = Thread(self._tell, "onnx-dl-events")
-        self._thread.start()
+        """Raises ProcessesExhausted: there is no thread for it."""
+        thread = Thread(self._tell, "onnx-dl-events")
+        tasks.start(thread, "The connection to a host")
+        self._thread = thread
 
     def put(self, event: ModelEvent) -> None:
         self._events.put(event)

@@ -337,8 +337,9 @@ def _model_file(rng: random.Random, folder: Path) -> Target:
         path = folder / "m.onnx"
         path.write_bytes(data)
         external.bytes_of(str(path))
-        with contextlib.suppress(ValueError):
-            external.external_files(data)
+        fd = shm.freeze(data)
+        with contextlib.closing(open(fd, "rb")), contextlib.suppress(ValueError):
+            external.external_files(fd)
 
     tensor = b"\x08\x04\x10\x01\x42\x01w\x6a\x0f\x0a\x08location\x12\x03w.b\x70\x01"
     graph = b"\x2a" + bytes([len(tensor)]) + tensor

@@ -22,6 +22,8 @@ HEIGHT = {
     "descriptors": 1,
     "owned": 1,
     "standing": 1,
+    "procfs": 1,
+    "tasks": 1,
     "surroundings": 2,
     "interpreters": 1,
     "frozen": 1,

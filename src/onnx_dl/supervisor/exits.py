@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from onnx_dl.errors import MemoryLimitExceeded, SharedMemoryError, WorkerDied
+from onnx_dl.errors import MemoryLimitExceeded, ProcessesExhausted, SharedMemoryError, WorkerDied
 from onnx_dl.transport.messages import Failure
 
 _HINTS: dict[int, str] = {
@@ -48,6 +48,17 @@ def wants_more_memory(status: int) -> bool:
 
 def _tells(text: str) -> bool:
     return any(phrase in text.lower() for phrase in _OUT_OF_MEMORY)
+
+
+def lacked_a_process(status: int) -> bool:
+    """Whether a worker ended with this wait status because there was no thread or process for it."""
+    return os.waitstatus_to_exitcode(status) == os.EX_OSERR
+
+
+def lacked(model: str, stderr: str) -> ProcessesExhausted:
+    """The error for such a worker, in its own words."""
+    said = [line for line in stderr.splitlines() if line.strip()]
+    return ProcessesExhausted(f"{model} was not loaded. {said[-1] if said else ''}".rstrip())
 
 
 def worker_died(model: str, pid: int, status: int, stderr: str, *, reason: str, loading: bool) -> WorkerDied:

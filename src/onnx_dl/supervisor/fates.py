@@ -46,5 +46,7 @@ def death(model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
     if worker.exceeded:
         limit = model.spec.max_memory_hard or 0
         return failures.describe(exits.memory_exceeded(*who, limit=limit, used=worker.exceeded))
+    if worker.ready is None and exits.lacked_a_process(status):
+        return failures.describe(exits.lacked(model.spec.name, stderr))
     reason = worker.reason if worker.killed else "crash"
     return failures.describe(exits.worker_died(*who, reason=reason, loading=worker.ready is None))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from onnx_dl import census, descriptors, installation, machine
+from onnx_dl import census, descriptors, installation, machine, procfs
 from onnx_dl.config import Settings
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
 from onnx_dl.events import ModelEvent
@@ -94,6 +94,8 @@ class Supervisor:
         self._file = _file(settings.config)
         self._plain, self._firm = settings, firm
         settings = self._file.over(settings, firm) if self._file else settings
+        if settings.memory_limit and not procfs.is_mounted():
+            raise procfs.missing("memory_limit")
         self._scrape = _scrape(settings.metrics)  # may fail, so it comes first
         self._secret = secret
         self._processes = processes

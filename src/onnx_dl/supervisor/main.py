@@ -156,7 +156,7 @@ def _tell(starter: Starter, text: str) -> None:
 
 def _detach() -> None:
     """Lets go of the application's stdin and directory."""
-    null = os.open(os.devnull, os.O_RDONLY)
+    null = surroundings.nothing()
     os.dup2(null, 0)
     os.close(null)
     os.chdir("/")

@@ -397,7 +397,8 @@ class Scheduler(Mending):
         """No process came of a StartWorker.  ``failure``: what is answered, if there is more to say."""
         if model := self._by_worker.get(worker_id):
             assert model.worker is not None
-            error = WorkerDied(f"No worker process could be started for {model.spec.name}: {reason}.")
+            why = reason.removesuffix(".")
+            error = WorkerDied(f"No worker process could be started for {model.spec.name}: {why}.")
             model.worker.failure = failure or failures.describe(error)
         return self.on_exited(worker_id, 0, "", now)
 

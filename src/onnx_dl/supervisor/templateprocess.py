@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Final
 
-from onnx_dl import boot
+from onnx_dl import boot, tasks
 from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
@@ -49,8 +49,10 @@ class TemplateProcess:
             os.set_inheritable(fd, True)
             launch = boot.launch("template", fd, mode, environ=os.environ | SINGLE_THREADED)
             self.pid = os.posix_spawn(*launch)
-        except BaseException:
+        except BaseException as error:
             self.channel.close()
+            if isinstance(error, OSError) and tasks.is_shortage(error):
+                raise tasks.exhausted("The template process") from None
             raise
         finally:
             theirs.close()

@@ -13,7 +13,7 @@ import select
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from onnx_dl import descriptors
+from onnx_dl import descriptors, surroundings
 from onnx_dl.transport.sockets import Channel, Listener, close_all
 
 PATIENCE: Final = 10.0
@@ -83,7 +83,7 @@ class Door:
         self._listener = Listener(address)
         self._reserve = reserve
         self._turn_away = turn_away
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+        self._spare: int | None = surroundings.nothing()
         """Given up for a moment when there is no other to accept with: who knocks would knock for ever."""
         self._silence = Silence()
         self._channels: dict[int, Channel] = {}
@@ -168,4 +168,4 @@ class Door:
         if (channel := self._listener.accept()) is not None:
             self._dismiss(channel)
         with contextlib.suppress(OSError):  # the next time there may be one
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            self._spare = surroundings.nothing()

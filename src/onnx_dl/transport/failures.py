@@ -24,6 +24,8 @@ def describe(error: BaseException, **details: Any) -> Failure:
     """``error`` as data; ``details`` are attributes to set on it when it is raised again."""
     if remarks := getattr(error, "remarks", None):
         details = {"remarks": remarks} | details
+    if notes := getattr(error, "__notes__", None):
+        details = {"__notes__": [_text(note) for note in notes]} | details
     if error.__cause__ is not None:
         details = {"cause": msgspec.to_builtins(describe(error.__cause__))} | details
     if isinstance(error, OnnxDLError):

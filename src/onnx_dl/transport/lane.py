@@ -22,8 +22,8 @@ from onnx_dl import waits
 from onnx_dl.config import fresh_address
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
+from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
-from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Block, Reference, home_of
 from onnx_dl.transport.bell import CallerBell
 from onnx_dl.transport.calls import CallerBellCalls, Calls, NoCalls, ZmqCalls
@@ -125,7 +125,9 @@ class ClientLane(Lane):
         self._handover.send(m.encode(hello), fds)
         if isinstance(bell, CallerBell):
             bell.handed_over()
-        opened = self._await(deadline)
+        opened = self._await(deadline) or self._handover.next()  # why there is no lane, if it could say so
+        if isinstance(opened, m.CallFailed):
+            raise failures.rebuild(opened.failure)
         if opened is None:
             raise ConnectionError("the worker did not open the lane")
         if not (isinstance(opened, m.LaneOpen) and same_secret(opened.secret, granted.secret)):

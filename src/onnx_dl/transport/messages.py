@@ -557,7 +557,7 @@ class Same(Message):
 
 
 class CallFailed(Message):
-    """What a Call, Again or Invoke raised."""
+    """What a Call, Again or Invoke raised, or why there is no lane."""
 
     failure: Failure
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from onnx_dl import descriptors
+from onnx_dl import descriptors, surroundings
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import zmtp
 from onnx_dl.transport.door import Silence
@@ -89,7 +89,7 @@ class Router:
         self._listener.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+        self._spare: int | None = surroundings.nothing()
         """Given up for a moment to accept, and send away, when there is no other descriptor."""
         self._peers: dict[int, _Peer] = {}
         self._by_name: dict[bytes, _Peer] = {}
@@ -205,7 +205,7 @@ class Router:
                 sock.close()
         if self._spare is None:
             with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY)
+                self._spare = surroundings.nothing()
 
     def _accepted(self) -> socket.socket | None:
         try:

@@ -175,8 +175,26 @@ class Mapping:
         self.is_private = True
 
 
-def _mapped(size: int, flags: int, fd: int, address: int | None = None) -> int:
-    found: int = _libc.mmap(address, size, _PROT, flags, fd, 0)
+def map_privately(fd: int, size: int, address: int | None = None) -> int:
+    """Where a segment lies that is only read, in this process and in those that it forks.
+
+    Args:
+        address: where it is to lie, in the place of another that the caller has mapped.
+
+    Raises:
+        SharedMemoryError: it cannot be mapped.
+    """
+    flags = mmap.MAP_PRIVATE | (0 if address is None else _MAP_FIXED)
+    return _mapped(size, flags, fd, address, mmap.PROT_READ)
+
+
+def unmap(address: int, size: int) -> None:
+    """What :func:`map_privately` has mapped."""
+    _libc.munmap(address, size)
+
+
+def _mapped(size: int, flags: int, fd: int, address: int | None = None, access: int = _PROT) -> int:
+    found: int = _libc.mmap(address, size, access, flags, fd, 0)
     if found == _MAP_FAILED:
         reason = os.strerror(ctypes.get_errno())
         raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {reason}.")
@@ -197,13 +215,17 @@ KEPT_DESCRIPTORS: Final = 64
 _with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
 
 
-def freeze(data: bytes) -> int:
+def freeze(data: bytes | memoryview) -> int:
     """A descriptor of shared memory that holds ``data``; the caller closes it."""
     fd = create(len(data))
-    view = memoryview(data)
-    offset = 0
-    while offset < len(data):
-        offset += os.pwrite(fd, view[offset:], offset)
+    try:
+        offset = 0
+        with memoryview(data) as view:
+            while offset < len(data):
+                offset += os.pwrite(fd, view[offset:], offset)
+    except BaseException:  # Ctrl-C included
+        os.close(fd)
+        raise
     return fd
 
 
@@ -212,3 +234,8 @@ def thaw(fd: int) -> bytes:
     with open(os.dup(fd), "rb") as file:
         file.seek(0)
         return file.read()
+
+
+def path_of(fd: int) -> str:
+    """At which this process finds what a descriptor leads to, where /proc is mounted."""
+    return f"/proc/self/fd/{fd}"

@@ -20,7 +20,7 @@ from typing import Final
 
 import zmq
 
-from onnx_dl import concurrency, descriptors, waits
+from onnx_dl import concurrency, descriptors, tasks, waits
 from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import Descriptor
@@ -40,6 +40,8 @@ BACKLOG: Final = 4096
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
 _ZMQ_NEEDS: Final = 12
 """Descriptors of a context with its first socket, and of what others may take meanwhile."""
+_ZMQ_THREADS: Final = 3
+"""Of a context, which has two, and of what others may take meanwhile."""
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: to combine the enum's members costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -322,8 +324,10 @@ def context() -> Context:
 
     Raises:
         DescriptorsExhausted: this process may have too few more of them.
+        ProcessesExhausted: there are no threads for it, without which libzmq ends the process.
     """
     check_descriptors("A ZeroMQ context")
+    tasks.check(_ZMQ_THREADS, "A connection to the supervisor")
     return zmq.Context()
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from onnx_dl import procfs
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import mappings, packing, sockets
 from onnx_dl.transport import messages as m
@@ -41,9 +42,8 @@ def _checked(hello: Any, secret: str, fds: list[int]) -> m.LaneHello:
 def _are_bell(eventfd: int, pipe: int) -> bool:
     """Others could always be readable, or never, so that a thread waits in vain or without a pause; and what
     cannot be written to would end the worker's main thread."""
-    is_eventfd = os.readlink(f"/proc/self/fd/{eventfd}") == "anon_inode:[eventfd]"
     is_pipe = stat.S_ISFIFO(os.fstat(pipe).st_mode)
-    return is_eventfd and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
+    return procfs.is_eventfd(eventfd) and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
 
 
 def _packed(packer: Packer, value: Any) -> m.Value:

@@ -18,8 +18,9 @@ from typing import Any, Final, NoReturn
 
 import zmq
 
+from onnx_dl import tasks
 from onnx_dl.config import fresh_address
-from onnx_dl.errors import OnnxDLError, SharedMemoryError
+from onnx_dl.errors import OnnxDLError, ProcessesExhausted, SharedMemoryError
 from onnx_dl.model import ModelSpec, blob_tag
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
@@ -85,16 +86,17 @@ class Worker:
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
             memory.trim()  # before ready, so that what is measured then is what stays
+            ready = time.monotonic()
+            self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
+            self._set_limits(order.spec)
+            door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
+            tasks.note_shortage(error)
             unsaved = isinstance(error, Unsaved)
             failure = failures.describe(error)
             self._say(m.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
             self._hear()
             return
-        ready = time.monotonic()
-        self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
-        self._set_limits(order.spec)
-        door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         self._say(
             m.WorkerReady(
                 worker_id=self._id,
@@ -203,9 +205,11 @@ class Worker:
             self._gone.discard(channel)
 
     def _start_lane(self, channel: Channel, backend: Backend) -> None:
+        thread = threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True)
         try:
-            threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True).start()
-        except RuntimeError:  # no more threads: this caller has to do without, the others must not
+            tasks.start(thread, "A call at the same time as others")
+        except ProcessesExhausted as error:  # this caller has to do without, the others must not
+            _turn_away(channel, error)
             self._done.put(channel)
             self._waker.wake()
 
@@ -248,6 +252,14 @@ class Worker:
         if self._control not in sockets.wait(poller, None):
             _leave()
         return m.to_worker(self._control.recv())
+
+
+def _turn_away(channel: Channel, error: Exception) -> None:
+    """Tells a caller why it has no lane.  What it said is read first, or it sees a reset."""
+    with contextlib.suppress(OSError):
+        if (said := channel.receive(0)) is not None:
+            sockets.close_all(said[1])
+        channel.send(m.encode(m.CallFailed(failure=failures.describe(error))))
 
 
 class LaneService:

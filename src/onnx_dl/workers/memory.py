@@ -13,6 +13,8 @@ import mmap
 import os
 from collections.abc import Callable
 
+from onnx_dl import procfs
+
 _trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """glibc's; other C libraries have none."""
 
@@ -59,7 +61,11 @@ class Own:
     """Bytes of memory that are this process's own: pages of files and of shared memory not counted."""
 
     def __init__(self) -> None:
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        """Raises PlatformError where nobody tells."""
+        try:
+            self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise procfs.missing("A limit of a worker's memory (max_memory, max_memory_hard)") from None
 
     def __call__(self) -> int:
         _, resident, shared, *_ = os.pread(self._statm, 128, 0).split()

@@ -17,8 +17,7 @@ from onnx_dl import config, external, files
 from onnx_dl.files import ReadFile
 from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.options import make_run_options
-from onnx_dl.transport import shm
-from onnx_dl.workers import cache, cacheable, ort_session, reading, saver
+from onnx_dl.workers import cache, cacheable, given, ort_session, reading, saver
 from onnx_dl.workers.backend import Origin, Repeatable, Rerun, Save, Unsaved
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.ort_calls import Calls
@@ -53,12 +52,15 @@ class OnnxRuntimeBackend:
 
     def _open(self, blobs: Mapping[str, int]) -> Opened:
         spec = self._spec
-        data = None if spec.blob is None else shm.thaw(blobs[spec.blob])
+        blob = None if spec.blob is None else blobs[spec.blob]
+
+        def memory() -> int | None:
+            return None if spec.memory is None else os.dup(blobs[spec.memory])
 
         def make() -> Opened:
-            return Opened(spec, data, None if spec.memory is None else os.dup(blobs[spec.memory]))
+            return Opened(spec, None, memory()) if blob is None else given.opened(spec, blob, memory)
 
-        opened, self._files = reading.load(spec, lambda: reading.names_of(spec, data), make)
+        opened, self._files = reading.load(spec, lambda: reading.names_of(spec, blob), make)
         return opened
 
     def _open_cached(self) -> Opened | None:

@@ -22,16 +22,16 @@ _LIBRARY_CALL: Final = "register_custom_ops_library"
 _T = TypeVar("_T")
 
 
-def names_of(spec: ModelSpec, data: bytes | None = None) -> list[str]:
+def names_of(spec: ModelSpec, blob: int | None = None) -> list[str]:
     """Names of all files that onnxruntime reads for a model: its own, external data, libraries.
 
-    ``data``: the model, if it is given as bytes.
+    ``blob``: descriptor of the model, if it is given as bytes.
     """
     beside: list[str] = []
-    model = spec.where("") if data is None else data
+    model = spec.where("") if blob is None else blob
     with contextlib.suppress(OSError, ValueError):  # what is wrong with it, its load will say
         beside = external.external_files(model)
-    return [*([""] if data is None else []), *beside, *_libraries(spec)]
+    return [*([""] if blob is None else []), *beside, *_libraries(spec)]
 
 
 def _libraries(spec: ModelSpec) -> list[str]:

@@ -126,7 +126,7 @@ def _try(order: Order, blob: int, path: Path, memory: int) -> bool:
     """Writes the saved form; whether it is worth having."""
     spec = order.spec
     if spec.path is None:  # read like a file: as bytes it would take its size once more
-        spec = msgspec.structs.replace(spec, path=f"/proc/self/fd/{blob}", blob=None)
+        spec = msgspec.structs.replace(spec, path=shm.path_of(blob), blob=None)
     saving = cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS)
     _apart(lambda: b"written" if _opened(saving) else b"", memory)
     if sum(file.stat().st_size for file in path.iterdir()) > _GROWTH * order.nbytes:

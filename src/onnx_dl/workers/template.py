@@ -25,8 +25,9 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from onnx_dl import boot, recorder, standing, surroundings
+from onnx_dl import boot, procfs, recorder, standing, surroundings, tasks
 from onnx_dl.environment import NOTHING
+from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -103,7 +104,7 @@ class Template:
             told = os.read(read_end, 1024).decode(errors="replace")
             os.waitpid(middle, 0)
         except OSError as error:
-            return str(error)
+            return _why(error)
         finally:
             sockets.close_all(fd for fd in (read_end, write_end) if fd >= 0)
         return told
@@ -114,7 +115,7 @@ class Template:
         try:
             pid = os.fork()
         except OSError as error:
-            os.write(pipe, str(error).encode())
+            os.write(pipe, _why(error).encode())
             os._exit(1)
         if pid == 0:
             os.close(pipe)
@@ -138,6 +139,9 @@ class Template:
             surroundings.go_first(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
+        except ProcessesExhausted as error:  # before it could say so to the supervisor
+            print(error, file=sys.stderr, flush=True)
+            os._exit(os.EX_OSERR)
         except BaseException:
             traceback.print_exc()
             os._exit(70)
@@ -167,6 +171,11 @@ class Template:
             os._exit(0)
 
 
+def _why(error: OSError) -> str:
+    """Why there is no worker, for whoever waits for it."""
+    return str(tasks.exhausted("A worker process") if tasks.is_shortage(error) else error)
+
+
 def _import_engine() -> None:
     """Everything that a worker will need, so that its children share it."""
     import onnx_dl.workers.ort  # noqa: F401
@@ -182,10 +191,6 @@ def _warm_up() -> None:
     onnxruntime.InferenceSession(_THROW_AWAY, options, providers=["CPUExecutionProvider"])
 
 
-def _is_single_threaded() -> bool:
-    return len(os.listdir("/proc/self/task")) == 1
-
-
 def main(channel_fd: int, mode: str) -> NoReturn:
     """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
     surroundings.make_own()
@@ -197,11 +202,11 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     used = False
     with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
         _import_engine()
-        used = mode == "fork" and _is_single_threaded()
+        used = mode == "fork" and procfs.has_one_thread()
         if used:
             _warm_up()
     memory.share()
-    template = Template(channel, fork=mode == "fork" and _is_single_threaded(), used=used)
+    template = Template(channel, fork=mode == "fork" and procfs.has_one_thread(), used=used)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received
         template.become(m.on_template(data), fds)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
+from onnx_dl import tasks
+
 EVERY: Final = 0.01
 """Seconds between two looks."""
 LINGER: Final = 20
@@ -42,9 +44,9 @@ class Watchdog:
         """Watches from now on, in a thread of its own.
 
         Raises:
-            RuntimeError: the system has no thread left.
+            ProcessesExhausted: the system has no thread left.
         """
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        tasks.start(threading.Thread(target=self._watch, name="watchdog", daemon=True), "max_memory_hard")
 
     def call_begins(self) -> None:
         """A call is under way.  Takes 0.1 µs, and more for the first one after a pause."""
