@@ -137,7 +137,7 @@ class Test(unittest.TestCase):
     def test_bad(self): self.assertEqual(1, 2)
 """,
     "documented.py": '"""\n>>> 1 + 1\n3\n"""\n',
-    "own/sitecustomize.py": "import sys\nsys.warnoptions += [__name__, __file__, str(sys.path)]",
+    "own/sitecustomize.py": "import sys\nsys._xoptions.update(own=[__name__, __file__, *sys.path])",
     "broken/sitecustomize.py": "raise ValueError('broken')",
     "model.py": """
 import pickle, sys

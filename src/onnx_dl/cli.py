@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(words: list[str]) -> int:
     own, program = launch.split(words) if words[:1] == ["run"] else (words, [])
-    arguments = parser().parse_args(own)
+    with output.held_back():
+        arguments = parser().parse_args(own)
     arguments.program = program
     try:
         return arguments.run(arguments) or 0

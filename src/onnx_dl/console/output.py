@@ -42,25 +42,38 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def complain(error: object) -> None:
-    """What went wrong, on stderr, if there is one."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(f"onnx-dl: {error}", file=sys.stderr, flush=True)
+    """What went wrong, on stderr, if that can be written."""
+    with contextlib.suppress(OSError):
+        print(f"onnx-dl: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Writes at the end of the block what it has printed.  For argparse, which ignores that it cannot write.
+
+    Raises:
+        OSError: nobody reads it, or it cannot be written.
+    """
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        if said := text.getvalue():  # to write nothing on a full disk is an error, too
+            print(said, end="", flush=True)
 
 
 @contextlib.contextmanager
 def _prepared() -> Iterator[None]:
-    """A stdout that is closed takes everything, and one of few characters shows the others as ``?``."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    if sys.stdout is not None:
+    """Streams that are closed take everything, and a stdout of few characters shows the others as ``?``."""
+    with contextlib.ExitStack() as opened:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, opened.enter_context(open(os.devnull, "w")))
+                opened.callback(setattr, sys, name, None)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         yield
-        return
-    with open(os.devnull, "w") as sys.stdout:
-        try:
-            yield
-        finally:
-            sys.stdout = None
 
 
 def _let_go() -> None:
