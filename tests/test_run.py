@@ -136,8 +136,18 @@ def told(text: str) -> str:
     return re.sub(r"\b\d+\.\d+ ?s\b", "… s", text)
 
 
+def is_installed() -> bool:
+    """Whether Python finds this tree without being told where it is."""
+    code = "import onnx_dl; print(onnx_dl.__file__)"
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*PYTHON, "-c", code], cwd="/", env=bare, capture_output=True, text=True)
+    return done.stdout.strip() == onnx_dl.__file__
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_it_is_python(name: str, folder: Path) -> None:
+    if "unset PYTHONPATH" in PROGRAMS[name] and not is_installed():
+        pytest.skip("another tree than this one is installed")
     plain, ours = (ran(python, PROGRAMS[name], folder) for python in (PYTHON, RUN))
     assert ours == plain, PROGRAMS[name]
     assert plain.stdout or plain.stderr
