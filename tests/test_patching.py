@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -16,9 +17,8 @@ import pytest
 from onnxruntime import InferenceSession  # as a package that was imported before has it
 
 import onnx_dl
-from onnx_dl import ConfigError, ModelHost
-from onnx_dl.launch import prepare
-from onnx_dl.patching import parse_models
+from onnx_dl import ConfigError, ModelHost, patching
+from onnx_dl.patchsettings import parse_models
 from tests.contract.both import CPU, fixed, scaled
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ class Picklable(InferenceSession):
 def not_left_patched(nothing_is_left_behind: None) -> Iterator[None]:
     original = InferenceSession.__init__
     yield
-    while onnx_dl.patching._active:
+    while patching._active:
         onnx_dl.unpatch()
     assert InferenceSession.__init__ is original
 
@@ -227,11 +227,46 @@ raise SystemExit(3)
 """
 
 
-def launched(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+NESTED = """
+import sys
+import onnx_dl
+with onnx_dl.patch(ttl=5):
+    from onnxruntime import InferenceSession
+    print(InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"]).ttl)
+print(InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"]).ttl)
+onnx_dl.unpatch()
+print(hasattr(InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"]), "ttl"))
+print([finder for finder in sys.meta_path if "sitecustomize" in type(finder).__module__])
+"""
+FORGETFUL = """
+import sys
+if "-c" not in sys.orig_argv:  # the command itself
+    import onnx_dl
+    ours = onnx_dl.__path__[0].rpartition("/")[0]
+    for name in [name for name in sys.modules if name.startswith("onnx_dl")]:
+        del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if entry != ours]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "onnx_dl" not in type(finder).__module__]
+    sys.path[:] = [entry for entry in sys.path if not __import__("os").path.isdir(f"{entry}/onnx_dl")]
+"""
+STARTING = """
+import multiprocessing, subprocess, sys
+def is_patched(path):
+    from onnxruntime import InferenceSession
+    return hasattr(InferenceSession(path, providers=["CPUExecutionProvider"]), "ttl")
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        print(pool.apply(is_patched, sys.argv[1:]))
+    print(is_patched(sys.argv[1]), flush=True)
+    subprocess.run([sys.executable, "-c", "import app, sys; print(app.is_patched(sys.argv[1]))", sys.argv[1]])
+"""
+
+
+def launched(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from onnx_dl.cli import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, "run", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=60,
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
 
@@ -264,6 +299,29 @@ def test_a_program_under_a_limit(path: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("onnx-dl: 'much' is no size")
 
 
+def test_patches_of_the_program_itself(path: str, tmp_path: Path) -> None:
+    """Ours is the first one, whether the program imports onnxruntime or our module before."""
+    (tmp_path / "app.py").write_text(NESTED)
+    done = launched("--ttl", "60", "app.py", path, cwd=tmp_path)
+    assert (done.stderr, done.stdout.split()) == ("", ["5.0", "60.0", "False", "[]"])
+
+
+def test_a_program_that_does_not_find_us(path: str, tmp_path: Path) -> None:
+    """The hook finds us where the command did; the program's own packages come first."""
+    (tmp_path / "sitecustomize.py").write_text(FORGETFUL)
+    (tmp_path / "app.py").write_text(PROGRAM)
+    searched = os.pathsep.join([str(tmp_path), str(Path(onnx_dl.__file__).parent.parent)])
+    done = launched("--ttl", "60", "app.py", path, cwd=tmp_path, PYTHONPATH=searched)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.splitlines()[-2:] == ["2.0 60.0", "1 []"]
+
+
+def test_what_the_program_starts_is_not_patched(path: str, tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(STARTING)
+    done = launched("app.py", path, cwd=tmp_path)
+    assert (done.stderr, done.stdout.split()) == ("", ["True", "True", "False"])
+
+
 def test_a_program_that_raises(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text("import sys; print(sys.argv); raise ValueError('mine')")
     done = launched("app.py", cwd=tmp_path)
@@ -273,8 +331,6 @@ def test_a_program_that_raises(tmp_path: Path) -> None:
 
 def test_nothing_to_run(tmp_path: Path) -> None:
     done = launched("nope.py", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "onnx-dl: There is no file 'nope.py' to run.\n")
+    assert done.returncode == 2 and done.stderr.endswith("nope.py': [Errno 2] No such file or directory\n")
     done = launched("--set", "x", "nope.py", cwd=tmp_path)
-    assert done.returncode == 1
-    with pytest.raises(ConfigError, match="needs a program"):
-        prepare([], module=False, settings=[])
+    assert done.returncode == 1 and "'x' is no setting" in done.stderr

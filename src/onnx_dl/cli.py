@@ -10,11 +10,11 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from onnx_dl import config, installation
+from onnx_dl import config, installation, launch
 from onnx_dl.console import output
-from onnx_dl.errors import OnnxDLError
+from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.events import format_bytes
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     run = commands.add_parser(
-        "run", help="run a program with onnxruntime.InferenceSession's models in worker processes"
-    )
+        "run", help="run a program with onnxruntime.InferenceSession's models in worker processes",
+        usage="onnx-dl run [OPTION ...] PROGRAM ...", allow_abbrev=False,
+        epilog="PROGRAM ... is what stands behind python: file.py, -m MODULE, -c CODE or -, and arguments.",
+    )  # fmt: skip
     run.add_argument("--ttl", default="-1", help="seconds without use after which a model unloads")
     run.add_argument(
         "--memory-limit",
@@ -48,13 +50,13 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="settings", metavar="GLOB:NAME=VALUE",
         help="for models of that file name: ttl, latency, eager or in_process; e.g. 'vad*.onnx:ttl=-1'",
     )  # fmt: skip
-    run.add_argument("-m", action="store_true", dest="module", help="the program is a module")
-    run.add_argument("target", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="and its arguments")
     run.set_defaults(run=_run)
     supervise = commands.add_parser(
         "supervise", help="run a host that several applications share, until Ctrl-C or SIGTERM"
     )
-    supervise.add_argument("--name", default="default", help="under which onnx_dl.connect() finds it")
+    supervise.add_argument(
+        "--name", default="default", type=_host_name, help="under which onnx_dl.connect() finds it"
+    )
     supervise.add_argument("--memory-limit", metavar="SIZE", help="all models together, e.g. 2GiB")
     supervise.add_argument("--config", metavar="FILE", help="a host.toml: which models it has, and limits")
     supervise.add_argument("--metrics", metavar="ADDRESS", help="serve Prometheus there, e.g. 127.0.0.1:9464")
@@ -80,7 +82,10 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about)
         command.add_argument(
-            "--host", metavar="NAME", help="of the shared host; else ONNX_DL_HOST, else 'default'"
+            "--host",
+            metavar="NAME",
+            type=_host_name,
+            help="of the shared host; else ONNX_DL_HOST, else 'default'",
         )
         if model:
             command.add_argument(
@@ -124,37 +129,43 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    arguments = parser().parse_args(argv)
-    if arguments.command != "run":  # a program has its stdout as it is
-        output.prepare()
+    words = list(sys.argv[1:] if argv is None else argv)
+    return output.guarded(lambda: _command(words))
+
+
+def _command(words: list[str]) -> int:
+    own, program = launch.split(words) if words[:1] == ["run"] else (words, [])
+    with output.held_back():
+        arguments = parser().parse_args(own)
+    arguments.program = program
     try:
-        outcome = arguments.run(arguments)
-    except (OnnxDLError, OSError) as error:
-        if isinstance(error, OSError):  # a full disk, or a folder that is gone
-            output.let_go()
-        if sys.stderr is not None:
-            print(f"onnx-dl: {error}", file=sys.stderr)
+        return arguments.run(arguments) or 0
+    except OnnxDLError as error:
+        output.complain(error)
         return 1
     except KeyboardInterrupt:
         return 130
-    if callable(outcome):
-        outcome()  # a program: what it raises is its own
-        return 0
-    return outcome or 0
 
 
-def _run(arguments: argparse.Namespace) -> Callable[[], None]:
-    from onnx_dl.launch import prepare
+def _host_name(text: str) -> str:
+    """The name of a host, or an error about the command line."""
+    from onnx_dl.rendezvous import checked_name
 
-    return prepare(
-        arguments.target,
-        module=arguments.module,
+    try:
+        return checked_name(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run(arguments: argparse.Namespace) -> NoReturn:
+    launch.prepare(
+        arguments.program,
         settings=arguments.settings,
         memory_limit=arguments.memory_limit,
         ttl=arguments.ttl,
         latency=arguments.latency,
         eager=not arguments.lazy,
-    )
+    ).take_over()
 
 
 def _supervise(arguments: argparse.Namespace) -> None:
@@ -189,13 +200,15 @@ def _cache_ls(_: argparse.Namespace) -> None:
     entries = store.entries()
     for entry in entries:
         used = datetime.datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
-        print(f"{format_bytes(entry.nbytes):>12}  {used}  {entry.meta.name}")
-    print(f"{len(entries)} models, {format_bytes(sum(entry.nbytes for entry in entries))}, in {store.root}")
+        output.say(f"{format_bytes(entry.nbytes):>12}  {used}  {entry.meta.name}")
+    output.say(
+        f"{len(entries)} models, {format_bytes(sum(entry.nbytes for entry in entries))}, in {store.root}"
+    )
 
 
 def _cache_clear(_: argparse.Namespace) -> None:
     store = _cache()
-    print(f"{format_bytes(store.clear())} removed from {store.root}")
+    output.say(f"{format_bytes(store.clear())} removed from {store.root}")
 
 
 def _host(arguments: argparse.Namespace) -> str:

@@ -15,27 +15,20 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import concurrency, config
-from onnx_dl.environment import parse as parse_environment
+from onnx_dl import concurrency
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.forking import Guard, importing
 from onnx_dl.host import ModelHost
+from onnx_dl.patchsettings import checked
 from onnx_dl.session import InferenceSessionProxy
 
 logger = logging.getLogger("onnx_dl")
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PROXY: Final = "_onnx_dl_proxy"
-_PARSE: Final[dict[str, Callable[[Any], Any]]] = {
-    "ttl": lambda value: config.parse_ttl(config.plain_number(value)),
-    "latency": config.parse_latency,
-    "environment": parse_environment,
-    "eager": config.parse_switch,
-    "in_process": config.parse_switch,
-}
 
 
 class Unpatched(NamedTuple):
@@ -116,8 +109,8 @@ def patch(
         ConfigError: a setting does not exist, or has a value that cannot be.
     """
     given = {"ttl": ttl, "latency": latency, "eager": eager, "environment": environment}
-    defaults = _checked(given, "patch()")
-    made = Patch(defaults, [(glob, _checked(more, glob)) for glob, more in (models or {}).items()], host)
+    defaults = checked(given, "patch()")
+    made = Patch(defaults, [(glob, checked(more, glob)) for glob, more in (models or {}).items()], host)
     with _lock.alone():
         _active.append(made)
         _replace()
@@ -144,28 +137,6 @@ def unpatched_report() -> list[Unpatched]:
         if issubclass(type(made), session_class) and _PROXY not in vars(made) and made not in _known
     ]
     return [*found, *_noted]
-
-
-def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """``GLOB:NAME=VALUE`` or ``GLOB:NAME=VALUE,NAME=VALUE`` for :func:`patch`.
-
-    Raises:
-        ConfigError: it is written otherwise.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for text in texts:
-        glob, colon, settings = text.rpartition(":")
-        pairs = [part.partition("=") for part in settings.split(",")]
-        if not (glob and colon and all(equals for _, equals, _ in pairs)):
-            raise ConfigError(f"{text!r} is no setting; write, for example, 'vad*.onnx:ttl=-1'.")
-        found.setdefault(glob, {}).update({name: value for name, _, value in pairs})
-    return found
-
-
-def _checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
-    if strange := set(settings) - set(_PARSE):
-        raise ConfigError(f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}.")
-    return {name: _PARSE[name](value) for name, value in settings.items()}
 
 
 # --- the class ---------------------------------------------------------------------------------------------

@@ -69,6 +69,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """When, by :func:`uptime`."""
 
 
+def checked_name(name: str) -> str:
+    """The name of a shared host.
+
+    Raises:
+        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+    """
+    if not _NAME.fullmatch(name) or name.startswith("."):
+        raise ConfigError(
+            f"{name!r} is no name of a host; use letters, digits, '-', '_' and '.', at most 64 of them."
+        )
+    return name
+
+
 class Place:
     """What the shared host of one name and protocol version has in the folder."""
 
@@ -85,11 +98,7 @@ class Place:
             ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
             PlatformError: there is no folder that is the user's alone.
         """
-        if not _NAME.fullmatch(name) or name.startswith("."):
-            raise ConfigError(
-                f"{name!r} is no name of a host; use letters, digits, '-', '_' and '.', at most 64 of them."
-            )
-        self.name = name
+        self.name = checked_name(name)
         self.protocol = protocol
         self.folder = folder or runtime_folder(environ)
         stem = name if protocol is None else f"{name}@{protocol}"

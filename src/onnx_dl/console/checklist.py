@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnx_dl.console.output import console, quiet_end, say
+from onnx_dl.console.output import console, say
 from onnx_dl.doctor import Finding, Mark
 
 _STYLES: Final = {Mark.OK: "green", Mark.WARNING: "yellow", Mark.PROBLEM: "bold red"}
@@ -19,11 +19,10 @@ _STYLES: Final = {Mark.OK: "green", Mark.WARNING: "yellow", Mark.PROBLEM: "bold 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> None:
     """Prints them to stdout."""
-    with quiet_end():
-        if as_json:
-            say(msgspec.json.encode({"ok": not has_problems(findings), "findings": findings}).decode())
-        else:
-            console().print(checklist(findings))
+    if as_json:
+        say(msgspec.json.encode({"ok": not has_problems(findings), "findings": findings}).decode())
+    else:
+        console().print(checklist(findings))
 
 
 def checklist(findings: Sequence[Finding]) -> RenderableType:

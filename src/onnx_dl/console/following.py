@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from onnx_dl.console.hosts import alive
-from onnx_dl.console.output import is_read, quiet_end, say
+from onnx_dl.console.output import is_read, say
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.events import EventStream, ModelEvent
 from onnx_dl.host import ModelHost
@@ -28,9 +28,9 @@ def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> N
 
     Raises:
         SupervisorDied: the host has ended.
-        SystemExit: nobody reads stdout any more.
+        BrokenPipeError: nobody reads stdout any more.
     """
-    with quiet_end(), host.events() as stream, _watched(host) as has_ended:
+    with host.events() as stream, _watched(host) as has_ended:
 
         def check() -> None:
             if has_ended():

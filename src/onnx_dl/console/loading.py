@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnx_dl import config
-from onnx_dl.console.output import quiet_end, say
+from onnx_dl.console.output import say
 from onnx_dl.environment import parse_pairs
 from onnx_dl.errors import OnnxDLError, RemoteError
 from onnx_dl.events import format_bytes
@@ -37,8 +37,7 @@ def load(
         raise
     except Exception as error:  # onnxruntime's own classes, or none that this process knows
         raise RemoteError(f"{model} did not load: {error}", type(error).__name__) from error
-    with quiet_end():
-        say(loaded(status))
+    say(loaded(status))
 
 
 def loaded(status: ModelStatus) -> str:
@@ -53,5 +52,4 @@ def loaded(status: ModelStatus) -> str:
 def unload(host: ModelHost, model: str, *, force: bool) -> None:
     """Ends a model's worker and prints whether there was one."""
     was_loaded = host.unload(model, force=force)
-    with quiet_end():
-        say(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")
+    say(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")

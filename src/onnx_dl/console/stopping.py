@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx_dl import census, starting
 from onnx_dl.census import Sighting
 from onnx_dl.console import hosts
-from onnx_dl.console.output import quiet_end, say
+from onnx_dl.console.output import say
 from onnx_dl.errors import SupervisorError
 
 
@@ -23,11 +23,9 @@ def stop(name: str, *, all_versions: bool) -> None:
     if not any(seen.reachable for seen in found) and not (others and all_versions):
         raise SupervisorError(starting.no_host(name, others))
     for seen in found:
-        with quiet_end():
-            say(f"{_end(name, seen, all_versions=all_versions)}: host {name!r}, {census.told(seen)}")
+        say(f"{_end(name, seen, all_versions=all_versions)}: host {name!r}, {census.told(seen)}")
     if others and not all_versions:
-        with quiet_end():
-            say("onnx-dl stop --all-versions ends those of other versions, too")
+        say("onnx-dl stop --all-versions ends those of other versions, too")
 
 
 def _end(name: str, seen: Sighting, *, all_versions: bool) -> str:

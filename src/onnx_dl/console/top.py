@@ -14,7 +14,7 @@ from onnx_dl.census import Sighting
 from onnx_dl.console import versions
 from onnx_dl.console.history import History
 from onnx_dl.console.hosts import alive, running
-from onnx_dl.console.output import console, quiet_end, say
+from onnx_dl.console.output import console, say
 from onnx_dl.console.table import live, overview
 from onnx_dl.errors import SupervisorError
 from onnx_dl.host import ModelHost, Snapshot
@@ -48,16 +48,15 @@ def ps(name: str, *, as_json: bool) -> None:
 
 
 def _print(snapshot: Snapshot, found: Sequence[Sighting], *, as_json: bool) -> None:
-    with quiet_end():
-        if as_json:
-            seen = msgspec.to_builtins(snapshot) | {"hosts": versions.data(found)}
-            say(msgspec.json.encode(seen).decode())
-            return
-        terminal = console()
-        if snapshot.supervisor_pid is not None:
-            terminal.print(overview(snapshot, terminal.width))
-        for line in versions.lines(found):
-            terminal.print(line, markup=False)
+    if as_json:
+        seen = msgspec.to_builtins(snapshot) | {"hosts": versions.data(found)}
+        say(msgspec.json.encode(seen).decode())
+        return
+    terminal = console()
+    if snapshot.supervisor_pid is not None:
+        terminal.print(overview(snapshot, terminal.width))
+    for line in versions.lines(found):
+        terminal.print(line, markup=False)
 
 
 def top(host: ModelHost, interval: float) -> None:
@@ -77,7 +76,7 @@ def top(host: ModelHost, interval: float) -> None:
         return live(snapshot, history, terminal.width)
 
     show = _on_screen if terminal.is_terminal and not terminal.is_dumb_terminal else _one_by_one
-    with contextlib.suppress(KeyboardInterrupt), quiet_end():
+    with contextlib.suppress(KeyboardInterrupt):
         show(terminal, picture, interval)
 
 

@@ -1,0 +1,48 @@
+"""What may be set of a patch, checked and as text of a command line.
+
+Imports nothing heavy: :mod:`onnx_dl.patching`, which does what is set, comes with numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from onnx_dl import config
+from onnx_dl.environment import parse as parse_environment
+from onnx_dl.errors import ConfigError
+
+_PARSE: Final[dict[str, Callable[[Any], Any]]] = {
+    "ttl": lambda value: config.parse_ttl(config.plain_number(value)),
+    "latency": config.parse_latency,
+    "environment": parse_environment,
+    "eager": config.parse_switch,
+    "in_process": config.parse_switch,
+}
+
+
+def checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
+    """The settings of one model, or of all, as :func:`onnx_dl.patch` has them; ``of`` names them in errors.
+
+    Raises:
+        ConfigError: a setting does not exist, or has a value that cannot be.
+    """
+    if strange := set(settings) - set(_PARSE):
+        raise ConfigError(f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}.")
+    return {name: _PARSE[name](value) for name, value in settings.items()}
+
+
+def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """``GLOB:NAME=VALUE`` or ``GLOB:NAME=VALUE,NAME=VALUE`` for :func:`patch`.
+
+    Raises:
+        ConfigError: it is written otherwise.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        glob, colon, settings = text.rpartition(":")
+        pairs = [part.partition("=") for part in settings.split(",")]
+        if not (glob and colon and all(equals for _, equals, _ in pairs)):
+            raise ConfigError(f"{text!r} is no setting; write, for example, 'vad*.onnx:ttl=-1'.")
+        found.setdefault(glob, {}).update({name: value for name, _, value in pairs})
+    return found
