@@ -23,7 +23,7 @@ import time
 import traceback
 from typing import Final, NoReturn
 
-from onnx_dl import boot, recorder, surroundings
+from onnx_dl import boot, frozen, recorder, surroundings
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -41,6 +41,11 @@ _THROW_AWAY: Final = (
 _REPLACED: Final = (
     "onnx-dl was replaced on disk by a version that speaks another protocol, while the supervisor ran. "
     "Restart the application, or the shared host."
+)
+
+_CALLED_LATE: Final = (
+    "onnx-dl: models load about ten times slower than they could, because this program starts threads before "
+    "it calls onnx_dl.freeze_support(). Call that first, before numpy and onnxruntime are imported."
 )
 
 _WORKER: Final = "worker"
@@ -192,8 +197,11 @@ def main(channel_fd: int, mode: str) -> NoReturn:
         used = mode == "fork" and _is_single_threaded()
         if used:
             _warm_up()
+    forkable = mode == "fork" and _is_single_threaded()
+    if mode == "fork" and not forkable and frozen.is_frozen():
+        print(_CALLED_LATE, file=sys.stderr, flush=True)
     memory.share()
-    template = Template(channel, fork=mode == "fork" and _is_single_threaded(), used=used)
+    template = Template(channel, fork=forkable, used=used)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received
         template.become(m.on_template(data), fds)
