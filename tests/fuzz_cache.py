@@ -108,7 +108,7 @@ class Library:
             supervisor = psutil.Process(self.saver.snapshot().supervisor_pid)
             for child in supervisor.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if any("workers.saver" in part for part in child.cmdline()):
+                    if "saver" in child.cmdline():
                         found.append(child)
         return found
 

@@ -76,7 +76,7 @@ def no_saver_is_left(host: ModelHost) -> None:
 
 def is_saver(process: psutil.Process) -> bool:
     try:
-        return any("workers.saver" in part for part in process.cmdline())
+        return "saver" in process.cmdline()
     except psutil.Error:
         return False
 

@@ -42,7 +42,7 @@ def savers_of(supervisor: psutil.Process) -> list[psutil.Process]:
     found = []
     for process in supervisor.children():
         with contextlib.suppress(psutil.Error):
-            if any("workers.saver" in part for part in process.cmdline()):
+            if "saver" in process.cmdline():
                 found.append(process)
     return found
 

@@ -223,7 +223,7 @@ def test_started_exactly_once(turn: int, runtime: Path) -> None:
         found = []
         for process in belonging(runtime):
             with contextlib.suppress(psutil.Error):
-                if process.pid != pids[0] and "supervisor.main" in " ".join(process.cmdline()):
+                if process.pid != pids[0] and "supervisor" in process.cmdline():
                     found.append(process)
         return found
 

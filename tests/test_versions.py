@@ -164,7 +164,7 @@ def supervisors(runtime: Path) -> set[int]:
     found = set()
     for process in belonging(runtime):
         with contextlib.suppress(psutil.Error):
-            if "supervisor.main" in " ".join(process.cmdline()):
+            if "supervisor" in process.cmdline():
                 found.add(process.pid)
     return found
 

@@ -92,6 +92,7 @@ HEIGHT = {
     "supervise": 15,
     "cli": 16,
     "__main__": 17,
+    "__pyinstaller": 17,
 }
 # Who may import each other on one floor; client, supervisor and workers are strangers.
 GROUPS = [

@@ -18,13 +18,14 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import census, surroundings
+from onnx_dl import boot, census, frozen, surroundings
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.relay import Relay
+from onnx_dl.transport import shm
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -60,8 +61,11 @@ class Orders(Starter, frozen=True, kw_only=True):
     """It was started by hand: it stays without clients, and says on stdout what happens."""
 
 
-def main() -> None:
-    """Runs a supervisor until its last client is gone."""
+def main(at_home: bool = False) -> None:
+    """Runs a supervisor until its last client is gone.
+
+    ``at_home``: this is a shared host's process that needs not go into the background any more.
+    """
     surroundings.make_own()
     said = sys.stdin.buffer.read()
     if not said:  # the application ended before it could say what it wants
@@ -71,8 +75,8 @@ def main() -> None:
         _tell(starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=census.version(starter.protocol)))
         sys.exit(1)
     orders = msgspec.json.decode(said, type=Orders)
-    if orders.host is not None and os.fork():
-        os._exit(0)  # whoever started a shared host need not wait for its end
+    if orders.host is not None and not at_home:
+        _go_into_background(said)
     _detach()
     try:
         place = None if orders.host is None else Place(orders.host)
@@ -152,6 +156,20 @@ def _tell(starter: Starter, text: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has gone; others may come
             os.write(starter.ready_fd, text.encode()[: select.PIPE_BUF])
         os.close(starter.ready_fd)
+
+
+def _go_into_background(orders: bytes) -> None:
+    """Whoever started a shared host need not wait for its end.
+
+    A program in one file is unpacked anew: the folder that this process runs from goes with the application.
+    What unpacks it waits for the end of the host, to remove the folder, so it must be in the background, too.
+    """
+    if os.fork():
+        os._exit(0)
+    if frozen.unpacks_itself():
+        os.chdir("/")
+        os.dup2(shm.freeze(orders), 0)
+        os.execve(*boot.launch("supervisor", True, own_folder=True))
 
 
 def _detach() -> None:

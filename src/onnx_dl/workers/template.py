@@ -25,7 +25,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from onnx_dl import boot, procfs, recorder, standing, surroundings, tasks
+from onnx_dl import boot, frozen, procfs, recorder, standing, surroundings, tasks
 from onnx_dl.environment import NOTHING
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.transport import messages as m
@@ -45,6 +45,11 @@ _THROW_AWAY: Final = (
 _REPLACED: Final = (
     "onnx-dl was replaced on disk by a version that speaks another protocol, while the supervisor ran. "
     "Restart the application, or the shared host."
+)
+
+_CALLED_LATE: Final = (
+    "onnx-dl: models load about ten times slower than they could, because this program starts threads before "
+    "it calls onnx_dl.freeze_support(). Call that first, before numpy and onnxruntime are imported."
 )
 
 _WORKER: Final = "worker"
@@ -205,8 +210,11 @@ def main(channel_fd: int, mode: str) -> NoReturn:
         used = mode == "fork" and procfs.has_one_thread()
         if used:
             _warm_up()
+    forkable = mode == "fork" and procfs.has_one_thread()
+    if mode == "fork" and not forkable and frozen.is_frozen():
+        print(_CALLED_LATE, file=sys.stderr, flush=True)
     memory.share()
-    template = Template(channel, fork=mode == "fork" and procfs.has_one_thread(), used=used)
+    template = Template(channel, fork=forkable, used=used)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received
         template.become(m.on_template(data), fds)

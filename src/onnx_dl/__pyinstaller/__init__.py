@@ -1,0 +1,10 @@
+"""What PyInstaller must know of this package; it finds this by the entry point ``pyinstaller40``."""
+
+from __future__ import annotations
+
+import os
+
+
+def get_hook_dirs() -> list[str]:
+    """The folder of the hooks."""
+    return [os.path.dirname(__file__)]

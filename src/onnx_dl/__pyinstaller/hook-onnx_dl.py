@@ -1,0 +1,24 @@
+"""Modules that are imported by name, and the versions of what is installed, which caches depend on.
+
+Commands are left out, with what they print tables with: a program that uses them imports them.
+"""
+
+import importlib.metadata
+import sys
+
+from PyInstaller.utils.hooks import collect_submodules, copy_metadata
+
+_COMMANDS = ("__main__", "__pyinstaller", "cli", "console", "demo", "launch", "supervise")
+
+
+def _is_used(name: str) -> bool:
+    return name.partition(".")[2].partition(".")[0] not in _COMMANDS
+
+
+hiddenimports = collect_submodules("onnx_dl", filter=_is_used)
+datas = []
+for _name in ("onnx-dl", *importlib.metadata.packages_distributions().get("onnxruntime", ())):
+    try:
+        datas += copy_metadata(_name)
+    except importlib.metadata.PackageNotFoundError:
+        print(f"onnx-dl: {_name} has no metadata; the program will not know its version", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""A program for PyInstaller, and how it is built."""
