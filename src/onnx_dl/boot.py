@@ -70,7 +70,7 @@ def launch(
     given = os.environ if environ is None else environ
     call = [entry, json.dumps(arguments)]
     if frozen.is_frozen() and not python:
-        program = frozen.program()
+        program = frozen.program(missed=not _entered and _call() is not None)
         return Launch(program, [program, MARKER, *call], frozen.environment(given, own_folder=own_folder))
     # The search path of a frozen program leads into the program; another interpreter has its own.
     path = None if frozen.is_frozen() else surroundings.search_path()
@@ -102,13 +102,17 @@ def freeze_support() -> None:
     if not frozen.is_frozen():
         return
     frozen.called()
-    if (call := _asked(sys.argv) or _asked(sys.orig_argv)) is not None:
+    if (call := _call()) is not None:
         _enter_for_good(call)
 
 
-def _asked(argv: Sequence[str]) -> Sequence[str] | None:
-    """The entry and its arguments, if a process with these was started by :func:`launch`."""
-    return argv[2:] if len(argv) == 4 and argv[1] == MARKER else None
+def _call() -> Sequence[str] | None:
+    """The entry and its arguments, if this process was started by :func:`launch`; the program may have
+    changed ``sys.argv``."""
+    for argv in (sys.argv, sys.orig_argv):
+        if len(argv) == 4 and argv[1] == MARKER:
+            return argv[2:]
+    return None
 
 
 def _enter_for_good(call: Sequence[str]) -> NoReturn:

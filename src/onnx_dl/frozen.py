@@ -28,7 +28,7 @@ _BORN_WITH: Final = {name: value for name, value in os.environ.items() if name.s
 _FORGOTTEN: Final = (
     "This program is frozen, and onnx-dl starts processes in it: write `import onnx_dl; "
     "onnx_dl.freeze_support()` as the first thing in the program, before numpy and onnxruntime are imported "
-    "(or set ONNX_DL_PYTHON to an interpreter that has onnx-dl). Nothing was started."
+    "and arguments are parsed. Nothing was started."
 )
 
 
@@ -37,16 +37,25 @@ def is_frozen() -> bool:
     return bool(getattr(sys, "frozen", False) or getattr(_COMPILED, "standalone", False))
 
 
-def program() -> str:
+def program(*, missed: bool) -> str:
     """The file to execute for another process of this program.
+
+    ``missed``: this process was started for us, and runs as if it were the application.
 
     Raises:
         SupervisorStartError: the program does not call freeze_support(), so it would only run once more.
     """
     path = _path()
-    if os.environ.get(_CALLED) != path:
+    if missed or os.environ.get(_CALLED) != path:
         raise SupervisorStartError(_FORGOTTEN)
     return path
+
+
+def advice() -> str:
+    """Why a process may have done something else than what it was started for."""
+    if not is_frozen():
+        return ""
+    return " In a frozen program, onnx_dl.freeze_support() must come before arguments are parsed."
 
 
 def _path() -> str:

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import boot, census, concurrency, config, forking, surroundings, tasks, waits
+from onnx_dl import boot, census, concurrency, config, forking, frozen, surroundings, tasks, waits
 from onnx_dl.boot import Launch
 from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
@@ -265,4 +265,5 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) 
     raise SupervisorStartError(
         said.decode(errors="replace")
         or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr says why."
+        + frozen.advice()
     )

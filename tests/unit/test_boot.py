@@ -47,6 +47,14 @@ def test_a_frozen_program_that_does_not_call_it(in_bundle: pytest.MonkeyPatch) -
         boot.launch("supervisor")
 
 
+def test_a_process_of_ours_that_runs_as_the_application(in_bundle: pytest.MonkeyPatch) -> None:
+    """The program calls freeze_support() in its first process only: it must not start itself for ever."""
+    boot.freeze_support()
+    in_bundle.setattr(sys, "argv", ["/opt/app", boot.MARKER, "supervisor", "[]"])
+    with pytest.raises(SupervisorStartError, match="before numpy and onnxruntime are imported"):
+        boot.launch("supervisor")
+
+
 def test_a_frozen_program_starts_itself(in_bundle: pytest.MonkeyPatch) -> None:
     boot.freeze_support()
     launch = boot.launch("template", 7, "fork", environ={"LD_LIBRARY_PATH": "/lib"})
