@@ -151,15 +151,21 @@ preloaded()
 assert len(host.snapshot().models) == 3
 
 def forked():
+    waiting = gevent.spawn(fails, onnx_dl.SupervisorDied, lambda: endless.run(None, ENDLESS))
+    gevent.sleep(0.05)
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            waiting.get(timeout=8 * PATIENCE)  # has nobody to wait for here
             status = 0 if echo.run(None, x)[0][0] == 1 else 2
             host.close()
         finally:
             os._exit(status)
-    return os.waitpid(pid, 0)[1]
+    status = os.waitpid(pid, 0)[1]
+    assert not waiting.dead
+    waiting.kill()
+    return status
 assert meanwhile(forked) == 0
 assert echo.run(None, x)[0][0] == 1
 onnx_dl.warm_up().join()
