@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, connect
@@ -66,6 +68,21 @@ def test_processors(started: ModelHost) -> None:
     proxy.load()
     assert os.sched_getaffinity(worker_pid(started)) == PROCESSORS  # of the thread that asked this time
     del proxy
+
+
+@several
+def test_processors_of_an_event_loop(started: ModelHost) -> None:
+    """Its pool has a thread already, which loads the model."""
+    one = {max(PROCESSORS)}
+
+    async def change() -> None:
+        await asyncio.to_thread(bool)
+        os.sched_setaffinity(0, one)
+        with InferenceSessionProxy(identity_model(), providers=CPU, host=started) as proxy:
+            await proxy.arun(None, {"x": np.ones(1, np.float32)})
+            assert os.sched_getaffinity(worker_pid(started)) == one
+
+    in_a_thread(lambda: asyncio.run(change()))
 
 
 def test_priority(started: ModelHost) -> None:

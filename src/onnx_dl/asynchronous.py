@@ -19,6 +19,7 @@ from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
 from onnx_dl.eventloops import EventLoops, present
+from onnx_dl.standing import on_behalf
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.watch import GRACE, Watch, run_timeout
@@ -50,7 +51,11 @@ def deadline_of(timeout: float | None) -> Iterator[Deadline]:
 async def in_thread(work: Callable[[Deadline], _T], timeout: float | None) -> _T:
     """What ``work`` returns; it is given a deadline, and ends when this coroutine is cancelled."""
     with deadline_of(timeout) as deadline:
-        return await present().in_thread(functools.partial(work, deadline))
+        return await _in_thread(present(), functools.partial(work, deadline))
+
+
+async def _in_thread(loop: EventLoops, work: Callable[[], _T]) -> _T:
+    return await loop.in_thread(on_behalf(work))
 
 
 async def call(
@@ -77,7 +82,7 @@ async def call(
             async with loop.timeout(timeout):
                 model = find
                 if not isinstance(model, RemoteModel):
-                    model = await loop.in_thread(functools.partial(model, deadline))
+                    model = await _in_thread(loop, functools.partial(model, deadline))
                 async with _turn(loop, model):
                     return await _call(loop, model, lease, make, nbytes, run_options, deadline)
         except TimeoutError as error:
@@ -122,7 +127,7 @@ async def _call(
         if isinstance(reply, m.CallFailed | m.Draining | m.Forgotten):
             model.settle(lane, reply)
         else:  # it asks how the worker ended, and that may take a while
-            await loop.in_thread(functools.partial(model.settle, lane, reply, deadline))
+            await _in_thread(loop, functools.partial(model.settle, lane, reply, deadline))
 
 
 async def _ask_with(
@@ -146,7 +151,7 @@ async def _ask_with(
             _put_back(model, found)
 
     try:
-        await loop.in_thread(ask)
+        await _in_thread(loop, ask)
     except loop.cancelled:
         given_up = True
         _put_back(model, found)
@@ -167,7 +172,7 @@ async def _complete(
     cancelled is free again."""
     free = [lane]
     try:
-        return await loop.in_thread(lambda: model.complete(free.pop(), message, watch))
+        return await _in_thread(loop, lambda: model.complete(free.pop(), message, watch))
     except loop.cancelled:
         with contextlib.suppress(IndexError):  # a thread has it: its deadline ends the call
             model.put_lane(free.pop())

@@ -10,6 +10,7 @@ import pytest
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
+from onnx_dl.standing import Standing
 from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.transport import failures
@@ -64,6 +65,20 @@ def fate(commands: list) -> WorkerDied | None:
 
 def test_first_acquire_starts_a_worker(rig):
     assert rig.scheduler.on_acquire(A, acquire(1), 5.0) == [start(1), event(1, "loading", 5.0, pid=None)]
+
+
+def test_a_worker_has_the_standing_of_who_asked_last(rig):
+    s = rig.scheduler
+    for ticket, nice in ((1, 3), (2, 5)):
+        ask = acquire(ticket, proxy=ticket)
+        ask.standing = Standing(nice=nice)
+        commands = s.on_acquire(A, ask, 5.0)
+        assert [c.standing for c in commands if isinstance(c, StartWorker)] == [Standing(nice=nice)][
+            : 2 - ticket
+        ]
+    s.on_spawned(1, 101)
+    (again,) = [c for c in s.on_exited(1, 9, "", 6.0) + s.on_tick(60.0, {}) if isinstance(c, StartWorker)]
+    assert again.standing == Standing(nice=5)
 
 
 def test_started_worker_is_told_what_to_load_with_the_ttl_in_force(rig):

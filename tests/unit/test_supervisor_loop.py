@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import zmq
@@ -14,12 +14,21 @@ from onnx_dl.config import Settings, fresh_address
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.supervisor import loop as loops
 from onnx_dl.supervisor.loop import Supervisor
+from onnx_dl.supervisor.relay import MOST_UNREAD
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel
 from tests.unit.builders import acquire, ready
 from tests.waiting import DEADLINE, eventually
+
+
+class Writer(NamedTuple):
+    """A worker that has written something."""
+
+    worker_id: int
+    model: str = "m.onnx"
+    pid: int = 77
 
 
 class Made:
@@ -53,7 +62,9 @@ class Made:
     def on_tick(self) -> None: ...
     def handle(self, ready: Any) -> None: ...
     def greeted(self, worker_id: int) -> None: ...
-    def drain(self, worker_id: int) -> None: ...
+    def drain(self, worker_id: int) -> None:
+        self.witness.wrote(Writer(worker_id), b"what it said\n")
+
     def end_saver(self) -> None: ...
     def close(self) -> None: ...
     def readings(self) -> dict[int, Reading]:
@@ -147,6 +158,7 @@ class Rig:
             worker.close(0)
         self.supervisor._control.close(0)
         self.supervisor._clients.close()
+        self.supervisor._stderr.end()
         self.context.term()
 
 
@@ -354,3 +366,31 @@ def test_an_application_that_is_gone_before_it_connected(rig: Rig) -> None:
     rig.until(lambda: rig.scheduler.finished)
     assert rig.supervisor._application is None
     os.close(write_end)
+
+
+# --- what workers write on stderr --------------------------------------------------------------------------
+
+
+def test_what_a_load_wrote_comes_before_its_answer(rig: Rig) -> None:
+    one = rig.application(b"one")
+    worker_id = loaded(rig, one, "a", 1)
+    told = [each for each in one.heard if isinstance(each, m.Wrote | m.Granted)]
+    wrote = m.Wrote(worker_id=worker_id, model="m.onnx", pid=77, text=b"what it said\n")
+    assert told[0] == wrote
+    assert isinstance(told[-1], m.Granted)
+
+
+def test_an_application_that_does_not_read_is_sent_no_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It goes to our own stderr then, and is never what the application is dropped for."""
+    one = rig.application(b"one")
+    loaded(rig, one, "a", 1)
+    monkeypatch.setattr(rig.supervisor._control, "unread", lambda name: MOST_UNREAD + 1)
+    rig.made.drain(1)
+    rig.supervisor._pass_on()
+    rig.supervisor._stderr.finish(DEADLINE)
+    assert capfd.readouterr().err == "what it said\n"
+    one.say(m.AskStatus(ticket=5, measure=False))
+    one.answer(5)
+    assert sum(isinstance(each, m.Wrote) for each in one.heard) == 1

@@ -6,16 +6,18 @@ from typing import NamedTuple
 
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec
+from onnx_dl.standing import Standing
 from onnx_dl.supervisor.needs import Need
 from onnx_dl.supervisor.saving import Wish
 from onnx_dl.transport.messages import Message
 
 
 class StartWorker(NamedTuple):
-    """Start a process that will load ``spec``."""
+    """Start a process that will load ``spec``; ``standing``: of the thread that asked for it."""
 
     worker_id: int
     spec: ModelSpec
+    standing: Standing | None = None
 
 
 class TellWorker(NamedTuple):

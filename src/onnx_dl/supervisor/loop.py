@@ -121,8 +121,6 @@ class Supervisor:
         """Workers whose models ask for a GPU."""
         self._runs_measured: dict[int, int] = {}
         """The runs that a worker had made when it was looked at."""
-        self._standings: dict[str, Standing | None] = {}
-        """What the next worker of a model or group has from the thread that asked last."""
         self._metrics = Metrics()
         self._wakeups = Wakeups(foreground)
         self._todo: collections.deque[Command] = collections.deque()
@@ -285,8 +283,8 @@ class Supervisor:
 
     def _perform(self, command: Command) -> None:
         match command:
-            case StartWorker(worker_id, spec):
-                self._start_worker(worker_id, spec)
+            case StartWorker(worker_id, spec, standing):
+                self._start_worker(worker_id, spec, standing)
             case TellWorker(worker_id, message):
                 self._send(self._identities[worker_id], message)
             case TellClient(client, message) if client != HOST:
@@ -350,12 +348,12 @@ class Supervisor:
         self._send(identity, wrote)
         return True
 
-    def _start_worker(self, worker_id: int, spec: ModelSpec) -> None:
+    def _start_worker(self, worker_id: int, spec: ModelSpec, standing: Standing | None) -> None:
         identity = self._identities[worker_id] = secrets.token_bytes(16)
         self._workers[identity] = worker_id
         if uses_gpu(spec):
             self._on_gpu.add(worker_id)
-        birth = Birth(spec.name, spec.pristine, self._standings.get(spec.unit), spec.environment)
+        birth = Birth(spec.name, spec.pristine, standing, spec.environment)
         self._processes.spawn(worker_id, identity, self._blobs(spec), birth)
 
     # --- workers ------------------------------------------------------------------------------------------
@@ -540,8 +538,8 @@ class Supervisor:
         match message:
             case m.Acquire():
                 self._check_blobs(client, message)
-                if self._place is None:  # else applications would decide for each other
-                    self._standings[message.spec.unit] = message.standing
+                if self._place is not None:  # applications would decide for each other
+                    message.standing = None
                 self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
             case m.Withdraw():

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 from onnx_dl.config import KEEP
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.standing import Standing
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 from onnx_dl.supervisor.room import Plan
@@ -105,6 +106,8 @@ class Model:
     """What a load needs that has failed for lack of memory; nothing if it has not."""
     second_try: bool = False
     """Such a load is made once more."""
+    standing: Standing | None = None
+    """Of the thread that asked last; its next worker has it."""
     named: dict[bytes, dict[str, ModelSpec]] = dataclasses.field(default_factory=dict)
     """Of a group: by client, and the host, the models that it had in it when it last asked, by key."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
@@ -130,7 +133,8 @@ class Model:
 
     def join(self, client: bytes, ask: m.Acquire, others: Iterable[ModelSpec] = ()) -> None:
         """The model asked for, those that the client has beside it, and others that are the host's belong to
-        this group from now on."""
+        this group from now on.  The next worker has the standing of who asked last."""
+        self.standing = ask.standing
         if ask.spec.group is None:
             return
         hosts = self.named.setdefault(HOST, {})

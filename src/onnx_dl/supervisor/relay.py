@@ -49,3 +49,7 @@ class Relay(io.TextIOBase):
         """The rest goes to our own stderr, for so many seconds at most."""
         self.pour(lambda wrote: False)
         self._outlet.finish(patience)
+
+    def end(self) -> None:
+        """The thread that writes ends when it has."""
+        self._outlet.end()

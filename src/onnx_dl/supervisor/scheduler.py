@@ -521,7 +521,7 @@ class Scheduler(Mending):
         model.step(LifecycleEvent.LOAD_REQUESTED, now)
         worker = model.worker = Worker(next(self._ids), now)
         self._by_worker[worker.id] = model
-        self._out.append(StartWorker(worker.id, model.spec))
+        self._out.append(StartWorker(worker.id, model.spec, model.standing))
         self._emit(EventType.LOADING, model, worker, now)
 
     def _welcome(self, model: Model, ready: m.WorkerReady, now: float) -> None:
