@@ -103,7 +103,7 @@ def memory(
             "memory",
             Mark.WARNING,
             "the system does not say how much there is, so there is no limit for models",
-            "Set ONNX_DL_MEMORY_LIMIT.",
+            "Mount /proc if it is not there; ONNX_DL_MEMORY_LIMIT sets a limit.",
         )
     groups = f"cgroup v{cgroup}" if cgroup else "a cgroup"
     models = f"; models of a host may take {format_bytes(limit)}" if limit else ""
