@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import threading
 from typing import Final
 
+from onnx_dl import concurrency
 from onnx_dl.errors import ProcessesExhausted
+from onnx_dl.threads import Thread
 
 _ADVICE: Final = (
     "Raise what limits processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
@@ -37,7 +38,7 @@ def is_shortage(error: OSError) -> bool:
     return error.errno == errno.EAGAIN
 
 
-def start(thread: threading.Thread, what: str) -> None:
+def start(thread: concurrency.Thread, what: str) -> None:
     """Starts a thread; ``what`` needs it.
 
     Raises:
@@ -54,18 +55,18 @@ def start(thread: threading.Thread, what: str) -> None:
 def check(count: int, what: str) -> None:
     """Raises ProcessesExhausted where so many threads cannot be had: libraries end the process then."""
     reading, writing = os.pipe()
-    started: list[threading.Thread] = []
+    started: list[Thread] = []
     try:
         for _ in range(count):
-            thread = threading.Thread(target=os.read, args=(reading, 1), daemon=True)
+            thread = Thread(os.read, "onnx-dl-check", (reading, 1))
             start(thread, what)
             started.append(thread)
     finally:
         os.write(writing, bytes(count))
         for thread in started:
             thread.join()
-        os.close(reading)
-        os.close(writing)
+        concurrency.close(reading)
+        concurrency.close(writing)
 
 
 def note_shortage(error: BaseException) -> None:

@@ -123,12 +123,11 @@ def serve(orders: Orders, place: Place | None) -> None:
     )
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)
-    if orders.foreground:
-        said = f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it"
-        print(said, flush=True)
     _tell(orders, "!")
-    sys.stdout, sys.stderr = stdout, stderr
+    sys.stdout, sys.stderr = stdout, stderr  # a host serves, whatever becomes of its output
     try:
+        if orders.foreground:
+            print(f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it")
         supervisor.run()
     except BaseException:
         traceback.print_exc()
