@@ -55,19 +55,31 @@ else:
 
 def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
     """Like ``subprocess.Popen``, which uses what gevent takes out of its module."""
-    module: Any = _unpatched("subprocess") if is_patched("subprocess") else subprocess
+    module: Any = _native_subprocess() if is_patched("subprocess") else subprocess
     process: subprocess.Popen[bytes] = module.Popen(command, **how)
     return process
 
 
 @functools.cache
-def _unpatched(name: str) -> Any:
-    """Another copy of a module of the standard library, which nobody has patched."""
-    spec = importlib.util.find_spec(name)
+def _native_subprocess() -> Any:
+    """Another copy of the module, which nobody has patched, on top of what others had before."""
+    spec = importlib.util.find_spec("subprocess")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # gevent's os.close() closes later, in its hub: the writing end of a pipe of which the other end is read.
+    module.os, module.threading, module.time = map(_Natives, ("os", "threading", "time"))
     return module
+
+
+class _Natives:
+    """A module as it was before it was patched."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return _native(self._module, name)
 
 
 __all__ = [

@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeVar
 
-import trio
+import trio  # type: ignore[import-not-found, unused-ignore]
 
 from onnx_dl.eventloops import EventLoops
 

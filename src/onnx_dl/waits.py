@@ -93,8 +93,28 @@ def polled(poll: select.poll, fd: int, event: int, timeout: float | None) -> boo
         return bool(poll.poll(milliseconds))
     if not poll.poll(0):
         with contextlib.closing(through.loop.io(fd, _WRITE if event == select.POLLOUT else _READ)) as watcher:
-            _wait(through, watcher, lambda: False, timeout)
+            _watching[id(watcher)] = watcher
+            try:
+                _wait(through, watcher, lambda: False, timeout)
+            finally:
+                del _watching[id(watcher)]
     return bool(poll.poll(0))
+
+
+_watching: Final[dict[int, Any]] = {}
+"""What watches a descriptor for a greenlet."""
+
+
+def _after_fork() -> None:
+    """A forked child has the greenlets of its parent, too, and their descriptors are closed there: libev ends
+    a process that watches one.  So each of them goes on, and finds that out."""
+    for watcher in list(_watching.values()):
+        if (wake := watcher.callback) is not None:
+            watcher.stop()
+            watcher.loop.run_callback(wake, None)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:

@@ -50,6 +50,24 @@ def test_waits_have_a_deadline(bells):
     assert caller.wait(8) == 1
 
 
+def test_somebody_makes_the_descriptors_non_blocking(bells):
+    """As uvloop does with the one that it watches."""
+    caller, worker = bells
+    for end, fd in ((caller, caller.fileno()), (worker, worker._fd)):
+        os.set_blocking(fd, False)
+        with pytest.raises(TimeoutError):
+            end.wait(0.01)
+    heard: list[int | None] = []
+    threads = [threading.Thread(target=lambda end=end: heard.append(end.wait())) for end in bells]
+    for thread in threads:
+        thread.start()
+    caller.ring(3)
+    worker.ring(3)
+    for thread in threads:
+        thread.join(8)
+    assert heard == [3, 3]
+
+
 def test_a_caller_that_was_hung_up_on(bells):
     caller, worker = bells
     caller.ring(2)

@@ -194,9 +194,9 @@ class ZmqCalls:
         return self._read(data) if data else self._handover.next()
 
     def _next(self, timeout: float | None) -> bytes | None:
+        ready = self._ready(timeout)
         if not self._handover.channel.is_ours():
             return None
-        ready = self._ready(timeout)
         if self._socket in ready:
             return self._socket.recv()
         if ready:
@@ -204,10 +204,14 @@ class ZmqCalls:
         raise TimeoutError("nobody answered in time")
 
     def _ready(self, timeout: float | None) -> dict[object, int]:
+        ready: dict[object, int] = {}
         if waits.hub() is None:
-            return sockets.wait(self._poller, timeout)
+            return sockets.wait(self._poller, timeout) if self._handover.channel.is_ours() else ready
         limit = Deadline(timeout)
-        while not (ready := sockets.wait(self._poller, 0)) and not limit.passed:
+        # Looked at each time: the greenlet may find itself in a forked child, which must not use the socket.
+        while self._handover.channel.is_ours():
+            if (ready := sockets.wait(self._poller, 0)) or limit.passed:
+                break
             # ZeroMQ's descriptor tells of changes only, and nothing of the other one that the poller has.
             waits.ready(int(self._socket.getsockopt(zmq.FD)), select.POLLIN, limit.left(_LOOK_EVERY))
         return ready

@@ -1,0 +1,110 @@
+"""gunicorn -k gevent: one worker answers other requests while models run, also with --preload."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.sharing import belonging, own_runtime
+from tests.test_gunicorn import Request, listens
+from tests.waiting import DEADLINE, allowed, eventually
+
+pytestmark = pytest.mark.slow
+
+make_settings = pytest.importorskip("gunicorn.config").make_settings
+
+CALLS = 4
+
+APP = """
+import json, os
+import numpy as np
+import onnx_dl
+from tests.slow import spin_model
+
+proxy = onnx_dl.InferenceSessionProxy(spin_model(), providers=["CPUExecutionProvider"])
+if os.environ["USED"]:  # before the fork, in a process that is not patched
+    proxy.run(None, {"x": np.ones((64, 64), np.float32), "n": np.array(1)})
+
+
+def app(environ, start_response):
+    turns = int(environ["QUERY_STRING"])
+    if turns:
+        result = proxy.run(None, {"x": np.ones((64, 64), np.float32), "n": np.array(turns)})[0].shape
+    else:
+        result = ()
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps([os.getpid(), result]).encode()]
+"""
+
+
+def ask(path: Path, turns: int) -> tuple[int, list[int], float]:
+    """Who answered, what, and when."""
+    request = Request(path)
+    try:
+        request.request("GET", f"/?{turns}")
+        response = request.getresponse()
+        assert response.status == 200
+        pid, result = json.loads(response.read())
+        return pid, result, time.monotonic()
+    finally:
+        request.close()
+
+
+@pytest.fixture
+def runtime(nothing_is_left_behind: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with own_runtime(monkeypatch) as folder:
+        yield folder
+
+
+@pytest.fixture(params=["", "--preload"])
+def server(
+    request: pytest.FixtureRequest, runtime: Path, tmp_path: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    pytest.importorskip("gevent")
+    (tmp_path / "web.py").write_text(APP)
+    command = [sys.executable, "-m", "gunicorn", "-k", "gevent", "--workers", "1", *request.param.split()]
+    if any("control_socket" in name for name in make_settings()):  # newer ones put it into the user's folder
+        command.append("--no-control-socket")
+    command += [
+        "--bind",
+        f"unix:{runtime}/web",
+        "--graceful-timeout",
+        "5",
+        "--log-level",
+        "warning",
+        "web:app",
+    ]
+    paths = os.pathsep.join([os.getcwd(), *sys.path])
+    environment = os.environ | {"USED": request.param, "PYTHONPATH": paths}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        process.wait(2 * DEADLINE)
+
+
+def test_other_requests_are_answered_meanwhile(server: subprocess.Popen[bytes], runtime: Path) -> None:
+    path = runtime / "web"
+    eventually(lambda: listens(path), "gunicorn listens", 4 * DEADLINE)
+    assert ask(path, 1)[1] == [64, 64]
+    begun = time.monotonic()
+    ask(path, 2000)
+    turns = int(2000 * 0.5 / (time.monotonic() - begun))
+    with ThreadPoolExecutor(CALLS) as threads:
+        long = [threads.submit(ask, path, turns) for _ in range(CALLS)]
+        quick = [ask(path, 0) for _ in range(5)]
+        answers = [call.result(allowed(4 * DEADLINE)) for call in long]
+    assert {pid for pid, _, _ in (*answers, *quick)} == {quick[0][0]}
+    assert [result for _, result, _ in answers] == [[64, 64]] * CALLS
+    assert quick[-1][2] < min(when for _, _, when in answers)
+    server.terminate()
+    assert server.wait(2 * DEADLINE) == 0
+    eventually(lambda: not belonging(runtime), "the end of all that it had started")
