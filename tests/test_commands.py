@@ -157,13 +157,15 @@ def test_ps_of_a_host_that_has_just_ended(shared: Shared, capsys: pytest.Capture
         (["load", "--ttl", "60"], {"ttl": 60.0, "pin": None, "priority": None}),
         (["load", "--ttl", "5m", "--priority", "3"], {"ttl": 300.0, "pin": None, "priority": 3}),
         (["pin", "--ttl", "-1"], {"ttl": -1.0, "pin": True, "priority": None}),
+        (["load", "--env", "A=1", "--env", "B=x=y"], {"environment": {"A": "1", "B": "x=y"}}),
     ],
 )
 def test_loading(
     arguments: list[str], terms: dict[str, Any], shared: Shared, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, DIGITS]) == 0
-    assert ("adopt", DIGITS, terms) in shared.asked
+    nothing: dict[str, Any] = {"ttl": None, "pin": None, "priority": None, "environment": {}}
+    assert ("adopt", DIGITS, nothing | terms) in shared.asked
     assert capsys.readouterr().out.startswith(f"ready {DIGITS}, pid ")
 
 
