@@ -476,7 +476,7 @@ class InferenceSessionProxy(DescribedProxy):
     # --- inside -------------------------------------------------------------------------------------------
 
     def _check_installation(self) -> None:
-        installation.check()
+        installation.check(options.provider_names(self._spec.providers))
 
 
 _OURS: Final = frozenset(inspect.signature(InferenceSessionProxy.__init__).parameters) - {"self", "kwargs"}

@@ -30,6 +30,7 @@ HEIGHT = {
     "background": 2,
     "events": 2,
     "telling": 3,
+    "builds": 1,
     "installation": 2,
     "makers": 2,
     "external": 2,
