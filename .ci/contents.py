@@ -46,4 +46,4 @@ def faults(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(fault for path in map(Path, sys.argv[1:]) for fault in faults(path)))
+    sys.exit("\n".join(fault for path in map(Path, sys.argv[1:]) for fault in faults(path)) or 0)
