@@ -19,7 +19,7 @@ _MESSAGES = "transport/messages.py"
 _BEFORE_5 = [
     ("rendezvous.py", 'stem = name if protocol is None else f"{name}@{protocol}"', "stem = name"),
     ("rendezvous.py", "and record.protocol == self.protocol", ""),
-    ("rendezvous.py", "protocol=self.protocol,\n            package=installation.version(),", ""),
+    ("rendezvous.py", "protocol=self.protocol,\n            package=onnx_dl.__version__,", ""),
     ("rendezvous.py", "            started=uptime(),\n", ""),
     ("supervisor/loop.py", "look=functools.partial(census.follower, self._place)", "look=lambda: None"),
 ]

@@ -95,6 +95,8 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
+__version__ = "0.2.0.dev0"
+"""Read by the build; the one place where it is written."""
 __all__ = sorted(_HOME_OF)
 
 # From now on, so that what onnxruntime does not tell again reaches workers.

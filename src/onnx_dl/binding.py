@@ -114,7 +114,10 @@ class IOBinding:
         return value if array is None else array
 
     def _check_owner(self, ortvalue: Any) -> None:
-        if ortvalue._session is not None:
+        is_unscoped = type(ortvalue).__name__ == "OrtValue" and not hasattr(
+            ortvalue, "_session"
+        )  # before 1.30
+        if not is_unscoped and ortvalue._session is not None:
             self._proxy._check_owner(ortvalue, "bound to")
 
     def _check_input(self, name: str) -> None:

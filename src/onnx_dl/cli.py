@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from onnx_dl import config, installation, launch
+import onnx_dl
+from onnx_dl import config, launch
 from onnx_dl.console import output
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.events import format_bytes
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
     )
-    top.add_argument("--version", action="version", version=f"onnx-dl {installation.version()}")
+    top.add_argument("--version", action="version", version=f"onnx-dl {onnx_dl.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo", help="load, use and unload four models, beside the same work in-process"

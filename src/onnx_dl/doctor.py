@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import census, config, installation
+from onnx_dl import builds, census, config
 from onnx_dl.census import Sighting
 from onnx_dl.events import format_bytes
 from onnx_dl.supervisor.probe import Gpu
@@ -145,31 +145,26 @@ def shared_memory(size: int | None) -> Finding:
 # --- onnxruntime -------------------------------------------------------------------------------------------
 
 
-def packages(found: Mapping[str, str], here: Answer) -> Finding:
-    """``found``: installed builds and their versions; ``here``: what is imported."""
+def packages(found: Mapping[str, str], here: Answer, gone: str = "", pip: str = "python -m pip") -> Finding:
+    """``found``: installed builds and their versions; ``here``: what is imported; ``gone``: what to do where
+    nothing of it is left to import, else empty; ``pip``: how it is called."""
     listed = " and ".join(f"{name} {version}" for name, version in sorted(found.items())) or "none installed"
+    if gone:
+        return Finding("onnxruntime", Mark.PROBLEM, listed, gone)
+    anew = f"Install it anew: {builds.mend(pip, found)}"
     if here.said is None:
-        advice = installation.several(found) if len(found) > 1 else _reinstall(found)
-        return Finding("onnxruntime", Mark.PROBLEM, f"{listed}; importing it {_why(here)}", advice)
-    live = f"{here.said['build'] or 'onnxruntime'} {here.said['version']}"
-    if len(found) > 1:
+        return Finding("onnxruntime", Mark.PROBLEM, f"{listed}; importing it {_why(here)}", anew)
+    live = builds.Build(here.said["build"] or builds.PLAIN, here.said["version"])
+    if builds.is_too_old(live.version):
+        return Finding("onnxruntime", Mark.PROBLEM, listed, builds.too_old(pip, found, live.version))
+    if harm := builds.clash(pip, found, live):
         return Finding(
-            "onnxruntime",
-            Mark.WARNING,
-            f"{listed}; the files are those of {live}",
-            installation.several(found),
+            "onnxruntime", Mark.WARNING, f"{listed}; the files are those of {' '.join(live)}", harm
         )
-    if found and here.said["version"] not in found.values():
-        return Finding(
-            "onnxruntime", Mark.WARNING, f"{listed}, but the files are those of {live}", _reinstall(found)
-        )
-    return Finding("onnxruntime", Mark.OK, f"{live} in {here.said['folder']}")
-
-
-def _reinstall(found: Mapping[str, str]) -> str:
-    if not found:
-        return installation.missing()
-    return f"Install it anew: pip install --force-reinstall {' '.join(sorted(found))}"
+    if found and live.version not in found.values():
+        words = f"{listed}, but the files are those of {' '.join(live)}"
+        return Finding("onnxruntime", Mark.WARNING, words, anew)
+    return Finding("onnxruntime", Mark.OK, f"{' '.join(live)} in {here.said['folder']}")
 
 
 def provider(name: str, tried: Answer, found_gpus: Sequence[Gpu]) -> Finding:
@@ -194,8 +189,9 @@ def _without(name: str) -> str:
     )
 
 
-def gpu(found: Sequence[Gpu], why_none: str, providers: Sequence[str]) -> Finding:
-    """``why_none``: what NVML said; ``providers``: those that onnxruntime lists."""
+def gpu(found: Sequence[Gpu], why_none: str, providers: Sequence[str], mend: str) -> Finding:
+    """``why_none``: what NVML said; ``providers``: those that onnxruntime lists; ``mend``: the command that
+    brings the build for GPUs."""
     if not found:
         return Finding("gpu", Mark.OK, f"none: {why_none}")
     listed = "; ".join(f"{one.name}, {format_bytes(one.memory)}, driver {one.driver}" for one in found)
@@ -204,7 +200,7 @@ def gpu(found: Sequence[Gpu], why_none: str, providers: Sequence[str]) -> Findin
             "gpu",
             Mark.WARNING,
             f"{listed}; this onnxruntime cannot use it",
-            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
+            mend,
         )
     return Finding("gpu", Mark.OK, listed)
 

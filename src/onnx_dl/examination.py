@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import census, config, doctor, installation, machine, trials
+from onnx_dl import builds, census, config, doctor, installation, machine, trials
 from onnx_dl.census import Sighting
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.probe import Gpu, gpus
@@ -43,13 +43,14 @@ def examine() -> list[doctor.Finding]:
         tried = {name: ask("provider", name, timeout=left) for name in said.get("providers", ())}
         found_gpus, no_gpus = _gpus()
         running, no_folder = _hosts(os.environ)
+        installed, pip = installation.distributions(), installation.pip()
         return [
             doctor.python_version(sys.version_info[:3]),
             doctor.kernel(platform.system(), platform.release()),
             doctor.environment(complaint, unknown_variables(os.environ)),
-            doctor.packages(installation.distributions(), here),
+            doctor.packages(installed, here, installation.complaint_of_none(), pip),
             *(doctor.provider(name, trial.result(), found_gpus) for name, trial in tried.items()),
-            doctor.gpu(found_gpus, no_gpus, list(tried)),
+            doctor.gpu(found_gpus, no_gpus, list(tried), builds.for_gpus(pip, installed)),
             doctor.processors(machine.processors(), os.cpu_count() or 1),
             doctor.memory(
                 machine.memory(),

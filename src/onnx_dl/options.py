@@ -251,6 +251,12 @@ def _read_provider(item: Any) -> Any:
     raise ConfigError(f"providers= and provider_options= cannot hold a {type(item).__name__}: {item!r}.")
 
 
+def provider_names(plain: list[Any] | None) -> tuple[str, ...]:
+    """The names in what :func:`read_providers` read."""
+    names = [item[0] if isinstance(item, list) and item else item for item in plain or ()]
+    return tuple(name for name in names if isinstance(name, str))
+
+
 def make_providers(plain: list[Any] | None) -> list[Any] | None:
     """What :func:`read_providers` read, in the form that onnxruntime takes."""
     return None if plain is None else [tuple(p) if isinstance(p, list) else p for p in plain]

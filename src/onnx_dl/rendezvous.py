@@ -27,7 +27,8 @@ from typing import Annotated, Final
 
 import msgspec
 
-from onnx_dl import installation
+import onnx_dl
+from onnx_dl import smallfiles
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
@@ -134,10 +135,7 @@ class Place:
     def record(self) -> Record | None:
         """What the host wrote of itself; None: nothing yet, or nothing of use."""
         data = _content(self._record)
-        try:
-            record = None if data is None else msgspec.json.decode(data, type=Record)
-        except (ValueError, RecursionError):  # no JSON, no UTF-8, no record; nested too deep
-            return None
+        record = None if data is None else smallfiles.decoded(data, Record)
         # By hand, or by a copy, anything may stand in a file of any name.
         return record if record is not None and record.protocol == self.protocol else None
 
@@ -198,7 +196,7 @@ class Place:
             pid=os.getpid(),
             kept=kept,
             protocol=self.protocol,
-            package=installation.version(),
+            package=onnx_dl.__version__,
             started=uptime(),
         )
         try:

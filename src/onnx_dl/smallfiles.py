@@ -64,7 +64,7 @@ def decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
     """JSON of this kind; None: it is something else, in whatever way."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (ValueError, RecursionError):  # of which msgspec's errors and those of text are some
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # text has errors of its own, a ValueError
         return None
 
 

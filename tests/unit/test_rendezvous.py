@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import ConfigError, PlatformError, installation, rendezvous
+import onnx_dl
+from onnx_dl import ConfigError, PlatformError, rendezvous
 from onnx_dl.rendezvous import Place, Record, runtime_folder
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
@@ -194,7 +195,7 @@ def test_what_is_published_is_found_until_it_is_withdrawn(folder: Path) -> None:
         os.getpid(),
         True,
     )
-    assert (record.protocol, record.package) == (PROTOCOL_VERSION, installation.version())
+    assert (record.protocol, record.package) == (PROTOCOL_VERSION, onnx_dl.__version__)
     assert record.started is not None and 0 <= rendezvous.uptime() - record.started < 60
     assert [path.name for path in folder.iterdir()] == [f"a@{PROTOCOL_VERSION}.json"]
     assert [mode(path) for path in folder.iterdir()] == [0o600]

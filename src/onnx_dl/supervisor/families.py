@@ -19,7 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from onnx_dl import installation
+import onnx_dl
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.supervisor.metrics import Facts, Times
@@ -200,7 +200,7 @@ FAMILIES: Final = (
         "onnx_dl",
         (),
         "The supervisor; written as onnx_dl_info.",
-        lambda _: [([], {"version": installation.version()})],
+        lambda _: [([], {"version": onnx_dl.__version__})],
     ),
 )
 

@@ -187,7 +187,7 @@ class Cache:
         try:
             meta = open_meta(smallfiles.read(path / _META, _MOST_BYTES))
             used = path.stat().st_mtime
-        except (OSError, ValueError, RecursionError):  # msgspec's are ValueErrors
+        except (OSError, ValueError):
             return None
         if meta.key != path.name:
             return None
@@ -231,10 +231,13 @@ def open_meta(data: bytes) -> Meta:
     Raises:
         ValueError: it is not that any more.
     """
-    sealed = msgspec.json.decode(data, type=_Sealed)
-    if zlib.crc32(sealed.meta) != sealed.crc:
-        raise ValueError("the checksum is another")
-    return msgspec.json.decode(sealed.meta, type=Meta)
+    sealed = smallfiles.decoded(data, _Sealed)
+    if sealed is None or zlib.crc32(sealed.meta) != sealed.crc:
+        raise ValueError("it is no JSON, or its checksum is another")
+    meta = smallfiles.decoded(sealed.meta, Meta)
+    if meta is None:
+        raise ValueError("it is of another version")
+    return meta
 
 
 def files_of(path: Path) -> dict[str, tuple[int, int]]:
