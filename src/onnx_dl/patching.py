@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import config
+from onnx_dl import config, installation
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.forking import Guard, importing
 from onnx_dl.host import ModelHost
@@ -111,7 +111,9 @@ def patch(
 
     Raises:
         ConfigError: a setting does not exist, or has a value that cannot be.
+        InstallationError: there is no onnxruntime, or it is too old.
     """
+    installation.check()
     defaults = _checked({"ttl": ttl, "latency": latency, "eager": eager}, "patch()")
     made = Patch(defaults, [(glob, _checked(more, glob)) for glob, more in (models or {}).items()], host)
     with _lock.alone():
