@@ -14,8 +14,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Final, NamedTuple
 
-FLOOR: Final = "1.23"
-"""The oldest onnxruntime that works.  Older ones lack ``SessionOptions.has_providers``."""
+FLOOR: Final = "1.23.2"
+"""The oldest onnxruntime that works.  Older ones lack methods of sessions that workers ask for."""
 PLAIN: Final = "onnxruntime"
 GPU: Final = "onnxruntime-gpu"
 _GPU_WHEELS: Final = frozenset({("linux", "x86_64"), ("win32", "AMD64")})

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import concurrency
+from onnx_dl import concurrency, installation
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.forking import Guard, importing
 from onnx_dl.host import ModelHost
@@ -107,7 +107,9 @@ def patch(
 
     Raises:
         ConfigError: a setting does not exist, or has a value that cannot be.
+        InstallationError: there is no onnxruntime, or it is too old.
     """
+    installation.check()
     given = {"ttl": ttl, "latency": latency, "eager": eager, "environment": environment}
     defaults = checked(given, "patch()")
     made = Patch(defaults, [(glob, checked(more, glob)) for glob, more in (models or {}).items()], host)

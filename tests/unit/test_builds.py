@@ -58,7 +58,15 @@ def test_the_command(found: dict[str, str], asked: tuple[str, ...], command: str
 
 @pytest.mark.parametrize(
     ("version", "old"),
-    [("1.22.1", True), ("1.23.0", False), ("1.23.0rc1", False), ("2.0", False), ("", False), ("1.9", True)],
+    [
+        ("1.22.1", True),
+        ("1.23.1", True),
+        ("1.23.2", False),
+        ("1.24.0rc1", False),
+        ("2.0", False),
+        ("", False),
+        ("1.9", True),
+    ],
 )
 def test_the_floor(version: str, old: bool) -> None:
     assert builds.is_too_old(version) == old

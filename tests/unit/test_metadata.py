@@ -37,3 +37,26 @@ def test_commands_of_the_readme() -> None:
         'python -m pip install -e ".[gpu]" && onnx-dl demo',
         'python -m pip install -e ".[gpu,test]" && python -m pytest',
     ]
+
+
+def _needed(names: set[str]) -> set[str]:
+    """All that these distributions bring, of what is installed, without extras."""
+    found: set[str] = set()
+    while names:
+        name = names.pop()
+        found.add(name)
+        try:
+            wanted = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        names |= {_name(one) for one in wanted if "extra ==" not in one} - found
+    return found
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")  # type: ignore[index]
+
+
+def test_tests_bring_no_onnxruntime() -> None:
+    names = {_name(one) for extra in ("test", "dev") for one in EXTRAS[extra]} - {"onnx-dl"}
+    assert not {name for name in _needed(names) if name.startswith("onnxruntime")}

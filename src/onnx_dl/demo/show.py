@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import boot
+from onnx_dl import boot, installation
 from onnx_dl.console.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
 from onnx_dl.demo.memory import Reading, Recorder
@@ -37,7 +37,12 @@ class Way(NamedTuple):
 
 
 def demo() -> None:
-    """Runs the demo; prints to stdout."""
+    """Runs the demo; prints to stdout.
+
+    Raises:
+        InstallationError: there is no onnxruntime, or it is too old.
+    """
+    installation.check()
     with tempfile.TemporaryDirectory(prefix="onnx-dl-demo-") as folder:
         large = _make_large(Path(folder))
         _title("With onnx-dl: each model in a process of its own")
