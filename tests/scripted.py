@@ -32,7 +32,12 @@ _SECRET: Final = "of the script"
 
 
 class _Process:
-    """In place of the supervisor's process."""
+    """In place of the supervisor's process, which has ended."""
+
+    pid = -1
+
+    def poll(self) -> int:
+        return 0
 
     def wait(self, timeout: float | None = None) -> int:
         return 0

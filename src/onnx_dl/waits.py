@@ -21,6 +21,8 @@ from onnx_dl import concurrency
 
 _T = TypeVar("_T")
 
+_LOOK_EVERY: Final = 0.01
+"""Seconds between two looks at a child that nothing tells of."""
 _COOPERATIVE: Final = ("_thread", "threading", "select", "socket", "time")
 """Modules that make waits cooperative where they are patched."""
 
@@ -119,8 +121,13 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
     """Whether a child of ours ends within ``timeout`` seconds; then it is reaped."""
-    with contextlib.suppress(ProcessLookupError):  # somebody else has reaped it
+    try:
         fd = os.pidfd_open(process.pid)
+    except OSError:  # somebody else has reaped it, or this process may have no more descriptors
+        deadline = time.monotonic() + timeout
+        while process.poll() is None and time.monotonic() < deadline:
+            pause(_LOOK_EVERY)
+    else:
         try:
             ready(fd, select.POLLIN, timeout)
         finally:
