@@ -162,6 +162,16 @@ def test_refused_held_array_does_not_end_somebody_elses_lease(block):
     assert block.leased
 
 
+def test_block_is_mapped_where_no_descriptor_is_left(block, monkeypatch):
+    def refused(fd):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", refused)
+    block.array("|u1", (4,), 0)[:] = 7
+    monkeypatch.undo()
+    assert bytes(Block(1, 1024, block.mapping.duplicate()).payload[:4]) == bytes([7] * 4)
+
+
 def test_held_array_outlives_block_and_mapping(block):
     mappings = Mappings()
     fd = segment(MB + HEADER)

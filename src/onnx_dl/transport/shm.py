@@ -23,6 +23,7 @@ from onnx_dl.errors import SharedMemoryError
 from onnx_dl.owned import Descriptor
 
 _PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
+_SHARED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -100,18 +101,43 @@ class Mapping:
         return {"version": 3, "typestr": "|u1", "shape": (self.size,), "data": (self.address, False)}
 
     def _map(self) -> int:
-        if (fd := self._descriptor.duplicate()) is None:
-            if (place := self._place.get(None)) is not None:
-                return place  # another thread has mapped it meanwhile, and then closed the descriptor
+        """Maps it; if another thread is faster, what that has mapped counts."""
+        address = self._map_once()
+        place = self._place.get(None) if address is None else self._place.setdefault(None, address)
+        if place is None:
             raise SharedMemoryError(f"Cannot map {self.size} bytes of shared memory: {_TAKEN}")
-        try:
-            address = _mapped(self.size, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd)
-        finally:
-            os.close(fd)
-        place = self._place.setdefault(None, address)
-        if place != address:  # another thread was faster
+        if address is not None and address != place:
             _libc.munmap(address, self.size)
         return place
+
+    def _map_once(self) -> int | None:
+        """Where it lies now.  None: another thread has mapped it and closed the descriptor, or the program
+        has closed that."""
+        try:
+            fd = self._descriptor.duplicate()
+        except OSError:
+            return self._map_by_number()
+        if fd is None:
+            return None
+        try:
+            return _mapped(self.size, _SHARED, fd)
+        finally:
+            os.close(fd)
+
+    def _map_by_number(self) -> int | None:
+        """Without a duplicate, because this process may have no more descriptors.
+
+        Another thread of ours may close the number meanwhile, and it may be another file's then.  That thread
+        has mapped the segment before, so whatever comes of it here is not used.
+        """
+        if not self._descriptor.holds():
+            return None
+        try:
+            return _mapped(self.size, _SHARED, self._descriptor.number)
+        except SharedMemoryError:
+            if None in self._place:
+                return None
+            raise
 
     def __del__(self) -> None:
         # Its descriptor goes with it.  A weak reference may still lead here (shed), which then maps nothing.
