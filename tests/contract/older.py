@@ -26,10 +26,11 @@ test_sequences_that_are_refused[None] test_sources_that_are_refused[empty]
 test_ortvalues_contract::test_text test_the_graphs_assignment
 test_unknown_inputs_are_refused_at_once
 test_values_that_a_dense_input_refuses[None] test_values_that_cannot_be_bound
+test_text_and_sequences_cannot_be_bound_as_arrays
 test_values_that_fit_the_model_but_not_each_other
 test_what_a_result_is test_what_the_outputs_are
 """.split()
-"""Words of errors, what narrow types and OrtValues are taken for, callbacks that are not called, and a crash."""
+"""Words of errors, what narrow types and OrtValues are taken for, callbacks that are not called, crashes."""
 _BEFORE_NUMPY_2: Final = """
 test_names_in_everything_that_is_a_list_to_onnxruntime test_ortvalues_contract::test_text
 test_text_and_sequences_as_ortvalues
