@@ -131,7 +131,7 @@ def test_order_is_the_files(base):
 def test_warm_up_of_each_dtype(dtype, base):
     found = one(f'{VAD}warmup.x = {{shape = [2, 0], dtype = "{dtype}"}}', base).warmup["x"]
     made = np.full(found.shape, found.fill, np.dtype(found.dtype))
-    assert made.shape == (2, 0) and not made.any()
+    assert made.shape == (2, 0)
 
 
 @pytest.mark.parametrize(
