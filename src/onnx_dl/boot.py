@@ -93,7 +93,7 @@ def enter(entry: str = "", arguments: str = "[]", *_: str) -> None:
 
 
 def freeze_support() -> None:
-    """Lets onnx-dl start its processes in a frozen program (PyInstaller, cx_Freeze, Nuitka).
+    """Lets onnx-dl start its processes in a frozen program.  Tried with PyInstaller.
 
     Call it first thing in the program, before numpy and onnxruntime are imported and arguments are parsed.
     In a process that onnx-dl has started this does not return.  In a program that is not frozen it does
