@@ -12,27 +12,16 @@ import numpy as np
 import onnxruntime
 
 _BEFORE_1_30: Final = """
-test_a_binding_is_of_no_use_after_set_providers test_a_result_as_an_array_of_others test_a_results_memory
-test_after_a_failed_set_providers test_an_allocated_output_of_another_shape_is_refused
-test_an_exception_in_the_callback_is_printed test_an_input_of_none test_an_ortvalue_is_written_to
-test_an_ortvalue_of_the_sessions_allocator test_captured_graphs test_dynamic_options
-test_external_data_lies_beside_the_model test_external_initializers_from_files_in_memory
-test_feeds_may_be_any_mapping test_four_bit_types
-test_inputs_are_kept_until_the_callback_has_ended test_many_at_once test_memory_that_does_not_fit[shape]
-test_names_for_ortvalues test_names_in_everything_that_is_a_list_to_onnxruntime
-test_names_may_come_from_a_generator test_narrow_types test_ortvalues_of_another_session
-test_ortvalues_that_it_cannot_make test_outputs_come_in_the_order_asked_for test_providers_that_are_a_number
-test_sequences_that_are_refused[None] test_sources_that_are_refused[empty]
-test_ortvalues_contract::test_text test_the_graphs_assignment
-test_unknown_inputs_are_refused_at_once
-test_values_that_a_dense_input_refuses[None] test_values_that_cannot_be_bound
-test_text_and_sequences_cannot_be_bound_as_arrays
-test_values_that_fit_the_model_but_not_each_other
-test_what_a_result_is test_what_the_outputs_are test_binding_contract::test_run_options
+test_a_result_as_an_array_of_others test_a_results_memory test_an_allocated_output_of_another_shape_is_refused
+test_an_input_of_none test_an_ortvalue_is_written_to test_an_ortvalue_of_the_sessions_allocator
+test_captured_graphs test_dynamic_options test_external_data_lies_beside_the_model
+test_external_initializers_from_files_in_memory test_four_bit_types test_memory_that_does_not_fit[shape]
+test_narrow_types test_ortvalues_of_another_session test_ortvalues_that_it_cannot_make
+test_providers_that_are_a_number test_binding_contract::test_run_options test_sequences_that_are_refused[None]
+test_sources_that_are_refused[empty] test_the_graphs_assignment test_values_that_a_dense_input_refuses[None]
+test_values_that_fit_the_model_but_not_each_other test_what_a_result_is test_what_the_outputs_are
 """.split()
-"""Words of errors, what narrow types and OrtValues are taken for, callbacks that are not called, crashes."""
-_CRASHING: Final = frozenset({"test_async_contract", "test_binding_contract"})
-"""Before 1.30 onnxruntime ends the process that tries these, at once or later; proxies are tried."""
+"""Methods that came later, words of errors, and what narrow types are taken for."""
 _BEFORE_NUMPY_2: Final = """
 test_names_in_everything_that_is_a_list_to_onnxruntime test_ortvalues_contract::test_text
 test_text_and_sequences_as_ortvalues
@@ -44,8 +33,8 @@ def is_otherwise(module: str, name: str) -> bool:
     """Whether a test of a module, by its name and parameters, does not hold on what is installed."""
     plain = re.sub(r"(\[|-)(onnxruntime|proxy)(?=[-\]])-?", r"\1", name).replace("[]", "")
     bare = plain.partition("[")[0]
-    if _is_old() and module in _CRASHING and re.search(r"[\[-]onnxruntime[-\]]", name):
-        return True
+    if _is_old() and re.search(r"[\[-]onnxruntime[-\]]", name):
+        return True  # some of these end the process that tries them, at once or later
     return not _apart().isdisjoint({plain, bare, f"{module}::{bare}"})
 
 
