@@ -428,8 +428,9 @@ def shared_mappings() -> int:
 
 @pytest.mark.parametrize("end", ["unload", "kill", "close"])
 def test_large_results_outlive_the_worker(host: ModelHost, end: str) -> None:
-    before = shared_mappings()
     proxy = InferenceSessionProxy(identity_model(), host=host)
+    proxy.load()
+    before = 1  # the model
     data = np.arange(1 << 20, dtype=np.float32)
     results = [proxy.run(None, {"x": data + i})[0] for i in range(3)]
     ends: dict[str, Callable[[], object]] = {

@@ -71,9 +71,7 @@ class Version:
         self.speak(protocol)
         for name, text, other in _BEFORE_5 if before_5 else ():
             self._change(name, text, other)
-        metadata = folder / f"onnx_dl-{package}.dist-info" / "METADATA"
-        metadata.parent.mkdir()
-        metadata.write_text(f"Metadata-Version: 2.1\nName: onnx-dl\nVersion: {package}\n")
+        self._change("__init__.py", f'__version__ = "{onnx_dl.__version__}"', f'__version__ = "{package}"')
         # From now on a program of this copy finds its modules compiled, as after an installation.
         subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder)], check=True, timeout=60)
 

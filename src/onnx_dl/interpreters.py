@@ -92,7 +92,8 @@ def _claimed(path: str) -> str | None:
 
 
 def _can_be_run(path: str) -> bool:
-    return os.path.isfile(path) and os.access(path, os.X_OK)
+    # By what this process may do, not by its real user: a service may have been given capabilities.
+    return os.path.isfile(path) and os.access(path, os.X_OK, effective_ids=True)
 
 
 def _dotted(version: tuple[int, int]) -> str:
