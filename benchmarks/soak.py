@@ -36,6 +36,8 @@ from onnx_dl import OnnxDLError
 THREADS: Final = 4
 INJECTORS: Final = 2
 """Threads that do something to processes and models, and wait each time until calls are right again."""
+_LAST_THREAD: Final = 3.0
+"""Seconds after the end of the host in which the last thread of ours ends."""
 HANG: Final = 60.0
 """Seconds after which a call hangs."""
 WORST: Final = 10.0
@@ -122,6 +124,9 @@ def _left(descriptors: int, threads: int, shared: set[str]) -> list[str]:
     """What is there that was not before, when all is closed."""
     gc.collect()
     left = fuzzing.leftovers(descriptors)
+    deadline = time.monotonic() + _LAST_THREAD
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)  # one that writes what workers said ends soon after its connection
     if threading.active_count() > threads:
         left += [f"thread {thread.name}" for thread in threading.enumerate()]
     return [*left, *(f"/dev/shm/{name}" for name in _shared() - shared)]
