@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +15,9 @@ from onnx_dl.rendezvous import Place
 from tests.sharing import belonging, own_runtime
 from tests.test_capacity import MB, weighty
 from tests.waiting import DEADLINE, eventually
+from tests.webserver import get, gunicorn, listens
 
 pytestmark = pytest.mark.slow
-
-make_settings = pytest.importorskip("gunicorn.config").make_settings
 
 WORKERS = 4
 SIZE = 64
@@ -51,36 +46,10 @@ def runtime(nothing_is_left_behind: None, monkeypatch: pytest.MonkeyPatch) -> It
         yield folder
 
 
-class Request(http.client.HTTPConnection):
-    """Over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=4 * DEADLINE)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 def ask(path: Path, value: int) -> tuple[int, float, int]:
     """Who answered, what, and which worker of ours computed it."""
-    request = Request(path)
-    try:
-        request.request("GET", f"/?{value}")
-        response = request.getresponse()
-        body = response.read()
-        assert response.status == 200, body
-        pid, result, worker = json.loads(body)
-        return pid, result, worker
-    finally:
-        request.close()
-
-
-def listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+    pid, result, worker = json.loads(get(path, value))
+    return pid, result, worker
 
 
 def pss(pid: int) -> int:
@@ -89,26 +58,10 @@ def pss(pid: int) -> int:
 
 @pytest.fixture
 def server(runtime: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    (tmp_path / "web.py").write_text(APP)
     model = weighty(tmp_path / "large.onnx", SIZE, 3)
-    command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", str(WORKERS)]
-    if any("control_socket" in name for name in make_settings()):  # newer ones put it into the user's folder
-        command.append("--no-control-socket")
-    command += [
-        "--bind",
-        f"unix:{runtime}/web",
-        "--graceful-timeout",
-        "5",
-        "--log-level",
-        "warning",
-        "web:app",
-    ]
-    environment = os.environ | {"ONNX_DL_HOST": "web", "MODEL": model}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
-    yield process
-    if process.poll() is None:
-        process.terminate()
-        process.wait(2 * DEADLINE)
+    options = ["--preload", "--workers", str(WORKERS)]
+    with gunicorn(runtime / "web", tmp_path, APP, options, ONNX_DL_HOST="web", MODEL=str(model)) as process:
+        yield process
 
 
 def test_four_workers_and_one_copy(server: subprocess.Popen[bytes], runtime: Path) -> None:

@@ -14,12 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.sharing import belonging, own_runtime
-from tests.test_gunicorn import Request, listens
 from tests.waiting import DEADLINE, allowed, eventually
+from tests.webserver import get, gunicorn, listens
 
 pytestmark = pytest.mark.slow
-
-make_settings = pytest.importorskip("gunicorn.config").make_settings
 
 CALLS = 4
 
@@ -47,15 +45,8 @@ def app(environ, start_response):
 
 def ask(path: Path, turns: int) -> tuple[int, list[int], float]:
     """Who answered, what, and when."""
-    request = Request(path)
-    try:
-        request.request("GET", f"/?{turns}")
-        response = request.getresponse()
-        assert response.status == 200
-        pid, result = json.loads(response.read())
-        return pid, result, time.monotonic()
-    finally:
-        request.close()
+    pid, result = json.loads(get(path, turns))
+    return pid, result, time.monotonic()
 
 
 @pytest.fixture
@@ -69,26 +60,10 @@ def server(
     request: pytest.FixtureRequest, runtime: Path, tmp_path: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     pytest.importorskip("gevent")
-    (tmp_path / "web.py").write_text(APP)
-    command = [sys.executable, "-m", "gunicorn", "-k", "gevent", "--workers", "1", *request.param.split()]
-    if any("control_socket" in name for name in make_settings()):  # newer ones put it into the user's folder
-        command.append("--no-control-socket")
-    command += [
-        "--bind",
-        f"unix:{runtime}/web",
-        "--graceful-timeout",
-        "5",
-        "--log-level",
-        "warning",
-        "web:app",
-    ]
+    options = ["-k", "gevent", "--workers", "1", *request.param.split()]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
-    environment = os.environ | {"USED": request.param, "PYTHONPATH": paths}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
-    yield process
-    if process.poll() is None:
-        process.terminate()
-        process.wait(2 * DEADLINE)
+    with gunicorn(runtime / "web", tmp_path, APP, options, USED=request.param, PYTHONPATH=paths) as process:
+        yield process
 
 
 def test_other_requests_are_answered_meanwhile(server: subprocess.Popen[bytes], runtime: Path) -> None:

@@ -20,8 +20,9 @@ from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.deadline import Deadline
 from onnx_dl.threads import Thread
 from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
 from onnx_dl.transport.lane import ClientLane
-from onnx_dl.transport.sockets import Waker, sleep_until_ready
+from onnx_dl.transport.sockets import Waker
 from onnx_dl.watch import EVERY, GRACE, run_timeout
 
 _NAME: Final = "onnx-dl-callback"
@@ -90,7 +91,7 @@ class _Waiter:
         waker = self.waker
         self._poll.register(waker.fileno(), select.POLLIN)
         while self._take_in():
-            for fd in sleep_until_ready(self._poll, _until_next_look(list(self._calls.values()))):
+            for fd in sockets.sleep(self._poll, _until_next_look(list(self._calls.values()))):
                 if fd == waker.fileno():
                     waker.clear()
                 else:

@@ -76,6 +76,14 @@ def pause(seconds: float) -> None:
         _gevent().sleep(seconds)
 
 
+def milliseconds(timeout: float | None) -> int | None:
+    """For ``poll()``: of so many seconds, at least 0; None: without a bound.
+
+    Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
+    """
+    return None if timeout is None else max(0, math.ceil(timeout * 1000))
+
+
 def ready(fd: int, event: int, timeout: float | None) -> bool:
     """Whether a descriptor becomes ready within ``timeout`` seconds; None: waits for as long as it takes.
 
@@ -88,11 +96,10 @@ def ready(fd: int, event: int, timeout: float | None) -> bool:
 
 def polled(poll: select.poll, fd: int, event: int, timeout: float | None) -> bool:
     """Like :func:`ready`, with a poll object that has just this descriptor."""
-    # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
-    milliseconds = None if timeout is None else max(0, math.ceil(timeout * 1000))
-    through = hub() if milliseconds != 0 else None
+    patience = milliseconds(timeout)
+    through = hub() if patience != 0 else None
     if through is None:
-        return bool(poll.poll(milliseconds))
+        return bool(poll.poll(patience))
     if not poll.poll(0):
         with contextlib.closing(through.loop.io(fd, _WRITE if event == select.POLLOUT else _READ)) as watcher:
             _watching[id(watcher)] = watcher

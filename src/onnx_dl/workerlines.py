@@ -12,21 +12,18 @@ import contextlib
 import logging
 import os
 import re
-import select
 import signal
 import traceback
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from onnx_dl import concurrency, owned, waits
+from onnx_dl import backlog, concurrency
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.forking import Promise
 from onnx_dl.threads import Thread
 
 logger = logging.getLogger("onnx_dl.worker")
 
-_MOST: Final = 1 << 20
-"""Bytes that wait to be written; more is dropped, and said so."""
 _LONGEST: Final = 1 << 16
 """Bytes of a line that becomes one record."""
 _PATIENCE: Final = 0.2
@@ -43,7 +40,6 @@ _LEVELS: Final = {
     b"E": logging.ERROR,
     b"F": logging.CRITICAL,
 }
-_NOT_WRITTEN: Final = "onnx-dl: %d bytes were not written: nobody reads this"
 
 
 class Said(NamedTuple):
@@ -117,7 +113,7 @@ class WorkerLines:
 
     def put(self, said: Said) -> None:
         """Written soon; does not wait.  In the connection's thread only."""
-        if self._put - self._done + len(said.text) > _MOST:
+        if self._put - self._done + len(said.text) > backlog.MOST:
             self._dropped += len(said.text)
             said = said._replace(text=b"")
         if said.text or said.last:
@@ -189,10 +185,9 @@ class WorkerLines:
     def _write(self, said: Said) -> None:
         if missing := self._dropped - self._told:
             self._told += missing
-            notice = f"{_NOT_WRITTEN % missing}\n".encode()
-            self._write(Said(0, "", os.getpid(), notice))
+            self._write(Said(0, "", os.getpid(), backlog.dropped(missing)))
         if not self._log:
-            _write(_STDERR, said.text)
+            backlog.write(_STDERR, said.text)
             return
         for record in self._lines.add(said):
             _tell(record)
@@ -210,13 +205,3 @@ def _tell(record: Record) -> None:
         logger.log(record.level, "%s", record.line, extra=more)
     except Exception:  # a handler's
         traceback.print_exc()
-
-
-def _write(fd: int, data: bytes) -> None:
-    """All of it, or nothing more once nobody is there to read it."""
-    with contextlib.suppress(OSError, ValueError):
-        while data and not owned.is_ours(fd):
-            try:
-                data = data[os.write(fd, data) :]
-            except BlockingIOError:  # the program has made it so
-                waits.ready(fd, select.POLLOUT, None)

@@ -41,6 +41,7 @@ HEIGHT = {
     "events": 2,
     "telling": 4,
     "workerlines": 3,
+    "backlog": 2,
     "builds": 1,
     "installation": 2,
     "makers": 2,

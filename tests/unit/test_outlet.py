@@ -51,6 +51,17 @@ def test_a_pipe_that_nobody_empties_keeps_nobody_waiting(pipe: tuple[int, int]) 
     outlet.end()
 
 
+def test_a_descriptor_that_somebody_has_made_non_blocking(pipe: tuple[int, int]) -> None:
+    """An application's event loop may do that to the stderr that it shares with us."""
+    os.set_blocking(pipe[1], False)
+    outlet = Outlet(pipe[1])
+    outlet.pass_on(bytes(1 << 18))
+    taken = 0
+    while taken < 1 << 18:
+        taken += len(os.read(pipe[0], 1 << 16))
+    outlet.end()
+
+
 def test_nobody_is_there_to_read() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import collections
 import io
-import os
 import threading
-from typing import Final
 
-_MOST: Final = 1 << 20
-"""Bytes that wait to be written; more is dropped, and said so."""
+from onnx_dl import backlog
 
 
 class Outlet(io.TextIOBase):
@@ -37,7 +34,7 @@ class Outlet(io.TextIOBase):
     def pass_on(self, data: bytes) -> None:
         """Writes it soon; does not wait."""
         with self._changed:
-            if self._nbytes + len(data) > _MOST:
+            if self._nbytes + len(data) > backlog.MOST:
                 self._dropped += len(data)
                 return
             self._nbytes += len(data)
@@ -71,8 +68,8 @@ class Outlet(io.TextIOBase):
         while (found := self._next()) is not None:
             data, dropped = found
             if dropped:
-                _write(self._fd, f"onnx-dl: {dropped} bytes were not written: nobody reads this\n".encode())
-            _write(self._fd, data)
+                backlog.write(self._fd, backlog.dropped(dropped))
+            backlog.write(self._fd, data)
             with self._changed:
                 self._nbytes -= len(data)
                 self._changed.notify_all()
@@ -84,12 +81,3 @@ class Outlet(io.TextIOBase):
                 return None
             dropped, self._dropped = self._dropped, 0
             return self._waiting.popleft(), dropped
-
-
-def _write(fd: int, data: bytes) -> None:
-    """All of it, or nothing more once nobody is there to read it."""
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    except OSError:
-        return

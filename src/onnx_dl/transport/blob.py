@@ -6,7 +6,6 @@ may let go of them.  What a descriptor reaches another process with is :mod:`onn
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import os
@@ -17,9 +16,6 @@ from onnx_dl import descriptors
 from onnx_dl.errors import SharedMemoryError
 from onnx_dl.owned import Descriptor
 from onnx_dl.transport import shm
-
-MOST_DESCRIPTORS: Final = 64
-"""Blobs that have one.  An application may hold more models than descriptors; older ones are copied anew."""
 
 
 class _Inherited(Descriptor):
@@ -44,7 +40,7 @@ class Blob:
         self._size = len(data)
         # Of its own, because the descriptor may go: the program closes it, or others need it more.
         self._address = shm.map_privately(fd, self._size) if self._size else 0
-        _keep_few(self)
+        _blobs.add(self)
 
     def descriptor(self) -> int:
         """Of the memory; whoever asks closes it.
@@ -65,7 +61,7 @@ class Blob:
             self._descriptor = _Inherited(os.dup(fd))
             if self._size:
                 shm.map_privately(fd, self._size, self._address)
-            _keep_few(self)
+            _blobs.add(self)
         return fd
 
     def read(self) -> bytes:
@@ -87,7 +83,8 @@ class Blob:
 
 
 _WHAT: Final = "A model that is given as bytes"
-_with_descriptor: collections.deque[weakref.ref[Blob]] = collections.deque()
+_blobs: Final = shm.Latest()
+"""An application may hold more models than descriptors; older ones are copied anew."""
 _known: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
 
 
@@ -108,11 +105,3 @@ def _frozen(data: bytes | memoryview) -> int:
         raise
     except OSError:
         raise descriptors.exhausted(_WHAT) from None
-
-
-def _keep_few(blob: Blob) -> None:
-    _with_descriptor.append(weakref.ref(blob))
-    while len(_with_descriptor) > MOST_DESCRIPTORS:
-        with contextlib.suppress(IndexError):  # another thread was faster
-            if (oldest := _with_descriptor.popleft()()) is not None:
-                oldest.shed()

@@ -17,7 +17,7 @@ import fcntl
 import mmap
 import os
 import weakref
-from typing import Final
+from typing import Final, Protocol
 
 from onnx_dl.errors import SharedMemoryError
 from onnx_dl.owned import Descriptor
@@ -158,12 +158,7 @@ class Mapping:
 
         Only the most recent mappings keep theirs: an application may hold more results than descriptors.
         """
-        _with_descriptor.append(weakref.ref(self))
-        while len(_with_descriptor) > KEPT_DESCRIPTORS:
-            # An IndexError: another thread was faster.  No memory to map it, or no descriptor: it keeps its.
-            with contextlib.suppress(IndexError, SharedMemoryError, OSError):
-                if (oldest := _with_descriptor.popleft()()) is not None:
-                    oldest.shed()
+        _mappings.add(self)
 
     def shed(self) -> None:
         """Maps the segment and closes the descriptor."""
@@ -238,7 +233,31 @@ def _check(fd: int, size: int) -> None:
 
 
 KEPT_DESCRIPTORS: Final = 64
-_with_descriptor: collections.deque[weakref.ref[Mapping]] = collections.deque()
+
+
+class Sheds(Protocol):
+    """What has a descriptor."""
+
+    def shed(self) -> None:
+        """Closes it, and does without."""
+
+
+class Latest:
+    """Keeps the descriptors few: of those that are added, only the latest have theirs."""
+
+    def __init__(self) -> None:
+        self._added: collections.deque[weakref.ref[Sheds]] = collections.deque()
+
+    def add(self, one: Sheds) -> None:
+        self._added.append(weakref.ref(one))
+        while len(self._added) > KEPT_DESCRIPTORS:
+            # An IndexError: another thread was faster.  No memory to map it, or no descriptor: it keeps its.
+            with contextlib.suppress(IndexError, SharedMemoryError, OSError):
+                if (oldest := self._added.popleft()()) is not None:
+                    oldest.shed()
+
+
+_mappings: Final = Latest()
 
 
 def freeze(data: bytes | memoryview) -> int:

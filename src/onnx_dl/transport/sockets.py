@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import select
 import socket
@@ -379,22 +378,17 @@ def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
     poll = concurrency.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
-    return {fd for fd, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))}
+    return {fd for fd, _ in poll.poll(waits.milliseconds(timeout))}
 
 
-def sleep(poll: select.poll, timeout: float | None) -> None:
-    """Until one of its descriptors is ready, for so many seconds at most; None: for as long as it takes."""
-    sleep_until_ready(poll, timeout)
+def sleep(poll: select.poll, timeout: float | None) -> list[int]:
+    """Until one of its descriptors is ready, for so many seconds at most; None: for as long as it takes.
 
-
-def sleep_until_ready(poll: select.poll, timeout: float | None) -> list[int]:
-    """Like :func:`sleep`; those of its descriptors that are ready."""
-    # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
-    return [fd for fd, _ in poll.poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))]
+    Returns those that are ready.
+    """
+    return [fd for fd, _ in poll.poll(waits.milliseconds(timeout))]
 
 
 def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:
     """Sockets and descriptors that are ready within ``timeout`` seconds; all of them if None."""
-    # Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
-    milliseconds = None if timeout is None else max(0, math.ceil(timeout * 1000))
-    return dict(poller.poll(milliseconds))
+    return dict(poller.poll(waits.milliseconds(timeout)))
