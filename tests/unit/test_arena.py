@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -170,6 +171,18 @@ def test_block_is_mapped_where_no_descriptor_is_left(block, monkeypatch):
     block.array("|u1", (4,), 0)[:] = 7
     monkeypatch.undo()
     assert bytes(Block(1, 1024, block.mapping.duplicate()).payload[:4]) == bytes([7] * 4)
+
+
+def test_frozen_bytes_are_read_whole_by_several_at_once():
+    """Descriptors of one memory have one position, also in other processes."""
+    data = random.Random(1).randbytes(8 * MB)
+    fd = shm.freeze(data)
+    os.lseek(fd, 5, os.SEEK_SET)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: shm.thaw(fd), range(40)))
+    assert all(each == data for each in found)
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 5
+    os.close(fd)
 
 
 def test_held_array_outlives_block_and_mapping(block):

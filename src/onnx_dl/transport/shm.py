@@ -275,10 +275,16 @@ def freeze(data: bytes | memoryview) -> int:
 
 
 def thaw(fd: int) -> bytes:
-    """All bytes of a descriptor made by :func:`freeze`."""
-    with open(os.dup(fd), "rb") as file:
-        file.seek(0)
-        return file.read()
+    """All bytes of a descriptor made by :func:`freeze`.
+
+    By their places: all processes that have a descriptor of this memory share one position in it, and several
+    may read at once.
+    """
+    size, parts, at = os.fstat(fd).st_size, [], 0
+    while part := os.pread(fd, size - at, at):
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)  # of one part, that itself
 
 
 def path_of(fd: int) -> str:
