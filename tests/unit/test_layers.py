@@ -35,6 +35,7 @@ HEIGHT = {
     "environment": 1,
     "model": 1,
     "config": 1,
+    "terms": 2,
     "deadline": 1,
     "threads": 2,
     "background": 4,
