@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from onnx_dl import EventType, ModelHost
-from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
     LoadTimeout,
     MemoryLimitExceeded,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, connect
-from onnx_dl.background import Background
+from onnx_dl.concurrency.background import Background
 from tests.sharing import own_runtime
 from tests.slow import identity_model, spin_model
 from tests.waiting import worker_pid

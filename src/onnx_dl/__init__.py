@@ -83,15 +83,41 @@ _HOMES = {
         "WorkerDied",
         "WorkerError",
     ),
-    "events": ("EventStream", "EventType", "ModelEvent"),
+    "events": (
+        "EventStream",
+        "EventType",
+        "ModelEvent",
+    ),
     "execution": ("ExecutionSession",),
-    "host": ("ModelHost", "Snapshot"),
-    "hosts": ("connect", "default_host", "warm_up"),
+    "host": (
+        "ModelHost",
+        "Snapshot",
+    ),
+    "hosts": (
+        "connect",
+        "default_host",
+        "warm_up",
+    ),
     "lifecycle": ("ModelState",),
-    "model": ("ModelStatus", "Usage"),
-    "patching": ("Patch", "Unpatched", "patch", "unpatch", "unpatched_report"),
-    "pipelines": ("Pipeline", "pipeline"),
-    "session": ("InferenceSession", "InferenceSessionProxy"),
+    "model": (
+        "ModelStatus",
+        "Usage",
+    ),
+    "patching": (
+        "Patch",
+        "Unpatched",
+        "patch",
+        "unpatch",
+        "unpatched_report",
+    ),
+    "pipelines": (
+        "Pipeline",
+        "pipeline",
+    ),
+    "session": (
+        "InferenceSession",
+        "InferenceSessionProxy",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

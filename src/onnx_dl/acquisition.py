@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from onnx_dl import remarks
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.connection import Asked, Connection
-from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import HostClosing, SupervisorDied
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m

@@ -2,7 +2,7 @@
 
 The event loop watches the lane's descriptor itself.  What may block (a load, a new lane, copying much) is
 done in another thread, with a deadline that passes when the coroutine ends, so that no thread is left for the
-loop to wait for when it closes.  Whose event loop it is, is :mod:`onnx_dl.eventloops`'s; onnxruntime's own
+loop to wait for when it closes.  Whose event loop it is, is :mod:`onnx_dl.concurrency.event_loops`'s; onnxruntime's own
 callbacks are :mod:`onnx_dl.callbacks`'s.
 """
 
@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
-from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.event_loops import EventLoops, present
 from onnx_dl.errors import RunTimeout
-from onnx_dl.eventloops import EventLoops, present
 from onnx_dl.standing import on_behalf
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane

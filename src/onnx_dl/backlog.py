@@ -11,7 +11,8 @@ import os
 import select
 from typing import Final
 
-from onnx_dl import owned, waits
+from onnx_dl import owned
+from onnx_dl.concurrency import waits
 
 MOST: Final = 1 << 20
 """Bytes that wait to be written; more is dropped, and said so."""

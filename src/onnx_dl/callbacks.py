@@ -15,10 +15,10 @@ import types
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import concurrency, tasks
 from onnx_dl.client import ANSWERS, Lease, RemoteModel
-from onnx_dl.deadline import Deadline
-from onnx_dl.threads import Thread
+from onnx_dl.concurrency import primitives, spawning
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.lane import ClientLane
@@ -38,7 +38,7 @@ class Callbacks:
         """``callback`` is told of the reply of this lane, in another thread."""
         call = _Call(model, lane, callback)
         if lane.reply_fd is None:
-            tasks.start(Thread(call.wait, _NAME), "run_async()")
+            spawning.start(Thread(call.wait, _NAME), "run_async()")
         else:
             self._hand_over(call)
 
@@ -74,7 +74,7 @@ class _Waiter:
         self.coming: collections.deque[_Call] = collections.deque()
         self.waker = Waker()
         self.ended = False
-        self._poll = concurrency.poll()  # has no descriptor of its own, which a program might close
+        self._poll = primitives.poll()  # has no descriptor of its own, which a program might close
         self._calls: dict[int, _Call] = {}
         """Those whose replies are waited for, by their descriptors."""
         self._thread = Thread(self._serve, "onnx-dl-callbacks")
@@ -85,7 +85,7 @@ class _Waiter:
 
     def start(self) -> None:
         """Raises ProcessesExhausted: there is no thread for it."""
-        tasks.start(self._thread, "run_async()")
+        spawning.start(self._thread, "run_async()")
 
     def _serve(self) -> None:
         waker = self.waker

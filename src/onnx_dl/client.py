@@ -17,11 +17,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import descriptors, remarks, waits
+from onnx_dl import descriptors, remarks
 from onnx_dl.acquisition import Acquisition, Make, Renew
+from onnx_dl.concurrency import waits
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.forking import refuse
 from onnx_dl.config import Settings
 from onnx_dl.connection import Connection
-from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
     LoadTimeout,
     ProtocolError,
@@ -33,7 +35,6 @@ from onnx_dl.errors import (
 )
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.external import bytes_of
-from onnx_dl.forking import refuse
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.serving import Holds, Serving, close_all
 from onnx_dl.standing import of_this_thread

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
-from onnx_dl import waits
+from onnx_dl.concurrency import waits
 from onnx_dl.errors import ConfigError, PlatformError
 
 KEEP: Final = -1.0

@@ -18,8 +18,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import concurrency, tasks
-from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency import primitives, spawning
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.forking import Promise, refuse
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.errors import (
     OnnxDLError,
     ProcessesExhausted,
@@ -30,9 +32,7 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
-from onnx_dl.forking import Promise, refuse
 from onnx_dl.owned import keep_for_ever
-from onnx_dl.threads import Thread
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
@@ -108,14 +108,14 @@ class Connection:
         self._contexts: dict[None, Context] = {}  # of one, or of none: each change is one step
         self._control = self._connect(f"{address}/control", Deadline(timeout, outer=deadline))
         self._waker = Waker()
-        self._outbox: concurrency.SimpleQueue[bytes] = concurrency.SimpleQueue()
+        self._outbox: primitives.SimpleQueue[bytes] = primitives.SimpleQueue()
         self._tickets = itertools.count(1)
         self._pending: dict[int, Promise[Any]] = {}
         self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         """Memory that was handed over, by name; for whoever did."""
         self._thread = Thread(self._serve, "onnx-dl-client")
         try:
-            tasks.start(self._thread, "The connection to a host")
+            spawning.start(self._thread, "The connection to a host")
         except ProcessesExhausted:  # the supervisor must not wait for us until we are collected
             self._lifeline.close()
             self._control.close()
@@ -348,7 +348,7 @@ class Connection:
                 self._tear_down()
 
     def _attend(self) -> None:
-        poll = concurrency.poll()
+        poll = primitives.poll()
         for end in (self._lifeline, self._waker):
             poll.register(end.fileno(), select.POLLIN)
         tidy_at = math.inf
@@ -386,7 +386,7 @@ class Connection:
 
     def _hear_last_words(self) -> None:
         """Events and answers that were sent before the end."""
-        poll = concurrency.poll()
+        poll = primitives.poll()
         poll.register(self._control.fileno(), select.POLLIN)
         while not self._control.gone and poll.poll(_LAST_WORDS * 1000):
             self._hear()
@@ -395,7 +395,7 @@ class Connection:
         while self._control.is_let_in:
             try:
                 self._control.send(self._outbox.get_nowait())
-            except concurrency.Empty:
+            except primitives.Empty:
                 return
 
     def _hear(self) -> None:

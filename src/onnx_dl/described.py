@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from onnx_dl.client import RemoteModel
-from onnx_dl.deadline import Deadline
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.model import ModelDescription
 from onnx_dl.native import NativeSession
 from onnx_dl.nodes import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg

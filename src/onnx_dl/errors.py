@@ -97,7 +97,7 @@ class DescriptorsExhausted(OnnxDLError, OSError):
 class ProcessesExhausted(OnnxDLError, OSError):
     """A process or a thread that is needed cannot be started, because there may be no more.
 
-    What is loaded goes on.  ``errno`` is EAGAIN.  :func:`onnx_dl.tasks.exhausted` makes one.
+    What is loaded goes on.  ``errno`` is EAGAIN.  :func:`onnx_dl.concurrency.spawning.exhausted` makes one.
     """
 
     code = "processes-exhausted"

@@ -15,10 +15,10 @@ from typing import Self
 
 import msgspec
 
-from onnx_dl import concurrency
-from onnx_dl.deadline import Deadline
-from onnx_dl.forking import refuse
-from onnx_dl.waits import Mailbox
+from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.concurrency.forking import refuse
+from onnx_dl.concurrency.waits import Mailbox
 
 
 class EventType(enum.StrEnum):
@@ -142,7 +142,7 @@ class EventStream(Iterator[ModelEvent]):
                 self._wake_another()
                 return event
             self._check(deadline)
-            with contextlib.suppress(concurrency.Empty):
+            with contextlib.suppress(primitives.Empty):
                 self._changed.get(timeout=deadline.left())
 
     def _wake_another(self) -> None:
@@ -182,7 +182,7 @@ class EventBus:
         self._numbers = itertools.count()
         self._listeners: dict[int, Callable[[ModelEvent], object]] = {}
         self._streams: dict[int, EventStream] = {}
-        self._here = concurrency.local()
+        self._here = primitives.local()
 
     @property
     def is_publishing_here(self) -> bool:

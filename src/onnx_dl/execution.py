@@ -14,8 +14,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_dl import signatures
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.config import Allowances, parse_allowances, parse_group, parse_timeout
-from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.environment import Environment
 from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import EngineError

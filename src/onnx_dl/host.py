@@ -22,21 +22,22 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting, surroundings, waits
-from onnx_dl.background import Background
+from onnx_dl import installation, starting, surroundings
 from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
+from onnx_dl.concurrency import waits
+from onnx_dl.concurrency.background import Background
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.forking import Guard
+from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.config import check_platform, parse_size, parse_timeout, parse_worker_stderr, settings
 from onnx_dl.connection import TIDY_EVERY, Connection
-from onnx_dl.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
-from onnx_dl.forking import Guard
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
-from onnx_dl.waits import Mailbox
 from onnx_dl.workerlines import WorkerLines
 
 _T = TypeVar("_T")

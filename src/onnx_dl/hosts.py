@@ -10,12 +10,12 @@ import threading
 import weakref
 from typing import Final
 
+from onnx_dl.concurrency.forking import Guard
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.config import settings
 from onnx_dl.errors import OnnxDLError
-from onnx_dl.forking import Guard
 from onnx_dl.host import ModelHost
 from onnx_dl.rendezvous import USUAL, Place
-from onnx_dl.threads import Thread
 
 _default: ModelHost | None = None
 _shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from onnx_dl import options, recorded
-from onnx_dl.forking import lazily
+from onnx_dl.concurrency.forking import lazily
 from onnx_dl.model import ModelDescription, TensorSpec
 
 

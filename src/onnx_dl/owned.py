@@ -20,7 +20,7 @@ import os
 import weakref
 from typing import ClassVar, Final
 
-from onnx_dl import concurrency
+from onnx_dl.concurrency import primitives
 
 _SET_MARK: Final = getattr(fcntl, "F_SETSIG", 10)
 _GET_MARK: Final = getattr(fcntl, "F_GETSIG", 11)
@@ -94,7 +94,7 @@ class Descriptor:
             raise
         if _identity(fd) == self._identity:  # looked at now: nobody else can close this one
             return fd
-        concurrency.close(fd)
+        primitives.close(fd)
         return None
 
     def take(self) -> int | None:
@@ -111,7 +111,7 @@ class Descriptor:
     def close(self) -> None:
         """May be called twice, and from any thread."""
         if (number := self.take()) is not None:
-            concurrency.close(number)
+            primitives.close(number)
 
     def close_in_child(self) -> None:
         """In a forked child, at once: later the number may be another's."""

@@ -18,9 +18,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import concurrency, installation
+from onnx_dl import installation
+from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.forking import Guard, importing
 from onnx_dl.errors import ConfigError, PlatformError
-from onnx_dl.forking import Guard, importing
 from onnx_dl.host import ModelHost
 from onnx_dl.patchsettings import checked
 from onnx_dl.session import InferenceSessionProxy
@@ -148,7 +149,7 @@ _lock: Final = Guard()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
-_inside: Final = concurrency.local()
+_inside: Final = primitives.local()
 _undo: list[Callable[[], None]] = []
 """What gives the constructors back; methods keep asking the proxies of sessions that live on."""
 

@@ -19,9 +19,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import config, files
 from onnx_dl.client import Lease, RemoteModel
-from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.forking import importing
 from onnx_dl.errors import FilesChanging, LoadTimeout, ProxyClosedError, RunTimeout
-from onnx_dl.forking import importing
 from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from onnx_dl import waits
+from onnx_dl.concurrency import waits
 from onnx_dl.config import LATENCIES
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane

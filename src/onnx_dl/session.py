@@ -20,12 +20,12 @@ import numpy as np
 from onnx_dl import callbacks, config, installation, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
-from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.forking import importing
 from onnx_dl.described import DescribedProxy
 from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
-from onnx_dl.forking import importing
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
 from onnx_dl.proxy import ModelProxy, bytes_of

@@ -21,11 +21,12 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import boot, census, concurrency, config, forking, frozen, surroundings, tasks, waits
+from onnx_dl import boot, census, config, frozen, surroundings
 from onnx_dl.boot import Launch
 from onnx_dl.census import Sighting
+from onnx_dl.concurrency import forking, primitives, spawning, waits
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import Settings
-from onnx_dl.deadline import Deadline
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.transport.messages import PROTOCOL_VERSION
@@ -146,7 +147,7 @@ def terminate(seen: Sighting) -> None:
             if place.holder() == seen.pid:  # else the number may be another process's by now
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
-            concurrency.close(fd)
+            primitives.close(fd)
     _await_end(place, seen.pid, config.settings().exit_grace + _FAREWELL)
 
 
@@ -177,7 +178,7 @@ def _start_shared(place: Place, settings: Settings, deadline: Deadline) -> None:
         end = f"\nThe end of {place.log}:\n{last}" if last else ""
         raise SupervisorStartError(f"The host {place.name!r} did not come up. {error}{end}") from error
     finally:
-        concurrency.close(log)
+        primitives.close(log)
     waits.ended(process, settings.start_timeout)  # it has put a process of its own into the background
 
 
@@ -218,7 +219,7 @@ def _spawn(
     """A supervisor process that has its orders, and where it says that they are carried out."""
     ready, ready_write = os.pipe()
     try:
-        process = concurrency.popen(
+        process = primitives.popen(
             launch.argv,
             env=launch.environment,
             stdin=subprocess.PIPE,
@@ -229,15 +230,15 @@ def _spawn(
             **streams,
         )
     except OSError as error:
-        concurrency.close(ready)
-        if tasks.is_shortage(error):
-            raise tasks.exhausted("The supervisor process") from None
+        primitives.close(ready)
+        if spawning.is_shortage(error):
+            raise spawning.exhausted("The supervisor process") from None
         raise SupervisorStartError(
             f"Cannot start {launch.program!r} ({error}). ONNX_DL_PYTHON may be set to the path of an "
             "interpreter of the same version."
         ) from error
     finally:
-        concurrency.close(ready_write)
+        primitives.close(ready_write)
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
         stdin.write(json.dumps(orders | {"ready_fd": ready_write}).encode())
@@ -258,7 +259,7 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) 
         if said in (_READY, _TAKEN):
             return said == _READY
     finally:
-        concurrency.close(ready)
+        primitives.close(ready)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the group: one in the background is a child of this process
     status = process.wait()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from onnx_dl import concurrency, tasks
+from onnx_dl.concurrency import primitives, spawning
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.events import EventBus, EventType, ModelEvent
-from onnx_dl.threads import Thread
 
 logger = logging.getLogger("onnx_dl")
 
@@ -19,13 +19,13 @@ class Teller:
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
-        self._events: concurrency.SimpleQueue[ModelEvent | None] = concurrency.SimpleQueue()
+        self._events: primitives.SimpleQueue[ModelEvent | None] = primitives.SimpleQueue()
         self._thread: Thread | None = None
 
     def start(self) -> None:
         """Raises ProcessesExhausted: there is no thread for it."""
         thread = Thread(self._tell, "onnx-dl-events")
-        tasks.start(thread, "The connection to a host")
+        spawning.start(thread, "The connection to a host")
         self._thread = thread
 
     def put(self, event: ModelEvent) -> None:

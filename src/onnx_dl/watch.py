@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from onnx_dl.deadline import Deadline, DeadlinePassed
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
 from onnx_dl.transport import messages as m
 

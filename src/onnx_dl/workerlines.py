@@ -17,10 +17,11 @@ import traceback
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from onnx_dl import backlog, concurrency
+from onnx_dl import backlog
+from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.forking import Promise
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.errors import OnnxDLError
-from onnx_dl.forking import Promise
-from onnx_dl.threads import Thread
 
 logger = logging.getLogger("onnx_dl.worker")
 
@@ -100,7 +101,7 @@ class WorkerLines:
     def __init__(self, *, log: bool = False) -> None:
         """``log``: to the logger, instead of descriptor 2."""
         self._log = log
-        self._waiting: concurrency.SimpleQueue[Said | Promise[None] | None] = concurrency.SimpleQueue()
+        self._waiting: primitives.SimpleQueue[Said | Promise[None] | None] = primitives.SimpleQueue()
         self._token: collections.deque[None] = collections.deque([None])
         self._lines = Lines()
         self._writer: int | None = None
@@ -123,7 +124,7 @@ class WorkerLines:
     def catch_up(self) -> None:
         """Returns when all that was put before is written, or soon: a caller goes on when what its load has
         written can be read, unless nobody reads."""
-        if self._put == self._done or self._stuck or self._writer == concurrency.get_ident():
+        if self._put == self._done or self._stuck or self._writer == primitives.get_ident():
             return
         mark: Promise[None] = Promise()
         self._give(mark)
@@ -156,7 +157,7 @@ class WorkerLines:
                 self._token.pop()
             except IndexError:  # another thread writes
                 return
-            self._writer = concurrency.get_ident()
+            self._writer = primitives.get_ident()
             try:
                 self._write_until_idle()
             finally:
@@ -164,7 +165,7 @@ class WorkerLines:
                 self._token.append(None)
 
     def _write_until_idle(self) -> None:
-        with contextlib.suppress(concurrency.Empty):
+        with contextlib.suppress(primitives.Empty):
             while self._take(self._waiting.get(timeout=_IDLE)):
                 pass
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl import concurrency, waits
+from onnx_dl.concurrency import primitives, waits
+from onnx_dl.concurrency.event_loops import present
+from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.config import check_platform
 from onnx_dl.errors import ConfigError, PlatformError
-from onnx_dl.eventloops import present
-from onnx_dl.threads import Thread
-from onnx_dl.waits import Mailbox
 from tests.unit.test_forking import OURS
 from tests.unit.test_layers import MODULES
 
@@ -40,7 +40,7 @@ NEVER_PATCHED = (*OURS, "trials", "doctor", "launch", "supervise", "cli")
 OF_OURS = {"transport.door", "transport.router", "transport.worker_lane"}
 """The ends of connections that are in processes of ours."""
 ALLOWED = {
-    "concurrency": {"subprocess.Popen"},
+    "concurrency.primitives": {"subprocess.Popen"},
     # Close files, memory and epoll's own, where gevent does nothing else than the system.
     "client": {"os.close"},
     "proxy": {"os.close"},
@@ -89,7 +89,9 @@ IN_APPLICATIONS = [n for n in MODULES if n.split(".")[0] not in NEVER_PATCHED an
 def test_nothing_that_gevent_replaces_is_used(name: str) -> None:
     forbidden = {f"{module}.{kind}" for module, kinds in PATCHED.items() for kind in kinds}
     found = {word for word in used(MODULES[name].read_text()) if word in forbidden}
-    assert found - ALLOWED.get(name, set()) == set(), "see onnx_dl.concurrency and onnx_dl.waits"
+    assert found - ALLOWED.get(name, set()) == set(), (
+        "see onnx_dl.concurrency.primitives and onnx_dl.concurrency.waits"
+    )
 
 
 def test_the_walk_sees_uses_and_no_annotations() -> None:
@@ -125,8 +127,8 @@ def test_the_list_has_all_that_this_gevent_replaces() -> None:
 
 
 def test_without_gevent_all_is_pythons_own() -> None:
-    assert concurrency.SimpleQueue is queue.SimpleQueue
-    assert concurrency.Thread is threading.Thread
+    assert primitives.SimpleQueue is queue.SimpleQueue
+    assert primitives.Thread is threading.Thread
     assert waits.hub() is None
     assert waits.caller() == threading.get_ident()
 
@@ -172,12 +174,12 @@ def test_a_coroutine_that_nothing_we_know_runs() -> None:
 # --- with gevent -------------------------------------------------------------------------------------------
 
 PATCH = "from gevent import monkey; monkey.patch_all(); "
-IMPORT = "import onnx_dl.concurrency as c, onnx_dl.background, onnx_dl.waits as w; "
+IMPORT = "import onnx_dl.concurrency.primitives as c, onnx_dl.concurrency.background, onnx_dl.concurrency.waits as w; "
 CHECK = """
 import gevent, threading, time, sys, queue
-from onnx_dl.threads import Thread
-from onnx_dl.background import Background
-from onnx_dl.waits import Mailbox
+from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.background import Background
+from onnx_dl.concurrency.waits import Mailbox
 assert "gevent" not in repr([getattr(c, name) for name in c.__all__]), "patched"
 assert "gevent" not in repr(type(c.popen(["true"])._waitpid_lock)), "patched"
 

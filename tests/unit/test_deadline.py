@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl import deadline as module
-from onnx_dl.background import Background
-from onnx_dl.deadline import Deadline, DeadlinePassed, result_of
+from onnx_dl.concurrency import deadline as module
+from onnx_dl.concurrency.background import Background
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed, result_of
 
 
 class Clock:

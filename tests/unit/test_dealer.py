@@ -8,8 +8,8 @@ import time
 import pytest
 import zmq
 
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import fresh_address
-from onnx_dl.deadline import Deadline
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from onnx_dl import ModelHost, ReentrantUse
-from onnx_dl import forking as f
-from onnx_dl.background import Background
-from onnx_dl.deadline import Deadline
+from onnx_dl.concurrency import forking as f
+from onnx_dl.concurrency.background import Background
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.errors import SupervisorDied
-from onnx_dl.threads import Thread
 from tests.unit.test_layers import MODULES
 
 # --- what is used ------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ LOCKS = {
     "weakref": {"WeakSet"},  # to go through one fails while another thread adds to it
 }
 ALLOWED = {
-    "concurrency": {"_thread.RLock", "_thread.allocate_lock"},  # where forking.py has them from
+    "concurrency.primitives": {"_thread.RLock", "_thread.allocate_lock"},  # where forking.py has them from
     "patching": {"weakref.WeakSet"},  # never gone through
     "recorded": {"weakref.WeakSet"},
     "transport.sockets": {"weakref.WeakSet"},
@@ -59,7 +59,7 @@ def test_every_lock_of_an_application_is_a_guard(name: str) -> None:
     forbidden = {f"{module}.{kind}" for module, kinds in LOCKS.items() for kind in kinds}
     tree = ast.parse(MODULES[name].read_text())
     found = {word for word in used(tree) if word in forbidden}
-    assert found - ALLOWED.get(name, set()) == set(), "use what onnx_dl.forking has"
+    assert found - ALLOWED.get(name, set()) == set(), "use what onnx_dl.concurrency.forking has"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -261,7 +261,7 @@ def test_what_interrupts_the_start_of_a_thread_starts_one(monkeypatch: pytest.Mo
             super().start()
 
     background = Background(lambda deadline: 7, "work")
-    monkeypatch.setattr("onnx_dl.background.Thread", Interrupted)
+    monkeypatch.setattr("onnx_dl.concurrency.background.Thread", Interrupted)
     assert background.wait(Deadline(10.0), "it") == 7
 
 

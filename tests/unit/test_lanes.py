@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import fresh_address
-from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import failures, mappings, shm, sockets
 from onnx_dl.transport import messages as m

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onnx_dl import standing
-from onnx_dl.background import Background
+from onnx_dl.concurrency.background import Background
 from onnx_dl.errors import ProtocolError
 from onnx_dl.standing import Standing
 from onnx_dl.transport import messages as m

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from onnx_dl import OnnxDLError, ProcessesExhausted, tasks
+from onnx_dl import OnnxDLError, ProcessesExhausted
+from onnx_dl.concurrency import spawning
 from onnx_dl.supervisor import exits
 from onnx_dl.transport import failures
 
@@ -17,16 +18,16 @@ def refused(self: threading.Thread) -> None:
 
 
 def test_a_thread_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks.check(3, "A test")
+    spawning.check(3, "A test")
     monkeypatch.setattr(threading.Thread, "start", refused)
-    for act in (lambda: tasks.start(threading.Thread(), "A test"), lambda: tasks.check(2, "A test")):
+    for act in (lambda: spawning.start(threading.Thread(), "A test"), lambda: spawning.check(2, "A test")):
         with pytest.raises(ProcessesExhausted, match=r"^A test needs .* ulimit -u") as raised:
             act()
         assert isinstance(raised.value, OnnxDLError | OSError) and raised.value.errno == errno.EAGAIN
 
 
 def test_it_travels() -> None:
-    error = tasks.exhausted("A test")
+    error = spawning.exhausted("A test")
     again = failures.rebuild(failures.describe(error))
     assert type(again) is ProcessesExhausted and str(again) == str(error)
 
@@ -34,12 +35,12 @@ def test_it_travels() -> None:
 def test_an_error_of_somebody_else_has_a_note() -> None:
     for text in ("can't start new thread", "env.cc: pthread_create failed, error code: 11 error msg: busy"):
         error = RuntimeError(text)
-        tasks.note_shortage(error)
+        spawning.note_shortage(error)
         again = failures.rebuild(failures.describe(error))
         assert type(again) is RuntimeError and str(again) == text
         assert "ulimit -u" in again.__notes__[0]
     error = RuntimeError("something else")
-    tasks.note_shortage(error)
+    spawning.note_shortage(error)
     assert not hasattr(failures.rebuild(failures.describe(error)), "__notes__")
 
 

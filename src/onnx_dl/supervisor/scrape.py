@@ -22,7 +22,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
-from onnx_dl import tasks
+from onnx_dl.concurrency import spawning
 from onnx_dl.config import parse_address
 from onnx_dl.errors import SupervisorStartError
 from onnx_dl.supervisor import families
@@ -56,7 +56,7 @@ class Scrape:
         self._waker, self._stop = Waker(), Waker()
         self._server = _listen(address, self._ask, patience)
         self._thread = threading.Thread(target=self._serve, name="onnx-dl-metrics", daemon=True)
-        tasks.start(self._thread, "The page of metrics")
+        spawning.start(self._thread, "The page of metrics")
 
     @property
     def address(self) -> str:

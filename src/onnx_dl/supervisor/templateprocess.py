@@ -13,7 +13,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Final
 
-from onnx_dl import boot, tasks
+from onnx_dl import boot
+from onnx_dl.concurrency import spawning
 from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
@@ -51,8 +52,8 @@ class TemplateProcess:
             self.pid = os.posix_spawn(*launch)
         except BaseException as error:
             self.channel.close()
-            if isinstance(error, OSError) and tasks.is_shortage(error):
-                raise tasks.exhausted("The template process") from None
+            if isinstance(error, OSError) and spawning.is_shortage(error):
+                raise spawning.exhausted("The template process") from None
             raise
         finally:
             theirs.close()

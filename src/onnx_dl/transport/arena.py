@@ -21,8 +21,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl.concurrency.forking import lazily
 from onnx_dl.errors import ProtocolError, SharedMemoryError
-from onnx_dl.forking import lazily
 from onnx_dl.transport import shm
 from onnx_dl.transport.adoptions import Adoptions
 from onnx_dl.transport.leases import Lease

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from onnx_dl import concurrency, waits
+from onnx_dl.concurrency import primitives, waits
 from onnx_dl.owned import Descriptor
 from onnx_dl.transport.patience import Patience
 
@@ -32,7 +32,7 @@ class _Waiter:
         self._is_ours: Callable[[], bool] = lambda: True
         """Whether the descriptor still is what it was."""
         self._patience = patience
-        self._poll = concurrency.poll()
+        self._poll = primitives.poll()
         self._poll.register(fd, select.POLLIN)
         if patience is not None or waits.are_cooperative():
             os.set_blocking(fd, False)
@@ -152,5 +152,5 @@ class WorkerBell(_Waiter):
 
     def close(self) -> None:
         """Gives up the descriptors."""
-        concurrency.close(self._eventfd)
-        concurrency.close(self._pipe)
+        primitives.close(self._eventfd)
+        primitives.close(self._pipe)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl.forking import Guard
+from onnx_dl.concurrency.forking import Guard
 from onnx_dl.transport.arena import Arena, Nobody
 from onnx_dl.transport.tensors import VIEW_FROM
 

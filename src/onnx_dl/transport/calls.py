@@ -11,8 +11,8 @@ from typing import Any, Final, Protocol
 
 import zmq
 
-from onnx_dl import waits
-from onnx_dl.deadline import Deadline
+from onnx_dl.concurrency import waits
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import keep_for_ever
 from onnx_dl.transport import messages as m

@@ -11,7 +11,7 @@ import select
 import socket
 from typing import Final
 
-from onnx_dl.deadline import Deadline
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import Descriptor
 from onnx_dl.transport import sockets, zmtp

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from onnx_dl import concurrency
+from onnx_dl.concurrency import primitives
 
 if TYPE_CHECKING:
     import socket
 
 
-class Face(concurrency.socket):
+class Face(primitives.socket):
     """Python's functions for a socket that a :class:`~onnx_dl.owned.Descriptor` closes.  Where the garbage
     collector finds both in one cycle, Python would warn of a socket that nobody closed."""
 

@@ -18,9 +18,9 @@ from typing import Any, Final
 import numpy as np
 import zmq
 
-from onnx_dl import waits
+from onnx_dl.concurrency import waits
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import fresh_address
-from onnx_dl.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m

@@ -16,7 +16,7 @@ import select
 import weakref
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import concurrency
+from onnx_dl.concurrency import primitives
 from onnx_dl.owned import keep_for_ever
 
 _PATIENCE: Final = 10.0
@@ -61,7 +61,7 @@ def _living() -> list[Lease]:
 
 def _before() -> None:
     shared: list[Lease] = []
-    _forks.append(fork := _Fork(concurrency.get_ident(), shared, None))
+    _forks.append(fork := _Fork(primitives.get_ident(), shared, None))
     shared += [lease for lease in _living() if not lease.block.give_away()]
     if shared:
         _forks[_forks.index(fork)] = fork._replace(pipe=_pipe())
@@ -84,7 +84,7 @@ def _after_in_parent() -> None:
 def _take_fork() -> _Fork | None:
     """This thread's; the last one, because a signal handler may fork while its thread is about to."""
     for fork in reversed(_forks):
-        if fork.thread == concurrency.get_ident():
+        if fork.thread == primitives.get_ident():
             _forks.remove(fork)
             return fork
     return None
@@ -94,13 +94,13 @@ def _is_copied(pipe: tuple[int, int] | None) -> bool:
     if pipe is None:
         return False
     read_end, write_end = pipe
-    concurrency.close(write_end)
-    poll = concurrency.poll()
+    primitives.close(write_end)
+    poll = primitives.poll()
     poll.register(read_end, select.POLLIN)
     try:
         return bool(poll.poll(_PATIENCE * 1000))
     finally:
-        concurrency.close(read_end)
+        primitives.close(read_end)
 
 
 def _after_in_child() -> None:
@@ -114,7 +114,7 @@ def _after_in_child() -> None:
                 _copy(lease)
     finally:
         for fd in [fd for fork in forks for fd in fork.pipe or ()]:
-            concurrency.close(fd)
+            primitives.close(fd)
 
 
 def _copy(lease: Lease) -> None:

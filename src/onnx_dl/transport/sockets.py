@@ -19,8 +19,9 @@ from typing import Final
 
 import zmq
 
-from onnx_dl import concurrency, descriptors, tasks, waits
-from onnx_dl.deadline import Deadline
+from onnx_dl import descriptors
+from onnx_dl.concurrency import primitives, spawning, waits
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.owned import Descriptor
 from onnx_dl.transport.face import Face
@@ -70,13 +71,13 @@ class Channel:
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
-        a, b = concurrency.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        a, b = primitives.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(a), cls(b)
 
     @classmethod
     def from_fd(cls, fd: int) -> Channel:
         """Takes over a descriptor that was inherited."""
-        sock = concurrency.socket(fileno=fd)
+        sock = primitives.socket(fileno=fd)
         sock.set_inheritable(False)
         return cls(sock)
 
@@ -204,7 +205,7 @@ def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
         DeadlinePassed: the listener's queue stayed full.
         OSError: nobody listens at ``address``, or it cannot be reached.
     """
-    sock = concurrency.socket(socket.AF_UNIX, kind)
+    sock = primitives.socket(socket.AF_UNIX, kind)
     try:
         sock.setblocking(False)  # else connect() waits without a bound where the queue is full
         while error := sock.connect_ex(f"\0{address}"):
@@ -230,7 +231,7 @@ def _fds_of(level: int, kind: int, data: bytes) -> list[int]:
 def close_all(fds: Iterable[int]) -> None:
     """Closes descriptors that came and are of no use."""
     for fd in fds:
-        concurrency.close(fd)
+        primitives.close(fd)
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int, int]:
@@ -257,7 +258,7 @@ class Listener:
     """Accepts Channels of the same user at an abstract address."""
 
     def __init__(self, address: str) -> None:
-        self._sock = concurrency.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock = primitives.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.bind(f"\0{address}")
         self._sock.listen(BACKLOG)
         self._sock.setblocking(False)
@@ -326,7 +327,7 @@ def context() -> Context:
         ProcessesExhausted: there are no threads for it, without which libzmq ends the process.
     """
     check_descriptors("A ZeroMQ context")
-    tasks.check(_ZMQ_THREADS, "A connection to the supervisor")
+    spawning.check(_ZMQ_THREADS, "A connection to the supervisor")
     return zmq.Context()
 
 
@@ -375,7 +376,7 @@ def pair(ctx: Context, address: str) -> Socket:
 
 def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
     """Those of these descriptors that are readable within ``timeout`` seconds; None: waits for ever."""
-    poll = concurrency.poll()
+    poll = primitives.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return {fd for fd, _ in poll.poll(waits.milliseconds(timeout))}

@@ -151,7 +151,7 @@ def load(spec: ModelSpec, blobs: Mapping[str, int], *, mapped: bool = False) -> 
     """
     engine = None
     if spec.engine.isidentifier():
-        name = f"onnx_dl.workers.{spec.engine}"
+        name = f"onnx_dl.workers.engines.{spec.engine}"
         try:
             engine = importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 import zmq
 
-from onnx_dl import tasks
+from onnx_dl.concurrency import spawning
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import OnnxDLError, ProcessesExhausted, SharedMemoryError
 from onnx_dl.model import ModelSpec, blob_tag
@@ -91,7 +91,7 @@ class Worker:
             self._set_limits(order.spec)
             door = Door(self._address, _RESERVE, lambda channel, why: None)  # a caller sees EOF
         except Exception as error:  # whatever the engine raised belongs to whoever asked for the model
-            tasks.note_shortage(error)
+            spawning.note_shortage(error)
             unsaved = isinstance(error, Unsaved)
             failure = failures.describe(error)
             self._say(m.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
@@ -207,7 +207,7 @@ class Worker:
     def _start_lane(self, channel: Channel, backend: Backend) -> None:
         thread = threading.Thread(target=self._serve_lane, args=(channel, backend), daemon=True)
         try:
-            tasks.start(thread, "A call at the same time as others")
+            spawning.start(thread, "A call at the same time as others")
         except ProcessesExhausted as error:  # this caller has to do without, the others must not
             _turn_away(channel, error)
             self._done.put(channel)

@@ -25,7 +25,8 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from onnx_dl import boot, frozen, procfs, recorder, standing, surroundings, tasks
+from onnx_dl import boot, frozen, procfs, recorder, standing, surroundings
+from onnx_dl.concurrency import spawning
 from onnx_dl.environment import NOTHING
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.transport import messages as m
@@ -178,7 +179,7 @@ class Template:
 
 def _why(error: OSError) -> str:
     """Why there is no worker, for whoever waits for it."""
-    return str(tasks.exhausted("A worker process") if tasks.is_shortage(error) else error)
+    return str(spawning.exhausted("A worker process") if spawning.is_shortage(error) else error)
 
 
 def _import_engine() -> None:

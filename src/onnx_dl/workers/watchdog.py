@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from onnx_dl import tasks
+from onnx_dl.concurrency import spawning
 
 EVERY: Final = 0.01
 """Seconds between two looks."""
@@ -46,7 +46,7 @@ class Watchdog:
         Raises:
             ProcessesExhausted: the system has no thread left.
         """
-        tasks.start(threading.Thread(target=self._watch, name="watchdog", daemon=True), "max_memory_hard")
+        spawning.start(threading.Thread(target=self._watch, name="watchdog", daemon=True), "max_memory_hard")
 
     def call_begins(self) -> None:
         """A call is under way.  Takes 0.1 µs, and more for the first one after a pause."""

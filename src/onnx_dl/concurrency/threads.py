@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from onnx_dl import concurrency
-from onnx_dl.forking import Promise
+from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.forking import Promise
 
 
-class Thread(concurrency.Thread):
+class Thread(primitives.Thread):
     """A daemon.  Where gevent has patched ``threading``, that does not know of it."""
 
     def __init__(self, target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> None:
@@ -31,18 +31,18 @@ class Thread(concurrency.Thread):
     @property
     def is_this(self) -> bool:
         """Whether it is the thread that asks, and has not ended."""
-        return self.number == concurrency.get_ident() and self.is_alive()
+        return self.number == primitives.get_ident() and self.is_alive()
 
     def start(self) -> None:
-        if not concurrency.is_patched("_thread"):
+        if not primitives.is_patched("_thread"):
             super().start()
             return
         self._native = Promise()
-        self._native_ident = concurrency.start_new_thread(self._run_native, ())
+        self._native_ident = primitives.start_new_thread(self._run_native, ())
 
     def _run_native(self) -> None:
         assert self._native is not None
-        self._native_ident = concurrency.get_ident()
+        self._native_ident = primitives.get_ident()
         try:
             self.run()
         except SystemExit:

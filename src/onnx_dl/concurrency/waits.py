@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
-from onnx_dl import concurrency
+from onnx_dl.concurrency import primitives
 
 _T = TypeVar("_T")
 
@@ -32,7 +32,7 @@ _READ, _WRITE = 1, 2
 
 def are_cooperative() -> bool:
     """Whether gevent has patched this program, so that some thread may have greenlets."""
-    return "gevent.monkey" in sys.modules and any(map(concurrency.is_patched, _COOPERATIVE))
+    return "gevent.monkey" in sys.modules and any(map(primitives.is_patched, _COOPERATIVE))
 
 
 def hub() -> Any:
@@ -50,7 +50,7 @@ def _gevent() -> Any:
 
 def caller() -> int:
     """Tells callers apart: the thread, or the greenlet where the thread has several."""
-    return concurrency.get_ident() if hub() is None else id(_gevent().getcurrent())
+    return primitives.get_ident() if hub() is None else id(_gevent().getcurrent())
 
 
 def refusal() -> str | None:
@@ -71,7 +71,7 @@ def refusal() -> str | None:
 def pause(seconds: float) -> None:
     """Like ``time.sleep``."""
     if hub() is None:
-        concurrency.sleep(seconds)
+        primitives.sleep(seconds)
     else:
         _gevent().sleep(seconds)
 
@@ -89,7 +89,7 @@ def ready(fd: int, event: int, timeout: float | None) -> bool:
 
     ``event``: ``select.POLLIN`` or ``select.POLLOUT``.
     """
-    poll = concurrency.poll()
+    poll = primitives.poll()
     poll.register(fd, event)
     return polled(poll, fd, event, timeout)
 
@@ -138,7 +138,7 @@ def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
         try:
             ready(fd, select.POLLIN, timeout)
         finally:
-            concurrency.close(fd)
+            primitives.close(fd)
     return process.poll() is not None
 
 
@@ -193,7 +193,7 @@ class Mailbox(Generic[_T]):
     """A ``queue.SimpleQueue`` out of which greenlets may take, too."""
 
     def __init__(self) -> None:
-        self._items: concurrency.SimpleQueue[_T] = concurrency.SimpleQueue()
+        self._items: primitives.SimpleQueue[_T] = primitives.SimpleQueue()
         self._wakers = Wakers()
 
     def put(self, item: _T) -> None:
@@ -212,10 +212,10 @@ class Mailbox(Generic[_T]):
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
         while self._wakers.wait(lambda: not self._items.empty(), _left(until)):
-            with contextlib.suppress(concurrency.Empty):  # another one has taken it
+            with contextlib.suppress(primitives.Empty):  # another one has taken it
                 return self._items.get_nowait()
             if time.monotonic() >= until:
-                raise concurrency.Empty
+                raise primitives.Empty
         return self._items.get(timeout=timeout)
 
 

@@ -11,9 +11,9 @@ import os
 import resource
 from typing import Final
 
-from onnx_dl import concurrency
+from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.threads import Thread
 from onnx_dl.errors import ProcessesExhausted
-from onnx_dl.threads import Thread
 
 _ADVICE: Final = (
     "Raise what limits processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
@@ -38,7 +38,7 @@ def is_shortage(error: OSError) -> bool:
     return error.errno == errno.EAGAIN
 
 
-def start(thread: concurrency.Thread, what: str) -> None:
+def start(thread: primitives.Thread, what: str) -> None:
     """Starts a thread; ``what`` needs it.
 
     Raises:
@@ -65,8 +65,8 @@ def check(count: int, what: str) -> None:
         os.write(writing, bytes(count))
         for thread in started:
             thread.join()
-        concurrency.close(reading)
-        concurrency.close(writing)
+        primitives.close(reading)
+        primitives.close(writing)
 
 
 def note_shortage(error: BaseException) -> None:

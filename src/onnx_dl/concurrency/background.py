@@ -11,10 +11,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from onnx_dl import concurrency, tasks
-from onnx_dl.deadline import Deadline, result_of
-from onnx_dl.forking import Promise
-from onnx_dl.threads import Thread
+from onnx_dl.concurrency import primitives, spawning
+from onnx_dl.concurrency.deadline import Deadline, result_of
+from onnx_dl.concurrency.forking import Promise
+from onnx_dl.concurrency.threads import Thread
 
 _T = TypeVar("_T")
 
@@ -37,14 +37,14 @@ class Background(Generic[_T]):
         whoever finds the work undone starts a thread, and the first of them has it.
         """
         if self._to_do:
-            tasks.start(Thread(self._do, self._name), "This use of a model")
+            spawning.start(Thread(self._do, self._name), "This use of a model")
 
     def _do(self) -> None:
         try:
             work = self._to_do.popleft()
         except IndexError:
             return
-        self._promise.giver = concurrency.get_ident()
+        self._promise.giver = primitives.get_ident()
         try:
             self._promise.set_result(work(self._deadline))
         except BaseException as error:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
+from onnx_dl.concurrency.forking import importing
 from onnx_dl.errors import ConfigError
-from onnx_dl.forking import importing
 
 _T = TypeVar("_T")
 
@@ -76,5 +76,5 @@ def _is_on_trio() -> bool:
 
 @functools.cache
 def _of(library: str) -> EventLoops:
-    loops: EventLoops = importing(f"onnx_dl.on_{library}").LOOPS
+    loops: EventLoops = importing(f"onnx_dl.concurrency.on_{library}").LOOPS
     return loops

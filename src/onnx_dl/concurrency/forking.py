@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar, overload
 
-from onnx_dl import concurrency
+from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.waits import Wakers
 from onnx_dl.errors import ReentrantUse, SupervisorDied
-from onnx_dl.waits import Wakers
 
 _T = TypeVar("_T")
 
@@ -45,7 +45,7 @@ def refuse(what: str) -> NoReturn:
     )
 
 
-class Guard(concurrency.RLock):  # type: ignore[misc]
+class Guard(primitives.RLock):  # type: ignore[misc]
     """A lock for brief sections, free in a forked child.
 
     ``with guard.alone()`` is for sections that must not be entered twice; ``with guard`` for those whose
@@ -105,7 +105,7 @@ class Promise(Generic[_T]):
         self.giver = giver
         self._done = False
         self._error: BaseException | None = None
-        self._latch = concurrency.allocate_lock()
+        self._latch = primitives.allocate_lock()
         self._latch.acquire()
         self._wakers = Wakers()
         _ours[id(self)] = self
@@ -144,7 +144,7 @@ class Promise(Generic[_T]):
         return self._value
 
     def _wait(self, timeout: float | None) -> None:
-        if self.giver == concurrency.get_ident():
+        if self.giver == primitives.get_ident():
             refuse("the one that others, and now it itself, wait for")
         if self._wakers.wait(self.done, timeout):
             return
@@ -214,23 +214,23 @@ def importing(name: str) -> ModuleType:
 def _enter(own: collections.deque[int], other: collections.deque[int]) -> None:
     """Says that this thread is here once no other thread is there.  Who looks has said so before, and takes
     it back while it waits, so that of two who come at once neither overlooks the other."""
-    me, deadline = concurrency.get_ident(), time.monotonic() + _STILL
+    me, deadline = primitives.get_ident(), time.monotonic() + _STILL
     own.append(me)
     # Not for ever: somebody's __del__ may have a thread in a block wait for whoever forks.
     while any(thread != me for thread in list(other)) and time.monotonic() < deadline:
         own.remove(me)
-        concurrency.sleep(_LOOK_EVERY)
+        primitives.sleep(_LOOK_EVERY)
         own.append(me)
 
 
 def _leave(own: collections.deque[int]) -> None:
     with contextlib.suppress(ValueError):  # Ctrl-C came before it was said
-        own.remove(concurrency.get_ident())
+        own.remove(primitives.get_ident())
 
 
 def _after_in_child() -> None:
     _leave(_forking)
-    me = concurrency.get_ident()
+    me = primitives.get_ident()
     for threads in (_still, _forking):
         for other in set(threads) - {me}:
             while other in threads:

@@ -3,7 +3,7 @@
 ``gevent.monkey`` replaces what stands in the modules of the standard library, before or after this package is
 imported.  Threads of ours must be native ones, and what they wait on must stop only themselves, so modules of
 an application's process take these names from here; ``tests/unit/test_concurrency.py`` fails where one does
-not.  They are bound once, so they cost nothing.  How a caller waits is :mod:`onnx_dl.waits`'s.
+not.  They are bound once, so they cost nothing.  How a caller waits is :mod:`onnx_dl.concurrency.waits`'s.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import trio  # type: ignore[import-not-found, unused-ignore]
 
-from onnx_dl.eventloops import EventLoops
+from onnx_dl.concurrency.event_loops import EventLoops
 
 _T = TypeVar("_T")
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from onnx_dl.eventloops import EventLoops
+from onnx_dl.concurrency.event_loops import EventLoops
 
 _T = TypeVar("_T")
 

@@ -75,7 +75,7 @@ class Deadline:
 
 
 class Awaited(Protocol):
-    """A Future, or a :class:`~onnx_dl.forking.Promise`."""
+    """A Future, or a :class:`~onnx_dl.concurrency.forking.Promise`."""
 
     def done(self) -> bool: ...
 
