@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 import onnx_dl
-from onnx_dl import EngineError, EventType, ExecutionSession, ModelHost, RunTimeout, WorkerDied, installation
+from onnx_dl import EngineError, EventType, ExecutionSession, ModelHost, RunTimeout, WorkerDied
+from onnx_dl.system import installation
 from tests.mlir import Compile, compiler
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import onnx_dl
-from onnx_dl import InferenceSessionProxy, InstallationError, builds, cli, installation
+from onnx_dl import InferenceSessionProxy, InstallationError, cli
 from onnx_dl.demo.assets import model_path
+from onnx_dl.system import builds, installation
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +108,7 @@ class Environment:
         """What ``installation.check()`` says there: an error, a warning, or nothing."""
         code = (
             "import sys, warnings\n"
-            "from onnx_dl import installation, InstallationError\n"
+            "from onnx_dl.system import installation; from onnx_dl import InstallationError\n"
             "with warnings.catch_warnings(record=True) as told:\n"
             "    warnings.simplefilter('always')\n"
             "    try: installation.check(tuple(sys.argv[1:]))\n"

@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnx_dl import EventType, ExecutionSession, InferenceSessionProxy, ModelHost, boot
+from onnx_dl import EventType, ExecutionSession, InferenceSessionProxy, ModelHost
 from onnx_dl.proxy import ModelProxy
+from onnx_dl.system import boot
 from tests.contract.both import CPU, STR, F, identity, model, node, tensor
 from tests.mlir import compiler
 from tests.waiting import eventually, wait_for, worker_pid

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from onnx_dl import recorder
 
 if TYPE_CHECKING:
-    from onnx_dl.boot import freeze_support
     from onnx_dl.errors import (
         CapacityError,
         ConfigError,
@@ -51,9 +50,9 @@ if TYPE_CHECKING:
     from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
     from onnx_dl.pipelines import Pipeline, pipeline
     from onnx_dl.session import InferenceSession, InferenceSessionProxy
+    from onnx_dl.system.boot import freeze_support
 
 _HOMES = {
-    "boot": ("freeze_support",),
     "errors": (
         "CapacityError",
         "ConfigError",
@@ -118,6 +117,7 @@ _HOMES = {
         "InferenceSession",
         "InferenceSessionProxy",
     ),
+    "system.boot": ("freeze_support",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import descriptors, remarks
+from onnx_dl import remarks
 from onnx_dl.acquisition import Acquisition, Make, Renew
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
@@ -37,7 +37,8 @@ from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.external import bytes_of
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.serving import Holds, Serving, close_all
-from onnx_dl.standing import of_this_thread
+from onnx_dl.system import descriptor_limits
+from onnx_dl.system.thread_attributes import of_this_thread
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
@@ -251,7 +252,7 @@ class RemoteModel:
                 if error.errno not in _NO_DESCRIPTOR:
                     raise
                 if not self._spare():
-                    raise descriptors.exhausted(f"A call of {self.spec.name}") from error
+                    raise descriptor_limits.exhausted(f"A call of {self.spec.name}") from error
             if attempt:  # a worker that closes each lane is gone, which its supervisor does not know yet
                 waits.pause(min(_PAUSE * attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable")
@@ -281,7 +282,7 @@ class RemoteModel:
         except BaseException as error:
             lane.close()  # KeyboardInterrupt included: the reply is still to come, and is nobody's
             if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
-                raise descriptors.exhausted(f"A call of {self.spec.name}") from error
+                raise descriptor_limits.exhausted(f"A call of {self.spec.name}") from error
             raise
         self.settle(lane, reply, None if watch is None else watch.deadline)
         return False, None

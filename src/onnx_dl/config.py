@@ -260,8 +260,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment can change.  Times are in seconds."""
 
     python: str = ""
-    """The interpreter for our processes; empty: one like the application's (:mod:`onnx_dl.interpreters`), or
-    the application itself where it is frozen (:mod:`onnx_dl.boot`)."""
+    """The interpreter for our processes; empty: one like the application's (:mod:`onnx_dl.system.interpreters`), or
+    the application itself where it is frozen (:mod:`onnx_dl.system.boot`)."""
     lane: str = "socket"
     """``socket``: calls go over a Unix socket, ZeroMQ carries control; ``zmq``: calls go over ZeroMQ too."""
     start: str = "fork"

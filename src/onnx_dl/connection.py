@@ -32,7 +32,7 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
-from onnx_dl.owned import keep_for_ever
+from onnx_dl.system.owned_descriptors import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer

@@ -15,10 +15,11 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import builds, census, config
+from onnx_dl import census, config
 from onnx_dl.census import Sighting
 from onnx_dl.events import format_bytes
 from onnx_dl.supervisor.probe import Gpu
+from onnx_dl.system import builds
 from onnx_dl.trials import Answer
 from onnx_dl.workers import cache
 

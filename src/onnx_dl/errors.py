@@ -84,7 +84,7 @@ class SharedMemoryError(OnnxDLError, MemoryError):
 class DescriptorsExhausted(OnnxDLError, OSError):
     """A process of ours, or the application, may have no more file descriptors.
 
-    What is loaded goes on.  ``errno`` is EMFILE.  :func:`onnx_dl.descriptors.exhausted` makes one.
+    What is loaded goes on.  ``errno`` is EMFILE.  :func:`onnx_dl.system.descriptor_limits.exhausted` makes one.
     """
 
     code = "descriptors-exhausted"

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import builds, census, config, doctor, installation, machine, trials
+from onnx_dl import census, config, doctor, trials
 from onnx_dl.census import Sighting
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.probe import Gpu, gpus
+from onnx_dl.system import builds, installation, resources
 from onnx_dl.trials import Answer
 from onnx_dl.workers import cache
 
@@ -51,11 +52,11 @@ def examine() -> list[doctor.Finding]:
             doctor.packages(installed, here, installation.complaint_of_none(), pip),
             *(doctor.provider(name, trial.result(), found_gpus) for name, trial in tried.items()),
             doctor.gpu(found_gpus, no_gpus, list(tried), builds.for_gpus(pip, installed)),
-            doctor.processors(machine.processors(), os.cpu_count() or 1),
+            doctor.processors(resources.processors(), os.cpu_count() or 1),
             doctor.memory(
-                machine.memory(),
-                machine.installed_memory(),
-                machine.cgroup_version(),
+                resources.memory(),
+                resources.installed_memory(),
+                resources.cgroup_version(),
                 (starting.result().said or {}).get("memory_limit"),
             ),
             doctor.shared_hosts(no_folder, wanted=bool(chosen.host)),

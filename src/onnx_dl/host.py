@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import installation, starting, surroundings
+from onnx_dl import starting
 from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.background import Background
@@ -34,6 +34,7 @@ from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
+from onnx_dl.system import installation, process_setup
 from onnx_dl.telling import Teller
 from onnx_dl.transport import failures
 from onnx_dl.transport import messages as m
@@ -206,7 +207,7 @@ class ModelHost:
 
     def _bring_up(self, this: _Start, deadline: Deadline) -> Connection:
         deadline.check("the host to start")
-        surroundings.fill_standard_streams()
+        process_setup.fill_standard_streams()
         _bury(*self._take())
         teller = Teller(self._bus)
         teller.start()  # first: where there is no thread for it, nothing is to be undone

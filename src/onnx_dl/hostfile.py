@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import msgspec
 from msgspec import Struct
 
-from onnx_dl import config, environment, smallfiles
+from onnx_dl import config, environment
 from onnx_dl.environment import Environment
 from onnx_dl.errors import ConfigError
 from onnx_dl.hosttables import (
@@ -31,6 +31,7 @@ from onnx_dl.hosttables import (
     shown,
 )
 from onnx_dl.model import ModelSpec, Warmup, specify
+from onnx_dl.system import small_files
 from onnx_dl.tomllines import line_of, too_deep
 
 MOST_BYTES: Final = 1 << 20
@@ -72,7 +73,7 @@ def read(path: str | os.PathLike[str]) -> HostFile:
     """
     file = os.path.abspath(path)
     try:
-        data = smallfiles.read(file, MOST_BYTES)
+        data = small_files.read(file, MOST_BYTES)
     except FileNotFoundError as error:
         raise ConfigError(f"{file} cannot be read: there is no such file.") from error
     except OSError as error:

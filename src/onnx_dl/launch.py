@@ -14,10 +14,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
-from onnx_dl import surroundings
 from onnx_dl.config import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.patchsettings import checked, parse_models
+from onnx_dl.system import process_setup
 
 HOOK: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hook")
 _OWN_FLAGS: Final = ("-h", "--help", "--lazy")
@@ -78,7 +78,7 @@ def prepare(
     if memory_limit is not None:
         # In the environment: the default host is made when it is first needed, in forked children anew.
         changed["ONNX_DL_MEMORY_LIMIT"] = str(parse_size(memory_limit))
-    orders = {"path": surroundings.search_path(), "patch": _checked(settings, patch)}
+    orders = {"path": process_setup.search_path(), "patch": _checked(settings, patch)}
     return Replacement(
         sys.executable, [sys.executable, *options, *command], hooked(changed, json.dumps(orders))
     )

@@ -18,13 +18,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from onnx_dl import installation
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Guard, importing
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.host import ModelHost
 from onnx_dl.patchsettings import checked
 from onnx_dl.session import InferenceSessionProxy
+from onnx_dl.system import installation
 
 logger = logging.getLogger("onnx_dl")
 

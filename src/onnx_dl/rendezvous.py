@@ -28,8 +28,8 @@ from typing import Annotated, Final
 import msgspec
 
 import onnx_dl
-from onnx_dl import smallfiles
 from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.system import small_files
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 USUAL: Final = "default"
@@ -135,7 +135,7 @@ class Place:
     def record(self) -> Record | None:
         """What the host wrote of itself; None: nothing yet, or nothing of use."""
         data = _content(self._record)
-        record = None if data is None else smallfiles.decoded(data, Record)
+        record = None if data is None else small_files.decoded(data, Record)
         # By hand, or by a copy, anything may stand in a file of any name.
         return record if record is not None and record.protocol == self.protocol else None
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import callbacks, config, installation, options, sources, values
+from onnx_dl import callbacks, config, options, sources, values
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
@@ -29,6 +29,7 @@ from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, r
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
 from onnx_dl.proxy import ModelProxy, bytes_of
+from onnx_dl.system import installation
 from onnx_dl.watch import Watch, not_begun
 
 _MISSING: Final = object()

@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import config, installation, options, recorded, surroundings
+from onnx_dl import config, options, recorded
 from onnx_dl.config import Allowances
 from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.model import ModelSpec, specify, working_directory
+from onnx_dl.system import installation, process_setup
 from onnx_dl.transport import blob, shm
 from onnx_dl.transport.live import LiveMemory
 
@@ -137,7 +138,7 @@ def _kept(digest: str, data: bytes) -> Callable[[], int]:
     """What makes descriptors of these bytes.  The caller may let go of them."""
     if not config.is_platform():  # the first use says so
         return functools.partial(shm.freeze, data)
-    surroundings.fill_standard_streams()
+    process_setup.fill_standard_streams()
     return blob.keep(digest, data).descriptor
 
 

@@ -21,14 +21,15 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import boot, census, config, frozen, surroundings
-from onnx_dl.boot import Launch
+from onnx_dl import census, config
 from onnx_dl.census import Sighting
 from onnx_dl.concurrency import forking, primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.system import boot, frozen, process_setup
+from onnx_dl.system.boot import Launch
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _LOOK_EVERY: Final = 0.01
@@ -204,7 +205,7 @@ def _start(
         "protocol": PROTOCOL_VERSION,
         "host": host,
         "firm": list(firm),
-        "application": (os.getpid(), surroundings.started_at(os.getpid())),
+        "application": (os.getpid(), process_setup.started_at(os.getpid())),
     }
     # A child that another thread forks meanwhile would keep our ends of its pipes: the supervisor would wait
     # for the end of its orders, or we for its failure, until that child ends.

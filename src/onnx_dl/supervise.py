@@ -6,10 +6,11 @@ import secrets
 
 import msgspec
 
-from onnx_dl import config, surroundings
+from onnx_dl import config
 from onnx_dl.errors import SupervisorError
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.supervisor.main import Orders, serve
+from onnx_dl.system import process_setup
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 
@@ -28,7 +29,7 @@ def supervise(name: str = USUAL, **settings: str | None) -> None:
             to be the next one.
     """
     config.check_platform()
-    surroundings.make_own()
+    process_setup.make_own()
     given = {field: value for field, value in settings.items() if value is not None}
     orders = Orders(
         address=config.fresh_address("host"),

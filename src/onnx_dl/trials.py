@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import boot, makers
+from onnx_dl import makers
 from onnx_dl.errors import SupervisorStartError
 from onnx_dl.host import ModelHost
+from onnx_dl.system import boot
 
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 

@@ -17,11 +17,11 @@ import traceback
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from onnx_dl import backlog
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Promise
 from onnx_dl.concurrency.threads import Thread
 from onnx_dl.errors import OnnxDLError
+from onnx_dl.system import backlog
 
 logger = logging.getLogger("onnx_dl.worker")
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl import SupervisorStartError, boot, frozen
+from onnx_dl import SupervisorStartError
+from onnx_dl.system import boot, frozen
 from tests.unit.test_layers import HEAVY, loaded_by
 
 
@@ -88,7 +89,7 @@ def test_an_interpreter_that_was_chosen_has_its_own_path_and_libraries(
 
 
 def ended(*argv: str, code: str) -> subprocess.CompletedProcess[str]:
-    head = "import sys; sys.frozen = True; from onnx_dl import boot; "
+    head = "import sys; sys.frozen = True; from onnx_dl.system import boot; "
     return subprocess.run(
         [sys.executable, "-c", head + code, *argv], capture_output=True, text=True, timeout=60, check=False
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl import builds
-from onnx_dl.builds import Build
+from onnx_dl.system import builds
+from onnx_dl.system.builds import Build
 
 PIP = "python -m pip"
 PLAIN, GPU, OTHER = "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"

@@ -45,7 +45,7 @@ ALLOWED = {
     "client": {"os.close"},
     "proxy": {"os.close"},
     "rendezvous": {"os.close"},
-    "surroundings": {"os.close"},
+    "system.process_setup": {"os.close"},
     "transport.arena": {"os.close"},
     "transport.gauges": {"os.close"},
     "transport.mappings": {"os.close"},

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from onnx_dl import DescriptorsExhausted, OnnxDLError, descriptors
+from onnx_dl import DescriptorsExhausted, OnnxDLError
+from onnx_dl.system import descriptor_limits
 
 
 def told_by(code: str) -> list[str]:
@@ -20,18 +21,18 @@ def told_by(code: str) -> list[str]:
 
 
 def test_free_counts_down() -> None:
-    before = descriptors.free()
+    before = descriptor_limits.free()
     fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(7)]
     try:
-        assert descriptors.free() == before - 7
+        assert descriptor_limits.free() == before - 7
     finally:
         for fd in fds:
             os.close(fd)
-    assert descriptors.free() == before
+    assert descriptor_limits.free() == before
 
 
 def test_counting_without_proc_tells_the_same() -> None:
-    code = "from onnx_dl import descriptors as d; print(d._open(), d._counted())"
+    code = "from onnx_dl.system import descriptor_limits as d; print(d._open(), d._counted())"
     assert len(set(told_by(code))) == 1
 
 
@@ -40,7 +41,7 @@ def test_counting_without_proc_tells_the_same() -> None:
 )
 def test_the_soft_limit_is_raised_to_the_hard_one(soft: int, hard: int, then: int) -> None:
     code = (
-        "import resource as r; from onnx_dl import descriptors as d; "
+        "import resource as r; from onnx_dl.system import descriptor_limits as d; "
         f"r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard})); d.raise_limit(); "
         "print(d.limit(), r.getrlimit(r.RLIMIT_NOFILE)[1])"
     )
@@ -48,9 +49,9 @@ def test_the_soft_limit_is_raised_to_the_hard_one(soft: int, hard: int, then: in
 
 
 def test_the_error_says_what_and_how_many() -> None:
-    error = descriptors.exhausted("A worker for m.onnx")
+    error = descriptor_limits.exhausted("A worker for m.onnx")
     assert str(error).startswith("A worker for m.onnx needs more file descriptors than process")
-    assert f"it may have {descriptors.limit()}." in str(error)
+    assert f"it may have {descriptor_limits.limit()}." in str(error)
     assert isinstance(error, OnnxDLError) and isinstance(error, OSError)
     assert error.errno == errno.EMFILE
     again = pickle.loads(pickle.dumps(error))

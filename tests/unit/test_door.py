@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl import descriptors
 from onnx_dl.config import fresh_address
+from onnx_dl.system import descriptor_limits
 from onnx_dl.transport.door import BRIEF, MOST_SILENT, PATIENCE, Door, Silence
 from onnx_dl.transport.sockets import Channel
 from tests.waiting import DEADLINE, eventually
@@ -151,7 +151,7 @@ def test_the_reserve_is_kept(rig: Rig) -> None:
     with descriptors_left(12):  # the door's own reserve is 8
         rig.door.spoken(time.monotonic())
         assert rig.turned_away and "more file descriptors than process" in rig.turned_away[0]
-        assert descriptors.free() >= 8
+        assert descriptor_limits.free() >= 8
     told = [bytes(answer[0]) for guest in guests if (answer := _heard(guest))]
     assert told == [b"no"] * len(rig.turned_away)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from onnx_dl.interpreters import Facts, candidates, is_python
+from onnx_dl.system.interpreters import Facts, candidates, is_python
 
 BASE = Facts("/usr/bin/python3.12", "/usr/bin/python3.12", "/usr", "/usr", "/usr", (3, 12))
 VENV = BASE._replace(executable="/v/bin/python", prefix="/v", exec_prefix="/v")
@@ -50,7 +50,7 @@ def test_names(path: str, leads_to: str | None, is_one: bool) -> None:
 
 
 def told(code: str) -> str:
-    head = "import sys; from onnx_dl import interpreters; "
+    head = "import sys; from onnx_dl.system import interpreters; "
     done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr
 

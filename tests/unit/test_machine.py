@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import machine
+from onnx_dl.system import resources
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -52,12 +52,12 @@ V1 = {"proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n1:name=systemd:/x\n"}
     ],
 )
 def test_what_the_group_allows(tmp_path: Path, files: dict[str, str], expected: int) -> None:
-    assert machine.processors(tree(tmp_path, files)) == expected
+    assert resources.processors(tree(tmp_path, files)) == expected
 
 
 @pytest.mark.skipif(HERE < 2, reason="needs two processors")
 def test_a_part_of_a_processor_counts_as_one(tmp_path: Path) -> None:
-    assert machine.processors(tree(tmp_path, V2 | {"sys/fs/cgroup/a/cpu.max": "110000 100000"})) == 2
+    assert resources.processors(tree(tmp_path, V2 | {"sys/fs/cgroup/a/cpu.max": "110000 100000"})) == 2
 
 
 @pytest.mark.skipif(HERE < 2, reason="needs two processors")
@@ -65,8 +65,8 @@ def test_affinity() -> None:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
-        assert machine.processors() == 1
-        assert machine.fewer_processors() == 1 or os.cpu_count() == 1
+        assert resources.processors() == 1
+        assert resources.fewer_processors() == 1 or os.cpu_count() == 1
     finally:
         os.sched_setaffinity(0, before)
 
@@ -91,11 +91,11 @@ MEMINFO = {"proc/meminfo": "MemTotal:       1000 kB\nMemFree: 5 kB\n"}
     ],
 )
 def test_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
-    assert machine.memory(tree(tmp_path, files)) == expected
+    assert resources.memory(tree(tmp_path, files)) == expected
 
 
 def test_memory_of_this_machine() -> None:
-    assert (machine.memory() or 0) > 64 << 20
+    assert (resources.memory() or 0) > 64 << 20
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_memory_of_this_machine() -> None:
     ],
 )
 def test_which_cgroups(tmp_path: Path, files: dict[str, str], version: int | None) -> None:
-    assert machine.cgroup_version(tree(tmp_path, files)) == version
+    assert resources.cgroup_version(tree(tmp_path, files)) == version
 
 
 def test_what_the_machine_has_whatever_groups_allow(tmp_path: Path) -> None:
     root = tree(tmp_path, MEMINFO | V2 | {"sys/fs/cgroup/a/b/memory.max": "5000\n"})
-    assert (machine.memory(root), machine.installed_memory(root)) == (5000, 1_024_000)
-    assert machine.installed_memory(tmp_path / "nothing") is None
+    assert (resources.memory(root), resources.installed_memory(root)) == (5000, 1_024_000)
+    assert resources.installed_memory(tmp_path / "nothing") is None

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import onnx_dl
-from onnx_dl import builds
+from onnx_dl.system import builds
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

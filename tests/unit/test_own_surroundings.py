@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import surroundings
+from onnx_dl.system import process_setup
 
 SAY = """
 import os, signal, sys
-from onnx_dl import surroundings
+from onnx_dl.system import process_setup as surroundings
 surroundings.make_own()
 say = os.fdopen(int(sys.argv[1]), "w")
 dispositions = {n.name: signal.getsignal(n) for n in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)}
@@ -70,7 +70,7 @@ def test_nohup_is_kept() -> None:
 
 def test_closed_streams_are_filled_and_nothing_else_is_touched() -> None:
     code = (
-        "import os; from onnx_dl import surroundings; os.close(0); os.close(2); "
+        "import os; from onnx_dl.system import process_setup as surroundings; os.close(0); os.close(2); "
         "surroundings.fill_standard_streams(); "
         "os.write(1, ' '.join([os.readlink(f'/proc/self/fd/{fd}') for fd in (0, 2)]).encode()); "
         "assert len(os.listdir('/proc/self/fd')) == 4"  # one is the listing's
@@ -85,7 +85,7 @@ def test_closed_streams_are_filled_and_nothing_else_is_touched() -> None:
 def test_the_search_path_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", "lib", "/usr/lib/../lib", Path("/opt/x"), None])
-    assert surroundings.search_path() == [str(tmp_path), str(tmp_path / "lib"), "/usr/lib", "/opt/x"]
+    assert process_setup.search_path() == [str(tmp_path), str(tmp_path / "lib"), "/usr/lib", "/opt/x"]
 
 
 def test_a_removed_folder_leads_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_removed_folder_leads_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.chdir(gone)
     gone.rmdir()
     monkeypatch.setattr(sys, "path", ["", "lib", "/usr/lib"])
-    assert surroundings.search_path() == ["/usr/lib"]
+    assert process_setup.search_path() == ["/usr/lib"]
     monkeypatch.chdir(tmp_path)
 
 
@@ -103,19 +103,19 @@ def test_a_removed_folder_leads_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_process_is_watched() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        started = surroundings.started_at(process.pid)
-        assert started is not None and started != surroundings.started_at(1)
-        fd = surroundings.watch(process.pid, started)
+        started = process_setup.started_at(process.pid)
+        assert started is not None and started != process_setup.started_at(1)
+        fd = process_setup.watch(process.pid, started)
         assert fd is not None
         assert not select.select([fd], [], [], 0)[0]
         process.send_signal(signal.SIGKILL)
         assert select.select([fd], [], [], 60)[0]
         os.close(fd)
     with pytest.raises(ProcessLookupError):
-        surroundings.watch(process.pid, started)
+        process_setup.watch(process.pid, started)
 
 
 def test_another_process_with_the_same_number_is_not_taken_for_it() -> None:
     with pytest.raises(ProcessLookupError):
-        surroundings.watch(os.getpid(), 1)
-    assert surroundings.started_at(2**22 + 1) is None
+        process_setup.watch(os.getpid(), 1)
+    assert process_setup.started_at(2**22 + 1) is None

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from onnx_dl.owned import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor
 
 
 def is_open(fd: int) -> bool:
@@ -97,7 +97,7 @@ def test_without_marks_the_files_identity_decides(monkeypatch: pytest.MonkeyPatc
         raise OSError
 
     with monkeypatch.context() as patch:
-        patch.setattr("onnx_dl.owned._get", refused)
+        patch.setattr("onnx_dl.system.owned_descriptors._get", refused)
         descriptor = Descriptor(opened("memfd"))
         assert descriptor.holds()
         number, other = descriptor.number, opened("memfd")

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl import PlatformError, procfs
+from onnx_dl import PlatformError
+from onnx_dl.system import procfs
 
 ASKED = """
 import os, sys, threading
-from onnx_dl import procfs
+from onnx_dl.system import procfs
 def gone(path):
     raise FileNotFoundError(path)
 if {blind}:

@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
+from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
-from onnx_dl.standing import Standing
 from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.transport import failures

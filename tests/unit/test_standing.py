@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from onnx_dl import standing
 from onnx_dl.concurrency.background import Background
+from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ProtocolError
-from onnx_dl.standing import Standing
+from onnx_dl.system import thread_attributes
 from onnx_dl.transport import messages as m
 
 NICE = os.getpriority(os.PRIO_PROCESS, 0)
@@ -20,28 +20,30 @@ def taken(by: Standing) -> Standing:
     """What a thread has that has taken this."""
 
     def work(_: object) -> Standing:
-        standing.take(by)
-        return standing.of_this_thread()
+        thread_attributes.take(by)
+        return thread_attributes.of_this_thread()
 
     return Background(work, "takes").wait(None, "the thread")
 
 
 def test_all_of_it() -> None:
-    mine = standing.of_this_thread()
+    mine = thread_attributes.of_this_thread()
     assert None not in (mine.processors, mine.nice, mine.policy, mine.umask)
     assert taken(mine) == mine
-    own = Standing(processors=standing._mask({min(os.sched_getaffinity(0))}), nice=NICE + 1, policy=3)
+    own = Standing(
+        processors=thread_attributes._mask({min(os.sched_getaffinity(0))}), nice=NICE + 1, policy=3
+    )
     assert taken(own) == Standing(processors=own.processors, nice=NICE + 1, policy=3, umask=mine.umask)
-    assert standing.of_this_thread() == mine
+    assert thread_attributes.of_this_thread() == mine
 
 
 @pytest.mark.parametrize("processors", [{0}, {7, 8}, {3, 64, 1023}])
 def test_processors_travel_as_bits(processors: set[int]) -> None:
-    assert set(standing._bits(standing._mask(processors))) == processors
+    assert set(thread_attributes._bits(thread_attributes._mask(processors))) == processors
 
 
 def test_what_cannot_be_stays() -> None:
-    mine = standing.of_this_thread()
+    mine = thread_attributes.of_this_thread()
     assert taken(Standing(processors=b"\0" * 1000 + b"\1", policy=200, priority=99)) == mine
     assert taken(Standing(processors=b"\0")) == mine
     assert taken(Standing()) == mine

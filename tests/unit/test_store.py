@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onnx_dl import installation
 from onnx_dl.config import Settings
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.store import Store
+from onnx_dl.system import installation
 from tests.unit.damage import damaged
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from onnx_dl import boot
 from onnx_dl.supervisor.main import _PR_SET_CHILD_SUBREAPER, _take_in_orphans
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.workerprocess import WorkerProcess
+from onnx_dl.system import boot
 from onnx_dl.transport.gauges import Reading
 from tests.waiting import DEADLINE, eventually
 

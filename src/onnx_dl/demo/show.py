@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import boot, installation
 from onnx_dl.console.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
 from onnx_dl.demo.memory import Reading, Recorder
@@ -22,6 +21,7 @@ from onnx_dl.demo.work import Outcome, churn, predict
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.host import ModelHost
 from onnx_dl.session import InferenceSessionProxy
+from onnx_dl.system import boot, installation
 
 TTLS: Final = {"digits": -1.0, "wine": 2.0, "diabetes": 0.0, "large": 2.0}
 _DEADLINE: Final = 30.0

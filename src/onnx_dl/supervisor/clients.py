@@ -12,10 +12,10 @@ import os
 from collections.abc import Callable, Container, Iterator
 from typing import Final
 
-from onnx_dl import descriptors
 from onnx_dl.errors import ProtocolError
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.process import RESERVE
+from onnx_dl.system import descriptor_limits
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.door import Door
@@ -49,7 +49,7 @@ class Client:
     def keep_blob(self, number: int, name: str, fd: int) -> None:
         """Kept until the client drops it or is gone."""
         self.drop_blob(number)
-        if descriptors.free() < RESERVE:
+        if descriptor_limits.free() < RESERVE:
             self.is_short = True
             os.close(fd)
         else:
@@ -191,8 +191,8 @@ class Clients:
             return "another client has this name"
         if client.pid and sum(other.pid == client.pid for other in self._clients) > _MOST:
             return f"process {client.pid} has {_MOST} connections already"
-        if descriptors.free() < _COST + RESERVE:
-            return str(descriptors.exhausted("A client"))
+        if descriptor_limits.free() < _COST + RESERVE:
+            return str(descriptor_limits.exhausted("A client"))
         return None
 
 

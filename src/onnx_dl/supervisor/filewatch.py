@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from onnx_dl import smallfiles
+from onnx_dl.system import small_files
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 # From <sys/inotify.h>.  Of a file that is written only the end counts: what is half written is not looked at.
@@ -87,7 +87,7 @@ class FileWatch:
 
     def _read(self) -> bytes | None:
         try:
-            return smallfiles.head(self._path, _MOST_BYTES)
+            return small_files.head(self._path, _MOST_BYTES)
         except OSError:
             return None
 

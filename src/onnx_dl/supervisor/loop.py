@@ -18,13 +18,13 @@ import time
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from onnx_dl import census, descriptors, installation, machine, procfs
+from onnx_dl import census
 from onnx_dl.config import Settings
+from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.rendezvous import Place
-from onnx_dl.standing import Standing
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
 from onnx_dl.supervisor.clients import Client, Clients
@@ -53,6 +53,7 @@ from onnx_dl.supervisor.scheduler import Scheduler
 from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.supervisor.wakeups import Wakeups
 from onnx_dl.supervisor.workerprocess import MOST_BLOBS, Birth, WorkerProcess
+from onnx_dl.system import descriptor_limits, installation, procfs, resources
 from onnx_dl.transport import failures, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
@@ -106,7 +107,7 @@ class Supervisor:
         self._returns = False
         epoch = time.time() - time.monotonic()
         self._store = store.of(settings)
-        self._scheduler = Scheduler(settings, epoch, machine.memory(), self._store, self._store.is_saved)
+        self._scheduler = Scheduler(settings, epoch, resources.memory(), self._store, self._store.is_saved)
         self._control = Router(f"{address}/control", RESERVE // 2, self._is_expected)
         processes.attach(f"{address}/control", self)
         self._clients = Clients(f"{address}/lifeline", self._greet, self._client_gone)
@@ -572,7 +573,7 @@ class Supervisor:
             DescriptorsExhausted: the client gave memory that could not be kept.
         """
         if client.is_short and not self._clients.blobs().keys() >= set(ask.spec.blobs):
-            raise descriptors.exhausted(f"The memory that {ask.spec.name} is loaded from")
+            raise descriptor_limits.exhausted(f"The memory that {ask.spec.name} is loaded from")
 
     def _prepare(self, ask: m.Acquire, now: float) -> None:
         """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
@@ -681,7 +682,7 @@ def _exhausted(error: OSError) -> Exception:
     if isinstance(error, OnnxDLError):
         return error
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return descriptors.exhausted("A worker process")
+        return descriptor_limits.exhausted("A worker process")
     return WorkerDied(f"No worker process could be started: {error}.")
 
 

@@ -18,13 +18,14 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import boot, census, frozen, surroundings
+from onnx_dl import census
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.relay import Relay
+from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.transport import shm
 from onnx_dl.transport.messages import PROTOCOL_VERSION
 
@@ -66,7 +67,7 @@ def main(at_home: bool = False) -> None:
 
     ``at_home``: this is a shared host's process that needs not go into the background any more.
     """
-    surroundings.make_own()
+    process_setup.make_own()
     said = sys.stdin.buffer.read()
     if not said:  # the application ended before it could say what it wants
         return
@@ -147,7 +148,7 @@ def _application(orders: Orders) -> int | None:
     """
     if orders.host is not None or orders.application is None:
         return None
-    return surroundings.watch(*orders.application)
+    return process_setup.watch(*orders.application)
 
 
 def _tell(starter: Starter, text: str) -> None:
@@ -173,7 +174,7 @@ def _go_into_background(orders: bytes) -> None:
 
 def _detach() -> None:
     """Lets go of the application's stdin and directory."""
-    null = surroundings.nothing()
+    null = process_setup.nothing()
     os.dup2(null, 0)
     os.close(null)
     os.chdir("/")

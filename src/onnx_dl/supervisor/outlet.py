@@ -10,7 +10,7 @@ import collections
 import io
 import threading
 
-from onnx_dl import backlog
+from onnx_dl.system import backlog
 
 
 class Outlet(io.TextIOBase):

@@ -15,12 +15,12 @@ from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from onnx_dl import descriptors
 from onnx_dl.environment import Environment
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
 from onnx_dl.supervisor.workerprocess import COST, Birth, WorkerProcess
+from onnx_dl.system import descriptor_limits
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
@@ -116,8 +116,8 @@ class Processes:
             OSError: the system has none left, or no memory.
         """
         owed = sum(process.owed for process in self._processes.values())
-        if descriptors.free() - owed < COST + len(blobs) + RESERVE:
-            raise descriptors.exhausted("A worker process")
+        if descriptor_limits.free() - owed < COST + len(blobs) + RESERVE:
+            raise descriptor_limits.exhausted("A worker process")
         self._processes[worker_id] = process = WorkerProcess(worker_id, identity, blobs, birth)
         self._pending.append(process)
         self._dispatch()

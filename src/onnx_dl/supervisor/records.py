@@ -8,9 +8,9 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from onnx_dl.config import KEEP
+from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
-from onnx_dl.standing import Standing
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 from onnx_dl.supervisor.room import Plan

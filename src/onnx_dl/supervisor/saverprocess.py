@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import boot
+from onnx_dl.system import boot
 from onnx_dl.transport import shm
 
 _PROCESS_MRELEASE: Final = 448

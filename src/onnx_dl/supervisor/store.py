@@ -18,9 +18,10 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config, installation, smallfiles
+from onnx_dl import config
 from onnx_dl.config import Settings
 from onnx_dl.supervisor.needs import Need
+from onnx_dl.system import installation, small_files
 
 _MOST: Final = 4096
 """Models; beyond that, what was not told of for longest goes."""
@@ -66,7 +67,7 @@ class Store:
 
     def _read(self) -> dict[str, Need]:
         try:
-            data = b"" if self._path is None else smallfiles.read(self._path, _MOST_BYTES)
+            data = b"" if self._path is None else small_files.read(self._path, _MOST_BYTES)
         except OSError:
             return {}
         return dict(_entries(data, time.time() + _DAY))
@@ -93,16 +94,16 @@ def _encode(found: list[tuple[str, Need]]) -> bytes:
 def _entries(data: bytes, latest: float) -> Iterator[tuple[str, Need]]:
     """What is whole.  ``latest``: what claims to be of later than that would stay for ever, and is old."""
     for key, raw in _split(data):
-        if (need := smallfiles.decoded(raw, Need)) is not None:
+        if (need := small_files.decoded(raw, Need)) is not None:
             yield key, need if need.at <= latest else msgspec.structs.replace(need, at=0.0)
 
 
 def _split(data: bytes) -> Iterator[tuple[str, msgspec.Raw]]:
     """The entries, of single lines if the whole is damaged."""
-    whole = smallfiles.decoded(data, dict[str, msgspec.Raw])
+    whole = small_files.decoded(data, dict[str, msgspec.Raw])
     lines = [data] if whole is not None else (b"{%b}" % line.strip(b", \r") for line in data.split(b"\n"))
     for part in lines:
-        yield from (smallfiles.decoded(part, dict[str, msgspec.Raw]) or {}).items()
+        yield from (small_files.decoded(part, dict[str, msgspec.Raw]) or {}).items()
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -13,9 +13,9 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Final
 
-from onnx_dl import boot
 from onnx_dl.concurrency import spawning
 from onnx_dl.supervisor.workerprocess import WorkerProcess
+from onnx_dl.system import boot
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from onnx_dl.concurrency import primitives, waits
-from onnx_dl.owned import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport.patience import Patience
 
 _GONE: Final = 1 << 32

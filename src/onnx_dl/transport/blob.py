@@ -12,9 +12,9 @@ import os
 import weakref
 from typing import Final
 
-from onnx_dl import descriptors
 from onnx_dl.errors import SharedMemoryError
-from onnx_dl.owned import Descriptor
+from onnx_dl.system import descriptor_limits
+from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport import shm
 
 
@@ -50,7 +50,7 @@ class Blob:
         try:
             fd = self._descriptor.duplicate()
         except OSError:
-            raise descriptors.exhausted(_WHAT) from None
+            raise descriptor_limits.exhausted(_WHAT) from None
         return self._renewed() if fd is None else fd
 
     def _renewed(self) -> int:
@@ -104,4 +104,4 @@ def _frozen(data: bytes | memoryview) -> int:
     except SharedMemoryError:
         raise
     except OSError:
-        raise descriptors.exhausted(_WHAT) from None
+        raise descriptor_limits.exhausted(_WHAT) from None

@@ -14,7 +14,7 @@ import zmq
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.owned import keep_for_ever
+from onnx_dl.system.owned_descriptors import keep_for_ever
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.bell import CallerBell, WorkerBell

@@ -13,7 +13,7 @@ from typing import Final
 
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.owned import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport import sockets, zmtp
 from onnx_dl.transport.face import Face
 

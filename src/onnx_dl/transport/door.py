@@ -13,7 +13,7 @@ import select
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from onnx_dl import descriptors, surroundings
+from onnx_dl.system import descriptor_limits, process_setup
 from onnx_dl.transport.sockets import Channel, Listener, close_all
 
 PATIENCE: Final = 10.0
@@ -83,7 +83,7 @@ class Door:
         self._listener = Listener(address)
         self._reserve = reserve
         self._turn_away = turn_away
-        self._spare: int | None = surroundings.nothing()
+        self._spare: int | None = process_setup.nothing()
         """Given up for a moment when there is no other to accept with: who knocks would knock for ever."""
         self._silence = Silence()
         self._channels: dict[int, Channel] = {}
@@ -137,14 +137,14 @@ class Door:
         while count < _BATCH and (channel := self._listener.accept()) is not None:
             count += 1
             self._let_in(channel, now)
-        if not count and not descriptors.free():
+        if not count and not descriptor_limits.free():
             self._accept_with_the_spare()
         return bool(count)
 
     def _let_in(self, channel: Channel, now: float) -> None:
-        if descriptors.free() < self._reserve and (oldest := self._silence.oldest()) is not None:
+        if descriptor_limits.free() < self._reserve and (oldest := self._silence.oldest()) is not None:
             self._dismiss(self._release(oldest))  # who says nothing makes way
-        if descriptors.free() < self._reserve:
+        if descriptor_limits.free() < self._reserve:
             self._dismiss(channel)
             return
         fd = channel.fileno()
@@ -158,7 +158,7 @@ class Door:
             if (said := channel.receive(0)) is not None:
                 close_all(said[1])
         with contextlib.suppress(OSError):
-            self._turn_away(channel, str(descriptors.exhausted("A connection")))
+            self._turn_away(channel, str(descriptor_limits.exhausted("A connection")))
         channel.close()
 
     def _accept_with_the_spare(self) -> None:
@@ -168,4 +168,4 @@ class Door:
         if (channel := self._listener.accept()) is not None:
             self._dismiss(channel)
         with contextlib.suppress(OSError):  # the next time there may be one
-            self._spare = surroundings.nothing()
+            self._spare = process_setup.nothing()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Face(primitives.socket):
-    """Python's functions for a socket that a :class:`~onnx_dl.owned.Descriptor` closes.  Where the garbage
+    """Python's functions for a socket that a :class:`~onnx_dl.system.owned_descriptors.Descriptor` closes.  Where the garbage
     collector finds both in one cycle, Python would warn of a socket that nobody closed."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.owned import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Arena, Block

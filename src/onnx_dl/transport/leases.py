@@ -17,7 +17,7 @@ import weakref
 from typing import Any, Final, NamedTuple
 
 from onnx_dl.concurrency import primitives
-from onnx_dl.owned import keep_for_ever
+from onnx_dl.system.owned_descriptors import keep_for_ever
 
 _PATIENCE: Final = 10.0
 """Seconds that a parent waits for a child to copy; what it has not copied by then is kept for ever."""

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.errors import ProtocolError
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup, to_plain
-from onnx_dl.standing import Standing
 
 PROTOCOL_VERSION = 5
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from onnx_dl import descriptors, surroundings
 from onnx_dl.errors import ProtocolError
+from onnx_dl.system import descriptor_limits, process_setup
 from onnx_dl.transport import zmtp
 from onnx_dl.transport.door import Silence
 from onnx_dl.transport.sockets import BACKLOG, is_ours
@@ -89,7 +89,7 @@ class Router:
         self._listener.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
-        self._spare: int | None = surroundings.nothing()
+        self._spare: int | None = process_setup.nothing()
         """Given up for a moment to accept, and send away, when there is no other descriptor."""
         self._peers: dict[int, _Peer] = {}
         self._by_name: dict[bytes, _Peer] = {}
@@ -198,14 +198,14 @@ class Router:
         while count < _BATCH and (sock := self._accepted()) is not None:
             count += 1
             self._let_in(sock, now)
-        if not count and not descriptors.free() and self._spare is not None:
+        if not count and not descriptor_limits.free() and self._spare is not None:
             os.close(self._spare)
             self._spare = None
             if (sock := self._accepted()) is not None:
                 sock.close()
         if self._spare is None:
             with contextlib.suppress(OSError):
-                self._spare = surroundings.nothing()
+                self._spare = process_setup.nothing()
 
     def _accepted(self) -> socket.socket | None:
         try:
@@ -214,10 +214,10 @@ class Router:
             return None
 
     def _let_in(self, sock: socket.socket, now: float) -> None:
-        if descriptors.free() < self._reserve and (oldest := self._silence.oldest()) is not None:
+        if descriptor_limits.free() < self._reserve and (oldest := self._silence.oldest()) is not None:
             self._drop(self._peers[oldest])  # who says nothing makes way
         pid = is_ours(sock)
-        if pid is None or descriptors.free() < self._reserve:
+        if pid is None or descriptor_limits.free() < self._reserve:
             sock.close()
             return
         sock.setblocking(False)

@@ -20,7 +20,7 @@ import weakref
 from typing import Final, Protocol
 
 from onnx_dl.errors import SharedMemoryError
-from onnx_dl.owned import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor
 
 _PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _SHARED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE

@@ -19,11 +19,11 @@ from typing import Final
 
 import zmq
 
-from onnx_dl import descriptors
 from onnx_dl.concurrency import primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.owned import Descriptor
+from onnx_dl.system import descriptor_limits
+from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport.face import Face
 
 LONGEST: Final = 64 << 10
@@ -334,8 +334,8 @@ def context() -> Context:
 def check_descriptors(what: str) -> None:
     """Raises where there are too few: libzmq ends the process where it finds none, in ``epoll_create`` and in
     ``accept``; a connection that lacks one half way says less of why."""
-    if descriptors.free() < _ZMQ_NEEDS:
-        raise descriptors.exhausted(what)
+    if descriptor_limits.free() < _ZMQ_NEEDS:
+        raise descriptor_limits.exhausted(what)
 
 
 def _socket(ctx: Context, kind: int) -> Socket:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from onnx_dl import procfs
 from onnx_dl.errors import ProtocolError
+from onnx_dl.system import procfs
 from onnx_dl.transport import mappings, packing, sockets
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block

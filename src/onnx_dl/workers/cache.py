@@ -22,8 +22,9 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config, smallfiles
+from onnx_dl import config
 from onnx_dl.model import ModelDescription
+from onnx_dl.system import small_files
 
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.bin"
@@ -185,7 +186,7 @@ class Cache:
 
     def _read(self, path: Path) -> Entry | None:
         try:
-            meta = open_meta(smallfiles.read(path / _META, _MOST_BYTES))
+            meta = open_meta(small_files.read(path / _META, _MOST_BYTES))
             used = path.stat().st_mtime
         except (OSError, ValueError):
             return None
@@ -231,10 +232,10 @@ def open_meta(data: bytes) -> Meta:
     Raises:
         ValueError: it is not that any more.
     """
-    sealed = smallfiles.decoded(data, _Sealed)
+    sealed = small_files.decoded(data, _Sealed)
     if sealed is None or zlib.crc32(sealed.meta) != sealed.crc:
         raise ValueError("it is no JSON, or its checksum is another")
-    meta = smallfiles.decoded(sealed.meta, Meta)
+    meta = small_files.decoded(sealed.meta, Meta)
     if meta is None:
         raise ValueError("it is of another version")
     return meta
@@ -285,7 +286,7 @@ def _is_own(name: str, found: os.stat_result) -> bool:
 
 def _holds(path: Path, data: bytes) -> bool:
     with contextlib.suppress(OSError):
-        return smallfiles.read(path, len(data)) == data
+        return small_files.read(path, len(data)) == data
     return False
 
 

@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Callable
 
-from onnx_dl import procfs
+from onnx_dl.system import procfs
 
 _trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """glibc's; other C libraries have none."""

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import onnxruntime
 
-from onnx_dl import machine, recorded, remarks
+from onnx_dl import recorded, remarks
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.options import as_given, make_providers, make_session_options, read_session_options
+from onnx_dl.system import resources
 from onnx_dl.transport import live
 
 META_FIELDS: Final = (
@@ -110,7 +111,7 @@ def _options(spec: ModelSpec, memory: Any) -> tuple[Any, list[Any]]:
 def _with_share(options: Any) -> tuple[Any, bool]:
     """Threads for as many processors as this process may use, where the caller left that to onnxruntime,
     which looks at the machine only.  Whether there was something to say."""
-    count = machine.fewer_processors()
+    count = resources.fewer_processors()
     if count is None or (options is not None and options.intra_op_num_threads):
         return options, False
     options = onnxruntime.SessionOptions() if options is None else options

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from onnx_dl import config, files, recorder, surroundings
+from onnx_dl import config, files, recorder
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl.system import process_setup
+from onnx_dl.system.prctl import die_with_parent
 from onnx_dl.transport import shm
 from onnx_dl.workers import cache, cacheable
-from onnx_dl.workers.kin import die_with_parent
 
 if TYPE_CHECKING:
     from onnx_dl.workers.ort_session import Opened
@@ -72,7 +73,7 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
         supervisor: process id of the parent.
         memory: bytes that this may take.
     """
-    surroundings.make_own()
+    process_setup.make_own()
     die_with_parent(supervisor)
     recorder.remove()
     _keep_out_of_the_way()
@@ -91,7 +92,7 @@ def _keep_out_of_the_way() -> None:
     """Runs when nobody else wants to, and is the first to go when memory is short."""
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    surroundings.go_first(_OOM_SCORE)
+    process_setup.go_first(_OOM_SCORE)
 
 
 def _save(order: Order, blob: int, memory: int) -> None:

@@ -25,16 +25,17 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from onnx_dl import boot, frozen, procfs, recorder, standing, surroundings
+from onnx_dl import recorder
 from onnx_dl.concurrency import spawning
 from onnx_dl.environment import NOTHING
 from onnx_dl.errors import ProcessesExhausted
+from onnx_dl.system import boot, frozen, process_setup, procfs, thread_attributes
+from onnx_dl.system.prctl import die_with_parent, name_process
 from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers import memory
-from onnx_dl.workers.kin import die_with_parent, name_process
 from onnx_dl.workers.loop import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
@@ -134,7 +135,7 @@ class Template:
         try:
             self._channel.close()
             if spawn.standing is not None:
-                standing.take(spawn.standing)  # before there is another thread
+                thread_attributes.take(spawn.standing)  # before there is another thread
             if spawn.environment or (spawn.pristine and self._used):
                 self._begin_anew(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
@@ -142,7 +143,7 @@ class Template:
             os.close(stderr)
             faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
             name_process(f"onnx-dl:{spawn.worker_id}")
-            surroundings.go_first(_OOM_SCORE)
+            process_setup.go_first(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except ProcessesExhausted as error:  # before it could say so to the supervisor
@@ -199,7 +200,7 @@ def _warm_up() -> None:
 
 def main(channel_fd: int, mode: str) -> NoReturn:
     """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
-    surroundings.make_own()
+    process_setup.make_own()
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's

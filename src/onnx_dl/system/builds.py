@@ -1,6 +1,6 @@
 """Which builds of onnxruntime are beside each other, and which command mends that.
 
-Pure: what is installed is :mod:`onnx_dl.installation`'s to find.  All builds (onnxruntime, onnxruntime-gpu
+Pure: what is installed is :mod:`onnx_dl.system.installation`'s to find.  All builds (onnxruntime, onnxruntime-gpu
 and others) write into one folder.  The one that was written last is live; uninstalling any of them takes
 files of the others along.  pip finds nothing wrong with either.
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
-from onnx_dl import frozen, interpreters, surroundings
+from onnx_dl.system import frozen, interpreters, process_setup
 
 MARKER: Final = "--onnx-dl-process"
 
@@ -33,7 +33,7 @@ _BOOT: Final = (
     "import json, sys; path, version = json.loads(sys.argv[1]); "
     "path is None or version == [*sys.version_info[:2]] or sys.exit('onnx-dl: ' + sys.executable + "
     "' is not of the Python version of the application: set ONNX_DL_PYTHON to the path of one that is'); "
-    "sys.path[:] = path or sys.path; from onnx_dl.boot import enter; enter(*sys.argv[2:])"
+    "sys.path[:] = path or sys.path; from onnx_dl.system.boot import enter; enter(*sys.argv[2:])"
 )
 
 _entered = False
@@ -73,7 +73,7 @@ def launch(
         program = frozen.program(missed=not _entered and _call() is not None)
         return Launch(program, [program, MARKER, *call], frozen.environment(given, own_folder=own_folder))
     # The search path of a frozen program leads into the program; another interpreter has its own.
-    path = None if frozen.is_frozen() else surroundings.search_path()
+    path = None if frozen.is_frozen() else process_setup.search_path()
     program = python or (sys.executable if _entered else interpreters.find())
     # -P: a file named json.py in the current directory is not ours to import.
     argv = [program, "-P", "-c", _BOOT, json.dumps([path, sys.version_info[:2]]), *call]

@@ -1,6 +1,6 @@
 """Whether onnxruntime is installed, new enough, and whole.
 
-Finds what is there without importing it; what is to be thought of it is :mod:`onnx_dl.builds`'s.
+Finds what is there without importing it; what is to be thought of it is :mod:`onnx_dl.system.builds`'s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import builds
-from onnx_dl.builds import Build
 from onnx_dl.errors import InstallationError
+from onnx_dl.system import builds
+from onnx_dl.system.builds import Build
 
 _METADATA: Final = re.compile(r"(onnxruntime|ort_nightly).*\.(dist|egg)-info", re.IGNORECASE)
 _OF_LIVE: Final = Path("capi", "build_and_package_info.py")

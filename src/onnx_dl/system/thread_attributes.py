@@ -13,36 +13,16 @@ import os
 from _thread import get_native_id
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import Final, TypeVar
 
-import msgspec
-from msgspec import Meta
+from onnx_dl.core.thread_attributes import Standing
 
 _RESETS: Final = 0x40000000
 """SCHED_RESET_ON_FORK: whom the thread starts has the usual policy."""
-Mask = Annotated[bytes, Meta(max_length=1024)]
-Nice = Annotated[int, Meta(ge=-20, le=19)]
-Policy = Annotated[int, Meta(ge=0, le=255)]
-Priority = Annotated[int, Meta(ge=0, le=99)]
-Mode = Annotated[int, Meta(ge=0, le=0o777)]
 
 _T = TypeVar("_T")
 
 _STATUS: Final = Path("/proc/thread-self/status")
-
-
-class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one thread.  None: it is not known, and what the worker has stays.
-
-    ``processors``: those that it may run on, as a little-endian mask of bits; ``policy`` and ``priority``: of
-    the scheduler, such as SCHED_BATCH and 0.
-    """
-
-    processors: Mask | None = None
-    nice: Nice | None = None
-    policy: Policy | None = None
-    priority: Priority = 0
-    umask: Mode | None = None
 
 
 _asker: Final[contextvars.ContextVar[int]] = contextvars.ContextVar("asker", default=0)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import descriptors
+from onnx_dl.system import descriptor_limits
 
 _KEPT: Final = {signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ}
 """Signals that stay ignored where they are: by nohup, and by Python itself."""
@@ -25,7 +25,7 @@ def make_own() -> None:
     fill_standard_streams()
     _open_streams()
     _reset_signals()
-    descriptors.raise_limit()
+    descriptor_limits.raise_limit()
 
 
 def fill_standard_streams() -> None:

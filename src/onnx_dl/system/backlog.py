@@ -11,8 +11,8 @@ import os
 import select
 from typing import Final
 
-from onnx_dl import owned
 from onnx_dl.concurrency import waits
+from onnx_dl.system import owned_descriptors
 
 MOST: Final = 1 << 20
 """Bytes that wait to be written; more is dropped, and said so."""
@@ -27,7 +27,7 @@ def write(fd: int, data: bytes) -> None:
     """All of it, or nothing more once nobody is there to read it.  Nothing into a descriptor of ours: the
     program may have closed what had this number before."""
     with contextlib.suppress(OSError, ValueError):
-        while data and not owned.is_ours(fd):
+        while data and not owned_descriptors.is_ours(fd):
             try:
                 data = data[os.write(fd, data) :]
             except BlockingIOError:  # the program has made it so, also for whoever inherited it
