@@ -16,7 +16,8 @@ import onnxruntime
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as C
 
-from onnx_dl import InferenceSessionProxy, ModelHost, binding, errors, options, recorder, values
+from onnx_dl import InferenceSessionProxy, ModelHost, binding, errors
+from onnx_dl.ort import options, ortvalues, recorder
 from tests.contract import both
 from tests.contract.both import CPU, ones, ortvalue
 
@@ -208,12 +209,12 @@ def test_sparse_values_of_other_formats() -> None:
     shape, index, rows = np.array([2, 2]), np.array([1]), np.array([0, 1, 1])
     given = C.SparseTensor.sparse_csr_from_numpy(shape, ones(1), index, rows, device)
     wrapped = onnxruntime.OrtValue(C.OrtValue.ort_value_from_sparse_tensor(given))
-    parts = values.take_apart(wrapped)
+    parts = ortvalues.take_apart(wrapped)
     assert parts is not None
     sparse = parts.items[0].items[0]
     assert sparse.kind == "csr"
-    made = values.put_together(sparse.kind, sparse.items, copy=True)
-    again = values.take_apart(made)
+    made = ortvalues.put_together(sparse.kind, sparse.items, copy=True)
+    again = ortvalues.take_apart(made)
     assert again is not None and made.format == given.format
     for ours, theirs in zip(again.items, sparse.items, strict=True):
         assert np.array_equal(ours, theirs)

@@ -177,7 +177,7 @@ def test_values_are_made_all_the_same(tmp_path: Path) -> None:
     """Some take a small session in this process, which must not have threads of its own then."""
     code = """
 onnxruntime.set_global_thread_pool_sizes(2, 1)
-from onnx_dl import makers
+from onnx_dl.ort import onnx_builder as makers
 made = makers.sequence("seq(tensor(float))", [np.ones(1, np.float32)])
 print(makers.absent().has_value(), makers.read(made))
 """

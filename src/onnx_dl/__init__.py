@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from onnx_dl import recorder
+from onnx_dl.ort import recorder
 
 if TYPE_CHECKING:
     from onnx_dl.errors import (

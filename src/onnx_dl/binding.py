@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from onnx_dl import makers, values
 from onnx_dl.errors import OnnxDLError
+from onnx_dl.ort import onnx_builder, ortvalues
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
@@ -36,7 +36,7 @@ class _Output:
         self.number = number
         self.value = value
         self.owner = owner
-        self.array = None if value is None else values.as_array(value, owner)
+        self.array = None if value is None else ortvalues.as_array(value, owner)
 
 
 class IOBinding:
@@ -110,7 +110,7 @@ class IOBinding:
     @staticmethod
     def _live(value: Any, owner: object) -> Any:
         """A native OrtValue as an array in the same memory, where numpy has such arrays."""
-        array = values.as_array(value, owner)
+        array = ortvalues.as_array(value, owner)
         return value if array is None else array
 
     def _check_owner(self, ortvalue: Any) -> None:
@@ -204,7 +204,8 @@ class IOBinding:
 
     def _results(self) -> list[Any]:
         return [
-            makers.nothing() if output.value is None else output.value for output in self._outputs.values()
+            onnx_builder.nothing() if output.value is None else output.value
+            for output in self._outputs.values()
         ]
 
     # --- a run --------------------------------------------------------------------------------------------
@@ -217,10 +218,10 @@ class IOBinding:
         onnxruntime = importlib.import_module("onnxruntime")
         _check_device(device_type, device_id)
         if _is_text(element_type):
-            return makers.text(np.full(list(shape), "", object))
+            return onnx_builder.text(np.full(list(shape), "", object))
         number, nbytes = _element(onnxruntime, element_type, shape)
-        lies_there = values.bytes_at(address, nbytes)
-        return values.put_together("dense", [number, list(shape), lies_there], copy=False)
+        lies_there = ortvalues.bytes_at(address, nbytes)
+        return ortvalues.put_together("dense", [number, list(shape), lies_there], copy=False)
 
     def _run_plainly(self, run: Callable[[list[str], dict[str, Any]], list[Any]]) -> bool:
         """Runs the way of ``run()``, which is faster; false if that did not do: run the other way, which
@@ -237,8 +238,8 @@ class IOBinding:
             return False
         for output, result in zip(self._outputs.values(), results, strict=True):
             if output.array is None:
-                output.value = values.from_array(result)
-                output.array = values.as_array(output.value, output.value)
+                output.value = ortvalues.from_array(result)
+                output.array = ortvalues.as_array(output.value, output.value)
             else:
                 output.array[...] = result
         return True
@@ -251,8 +252,8 @@ class IOBinding:
         return bool(
             self._outputs
             and all(type(value) is np.ndarray for value in self._inputs.values())
-            and all(taken.get(name) in values.NUMERIC for name in self._inputs)
-            and all(given.get(name) in values.NUMERIC and name not in taken for name in self._outputs)
+            and all(taken.get(name) in ortvalues.NUMERIC for name in self._inputs)
+            and all(given.get(name) in ortvalues.NUMERIC and name not in taken for name in self._outputs)
         )
 
     def _place(self, name: str, value: Any) -> list[Any] | None:
@@ -336,7 +337,7 @@ def place_of(value: Any) -> list[Any] | None:
 
 
 def _python(value: Any) -> Any:
-    parts = values.take_apart(value)
+    parts = ortvalues.take_apart(value)
     if parts is None or parts.kind == "absent":
         return None
     if parts.kind == "dense":

@@ -12,7 +12,7 @@ from onnx_dl.client import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.model import ModelDescription
 from onnx_dl.native import NativeSession
-from onnx_dl.nodes import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
+from onnx_dl.ort.metadata import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
 from onnx_dl.proxy import ModelProxy
 
 

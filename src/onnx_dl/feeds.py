@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from onnx_dl.nodes import NodeArg
+from onnx_dl.ort.metadata import NodeArg
 from onnx_dl.transport import packing
 from onnx_dl.transport.plans import are_text
 from onnx_dl.transport.tensors import is_plain

@@ -97,7 +97,7 @@ class SessionTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = {}
 
     def plain(self) -> dict[str, Any]:
-        """What is given, as :func:`onnx_dl.options.make_session_options` takes it."""
+        """What is given, as :func:`onnx_dl.ort.options.make_session_options` takes it."""
         given = {name: getattr(self, name) for name in self.__struct_fields__}
         return {
             name: value.name if isinstance(value, enum.Enum) else value

@@ -28,9 +28,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``path`` is as the user gave it, relative to ``cwd``; ``blob`` is the SHA-256 of a model given as bytes.
     Exactly one of the two is set.  ``engine`` is the module in :mod:`onnx_dl.workers` that runs it.
-    ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.options` makes of
+    ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.ort.options` makes of
     onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
-    ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.recorder`).  A worker that has more
+    ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.ort.recorder`).  A worker that has more
     than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced; one that has more
     than ``max_memory_hard`` during a call ends itself.  Models of the same ``group`` have one worker, whose
     own spec (:func:`group_spec`) has them as ``members``.  The worker has the ``environment`` from its start.

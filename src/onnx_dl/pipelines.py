@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnx_dl.errors import ConfigError
-from onnx_dl.nodes import NodeArg
+from onnx_dl.ort.metadata import NodeArg
 from onnx_dl.session import InferenceSessionProxy
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import callbacks, config, options, sources, values
+from onnx_dl import callbacks, config, sources
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import Kept, Lease
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
@@ -28,6 +28,7 @@ from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelSpec
+from onnx_dl.ort import options, ortvalues
 from onnx_dl.proxy import ModelProxy, bytes_of
 from onnx_dl.system import installation
 from onnx_dl.watch import Watch, not_begun
@@ -295,10 +296,10 @@ class InferenceSessionProxy(DescribedProxy):
             return None
         types = {node.name: node.type for node in self.get_outputs()}
         wanted = list(types) if names is None else names
-        arrays = {name: values.as_array(value, feed[name]) for name, value in native.items()}
+        arrays = {name: ortvalues.as_array(value, feed[name]) for name, value in native.items()}
         if any(array is None for array in arrays.values()) or len(set(wanted)) != len(wanted):
             return None
-        if not all(types.get(name) in values.NUMERIC for name in wanted):
+        if not all(types.get(name) in ortvalues.NUMERIC for name in wanted):
             return None
         try:
             results = self._run_plainly(wanted, arrays)
@@ -308,7 +309,7 @@ class InferenceSessionProxy(DescribedProxy):
             raise  # not onnxruntime's: to run again would tell nothing else
         except Exception:
             return None
-        return [values.put_together("OrtValue", [values.from_array(r)], copy=True) for r in results]
+        return [ortvalues.put_together("OrtValue", [ortvalues.from_array(r)], copy=True) for r in results]
 
     def run_with_ortvaluevector(
         self,

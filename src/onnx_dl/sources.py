@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import config, options, recorded
+from onnx_dl import config
 from onnx_dl.config import Allowances
 from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.model import ModelSpec, specify, working_directory
+from onnx_dl.ort import options, recordings
 from onnx_dl.system import installation, process_setup
 from onnx_dl.transport import blob, shm
 from onnx_dl.transport.live import LiveMemory
@@ -81,7 +82,7 @@ _memories: weakref.WeakKeyDictionary[Any, LiveMemory] = weakref.WeakKeyDictionar
 """The workers of all proxies that were given the same options see the same memory."""
 
 
-def _memory_of(sess_options: Any, found: recorded.Portable | None) -> LiveMemory | None:
+def _memory_of(sess_options: Any, found: recordings.Portable | None) -> LiveMemory | None:
     if found is None or not found.arrays:
         return None
     memory = _memories.get(sess_options)
@@ -113,8 +114,8 @@ def describe(
     live = _memory_of(sess_options, found)
     if plain is not None and live is not None:
         plain["places"] = live.places
-    process_wide = recorded.surroundings()
-    recorded.check_surroundings(process_wide, plain)
+    process_wide = recordings.surroundings()
+    recordings.check_surroundings(process_wide, plain)
     how: dict[str, Any] = {
         "options": plain,
         **_providers(providers, provider_options, _extras(kwargs)),

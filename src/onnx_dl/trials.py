@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import makers
 from onnx_dl.errors import SupervisorStartError
 from onnx_dl.host import ModelHost
+from onnx_dl.ort import onnx_builder
 from onnx_dl.system import boot
 
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
@@ -108,7 +108,7 @@ def provider(name: str) -> dict[str, Any]:
 
     if name in _CUDA and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # as a worker does
-    session = onnxruntime.InferenceSession(makers.one_node("Abs"), providers=[name])
+    session = onnxruntime.InferenceSession(onnx_builder.one_node("Abs"), providers=[name])
     (result,) = session.run(None, {"x0": np.array([-2], np.float32)})
     return {"providers": session.get_providers(), "computes": result.tolist() == [2.0]}
 
@@ -116,7 +116,10 @@ def provider(name: str) -> dict[str, Any]:
 def start() -> dict[str, Any]:
     """A host with one model: where its worker came from, and how long all that took, in seconds."""
     started = time.perf_counter()
-    with ModelHost() as host, host.open(makers.one_node("Abs"), providers=["CPUExecutionProvider"]) as proxy:
+    with (
+        ModelHost() as host,
+        host.open(onnx_builder.one_node("Abs"), providers=["CPUExecutionProvider"]) as proxy,
+    ):
         host.start()
         before = children_of(host.snapshot().supervisor_pid or 0)
         proxy.load()

@@ -37,7 +37,7 @@ LOCKS = {
 ALLOWED = {
     "concurrency.primitives": {"_thread.RLock", "_thread.allocate_lock"},  # where forking.py has them from
     "patching": {"weakref.WeakSet"},  # never gone through
-    "recorded": {"weakref.WeakSet"},
+    "ort.recordings": {"weakref.WeakSet"},
     "transport.sockets": {"weakref.WeakSet"},
     "transport.bell": {"weakref.WeakSet"},
 }

@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from onnx_dl import values
 from onnx_dl.errors import ProtocolError, RemoteError, SharedMemoryError
+from onnx_dl.ort import ortvalues
 from onnx_dl.transport import failures, shm
 from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import HEADER, Block
@@ -53,12 +53,12 @@ def test_every_decoder_takes_what_is_whole() -> None:
 def test_bytes_that_are_no_tensor_of_the_shape_are_not_copied_beyond_it(shape: list[int], copy: bool) -> None:
     raw = np.zeros(1024, np.uint8)
     with pytest.raises((ValueError, RuntimeError, TypeError)):
-        values.put_together("dense", [1, shape, raw], copy=copy)
+        ortvalues.put_together("dense", [1, shape, raw], copy=copy)
 
 
 def test_bytes_are_no_text() -> None:
     with pytest.raises(ValueError):
-        values.put_together("dense", [8, [4], np.zeros(128, np.uint8)], copy=True)
+        ortvalues.put_together("dense", [8, [4], np.zeros(128, np.uint8)], copy=True)
 
 
 @pytest.mark.parametrize("cause", [1, {}, {"family": "builtin"}, [], {"family": 1, "name": "x", "args": []}])

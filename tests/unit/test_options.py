@@ -7,8 +7,8 @@ import types
 import msgspec
 import pytest
 
-from onnx_dl import options
 from onnx_dl.errors import ConfigError
+from onnx_dl.ort import options
 
 ort = pytest.importorskip("onnxruntime")
 

@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from onnx_dl import makers, values
 from onnx_dl.errors import UnsupportedValueError
-from onnx_dl.values import Parts
+from onnx_dl.ort import onnx_builder, ortvalues
+from onnx_dl.ort.ortvalues import Parts
 
 C = onnxruntime.capi.onnxruntime_pybind11_state
 DENSE = [n for n in TensorProto.DataType.values() if n not in (0, 8, 14, 15)]
@@ -25,9 +25,9 @@ def again(value: Any, *, copy: bool = True) -> Any:
     def made(part: Any) -> Any:
         if not isinstance(part, Parts):
             return part
-        return values.put_together(part.kind, [made(item) for item in part.items], copy=copy)
+        return ortvalues.put_together(part.kind, [made(item) for item in part.items], copy=copy)
 
-    parts = values.take_apart(value)
+    parts = ortvalues.take_apart(value)
     assert parts is not None
     return made(parts)
 
@@ -46,7 +46,7 @@ def test_every_element_type(kind: int, copy: bool) -> None:
             pytest.skip(f"this onnxruntime has no such tensors: {error}")
         nbytes = value.tensor_size_in_bytes()
         ctypes.memmove(value.data_ptr(), bytes(range(nbytes)), nbytes)
-        parts = values.take_apart(value)
+        parts = ortvalues.take_apart(value)
         got = again(value, copy=copy)
         assert type(got) is onnxruntime.OrtValue
         assert (got.data_type(), got.shape(), raw(got)) == (value.data_type(), value.shape(), raw(value))
@@ -54,7 +54,7 @@ def test_every_element_type(kind: int, copy: bool) -> None:
 
 
 def test_parts_keep_what_they_lie_in() -> None:
-    parts = values.take_apart(onnxruntime.OrtValue.ortvalue_from_numpy(np.arange(100_000.0)))
+    parts = ortvalues.take_apart(onnxruntime.OrtValue.ortvalue_from_numpy(np.arange(100_000.0)))
     gc.collect()
     kept = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(100_000))  # would lie there, if it were free
     assert parts is not None
@@ -68,7 +68,7 @@ def test_parts_keep_what_they_lie_in() -> None:
     ids=lambda a: str(a.shape),
 )
 def test_text(array: np.ndarray) -> None:
-    got = again(onnxruntime.OrtValue(makers.text(array)))
+    got = again(onnxruntime.OrtValue(onnx_builder.text(array)))
     assert (got.data_type(), got.numpy().tolist()) == ("tensor(string)", array.tolist())
 
 
@@ -83,28 +83,28 @@ def test_text(array: np.ndarray) -> None:
     ],
 )
 def test_sequences(kind: str, items: list[np.ndarray]) -> None:
-    got = again(onnxruntime.OrtValue(makers.sequence(kind, items)))
+    got = again(onnxruntime.OrtValue(onnx_builder.sequence(kind, items)))
     assert (got.data_type(), got.is_tensor_sequence()) == (kind, True)
-    found = makers.read(got._ortvalue)
+    found = onnx_builder.read(got._ortvalue)
     assert [(a.shape, a.tolist()) for a in found] == [(a.shape, a.tolist()) for a in items]
 
 
 @pytest.mark.parametrize("content", [[{"a": 0.5, "b": 1.0}], [{0: 1.0, 7: 2.0}, {0: 3.0, 7: 4.0}]], ids=str)
 def test_maps(content: list[dict]) -> None:
     kind = "string" if isinstance(next(iter(content[0])), str) else "int64"
-    got = again(onnxruntime.OrtValue(makers.maps(f"seq(map({kind},tensor(float)))", content)))
+    got = again(onnxruntime.OrtValue(onnx_builder.maps(f"seq(map({kind},tensor(float)))", content)))
     assert got.data_type().startswith("seq(map(")
-    assert makers.read(got._ortvalue) == content
+    assert onnx_builder.read(got._ortvalue) == content
 
 
 @pytest.mark.parametrize("kind", ["string", "int64"])
 def test_maps_of_no_rows(kind: str) -> None:
-    got = again(onnxruntime.OrtValue(makers.maps(f"seq(map({kind},tensor(float)))", [])))
-    assert (got.data_type(), makers.read(got._ortvalue)) == (f"seq(map({kind},tensor(float)))", [])
+    got = again(onnxruntime.OrtValue(onnx_builder.maps(f"seq(map({kind},tensor(float)))", [])))
+    assert (got.data_type(), onnx_builder.read(got._ortvalue)) == (f"seq(map({kind},tensor(float)))", [])
 
 
 def test_an_absent_optional() -> None:
-    assert not again(onnxruntime.OrtValue(makers.absent())).has_value()
+    assert not again(onnxruntime.OrtValue(onnx_builder.absent())).has_value()
 
 
 CPU = onnxruntime.OrtDevice.make("cpu", 0)
@@ -148,15 +148,15 @@ def test_native_values_stay_native() -> None:
 
 def test_other_values_are_left_alone() -> None:
     for value in (1, "x", ONES, [ONES], object()):
-        assert values.take_apart(value) is None
+        assert ortvalues.take_apart(value) is None
 
 
 @pytest.mark.parametrize(
     "act",
     [
-        lambda: makers.sequence("seq(tensor(nonsense))", []),
-        lambda: makers.maps("seq(map(string,tensor(double)))", []),
-        lambda: makers.maps("seq(map(string,tensor(float)))", [{"a": 1.0}, {"b": 1.0}]),
+        lambda: onnx_builder.sequence("seq(tensor(nonsense))", []),
+        lambda: onnx_builder.maps("seq(map(string,tensor(double)))", []),
+        lambda: onnx_builder.maps("seq(map(string,tensor(float)))", [{"a": 1.0}, {"b": 1.0}]),
     ],
 )
 def test_what_cannot_be_made(act: Any) -> None:
@@ -166,4 +166,4 @@ def test_what_cannot_be_made(act: Any) -> None:
 
 def test_unknown_kinds() -> None:
     with pytest.raises(LookupError):
-        values.put_together("nonsense", [], copy=True)
+        ortvalues.put_together("nonsense", [], copy=True)

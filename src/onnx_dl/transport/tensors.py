@@ -1,7 +1,7 @@
 """Python values to and from the wire, with arrays in shared memory.
 
 Covers what ``InferenceSession`` takes and returns: arrays of every fixed-size dtype, text arrays, lists,
-dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.values`).  A value that
+dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.ort.ortvalues`).  A value that
 onnxruntime would refuse still travels as it is, so that onnxruntime refuses it in its own words.
 Where arrays lie is decided by :mod:`onnx_dl.transport.arena`.
 """
@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl import values as ort
 from onnx_dl.errors import OnnxDLError, ProtocolError
+from onnx_dl.ort import ortvalues as ort
 from onnx_dl.transport import packing
 from onnx_dl.transport.arena import Arena, Block, align
 from onnx_dl.transport.messages import Items, Packed, Plain, Tensor, Text, Value

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx_dl import config, external, files
 from onnx_dl.files import ReadFile
 from onnx_dl.model import ModelDescription, ModelSpec
-from onnx_dl.options import make_run_options
+from onnx_dl.ort.options import make_run_options
 from onnx_dl.workers import cache, cacheable, given, ort_session, reading, saver
 from onnx_dl.workers.backend import Origin, Repeatable, Rerun, Save, Unsaved
 from onnx_dl.workers.halt import Halt

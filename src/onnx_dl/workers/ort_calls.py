@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
-from onnx_dl import makers, values
+from onnx_dl.ort import onnx_builder, ortvalues
 from onnx_dl.workers.halt import Halt
 
 _C: Final = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -70,13 +70,13 @@ def _run_with_ortvaluevector(
         fetches.push_back(value)
     devices = [onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()] * n
     session.run_with_ortvaluevector(options, names, vector, fetch_names, fetches, devices)
-    return [values.memory_of(value) for value in given] + list(fetches)[len(given) :]
+    return [ortvalues.memory_of(value) for value in given] + list(fetches)[len(given) :]
 
 
 def _value_at(place: list[Any]) -> Any:
     element_type, shape = place
     if element_type == _TEXT:  # bound where the model has no text, which onnxruntime shall refuse
-        return makers.text(np.full(shape, "", object))
+        return onnx_builder.text(np.full(shape, "", object))
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)._get_c_value()
 
 
@@ -101,7 +101,7 @@ def _run_with_iobinding(session: Any, inputs: list[Any], outputs: list[Any], opt
     found = binding.get_outputs_as_ortvaluevector()
     passed_on = {name for name, _ in inputs}
     return [
-        values.memory_of(given[name]) if name in given and name not in passed_on else found[index]
+        ortvalues.memory_of(given[name]) if name in given and name not in passed_on else found[index]
         for index, (name, *_) in enumerate(outputs)
     ]
 

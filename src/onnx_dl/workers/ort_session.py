@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import onnxruntime
 
-from onnx_dl import recorded, remarks
+from onnx_dl import remarks
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
-from onnx_dl.options import as_given, make_providers, make_session_options, read_session_options
+from onnx_dl.ort import recordings
+from onnx_dl.ort.options import as_given, make_providers, make_session_options, read_session_options
 from onnx_dl.system import resources
 from onnx_dl.transport import live
 
@@ -37,7 +38,7 @@ class Opened:
             Exception: what onnxruntime raises; its attribute ``remarks`` is what was printed before.
         """
         self.keys = list((spec.options or {}).get("config", {}))
-        recorded.set_surroundings(spec.surroundings, spec.environment)
+        recordings.set_surroundings(spec.surroundings, spec.environment)
         _preload_cuda(spec)
         _refuse_own_threads(spec)
         options = None
@@ -105,7 +106,7 @@ def _options(spec: ModelSpec, memory: Any) -> tuple[Any, list[Any]]:
         index, nbytes = which
         return memory[places[index] : places[index] + nbytes]
 
-    return options, [memory, *recorded.say_again(options, plain.get("calls", []), find)]
+    return options, [memory, *recordings.say_again(options, plain.get("calls", []), find)]
 
 
 def _with_share(options: Any) -> tuple[Any, bool]:
@@ -169,4 +170,4 @@ def _memory_infos(session: Any, method: str) -> list[list[Any]]:
 
 def _epdevices(session: Any) -> list[Any]:
     devices: list[Any] = getattr(session, "get_input_epdevices", list)()
-    return [None if device is None else recorded.device_identity(device) for device in devices]
+    return [None if device is None else recordings.device_identity(device) for device in devices]

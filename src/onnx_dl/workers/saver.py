@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from onnx_dl import config, files, recorder
+from onnx_dl import config, files
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.prctl import die_with_parent
 from onnx_dl.transport import shm

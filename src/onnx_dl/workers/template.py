@@ -25,10 +25,10 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from onnx_dl import recorder
 from onnx_dl.concurrency import spawning
 from onnx_dl.environment import NOTHING
 from onnx_dl.errors import ProcessesExhausted
+from onnx_dl.ort import recorder
 from onnx_dl.system import boot, frozen, process_setup, procfs, thread_attributes
 from onnx_dl.system.prctl import die_with_parent, name_process
 from onnx_dl.transport import messages as m

@@ -3,7 +3,7 @@
 Covers OrtValue of every kind (dense tensors of all element types, text, sequences, maps, absent optionals)
 and SparseTensor.  Parts are numbers, text, arrays and lists of these, which travel like any other value.
 onnxruntime is imported only where one of its objects is at hand anyway.  What its API cannot make is the
-result of a model with one node (:mod:`onnx_dl.makers`).
+result of a model with one node (:mod:`onnx_dl.ort.onnx_builder`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl import makers
 from onnx_dl.errors import UnsupportedValueError
+from onnx_dl.ort import onnx_builder
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _COLLECTION: Final = "onnxruntime.capi.onnxruntime_inference_collection"
@@ -118,7 +118,7 @@ def memory_of(value: Any, owner: object = None) -> NDArray[np.uint8]:
 
 
 def _container(value: Any) -> Parts:
-    content = makers.read(value)
+    content = onnx_builder.read(value)
     if value.is_tensor_sequence():
         return Parts("sequence", [value.data_type(), [np.asarray(item) for item in content]])
     return Parts("maps", [value.data_type(), content])
@@ -216,10 +216,10 @@ _MAKE: Final[dict[str, Any]] = {
     "SparseTensor": _wrapped_sparse,
     "OrtSparse": _sparse_ortvalue,
     "dense": _dense,
-    "text": makers.text,
-    "sequence": makers.sequence,
-    "maps": makers.maps,
-    "absent": makers.absent,
+    "text": onnx_builder.text,
+    "sequence": onnx_builder.sequence,
+    "maps": onnx_builder.maps,
+    "absent": onnx_builder.absent,
     "coo": _coo,
     "csr": _csr,
     "blocks": _blocks,

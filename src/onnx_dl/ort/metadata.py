@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from onnx_dl import options, recorded
 from onnx_dl.concurrency.forking import lazily
 from onnx_dl.model import ModelDescription, TensorSpec
+from onnx_dl.ort import options, recordings
 
 
 class NodeArg:
@@ -105,7 +105,7 @@ class Description:
     def input_epdevices(self) -> list[Any]:
         """This process's ``onnxruntime.OrtEpDevice`` for those of the worker; None where it has none."""
         local = importlib.import_module("onnxruntime").get_ep_devices()
-        known = [(recorded.device_identity(device), device) for device in local]
+        known = [(recordings.device_identity(device), device) for device in local]
         return [
             next((device for identity, device in known if identity == wanted), None)
             for wanted in self.details["input_epdevices"]

@@ -2,7 +2,7 @@
 
 Covers all that can be read back from these C++ objects; they can be neither pickled nor copied.  Config
 entries can be read by key only, so the keys that onnxruntime knows are listed here; what cannot be read back
-at all comes from :mod:`onnx_dl.recorder` by way of :mod:`onnx_dl.recorded`.  onnxruntime is imported only to
+at all comes from :mod:`onnx_dl.ort.recorder` by way of :mod:`onnx_dl.ort.recordings`.  onnxruntime is imported only to
 make such an object, never to read one.
 """
 
@@ -12,9 +12,9 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from onnx_dl import recorded, recorder
 from onnx_dl.errors import ConfigError
 from onnx_dl.model import to_plain
+from onnx_dl.ort import recorder, recordings
 
 SESSION_FIELDS: Final = (
     "enable_cpu_mem_arena",
@@ -94,7 +94,7 @@ def read_session_options(options: Any, more_keys: Iterable[str] = ()) -> dict[st
     return _read(options, SESSION_FIELDS, "get_session_config_entry", (*SESSION_KEYS, *more_keys))
 
 
-def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recorded.Portable | None]:
+def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recordings.Portable | None]:
     """Like :func:`read_session_options`, with what was recorded; and that with the arrays that it names.
 
     Raises:
@@ -104,7 +104,7 @@ def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recorde
     plain = read_session_options(options)
     if plain is None:
         return None, None
-    found = recorded.portable(options, recorder.SESSION_METHODS)
+    found = recordings.portable(options, recorder.SESSION_METHODS)
     plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
     if options.has_providers() and not any("provider" in name for name, *_ in found.calls):
         raise ConfigError(
@@ -127,7 +127,7 @@ def read_run_options(options: Any) -> dict[str, Any] | None:
     if not hasattr(options, "get_run_config_entry"):
         return {"stranger": repr(options)}
     plain = _read(options, RUN_FIELDS, "get_run_config_entry", RUN_KEYS)
-    found = recorded.portable(options, recorder.RUN_METHODS)
+    found = recordings.portable(options, recorder.RUN_METHODS)
     plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
     return plain | {"calls": found.calls} if found.calls else plain
 
@@ -169,7 +169,7 @@ def make_run_options(plain: dict[str, Any]) -> Any:
         return _Stranger(plain["stranger"])
 
     options = _fill(onnxruntime.RunOptions(), plain, onnxruntime, "add_run_config_entry")
-    recorded.say_again(options, plain.get("calls", []), lambda place: None)
+    recordings.say_again(options, plain.get("calls", []), lambda place: None)
     return options
 
 

@@ -17,10 +17,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl import recorder, values
 from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.errors import ConfigError
 from onnx_dl.model import file_identity, to_plain
+from onnx_dl.ort import ortvalues, recorder
 
 _READ_AT_LOAD: Final = ("ORT_LOAD_CONFIG_FROM_MODEL",)
 """Environment variables that onnxruntime reads when a session is made; others are the supervisor's."""
@@ -77,7 +77,7 @@ def _plain(arg: Any, method: str, found: Portable) -> Any:
         return {"$dict": [[_plain(part, method, found) for part in item] for item in arg.items()]}
     if isinstance(arg, bytes):
         return {"$bytes": _kept(np.frombuffer(arg, np.uint8), arg, found)}
-    if (parts := values.take_apart(arg)) is not None:
+    if (parts := ortvalues.take_apart(arg)) is not None:
         return _plain_value(parts, method, found)
     return _plain_object(arg, method)
 
@@ -88,7 +88,7 @@ def _kept(array: NDArray[np.uint8], owner: Any, found: Portable) -> list[int]:
     return [len(found.arrays) - 1, array.nbytes]
 
 
-def _plain_value(parts: values.Parts, method: str, found: Portable) -> Any:
+def _plain_value(parts: ortvalues.Parts, method: str, found: Portable) -> Any:
     inner = parts.items[0] if parts.kind == "OrtValue" else parts
     if inner.kind == "dense":
         element_type, shape, raw, *_ = inner.items
@@ -191,12 +191,12 @@ def _made(arg: Any, memory: Callable[[list[int]], Any]) -> Any:
         case {"$bytes": list(place)}:
             return memory(place).tobytes()
         case {"$dense": [int(element_type), list(shape), list(place)]}:
-            native = values.put_together("dense", [element_type, shape, memory(place)], copy=False)
-            return values.put_together("OrtValue", [native], copy=False)
+            native = ortvalues.put_together("dense", [element_type, shape, memory(place)], copy=False)
+            return ortvalues.put_together("OrtValue", [native], copy=False)
         case {"$text": [list(shape), list(items)]}:
             array = np.array(items, object).reshape(shape)
-            native = values.put_together("text", [array], copy=False)
-            return values.put_together("OrtValue", [native], copy=False)
+            native = ortvalues.put_together("text", [array], copy=False)
+            return ortvalues.put_together("OrtValue", [native], copy=False)
         case dict():
             return _made_object(arg)
     return arg
