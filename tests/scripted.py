@@ -18,7 +18,7 @@ import zmq
 from onnx_dl import host as hosts
 from onnx_dl.config import fresh_address
 from onnx_dl.model import ModelDescription, ModelStatus
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control
 from onnx_dl.transport import sockets
 from onnx_dl.transport.router import Router
 from onnx_dl.transport.sockets import Channel, Listener, Waker
@@ -97,7 +97,7 @@ class Scripted:
                 self._open_lane(channel)
             if self._control.fileno() in ready:
                 for identity, data in self._control.receive(time.monotonic()):
-                    self._answer(identity, m.from_client(data))
+                    self._answer(identity, control.from_client(data))
 
     def _greet(self, channel: Channel) -> None:
         channel.receive(1.0)
@@ -106,15 +106,15 @@ class Scripted:
             if self._how == "closes":
                 channel.close()
         else:
-            channel.send(m.encode(m.Welcome()))
+            channel.send(codec.encode(control.Welcome()))
 
     def _answer(self, identity: bytes, message: Any) -> None:
         answer: Any = None
         match message:
-            case m.Acquire() if self._step == "acquire" and self._how == "closes":
+            case control.Acquire() if self._step == "acquire" and self._how == "closes":
                 self._kept[0].close()
-            case m.Acquire(ticket=ticket) if self._step != "acquire":
-                answer = m.Granted(
+            case control.Acquire(ticket=ticket) if self._step != "acquire":
+                answer = control.Granted(
                     ticket=ticket,
                     worker_id=1,
                     pid=1,
@@ -122,15 +122,15 @@ class Scripted:
                     secret=_SECRET,
                     description=ModelDescription(),
                 )
-            case m.AskStatus(ticket=ticket) if self._step != "acquire":
+            case control.AskStatus(ticket=ticket) if self._step != "acquire":
                 models: list[ModelStatus] = []
-                answer = m.Status(ticket=ticket, seq=0, supervisor_pid=1, models=models)
-            case m.AskFate() if self._how == "closes":
+                answer = control.Status(ticket=ticket, seq=0, supervisor_pid=1, models=models)
+            case control.AskFate() if self._how == "closes":
                 self._kept[0].close()
-            case m.Shutdown(ticket=ticket):
-                answer = m.Bye(ticket=ticket)
+            case control.Shutdown(ticket=ticket):
+                answer = control.Bye(ticket=ticket)
         if answer is not None:
-            self._control.send(identity, m.encode(answer))
+            self._control.send(identity, codec.encode(answer))
 
     def _open_lane(self, channel: Channel) -> None:
         self._kept.append(channel)

@@ -18,7 +18,9 @@ import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, WorkerDied
 from onnx_dl.demo.assets import model_path
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec
+from onnx_dl.protocol.control import Blob, ClientHello, Welcome
+from onnx_dl.protocol.lane import LaneHello, Trim
 from onnx_dl.transport import zmtp
 from tests.small import plus
 from tests.waiting import DEADLINE, eventually, template_of, worker_pid
@@ -62,16 +64,16 @@ def packets(address: str, kind: int, *messages: bytes, fds: tuple[int, ...] = ()
 
 
 def hello(**fields: object) -> bytes:
-    known = {"version": m.PROTOCOL_VERSION, "secret": ODD_SECRET, "client": b"odd"} | fields
-    return m.encode(m.ClientHello(**known))
+    known = {"version": codec.PROTOCOL_VERSION, "secret": ODD_SECRET, "client": b"odd"} | fields
+    return codec.encode(ClientHello(**known))
 
 
 LIFELINE = {
     "nonsense": b"nonsense",
     "a secret that is not ASCII": hello(),
     "a secret of surrogates": hello().replace(ODD_SECRET.encode(), b"\xed\xa0\x80" * 10 + b"ab"),
-    "another message": m.encode(m.Blob(number=1, name="x")),
-    "a message of the other side": m.encode(m.Welcome()),
+    "another message": codec.encode(Blob(number=1, name="x")),
+    "a message of the other side": codec.encode(Welcome()),
     "deep": b"\x91" * 60_000,
     "a large number": hello(version=2**63),
     "an empty packet": b"",
@@ -79,8 +81,8 @@ LIFELINE = {
 }
 LANE = {
     "nonsense": b"nonsense",
-    "a secret that is not ASCII": m.encode(m.LaneHello(version=m.PROTOCOL_VERSION, secret=ODD_SECRET)),
-    "a message of a lane": m.encode(m.Trim()),
+    "a secret that is not ASCII": codec.encode(LaneHello(version=codec.PROTOCOL_VERSION, secret=ODD_SECRET)),
+    "a message of a lane": codec.encode(Trim()),
     "deep": b"\x91" * 60_000,
 }
 

@@ -17,10 +17,10 @@ import onnx_dl
 from onnx_dl import SupervisorError, SupervisorStartError, census
 from onnx_dl.census import Sighting
 from onnx_dl.connection import Connection
+from onnx_dl.protocol import control
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import solitude
-from onnx_dl.transport import messages
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 from tests.contract.both import scaled
 from tests.sharing import Forked, belonging, command, own_runtime
 from tests.versions import Program, Version, made
@@ -325,7 +325,7 @@ def test_a_client_of_another_version_is_refused_all_the_same(monkeypatch: pytest
     onnx_dl.connect("mine")
     record = Place("mine").record()
     assert record is not None
-    monkeypatch.setattr(messages, "PROTOCOL_VERSION", 99)
+    monkeypatch.setattr(control, "PROTOCOL_VERSION", 99)
     with pytest.raises(
         SupervisorStartError, match=f"speaks protocol version {PROTOCOL_VERSION}, the client 99"
     ):

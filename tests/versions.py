@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import onnx_dl
-from onnx_dl.transport.messages import PROTOCOL_VERSION
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 
-_MESSAGES = "transport/messages.py"
+_MESSAGES = "protocol/codec.py"
 _BEFORE_5 = [
     ("rendezvous.py", 'stem = name if protocol is None else f"{name}@{protocol}"', "stem = name"),
     ("rendezvous.py", "and record.protocol == self.protocol", ""),

@@ -16,8 +16,8 @@ from onnx_dl import remarks
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.connection import Asked, Connection
 from onnx_dl.errors import HostClosing, SupervisorDied
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 
 if TYPE_CHECKING:
     from onnx_dl.client import Lease

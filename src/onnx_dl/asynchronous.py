@@ -19,8 +19,8 @@ from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.event_loops import EventLoops, present
 from onnx_dl.errors import RunTimeout
+from onnx_dl.protocol import lane as m
 from onnx_dl.system.thread_attributes import on_behalf
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.watch import GRACE, Watch, run_timeout
 

@@ -19,7 +19,7 @@ from onnx_dl.client import ANSWERS, Lease, RemoteModel
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.threads import Thread
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import lane as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.transport.sockets import Waker

@@ -19,8 +19,8 @@ from typing import Final
 import msgspec
 
 from onnx_dl.errors import ConfigError
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.rendezvous import Place, Record, runtime_folder, uptime
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _LOCK: Final = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}?)(?:@(?P<protocol>[0-9]{1,9}))?\.lock")
 

@@ -36,11 +36,11 @@ from onnx_dl.errors import (
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.external import bytes_of
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
+from onnx_dl.protocol import control, failures
+from onnx_dl.protocol.lane import CallFailed, Draining, Forgotten, Hold, Invoke, Result, Same, Touch, Unhold
 from onnx_dl.serving import Holds, Serving, close_all
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.thread_attributes import of_this_thread
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.watch import GRACE, Watch, run_timeout
 
@@ -51,7 +51,7 @@ _LONGEST_PAUSE: Final = 0.2
 """Seconds before a worker is asked for once more that took no lane."""
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
-ANSWERS: Final = (int, m.Same, m.Result)
+ANSWERS: Final = (int, Same, Result)
 
 _lease_ids = itertools.count(1)
 
@@ -65,7 +65,7 @@ class Lease:
         self.latency = latency
         self.pin = pin
         self.priority = priority
-        self.granted: m.Granted | None = None
+        self.granted: control.Granted | None = None
         self.closed = False
         self.told = False
         """Whether its owner heard what onnxruntime said while it loaded the model."""
@@ -89,7 +89,7 @@ class SharedBlob:
 def _drop(connection_ref: weakref.ref[Connection], number: int) -> None:
     """Nobody loads a model from this memory any more."""
     if (connection := connection_ref()) is not None:
-        connection.tell(m.DropBlob(number=number))
+        connection.tell(control.DropBlob(number=number))
 
 
 class Kept:
@@ -168,7 +168,7 @@ class RemoteModel:
     def keep(self, lease: Lease, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None) -> Kept:
         """Like :meth:`run`, but the arrays stay where they are, to be fed to other models of this host."""
 
-        def finish(lane: ClientLane, reply: m.Result | m.Same) -> Kept:
+        def finish(lane: ClientLane, reply: Result | Same) -> Kept:
             return Kept(self, lane, lane.references(reply))
 
         kept: Kept = self._perform(lease, lambda lane: lane.call(outputs, feed, options, keep=True), finish)
@@ -176,12 +176,12 @@ class RemoteModel:
 
     def invoke(self, lease: Lease, method: str, *args: Any, watch: Watch | None = None) -> Any:
         """Another method of the session, by name; raises like :meth:`run`."""
-        return self._perform(lease, lambda lane: m.Invoke(method=method, args=lane.pack(args)), watch=watch)
+        return self._perform(lease, lambda lane: Invoke(method=method, args=lane.pack(args)), watch=watch)
 
     def describe(self, lease: Lease) -> ModelDescription:
         """What the model says of itself.  Loads the model if it never was; later it costs no message."""
         if self.description is None or self._is_untouched():
-            self._perform(lease, lambda lane: m.Touch())
+            self._perform(lease, lambda lane: Touch())
         else:
             self._touch()
         assert self.description is not None
@@ -197,7 +197,7 @@ class RemoteModel:
         if (serving := self._serving) is not None:
             serving.touch()
 
-    def finish(self, lane: ClientLane, reply: m.Result | m.Same | int) -> Any:
+    def finish(self, lane: ClientLane, reply: Result | Same | int) -> Any:
         """The values of a reply; the lane is free again."""
         try:
             result = lane.result(reply)
@@ -295,14 +295,14 @@ class RemoteModel:
             Exception: what the worker raised, or how it ended.
         """
         match reply:
-            case m.CallFailed(failure=failure):
+            case CallFailed(failure=failure):
                 self.put_lane(lane)
                 raise failures.rebuild(failure)
-            case m.Forgotten():
+            case Forgotten():
                 lane.forget()
                 self.put_lane(lane)
                 return
-            case m.Draining():
+            case Draining():
                 self._forget(lane.granted)
                 lane.close()
                 return
@@ -329,7 +329,7 @@ class RemoteModel:
             other.close()
         return True
 
-    def _ask_fate(self, connection: Connection, granted: m.Granted, deadline: Deadline | None) -> None:
+    def _ask_fate(self, connection: Connection, granted: control.Granted, deadline: Deadline | None) -> None:
         """The worker went without an answer.  Returns if it had drained, so that it never began the call.
 
         Only the host that granted it knows: another one's workers have the same numbers.
@@ -339,7 +339,7 @@ class RemoteModel:
             limit = Deadline(max(GRACE, deadline.left() or 0.0))
         try:
             fate = connection.ask(
-                lambda ticket: m.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
+                lambda ticket: control.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
             )
         except DeadlinePassed:
             raise run_timeout(deadline, "lost its worker, whose end is not known yet") from None
@@ -376,7 +376,9 @@ class RemoteModel:
             return None
         return serving.take(lease.latency)
 
-    def _open_lane(self, granted: m.Granted, latency: str, deadline: Deadline | None) -> ClientLane | None:
+    def _open_lane(
+        self, granted: control.Granted, latency: str, deadline: Deadline | None
+    ) -> ClientLane | None:
         """A new lane to the present worker.  None: it is gone, or did not answer and may still."""
         serving = self._serving
         if serving is None or serving.granted is not granted:
@@ -395,7 +397,7 @@ class RemoteModel:
     def _lane_at(
         self,
         connection: Connection,
-        granted: m.Granted,
+        granted: control.Granted,
         deadline: Deadline | None,
         latency: str = "normal",
     ) -> ClientLane | None:
@@ -424,7 +426,7 @@ class RemoteModel:
         if serving.is_untidy or lane.is_large:
             self.connection.arm()
 
-    def _current(self, lease: Lease) -> m.Granted | None:
+    def _current(self, lease: Lease) -> control.Granted | None:
         serving = self._last
         return serving.granted if serving is not None and self._may_use(serving, lease) else None
 
@@ -441,16 +443,16 @@ class RemoteModel:
     def give_back(self, lease: Lease) -> None:
         """This proxy holds no worker until it uses the model again."""
         lease.granted = None
-        self.connection.tell(m.Release(proxy=lease.id))
+        self.connection.tell(control.Release(proxy=lease.id))
 
-    def leave_outdated(self, lease: Lease, granted: m.Granted, path: str) -> None:
+    def leave_outdated(self, lease: Lease, granted: control.Granted, path: str) -> None:
         """This proxy does not want the worker, because this file is not what that has read."""
         if lease.granted is granted:
             lease.granted = None
         connection = self.connection if self._last is None else self._last.connection
-        connection.tell(m.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
+        connection.tell(control.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
 
-    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> m.Granted:
+    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> control.Granted:
         """A worker for this proxy, loaded if need be.
 
         Raises:
@@ -470,7 +472,7 @@ class RemoteModel:
 
     def _ask_until_served(
         self, lease: Lease, deadline: Deadline | None, *, for_host: bool = False
-    ) -> tuple[Connection, m.Granted]:
+    ) -> tuple[Connection, control.Granted]:
         prepare = functools.partial(self._prepare, lease, for_host)
         try:
             return self._acquisition.ask(
@@ -494,7 +496,7 @@ class RemoteModel:
         companions = [model for model in self._companions() if model is not self]
         standing = None if self._is_shared else of_this_thread()
         nbytes = self._file_bytes() + sum(model._file_bytes() for model in companions)
-        return lambda ticket: m.Acquire(
+        return lambda ticket: control.Acquire(
             ticket=ticket,
             proxy=lease.id,
             spec=self.spec,
@@ -528,8 +530,8 @@ class RemoteModel:
         return beside + sum(blob.nbytes for blob in self._blobs)
 
     def _accept(
-        self, lease: Lease, answer: m.Granted, connection: Connection, deadline: Deadline | None
-    ) -> m.Granted:
+        self, lease: Lease, answer: control.Granted, connection: Connection, deadline: Deadline | None
+    ) -> control.Granted:
         """Notes the worker that serves from now on; one Granted stands for each worker, whoever asked."""
         serving = self._serving
         if serving is None or serving.granted.address != answer.address:
@@ -541,12 +543,12 @@ class RemoteModel:
         granted = lease.granted = serving.granted
         self.description = answer.description
         if lease.closed:  # closed while it waited: it must not keep what it just got
-            connection.tell(m.Release(proxy=lease.id))
+            connection.tell(control.Release(proxy=lease.id))
         if self._holds:
             self._hold_with(granted, deadline)
         return granted
 
-    def _forget(self, granted: m.Granted) -> None:
+    def _forget(self, granted: control.Granted) -> None:
         """This worker takes no more calls of ours."""
         serving = self._last
         if serving is not None and serving.granted is granted:
@@ -587,7 +589,7 @@ class RemoteModel:
             if deadline is not None:
                 deadline.check("the worker")
 
-    def _begin_block(self, granted: m.Granted, deadline: Deadline | None) -> bool:
+    def _begin_block(self, granted: control.Granted, deadline: Deadline | None) -> bool:
         self._holds.begin()
         held = False
         try:
@@ -604,7 +606,7 @@ class RemoteModel:
 
     def _let_go(self, lane: ClientLane) -> None:
         try:
-            answer = None if lane.is_dead() else lane.exchange(m.Unhold(), GRACE)
+            answer = None if lane.is_dead() else lane.exchange(Unhold(), GRACE)
         except (TimeoutError, ProtocolError):
             answer = None
         except BaseException:
@@ -615,7 +617,7 @@ class RemoteModel:
         else:
             self.put_lane(lane)
 
-    def _hold_with(self, granted: m.Granted, deadline: Deadline | None) -> bool:
+    def _hold_with(self, granted: control.Granted, deadline: Deadline | None) -> bool:
         """Sees to it that a lane holds this worker; false if it drains."""
         if not self._holds.has(granted):
             lane = self._held_lane(granted, deadline)
@@ -625,19 +627,19 @@ class RemoteModel:
             self._holds.put(lane)
         return True
 
-    def _held_lane(self, granted: m.Granted, deadline: Deadline | None) -> ClientLane | None:
+    def _held_lane(self, granted: control.Granted, deadline: Deadline | None) -> ClientLane | None:
         """A new lane that holds this worker; None if it drains or is gone."""
         while (lane := self._open_lane(granted, "normal", deadline)) is None:
             if (serving := self._serving) is None or serving.granted is not granted:
                 return None
         try:
-            reply = lane.exchange(m.Hold(), None if deadline is None else deadline.left())
+            reply = lane.exchange(Hold(), None if deadline is None else deadline.left())
         except BaseException as error:
             lane.close()
             if isinstance(error, TimeoutError):
                 raise DeadlinePassed("the worker") from None
             raise
-        if isinstance(reply, m.Result):
+        if isinstance(reply, Result):
             return lane
         lane.close()
         return None
@@ -650,7 +652,7 @@ class RemoteModel:
                 self.acquire(lease, deadline)
         else:
             self._perform(
-                lease, lambda lane: m.Touch(), watch=None if deadline is None else Watch(deadline=deadline)
+                lease, lambda lane: Touch(), watch=None if deadline is None else Watch(deadline=deadline)
             )
 
     # --- the rest -----------------------------------------------------------------------------------------
@@ -669,7 +671,7 @@ class RemoteModel:
 
     def status(self, *, measure: bool = True) -> ModelStatus | None:
         """How the model fares; None if the supervisor does not know it.  Loads nothing."""
-        answer = self.connection.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=measure))
+        answer = self.connection.ask(lambda ticket: control.AskStatus(ticket=ticket, measure=measure))
         return next((status for status in answer.models if status.key == self.spec.unit), None)
 
     def shut(self, connection: Connection) -> None:
@@ -697,12 +699,12 @@ class RemoteModel:
     def retime(self, lease: Lease, ttl: float) -> None:
         """The proxy's TTL from now on."""
         lease.ttl = ttl
-        self.connection.tell(m.SetTtl(proxy=lease.id, ttl=ttl))
+        self.connection.tell(control.SetTtl(proxy=lease.id, ttl=ttl))
 
 
 def unload(
     connection: Connection, key: str, name: str, *, force: bool, deadline: Deadline | None
-) -> m.Unloaded:
+) -> control.Unloaded:
     """Ends the worker of a model, and waits until it is reaped.
 
     Raises:
@@ -710,8 +712,8 @@ def unload(
         SupervisorTimeout: the supervisor does not answer.
     """
     try:
-        answer: m.Unloaded = connection.ask(
-            lambda ticket: m.Unload(ticket=ticket, key=key, force=force),
+        answer: control.Unloaded = connection.ask(
+            lambda ticket: control.Unload(ticket=ticket, key=key, force=force),
             deadline=deadline,
             patience=math.inf,
         )

@@ -32,8 +32,8 @@ from onnx_dl.errors import (
     SupervisorUnreachable,
 )
 from onnx_dl.events import ModelEvent
+from onnx_dl.protocol import codec, control
 from onnx_dl.system.owned_descriptors import keep_for_ever
-from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.sockets import Channel, Context, Waker
@@ -123,13 +123,13 @@ class Connection:
         _connections[id(self)] = self
 
     def _greet(self, address: str, secret: str, deadline: Deadline) -> Channel:
-        hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=secret, client=self._identity)
+        hello = control.ClientHello(version=codec.PROTOCOL_VERSION, secret=secret, client=self._identity)
         try:
             lifeline = Channel.connect(address, deadline)
         except OSError as error:
             raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
         try:
-            lifeline.send(m.encode(hello))
+            lifeline.send(codec.encode(hello))
             self.build = _welcomed(lifeline, deadline)
         except BaseException as error:
             lifeline.close()
@@ -190,7 +190,7 @@ class Connection:
 
     def ask(
         self,
-        make: Callable[[int], m.Message],
+        make: Callable[[int], codec.Message],
         *,
         deadline: Deadline | None = None,
         patience: float | None = None,
@@ -205,7 +205,7 @@ class Connection:
         finally:
             self.forget(asked)
 
-    def begin(self, make: Callable[[int], m.Message]) -> Asked:
+    def begin(self, make: Callable[[int], codec.Message]) -> Asked:
         """Sends a request; whoever does :meth:`forget` it in the end.
 
         Raises:
@@ -264,7 +264,7 @@ class Connection:
             if limit.passed:
                 raise TimeoutError if patience is not None else self._mute()
             if time.monotonic() - self._heard_at >= self.timeout:
-                self.ask(lambda ticket: m.AskStatus(ticket=ticket, measure=False), deadline=deadline)
+                self.ask(lambda ticket: control.AskStatus(ticket=ticket, measure=False), deadline=deadline)
 
     def forget(self, asked: Asked) -> bool:
         """Nobody waits for the answer any more; whether that is new."""
@@ -275,10 +275,10 @@ class Connection:
         if self._thread.is_this:
             refuse("the one that takes in what the supervisor says")
 
-    def tell(self, message: m.Message) -> None:
+    def tell(self, message: codec.Message) -> None:
         """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
         if not self.closed:
-            self._outbox.put(m.encode(message))
+            self._outbox.put(codec.encode(message))
             self._waker.wake()
 
     def arm(self) -> None:
@@ -297,7 +297,7 @@ class Connection:
         if not self._lifeline.writable(self.timeout):  # it reads nothing: send() would wait for ever
             raise self._mute()
         try:
-            self._lifeline.send(m.encode(m.Blob(number=number, name=name)), (fd,))
+            self._lifeline.send(codec.encode(control.Blob(number=number, name=name)), (fd,))
         except OSError:
             if not self.closed:
                 raise
@@ -402,12 +402,12 @@ class Connection:
         for data in self._control.receive():
             self._heard_at = time.monotonic()
             with contextlib.suppress(ProtocolError):
-                self._take_in(m.to_client(data))
+                self._take_in(control.to_client(data))
 
     def _take_in(self, message: Any) -> None:
-        if isinstance(message, m.Published):
+        if isinstance(message, control.Published):
             self._on_event(message.event)
-        elif isinstance(message, m.Wrote):
+        elif isinstance(message, control.Wrote):
             wrote = (message.worker_id, message.model, message.pid, message.text, message.last)
             self._lines.put(Said(*wrote))
         elif future := self._pending.get(message.ticket):
@@ -452,8 +452,8 @@ def _welcomed(lifeline: Channel, deadline: Deadline) -> str:
             deadline.check("the supervisor to greet us")
     if received is None:
         raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
-    answer = m.on_lifeline(received[0])
-    if isinstance(answer, m.Welcome):
+    answer = control.on_lifeline(received[0])
+    if isinstance(answer, control.Welcome):
         return answer.build
     raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
 

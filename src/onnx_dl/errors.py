@@ -1,7 +1,7 @@
 """Every error that onnx-dl raises on its own account.
 
 Covers the classes and what they carry. How an error crosses a process boundary is
-:mod:`onnx_dl.transport.failures`; errors of onnxruntime itself are never wrapped: they arrive as
+:mod:`onnx_dl.protocol.failures`; errors of onnxruntime itself are never wrapped: they arrive as
 onnxruntime's own classes with onnxruntime's own messages.
 
 ::

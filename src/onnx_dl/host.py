@@ -34,10 +34,10 @@ from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 from onnx_dl.system import installation, process_setup
 from onnx_dl.telling import Teller
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.buffers import Buffers
 from onnx_dl.workerlines import WorkerLines
 

@@ -147,7 +147,7 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     members: dict[str, ModelDescription] = {}
     """What the models of a group say of themselves, by key."""
     failed: dict[str, Any] = {}
-    """How others of them did not load: what :mod:`onnx_dl.transport.failures` makes of an exception."""
+    """How others of them did not load: what :mod:`onnx_dl.protocol.failures` makes of an exception."""
     files: list[ReadFile] = []
     """What it was read from, as that was."""
 

@@ -29,8 +29,8 @@ import msgspec
 
 import onnx_dl
 from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import small_files
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 USUAL: Final = "default"
 """The name of the host that a user has one of."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from onnx_dl.concurrency import waits
 from onnx_dl.config import LATENCIES
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import control as m
 from onnx_dl.transport.lane import ClientLane
 
 if TYPE_CHECKING:

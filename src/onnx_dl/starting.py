@@ -27,10 +27,10 @@ from onnx_dl.concurrency import forking, primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.boot import Launch
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _LOOK_EVERY: Final = 0.01
 _RESTART: Final = 10.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import lane as m
 
 if TYPE_CHECKING:
     from onnx_dl.client import RemoteModel

@@ -18,12 +18,12 @@ import numpy as np
 
 from onnx_dl import external, hostfile, signatures
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
+from onnx_dl.protocol import codec, failures, lane
 from onnx_dl.rendezvous import Place, Record
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.scrapers import is_meant
-from onnx_dl.transport import failures, packing, shm, zmtp
-from onnx_dl.transport import messages as m
+from onnx_dl.transport import packing, shm, zmtp
 from onnx_dl.transport.arena import HEADER, Block
 from onnx_dl.transport.handover import PACKET, Handover
 from onnx_dl.transport.sockets import Channel
@@ -68,12 +68,12 @@ def all_of(rng: random.Random, stack: contextlib.ExitStack) -> list[Target]:
 
 
 def _messages(name: str, rng: random.Random) -> Target:
-    read = getattr(m, name)
+    read = examples.READERS[name]
 
     def take(data: bytes) -> None:
         message = read(data)
-        again = read(m.encode(message))  # what was let in can be told on
-        assert again == message or "nan" in repr(message).lower() or isinstance(message, m.Envelope)
+        again = read(codec.encode(message))  # what was let in can be told on
+        assert again == message or "nan" in repr(message).lower() or isinstance(message, lane.Envelope)
 
     return Target(name, mutation.msgpack(rng, examples.frames(name, rng)), take, (ProtocolError,))
 
@@ -83,7 +83,7 @@ def _failures(rng: random.Random) -> Target:
 
     def take(data: bytes) -> None:
         try:
-            failure = msgspec.msgpack.decode(data, type=m.Failure)
+            failure = msgspec.msgpack.decode(data, type=failures.Failure)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         error = failures.rebuild(failure)
@@ -118,31 +118,39 @@ def _values(rng: random.Random, *, copy: bool) -> Target:
             raise ProtocolError("no such block") from None
 
     unpacker = Unpacker(found, copy=copy)
-    read = msgspec.msgpack.Decoder(m.Value)
-    tensor = m.Tensor("<f4", (2, 8), 7, 64)
+    read = msgspec.msgpack.Decoder(lane.Value)
+    tensor = lane.Tensor("<f4", (2, 8), 7, 64)
     values = [
         tensor,
-        m.Tensor("|b1", (3,), 7, 0),
-        m.Tensor("q", (4,), 7, 8),
-        m.Tensor("<f4", (0, 3), 0, 0),
-        m.Tensor("|V2", (4,), 7, 128, True),
-        m.Tensor("<M8[s]", (2,), 7, 64),
-        m.Text((2,), 7, 1024),
-        m.Text((0,), 0, 0),
-        m.Packed(7, 0),
-        m.Plain({"a": [1, 2]}),
-        m.Items("list", [tensor, m.Plain(1)]),
-        m.Items("tuple", []),
-        m.Items("dict", [m.Plain("k"), tensor]),
-        m.Items("scalar", [m.Tensor("<f8", (), 7, 0)]),
-        m.Items("OrtValue", [m.Items("dense", [m.Plain(1), m.Plain([2, 8]), m.Tensor("|u1", (64,), 7, 0)])]),
-        m.Items("dense", [m.Plain(16), m.Plain([32]), m.Tensor("|u1", (64,), 7, 0)]),
-        m.Items("text", [m.Text((2,), 7, 1024)]),
-        m.Items("sequence", [m.Plain("seq(tensor(float))"), m.Items("list", [tensor])]),
-        m.Items("maps", [m.Plain("seq(map(int64,tensor(float)))"), m.Plain([{1: 0.5}])]),
-        m.Items("absent", []),
-        m.Items(
-            "coo", [m.Tensor("<i8", (2,), 7, 0), m.Tensor("<f4", (4,), 7, 64), m.Tensor("<i8", (4,), 7, 128)]
+        lane.Tensor("|b1", (3,), 7, 0),
+        lane.Tensor("q", (4,), 7, 8),
+        lane.Tensor("<f4", (0, 3), 0, 0),
+        lane.Tensor("|V2", (4,), 7, 128, True),
+        lane.Tensor("<M8[s]", (2,), 7, 64),
+        lane.Text((2,), 7, 1024),
+        lane.Text((0,), 0, 0),
+        lane.Packed(7, 0),
+        lane.Plain({"a": [1, 2]}),
+        lane.Items("list", [tensor, lane.Plain(1)]),
+        lane.Items("tuple", []),
+        lane.Items("dict", [lane.Plain("k"), tensor]),
+        lane.Items("scalar", [lane.Tensor("<f8", (), 7, 0)]),
+        lane.Items(
+            "OrtValue",
+            [lane.Items("dense", [lane.Plain(1), lane.Plain([2, 8]), lane.Tensor("|u1", (64,), 7, 0)])],
+        ),
+        lane.Items("dense", [lane.Plain(16), lane.Plain([32]), lane.Tensor("|u1", (64,), 7, 0)]),
+        lane.Items("text", [lane.Text((2,), 7, 1024)]),
+        lane.Items("sequence", [lane.Plain("seq(tensor(float))"), lane.Items("list", [tensor])]),
+        lane.Items("maps", [lane.Plain("seq(map(int64,tensor(float)))"), lane.Plain([{1: 0.5}])]),
+        lane.Items("absent", []),
+        lane.Items(
+            "coo",
+            [
+                lane.Tensor("<i8", (2,), 7, 0),
+                lane.Tensor("<f4", (4,), 7, 64),
+                lane.Tensor("<i8", (4,), 7, 128),
+            ],
         ),
     ]
 
@@ -190,13 +198,16 @@ def _packed(rng: random.Random) -> list[Target]:
 
 def _handover(rng: random.Random, keep: bool, stack: contextlib.ExitStack) -> Target:
     """A lane's socket, with descriptors of every kind beside what is said."""
-    read, union = (m.lane_reply, "lane_reply") if keep else (m.lane_request, "lane_request")
+    read, union = (lane.lane_reply, "lane_reply") if keep else (lane.lane_request, "lane_request")
     odd = stack.enter_context(contextlib.closing(descriptors.Odd()))
     corpus = [
-        m.encode(m.Envelope(shared=shared, dropped=dropped, message=msgspec.Raw(inside)))
+        codec.encode(lane.Envelope(shared=shared, dropped=dropped, message=msgspec.Raw(inside)))
         for inside in examples.frames(union, rng)
         for shared, dropped in (([], []), ([(3, 4096)], []), ([(1, 0), (4, 65536)], [3, 9]))
-    ] + [m.encode(m.Envelope(shared=[(5, 4096)], letter=(5, 40))), m.encode(m.Envelope(letter=(3, 0)))]
+    ] + [
+        codec.encode(lane.Envelope(shared=[(5, 4096)], letter=(5, 40))),
+        codec.encode(lane.Envelope(letter=(3, 0))),
+    ]
     ends: list[Any] = []
     stack.callback(lambda: [each.close() for each in ends])
 

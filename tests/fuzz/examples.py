@@ -9,35 +9,41 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control, failures, lane, template
 
+READERS = {
+    name: getattr(template if name == "on_template" else lane if name.startswith("lane_") else control, name)
+    for name in (
+        "from_client", "to_client", "from_worker", "to_worker", "on_lifeline", "on_template",
+        "lane_request", "lane_reply",
+    )
+}  # fmt: skip
 UNIONS = {
-    "from_client": m.FromClient,
-    "to_client": m.ToClient,
-    "from_worker": m.FromWorker,
-    "to_worker": m.ToWorker,
-    "on_lifeline": m.OnLifeline,
-    "on_template": m.OnTemplate,
-    "lane_request": m.LaneRequest,
-    "lane_reply": m.LaneReply,
+    "from_client": control.FromClient,
+    "to_client": control.ToClient,
+    "from_worker": control.FromWorker,
+    "to_worker": control.ToWorker,
+    "on_lifeline": control.OnLifeline,
+    "on_template": template.OnTemplate,
+    "lane_request": lane.LaneRequest,
+    "lane_reply": lane.LaneReply,
 }
 
 
 def frames(name: str, rng: random.Random) -> list[bytes]:
     """Some of each kind of message that this reader knows."""
     kinds = typing.get_args(UNIONS[name])
-    return [m.encode(example(kind, rng)) for kind in kinds for _ in range(3)]
+    return [codec.encode(example(kind, rng)) for kind in kinds for _ in range(3)]
 
 
 def example(kind: type[Any], rng: random.Random) -> Any:
-    if kind is m.Envelope:
-        inside = m.encode(m.Result(value=m.Plain(1)))
-        return m.Envelope(shared=[(3, 65536)], dropped=[1], message=msgspec.Raw(inside))
+    if kind is lane.Envelope:
+        inside = codec.encode(lane.Result(value=lane.Plain(1)))
+        return lane.Envelope(shared=[(3, 65536)], dropped=[1], message=msgspec.Raw(inside))
     return msgspec.convert(_made(inspect.type_info(kind), rng, 0), kind)
 
 
-def failure(rng: random.Random) -> m.Failure:
+def failure(rng: random.Random) -> failures.Failure:
     error = rng.choice(
         (
             ValueError("no"),
@@ -55,7 +61,7 @@ def failure(rng: random.Random) -> m.Failure:
 
 def _made(info: Any, rng: random.Random, depth: int) -> Any:
     match info:
-        case inspect.StructType(cls=cls) if cls is m.Failure:
+        case inspect.StructType(cls=cls) if cls is failures.Failure:
             return msgspec.to_builtins(failure(rng))
         case inspect.StructType():
             return _struct(info, rng, depth)

@@ -23,7 +23,8 @@ import psutil
 
 from onnx_dl import InferenceSessionProxy, ModelHost, starting
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, lane
+from onnx_dl.protocol.control import Acquire, AskStatus, ClientHello, Granted, Shutdown, Unload, from_client
 from onnx_dl.transport import shm, zmtp
 from onnx_dl.transport.handover import PACKET
 from tests.fuzz import descriptors, examples, mutation
@@ -31,7 +32,7 @@ from tests.fuzz.mutation import Mutator
 from tests.slow import identity_model
 from tests.waiting import DEADLINE, eventually
 
-_MIGHTY = (m.Shutdown, m.Unload, m.Acquire)
+_MIGHTY = (Shutdown, Unload, Acquire)
 """What ends a model or starts one, for whoever may ask."""
 _TURN = 50
 """Frames to one kind of socket before the next has its turn."""
@@ -121,7 +122,7 @@ class WellBehaved:
         eventually(lambda: self.calls > calls or self.wrong, f"a call; {meanwhile}", 60.0)
         assert not self.wrong, f"{meanwhile}: {self.wrong}"
 
-    def granted(self) -> m.Granted:
+    def granted(self) -> Granted:
         """What it was told of its worker."""
         assert self.proxy._remote is not None
         serving = self.proxy._remote._serving
@@ -152,7 +153,7 @@ class Rogue:
         self._odd = self._open.enter_context(contextlib.closing(descriptors.Odd()))
         self._control: socket.socket | None = None
         self._lifeline: socket.socket | None = None
-        self._granted: m.Granted | None = None
+        self._granted: Granted | None = None
         self._metrics: tuple[str, int] | None = None
 
     def close(self) -> None:
@@ -164,7 +165,7 @@ class Rogue:
         (worker,) = [model.pid for model in status.models if model.pid is not None]
         return status.supervisor_pid, worker
 
-    def learn(self, granted: m.Granted) -> None:
+    def learn(self, granted: Granted) -> None:
         """What any client is told: where the worker listens, and its secret."""
         snapshot = self._host.snapshot()
         host, _, port = str(snapshot.metrics).rpartition(":")
@@ -172,12 +173,12 @@ class Rogue:
         self._granted = granted
 
     def sockets(self, rng: random.Random) -> list[tuple[str, Any]]:
-        hello = m.ClientHello(version=m.PROTOCOL_VERSION, secret=self._secret, client=b"r" * 16)
-        lifeline = mutation.msgpack(rng, [m.encode(hello), *examples.frames("on_lifeline", rng)])
+        hello = ClientHello(version=codec.PROTOCOL_VERSION, secret=self._secret, client=b"r" * 16)
+        lifeline = mutation.msgpack(rng, [codec.encode(hello), *examples.frames("on_lifeline", rng)])
         greeting = zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name)
         streams = [
             greeting,
-            greeting + zmtp.frame(m.encode(m.AskStatus(ticket=1))),
+            greeting + zmtp.frame(codec.encode(AskStatus(ticket=1))),
             greeting + zmtp.frame(b"x" * 300),
         ]
         control = mutation.msgpack(rng, examples.frames("from_client", rng))
@@ -193,14 +194,14 @@ class Rogue:
         assert self._granted is not None
         return found + self._lane_sockets(rng, self._granted)
 
-    def _lane_sockets(self, rng: random.Random, granted: m.Granted) -> list[tuple[str, Any]]:
-        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=granted.secret)
-        first = m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))
-        greetings = mutation.msgpack(rng, [m.encode(first), m.encode(hello)])
+    def _lane_sockets(self, rng: random.Random, granted: Granted) -> list[tuple[str, Any]]:
+        hello = lane.LaneHello(version=codec.PROTOCOL_VERSION, secret=granted.secret)
+        first = lane.Envelope(shared=[(1, 0)], message=msgspec.Raw(codec.encode(hello)))
+        greetings = mutation.msgpack(rng, [codec.encode(first), codec.encode(hello)])
         requests = mutation.msgpack(rng, examples.frames("lane_request", rng) + _calls())
         return [
             ("lane, a stranger", lambda: self._packets(granted.address, greetings, rng)),
-            ("lane, a caller", lambda: self._caller(m.encode(first), granted.address, requests, rng)),
+            ("lane, a caller", lambda: self._caller(codec.encode(first), granted.address, requests, rng)),
         ]
 
     # --- each kind of socket ------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ class Rogue:
     @staticmethod
     def _may_say(data: bytes) -> bool:
         try:
-            return not isinstance(m.from_client(data), _MIGHTY)
+            return not isinstance(from_client(data), _MIGHTY)
         except ProtocolError:
             return True
 
@@ -262,7 +263,7 @@ class Rogue:
         self._lifeline.settimeout(DEADLINE)
         self._lifeline.connect(f"\0{self._address}/lifeline")
         self._lifeline.send(
-            m.encode(m.ClientHello(version=m.PROTOCOL_VERSION, secret=self._secret, client=self._name))
+            codec.encode(ClientHello(version=codec.PROTOCOL_VERSION, secret=self._secret, client=self._name))
         )
         self._lifeline.recv(4096)
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -334,13 +335,15 @@ _REQUEST = b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:9464\r\nAccept: text/plain
 
 def _calls() -> list[bytes]:
     """Requests that come near to what the model takes."""
-    x = m.Tensor("<f4", (3,), 3, 64)
-    inside = m.Call(outputs=m.Plain(None), feed=[("x", x)])
+    x = lane.Tensor("<f4", (3,), 3, 64)
+    inside = lane.Call(outputs=lane.Plain(None), feed=[("x", x)])
     return [
-        m.encode(m.Envelope(shared=[(3, 4096)], message=msgspec.Raw(m.encode(inside)))),
-        m.encode(inside),
-        m.encode(msgspec.structs.replace(inside, plan=1, moved=[0])),
-        m.encode(m.Again(plan=1, moved=[(0, x)])),
-        m.encode(m.Invoke(method="get_inputs", args=[])),
-        m.encode(m.Invoke(method="run", args=[m.Plain(None), m.Items("dict", [m.Plain("x"), x])])),
+        codec.encode(lane.Envelope(shared=[(3, 4096)], message=msgspec.Raw(codec.encode(inside)))),
+        codec.encode(inside),
+        codec.encode(msgspec.structs.replace(inside, plan=1, moved=[0])),
+        codec.encode(lane.Again(plan=1, moved=[(0, x)])),
+        codec.encode(lane.Invoke(method="get_inputs", args=[])),
+        codec.encode(
+            lane.Invoke(method="run", args=[lane.Plain(None), lane.Items("dict", [lane.Plain("x"), x])])
+        ),
     ]

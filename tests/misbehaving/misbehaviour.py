@@ -135,9 +135,10 @@ def _lanes(own: bool) -> list[Any]:
 
 
 def _result() -> bytes:
-    from onnx_dl.transport import messages as m
+    from onnx_dl.protocol import codec
+    from onnx_dl.protocol.lane import Result, Tensor
 
-    return m.encode(m.Result(value=m.Tensor("<f4", (4,), 999, 0)))
+    return codec.encode(Result(value=Tensor("<f4", (4,), 999, 0)))
 
 
 def _say_raw(lane: Any, data: bytes) -> None:
@@ -162,9 +163,10 @@ def _say_packet(lane: Any, data: bytes) -> None:
 def _announce_a_block_that_is_not_sent(lane: Any) -> None:
     import msgspec
 
-    from onnx_dl.transport import messages as m
+    from onnx_dl.protocol import codec
+    from onnx_dl.protocol.lane import Envelope
 
-    _say_packet(lane, m.encode(m.Envelope(shared=[(7, 4096)], message=msgspec.Raw(_result()))))
+    _say_packet(lane, codec.encode(Envelope(shared=[(7, 4096)], message=msgspec.Raw(_result()))))
 
 
 def _wrong_results(results: Any) -> list[Any]:
@@ -195,9 +197,9 @@ def _with_another_number(lane: Any, results: Any) -> None:
 
 def _ready(worker: Any, other: int = 0) -> Any:
     from onnx_dl.model import ModelDescription
-    from onnx_dl.transport import messages as m
+    from onnx_dl.protocol import control
 
-    return m.WorkerReady(
+    return control.WorkerReady(
         worker_id=worker._id + other,
         address="nowhere",
         secret="none",
@@ -208,7 +210,7 @@ def _ready(worker: Any, other: int = 0) -> Any:
 
 def _twice(worker: Any) -> None:
     """Everything from now on, and that it has started."""
-    from onnx_dl.transport import messages as m
+    from onnx_dl.protocol import control
 
     say = worker._say
 
@@ -217,13 +219,13 @@ def _twice(worker: Any) -> None:
         say(message)
 
     worker._say = twice
-    worker._say(m.WorkerStarted(worker_id=worker._id))
+    worker._say(control.WorkerStarted(worker_id=worker._id))
 
 
 def _in_part(worker: Any) -> None:
-    from onnx_dl.transport import messages as m
+    from onnx_dl.protocol import codec
 
-    worker._control.send(m.encode(_ready(worker))[:-5])
+    worker._control.send(codec.encode(_ready(worker))[:-5])
 
 
 FACTS = {

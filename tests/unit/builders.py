@@ -7,10 +7,10 @@ from typing import Any
 from onnx_dl.config import Settings
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, Usage
+from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import failures, shm
-from onnx_dl.transport import messages as m
+from onnx_dl.transport import shm
 from onnx_dl.transport.arena import Arena
 from onnx_dl.transport.mappings import Mappings
 
@@ -34,16 +34,16 @@ def spec(key: str = "m", **fields: Any) -> ModelSpec:
     return ModelSpec(key=key, name=f"{key}.onnx", cwd="/work", path=f"{key}.onnx", **fields)
 
 
-def acquire(ticket: int, proxy: int = 1, ttl: float = -1.0, key: str = "m") -> m.Acquire:
-    return m.Acquire(ticket=ticket, proxy=proxy, spec=spec(key), ttl=ttl)
+def acquire(ticket: int, proxy: int = 1, ttl: float = -1.0, key: str = "m") -> control.Acquire:
+    return control.Acquire(ticket=ticket, proxy=proxy, spec=spec(key), ttl=ttl)
 
 
-def unload(ticket: int, key: str = "m", force: bool = False) -> m.Unload:
-    return m.Unload(ticket=ticket, key=key, force=force)
+def unload(ticket: int, key: str = "m", force: bool = False) -> control.Unload:
+    return control.Unload(ticket=ticket, key=key, force=force)
 
 
-def ready(worker_id: int = 1, seconds: float = 0.5) -> m.WorkerReady:
-    return m.WorkerReady(
+def ready(worker_id: int = 1, seconds: float = 0.5) -> control.WorkerReady:
+    return control.WorkerReady(
         worker_id=worker_id,
         address=f"address-{worker_id}",
         secret=f"secret-{worker_id}",
@@ -52,8 +52,10 @@ def ready(worker_id: int = 1, seconds: float = 0.5) -> m.WorkerReady:
     )
 
 
-def failed(worker_id: int = 1, error: Exception | None = None) -> m.WorkerFailed:
-    return m.WorkerFailed(worker_id=worker_id, failure=failures.describe(error or ValueError("not a model")))
+def failed(worker_id: int = 1, error: Exception | None = None) -> control.WorkerFailed:
+    return control.WorkerFailed(
+        worker_id=worker_id, failure=failures.describe(error or ValueError("not a model"))
+    )
 
 
 # --- expected commands -----------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def start(worker_id: int = 1, key: str = "m") -> StartWorker:
     return StartWorker(worker_id, spec(key))
 
 
-def order(worker_id: int, message: m.Message) -> TellWorker:
+def order(worker_id: int, message: codec.Message) -> TellWorker:
     return TellWorker(worker_id, message)
 
 
@@ -75,7 +77,7 @@ def granted(client: bytes, ticket: int, worker_id: int = 1) -> TellClient:
     message = ready(worker_id)
     return TellClient(
         client,
-        m.Granted(
+        control.Granted(
             ticket=ticket,
             worker_id=worker_id,
             pid=100 + worker_id,
@@ -87,7 +89,7 @@ def granted(client: bytes, ticket: int, worker_id: int = 1) -> TellClient:
 
 
 def unloaded(client: bytes, ticket: int, was_loaded: bool = True) -> TellClient:
-    return TellClient(client, m.Unloaded(ticket=ticket, was_loaded=was_loaded))
+    return TellClient(client, control.Unloaded(ticket=ticket, was_loaded=was_loaded))
 
 
 def event(
@@ -118,7 +120,7 @@ def event(
     )
 
 
-def told(commands: list[Command], kind: type[m.Message]) -> list[Any]:
+def told(commands: list[Command], kind: type[codec.Message]) -> list[Any]:
     """Messages of a kind that go to clients."""
     return [c.message for c in commands if isinstance(c, TellClient) and isinstance(c.message, kind)]
 

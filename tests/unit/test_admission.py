@@ -10,13 +10,13 @@ import pytest
 from onnx_dl.errors import CapacityError, WorkerDied
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor import room
 from onnx_dl.supervisor.commands import ForgetPeak, Remember, StartWorker
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, B, acquire, events, failed, kill, order, ready, starts, told
 

@@ -16,8 +16,8 @@ import pytest
 
 from onnx_dl import census
 from onnx_dl.census import Sighting
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.rendezvous import Place, uptime
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 OURS = PROTOCOL_VERSION
 

@@ -19,8 +19,8 @@ from onnx_dl.errors import SupervisorDied
 from onnx_dl.host import Snapshot
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.starting import no_host
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 
 def status(model: str = "/models/asr.onnx", **fields: Any) -> ModelStatus:

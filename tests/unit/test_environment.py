@@ -10,7 +10,7 @@ import pytest
 
 from onnx_dl.environment import LONGEST, Environment, parse, parse_pairs
 from onnx_dl.errors import ConfigError, ProtocolError
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, template
 
 
 def test_what_can_be() -> None:
@@ -52,14 +52,14 @@ def test_values_are_not_shown() -> None:
 
 
 def test_one_from_elsewhere_is_checked() -> None:
-    spawn = m.Spawn(worker_id=1, identity=b"", control="", environment=parse({"A": "1"}))
-    data = m.encode(spawn)
-    assert m.on_template(data).environment == parse({"A": "1"})
+    spawn = template.Spawn(worker_id=1, identity=b"", control="", environment=parse({"A": "1"}))
+    data = codec.encode(spawn)
+    assert template.on_template(data).environment == parse({"A": "1"})
     plain = msgspec.msgpack.decode(data)
     for wrong in ({"A=": "1"}, {"A": 1}, {"ONNX_DL_X": "1"}, {"A": "x" * LONGEST}):
         plain["environment"] = {"variables": wrong}
         with pytest.raises(ProtocolError):
-            m.on_template(msgspec.msgpack.encode(plain))
+            template.on_template(msgspec.msgpack.encode(plain))
 
 
 def test_pairs() -> None:

@@ -12,19 +12,20 @@ import pytest
 
 from onnx_dl import errors
 from onnx_dl.errors import BY_CODE, OnnxDLError, RemoteError, WorkerDied
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, failures, lane
 
 
 def travel(error: BaseException, **details) -> Exception:
-    raw = m.encode(m.CallFailed(failure=failures.describe(error, **details)))
-    return failures.rebuild(m.lane_reply(raw).failure)
+    raw = codec.encode(lane.CallFailed(failure=failures.describe(error, **details)))
+    return failures.rebuild(lane.lane_reply(raw).failure)
 
 
 def peer(family: str, name: str, args: list, details: dict | None = None) -> Exception:
     """What a peer that says this makes us raise."""
-    said = m.Failure(family=family, name=name, args=args, details=details or {}, traceback="its traceback")
-    return failures.rebuild(m.lane_reply(m.encode(m.CallFailed(failure=said))).failure)
+    said = failures.Failure(
+        family=family, name=name, args=args, details=details or {}, traceback="its traceback"
+    )
+    return failures.rebuild(lane.lane_reply(codec.encode(lane.CallFailed(failure=said))).failure)
 
 
 # --- ours ------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text
 from onnx_dl.transport import packing
 from onnx_dl.transport.forms import Form, in_one_place, reader_of
-from onnx_dl.transport.messages import Items, Packed, Plain, Tensor, Text
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 from tests.unit.builders import arena
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, lane
 from onnx_dl.transport import shm
 from onnx_dl.transport.arena import HEADER, Arena, Nobody
 from onnx_dl.transport.handover import MOST_NEW, PACKET, Handover
@@ -35,15 +35,15 @@ class Pair:
 
     def __init__(self) -> None:
         ours, theirs = with_small_buffers()
-        self.client = Handover(ours, m.lane_reply, keep_descriptors=True)
-        self.worker = Handover(theirs, m.lane_request, keep_descriptors=False)
+        self.client = Handover(ours, lane.lane_reply, keep_descriptors=True)
+        self.worker = Handover(theirs, lane.lane_request, keep_descriptors=False)
 
-    def request(self, message: m.Message) -> object:
-        assert self.client.send(m.encode(message))
+    def request(self, message: codec.Message) -> object:
+        assert self.client.send(codec.encode(message))
         return self.worker.next()
 
-    def reply(self, message: m.Message) -> object:
-        assert self.worker.send(m.encode(message))
+    def reply(self, message: codec.Message) -> object:
+        assert self.worker.send(codec.encode(message))
         return self.client.next()
 
 
@@ -60,8 +60,8 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def invoke(size: int) -> m.Invoke:
-    return m.Invoke(method="x" * size)
+def invoke(size: int) -> lane.Invoke:
+    return lane.Invoke(method="x" * size)
 
 
 def waiting(channel: Channel) -> bytes:
@@ -76,10 +76,10 @@ def waiting(channel: Channel) -> bytes:
 @pytest.mark.parametrize("size", SIZES)
 def test_any_size_both_ways_is_one_packet(pair: Pair, size: int):
     for _ in range(3):
-        assert pair.client.send(m.encode(invoke(size)))
+        assert pair.client.send(codec.encode(invoke(size)))
         assert len(waiting(pair.worker.channel)) <= PACKET
         assert pair.worker.next() == invoke(size)
-        result = m.Result(value=m.Plain("y" * size))
+        result = lane.Result(value=lane.Plain("y" * size))
         assert pair.reply(result) == result
         assert not pair.worker.channel.readable() and not pair.client.channel.readable()
 
@@ -90,24 +90,24 @@ def test_sizes_take_turns_in_the_same_memory(pair: Pair):
     assert pair.client.arena.nbytes < 4 * MB
     for _ in range(100):
         pair.client.arena.scratch(10)
-        assert pair.request(m.Touch()) == m.Touch()
+        assert pair.request(lane.Touch()) == lane.Touch()
     assert pair.client.arena.nbytes < 100_000
     assert pair.worker.mappings.nbytes < 100_000, "the worker has heard of it"
 
 
 @pytest.mark.timeout(30)
 def test_a_reader_that_has_stopped_stops_no_writer(pair: Pair):
-    sent = [pair.worker.send(m.encode(m.Result(value=m.Plain("x" * 4000)))) for _ in range(100)]
+    sent = [pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * 4000)))) for _ in range(100)]
     assert sent[0] and not sent[-1]
-    assert pair.client.next() == m.Result(value=m.Plain("x" * 4000))
+    assert pair.client.next() == lane.Result(value=lane.Plain("x" * 4000))
 
 
 def test_started_and_its_result_find_room(pair: Pair):
     """The only case of two packets on their way."""
-    result = m.Result(value=m.Plain("x" * 4000))
-    assert pair.worker.send(m.encode(m.Started()))
-    assert pair.worker.send(m.encode(result))
-    assert [pair.client.next(), pair.client.next()] == [m.Started(), result]
+    result = lane.Result(value=lane.Plain("x" * 4000))
+    assert pair.worker.send(codec.encode(lane.Started()))
+    assert pair.worker.send(codec.encode(result))
+    assert [pair.client.next(), pair.client.next()] == [lane.Started(), result]
 
 
 def test_a_peer_that_is_gone(pair: Pair):
@@ -115,7 +115,7 @@ def test_a_peer_that_is_gone(pair: Pair):
     assert pair.worker.is_dead()
     assert pair.worker.next() is None
     pair.worker.arena.scratch(10)
-    assert not pair.worker.send(m.encode(m.Result(value=m.Plain("x" * MB))))
+    assert not pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * MB))))
 
 
 def test_a_packet_that_is_not_there(pair: Pair):
@@ -130,11 +130,11 @@ def test_blocks_travel_with_the_message_that_names_them(pair: Pair):
     block = pair.client.arena.scratch(1000)
     block.payload[:3] = b"abc"
     assert not pair.worker.channel.readable(), "nothing is said before there is a message"
-    pair.request(m.Touch())
+    pair.request(lane.Touch())
     found = pair.worker.block(block.number)
     assert bytes(found.payload[:3]) == b"abc"
     pair.client.arena.trim()
-    pair.request(m.Touch())
+    pair.request(lane.Touch())
     with pytest.raises(ProtocolError, match="never handed over"):
         pair.worker.block(block.number)
 
@@ -142,8 +142,8 @@ def test_blocks_travel_with_the_message_that_names_them(pair: Pair):
 def test_blocks_of_a_message_that_could_not_be_made_are_told_with_the_next(pair: Pair):
     block = pair.client.arena.scratch(1000)
     with pytest.raises(TypeError):
-        pair.client.send(m.encode(m.Invoke(method="x", args=[m.Plain(object())])))
-    pair.request(m.Touch())
+        pair.client.send(codec.encode(lane.Invoke(method="x", args=[lane.Plain(object())])))
+    pair.request(lane.Touch())
     assert pair.worker.block(block.number).size == block.size
 
 
@@ -151,8 +151,8 @@ def test_a_block_that_came_and_went_between_two_messages_is_not_told(pair: Pair)
     before = descriptors()
     pair.client.arena.scratch(1000)
     pair.client.arena.trim()
-    assert pair.client.send(m.encode(m.Touch()))
-    assert waiting(pair.worker.channel) == m.encode(m.Touch())
+    assert pair.client.send(codec.encode(lane.Touch()))
+    assert waiting(pair.worker.channel) == codec.encode(lane.Touch())
     pair.worker.next()
     assert descriptors() == before
 
@@ -168,7 +168,7 @@ def test_descriptors_are_bounded(pair: Pair):
     assert len(leased) == MOST_NEW and refused == 2 * MOST_NEW
     for size in (10, 100_000, MB):
         pair.worker.arena.scratch(size)
-    assert pair.worker.send(m.encode(m.Result(value=m.Plain("x" * MB))))
+    assert pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * MB))))
     _, control, _, _ = pair.client.channel._sock.recvmsg(PACKET, 4096, socket.MSG_PEEK)
     came = np.frombuffer(control[0][2], np.intc).tolist()
     for fd in came:
@@ -183,14 +183,14 @@ def test_many_blocks_that_are_dropped_at_once(pair: Pair):
     for _ in range(40):
         for _ in range(MOST_NEW):
             assert pair.client.arena.lease(10)
-        pair.request(m.Touch())
+        pair.request(lane.Touch())
     assert pair.worker.mappings.nbytes > 40 * MOST_NEW * 1000
     for block in pair.client.arena._blocks:
         block.end_lease()
     pair.client.arena.trim()
-    assert pair.client.send(m.encode(m.Touch()))
+    assert pair.client.send(codec.encode(lane.Touch()))
     assert len(waiting(pair.worker.channel)) <= PACKET
-    assert pair.worker.next() == m.Touch()
+    assert pair.worker.next() == lane.Touch()
     assert pair.worker.mappings.nbytes < 1e6
 
 
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_a_lane_that_is_gone():
     block = other.lease(1000)
     pair.client.arena.adopt(block)
     pair.request(invoke(MB))
-    pair.reply(m.Result(value=m.Plain("x" * MB)))
+    pair.reply(lane.Result(value=lane.Plain("x" * MB)))
     pair.client.arena.scratch(1000)
     pair.worker.arena.lease(1000)
     del pair, other, block
@@ -218,27 +218,27 @@ def test_no_memory_for_a_letter(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(shm, "create", full)
         with pytest.raises(SharedMemoryError):
-            pair.worker.send(m.encode(m.Result(value=m.Plain("x" * MB))))
+            pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * MB))))
         assert not pair.client.channel.readable()
-        assert pair.reply(m.Draining()) == m.Draining()
+        assert pair.reply(lane.Draining()) == lane.Draining()
         assert pair.client.block(block.number)
 
 
 # --- what a peer must not be able to do --------------------------------------------------------------------
 
-TOUCH = msgspec.Raw(m.encode(m.Touch()))
+TOUCH = msgspec.Raw(codec.encode(lane.Touch()))
 HOSTILE = {
-    "nothing in it": m.Envelope(),
-    "no message": m.Envelope(message=msgspec.Raw(b"\xc1")),
-    "another direction's": m.Envelope(message=msgspec.Raw(m.encode(m.Draining()))),
-    "an envelope": m.Envelope(message=msgspec.Raw(m.encode(m.Envelope(message=TOUCH)))),
-    "a block that did not come": m.Envelope(shared=[(5, 10)], message=TOUCH),
-    "a letter nowhere": m.Envelope(letter=(99, 10)),
-    "a letter in block 0": m.Envelope(letter=(0, 10)),
-    "a letter of less than nothing": m.Envelope(letter=(1, -1)),
-    "a letter beyond its block": m.Envelope(letter=(1, 1 << 62)),
-    "a letter of no message": m.Envelope(letter=(1, 100)),
-    "an empty letter": m.Envelope(letter=(1, 0)),
+    "nothing in it": lane.Envelope(),
+    "no message": lane.Envelope(message=msgspec.Raw(b"\xc1")),
+    "another direction's": lane.Envelope(message=msgspec.Raw(codec.encode(lane.Draining()))),
+    "an envelope": lane.Envelope(message=msgspec.Raw(codec.encode(lane.Envelope(message=TOUCH)))),
+    "a block that did not come": lane.Envelope(shared=[(5, 10)], message=TOUCH),
+    "a letter nowhere": lane.Envelope(letter=(99, 10)),
+    "a letter in block 0": lane.Envelope(letter=(0, 10)),
+    "a letter of less than nothing": lane.Envelope(letter=(1, -1)),
+    "a letter beyond its block": lane.Envelope(letter=(1, 1 << 62)),
+    "a letter of no message": lane.Envelope(letter=(1, 100)),
+    "an empty letter": lane.Envelope(letter=(1, 0)),
 }
 
 
@@ -246,37 +246,37 @@ HOSTILE = {
 def known(pair: Pair) -> Pair:
     """Block 1 of the client is known to the worker."""
     assert pair.client.arena.scratch(1000).number == 1
-    pair.request(m.Touch())
+    pair.request(lane.Touch())
     return pair
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_envelopes(known: Pair, name: str):
     before = descriptors()
-    known.client.channel.post(m.encode(HOSTILE[name]))
+    known.client.channel.post(codec.encode(HOSTILE[name]))
     with pytest.raises(ProtocolError):
         known.worker.next()
     assert descriptors() == before
-    assert known.request(m.Touch()) == m.Touch()
+    assert known.request(lane.Touch()) == lane.Touch()
 
 
 @pytest.mark.parametrize(
     "inside",
     [
-        m.Touch(),
-        m.Envelope(letter=(1, 10)),
-        m.Envelope(shared=[(7, 10)], message=TOUCH),
-        m.Envelope(message=msgspec.Raw(m.encode(m.Envelope(message=TOUCH)))),
+        lane.Touch(),
+        lane.Envelope(letter=(1, 10)),
+        lane.Envelope(shared=[(7, 10)], message=TOUCH),
+        lane.Envelope(message=msgspec.Raw(codec.encode(lane.Envelope(message=TOUCH)))),
     ],
     ids=["no envelope", "another letter", "new blocks", "an envelope in it"],
 )
-def test_hostile_letters(known: Pair, inside: m.Message):
-    data = m.encode(inside)
+def test_hostile_letters(known: Pair, inside: codec.Message):
+    data = codec.encode(inside)
     known.client.arena.current_scratch.payload[: len(data)] = data
-    known.client.channel.post(m.encode(m.Envelope(letter=(1, len(data)))))
+    known.client.channel.post(codec.encode(lane.Envelope(letter=(1, len(data)))))
     with pytest.raises(ProtocolError):
         known.worker.next()
-    assert known.request(m.Touch()) == m.Touch()
+    assert known.request(lane.Touch()) == lane.Touch()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_hostile_descriptors(known: Pair, shared: list, sizes: list):
 
 def test_descriptors_without_a_message(known: Pair):
     before = descriptors()
-    known.client.channel.post(m.encode(m.Touch()), [0, 1, 2])
+    known.client.channel.post(codec.encode(lane.Touch()), [0, 1, 2])
     with pytest.raises(ProtocolError):
         known.worker.next()
     known.client.channel.post(b"\xc1", [0, 1, 2])
@@ -325,7 +325,7 @@ def test_descriptors_without_a_message(known: Pair):
 
 def test_noise(known: Pair):
     rng = np.random.default_rng(5)
-    good = m.encode(m.Envelope(shared=[(9, 10)], dropped=[1], message=TOUCH, letter=None))
+    good = codec.encode(lane.Envelope(shared=[(9, 10)], dropped=[1], message=TOUCH, letter=None))
     for _ in range(2000):
         noise = bytearray(good)
         for _ in range(3):
@@ -335,4 +335,4 @@ def test_noise(known: Pair):
             message = known.worker.next()
         except OnnxDLError:
             continue
-        assert isinstance(message, m.Message)
+        assert isinstance(message, codec.Message)

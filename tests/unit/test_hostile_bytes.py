@@ -20,8 +20,8 @@ import pytest
 
 from onnx_dl.errors import ProtocolError, RemoteError, SharedMemoryError
 from onnx_dl.ort import ortvalues
-from onnx_dl.transport import failures, shm
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import control, failures
+from onnx_dl.transport import shm
 from onnx_dl.transport.arena import HEADER, Block
 from onnx_dl.transport.worker_lane import WorkerLane
 from tests.fuzz import decoders, run
@@ -63,13 +63,15 @@ def test_bytes_are_no_text() -> None:
 
 @pytest.mark.parametrize("cause", [1, {}, {"family": "builtin"}, [], {"family": 1, "name": "x", "args": []}])
 def test_a_reason_that_is_no_failure(cause: object) -> None:
-    failure = m.Failure(family="builtin", name="ValueError", args=["no"], details={"cause": cause})
+    failure = failures.Failure(family="builtin", name="ValueError", args=["no"], details={"cause": cause})
     error = failures.rebuild(failure)
     assert isinstance(error, ValueError) and isinstance(error.__cause__, RemoteError)
 
 
 def test_arguments_that_no_exception_takes() -> None:
-    failure = m.Failure(family="builtin", name="UnicodeEncodeError", args=["utf-8", "x", 2**63, 1, "no"])
+    failure = failures.Failure(
+        family="builtin", name="UnicodeEncodeError", args=["utf-8", "x", 2**63, 1, "no"]
+    )
     assert isinstance(failures.rebuild(failure), RemoteError)
 
 
@@ -116,7 +118,7 @@ def test_numbers_that_no_time_or_size_can_be(field: str, number: float) -> None:
         "ttl": 1.0,
     }
     with pytest.raises(ProtocolError):
-        m.from_client(msgspec.msgpack.encode(message | {field: number}))
+        control.from_client(msgspec.msgpack.encode(message | {field: number}))
 
 
 def test_a_use_in_the_future_is_now() -> None:

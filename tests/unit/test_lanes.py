@@ -19,8 +19,31 @@ import pytest
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, mappings, shm, sockets
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control, failures
+from onnx_dl.protocol.lane import (
+    Again,
+    Call,
+    CallFailed,
+    Draining,
+    Envelope,
+    Forgotten,
+    Hold,
+    Invoke,
+    LaneHello,
+    LaneOpen,
+    Packed,
+    Plain,
+    Result,
+    Same,
+    Started,
+    Tensor,
+    Terminate,
+    Text,
+    Touch,
+    Unhold,
+    lane_reply,
+)
+from onnx_dl.transport import mappings, shm, sockets
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.lane import ClientLane
 from onnx_dl.transport.plans import Plan
@@ -85,8 +108,8 @@ class Worker:
         self.threads: list[threading.Thread] = []
         self.halts: dict[int, Halt] = {}
 
-    def granted(self) -> m.Granted:
-        return m.Granted(
+    def granted(self) -> control.Granted:
+        return control.Granted(
             ticket=1, worker_id=1, pid=1, address=self.address, secret=SECRET, description=DESCRIPTION
         )
 
@@ -177,7 +200,7 @@ def ask(lane: ClientLane, request: Any) -> Any:
 def called(lane: ClientLane, feed: dict[str, Any], outputs: Any = None, options: Any = None) -> Any:
     """What the worker gives back."""
     reply = ask(lane, lane.call(outputs, feed, options))
-    if isinstance(reply, m.CallFailed):
+    if isinstance(reply, CallFailed):
         raise failures.rebuild(reply.failure)
     return lane.result(reply)
 
@@ -232,13 +255,13 @@ def test_names_options_methods_and_errors_of_every_size(lane: ClientLane, worker
     assert called(lane, {"x": one}, options={"o": "x" * size}) == [1, {"o": "x" * size}]
     assert called(lane, {"x": one}, outputs=["n" * size]) == [1, ["n" * size]]
     assert called(lane, {"x" * size: one}) == [1]
-    reply = ask(lane, m.Invoke(method="m" * size, args=lane.pack([np.ones(size, np.uint8), "x" * size])))
+    reply = ask(lane, Invoke(method="m" * size, args=lane.pack([np.ones(size, np.uint8), "x" * size])))
     assert same(lane.result(reply), [np.ones(size, np.uint8), "x" * size])
     with pytest.raises(ValueError) as error:
         called(lane, {"error": np.array([size])})
     assert len(str(error.value)) == size
     call = lane.call(None, {"x": np.array(["x" * size], object)}, None, background=True)
-    assert isinstance(ask(lane, call), m.Started)
+    assert isinstance(ask(lane, call), Started)
     assert same(lane.result(lane.receive(BOUND)), [np.array(["x" * size], object)])
 
 
@@ -255,8 +278,8 @@ def test_a_long_name_of_the_model(worker: Worker, size: int):
 
 
 def test_the_other_messages(lane: ClientLane):
-    for request in (m.Touch(), m.Hold(), m.Unhold(), m.Terminate(thread=1, request=1)):
-        assert isinstance(ask(lane, request), m.Result)
+    for request in (Touch(), Hold(), Unhold(), Terminate(thread=1, request=1)):
+        assert isinstance(ask(lane, request), Result)
     assert same(called(lane, {"x": np.array(["x" * 300_000], object)})[0][0], "x" * 300_000)
     assert lane.trim()
     assert same(called(lane, {"x": np.ones(3)}), [np.ones(3)])
@@ -294,7 +317,7 @@ def test_text_and_maps_repeat_without_a_message(lane: ClientLane, worker: Worker
     request = lane.call(None, {"x": text}, None)
     assert isinstance(request, Plan)
     reply = ask(lane, request)
-    assert isinstance(reply, int | m.Same)
+    assert isinstance(reply, int | Same)
     assert same(lane.result(reply), [text])
 
 
@@ -333,12 +356,12 @@ class Stranger:
         self.eventfd = os.eventfd(0)
         self.pipe, workers_end = os.pipe()
         memfd = shm.create(64)
-        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)
-        envelope = m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))
-        self.channel.post(m.encode(envelope), (memfd, self.eventfd, workers_end))
+        hello = LaneHello(version=codec.PROTOCOL_VERSION, secret=SECRET)
+        envelope = Envelope(shared=[(1, 0)], message=msgspec.Raw(codec.encode(hello)))
+        self.channel.post(codec.encode(envelope), (memfd, self.eventfd, workers_end))
         os.close(memfd)
         os.close(workers_end)
-        assert isinstance(self.hear(), m.LaneOpen)
+        assert isinstance(self.hear(), LaneOpen)
 
     def say(self, data: bytes, fds: tuple[int, ...] = (), number: int = 1) -> None:
         self.channel.post(data, fds)
@@ -349,10 +372,10 @@ class Stranger:
         if not os.read(self.pipe, 1):
             return None
         received = self.channel.receive(DEADLINE)
-        message = None if received is None else m.lane_reply(received[0])
-        if isinstance(message, m.Envelope):
+        message = None if received is None else lane_reply(received[0])
+        if isinstance(message, Envelope):
             sockets.close_all(received[1] if received else [])
-            message = m.lane_reply(message.message)
+            message = lane_reply(message.message)
         return message
 
     def close(self) -> None:
@@ -378,9 +401,9 @@ def test_a_bell_of_other_descriptors_opens_no_lane(worker: Worker, odd: str):
         }.get(odd, (fds[-1], write_end))
         channel = Channel.connect(worker.address, Deadline(DEADLINE))
         stack.callback(channel.close)
-        hello = m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)
+        hello = LaneHello(version=codec.PROTOCOL_VERSION, secret=SECRET)
         channel.post(
-            m.encode(m.Envelope(shared=[(1, 0)], message=msgspec.Raw(m.encode(hello)))), (page, *bell)
+            codec.encode(Envelope(shared=[(1, 0)], message=msgspec.Raw(codec.encode(hello)))), (page, *bell)
         )
         assert channel.receive(DEADLINE) is None
 
@@ -392,18 +415,18 @@ def stranger(worker: Worker) -> Iterator[Stranger]:
     made.close()
 
 
-TENSOR = m.Tensor("<f4", (10**9,), 1, 0)
+TENSOR = Tensor("<f4", (10**9,), 1, 0)
 NONSENSE = [
     b"",
     b"\xc1",
-    m.encode(m.Draining()),
-    m.encode(m.Envelope()),
-    m.encode(m.Envelope(letter=(1, 1 << 40))),
-    m.encode(m.Call(outputs=m.Plain(None), feed=[("x", TENSOR)])),
-    m.encode(m.Call(outputs=m.Plain(None), feed=[("x", m.Text((1,), 1, 0))], plan=0)),
-    m.encode(m.Call(outputs=m.Plain(None), feed=[("x", m.Packed(1, 1 << 40))])),
+    codec.encode(Draining()),
+    codec.encode(Envelope()),
+    codec.encode(Envelope(letter=(1, 1 << 40))),
+    codec.encode(Call(outputs=Plain(None), feed=[("x", TENSOR)])),
+    codec.encode(Call(outputs=Plain(None), feed=[("x", Text((1,), 1, 0))], plan=0)),
+    codec.encode(Call(outputs=Plain(None), feed=[("x", Packed(1, 1 << 40))])),
 ]
-UNKNOWN = [m.encode(m.Again(plan=77)), m.encode(m.Again(plan=0, moved=[(99, TENSOR)]))]
+UNKNOWN = [codec.encode(Again(plan=77)), codec.encode(Again(plan=0, moved=[(99, TENSOR)]))]
 
 
 @pytest.mark.parametrize("index", range(len(NONSENSE)))
@@ -411,9 +434,9 @@ def test_nonsense_is_answered_and_the_lane_goes_on(stranger: Stranger, index: in
     stranger.say(NONSENSE[index])
     heard = stranger.hear()
     if index:
-        assert isinstance(heard, m.CallFailed)
-        stranger.say(m.encode(m.Touch()))
-        assert isinstance(stranger.hear(), m.Result)
+        assert isinstance(heard, CallFailed)
+        stranger.say(codec.encode(Touch()))
+        assert isinstance(stranger.hear(), Result)
     else:
         assert heard is None, "an empty packet is EOF"
 
@@ -421,33 +444,33 @@ def test_nonsense_is_answered_and_the_lane_goes_on(stranger: Stranger, index: in
 @pytest.mark.parametrize("again", UNKNOWN)
 def test_a_call_that_was_never_made_is_not_made_again(stranger: Stranger, again: bytes):
     stranger.say(again)
-    assert isinstance(stranger.hear(), m.Forgotten)
+    assert isinstance(stranger.hear(), Forgotten)
     os.eventfd_write(stranger.eventfd, 2 + 5)
-    assert isinstance(stranger.hear(), m.Forgotten)
-    stranger.say(m.encode(m.Touch()))
-    assert isinstance(stranger.hear(), m.Result)
+    assert isinstance(stranger.hear(), Forgotten)
+    stranger.say(codec.encode(Touch()))
+    assert isinstance(stranger.hear(), Result)
 
 
 def test_a_number_that_no_caller_gives_is_not_remembered(stranger: Stranger):
     for number in (64, 1 << 40, -1):
-        stranger.say(m.encode(m.Call(outputs=m.Plain(None), feed=[], plan=number)))
-        assert isinstance(stranger.hear(), m.Result)
-        stranger.say(m.encode(m.Again(plan=number)))
-        assert isinstance(stranger.hear(), m.Forgotten)
+        stranger.say(codec.encode(Call(outputs=Plain(None), feed=[], plan=number)))
+        assert isinstance(stranger.hear(), Result)
+        stranger.say(codec.encode(Again(plan=number)))
+        assert isinstance(stranger.hear(), Forgotten)
 
 
 def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all(stranger: Stranger):
-    bad = m.encode(m.Call(outputs=m.Plain(None), feed=[("error", m.Plain([1]))], plan=1))
+    bad = codec.encode(Call(outputs=Plain(None), feed=[("error", Plain([1]))], plan=1))
     for number, kept in ((0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (0, [0])):
-        stranger.say(m.encode(m.Call(outputs=m.Plain([f"{number}"]), feed=[], plan=number)))
-        assert isinstance(stranger.hear(), m.Result)
+        stranger.say(codec.encode(Call(outputs=Plain([f"{number}"]), feed=[], plan=number)))
+        assert isinstance(stranger.hear(), Result)
         for again in range(4):
-            stranger.say(m.encode(m.Again(plan=again)))
-            assert isinstance(stranger.hear(), m.Result if again in kept else m.Forgotten)
+            stranger.say(codec.encode(Again(plan=again)))
+            assert isinstance(stranger.hear(), Result if again in kept else Forgotten)
     stranger.say(bad)
-    assert isinstance(stranger.hear(), m.CallFailed)
-    stranger.say(m.encode(m.Again(plan=1)))
-    assert isinstance(stranger.hear(), m.Forgotten), "a call that failed has changed nothing"
+    assert isinstance(stranger.hear(), CallFailed)
+    stranger.say(codec.encode(Again(plan=1)))
+    assert isinstance(stranger.hear(), Forgotten), "a call that failed has changed nothing"
 
 
 def test_one_block_too_many_ends_the_lane(stranger: Stranger):
@@ -456,12 +479,12 @@ def test_one_block_too_many_ends_the_lane(stranger: Stranger):
     for _ in range(mappings.MOST // 50 + 1):
         shared = [(number := number + 1, 10) for _ in range(50)]
         stranger.say(
-            m.encode(m.Envelope(shared=shared, message=msgspec.Raw(m.encode(m.Touch())))), (memfd,) * 50
+            codec.encode(Envelope(shared=shared, message=msgspec.Raw(codec.encode(Touch())))), (memfd,) * 50
         )
         heard = stranger.hear()
     os.close(memfd)
-    assert isinstance(heard, m.CallFailed)
-    stranger.say(m.encode(m.Touch()))
+    assert isinstance(heard, CallFailed)
+    stranger.say(codec.encode(Touch()))
     assert stranger.hear() is None
 
 
@@ -471,17 +494,17 @@ def test_a_bell_without_a_packet_ends_the_lane(stranger: Stranger):
 
 
 def test_lost_blocks_end_the_lane_when_that_was_told(stranger: Stranger):
-    lost = m.Envelope(shared=[(2, 1 << 30)], message=msgspec.Raw(m.encode(m.Touch())))
+    lost = Envelope(shared=[(2, 1 << 30)], message=msgspec.Raw(codec.encode(Touch())))
     with open("/dev/null") as null:
-        stranger.say(m.encode(lost), (null.fileno(),))
-    assert isinstance(stranger.hear(), m.CallFailed)
-    stranger.say(m.encode(m.Touch()))
+        stranger.say(codec.encode(lost), (null.fileno(),))
+    assert isinstance(stranger.hear(), CallFailed)
+    stranger.say(codec.encode(Touch()))
     assert stranger.hear() is None
 
 
 def test_who_reads_no_replies_stops_nobody(stranger: Stranger, worker: Worker):
     for _ in range(50):
-        stranger.say(m.encode(m.Touch()))
+        stranger.say(codec.encode(Touch()))
     worker.accept()
     with sockets.context() as context:
         lane = ClientLane(context, worker.granted(), Deadline(DEADLINE), over_zmq=False, latency="normal")
@@ -493,7 +516,7 @@ def test_a_lane_without_a_page_is_not_opened(worker: Worker):
     worker.accept()
     channel = Channel.connect(worker.address, Deadline(DEADLINE))
     ends = os.pipe()
-    channel.post(m.encode(m.LaneHello(version=m.PROTOCOL_VERSION, secret=SECRET)), ends)
+    channel.post(codec.encode(LaneHello(version=codec.PROTOCOL_VERSION, secret=SECRET)), ends)
     assert channel.receive(DEADLINE) is None
     sockets.close_all(ends)
     channel.close()

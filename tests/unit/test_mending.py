@@ -8,9 +8,9 @@ import pytest
 
 from onnx_dl.errors import SupervisorError
 from onnx_dl.lifecycle import ModelState
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from tests.unit.builders import USAGE, A, B, Rig, acquire, kill, ready, starts, told, unload
 
 BUG = failures.describe(SupervisorError("a bug"))

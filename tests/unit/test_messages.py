@@ -19,12 +19,13 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control, failures, lane, template
 from tests.unit.builders import DESCRIPTION, spec
 
-FAILURE = m.Failure(family="builtin", name="ValueError", args=["no", 1], details={"retry_after": 1.5})
-VALUE = m.Items(
-    "list", [m.Tensor("<f4", (2, 3), 1, 64, True), m.Text((1,), 1, 0), m.Packed(1, 64), m.Plain(1)]
+FAILURE = failures.Failure(family="builtin", name="ValueError", args=["no", 1], details={"retry_after": 1.5})
+VALUE = lane.Items(
+    "list",
+    [lane.Tensor("<f4", (2, 3), 1, 64, True), lane.Text((1,), 1, 0), lane.Packed(1, 64), lane.Plain(1)],
 )
 MODEL = spec(
     options={"config": {}}, providers=["CPU", ["CUDA", {"id": 1}]], provider_options=[{}], extra={"x": 1}
@@ -46,79 +47,85 @@ ENVIRONMENT = Environment({"A": "b", "C": None})
 EVENT = ModelEvent(seq=1, type=EventType.READY, at=1.5, model="m", key="k", worker_id=1, rss=5, seconds=0.5)
 
 EXAMPLES = [
-    m.ClientHello(version=1, secret="s", client=b"\0\xff"),
-    m.Welcome(build="onnxruntime-1.31.1"),
-    m.Refused(reason="no"),
-    m.Blob(number=1, name="d"),
-    m.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),
-    m.Granted(ticket=1, worker_id=2, pid=3, address="a", secret="s", description=DESCRIPTION),
-    m.Denied(ticket=1, failure=FAILURE),
-    m.AskModel(ticket=1, name="vad"),
-    m.Named(ticket=1, spec=MODEL, ttl=60.0, pin=True, priority=2),
-    m.DropBlob(number=1),
-    m.Withdraw(ticket=1, proxy=2, keep=True),
-    m.Outdated(proxy=1, worker_id=2, path="/m.onnx"),
-    m.Release(proxy=1),
-    m.SetTtl(proxy=1, ttl=0.5),
-    m.Unload(ticket=1, key="k", force=True),
-    m.Unloaded(ticket=1, was_loaded=False),
-    m.AskStatus(ticket=1, measure=False),
-    m.Status(ticket=1, seq=9, supervisor_pid=3, models=[STATUS]),
-    m.AskFate(ticket=1, worker_id=2),
-    m.Fate(ticket=1, failure=None),
-    m.Shutdown(ticket=1),
-    m.Bye(ticket=1),
-    m.Published(event=EVENT),
-    m.Wrote(pid=1, text=b"why\n", worker_id=2, model="m.onnx", last=True),
-    m.WorkerStarted(worker_id=1),
-    m.Load(spec=spec(), ttl=5.0, mapped=True),
-    m.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
-    m.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),
-    m.WorkerFailed(worker_id=1, failure=FAILURE),
-    m.Retime(ttl=-1.0),
-    m.Drain(),
-    m.WorkerDraining(worker_id=1),
-    m.WorkerDrained(worker_id=1),
-    m.Exit(),
-    m.DrainIfIdle(),
-    m.Terminate(thread=7, request=8),
-    m.Started(),
-    m.Spawn(worker_id=1, identity=b"i", control="c", standing=Standing(nice=3), environment=ENVIRONMENT),
-    m.Spawned(worker_id=1, pid=2),
-    m.SpawnFailed(worker_id=1, reason="r"),
-    m.TemplateReady(forkable=True),
-    m.LaneHello(version=1, secret="s", reply_to="r", poll=True),
-    m.LaneOpen(secret="s", thread=7),
-    m.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
-    m.Call(
-        outputs=m.Plain(None), feed=[("x", VALUE), (3, m.Plain(1))], options={"logid": "a"}, plan=3, moved=[1]
+    control.ClientHello(version=1, secret="s", client=b"\0\xff"),
+    control.Welcome(build="onnxruntime-1.31.1"),
+    control.Refused(reason="no"),
+    control.Blob(number=1, name="d"),
+    control.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),
+    control.Granted(ticket=1, worker_id=2, pid=3, address="a", secret="s", description=DESCRIPTION),
+    control.Denied(ticket=1, failure=FAILURE),
+    control.AskModel(ticket=1, name="vad"),
+    control.Named(ticket=1, spec=MODEL, ttl=60.0, pin=True, priority=2),
+    control.DropBlob(number=1),
+    control.Withdraw(ticket=1, proxy=2, keep=True),
+    control.Outdated(proxy=1, worker_id=2, path="/m.onnx"),
+    control.Release(proxy=1),
+    control.SetTtl(proxy=1, ttl=0.5),
+    control.Unload(ticket=1, key="k", force=True),
+    control.Unloaded(ticket=1, was_loaded=False),
+    control.AskStatus(ticket=1, measure=False),
+    control.Status(ticket=1, seq=9, supervisor_pid=3, models=[STATUS]),
+    control.AskFate(ticket=1, worker_id=2),
+    control.Fate(ticket=1, failure=None),
+    control.Shutdown(ticket=1),
+    control.Bye(ticket=1),
+    control.Published(event=EVENT),
+    control.Wrote(pid=1, text=b"why\n", worker_id=2, model="m.onnx", last=True),
+    control.WorkerStarted(worker_id=1),
+    control.Load(spec=spec(), ttl=5.0, mapped=True),
+    control.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
+    control.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),
+    control.WorkerFailed(worker_id=1, failure=FAILURE),
+    control.Retime(ttl=-1.0),
+    control.Drain(),
+    control.WorkerDraining(worker_id=1),
+    control.WorkerDrained(worker_id=1),
+    control.Exit(),
+    control.DrainIfIdle(),
+    lane.Terminate(thread=7, request=8),
+    lane.Started(),
+    template.Spawn(
+        worker_id=1, identity=b"i", control="c", standing=Standing(nice=3), environment=ENVIRONMENT
     ),
-    m.Again(plan=3, moved=[(1, m.Tensor("<f4", (2, 3), 1, 64))]),
-    m.Invoke(method="end_profiling", args=[VALUE]),
-    m.Touch(),
-    m.Hold(),
-    m.Unhold(),
-    m.Trim(),
-    m.Result(value=VALUE),
-    m.Same(),
-    m.CallFailed(failure=FAILURE),
-    m.Draining(),
-    m.Forgotten(),
+    template.Spawned(worker_id=1, pid=2),
+    template.SpawnFailed(worker_id=1, reason="r"),
+    template.TemplateReady(forkable=True),
+    lane.LaneHello(version=1, secret="s", reply_to="r", poll=True),
+    lane.LaneOpen(secret="s", thread=7),
+    lane.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
+    lane.Call(
+        outputs=lane.Plain(None),
+        feed=[("x", VALUE), (3, lane.Plain(1))],
+        options={"logid": "a"},
+        plan=3,
+        moved=[1],
+    ),
+    lane.Again(plan=3, moved=[(1, lane.Tensor("<f4", (2, 3), 1, 64))]),
+    lane.Invoke(method="end_profiling", args=[VALUE]),
+    lane.Touch(),
+    lane.Hold(),
+    lane.Unhold(),
+    lane.Trim(),
+    lane.Result(value=VALUE),
+    lane.Same(),
+    lane.CallFailed(failure=FAILURE),
+    lane.Draining(),
+    lane.Forgotten(),
 ]
 
 READERS = {
-    m.FromClient: m.from_client,
-    m.ToClient: m.to_client,
-    m.FromWorker: m.from_worker,
-    m.ToWorker: m.to_worker,
-    m.OnLifeline: m.on_lifeline,
-    m.OnTemplate: m.on_template,
-    m.LaneRequest: m.lane_request,
-    m.LaneReply: m.lane_reply,
+    control.FromClient: control.from_client,
+    control.ToClient: control.to_client,
+    control.FromWorker: control.from_worker,
+    control.ToWorker: control.to_worker,
+    control.OnLifeline: control.on_lifeline,
+    template.OnTemplate: template.on_template,
+    lane.LaneRequest: lane.lane_request,
+    lane.LaneReply: lane.lane_reply,
 }
 
 
-def readers_of(message: m.Message) -> list[m.Reader]:
+def readers_of(message: codec.Message) -> list[codec.Reader]:
     return [reader for union, reader in READERS.items() if type(message) in typing.get_args(union)]
 
 
@@ -127,13 +134,13 @@ def name_of(message: object) -> str:
 
 
 def test_every_message_has_an_example_and_a_reader():
-    assert {type(e) for e in EXAMPLES} == set(m.Message.__subclasses__())
+    assert {type(e) for e in EXAMPLES} == set(codec.Message.__subclasses__())
     assert all(readers_of(e) for e in EXAMPLES)
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=name_of)
 def test_round_trip(message):
-    raw = m.encode(message)
+    raw = codec.encode(message)
     assert msgspec.msgpack.decode(raw)["type"] == name_of(message)
     for reader in readers_of(message):
         for data in (raw, memoryview(raw)):
@@ -144,7 +151,7 @@ def test_round_trip(message):
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=name_of)
 def test_every_other_direction_refuses_it(message):
-    raw = m.encode(message)
+    raw = codec.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
         with pytest.raises(ProtocolError, match=r"protocol version 5 .* same version of onnx-dl"):
             reader(raw)
@@ -152,7 +159,7 @@ def test_every_other_direction_refuses_it(message):
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=name_of)
 def test_truncated(message):
-    raw = m.encode(message)
+    raw = codec.encode(message)
     for reader in readers_of(message):
         for end in range(len(raw)):
             with pytest.raises(ProtocolError):
@@ -163,12 +170,12 @@ def test_truncated(message):
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=name_of)
 def test_missing_fields_and_wrong_types(message):
-    plain = msgspec.msgpack.decode(m.encode(message))
+    plain = msgspec.msgpack.decode(codec.encode(message))
     required = [f for f in msgspec.structs.fields(message) if f.required]
     for field in required:
         less = {name: value for name, value in plain.items() if name != field.name}
         wrong = plain | {field.name: [[]] if isinstance(plain[field.name], dict | str | bytes) else "x"}
-        if field.type is m.Value:
+        if field.type is lane.Value:
             wrong[field.name] = {"no": "value"}
         for bad in (less, wrong):
             for reader in readers_of(message):
@@ -195,8 +202,10 @@ def test_missing_fields_and_wrong_types(message):
         b"\xdf\xff\xff\xff\xff",
         pickle.dumps({"type": "Welcome"}),
         b"\x91" * 50_000,
-        m.encode(m.Denied(ticket=1, failure=FAILURE)).replace(b"\x92\xa2no\x01", b"\x91" * 50_000 + b"\xc0"),
-        m.encode(m.Result(value=m.Plain(7)))[:-1] + b"\x91" * 50_000 + b"\xc0",
+        codec.encode(control.Denied(ticket=1, failure=FAILURE)).replace(
+            b"\x92\xa2no\x01", b"\x91" * 50_000 + b"\xc0"
+        ),
+        codec.encode(lane.Result(value=lane.Plain(7)))[:-1] + b"\x91" * 50_000 + b"\xc0",
     ],
     ids=lambda raw: raw[:12].hex() or "empty",
 )
@@ -210,7 +219,7 @@ def test_garbage(reader, raw):
 
 def test_random_damage_gives_a_message_or_a_protocol_error():
     rng = random.Random(3)
-    raws = [(m.encode(e), readers_of(e)) for e in EXAMPLES]
+    raws = [(codec.encode(e), readers_of(e)) for e in EXAMPLES]
     for _ in range(20_000):
         raw, readers = rng.choice(raws)
         damaged = bytearray(raw)
@@ -218,19 +227,19 @@ def test_random_damage_gives_a_message_or_a_protocol_error():
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         for reader in readers:
             with contextlib.suppress(ProtocolError):
-                assert isinstance(reader(bytes(damaged)), m.Message)
+                assert isinstance(reader(bytes(damaged)), codec.Message)
 
 
 def test_fields_of_a_later_version_are_ignored():
     """A peer of the same protocol version may say more, not less."""
-    plain = msgspec.msgpack.decode(m.encode(m.Retime(ttl=5.0))) | {"later": [1]}
-    assert m.to_worker(msgspec.msgpack.encode(plain)) == m.Retime(ttl=5.0)
+    plain = msgspec.msgpack.decode(codec.encode(control.Retime(ttl=5.0))) | {"later": [1]}
+    assert control.to_worker(msgspec.msgpack.encode(plain)) == control.Retime(ttl=5.0)
 
 
 @pytest.mark.parametrize("value", [2**64, -(2**63) - 1, object(), {1: object()}], ids=lambda v: str(v)[:20])
 def test_what_has_no_form_in_msgpack_is_refused_where_it_is_sent(value):
     with pytest.raises((OverflowError, TypeError)):
-        m.encode(m.Result(value=m.Plain(value)))
+        codec.encode(lane.Result(value=lane.Plain(value)))
 
 
 def test_nothing_is_pickled_anywhere():

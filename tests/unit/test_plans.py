@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import lane as m
 from onnx_dl.transport.arena import Block
 from onnx_dl.transport.plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
 from onnx_dl.transport.tensors import Packer, Unpacker

@@ -11,19 +11,19 @@ import msgspec
 import pytest
 
 from onnx_dl import events, model
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control, failures, lane, template
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 SECTIONS = {
-    "Lifeline: client and supervisor": m.OnLifeline,
-    "Control: client → supervisor": m.FromClient,
-    "Control: supervisor → client": m.ToClient,
-    "Control: worker → supervisor": m.FromWorker,
-    "Control: supervisor → worker": m.ToWorker,
-    "Template: supervisor and template": m.OnTemplate,
-    "Lane: both ways": m.Envelope,
-    "Lane: client → worker": m.LaneRequest,
-    "Lane: worker → client": m.LaneReply,
+    "Lifeline: client and supervisor": control.OnLifeline,
+    "Control: client → supervisor": control.FromClient,
+    "Control: supervisor → client": control.ToClient,
+    "Control: worker → supervisor": control.FromWorker,
+    "Control: supervisor → worker": control.ToWorker,
+    "Template: supervisor and template": template.OnTemplate,
+    "Lane: both ways": lane.Envelope,
+    "Lane: client → worker": lane.LaneRequest,
+    "Lane: worker → client": lane.LaneReply,
 }
 PARTS = "What messages are made of"
 
@@ -39,9 +39,9 @@ def structs() -> dict[str, type[msgspec.Struct]]:
     """Every struct that travels, but the abstract base."""
     return {
         name: cls
-        for module in (m, model, events)
+        for module in (codec, control, failures, lane, template, model, events)
         for name, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, msgspec.Struct) and cls not in (m.Message, msgspec.Struct)
+        if issubclass(cls, msgspec.Struct) and cls not in (codec.Message, msgspec.Struct)
     }
 
 
@@ -77,7 +77,7 @@ def test_fields(name):
     assert told_fields(TOLD[name]) == real_fields(structs()[name])
 
 
-def messages_of(section: str) -> tuple[type[m.Message], ...]:
+def messages_of(section: str) -> tuple[type[codec.Message], ...]:
     return typing.get_args(SECTIONS[section]) or (SECTIONS[section],)
 
 
@@ -96,7 +96,7 @@ def test_each_says_more_than_its_fields(name):
 
 
 def test_version():
-    assert f"Version **{m.PROTOCOL_VERSION}**" in PAGE
+    assert f"Version **{codec.PROTOCOL_VERSION}**" in PAGE
 
 
 def test_sequences_name_real_messages():

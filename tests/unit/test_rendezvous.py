@@ -14,8 +14,8 @@ import pytest
 
 import onnx_dl
 from onnx_dl import ConfigError, PlatformError, rendezvous
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.rendezvous import Place, Record, runtime_folder
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder of another user")
 NOBODY = 65534

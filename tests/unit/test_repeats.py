@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import lane as m
 from onnx_dl.workers.backend import Repeatable, Rerun
 from onnx_dl.workers.halt import Halt
 from onnx_dl.workers.repeats import Repeat

@@ -7,13 +7,13 @@ import os
 import msgspec
 import pytest
 
+from onnx_dl.protocol import control as m
 from onnx_dl.supervisor import saving
 from onnx_dl.supervisor.commands import Command, EndSaver, StartSaver
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes
 from onnx_dl.supervisor.saving import Saving, Wish
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, acquire, order, starts
 from tests.unit.test_admission import MB, idle, load, usage

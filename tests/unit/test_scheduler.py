@@ -11,10 +11,10 @@ from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from tests.unit.builders import (
     DESCRIPTION,
     SETTINGS,

@@ -8,10 +8,9 @@ import msgspec
 import pytest
 
 from onnx_dl.model import ModelDescription, ModelSpec
+from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.commands import Command
 from onnx_dl.supervisor.records import HOST, Terms
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from tests.unit.builders import SETTINGS, USAGE, A, B, Rig, failed, ready, spec, starts, told
 
 
@@ -19,12 +18,14 @@ def member(key: str, **fields: Any) -> ModelSpec:
     return spec(key, group="g", **fields)
 
 
-def ask(ticket: int, key: str, *companions: str, proxy: int = 1, **fields: Any) -> m.Acquire:
+def ask(ticket: int, key: str, *companions: str, proxy: int = 1, **fields: Any) -> control.Acquire:
     others = [member(other) for other in companions]
-    return m.Acquire(ticket=ticket, proxy=proxy, spec=member(key), companions=others, ttl=-1.0, **fields)
+    return control.Acquire(
+        ticket=ticket, proxy=proxy, spec=member(key), companions=others, ttl=-1.0, **fields
+    )
 
 
-def loaded(*keys: str, worker_id: int = 1, broken: tuple[str, ...] = ()) -> m.WorkerReady:
+def loaded(*keys: str, worker_id: int = 1, broken: tuple[str, ...] = ()) -> control.WorkerReady:
     """The group's worker is ready with these."""
     failure = msgspec.to_builtins(failures.describe(ValueError("not a model")))
     description = ModelDescription(
@@ -41,7 +42,7 @@ def begun(rig: Rig, commands: list[Command]) -> list[list[str]]:
     return [[each.key for each in command.spec.members] for command in starts(commands)]
 
 
-def tickets(commands: list[Command], kind: type[m.Message]) -> list[int]:
+def tickets(commands: list[Command], kind: type[codec.Message]) -> list[int]:
     return [message.ticket for message in told(commands, kind)]
 
 
@@ -59,10 +60,10 @@ def test_who_comes_while_a_broken_one_loads_alone_gets_a_load_of_its_own(rig):
     s.on_acquire(B, ask(2, "good"), 0.1)
     s.on_load_failed(failed(), 0.2)
     commands = s.on_exited(1, 0, "", 0.3)
-    assert tickets(commands, m.Denied) == [1]
+    assert tickets(commands, control.Denied) == [1]
     assert begun(rig, commands) == [["bad", "good"]]
     commands = s.on_ready(loaded("good", worker_id=2, broken=("bad",)), USAGE, 0.4)
-    assert tickets(commands, m.Granted) == [2]
+    assert tickets(commands, control.Granted) == [2]
 
 
 def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
@@ -71,7 +72,7 @@ def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
         begun(rig, s.on_acquire(A, ask(number, "bad"), number))
         s.on_load_failed(failed(number), number + 0.1)
         s.on_exited(number, 0, "", number + 0.2)
-    assert tickets(s.on_acquire(A, ask(3, "bad"), 2.3), m.Denied) == [3]
+    assert tickets(s.on_acquire(A, ask(3, "bad"), 2.3), control.Denied) == [3]
     assert begun(rig, s.on_acquire(B, ask(4, "good"), 2.4)) == [["bad", "good"]]
 
 
@@ -86,7 +87,7 @@ def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
     s.on_configured(SETTINGS, terms, {"group:g": [member("keep"), member("brief")]}, 0.0)
     for key in order:
         own = terms[key]
-        wanted = m.Acquire(
+        wanted = control.Acquire(
             ticket=0,
             proxy=0,
             spec=member(key),
@@ -116,7 +117,7 @@ def test_models_of_two_clients_stay_together_whoever_asks_next(rig):
     s.on_ready(loaded("x"), USAGE, 0.1)
     assert replaced(rig, s.on_acquire(B, ask(2, "y"), 1.0)) == [["x", "y"]]
     s.on_ready(loaded("x", "y", worker_id=2), USAGE, 5.2)
-    assert tickets(s.on_acquire(A, ask(3, "x"), 5.3), m.Granted) == [3]
+    assert tickets(s.on_acquire(A, ask(3, "x"), 5.3), control.Granted) == [3]
     assert replaced(rig, s.on_acquire(A, ask(4, "z", "x"), 6.0), 2) == [["z", "x", "y"]]
 
 
@@ -142,7 +143,7 @@ def test_who_waits_is_served_though_another_thread_did_not_know_of_it(rig):
     s.on_acquire(A, ask(2, "y", "x", proxy=2), 0.1)
     s.on_acquire(A, ask(3, "x", proxy=1), 0.2)
     assert replaced(rig, s.on_ready(loaded("x"), USAGE, 0.3)) == [["x", "y"]]
-    assert tickets(s.on_ready(loaded("x", "y", worker_id=2), USAGE, 6.0), m.Granted) == [2]
+    assert tickets(s.on_ready(loaded("x", "y", worker_id=2), USAGE, 6.0), control.Granted) == [2]
 
 
 def test_what_the_file_has_no_more_is_not_loaded_again(rig):
@@ -163,7 +164,7 @@ def test_a_group_needs_gpu_memory_if_any_of_its_models_does(rig):
     s = rig.scheduler
     s.know_gpus(1000 << 20)
     cuda = member("cuda", providers=["CUDAExecutionProvider"])
-    wanted = m.Acquire(
+    wanted = control.Acquire(
         ticket=1, proxy=1, spec=member("cpu"), companions=[cuda], ttl=-1.0, file_bytes=100 << 20
     )
     begun(rig, s.on_acquire(A, wanted, 0.0))

@@ -10,8 +10,8 @@ import pytest
 from onnx_dl.concurrency.background import Background
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol import codec, template
 from onnx_dl.system import thread_attributes
-from onnx_dl.transport import messages as m
 
 NICE = os.getpriority(os.PRIO_PROCESS, 0)
 
@@ -53,6 +53,6 @@ def test_what_cannot_be_stays() -> None:
     "wrong", [{"nice": 20}, {"umask": -1}, {"processors": b"\1" * 1025}, {"priority": 100}, {"policy": -1}]
 )
 def test_what_is_sent_is_checked(wrong: dict[str, Any]) -> None:
-    message = m.Spawn(worker_id=1, identity=b"", control="", standing=Standing(**wrong))
+    message = template.Spawn(worker_id=1, identity=b"", control="", standing=Standing(**wrong))
     with pytest.raises(ProtocolError):
-        m.on_template(m.encode(message))
+        template.on_template(codec.encode(message))

@@ -12,10 +12,26 @@ import zmq
 
 from onnx_dl.config import Settings, fresh_address
 from onnx_dl.lifecycle import ModelState
+from onnx_dl.protocol import codec
+from onnx_dl.protocol.control import (
+    AskStatus,
+    ClientHello,
+    Denied,
+    Granted,
+    Published,
+    Refused,
+    SetTtl,
+    Unload,
+    Unloaded,
+    Welcome,
+    WorkerStarted,
+    Wrote,
+    on_lifeline,
+    to_client,
+)
 from onnx_dl.supervisor import loop as loops
 from onnx_dl.supervisor.loop import Supervisor
 from onnx_dl.supervisor.relay import MOST_UNREAD
-from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel
@@ -77,22 +93,22 @@ class Application:
     def __init__(self, rig: Rig, name: bytes) -> None:
         self.rig = rig
         self.lifeline = Channel.connect(f"{rig.address}/lifeline", DEADLINE)
-        self.lifeline.send(m.encode(m.ClientHello(version=m.PROTOCOL_VERSION, secret="s", client=name)))
+        self.lifeline.send(codec.encode(ClientHello(version=codec.PROTOCOL_VERSION, secret="s", client=name)))
         rig.until(self.lifeline.readable)
         received = self.lifeline.receive(0)
-        assert received is not None and isinstance(m.on_lifeline(received[0]), m.Welcome)
+        assert received is not None and isinstance(on_lifeline(received[0]), Welcome)
         self.control = sockets.dealer(rig.context, f"{rig.address}/control", name)
         self.heard: list[Any] = []
 
-    def say(self, message: m.Message) -> None:
-        self.control.send(m.encode(message))
+    def say(self, message: codec.Message) -> None:
+        self.control.send(codec.encode(message))
 
     def answer(self, ticket: int) -> Any:
         """What it is told on this ticket."""
 
         def told() -> bool:
             while self.control.poll(0):
-                self.heard.append(m.to_client(self.control.recv()))
+                self.heard.append(to_client(self.control.recv()))
             return any(getattr(each, "ticket", None) == ticket for each in self.heard)
 
         self.rig.until(told)
@@ -145,8 +161,8 @@ class Rig:
         identity = self.made.identities[worker_id]
         self.made.witness.spawned(worker_id, 100 + worker_id)
         self.workers[worker_id] = sockets.dealer(self.context, f"{self.address}/control", identity)
-        self.workers[worker_id].send(m.encode(m.WorkerStarted(worker_id=worker_id)))
-        self.workers[worker_id].send(m.encode(ready(worker_id)))
+        self.workers[worker_id].send(codec.encode(WorkerStarted(worker_id=worker_id)))
+        self.workers[worker_id].send(codec.encode(ready(worker_id)))
 
     def states(self) -> dict[str, ModelState]:
         return {status.key: status.state for status in self.scheduler.snapshot(0.0)}
@@ -183,7 +199,7 @@ def loaded(rig: Rig, application: Application, key: str, ticket: int) -> int:
     rig.until(lambda: set(rig.made.identities) - before)
     (worker_id,) = set(rig.made.identities) - before
     rig.worker(worker_id)
-    assert isinstance(application.answer(ticket), m.Granted)
+    assert isinstance(application.answer(ticket), Granted)
     return worker_id
 
 
@@ -203,7 +219,7 @@ def only_of(worker_id: int, works: Any) -> Any:
 
 
 def is_typed(answer: Any) -> bool:
-    return isinstance(answer, m.Denied) and answer.failure.family == "onnx_dl"
+    return isinstance(answer, Denied) and answer.failure.family == "onnx_dl"
 
 
 @pytest.mark.parametrize("fact", ["on_started", "on_ready", "on_spawned"])
@@ -226,8 +242,8 @@ def test_the_end_of_a_worker(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     one = rig.application(b"one")
     first, second = loaded(rig, one, "a", 1), loaded(rig, one, "b", 2)
     monkeypatch.setattr(rig.scheduler, "on_exited", only_of(first, rig.scheduler.on_exited))
-    one.say(m.Unload(ticket=3, key="a", force=True))
-    assert isinstance(one.answer(3), m.Unloaded)
+    one.say(Unload(ticket=3, key="a", force=True))
+    assert isinstance(one.answer(3), Unloaded)
     assert rig.states() == {"a": ModelState.FAILED, "b": ModelState.READY}
     assert rig.scheduler.pids() == {second: 100 + second}
     assert loaded(rig, one, "a", 4) == second + 1
@@ -249,7 +265,7 @@ def test_a_worker_that_cannot_be_told_anything(rig: Rig, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         rig.supervisor._control, "send", lambda name, data: fails() if name == identity else send(name, data)
     )
-    one.say(m.Unload(ticket=2, key="a", force=False))  # of which the worker cannot be told
+    one.say(Unload(ticket=2, key="a", force=False))  # of which the worker cannot be told
     assert one.answer(2).was_loaded
     assert rig.made.killed == [first]
 
@@ -266,15 +282,15 @@ def test_a_worker_that_cannot_be_started(rig: Rig, refusal: Exception, code: str
     answer = one.answer(2)
     assert is_typed(answer) and answer.failure.name == code
     assert rig.states()["a"] is ModelState.READY
-    kinds = [each.event.type for each in one.heard if isinstance(each, m.Published)]
+    kinds = [each.event.type for each in one.heard if isinstance(each, Published)]
     assert kinds[-2:] == ["loading", "failed"], "in the order in which it happened"
     rig.made.refuses = None
     loaded(rig, one, "b", 3)
 
 
-@pytest.mark.parametrize("request_", [m.AskStatus(ticket=9), m.SetTtl(proxy=1, ttl=1.0)])
+@pytest.mark.parametrize("request_", [AskStatus(ticket=9), SetTtl(proxy=1, ttl=1.0)])
 def test_a_request_that_goes_wrong_ends_its_client(
-    rig: Rig, request_: m.Message, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, request_: codec.Message, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it held is let go; what the other holds is not."""
     one, other = rig.application(b"one"), rig.application(b"other")
@@ -317,14 +333,14 @@ def test_a_client_that_does_not_read(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     """It is dropped; the others get the event."""
     one, other = rig.application(b"one"), rig.application(b"other")
     for application in (one, other):
-        application.say(m.AskStatus(ticket=1, measure=False))
+        application.say(AskStatus(ticket=1, measure=False))
         application.answer(1)
     send = rig.supervisor._control.send
     monkeypatch.setattr(
         rig.supervisor._control, "send", lambda name, data: fails() if name == b"one" else send(name, data)
     )
     loaded(rig, other, "b", 2)
-    assert [each.event.type for each in other.heard if isinstance(each, m.Published)] == ["loading", "ready"]
+    assert [each.event.type for each in other.heard if isinstance(each, Published)] == ["loading", "ready"]
     rig.until(lambda: one.is_gone)
 
 
@@ -344,18 +360,18 @@ def test_the_search_for_room(rig: Rig, broken: str, monkeypatch: pytest.MonkeyPa
 
 def test_who_says_hello_twice_goes(rig: Rig) -> None:
     one = rig.application(b"one")
-    one.lifeline.send(m.encode(m.ClientHello(version=m.PROTOCOL_VERSION, secret="s", client=b"two")))
+    one.lifeline.send(codec.encode(ClientHello(version=codec.PROTOCOL_VERSION, secret="s", client=b"two")))
     rig.until(lambda: one.is_gone)
 
 
 def test_a_name_that_is_taken(rig: Rig) -> None:
     rig.application(b"one")
     thief = Channel.connect(f"{rig.address}/lifeline", DEADLINE)
-    thief.send(m.encode(m.ClientHello(version=m.PROTOCOL_VERSION, secret="s", client=b"one")))
+    thief.send(codec.encode(ClientHello(version=codec.PROTOCOL_VERSION, secret="s", client=b"one")))
     rig.until(thief.readable)
     received = thief.receive(0)
     assert received is not None
-    assert m.on_lifeline(received[0]) == m.Refused(reason="another client has this name")
+    assert on_lifeline(received[0]) == Refused(reason="another client has this name")
     thief.close()
 
 
@@ -374,10 +390,10 @@ def test_an_application_that_is_gone_before_it_connected(rig: Rig) -> None:
 def test_what_a_load_wrote_comes_before_its_answer(rig: Rig) -> None:
     one = rig.application(b"one")
     worker_id = loaded(rig, one, "a", 1)
-    told = [each for each in one.heard if isinstance(each, m.Wrote | m.Granted)]
-    wrote = m.Wrote(worker_id=worker_id, model="m.onnx", pid=77, text=b"what it said\n")
+    told = [each for each in one.heard if isinstance(each, Wrote | Granted)]
+    wrote = Wrote(worker_id=worker_id, model="m.onnx", pid=77, text=b"what it said\n")
     assert told[0] == wrote
-    assert isinstance(told[-1], m.Granted)
+    assert isinstance(told[-1], Granted)
 
 
 def test_an_application_that_does_not_read_is_sent_no_more(
@@ -391,6 +407,6 @@ def test_an_application_that_does_not_read_is_sent_no_more(
     rig.supervisor._pass_on()
     rig.supervisor._stderr.finish(DEADLINE)
     assert capfd.readouterr().err == "what it said\n"
-    one.say(m.AskStatus(ticket=5, measure=False))
+    one.say(AskStatus(ticket=5, measure=False))
     one.answer(5)
-    assert sum(isinstance(each, m.Wrote) for each in one.heard) == 1
+    assert sum(isinstance(each, Wrote) for each in one.heard) == 1

@@ -9,8 +9,8 @@ import pytest
 
 from onnx_dl import OnnxDLError, ProcessesExhausted
 from onnx_dl.concurrency import spawning
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor import exits
-from onnx_dl.transport import failures
 
 
 def refused(self: threading.Thread) -> None:

@@ -24,7 +24,7 @@ from tests.waiting import DEADLINE, eventually
 HEAD = (
     "import json, os, socket, sys, time; channel = socket.socket(fileno=json.loads(sys.argv[3])[0]); "
     "say = lambda text: channel.send(text); "
-    "from onnx_dl.transport import messages as m; ready = m.encode(m.TemplateReady(forkable=True)); "
+    "from onnx_dl.protocol import codec, template; ready = codec.encode(template.TemplateReady(forkable=True)); "
 )
 MUTE = "time.sleep(600)"
 READY_AND_MUTE = "say(ready); time.sleep(600)"

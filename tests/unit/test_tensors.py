@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import messages as m
-from onnx_dl.transport.messages import Items, Packed, Plain, Tensor, Text
+from onnx_dl.protocol import codec, lane
+from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Shelf, Unpacker, is_plain
 from tests.unit.builders import arena
 
@@ -31,8 +31,8 @@ def travel(values: list, lease_from: int | None = None, copy: bool = True) -> li
     packed = Packer(a, lease_from).pack(values)
     arrived = []
     for value in packed:
-        raw = m.encode(m.Result(value=value))
-        arrived.append(Unpacker(peer.get, copy=copy).unpack(m.lane_reply(raw).value))
+        raw = codec.encode(lane.Result(value=value))
+        arrived.append(Unpacker(peer.get, copy=copy).unpack(lane.lane_reply(raw).value))
     return arrived
 
 

@@ -8,9 +8,8 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.model import ModelDescription, ModelSpec, Usage
+from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import ready
 
@@ -29,7 +28,7 @@ class FakeWorker:
         self.spec = spec
         self.pid: int | None = None
         self.said: collections.deque[Any] = collections.deque(["spawned", "started"])
-        self.heard: collections.deque[m.Message] = collections.deque()
+        self.heard: collections.deque[codec.Message] = collections.deque()
         self.state = "waiting"  # for Load; then loading, ready, failed, draining, drained, dead
         self.ttl: float | None = None
         self.reason = "ttl"
@@ -48,19 +47,19 @@ class FakeWorker:
         if self.hung or self.state == "dead" or not self.heard:
             return
         match self.heard.popleft():
-            case m.Load(ttl=ttl, mapped=mapped):
+            case control.Load(ttl=ttl, mapped=mapped):
                 assert self.state == "waiting", "Load comes once, and first"
                 self.state, self.ttl, self.mapped = "loading", ttl, mapped
-            case m.Retime(ttl=ttl):
+            case control.Retime(ttl=ttl):
                 assert self.state not in ("waiting", "loading", "failed"), "Retime comes to a loaded model"
                 self.ttl = ttl
-            case m.DrainIfIdle():
+            case control.DrainIfIdle():
                 if is_idle and not self.busy:
                     self.drain("ttl")
-            case m.Drain():
+            case control.Drain():
                 if self.state == "ready":
                     self.state = "draining"
-            case m.Exit():
+            case control.Exit():
                 assert self.state in ("failed", "drained"), "Exit comes to those who are done"
                 self.die(0)
 
@@ -77,14 +76,14 @@ class FakeWorker:
         if error is not None or (how == "without its entry" and self.mapped):
             self.state = "failed"
             failure = failures.describe(error or ValueError("no entry"))
-            self.said.append(m.WorkerFailed(worker_id=self.id, failure=failure, unsaved=error is None))
+            self.said.append(control.WorkerFailed(worker_id=self.id, failure=failure, unsaved=error is None))
         else:
             self.state = "ready"
             self.grow(int(SIZES[self.spec.key] * (0.6 if self.mapped else 1.3)))
             self.nbytes = SIZES[self.spec.key] // (2 if self.mapped else 1)
             self.said.append(self._ready(how == "partly"))
 
-    def _ready(self, partly: bool) -> m.WorkerReady:
+    def _ready(self, partly: bool) -> control.WorkerReady:
         keys = [member.key for member in self.spec.members]
         failed = keys[:1] if partly else []
         failure = msgspec.to_builtins(failures.describe(ValueError("not a model")))

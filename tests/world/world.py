@@ -12,6 +12,8 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor.commands import (
     Command,
     Emit,
@@ -28,8 +30,6 @@ from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.supervisor.needs import Need
 from onnx_dl.supervisor.records import HOST, Terms
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from tests.unit.builders import SETTINGS, ready, spec
 from tests.world import truth
 from tests.world.workers import FakeWorker

@@ -19,14 +19,13 @@ from typing import Final
 from onnx_dl.config import Settings
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelSpec
+from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor import room
 from onnx_dl.supervisor.commands import StartSaver
 from onnx_dl.supervisor.measuring import Measuring, Seen
 from onnx_dl.supervisor.needs import NOTHING, Bytes, Known
 from onnx_dl.supervisor.records import Model
 from onnx_dl.supervisor.room import Answer, Candidate, Plan
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 
 _LOOK_EVERY: Final = 0.05
 _RESIDENCY: Final = 0.5
@@ -76,10 +75,10 @@ class Admission(Measuring):
     def _load(self, model: Model, spec: ModelSpec, now: float) -> None:
         raise NotImplementedError
 
-    def _order(self, worker_id: int, message: m.Message) -> None:
+    def _order(self, worker_id: int, message: codec.Message) -> None:
         raise NotImplementedError
 
-    def _tell(self, client: bytes, message: m.Message) -> None:
+    def _tell(self, client: bytes, message: codec.Message) -> None:
         raise NotImplementedError
 
     def _deny(self, client: bytes, ticket: int, model: Model, now: float) -> None:
@@ -159,7 +158,7 @@ class Admission(Measuring):
 
     def _make_way(self, evicted: list[int], now: float) -> None:
         for worker_id in evicted:
-            self._order(worker_id, m.DrainIfIdle())
+            self._order(worker_id, control.DrainIfIdle())
         if self._look_at is None:
             self._look_at = now
 
@@ -237,7 +236,7 @@ class Admission(Measuring):
         if not (in_use - leaving).fits(self._limit):
             _, evicted = room.decide(NOTHING, self._limit, in_use, leaving, idle)
             for worker_id in evicted or [candidate.worker_id for candidate in idle]:
-                self._order(worker_id, m.DrainIfIdle())
+                self._order(worker_id, control.DrainIfIdle())
 
     # --- what is known ------------------------------------------------------------------------------------
 
@@ -274,6 +273,6 @@ class Admission(Measuring):
             if wish.alone:  # what its load failed for says more
                 self._deny(client, ask.ticket, model, now)
             else:
-                self._tell(client, m.Denied(ticket=ask.ticket, failure=failure))
+                self._tell(client, control.Denied(ticket=ask.ticket, failure=failure))
         model.second_try, model.at_least = False, NOTHING
         self._forget_if_idle(model)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Container, Iterator
 from typing import Final
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol import codec, control
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.process import RESERVE
 from onnx_dl.system import descriptor_limits
-from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.door import Door
 from onnx_dl.transport.sockets import Channel
@@ -73,7 +73,7 @@ class Clients:
     def __init__(
         self,
         address: str,
-        greet: Callable[[m.ClientHello], m.Message | None],
+        greet: Callable[[control.ClientHello], codec.Message | None],
         on_gone: Callable[[bytes], None],
     ) -> None:
         """``greet``: the answer to who says hello: Welcome lets it in; None is no answer at all.
@@ -164,29 +164,29 @@ class Clients:
     def _obey(self, client: Client, data: memoryview, fds: list[int]) -> bool:
         """Follows one message; false if the client must go."""
         try:
-            message = m.on_lifeline(data)
+            message = control.on_lifeline(data)
         except ProtocolError:
             message = None
-        if isinstance(message, m.Blob) and client.identity is not None and len(fds) == 1:
+        if isinstance(message, control.Blob) and client.identity is not None and len(fds) == 1:
             client.keep_blob(message.number, message.name, fds[0])
             return True
         sockets.close_all(fds)
         # Once: who says hello again and again, and reads no answer, would have us wait.
-        is_hello = isinstance(message, m.ClientHello) and client.identity is None
+        is_hello = isinstance(message, control.ClientHello) and client.identity is None
         return is_hello and self._welcome(client, message)
 
-    def _welcome(self, client: Client, hello: m.ClientHello) -> bool:
+    def _welcome(self, client: Client, hello: control.ClientHello) -> bool:
         answer = self._greet(hello)
-        if isinstance(answer, m.Welcome) and (refusal := self._refusal(client, hello)):
-            answer = m.Refused(reason=refusal)
+        if isinstance(answer, control.Welcome) and (refusal := self._refusal(client, hello)):
+            answer = control.Refused(reason=refusal)
         if answer is not None:
-            client.lifeline.send(m.encode(answer))
-        if not isinstance(answer, m.Welcome):
+            client.lifeline.send(codec.encode(answer))
+        if not isinstance(answer, control.Welcome):
             return False
         client.identity = hello.client
         return True
 
-    def _refusal(self, client: Client, hello: m.ClientHello) -> str | None:
+    def _refusal(self, client: Client, hello: control.ClientHello) -> str | None:
         if self._of(hello.client) is not None:
             return "another client has this name"
         if client.pid and sum(other.pid == client.pid for other in self._clients) > _MOST:
@@ -197,4 +197,4 @@ class Clients:
 
 
 def _refuse(channel: Channel, reason: str) -> None:
-    channel.send(m.encode(m.Refused(reason=reason)))
+    channel.send(codec.encode(control.Refused(reason=reason)))

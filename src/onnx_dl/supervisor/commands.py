@@ -7,9 +7,9 @@ from typing import NamedTuple
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec
+from onnx_dl.protocol.codec import Message
 from onnx_dl.supervisor.needs import Need
 from onnx_dl.supervisor.saving import Wish
-from onnx_dl.transport.messages import Message
 
 
 class StartWorker(NamedTuple):

@@ -17,9 +17,9 @@ from onnx_dl.errors import ConfigError
 from onnx_dl.external import bytes_of
 from onnx_dl.hostfile import Configured, HostFile
 from onnx_dl.model import ModelSpec, Warmup
+from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.filewatch import FileWatch
 from onnx_dl.supervisor.records import Terms
-from onnx_dl.transport import messages as m
 
 
 class Configuration:

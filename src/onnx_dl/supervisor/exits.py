@@ -6,7 +6,7 @@ import os
 import signal
 
 from onnx_dl.errors import MemoryLimitExceeded, ProcessesExhausted, SharedMemoryError, WorkerDied
-from onnx_dl.transport.messages import Failure
+from onnx_dl.protocol.failures import Failure
 
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "nobody inside asked for that: most likely the kernel ran out of memory, see dmesg",

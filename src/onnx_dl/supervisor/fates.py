@@ -8,10 +8,9 @@ from __future__ import annotations
 import collections
 from typing import Final
 
+from onnx_dl.protocol import control, failures
 from onnx_dl.supervisor import exits
 from onnx_dl.supervisor.records import Model, Worker
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 
 _REMEMBERED: Final = 256
 
@@ -20,10 +19,10 @@ class Fates:
     """Of the workers that were reaped last; None is the fate of one that had drained."""
 
     def __init__(self) -> None:
-        self._fates: collections.OrderedDict[int, m.Failure | None] = collections.OrderedDict()
+        self._fates: collections.OrderedDict[int, failures.Failure | None] = collections.OrderedDict()
         self._askers: dict[int, list[tuple[bytes, int]]] = {}
 
-    def of(self, worker_id: int) -> m.Failure | None:
+    def of(self, worker_id: int) -> failures.Failure | None:
         """How a worker ended that is not there any more."""
         return self._fates.get(worker_id)
 
@@ -31,16 +30,16 @@ class Fates:
         """A client is to be told when the worker is reaped."""
         self._askers.setdefault(worker_id, []).append((client, ticket))
 
-    def note(self, worker_id: int, fate: m.Failure | None) -> list[tuple[bytes, m.Fate]]:
+    def note(self, worker_id: int, fate: failures.Failure | None) -> list[tuple[bytes, control.Fate]]:
         """The worker is reaped.  Returns what to tell whom."""
         self._fates[worker_id] = fate
         while len(self._fates) > _REMEMBERED:
             self._fates.popitem(last=False)
         asked = self._askers.pop(worker_id, [])
-        return [(client, m.Fate(ticket=ticket, failure=fate)) for client, ticket in asked]
+        return [(client, control.Fate(ticket=ticket, failure=fate)) for client, ticket in asked]
 
 
-def death(model: Model, worker: Worker, status: int, stderr: str) -> m.Failure:
+def death(model: Model, worker: Worker, status: int, stderr: str) -> failures.Failure:
     """What a caller is told whose call ran, or who waited for the load.  ``status`` is the wait status."""
     who = (model.spec.name, worker.pid or 0, status, stderr)
     if worker.exceeded:

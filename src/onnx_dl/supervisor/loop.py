@@ -24,6 +24,7 @@ from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec, Usage, blob_tag
+from onnx_dl.protocol import codec, control, failures
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
@@ -54,8 +55,7 @@ from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.supervisor.wakeups import Wakeups
 from onnx_dl.supervisor.workerprocess import MOST_BLOBS, Birth, WorkerProcess
 from onnx_dl.system import descriptor_limits, installation, procfs, resources
-from onnx_dl.transport import failures, sockets
-from onnx_dl.transport import messages as m
+from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.router import Router
 from onnx_dl.transport.secret import same_secret
@@ -291,7 +291,7 @@ class Supervisor:
             case TellClient(client, message) if client != HOST:
                 self._pass_on()  # what was written before comes before
                 self._send(client, message)
-            case TellClient(_, m.Denied(failure=failure)) if not self._scheduler.closing:
+            case TellClient(_, control.Denied(failure=failure)) if not self._scheduler.closing:
                 why = failure.args[0] if failure.args else failure.name
                 tell(f"an eager model did not load: {why}")
             case KillWorker(worker_id):
@@ -326,21 +326,21 @@ class Supervisor:
             self._say(str(event))
         self._metrics.on_event(event)
         for identity in list(self._clients.identities()):
-            self._perform_safely(TellClient(identity, m.Published(event=event)))
+            self._perform_safely(TellClient(identity, control.Published(event=event)))
 
     def _say(self, text: str) -> None:
         """To who keeps the host, or to the log of one in the background."""
         with contextlib.suppress(OSError):  # nobody reads it any more
             print(text, flush=True)
 
-    def _send(self, identity: bytes, message: m.Message) -> None:
-        self._control.send(identity, m.encode(message))
+    def _send(self, identity: bytes, message: codec.Message) -> None:
+        self._control.send(identity, codec.encode(message))
 
     def _pass_on(self) -> None:
         """What this process and workers have written on stderr since the last time."""
         self._stderr.pour(self._told_to_application)
 
-    def _told_to_application(self, wrote: m.Wrote) -> bool:
+    def _told_to_application(self, wrote: control.Wrote) -> bool:
         """Whether there is one that has this supervisor for itself, and reads."""
         identity = next(self._clients.identities(), None) if self._place is None else None
         unread = None if identity is None else self._control.unread(identity)
@@ -373,7 +373,7 @@ class Supervisor:
             lambda error: self._carry_out(self._scheduler.on_broken(worker_id, _failure(error))),
         )
 
-    def spawn_failed(self, worker_id: int, reason: str, failure: m.Failure | None = None) -> None:
+    def spawn_failed(self, worker_id: int, reason: str, failure: failures.Failure | None = None) -> None:
         with self._about_the_end_of(worker_id):
             self._forget(worker_id)
             now = time.monotonic()
@@ -411,7 +411,9 @@ class Supervisor:
 
     def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None:
         worker_id, pid = process.worker_id, process.pid or 0
-        self._stderr.put(m.Wrote(worker_id=worker_id, model=process.model, pid=pid, text=text, last=last))
+        self._stderr.put(
+            control.Wrote(worker_id=worker_id, model=process.model, pid=pid, text=text, last=last)
+        )
 
     def _start_saver(self, wish: Wish) -> None:
         blob = None if wish.blob is None else self._clients.blobs().get(wish.blob)
@@ -434,7 +436,7 @@ class Supervisor:
 
     def _heed_worker(self, worker_id: int, data: bytes) -> None:
         with self._about(worker_id):
-            self._carry_out(self._from_worker(worker_id, m.from_worker(data)))
+            self._carry_out(self._from_worker(worker_id, control.from_worker(data)))
 
     def _from_worker(self, worker_id: int, message: Any) -> list[Command]:
         if message.worker_id != worker_id:  # a worker speaks for itself only
@@ -442,23 +444,23 @@ class Supervisor:
         now = time.monotonic()
         scheduler = self._scheduler
         match message:
-            case m.WorkerStarted():
+            case control.WorkerStarted():
                 self._processes.greeted(worker_id)
                 return scheduler.on_started(worker_id)
-            case m.WorkerReady():
+            case control.WorkerReady():
                 self._processes.drain(worker_id)
                 self._runs_measured[worker_id] = 0
                 if worker_id in self._on_gpu and (pid := scheduler.pids().get(worker_id)) is not None:
                     self._meter().loaded(pid)
                 return scheduler.on_ready(message, self._measure(worker_id), now)
-            case m.Saveable():
+            case control.Saveable():
                 return scheduler.on_saveable(message, now)
-            case m.WorkerFailed():
+            case control.WorkerFailed():
                 self._processes.drain(worker_id)
                 return scheduler.on_load_failed(message, now)
-            case m.WorkerDraining():
+            case control.WorkerDraining():
                 return scheduler.on_draining(worker_id, self._measure(worker_id), now, message.reason)
-            case m.WorkerDrained():
+            case control.WorkerDrained():
                 return scheduler.on_drained(worker_id, self._measure(worker_id), now)
         return []
 
@@ -519,14 +521,14 @@ class Supervisor:
         with boundary(f"the client of process {client.pid}", lambda error: self._clients.drop(identity)):
             identity = client.identity or b""
             try:
-                message = m.from_client(data)
+                message = control.from_client(data)
             except ProtocolError as error:  # a peer that talks nonsense gets no answer
                 tell(str(error))
                 return
             try:
                 self._carry_out(self._from_client(client, message))
             except Exception as error:
-                if not isinstance(message, m.Acquire):
+                if not isinstance(message, control.Acquire):
                     raise
                 tell_failure(f"{message.spec.name} was not acquired", error)
                 now, failure = time.monotonic(), _failure(error)
@@ -537,37 +539,37 @@ class Supervisor:
         scheduler = self._scheduler
         identity = client.identity or b""
         match message:
-            case m.Acquire():
+            case control.Acquire():
                 self._check_blobs(client, message)
                 if self._place is not None:  # applications would decide for each other
                     message.standing = None
                 self._prepare(message, now)
                 return scheduler.on_acquire(identity, message, now)
-            case m.Withdraw():
+            case control.Withdraw():
                 return scheduler.on_withdraw(identity, message, now)
-            case m.Outdated():
+            case control.Outdated():
                 return scheduler.on_outdated(identity, message, now)
-            case m.Release(proxy=proxy):
+            case control.Release(proxy=proxy):
                 return scheduler.on_release(identity, proxy, now)
-            case m.SetTtl(proxy=proxy, ttl=ttl):
+            case control.SetTtl(proxy=proxy, ttl=ttl):
                 return scheduler.on_set_ttl(identity, proxy, ttl)
-            case m.Unload():
+            case control.Unload():
                 self._refresh(now)  # what is killed cannot be measured afterwards
                 return scheduler.on_unload(identity, message, now)
-            case m.AskFate():
+            case control.AskFate():
                 return scheduler.on_ask_fate(identity, message)
-            case m.Shutdown():
+            case control.Shutdown():
                 self._refresh(now)
                 return scheduler.on_shutdown(identity, message, now, gently=self._place is not None)
-            case m.AskStatus():
+            case control.AskStatus():
                 return [TellClient(identity, self._status(message, now))]
-            case m.AskModel(ticket=ticket, name=name):
+            case control.AskModel(ticket=ticket, name=name):
                 return [TellClient(identity, self._named(ticket, name))]
-            case m.DropBlob(number=number):
+            case control.DropBlob(number=number):
                 client.drop_blob(number)
         return []
 
-    def _check_blobs(self, client: Client, ask: m.Acquire) -> None:
+    def _check_blobs(self, client: Client, ask: control.Acquire) -> None:
         """
         Raises:
             DescriptorsExhausted: the client gave memory that could not be kept.
@@ -575,7 +577,7 @@ class Supervisor:
         if client.is_short and not self._clients.blobs().keys() >= set(ask.spec.blobs):
             raise descriptor_limits.exhausted(f"The memory that {ask.spec.name} is loaded from")
 
-    def _prepare(self, ask: m.Acquire, now: float) -> None:
+    def _prepare(self, ask: control.Acquire, now: float) -> None:
         """Before a load is decided: what workers have grown by counts, and how large the GPUs are."""
         if self._scheduler.is_loaded(ask.spec.unit):
             return
@@ -584,19 +586,21 @@ class Supervisor:
         if any(map(uses_gpu, (ask.spec, *ask.companions, *grouped))):
             self._scheduler.know_gpus(self._meter().gpu_total())
 
-    def _named(self, ticket: int, name: str) -> m.Message:
+    def _named(self, ticket: int, name: str) -> codec.Message:
         try:
             if self._file is None:
                 raise ConfigError(f"There is no file {name!r}, and the host has no file that names models.")
             found = self._file.named(name)
         except ConfigError as error:
-            return m.Denied(ticket=ticket, failure=failures.describe(error))
-        return m.Named(ticket=ticket, spec=found.spec, ttl=found.ttl, pin=found.pin, priority=found.priority)
+            return control.Denied(ticket=ticket, failure=failures.describe(error))
+        return control.Named(
+            ticket=ticket, spec=found.spec, ttl=found.ttl, pin=found.pin, priority=found.priority
+        )
 
-    def _status(self, ask: m.AskStatus, now: float) -> m.Status:
+    def _status(self, ask: control.AskStatus, now: float) -> control.Status:
         if ask.measure:
             self._refresh(now, fresh=True)
-        return m.Status(
+        return control.Status(
             ticket=ask.ticket,
             seq=self._scheduler.seq,
             supervisor_pid=os.getpid(),
@@ -626,21 +630,21 @@ class Supervisor:
     def _is_expected(self, identity: bytes) -> bool:
         return identity in self._workers or self._clients.known(identity) is not None
 
-    def _greet(self, hello: m.ClientHello) -> m.Message | None:
+    def _greet(self, hello: control.ClientHello) -> codec.Message | None:
         if self._scheduler.closing:  # without a word: the next host is for it, in a moment
             return None
         if refusal := self._refusal(hello):
-            return m.Refused(reason=refusal)
+            return control.Refused(reason=refusal)
         self._abandoned_at = None
         self._solitude.on_client()
-        return m.Welcome(build="" if self._place is None else installation.build())
+        return control.Welcome(build="" if self._place is None else installation.build())
 
-    def _refusal(self, hello: m.ClientHello) -> str | None:
+    def _refusal(self, hello: control.ClientHello) -> str | None:
         if not same_secret(hello.secret, self._secret):
             return "the secret is wrong"
-        if hello.version != m.PROTOCOL_VERSION:
+        if hello.version != codec.PROTOCOL_VERSION:
             return (
-                f"the supervisor speaks protocol version {m.PROTOCOL_VERSION}, the client {hello.version}: "
+                f"the supervisor speaks protocol version {codec.PROTOCOL_VERSION}, the client {hello.version}: "
                 "run the same version of onnx-dl on both sides"
             )
         return None
@@ -667,7 +671,7 @@ def _file(path: str) -> Configuration | None:
     return Configuration(path)
 
 
-def _failure(error: Exception) -> m.Failure:
+def _failure(error: Exception) -> failures.Failure:
     """What a caller is told whom a failure of the host concerns: always an error of ours."""
     if not isinstance(error, OnnxDLError):
         error = SupervisorError(

@@ -21,13 +21,13 @@ import msgspec
 from onnx_dl import census
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.transport import shm
-from onnx_dl.transport.messages import PROTOCOL_VERSION
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (

@@ -16,6 +16,8 @@ from onnx_dl.config import Settings, parse_size
 from onnx_dl.errors import CapacityError
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import Usage
+from onnx_dl.protocol import control as m
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor import needs, room
 from onnx_dl.supervisor.commands import Command, EndSaver, ForgetPeak, Remember
 from onnx_dl.supervisor.ledger import Ledger
@@ -23,8 +25,6 @@ from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes, Experience, Know
 from onnx_dl.supervisor.records import Model, Worker
 from onnx_dl.supervisor.room import Case, Plan
 from onnx_dl.supervisor.saving import Saving
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 _SHARE: Final = 0.8

@@ -10,12 +10,12 @@ the model is set to FAILED past the table: it has no worker any more, which is w
 from __future__ import annotations
 
 from onnx_dl.lifecycle import ModelState
+from onnx_dl.protocol import control, failures
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command
 from onnx_dl.supervisor.fates import Fates
 from onnx_dl.supervisor.records import Model, Worker
 from onnx_dl.supervisor.tickets import Tickets
-from onnx_dl.transport import messages as m
 
 _HAVE_WORKERS = (ModelState.LOADING, ModelState.READY, ModelState.DRAINING)
 
@@ -41,7 +41,7 @@ class Mending(Admission):
     def _after_release(self, model: Model, reason: str, now: float) -> None:
         raise NotImplementedError
 
-    def on_broken(self, worker_id: int, failure: m.Failure) -> list[Command]:
+    def on_broken(self, worker_id: int, failure: failures.Failure) -> list[Command]:
         """Something about this worker could not be taken in, or it cannot be spoken to: it is to go."""
         model = self._by_worker.get(worker_id)
         if model is not None and (worker := model.worker) is not None:
@@ -50,7 +50,7 @@ class Mending(Admission):
             self._kill_now(worker)
         return self._done()
 
-    def on_lost(self, worker_id: int, failure: m.Failure, now: float) -> list[Command]:
+    def on_lost(self, worker_id: int, failure: failures.Failure, now: float) -> list[Command]:
         """A worker is reaped, and that could not be taken in."""
         if (model := self._by_worker.pop(worker_id, None)) is not None:
             model.worker = None
@@ -63,7 +63,7 @@ class Mending(Admission):
         self._say_bye()
         return self._done()
 
-    def _lose(self, model: Model, failure: m.Failure, now: float) -> None:
+    def _lose(self, model: Model, failure: failures.Failure, now: float) -> None:
         model.state = ModelState.FAILED
         model.history.append(f"{now:.3f} given up")
         model.failures, model.retry_at = model.failures + 1, now
@@ -73,12 +73,12 @@ class Mending(Admission):
         self._turn_away(model, failure)
         self._answer_unloaders(model)
 
-    def _turn_away(self, model: Model, failure: m.Failure) -> None:
+    def _turn_away(self, model: Model, failure: failures.Failure) -> None:
         """Nobody waits for this model any more."""
         self._wishes.pop(model.key, None)
         waiters, model.waiters = model.waiters, []
         for client, ask in waiters:
-            self._tell(client, m.Denied(ticket=ask.ticket, failure=failure))
+            self._tell(client, control.Denied(ticket=ask.ticket, failure=failure))
 
     def forget_client(self, client: bytes) -> list[Command]:
         """A client is gone, and that could not be taken in: what it held is let go, and nothing else done."""
@@ -91,17 +91,19 @@ class Mending(Admission):
             model.named.pop(client, None)
         return self._done()
 
-    def on_not_acquired(self, client: bytes, ask: m.Acquire, failure: m.Failure, now: float) -> list[Command]:
+    def on_not_acquired(
+        self, client: bytes, ask: control.Acquire, failure: failures.Failure, now: float
+    ) -> list[Command]:
         """A proxy asked for its model, and that could not be taken in: it is told, and waits no more."""
         for model in list(self._models.values()):
             waiting = [waiter for waiter in model.waiters if waiter == (client, ask)]
             if waiting:
                 model.waiters = [waiter for waiter in model.waiters if waiter not in waiting]
                 self._after_release(model, "request", now)
-        self._tell(client, m.Denied(ticket=ask.ticket, failure=failure))
+        self._tell(client, control.Denied(ticket=ask.ticket, failure=failure))
         return self._done()
 
-    def on_stuck(self, failure: m.Failure) -> list[Command]:
+    def on_stuck(self, failure: failures.Failure) -> list[Command]:
         """It could not be decided who gets room: those who wait for it are told, and nobody waits."""
         self._look_at = self._saving.look_at = None
         self._looking, self._idle = False, {}

@@ -16,12 +16,12 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from onnx_dl.environment import Environment
+from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.saverprocess import SaverProcess
 from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
 from onnx_dl.supervisor.workerprocess import COST, Birth, WorkerProcess
 from onnx_dl.system import descriptor_limits
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 RESERVE: Final = 16

@@ -11,10 +11,11 @@ from onnx_dl.config import KEEP
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.model import ModelSpec, ModelStatus, Usage
+from onnx_dl.protocol import control
+from onnx_dl.protocol.failures import Failure
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 from onnx_dl.supervisor.room import Plan
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 HOST: Final = b"host"
@@ -40,10 +41,10 @@ class Worker:
     pid: int | None = None
     listens: bool = False
     """It has said that it has started."""
-    ready: m.WorkerReady | None = None
+    ready: control.WorkerReady | None = None
     ready_at: float | None = None
     told_ttl: float = KEEP
-    failure: m.Failure | None = None
+    failure: Failure | None = None
     """Why it failed, where it could say so itself or was ended for it."""
     drained: bool = False
     """It finished all calls that it began, and began no other."""
@@ -93,12 +94,12 @@ class Model:
     pins: set[tuple[bytes, int]] = dataclasses.field(default_factory=set)
     """The proxies among those that want the model to stay."""
     priorities: dict[tuple[bytes, int], int] = dataclasses.field(default_factory=dict)
-    waiters: list[tuple[bytes, m.Acquire]] = dataclasses.field(default_factory=list)
+    waiters: list[tuple[bytes, control.Acquire]] = dataclasses.field(default_factory=list)
     unloaders: list[tuple[bytes, int]] = dataclasses.field(default_factory=list)
     failures: int = 0
     """In a row."""
     retry_at: float = 0.0
-    last_failure: m.Failure | None = None
+    last_failure: Failure | None = None
     loads: int = 0
     wished_at: float = 0.0
     """Since when somebody has waited for the load that is wished for or under way."""
@@ -131,7 +132,7 @@ class Model:
         """The highest of those who hold the model."""
         return max(self.priorities.values(), default=0)
 
-    def join(self, client: bytes, ask: m.Acquire, others: Iterable[ModelSpec] = ()) -> None:
+    def join(self, client: bytes, ask: control.Acquire, others: Iterable[ModelSpec] = ()) -> None:
         """The model asked for, those that the client has beside it, and others that are the host's belong to
         this group from now on.  The next worker has the standing of who asked last."""
         self.standing = ask.standing
@@ -172,7 +173,7 @@ class Model:
         longest = KEEP if any(each.ttl == KEEP for each in own) else max(each.ttl for each in own)
         return Terms(longest, any(each.pin for each in own), max(each.priority for each in own))
 
-    def serves(self, ask: m.Acquire) -> bool:
+    def serves(self, ask: control.Acquire) -> bool:
         """Whether the present or last worker was started with this model among others, or for it alone."""
         return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
 

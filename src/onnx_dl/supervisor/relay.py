@@ -13,8 +13,8 @@ import io
 import os
 from collections.abc import Callable
 
+from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.outlet import Outlet
-from onnx_dl.transport import messages as m
 
 MOST_UNREAD = 1 << 20
 """Bytes that an application has not read yet beyond which it is sent no more of this."""

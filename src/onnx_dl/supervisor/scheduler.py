@@ -20,6 +20,7 @@ from onnx_dl.errors import HostClosing, LoadTimeout, ProxyClosedError, WorkerDie
 from onnx_dl.events import EventType
 from onnx_dl.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
+from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor import exits, saving
 from onnx_dl.supervisor.chronicle import Chronicle
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
@@ -31,8 +32,6 @@ from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
 from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
 from onnx_dl.supervisor.thrash import Thrash
 from onnx_dl.supervisor.tickets import Tickets
-from onnx_dl.transport import failures
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
@@ -73,7 +72,7 @@ class Scheduler(Mending):
 
     # --- what clients ask ---------------------------------------------------------------------------------
 
-    def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> list[Command]:
+    def on_acquire(self, client: bytes, ask: control.Acquire, now: float) -> list[Command]:
         """A proxy needs its model."""
         if client != HOST:  # which waits for no answer
             self.tickets.opened(client, ask.ticket)
@@ -103,13 +102,13 @@ class Scheduler(Mending):
             model.waiters = [w for w in model.waiters if w not in waiting]
             for _, ask in waiting:
                 error = ProxyClosedError(f"The proxy of {ask.spec.name} was closed while its model loaded.")
-                self._tell(client, m.Denied(ticket=ask.ticket, failure=failures.describe(error)))
+                self._tell(client, control.Denied(ticket=ask.ticket, failure=failures.describe(error)))
             if model.let_go((client, proxy)) or waiting:
                 self._after_release(model, "request", now)
         self._admit(now)
         return self._done()
 
-    def on_outdated(self, client: bytes, told: m.Outdated, now: float) -> list[Command]:
+    def on_outdated(self, client: bytes, told: control.Outdated, now: float) -> list[Command]:
         """A file is not any more what a worker has read: this proxy goes to another, who used it stays."""
         model = self._by_worker.get(told.worker_id)
         if model is not None and model.worker is not None and model.worker.ready is not None:
@@ -121,7 +120,7 @@ class Scheduler(Mending):
                 self._admit(now)
         return self._done()
 
-    def on_withdraw(self, client: bytes, ask: m.Withdraw, now: float) -> list[Command]:
+    def on_withdraw(self, client: bytes, ask: control.Withdraw, now: float) -> list[Command]:
         """Nobody waits for the answer to an Acquire any more."""
         self.tickets.close(client, ask.ticket)
         for model in list(self._models.values()):
@@ -146,12 +145,12 @@ class Scheduler(Mending):
             ]
         return self._done()
 
-    def on_unload(self, client: bytes, ask: m.Unload, now: float) -> list[Command]:
+    def on_unload(self, client: bytes, ask: control.Unload, now: float) -> list[Command]:
         """Somebody wants a model's memory back."""
         self.tickets.opened(client, ask.ticket)
         model = self._models.get(ask.key)
         if model is None or model.worker is None:
-            self._tell(client, m.Unloaded(ticket=ask.ticket, was_loaded=False))
+            self._tell(client, control.Unloaded(ticket=ask.ticket, was_loaded=False))
         else:
             model.unloaders.append((client, ask.ticket))
             self._drain(model, "request", now, kill=ask.force)
@@ -206,17 +205,17 @@ class Scheduler(Mending):
         self._admit(now)
         return self._done()
 
-    def on_ask_fate(self, client: bytes, ask: m.AskFate) -> list[Command]:
+    def on_ask_fate(self, client: bytes, ask: control.AskFate) -> list[Command]:
         """A client lost its worker and wants to know how; answered when the worker is reaped."""
         self.tickets.opened(client, ask.ticket)
         if ask.worker_id in self._by_worker:
             self._fates.wait(ask.worker_id, client, ask.ticket)
         else:
-            self._tell(client, m.Fate(ticket=ask.ticket, failure=self._fates.of(ask.worker_id)))
+            self._tell(client, control.Fate(ticket=ask.ticket, failure=self._fates.of(ask.worker_id)))
         return self._done()
 
     def on_shutdown(
-        self, client: bytes, ask: m.Shutdown, now: float, *, gently: bool = False
+        self, client: bytes, ask: control.Shutdown, now: float, *, gently: bool = False
     ) -> list[Command]:
         """End every worker at once, or like :meth:`on_stop`; Bye when all are reaped."""
         self.tickets.opened(client, ask.ticket)
@@ -263,10 +262,10 @@ class Scheduler(Mending):
     def _order_load(self, model: Model, worker: Worker) -> None:
         worker.told_ttl = model.ttl()
         warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
-        load = m.Load(spec=model.spec, ttl=worker.told_ttl, warmups=warmups, mapped=worker.plan.mapped)
+        load = control.Load(spec=model.spec, ttl=worker.told_ttl, warmups=warmups, mapped=worker.plan.mapped)
         self._order(worker.id, load)
 
-    def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
+    def on_ready(self, ready: control.WorkerReady, usage: Usage, now: float) -> list[Command]:
         """A worker has loaded its model."""
         model = self._by_worker.get(ready.worker_id)
         worker = model.worker if model else None
@@ -275,14 +274,14 @@ class Scheduler(Mending):
             model.step(LifecycleEvent.WORKER_READY, now)
             worker.ready, worker.ready_at = ready, now
             if model.state is ModelState.DRAINING:
-                self._order(worker.id, m.Drain())
+                self._order(worker.id, control.Drain())
             else:
                 self._welcome(model, ready, now)
             self._tell_need(model, now)  # after those who wait: it is written to a disk
             self._admit(now)
         return self._done()
 
-    def on_saveable(self, ask: m.Saveable, now: float) -> list[Command]:
+    def on_saveable(self, ask: control.Saveable, now: float) -> list[Command]:
         """A model is worth saving for the load cache."""
         need = saving.need(ask.nbytes)
         self._saving.ask(saving.Wish(ask.key, ask.order, ask.blob, need, environment=ask.environment))
@@ -295,14 +294,14 @@ class Scheduler(Mending):
         self._admit(now)
         return self._done()
 
-    def on_load_failed(self, failed: m.WorkerFailed, now: float) -> list[Command]:
+    def on_load_failed(self, failed: control.WorkerFailed, now: float) -> list[Command]:
         """The engine refused the model; the worker is sent away."""
         if model := self._by_worker.get(failed.worker_id):
             assert model.worker is not None
             model.worker.failure = failed.failure
             model.worker.unsaved = failed.unsaved
             model.worker.kill_at = now + self._settings.exit_grace
-            self._order(failed.worker_id, m.Exit())
+            self._order(failed.worker_id, control.Exit())
         return self._done()
 
     def on_draining(self, worker_id: int, usage: Usage, now: float, reason: str = "ttl") -> list[Command]:
@@ -318,7 +317,7 @@ class Scheduler(Mending):
             assert model.worker is not None
             self._learn(model, usage)
             model.worker.drained = True
-            self._order(worker_id, m.Exit())
+            self._order(worker_id, control.Exit())
             model.worker.kill_at = now + self._settings.exit_grace
         return self._done()
 
@@ -392,7 +391,7 @@ class Scheduler(Mending):
         return self._done()
 
     def on_spawn_failed(
-        self, worker_id: int, reason: str, now: float, failure: m.Failure | None = None
+        self, worker_id: int, reason: str, now: float, failure: failures.Failure | None = None
     ) -> list[Command]:
         """No process came of a StartWorker.  ``failure``: what is answered, if there is more to say."""
         if model := self._by_worker.get(worker_id):
@@ -513,7 +512,7 @@ class Scheduler(Mending):
         if client == HOST or self.tickets.close(client, message.ticket):
             self._out.append(TellClient(client, message))
 
-    def _order(self, worker_id: int, message: m.Message) -> None:
+    def _order(self, worker_id: int, message: codec.Message) -> None:
         self._out.append(TellWorker(worker_id, message))
 
     def _load(self, model: Model, spec: ModelSpec, now: float) -> None:
@@ -524,7 +523,7 @@ class Scheduler(Mending):
         self._out.append(StartWorker(worker.id, model.spec, model.standing))
         self._emit(EventType.LOADING, model, worker, now)
 
-    def _welcome(self, model: Model, ready: m.WorkerReady, now: float) -> None:
+    def _welcome(self, model: Model, ready: control.WorkerReady, now: float) -> None:
         model.loads += 1
         assert model.worker is not None
         self._emit(EventType.READY, model, model.worker, now, seconds=ready.seconds)
@@ -545,12 +544,14 @@ class Scheduler(Mending):
         elif not model.leases:  # all who asked have gone meanwhile
             self._drain(model, "exit", now)
 
-    def _grant(self, model: Model, client: bytes, ask: m.Acquire) -> None:
+    def _grant(self, model: Model, client: bytes, ask: control.Acquire) -> None:
         assert model.worker is not None and model.worker.ready is not None
         ready = model.worker.ready
         description, key = ready.description, ask.spec.key
         if (failure := description.failed.get(key)) is not None:
-            self._tell(client, m.Denied(ticket=ask.ticket, failure=msgspec.convert(failure, m.Failure)))
+            self._tell(
+                client, control.Denied(ticket=ask.ticket, failure=msgspec.convert(failure, failures.Failure))
+            )
             return
         model.grant(_HOSTS_OWN if ask.for_host else (client, ask.proxy), ask.ttl, ask.pin, ask.priority)
         terms = model.own_terms(self._terms)
@@ -558,7 +559,7 @@ class Scheduler(Mending):
             model.grant(_HOSTS_OWN, *terms)
         if ask.for_host:
             self._begin_ttl(model)
-        granted = m.Granted(
+        granted = control.Granted(
             ticket=ask.ticket,
             worker_id=model.worker.id,
             pid=model.worker.pid or 0,
@@ -571,7 +572,9 @@ class Scheduler(Mending):
 
     def _deny(self, client: bytes, ticket: int, model: Model, now: float) -> None:
         assert model.last_failure is not None
-        self._tell(client, m.Denied(ticket=ticket, failure=_retry_after(model.last_failure, model, now)))
+        self._tell(
+            client, control.Denied(ticket=ticket, failure=_retry_after(model.last_failure, model, now))
+        )
 
     def _retime(self, model: Model) -> None:
         """Tells the worker the TTL in force, if it changed."""
@@ -580,7 +583,7 @@ class Scheduler(Mending):
             return
         worker.told_ttl = model.ttl()
         if worker.ready is not None:
-            self._order(worker.id, m.Retime(ttl=worker.told_ttl))
+            self._order(worker.id, control.Retime(ttl=worker.told_ttl))
 
     def _begin_ttl(self, model: Model) -> None:
         """It was loaded and nobody is about to call it (the host wanted it, or those who asked were out of
@@ -589,7 +592,7 @@ class Scheduler(Mending):
         self._retime(model)
         worker = model.worker
         if worker is not None and worker.told_ttl != 0:
-            self._order(worker.id, m.Retime(ttl=worker.told_ttl, used=True))
+            self._order(worker.id, control.Retime(ttl=worker.told_ttl, used=True))
 
     def _after_release(self, model: Model, reason: str, now: float) -> None:
         if model.leases or model.waiters:
@@ -608,7 +611,7 @@ class Scheduler(Mending):
             # Nobody's call runs in a worker that is still loading, so there is nothing to wait for.
             self._kill_now(worker)
         elif ready_before:
-            self._order(worker.id, m.Drain())
+            self._order(worker.id, control.Drain())
 
     def _begin_drain(self, model: Model, reason: str, now: float) -> None:
         first = model.state is not ModelState.DRAINING
@@ -649,14 +652,14 @@ class Scheduler(Mending):
         worker.killed = True
         self._out.append(KillWorker(worker.id))
 
-    def _refuse(self, client: bytes, ask: m.Acquire) -> None:
+    def _refuse(self, client: bytes, ask: control.Acquire) -> None:
         error = HostClosing(f"The host of {ask.spec.name} is shutting down; a new host can load it.")
-        self._tell(client, m.Denied(ticket=ask.ticket, failure=failures.describe(error)))
+        self._tell(client, control.Denied(ticket=ask.ticket, failure=failures.describe(error)))
 
     def _say_bye(self) -> None:
         if self.finished:
             for client, ticket in self._closing or []:
-                self._tell(client, m.Bye(ticket=ticket))
+                self._tell(client, control.Bye(ticket=ticket))
             self._closing = []
 
     def _may_work_alone(self, model: Model, worker: Worker, status: int, stderr: str) -> bool:
@@ -709,7 +712,7 @@ class Scheduler(Mending):
     def _answer_unloaders(self, model: Model) -> None:
         unloaders, model.unloaders = model.unloaders, []
         for client, ticket in unloaders:
-            self._tell(client, m.Unloaded(ticket=ticket, was_loaded=True))
+            self._tell(client, control.Unloaded(ticket=ticket, was_loaded=True))
 
     def _forget_if_idle(self, model: Model) -> None:
         if model.state is ModelState.UNLOADED and not (model.waiters or model.leases):
@@ -732,6 +735,6 @@ class Scheduler(Mending):
         self._out.append(Emit(self._chronicle.event(kind, model, worker, held, now, **fields)))
 
 
-def _retry_after(failure: m.Failure, model: Model, now: float) -> m.Failure:
+def _retry_after(failure: failures.Failure, model: Model, now: float) -> failures.Failure:
     details = failure.details | {"retry_after": max(0.0, model.retry_at - now)}
     return msgspec.structs.replace(failure, details=details)

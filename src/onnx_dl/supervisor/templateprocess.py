@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from onnx_dl.concurrency import spawning
+from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.workerprocess import WorkerProcess
 from onnx_dl.system import boot
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.sockets import Channel
 
 # Read when numpy and onnxruntime are imported, so it must be there before.  OpenBLAS would start a pool of

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.environment import NOTHING, Environment
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, template
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
@@ -123,7 +123,7 @@ class WorkerProcess:
             OSError: the system refuses to send it.
         """
         assert self._lifeline_worker is not None
-        message = m.Spawn(
+        message = template.Spawn(
             worker_id=self.worker_id,
             identity=self.identity,
             control=control,
@@ -133,7 +133,7 @@ class WorkerProcess:
             environment=self._birth.environment,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
-        sent = channel.send(m.encode(message), fds)
+        sent = channel.send(codec.encode(message), fds)
         if sent:
             self._drop_ends()
         return sent

@@ -14,8 +14,8 @@ import zmq
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import keep_for_ever
-from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.bell import CallerBell, WorkerBell
 from onnx_dl.transport.handover import Handover
@@ -34,7 +34,7 @@ _LOOK_EVERY: Final = 0.02
 class Calls(Protocol):
     """How requests and replies travel.  Each reply tells which request it is for."""
 
-    def send(self, message: m.Message | bytes) -> bool:
+    def send(self, message: codec.Message | bytes) -> bool:
         """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
 
     def next(self, timeout: float | None = None) -> Any:
@@ -60,7 +60,7 @@ class NoCalls:
     Its descriptors may belong to others by now.
     """
 
-    def send(self, message: m.Message | bytes) -> bool:
+    def send(self, message: codec.Message | bytes) -> bool:
         return False
 
     def next(self, timeout: float | None = None) -> Any:
@@ -85,8 +85,8 @@ class _Bell:
         self.number = 0
         """Of the present request, from 1 on."""
 
-    def send(self, message: m.Message | bytes) -> bool:
-        sent = self._handover.send(message if isinstance(message, bytes) else m.encode(message))
+    def send(self, message: codec.Message | bytes) -> bool:
+        sent = self._handover.send(message if isinstance(message, bytes) else codec.encode(message))
         return sent and self._ring()
 
     def _ring(self) -> bool:
@@ -99,7 +99,7 @@ class _Bell:
 class CallerBellCalls(_Bell):
     """The caller's end."""
 
-    def send(self, message: m.Message | bytes) -> bool:
+    def send(self, message: codec.Message | bytes) -> bool:
         self.number += 1
         return super().send(message)
 
@@ -150,7 +150,7 @@ class ZmqCalls:
         self._handover = handover
         self._socket = socket
         self._calls = calls
-        self._read = m.lane_reply if calls else m.lane_request
+        self._read = lane.lane_reply if calls else lane.lane_request
         self.number = 0
         """Of the present request, from 1 on."""
         self._poller = zmq.Poller()
@@ -158,9 +158,9 @@ class ZmqCalls:
         # Without POLLIN: a message that lies there is not looked at before the empty one has come.
         self._poller.register(handover.channel.fileno(), zmq.POLLERR)
 
-    def send(self, message: m.Message | bytes) -> bool:
+    def send(self, message: codec.Message | bytes) -> bool:
         self.number += self._calls
-        data = message if isinstance(message, bytes) else m.encode(message)
+        data = message if isinstance(message, bytes) else codec.encode(message)
         if not self._handover.fits(data):
             if not self._handover.send(data):
                 return False
@@ -217,10 +217,10 @@ class ZmqCalls:
         return ready
 
     def again(self, number: int) -> bool:
-        return self.send(m.Again(plan=number))
+        return self.send(lane.Again(plan=number))
 
     def same(self) -> None:
-        self.send(m.Same())
+        self.send(lane.Same())
 
     def close(self) -> None:
         if self._handover.channel.is_lost:  # so are the socket's own: ZeroMQ would use their numbers

@@ -1,5 +1,5 @@
 """Results of a call that repeats, as they were sent the last time, for others of the same form to take their
-place without a word: :class:`~onnx_dl.transport.messages.Same`.
+place without a word: :class:`~onnx_dl.protocol.lane.Same`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl.protocol.lane import Items, Packed, Tensor, Text, Value
 from onnx_dl.transport import packing
 from onnx_dl.transport.arena import Arena, Block, align
-from onnx_dl.transport.messages import Items, Packed, Tensor, Text, Value
 from onnx_dl.transport.tensors import is_plain
 
 

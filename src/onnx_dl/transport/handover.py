@@ -3,7 +3,7 @@
 Each message is one packet of at most :data:`PACKET` bytes, sent without waiting.  One that is longer lies in
 a block of the sender's, and the packet names it.  What is to be said of blocks waits for the next message and
 travels in the same packet.  So a sender never waits for its reader, whatever that does, and no more than two
-packets are ever on their way in one direction (:class:`~onnx_dl.transport.messages.Started` and the result).
+packets are ever on their way in one direction (:class:`~onnx_dl.protocol.lane.Started` and the result).
 
 Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`onnx_dl.transport.calls`'s.
 """
@@ -17,8 +17,8 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Arena, Block
 from onnx_dl.transport.mappings import Mappings
@@ -86,7 +86,7 @@ class Handover:
     """
 
     def __init__(
-        self, channel: Channel, read: m.Reader, *, keep_descriptors: bool, most: float = math.inf
+        self, channel: Channel, read: codec.Reader, *, keep_descriptors: bool, most: float = math.inf
     ) -> None:
         """``keep_descriptors``, ``most``: see :class:`Mappings`."""
         self.channel = channel
@@ -120,13 +120,13 @@ class Handover:
 
     def _packet(self, data: bytes, dropped: list[int]) -> bytes:
         if len(data) < PACKET:
-            whole = m.Envelope(shared=self._notices.new(), dropped=dropped, message=msgspec.Raw(data))
-            if len(packet := m.encode(whole)) <= PACKET:
+            whole = lane.Envelope(shared=self._notices.new(), dropped=dropped, message=msgspec.Raw(data))
+            if len(packet := codec.encode(whole)) <= PACKET:
                 return packet
-        text = m.encode(m.Envelope(dropped=dropped, message=msgspec.Raw(data)))
+        text = codec.encode(lane.Envelope(dropped=dropped, message=msgspec.Raw(data)))
         block = self.arena.letter(len(text))  # may be new, and may drop others: these wait
         block.payload[: len(text)] = text
-        return m.encode(m.Envelope(shared=self._notices.new(), letter=(block.number, len(text))))
+        return codec.encode(lane.Envelope(shared=self._notices.new(), letter=(block.number, len(text))))
 
     # --- receiving ----------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class Handover:
         had_blocks = bool(fds)
         try:
             message = self._read(data)
-            if type(message) is not m.Envelope:
+            if type(message) is not lane.Envelope:
                 return message, fds
             own = self._take_in(message, fds)
         except BaseException:
@@ -181,7 +181,7 @@ class Handover:
             sockets.close_all(own)
             raise
 
-    def _take_in(self, envelope: m.Envelope, fds: list[int]) -> list[int]:
+    def _take_in(self, envelope: lane.Envelope, fds: list[int]) -> list[int]:
         """Maps the blocks that came; returns the descriptors that are not theirs.  Takes from ``fds`` what is
         taken over."""
         if len(envelope.shared) > len(fds):
@@ -195,19 +195,19 @@ class Handover:
         for number in numbers:
             self.mappings.drop(number)
 
-    def _message_in(self, envelope: m.Envelope) -> Any:
+    def _message_in(self, envelope: lane.Envelope) -> Any:
         inside = envelope if envelope.letter is None else self._letter(*envelope.letter)
         message = self._read(inside.message)
-        if type(message) is m.Envelope:
+        if type(message) is lane.Envelope:
             raise ProtocolError("An envelope lies in another.")
         return message
 
-    def _letter(self, number: int, nbytes: int) -> m.Envelope:
+    def _letter(self, number: int, nbytes: int) -> lane.Envelope:
         block = self.block(number)
         if not 0 <= nbytes <= block.size:
             raise ProtocolError(f"A message of {nbytes} bytes does not fit its block of {block.size} bytes.")
         letter = self._read(bytes(block.payload[:nbytes]))  # a copy: the peer could change what is read
-        if type(letter) is not m.Envelope or letter.shared or letter.letter is not None:
+        if type(letter) is not lane.Envelope or letter.shared or letter.letter is not None:
             raise ProtocolError("A block that was to hold a message holds something else.")
         self._drop(letter.dropped)
         return letter

@@ -22,8 +22,8 @@ from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import failures, sockets
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control, failures, lane
+from onnx_dl.transport import sockets
 from onnx_dl.transport.arena import Block, Reference, home_of
 from onnx_dl.transport.bell import CallerBell
 from onnx_dl.transport.calls import CallerBellCalls, Calls, NoCalls, ZmqCalls
@@ -36,7 +36,7 @@ from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker, as_it_is
 
-Request = Plan | Asked | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
+Request = Plan | Asked | lane.Invoke | lane.Touch | lane.Hold | lane.Unhold | lane.Terminate | lane.Trim
 
 LARGE: Final = 1 << 20
 """Bytes of shared memory that an idle lane may keep."""
@@ -74,7 +74,13 @@ class ClientLane(Lane):
     """The caller's end."""
 
     def __init__(
-        self, ctx: Context | None, granted: m.Granted, deadline: Deadline, *, over_zmq: bool, latency: str
+        self,
+        ctx: Context | None,
+        granted: control.Granted,
+        deadline: Deadline,
+        *,
+        over_zmq: bool,
+        latency: str,
     ) -> None:
         """Opens a lane to the worker that was granted.  ``latency``: "low" polls, see
         :mod:`onnx_dl.transport.patience`; not in a program with greenlets, which would wait meanwhile.
@@ -87,7 +93,9 @@ class ClientLane(Lane):
         self.origin: Any = None
         """Who granted it, if whoever opens the lane wants to know that later."""
         self.latency = latency
-        handover = Handover(Channel.connect(granted.address, deadline), m.lane_reply, keep_descriptors=True)
+        handover = Handover(
+            Channel.connect(granted.address, deadline), lane.lane_reply, keep_descriptors=True
+        )
         polls = latency == "low" and not over_zmq and not waits.are_cooperative() and _has_two_cores()
         reply_to = fresh_address("lane") if over_zmq else None
         try:
@@ -111,26 +119,26 @@ class ClientLane(Lane):
         self._sent_at = self._took = 0
         self.last_used = time.perf_counter_ns()
 
-    def _open(self, granted: m.Granted, reply_to: str | None, deadline: Deadline) -> Block:
+    def _open(self, granted: control.Granted, reply_to: str | None, deadline: Deadline) -> Block:
         bell = self._calls.bell if isinstance(self._calls, CallerBellCalls) else None
         page = self._arena.page()  # travels with the greeting
-        hello = m.LaneHello(
-            version=m.PROTOCOL_VERSION,
+        hello = lane.LaneHello(
+            version=codec.PROTOCOL_VERSION,
             secret=granted.secret,
             reply_to=reply_to,
             poll=self.polls,
             model=granted.model,
         )
         fds = bell.descriptors() if isinstance(bell, CallerBell) else ()
-        self._handover.send(m.encode(hello), fds)
+        self._handover.send(codec.encode(hello), fds)
         if isinstance(bell, CallerBell):
             bell.handed_over()
         opened = self._await(deadline) or self._handover.next()  # why there is no lane, if it could say so
-        if isinstance(opened, m.CallFailed):
+        if isinstance(opened, lane.CallFailed):
             raise failures.rebuild(opened.failure)
         if opened is None:
             raise ConnectionError("the worker did not open the lane")
-        if not (isinstance(opened, m.LaneOpen) and same_secret(opened.secret, granted.secret)):
+        if not (isinstance(opened, lane.LaneOpen) and same_secret(opened.secret, granted.secret)):
             raise ProtocolError("Another process than the worker answered on a lane.")
         self._thread = opened.thread
         return page
@@ -143,7 +151,7 @@ class ClientLane(Lane):
             except TimeoutError:
                 deadline.check("the worker to open a lane")
 
-    def pack(self, values: Iterable[Any]) -> list[m.Value]:
+    def pack(self, values: Iterable[Any]) -> list[lane.Value]:
         """Copies the arrays in ``values`` to where the worker sees them; see :class:`Packer`."""
         return Packer(self._arena).pack(values)
 
@@ -176,7 +184,7 @@ class ClientLane(Lane):
                 return plan if moved is None else Asked(_again(plan, moved), plan)
         return self._first_call(outputs, feed, options, moved or {}, key, keep=keep, background=background)
 
-    def _moved(self, given: Mapping[Any, Any]) -> tuple[dict[Any, m.Tensor] | None, Mapping[Any, Any]]:
+    def _moved(self, given: Mapping[Any, Any]) -> tuple[dict[Any, lane.Tensor] | None, Mapping[Any, Any]]:
         """Where the worker finds the large arrays that lie in shared memory already, and the feed; in this,
         what the worker cannot be told of is an array to be copied."""
         found, feed = None, given
@@ -194,7 +202,7 @@ class ClientLane(Lane):
                     feed = {**feed, name: block.array(value.dtype.str, value.shape, offset)}
                 continue
             found = found or {}
-            found[name] = m.Tensor(value.dtype.str, value.shape, number, offset)
+            found[name] = lane.Tensor(value.dtype.str, value.shape, number, offset)
         return found, feed
 
     def _first_call(
@@ -202,7 +210,7 @@ class ClientLane(Lane):
         outputs: Any,
         feed: Mapping[Any, Any],
         options: Any,
-        moved: dict[Any, m.Tensor],
+        moved: dict[Any, lane.Tensor],
         key: Hashable | None,
         *,
         keep: bool,
@@ -216,7 +224,7 @@ class ClientLane(Lane):
             number = self._plans.next_number(packer.scratch)
             targets, texts = targets_of(values, packer.scratch), texts_of(feed, values)
             plan = Plan(key, number, packer.scratch, packer.nbytes, targets, texts, places)
-        call = m.Call(
+        call = lane.Call(
             outputs=packed_outputs,
             feed=list(zip(feed, values, strict=True)),
             options=options,
@@ -260,7 +268,7 @@ class ClientLane(Lane):
         self.last_used = time.perf_counter_ns()
         self._took = self.last_used - self._sent_at
         if reply is None and self._page.begun != self._requests:
-            return m.Draining()
+            return lane.Draining()
         return reply
 
     def _place(self, placement: Placement | Apart) -> None:
@@ -269,9 +277,9 @@ class ClientLane(Lane):
             with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
                 os.sched_setaffinity(self._thread, cores)
 
-    def end_of_this(self) -> m.Terminate:
+    def end_of_this(self) -> lane.Terminate:
         """The request, for another lane, that ends the present call of this one."""
-        return m.Terminate(thread=self._thread, request=self._requests)
+        return lane.Terminate(thread=self._thread, request=self._requests)
 
     @property
     def reply_fd(self) -> int | None:
@@ -294,30 +302,30 @@ class ClientLane(Lane):
         self.forget()
         self._arena.trim()
         try:
-            return isinstance(self.exchange(m.Trim(), _TRIM_TIMEOUT), m.Result)
+            return isinstance(self.exchange(lane.Trim(), _TRIM_TIMEOUT), lane.Result)
         except TimeoutError:
             return False
 
-    def result(self, reply: m.Result | m.Same | int) -> Any:
+    def result(self, reply: lane.Result | lane.Same | int) -> Any:
         """What a request returned: small arrays are copies, large ones views that keep their memory alive."""
-        if not isinstance(reply, m.Result):
+        if not isinstance(reply, lane.Result):
             plan = self._repeated()
             return [read() for read in plan.readers or self._read_by(plan)]
         self._learn(reply.value)
         return self._unpacker.unpack(reply.value)
 
-    def references(self, reply: m.Result | m.Same | int) -> list[Any]:
+    def references(self, reply: lane.Result | lane.Same | int) -> list[Any]:
         """What a call with ``keep`` returned: where arrays lie, for as long as nothing else is said on this
         lane.  What cannot be passed on like that is a value."""
-        if isinstance(reply, m.Result):
+        if isinstance(reply, lane.Result):
             self._learn(reply.value)
             if self._asked is None or self._asked.results is None:
                 values: list[Any] = self._unpacker.unpack(reply.value)
                 return values
         return list(map(self._reference, self._repeated().results or []))
 
-    def _reference(self, value: m.Value) -> Any:
-        if not isinstance(value, m.Tensor):
+    def _reference(self, value: lane.Value) -> Any:
+        if not isinstance(value, lane.Tensor):
             return self._unpacker.unpack(value)
         return Reference(self._handover.block(value.block), np.dtype(value.dtype), value.shape, value.offset)
 
@@ -328,7 +336,7 @@ class ClientLane(Lane):
             raise ProtocolError("A worker answered that its results lie where none ever lay.")
         return plan
 
-    def _learn(self, value: m.Value) -> None:
+    def _learn(self, value: lane.Value) -> None:
         mappings = self._handover.mappings
         if mappings.drops != self._drops:
             self._drops = mappings.drops
@@ -357,8 +365,8 @@ def _has_two_cores() -> bool:
     return len(os.sched_getaffinity(0)) > 1
 
 
-def _again(plan: Plan, moved: Mapping[Any, m.Tensor]) -> m.Again:
-    return m.Again(plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved])
+def _again(plan: Plan, moved: Mapping[Any, lane.Tensor]) -> lane.Again:
+    return lane.Again(plan=plan.number, moved=[(index, moved[name]) for index, name in plan.moved])
 
 
 def _placement_of(thread: int, kind: type[Placement | Apart]) -> Placement | Apart | None:

@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl.protocol.lane import Again, Call, Items, Packed, Tensor, Text, Value
 from onnx_dl.transport import packing
 from onnx_dl.transport.arena import Arena, Block, Reference
-from onnx_dl.transport.messages import Again, Call, Items, Packed, Tensor, Text, Value
 
 MOST: Final = 64
 """Calls that one lane remembers; the next one has number 0, with which both ends forget all others."""

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from onnx_dl.errors import OnnxDLError, ProtocolError
 from onnx_dl.ort import ortvalues as ort
+from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text, Value
 from onnx_dl.transport import packing
 from onnx_dl.transport.arena import Arena, Block, align
-from onnx_dl.transport.messages import Items, Packed, Plain, Tensor, Text, Value
 
 VIEW_FROM: Final = 64 << 10
 """Results of at least this many bytes are handed over as views; smaller ones are copied out.

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol import codec, lane
 from onnx_dl.system import procfs
 from onnx_dl.transport import mappings, packing, sockets
-from onnx_dl.transport import messages as m
 from onnx_dl.transport.arena import Block
 from onnx_dl.transport.bell import WorkerBell
 from onnx_dl.transport.calls import AGAIN, Calls, WorkerBellCalls, ZmqCalls
@@ -26,11 +26,11 @@ from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 
-def _checked(hello: Any, secret: str, fds: list[int]) -> m.LaneHello:
+def _checked(hello: Any, secret: str, fds: list[int]) -> lane.LaneHello:
     """The greeting of a caller who may open a lane."""
-    if not (isinstance(hello, m.LaneHello) and same_secret(hello.secret, secret)):
+    if not (isinstance(hello, lane.LaneHello) and same_secret(hello.secret, secret)):
         raise ProtocolError("Somebody without the secret tried to open a lane.")
-    if hello.version != m.PROTOCOL_VERSION:
+    if hello.version != codec.PROTOCOL_VERSION:
         raise ProtocolError(f"A caller speaks protocol version {hello.version}.")
     if len(fds) != (2 if hello.reply_to is None else 0):
         raise ProtocolError(f"A caller came with {len(fds)} descriptors.")
@@ -46,9 +46,9 @@ def _are_bell(eventfd: int, pipe: int) -> bool:
     return procfs.is_eventfd(eventfd) and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
 
 
-def _packed(packer: Packer, value: Any) -> m.Value:
+def _packed(packer: Packer, value: Any) -> lane.Value:
     if type(value) is list:  # results, each as it would be alone
-        return m.Items("list", packer.pack(value, from_engine=True))
+        return lane.Items("list", packer.pack(value, from_engine=True))
     (packed,) = packer.pack([value])
     return packed
 
@@ -63,7 +63,7 @@ class WorkerLane(Lane):
             ProtocolError: the caller does not know the secret or speaks another version.
             TimeoutError: the caller said nothing for ``timeout`` seconds.
         """
-        handover = Handover(channel, m.lane_request, keep_descriptors=False, most=mappings.MOST)
+        handover = Handover(channel, lane.lane_request, keep_descriptors=False, most=mappings.MOST)
         greeting, fds = handover.greeting(timeout)
         try:
             hello = _checked(greeting, secret, fds)
@@ -89,7 +89,7 @@ class WorkerLane(Lane):
         self.thread = threading.get_native_id()
         """Of the thread that serves the lane."""
         try:
-            self._calls.send(m.LaneOpen(secret=secret, thread=self.thread))
+            self._calls.send(lane.LaneOpen(secret=secret, thread=self.thread))
         except BaseException:  # no memory for one: nobody else closes what came from the caller
             self._calls.close()
             raise
@@ -131,15 +131,15 @@ class WorkerLane(Lane):
         """
         return self._requests
 
-    def unpack(self, value: m.Value) -> Any:
+    def unpack(self, value: lane.Value) -> Any:
         """A value of a request; its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)
 
-    def text_reader(self, text: m.Text) -> Callable[[], Any]:
+    def text_reader(self, text: lane.Text) -> Callable[[], Any]:
         """Gives, at each call, the text of this place in a request that repeats."""
         return packing.text_reader(self._handover.block(text.block), text.offset, text.shape)
 
-    def reply(self, value: Any, *, keep: bool = False) -> m.Value:
+    def reply(self, value: Any, *, keep: bool = False) -> lane.Value:
         """Sends a result of the engine; large arrays in it are leased to the caller, unless ``keep``.
 
         Returns what was sent.
@@ -150,7 +150,7 @@ class WorkerLane(Lane):
         packer = Packer(self._arena, lease_from=None if keep else VIEW_FROM)
         packed = _packed(packer, value)
         try:
-            self._send(m.Result(value=packed))
+            self._send(lane.Result(value=packed))
         except BaseException:
             packer.abandon()
             raise
@@ -160,9 +160,9 @@ class WorkerLane(Lane):
         """Puts results where others lay that were of the same form; false if they do not fit there."""
         return form.put(results, self._arena)
 
-    def say(self, message: m.CallFailed | m.Draining | m.Forgotten | m.Started | bytes) -> None:
+    def say(self, message: lane.CallFailed | lane.Draining | lane.Forgotten | lane.Started | bytes) -> None:
         """Sends a reply that is ready to be sent."""
-        if type(message) is m.Started:
+        if type(message) is lane.Started:
             self._calls.send(message)
         else:
             self._send(message)
@@ -172,7 +172,7 @@ class WorkerLane(Lane):
         self._calls.same()
         self._answered = True
 
-    def _send(self, reply: m.Message | bytes) -> None:
+    def _send(self, reply: codec.Message | bytes) -> None:
         self._calls.send(reply)
         self._answered = True
 

@@ -14,7 +14,7 @@ import msgspec
 
 from onnx_dl.errors import EngineError
 from onnx_dl.model import ModelDescription, ModelSpec
-from onnx_dl.transport import failures
+from onnx_dl.protocol import failures
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers.backend import Backend, Save
 

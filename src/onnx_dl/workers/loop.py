@@ -22,8 +22,21 @@ from onnx_dl.concurrency import spawning
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import OnnxDLError, ProcessesExhausted, SharedMemoryError
 from onnx_dl.model import ModelSpec, blob_tag
-from onnx_dl.transport import failures, sockets
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec, control, failures, template
+from onnx_dl.protocol.lane import (
+    Again,
+    Call,
+    CallFailed,
+    Draining,
+    Hold,
+    Invoke,
+    Started,
+    Terminate,
+    Touch,
+    Trim,
+    Unhold,
+)
+from onnx_dl.transport import sockets
 from onnx_dl.transport.door import Door
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Waker
@@ -46,7 +59,7 @@ _GREETING: Final = 1.0
 class Worker:
     """One model in this process."""
 
-    def __init__(self, spawn: m.Spawn, lifeline: int, gauges: Gauges, blobs: list[int]) -> None:
+    def __init__(self, spawn: template.Spawn, lifeline: int, gauges: Gauges, blobs: list[int]) -> None:
         self._id = spawn.worker_id
         self._gauges = gauges
         self._lifeline = Channel.from_fd(lifeline)
@@ -68,13 +81,13 @@ class Worker:
 
     def serve(self) -> NoReturn:
         """Runs until the supervisor says Exit or is gone; never returns."""
-        self._say(m.WorkerStarted(worker_id=self._id))
+        self._say(control.WorkerStarted(worker_id=self._id))
         order = self._hear()
-        if isinstance(order, m.Load):
+        if isinstance(order, control.Load):
             self._load(order)
         _leave()
 
-    def _load(self, order: m.Load) -> None:
+    def _load(self, order: control.Load) -> None:
         started = time.monotonic()
         tagged = {name: self._tagged.get(blob_tag(name)) for name in order.spec.blobs}
         blobs = {name: fd for name, fd in tagged.items() if fd is not None}
@@ -94,11 +107,11 @@ class Worker:
             spawning.note_shortage(error)
             unsaved = isinstance(error, Unsaved)
             failure = failures.describe(error)
-            self._say(m.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
+            self._say(control.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
             self._hear()
             return
         self._say(
-            m.WorkerReady(
+            control.WorkerReady(
                 worker_id=self._id,
                 address=self._address,
                 secret=self._secret,
@@ -109,7 +122,7 @@ class Worker:
         )
         with contextlib.suppress(Exception):  # what is done in the background must not end a model in use
             for save in backend.ready(loaded - started, blobs):
-                self._say(m.Saveable(worker_id=self._id, **save._asdict()))
+                self._say(control.Saveable(worker_id=self._id, **save._asdict()))
         sockets.close_all(self._tagged.values())
         with contextlib.closing(door):
             self._attend(door, backend)
@@ -136,11 +149,11 @@ class Worker:
         while True:
             verdict = self._gate.judge(time.monotonic(), self._last_touch())
             if verdict.expired:
-                self._say(m.WorkerDraining(worker_id=self._id, reason=self._gate.reason))
+                self._say(control.WorkerDraining(worker_id=self._id, reason=self._gate.reason))
             if verdict.drained and not drained:
                 drained = True
                 backend.close()
-                self._say(m.WorkerDrained(worker_id=self._id))
+                self._say(control.WorkerDrained(worker_id=self._id))
             ready = sockets.wait(poller, _sooner(verdict.wait, door.next_deadline()))
             self._waker.clear()
             if self._lifeline.fileno() in ready:
@@ -170,13 +183,13 @@ class Worker:
     def _obey(self) -> bool:
         """Follows one order of the supervisor; false if it is to leave."""
         match self._hear():
-            case m.Retime(ttl=ttl, used=used):
+            case control.Retime(ttl=ttl, used=used):
                 self._gate.retime(ttl, time.monotonic() if used else None)
-            case m.Drain():
+            case control.Drain():
                 self._gate.drain()
-            case m.DrainIfIdle():
+            case control.DrainIfIdle():
                 self._gate.close_if_idle()
-            case m.Exit():
+            case control.Exit():
                 return False
         return True
 
@@ -241,8 +254,8 @@ class Worker:
                 lane.close_calls()
             service.release()
 
-    def _say(self, message: m.Message) -> None:
-        self._control.send(m.encode(message))
+    def _say(self, message: codec.Message) -> None:
+        self._control.send(codec.encode(message))
 
     def _hear(self) -> Any:
         """The next order; leaves the process if the supervisor is gone."""
@@ -251,7 +264,7 @@ class Worker:
         poller.register(self._lifeline.fileno(), zmq.POLLIN)
         if self._control not in sockets.wait(poller, None):
             _leave()
-        return m.to_worker(self._control.recv())
+        return control.to_worker(self._control.recv())
 
 
 def _turn_away(channel: Channel, error: Exception) -> None:
@@ -259,7 +272,7 @@ def _turn_away(channel: Channel, error: Exception) -> None:
     with contextlib.suppress(OSError):
         if (said := channel.receive(0)) is not None:
             sockets.close_all(said[1])
-        channel.send(m.encode(m.CallFailed(failure=failures.describe(error))))
+        channel.send(codec.encode(CallFailed(failure=failures.describe(error))))
 
 
 class LaneService:
@@ -297,24 +310,24 @@ class LaneService:
                 self._guarded(self._repeats.answer_number, request)
                 continue
             match request:
-                case m.Again():
+                case Again():
                     self._guarded(self._repeats.answer, request)
-                case m.Call():
+                case Call():
                     self._guarded(self._call, request)
-                case m.Invoke():
+                case Invoke():
                     self._guarded(self._invoke, request)
-                case m.Terminate(thread=thread, request=number):
+                case Terminate(thread=thread, request=number):
                     if (halt := self._halts.get(thread)) is not None:
                         halt.ask(number)
                     self._lane.reply(None)
-                case m.Touch():
+                case Touch():
                     self._guarded(lambda _: self._lane.reply(None), request)
-                case m.Hold():
+                case Hold():
                     self._hold()
-                case m.Unhold():
+                case Unhold():
                     self._unhold()
                     self._lane.reply(None)
-                case m.Trim():
+                case Trim():
                     self._repeats.clear()
                     self._lane.trim()
                     self._lane.reply(None)
@@ -329,7 +342,7 @@ class LaneService:
     def _guarded(self, answer: Callable[[Any], object], request: object) -> None:
         """Answers, unless the worker drains; the reply is sent before the call ends."""
         if not self._gate.enter():
-            self._lane.say(m.Draining())
+            self._lane.say(Draining())
             return
         if self._watchdog is not None:
             self._watchdog.call_begins()
@@ -339,7 +352,7 @@ class LaneService:
         except Exception as error:  # the engine's errors are the caller's
             self._fail(error)
         finally:
-            is_run = type(request) is not m.Touch
+            is_run = type(request) is not Touch
             if is_run and self._allowance is not None and self._allowance.is_used_up():
                 self._gate.retire()
             now = time.monotonic()
@@ -350,20 +363,20 @@ class LaneService:
             self._lane.give_up()
             return
         try:
-            self._lane.say(m.CallFailed(failure=failures.describe(error)))
+            self._lane.say(CallFailed(failure=failures.describe(error)))
         except (TypeError, ValueError, OverflowError):  # an attribute of it cannot travel; its text can
-            self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
+            self._lane.say(CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
         except SharedMemoryError as no_memory:  # its text is too long for a packet
-            self._lane.say(m.CallFailed(failure=failures.describe(no_memory)))
+            self._lane.say(CallFailed(failure=failures.describe(no_memory)))
 
-    def _call(self, call: m.Call) -> None:
+    def _call(self, call: Call) -> None:
         self._repeats.review()
         feed = {_key(name): self._lane.unpack(value) for name, value in call.feed}
         outputs = self._lane.unpack(call.outputs)
         repeat = None if call.plan is None else Repeat(call, outputs, feed)
         if call.background:
             run = self._backend.run_async(
-                outputs, feed, call.options, self._halt, lambda: self._lane.say(m.Started())
+                outputs, feed, call.options, self._halt, lambda: self._lane.say(Started())
             )
         else:
             run = self._backend.run(outputs, feed, call.options, self._halt)
@@ -371,13 +384,13 @@ class LaneService:
         if call.plan is not None and repeat is not None:
             self._repeats.remember(call.plan, repeat)
 
-    def _invoke(self, request: m.Invoke) -> None:
+    def _invoke(self, request: Invoke) -> None:
         args = [self._lane.unpack(arg) for arg in request.args]
         self._lane.reply(self._backend.invoke(request.method, args, self._halt))
 
     def _hold(self) -> None:
         if not self._gate.hold():
-            self._lane.say(m.Draining())
+            self._lane.say(Draining())
             return
         self._holds += 1
         self._lane.reply(None)

@@ -17,7 +17,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from onnx_dl.transport import messages as m
+from onnx_dl.protocol import codec
+from onnx_dl.protocol.lane import Again, Call, Forgotten, Items, Result, Tensor, Text, Value
 from onnx_dl.transport.arena import Block, align
 from onnx_dl.transport.forms import Form, in_one_place
 from onnx_dl.transport.plans import MOST, in_place
@@ -39,13 +40,13 @@ class _Prepared(NamedTuple):
 class Repeat:
     """One call.  Its arrays are views of the caller's memory."""
 
-    def __init__(self, call: m.Call, outputs: Any, feed: dict[str, Any]) -> None:
+    def __init__(self, call: Call, outputs: Any, feed: dict[str, Any]) -> None:
         self.outputs = outputs
         self.keep = call.keep
         self.names = list(feed)
         self._moved = len(call.moved)
         moved = {self.names[index] for index in call.moved}
-        self._texts = [(name, v) for name, v in call.feed if isinstance(v, m.Text) and v.block]
+        self._texts = [(name, v) for name, v in call.feed if isinstance(v, Text) and v.block]
         self._readers: list[tuple[str, Callable[[], Any]]] = []
         """Of these, once the call has repeated."""
         absent = moved.union(name for name, _ in self._texts)
@@ -53,10 +54,10 @@ class Repeat:
         self.blocks = {
             value.block
             for name, value in call.feed
-            if isinstance(value, m.Tensor | m.Text) and value.block and name not in moved
+            if isinstance(value, Tensor | Text) and value.block and name not in moved
         }
         self._preparable = True
-        self._results: list[m.Tensor] = []
+        self._results: list[Tensor] = []
         """Where they lay the last time; empty: it is not known where the next ones may lie."""
         self._scratch: Block | None = None
         self._nbytes = 0
@@ -96,7 +97,7 @@ class Repeat:
             self._scratch = None
             self.forget()
 
-    def learn(self, sent: m.Value, lane: WorkerLane) -> None:
+    def learn(self, sent: Value, lane: WorkerLane) -> None:
         """The results were sent like this: the next ones may lie where these do, or in blocks like theirs."""
         self.forget()
         if self._preparable and (tensors := in_place(sent)):
@@ -185,7 +186,7 @@ class Repeat:
         return self._prepared[key]
 
     def _make(self, leased: Any, backend: Backend, feed: dict[str, Any]) -> _Prepared | None:
-        places: list[tuple[m.Tensor, Any]] = [
+        places: list[tuple[Tensor, Any]] = [
             (t, next(leased) if t.leased else self._scratch) for t in self._results
         ]
         arrays = [block.array(t.dtype, t.shape, 0 if t.leased else t.offset) for t, block in places]
@@ -195,10 +196,10 @@ class Repeat:
             return None
         if not any(t.leased for t in self._results):
             return _Prepared(made.run, made.halt, b"")
-        tensors: list[m.Value] = [
-            m.Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased else t for t, block in places
+        tensors: list[Value] = [
+            Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased else t for t, block in places
         ]
-        return _Prepared(made.run, made.halt, m.encode(m.Result(value=m.Items("list", tensors))))
+        return _Prepared(made.run, made.halt, codec.encode(Result(value=Items("list", tensors))))
 
 
 class Repeats:
@@ -227,7 +228,7 @@ class Repeats:
         """The caller has forgotten them too."""
         self._repeats.clear()
 
-    def answer(self, again: m.Again) -> None:
+    def answer(self, again: Again) -> None:
         """Runs a remembered call whose large inputs lie elsewhere than the last time, and replies; Forgotten,
         if there is none of that number.
 
@@ -236,7 +237,7 @@ class Repeats:
         """
         repeat = self._find(again.plan)
         if repeat is None:
-            self._lane.say(m.Forgotten())
+            self._lane.say(Forgotten())
             return
         moved = {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
         key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
@@ -246,7 +247,7 @@ class Repeats:
         """Like :meth:`answer`, with nothing moved."""
         repeat = self._find(number)
         if repeat is None:
-            self._lane.say(m.Forgotten())
+            self._lane.say(Forgotten())
             return
         self._run(repeat, repeat.fed(self._lane, {}), [])
 
@@ -294,5 +295,5 @@ def _release(blocks: list[Block]) -> None:
         block.end_lease()
 
 
-def _nbytes(tensor: m.Tensor) -> int:
+def _nbytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize

@@ -29,9 +29,10 @@ from onnx_dl.concurrency import spawning
 from onnx_dl.environment import NOTHING
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.ort import recorder
+from onnx_dl.protocol import codec
+from onnx_dl.protocol.template import Spawn, Spawned, SpawnFailed, TemplateReady, on_template
 from onnx_dl.system import boot, frozen, process_setup, procfs, thread_attributes
 from onnx_dl.system.prctl import die_with_parent, name_process
-from onnx_dl.transport import messages as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
@@ -70,32 +71,32 @@ class Template:
         self._supervisor = os.getppid()
 
     def serve(self) -> NoReturn:
-        self._tell(m.TemplateReady(forkable=self._fork))
+        self._tell(TemplateReady(forkable=self._fork))
         while True:
             try:
                 received = self._channel.receive()
             except OSError as error:  # the descriptors of a model are more than this process may have
-                self._tell(m.SpawnFailed(worker_id=0, reason=str(error)))
+                self._tell(SpawnFailed(worker_id=0, reason=str(error)))
                 continue
             if received is None:
                 os._exit(0)
-            self._spawn(m.on_template(received[0]), received[1])
+            self._spawn(on_template(received[0]), received[1])
 
-    def _spawn(self, spawn: m.Spawn, fds: list[int]) -> None:
-        if spawn.version != m.PROTOCOL_VERSION:  # what it would start cannot talk to anybody
+    def _spawn(self, spawn: Spawn, fds: list[int]) -> None:
+        if spawn.version != codec.PROTOCOL_VERSION:  # what it would start cannot talk to anybody
             print(_REPLACED, file=sys.stderr, flush=True)  # the supervisor says where that can be read
             os._exit(1)
         if not self._fork:
-            self._tell(m.Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
+            self._tell(Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
             self.become(spawn, fds)
         told = self._forked(spawn, fds)
         sockets.close_all(fds)
         if told.isdigit():
-            self._tell(m.Spawned(worker_id=spawn.worker_id, pid=int(told)))
+            self._tell(Spawned(worker_id=spawn.worker_id, pid=int(told)))
         else:
-            self._tell(m.SpawnFailed(worker_id=spawn.worker_id, reason=told or "fork failed"))
+            self._tell(SpawnFailed(worker_id=spawn.worker_id, reason=told or "fork failed"))
 
-    def _forked(self, spawn: m.Spawn, fds: list[int]) -> str:
+    def _forked(self, spawn: Spawn, fds: list[int]) -> str:
         """The process id of the new worker, or why there is none."""
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -116,7 +117,7 @@ class Template:
             sockets.close_all(fd for fd in (read_end, write_end) if fd >= 0)
         return told
 
-    def _fork_again(self, spawn: m.Spawn, fds: list[int], pipe: int) -> NoReturn:
+    def _fork_again(self, spawn: Spawn, fds: list[int], pipe: int) -> NoReturn:
         """In the process between: the worker's parent, which leaves at once."""
         middle = os.getpid()
         try:
@@ -130,7 +131,7 @@ class Template:
         os.write(pipe, str(pid).encode())
         os._exit(0)
 
-    def become(self, spawn: m.Spawn, fds: list[int], middle: int | None = None) -> NoReturn:
+    def become(self, spawn: Spawn, fds: list[int], middle: int | None = None) -> NoReturn:
         """The rest of this process's life is a worker's; ``middle``: its parent until that has left."""
         try:
             self._channel.close()
@@ -162,19 +163,19 @@ class Template:
             time.sleep(0.0001)
         die_with_parent(self._supervisor)
 
-    def _begin_anew(self, spawn: m.Spawn, fds: list[int], middle: int | None) -> NoReturn:
+    def _begin_anew(self, spawn: Spawn, fds: list[int], middle: int | None) -> NoReturn:
         """The same process with another interpreter, which becomes the worker."""
         self._die_with_supervisor(middle)  # what is executed keeps that; its imports take a while
         os.dup2(fds[1], 2)  # an environment may be one in which no interpreter starts
         ours, theirs = Channel.pair()
         begun = msgspec.structs.replace(spawn, environment=NOTHING)
-        ours.send(m.encode(begun), tuple(fds))  # lies in the socket until it is read
+        ours.send(codec.encode(begun), tuple(fds))  # lies in the socket until it is read
         os.set_inheritable(theirs.fileno(), True)
         environ = spawn.environment.over(os.environ)
         os.execve(*boot.launch("template", theirs.fileno(), _WORKER, environ=environ))
 
-    def _tell(self, message: m.Message) -> None:
-        if not self._channel.send(m.encode(message)):
+    def _tell(self, message: codec.Message) -> None:
+        if not self._channel.send(codec.encode(message)):
             os._exit(0)
 
 
@@ -219,5 +220,5 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     template = Template(channel, fork=forkable, used=used)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received
-        template.become(m.on_template(data), fds)
+        template.become(on_template(data), fds)
     template.serve()

@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from onnx_dl.errors import BY_CODE, OnnxDLError, RemoteError
-from onnx_dl.transport.messages import Failure
 
 _C = "onnxruntime.capi.onnxruntime_pybind11_state"
 
@@ -101,3 +100,13 @@ def _plain(error: BaseException) -> list[Any]:
 def _text(error: object) -> str:
     """Its text, with what is no Unicode (file names of another encoding) escaped."""
     return str(error).encode(errors="backslashreplace").decode()
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An exception on its way; see :mod:`onnx_dl.protocol.failures`."""
+
+    family: str
+    name: str
+    args: list[Any]
+    details: dict[str, Any] = {}
+    traceback: str = ""
