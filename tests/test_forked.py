@@ -70,7 +70,7 @@ def test_more_results_than_descriptors_are_kept_for() -> None:
     program(
         FORK
         + """
-from onnx_dl.transport.shm import KEPT_DESCRIPTORS
+from onnx_dl.tensors.segment import KEPT_DESCRIPTORS
 x = x[:1 << 15]
 held = [run(x + i) for i in range(KEPT_DESCRIPTORS + 30)]
 right = lambda: all((one == x + i).all() for i, one in enumerate(held))

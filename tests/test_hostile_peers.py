@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 from tests.fuzz import live
 from tests.slow import identity_model
 from tests.test_boundaries import addresses
@@ -89,7 +89,7 @@ def test_another_user_cannot_map_what_tensors_lie_in(host: ModelHost) -> None:
     proxy = InferenceSessionProxy(identity_model(), providers=["CPUExecutionProvider"], host=host)
     before = set(os.listdir("/dev/shm"))
     (y,) = proxy.run(None, {"x": np.zeros(1 << 18, np.float32)})
-    own = shm.create(4096)
+    own = segment.create(4096)
     paths = [f"/proc/{os.getpid()}/fd/{own}"]
     for pid in (os.getpid(), *(model.pid for model in host.snapshot().models)):
         for fd in os.listdir(f"/proc/{pid}/fd"):

@@ -17,7 +17,8 @@ import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout
 from onnx_dl.client import RemoteModel
-from onnx_dl.transport import arena, bell, calls, handover, lane, plans, sockets, tensors
+from onnx_dl.tensors import arena, call_plans, values
+from onnx_dl.transport import bell, calls, handover, lane, sockets
 from tests.contract.both import CPU, loop
 from tests.slow import identity_model
 from tests.test_zero_copy import mapped_segments
@@ -34,11 +35,11 @@ STEPS: list[tuple[Any, str]] = [
     (arena.Arena, "adopt"),
     (arena.Arena, "scratch"),
     (arena.Arena, "_create"),
-    (tensors.Packer, "pack"),
-    (tensors.Packer, "_place_array"),
-    (plans.Plan, "fill"),
-    (plans.Plan, "_copy"),
-    (plans.Plans, "next_number"),
+    (values.Packer, "pack"),
+    (values.Packer, "_place_array"),
+    (call_plans.Plan, "fill"),
+    (call_plans.Plan, "_copy"),
+    (call_plans.Plans, "next_number"),
     (lane.ClientLane, "send"),
     (arena.Block, "ask"),
     (handover.Handover, "send"),
@@ -54,8 +55,8 @@ STEPS: list[tuple[Any, str]] = [
     (lane.ClientLane, "result"),
     (lane.ClientLane, "_learn"),
     (lane.ClientLane, "_read_by"),
-    (tensors.Unpacker, "unpack"),
-    (plans.Plans, "remember"),
+    (values.Unpacker, "unpack"),
+    (call_plans.Plans, "remember"),
     (RemoteModel, "finish"),
     (RemoteModel, "put_lane"),
 ]

@@ -11,9 +11,9 @@ from typing import Any, Final
 import numpy as np
 
 from onnx_dl.ort.metadata import NodeArg
-from onnx_dl.transport import packing
-from onnx_dl.transport.plans import are_text
-from onnx_dl.transport.tensors import is_plain
+from onnx_dl.tensors import packing
+from onnx_dl.tensors.call_plans import are_text
+from onnx_dl.tensors.values import is_plain
 
 USERS: Final = 256
 """numpy's first number for dtypes that packages register, such as ml_dtypes' bfloat16."""

@@ -38,7 +38,7 @@ from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.system import installation, process_setup
 from onnx_dl.telling import Teller
-from onnx_dl.transport.buffers import Buffers
+from onnx_dl.tensors.shared_arrays import Buffers
 from onnx_dl.workerlines import WorkerLines
 
 _T = TypeVar("_T")

@@ -26,7 +26,7 @@ from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, model_key
-from onnx_dl.transport import blob, shm
+from onnx_dl.tensors import segment, shared_bytes
 
 _MOST_VERSIONS: Final = 3
 """Workers that a proxy asks for, one after the other, because files differ from what they have read."""
@@ -372,14 +372,14 @@ def _unpickled(
     more: dict[str, Any],
     host: str | None,
 ) -> ModelProxy:
-    frozen = {name: blob.keep(name, data).descriptor for name, data in memory.items()}
+    frozen = {name: shared_bytes.keep(name, data).descriptor for name, data in memory.items()}
     return _another(cls, spec, frozen, terms, more, None if host is None else shared_host(host))
 
 
 def bytes_of(fd: int) -> bytes:
     """What lies in shared memory, whose descriptor is closed."""
     try:
-        return shm.thaw(fd)
+        return segment.thaw(fd)
     finally:
         os.close(fd)
 

@@ -17,8 +17,8 @@ from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.model import ModelSpec, specify, working_directory
 from onnx_dl.ort import options, recordings
 from onnx_dl.system import installation, process_setup
-from onnx_dl.transport import blob, shm
-from onnx_dl.transport.live import LiveMemory
+from onnx_dl.tensors import segment, shared_bytes
+from onnx_dl.tensors.live_initializers import LiveMemory
 
 KNOWN: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
 """Of onnxruntime's constructor, beside those that have a place of their own."""
@@ -138,9 +138,9 @@ def describe(
 def _kept(digest: str, data: bytes) -> Callable[[], int]:
     """What makes descriptors of these bytes.  The caller may let go of them."""
     if not config.is_platform():  # the first use says so
-        return functools.partial(shm.freeze, data)
+        return functools.partial(segment.freeze, data)
     process_setup.fill_standard_streams()
-    return blob.keep(digest, data).descriptor
+    return shared_bytes.keep(digest, data).descriptor
 
 
 def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> ModelSpec:

@@ -23,11 +23,12 @@ from onnx_dl.rendezvous import Place, Record
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.scrapers import is_meant
-from onnx_dl.transport import packing, shm, zmtp
-from onnx_dl.transport.arena import HEADER, Block
+from onnx_dl.tensors import packing, segment
+from onnx_dl.tensors.arena import HEADER, Block
+from onnx_dl.tensors.values import Unpacker
+from onnx_dl.transport import zmtp
 from onnx_dl.transport.handover import PACKET, Handover
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.transport.tensors import Unpacker
 from onnx_dl.workers import cache
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
@@ -98,7 +99,7 @@ _SIZE = 4096
 
 
 def block(content: bytes = b"") -> Block:
-    made = Block(7, _SIZE, shm.create(_SIZE + HEADER))
+    made = Block(7, _SIZE, segment.create(_SIZE + HEADER))
     made.payload[: len(content)] = content
     return made
 
@@ -348,7 +349,7 @@ def _model_file(rng: random.Random, folder: Path) -> Target:
         path = folder / "m.onnx"
         path.write_bytes(data)
         external.bytes_of(str(path))
-        fd = shm.freeze(data)
+        fd = segment.freeze(data)
         with contextlib.closing(open(fd, "rb")), contextlib.suppress(ValueError):
             external.external_files(fd)
 

@@ -6,8 +6,8 @@ import os
 import random
 import socket
 
-from onnx_dl.transport import shm
-from onnx_dl.transport.arena import HEADER
+from onnx_dl.tensors import segment
+from onnx_dl.tensors.arena import HEADER
 
 
 class Odd:
@@ -16,7 +16,7 @@ class Odd:
     def __init__(self) -> None:
         self._pipe = os.pipe()
         self._pair = socket.socketpair()
-        sealed = [shm.create(HEADER + size) for size in (0, 4096, 65536)]
+        sealed = [segment.create(HEADER + size) for size in (0, 4096, 65536)]
         loose = [os.memfd_create("loose") for _ in range(3)]
         os.posix_fallocate(loose[0], 0, HEADER + 65536)
         os.truncate(loose[1], 1 << 42)  # of a size that no machine has, and that nothing was taken for

@@ -25,7 +25,8 @@ from onnx_dl import InferenceSessionProxy, ModelHost, starting
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.protocol.control import Acquire, AskStatus, ClientHello, Granted, Shutdown, Unload, from_client
-from onnx_dl.transport import shm, zmtp
+from onnx_dl.tensors import segment
+from onnx_dl.transport import zmtp
 from onnx_dl.transport.handover import PACKET
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
@@ -300,7 +301,7 @@ class Rogue:
     def _caller(self, hello: bytes, address: str, mutator: Mutator, rng: random.Random) -> int:
         """A lane that was opened as it should be."""
         with contextlib.ExitStack() as stack:
-            page, bell = shm.create(64), os.eventfd(0)
+            page, bell = segment.create(64), os.eventfd(0)
             ours, theirs = os.pipe()
             for fd in (page, bell, ours, theirs):
                 stack.callback(os.close, fd)

@@ -10,9 +10,9 @@ from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, Usage
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.transport import shm
-from onnx_dl.transport.arena import Arena
-from onnx_dl.transport.mappings import Mappings
+from onnx_dl.tensors.arena import Arena
+from onnx_dl.tensors.mapped_blocks import Mappings
+from onnx_dl.tensors.segment import create
 
 A, B = b"client-a", b"client-b"
 SETTINGS = Settings(python="python", load_timeout=100.0, exit_grace=5.0, stable_after=10.0)
@@ -198,4 +198,4 @@ def arena() -> tuple[Arena, Peer]:
 
 
 def segment(size: int) -> int:
-    return shm.create(size)
+    return create(size)

@@ -7,16 +7,16 @@ import gc
 import numpy as np
 import pytest
 
-from onnx_dl.transport import shm
-from onnx_dl.transport.adoptions import MOST
-from onnx_dl.transport.arena import Arena, Block, Nobody
+from onnx_dl.tensors import segment
+from onnx_dl.tensors.adoptions import MOST
+from onnx_dl.tensors.arena import Arena, Block, Nobody
 from tests.unit.builders import arena
 
 
 @pytest.fixture(autouse=True)
 def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks keep theirs."""
-    monkeypatch.setattr(shm, "KEPT_DESCRIPTORS", 2 * MOST)
+    monkeypatch.setattr(segment, "KEPT_DESCRIPTORS", 2 * MOST)
 
 
 def blocks(count: int) -> tuple[Arena, list[Block]]:

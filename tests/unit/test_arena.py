@@ -13,19 +13,11 @@ import numpy as np
 import pytest
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
-from onnx_dl.transport import arena as arena_module
-from onnx_dl.transport import ordering, shm
-from onnx_dl.transport.arena import (
-    HEADER,
-    IDLE_TURNS,
-    SMALLEST,
-    Arena,
-    Block,
-    Nobody,
-    align,
-    size_class,
-)
-from onnx_dl.transport.mappings import Mappings
+from onnx_dl.tensors import arena as arena_module
+from onnx_dl.tensors import memory_order
+from onnx_dl.tensors.arena import HEADER, IDLE_TURNS, SMALLEST, Arena, Block, Nobody, align, size_class
+from onnx_dl.tensors.mapped_blocks import Mappings
+from onnx_dl.tensors.segment import freeze, thaw
 from tests.unit.builders import arena, segment
 
 MB = 1 << 20
@@ -145,13 +137,13 @@ def test_the_end_of_a_lease_leaves_the_other_words_of_the_header(block, monkeypa
 
 
 def test_machines_that_keep_the_order_of_writes_pay_for_nothing():
-    assert ordering.release_for("x86_64") is None
+    assert memory_order.release_for("x86_64") is None
 
 
-@pytest.mark.skipif(ordering.release is None, reason="this machine needs no store-release")
+@pytest.mark.skipif(memory_order.release is None, reason="this machine needs no store-release")
 def test_store_release_clears_four_bytes():
     words = (ctypes.c_uint32 * 2)(1, 7)
-    ordering.release(ctypes.addressof(words))
+    memory_order.release(ctypes.addressof(words))
     assert list(words) == [0, 7]
 
 
@@ -176,10 +168,10 @@ def test_block_is_mapped_where_no_descriptor_is_left(block, monkeypatch):
 def test_frozen_bytes_are_read_whole_by_several_at_once():
     """Descriptors of one memory have one position, also in other processes."""
     data = random.Random(1).randbytes(8 * MB)
-    fd = shm.freeze(data)
+    fd = freeze(data)
     os.lseek(fd, 5, os.SEEK_SET)
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: shm.thaw(fd), range(40)))
+        found = list(threads.map(lambda _: thaw(fd), range(40)))
     assert all(each == data for each in found)
     assert os.lseek(fd, 0, os.SEEK_CUR) == 5
     os.close(fd)
@@ -505,10 +497,10 @@ def test_hostile_announcements():
 
 def test_freeze_and_thaw():
     for data in (b"", b"x", np.random.default_rng(1).bytes(3 * MB + 5)):
-        fd = shm.freeze(data)
+        fd = freeze(data)
         try:
-            assert shm.thaw(fd) == data
-            assert shm.thaw(fd) == data  # twice: a second worker reads it too
+            assert thaw(fd) == data
+            assert thaw(fd) == data  # twice: a second worker reads it too
         finally:
             os.close(fd)
 

@@ -17,7 +17,7 @@ from onnx_dl import cli
 from onnx_dl.config import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.external import bytes_of, external_files
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 from onnx_dl.workers import cacheable
 from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of, open_meta
 from tests.unit.builders import DESCRIPTION, spec
@@ -317,7 +317,7 @@ def test_external_data_is_found_wherever_it_is(tmp_path: Path):
     path = tmp_path / "m.onnx"
     path.write_bytes(helper.make_model(graph).SerializeToString())
     names = ["a.bin", "branch.bin", "constant.bin"]
-    with open(shm.freeze(path.read_bytes())) as memory:
+    with open(segment.freeze(path.read_bytes())) as memory:
         assert external_files(str(path)) == external_files(memory.fileno()) == names
 
 

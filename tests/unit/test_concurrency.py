@@ -46,10 +46,10 @@ ALLOWED = {
     "proxy": {"os.close"},
     "rendezvous": {"os.close"},
     "system.process_setup": {"os.close"},
-    "transport.arena": {"os.close"},
+    "tensors.arena": {"os.close"},
     "transport.gauges": {"os.close"},
-    "transport.mappings": {"os.close"},
-    "transport.shm": {"os.close"},
+    "tensors.mapped_blocks": {"os.close"},
+    "tensors.segment": {"os.close"},
 }
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text
-from onnx_dl.transport import packing
-from onnx_dl.transport.forms import Form, in_one_place, reader_of
-from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
+from onnx_dl.tensors import packing
+from onnx_dl.tensors.result_forms import Form, in_one_place, reader_of
+from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from tests.unit.builders import arena
 
 LABEL = np.array([3])

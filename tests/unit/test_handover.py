@@ -13,8 +13,8 @@ import pytest
 
 from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, lane
-from onnx_dl.transport import shm
-from onnx_dl.transport.arena import HEADER, Arena, Nobody
+from onnx_dl.tensors import segment
+from onnx_dl.tensors.arena import HEADER, Arena, Nobody
 from onnx_dl.transport.handover import MOST_NEW, PACKET, Handover
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
@@ -216,7 +216,7 @@ def test_no_memory_for_a_letter(pair: Pair, monkeypatch: pytest.MonkeyPatch):
 
     block = pair.worker.arena.scratch(10)
     with monkeypatch.context() as patch:
-        patch.setattr(shm, "create", full)
+        patch.setattr(segment, "create", full)
         with pytest.raises(SharedMemoryError):
             pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * MB))))
         assert not pair.client.channel.readable()
@@ -297,7 +297,7 @@ def test_hostile_letters(known: Pair, inside: codec.Message):
 )
 def test_hostile_descriptors(known: Pair, shared: list, sizes: list):
     before = descriptors()
-    fds = [shm.create(size) for size in sizes]
+    fds = [segment.create(size) for size in sizes]
     envelope = {"type": "Envelope", "shared": shared, "message": msgspec.Raw(TOUCH)}
     if any(size >= 1 << 63 for _, size in shared):
         envelope["shared"] = [[number, float(size)] for number, size in shared]

@@ -21,8 +21,8 @@ import pytest
 from onnx_dl.errors import ProtocolError, RemoteError, SharedMemoryError
 from onnx_dl.ort import ortvalues
 from onnx_dl.protocol import control, failures
-from onnx_dl.transport import shm
-from onnx_dl.transport.arena import HEADER, Block
+from onnx_dl.tensors import segment
+from onnx_dl.tensors.arena import HEADER, Block
 from onnx_dl.transport.worker_lane import WorkerLane
 from tests.fuzz import decoders, run
 
@@ -98,12 +98,12 @@ def test_memory_that_could_end_who_maps_it(make, size: int) -> None:
 
 
 def test_memory_of_ours_cannot_shrink() -> None:
-    fd = shm.create(8192)
+    fd = segment.create(8192)
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 64)
     os.close(fd)
-    empty = shm.freeze(b"")
-    assert shm.thaw(empty) == b""
+    empty = segment.freeze(b"")
+    assert segment.thaw(empty) == b""
     os.close(empty)
 
 

@@ -43,10 +43,11 @@ from onnx_dl.protocol.lane import (
     Unhold,
     lane_reply,
 )
-from onnx_dl.transport import mappings, shm, sockets
+from onnx_dl.tensors import mapped_blocks, segment
+from onnx_dl.tensors.call_plans import Plan
+from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.lane import ClientLane
-from onnx_dl.transport.plans import Plan
 from onnx_dl.transport.sockets import Channel, Listener
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Rerun
@@ -355,7 +356,7 @@ class Stranger:
         self.channel = Channel.connect(worker.address, Deadline(DEADLINE))
         self.eventfd = os.eventfd(0)
         self.pipe, workers_end = os.pipe()
-        memfd = shm.create(64)
+        memfd = segment.create(64)
         hello = LaneHello(version=codec.PROTOCOL_VERSION, secret=SECRET)
         envelope = Envelope(shared=[(1, 0)], message=msgspec.Raw(codec.encode(hello)))
         self.channel.post(codec.encode(envelope), (memfd, self.eventfd, workers_end))
@@ -388,7 +389,7 @@ class Stranger:
 def test_a_bell_of_other_descriptors_opens_no_lane(worker: Worker, odd: str):
     worker.accept()
     with contextlib.ExitStack() as stack:
-        eventfd, (read_end, write_end), page = os.eventfd(0), os.pipe(), shm.create(64)
+        eventfd, (read_end, write_end), page = os.eventfd(0), os.pipe(), segment.create(64)
         fds = [eventfd, read_end, write_end, page]
         if odd.startswith("/"):
             fds.append(os.open(odd, os.O_RDWR))
@@ -474,9 +475,9 @@ def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all
 
 
 def test_one_block_too_many_ends_the_lane(stranger: Stranger):
-    memfd = shm.create(100)
+    memfd = segment.create(100)
     number = 1
-    for _ in range(mappings.MOST // 50 + 1):
+    for _ in range(mapped_blocks.MOST // 50 + 1):
         shared = [(number := number + 1, 10) for _ in range(50)]
         stranger.say(
             codec.encode(Envelope(shared=shared, message=msgspec.Raw(codec.encode(Touch())))), (memfd,) * 50

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from onnx_dl.transport.live import LiveMemory, view
+from onnx_dl.tensors.live_initializers import LiveMemory, view
 
 
 def test_what_changes_is_copied() -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.transport.arena import Block
-from onnx_dl.transport.plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
-from onnx_dl.transport.tensors import Packer, Unpacker
+from onnx_dl.tensors.arena import Block
+from onnx_dl.tensors.call_plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
+from onnx_dl.tensors.values import Packer, Unpacker
 from tests.unit.builders import arena
 
 X = np.zeros((2, 3), np.float32)

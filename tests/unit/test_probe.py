@@ -11,7 +11,7 @@ import pytest
 
 from onnx_dl.model import Usage
 from onnx_dl.supervisor.probe import Gpu, Probe, gpus
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 
 
 def fake_nvml(used: dict[int, int | None]) -> types.ModuleType:
@@ -36,8 +36,8 @@ def test_this_process() -> None:
 
 def test_shared_memory_for_tensors_is_counted() -> None:
     before = Probe().measure(os.getpid()).shared
-    fd = shm.create(1 << 20)
-    mapping = shm.Mapping(fd, 1 << 20)
+    fd = segment.create(1 << 20)
+    mapping = segment.Mapping(fd, 1 << 20)
     assert mapping.address
     assert Probe().measure(os.getpid()).shared - before == 1 << 20
     del mapping

@@ -12,7 +12,7 @@ import pytest
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text
-from onnx_dl.transport.tensors import VIEW_FROM, Packer, Shelf, Unpacker, is_plain
+from onnx_dl.tensors.values import VIEW_FROM, Packer, Shelf, Unpacker, is_plain
 from tests.unit.builders import arena
 
 DTYPES = [

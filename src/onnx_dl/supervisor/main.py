@@ -27,7 +27,7 @@ from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (
@@ -168,7 +168,7 @@ def _go_into_background(orders: bytes) -> None:
         os._exit(0)
     if frozen.unpacks_itself():
         os.chdir("/")
-        os.dup2(shm.freeze(orders), 0)
+        os.dup2(segment.freeze(orders), 0)
         os.execve(*boot.launch("supervisor", True, own_folder=True))
 
 

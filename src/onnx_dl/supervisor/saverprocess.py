@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from onnx_dl.system import boot
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 
 _PROCESS_MRELEASE: Final = 448
 """The system call, of Linux 5.15 and later; the same number everywhere."""
@@ -29,7 +29,7 @@ class SaverProcess:
         Raises:
             OSError: the system has no process for it, or no memory.
         """
-        fds = [shm.freeze(order.encode()), *([] if blob is None else [os.dup(blob)])]
+        fds = [segment.freeze(order.encode()), *([] if blob is None else [os.dup(blob)])]
         try:
             for fd in fds:
                 os.set_inheritable(fd, True)

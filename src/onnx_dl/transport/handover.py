@@ -19,9 +19,9 @@ import msgspec
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import Descriptor
+from onnx_dl.tensors.arena import Arena, Block
+from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Arena, Block
-from onnx_dl.transport.mappings import Mappings
 from onnx_dl.transport.sockets import Channel
 
 PACKET: Final = 4096

@@ -23,18 +23,18 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
+from onnx_dl.tensors.arena import Block, Reference, home_of
+from onnx_dl.tensors.call_plans import Asked, Plan, Plans, can_repeat, key_of, targets_of, texts_of
+from onnx_dl.tensors.result_forms import in_one_place, reader_of
+from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 from onnx_dl.transport import sockets
-from onnx_dl.transport.arena import Block, Reference, home_of
 from onnx_dl.transport.bell import CallerBell
 from onnx_dl.transport.calls import CallerBellCalls, Calls, NoCalls, ZmqCalls
-from onnx_dl.transport.forms import in_one_place, reader_of
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.patience import Patience
 from onnx_dl.transport.placement import Apart, Placement
-from onnx_dl.transport.plans import Asked, Plan, Plans, can_repeat, key_of, targets_of, texts_of
 from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
-from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker, as_it_is
 
 Request = Plan | Asked | lane.Invoke | lane.Touch | lane.Hold | lane.Unhold | lane.Terminate | lane.Trim
 

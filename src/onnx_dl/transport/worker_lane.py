@@ -13,17 +13,18 @@ from typing import Any
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system import procfs
-from onnx_dl.transport import mappings, packing, sockets
-from onnx_dl.transport.arena import Block
+from onnx_dl.tensors import mapped_blocks, packing
+from onnx_dl.tensors.arena import Block
+from onnx_dl.tensors.result_forms import Form
+from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
+from onnx_dl.transport import sockets
 from onnx_dl.transport.bell import WorkerBell
 from onnx_dl.transport.calls import AGAIN, Calls, WorkerBellCalls, ZmqCalls
-from onnx_dl.transport.forms import Form
 from onnx_dl.transport.handover import Handover
 from onnx_dl.transport.lane import Lane
 from onnx_dl.transport.patience import Patience
 from onnx_dl.transport.secret import same_secret
 from onnx_dl.transport.sockets import Channel, Context
-from onnx_dl.transport.tensors import VIEW_FROM, Packer, Unpacker
 
 
 def _checked(hello: Any, secret: str, fds: list[int]) -> lane.LaneHello:
@@ -63,7 +64,7 @@ class WorkerLane(Lane):
             ProtocolError: the caller does not know the secret or speaks another version.
             TimeoutError: the caller said nothing for ``timeout`` seconds.
         """
-        handover = Handover(channel, lane.lane_request, keep_descriptors=False, most=mappings.MOST)
+        handover = Handover(channel, lane.lane_request, keep_descriptors=False, most=mapped_blocks.MOST)
         greeting, fds = handover.greeting(timeout)
         try:
             hello = _checked(greeting, secret, fds)

@@ -16,7 +16,7 @@ import msgspec
 
 from onnx_dl import external
 from onnx_dl.model import ModelSpec
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 from onnx_dl.workers.ort_session import Opened
 
 _PROVIDERS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
@@ -34,14 +34,14 @@ def opened(spec: ModelSpec, blob: int, memory: Callable[[], int | None]) -> Open
     Raises:
         Exception: what onnxruntime raises for bytes.
     """
-    path = shm.path_of(blob)
+    path = segment.path_of(blob)
     if is_like_a_file(spec) and _is_plain(blob) and _is_there(path, blob):
         try:
             return Opened(msgspec.structs.replace(spec, path=path, blob=None), None, memory())
         except Exception as error:
             if path not in str(error):  # else it was refused when it was read, in other words than bytes are
                 raise
-    return Opened(spec, shm.thaw(blob), memory())
+    return Opened(spec, segment.thaw(blob), memory())
 
 
 def is_like_a_file(spec: ModelSpec) -> bool:

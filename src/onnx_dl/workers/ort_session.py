@@ -14,7 +14,7 @@ from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.ort import recordings
 from onnx_dl.ort.options import as_given, make_providers, make_session_options, read_session_options
 from onnx_dl.system import resources
-from onnx_dl.transport import live
+from onnx_dl.tensors import live_initializers
 
 META_FIELDS: Final = (
     "custom_metadata_map",
@@ -44,7 +44,7 @@ class Opened:
         options = None
         self._kept: list[Any] = []
         if spec.options is not None:
-            options, self._kept = _options(spec, None if memory is None else live.view(memory))
+            options, self._kept = _options(spec, None if memory is None else live_initializers.view(memory))
         options, self.shares = _with_share(options)
         self.as_set = {name: (spec.options or {})[name] for name in _OF_POOLS} if _uses_pools(spec) else {}
         """Options that read as the caller set them, though the session has others."""

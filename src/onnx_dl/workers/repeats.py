@@ -1,12 +1,12 @@
 """Calls that one caller makes again and again, as the worker remembers them.
 
-The caller's side is :mod:`onnx_dl.transport.plans`.  From the second time on, a call is prepared: the engine
+The caller's side is :mod:`onnx_dl.tensors.call_plans`.  From the second time on, a call is prepared: the engine
 reads its inputs where the caller puts them and writes its results where the caller finds them, and the reply
 is ready before the run.  Nothing is packed, unpacked or looked up.
 
 Where the engine cannot do that (text, maps, sequences), the call is run the plain way, without asking again
 what was asked the first time, and its results are put where the last ones lay, if they are of the same form
-(:mod:`onnx_dl.transport.forms`).
+(:mod:`onnx_dl.tensors.result_forms`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.lane import Again, Call, Forgotten, Items, Result, Tensor, Text, Value
-from onnx_dl.transport.arena import Block, align
-from onnx_dl.transport.forms import Form, in_one_place
-from onnx_dl.transport.plans import MOST, in_place
+from onnx_dl.tensors.arena import Block, align
+from onnx_dl.tensors.call_plans import MOST, in_place
+from onnx_dl.tensors.result_forms import Form, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Backend, Rerun
 from onnx_dl.workers.halt import Halt

@@ -25,7 +25,7 @@ from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.prctl import die_with_parent
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 from onnx_dl.workers import cache, cacheable
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
     with contextlib.suppress(Exception), open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
         try:
-            _save(msgspec.json.decode(shm.thaw(order), type=Order), blob, memory)
+            _save(msgspec.json.decode(segment.thaw(order), type=Order), blob, memory)
         except _TooLarge:
             status = os.EX_TEMPFAIL
     os._exit(status)
@@ -128,7 +128,7 @@ def _try(order: Order, blob: int, path: Path, memory: int) -> bool:
     """Writes the saved form; whether it is worth having."""
     spec = order.spec
     if spec.path is None:  # read like a file: as bytes it would take its size once more
-        spec = msgspec.structs.replace(spec, path=shm.path_of(blob), blob=None)
+        spec = msgspec.structs.replace(spec, path=segment.path_of(blob), blob=None)
     saving = cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS)
     _apart(lambda: b"written" if _opened(saving) else b"", memory)
     if sum(file.stat().st_size for file in path.iterdir()) > _GROWTH * order.nbytes:

@@ -1,12 +1,12 @@
 """Leases of blocks of shared memory: who may write where, and when memory is used again.
 
 Each side of a lane owns one :class:`Arena`, into which it alone writes for its peer; what the peer owns is
-mapped by :class:`~onnx_dl.transport.mappings.Mappings`.  A block is either *scratch* (its bytes are valid
+mapped by :class:`~onnx_dl.tensors.mapped_blocks.Mappings`.  A block is either *scratch* (its bytes are valid
 until the next message on the lane), a *letter* (the same, for one long message) or *leased* (the peer holds
 it until it clears the block's lease word).  Clearing a word needs no message and no lock, so the finalizer of
 an array may do it from any thread, also when the owner is long dead.
 
-What a block carries (:mod:`onnx_dl.transport.tensors`) and how its descriptor reaches the peer
+What a block carries (:mod:`onnx_dl.tensors.values`) and how its descriptor reaches the peer
 (:mod:`onnx_dl.transport.handover`) is not known here.  Not thread-safe: a lane has one user at a time.
 """
 
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from onnx_dl.concurrency.forking import lazily
 from onnx_dl.errors import ProtocolError, SharedMemoryError
-from onnx_dl.transport import shm
-from onnx_dl.transport.adoptions import Adoptions
-from onnx_dl.transport.leases import Lease
-from onnx_dl.transport.ordering import release
+from onnx_dl.tensors import segment
+from onnx_dl.tensors.adoptions import Adoptions
+from onnx_dl.tensors.memory_order import release
+from onnx_dl.tensors.retained_blocks import Lease
 
 HEADER: Final = 64
 """Bytes before the payload; onnxruntime's own outputs are 64-byte aligned, so ours are too."""
@@ -39,7 +39,7 @@ _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
 _LEASE, _CLOCK, _ASKED, _BEGUN = range(4)  # 8-byte words of the header
 _FREE, _LEASED, _GIVEN_AWAY = range(3)
-"""States of a lease.  They fit into the word's first four bytes, which :mod:`onnx_dl.transport.ordering`
+"""States of a lease.  They fit into the word's first four bytes, which :mod:`onnx_dl.tensors.memory_order`
 clears; all machines that Linux's onnxruntime is built for are little-endian."""
 
 
@@ -72,7 +72,7 @@ class Block:
         self.size = size
         self.last_turn = 0
         try:
-            self.mapping = shm.Mapping(fd, size + HEADER)
+            self.mapping = segment.Mapping(fd, size + HEADER)
         except (OSError, ValueError) as error:
             os.close(fd)
             raise SharedMemoryError(f"Cannot map {size} bytes of shared memory: {error}.") from None
@@ -355,7 +355,7 @@ class Arena:
     def _create(self, size: int) -> Block:
         """A new block.  The peer is told of it only when nothing can fail any more: one that it was told of
         and that nobody has here would be its own for ever."""
-        block = Block(next(self._numbers), size, shm.create(size + HEADER))
+        block = Block(next(self._numbers), size, segment.create(size + HEADER))
         duplicate = block.mapping.duplicate()
         assert duplicate is not None
         try:

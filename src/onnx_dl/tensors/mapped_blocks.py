@@ -1,6 +1,6 @@
 """The blocks of shared memory of the other end of a lane, as mapped here.
 
-What they are good for is told in :mod:`onnx_dl.transport.arena`.
+What they are good for is told in :mod:`onnx_dl.tensors.arena`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 from typing import Final
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport.arena import Block
+from onnx_dl.tensors.arena import Block
 
 MOST: Final = 512
 """Blocks that a worker maps for one caller.  Ours names far fewer at a time: 128 of other arenas
-(:mod:`onnx_dl.transport.adoptions`), and its scratch, page and letters."""
+(:mod:`onnx_dl.tensors.adoptions`), and its scratch, page and letters."""
 
 
 class Mappings:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.transport import shm
-from onnx_dl.transport.arena import align
-from onnx_dl.transport.shm import Mapping
+from onnx_dl.tensors import segment
+from onnx_dl.tensors.arena import align
+from onnx_dl.tensors.segment import Mapping
 
 _STEP = 1 << 20
 """Bytes that are compared at a time."""
@@ -52,7 +52,7 @@ class LiveMemory:
 
     def _add(self) -> None:
         """Another segment.  Workers may have mapped the ones before, so these are kept up to date, too."""
-        self._mapping = Mapping(shm.create(max(self._size, 1)), max(self._size, 1))
+        self._mapping = Mapping(segment.create(max(self._size, 1)), max(self._size, 1))
         whole = np.asarray(self._mapping)
         places = zip(self._arrays, self.places, strict=True)
         self._pairs += [(array, whole[place : place + array.nbytes]) for array, place in places]

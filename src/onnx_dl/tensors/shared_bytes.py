@@ -15,7 +15,7 @@ from typing import Final
 from onnx_dl.errors import SharedMemoryError
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.transport import shm
+from onnx_dl.tensors import segment
 
 
 class _Inherited(Descriptor):
@@ -39,7 +39,7 @@ class Blob:
         self._descriptor = _Inherited(fd)
         self._size = len(data)
         # Of its own, because the descriptor may go: the program closes it, or others need it more.
-        self._address = shm.map_privately(fd, self._size) if self._size else 0
+        self._address = segment.map_privately(fd, self._size) if self._size else 0
         _blobs.add(self)
 
     def descriptor(self) -> int:
@@ -60,7 +60,7 @@ class Blob:
         with contextlib.suppress(OSError):  # no descriptor for a second one: the next time is a copy, too
             self._descriptor = _Inherited(os.dup(fd))
             if self._size:
-                shm.map_privately(fd, self._size, self._address)
+                segment.map_privately(fd, self._size, self._address)
             _blobs.add(self)
         return fd
 
@@ -79,11 +79,11 @@ class Blob:
 
     def __del__(self) -> None:
         if address := getattr(self, "_address", 0):
-            shm.unmap(address, self._size)
+            segment.unmap(address, self._size)
 
 
 _WHAT: Final = "A model that is given as bytes"
-_blobs: Final = shm.Latest()
+_blobs: Final = segment.Latest()
 """An application may hold more models than descriptors; older ones are copied anew."""
 _known: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
 
@@ -100,7 +100,7 @@ def keep(name: str, data: bytes) -> Blob:
 
 def _frozen(data: bytes | memoryview) -> int:
     try:
-        return shm.freeze(data)
+        return segment.freeze(data)
     except SharedMemoryError:
         raise
     except OSError:

@@ -3,7 +3,7 @@
 Covers what ``InferenceSession`` takes and returns: arrays of every fixed-size dtype, text arrays, lists,
 dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.ort.ortvalues`).  A value that
 onnxruntime would refuse still travels as it is, so that onnxruntime refuses it in its own words.
-Where arrays lie is decided by :mod:`onnx_dl.transport.arena`.
+Where arrays lie is decided by :mod:`onnx_dl.tensors.arena`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from onnx_dl.errors import OnnxDLError, ProtocolError
 from onnx_dl.ort import ortvalues as ort
 from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text, Value
-from onnx_dl.transport import packing
-from onnx_dl.transport.arena import Arena, Block, align
+from onnx_dl.tensors import packing
+from onnx_dl.tensors.arena import Arena, Block, align
 
 VIEW_FROM: Final = 64 << 10
 """Results of at least this many bytes are handed over as views; smaller ones are copied out.

@@ -11,10 +11,10 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from onnx_dl.transport.shm import Mapping
+from onnx_dl.tensors.segment import Mapping
 
 if TYPE_CHECKING:
-    from onnx_dl.transport.arena import Announcer, Block
+    from onnx_dl.tensors.arena import Announcer, Block
 
 MOST: Final = 128
 """Blocks of others that one peer knows at a time.  One more, and the one that was named longest ago goes."""

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl.concurrency.forking import Guard
-from onnx_dl.transport.arena import Arena, Nobody
-from onnx_dl.transport.tensors import VIEW_FROM
+from onnx_dl.tensors.arena import Arena, Nobody
+from onnx_dl.tensors.values import VIEW_FROM
 
 
 class Buffers:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.protocol.lane import Items, Packed, Tensor, Text, Value
-from onnx_dl.transport import packing
-from onnx_dl.transport.arena import Arena, Block, align
-from onnx_dl.transport.tensors import is_plain
+from onnx_dl.tensors import packing
+from onnx_dl.tensors.arena import Arena, Block, align
+from onnx_dl.tensors.values import is_plain
 
 
 def in_one_place(sent: Value) -> list[Tensor | Text | Packed] | None:

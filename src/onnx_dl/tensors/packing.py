@@ -2,7 +2,7 @@
 
 Two numbers at a fixed place say where the bytes are and how many, so that a value of another length can take
 the place of one without a word about it.  Covers writing and reading them; which values go this way is
-:mod:`onnx_dl.transport.tensors`'s.
+:mod:`onnx_dl.tensors.values`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport.arena import HEADER, Block
+from onnx_dl.tensors.arena import HEADER, Block
 
 PLACE: Final = HEADER
 """Bytes that the two numbers take, so that what follows is aligned."""

@@ -2,7 +2,7 @@
 
 A caller that gives arrays of the same names, dtypes and shapes as before copies them to where they lay before
 and names the call by a number; a worker whose results are of the same form as before answers that they lie
-where they lay (:mod:`onnx_dl.transport.forms`).  Covers the caller's table of such calls.  The worker's is
+where they lay (:mod:`onnx_dl.tensors.result_forms`).  Covers the caller's table of such calls.  The worker's is
 :mod:`onnx_dl.workers.repeats`; messages and blocks are :mod:`onnx_dl.transport.lane`'s.
 
 Both tables change once per call: the worker's when it has sent the result, the caller's when it has read it.
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.protocol.lane import Again, Call, Items, Packed, Tensor, Text, Value
-from onnx_dl.transport import packing
-from onnx_dl.transport.arena import Arena, Block, Reference
+from onnx_dl.tensors import packing
+from onnx_dl.tensors.arena import Arena, Block, Reference
 
 MOST: Final = 64
 """Calls that one lane remembers; the next one has number 0, with which both ends forget all others."""
