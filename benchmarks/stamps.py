@@ -72,17 +72,17 @@ CLIENT: Final = (
     Point("onnx_dl.session", "InferenceSessionProxy", "run", CALL, RETURNED),
     Point("onnx_dl.client", "RemoteModel", "run", READ),
     Point("onnx_dl.client", "RemoteModel", "_take_lane", None, LANE),
-    Point("onnx_dl.transport.lane", "ClientLane", "call", None, PACKED),
-    Point("onnx_dl.transport.bell", "CallerBell", "ring", RING),
-    Point("onnx_dl.transport.bell", "CallerBell", "wait", None, HEARD),
-    Point("onnx_dl.transport.lane", "ClientLane", "result", None, UNPACKED),
+    Point("onnx_dl.transport.client_lane", "ClientLane", "call", None, PACKED),
+    Point("onnx_dl.transport.doorbell", "CallerBell", "ring", RING),
+    Point("onnx_dl.transport.doorbell", "CallerBell", "wait", None, HEARD),
+    Point("onnx_dl.transport.client_lane", "ClientLane", "result", None, UNPACKED),
 )
 WORKER: Final = (
-    Point("onnx_dl.transport.bell", "WorkerBell", "wait", None, WOKEN),
+    Point("onnx_dl.transport.doorbell", "WorkerBell", "wait", None, WOKEN),
     Point("onnx_dl.workers.repeats", "Repeats", "answer_number", ASKED),
     Point("onnx_dl.workers.repeats", "Repeats", "answer", ASKED),  # of inputs that lie in shared memory
     Point("onnx_dl.workers.ort", "OnnxRuntimeBackend", "repeat", RUN, RAN, made=True),
-    Point("onnx_dl.transport.bell", "WorkerBell", "ring", ANSWER),
+    Point("onnx_dl.transport.doorbell", "WorkerBell", "ring", ANSWER),
 )
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 import pytest
 
-from onnx_dl import census, hosts
-from onnx_dl.rendezvous import Place
+from onnx_dl import hosts
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.rendezvous import Place
 from tests.waiting import DEADLINE, eventually
 
 
@@ -38,7 +39,7 @@ def own_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for host in list(hosts._shared_hosts.values()):
             host.close()
         hosts._shared_hosts.clear()
-        for seen in census.running():
+        for seen in running_hosts.running():
             end(seen.pid)
         try:
             eventually(lambda: not belonging(folder), f"the end of what used {folder}")

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import pytest
 
-from onnx_dl import ConfigError, census, connect, examination
+from onnx_dl import ConfigError, connect, examination
 from onnx_dl.cli import main
 from onnx_dl.demo.assets import model_path
 from onnx_dl.doctor import Finding, Mark
+from onnx_dl.transport import running_hosts
 from tests.sharing import own_runtime
 from tests.waiting import DEADLINE, allowed, eventually
 
@@ -208,7 +209,7 @@ def test_a_host_serves_whatever_becomes_of_its_output(redirected: str) -> None:
     ) as process:
         os.close(writer)
         try:
-            eventually(lambda: census.running("unheard"), "the host runs")
+            eventually(lambda: running_hosts.running("unheard"), "the host runs")
             assert ended(["load", DIGITS, "--host", "unheard"]).code == 0
             assert ended(["stop", "--host", "unheard"]).code == 0
             assert (process.wait(DEADLINE), process.stderr and process.stderr.read()) == (0, "")

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from onnx_dl.rendezvous import Place
+from onnx_dl.transport.rendezvous import Place
 from tests.sharing import belonging, end, own_runtime
 from tests.small import plus
 from tests.waiting import DEADLINE, eventually

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from onnx_dl.rendezvous import Place
+from onnx_dl.transport.rendezvous import Place
 from tests.sharing import belonging, own_runtime
 from tests.test_capacity import MB, weighty
 from tests.waiting import DEADLINE, eventually

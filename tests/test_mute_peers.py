@@ -15,7 +15,7 @@ import pytest
 import onnx_dl
 from onnx_dl import InferenceSessionProxy, ModelHost, OnnxDLError
 from onnx_dl.errors import SupervisorStartError, SupervisorTimeout
-from onnx_dl.rendezvous import Place
+from onnx_dl.transport.rendezvous import Place
 from tests.scripted import HOWS, STEPS, scripted
 from tests.sharing import own_runtime
 from tests.slow import identity_model

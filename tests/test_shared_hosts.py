@@ -38,7 +38,7 @@ from onnx_dl import host as host_module
 from onnx_dl.client import RemoteModel
 from onnx_dl.connection import Connection
 from onnx_dl.host import _FAREWELL
-from onnx_dl.rendezvous import Place
+from onnx_dl.transport.rendezvous import Place
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
 from tests.slow import spin_model

@@ -18,7 +18,7 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout
 from onnx_dl.client import RemoteModel
 from onnx_dl.tensors import arena, call_plans, values
-from onnx_dl.transport import bell, calls, handover, lane, sockets
+from onnx_dl.transport import call_channel, client_lane, doorbell, lane_socket, sockets
 from tests.contract.both import CPU, loop
 from tests.slow import identity_model
 from tests.test_zero_copy import mapped_segments
@@ -27,11 +27,11 @@ from tests.waiting import worker_pid
 pytestmark = pytest.mark.slow
 
 STEPS: list[tuple[Any, str]] = [
-    (lane.ClientLane, "call"),
-    (lane.ClientLane, "_moved"),
-    (lane.ClientLane, "_first_call"),
-    (lane, "key_of"),
-    (lane, "targets_of"),
+    (client_lane.ClientLane, "call"),
+    (client_lane.ClientLane, "_moved"),
+    (client_lane.ClientLane, "_first_call"),
+    (client_lane, "key_of"),
+    (client_lane, "targets_of"),
     (arena.Arena, "adopt"),
     (arena.Arena, "scratch"),
     (arena.Arena, "_create"),
@@ -40,21 +40,21 @@ STEPS: list[tuple[Any, str]] = [
     (call_plans.Plan, "fill"),
     (call_plans.Plan, "_copy"),
     (call_plans.Plans, "next_number"),
-    (lane.ClientLane, "send"),
+    (client_lane.ClientLane, "send"),
     (arena.Block, "ask"),
-    (handover.Handover, "send"),
+    (lane_socket.Handover, "send"),
     (sockets.Channel, "post"),
-    (calls.CallerBellCalls, "send"),
-    (calls.CallerBellCalls, "again"),
-    (bell.CallerBell, "ring"),
-    (calls.ZmqCalls, "send"),
-    (calls.CallerBellCalls, "next"),
-    (calls.ZmqCalls, "next"),
-    (handover.Handover, "next"),
-    (lane.ClientLane, "receive"),
-    (lane.ClientLane, "result"),
-    (lane.ClientLane, "_learn"),
-    (lane.ClientLane, "_read_by"),
+    (call_channel.CallerBellCalls, "send"),
+    (call_channel.CallerBellCalls, "again"),
+    (doorbell.CallerBell, "ring"),
+    (call_channel.ZmqCalls, "send"),
+    (call_channel.CallerBellCalls, "next"),
+    (call_channel.ZmqCalls, "next"),
+    (lane_socket.Handover, "next"),
+    (client_lane.ClientLane, "receive"),
+    (client_lane.ClientLane, "result"),
+    (client_lane.ClientLane, "_learn"),
+    (client_lane.ClientLane, "_read_by"),
     (values.Unpacker, "unpack"),
     (call_plans.Plans, "remember"),
     (RemoteModel, "finish"),

@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 import onnx_dl
-from onnx_dl import SupervisorError, SupervisorStartError, census
-from onnx_dl.census import Sighting
+from onnx_dl import SupervisorError, SupervisorStartError
 from onnx_dl.connection import Connection
 from onnx_dl.protocol import control
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import solitude
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.running_hosts import Sighting
 from tests.contract.both import scaled
 from tests.sharing import Forked, belonging, command, own_runtime
 from tests.versions import Program, Version, made
@@ -52,7 +53,7 @@ def path(tmp_path: Path) -> str:
 
 def seen() -> dict[int | None, Sighting]:
     """The hosts that run, by the version that they speak."""
-    return {found.protocol: found for found in census.running("mine")}
+    return {found.protocol: found for found in running_hosts.running("mine")}
 
 
 def text(*arguments: str) -> str:
@@ -211,7 +212,7 @@ def test_one_that_is_kept_leaves_for_a_newer_version(
         assert other.ask("host") == kept["next"].pid
     # Neither makes room for the other now: the first was started later, the second is of a newer version.
     (first, second) = (seen()[PROTOCOL_VERSION + number] for number in (0, 1))
-    assert census.successor(first, [second]) is census.successor(second, [first]) is None
+    assert running_hosts.successor(first, [second]) is running_hosts.successor(second, [first]) is None
 
 
 def test_supervise_follows_a_host_in_the_background(path: str) -> None:

@@ -17,11 +17,15 @@ from onnx_dl.protocol.codec import PROTOCOL_VERSION
 
 _MESSAGES = "protocol/codec.py"
 _BEFORE_5 = [
-    ("rendezvous.py", 'stem = name if protocol is None else f"{name}@{protocol}"', "stem = name"),
-    ("rendezvous.py", "and record.protocol == self.protocol", ""),
-    ("rendezvous.py", "protocol=self.protocol,\n            package=onnx_dl.__version__,", ""),
-    ("rendezvous.py", "            started=uptime(),\n", ""),
-    ("supervisor/loop.py", "look=functools.partial(census.follower, self._place)", "look=lambda: None"),
+    ("transport/rendezvous.py", 'stem = name if protocol is None else f"{name}@{protocol}"', "stem = name"),
+    ("transport/rendezvous.py", "and record.protocol == self.protocol", ""),
+    ("transport/rendezvous.py", "protocol=self.protocol,\n            package=onnx_dl.__version__,", ""),
+    ("transport/rendezvous.py", "            started=uptime(),\n", ""),
+    (
+        "supervisor/loop.py",
+        "look=functools.partial(running_hosts.follower, self._place)",
+        "look=lambda: None",
+    ),
 ]
 """What versions before 5 lack, as (file, text, text in its place): a version in names and records, and a host
 that looks for its follower."""

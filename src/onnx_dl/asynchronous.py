@@ -21,7 +21,7 @@ from onnx_dl.concurrency.event_loops import EventLoops, present
 from onnx_dl.errors import RunTimeout
 from onnx_dl.protocol import lane as m
 from onnx_dl.system.thread_attributes import on_behalf
-from onnx_dl.transport.lane import ClientLane
+from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _AT_ONCE: Final = 32

@@ -21,7 +21,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.threads import Thread
 from onnx_dl.protocol import lane as m
 from onnx_dl.transport import sockets
-from onnx_dl.transport.lane import ClientLane
+from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.sockets import Waker
 from onnx_dl.watch import EVERY, GRACE, run_timeout
 

@@ -150,7 +150,7 @@ def _command(words: list[str]) -> int:
 
 def _host_name(text: str) -> str:
     """The name of a host, or an error about the command line."""
-    from onnx_dl.rendezvous import checked_name
+    from onnx_dl.transport.rendezvous import checked_name
 
     try:
         return checked_name(text)

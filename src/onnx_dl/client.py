@@ -41,7 +41,7 @@ from onnx_dl.protocol.lane import CallFailed, Draining, Forgotten, Hold, Invoke,
 from onnx_dl.serving import Holds, Serving, close_all
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.thread_attributes import of_this_thread
-from onnx_dl.transport.lane import ClientLane
+from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _LOAD_MARGIN: Final = 30.0

@@ -15,11 +15,12 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import census, config
-from onnx_dl.census import Sighting
+from onnx_dl import config
 from onnx_dl.events import format_bytes
 from onnx_dl.supervisor.probe import Gpu
 from onnx_dl.system import builds
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.running_hosts import Sighting
 from onnx_dl.trials import Answer
 from onnx_dl.workers import cache
 
@@ -126,14 +127,18 @@ def host(seen: Sighting, hosts: Sequence[Sighting]) -> Finding:
     """A shared host that runs; ``hosts``: all that run."""
     check = f"host {seen.name}"
     if seen.reachable:
-        leaves = f"; {census.outlook(seen, hosts)}" if census.successor(seen, hosts) is not None else ""
-        return Finding(check, Mark.OK, census.told(seen) + leaves)
+        leaves = (
+            f"; {running_hosts.outlook(seen, hosts)}"
+            if running_hosts.successor(seen, hosts) is not None
+            else ""
+        )
+        return Finding(check, Mark.OK, running_hosts.told(seen) + leaves)
     return Finding(
         check,
         Mark.WARNING,
-        f"{census.told(seen)}; this version of onnx-dl cannot ask it and uses one of its own: models of both "
+        f"{running_hosts.told(seen)}; this version of onnx-dl cannot ask it and uses one of its own: models of both "
         "are in memory twice",
-        census.outlook(seen, hosts),
+        running_hosts.outlook(seen, hosts),
     )
 
 

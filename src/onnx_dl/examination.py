@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import census, config, doctor, trials
-from onnx_dl.census import Sighting
+from onnx_dl import config, doctor, trials
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.probe import Gpu, gpus
 from onnx_dl.system import builds, installation, resources
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.running_hosts import Sighting
 from onnx_dl.trials import Answer
 from onnx_dl.workers import cache
 
@@ -86,7 +87,7 @@ def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
 def _hosts(environ: Mapping[str, str]) -> tuple[list[Sighting], str]:
     """The shared hosts that run, and why there is no folder for their files; empty: there is one."""
     try:
-        return census.running(environ=environ), ""
+        return running_hosts.running(environ=environ), ""
     except PlatformError as error:
         return [], str(error)
 

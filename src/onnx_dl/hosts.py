@@ -15,7 +15,7 @@ from onnx_dl.concurrency.threads import Thread
 from onnx_dl.config import settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host import ModelHost
-from onnx_dl.rendezvous import USUAL, Place
+from onnx_dl.transport.rendezvous import USUAL, Place
 
 _default: ModelHost | None = None
 _shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()

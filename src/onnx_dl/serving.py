@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from onnx_dl.concurrency import waits
 from onnx_dl.config import LATENCIES
 from onnx_dl.protocol import control as m
-from onnx_dl.transport.lane import ClientLane
+from onnx_dl.transport.client_lane import ClientLane
 
 if TYPE_CHECKING:
     from onnx_dl.connection import Connection

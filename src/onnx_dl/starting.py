@@ -1,7 +1,7 @@
 """Starts supervisor processes, and finds those that serve several applications.
 
 A *private* supervisor is a child of the application that starts it and ends with it.  A *shared* one is found
-by its name (:mod:`onnx_dl.rendezvous`), if it speaks the same version of the protocol, or started in the
+by its name (:mod:`onnx_dl.transport.rendezvous`), if it speaks the same version of the protocol, or started in the
 background, exactly once: of two that are started at the same moment, the one that gets the lock is the host,
 and the other leaves.  What is said to a supervisor is :mod:`onnx_dl.connection`'s.
 """
@@ -21,16 +21,17 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import census, config
-from onnx_dl.census import Sighting
+from onnx_dl import config
 from onnx_dl.concurrency import forking, primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.config import Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.boot import Launch
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.rendezvous import USUAL, Place
+from onnx_dl.transport.running_hosts import Sighting
 
 _LOOK_EVERY: Final = 0.01
 _RESTART: Final = 10.0
@@ -94,7 +95,7 @@ def reach(
         absent = holder is None and not awaited
         deadline.check(f"the host {name!r}")
         if absent and not start:
-            raise SupervisorError(no_host(name, census.of_other_versions(place)))
+            raise SupervisorError(no_host(name, running_hosts.of_other_versions(place)))
         if limit.passed or (holder is not None and answer.passed):
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
@@ -155,8 +156,8 @@ def terminate(seen: Sighting) -> None:
 def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
     """What to do without a host of this name that this version can ask; ``others``: of other versions."""
     supervise, load = ("", "") if name == USUAL else (f" --name {name}", f" --host {name}")
-    of_this = f" for this version of onnx-dl ({census.version(PROTOCOL_VERSION)})" if others else ""
-    listed = "".join(f" There is one of another version: {census.told(other)}." for other in others)
+    of_this = f" for this version of onnx-dl ({running_hosts.version(PROTOCOL_VERSION)})" if others else ""
+    listed = "".join(f" There is one of another version: {running_hosts.told(other)}." for other in others)
     return (
         f"No shared host named {name!r} runs{of_this}.{listed} Start one with: onnx-dl supervise{supervise}, "
         f"in the background with onnx_dl.connect({name!r}), or by loading a model into it: "

@@ -9,9 +9,9 @@ import msgspec
 from onnx_dl import config
 from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import USUAL, Place
 from onnx_dl.supervisor.main import Orders, serve
 from onnx_dl.system import process_setup
+from onnx_dl.transport.rendezvous import USUAL, Place
 
 
 def supervise(name: str = USUAL, **settings: str | None) -> None:

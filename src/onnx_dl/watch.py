@@ -15,7 +15,7 @@ from onnx_dl.protocol import lane as m
 
 if TYPE_CHECKING:
     from onnx_dl.client import RemoteModel
-    from onnx_dl.transport.lane import ClientLane
+    from onnx_dl.transport.client_lane import ClientLane
 
 EVERY: Final = 0.003
 """Seconds between two looks."""

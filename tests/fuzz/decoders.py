@@ -19,7 +19,6 @@ import numpy as np
 from onnx_dl import external, hostfile, signatures
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, failures, lane
-from onnx_dl.rendezvous import Place, Record
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.scrapers import is_meant
@@ -27,7 +26,8 @@ from onnx_dl.tensors import packing, segment
 from onnx_dl.tensors.arena import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
 from onnx_dl.transport import zmtp
-from onnx_dl.transport.handover import PACKET, Handover
+from onnx_dl.transport.lane_socket import PACKET, Handover
+from onnx_dl.transport.rendezvous import Place, Record
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers import cache
 from tests.fuzz import descriptors, examples, mutation

@@ -27,7 +27,7 @@ from onnx_dl.protocol import codec, lane
 from onnx_dl.protocol.control import Acquire, AskStatus, ClientHello, Granted, Shutdown, Unload, from_client
 from onnx_dl.tensors import segment
 from onnx_dl.transport import zmtp
-from onnx_dl.transport.handover import PACKET
+from onnx_dl.transport.lane_socket import PACKET
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.slow import identity_model

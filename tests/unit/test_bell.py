@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from onnx_dl.transport.bell import CallerBell, WorkerBell
-from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.doorbell import CallerBell, WorkerBell
+from onnx_dl.transport.spin import Patience
 
 
 @pytest.fixture(params=[False, True], ids=["sleeps", "polls"])

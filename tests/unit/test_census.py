@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import census
-from onnx_dl.census import Sighting
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import Place, uptime
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.rendezvous import Place, uptime
+from onnx_dl.transport.running_hosts import Sighting
 
 OURS = PROTOCOL_VERSION
 
@@ -50,7 +50,7 @@ def host(protocol: int | None, started: float | None, *, kept: bool = False, nam
     ],
 )
 def test_one_of_another_version_that_was_started_later(own: Sighting, other: Sighting, follows: bool) -> None:
-    assert census.successor(own, [own, other]) == (other if follows else None)
+    assert running_hosts.successor(own, [own, other]) == (other if follows else None)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -58,7 +58,7 @@ def test_never_do_two_follow_each_other(kept: bool) -> None:
     """Whatever is started again, and in which order: of hosts of two versions one stays."""
     for first, second in ((5, 6), (6, 5)):
         hosts = [host(first, 10.0, kept=kept), host(second, 20.0, kept=not kept)]
-        stay = [seen for seen in hosts if census.successor(seen, hosts) is None]
+        stay = [seen for seen in hosts if running_hosts.successor(seen, hosts) is None]
         assert stay
         if kept and first == 6:  # the newer one that is kept, beside what somebody still uses
             assert len(stay) == 2
@@ -70,7 +70,7 @@ def test_two_that_are_kept_come_to_rest() -> None:
     leave = []
     for now in (3.0, 4.0, 5.0):
         for protocol, own in list(hosts.items()):
-            if census.successor(own, hosts.values()):
+            if running_hosts.successor(own, hosts.values()):
                 leave.append(protocol)
                 hosts[protocol] = host(protocol, now, kept=True)
     assert leave == [5]
@@ -136,7 +136,7 @@ def test_what_runs_is_found(folder: Path, given: dict[str, str]) -> None:
         Host(before, whole=True), Host(ours), Host(theirs), Host(another, publishes=False),
     ]  # fmt: skip
     try:
-        found = census.running(environ=given)
+        found = running_hosts.running(environ=given)
         assert [(seen.name, seen.protocol, seen.pid) for seen in found] == [
             ("a", None, hosts[0].pid), ("a", OURS, hosts[1].pid), ("a", OURS + 1, hosts[2].pid),
             ("b.lock", OURS, hosts[3].pid),
@@ -146,14 +146,14 @@ def test_what_runs_is_found(folder: Path, given: dict[str, str]) -> None:
         assert [seen.started is not None for seen in found] == [True, True, True, False]
         assert all(abs(time.time() - seen.since) < 60 for seen in found if seen.since is not None)
         pids = [process.pid for process in hosts]
-        assert [seen.pid for seen in census.running("a", given)] == pids[:3]
-        assert [seen.pid for seen in census.of_other_versions(ours)] == [pids[0], pids[2]]
-        assert [seen.pid for seen in census.of_other_versions(before)] == pids[1:3]
-        assert not census.running("c", given)
+        assert [seen.pid for seen in running_hosts.running("a", given)] == pids[:3]
+        assert [seen.pid for seen in running_hosts.of_other_versions(ours)] == [pids[0], pids[2]]
+        assert [seen.pid for seen in running_hosts.of_other_versions(before)] == pids[1:3]
+        assert not running_hosts.running("c", given)
     finally:
         for process in hosts:
             process.end()
-    assert not census.running(environ=given)
+    assert not running_hosts.running(environ=given)
 
 
 def test_a_record_of_an_earlier_host_says_nothing_of_this_one(given: dict[str, str]) -> None:
@@ -161,7 +161,7 @@ def test_a_record_of_an_earlier_host_says_nothing_of_this_one(given: dict[str, s
     place.publish("address", "secret", kept=True)
     process = Host(Place("a", given), publishes=False)
     try:
-        assert census.running("a", given) == [Sighting(name="a", protocol=OURS, pid=process.pid)]
+        assert running_hosts.running("a", given) == [Sighting(name="a", protocol=OURS, pid=process.pid)]
     finally:
         process.end()
 
@@ -170,21 +170,21 @@ def test_a_host_looks_for_its_follower(folder: Path, given: dict[str, str]) -> N
     """And has its lock afterwards; in a folder that has gone it finds nobody."""
     own = Place("a", given)
     assert own.claim()
-    assert census.follower(own) is None  # nor is it itself its follower, nor before it has published
+    assert running_hosts.follower(own) is None  # nor is it itself its follower, nor before it has published
     own.publish("address", "secret", kept=False)
-    assert census.follower(own) is None
+    assert running_hosts.follower(own) is None
     other = Host(Place("a", given, OURS + 1))
     try:
-        assert f"protocol version {OURS + 1}, pid {other.pid}," in (census.follower(own) or "")
+        assert f"protocol version {OURS + 1}, pid {other.pid}," in (running_hosts.follower(own) or "")
     finally:
         other.end()
-    assert census.follower(own) is None
+    assert running_hosts.follower(own) is None
     asked = os.fork()
     if asked == 0:
         os._exit(Place("a", given).claim())
     assert os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]) == 0
     shutil.rmtree(folder)
-    assert census.follower(own) is None
+    assert running_hosts.follower(own) is None
     assert not folder.exists()
     folder.mkdir()  # for the fixture
     os.close(own._held)
@@ -198,17 +198,17 @@ def test_words(monkeypatch: pytest.MonkeyPatch) -> None:
     time.tzset()
     seen = host(6, uptime() - (time.time() - 86400.0), kept=True)
     expected = "onnx-dl 1.2, protocol version 6, pid 7, since 1970-01-02 00:00:00, kept by onnx-dl supervise"
-    assert census.told(seen) == expected
+    assert running_hosts.told(seen) == expected
     monkeypatch.undo()
     time.tzset()
-    assert census.told(Sighting(name="a", protocol=None, pid=7)) == (
+    assert running_hosts.told(Sighting(name="a", protocol=None, pid=7)) == (
         "onnx-dl, protocol version 4 or older, pid 7"
     )
-    assert census.told(host(6, 1e300)) == "onnx-dl 1.2, protocol version 6, pid 7"
+    assert running_hosts.told(host(6, 1e300)) == "onnx-dl 1.2, protocol version 6, pid 7"
 
 
 def test_what_becomes_of_one() -> None:
     old, new, before = host(5, 1.0), host(6, 2.0), host(None, 1.0)
-    assert census.outlook(old, [old, new]) == "It ends when its clients have gone."
-    assert census.outlook(new, [old, new]) == "It stays as any host does."
-    assert "onnx-dl stop --host a --all-versions ends it" in census.outlook(before, [before, new])
+    assert running_hosts.outlook(old, [old, new]) == "It ends when its clients have gone."
+    assert running_hosts.outlook(new, [old, new]) == "It stays as any host does."
+    assert "onnx-dl stop --host a --all-versions ends it" in running_hosts.outlook(before, [before, new])

@@ -37,14 +37,14 @@ PATCHED = {
 """What gevent replaces, and what is made of that."""
 NEVER_PATCHED = (*OURS, "trials", "doctor", "launch", "supervise", "cli")
 """Run in processes of our own, or are programs."""
-OF_OURS = {"transport.door", "transport.router", "transport.worker_lane"}
+OF_OURS = {"transport.handshakes", "transport.router", "transport.worker_lane"}
 """The ends of connections that are in processes of ours."""
 ALLOWED = {
     "concurrency.primitives": {"subprocess.Popen"},
     # Close files, memory and epoll's own, where gevent does nothing else than the system.
     "client": {"os.close"},
     "proxy": {"os.close"},
-    "rendezvous": {"os.close"},
+    "transport.rendezvous": {"os.close"},
     "system.process_setup": {"os.close"},
     "tensors.arena": {"os.close"},
     "transport.gauges": {"os.close"},

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from onnx_dl.census import Sighting
 from onnx_dl.console import checklist, table, text, versions
 from onnx_dl.console.history import History
 from onnx_dl.console.hosts import alive, default_name
@@ -21,6 +20,7 @@ from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.starting import no_host
+from onnx_dl.transport.running_hosts import Sighting
 
 
 def status(model: str = "/models/asr.onnx", **fields: Any) -> ModelStatus:

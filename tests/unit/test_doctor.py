@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from onnx_dl import doctor, examination
-from onnx_dl.census import Sighting
 from onnx_dl.config import Settings
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.probe import Gpu
+from onnx_dl.transport.running_hosts import Sighting
 from onnx_dl.trials import Answer, answer, children_of
 
 HERE = {"version": "1.31.1", "build": "onnxruntime-gpu", "folder": "/x/onnxruntime", "providers": ["A"]}

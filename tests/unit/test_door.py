@@ -12,7 +12,7 @@ import pytest
 
 from onnx_dl.config import fresh_address
 from onnx_dl.system import descriptor_limits
-from onnx_dl.transport.door import BRIEF, MOST_SILENT, PATIENCE, Door, Silence
+from onnx_dl.transport.handshakes import BRIEF, MOST_SILENT, PATIENCE, Door, Silence
 from onnx_dl.transport.sockets import Channel
 from tests.waiting import DEADLINE, eventually
 

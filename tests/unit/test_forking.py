@@ -39,7 +39,7 @@ ALLOWED = {
     "patching": {"weakref.WeakSet"},  # never gone through
     "ort.recordings": {"weakref.WeakSet"},
     "transport.sockets": {"weakref.WeakSet"},
-    "transport.bell": {"weakref.WeakSet"},
+    "transport.doorbell": {"weakref.WeakSet"},
 }
 
 

@@ -15,7 +15,7 @@ from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.arena import HEADER, Arena, Nobody
-from onnx_dl.transport.handover import MOST_NEW, PACKET, Handover
+from onnx_dl.transport.lane_socket import MOST_NEW, PACKET, Handover
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
 MB = 1 << 20

@@ -46,8 +46,8 @@ from onnx_dl.protocol.lane import (
 from onnx_dl.tensors import mapped_blocks, segment
 from onnx_dl.tensors.call_plans import Plan
 from onnx_dl.transport import sockets
+from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
-from onnx_dl.transport.lane import ClientLane
 from onnx_dl.transport.sockets import Channel, Listener
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.backend import Rerun
@@ -159,7 +159,7 @@ def _watch(channel: Channel, lane: WorkerLane, done: sockets.Waker) -> None:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trim may take longer where others use the processors; a caller would do without it."""
-    monkeypatch.setattr("onnx_dl.transport.lane._TRIM_TIMEOUT", DEADLINE)
+    monkeypatch.setattr("onnx_dl.transport.client_lane._TRIM_TIMEOUT", DEADLINE)
 
 
 @pytest.fixture

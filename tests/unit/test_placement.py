@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from onnx_dl.transport.patience import MOST, Patience
-from onnx_dl.transport.placement import BLOCK, RETRY, Apart, Placement
+from onnx_dl.transport.affinity import BLOCK, RETRY, Apart, Placement
+from onnx_dl.transport.spin import MOST, Patience
 
 ALL = frozenset(range(4))
 ONE = frozenset({2})

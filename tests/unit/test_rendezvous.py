@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import onnx_dl
-from onnx_dl import ConfigError, PlatformError, rendezvous
+from onnx_dl import ConfigError, PlatformError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import Place, Record, runtime_folder
+from onnx_dl.transport import rendezvous
+from onnx_dl.transport.rendezvous import Place, Record, runtime_folder
 
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder of another user")
 NOBODY = 65534

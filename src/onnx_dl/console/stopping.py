@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from onnx_dl import census, starting
-from onnx_dl.census import Sighting
+from onnx_dl import starting
 from onnx_dl.console import hosts
 from onnx_dl.console.output import say
 from onnx_dl.errors import SupervisorError
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.running_hosts import Sighting
 
 
 def stop(name: str, *, all_versions: bool) -> None:
@@ -18,12 +19,12 @@ def stop(name: str, *, all_versions: bool) -> None:
         SupervisorError: there is none.
         TimeoutError: one is still there.
     """
-    found = census.running(name)
+    found = running_hosts.running(name)
     others = [seen for seen in found if not seen.reachable]
     if not any(seen.reachable for seen in found) and not (others and all_versions):
         raise SupervisorError(starting.no_host(name, others))
     for seen in found:
-        say(f"{_end(name, seen, all_versions=all_versions)}: host {name!r}, {census.told(seen)}")
+        say(f"{_end(name, seen, all_versions=all_versions)}: host {name!r}, {running_hosts.told(seen)}")
     if others and not all_versions:
         say("onnx-dl stop --all-versions ends those of other versions, too")
 

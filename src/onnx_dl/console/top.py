@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from onnx_dl import census
-from onnx_dl.census import Sighting
 from onnx_dl.console import versions
 from onnx_dl.console.history import History
 from onnx_dl.console.hosts import alive, running
@@ -18,6 +16,8 @@ from onnx_dl.console.output import console, say
 from onnx_dl.console.table import live, overview
 from onnx_dl.errors import SupervisorError
 from onnx_dl.host import ModelHost, Snapshot
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.running_hosts import Sighting
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -40,7 +40,7 @@ def ps(name: str, *, as_json: bool) -> None:
             snapshot = alive(host.snapshot())
     except SupervisorError as error:
         failure = error
-    found = census.running(name)
+    found = running_hosts.running(name)
     if snapshot is not None or found:
         _print(snapshot or Snapshot(0, None, [], name), found, as_json=as_json)
     if failure is not None:

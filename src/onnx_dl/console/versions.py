@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from onnx_dl import census
-from onnx_dl.census import Sighting
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.running_hosts import Sighting
 
 
 def lines(found: Sequence[Sighting]) -> list[str]:
     """One for each host: the one that this version can ask, and the others."""
-    return [f"Host: {census.told(seen)}. {_remark(seen, found)}".rstrip() for seen in found]
+    return [f"Host: {running_hosts.told(seen)}. {_remark(seen, found)}".rstrip() for seen in found]
 
 
 def data(found: Sequence[Sighting]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def data(found: Sequence[Sighting]) -> list[dict[str, Any]]:
             "since": seen.since,
             "kept": seen.kept,
             "reachable": seen.reachable,
-            "leaving": census.successor(seen, found) is not None,
+            "leaving": running_hosts.successor(seen, found) is not None,
         }
         for seen in found
     ]
@@ -34,5 +34,5 @@ def data(found: Sequence[Sighting]) -> list[dict[str, Any]]:
 
 def _remark(seen: Sighting, found: Sequence[Sighting]) -> str:
     if not seen.reachable:
-        return f"This version of onnx-dl cannot ask it. {census.outlook(seen, found)}"
-    return census.outlook(seen, found) if census.successor(seen, found) is not None else ""
+        return f"This version of onnx-dl cannot ask it. {running_hosts.outlook(seen, found)}"
+    return running_hosts.outlook(seen, found) if running_hosts.successor(seen, found) is not None else ""

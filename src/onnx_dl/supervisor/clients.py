@@ -18,7 +18,7 @@ from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.process import RESERVE
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport import sockets
-from onnx_dl.transport.door import Door
+from onnx_dl.transport.handshakes import Door
 from onnx_dl.transport.sockets import Channel
 
 _COST: Final = 3

@@ -18,14 +18,12 @@ import time
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from onnx_dl import census
 from onnx_dl.config import Settings
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
 from onnx_dl.events import ModelEvent
 from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
 from onnx_dl.supervisor.clients import Client, Clients
@@ -55,10 +53,11 @@ from onnx_dl.supervisor.solitude import Solitude
 from onnx_dl.supervisor.wakeups import Wakeups
 from onnx_dl.supervisor.workerprocess import MOST_BLOBS, Birth, WorkerProcess
 from onnx_dl.system import descriptor_limits, installation, procfs, resources
-from onnx_dl.transport import sockets
+from onnx_dl.transport import running_hosts, sockets
+from onnx_dl.transport.addresses import same_secret
 from onnx_dl.transport.gauges import Reading
+from onnx_dl.transport.rendezvous import Place
 from onnx_dl.transport.router import Router
-from onnx_dl.transport.secret import same_secret
 
 if TYPE_CHECKING:
     from onnx_dl.supervisor.configured import Configuration
@@ -262,7 +261,7 @@ class Supervisor:
             time.monotonic(),
             clients=any(self._clients.identities()),
             models=self._scheduler.holds_any,
-            look=functools.partial(census.follower, self._place),
+            look=functools.partial(running_hosts.follower, self._place),
         )
 
     def _carry_out(self, commands: Iterable[Command]) -> None:

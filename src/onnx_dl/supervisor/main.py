@@ -18,16 +18,16 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import census
 from onnx_dl.config import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import Place
 from onnx_dl.supervisor.outlet import Outlet
 from onnx_dl.supervisor.process import Processes
 from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.tensors import segment
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.rendezvous import Place
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (
@@ -73,7 +73,9 @@ def main(at_home: bool = False) -> None:
         return
     starter = msgspec.json.decode(said, type=Starter)
     if starter.protocol != PROTOCOL_VERSION:  # the rest of its orders may mean anything
-        _tell(starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=census.version(starter.protocol)))
+        _tell(
+            starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=running_hosts.version(starter.protocol))
+        )
         sys.exit(1)
     orders = msgspec.json.decode(said, type=Orders)
     if orders.host is not None and not at_home:

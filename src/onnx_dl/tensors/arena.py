@@ -7,7 +7,7 @@ it until it clears the block's lease word).  Clearing a word needs no message an
 an array may do it from any thread, also when the owner is long dead.
 
 What a block carries (:mod:`onnx_dl.tensors.values`) and how its descriptor reaches the peer
-(:mod:`onnx_dl.transport.handover`) is not known here.  Not thread-safe: a lane has one user at a time.
+(:mod:`onnx_dl.transport.lane_socket`) is not known here.  Not thread-safe: a lane has one user at a time.
 """
 
 from __future__ import annotations

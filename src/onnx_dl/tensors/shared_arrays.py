@@ -1,6 +1,6 @@
 """Arrays for an application to fill, in memory that workers see.
 
-Covers making them; that a call with one needs no copy is :mod:`onnx_dl.transport.lane`'s.
+Covers making them; that a call with one needs no copy is :mod:`onnx_dl.transport.client_lane`'s.
 """
 
 from __future__ import annotations

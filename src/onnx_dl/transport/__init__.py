@@ -1,1 +1,4 @@
-"""How processes talk: messages, failures, tensors in shared memory, sockets, lanes."""
+"""How messages, blocks and wake-ups travel: sockets, lanes, doorbells, and where hosts are found.
+
+Must not know what a client, the supervisor or a worker does with what it carries.
+"""

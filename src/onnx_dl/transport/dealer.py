@@ -15,7 +15,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport import sockets, zmtp
-from onnx_dl.transport.face import Face
+from onnx_dl.transport.raw_socket import Face
 
 _CHUNK: Final = 1 << 18
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)

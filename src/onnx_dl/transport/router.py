@@ -18,7 +18,7 @@ from typing import Final
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system import descriptor_limits, process_setup
 from onnx_dl.transport import zmtp
-from onnx_dl.transport.door import Silence
+from onnx_dl.transport.handshakes import Silence
 from onnx_dl.transport.sockets import BACKLOG, is_ours
 
 MOST_UNREAD: Final = 64 << 20

@@ -24,7 +24,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.transport.face import Face
+from onnx_dl.transport.raw_socket import Face
 
 LONGEST: Final = 64 << 10
 """Bytes in one message of a Channel; much more does not fit a Unix socket's buffer everywhere."""

@@ -1,4 +1,4 @@
-"""A worker's end of one caller's way to it; the caller's is :mod:`onnx_dl.transport.lane`."""
+"""A worker's end of one caller's way to it; the caller's is :mod:`onnx_dl.transport.client_lane`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from onnx_dl.tensors.arena import Block
 from onnx_dl.tensors.result_forms import Form
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets
-from onnx_dl.transport.bell import WorkerBell
-from onnx_dl.transport.calls import AGAIN, Calls, WorkerBellCalls, ZmqCalls
-from onnx_dl.transport.handover import Handover
-from onnx_dl.transport.lane import Lane
-from onnx_dl.transport.patience import Patience
-from onnx_dl.transport.secret import same_secret
+from onnx_dl.transport.addresses import same_secret
+from onnx_dl.transport.call_channel import AGAIN, Calls, WorkerBellCalls, ZmqCalls
+from onnx_dl.transport.client_lane import Lane
+from onnx_dl.transport.doorbell import WorkerBell
+from onnx_dl.transport.lane_socket import Handover
 from onnx_dl.transport.sockets import Channel, Context
+from onnx_dl.transport.spin import Patience
 
 
 def _checked(hello: Any, secret: str, fds: list[int]) -> lane.LaneHello:

@@ -37,8 +37,8 @@ from onnx_dl.protocol.lane import (
     Unhold,
 )
 from onnx_dl.transport import sockets
-from onnx_dl.transport.door import Door
 from onnx_dl.transport.gauges import Gauges
+from onnx_dl.transport.handshakes import Door
 from onnx_dl.transport.sockets import Channel, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import backend as backends

@@ -4,7 +4,7 @@ A caller sleeps while its worker runs, so both can share a core, and a wake-up w
 one across cores costs 20 to 40 (docs/performance.md).  But a thread that may run on one core only waits when
 somebody else is busy there.  So both ways are tried, and the one is kept that the caller finds faster.  Only
 the worker's thread is ever moved, never the application's.  Pure: who moves it is
-:mod:`onnx_dl.transport.lane`.
+:mod:`onnx_dl.transport.client_lane`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from typing import Final
 
-from onnx_dl.transport.patience import MOST
+from onnx_dl.transport.spin import MOST
 
 BLOCK: Final = 16
 """Calls after which a way is judged."""

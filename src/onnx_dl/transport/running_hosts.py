@@ -1,6 +1,6 @@
 """Which shared hosts of this user run: of which names and versions, since when, and who follows whom.
 
-A program finds only the host of its own protocol version (:mod:`onnx_dl.rendezvous`).  Those of others are
+A program finds only the host of its own protocol version (:mod:`onnx_dl.transport.rendezvous`).  Those of others are
 seen here, for commands that tell of them, and for a host that is to end when one of another version has been
 started after it.
 """
@@ -20,7 +20,7 @@ import msgspec
 
 from onnx_dl.errors import ConfigError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.rendezvous import Place, Record, runtime_folder, uptime
+from onnx_dl.transport.rendezvous import Place, Record, runtime_folder, uptime
 
 _LOCK: Final = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}?)(?:@(?P<protocol>[0-9]{1,9}))?\.lock")
 
@@ -35,7 +35,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
     package: str = ""
     """The version of onnx-dl; empty where the record does not say it."""
     started: float | None = None
-    """When, by :func:`~onnx_dl.rendezvous.uptime`; None: it is about to say it."""
+    """When, by :func:`~onnx_dl.transport.rendezvous.uptime`; None: it is about to say it."""
     kept: bool = False
     """It was started by ``onnx-dl supervise``."""
 
@@ -53,7 +53,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
 def running(name: str | None = None, environ: Mapping[str, str] = os.environ) -> list[Sighting]:
     """The hosts that run now, of this name or of all names, in the order of names and versions.
 
-    Not for a host itself: see :meth:`~onnx_dl.rendezvous.Place.holder`.
+    Not for a host itself: see :meth:`~onnx_dl.transport.rendezvous.Place.holder`.
 
     Raises:
         PlatformError: there is no folder that is the user's alone.

@@ -28,13 +28,13 @@ from onnx_dl.tensors.call_plans import Asked, Plan, Plans, can_repeat, key_of, t
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 from onnx_dl.transport import sockets
-from onnx_dl.transport.bell import CallerBell
-from onnx_dl.transport.calls import CallerBellCalls, Calls, NoCalls, ZmqCalls
-from onnx_dl.transport.handover import Handover
-from onnx_dl.transport.patience import Patience
-from onnx_dl.transport.placement import Apart, Placement
-from onnx_dl.transport.secret import same_secret
+from onnx_dl.transport.addresses import same_secret
+from onnx_dl.transport.affinity import Apart, Placement
+from onnx_dl.transport.call_channel import CallerBellCalls, Calls, NoCalls, ZmqCalls
+from onnx_dl.transport.doorbell import CallerBell
+from onnx_dl.transport.lane_socket import Handover
 from onnx_dl.transport.sockets import Channel, Context
+from onnx_dl.transport.spin import Patience
 
 Request = Plan | Asked | lane.Invoke | lane.Touch | lane.Hold | lane.Unhold | lane.Terminate | lane.Trim
 
@@ -83,7 +83,7 @@ class ClientLane(Lane):
         latency: str,
     ) -> None:
         """Opens a lane to the worker that was granted.  ``latency``: "low" polls, see
-        :mod:`onnx_dl.transport.patience`; not in a program with greenlets, which would wait meanwhile.
+        :mod:`onnx_dl.transport.spin`; not in a program with greenlets, which would wait meanwhile.
 
         Raises:
             DeadlinePassed: the worker did not answer in time.

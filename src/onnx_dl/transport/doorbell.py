@@ -2,7 +2,7 @@
 
 The caller rings an eventfd, which cannot raise SIGPIPE in an application; the worker rings a pipe, whose EOF
 tells the caller that the worker is gone.  That a caller is gone, the worker learns from the lane's socket:
-its main thread then rings for it.  What numbers mean is :mod:`onnx_dl.transport.calls`'s.
+its main thread then rings for it.  What numbers mean is :mod:`onnx_dl.transport.call_channel`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 from onnx_dl.concurrency import primitives, waits
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.transport.patience import Patience
+from onnx_dl.transport.spin import Patience
 
 _GONE: Final = 1 << 32
 """More than any number that a caller rings."""

@@ -5,7 +5,7 @@ a block of the sender's, and the packet names it.  What is to be said of blocks 
 travels in the same packet.  So a sender never waits for its reader, whatever that does, and no more than two
 packets are ever on their way in one direction (:class:`~onnx_dl.protocol.lane.Started` and the result).
 
-Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`onnx_dl.transport.calls`'s.
+Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`onnx_dl.transport.call_channel`'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How requests and replies travel on a lane: by a bell, with messages on the Unix socket, or over ZeroMQ.
 
-What they mean is :mod:`onnx_dl.transport.lane`'s.
+What they mean is :mod:`onnx_dl.transport.client_lane`'s.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import keep_for_ever
 from onnx_dl.transport import sockets
-from onnx_dl.transport.bell import CallerBell, WorkerBell
-from onnx_dl.transport.handover import Handover
+from onnx_dl.transport.doorbell import CallerBell, WorkerBell
+from onnx_dl.transport.lane_socket import Handover
 from onnx_dl.transport.sockets import Socket
 
 REPLY, SAME = 0, 1
