@@ -70,8 +70,8 @@ class Point(NamedTuple):
 
 CLIENT: Final = (
     Point("onnx_dl.session", "InferenceSessionProxy", "run", CALL, RETURNED),
-    Point("onnx_dl.client", "RemoteModel", "run", READ),
-    Point("onnx_dl.client", "RemoteModel", "_take_lane", None, LANE),
+    Point("onnx_dl.client.remote_model", "RemoteModel", "run", READ),
+    Point("onnx_dl.client.remote_model", "RemoteModel", "_take_lane", None, LANE),
     Point("onnx_dl.transport.client_lane", "ClientLane", "call", None, PACKED),
     Point("onnx_dl.transport.doorbell", "CallerBell", "ring", RING),
     Point("onnx_dl.transport.doorbell", "CallerBell", "wait", None, HEARD),

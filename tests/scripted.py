@@ -66,7 +66,7 @@ class Scripted:
         self._thread.start()
 
     def start(self, *_: Any) -> tuple[Any, str, str]:
-        """In place of :func:`onnx_dl.starting.start_private`."""
+        """In place of :func:`onnx_dl.client.launcher.start_private`."""
         return _Process(), self._address, _SECRET
 
     def close(self) -> None:

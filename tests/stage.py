@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from onnx_dl import EventType, ModelHost
+from onnx_dl.client.cancellation import Watch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import (
     LoadTimeout,
@@ -28,7 +29,6 @@ from onnx_dl.errors import (
 )
 from onnx_dl.model import ModelSpec, file_identity, model_key
 from onnx_dl.proxy import ModelProxy
-from onnx_dl.watch import Watch, not_begun
 from tests.waiting import DEADLINE, allowed, eventually
 
 FOLDER: Final = Path(__file__).parent / "misbehaving"

@@ -32,11 +32,11 @@ from onnx_dl import (
     SupervisorStartError,
     WorkerDied,
     hosts,
-    starting,
 )
 from onnx_dl import host as host_module
-from onnx_dl.client import RemoteModel
-from onnx_dl.connection import Connection
+from onnx_dl.client import launcher
+from onnx_dl.client.connection import Connection
+from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.host import _FAREWELL
 from onnx_dl.transport.rendezvous import Place
 from tests.contract.both import CPU, scaled
@@ -694,7 +694,7 @@ def test_a_host_that_ends_at_once_is_not_started_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "1")
-    monkeypatch.setattr(starting, "_RESTART", 0.1)
+    monkeypatch.setattr(launcher, "_RESTART", 0.1)
     says_ready = "import json, os, sys; os.write(json.load(sys.stdin)['ready_fd'], b'!')"
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -Sc "{says_ready}"\n')
     (tmp_path / "python").chmod(0o700)

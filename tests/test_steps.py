@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout
-from onnx_dl.client import RemoteModel
+from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.tensors import arena, call_plans, values
 from onnx_dl.transport import call_channel, client_lane, doorbell, lane_socket, sockets
 from tests.contract.both import CPU, loop

@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 import pytest
 
-from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout, starting
+from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout
+from onnx_dl.client import launcher
 from onnx_dl.errors import LoadTimeout, ProxyClosedError, UnloadTimeout, WorkerDied
 from tests.contract.both import CPU, loop
 from tests.contract.test_async_contract import ENDLESS
@@ -248,10 +249,10 @@ def test_the_hosts_start_goes_on_for_the_next_caller(stage: Stage) -> None:
     stage.proxy = stage.open()
     with pytest.raises(RunTimeout, match="the host to start, which goes on"):
         stage.proxy.run(None, X, timeout=0.001)
-    starting = stage.host._starting
-    assert starting is not None
+    launcher = stage.host._starting
+    assert launcher is not None
     assert works(stage.proxy)
-    assert stage.host._starting is starting, "it was not started again"
+    assert stage.host._starting is launcher, "it was not started again"
 
 
 def test_threads_wait_together(stage: Stage) -> None:
@@ -388,13 +389,13 @@ def group(supervisor: int) -> list[int]:
 def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost()
     beginning = threading.Event()
-    start = starting.start_private
+    start = launcher.start_private
 
     def slowly(*args: Any) -> Any:
         beginning.set()
         return start(*args)
 
-    monkeypatch.setattr(starting, "start_private", slowly)
+    monkeypatch.setattr(launcher, "start_private", slowly)
     ended: list[object] = []
 
     def use() -> None:

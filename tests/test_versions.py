@@ -15,7 +15,7 @@ import pytest
 
 import onnx_dl
 from onnx_dl import SupervisorError, SupervisorStartError
-from onnx_dl.connection import Connection
+from onnx_dl.client.connection import Connection
 from onnx_dl.protocol import control
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor import solitude

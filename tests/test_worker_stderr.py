@@ -18,7 +18,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from onnx_dl import ConfigError, InferenceSessionProxy, ModelHost, WorkerDied, workerlines
+from onnx_dl import ConfigError, InferenceSessionProxy, ModelHost, WorkerDied
+from onnx_dl.client import worker_output
 from tests.slow import identity_model, spin_model
 from tests.waiting import DEADLINE, eventually, worker_pid
 
@@ -68,7 +69,7 @@ def redirected(path: Path | str) -> Iterator[None]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers wait for what was written before, however slow the machine is."""
-    monkeypatch.setattr(workerlines, "_PATIENCE", DEADLINE)
+    monkeypatch.setattr(worker_output, "_PATIENCE", DEADLINE)
 
 
 @pytest.fixture
@@ -171,13 +172,13 @@ class Curious(logging.Handler):
 def test_a_handler_that_uses_a_model() -> None:
     with ModelHost(worker_stderr="log") as host:
         handler = Curious(InferenceSessionProxy(identity_model(), providers=CPU, host=host))
-        workerlines.logger.addHandler(handler)
+        worker_output.logger.addHandler(handler)
         try:
             proxy = InferenceSessionProxy(chatty_model(), providers=CPU, host=host)
             fail(proxy)
             eventually(lambda: len(handler.found) >= 2, "both lines are handled")
         finally:
-            workerlines.logger.removeHandler(handler)
+            worker_output.logger.removeHandler(handler)
             handler.close()
         assert handler.found[:2] == [[1.0, 1.0]] * 2
 

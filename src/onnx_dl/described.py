@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from onnx_dl.client import RemoteModel
+from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.model import ModelDescription
 from onnx_dl.native import NativeSession

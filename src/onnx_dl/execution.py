@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_dl import signatures
+from onnx_dl.client.cancellation import Watch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.config import Allowances, parse_allowances, parse_group, parse_timeout
 from onnx_dl.environment import Environment
@@ -22,7 +23,6 @@ from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
 from onnx_dl.model import ModelDescription, ModelSpec, model_identity, model_key, working_directory
 from onnx_dl.proxy import ModelProxy
-from onnx_dl.watch import Watch, not_begun
 
 
 class ExecutionSession(ModelProxy):

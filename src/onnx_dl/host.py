@@ -1,8 +1,8 @@
 """The supervisor that serves this application: one of its own, or one that it shares with others.
 
 Covers who connects to it and when, and which models this application has in it.  How one is started or found
-is :mod:`onnx_dl.starting`'s, which hosts a process has without being told :mod:`onnx_dl.hosts`'s; tensors
-never come here; one model's calls are :mod:`onnx_dl.client`'s.
+is :mod:`onnx_dl.client.launcher`'s, which hosts a process has without being told :mod:`onnx_dl.hosts`'s; tensors
+never come here; one model's calls are :mod:`onnx_dl.client.remote_model`'s.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import starting
-from onnx_dl.client import Lease, RemoteModel, SharedBlob, unload
+from onnx_dl.client import launcher
+from onnx_dl.client.connection import TIDY_EVERY, Connection
+from onnx_dl.client.event_dispatch import Teller
+from onnx_dl.client.remote_model import Lease, RemoteModel, SharedBlob, unload
+from onnx_dl.client.worker_output import WorkerLines
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import Guard
 from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.config import check_platform, parse_size, parse_timeout, parse_worker_stderr, settings
-from onnx_dl.connection import TIDY_EVERY, Connection
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.events import EventBus, EventStream, ModelEvent
 from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.system import installation, process_setup
-from onnx_dl.telling import Teller
 from onnx_dl.tensors.shared_arrays import Buffers
-from onnx_dl.workerlines import WorkerLines
 
 _T = TypeVar("_T")
 
@@ -183,11 +183,11 @@ class ModelHost:
                     return connection
                 if self._starting is None or self._starting.done:
                     self._starting = _Start(self, may_start)
-                starting = self._starting
+                launcher = self._starting
             try:
-                return starting.wait(deadline, "the host to start")
+                return launcher.wait(deadline, "the host to start")
             except SupervisorError:
-                if starting.may_start or not may_start:
+                if launcher.may_start or not may_start:
                     raise
                 # Another thread only looked for a host that runs.
 
@@ -222,9 +222,9 @@ class ModelHost:
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, teller, models)
         if self.name is not None:
-            connection = starting.reach(self.name, self._settings, link, deadline, start=this.may_start)
+            connection = launcher.reach(self.name, self._settings, link, deadline, start=this.may_start)
         else:
-            process, address, secret = starting.start_private(self._settings, self._firm, deadline)
+            process, address, secret = launcher.start_private(self._settings, self._firm, deadline)
             try:
                 connection = link(address, secret, deadline)
             except BaseException:
@@ -244,7 +244,7 @@ class ModelHost:
         connection = self._connection
         if connection is None or connection.usable:
             return connection
-        if self.name is None or not starting.runs(self.name):
+        if self.name is None or not launcher.runs(self.name):
             return None
         with contextlib.suppress(SupervisorError):
             return self._connect(start=False)
@@ -334,11 +334,11 @@ class ModelHost:
             # In one step: who uses a model from now on, a signal handler in this thread for one, has a new
             # supervisor, and that one is not to end here.
             connection, process, teller = self._connection, self._process, self._teller
-            self._connection = self._process = starting = None
+            self._connection = self._process = launcher = None
             if self.name is None:  # of a shared one, other threads may look for the next one meanwhile
-                starting, self._starting = self._starting, None
-        if starting is not None:
-            starting.end(_FAREWELL)
+                launcher, self._starting = self._starting, None
+        if launcher is not None:
+            launcher.end(_FAREWELL)
         if connection is not None:
             if self.name is None:
                 # Dead, or too busy to answer: then _bury() sees to it.
@@ -368,7 +368,7 @@ class ModelHost:
                 connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=patience)
         self.close()
         if connection is not None:  # calls that waited may have started the next one
-            starting.await_end(self.name, connection.supervisor_pid, _FAREWELL)
+            launcher.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
     def _take(self) -> tuple[Connection | None, subprocess.Popen[bytes] | None, Teller]:
         """The last supervisor, which is dead, from whoever would bury it, too."""

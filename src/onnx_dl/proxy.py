@@ -1,7 +1,7 @@
 """What every kind of proxy has: a model in a worker, a TTL, ``session()``, ``unload()``, ``close()``.
 
 An engine's own face (:mod:`onnx_dl.session`, :mod:`onnx_dl.execution`) is a subclass.  How a worker is found
-and called is :mod:`onnx_dl.client`'s.
+and called is :mod:`onnx_dl.client.remote_model`'s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl import config, files
-from onnx_dl.client import Lease, RemoteModel
+from onnx_dl.client.remote_model import Lease, RemoteModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.errors import FilesChanging, LoadTimeout, ProxyClosedError, RunTimeout
@@ -150,7 +150,7 @@ class ModelProxy:
 
     async def aload(self, *, timeout: float | None = None) -> None:
         """:meth:`load` for asyncio and trio, in a thread, which ends when the coroutine is cancelled."""
-        asynchronous = importing("onnx_dl.asynchronous")
+        asynchronous = importing("onnx_dl.client.awaited_calls")
 
         await asynchronous.in_thread(self.load_by, config.parse_timeout(timeout))
 

@@ -17,9 +17,11 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import callbacks, config, sources
+from onnx_dl import config, sources
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
-from onnx_dl.client import Kept, Lease
+from onnx_dl.client import callback_calls
+from onnx_dl.client.cancellation import Watch, not_begun
+from onnx_dl.client.remote_model import Kept, Lease
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.described import DescribedProxy
@@ -31,7 +33,6 @@ from onnx_dl.model import ModelSpec
 from onnx_dl.ort import options, ortvalues
 from onnx_dl.proxy import ModelProxy, bytes_of
 from onnx_dl.system import installation
-from onnx_dl.watch import Watch, not_begun
 
 _MISSING: Final = object()
 
@@ -222,7 +223,7 @@ class InferenceSessionProxy(DescribedProxy):
 
         Up to 32 calls of one model run at a time; others wait their turn.
         """
-        asynchronous = importing("onnx_dl.asynchronous")
+        asynchronous = importing("onnx_dl.client.awaited_calls")
 
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
@@ -263,11 +264,11 @@ class InferenceSessionProxy(DescribedProxy):
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         try:
-            callbacks.call_back(
+            callback_calls.call_back(
                 self._model(deadline),
                 self._lease,
                 lambda lane: lane.call(names, feed, plain, background=True),
-                callbacks.Callback(callback, user_data, run_options, deadline, feed),
+                callback_calls.Callback(callback, user_data, run_options, deadline, feed),
             )
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None

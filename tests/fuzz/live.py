@@ -21,7 +21,8 @@ import msgspec
 import numpy as np
 import psutil
 
-from onnx_dl import InferenceSessionProxy, ModelHost, starting
+from onnx_dl import InferenceSessionProxy, ModelHost
+from onnx_dl.client import launcher
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.protocol.control import Acquire, AskStatus, ClientHello, Granted, Shutdown, Unload, from_client
@@ -80,7 +81,7 @@ def _no_more(supervisor: int, worker: int, before: list[tuple[int, int]]) -> boo
 @contextlib.contextmanager
 def _host() -> Iterator[tuple[ModelHost, Rogue]]:
     found: list[tuple[str, str]] = []
-    start = starting.start_private
+    start = launcher.start_private
 
     def started(*args: Any, **kwargs: Any) -> Any:
         made = start(*args, **kwargs)
@@ -88,7 +89,7 @@ def _host() -> Iterator[tuple[ModelHost, Rogue]]:
         return made
 
     changed = {"ONNX_DL_METRICS": "127.0.0.1:0", "ONNX_DL_LANE": "socket"}
-    with mock.patch.object(starting, "start_private", started), mock.patch.dict(os.environ, changed):
+    with mock.patch.object(launcher, "start_private", started), mock.patch.dict(os.environ, changed):
         host = ModelHost()
         host.start()
     with host:

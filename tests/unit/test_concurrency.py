@@ -42,7 +42,7 @@ OF_OURS = {"transport.handshakes", "transport.router", "transport.worker_lane"}
 ALLOWED = {
     "concurrency.primitives": {"subprocess.Popen"},
     # Close files, memory and epoll's own, where gevent does nothing else than the system.
-    "client": {"os.close"},
+    "client.remote_model": {"os.close"},
     "proxy": {"os.close"},
     "transport.rendezvous": {"os.close"},
     "system.process_setup": {"os.close"},

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from onnx_dl.client.launcher import no_host
 from onnx_dl.console import checklist, table, text, versions
 from onnx_dl.console.history import History
 from onnx_dl.console.hosts import alive, default_name
@@ -19,7 +20,6 @@ from onnx_dl.host import Snapshot
 from onnx_dl.lifecycle import ModelState
 from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.starting import no_host
 from onnx_dl.transport.running_hosts import Sighting
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl import workerlines
-from onnx_dl.workerlines import Lines, Said, WorkerLines
+from onnx_dl.client import worker_output
+from onnx_dl.client.worker_output import Lines, Said, WorkerLines
 from tests.waiting import DEADLINE, eventually
 
 
@@ -51,7 +51,7 @@ def test_a_line_without_end_is_cut() -> None:
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """In the place of descriptor 2."""
     ends = os.pipe()
-    monkeypatch.setattr(workerlines, "_STDERR", ends[1])
+    monkeypatch.setattr(worker_output, "_STDERR", ends[1])
     yield ends
     os.close(ends[0])
 
@@ -62,13 +62,13 @@ def no_writer() -> bool:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(workerlines, "_IDLE", 0.01)
+    monkeypatch.setattr(worker_output, "_IDLE", 0.01)
     yield
     eventually(no_writer, "the thread ends")
 
 
 def test_whoever_waits_finds_it_written(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workerlines, "_PATIENCE", DEADLINE)
+    monkeypatch.setattr(worker_output, "_PATIENCE", DEADLINE)
     lines = WorkerLines()
     for turn in range(20):
         if turn % 5 == 4:
@@ -126,10 +126,10 @@ class Fails(logging.Handler):
 def test_a_handler_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "onnx_dl.worker")
     handler, lines = Fails(), WorkerLines(log=True)
-    workerlines.logger.addHandler(handler)
+    worker_output.logger.addHandler(handler)
     try:
         lines.put(piece(b"one\n"))
         lines.put(piece(b"two\n"))
         eventually(lambda: lines._put == lines._done, "both are told")
     finally:
-        workerlines.logger.removeHandler(handler)
+        worker_output.logger.removeHandler(handler)

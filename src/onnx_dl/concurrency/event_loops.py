@@ -1,7 +1,7 @@
 """Which library runs the present coroutine, and what calls that are awaited need of it.
 
 asyncio (and uvloop, which is asyncio's) and trio; anyio runs on one of the two.  Neither is imported before
-it runs, and none is needed to find out which does.  What is awaited is :mod:`onnx_dl.asynchronous`'s.
+it runs, and none is needed to find out which does.  What is awaited is :mod:`onnx_dl.client.awaited_calls`'s.
 """
 
 from __future__ import annotations

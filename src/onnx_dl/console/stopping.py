@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_dl import starting
+from onnx_dl.client import launcher
 from onnx_dl.console import hosts
 from onnx_dl.console.output import say
 from onnx_dl.errors import SupervisorError
@@ -22,7 +22,7 @@ def stop(name: str, *, all_versions: bool) -> None:
     found = running_hosts.running(name)
     others = [seen for seen in found if not seen.reachable]
     if not any(seen.reachable for seen in found) and not (others and all_versions):
-        raise SupervisorError(starting.no_host(name, others))
+        raise SupervisorError(launcher.no_host(name, others))
     for seen in found:
         say(f"{_end(name, seen, all_versions=all_versions)}: host {name!r}, {running_hosts.told(seen)}")
     if others and not all_versions:
@@ -35,7 +35,7 @@ def _end(name: str, seen: Sighting, *, all_versions: bool) -> str:
         with hosts.running(name) as host:
             host.stop()
     elif all_versions:
-        starting.terminate(seen)
+        launcher.terminate(seen)
     else:
         return "left"
     return "ended"

@@ -1,7 +1,7 @@
 """What threads that write for people have in common: a terminal that was stopped keeps nobody else waiting.
 
 A supervisor writes its own lines (:mod:`onnx_dl.supervisor.outlet`), an application those of its workers
-(:mod:`onnx_dl.workerlines`).  How their threads are fed is theirs.
+(:mod:`onnx_dl.client.worker_output`).  How their threads are fed is theirs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ each other out: the files of the host ``NAME`` that speaks protocol 5 are ``NAME
 The record says at which address the host listens and with which secret it is spoken to.  The host holds the
 lock for as long as it lives, so that there is never more than one, and who holds it can be asked without
 touching it.  The sockets themselves have abstract names, which have no limit of length that a path could
-exceed, and of which nothing is left.  Who starts a host is :mod:`onnx_dl.starting`'s; which hosts run is
+exceed, and of which nothing is left.  Who starts a host is :mod:`onnx_dl.client.launcher`'s; which hosts run is
 :mod:`onnx_dl.transport.running_hosts`'s; what a host does is the supervisor's.
 """
 

@@ -15,7 +15,8 @@ import types
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl.client import ANSWERS, Lease, RemoteModel
+from onnx_dl.client.cancellation import EVERY, GRACE, run_timeout
+from onnx_dl.client.remote_model import ANSWERS, Lease, RemoteModel
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.threads import Thread
@@ -23,7 +24,6 @@ from onnx_dl.protocol import lane as m
 from onnx_dl.transport import sockets
 from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.sockets import Waker
-from onnx_dl.watch import EVERY, GRACE, run_timeout
 
 _NAME: Final = "onnx-dl-callback"
 

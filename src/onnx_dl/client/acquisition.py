@@ -3,7 +3,7 @@
 Threads that use one proxy wait for one request together; those of different proxies of a model have a request
 each, and the supervisor answers all of them at once.  A thread that gives up at its own deadline leaves the
 others waiting; the last one tells the supervisor, which goes on loading.  Lanes and calls are
-:mod:`onnx_dl.client`'s.
+:mod:`onnx_dl.client.remote_model`'s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from onnx_dl import remarks
+from onnx_dl.client.connection import Asked, Connection
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.connection import Asked, Connection
 from onnx_dl.errors import HostClosing, SupervisorDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 
 if TYPE_CHECKING:
-    from onnx_dl.client import Lease
+    from onnx_dl.client.remote_model import Lease
 
 Make = Callable[[int], m.Acquire]
 Renew = Callable[[Connection, Deadline | None], None]

@@ -3,7 +3,7 @@
 The event loop watches the lane's descriptor itself.  What may block (a load, a new lane, copying much) is
 done in another thread, with a deadline that passes when the coroutine ends, so that no thread is left for the
 loop to wait for when it closes.  Whose event loop it is, is :mod:`onnx_dl.concurrency.event_loops`'s; onnxruntime's own
-callbacks are :mod:`onnx_dl.callbacks`'s.
+callbacks are :mod:`onnx_dl.client.callback_calls`'s.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
-from onnx_dl.client import ANSWERS, Lease, RemoteModel
+from onnx_dl.client.cancellation import GRACE, Watch, run_timeout
+from onnx_dl.client.remote_model import ANSWERS, Lease, RemoteModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.event_loops import EventLoops, present
 from onnx_dl.errors import RunTimeout
 from onnx_dl.protocol import lane as m
 from onnx_dl.system.thread_attributes import on_behalf
 from onnx_dl.transport.client_lane import ClientLane
-from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _AT_ONCE: Final = 32
 """Calls of one model that one event loop has under way; each takes a lane and a thread of the worker."""

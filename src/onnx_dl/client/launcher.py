@@ -3,7 +3,7 @@
 A *private* supervisor is a child of the application that starts it and ends with it.  A *shared* one is found
 by its name (:mod:`onnx_dl.transport.rendezvous`), if it speaks the same version of the protocol, or started in the
 background, exactly once: of two that are started at the same moment, the one that gets the lock is the host,
-and the other leaves.  What is said to a supervisor is :mod:`onnx_dl.connection`'s.
+and the other leaves.  What is said to a supervisor is :mod:`onnx_dl.client.connection`'s.
 """
 
 from __future__ import annotations

@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from onnx_dl import remarks
-from onnx_dl.acquisition import Acquisition, Make, Renew
+from onnx_dl.client.acquisition import Acquisition, Make, Renew
+from onnx_dl.client.cancellation import GRACE, Watch, run_timeout
+from onnx_dl.client.connection import Connection
+from onnx_dl.client.lane_pool import Holds, Serving, close_all
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import refuse
 from onnx_dl.config import Settings
-from onnx_dl.connection import Connection
 from onnx_dl.errors import (
     LoadTimeout,
     ProtocolError,
@@ -38,11 +40,9 @@ from onnx_dl.external import bytes_of
 from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.protocol import control, failures
 from onnx_dl.protocol.lane import CallFailed, Draining, Forgotten, Hold, Invoke, Result, Same, Touch, Unhold
-from onnx_dl.serving import Holds, Serving, close_all
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.thread_attributes import of_this_thread
 from onnx_dl.transport.client_lane import ClientLane
-from onnx_dl.watch import GRACE, Watch, run_timeout
 
 _LOAD_MARGIN: Final = 30.0
 """Seconds beyond the supervisor's own deadline for a load after which a client stops waiting."""

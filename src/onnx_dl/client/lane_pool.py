@@ -2,7 +2,7 @@
 
 No lock: whatever more than one may want, a lane above all, lies in a deque, out of which one takes it in a
 single step of Python's.  So a thread may interrupt itself anywhere, and another fork.  What is marked as gone
-stays so.  When a worker is asked for, and what is done with lanes, is :mod:`onnx_dl.client`'s.
+stays so.  When a worker is asked for, and what is done with lanes, is :mod:`onnx_dl.client.remote_model`'s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onnx_dl.protocol import control as m
 from onnx_dl.transport.client_lane import ClientLane
 
 if TYPE_CHECKING:
-    from onnx_dl.connection import Connection
+    from onnx_dl.client.connection import Connection
 
 
 class Serving:

@@ -14,7 +14,7 @@ from onnx_dl.errors import RunTimeout
 from onnx_dl.protocol import lane as m
 
 if TYPE_CHECKING:
-    from onnx_dl.client import RemoteModel
+    from onnx_dl.client.remote_model import RemoteModel
     from onnx_dl.transport.client_lane import ClientLane
 
 EVERY: Final = 0.003

@@ -1,7 +1,7 @@
 """An application's connection to a supervisor: requests with answers, notices without, events.
 
 One thread owns the control socket; other threads hand it messages.  Which
-models there are is not known here (:mod:`onnx_dl.client`), nor who started the supervisor
+models there are is not known here (:mod:`onnx_dl.client.remote_model`), nor who started the supervisor
 (:mod:`onnx_dl.host`).
 """
 
@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from onnx_dl.client.worker_output import Said, WorkerLines
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import Promise, refuse
@@ -37,7 +38,6 @@ from onnx_dl.system.owned_descriptors import keep_for_ever
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.sockets import Channel, Context, Waker
-from onnx_dl.workerlines import Said, WorkerLines
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
