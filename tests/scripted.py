@@ -16,10 +16,10 @@ import pytest
 import zmq
 
 from onnx_dl import host as hosts
-from onnx_dl.config import fresh_address
-from onnx_dl.model import ModelDescription, ModelStatus
+from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.protocol import codec, control
 from onnx_dl.transport import sockets
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.router import Router
 from onnx_dl.transport.sockets import Channel, Listener, Waker
 from onnx_dl.transport.worker_lane import WorkerLane

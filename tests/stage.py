@@ -17,6 +17,7 @@ import psutil
 from onnx_dl import EventType, ModelHost
 from onnx_dl.client.cancellation import Watch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.core.spec import ModelSpec, file_identity, model_key
 from onnx_dl.errors import (
     LoadTimeout,
     MemoryLimitExceeded,
@@ -27,7 +28,6 @@ from onnx_dl.errors import (
     UnloadTimeout,
     WorkerDied,
 )
-from onnx_dl.model import ModelSpec, file_identity, model_key
 from onnx_dl.proxy import ModelProxy
 from tests.waiting import DEADLINE, allowed, eventually
 

@@ -20,9 +20,9 @@ import pytest
 from onnx_dl import ModelHost, Snapshot, WorkerDied, trials
 from onnx_dl.cli import main
 from onnx_dl.console import hosts, loading
+from onnx_dl.core.status import ModelStatus
 from onnx_dl.demo.assets import model_path
 from onnx_dl.errors import SupervisorStartError
-from onnx_dl.model import ModelStatus
 from tests.sharing import own_runtime
 from tests.waiting import DEADLINE, allowed, eventually
 

@@ -12,7 +12,7 @@ import pytest
 
 import onnx_dl
 from onnx_dl import EventType, ModelHost, WorkerDied
-from onnx_dl.model import ModelSpec, file_identity, model_key
+from onnx_dl.core.spec import ModelSpec, file_identity, model_key
 from onnx_dl.proxy import ModelProxy
 from onnx_dl.workers import backend
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
@@ -23,7 +23,7 @@ SCALER = '''
 import ctypes
 
 import onnx_dl.workers.backend
-from onnx_dl.model import ModelDescription
+from onnx_dl.core.status import ModelDescription
 
 
 class Scaler:

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from onnx_dl.ort import recorder
 
 if TYPE_CHECKING:
+    from onnx_dl.client.event_stream import EventStream
+    from onnx_dl.core.events import EventType, ModelEvent
+    from onnx_dl.core.lifecycle import ModelState
+    from onnx_dl.core.status import ModelStatus, Usage
     from onnx_dl.errors import (
         CapacityError,
         ConfigError,
@@ -41,18 +45,25 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerError,
     )
-    from onnx_dl.events import EventStream, EventType, ModelEvent
     from onnx_dl.execution import ExecutionSession
     from onnx_dl.host import ModelHost, Snapshot
     from onnx_dl.hosts import connect, default_host, warm_up
-    from onnx_dl.lifecycle import ModelState
-    from onnx_dl.model import ModelStatus, Usage
     from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
     from onnx_dl.pipelines import Pipeline, pipeline
     from onnx_dl.session import InferenceSession, InferenceSessionProxy
     from onnx_dl.system.boot import freeze_support
 
 _HOMES = {
+    "client.event_stream": ("EventStream",),
+    "core.events": (
+        "EventType",
+        "ModelEvent",
+    ),
+    "core.lifecycle": ("ModelState",),
+    "core.status": (
+        "ModelStatus",
+        "Usage",
+    ),
     "errors": (
         "CapacityError",
         "ConfigError",
@@ -82,11 +93,6 @@ _HOMES = {
         "WorkerDied",
         "WorkerError",
     ),
-    "events": (
-        "EventStream",
-        "EventType",
-        "ModelEvent",
-    ),
     "execution": ("ExecutionSession",),
     "host": (
         "ModelHost",
@@ -96,11 +102,6 @@ _HOMES = {
         "connect",
         "default_host",
         "warm_up",
-    ),
-    "lifecycle": ("ModelState",),
-    "model": (
-        "ModelStatus",
-        "Usage",
     ),
     "patching": (
         "Patch",

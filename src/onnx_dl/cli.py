@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import onnx_dl
-from onnx_dl import config, launch
+from onnx_dl import launch
 from onnx_dl.console import output
+from onnx_dl.core import parsing, settings
+from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import ConfigError, OnnxDLError
-from onnx_dl.events import format_bytes
 
 if TYPE_CHECKING:
     from onnx_dl.workers.cache import Cache
@@ -175,10 +176,10 @@ def _supervise(arguments: argparse.Namespace) -> None:
     limit = arguments.memory_limit
     file = arguments.config
     if arguments.metrics is not None:
-        config.parse_address(arguments.metrics)
+        parsing.parse_address(arguments.metrics)
     supervise(
         arguments.name,
-        memory_limit=None if limit is None else str(config.parse_size(limit)),
+        memory_limit=None if limit is None else str(parsing.parse_size(limit)),
         config=None if file is None else os.path.abspath(file),
         metrics=arguments.metrics,
     )
@@ -227,7 +228,7 @@ def _ps(arguments: argparse.Namespace) -> None:
 def _top(arguments: argparse.Namespace) -> None:
     from onnx_dl.console import hosts, top
 
-    interval = config.parse_span(arguments.interval)
+    interval = parsing.parse_span(arguments.interval)
     with hosts.running(_host(arguments)) as host:
         top.top(host, interval)
 
@@ -235,7 +236,7 @@ def _top(arguments: argparse.Namespace) -> None:
 def _events(arguments: argparse.Namespace) -> None:
     from onnx_dl.console import following, hosts
 
-    seconds = None if arguments.follow else config.parse_span(arguments.seconds)
+    seconds = None if arguments.follow else parsing.parse_span(arguments.seconds)
     with hosts.running(_host(arguments)) as host:
         following.events(host, as_json=arguments.json, seconds=seconds)
 
@@ -243,7 +244,7 @@ def _events(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace) -> None:
     from onnx_dl.console import hosts, loading
 
-    ttl = None if arguments.ttl is None else config.parse_ttl(config.plain_number(arguments.ttl))
+    ttl = None if arguments.ttl is None else parsing.parse_ttl(parsing.plain_number(arguments.ttl))
     with hosts.started(_host(arguments)) as host:
         pin = True if arguments.command == "pin" else None
         terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
@@ -269,7 +270,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _cache() -> Cache:
     from onnx_dl.workers import cache
 
-    return cache.Cache(cache.folder(), config.parse_size(config.settings().cache_limit))
+    return cache.Cache(cache.folder(), parsing.parse_size(settings.settings().cache_limit))
 
 
 if __name__ == "__main__":

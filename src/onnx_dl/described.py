@@ -10,7 +10,7 @@ from typing import Any
 
 from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.model import ModelDescription
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.native import NativeSession
 from onnx_dl.ort.metadata import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
 from onnx_dl.proxy import ModelProxy

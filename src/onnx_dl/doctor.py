@@ -15,8 +15,8 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config
-from onnx_dl.events import format_bytes
+from onnx_dl.core import settings
+from onnx_dl.core.text import format_bytes
 from onnx_dl.supervisor.probe import Gpu
 from onnx_dl.system import builds
 from onnx_dl.transport import running_hosts
@@ -255,7 +255,7 @@ def start(mode: str, tried: Answer) -> Finding:
     )
 
 
-def load_cache(chosen: config.Settings, root: Path) -> Finding:
+def load_cache(chosen: settings.Settings, root: Path) -> Finding:
     """Whether models can be saved, below ``root``, in the form that loads fastest."""
     if chosen.cache == "off":
         return Finding("load cache", Mark.OK, "off, as ONNX_DL_CACHE=off asks")

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import config, doctor, trials
+from onnx_dl import doctor, trials
+from onnx_dl.core import settings
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.probe import Gpu, gpus
 from onnx_dl.system import builds, installation, resources
@@ -69,17 +70,17 @@ def examine() -> list[doctor.Finding]:
         ]
 
 
-def _settings(environ: Mapping[str, str]) -> tuple[config.Settings, str]:
+def _settings(environ: Mapping[str, str]) -> tuple[settings.Settings, str]:
     """The settings, or the defaults and what is wrong with the environment."""
     try:
-        return config.settings(environ), ""
+        return settings.settings(environ), ""
     except ConfigError as error:
-        return config.Settings(), str(error)
+        return settings.Settings(), str(error)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """``ONNX_DL_*`` variables that nothing reads, each with the one that may be meant, or with nothing."""
-    known = {f"ONNX_DL_{field.upper()}" for field in config.Settings.__struct_fields__} | _NO_SETTINGS
+    known = {f"ONNX_DL_{field.upper()}" for field in settings.Settings.__struct_fields__} | _NO_SETTINGS
     strange = sorted(name for name in environ if name.startswith("ONNX_DL_") and name not in known)
     return {name: "".join(difflib.get_close_matches(name, known, 1, 0.85)) for name in strange}
 

@@ -13,15 +13,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnx_dl import signatures
 from onnx_dl.client.cancellation import Watch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.config import Allowances, parse_allowances, parse_group, parse_timeout
-from onnx_dl.environment import Environment
-from onnx_dl.environment import parse as parse_environment
+from onnx_dl.core import mlir_signature
+from onnx_dl.core.environment import Environment
+from onnx_dl.core.environment import parse as parse_environment
+from onnx_dl.core.parsing import Allowances, parse_allowances, parse_group, parse_timeout
+from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_directory
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
-from onnx_dl.model import ModelDescription, ModelSpec, model_identity, model_key, working_directory
 from onnx_dl.proxy import ModelProxy
 
 
@@ -100,7 +101,7 @@ class ExecutionSession(ModelProxy):
             WorkerDied: the worker ended during the call.
             MemoryLimitExceeded: it did, because it had more memory than ``max_memory_hard``.
         """
-        signatures.check_types(inputs)
+        mlir_signature.check_types(inputs)
         if timeout is None:
             return self._run(inputs, None)
         deadline = Deadline.of(parse_timeout(timeout))
@@ -150,14 +151,14 @@ class ExecutionSession(ModelProxy):
         details = self._described().details
         found = _signatures_of(details, name)
         if found is None:
-            raise EngineError(signatures.no_entry(self._spec.name, name, details["entry_points"]))
+            raise EngineError(mlir_signature.no_entry(self._spec.name, name, details["entry_points"]))
         inputs, outputs = found
         return inputs, outputs
 
     def _check(self, description: ModelDescription, inputs: Sequence[NDArray[Any]]) -> None:
         found = _signatures_of(description.details, self._entry_point)
         if found is not None:  # else the worker shall say it
-            signatures.check(signatures.parse(found[0]), inputs)
+            mlir_signature.check(mlir_signature.parse(found[0]), inputs)
 
 
 def _signatures_of(details: dict[str, Any], name: str | None) -> list[str] | None:

@@ -25,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_dl.client import launcher
 from onnx_dl.client.connection import TIDY_EVERY, Connection
 from onnx_dl.client.event_dispatch import Teller
+from onnx_dl.client.event_stream import EventBus, EventStream
 from onnx_dl.client.remote_model import Lease, RemoteModel, SharedBlob, unload
 from onnx_dl.client.worker_output import WorkerLines
 from onnx_dl.concurrency import waits
@@ -32,13 +33,16 @@ from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import Guard
 from onnx_dl.concurrency.waits import Mailbox
-from onnx_dl.config import check_platform, parse_size, parse_timeout, parse_worker_stderr, settings
+from onnx_dl.core.events import ModelEvent
+from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
+from onnx_dl.core.settings import settings
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelStatus
 from onnx_dl.errors import ConfigError, OnnxDLError, SupervisorDied, SupervisorError, SupervisorStartError
-from onnx_dl.events import EventBus, EventStream, ModelEvent
-from onnx_dl.model import ModelSpec, ModelStatus
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.system import installation, process_setup
+from onnx_dl.system.platform import check_platform
 from onnx_dl.tensors.shared_arrays import Buffers
 
 _T = TypeVar("_T")

@@ -18,8 +18,9 @@ from typing import Any, Final, NoReturn, TypeVar
 import msgspec
 from msgspec import Struct
 
-from onnx_dl import config, environment
-from onnx_dl.environment import Environment
+from onnx_dl.core import environment, parsing
+from onnx_dl.core.environment import Environment
+from onnx_dl.core.spec import ModelSpec, Warmup, specify
 from onnx_dl.errors import ConfigError
 from onnx_dl.hosttables import (
     DefaultsTable,
@@ -30,7 +31,6 @@ from onnx_dl.hosttables import (
     culprit,
     shown,
 )
-from onnx_dl.model import ModelSpec, Warmup, specify
 from onnx_dl.system import small_files
 from onnx_dl.tomllines import line_of, too_deep
 
@@ -139,23 +139,23 @@ class _Reader:
             self._refuse(where, problem)
         table = self._table(HostTable, raw, ())
         defaults = self._table(DefaultsTable, table.defaults, ("defaults",))
-        ttl = self._parsed(config.parse_ttl, defaults.ttl, ("defaults", "ttl"))
+        ttl = self._parsed(parsing.parse_ttl, defaults.ttl, ("defaults", "ttl"))
         defaults = msgspec.structs.replace(defaults, ttl=ttl)
         common = self._options(defaults.options, ("defaults",))
         models = {name: self._model(name, given, defaults, common) for name, given in table.models.items()}
         self._refuse_twins(list(models.values()))
         return HostFile(
-            memory_limit=self._parsed(config.parse_size, table.memory_limit, ("memory_limit",)),
-            gpu_memory_limit=self._parsed(config.parse_size, table.gpu_memory_limit, ("gpu_memory_limit",)),
-            room_timeout=self._parsed(config.parse_time, table.room_timeout, ("room_timeout",)),
-            load_timeout=self._parsed(config.parse_time, table.load_timeout, ("load_timeout",)),
+            memory_limit=self._parsed(parsing.parse_size, table.memory_limit, ("memory_limit",)),
+            gpu_memory_limit=self._parsed(parsing.parse_size, table.gpu_memory_limit, ("gpu_memory_limit",)),
+            room_timeout=self._parsed(parsing.parse_time, table.room_timeout, ("room_timeout",)),
+            load_timeout=self._parsed(parsing.parse_time, table.load_timeout, ("load_timeout",)),
             metrics=self._metrics(table.metrics),
             models=models,
         )
 
     def _metrics(self, address: str | None) -> str | None:
         if address:  # an empty one means nowhere, as in the environment
-            self._parsed(config.parse_address, address, ("metrics",))
+            self._parsed(parsing.parse_address, address, ("metrics",))
         return address
 
     def _model(
@@ -165,11 +165,11 @@ class _Reader:
         if not name.strip() or not name.isprintable() or set(name) & set("/\\") or name in (".", ".."):
             self._refuse(where, "is no name for a model: give it printable text without / and \\")
         given = self._table(ModelTable, raw, where)
-        ttl = self._parsed(config.parse_ttl, given.ttl, (*where, "ttl"))
+        ttl = self._parsed(parsing.parse_ttl, given.ttl, (*where, "ttl"))
         return Configured(
             name=name,
             spec=self._spec(given, where, _first(given.providers, defaults.providers), common),
-            ttl=_first(ttl, defaults.ttl, config.KEEP),
+            ttl=_first(ttl, defaults.ttl, parsing.KEEP),
             pin=_first(given.pin, defaults.pin, False),
             priority=_first(given.priority, defaults.priority, 0),
             eager=bool(given.eager),
@@ -185,7 +185,7 @@ class _Reader:
             "extra": {},
             "surroundings": {},
             **self._allowances(given, where),
-            "group": self._parsed(config.parse_group, given.group or None, (*where, "group")),
+            "group": self._parsed(parsing.parse_group, given.group or None, (*where, "group")),
             "environment": self._environment(given, where),
         }
         path = os.path.join(self._base, os.path.expanduser(given.path))
@@ -205,9 +205,9 @@ class _Reader:
 
     def _allowances(self, given: ModelTable, where: _Keys) -> dict[str, int | None]:
         for name in ("max_memory", "max_memory_hard"):
-            self._parsed(config.parse_size, getattr(given, name), (*where, name))
+            self._parsed(parsing.parse_size, getattr(given, name), (*where, name))
         try:
-            found = config.parse_allowances(given.max_memory, given.max_memory_hard, given.max_runs)
+            found = parsing.parse_allowances(given.max_memory, given.max_memory_hard, given.max_runs)
         except ConfigError as error:
             self._refuse((*where, "max_memory_hard"), f"cannot be: {error}")
         return found._asdict()
@@ -257,7 +257,7 @@ class _Reader:
             self._refuse((*where, *keys), problem)
 
     def _parsed(self, parse: Callable[[Any], _Parsed], value: Any, where: _Keys) -> _Parsed | None:
-        """A value as one of :mod:`onnx_dl.config`'s functions reads it."""
+        """A value as one of :mod:`onnx_dl.core.parsing`'s functions reads it."""
         try:
             return None if value is None else parse(value)
         except ConfigError as error:

@@ -12,7 +12,7 @@ from typing import Final
 
 from onnx_dl.concurrency.forking import Guard
 from onnx_dl.concurrency.threads import Thread
-from onnx_dl.config import settings
+from onnx_dl.core.settings import settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host import ModelHost
 from onnx_dl.transport.rendezvous import USUAL, Place

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
-from onnx_dl.config import parse_size
+from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.patchsettings import checked, parse_models
 from onnx_dl.system import process_setup

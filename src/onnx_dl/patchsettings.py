@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from onnx_dl import config
-from onnx_dl.environment import parse as parse_environment
+from onnx_dl.core import parsing
+from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError
 
 _PARSE: Final[dict[str, Callable[[Any], Any]]] = {
-    "ttl": lambda value: config.parse_ttl(config.plain_number(value)),
-    "latency": config.parse_latency,
+    "ttl": lambda value: parsing.parse_ttl(parsing.plain_number(value)),
+    "latency": parsing.parse_latency,
     "environment": parse_environment,
-    "eager": config.parse_switch,
-    "in_process": config.parse_switch,
+    "eager": parsing.parse_switch,
+    "in_process": parsing.parse_switch,
 }
 
 

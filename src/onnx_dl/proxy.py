@@ -17,15 +17,16 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl import config, files
 from onnx_dl.client.remote_model import Lease, RemoteModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
+from onnx_dl.core import file_identity, parsing
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.spec import ModelSpec, model_key
+from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.errors import FilesChanging, LoadTimeout, ProxyClosedError, RunTimeout
 from onnx_dl.host import ModelHost
 from onnx_dl.hosts import default_host, shared_host
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, model_key
 from onnx_dl.tensors import segment, shared_bytes
 
 _MOST_VERSIONS: Final = 3
@@ -53,10 +54,10 @@ class ModelProxy:
                 ``priority`` no whole number.
         """
         self._lease = Lease(
-            config.parse_ttl(ttl),
-            config.parse_latency(latency),
-            config.parse_pin(pin),
-            config.parse_priority(priority),
+            parsing.parse_ttl(ttl),
+            parsing.parse_latency(latency),
+            parsing.parse_pin(pin),
+            parsing.parse_priority(priority),
         )
         self._host = host or default_host()
         self._take(spec, memory)
@@ -85,7 +86,7 @@ class ModelProxy:
 
     @ttl.setter
     def ttl(self, value: float | str) -> None:
-        self._lease.ttl = config.parse_ttl(value)
+        self._lease.ttl = parsing.parse_ttl(value)
         if (model := self._host.known_model(self._spec.key)) is not None:
             model.retime(self._lease, self._lease.ttl)
 
@@ -123,7 +124,7 @@ class ModelProxy:
             LoadTimeout: ``timeout`` passed; the load goes on for the next caller.
             Exception: what the first call would raise.
         """
-        self.load_by(Deadline.of(config.parse_timeout(timeout)))
+        self.load_by(Deadline.of(parsing.parse_timeout(timeout)))
 
     def load_by(self, deadline: Deadline | None) -> None:
         """:meth:`load`, for as long as ``deadline`` says.
@@ -152,7 +153,7 @@ class ModelProxy:
         """:meth:`load` for asyncio and trio, in a thread, which ends when the coroutine is cancelled."""
         asynchronous = importing("onnx_dl.client.awaited_calls")
 
-        await asynchronous.in_thread(self.load_by, config.parse_timeout(timeout))
+        await asynchronous.in_thread(self.load_by, parsing.parse_timeout(timeout))
 
     @contextlib.contextmanager
     def session(self, *, timeout: float | None = None) -> Iterator[Self]:
@@ -167,7 +168,7 @@ class ModelProxy:
             LoadTimeout: ``timeout`` passed; the load goes on for the next caller.
             Exception: what the first call would raise.
         """
-        deadline = Deadline.of(config.parse_timeout(timeout))
+        deadline = Deadline.of(parsing.parse_timeout(timeout))
         with self._in_time(deadline):
             model = self._model(deadline)
             model.hold(self._lease, deadline)
@@ -189,7 +190,7 @@ class ModelProxy:
             UnloadTimeout: calls still ran after ``timeout`` seconds; the unload happens when they end.
             SupervisorTimeout: the supervisor does not answer (``ONNX_DL_START_TIMEOUT``).
         """
-        deadline = Deadline.of(config.parse_timeout(timeout))
+        deadline = Deadline.of(parsing.parse_timeout(timeout))
         model = self._host.known_model(self._spec.key)
         return model is not None and model.unload(force=force, deadline=deadline)
 
@@ -300,7 +301,7 @@ class ModelProxy:
         for _ in range(_MOST_VERSIONS):
             model = self._known(deadline)
             worker = model.acquire(self._lease, deadline)
-            if (path := files.changed(self._spec.where, worker.description.files)) is None:
+            if (path := file_identity.changed(self._spec.where, worker.description.files)) is None:
                 self._used = model
                 return model
             model.leave_outdated(self._lease, worker, path)
@@ -314,7 +315,7 @@ class ModelProxy:
         """Files of the model with this key are others than its worker has read.  Who used it keeps it; this
         is from now on a proxy of a model with another key, which all have who find the same files then.
         Threads of this proxy may come to that at the same time, from the same key."""
-        now = files.look_at(self._spec.where, [file.name for file in read.files])
+        now = file_identity.look_at(self._spec.where, [file.name for file in read.files])
         self._spec = msgspec.structs.replace(self._spec, key=model_key(key, now))
 
     def _described_model(self) -> RemoteModel:
@@ -323,7 +324,7 @@ class ModelProxy:
         model = self._known(None)
         known = model.description
         if known is not None and (
-            model is self._used or files.changed(self._spec.where, known.files) is None
+            model is self._used or file_identity.changed(self._spec.where, known.files) is None
         ):
             return model
         return self._model()

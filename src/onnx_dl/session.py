@@ -17,19 +17,20 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import config, sources
+from onnx_dl import sources
 from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import callback_calls
 from onnx_dl.client.cancellation import Watch, not_begun
 from onnx_dl.client.remote_model import Kept, Lease
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
+from onnx_dl.core import parsing
+from onnx_dl.core.environment import parse as parse_environment
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.described import DescribedProxy
-from onnx_dl.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
-from onnx_dl.model import ModelSpec
 from onnx_dl.ort import options, ortvalues
 from onnx_dl.proxy import ModelProxy, bytes_of
 from onnx_dl.system import installation
@@ -125,8 +126,8 @@ class InferenceSessionProxy(DescribedProxy):
             providers,
             provider_options,
             kwargs,
-            config.parse_allowances(max_memory, max_memory_hard, max_runs),
-            config.parse_group(group),
+            parsing.parse_allowances(max_memory, max_memory_hard, max_runs),
+            parsing.parse_group(group),
             parse_environment(environment),
         )
         terms = {"ttl": ttl, "latency": latency, "pin": pin, "priority": priority}
@@ -200,7 +201,7 @@ class InferenceSessionProxy(DescribedProxy):
         names = names_of(output_names)
         deadline = plain = watch = None
         if run_options is not None or timeout is not None:
-            deadline = Deadline.of(config.parse_timeout(timeout))
+            deadline = Deadline.of(parsing.parse_timeout(timeout))
             plain, watch = options.read_run_options(run_options), Watch(run_options, deadline)
         try:
             result: list[Any] = self._model(deadline).run(self._lease, names, feed, plain, watch)
@@ -234,7 +235,7 @@ class InferenceSessionProxy(DescribedProxy):
             self._lease,
             lambda lane: lane.call(names, feed, plain),
             nbytes,
-            config.parse_timeout(timeout),
+            parsing.parse_timeout(timeout),
             run_options,
         )
         return result if names is None else sharing(names, result)
@@ -260,7 +261,7 @@ class InferenceSessionProxy(DescribedProxy):
         """
         if not (callback is None or callable(callback)):
             raise TypeError(f"run_async(): incompatible function arguments. {callback!r} is no function.")
-        deadline = Deadline.of(config.parse_timeout(timeout))
+        deadline = Deadline.of(parsing.parse_timeout(timeout))
         feed, names = self._fed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         try:

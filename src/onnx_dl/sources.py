@@ -1,4 +1,4 @@
-"""onnxruntime's constructor arguments as a :class:`~onnx_dl.model.ModelSpec`, with the memory they name."""
+"""onnxruntime's constructor arguments as a :class:`~onnx_dl.core.spec.ModelSpec`, with the memory they name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl import config
-from onnx_dl.config import Allowances
-from onnx_dl.environment import NOTHING, Environment
-from onnx_dl.model import ModelSpec, specify, working_directory
+from onnx_dl.core.environment import NOTHING, Environment
+from onnx_dl.core.parsing import Allowances
+from onnx_dl.core.spec import ModelSpec, specify, working_directory
 from onnx_dl.ort import options, recordings
-from onnx_dl.system import installation, process_setup
+from onnx_dl.system import installation, platform, process_setup
 from onnx_dl.tensors import segment, shared_bytes
 from onnx_dl.tensors.live_initializers import LiveMemory
 
@@ -137,7 +136,7 @@ def describe(
 
 def _kept(digest: str, data: bytes) -> Callable[[], int]:
     """What makes descriptors of these bytes.  The caller may let go of them."""
-    if not config.is_platform():  # the first use says so
+    if not platform.is_platform():  # the first use says so
         return functools.partial(segment.freeze, data)
     process_setup.fill_standard_streams()
     return shared_bytes.keep(digest, data).descriptor

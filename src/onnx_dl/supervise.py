@@ -6,11 +6,12 @@ import secrets
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl.core import settings as settings_module
 from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.main import Orders, serve
-from onnx_dl.system import process_setup
+from onnx_dl.system import platform, process_setup
+from onnx_dl.transport import addresses
 from onnx_dl.transport.rendezvous import USUAL, Place
 
 
@@ -21,20 +22,20 @@ def supervise(name: str = USUAL, **settings: str | None) -> None:
     gone, which it does when its clients have.  A host of another version that was started before ends
     likewise; for that this does not wait.
 
-    ``settings``: fields of :class:`~onnx_dl.config.Settings` in place of what the environment says.
+    ``settings``: fields of :class:`~onnx_dl.core.settings.Settings` in place of what the environment says.
 
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) a name or setting cannot be.
         SupervisorError: a host of this name runs that is kept in the foreground, or another process waits
             to be the next one.
     """
-    config.check_platform()
+    platform.check_platform()
     process_setup.make_own()
     given = {field: value for field, value in settings.items() if value is not None}
     orders = Orders(
-        address=config.fresh_address("host"),
+        address=addresses.fresh_address("host"),
         secret=secrets.token_hex(16),
-        settings=msgspec.structs.replace(config.settings(), **given),
+        settings=msgspec.structs.replace(settings_module.settings(), **given),
         protocol=PROTOCOL_VERSION,
         host=name,
         firm=list(given),

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from onnx_dl import external, hostfile, signatures
+from onnx_dl import hostfile
+from onnx_dl.core import mlir_signature, model_files
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, failures, lane
 from onnx_dl.supervisor import store
@@ -348,10 +349,10 @@ def _model_file(rng: random.Random, folder: Path) -> Target:
     def take(data: bytes) -> None:
         path = folder / "m.onnx"
         path.write_bytes(data)
-        external.bytes_of(str(path))
+        model_files.bytes_of(str(path))
         fd = segment.freeze(data)
         with contextlib.closing(open(fd, "rb")), contextlib.suppress(ValueError):
-            external.external_files(fd)
+            model_files.external_files(fd)
 
     tensor = b"\x08\x04\x10\x01\x42\x01w\x6a\x0f\x0a\x08location\x12\x03w.b\x70\x01"
     graph = b"\x2a" + bytes([len(tensor)]) + tensor
@@ -361,7 +362,7 @@ def _model_file(rng: random.Random, folder: Path) -> Target:
 
 
 def _signature(data: bytes) -> None:
-    signatures.parse(data.decode(errors="replace"))
+    mlir_signature.parse(data.decode(errors="replace"))
 
 
 def _host_header(data: bytes) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import misbehaviour
 
-from onnx_dl.model import ModelDescription
+from onnx_dl.core.status import ModelDescription
 
 misbehaviour.moment("import")
 

@@ -196,7 +196,7 @@ def _with_another_number(lane: Any, results: Any) -> None:
 
 
 def _ready(worker: Any, other: int = 0) -> Any:
-    from onnx_dl.model import ModelDescription
+    from onnx_dl.core.status import ModelDescription
     from onnx_dl.protocol import control
 
     return control.WorkerReady(

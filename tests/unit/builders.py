@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx_dl.config import Settings
-from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, Usage
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription, TensorSpec, Usage
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
 from onnx_dl.supervisor.scheduler import Scheduler

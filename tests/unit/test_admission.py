@@ -7,9 +7,9 @@ import signal
 import msgspec
 import pytest
 
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError, WorkerDied
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import Usage
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor import room

@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_dl import cli
-from onnx_dl.config import parse_size
+from onnx_dl.core.model_files import bytes_of, external_files
+from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
-from onnx_dl.external import bytes_of, external_files
 from onnx_dl.tensors import segment
 from onnx_dl.workers import cacheable
 from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of, open_meta

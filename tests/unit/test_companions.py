@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from onnx_dl import EventType, ModelEvent, ModelHost
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import InstallationError
 from onnx_dl.host import _on_event
-from onnx_dl.model import ModelSpec
 
 SPEC = ModelSpec(key="k", name="m", cwd="/", group="g")
 

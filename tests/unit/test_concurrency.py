@@ -16,8 +16,8 @@ from onnx_dl.concurrency import primitives, waits
 from onnx_dl.concurrency.event_loops import present
 from onnx_dl.concurrency.threads import Thread
 from onnx_dl.concurrency.waits import Mailbox
-from onnx_dl.config import check_platform
 from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.system.platform import check_platform
 from tests.unit.test_forking import OURS
 from tests.unit.test_layers import MODULES
 

@@ -10,9 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from onnx_dl import config
-from onnx_dl.config import Settings, parse_ttl, settings
+from onnx_dl.core import parsing
+from onnx_dl.core.parsing import parse_ttl
+from onnx_dl.core.settings import Settings, settings
 from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.system import platform
+from onnx_dl.transport import addresses
 
 ACCEPTED = [
     (-1, -1.0),
@@ -145,7 +148,7 @@ def test_bad_time(field, text):
     ],
 )
 def test_addresses(text, address):
-    assert config.parse_address(text) == address
+    assert parsing.parse_address(text) == address
     assert settings({"ONNX_DL_METRICS": text}).metrics == text
 
 
@@ -163,14 +166,14 @@ def test_settings_come_from_the_real_environment_by_default(monkeypatch):
 
 
 def test_platform(monkeypatch):
-    config.check_platform()
+    platform.check_platform()
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(PlatformError, match=r"needs Linux .* this is darwin\. Use onnxruntime"):
-        config.check_platform()
+        platform.check_platform()
 
 
 def test_addresses_are_unguessable_and_fit_a_socket():
-    found = {config.fresh_address("worker") for _ in range(100)}
+    found = {addresses.fresh_address("worker") for _ in range(100)}
     assert len(found) == 100
     for address in found:
         assert address.startswith(f"onnx-dl/{os.getuid()}/worker/")
@@ -188,76 +191,76 @@ def test_addresses_are_unguessable_and_fit_a_socket():
     ],
 )
 def test_allowances(given, found):
-    assert config.parse_allowances(*given) == found
+    assert parsing.parse_allowances(*given) == found
 
 
 @pytest.mark.parametrize("given", [(200, 100, None), ("much", None, None), (None, "", None), (1, 2, 0)])
 def test_allowances_that_cannot_be(given):
     with pytest.raises(ConfigError, match=r"max_memory|size|max_runs"):
-        config.parse_allowances(*given)
+        parsing.parse_allowances(*given)
 
 
 @pytest.mark.parametrize(
     ("value", "seconds"), [(2, 2.0), ("2", 2.0), ("0.5", 0.5), ("500ms", 0.5), (" 5m ", 300.0)]
 )
 def test_a_time_of_a_command_line(value, seconds):
-    assert config.parse_span(value) == seconds
+    assert parsing.parse_span(value) == seconds
 
 
 @pytest.mark.parametrize("value", ["0", 0, "-1", "soon", "", None, math.inf, "inf", "nan"])
 def test_what_is_no_time(value):
     with pytest.raises(ConfigError, match="is no time"):
-        config.parse_span(value)
+        parsing.parse_span(value)
 
 
 @pytest.mark.parametrize(("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5m", 300.0), (1_000_000, 1e6)])
 def test_times(value, seconds):
-    assert config.parse_time(value) == seconds
+    assert parsing.parse_time(value) == seconds
 
 
 @pytest.mark.parametrize("value", [-1, True, None, 1e6 + 1, math.inf, math.nan, "5", "1000h", []])
 def test_times_refused(value):
     with pytest.raises(ConfigError, match="is no time; write seconds from 0 to 1000000, or text such as"):
-        config.parse_time(value)
+        parsing.parse_time(value)
 
 
 @pytest.mark.parametrize("value", [2**63, "9" * 400, "9000000000GiB", True, -1, 1.5, None, "x"])
 def test_sizes_refused(value):
     with pytest.raises(ConfigError, match="is no size"):
-        config.parse_size(value)
+        parsing.parse_size(value)
 
 
 @pytest.mark.parametrize("value", [np.int64(2000), 2000, "2000", "2 kB"])
 def test_sizes(value):
-    assert config.parse_size(value) == 2000
+    assert parsing.parse_size(value) == 2000
 
 
 @pytest.mark.parametrize("value", [True, 1, np.True_])
 def test_pinned(value):
-    assert config.parse_pin(value) is True
-    assert config.parse_pin(type(value)(0)) is False
+    assert parsing.parse_pin(value) is True
+    assert parsing.parse_pin(type(value)(0)) is False
 
 
 @pytest.mark.parametrize("value", ["yes", "", 2, None, [], math.nan])
 def test_neither_pinned_nor_not(value):
     with pytest.raises(ConfigError, match="is neither True nor False"):
-        config.parse_pin(value)
+        parsing.parse_pin(value)
 
 
 @pytest.mark.parametrize("value", [0, -3, np.int64(7), -(2**63), 2**63 - 1])
 def test_priorities(value):
-    assert config.parse_priority(value) == value
+    assert parsing.parse_priority(value) == value
 
 
 @pytest.mark.parametrize("value", ["high", 1.5, True, None, 2**63, 10**30])
 def test_priorities_refused(value):
     with pytest.raises(ConfigError, match="is no whole number"):
-        config.parse_priority(value)
+        parsing.parse_priority(value)
 
 
 def test_runs_that_no_message_can_tell():
     with pytest.raises(ConfigError, match="is no number of calls"):
-        config.parse_runs(2**63)
+        parsing.parse_runs(2**63)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +268,10 @@ def test_runs_that_no_message_can_tell():
     [(None, None), (0, 0.0), (1.5, 1.5), ("90s", 90.0), (np.float32(2), 2.0), (1e9, None)],
 )
 def test_timeouts(value: object, seconds: float | None) -> None:
-    assert config.parse_timeout(value) == seconds
+    assert parsing.parse_timeout(value) == seconds
 
 
 @pytest.mark.parametrize("value", [-1, "soon", True, float("nan"), [1]])
 def test_what_is_no_timeout(value: object) -> None:
     with pytest.raises(ConfigError, match="timeout="):
-        config.parse_timeout(value)
+        parsing.parse_timeout(value)

@@ -10,15 +10,16 @@ import pytest
 from rich.console import Console, RenderableType
 
 from onnx_dl.client.launcher import no_host
-from onnx_dl.console import checklist, table, text, versions
+from onnx_dl.console import checklist, table, versions
 from onnx_dl.console.history import History
 from onnx_dl.console.hosts import alive, default_name
 from onnx_dl.console.loading import loaded
+from onnx_dl.core import text
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host import Snapshot
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.transport.running_hosts import Sighting
 

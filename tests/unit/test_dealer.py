@@ -9,8 +9,8 @@ import pytest
 import zmq
 
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.config import fresh_address
 from onnx_dl.transport import sockets
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router
 from tests.waiting import eventually

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onnx_dl import doctor, examination
-from onnx_dl.config import Settings
+from onnx_dl.core.settings import Settings
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.probe import Gpu

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from onnx_dl.config import fresh_address
 from onnx_dl.system import descriptor_limits
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.handshakes import BRIEF, MOST_SILENT, PATIENCE, Door, Silence
 from onnx_dl.transport.sockets import Channel
 from tests.waiting import DEADLINE, eventually

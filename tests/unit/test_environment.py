@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from onnx_dl.environment import LONGEST, Environment, parse, parse_pairs
+from onnx_dl.core.environment import LONGEST, Environment, parse, parse_pairs
 from onnx_dl.errors import ConfigError, ProtocolError
 from onnx_dl.protocol import codec, template
 

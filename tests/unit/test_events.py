@@ -6,7 +6,9 @@ import threading
 
 import pytest
 
-from onnx_dl.events import EventBus, EventType, ModelEvent, format_bytes
+from onnx_dl.client.event_stream import EventBus
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.text import format_bytes
 
 
 def made(seq: int = 1, kind: str = "loading", **fields) -> ModelEvent:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import files
+from onnx_dl.core import file_identity
+from onnx_dl.core.file_identity import ReadFile
+from onnx_dl.core.spec import ModelSpec, specify
 from onnx_dl.errors import FilesChanging
-from onnx_dl.files import ReadFile
-from onnx_dl.model import ModelSpec, specify
 from onnx_dl.workers import cacheable, reading
 from tests.unit.builders import spec
 
@@ -84,8 +84,8 @@ def test_what_has_changed_is_noticed(tmp_path: Path, how: str) -> None:
     (tmp_path / "one").write_bytes(b"1")
     (tmp_path / "w").symlink_to("one")
     model = spec_of(tmp_path / "m.onnx")
-    read = files.look_at(model.where, ["", "w", "never"])
-    assert files.changed(model.where, read) is None
+    read = file_identity.look_at(model.where, ["", "w", "never"])
+    assert file_identity.changed(model.where, read) is None
     if how == "written":
         (tmp_path / "one").write_bytes(b"22")
     elif how == "touched":
@@ -97,33 +97,33 @@ def test_what_has_changed_is_noticed(tmp_path: Path, how: str) -> None:
         if how == "link":
             (tmp_path / "next").symlink_to("two")
         os.replace(tmp_path / ("next" if how == "link" else "two"), tmp_path / "w")
-    assert files.changed(model.where, read) == str(tmp_path / "w")
+    assert file_identity.changed(model.where, read) == str(tmp_path / "w")
 
 
 def test_what_comes_to_be_is_a_change(tmp_path: Path) -> None:
     model = spec_of(tmp_path / "m.onnx")
-    read = files.look_at(model.where, ["w"])
+    read = file_identity.look_at(model.where, ["w"])
     assert read == [ReadFile("w", None)]
     (tmp_path / "w").write_bytes(b"")
-    assert files.changed(model.where, read) == str(tmp_path / "w")
+    assert file_identity.changed(model.where, read) == str(tmp_path / "w")
 
 
 def test_a_look_is_cheap(tmp_path: Path) -> None:
     """20 µs for a file; the fastest of many, whatever else this machine does."""
     (tmp_path / "m.onnx").write_bytes(b"m")
     model = spec_of(tmp_path / "m.onnx")
-    read = files.look_at(model.where, [""])
+    read = file_identity.look_at(model.where, [""])
     took = []
     for _ in range(200):
         began = time.perf_counter_ns()
-        assert files.changed(model.where, read) is None
+        assert file_identity.changed(model.where, read) is None
         took.append(time.perf_counter_ns() - began)
     assert min(took) < 20_000
 
 
 def test_names_that_cannot_be_looked_at_are_no_files() -> None:
-    assert files.look("a\0b") is None
-    assert files.look("x" * 5000) is None
+    assert file_identity.look("a\0b") is None
+    assert file_identity.look("x" * 5000) is None
 
 
 def test_libraries_are_among_the_files(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_file_that_changes_meanwhile_is_loaded_again(
     loads = Loads(path, changes, error)
     made, read = reading.load(spec_of(path), lambda: [""], loads)
     assert (made, loads.count) == (str(changes), changes + 1)
-    assert read == [ReadFile("", files.look(str(path)))]
+    assert read == [ReadFile("", file_identity.look(str(path)))]
 
 
 def test_one_that_changes_each_time_is_given_up(path: Path) -> None:

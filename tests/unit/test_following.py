@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from onnx_dl.client.event_stream import EventBus
 from onnx_dl.console.following import follow
+from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.errors import SupervisorDied
-from onnx_dl.events import EventBus, EventType, ModelEvent
 
 
 def made(seq: int) -> ModelEvent:

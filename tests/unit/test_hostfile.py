@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from onnx_dl import hosttables
+from onnx_dl.core.spec import Warmup
 from onnx_dl.errors import ConfigError
 from onnx_dl.hostfile import DTYPES, Configured, HostFile, parse, read
-from onnx_dl.model import Warmup
 from onnx_dl.ort import options
 from onnx_dl.session import InferenceSessionProxy
 from tests.unit.damage import damaged, replaced

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.protocol.lane import (
@@ -46,6 +45,7 @@ from onnx_dl.protocol.lane import (
 from onnx_dl.tensors import mapped_blocks, segment
 from onnx_dl.tensors.call_plans import Plan
 from onnx_dl.transport import sockets
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_dl.model import Usage
+from onnx_dl.core.status import Usage
 from onnx_dl.supervisor.ledger import Ledger
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl import lifecycle
+from onnx_dl.core import lifecycle
+from onnx_dl.core.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.errors import InvalidTransition
-from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
 
 STATES = ("unloaded", "loading", "ready", "draining", "failed")
 EVENTS = ("LoadRequested", "WorkerReady", "DrainRequested", "WorkerExited")
@@ -54,4 +54,6 @@ def test_only_an_exit_ends_a_live_state():
 
 
 def test_page_is_not_stale():
-    assert PAGE.read_text() == lifecycle.markdown(), "run: python -m onnx_dl.lifecycle > docs/lifecycle.md"
+    assert PAGE.read_text() == lifecycle.markdown(), (
+        "run: python -m onnx_dl.core.lifecycle > docs/lifecycle.md"
+    )

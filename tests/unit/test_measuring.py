@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError
-from onnx_dl.model import Usage
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.commands import EndSaver, KillWorker, Remember, TellWorker

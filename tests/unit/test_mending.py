@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.errors import SupervisorError
-from onnx_dl.lifecycle import ModelState
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.scheduler import Scheduler

@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 import onnx_dl
+from onnx_dl.core.environment import Environment
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.thread_attributes import Standing
-from onnx_dl.environment import Environment
 from onnx_dl.errors import ProtocolError
-from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.protocol import codec, control, failures, lane, template
 from tests.unit.builders import DESCRIPTION, spec
 

@@ -16,10 +16,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.errors import ConfigError, SupervisorStartError
-from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelStatus, Usage
 from onnx_dl.supervisor.families import CALLS, FAMILIES, LOADS, render
 from onnx_dl.supervisor.metrics import Facts, Metrics
 from onnx_dl.supervisor.scrape import Scrape

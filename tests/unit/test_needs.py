@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from onnx_dl.model import Usage, group_spec
+from onnx_dl.core.spec import group_spec
+from onnx_dl.core.status import Usage
 from onnx_dl.supervisor.needs import (
     UNLIMITED,
     Bytes,

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from onnx_dl.model import Usage
+from onnx_dl.core.status import Usage
 from onnx_dl.supervisor.probe import Gpu, Probe, gpus
 from onnx_dl.tensors import segment
 

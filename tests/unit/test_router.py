@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import sockets, zmtp
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.handshakes import PATIENCE
 from onnx_dl.transport.router import MOST_UNREAD, Router
 from tests.waiting import DEADLINE, eventually

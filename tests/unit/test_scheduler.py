@@ -7,10 +7,11 @@ import signal
 
 import pytest
 
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.spec import ModelSpec, Warmup
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker

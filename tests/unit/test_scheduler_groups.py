@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from onnx_dl.model import ModelDescription, ModelSpec
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.commands import Command
 from onnx_dl.supervisor.records import HOST, Terms

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onnx_dl.config import Settings
+from onnx_dl.core.settings import Settings
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.needs import Bytes, Need, Peak
 from onnx_dl.supervisor.store import Store

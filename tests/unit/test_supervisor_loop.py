@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import zmq
 
-from onnx_dl.config import Settings, fresh_address
-from onnx_dl.lifecycle import ModelState
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.settings import Settings
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.control import (
     AskStatus,
@@ -33,6 +33,7 @@ from onnx_dl.supervisor import loop as loops
 from onnx_dl.supervisor.loop import Supervisor
 from onnx_dl.supervisor.relay import MOST_UNREAD
 from onnx_dl.transport import sockets
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel
 from tests.unit.builders import acquire, ready

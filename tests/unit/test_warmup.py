@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_dl.model import TensorSpec, Warmup
+from onnx_dl.core.spec import Warmup
+from onnx_dl.core.status import TensorSpec
 from onnx_dl.workers.warmup import array_of, complaint
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_dl.lifecycle import ModelState
+from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 from onnx_dl.supervisor.records import HOST, Model
 from onnx_dl.supervisor.scheduler import Scheduler

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from onnx_dl.model import ModelDescription, ModelSpec, Usage
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription, Usage
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.measuring import Seen
 from onnx_dl.transport.gauges import Reading

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import msgspec
 
-from onnx_dl.model import ModelSpec, Usage
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import Usage
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.commands import (

@@ -12,9 +12,9 @@ import collections
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from onnx_dl import remarks
 from onnx_dl.client.connection import Asked, Connection
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.core import load_output
 from onnx_dl.errors import HostClosing, SupervisorDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
@@ -127,7 +127,7 @@ class Acquisition:
                 self._requests.pop(key, None)  # if it is the next one by now, nobody joins that
         if isinstance(answer, m.Denied):
             error = failures.rebuild(answer.failure)
-            remarks.repeat(getattr(error, "remarks", None))
+            load_output.repeat(getattr(error, "remarks", None))
             raise error
         granted: m.Granted = answer
         return granted

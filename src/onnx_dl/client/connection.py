@@ -23,6 +23,7 @@ from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import Promise, refuse
 from onnx_dl.concurrency.threads import Thread
+from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import (
     OnnxDLError,
     ProcessesExhausted,
@@ -32,7 +33,6 @@ from onnx_dl.errors import (
     SupervisorTimeout,
     SupervisorUnreachable,
 )
-from onnx_dl.events import ModelEvent
 from onnx_dl.protocol import codec, control
 from onnx_dl.system.owned_descriptors import keep_for_ever
 from onnx_dl.transport import sockets

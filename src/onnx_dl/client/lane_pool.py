@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from onnx_dl.concurrency import waits
-from onnx_dl.config import LATENCIES
+from onnx_dl.core.parsing import LATENCIES
 from onnx_dl.protocol import control as m
 from onnx_dl.transport.client_lane import ClientLane
 

@@ -21,15 +21,15 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from onnx_dl import config
 from onnx_dl.concurrency import forking, primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.config import Settings
+from onnx_dl.core import settings as settings_module
+from onnx_dl.core.settings import Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.boot import Launch
-from onnx_dl.transport import running_hosts
+from onnx_dl.transport import addresses, running_hosts
 from onnx_dl.transport.rendezvous import USUAL, Place
 from onnx_dl.transport.running_hosts import Sighting
 
@@ -56,7 +56,7 @@ def start_private(
     Raises:
         SupervisorStartError: it did not come up.
     """
-    address, secret = config.fresh_address("host"), secrets.token_hex(16)
+    address, secret = addresses.fresh_address("host"), secrets.token_hex(16)
     return _start(_launch(settings), address, secret, settings, deadline, firm=firm)[0], address, secret
 
 
@@ -150,7 +150,7 @@ def terminate(seen: Sighting) -> None:
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
             primitives.close(fd)
-    _await_end(place, seen.pid, config.settings().exit_grace + _FAREWELL)
+    _await_end(place, seen.pid, settings_module.settings().exit_grace + _FAREWELL)
 
 
 def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
@@ -167,7 +167,7 @@ def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
 
 def _start_shared(place: Place, settings: Settings, deadline: Deadline) -> None:
     """A host in the background; returns when it listens or another does."""
-    address, secret = config.fresh_address("host"), secrets.token_hex(16)
+    address, secret = addresses.fresh_address("host"), secrets.token_hex(16)
     launch = _launch(settings)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from onnx_dl import remarks
 from onnx_dl.client.acquisition import Acquisition, Make, Renew
 from onnx_dl.client.cancellation import GRACE, Watch, run_timeout
 from onnx_dl.client.connection import Connection
@@ -25,7 +24,12 @@ from onnx_dl.client.lane_pool import Holds, Serving, close_all
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import refuse
-from onnx_dl.config import Settings
+from onnx_dl.core import load_output
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.model_files import bytes_of
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.errors import (
     LoadTimeout,
     ProtocolError,
@@ -35,9 +39,6 @@ from onnx_dl.errors import (
     UnloadTimeout,
     WorkerDied,
 )
-from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.external import bytes_of
-from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus
 from onnx_dl.protocol import control, failures
 from onnx_dl.protocol.lane import CallFailed, Draining, Forgotten, Hold, Invoke, Result, Same, Touch, Unhold
 from onnx_dl.system import descriptor_limits
@@ -467,7 +468,7 @@ class RemoteModel:
         granted = self._accept(lease, answer, connection, deadline)
         if not lease.told:
             lease.told = True
-            remarks.repeat(answer.description.details.get("remarks"))
+            load_output.repeat(answer.description.details.get("remarks"))
         return granted
 
     def _ask_until_served(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx_dl import config
 from onnx_dl.console.output import say
-from onnx_dl.environment import parse_pairs
+from onnx_dl.core import parsing
+from onnx_dl.core.environment import parse_pairs
+from onnx_dl.core.status import ModelStatus
+from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import OnnxDLError, RemoteError
-from onnx_dl.events import format_bytes
 from onnx_dl.host import ModelHost
-from onnx_dl.model import ModelStatus
 
 
 def load(
@@ -42,7 +42,7 @@ def load(
 
 def loaded(status: ModelStatus) -> str:
     """One line that tells of a model that a host holds."""
-    ttl = "" if status.ttl is None else ", stays" if status.ttl == config.KEEP else f", ttl {status.ttl:g} s"
+    ttl = "" if status.ttl is None else ", stays" if status.ttl == parsing.KEEP else f", ttl {status.ttl:g} s"
     pinned = ", pinned" if status.pinned else ""
     return (
         f"{status.state} {status.model}, pid {status.pid}, PSS {format_bytes(status.usage.pss)}{ttl}{pinned}"

@@ -10,13 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnx_dl.config import KEEP
 from onnx_dl.console.history import History
-from onnx_dl.console.text import duration, growing_line, short_names
-from onnx_dl.events import format_bytes
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.parsing import KEEP
+from onnx_dl.core.status import ModelStatus
+from onnx_dl.core.text import duration, format_bytes, growing_line, short_names
 from onnx_dl.host import Snapshot
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelStatus
 
 _NONE: Final = "-"
 _GAP: Final = 2

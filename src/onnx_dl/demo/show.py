@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from onnx_dl.console.text import sparkline
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
 from onnx_dl.demo.memory import Reading, Recorder
 from onnx_dl.demo.work import Outcome, churn, predict
-from onnx_dl.events import EventType, ModelEvent
 from onnx_dl.host import ModelHost
 from onnx_dl.session import InferenceSessionProxy
 from onnx_dl.system import boot, installation

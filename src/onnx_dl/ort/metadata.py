@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from onnx_dl.concurrency.forking import lazily
-from onnx_dl.model import ModelDescription, TensorSpec
+from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.ort import options, recordings
 
 

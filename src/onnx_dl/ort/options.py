@@ -12,8 +12,8 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ConfigError
-from onnx_dl.model import to_plain
 from onnx_dl.ort import recorder, recordings
 
 SESSION_FIELDS: Final = (

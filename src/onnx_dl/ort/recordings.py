@@ -17,9 +17,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.environment import NOTHING, Environment
+from onnx_dl.core.environment import NOTHING, Environment
+from onnx_dl.core.spec import file_identity
+from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ConfigError
-from onnx_dl.model import file_identity, to_plain
 from onnx_dl.ort import ortvalues, recorder
 
 _READ_AT_LOAD: Final = ("ORT_LOAD_CONFIG_FROM_MODEL",)

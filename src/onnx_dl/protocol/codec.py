@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ProtocolError
-from onnx_dl.model import to_plain
 
 PROTOCOL_VERSION = 5
 

@@ -7,10 +7,11 @@ not fit raises :class:`~onnx_dl.errors.ProtocolError`.  Sockets are not known he
 
 from __future__ import annotations
 
+from onnx_dl.core.environment import NOTHING, Environment
+from onnx_dl.core.events import ModelEvent
+from onnx_dl.core.spec import ModelSpec, Warmup
+from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.core.thread_attributes import Standing
-from onnx_dl.environment import NOTHING, Environment
-from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelDescription, ModelSpec, ModelStatus, Warmup
 from onnx_dl.protocol.codec import Count, Message, Reader, Seconds, Ttl
 from onnx_dl.protocol.failures import Failure
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.thread_attributes import Standing
-from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.protocol.codec import PROTOCOL_VERSION, Message, Reader
 
 
 class Spawn(Message):
     """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
-    blobs, which are those of these tags (:func:`onnx_dl.model.blob_tag`).  ``pristine``: in a process in
+    blobs, which are those of these tags (:func:`onnx_dl.core.spec.blob_tag`).  ``pristine``: in a process in
     which the engine has made no session yet."""
 
     worker_id: int

@@ -16,9 +16,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from onnx_dl.config import Settings
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelSpec
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor import room
 from onnx_dl.supervisor.commands import StartSaver

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.model import Usage
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.status import Usage
 from onnx_dl.supervisor.records import Model, Worker
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from onnx_dl.core.events import ModelEvent
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.thread_attributes import Standing
-from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelSpec
 from onnx_dl.protocol.codec import Message
 from onnx_dl.supervisor.needs import Need
 from onnx_dl.supervisor.saving import Wish

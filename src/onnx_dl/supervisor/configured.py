@@ -12,11 +12,11 @@ from collections.abc import Container, Iterator
 import msgspec
 
 from onnx_dl import hostfile
-from onnx_dl.config import Settings
+from onnx_dl.core.model_files import bytes_of
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.errors import ConfigError
-from onnx_dl.external import bytes_of
 from onnx_dl.hostfile import Configured, HostFile
-from onnx_dl.model import ModelSpec, Warmup
 from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.filewatch import FileWatch
 from onnx_dl.supervisor.records import Terms

@@ -20,8 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import onnx_dl
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import ModelStatus, Usage
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.supervisor.metrics import Facts, Times
 from onnx_dl.transport.gauges import bound, bucket
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from onnx_dl.model import Usage
+from onnx_dl.core.status import Usage
 from onnx_dl.supervisor.needs import NOTHING, Bytes, present
 
 _AFTERGLOW: Final = 2.0

@@ -18,11 +18,12 @@ import time
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from onnx_dl.config import Settings
+from onnx_dl.core.events import ModelEvent
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.spec import ModelSpec, blob_tag
+from onnx_dl.core.status import Usage
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
-from onnx_dl.events import ModelEvent
-from onnx_dl.model import ModelSpec, Usage, blob_tag
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure

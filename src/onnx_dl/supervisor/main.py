@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl.config import Settings
+from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.outlet import Outlet

@@ -12,10 +12,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from onnx_dl.config import Settings, parse_size
+from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.parsing import parse_size
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError
-from onnx_dl.lifecycle import ModelState
-from onnx_dl.model import Usage
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor import needs, room

@@ -9,7 +9,7 @@ the model is set to FAILED past the table: it has no worker any more, which is w
 
 from __future__ import annotations
 
-from onnx_dl.lifecycle import ModelState
+from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.protocol import control, failures
 from onnx_dl.supervisor.admission import Admission
 from onnx_dl.supervisor.commands import Command

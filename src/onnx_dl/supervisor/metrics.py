@@ -10,8 +10,8 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from onnx_dl.events import EventType, ModelEvent
-from onnx_dl.model import ModelStatus
+from onnx_dl.core.events import EventType, ModelEvent
+from onnx_dl.core.status import ModelStatus
 from onnx_dl.transport.gauges import BUCKETS, Reading, bucket
 
 REMEMBERED: Final = 1000

@@ -13,7 +13,8 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Meta
 
-from onnx_dl.model import ModelSpec, Usage, model_key
+from onnx_dl.core.spec import ModelSpec, model_key
+from onnx_dl.core.status import Usage
 
 UNLIMITED: Final = 1 << 62
 """Bytes of which nobody has more."""

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import psutil
 
-from onnx_dl.model import Usage
+from onnx_dl.core.status import Usage
 
 _KNOWN_FOR: Final = 0.05
 """Seconds in which what a process shares with others does not change by much."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from onnx_dl.environment import Environment
+from onnx_dl.core.environment import Environment
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.saverprocess import SaverProcess

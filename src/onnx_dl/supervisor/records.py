@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from typing import Final, NamedTuple
 
-from onnx_dl.config import KEEP
+from onnx_dl.core.lifecycle import LifecycleEvent, ModelState, transition
+from onnx_dl.core.parsing import KEEP
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.thread_attributes import Standing
-from onnx_dl.lifecycle import LifecycleEvent, ModelState, transition
-from onnx_dl.model import ModelSpec, ModelStatus, Usage
 from onnx_dl.protocol import control
 from onnx_dl.protocol.failures import Failure
 from onnx_dl.supervisor.ledger import Ledger

@@ -10,8 +10,8 @@ import enum
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import CapacityError
-from onnx_dl.events import format_bytes
 from onnx_dl.supervisor.needs import NOTHING, Bytes, Need, Peak
 
 BASE: Final = 32 << 20

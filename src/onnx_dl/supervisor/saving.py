@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from onnx_dl.environment import NOTHING as NO_VARIABLES
-from onnx_dl.environment import Environment
+from onnx_dl.core.environment import NOTHING as NO_VARIABLES
+from onnx_dl.core.environment import Environment
 from onnx_dl.supervisor.needs import NOTHING, Bytes
 
 BASE: Final = 96 << 20

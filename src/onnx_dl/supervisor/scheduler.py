@@ -15,11 +15,12 @@ from typing import Any, Final
 
 import msgspec
 
-from onnx_dl.config import Settings
+from onnx_dl.core.events import EventType
+from onnx_dl.core.lifecycle import LifecycleEvent, ModelState
+from onnx_dl.core.settings import Settings
+from onnx_dl.core.spec import ModelSpec, Warmup, group_spec
+from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.errors import HostClosing, LoadTimeout, ProxyClosedError, WorkerDied
-from onnx_dl.events import EventType
-from onnx_dl.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.model import ModelSpec, ModelStatus, Usage, Warmup, group_spec
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor import exits, saving
 from onnx_dl.supervisor.chronicle import Chronicle

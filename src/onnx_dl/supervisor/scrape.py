@@ -23,7 +23,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from onnx_dl.concurrency import spawning
-from onnx_dl.config import parse_address
+from onnx_dl.core.parsing import parse_address
 from onnx_dl.errors import SupervisorStartError
 from onnx_dl.supervisor import families
 from onnx_dl.supervisor.metrics import Facts

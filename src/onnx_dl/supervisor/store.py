@@ -18,8 +18,7 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config
-from onnx_dl.config import Settings
+from onnx_dl.core.settings import Settings, cache_folder
 from onnx_dl.supervisor.needs import Need
 from onnx_dl.system import installation, small_files
 
@@ -119,7 +118,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 def of(settings: Settings) -> Store:
     """Where these settings have it: beside the load cache, and with it switched off."""
-    folder = config.cache_folder(settings)
+    folder = cache_folder(settings)
     # A relative one means the application's folder, which this process has left.
     if settings.cache == "off" or not folder.is_absolute():
         return Store(lambda: None)

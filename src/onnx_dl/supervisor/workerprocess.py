@@ -12,8 +12,8 @@ import signal
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.thread_attributes import Standing
-from onnx_dl.environment import NOTHING, Environment
 from onnx_dl.protocol import codec, template
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page

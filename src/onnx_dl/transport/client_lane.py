@@ -20,7 +20,6 @@ import zmq
 
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.config import fresh_address
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
 from onnx_dl.tensors.arena import Block, Reference, home_of
@@ -28,7 +27,7 @@ from onnx_dl.tensors.call_plans import Asked, Plan, Plans, can_repeat, key_of, t
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import same_secret
+from onnx_dl.transport.addresses import fresh_address, same_secret
 from onnx_dl.transport.affinity import Apart, Placement
 from onnx_dl.transport.call_channel import CallerBellCalls, Calls, NoCalls, ZmqCalls
 from onnx_dl.transport.doorbell import CallerBell

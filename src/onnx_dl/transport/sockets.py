@@ -2,7 +2,7 @@
 
 Two kinds.  ZeroMQ carries calls and control.  A Unix socket of type SEQPACKET (a :class:`Channel`) carries
 what ZeroMQ cannot: descriptors, and the certainty of EOF when the other process is gone.  All addresses are
-abstract names (:func:`onnx_dl.config.fresh_address`), open to the same user only: ZeroMQ filters by user id,
+abstract names (:func:`onnx_dl.transport.addresses.fresh_address`), open to the same user only: ZeroMQ filters by user id,
 and :func:`accept` checks the peer's credentials.
 """
 

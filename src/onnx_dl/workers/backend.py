@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from onnx_dl.environment import Environment
+from onnx_dl.core.environment import Environment
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
-from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.workers.halt import Halt
 
 

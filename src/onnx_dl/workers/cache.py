@@ -22,8 +22,8 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import config
-from onnx_dl.model import ModelDescription
+from onnx_dl.core import settings
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.system import small_files
 
 MODEL: Final = "model.onnx"
@@ -76,7 +76,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 def folder() -> Path:
     """Where the cache lies, by the environment."""
-    return config.cache_folder(config.settings())
+    return settings.cache_folder(settings.settings())
 
 
 class Cache:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from onnx_dl.model import ModelSpec, model_identity, model_key
+from onnx_dl.core.spec import ModelSpec, model_identity, model_key
 
 SMALLEST: Final = 8 << 20
 """Bytes of weights below which a saved form saves nothing worth a file."""

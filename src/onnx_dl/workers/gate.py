@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from onnx_dl.config import KEEP
+from onnx_dl.core.parsing import KEEP
 from onnx_dl.transport.gauges import Gauges
 
 

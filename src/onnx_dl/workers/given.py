@@ -14,8 +14,8 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl import external
-from onnx_dl.model import ModelSpec
+from onnx_dl.core import model_files
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.tensors import segment
 from onnx_dl.workers.ort_session import Opened
 
@@ -62,7 +62,7 @@ def is_like_a_file(spec: ModelSpec) -> bool:
 def _is_plain(blob: int) -> bool:
     """Whether it is an ONNX model without files beside it."""
     try:
-        return not external.external_files(blob)
+        return not model_files.external_files(blob)
     except (OSError, ValueError):
         return False
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
-from onnx_dl.model import ModelDescription, ModelSpec
 from onnx_dl.protocol import failures
 from onnx_dl.workers import backend as backends
 from onnx_dl.workers.backend import Backend, Save

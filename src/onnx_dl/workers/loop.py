@@ -19,9 +19,8 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from onnx_dl.concurrency import spawning
-from onnx_dl.config import fresh_address
+from onnx_dl.core.spec import ModelSpec, blob_tag
 from onnx_dl.errors import OnnxDLError, ProcessesExhausted, SharedMemoryError
-from onnx_dl.model import ModelSpec, blob_tag
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import (
     Again,
@@ -37,6 +36,7 @@ from onnx_dl.protocol.lane import (
     Unhold,
 )
 from onnx_dl.transport import sockets
+from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Door
 from onnx_dl.transport.sockets import Channel, Waker

@@ -25,9 +25,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl import signatures
+from onnx_dl.core import mlir_signature
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.errors import EngineError
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
 from onnx_dl.workers import reading
 from onnx_dl.workers.backend import Repeatable, Save
 from onnx_dl.workers.halt import Halt
@@ -142,7 +143,9 @@ class Library:
         inputs, outputs = (
             _text(self._queries[query](name.encode())) for query in ("omInputSignature", "omOutputSignature")
         )
-        return Entry(name, function, inputs, outputs, signatures.parse(inputs), signatures.parse(outputs))
+        return Entry(
+            name, function, inputs, outputs, mlir_signature.parse(inputs), mlir_signature.parse(outputs)
+        )
 
     @property
     def default(self) -> Entry | None:
@@ -157,7 +160,7 @@ class Library:
         """
         entry = self.default if name is None else self._named.get(name)
         if entry is None:
-            raise EngineError(signatures.no_entry(self._path, name, [e.name for e in self.entries]))
+            raise EngineError(mlir_signature.no_entry(self._path, name, [e.name for e in self.entries]))
         return entry
 
     def signatures(self) -> dict[str, list[str]]:
@@ -167,7 +170,7 @@ class Library:
     def make_tensor(self, array: NDArray[Any]) -> int:
         """An OMTensor that looks at the array's memory; it does not own it."""
         shape = (c_int64 * array.ndim)(*array.shape)
-        number = signatures.NUMBERS[array.dtype]
+        number = mlir_signature.NUMBERS[array.dtype]
         return _made(self._om.omTensorCreate(array.ctypes.data, shape, array.ndim, number))
 
     def make_list(self, tensors: Sequence[int]) -> int:
@@ -182,7 +185,7 @@ class Library:
     def look_at(self, tensor: int) -> NDArray[Any]:
         """The tensor's own memory; its strides count elements (OMTensor.h), numpy's count bytes."""
         number = self._om.omTensorGetDataType(tensor)
-        dtype = signatures.DTYPES.get(number)
+        dtype = mlir_signature.DTYPES.get(number)
         if dtype is None:
             raise TypeError(
                 f"The model returned a tensor of OM_DATA_TYPE {number}, which numpy does not have."
@@ -288,8 +291,8 @@ class OnnxMlirBackend:
         """One run; ``take`` gets the results in the library's own memory, which is freed then."""
         entry = self._library.find(outputs[0] if outputs else None)
         inputs = list(feed.values())
-        signatures.check_types(inputs)
-        signatures.check(entry.inputs, inputs)
+        mlir_signature.check_types(inputs)
+        mlir_signature.check(entry.inputs, inputs)
         arrays = [array if array.flags.c_contiguous else array.copy() for array in inputs]
         library = self._library
         tensors = [library.make_tensor(array) for array in arrays]

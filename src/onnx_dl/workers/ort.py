@@ -13,9 +13,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from onnx_dl import config, external, files
-from onnx_dl.files import ReadFile
-from onnx_dl.model import ModelDescription, ModelSpec
+from onnx_dl.core import file_identity, model_files, parsing, settings
+from onnx_dl.core.file_identity import ReadFile
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription
 from onnx_dl.ort.options import make_run_options
 from onnx_dl.workers import cache, cacheable, given, ort_session, reading, saver
 from onnx_dl.workers.backend import Origin, Repeatable, Rerun, Save, Unsaved
@@ -81,17 +82,17 @@ class OnnxRuntimeBackend:
 
     def _differs(self, entry: cache.Entry) -> bool:
         """Whether an entry was made of other files than those that the model would be read from now."""
-        return files.changed(self._spec.where, entry.meta.description.files) is not None
+        return file_identity.changed(self._spec.where, entry.meta.description.files) is not None
 
     def origin(self) -> Origin:
         return Origin(self._key or "", self._cached is not None)
 
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
-        slow = seconds >= config.settings().cache_from
+        slow = seconds >= settings.settings().cache_from
         on_cpu = self._session.get_providers() == ["CPUExecutionProvider"]
         if self._key is None or self._cached is not None or not (slow and on_cpu):
             return []
-        mine = not config.settings().cache_dir  # who names a folder knows what goes there
+        mine = not settings.settings().cache_dir  # who names a folder knows what goes there
         nbytes = _bytes_of(self._spec, blobs)
         is_small = nbytes < cacheable.SMALLEST
         if is_small or _store().is_refused(self._key) or (mine and cacheable.is_passing(self._spec)):
@@ -227,17 +228,17 @@ def _build() -> str:
 
 
 def _caching() -> bool:
-    return config.settings().cache == "on"
+    return settings.settings().cache == "on"
 
 
 def _bytes_of(spec: ModelSpec, blobs: Mapping[str, int]) -> int:
     if spec.blob is not None:
         return os.fstat(blobs[spec.blob]).st_size
-    return external.bytes_of(os.path.join(spec.cwd, spec.path or ""))
+    return model_files.bytes_of(os.path.join(spec.cwd, spec.path or ""))
 
 
 def _store() -> cache.Cache:
-    return cache.Cache(cache.folder(), config.parse_size(config.settings().cache_limit))
+    return cache.Cache(cache.folder(), parsing.parse_size(settings.settings().cache_limit))
 
 
 def _key_of(spec: ModelSpec) -> str | None:

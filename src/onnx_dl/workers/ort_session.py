@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import onnxruntime
 
-from onnx_dl import remarks
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl.core import load_output
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.ort import recordings
 from onnx_dl.ort.options import as_given, make_providers, make_session_options, read_session_options
 from onnx_dl.system import resources
@@ -48,7 +49,7 @@ class Opened:
         options, self.shares = _with_share(options)
         self.as_set = {name: (spec.options or {})[name] for name in _OF_POOLS} if _uses_pools(spec) else {}
         """Options that read as the caller set them, though the session has others."""
-        with remarks.captured() as self.remarks:
+        with load_output.captured() as self.remarks:
             self.session = onnxruntime.InferenceSession(
                 spec.path if data is None else data, options, *_providers(spec), **_extra(spec)
             )

@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from onnx_dl import external, files
+from onnx_dl.core import file_identity, model_files
+from onnx_dl.core.file_identity import ReadFile
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import FilesChanging
-from onnx_dl.files import ReadFile
-from onnx_dl.model import ModelSpec
 
 _TRIES: Final = 3
 _LIBRARY_CALL: Final = "register_custom_ops_library"
@@ -30,7 +30,7 @@ def names_of(spec: ModelSpec, blob: int | None = None) -> list[str]:
     beside: list[str] = []
     model = spec.where("") if blob is None else blob
     with contextlib.suppress(OSError, ValueError):  # what is wrong with it, its load will say
-        beside = external.external_files(model)
+        beside = model_files.external_files(model)
     return [*([""] if blob is None else []), *beside, *_libraries(spec)]
 
 
@@ -57,14 +57,14 @@ def load(
         Exception: what ``make`` raised.
     """
     for _ in range(_TRIES):
-        read = files.look_at(spec.where, names())
+        read = file_identity.look_at(spec.where, names())
         try:
             made = make()
         except Exception:  # of half of the old files and half of the new ones, perhaps
-            if (path := files.changed(spec.where, read)) is None:
+            if (path := file_identity.changed(spec.where, read)) is None:
                 raise
         else:
-            if (path := files.changed(spec.where, read)) is None:
+            if (path := file_identity.changed(spec.where, read)) is None:
                 return made, read
             del made
     raise FilesChanging(

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from onnx_dl import config, files
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec
+from onnx_dl.core import file_identity, parsing, settings
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.prctl import die_with_parent
@@ -100,9 +101,11 @@ def _save(order: Order, blob: int, memory: int) -> None:
     spec = order.spec
     os.chdir(spec.cwd)
     read = order.description.files
-    if files.changed(spec.where, read) is not None:  # since the load: the next one will be of another model
+    if (
+        file_identity.changed(spec.where, read) is not None
+    ):  # since the load: the next one will be of another model
         return
-    store = cache.Cache(cache.folder(), config.parse_size(config.settings().cache_limit))
+    store = cache.Cache(cache.folder(), parsing.parse_size(settings.settings().cache_limit))
     found = store.find(order.key)
     if memory > _free_memory() or (found is not None and found.meta.description.files == read):
         return
@@ -112,7 +115,7 @@ def _save(order: Order, blob: int, memory: int) -> None:
         if not _try(order, blob, path, memory):
             store.refuse(order.key)
             return
-        unchanged = files.changed(spec.where, read) is None
+        unchanged = file_identity.changed(spec.where, read) is None
         if unchanged and cacheable.key_of(spec, order.onnxruntime) == order.key:
             meta = cache.Meta(
                 key=order.key,

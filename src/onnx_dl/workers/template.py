@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 import msgspec
 
 from onnx_dl.concurrency import spawning
-from onnx_dl.environment import NOTHING
+from onnx_dl.core.environment import NOTHING
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.ort import recorder
 from onnx_dl.protocol import codec

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.model import ModelDescription, ModelSpec, TensorSpec, Warmup
+from onnx_dl.core.spec import ModelSpec, Warmup
+from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.workers import backend as members
 from onnx_dl.workers.backend import Backend
 from onnx_dl.workers.halt import Halt

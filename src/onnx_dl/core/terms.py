@@ -6,20 +6,20 @@ from typing import Self
 
 import msgspec
 
-from onnx_dl import config
+from onnx_dl.core import parsing
 
 
 class Terms(msgspec.Struct, frozen=True):
     """TTL in seconds (-1: stays, 0: unloads after each use), how calls wait, and the rank at an eviction."""
 
-    ttl: float = config.KEEP
+    ttl: float = parsing.KEEP
     latency: str = "normal"
     pin: bool = False
     priority: int = 0
 
     @classmethod
     def parse(
-        cls, ttl: object = config.KEEP, latency: object = "normal", pin: object = False, priority: object = 0
+        cls, ttl: object = parsing.KEEP, latency: object = "normal", pin: object = False, priority: object = 0
     ) -> Self:
         """Makes terms of what a user gave.
 
@@ -28,8 +28,8 @@ class Terms(msgspec.Struct, frozen=True):
                 ``latency`` or ``pin`` neither of its two, or ``priority`` no whole number.
         """
         return cls(
-            config.parse_ttl(ttl),
-            config.parse_latency(latency),
-            config.parse_pin(pin),
-            config.parse_priority(priority),
+            parsing.parse_ttl(ttl),
+            parsing.parse_latency(latency),
+            parsing.parse_pin(pin),
+            parsing.parse_priority(priority),
         )

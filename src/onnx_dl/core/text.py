@@ -72,3 +72,8 @@ def _bar(value: float, top: float) -> str:
 def growing_line(values: Sequence[float], width: int, top: float) -> str:
     """As :func:`sparkline`, but one bar for each of few values, the latest at the right."""
     return sparkline(values, min(width, len(values)), top).rjust(width)
+
+
+def format_bytes(count: int) -> str:
+    """``12345678`` as ``12.3 MB``."""
+    return f"{count / 1e6:.1f} MB"

@@ -1,108 +1,18 @@
-"""What happens to models, told to whoever listens.
-
-Covers the event type, its wording as a log line, and a bus that fans events out inside one process.
-Who makes events (:mod:`onnx_dl.supervisor.scheduler`) and who listens is not known here.
-"""
+"""Event bus of a host, and the iterators that applications read."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import enum
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Self
-
-import msgspec
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import refuse
 from onnx_dl.concurrency.waits import Mailbox
-
-
-class EventType(enum.StrEnum):
-    """The kinds of event, in the order in which one worker goes through them."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    UNLOADED = "unloaded"
-    FAILED = "failed"
-    THRASH = "thrash"
-    """A warning: models are loaded again and again because they do not fit together."""
-    OUTDATED = "outdated"
-    """A warning: a file of the model has changed.  Proxies that use its worker keep it, new ones do not."""
-
-
-class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One step in the life of one worker.
-
-    Attributes:
-        seq: counts all events of a supervisor; a gap means that events were missed, take a snapshot.
-        type: what happened.
-        at: Unix time in seconds.
-        model: the model's path, ``bytes:<digest>``, or ``group:<name>`` of several in one worker.
-        key: identity of the model with its options and providers.
-        worker_id: identity of this spawn.
-        pid: process id of the worker, None before it has one.
-        rss: resident bytes of the worker when last measured, None while it has not been.
-        gpu: GPU bytes of the worker, None where there is no GPU.
-        reason: why it is draining or unloaded: ``ttl``, ``request``, ``evicted``, ``recycled``,
-            ``regrouped`` (a model joins its group), ``crash`` or ``exit``.
-        seconds: ready: how long the load took; unloaded: how long the model was loaded.
-        freed: unloaded: bytes that only this worker held, now returned to the system.
-        detail: failed: what went wrong; outdated: the path of the file; thrash: which models, and how much
-            of the time their loads took; unloaded: that its worker ended itself for its memory.
-        retry_after: failed: seconds until the host will load the model again.
-    """
-
-    seq: int
-    type: EventType
-    at: float
-    model: str
-    key: str
-    worker_id: int
-    pid: int | None = None
-    rss: int | None = None
-    gpu: int | None = None
-    reason: str | None = None
-    seconds: float | None = None
-    freed: int | None = None
-    detail: str | None = None
-    retry_after: float | None = None
-
-    def __str__(self) -> str:
-        if self.type is EventType.THRASH:  # it is about several models
-            return f"{self.type}: {self.detail}"
-        if self.type is EventType.OUTDATED:
-            return (
-                f"{self.type} {self.model}, pid {self.pid}: {self.detail} has changed since it was loaded; "
-                "sessions that use it keep it until it is unloaded, new ones load what is there now"
-            )
-        parts = [f"{self.type} {self.model}"]
-        if self.reason:
-            parts.append(f"reason {self.reason}")
-        if self.seconds is not None:
-            parts.append(f"{self.seconds:.3f} s")
-        if self.freed is not None:
-            parts.append(f"gave back {format_bytes(self.freed)}")
-        if self.rss is not None and self.freed is None:
-            parts.append(f"RSS {format_bytes(self.rss)}")
-        if self.gpu is not None:
-            parts.append(f"GPU {format_bytes(self.gpu)}")
-        if self.pid is not None:
-            parts.append(f"pid {self.pid}")
-        if self.retry_after:
-            parts.append(f"retry in {self.retry_after:.1f} s")
-        if self.detail:
-            parts.append(self.detail)
-        return ", ".join(parts)
-
-
-def format_bytes(count: int) -> str:
-    """``12345678`` as ``12.3 MB``."""
-    return f"{count / 1e6:.1f} MB"
+from onnx_dl.core.events import ModelEvent
 
 
 class EventStream(Iterator[ModelEvent]):

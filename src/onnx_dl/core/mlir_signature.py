@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.model import TensorSpec
+from onnx_dl.core.status import TensorSpec
 
 _TABLE: Final = (
     # OM_DATA_TYPE, in a signature, ONNX's name, numpy's name
