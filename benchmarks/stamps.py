@@ -69,7 +69,7 @@ class Point(NamedTuple):
 (CALL, READ, LANE, PACKED, RING, WOKEN, ASKED, RUN, RAN, ANSWER, HEARD, UNPACKED, RETURNED) = range(13)
 
 CLIENT: Final = (
-    Point("onnx_dl.session", "InferenceSessionProxy", "run", CALL, RETURNED),
+    Point("onnx_dl.session.inference_session", "InferenceSessionProxy", "run", CALL, RETURNED),
     Point("onnx_dl.client.remote_model", "RemoteModel", "run", READ),
     Point("onnx_dl.client.remote_model", "RemoteModel", "_take_lane", None, LANE),
     Point("onnx_dl.transport.client_lane", "ClientLane", "call", None, PACKED),

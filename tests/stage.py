@@ -28,7 +28,7 @@ from onnx_dl.errors import (
     UnloadTimeout,
     WorkerDied,
 )
-from onnx_dl.proxy import ModelProxy
+from onnx_dl.session.proxy import ModelProxy
 from tests.waiting import DEADLINE, allowed, eventually
 
 FOLDER: Final = Path(__file__).parent / "misbehaving"

@@ -16,8 +16,9 @@ import onnxruntime
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as C
 
-from onnx_dl import InferenceSessionProxy, ModelHost, binding, errors
+from onnx_dl import InferenceSessionProxy, ModelHost, errors
 from onnx_dl.ort import options, ortvalues, recorder
+from onnx_dl.session import io_binding
 from tests.contract import both
 from tests.contract.both import CPU, ones, ortvalue
 
@@ -125,7 +126,7 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize(
     ("real", "ours"),
-    [(onnxruntime.InferenceSession, InferenceSessionProxy), (onnxruntime.IOBinding, binding.IOBinding)],
+    [(onnxruntime.InferenceSession, InferenceSessionProxy), (onnxruntime.IOBinding, io_binding.IOBinding)],
     ids=["InferenceSession", "IOBinding"],
 )
 def test_methods_have_the_same_signatures(real: Any, ours: Any) -> None:

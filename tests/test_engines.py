@@ -13,7 +13,7 @@ import pytest
 import onnx_dl
 from onnx_dl import EventType, ModelHost, WorkerDied
 from onnx_dl.core.spec import ModelSpec, file_identity, model_key
-from onnx_dl.proxy import ModelProxy
+from onnx_dl.session.proxy import ModelProxy
 from onnx_dl.workers import backend
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
 

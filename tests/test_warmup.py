@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from onnx_dl import EventType, ExecutionSession, InferenceSessionProxy, ModelHost
-from onnx_dl.proxy import ModelProxy
+from onnx_dl.session.proxy import ModelProxy
 from onnx_dl.system import boot
 from tests.contract.both import CPU, STR, F, identity, model, node, tensor
 from tests.mlir import compiler

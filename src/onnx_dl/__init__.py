@@ -45,12 +45,12 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerError,
     )
-    from onnx_dl.execution import ExecutionSession
     from onnx_dl.host import ModelHost, Snapshot
     from onnx_dl.hosts import connect, default_host, warm_up
     from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
-    from onnx_dl.pipelines import Pipeline, pipeline
-    from onnx_dl.session import InferenceSession, InferenceSessionProxy
+    from onnx_dl.session.execution_session import ExecutionSession
+    from onnx_dl.session.inference_session import InferenceSession, InferenceSessionProxy
+    from onnx_dl.session.pipeline import Pipeline, pipeline
     from onnx_dl.system.boot import freeze_support
 
 _HOMES = {
@@ -93,7 +93,6 @@ _HOMES = {
         "WorkerDied",
         "WorkerError",
     ),
-    "execution": ("ExecutionSession",),
     "host": (
         "ModelHost",
         "Snapshot",
@@ -110,13 +109,14 @@ _HOMES = {
         "unpatch",
         "unpatched_report",
     ),
-    "pipelines": (
-        "Pipeline",
-        "pipeline",
-    ),
-    "session": (
+    "session.execution_session": ("ExecutionSession",),
+    "session.inference_session": (
         "InferenceSession",
         "InferenceSessionProxy",
+    ),
+    "session.pipeline": (
+        "Pipeline",
+        "pipeline",
     ),
     "system.boot": ("freeze_support",),
 }

@@ -473,7 +473,7 @@ class ModelHost:
         Raises: what the proxy's constructor raises.
         """
         # By name: proxies are built upon hosts.
-        proxy = importlib.import_module("onnx_dl.session").InferenceSessionProxy
+        proxy = importlib.import_module("onnx_dl.session.inference_session").InferenceSessionProxy
         if self._has_names and isinstance(model, str) and not os.path.exists(model):
             named = self._named(model)
             terms = {"ttl": named.ttl, "pin": named.pin, "priority": named.priority} | kwargs

@@ -23,7 +23,7 @@ from onnx_dl.concurrency.forking import Guard, importing
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.host import ModelHost
 from onnx_dl.patchsettings import checked
-from onnx_dl.session import InferenceSessionProxy
+from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.system import installation
 
 logger = logging.getLogger("onnx_dl")

@@ -43,7 +43,7 @@ ALLOWED = {
     "concurrency.primitives": {"subprocess.Popen"},
     # Close files, memory and epoll's own, where gevent does nothing else than the system.
     "client.remote_model": {"os.close"},
-    "proxy": {"os.close"},
+    "session.proxy": {"os.close"},
     "transport.rendezvous": {"os.close"},
     "system.process_setup": {"os.close"},
     "tensors.arena": {"os.close"},

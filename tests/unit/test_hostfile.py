@@ -17,7 +17,7 @@ from onnx_dl.core.spec import Warmup
 from onnx_dl.errors import ConfigError
 from onnx_dl.hostfile import DTYPES, Configured, HostFile, parse, read
 from onnx_dl.ort import options
-from onnx_dl.session import InferenceSessionProxy
+from onnx_dl.session.inference_session import InferenceSessionProxy
 from tests.unit.damage import damaged, replaced
 from tests.unit.test_layers import loaded_by
 

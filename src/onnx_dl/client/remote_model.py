@@ -2,7 +2,7 @@
 
 Covers lanes and leases of one model in one application.  It is the one place that knows which worker serves
 the model now.  Policy (when to load, what to evict) is the supervisor's; onnxruntime's face is
-:mod:`onnx_dl.session`.
+:mod:`onnx_dl.session.inference_session`.
 """
 
 from __future__ import annotations

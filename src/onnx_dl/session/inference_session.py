@@ -1,8 +1,8 @@
 """InferenceSessionProxy: onnxruntime.InferenceSession's face on a model in a worker process.
 
 Covers construction, runs and changes of providers; what a session says of itself is
-:mod:`onnx_dl.described`'s, what is ours :mod:`onnx_dl.proxy`'s, bindings are :mod:`onnx_dl.binding`'s,
-constructor arguments :mod:`onnx_dl.sources`'s.
+:mod:`onnx_dl.session.introspection`'s, what is ours :mod:`onnx_dl.session.proxy`'s, bindings are :mod:`onnx_dl.session.io_binding`'s,
+constructor arguments :mod:`onnx_dl.session.model_source`'s.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from onnx_dl import sources
-from onnx_dl.binding import IOBinding, place_of, take_results, vector_class
 from onnx_dl.client import callback_calls
 from onnx_dl.client.cancellation import Watch, not_begun
 from onnx_dl.client.remote_model import Kept, Lease
@@ -27,12 +25,14 @@ from onnx_dl.concurrency.forking import importing
 from onnx_dl.core import parsing
 from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.core.spec import ModelSpec
-from onnx_dl.described import DescribedProxy
 from onnx_dl.errors import ConfigError, OnnxDLError
-from onnx_dl.feeds import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.host import ModelHost
 from onnx_dl.ort import options, ortvalues
-from onnx_dl.proxy import ModelProxy, bytes_of
+from onnx_dl.session import model_source
+from onnx_dl.session.inputs import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
+from onnx_dl.session.introspection import DescribedProxy
+from onnx_dl.session.io_binding import IOBinding, place_of, take_results, vector_class
+from onnx_dl.session.proxy import ModelProxy, bytes_of
 from onnx_dl.system import installation
 
 _MISSING: Final = object()
@@ -116,10 +116,10 @@ class InferenceSessionProxy(DescribedProxy):
         source = model_path if model_path is not _MISSING else path_or_bytes
         if source is _MISSING:
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
-        self._model_path, data = sources.locate(source)
+        self._model_path, data = model_source.locate(source)
         self._arguments = (sess_options, kwargs)
         _warn_of_slips(kwargs)
-        found = sources.describe(
+        found = model_source.describe(
             self._model_path,
             data,
             sess_options,
@@ -417,7 +417,7 @@ class InferenceSessionProxy(DescribedProxy):
         return self._model().invoke(self._lease, method, *args, plain, watch=watch)
 
     def _run_kept(self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any) -> Kept:
-        """:meth:`run` for a :class:`~onnx_dl.pipelines.Pipeline`, whose next stage reads the results."""
+        """:meth:`run` for a :class:`~onnx_dl.session.pipeline.Pipeline`, whose next stage reads the results."""
         plain = options.read_run_options(run_options)
         return self._model().keep(self._lease, output_names, self._fed(feed), plain)
 
@@ -435,7 +435,7 @@ class InferenceSessionProxy(DescribedProxy):
         lease = self._lease
         self._lease = Lease(lease.ttl, lease.latency, lease.pin, lease.priority)
         try:
-            self._take(sources.with_providers(self._spec, providers, provider_options), self._given())
+            self._take(model_source.with_providers(self._spec, providers, provider_options), self._given())
             self.load()
         except BaseException:
             self._is_gone = True
@@ -500,7 +500,7 @@ _OURS: Final = frozenset(inspect.signature(InferenceSessionProxy.__init__).param
 
 def _warn_of_slips(kwargs: dict[str, Any]) -> None:
     """onnxruntime ignores arguments that it does not know; one that was meant for us would be lost unseen."""
-    for name in kwargs.keys() - sources.KNOWN:
+    for name in kwargs.keys() - model_source.KNOWN:
         if near := difflib.get_close_matches(name, _OURS, 1, 0.75):
             warnings.warn(f"{name} is no argument of a session; did you mean {near[0]}?", stacklevel=3)
 

@@ -11,9 +11,9 @@ from typing import Any
 from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.status import ModelDescription
-from onnx_dl.native import NativeSession
 from onnx_dl.ort.metadata import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
-from onnx_dl.proxy import ModelProxy
+from onnx_dl.session.native_session import NativeSession
+from onnx_dl.session.proxy import ModelProxy
 
 
 class DescribedProxy(ModelProxy):

@@ -1,7 +1,7 @@
 """ExecutionSession: the face of onnx-mlir's Python runtime on a model in a worker process.
 
 Covers that class's methods, arguments and results, as its docs/UsingPyRuntime.md has them; what is ours is
-:mod:`onnx_dl.proxy`'s.  What runs the model is :mod:`onnx_dl.workers.onnx_mlir`.
+:mod:`onnx_dl.session.proxy`'s.  What runs the model is :mod:`onnx_dl.workers.onnx_mlir`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_dire
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
 from onnx_dl.host import ModelHost
-from onnx_dl.proxy import ModelProxy
+from onnx_dl.session.proxy import ModelProxy
 
 
 class ExecutionSession(ModelProxy):

@@ -1,6 +1,6 @@
 """What every kind of proxy has: a model in a worker, a TTL, ``session()``, ``unload()``, ``close()``.
 
-An engine's own face (:mod:`onnx_dl.session`, :mod:`onnx_dl.execution`) is a subclass.  How a worker is found
+An engine's own face (:mod:`onnx_dl.session.inference_session`, :mod:`onnx_dl.session.execution_session`) is a subclass.  How a worker is found
 and called is :mod:`onnx_dl.client.remote_model`'s.
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from onnx_dl.errors import ConfigError
 from onnx_dl.ort.metadata import NodeArg
-from onnx_dl.session import InferenceSessionProxy
+from onnx_dl.session.inference_session import InferenceSessionProxy
 
 
 class Pipeline:
