@@ -17,8 +17,8 @@ os.environ.update(ORT_DISABLE_TELEMETRY="1", ONNX_DL_CACHE="off", ONNX_DL_STABLE
 import numpy as np
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from onnx_dl import host as hosts
 from onnx_dl.client import connection
+from onnx_dl.host import model_host as hosts
 from tests import fuzz_calls, fuzzing, zoo
 from tests.fuzzing import Wrong
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 import pytest
 import zmq
 
-from onnx_dl import host as hosts
 from onnx_dl.core.status import ModelDescription, ModelStatus
+from onnx_dl.host import model_host as hosts
 from onnx_dl.protocol import codec, control
 from onnx_dl.transport import sockets
 from onnx_dl.transport.addresses import fresh_address

@@ -20,9 +20,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnx_dl import ConfigError, EventType, InferenceSessionProxy, ModelHost
-from onnx_dl import host as hosts
 from onnx_dl.client import connection
 from onnx_dl.demo.assets import model_path
+from onnx_dl.host import model_host as hosts
 from tests.waiting import DEADLINE, eventually, wait_for, worker_pid
 
 pytestmark = pytest.mark.slow

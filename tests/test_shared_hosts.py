@@ -31,13 +31,13 @@ from onnx_dl import (
     SupervisorError,
     SupervisorStartError,
     WorkerDied,
-    hosts,
 )
-from onnx_dl import host as host_module
 from onnx_dl.client import launcher
 from onnx_dl.client.connection import Connection
 from onnx_dl.client.remote_model import RemoteModel
-from onnx_dl.host import _FAREWELL
+from onnx_dl.host import connect
+from onnx_dl.host import model_host as host_module
+from onnx_dl.host.model_host import _FAREWELL
 from onnx_dl.transport.rendezvous import Place
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
@@ -125,7 +125,7 @@ def begun(host: ModelHost) -> None:
 def test_several_applications_share_one_copy(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever names it, and however; parent and forked children call at the same time."""
     monkeypatch.setenv("ONNX_DL_HOST", "mine")
-    monkeypatch.setattr(hosts, "_default", None)
+    monkeypatch.setattr(connect, "_default", None)
     by_default = InferenceSessionProxy(path, providers=CPU)
     by_name = onnx_dl.connect("mine").open(path, providers=CPU)
     assert [twice(by_default), twice(by_name)] == [2, 2]
@@ -151,7 +151,7 @@ def test_several_applications_share_one_copy(path: str, monkeypatch: pytest.Monk
     (status,) = host.snapshot().models
     assert status.loads == 1
     eventually(lambda: leases(host) == [2], "the children's leases are given back")
-    monkeypatch.setattr(hosts, "_default", None)
+    monkeypatch.setattr(connect, "_default", None)
 
 
 def test_a_program_of_its_own_finds_it(path: str, runtime: Path) -> None:
@@ -620,7 +620,7 @@ def test_a_bad_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         onnx_dl.connect(name)
     if name:
         monkeypatch.setenv("ONNX_DL_HOST", name)
-        monkeypatch.setattr(hosts, "_default", None)
+        monkeypatch.setattr(connect, "_default", None)
         with pytest.raises(ConfigError, match="no name of a host"):
             onnx_dl.default_host()
 
@@ -675,7 +675,7 @@ def test_it_stays_for_a_while_without_clients(path: str, monkeypatch: pytest.Mon
 def test_a_python_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for program, reason in (("/bin/true", "exit status 0"), ("/none", "Cannot start '/none'")):
         monkeypatch.setenv("ONNX_DL_PYTHON", program)
-        hosts._shared_hosts.clear()
+        connect._shared_hosts.clear()
         with pytest.raises(SupervisorStartError, match=f"The host 'mine' did not come up.*{reason}"):
             onnx_dl.connect("mine")
 

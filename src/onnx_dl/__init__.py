@@ -45,8 +45,8 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerError,
     )
-    from onnx_dl.host import ModelHost, Snapshot
-    from onnx_dl.hosts import connect, default_host, warm_up
+    from onnx_dl.host.connect import connect, default_host, warm_up
+    from onnx_dl.host.model_host import ModelHost, Snapshot
     from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
     from onnx_dl.session.execution_session import ExecutionSession
     from onnx_dl.session.inference_session import InferenceSession, InferenceSessionProxy
@@ -93,14 +93,14 @@ _HOMES = {
         "WorkerDied",
         "WorkerError",
     ),
-    "host": (
-        "ModelHost",
-        "Snapshot",
-    ),
-    "hosts": (
+    "host.connect": (
         "connect",
         "default_host",
         "warm_up",
+    ),
+    "host.model_host": (
+        "ModelHost",
+        "Snapshot",
     ),
     "patching": (
         "Patch",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from onnx_dl.errors import SupervisorStartError
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.ort import onnx_builder
 from onnx_dl.system import boot
 

@@ -11,7 +11,7 @@ import pytest
 from onnx_dl import EventType, ModelEvent, ModelHost
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import InstallationError
-from onnx_dl.host import _on_event
+from onnx_dl.host.model_host import _on_event
 
 SPEC = ModelSpec(key="k", name="m", cwd="/", group="g")
 

@@ -19,7 +19,7 @@ from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.errors import SupervisorDied
-from onnx_dl.host import Snapshot
+from onnx_dl.host.model_host import Snapshot
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.transport.running_hosts import Sighting
 

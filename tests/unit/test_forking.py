@@ -99,7 +99,7 @@ def test_no_living_object_has_another_lock() -> None:
         assert host.empty(100_000).nbytes
         assert locks_of_others() == set()
         host.another = threading.Lock()  # type: ignore[attr-defined]
-        assert locks_of_others() == {"onnx_dl.host.ModelHost.another"}
+        assert locks_of_others() == {"onnx_dl.host.model_host.ModelHost.another"}
 
 
 # --- in a child --------------------------------------------------------------------------------------------

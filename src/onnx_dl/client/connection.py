@@ -2,7 +2,7 @@
 
 One thread owns the control socket; other threads hand it messages.  Which
 models there are is not known here (:mod:`onnx_dl.client.remote_model`), nor who started the supervisor
-(:mod:`onnx_dl.host`).
+(:mod:`onnx_dl.host.model_host`).
 """
 
 from __future__ import annotations

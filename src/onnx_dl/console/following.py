@@ -18,7 +18,7 @@ from onnx_dl.console.hosts import alive
 from onnx_dl.console.output import is_read, say
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import SupervisorDied
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 
 _PATIENCE: Final = 0.5
 """Seconds without an event after which it is looked whether anybody is left to tell, or to be told."""

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from onnx_dl.host import Snapshot
+from onnx_dl.host.model_host import Snapshot
 
 
 class _Sample(NamedTuple):

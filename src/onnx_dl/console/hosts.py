@@ -6,9 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-from onnx_dl import hosts
 from onnx_dl.errors import SupervisorDied
-from onnx_dl.host import ModelHost, Snapshot
+from onnx_dl.host import connect as connect_module
+from onnx_dl.host.model_host import ModelHost, Snapshot
 
 
 def default_name(environ: Mapping[str, str] = os.environ) -> str:
@@ -18,7 +18,7 @@ def default_name(environ: Mapping[str, str] = os.environ) -> str:
 
 def connect(name: str, *, start: bool) -> ModelHost:
     """A connection to the shared host; everything that finds hosts is behind this function."""
-    return hosts.connect(name, start=start)
+    return connect_module.connect(name, start=start)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from onnx_dl.core.environment import parse_pairs
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import OnnxDLError, RemoteError
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 
 
 def load(

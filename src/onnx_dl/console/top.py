@@ -15,7 +15,7 @@ from onnx_dl.console.hosts import alive, running
 from onnx_dl.console.output import console, say
 from onnx_dl.console.table import live, overview
 from onnx_dl.errors import SupervisorError
-from onnx_dl.host import ModelHost, Snapshot
+from onnx_dl.host.model_host import ModelHost, Snapshot
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting
 

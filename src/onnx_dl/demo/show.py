@@ -19,7 +19,7 @@ from onnx_dl.core.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
 from onnx_dl.demo.memory import Reading, Recorder
 from onnx_dl.demo.work import Outcome, churn, predict
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.system import boot, installation
 

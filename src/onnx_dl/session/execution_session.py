@@ -22,7 +22,7 @@ from onnx_dl.core.parsing import Allowances, parse_allowances, parse_group, pars
 from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_directory
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.session.proxy import ModelProxy
 
 
@@ -37,7 +37,7 @@ class ExecutionSession(ModelProxy):
         tag: what ``onnx-mlir --tag`` was given, if the library has only functions whose names end in it.
         use_default_entry_point: for callers of onnx-mlir's own class; makes no difference here.
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
-        host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
+        host: the :class:`~onnx_dl.host.model_host.ModelHost` to use instead of the application's own.
         latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.
         pin, priority: what makes room for others; see :class:`~onnx_dl.InferenceSessionProxy`.
         max_memory, max_memory_hard, max_runs: when a worker is replaced between two runs, or ended during

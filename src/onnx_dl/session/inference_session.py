@@ -26,7 +26,7 @@ from onnx_dl.core import parsing
 from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import ConfigError, OnnxDLError
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.ort import options, ortvalues
 from onnx_dl.session import model_source
 from onnx_dl.session.inputs import USERS, are_names, check_names, names_of, plain_name, refuse_dtypes, sharing
@@ -55,7 +55,7 @@ class InferenceSessionProxy(DescribedProxy):
             For callers of onnxruntime's own signature a fourth positional argument that is a list is taken
             for ``provider_options``.
         provider_options: one dict per provider.
-        host: the :class:`~onnx_dl.host.ModelHost` to use instead of the application's own.
+        host: the :class:`~onnx_dl.host.model_host.ModelHost` to use instead of the application's own.
         latency: ``"low"``: while calls follow each other within a fraction of a millisecond, both ends look
             for messages for at most 0.3 ms before they sleep: two wake-ups fewer per call, two busy cores
             meanwhile.  For small inputs and results; with megabytes it can be slower.  ``"normal"``: never.

@@ -25,8 +25,8 @@ from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.spec import ModelSpec, model_key
 from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.errors import FilesChanging, LoadTimeout, ProxyClosedError, RunTimeout
-from onnx_dl.host import ModelHost
-from onnx_dl.hosts import default_host, shared_host
+from onnx_dl.host.connect import default_host, shared_host
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.tensors import segment, shared_bytes
 
 _MOST_VERSIONS: Final = 3

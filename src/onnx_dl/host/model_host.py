@@ -1,7 +1,7 @@
 """The supervisor that serves this application: one of its own, or one that it shares with others.
 
 Covers who connects to it and when, and which models this application has in it.  How one is started or found
-is :mod:`onnx_dl.client.launcher`'s, which hosts a process has without being told :mod:`onnx_dl.hosts`'s; tensors
+is :mod:`onnx_dl.client.launcher`'s, which hosts a process has without being told :mod:`onnx_dl.host.connect`'s; tensors
 never come here; one model's calls are :mod:`onnx_dl.client.remote_model`'s.
 """
 

@@ -1,6 +1,6 @@
 """The hosts of this process that nobody needs to pass around: the default one, and shared ones by name.
 
-What a host is and does is :mod:`onnx_dl.host`'s.
+What a host is and does is :mod:`onnx_dl.host.model_host`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from onnx_dl.concurrency.forking import Guard
 from onnx_dl.concurrency.threads import Thread
 from onnx_dl.core.settings import settings
 from onnx_dl.errors import OnnxDLError
-from onnx_dl.host import ModelHost
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.transport.rendezvous import USUAL, Place
 
 _default: ModelHost | None = None
