@@ -17,8 +17,9 @@ import pytest
 from onnxruntime import InferenceSession  # as a package that was imported before has it
 
 import onnx_dl
-from onnx_dl import ConfigError, ModelHost, patching
-from onnx_dl.patchsettings import parse_models
+from onnx_dl import ConfigError, ModelHost
+from onnx_dl.integrations import onnxruntime_patch
+from onnx_dl.integrations.patch_settings import parse_models
 from tests.contract.both import CPU, fixed, scaled
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ class Picklable(InferenceSession):
 def not_left_patched(nothing_is_left_behind: None) -> Iterator[None]:
     original = InferenceSession.__init__
     yield
-    while patching._active:
+    while onnxruntime_patch._active:
         onnx_dl.unpatch()
     assert InferenceSession.__init__ is original
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     )
     from onnx_dl.host.connect import connect, default_host, warm_up
     from onnx_dl.host.model_host import ModelHost, Snapshot
-    from onnx_dl.patching import Patch, Unpatched, patch, unpatch, unpatched_report
+    from onnx_dl.integrations.onnxruntime_patch import Patch, Unpatched, patch, unpatch, unpatched_report
     from onnx_dl.session.execution_session import ExecutionSession
     from onnx_dl.session.inference_session import InferenceSession, InferenceSessionProxy
     from onnx_dl.session.pipeline import Pipeline, pipeline
@@ -102,7 +102,7 @@ _HOMES = {
         "ModelHost",
         "Snapshot",
     ),
-    "patching": (
+    "integrations.onnxruntime_patch": (
         "Patch",
         "Unpatched",
         "patch",

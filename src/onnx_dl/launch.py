@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
-from onnx_dl.patchsettings import checked, parse_models
+from onnx_dl.integrations.patch_settings import checked, parse_models
 from onnx_dl.system import process_setup
 
 HOOK: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hook")
@@ -64,7 +64,7 @@ def prepare(
 ) -> Replacement:
     """What runs ``python command…`` patched, under the options that the present interpreter has.
 
-    ``settings``: as :func:`onnx_dl.patchsettings.parse_models` takes them; ``memory_limit``: of the default
+    ``settings``: as :func:`onnx_dl.integrations.patch_settings.parse_models` takes them; ``memory_limit``: of the default
     host; ``patch``: arguments of :func:`onnx_dl.patch`.
 
     Raises:

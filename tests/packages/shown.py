@@ -24,7 +24,7 @@ def show(work: Callable[[], tuple[Any, Any]]) -> None:
     digest = hashlib.sha256()
     _add(digest, result)
     told: dict[str, Any] = {"digest": digest.hexdigest(), "result": repr(result)[:2000]}
-    if "onnx_dl.patching" in sys.modules:
+    if "onnx_dl.integrations.onnxruntime_patch" in sys.modules:
         import onnx_dl
 
         models = onnx_dl.default_host().snapshot().models

@@ -36,7 +36,7 @@ LOCKS = {
 }
 ALLOWED = {
     "concurrency.primitives": {"_thread.RLock", "_thread.allocate_lock"},  # where forking.py has them from
-    "patching": {"weakref.WeakSet"},  # never gone through
+    "integrations.onnxruntime_patch": {"weakref.WeakSet"},  # never gone through
     "ort.recordings": {"weakref.WeakSet"},
     "transport.sockets": {"weakref.WeakSet"},
     "transport.doorbell": {"weakref.WeakSet"},

@@ -2,7 +2,7 @@
 
 :mod:`onnx_dl.launch` puts this folder first on ``PYTHONPATH``, so that ``site`` finds this module in place of
 the user's own ``sitecustomize``.  It takes itself out of the environment and of ``sys.path``, and imports the
-user's.  What is left is a finder: the import of onnxruntime ends with :func:`onnx_dl.patching.patch`.  A
+user's.  What is left is a finder: the import of onnxruntime ends with :func:`onnx_dl.integrations.onnxruntime_patch.patch`.  A
 program that does without onnxruntime imports nothing else of ours.
 
 Stands alone: it needs nothing but what ``site`` itself has imported before.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-_AT = ("onnxruntime", "onnx_dl.patching")
+_AT = ("onnxruntime", "onnx_dl.integrations.onnxruntime_patch")
 """Either import ends with the patch: a program that patches, too, finds ours to be the first."""
 
 
@@ -70,9 +70,9 @@ def _patching(path: list[str]) -> "Any":
         import onnx_dl  # noqa: F401
     except ModuleNotFoundError:
         sys.path.extend(entry for entry in path if entry not in sys.path)
-    from onnx_dl import patching
+    from onnx_dl.integrations import onnxruntime_patch
 
-    return patching
+    return onnxruntime_patch
 
 
 def _leave() -> None:

@@ -1,6 +1,6 @@
 """What may be set of a patch, checked and as text of a command line.
 
-Imports nothing heavy: :mod:`onnx_dl.patching`, which does what is set, comes with numpy.
+Imports nothing heavy: :mod:`onnx_dl.integrations.onnxruntime_patch`, which does what is set, comes with numpy.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Guard, importing
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.host.model_host import ModelHost
-from onnx_dl.patchsettings import checked
+from onnx_dl.integrations.patch_settings import checked
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.system import installation
 
