@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save_model
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from onnx_dl.hostfile import Configured, read
+from onnx_dl.supervisor.hostfile.reader import Configured, read
 
 TEXT = """
 [defaults.options]

@@ -58,7 +58,7 @@ def test_the_supervisor_imports_what_it_needs() -> None:
     unwanted = {"asyncio", "http", "numpy", "onnxruntime", "prometheus_client", "rich", "sqlite3", "tomllib"}
     script = "import sys, onnx_dl.supervisor.main, onnx_dl.supervisor.loop; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert "onnx_dl.supervisor.scheduler" in found.split()
+    assert "onnx_dl.supervisor.policy.scheduler" in found.split()
     assert not unwanted & set(found.split())
 
 

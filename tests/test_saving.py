@@ -16,7 +16,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_dl import EventType, ModelHost
-from onnx_dl.supervisor import saving
+from onnx_dl.supervisor.policy import cache_saves
 from onnx_dl.workers.cache import Cache
 from tests.contract.both import F, node, tensor
 from tests.test_capacity import MB, proxies, value, weighty
@@ -29,7 +29,7 @@ __all__ = ["store"]  # a fixture
 
 COUNT, SIZE = 4, 40
 LIMIT = 250 * MB
-NEED = saving.need(SIZE * MB).ram
+NEED = cache_saves.need(SIZE * MB).ram
 
 
 @pytest.fixture

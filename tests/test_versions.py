@@ -18,7 +18,7 @@ from onnx_dl import SupervisorError, SupervisorStartError
 from onnx_dl.client.connection import Connection
 from onnx_dl.protocol import control
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.supervisor import solitude
+from onnx_dl.supervisor.policy import idle_shutdown
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import Place
 from onnx_dl.transport.running_hosts import Sighting
@@ -30,7 +30,7 @@ from tests.waiting import DEADLINE, eventually
 pytestmark = pytest.mark.slow
 
 NEXT = f"protocol version {PROTOCOL_VERSION + 1}"
-AFTER_A_LOOK = solitude.LOOK_EVERY + DEADLINE
+AFTER_A_LOOK = idle_shutdown.LOOK_EVERY + DEADLINE
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ Told = Callable[[ModelProxy, dict[str, Any]], None]
 _TOLD = """
 import json, msgspec
 from onnx_dl.core.spec import Warmup
-from onnx_dl.supervisor import scheduler
+from onnx_dl.supervisor.policy import scheduler
 plain = scheduler.Scheduler.__init__
 def init(self, *args):
     plain(self, *args)

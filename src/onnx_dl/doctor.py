@@ -17,7 +17,7 @@ import msgspec
 
 from onnx_dl.core import settings
 from onnx_dl.core.text import format_bytes
-from onnx_dl.supervisor.probe import Gpu
+from onnx_dl.supervisor.measure.memory_probe import Gpu
 from onnx_dl.system import builds
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting

@@ -15,7 +15,7 @@ from typing import Final
 from onnx_dl import doctor, trials
 from onnx_dl.core import settings
 from onnx_dl.errors import ConfigError, PlatformError
-from onnx_dl.supervisor.probe import Gpu, gpus
+from onnx_dl.supervisor.measure.memory_probe import Gpu, gpus
 from onnx_dl.system import builds, installation, resources
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting

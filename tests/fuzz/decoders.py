@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from onnx_dl import hostfile
 from onnx_dl.core import mlir_signature, model_files
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, failures, lane
-from onnx_dl.supervisor import store
-from onnx_dl.supervisor.needs import Bytes, Need, Peak
-from onnx_dl.supervisor.scrapers import is_meant
+from onnx_dl.supervisor.hostfile import reader as reader_module
+from onnx_dl.supervisor.measure import requirement_store
+from onnx_dl.supervisor.metrics.connections import is_meant
+from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
 from onnx_dl.tensors import packing, segment
 from onnx_dl.tensors.arena import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
@@ -284,7 +284,7 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     kept = cache.Cache(folder / "cache", 1 << 30)
 
     def read_needs(data: bytes) -> None:
-        for _, need in store._entries(data, 2e9):
+        for _, need in requirement_store._entries(data, 2e9):
             msgspec.json.encode(need)
 
     def read_record(data: bytes) -> None:
@@ -303,7 +303,7 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
         read_meta(b'{"crc":%d,"meta":%b}' % (zlib.crc32(data), data))
 
     return [
-        Target("needs", mutation.json(rng, [store._encode(list(needs.items()))]), read_needs),
+        Target("needs", mutation.json(rng, [requirement_store._encode(list(needs.items()))]), read_needs),
         Target("record", mutation.json(rng, [msgspec.json.encode(record)]), read_record, share=0.2),
         Target("meta of the load cache", mutation.json(rng, [cache.seal_meta(meta())]), read_meta, share=0.1),
         Target("sealed meta", mutation.json(rng, [msgspec.json.encode(meta())]), read_sealed, share=0.1),
@@ -340,7 +340,7 @@ def _host_file(rng: random.Random, folder: Path) -> Target:
     def take(data: bytes) -> None:
         path = folder / "host.toml"
         path.write_bytes(data)
-        hostfile.read(path)
+        reader_module.read(path)
 
     return Target("host.toml", Mutator(rng, [_HOST_FILE]), take, (ConfigError, OSError), 0.2)
 

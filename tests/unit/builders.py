@@ -9,8 +9,8 @@ from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, TensorSpec, Usage
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.tensors.segment import create

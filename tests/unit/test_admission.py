@@ -12,11 +12,11 @@ from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError, WorkerDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor import room
-from onnx_dl.supervisor.commands import ForgetPeak, Remember, StartWorker
-from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.supervisor.needs import Bytes, Need, Peak
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy import eviction
+from onnx_dl.supervisor.policy.commands import ForgetPeak, Remember, StartWorker
+from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, B, acquire, events, failed, kill, order, ready, starts, told
 
@@ -121,7 +121,7 @@ def test_a_guess_does_not_count_on_what_pinned_models_hold(scheduler: Scheduler)
     """What may fit beside them is tried."""
     load(scheduler, "a", 1, 50, 0.0, pin=True)
     ask = msgspec.structs.replace(acquire(2, 2, key="b"), file_bytes=10 * MB)
-    assert room.guess(10 * MB).likely.ram > 50 * MB
+    assert eviction.guess(10 * MB).likely.ram > 50 * MB
     assert [c.spec.key for c in scheduler.on_acquire(A, ask, 1.0) if isinstance(c, StartWorker)] == ["b"]
     assert taken(scheduler, 1.0) == 100
 
@@ -185,7 +185,7 @@ def test_the_limit_is_a_share_of_the_machine_unless_it_was_set(
 ) -> None:
     settings = msgspec.structs.replace(SETTINGS, memory_limit=limit)
     scheduler = Scheduler(settings, 0.0, memory and memory * MB)
-    file_bytes = needed * MB - room.BASE
+    file_bytes = needed * MB - eviction.BASE
     commands = scheduler.on_acquire(A, msgspec.structs.replace(acquire(1), file_bytes=file_bytes), 0.0)
     assert [isinstance(c, StartWorker) for c in commands][:1] == [fits]
 

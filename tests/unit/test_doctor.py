@@ -11,7 +11,7 @@ from onnx_dl import doctor, examination
 from onnx_dl.core.settings import Settings
 from onnx_dl.doctor import Finding, Mark
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.supervisor.probe import Gpu
+from onnx_dl.supervisor.measure.memory_probe import Gpu
 from onnx_dl.transport.running_hosts import Sighting
 from onnx_dl.trials import Answer, answer, children_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from onnx_dl.errors import CapacityError, MemoryLimitExceeded, SharedMemoryError
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.exits import memory_exceeded, ran_out_of_memory, worker_died
+from onnx_dl.supervisor.policy.exit_reasons import memory_exceeded, ran_out_of_memory, worker_died
 
 
 def died(status: int, stderr: str = "", reason: str = "crash", loading: bool = False):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl.supervisor.filewatch import FileWatch
+from onnx_dl.supervisor.hostfile.file_watch import FileWatch
 from tests.waiting import DEADLINE
 
 
@@ -259,7 +259,7 @@ def test_closing(file):
 
 LIMITED = """
 import os, resource, sys
-from onnx_dl.supervisor.filewatch import FileWatch
+from onnx_dl.supervisor.hostfile.file_watch import FileWatch
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 used = max(map(int, os.listdir("/proc/self/fd")))
 resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))

@@ -12,12 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from onnx_dl import hosttables
 from onnx_dl.core.spec import Warmup
 from onnx_dl.errors import ConfigError
-from onnx_dl.hostfile import DTYPES, Configured, HostFile, parse, read
 from onnx_dl.ort import options
 from onnx_dl.session.inference_session import InferenceSessionProxy
+from onnx_dl.supervisor.hostfile import schema
+from onnx_dl.supervisor.hostfile.reader import DTYPES, Configured, HostFile, parse, read
 from tests.unit.damage import damaged, replaced
 from tests.unit.test_layers import loaded_by
 
@@ -217,7 +217,7 @@ def test_paths(path, base, monkeypatch):
 
 
 def test_session_options_are_all_there():
-    names = hosttables.SessionTable.__struct_fields__
+    names = schema.SessionTable.__struct_fields__
     assert set(names) == {*options.SESSION_FIELDS, "config"}
 
 
@@ -377,11 +377,11 @@ ODD = [
     ),
 ]
 PLACES = {
-    "": hosttables.HostTable,
-    "defaults.": hosttables.DefaultsTable,
-    "models.vad.": hosttables.ModelTable,
-    "defaults.options.": hosttables.SessionTable,
-    "models.vad.warmup.x.": hosttables.InputTable,
+    "": schema.HostTable,
+    "defaults.": schema.DefaultsTable,
+    "models.vad.": schema.ModelTable,
+    "defaults.options.": schema.SessionTable,
+    "models.vad.warmup.x.": schema.InputTable,
 }
 KEYS = [place + key for place, kind in PLACES.items() for key in kind.__struct_fields__]
 
@@ -451,7 +451,7 @@ def test_a_mounted_file_begins_its_paths_where_it_is_mounted(base):
 
 
 def test_a_supervisor_may_import_it():
-    loaded = loaded_by("import onnx_dl.hostfile, onnx_dl.supervisor.filewatch")
+    loaded = loaded_by("import onnx_dl.supervisor.hostfile.reader, onnx_dl.supervisor.hostfile.file_watch")
     assert "msgspec" in loaded and not loaded & {"numpy", "onnxruntime", "zmq"}
 
 
@@ -470,11 +470,11 @@ def tables() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize(
     ("title", "kind"),
     [
-        ("The host", hosttables.HostTable),
-        ("[defaults]", hosttables.DefaultsTable),
-        ("[models.NAME]", hosttables.ModelTable),
-        ("options", hosttables.SessionTable),
-        ("warmup", hosttables.InputTable),
+        ("The host", schema.HostTable),
+        ("[defaults]", schema.DefaultsTable),
+        ("[models.NAME]", schema.ModelTable),
+        ("options", schema.SessionTable),
+        ("warmup", schema.InputTable),
     ],
 )
 def test_the_tables_have_all_keys(title, kind):
@@ -508,7 +508,7 @@ def test_the_example_is_a_file(base):
     found = parse(text, str(base))
     assert found.memory_limit and found.metrics and len(found.models) > 1
     used = {key for model in tomllib.loads(text)["models"].values() for key in model}
-    assert used == set(hosttables.ModelTable.__struct_fields__), "it shows every key of a model"
+    assert used == set(schema.ModelTable.__struct_fields__), "it shows every key of a model"
 
 
 # --- damage ------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.ledger import Ledger
-from onnx_dl.supervisor.needs import NOTHING, Bytes
+from onnx_dl.supervisor.policy.ledger import Ledger
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
 
 
 def test_nothing_booked():

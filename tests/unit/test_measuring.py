@@ -12,10 +12,10 @@ from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.commands import EndSaver, KillWorker, Remember, TellWorker
-from onnx_dl.supervisor.measuring import Load, Seen
-from onnx_dl.supervisor.needs import Bytes, Need, Peak
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy.commands import EndSaver, KillWorker, Remember, TellWorker
+from onnx_dl.supervisor.policy.measuring import Load, Seen
+from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, events, kill, ready, starts, told
 from tests.unit.test_admission import ask, busy, denied, idle, leave, load, peaked, remembered, taken, usage

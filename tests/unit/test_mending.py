@@ -10,7 +10,7 @@ from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from tests.unit.builders import USAGE, A, B, Rig, acquire, kill, ready, starts, told, unload
 
 BUG = failures.describe(SupervisorError("a bug"))

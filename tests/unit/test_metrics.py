@@ -20,10 +20,10 @@ from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.errors import ConfigError, SupervisorStartError
-from onnx_dl.supervisor.families import CALLS, FAMILIES, LOADS, render
-from onnx_dl.supervisor.metrics import Facts, Metrics
-from onnx_dl.supervisor.scrape import Scrape
-from onnx_dl.supervisor.scrapers import Scrapers
+from onnx_dl.supervisor.metrics.connections import Scrapers
+from onnx_dl.supervisor.metrics.counters import Facts, Metrics
+from onnx_dl.supervisor.metrics.endpoint import Scrape
+from onnx_dl.supervisor.metrics.families import CALLS, FAMILIES, LOADS, render
 from onnx_dl.transport.gauges import Gauges, Reading, bound
 from tests.waiting import DEADLINE, eventually
 

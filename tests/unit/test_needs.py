@@ -7,7 +7,7 @@ import pytest
 
 from onnx_dl.core.spec import group_spec
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.needs import (
+from onnx_dl.supervisor.policy.requirements import (
     UNLIMITED,
     Bytes,
     Experience,

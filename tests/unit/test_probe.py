@@ -10,7 +10,7 @@ import types
 import pytest
 
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.probe import Gpu, Probe, gpus
+from onnx_dl.supervisor.measure.memory_probe import Gpu, Probe, gpus
 from onnx_dl.tensors import segment
 
 

@@ -8,7 +8,7 @@ import resource
 
 import pytest
 
-from onnx_dl.supervisor.workerprocess import WorkerProcess
+from onnx_dl.supervisor.processes.worker_process import WorkerProcess
 
 
 def descriptors() -> list[str]:

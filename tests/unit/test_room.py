@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 
-from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes, Need, Peak
-from onnx_dl.supervisor.room import Answer, Candidate, Case, Guess, Plan, decide, guess, plan, refusal
+from onnx_dl.supervisor.policy.eviction import (
+    Answer,
+    Candidate,
+    Case,
+    Guess,
+    Plan,
+    decide,
+    guess,
+    plan,
+    refusal,
+)
+from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, Bytes, Need, Peak
 
 MB = 1 << 20
 

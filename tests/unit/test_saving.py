@@ -8,12 +8,12 @@ import msgspec
 import pytest
 
 from onnx_dl.protocol import control as m
-from onnx_dl.supervisor import saving
-from onnx_dl.supervisor.commands import Command, EndSaver, StartSaver
-from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes
-from onnx_dl.supervisor.saving import Saving, Wish
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy import cache_saves
+from onnx_dl.supervisor.policy.cache_saves import Saving, Wish
+from onnx_dl.supervisor.policy.commands import Command, EndSaver, StartSaver
+from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, Bytes
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, acquire, order, starts
 from tests.unit.test_admission import MB, idle, load, usage
@@ -147,7 +147,7 @@ def look(scheduler: Scheduler, now: float, **seen: Seen) -> list[Command]:
     return scheduler.on_tick(now, {int(name[1:]): each for name, each in seen.items()})
 
 
-NEED = saving.need(100 * MB).ram
+NEED = cache_saves.need(100 * MB).ram
 
 
 def test_a_save_begins_after_a_look_and_counts(scheduler: Scheduler) -> None:
@@ -241,7 +241,7 @@ def test_one_that_may_not_take_what_it_needs_gets_more(scheduler: Scheduler) -> 
     before = scheduler.in_use(1.0).ram
     scheduler.on_saver_ended(SHORT, 2.0)
     look(scheduler, 2.0, w1=idle(20, 0.5))
-    assert scheduler.in_use(2.0).ram - before == saving.need(10 * MB).ram
+    assert scheduler.in_use(2.0).ram - before == cache_saves.need(10 * MB).ram
 
 
 def test_without_a_limit_it_is_one_at_a_time_all_the_same() -> None:

@@ -14,8 +14,8 @@ from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.commands import Emit, StartWorker, TellClient, TellWorker
-from onnx_dl.supervisor.measuring import Seen
+from onnx_dl.supervisor.policy.commands import Emit, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.policy.measuring import Seen
 from tests.unit.builders import (
     DESCRIPTION,
     SETTINGS,

@@ -10,8 +10,8 @@ import pytest
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor.commands import Command
-from onnx_dl.supervisor.records import HOST, Terms
+from onnx_dl.supervisor.policy.commands import Command
+from onnx_dl.supervisor.policy.records import HOST, Terms
 from tests.unit.builders import SETTINGS, USAGE, A, B, Rig, failed, ready, spec, starts, told
 
 

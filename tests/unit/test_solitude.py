@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.supervisor.solitude import LOOK_EVERY, Solitude
+from onnx_dl.supervisor.policy.idle_shutdown import LOOK_EVERY, Solitude
 
 LINGER = 60.0
 EXPECTED = 30.0

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from onnx_dl.core.settings import Settings
-from onnx_dl.supervisor import store
-from onnx_dl.supervisor.needs import Bytes, Need, Peak
-from onnx_dl.supervisor.store import Store
+from onnx_dl.supervisor.measure import requirement_store
+from onnx_dl.supervisor.measure.requirement_store import Store
+from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
 from onnx_dl.system import installation
 from tests.unit.damage import damaged
 
@@ -47,8 +47,8 @@ def test_writers_do_not_undo_each_other(path: Path) -> None:
 FILL = """
 import sys
 from pathlib import Path
-from onnx_dl.supervisor.needs import Bytes, Need, Peak
-from onnx_dl.supervisor.store import Store
+from onnx_dl.supervisor.policy.requirements import Bytes; from onnx_dl.supervisor.policy.requirements import Need; from onnx_dl.supervisor.policy.requirements import Peak
+from onnx_dl.supervisor.measure.requirement_store import Store
 mine = Store(lambda: Path(sys.argv[1]))
 for i in range(50):
     mine.put(sys.argv[2] + str(i), Need(load=Peak(i), steady=Bytes(i, 1), peak=Bytes(i, 2)))
@@ -110,17 +110,19 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
 
 def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "build", lambda: "onnxruntime-9.9")
-    store.of(Settings(cache_dir=str(tmp_path))).put("a", need(1))
+    requirement_store.of(Settings(cache_dir=str(tmp_path))).put("a", need(1))
     assert [entry.name for entry in tmp_path.iterdir()] == ["needs-onnxruntime-9.9.json"]
     monkeypatch.setattr(installation, "build", lambda: "onnxruntime-10.0")
-    assert store.of(Settings(cache_dir=str(tmp_path))).get("a") is None  # another version, other needs
+    assert (
+        requirement_store.of(Settings(cache_dir=str(tmp_path))).get("a") is None
+    )  # another version, other needs
 
 
 @pytest.mark.parametrize("settings", [Settings(cache="off", cache_dir="/tmp"), Settings(cache_dir="here")])
 def test_nothing_is_kept(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    store.of(settings).put("a", need(1))
-    assert store.of(settings).get("a") is None
+    requirement_store.of(settings).put("a", need(1))
+    assert requirement_store.of(settings).get("a") is None
     assert not list(tmp_path.iterdir())
 
 

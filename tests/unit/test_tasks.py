@@ -10,7 +10,7 @@ import pytest
 from onnx_dl import OnnxDLError, ProcessesExhausted
 from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor import exits
+from onnx_dl.supervisor.policy import exit_reasons
 
 
 def refused(self: threading.Thread) -> None:
@@ -46,5 +46,5 @@ def test_an_error_of_somebody_else_has_a_note() -> None:
 
 def test_a_worker_that_ended_for_want_of_one() -> None:
     status = 71 << 8
-    assert exits.lacked_a_process(status) and not exits.lacked_a_process(70 << 8)
-    assert "m.onnx was not loaded. Why." in str(exits.lacked("m.onnx", "noise\nWhy.\n\n"))
+    assert exit_reasons.lacked_a_process(status) and not exit_reasons.lacked_a_process(70 << 8)
+    assert "m.onnx was not loaded. Why." in str(exit_reasons.lacked("m.onnx", "noise\nWhy.\n\n"))

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from onnx_dl.supervisor.main import _PR_SET_CHILD_SUBREAPER, _take_in_orphans
-from onnx_dl.supervisor.process import Processes
-from onnx_dl.supervisor.workerprocess import WorkerProcess
+from onnx_dl.supervisor.processes.worker_process import WorkerProcess
+from onnx_dl.supervisor.processes.worker_processes import Processes
 from onnx_dl.system import boot
 from onnx_dl.transport.gauges import Reading
 from tests.waiting import DEADLINE, eventually

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_dl.supervisor.thrash import Thrash
+from onnx_dl.supervisor.policy.thrashing import Thrash
 
 
 def reload(thrash: Thrash, key: str, since: float, now: float) -> str | None:

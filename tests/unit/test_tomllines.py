@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.tomllines import line_of
+from onnx_dl.supervisor.hostfile.line_numbers import line_of
 
 TEXT = '''\
 # a comment with models.vad.ttl = 1

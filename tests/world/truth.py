@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.supervisor.needs import NOTHING, Bytes
-from onnx_dl.supervisor.records import HOST, Model
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy.records import HOST, Model
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 
 _NEXT = {
     None: {"loading"},

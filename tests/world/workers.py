@@ -10,7 +10,7 @@ import msgspec
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, Usage
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor.measuring import Seen
+from onnx_dl.supervisor.policy.measuring import Seen
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import ready
 

@@ -15,7 +15,7 @@ from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import Usage
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.commands import (
+from onnx_dl.supervisor.policy.commands import (
     Command,
     Emit,
     EndSaver,
@@ -27,10 +27,10 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
-from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.supervisor.needs import Need
-from onnx_dl.supervisor.records import HOST, Terms
-from onnx_dl.supervisor.scheduler import Scheduler
+from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.records import HOST, Terms
+from onnx_dl.supervisor.policy.requirements import Need
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from tests.unit.builders import SETTINGS, ready, spec
 from tests.world import truth
 from tests.world.workers import FakeWorker

@@ -1,7 +1,7 @@
 """What happens to models, told to whoever listens.
 
 Covers the event type, its wording as a log line, and a bus that fans events out inside one process.
-Who makes events (:mod:`onnx_dl.supervisor.scheduler`) and who listens is not known here.
+Who makes events (:mod:`onnx_dl.supervisor.policy.scheduler`) and who listens is not known here.
 """
 
 from __future__ import annotations

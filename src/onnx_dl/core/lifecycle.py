@@ -1,7 +1,7 @@
 """The states a model goes through, as data.
 
 Covers which event may follow which state and what it leads to.  It knows no clocks, processes or
-sockets; :mod:`onnx_dl.supervisor.scheduler` decides when an event happens.  The table below is the
+sockets; :mod:`onnx_dl.supervisor.policy.scheduler` decides when an event happens.  The table below is the
 truth: ``docs/lifecycle.md`` is generated from it (``python -m onnx_dl.core.lifecycle``).
 """
 

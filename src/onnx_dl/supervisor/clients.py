@@ -15,7 +15,7 @@ from typing import Final
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.process import RESERVE
+from onnx_dl.supervisor.processes.worker_processes import RESERVE
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport import sockets
 from onnx_dl.transport.handshakes import Door

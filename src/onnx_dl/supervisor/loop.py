@@ -1,7 +1,7 @@
 """The supervisor's only thread: polls, feeds the scheduler, carries out its commands.
 
 The only writer of everything in this process.  What to do is decided by
-:mod:`onnx_dl.supervisor.scheduler`; how processes start and end is :mod:`onnx_dl.supervisor.process`.  A
+:mod:`onnx_dl.supervisor.policy.scheduler`; how processes start and end is :mod:`onnx_dl.supervisor.processes.worker_processes`.  A
 failure ends the client, the worker or the command that it concerns (:mod:`onnx_dl.supervisor.boundary`).
 """
 
@@ -25,10 +25,14 @@ from onnx_dl.core.status import Usage
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SupervisorError, WorkerDied
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor import store
 from onnx_dl.supervisor.boundary import boundary, tell, tell_failure
 from onnx_dl.supervisor.clients import Client, Clients
-from onnx_dl.supervisor.commands import (
+from onnx_dl.supervisor.measure import requirement_store
+from onnx_dl.supervisor.measure.memory_probe import Probe
+from onnx_dl.supervisor.metrics.counters import Facts, Metrics
+from onnx_dl.supervisor.outlet import Outlet
+from onnx_dl.supervisor.policy.cache_saves import Wish
+from onnx_dl.supervisor.policy.commands import (
     Command,
     Emit,
     EndSaver,
@@ -40,19 +44,15 @@ from onnx_dl.supervisor.commands import (
     TellClient,
     TellWorker,
 )
-from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.supervisor.metrics import Facts, Metrics
-from onnx_dl.supervisor.needs import uses_gpu
-from onnx_dl.supervisor.outlet import Outlet
-from onnx_dl.supervisor.probe import Probe
-from onnx_dl.supervisor.process import RESERVE, Processes
-from onnx_dl.supervisor.records import HOST
+from onnx_dl.supervisor.policy.idle_shutdown import Solitude
+from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.records import HOST
+from onnx_dl.supervisor.policy.requirements import uses_gpu
+from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.worker_process import MOST_BLOBS, Birth, WorkerProcess
+from onnx_dl.supervisor.processes.worker_processes import RESERVE, Processes
 from onnx_dl.supervisor.relay import MOST_UNREAD, Relay
-from onnx_dl.supervisor.saving import Wish
-from onnx_dl.supervisor.scheduler import Scheduler
-from onnx_dl.supervisor.solitude import Solitude
-from onnx_dl.supervisor.wakeups import Wakeups
-from onnx_dl.supervisor.workerprocess import MOST_BLOBS, Birth, WorkerProcess
+from onnx_dl.supervisor.signals import Wakeups
 from onnx_dl.system import descriptor_limits, installation, procfs, resources
 from onnx_dl.transport import running_hosts, sockets
 from onnx_dl.transport.addresses import same_secret
@@ -61,8 +61,8 @@ from onnx_dl.transport.rendezvous import Place
 from onnx_dl.transport.router import Router
 
 if TYPE_CHECKING:
-    from onnx_dl.supervisor.configured import Configuration
-    from onnx_dl.supervisor.scrape import Scrape
+    from onnx_dl.supervisor.hostfile.applied import Configuration
+    from onnx_dl.supervisor.metrics.endpoint import Scrape
 
 
 _LINGER: Final = 0.5
@@ -106,7 +106,7 @@ class Supervisor:
         self._foreground = foreground
         self._returns = False
         epoch = time.time() - time.monotonic()
-        self._store = store.of(settings)
+        self._store = requirement_store.of(settings)
         self._scheduler = Scheduler(settings, epoch, resources.memory(), self._store, self._store.is_saved)
         self._control = Router(f"{address}/control", RESERVE // 2, self._is_expected)
         processes.attach(f"{address}/control", self)
@@ -666,7 +666,7 @@ def _file(path: str) -> Configuration | None:
     """The host's file; what reads it is imported only if there is one."""
     if not path:
         return None
-    from onnx_dl.supervisor.configured import Configuration
+    from onnx_dl.supervisor.hostfile.applied import Configuration
 
     return Configuration(path)
 
@@ -694,6 +694,6 @@ def _scrape(address: str) -> Scrape | None:
     """Who serves metrics; what that needs is imported only if somebody wants them."""
     if not address:
         return None
-    from onnx_dl.supervisor.scrape import Scrape
+    from onnx_dl.supervisor.metrics.endpoint import Scrape
 
     return Scrape(address)

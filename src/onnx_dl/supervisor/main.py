@@ -22,7 +22,7 @@ from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.outlet import Outlet
-from onnx_dl.supervisor.process import Processes
+from onnx_dl.supervisor.processes.worker_processes import Processes
 from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.tensors import segment

@@ -9,7 +9,7 @@ once, so the supervisor takes it in and reaps it, and the end of this process is
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
 ZeroMQ context, touched CUDA or kept a session.  Its environment sees to the single thread
-(``SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.templateprocess`).  Knows nothing of models.
+(``SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.processes.template_process`).  Knows nothing of models.
 """
 
 from __future__ import annotations

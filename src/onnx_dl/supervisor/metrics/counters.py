@@ -1,7 +1,7 @@
 """What happened in a supervisor, counted by model.
 
 Pure: events and workers' last readings come in, plain figures go out.  How they are written for Prometheus is
-:mod:`onnx_dl.supervisor.families`, who asks for them :mod:`onnx_dl.supervisor.scrape`.
+:mod:`onnx_dl.supervisor.metrics.families`, who asks for them :mod:`onnx_dl.supervisor.metrics.endpoint`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a model needs: what was measured, and what that says of its next load.
 
-Pure.  Figures are kept by :mod:`onnx_dl.supervisor.store`; who compares them with a limit is
-:mod:`onnx_dl.supervisor.room`.
+Pure.  Figures are kept by :mod:`onnx_dl.supervisor.measure.requirement_store`; who compares them with a limit is
+:mod:`onnx_dl.supervisor.policy.eviction`.
 """
 
 from __future__ import annotations

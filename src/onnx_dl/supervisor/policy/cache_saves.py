@@ -1,7 +1,7 @@
 """Which model is saved for the load cache, and when: one at a time, where there is room for it.
 
 Pure.  A saver is the first to make way: a load that needs its room has it ended, and its model is saved
-later.  The process is :mod:`onnx_dl.supervisor.saverprocess`'s.
+later.  The process is :mod:`onnx_dl.supervisor.processes.saver_process`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from onnx_dl.core.environment import NOTHING as NO_VARIABLES
 from onnx_dl.core.environment import Environment
-from onnx_dl.supervisor.needs import NOTHING, Bytes
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
 
 BASE: Final = 96 << 20
 """Bytes of a saver without a model, and for a run."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.protocol import control, failures
-from onnx_dl.supervisor.admission import Admission
-from onnx_dl.supervisor.commands import Command
-from onnx_dl.supervisor.fates import Fates
-from onnx_dl.supervisor.records import Model, Worker
-from onnx_dl.supervisor.tickets import Tickets
+from onnx_dl.supervisor.policy.admission import Admission
+from onnx_dl.supervisor.policy.commands import Command
+from onnx_dl.supervisor.policy.outcomes import Fates
+from onnx_dl.supervisor.policy.records import Model, Worker
+from onnx_dl.supervisor.policy.tickets import Tickets
 
 _HAVE_WORKERS = (ModelState.LOADING, ModelState.READY, ModelState.DRAINING)
 

@@ -25,9 +25,9 @@ from typing import Any, Final
 from onnx_dl.concurrency import spawning
 from onnx_dl.core.parsing import parse_address
 from onnx_dl.errors import SupervisorStartError
-from onnx_dl.supervisor import families
-from onnx_dl.supervisor.metrics import Facts
-from onnx_dl.supervisor.scrapers import MOST, Scrapers, is_meant
+from onnx_dl.supervisor.metrics import families
+from onnx_dl.supervisor.metrics.connections import MOST, Scrapers, is_meant
+from onnx_dl.supervisor.metrics.counters import Facts
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Waker
 

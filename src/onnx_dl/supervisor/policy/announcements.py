@@ -9,7 +9,7 @@ from typing import Any
 
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.records import Model, Worker
+from onnx_dl.supervisor.policy.records import Model, Worker
 
 
 class Chronicle:

@@ -1,7 +1,7 @@
 """Loads that wait for memory, and who is asked to make way: the scheduler's part that knows of waiting.
 
 Pure like the scheduler.  When a load does not fit, the loop is to look at all workers: what they hold, and
-since when they are idle.  That decides (:mod:`onnx_dl.supervisor.room`).  A worker leaves only if it is
+since when they are idle.  That decides (:mod:`onnx_dl.supervisor.policy.eviction`).  A worker leaves only if it is
 still idle when it hears of it, so nobody's call is ever in the way.  While somebody waits, the loop looks
 every 50 ms.
 
@@ -20,12 +20,12 @@ from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor import room
-from onnx_dl.supervisor.commands import StartSaver
-from onnx_dl.supervisor.measuring import Measuring, Seen
-from onnx_dl.supervisor.needs import NOTHING, Bytes, Known
-from onnx_dl.supervisor.records import Model
-from onnx_dl.supervisor.room import Answer, Candidate, Plan
+from onnx_dl.supervisor.policy import eviction
+from onnx_dl.supervisor.policy.commands import StartSaver
+from onnx_dl.supervisor.policy.eviction import Answer, Candidate, Plan
+from onnx_dl.supervisor.policy.measuring import Measuring, Seen
+from onnx_dl.supervisor.policy.records import Model
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes, Known
 
 _LOOK_EVERY: Final = 0.05
 _RESIDENCY: Final = 0.5
@@ -61,7 +61,7 @@ class Admission(Measuring):
         known: Known | None = None,
         is_saved: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """As :class:`~onnx_dl.supervisor.measuring.Measuring`."""
+        """As :class:`~onnx_dl.supervisor.policy.measuring.Measuring`."""
         super().__init__(settings, memory, known, is_saved)
         self._wishes: dict[str, _Wish] = {}
         """In the order in which they came."""
@@ -154,7 +154,7 @@ class Admission(Measuring):
                 return Answer.EVICT, [candidate.worker_id for candidate in idle]
             if not self._looking or self._leaving(now) != NOTHING or self._any_leaves():
                 return Answer.WAIT, []
-        return room.decide(need, self._limit, in_use, self._leaving(now), idle)
+        return eviction.decide(need, self._limit, in_use, self._leaving(now), idle)
 
     def _make_way(self, evicted: list[int], now: float) -> None:
         for worker_id in evicted:
@@ -234,7 +234,7 @@ class Admission(Measuring):
             self._end_saver()
         in_use, leaving, idle = self._in_use(now), self._leaving(now), self._candidates()
         if not (in_use - leaving).fits(self._limit):
-            _, evicted = room.decide(NOTHING, self._limit, in_use, leaving, idle)
+            _, evicted = eviction.decide(NOTHING, self._limit, in_use, leaving, idle)
             for worker_id in evicted or [candidate.worker_id for candidate in idle]:
                 self._order(worker_id, control.DrainIfIdle())
 

@@ -18,9 +18,9 @@ from typing import Final, Protocol
 from onnx_dl.core.environment import Environment
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.saverprocess import SaverProcess
-from onnx_dl.supervisor.templateprocess import SINGLE_THREADED, TemplateProcess
-from onnx_dl.supervisor.workerprocess import COST, Birth, WorkerProcess
+from onnx_dl.supervisor.processes.saver_process import SaverProcess
+from onnx_dl.supervisor.processes.template_process import SINGLE_THREADED, TemplateProcess
+from onnx_dl.supervisor.processes.worker_process import COST, Birth, WorkerProcess
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport.gauges import Reading
 

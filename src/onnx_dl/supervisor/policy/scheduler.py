@@ -22,17 +22,17 @@ from onnx_dl.core.spec import ModelSpec, Warmup, group_spec
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.errors import HostClosing, LoadTimeout, ProxyClosedError, WorkerDied
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor import exits, saving
-from onnx_dl.supervisor.chronicle import Chronicle
-from onnx_dl.supervisor.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
-from onnx_dl.supervisor.fates import Fates, death
-from onnx_dl.supervisor.ledger import Ledger
-from onnx_dl.supervisor.measuring import Seen
-from onnx_dl.supervisor.mending import Mending
-from onnx_dl.supervisor.needs import UNLIMITED, Bytes, Known
-from onnx_dl.supervisor.records import HOST, Model, Terms, Worker
-from onnx_dl.supervisor.thrash import Thrash
-from onnx_dl.supervisor.tickets import Tickets
+from onnx_dl.supervisor.policy import cache_saves, exit_reasons
+from onnx_dl.supervisor.policy.announcements import Chronicle
+from onnx_dl.supervisor.policy.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.policy.ledger import Ledger
+from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.outcomes import Fates, death
+from onnx_dl.supervisor.policy.records import HOST, Model, Terms, Worker
+from onnx_dl.supervisor.policy.recovery import Mending
+from onnx_dl.supervisor.policy.requirements import UNLIMITED, Bytes, Known
+from onnx_dl.supervisor.policy.thrashing import Thrash
+from onnx_dl.supervisor.policy.tickets import Tickets
 from onnx_dl.transport.gauges import Reading
 
 _LONGEST_BACKOFF: Final = 60.0
@@ -284,14 +284,14 @@ class Scheduler(Mending):
 
     def on_saveable(self, ask: control.Saveable, now: float) -> list[Command]:
         """A model is worth saving for the load cache."""
-        need = saving.need(ask.nbytes)
-        self._saving.ask(saving.Wish(ask.key, ask.order, ask.blob, need, environment=ask.environment))
+        need = cache_saves.need(ask.nbytes)
+        self._saving.ask(cache_saves.Wish(ask.key, ask.order, ask.blob, need, environment=ask.environment))
         self._admit(now)
         return self._done()
 
     def on_saver_ended(self, status: int, now: float) -> list[Command]:
         """The process that saved a model is reaped, and all that it started."""
-        self._saving.ended(short=exits.wants_more_memory(status))
+        self._saving.ended(short=exit_reasons.wants_more_memory(status))
         self._admit(now)
         return self._done()
 
@@ -668,7 +668,7 @@ class Scheduler(Mending):
         if worker.ready is not None or model.second_try or not model.waiters:
             return False
         is_ours = worker.killed or worker.exceeded > 0
-        ran_out = not is_ours and exits.ran_out_of_memory(worker.failure, status, stderr)
+        ran_out = not is_ours and exit_reasons.ran_out_of_memory(worker.failure, status, stderr)
         return worker.outgrew or ran_out
 
     def _load_plainly(self, model: Model, worker: Worker, now: float) -> None:

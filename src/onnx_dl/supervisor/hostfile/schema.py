@@ -1,6 +1,6 @@
 """The tables of ``host.toml`` as typed structs, and what is wrong with a table that does not fit.
 
-What the values mean together is :mod:`onnx_dl.hostfile`'s.  A type's description says what is allowed to
+What the values mean together is :mod:`onnx_dl.supervisor.hostfile.reader`'s.  A type's description says what is allowed to
 whoever wrote something else.
 """
 

@@ -1,6 +1,6 @@
 """What workers were measured to hold, and what that says of loads: the scheduler's part that knows figures.
 
-Pure like the scheduler.  A load is let in on terms (:class:`onnx_dl.supervisor.room.Plan`) and weighed while
+Pure like the scheduler.  A load is let in on terms (:class:`onnx_dl.supervisor.policy.eviction.Plan`) and weighed while
 it is under way: one that takes more than there is, is ended.  What it had is remembered, so that the same is
 decided the next time without trying.
 """
@@ -19,13 +19,13 @@ from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor import needs, room
-from onnx_dl.supervisor.commands import Command, EndSaver, ForgetPeak, Remember
-from onnx_dl.supervisor.ledger import Ledger
-from onnx_dl.supervisor.needs import NOTHING, UNLIMITED, Bytes, Experience, Known, Need, Peak
-from onnx_dl.supervisor.records import Model, Worker
-from onnx_dl.supervisor.room import Case, Plan
-from onnx_dl.supervisor.saving import Saving
+from onnx_dl.supervisor.policy import eviction, requirements
+from onnx_dl.supervisor.policy.cache_saves import Saving
+from onnx_dl.supervisor.policy.commands import Command, EndSaver, ForgetPeak, Remember
+from onnx_dl.supervisor.policy.eviction import Case, Plan
+from onnx_dl.supervisor.policy.ledger import Ledger
+from onnx_dl.supervisor.policy.records import Model, Worker
+from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, Bytes, Experience, Known, Need, Peak
 from onnx_dl.transport.gauges import Reading
 
 _SHARE: Final = 0.8
@@ -107,9 +107,9 @@ class Measuring:
         """The terms on which the model may load now."""
         known = self._known(_wanted_as(model))
         wanted = [*model.members.values(), *(ask.spec for _, ask in model.waiters)]
-        guessed = room.guess(_file_bytes(model), any(map(needs.uses_gpu, wanted)))
+        guessed = eviction.guess(_file_bytes(model), any(map(requirements.uses_gpu, wanted)))
         saved = known is not None and self._is_saved(known.entry)
-        plan = room.plan(known, guessed, self._left(), saved=saved)
+        plan = eviction.plan(known, guessed, self._left(), saved=saved)
         return plan._replace(need=plan.need.most(model.at_least.least(self._left())))
 
     def _left(self) -> Bytes:
@@ -120,7 +120,7 @@ class Measuring:
     def _stays(self) -> Bytes:
         """What pinned models hold now, and will not give back."""
         pinned = (worker_id for worker_id, model in self._by_worker.items() if model.pins)
-        return sum((needs.present(self.ledger.of(worker_id)) for worker_id in pinned), NOTHING)
+        return sum((requirements.present(self.ledger.of(worker_id)) for worker_id in pinned), NOTHING)
 
     def _in_use(self, now: float) -> Bytes:
         others = self.ledger.afterglow(now) + self._saving.taken
@@ -147,7 +147,7 @@ class Measuring:
             file_bytes=_file_bytes(model),
             ended=peak.ended and plan.need.ram == peak.nbytes + 1,
         )
-        return room.refusal(case, self._patience)
+        return eviction.refusal(case, self._patience)
 
     # --- what is measured ---------------------------------------------------------------------------------
 
@@ -161,7 +161,9 @@ class Measuring:
         self.ledger.book(worker.id, usage)
         self.ledger.reserve(worker.id, NOTHING)
         if usage.pss:
-            need = needs.loaded(self._known(_loaded_as(model)), usage, ready.entry, mapped=ready.mapped)
+            need = requirements.loaded(
+                self._known(_loaded_as(model)), usage, ready.entry, mapped=ready.mapped
+            )
             self._note(model, worker, need)
             if not worker.plan.measured and not self._could_hold(usage):
                 self._end_load(model, worker, now)
@@ -173,7 +175,7 @@ class Measuring:
     def _could_hold(self, usage: Usage) -> bool:
         """Whether there is as much as this load took between two looks, which would be refused the next
         time."""
-        return (needs.highest(usage) + self._stays()).fits(self._limit)
+        return (requirements.highest(usage) + self._stays()).fits(self._limit)
 
     def _learn(self, model: Model, usage: Usage) -> None:
         """A worker was measured."""
@@ -183,8 +185,8 @@ class Measuring:
             return
         self.ledger.book(worker.id, usage)
         if usage.pss and known is not None and worker.ready is not None:
-            worker.peak = worker.peak.most(needs.highest(usage))
-            self._note(model, worker, needs.risen(known, usage))
+            worker.peak = worker.peak.most(requirements.highest(usage))
+            self._note(model, worker, requirements.risen(known, usage))
 
     def _learn_runs(self, model: Model, worker: Worker, runs: int, now: float) -> bool:
         """A worker has made so many runs.  What its last ones did not take again counts for less, so that one
@@ -192,7 +194,7 @@ class Measuring:
         known = self._known(_loaded_as(model))
         if known is None or runs <= worker.marked_runs or worker.peak == NOTHING:
             return False
-        self._note(model, worker, needs.faded(known, worker.peak))
+        self._note(model, worker, requirements.faded(known, worker.peak))
         worker.marked_at, worker.marked_runs, worker.peak = now, runs, NOTHING
         return True
 
@@ -257,7 +259,7 @@ class Measuring:
             self._end_saver()  # who is the first to make way
         if nbytes > self._bound(worker, now, without=self._saving.taken):
             known = self._known(_loaded_as(model))
-            need = needs.outgrown(known, nbytes, mapped=worker.plan.mapped)
+            need = requirements.outgrown(known, nbytes, mapped=worker.plan.mapped)
             self._experience.note(_loaded_as(model), need)
             self._end_load(model, worker, now)
         worker.weigh_at = now + _pause(bound - nbytes)
@@ -304,9 +306,9 @@ def _file_bytes(model: Model) -> int:
 
 def _wanted_as(model: Model) -> str:
     """By what is known what the model would take if it were loaded now."""
-    return needs.identity(model.key, model.members)
+    return requirements.identity(model.key, model.members)
 
 
 def _loaded_as(model: Model) -> str:
     """By what is known what the present worker takes; others may have joined the group since."""
-    return needs.identity(model.key, (member.key for member in model.spec.members))
+    return requirements.identity(model.key, (member.key for member in model.spec.members))

@@ -1,7 +1,7 @@
 """The file of a host, as far as a supervisor follows it: what is in force, and what a change of it means.
 
-How a file is read and checked is :mod:`onnx_dl.hostfile`'s, when it changes
-:mod:`onnx_dl.supervisor.filewatch`'s, who loads what the scheduler's.
+How a file is read and checked is :mod:`onnx_dl.supervisor.hostfile.reader`'s, when it changes
+:mod:`onnx_dl.supervisor.hostfile.file_watch`'s, who loads what the scheduler's.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Container, Iterator
 
 import msgspec
 
-from onnx_dl import hostfile
 from onnx_dl.core.model_files import bytes_of
 from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.errors import ConfigError
-from onnx_dl.hostfile import Configured, HostFile
 from onnx_dl.protocol import control as m
-from onnx_dl.supervisor.filewatch import FileWatch
-from onnx_dl.supervisor.records import Terms
+from onnx_dl.supervisor.hostfile import reader
+from onnx_dl.supervisor.hostfile.file_watch import FileWatch
+from onnx_dl.supervisor.hostfile.reader import Configured, HostFile
+from onnx_dl.supervisor.policy.records import Terms
 
 
 class Configuration:
@@ -33,7 +33,7 @@ class Configuration:
         self._path = path
         self._watch = FileWatch(path)  # before it is read: a change in between is one
         try:
-            self.file: HostFile = hostfile.read(path)
+            self.file: HostFile = reader.read(path)
         except ConfigError:
             self._watch.close()
             raise
@@ -48,7 +48,7 @@ class Configuration:
         if not (self._watch.changed(anyway=asked) or asked):
             return False
         try:
-            self.file = hostfile.read(self._path)
+            self.file = reader.read(self._path)
         except ConfigError as error:
             print(f"onnx-dl: {error} What was in force before stays.", file=sys.stderr, flush=True)
             return False

@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 import onnx_dl
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
-from onnx_dl.supervisor.metrics import Facts, Times
+from onnx_dl.supervisor.metrics.counters import Facts, Times
 from onnx_dl.transport.gauges import bound, bucket
 
 _MEMORY: Final = ("rss", "pss", "private", "shared", "gpu")

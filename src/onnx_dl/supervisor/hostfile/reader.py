@@ -22,7 +22,8 @@ from onnx_dl.core import environment, parsing
 from onnx_dl.core.environment import Environment
 from onnx_dl.core.spec import ModelSpec, Warmup, specify
 from onnx_dl.errors import ConfigError
-from onnx_dl.hosttables import (
+from onnx_dl.supervisor.hostfile.line_numbers import line_of, too_deep
+from onnx_dl.supervisor.hostfile.schema import (
     DefaultsTable,
     HostTable,
     InputTable,
@@ -32,7 +33,6 @@ from onnx_dl.hosttables import (
     shown,
 )
 from onnx_dl.system import small_files
-from onnx_dl.tomllines import line_of, too_deep
 
 MOST_BYTES: Final = 1 << 20
 """Of a file: several thousand models, which are read within half a second."""

@@ -1,6 +1,6 @@
 """How workers ended: remembered for a while, and told to callers who lost one, also before it is known.
 
-Pure.  How an end is worded is :mod:`onnx_dl.supervisor.exits`'s.
+Pure.  How an end is worded is :mod:`onnx_dl.supervisor.policy.exit_reasons`'s.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import collections
 from typing import Final
 
 from onnx_dl.protocol import control, failures
-from onnx_dl.supervisor import exits
-from onnx_dl.supervisor.records import Model, Worker
+from onnx_dl.supervisor.policy import exit_reasons
+from onnx_dl.supervisor.policy.records import Model, Worker
 
 _REMEMBERED: Final = 256
 
@@ -44,8 +44,8 @@ def death(model: Model, worker: Worker, status: int, stderr: str) -> failures.Fa
     who = (model.spec.name, worker.pid or 0, status, stderr)
     if worker.exceeded:
         limit = model.spec.max_memory_hard or 0
-        return failures.describe(exits.memory_exceeded(*who, limit=limit, used=worker.exceeded))
-    if worker.ready is None and exits.lacked_a_process(status):
-        return failures.describe(exits.lacked(model.spec.name, stderr))
+        return failures.describe(exit_reasons.memory_exceeded(*who, limit=limit, used=worker.exceeded))
+    if worker.ready is None and exit_reasons.lacked_a_process(status):
+        return failures.describe(exit_reasons.lacked(model.spec.name, stderr))
     reason = worker.reason if worker.killed else "crash"
-    return failures.describe(exits.worker_died(*who, reason=reason, loading=worker.ready is None))
+    return failures.describe(exit_reasons.worker_died(*who, reason=reason, loading=worker.ready is None))

@@ -14,9 +14,9 @@ from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.protocol import control
 from onnx_dl.protocol.failures import Failure
-from onnx_dl.supervisor.ledger import Ledger
-from onnx_dl.supervisor.needs import NOTHING, Bytes
-from onnx_dl.supervisor.room import Plan
+from onnx_dl.supervisor.policy.eviction import Plan
+from onnx_dl.supervisor.policy.ledger import Ledger
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
 from onnx_dl.transport.gauges import Reading
 
 HOST: Final = b"host"

@@ -1,6 +1,6 @@
 """The process that saves a model for the load cache (:mod:`onnx_dl.workers.saver`), and those that it forks.
 
-Whether one is to run is decided by :mod:`onnx_dl.supervisor.saving`.
+Whether one is to run is decided by :mod:`onnx_dl.supervisor.policy.cache_saves`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from onnx_dl.core.settings import Settings, cache_folder
-from onnx_dl.supervisor.needs import Need
+from onnx_dl.supervisor.policy.requirements import Need
 from onnx_dl.system import installation, small_files
 
 _MOST: Final = 4096

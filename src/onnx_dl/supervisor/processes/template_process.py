@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import template as m
-from onnx_dl.supervisor.workerprocess import WorkerProcess
+from onnx_dl.supervisor.processes.worker_process import WorkerProcess
 from onnx_dl.system import boot
 from onnx_dl.transport.sockets import Channel
 

@@ -1,6 +1,6 @@
 """One worker process as the supervisor has it: its descriptors, its last words, its end.
 
-When one is started and who asks for it is :mod:`onnx_dl.supervisor.process`'s.
+When one is started and who asks for it is :mod:`onnx_dl.supervisor.processes.worker_processes`'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether there is memory for a load, and who makes way for it: rules.
 
-Pure.  Who waits and what is done is :mod:`onnx_dl.supervisor.scheduler`'s; what is held is the ledger's.
+Pure.  Who waits and what is done is :mod:`onnx_dl.supervisor.policy.scheduler`'s; what is held is the ledger's.
 Bytes of RAM are proportional set sizes, so that pages that workers share count once.
 """
 
@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import CapacityError
-from onnx_dl.supervisor.needs import NOTHING, Bytes, Need, Peak
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes, Need, Peak
 
 BASE: Final = 32 << 20
 """Bytes of a worker without a model, which is the first guess for a model that was never measured."""

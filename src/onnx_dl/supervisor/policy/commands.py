@@ -8,8 +8,8 @@ from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.protocol.codec import Message
-from onnx_dl.supervisor.needs import Need
-from onnx_dl.supervisor.saving import Wish
+from onnx_dl.supervisor.policy.cache_saves import Wish
+from onnx_dl.supervisor.policy.requirements import Need
 
 
 class StartWorker(NamedTuple):

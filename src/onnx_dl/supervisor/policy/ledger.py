@@ -1,8 +1,8 @@
 """What memory each worker holds.
 
 Bytes are booked when a worker is measured and given back in one place, when it is reaped; those on a GPU when
-the driver has them back.  Pure: who measures (:mod:`onnx_dl.supervisor.probe`) and who decides
-(:mod:`onnx_dl.supervisor.scheduler`) is not known here.
+the driver has them back.  Pure: who measures (:mod:`onnx_dl.supervisor.measure.memory_probe`) and who decides
+(:mod:`onnx_dl.supervisor.policy.scheduler`) is not known here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.needs import NOTHING, Bytes, present
+from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes, present
 
 _AFTERGLOW: Final = 2.0
 """Seconds within which a driver has taken back the GPU memory of a process that ended: mostly 0.5 to 1.5."""
