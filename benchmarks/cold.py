@@ -20,7 +20,7 @@ from benchmarks.models import Case, heavy
 from benchmarks.report import Row
 from benchmarks.timing import BASE, figure
 from onnx_dl import EventType, InferenceSessionProxy, ModelHost
-from onnx_dl.workers.cache import Cache
+from onnx_dl.workers.load_cache.store import Cache
 
 PLAIN, CACHED = "onnx-dl, plain load", "onnx-dl, load cache warm"
 HEAVY_FEED: Final = {"x": np.ones((1, 2048), np.float32)}

@@ -19,7 +19,7 @@ HOOK: Final = """
 import os, sys
 
 def wrap():
-    if "onnx_dl.workers.loop" in sys.modules:
+    if "onnx_dl.workers.worker" in sys.modules:
         from benchmarks import stamps
         stamps.patch(stamps.WORKER, stamps.Stamps(os.environ[stamps.VARIABLE]))
 
@@ -79,9 +79,11 @@ CLIENT: Final = (
 )
 WORKER: Final = (
     Point("onnx_dl.transport.doorbell", "WorkerBell", "wait", None, WOKEN),
-    Point("onnx_dl.workers.repeats", "Repeats", "answer_number", ASKED),
-    Point("onnx_dl.workers.repeats", "Repeats", "answer", ASKED),  # of inputs that lie in shared memory
-    Point("onnx_dl.workers.ort", "OnnxRuntimeBackend", "repeat", RUN, RAN, made=True),
+    Point("onnx_dl.workers.prepared_calls", "Repeats", "answer_number", ASKED),
+    Point(
+        "onnx_dl.workers.prepared_calls", "Repeats", "answer", ASKED
+    ),  # of inputs that lie in shared memory
+    Point("onnx_dl.workers.engines.ort", "OnnxRuntimeBackend", "repeat", RUN, RAN, made=True),
     Point("onnx_dl.transport.doorbell", "WorkerBell", "ring", ANSWER),
 )
 

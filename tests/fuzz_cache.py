@@ -27,7 +27,7 @@ import psutil
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.errors import WorkerDied
-from onnx_dl.workers.cache import Cache, Entry
+from onnx_dl.workers.load_cache.store import Cache, Entry
 from tests import fuzz_damage, fuzzing, zoo
 from tests.fuzz_variants import PLAIN, VARIANTS, Variant
 from tests.fuzzing import Wrong

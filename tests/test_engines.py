@@ -1,4 +1,4 @@
-"""The seam for engines: a third one is one module in ``onnx_dl/workers``, and a face if it shall have one."""
+"""The seam for engines: a third one is one module in ``onnx_dl/workers/engines``, and a face if it shall have one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnx_dl
 from onnx_dl import EventType, ModelHost, WorkerDied
 from onnx_dl.core.spec import ModelSpec, file_identity, model_key
 from onnx_dl.session.proxy import ModelProxy
-from onnx_dl.workers import backend
+from onnx_dl.workers.engines import base
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
 
 SCALER = '''
@@ -22,7 +22,7 @@ SCALER = '''
 
 import ctypes
 
-import onnx_dl.workers.backend
+import onnx_dl.workers.engines.base
 from onnx_dl.core.status import ModelDescription
 
 
@@ -84,13 +84,13 @@ class Scaled(ModelProxy):
 def install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_left_behind: None
 ) -> Callable[[str, str], None]:
-    """Adds a module to ``onnx_dl/workers`` of an onnx_dl that this host's processes import, and not we."""
+    """Adds a module to ``onnx_dl/workers/engines`` of an onnx_dl that this host's processes import, and not we."""
     root = Path(onnx_dl.__file__).parent
     shutil.copytree(root, tmp_path / "site" / root.name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.syspath_prepend(tmp_path / "site")
 
     def install(name: str, source: str) -> None:
-        (tmp_path / "site" / root.name / "workers" / f"{name}.py").write_text(source)
+        (tmp_path / "site" / root.name / "workers" / "engines" / f"{name}.py").write_text(source)
 
     return install
 
@@ -140,7 +140,7 @@ def test_an_engine_that_there_is_not(host: ModelHost, model: Path) -> None:
 @pytest.mark.parametrize("name", ["nonsense", "", "../ort", "os.path", "gate"])
 def test_only_modules_that_open_models_are_engines(name: str) -> None:
     with pytest.raises(ValueError, match="There is no engine"):
-        backend.load(ModelSpec(key="k", name="n", cwd="/", engine=name), {})
+        base.load(ModelSpec(key="k", name="n", cwd="/", engine=name), {})
 
 
 # What it raises, or who ends it: the kernel, when the whole machine has no memory left, sends SIGKILL.

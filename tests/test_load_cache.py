@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from onnx_dl.workers.cache import WEIGHTS, Cache
+from onnx_dl.workers.load_cache.store import WEIGHTS, Cache
 from tests.waiting import eventually, worker_pid
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from onnx_dl import EventType, ModelHost
 from onnx_dl.supervisor.policy import cache_saves
-from onnx_dl.workers.cache import Cache
+from onnx_dl.workers.load_cache.store import Cache
 from tests.contract.both import F, node, tensor
 from tests.test_capacity import MB, proxies, value, weighty
 from tests.test_load_cache import no_saver_is_left, store

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_dl
 from onnx_dl import EventType, InferenceSessionProxy, ModelHost
 from onnx_dl.errors import FilesChanging
-from onnx_dl.workers.cache import Cache
+from onnx_dl.workers.load_cache.store import Cache
 from tests.mlir import compiler
 from tests.sharing import Forked, own_runtime
 from tests.test_load_cache import is_saved, maps, no_saver_is_left, store  # noqa: F401

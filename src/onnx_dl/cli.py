@@ -20,7 +20,7 @@ from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import ConfigError, OnnxDLError
 
 if TYPE_CHECKING:
-    from onnx_dl.workers.cache import Cache
+    from onnx_dl.workers.load_cache.store import Cache
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     supervise.add_argument("--config", metavar="FILE", help="a host.toml: which models it has, and limits")
     supervise.add_argument("--metrics", metavar="ADDRESS", help="serve Prometheus there, e.g. 127.0.0.1:9464")
     supervise.set_defaults(run=_supervise)
-    cache = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
-    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    store_module = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
+    actions = store_module.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("ls", help="list what is in it, the one used last first").set_defaults(run=_cache_ls)
     actions.add_parser("clear", help="remove everything in it").set_defaults(run=_cache_clear)
     _add_host_commands(commands)
@@ -268,9 +268,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _cache() -> Cache:
-    from onnx_dl.workers import cache
+    from onnx_dl.workers.load_cache import store as store_module
 
-    return cache.Cache(cache.folder(), parsing.parse_size(settings.settings().cache_limit))
+    return store_module.Cache(store_module.folder(), parsing.parse_size(settings.settings().cache_limit))
 
 
 if __name__ == "__main__":

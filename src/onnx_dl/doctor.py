@@ -22,7 +22,7 @@ from onnx_dl.system import builds
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting
 from onnx_dl.trials import Answer
-from onnx_dl.workers import cache
+from onnx_dl.workers.load_cache import store
 
 _CPU: Final = "CPUExecutionProvider"
 _NO_GPU: Final = "Nothing to do where there is no device for it: models that ask for it use the next one."
@@ -259,7 +259,7 @@ def load_cache(chosen: settings.Settings, root: Path) -> Finding:
     """Whether models can be saved, below ``root``, in the form that loads fastest."""
     if chosen.cache == "off":
         return Finding("load cache", Mark.OK, "off, as ONNX_DL_CACHE=off asks")
-    size = sum(entry.nbytes for entry in cache.Cache(root, 0).entries())
+    size = sum(entry.nbytes for entry in store.Cache(root, 0).entries())
     found = f"{format_bytes(size)} of {chosen.cache_limit} in {root}"
     if is_writable(root):
         return Finding("load cache", Mark.OK, found)

@@ -20,7 +20,7 @@ from onnx_dl.system import builds, installation, resources
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting
 from onnx_dl.trials import Answer
-from onnx_dl.workers import cache
+from onnx_dl.workers.load_cache import store
 
 _BUDGET: Final = 9.0
 """Seconds that all trials together may take."""
@@ -66,7 +66,7 @@ def examine() -> list[doctor.Finding]:
             doctor.shared_memory(_size_of(Path("/dev/shm"))),
             doctor.telemetry(said.get("version"), os.environ),
             doctor.start(chosen.start, starting.result()),
-            *([] if complaint else [doctor.load_cache(chosen, cache.folder())]),
+            *([] if complaint else [doctor.load_cache(chosen, store.folder())]),
         ]
 
 

@@ -30,7 +30,7 @@ from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET, Handover
 from onnx_dl.transport.rendezvous import Place, Record
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.workers import cache
+from onnx_dl.workers.load_cache import store
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.slow import identity_model
@@ -281,7 +281,7 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     }
     record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)
     place = Place("fuzz", folder=folder)
-    kept = cache.Cache(folder / "cache", 1 << 30)
+    kept = store.Cache(folder / "cache", 1 << 30)
 
     def read_needs(data: bytes) -> None:
         for _, need in requirement_store._entries(data, 2e9):
@@ -305,14 +305,14 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     return [
         Target("needs", mutation.json(rng, [requirement_store._encode(list(needs.items()))]), read_needs),
         Target("record", mutation.json(rng, [msgspec.json.encode(record)]), read_record, share=0.2),
-        Target("meta of the load cache", mutation.json(rng, [cache.seal_meta(meta())]), read_meta, share=0.1),
+        Target("meta of the load cache", mutation.json(rng, [store.seal_meta(meta())]), read_meta, share=0.1),
         Target("sealed meta", mutation.json(rng, [msgspec.json.encode(meta())]), read_sealed, share=0.1),
     ]
 
 
-def meta() -> cache.Meta:
-    made = examples._made(msgspec.inspect.type_info(cache.Meta), random.Random(5), 0)
-    return msgspec.convert(made, cache.Meta)
+def meta() -> store.Meta:
+    made = examples._made(msgspec.inspect.type_info(store.Meta), random.Random(5), 0)
+    return msgspec.convert(made, store.Meta)
 
 
 _HOST_FILE = b"""memory_limit = "2GiB"

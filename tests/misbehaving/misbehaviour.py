@@ -60,7 +60,7 @@ def misbehave(order: str, results: Any = None) -> None:
         for lane in _lanes(results is not None):
             ANSWERS[order](lane, results)
     elif order.startswith("fact "):
-        (worker,) = _instances("onnx_dl.workers.loop", "Worker")
+        (worker,) = _instances("onnx_dl.workers.worker", "Worker")
         FACTS[order](worker)
     elif order:
         FAULTS[order]()

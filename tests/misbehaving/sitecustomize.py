@@ -10,7 +10,7 @@ from pathlib import Path
 
 import misbehaviour
 
-_ENGINE = "onnx_dl.workers.misbehaving"
+_ENGINE = "onnx_dl.workers.engines.misbehaving"
 
 
 class _Finder:

@@ -18,8 +18,8 @@ from onnx_dl.core.model_files import bytes_of, external_files
 from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.tensors import segment
-from onnx_dl.workers import cacheable
-from onnx_dl.workers.cache import MODEL, WEIGHTS, Cache, Meta, files_of, open_meta
+from onnx_dl.workers.load_cache import rules
+from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, Cache, Meta, files_of, open_meta
 from tests.unit.builders import DESCRIPTION, spec
 
 LIMIT = 10_000
@@ -221,7 +221,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     ],
 )
 def test_what_may_be_cached(fields: dict, expected: bool):
-    assert cacheable.is_cacheable(spec(**fields)) is expected
+    assert rules.is_cacheable(spec(**fields)) is expected
 
 
 def test_files_in_the_temporary_folder_will_hardly_be_there_again(
@@ -231,31 +231,31 @@ def test_files_in_the_temporary_folder_will_hardly_be_there_again(
     inside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmp" / "a" / "m.onnx"))
     beside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmpfile.onnx"))
     given = msgspec.structs.replace(spec(), path=None, blob="digest")
-    assert [cacheable.is_passing(model) for model in (inside, beside, given)] == [True, False, False]
+    assert [rules.is_passing(model) for model in (inside, beside, given)] == [True, False, False]
 
 
 def test_ort_files_are_loaded_as_they_are():
-    assert not cacheable.is_cacheable(msgspec.structs.replace(spec(), path="m.ort"))
+    assert not rules.is_cacheable(msgspec.structs.replace(spec(), path="m.ort"))
 
 
 def test_key_tells_files_options_and_versions_apart(tmp_path: Path):
     file = tmp_path / "m.onnx"
     file.write_bytes(b"1")
     model = msgspec.structs.replace(spec(), path=str(file))
-    key = cacheable.key_of(model, "1.31")
-    assert cacheable.key_of(model, "1.31") == key
+    key = rules.key_of(model, "1.31")
+    assert rules.key_of(model, "1.31") == key
     other = msgspec.structs.replace(model, options={"config": {}, "intra_op_num_threads": 3})
-    assert len({key, cacheable.key_of(model, "1.32"), cacheable.key_of(other, "1.31")}) == 3
+    assert len({key, rules.key_of(model, "1.32"), rules.key_of(other, "1.31")}) == 3
     file.write_bytes(b"22")
-    assert cacheable.key_of(model, "1.31") != key
+    assert rules.key_of(model, "1.31") != key
 
 
 def test_saved_form_is_loaded_with_the_users_options():
     model = spec(options={"config": {"session.intra_op.allow_spinning": "0"}, "intra_op_num_threads": 3})
-    saving = cacheable.saving(model, "/c/model.onnx", "w.bin")
+    saving = rules.saving(model, "/c/model.onnx", "w.bin")
     assert saving.options["optimized_model_filepath"] == "/c/model.onnx"
     assert saving.options["config"]["session.intra_op.allow_spinning"] == "0"
-    loading = cacheable.loading(model, "/c/model.onnx")
+    loading = rules.loading(model, "/c/model.onnx")
     assert loading.path == "/c/model.onnx"
     assert loading.options == {**model.options, "graph_optimization_level": "ORT_DISABLE_ALL"}
     assert "graph_optimization_level" not in model.options
@@ -269,7 +269,7 @@ def test_providers_that_compile_keep_what_they_compiled(tmp_path: Path):
             "CPUExecutionProvider",
         ]
     )
-    after = cacheable.with_engine_caches(before, tmp_path).providers
+    after = rules.with_engine_caches(before, tmp_path).providers
     assert after[0][1]["trt_engine_cache_enable"] == "True"
     assert after[0][1]["trt_engine_cache_path"].startswith(str(tmp_path))
     assert after[1][1]["x"] == 1 and after[1][1]["cache_dir"].startswith(str(tmp_path))
@@ -284,7 +284,7 @@ def test_users_own_engine_cache_stays(tmp_path: Path):
         {},
     ):
         before = spec(**fields)
-        assert cacheable.with_engine_caches(before, tmp_path) == before
+        assert rules.with_engine_caches(before, tmp_path) == before
 
 
 # --- files beside a model --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from onnx_dl.core import file_identity
 from onnx_dl.core.file_identity import ReadFile
 from onnx_dl.core.spec import ModelSpec, specify
 from onnx_dl.errors import FilesChanging
-from onnx_dl.workers import cacheable, reading
+from onnx_dl.workers.engines import stable_load
+from onnx_dl.workers.load_cache import rules
 from tests.unit.builders import spec
 
 HOW = {"options": None, "providers": None, "provider_options": None, "extra": {}}
@@ -23,7 +24,7 @@ def key(path: Path | str, cwd: str = "/") -> str:
 
 
 def cache_key(path: Path) -> str:
-    return cacheable.key_of(spec_of(path), "1.31")
+    return rules.key_of(spec_of(path), "1.31")
 
 
 def spec_of(path: Path | str, cwd: str = "/", **fields: object) -> ModelSpec:
@@ -135,7 +136,7 @@ def test_libraries_are_among_the_files(tmp_path: Path) -> None:
         ["add_free_dimension_override_by_name", ["/n", 1], {}],
     ]
     model = spec_of(tmp_path / "m.onnx", options={"calls": calls}, surroundings={"libraries": {"e": "/e.so"}})
-    assert reading.names_of(model) == ["", "/opt/ops.so", "/opt/more.so", "/e.so"]
+    assert stable_load.names_of(model) == ["", "/opt/ops.so", "/opt/more.so", "/e.so"]
 
 
 # --- loading ---------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_a_file_that_changes_meanwhile_is_loaded_again(
     path: Path, changes: int, error: Exception | None
 ) -> None:
     loads = Loads(path, changes, error)
-    made, read = reading.load(spec_of(path), lambda: [""], loads)
+    made, read = stable_load.load(spec_of(path), lambda: [""], loads)
     assert (made, loads.count) == (str(changes), changes + 1)
     assert read == [ReadFile("", file_identity.look(str(path)))]
 
@@ -179,7 +180,7 @@ def test_a_file_that_changes_meanwhile_is_loaded_again(
 def test_one_that_changes_each_time_is_given_up(path: Path) -> None:
     loads = Loads(path, 99)
     with pytest.raises(FilesChanging, match=r"m\.onnx was changed while .* 3 times in a row\. Load it when"):
-        reading.load(spec_of(path), lambda: [""], loads)
+        stable_load.load(spec_of(path), lambda: [""], loads)
     assert loads.count == 3
 
 
@@ -191,7 +192,7 @@ def test_what_is_wrong_with_a_file_that_stays_is_said_at_once(path: Path) -> Non
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        reading.load(spec_of(path), lambda: [""], make)
+        stable_load.load(spec_of(path), lambda: [""], make)
     assert len(calls) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.cancellation import Halt
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -50,10 +50,10 @@ from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.backend import Rerun
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines.base import Rerun
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.halt import Halt
-from onnx_dl.workers.loop import LaneService
+from onnx_dl.workers.worker import LaneService
 from tests.unit.builders import DESCRIPTION
 from tests.waiting import DEADLINE
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from onnx_dl.workers import memory
+from onnx_dl.workers import heap
 
 HOLE = """
 import ctypes, os
-from onnx_dl.workers import memory
+from onnx_dl.workers import heap as memory
 
 def resident():
     with open("/proc/self/statm") as statm:
@@ -33,7 +33,7 @@ print(held - resident())
 
 CHILD = """
 import gc, os
-from onnx_dl.workers import memory
+from onnx_dl.workers import heap as memory
 
 kept = [[i] for i in range(300_000)]
 memory.share()
@@ -58,8 +58,8 @@ def test_trim_gives_back_what_lies_below_a_block_in_use() -> None:
 
 
 def test_trim_is_nothing_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_trim", None)
-    memory.trim()
+    monkeypatch.setattr(heap, "_trim", None)
+    heap.trim()
 
 
 def test_a_child_that_collects_garbage_copies_no_pages() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.workers.backend import Repeatable, Rerun
-from onnx_dl.workers.halt import Halt
-from onnx_dl.workers.repeats import Repeat
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines.base import Repeatable, Rerun
+from onnx_dl.workers.prepared_calls import Repeat
 from tests.unit.builders import arena
 
 

@@ -1,7 +1,7 @@
 """ExecutionSession: the face of onnx-mlir's Python runtime on a model in a worker process.
 
 Covers that class's methods, arguments and results, as its docs/UsingPyRuntime.md has them; what is ours is
-:mod:`onnx_dl.session.proxy`'s.  What runs the model is :mod:`onnx_dl.workers.onnx_mlir`.
+:mod:`onnx_dl.session.proxy`'s.  What runs the model is :mod:`onnx_dl.workers.engines.onnx_mlir`.
 """
 
 from __future__ import annotations

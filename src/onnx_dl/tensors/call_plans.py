@@ -3,7 +3,7 @@
 A caller that gives arrays of the same names, dtypes and shapes as before copies them to where they lay before
 and names the call by a number; a worker whose results are of the same form as before answers that they lie
 where they lay (:mod:`onnx_dl.tensors.result_forms`).  Covers the caller's table of such calls.  The worker's is
-:mod:`onnx_dl.workers.repeats`; messages and blocks are :mod:`onnx_dl.transport.client_lane`'s.
+:mod:`onnx_dl.workers.prepared_calls`; messages and blocks are :mod:`onnx_dl.transport.client_lane`'s.
 
 Both tables change once per call: the worker's when it has sent the result, the caller's when it has read it.
 A call that was prepared and never sent, or that failed, has changed neither.  A lane on which one has changed

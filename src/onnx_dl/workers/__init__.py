@@ -1,4 +1,4 @@
-"""What runs in a worker process: one model, its lanes, and the gate that decides when it may end.
+"""The worker process: one model, a thread for each lane, and the gate that decides when it may end.
 
-Light on purpose: a worker imports numpy, zmq, msgspec and its engine, and nothing else of weight.
+Must know nothing of client and supervisor but their messages.
 """

@@ -27,10 +27,11 @@ from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.prctl import die_with_parent
 from onnx_dl.tensors import segment
-from onnx_dl.workers import cache, cacheable
+from onnx_dl.workers.load_cache import rules
+from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, Cache, Meta, files_of, folder
 
 if TYPE_CHECKING:
-    from onnx_dl.workers.ort_session import Opened
+    from onnx_dl.workers.engines.ort_session import Opened
 
 _SIZES: Final = (1, 2, 16, 64, 224)
 """Tried in turn for dimensions that a model leaves open."""
@@ -105,7 +106,7 @@ def _save(order: Order, blob: int, memory: int) -> None:
         file_identity.changed(spec.where, read) is not None
     ):  # since the load: the next one will be of another model
         return
-    store = cache.Cache(cache.folder(), parsing.parse_size(settings.settings().cache_limit))
+    store = Cache(folder(), parsing.parse_size(settings.settings().cache_limit))
     found = store.find(order.key)
     if memory > _free_memory() or (found is not None and found.meta.description.files == read):
         return
@@ -116,13 +117,13 @@ def _save(order: Order, blob: int, memory: int) -> None:
             store.refuse(order.key)
             return
         unchanged = file_identity.changed(spec.where, read) is None
-        if unchanged and cacheable.key_of(spec, order.onnxruntime) == order.key:
-            meta = cache.Meta(
+        if unchanged and rules.key_of(spec, order.onnxruntime) == order.key:
+            meta = Meta(
                 key=order.key,
                 name=spec.name,
                 source="" if spec.path is None else os.path.abspath(spec.path),
                 description=order.description,
-                files=cache.files_of(path),
+                files=files_of(path),
             )
             store.keep(order.key, path, meta)
 
@@ -132,14 +133,14 @@ def _try(order: Order, blob: int, path: Path, memory: int) -> bool:
     spec = order.spec
     if spec.path is None:  # read like a file: as bytes it would take its size once more
         spec = msgspec.structs.replace(spec, path=segment.path_of(blob), blob=None)
-    saving = cacheable.saving(spec, str(path / cache.MODEL), cache.WEIGHTS)
+    saving = rules.saving(spec, str(path / MODEL), WEIGHTS)
     _apart(lambda: b"written" if _opened(saving) else b"", memory)
     if sum(file.stat().st_size for file in path.iterdir()) > _GROWTH * order.nbytes:
         return False
     plain = _answers(spec, _SIZES, memory)
     if plain is None:
         return False
-    saved = _answers(cacheable.loading(spec, str(path / cache.MODEL)), (plain.size,), memory)
+    saved = _answers(rules.loading(spec, str(path / MODEL)), (plain.size,), memory)
     return saved is not None and plain.first == plain.second == saved.first  # some give the dice a roll
 
 
@@ -204,7 +205,9 @@ def _resident(pid: int) -> int:
 
 
 def _opened(spec: ModelSpec) -> Opened:
-    from onnx_dl.workers.ort_session import Opened  # onnxruntime has threads, and those are not forked
+    from onnx_dl.workers.engines.ort_session import (
+        Opened,  # onnxruntime has threads, and those are not forked
+    )
 
     return Opened(spec, None)
 

@@ -36,8 +36,8 @@ from onnx_dl.system.prctl import die_with_parent, name_process
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.workers import memory
-from onnx_dl.workers.loop import Worker
+from onnx_dl.workers import heap
+from onnx_dl.workers.worker import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
 _THROW_AWAY: Final = (
@@ -216,7 +216,7 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     forkable = mode == "fork" and procfs.has_one_thread()
     if mode == "fork" and not forkable and frozen.is_frozen():
         print(_CALLED_LATE, file=sys.stderr, flush=True)
-    memory.share()
+    heap.share()
     template = Template(channel, fork=forkable, used=used)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received

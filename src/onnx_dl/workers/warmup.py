@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.status import ModelDescription, TensorSpec
-from onnx_dl.workers import backend as members
-from onnx_dl.workers.backend import Backend
-from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines import base as members
+from onnx_dl.workers.engines.base import Backend
 
 
 def run_all(

@@ -1,7 +1,7 @@
 """Ends a worker whose memory grows too large while a call is under way.
 
 Covers when to look and what to compare; how much memory there is, whether a call is under way and how a
-process ends is handed in.  Growth between calls is :class:`~onnx_dl.workers.memory.Allowance`'s.  Native code
+process ends is handed in.  Growth between calls is :class:`~onnx_dl.workers.heap.Allowance`'s.  Native code
 that keeps the interpreter's lock is not watched; engines give it up for a run.
 """
 

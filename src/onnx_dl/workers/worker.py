@@ -2,7 +2,7 @@
 
 The main thread talks to the supervisor and accepts lanes; each lane has a thread of its own, which receives,
 runs and replies without handing anything over.  Whether a call may begin and when the worker may end is
-decided by :mod:`onnx_dl.workers.gate`; what runs is behind :mod:`onnx_dl.workers.backend`.
+decided by :mod:`onnx_dl.workers.gate`; what runs is behind :mod:`onnx_dl.workers.engines.base`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Door
 from onnx_dl.transport.sockets import Channel, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers import backend as backends
-from onnx_dl.workers import memory, warmup
-from onnx_dl.workers.backend import Backend, Unsaved
+from onnx_dl.workers import heap, warmup
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines import base as backends
+from onnx_dl.workers.engines.base import Backend, Unsaved
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.halt import Halt
-from onnx_dl.workers.memory import Allowance, Own
-from onnx_dl.workers.repeats import Repeat, Repeats
+from onnx_dl.workers.heap import Allowance, Own
+from onnx_dl.workers.prepared_calls import Repeat, Repeats
 from onnx_dl.workers.watchdog import Watchdog
 
 _RESERVE: Final = 16
@@ -98,7 +98,7 @@ class Worker:
             loaded = time.monotonic()
             description = backend.describe()
             warmup.run_all(backend, order.spec, description, order.warmups)
-            memory.trim()  # before ready, so that what is measured then is what stays
+            heap.trim()  # before ready, so that what is measured then is what stays
             ready = time.monotonic()
             self._gate = Gate(order.ttl, ready, self._waker.wake, self._gauges)
             self._set_limits(order.spec)

@@ -17,7 +17,7 @@ import msgspec
 from onnx_dl.core import model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.tensors import segment
-from onnx_dl.workers.ort_session import Opened
+from onnx_dl.workers.engines.ort_session import Opened
 
 _PROVIDERS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Those that do not ask where a model lies."""

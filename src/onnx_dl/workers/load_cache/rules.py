@@ -1,4 +1,4 @@
-"""What may come from the load cache, and under which key: rules; files are :mod:`onnx_dl.workers.cache`'s.
+"""What may come from the load cache, and under which key: rules; files are :mod:`onnx_dl.workers.load_cache.store`'s.
 
 A model is cached as onnxruntime saves it: optimized, with its weights beside it and prepacked for this CPU.
 That form depends on everything that is in the key.  Where it could mean something else than the model

@@ -23,8 +23,8 @@ from onnx_dl.tensors.arena import Block, align
 from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import Form, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.backend import Backend, Rerun
-from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines.base import Backend, Rerun
 
 _MOST: Final = 16
 """Preparations of one call: one for each set of blocks in which its large arrays take turns."""

@@ -29,9 +29,9 @@ from onnx_dl.core import mlir_signature
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.errors import EngineError
-from onnx_dl.workers import reading
-from onnx_dl.workers.backend import Repeatable, Save
-from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines import stable_load
+from onnx_dl.workers.engines.base import Repeatable, Save
 
 _DEFAULT: Final = "run_main_graph"
 """The entry point of a model that was compiled without a word about it."""
@@ -217,7 +217,7 @@ class OnnxMlirBackend:
         self._name = spec.name
         path = os.path.abspath(os.path.join(spec.cwd, spec.path or ""))
         tag = spec.extra.get("tag", "")
-        self._library, self._files = reading.load(spec, lambda: [""], lambda: Library(path, tag))
+        self._library, self._files = stable_load.load(spec, lambda: [""], lambda: Library(path, tag))
         self._lock = threading.Lock()
 
     def describe(self) -> ModelDescription:

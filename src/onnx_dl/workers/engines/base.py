@@ -19,7 +19,7 @@ from onnx_dl.core.environment import Environment
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
-from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.cancellation import Halt
 
 
 class Repeatable(NamedTuple):

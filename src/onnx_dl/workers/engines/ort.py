@@ -18,11 +18,14 @@ from onnx_dl.core.file_identity import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.ort.options import make_run_options
-from onnx_dl.workers import cache, cacheable, given, ort_session, reading, saver
-from onnx_dl.workers.backend import Origin, Repeatable, Rerun, Save, Unsaved
-from onnx_dl.workers.halt import Halt
-from onnx_dl.workers.ort_calls import Calls
-from onnx_dl.workers.ort_session import Opened
+from onnx_dl.workers import saver
+from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.engines import ort_session, shared_model, stable_load
+from onnx_dl.workers.engines.base import Origin, Repeatable, Rerun, Save, Unsaved
+from onnx_dl.workers.engines.ort_methods import Calls
+from onnx_dl.workers.engines.ort_session import Opened
+from onnx_dl.workers.load_cache import rules
+from onnx_dl.workers.load_cache.store import Cache, Entry, folder
 
 _SILENT: Final = 4
 """onnxruntime's log severity "fatal"."""
@@ -32,9 +35,9 @@ class OnnxRuntimeBackend:
     """One ``onnxruntime.InferenceSession``."""
 
     def __init__(self, spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> None:
-        """Raises what onnxruntime raises; ``mapped``: or :class:`~onnx_dl.workers.backend.Unsaved`."""
-        self._spec = cacheable.with_engine_caches(spec, cache.folder()) if _caching() else spec
-        self._cached: cache.Entry | None = None
+        """Raises what onnxruntime raises; ``mapped``: or :class:`~onnx_dl.workers.engines.base.Unsaved`."""
+        self._spec = rules.with_engine_caches(spec, folder()) if _caching() else spec
+        self._cached: Entry | None = None
         self._key = _key_of(spec)
         self._files: list[ReadFile] = []
         opened = self._open_cached()
@@ -59,9 +62,9 @@ class OnnxRuntimeBackend:
             return None if spec.memory is None else os.dup(blobs[spec.memory])
 
         def make() -> Opened:
-            return Opened(spec, None, memory()) if blob is None else given.opened(spec, blob, memory)
+            return Opened(spec, None, memory()) if blob is None else shared_model.opened(spec, blob, memory)
 
-        opened, self._files = reading.load(spec, lambda: reading.names_of(spec, blob), make)
+        opened, self._files = stable_load.load(spec, lambda: stable_load.names_of(spec, blob), make)
         return opened
 
     def _open_cached(self) -> Opened | None:
@@ -71,7 +74,7 @@ class OnnxRuntimeBackend:
         if entry is None or self._differs(entry):
             return None
         try:
-            session = Opened(cacheable.loading(self._spec, entry.model), None)
+            session = Opened(rules.loading(self._spec, entry.model), None)
         except Exception:  # whatever is wrong with it, the model itself will load or say why not
             store.discard(entry.key)
             return None
@@ -80,7 +83,7 @@ class OnnxRuntimeBackend:
         self._cached = entry
         return session
 
-    def _differs(self, entry: cache.Entry) -> bool:
+    def _differs(self, entry: Entry) -> bool:
         """Whether an entry was made of other files than those that the model would be read from now."""
         return file_identity.changed(self._spec.where, entry.meta.description.files) is not None
 
@@ -94,8 +97,8 @@ class OnnxRuntimeBackend:
             return []
         mine = not settings.settings().cache_dir  # who names a folder knows what goes there
         nbytes = _bytes_of(self._spec, blobs)
-        is_small = nbytes < cacheable.SMALLEST
-        if is_small or _store().is_refused(self._key) or (mine and cacheable.is_passing(self._spec)):
+        is_small = nbytes < rules.SMALLEST
+        if is_small or _store().is_refused(self._key) or (mine and rules.is_passing(self._spec)):
             return []
         order = saver.Order(
             key=self._key,
@@ -194,7 +197,7 @@ class OnnxRuntimeBackend:
 
 
 def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> OnnxRuntimeBackend:
-    """The engine; raises what onnxruntime raises, and :class:`~onnx_dl.workers.backend.Unsaved`."""
+    """The engine; raises what onnxruntime raises, and :class:`~onnx_dl.workers.engines.base.Unsaved`."""
     return OnnxRuntimeBackend(spec, blobs, mapped)
 
 
@@ -237,15 +240,15 @@ def _bytes_of(spec: ModelSpec, blobs: Mapping[str, int]) -> int:
     return model_files.bytes_of(os.path.join(spec.cwd, spec.path or ""))
 
 
-def _store() -> cache.Cache:
-    return cache.Cache(cache.folder(), parsing.parse_size(settings.settings().cache_limit))
+def _store() -> Cache:
+    return Cache(folder(), parsing.parse_size(settings.settings().cache_limit))
 
 
 def _key_of(spec: ModelSpec) -> str | None:
     """The model's key in the load cache; None: it loads plainly."""
-    if not (_caching() and cacheable.is_cacheable(spec)):
+    if not (_caching() and rules.is_cacheable(spec)):
         return None
     try:
-        return cacheable.key_of(spec, _build())
+        return rules.key_of(spec, _build())
     except OSError:  # onnxruntime shall say what is wrong with the file
         return None

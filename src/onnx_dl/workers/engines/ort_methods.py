@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.workers.halt import Halt
+from onnx_dl.workers.cancellation import Halt
 
 _C: Final = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 

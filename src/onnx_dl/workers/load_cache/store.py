@@ -2,7 +2,7 @@
 
 An entry is a folder with a model in the form that loads fastest, its weights, and what is known of them.  It
 is written under another name and renamed when it is complete, and never changed after that: workers map its
-weights.  Covers files only; what may be cached and under which key is :mod:`onnx_dl.workers.cacheable`, who
+weights.  Covers files only; what may be cached and under which key is :mod:`onnx_dl.workers.load_cache.rules`, who
 makes entries :mod:`onnx_dl.workers.saver`.  Reading never raises because of a disk: a cache that cannot be
 used is an empty one.
 """

@@ -16,8 +16,8 @@ from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
 from onnx_dl.protocol import failures
-from onnx_dl.workers import backend as backends
-from onnx_dl.workers.backend import Backend, Save
+from onnx_dl.workers.engines import base as backends
+from onnx_dl.workers.engines.base import Backend, Save
 
 
 class Group:
