@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import pytest
 
-from onnx_dl import ConfigError, connect, examination
-from onnx_dl.cli import main
+from onnx_dl import ConfigError, connect
+from onnx_dl.cli.doctor import collect
+from onnx_dl.cli.doctor.checks import Finding, Mark
+from onnx_dl.cli.main import main
 from onnx_dl.demo.assets import model_path
-from onnx_dl.doctor import Finding, Mark
 from onnx_dl.transport import running_hosts
 from tests.sharing import own_runtime
 from tests.waiting import DEADLINE, allowed, eventually
@@ -118,9 +119,7 @@ def test_sizes_that_are_none(
 ) -> None:
     """What makes no sense has not been said."""
     if command == ["doctor"]:
-        monkeypatch.setattr(
-            examination, "examine", lambda: [Finding("processors", Mark.OK, "all " + "4" * 80)]
-        )
+        monkeypatch.setattr(collect, "examine", lambda: [Finding("processors", Mark.OK, "all " + "4" * 80)])
 
     def seen() -> str:
         assert main(command) == 0

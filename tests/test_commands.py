@@ -17,9 +17,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from onnx_dl import ModelHost, Snapshot, WorkerDied, trials
-from onnx_dl.cli import main
-from onnx_dl.console import hosts, loading
+from onnx_dl import ModelHost, Snapshot, WorkerDied
+from onnx_dl.cli import hosts
+from onnx_dl.cli.doctor import trials
+from onnx_dl.cli.main import main
+from onnx_dl.cli.models import load
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.demo.assets import model_path
 from onnx_dl.errors import SupervisorStartError
@@ -189,7 +191,7 @@ def test_our_own_errors_are_told_as_they_are() -> None:
             raise WorkerDied("it died", pid=1, exit_code=1, signal=None, stderr="", reason="crash")
 
     with pytest.raises(WorkerDied, match="it died"):
-        loading.load(Dying(None), "m", ttl=None, pin=False, priority=0)  # type: ignore[arg-type]
+        load(Dying(None), "m", ttl=None, pin=False, priority=0)  # type: ignore[arg-type]
 
 
 def test_unloading(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +207,7 @@ def test_unloading(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
 PROGRAM = f"""
 import contextlib, sys, threading
 from onnx_dl import ModelHost, OnnxDLError
-from onnx_dl.console import hosts
+from onnx_dl.cli import hosts
 
 host = ModelHost(memory_limit="2GiB")
 proxy = host.open({DIGITS!r}, ttl=3600)
@@ -228,7 +230,7 @@ def goes_on():
             proxy.load()
 
 hosts.connect = lambda name, start: Shared()
-from onnx_dl.cli import main
+from onnx_dl.cli.main import main
 """
 DIES = """
 import os, signal

@@ -12,7 +12,7 @@ import pytest
 
 import onnx_dl
 from onnx_dl import ConfigError, InferenceSessionProxy, ModelHost, WorkerDied, connect
-from onnx_dl.cli import main
+from onnx_dl.cli.main import main
 from tests.contract.test_constructor_contract import CONFIG, in_force, with_config
 from tests.sharing import own_runtime
 from tests.slow import identity_model

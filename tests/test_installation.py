@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import onnx_dl
-from onnx_dl import InferenceSessionProxy, InstallationError, cli
+from onnx_dl import InferenceSessionProxy, InstallationError
+from onnx_dl.cli import main
 from onnx_dl.demo.assets import model_path
 from onnx_dl.system import builds, installation
 
@@ -59,7 +60,7 @@ def test_a_proxy_needs_no_onnxruntime_in_the_application() -> None:
 
 
 def test_the_version_is_that_of_the_commands() -> None:
-    assert cli.parser().parse_args(["ps"]).command == "ps"
+    assert main.parser().parse_args(["ps"]).command == "ps"
     done = subprocess.run(
         [sys.executable, "-m", "onnx_dl.cli", "--version"],
         capture_output=True,

@@ -264,7 +264,7 @@ if __name__ == "__main__":
 
 
 def launched(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from onnx_dl.cli import main; sys.exit(main())"
+    code = "import sys; from onnx_dl.cli.main import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, "run", *arguments],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=60,

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_dl import cli
+from onnx_dl.cli import main
 from onnx_dl.core.model_files import bytes_of, external_files
 from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
@@ -192,11 +192,11 @@ def test_no_cache_is_an_empty_one(tmp_path: Path):
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("ONNX_DL_CACHE_DIR", str(tmp_path / "c"))
     put(Cache(tmp_path / "c", LIMIT), "a", 1500)
-    assert cli.main(["cache", "ls"]) == 0
+    assert main.main(["cache", "ls"]) == 0
     listing = capsys.readouterr().out
     assert "a.onnx" in listing and "1 models, 0.0 MB" in listing
-    assert cli.main(["cache", "clear"]) == 0
-    assert cli.main(["cache", "ls"]) == 0
+    assert main.main(["cache", "clear"]) == 0
+    assert main.main(["cache", "ls"]) == 0
     assert "0 models" in capsys.readouterr().out
 
 

@@ -35,7 +35,7 @@ PATCHED = {
     "os": {"close", "fork", "forkpty", "waitpid", "posix_spawn", "posix_spawnp"},
 }
 """What gevent replaces, and what is made of that."""
-NEVER_PATCHED = (*OURS, "trials", "doctor", "launch", "supervise", "cli")
+NEVER_PATCHED = OURS
 """Run in processes of our own, or are programs."""
 OF_OURS = {"transport.handshakes", "transport.router", "transport.worker_lane"}
 """The ends of connections that are in processes of ours."""

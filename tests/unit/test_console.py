@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from onnx_dl.cli import table, versions
+from onnx_dl.cli.doctor import report
+from onnx_dl.cli.doctor.checks import Finding, Mark
+from onnx_dl.cli.history import History
+from onnx_dl.cli.hosts import alive, default_name
+from onnx_dl.cli.models import loaded
 from onnx_dl.client.launcher import no_host
-from onnx_dl.console import checklist, table, versions
-from onnx_dl.console.history import History
-from onnx_dl.console.hosts import alive, default_name
-from onnx_dl.console.loading import loaded
 from onnx_dl.core import text
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
-from onnx_dl.doctor import Finding, Mark
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host.model_host import Snapshot
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
@@ -313,7 +314,7 @@ def test_a_checklist() -> None:
         Finding("kernel", Mark.WARNING, "old"),
         Finding("onnxruntime", Mark.PROBLEM, "none"),
     ]
-    assert lines(checklist.checklist(findings), 60) == [
+    assert lines(report.checklist(findings), 60) == [
         "ok       python       3.11.7",
         "warning  provider X   is [slow]",
         "                      Do this.",
@@ -321,5 +322,5 @@ def test_a_checklist() -> None:
         "problem  onnxruntime  none",
         "1 ok, 2 warnings, 1 problem",
     ]
-    assert checklist.has_problems(findings) and not checklist.has_problems(findings[:3])
-    assert checklist.summary(findings[:1]) == "1 ok, no warning, no problem"
+    assert report.has_problems(findings) and not report.has_problems(findings[:3])
+    assert report.summary(findings[:1]) == "1 ok, no warning, no problem"

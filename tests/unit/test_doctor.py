@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from onnx_dl import doctor, examination
+from onnx_dl.cli.doctor import checks, collect
+from onnx_dl.cli.doctor.checks import Finding, Mark
+from onnx_dl.cli.doctor.trials import Answer, answer, children_of
 from onnx_dl.core.settings import Settings
-from onnx_dl.doctor import Finding, Mark
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.measure.memory_probe import Gpu
 from onnx_dl.transport.running_hosts import Sighting
-from onnx_dl.trials import Answer, answer, children_of
 
 HERE = {"version": "1.31.1", "build": "onnxruntime-gpu", "folder": "/x/onnxruntime", "providers": ["A"]}
 H100 = Gpu("NVIDIA H100", 80_000_000_000, "550.1")
@@ -33,7 +33,7 @@ def gave(mark: Mark, found: Finding, *words: str) -> None:
     [((3, 11, 9), Mark.OK), ((3, 12, 0), Mark.WARNING), ((3, 12, 2), Mark.WARNING), ((3, 12, 3), Mark.OK)],
 )
 def test_python(version: tuple[int, int, int], mark: Mark) -> None:
-    gave(mark, doctor.python_version(version), ".".join(map(str, version)))
+    gave(mark, checks.python_version(version), ".".join(map(str, version)))
 
 
 @pytest.mark.parametrize(
@@ -44,63 +44,63 @@ def test_python(version: tuple[int, int, int], mark: Mark) -> None:
     ],
 )  # fmt: skip
 def test_kernel(system: str, release: str, mark: Mark) -> None:
-    gave(mark, doctor.kernel(system, release), release)
+    gave(mark, checks.kernel(system, release), release)
 
 
 def test_settings() -> None:
-    gave(Mark.OK, doctor.environment("", {}))
+    gave(Mark.OK, checks.environment("", {}))
     complaint = "ONNX_DL_LANE='x' is not one of socket, zmq."
-    gave(Mark.PROBLEM, doctor.environment(complaint, {}), "ONNX_DL_LANE")
+    gave(Mark.PROBLEM, checks.environment(complaint, {}), "ONNX_DL_LANE")
     gave(
-        Mark.WARNING, doctor.environment("", {"ONNX_DL_Z": "", "ONNX_DL_LAN": "ONNX_DL_LANE"}), "Z,", "LANE?"
+        Mark.WARNING, checks.environment("", {"ONNX_DL_Z": "", "ONNX_DL_LAN": "ONNX_DL_LANE"}), "Z,", "LANE?"
     )
 
 
 def test_variables_that_nothing_reads() -> None:
     names = ("ONNX_DL_MEMORY_LIMT", "ONNX_DL_ZEBRA", "ONNX_DL_LANE", "ONNX_DL_RUNTIME_DIR", "HOME")
-    assert examination.unknown_variables(dict.fromkeys(names, "x")) == {
+    assert collect.unknown_variables(dict.fromkeys(names, "x")) == {
         "ONNX_DL_MEMORY_LIMT": "ONNX_DL_MEMORY_LIMIT",
         "ONNX_DL_ZEBRA": "",
     }
 
 
 def test_a_folder_for_shared_hosts() -> None:
-    gave(Mark.OK, doctor.shared_hosts("", wanted=True))
-    gave(Mark.PROBLEM, doctor.shared_hosts("/x: is open to other users", wanted=True), "/x")
-    gave(Mark.WARNING, doctor.shared_hosts("/x: is open to other users", wanted=False), "/x")
+    gave(Mark.OK, checks.shared_hosts("", wanted=True))
+    gave(Mark.PROBLEM, checks.shared_hosts("/x: is open to other users", wanted=True), "/x")
+    gave(Mark.WARNING, checks.shared_hosts("/x: is open to other users", wanted=False), "/x")
 
 
 def test_shared_hosts_that_run() -> None:
     ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
     later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
     before = Sighting(name="a", protocol=None, pid=1, started=1.0)
-    assert doctor.host(ours, [ours]).check == "host a"
+    assert checks.host(ours, [ours]).check == "host a"
     gave(
-        Mark.OK, doctor.host(ours, [ours]), f"onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since "
+        Mark.OK, checks.host(ours, [ours]), f"onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since "
     )
-    gave(Mark.OK, doctor.host(ours, [ours, later]), "It ends when its clients have gone")
+    gave(Mark.OK, checks.host(ours, [ours, later]), "It ends when its clients have gone")
     gave(
-        Mark.WARNING, doctor.host(later, [ours, later]), "onnx-dl 2.0, ", "pid 3", "cannot ask it", "It stays"
+        Mark.WARNING, checks.host(later, [ours, later]), "onnx-dl 2.0, ", "pid 3", "cannot ask it", "It stays"
     )
     gave(
-        Mark.WARNING, doctor.host(before, [before, ours]), "4 or older, pid 1", "stop --host a --all-versions"
+        Mark.WARNING, checks.host(before, [before, ours]), "4 or older, pid 1", "stop --host a --all-versions"
     )
 
 
 def test_one_build() -> None:
     gave(
-        Mark.OK, doctor.packages({"onnxruntime-gpu": "1.31.1"}, Answer(HERE)), "onnxruntime-gpu 1.31.1 in /x"
+        Mark.OK, checks.packages({"onnxruntime-gpu": "1.31.1"}, Answer(HERE)), "onnxruntime-gpu 1.31.1 in /x"
     )
 
 
 def test_two_builds_and_whose_files_are_live() -> None:
-    found = doctor.packages({"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.31.1"}, Answer(HERE))
+    found = checks.packages({"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.31.1"}, Answer(HERE))
     gave(Mark.WARNING, found, "onnxruntime 1.20.0 and onnxruntime-gpu 1.31.1", "onnxruntime-gpu==1.31.1")
     assert found.found.endswith("the files are those of onnxruntime-gpu 1.31.1")
 
 
 def test_files_of_another_version() -> None:
-    found = doctor.packages({"onnxruntime": "1.20.0"}, Answer(HERE))
+    found = checks.packages({"onnxruntime": "1.20.0"}, Answer(HERE))
     gave(Mark.WARNING, found, "pip install --force-reinstall --no-deps onnxruntime")
 
 
@@ -114,12 +114,12 @@ def test_files_of_another_version() -> None:
 )
 def test_a_build_that_cannot_be_imported(builds: dict[str, str], words: str) -> None:
     broken = Answer(None, "ended with exit code 1", "Traceback\nAttributeError: no attribute 'x'\n")
-    gave(Mark.PROBLEM, doctor.packages(builds, broken), "AttributeError: no attribute 'x'", words)
+    gave(Mark.PROBLEM, checks.packages(builds, broken), "AttributeError: no attribute 'x'", words)
 
 
 def test_a_provider_that_works() -> None:
     gave(
-        Mark.OK, doctor.provider(CUDA, Answer({"providers": [CUDA, CPU], "computes": True}), [H100]), "works"
+        Mark.OK, checks.provider(CUDA, Answer({"providers": [CUDA, CPU], "computes": True}), [H100]), "works"
     )
 
 
@@ -133,9 +133,9 @@ LOG = (
 
 def test_a_provider_that_falls_back() -> None:
     tried = Answer({"providers": [CPU], "computes": True}, "", LOG)
-    found = doctor.provider(CUDA, tried, [H100])
+    found = checks.provider(CUDA, tried, [H100])
     gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install what it lacks")
-    gave(Mark.WARNING, doctor.provider(CUDA, tried, []), "Nothing to do where there is no device")
+    gave(Mark.WARNING, checks.provider(CUDA, tried, []), "Nothing to do where there is no device")
 
 
 @pytest.mark.parametrize(
@@ -148,41 +148,41 @@ def test_a_provider_that_falls_back() -> None:
     ],
 )
 def test_a_reason(stderr: str, expected: str) -> None:
-    assert doctor.reason(stderr) == expected
+    assert checks.reason(stderr) == expected
 
 
 def test_a_provider_that_ends_its_process_or_computes_nonsense() -> None:
     crashed = Answer(None, "was killed by SIGSEGV", "")
-    gave(Mark.WARNING, doctor.provider(CUDA, crashed, [H100]), "was killed by SIGSEGV")
-    gave(Mark.PROBLEM, doctor.provider(CPU, crashed, []), "was killed by SIGSEGV")
+    gave(Mark.WARNING, checks.provider(CUDA, crashed, [H100]), "was killed by SIGSEGV")
+    gave(Mark.PROBLEM, checks.provider(CPU, crashed, []), "was killed by SIGSEGV")
     wrong = Answer({"providers": [CUDA], "computes": False})
-    gave(Mark.PROBLEM, doctor.provider(CUDA, wrong, [H100]), "|-2| is not 2")
+    gave(Mark.PROBLEM, checks.provider(CUDA, wrong, [H100]), "|-2| is not 2")
 
 
 def test_gpus() -> None:
     gave(
         Mark.OK,
-        doctor.gpu([], "NVML Shared Library Not Found", [CPU], "mend"),
+        checks.gpu([], "NVML Shared Library Not Found", [CPU], "mend"),
         "none: NVML Shared Library Not Found",
     )
-    gave(Mark.OK, doctor.gpu([H100], "", [CUDA, CPU], "mend"), "NVIDIA H100, 80000.0 MB, driver 550.1")
-    gave(Mark.WARNING, doctor.gpu([H100], "", [CPU], "mend"), "cannot use it", "mend")
+    gave(Mark.OK, checks.gpu([H100], "", [CUDA, CPU], "mend"), "NVIDIA H100, 80000.0 MB, driver 550.1")
+    gave(Mark.WARNING, checks.gpu([H100], "", [CPU], "mend"), "cannot use it", "mend")
 
 
 def test_processors() -> None:
-    gave(Mark.OK, doctor.processors(2, 8), "2 of 8")
-    gave(Mark.OK, doctor.processors(8, 8), "all 8")
+    gave(Mark.OK, checks.processors(2, 8), "2 of 8")
+    gave(Mark.OK, checks.processors(8, 8), "all 8")
 
 
 def test_memory() -> None:
-    gave(Mark.OK, doctor.memory(10**9, 4 * 10**9, 2), "1000.0 MB of 4000.0 MB, by cgroup v2")
-    gave(Mark.OK, doctor.memory(10**9, 10**9, 1, 8 * 10**8), "all 1000.0 MB", "host may take 800.0 MB")
-    gave(Mark.WARNING, doctor.memory(None, None, None), "ONNX_DL_MEMORY_LIMIT")
+    gave(Mark.OK, checks.memory(10**9, 4 * 10**9, 2), "1000.0 MB of 4000.0 MB, by cgroup v2")
+    gave(Mark.OK, checks.memory(10**9, 10**9, 1, 8 * 10**8), "all 1000.0 MB", "host may take 800.0 MB")
+    gave(Mark.WARNING, checks.memory(None, None, None), "ONNX_DL_MEMORY_LIMIT")
 
 
 def test_shared_memory() -> None:
-    gave(Mark.OK, doctor.shared_memory(64_000_000), "64.0 MB", "memfds")
-    gave(Mark.OK, doctor.shared_memory(None), "is not there", "memfds")
+    gave(Mark.OK, checks.shared_memory(64_000_000), "64.0 MB", "memfds")
+    gave(Mark.OK, checks.shared_memory(None), "is not there", "memfds")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_shared_memory() -> None:
     ],
 )  # fmt: skip
 def test_telemetry(version: str | None, environ: dict[str, str], mark: Mark) -> None:
-    gave(mark, doctor.telemetry(version, environ))
+    gave(mark, checks.telemetry(version, environ))
 
 
 @pytest.mark.parametrize(
@@ -207,22 +207,22 @@ def test_telemetry(version: str | None, environ: dict[str, str], mark: Mark) -> 
 )
 def test_how_workers_start(mode: str, forked: bool, mark: Mark, words: str) -> None:
     said: dict[str, Any] = {"forked": forked, "seconds": 0.5, "memory_limit": None}
-    gave(mark, doctor.start(mode, Answer(said)), words, "0.50 s")
+    gave(mark, checks.start(mode, Answer(said)), words, "0.50 s")
 
 
 def test_workers_that_do_not_start() -> None:
     gave(
-        Mark.PROBLEM, doctor.start("fork", Answer(None, "gave no answer within 9 s")), "no answer within 9 s"
+        Mark.PROBLEM, checks.start("fork", Answer(None, "gave no answer within 9 s")), "no answer within 9 s"
     )
 
 
 def test_load_cache(tmp_path: Path) -> None:
-    gave(Mark.OK, doctor.load_cache(Settings(cache="off"), tmp_path), "off")
-    gave(Mark.OK, doctor.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 20GiB")
+    gave(Mark.OK, checks.load_cache(Settings(cache="off"), tmp_path), "off")
+    gave(Mark.OK, checks.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 20GiB")
     assert list(tmp_path.iterdir()) == []
-    gave(Mark.WARNING, doctor.load_cache(Settings(), Path("/proc/nothing")), "ONNX_DL_CACHE_DIR")
+    gave(Mark.WARNING, checks.load_cache(Settings(), Path("/proc/nothing")), "ONNX_DL_CACHE_DIR")
     (tmp_path / "file").touch()
-    gave(Mark.WARNING, doctor.load_cache(Settings(), tmp_path / "file" / "below"), "cannot be written")
+    gave(Mark.WARNING, checks.load_cache(Settings(), tmp_path / "file" / "below"), "cannot be written")
 
 
 @pytest.mark.parametrize(

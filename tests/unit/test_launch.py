@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from onnx_dl import launch
-from onnx_dl.console.output import extent
+from onnx_dl.cli import run
+from onnx_dl.cli.output import extent
 from onnx_dl.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ from onnx_dl.errors import ConfigError
     ],
 )
 def test_where_the_program_begins(words: str, own: int) -> None:
-    assert launch.split(words.split()) == (words.split()[:own], words.split()[own:])
+    assert run.split(words.split()) == (words.split()[:own], words.split()[own:])
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_where_the_program_begins(words: str, own: int) -> None:
     ],
 )
 def test_options_of_python(command: str, options: str) -> None:
-    assert launch.python_options(command.split()) == options.split()
+    assert run.python_options(command.split()) == options.split()
 
 
 def test_the_command_line_is_python_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-mx", "run", "-u", "y"])
-    made = launch.prepare(["-O", "app.py", "--ttl", "5"], ttl="60")
+    made = run.prepare(["-O", "app.py", "--ttl", "5"], ttl="60")
     assert made.python == sys.executable
     assert made.arguments == [sys.executable, "-X", "dev", "-O", "app.py", "--ttl", "5"]
 
@@ -61,33 +61,33 @@ def test_the_command_line_is_python_s(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("option", ["-I", "-uE", "-SB"])
 def test_python_that_would_not_listen(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"keeps onnx-dl run out of the program\. Leave it out"):
-        launch.prepare([option, "app.py"])
+        run.prepare([option, "app.py"])
     monkeypatch.setattr(sys, "orig_argv", ["python", option, "-m", "onnx_dl"])
     with pytest.raises(ConfigError, match="keeps onnx-dl run out"):
-        launch.prepare(["app.py"])
+        run.prepare(["app.py"])
 
 
 @pytest.mark.parametrize("name", ["executable", "HOOK"])
 def test_python_that_cannot_be_started(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*((sys, name, "") if name == "executable" else (launch, name, "/a:b")))
+    monkeypatch.setattr(*((sys, name, "") if name == "executable" else (run, name, "/a:b")))
     with pytest.raises(ConfigError, match="and cannot"):
-        launch.prepare(["app.py"])
+        run.prepare(["app.py"])
 
 
 @pytest.mark.parametrize("wrong", [{"settings": ["x"]}, {"ttl": "soon"}, {"memory_limit": "much"}])
 def test_settings_are_checked_before_anything_runs(wrong: dict) -> None:
     with pytest.raises(ConfigError):
-        launch.prepare(["app.py"], **wrong)
+        run.prepare(["app.py"], **wrong)
     with pytest.raises(ConfigError, match="needs a program"):
-        launch.prepare([])
+        run.prepare([])
 
 
 @pytest.mark.parametrize("theirs", [None, "", "a", f"a{os.pathsep}b"])
 def test_the_hook_comes_first(theirs: str | None) -> None:
     environ = {"X": "y"} if theirs is None else {"X": "y", "PYTHONPATH": theirs}
-    hooked = launch.hooked(environ, "orders")
+    hooked = run.hooked(environ, "orders")
     assert hooked["PYTHONPATH"].split(os.pathsep) == [
-        launch.HOOK,
+        run.HOOK,
         *(theirs.split(os.pathsep) if theirs else []),
     ]
     assert (hooked["X"], hooked["ONNX_DL_RUN"]) == ("y", "orders")
@@ -106,7 +106,7 @@ def test_the_hook_comes_first(theirs: str | None) -> None:
 )
 def test_a_locale_that_python_changed(utf8_mode: bool, more: dict[str, str], before: str) -> None:
     environ = {"LC_CTYPE": "C.UTF-8"} | more
-    assert launch.uncoerced(environ, utf8_mode=utf8_mode) == environ | {"LC_CTYPE": before}
+    assert run.uncoerced(environ, utf8_mode=utf8_mode) == environ | {"LC_CTYPE": before}
 
 
 @pytest.mark.parametrize(

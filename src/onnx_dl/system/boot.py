@@ -24,7 +24,7 @@ ENTRIES: Final = {
     "supervisor": "onnx_dl.supervisor.main",
     "template": "onnx_dl.workers.template",
     "saver": "onnx_dl.workers.saver",
-    "trial": "onnx_dl.trials",
+    "trial": "onnx_dl.cli.doctor.trials",
     "demo": "onnx_dl.demo.inprocess",
 }
 """Modules by the name of the entry; the function is ``main``."""

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnx_dl.console.output import console, say
-from onnx_dl.doctor import Finding, Mark
+from onnx_dl.cli.doctor.checks import Finding, Mark
+from onnx_dl.cli.output import console, say
 
 _STYLES: Final = {Mark.OK: "green", Mark.WARNING: "yellow", Mark.PROBLEM: "bold red"}
 

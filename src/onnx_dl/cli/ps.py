@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from onnx_dl.console import versions
-from onnx_dl.console.history import History
-from onnx_dl.console.hosts import alive, running
-from onnx_dl.console.output import console, say
-from onnx_dl.console.table import live, overview
+from onnx_dl.cli import versions
+from onnx_dl.cli.history import History
+from onnx_dl.cli.hosts import alive, running
+from onnx_dl.cli.output import console, say
+from onnx_dl.cli.table import live, overview
 from onnx_dl.errors import SupervisorError
 from onnx_dl.host.model_host import ModelHost, Snapshot
 from onnx_dl.transport import running_hosts

@@ -13,9 +13,9 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl.cli.hosts import alive
+from onnx_dl.cli.output import is_read, say
 from onnx_dl.client.event_stream import EventStream
-from onnx_dl.console.hosts import alive
-from onnx_dl.console.output import is_read, say
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host.model_host import ModelHost

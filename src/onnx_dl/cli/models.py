@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx_dl.console.output import say
+from onnx_dl.cli.output import say
 from onnx_dl.core import parsing
 from onnx_dl.core.environment import parse_pairs
 from onnx_dl.core.status import ModelStatus

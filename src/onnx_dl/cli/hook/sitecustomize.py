@@ -1,6 +1,6 @@
 """What the interpreter of ``onnx-dl run`` imports at its start, and all that makes it differ from others.
 
-:mod:`onnx_dl.launch` puts this folder first on ``PYTHONPATH``, so that ``site`` finds this module in place of
+:mod:`onnx_dl.cli.run` puts this folder first on ``PYTHONPATH``, so that ``site`` finds this module in place of
 the user's own ``sitecustomize``.  It takes itself out of the environment and of ``sys.path``, and imports the
 user's.  What is left is a finder: the import of onnxruntime ends with :func:`onnx_dl.integrations.onnxruntime_patch.patch`.  A
 program that does without onnxruntime imports nothing else of ours.

@@ -1,4 +1,4 @@
-"""Finds what :mod:`onnx_dl.doctor` judges: what the system says, and what :mod:`onnx_dl.trials` tries."""
+"""Finds what :mod:`onnx_dl.cli.doctor.checks` judges: what the system says, and what :mod:`onnx_dl.cli.doctor.trials` tries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from onnx_dl import doctor, trials
+from onnx_dl.cli.doctor import checks, trials
+from onnx_dl.cli.doctor.trials import Answer
 from onnx_dl.core import settings
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.supervisor.measure.memory_probe import Gpu, gpus
 from onnx_dl.system import builds, installation, resources
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting
-from onnx_dl.trials import Answer
 from onnx_dl.workers.load_cache import store
 
 _BUDGET: Final = 9.0
@@ -30,7 +30,7 @@ _NO_SETTINGS: Final = frozenset({"ONNX_DL_RUNTIME_DIR"})
 """Variables that no host is set by, and that are read all the same."""
 
 
-def examine() -> list[doctor.Finding]:
+def examine() -> list[checks.Finding]:
     """All findings, in the order in which they matter.  Takes ten seconds at most and leaves no process."""
     end = time.monotonic() + _BUDGET
     chosen, complaint = _settings(os.environ)
@@ -48,25 +48,25 @@ def examine() -> list[doctor.Finding]:
         running, no_folder = _hosts(os.environ)
         installed, pip = installation.distributions(), installation.pip()
         return [
-            doctor.python_version(sys.version_info[:3]),
-            doctor.kernel(platform.system(), platform.release()),
-            doctor.environment(complaint, unknown_variables(os.environ)),
-            doctor.packages(installed, here, installation.complaint_of_none(), pip),
-            *(doctor.provider(name, trial.result(), found_gpus) for name, trial in tried.items()),
-            doctor.gpu(found_gpus, no_gpus, list(tried), builds.for_gpus(pip, installed)),
-            doctor.processors(resources.processors(), os.cpu_count() or 1),
-            doctor.memory(
+            checks.python_version(sys.version_info[:3]),
+            checks.kernel(platform.system(), platform.release()),
+            checks.environment(complaint, unknown_variables(os.environ)),
+            checks.packages(installed, here, installation.complaint_of_none(), pip),
+            *(checks.provider(name, trial.result(), found_gpus) for name, trial in tried.items()),
+            checks.gpu(found_gpus, no_gpus, list(tried), builds.for_gpus(pip, installed)),
+            checks.processors(resources.processors(), os.cpu_count() or 1),
+            checks.memory(
                 resources.memory(),
                 resources.installed_memory(),
                 resources.cgroup_version(),
                 (starting.result().said or {}).get("memory_limit"),
             ),
-            doctor.shared_hosts(no_folder, wanted=bool(chosen.host)),
-            *(doctor.host(seen, running) for seen in running),
-            doctor.shared_memory(_size_of(Path("/dev/shm"))),
-            doctor.telemetry(said.get("version"), os.environ),
-            doctor.start(chosen.start, starting.result()),
-            *([] if complaint else [doctor.load_cache(chosen, store.folder())]),
+            checks.shared_hosts(no_folder, wanted=bool(chosen.host)),
+            *(checks.host(seen, running) for seen in running),
+            checks.shared_memory(_size_of(Path("/dev/shm"))),
+            checks.telemetry(said.get("version"), os.environ),
+            checks.start(chosen.start, starting.result()),
+            *([] if complaint else [checks.load_cache(chosen, store.folder())]),
         ]
 
 

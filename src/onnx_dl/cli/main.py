@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import onnx_dl
-from onnx_dl import launch
-from onnx_dl.console import output
+from onnx_dl.cli import output
+from onnx_dl.cli.run import prepare, split
 from onnx_dl.core import parsing, settings
 from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import ConfigError, OnnxDLError
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(
+    ps_module = argparse.ArgumentParser(
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
     )
-    top.add_argument("--version", action="version", version=f"onnx-dl {onnx_dl.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    ps_module.add_argument("--version", action="version", version=f"onnx-dl {onnx_dl.__version__}")
+    commands = ps_module.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo", help="load, use and unload four models, beside the same work in-process"
     )
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object")
     doctor.set_defaults(run=_doctor)
-    return top
+    return ps_module
 
 
 def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -98,8 +98,8 @@ def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
     ps = add("ps", _ps, "list the models of a shared host")
     ps.add_argument("--json", action="store_true", help="the snapshot and the hosts as one JSON object")
-    top = add("top", _top, "watch the models of a shared host, and their memory over time")
-    top.add_argument("--interval", metavar="S", default="2", help="seconds between two pictures (2)")
+    ps_module = add("top", _top, "watch the models of a shared host, and their memory over time")
+    ps_module.add_argument("--interval", metavar="S", default="2", help="seconds between two pictures (2)")
     events = add("events", _events, "print what happens in a shared host; nothing of the past is kept")
     events.add_argument("--json", action="store_true", help="each event as one JSON object per line")
     until = events.add_mutually_exclusive_group(required=True)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> int:
-    own, program = launch.split(words) if words[:1] == ["run"] else (words, [])
+    own, program = split(words) if words[:1] == ["run"] else (words, [])
     with output.held_back():
         arguments = parser().parse_args(own)
     arguments.program = program
@@ -160,7 +160,7 @@ def _host_name(text: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> NoReturn:
-    launch.prepare(
+    prepare(
         arguments.program,
         settings=arguments.settings,
         memory_limit=arguments.memory_limit,
@@ -171,7 +171,7 @@ def _run(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _supervise(arguments: argparse.Namespace) -> None:
-    from onnx_dl.supervise import supervise
+    from onnx_dl.cli.supervise import supervise
 
     limit = arguments.memory_limit
     file = arguments.config
@@ -186,9 +186,9 @@ def _supervise(arguments: argparse.Namespace) -> None:
 
 
 def _stop(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import stopping
+    from onnx_dl.cli import stop as stop_module
 
-    stopping.stop(_host(arguments), all_versions=arguments.all_versions)
+    stop_module.stop(_host(arguments), all_versions=arguments.all_versions)
 
 
 def _demo(_: argparse.Namespace) -> None:
@@ -214,57 +214,58 @@ def _cache_clear(_: argparse.Namespace) -> None:
 
 
 def _host(arguments: argparse.Namespace) -> str:
-    from onnx_dl.console.hosts import default_name
+    from onnx_dl.cli.hosts import default_name
 
     return arguments.host or default_name()
 
 
 def _ps(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import top
+    from onnx_dl.cli import ps as ps_module
 
-    top.ps(_host(arguments), as_json=arguments.json)
+    ps_module.ps(_host(arguments), as_json=arguments.json)
 
 
 def _top(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import hosts, top
+    from onnx_dl.cli import hosts
+    from onnx_dl.cli import ps as ps_module
 
     interval = parsing.parse_span(arguments.interval)
     with hosts.running(_host(arguments)) as host:
-        top.top(host, interval)
+        ps_module.top(host, interval)
 
 
 def _events(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import following, hosts
+    from onnx_dl.cli import events as events_module
+    from onnx_dl.cli import hosts
 
     seconds = None if arguments.follow else parsing.parse_span(arguments.seconds)
     with hosts.running(_host(arguments)) as host:
-        following.events(host, as_json=arguments.json, seconds=seconds)
+        events_module.events(host, as_json=arguments.json, seconds=seconds)
 
 
 def _load(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import hosts, loading
+    from onnx_dl.cli import hosts, models
 
     ttl = None if arguments.ttl is None else parsing.parse_ttl(parsing.plain_number(arguments.ttl))
     with hosts.started(_host(arguments)) as host:
         pin = True if arguments.command == "pin" else None
         terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
-        loading.load(host, arguments.model, **terms, environment=arguments.env)
+        models.load(host, arguments.model, **terms, environment=arguments.env)
 
 
 def _unload(arguments: argparse.Namespace) -> None:
-    from onnx_dl.console import hosts, loading
+    from onnx_dl.cli import hosts, models
 
     with hosts.running(_host(arguments)) as host:
-        loading.unload(host, arguments.model, force=arguments.force)
+        models.unload(host, arguments.model, force=arguments.force)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from onnx_dl import examination
-    from onnx_dl.console import checklist
+    from onnx_dl.cli.doctor import collect, report
 
-    findings = examination.examine()
-    checklist.show(findings, as_json=arguments.json)
-    return int(checklist.has_problems(findings))
+    findings = collect.examine()
+    report.show(findings, as_json=arguments.json)
+    return int(report.has_problems(findings))
 
 
 def _cache() -> Cache:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnx_dl.console.history import History
+from onnx_dl.cli.history import History
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.parsing import KEEP
 from onnx_dl.core.status import ModelStatus

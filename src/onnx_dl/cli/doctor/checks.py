@@ -1,7 +1,7 @@
 """``onnx-dl doctor``: what onnx-dl stands on, and what to do where it does not hold.
 
 Each check is a function of what was found, and gives one finding.  Who finds it is
-:mod:`onnx_dl.examination`, what is printed :mod:`onnx_dl.console.checklist`'s.
+:mod:`onnx_dl.cli.doctor.collect`, what is printed :mod:`onnx_dl.cli.doctor.report`'s.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl.cli.doctor.trials import Answer
 from onnx_dl.core import settings
 from onnx_dl.core.text import format_bytes
 from onnx_dl.supervisor.measure.memory_probe import Gpu
 from onnx_dl.system import builds
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting
-from onnx_dl.trials import Answer
 from onnx_dl.workers.load_cache import store
 
 _CPU: Final = "CPUExecutionProvider"

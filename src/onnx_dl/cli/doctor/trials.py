@@ -1,7 +1,7 @@
 """What can only be found out by trying, each thing in a process of its own that may crash or hang.
 
 Covers the processes and what they try: importing onnxruntime, a session per provider, starting a worker.
-What is to be thought of the answers is :mod:`onnx_dl.doctor`'s.
+What is to be thought of the answers is :mod:`onnx_dl.cli.doctor.checks`'s.
 """
 
 from __future__ import annotations

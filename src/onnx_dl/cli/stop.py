@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from onnx_dl.cli import hosts
+from onnx_dl.cli.output import say
 from onnx_dl.client import launcher
-from onnx_dl.console import hosts
-from onnx_dl.console.output import say
 from onnx_dl.errors import SupervisorError
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import Sighting
