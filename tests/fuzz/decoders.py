@@ -19,7 +19,7 @@ import numpy as np
 from onnx_dl.core import mlir_signature, model_files
 from onnx_dl.errors import ConfigError, OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, failures, lane
-from onnx_dl.supervisor.hostfile import reader as reader_module
+from onnx_dl.supervisor.hostfile.reader import read as read_host_file
 from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.metrics.connections import is_meant
 from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
@@ -30,7 +30,7 @@ from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET, Handover
 from onnx_dl.transport.rendezvous import Place, Record
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.workers.load_cache import store
+from onnx_dl.workers.load_cache.store import Cache, Meta, seal_meta
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.slow import identity_model
@@ -281,7 +281,7 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     }
     record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)
     place = Place("fuzz", folder=folder)
-    kept = store.Cache(folder / "cache", 1 << 30)
+    kept = Cache(folder / "cache", 1 << 30)
 
     def read_needs(data: bytes) -> None:
         for _, need in requirement_store._entries(data, 2e9):
@@ -305,14 +305,14 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     return [
         Target("needs", mutation.json(rng, [requirement_store._encode(list(needs.items()))]), read_needs),
         Target("record", mutation.json(rng, [msgspec.json.encode(record)]), read_record, share=0.2),
-        Target("meta of the load cache", mutation.json(rng, [store.seal_meta(meta())]), read_meta, share=0.1),
+        Target("meta of the load cache", mutation.json(rng, [seal_meta(meta())]), read_meta, share=0.1),
         Target("sealed meta", mutation.json(rng, [msgspec.json.encode(meta())]), read_sealed, share=0.1),
     ]
 
 
-def meta() -> store.Meta:
-    made = examples._made(msgspec.inspect.type_info(store.Meta), random.Random(5), 0)
-    return msgspec.convert(made, store.Meta)
+def meta() -> Meta:
+    made = examples._made(msgspec.inspect.type_info(Meta), random.Random(5), 0)
+    return msgspec.convert(made, Meta)
 
 
 _HOST_FILE = b"""memory_limit = "2GiB"
@@ -340,7 +340,7 @@ def _host_file(rng: random.Random, folder: Path) -> Target:
     def take(data: bytes) -> None:
         path = folder / "host.toml"
         path.write_bytes(data)
-        reader_module.read(path)
+        read_host_file(path)
 
     return Target("host.toml", Mutator(rng, [_HOST_FILE]), take, (ConfigError, OSError), 0.2)
 

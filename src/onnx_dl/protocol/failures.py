@@ -16,6 +16,8 @@ import msgspec
 
 from onnx_dl.errors import BY_CODE, OnnxDLError, RemoteError
 
+pass
+
 _C = "onnxruntime.capi.onnxruntime_pybind11_state"
 
 

@@ -8,11 +8,11 @@ import sys
 
 from PyInstaller.utils.hooks import collect_submodules, copy_metadata
 
-_COMMANDS = ("__main__", "__pyinstaller", "cli", "console", "demo", "launch", "supervise")
+_COMMANDS = ("__main__", "cli", "demo")
 
 
 def _is_used(name: str) -> bool:
-    return name.partition(".")[2].partition(".")[0] not in _COMMANDS
+    return name.split(".")[1:2] not in ([command] for command in _COMMANDS) and "__pyinstaller" not in name
 
 
 hiddenimports = collect_submodules("onnx_dl", filter=_is_used)
