@@ -79,11 +79,11 @@ CLIENT: Final = (
 )
 WORKER: Final = (
     Point("onnx_dl.transport.doorbell", "WorkerBell", "wait", None, WOKEN),
-    Point("onnx_dl.workers.prepared_calls", "Repeats", "answer_number", ASKED),
+    Point("onnx_dl.workers.prepared_calls", "PreparedCalls", "replay_number", ASKED),
     Point(
-        "onnx_dl.workers.prepared_calls", "Repeats", "answer", ASKED
+        "onnx_dl.workers.prepared_calls", "PreparedCalls", "replay", ASKED
     ),  # of inputs that lie in shared memory
-    Point("onnx_dl.workers.engines.ort", "OnnxRuntimeBackend", "repeat", RUN, RAN, made=True),
+    Point("onnx_dl.workers.engines.ort", "OnnxRuntimeBackend", "bind", RUN, RAN, made=True),
     Point("onnx_dl.transport.doorbell", "WorkerBell", "ring", ANSWER),
 )
 

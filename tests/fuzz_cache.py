@@ -27,7 +27,7 @@ import psutil
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.errors import WorkerDied
-from onnx_dl.workers.load_cache.store import Cache, Entry
+from onnx_dl.workers.load_cache.store import Cache, CacheEntry
 from tests import fuzz_damage, fuzzing, zoo
 from tests.fuzz_variants import PLAIN, VARIANTS, Variant
 from tests.fuzzing import Wrong
@@ -46,7 +46,7 @@ DAMAGE: Final = tuple(fuzz_damage.OF_FILES)
 class Saved:
     """A variant with its entry as it was written."""
 
-    def __init__(self, variant: Variant, entry: Entry, copy: Path) -> None:
+    def __init__(self, variant: Variant, entry: CacheEntry, copy: Path) -> None:
         self.variant = variant
         self.key = entry.key
         self.path = entry.path
@@ -90,9 +90,9 @@ class Library:
             (entry,) = self.await_entries(before)
         self.saved.append(Saved(variant, entry, self.folder / f"copy{len(self.saved)}"))
 
-    def await_entries(self, before: set[str]) -> list[Entry]:
+    def await_entries(self, before: set[str]) -> list[CacheEntry]:
         """What was saved since; nobody saves any more."""
-        new: list[Entry] = []
+        new: list[CacheEntry] = []
 
         def is_there() -> bool:
             new[:] = [entry for entry in self.store.entries() if entry.key not in before]

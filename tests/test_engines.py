@@ -36,16 +36,16 @@ class Scaler:
     def ready(self, seconds, blobs):
         pass
 
-    def run(self, outputs, feed, options, halt):
+    def run(self, outputs, feed, options, token):
         return [array * self.factor for array in feed.values()]
 
-    def repeat(self, outputs, feed, results):
+    def bind(self, outputs, feed, results):
         return None
 
     def rerun(self, outputs):
         return None
 
-    def invoke(self, method, args, halt):
+    def invoke(self, method, args, token):
         if method == "crash":
             ctypes.string_at(8)
         raise AttributeError(method)

@@ -115,7 +115,7 @@ def test_a_warm_up_that_fails_leaves_a_model_that_works(
 
     def heard() -> bool:
         said.append(capfd.readouterr().err)
-        return "The model is ready all the same" in "".join(said)
+        return "The model is ready anyway" in "".join(said)
 
     if why is not None:
         eventually(heard, "the worker said why")

@@ -30,7 +30,7 @@ from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET, Handover
 from onnx_dl.transport.rendezvous import Place, Record
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.workers.load_cache.store import Cache, Meta, seal_meta
+from onnx_dl.workers.load_cache.store import Cache, EntryMeta, seal_meta
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.slow import identity_model
@@ -310,9 +310,9 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     ]
 
 
-def meta() -> Meta:
-    made = examples._made(msgspec.inspect.type_info(Meta), random.Random(5), 0)
-    return msgspec.convert(made, Meta)
+def meta() -> EntryMeta:
+    made = examples._made(msgspec.inspect.type_info(EntryMeta), random.Random(5), 0)
+    return msgspec.convert(made, EntryMeta)
 
 
 _HOST_FILE = b"""memory_limit = "2GiB"

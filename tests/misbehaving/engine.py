@@ -21,12 +21,12 @@ class Model:
     def ready(self, seconds: float, blobs: Any) -> tuple[()]:
         return ()
 
-    def run(self, outputs: Any, feed: dict[str, Any], options: Any, halt: Any) -> list[Any]:
+    def run(self, outputs: Any, feed: dict[str, Any], options: Any, token: Any) -> list[Any]:
         results = [array * self._factor for array in feed.values()]
         misbehaviour.moment("run", results)
         return results
 
-    def repeat(self, outputs: Any, feed: Any, results: Any) -> None:
+    def bind(self, outputs: Any, feed: Any, results: Any) -> None:
         return None
 
     def rerun(self, outputs: Any) -> None:

@@ -212,14 +212,14 @@ def _twice(worker: Any) -> None:
     """Everything from now on, and that it has started."""
     from onnx_dl.protocol import control
 
-    say = worker._say
+    say = worker._send
 
     def twice(message: Any) -> None:
         say(message)
         say(message)
 
-    worker._say = twice
-    worker._say(control.WorkerStarted(worker_id=worker._id))
+    worker._send = twice
+    worker._send(control.WorkerStarted(worker_id=worker._id))
 
 
 def _in_part(worker: Any) -> None:
@@ -230,8 +230,8 @@ def _in_part(worker: Any) -> None:
 
 FACTS = {
     "fact twice": _twice,
-    "fact that cannot be": lambda worker: worker._say(_ready(worker)),
-    "fact of another worker": lambda worker: worker._say(_ready(worker, 1)),
+    "fact that cannot be": lambda worker: worker._send(_ready(worker)),
+    "fact of another worker": lambda worker: worker._send(_ready(worker, 1)),
     "fact nonsense": lambda worker: worker._control.send(b"\xff" * 100),
     "fact in part": _in_part,
 }

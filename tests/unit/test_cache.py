@@ -19,7 +19,7 @@ from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.tensors import segment
 from onnx_dl.workers.load_cache import rules
-from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, Cache, Meta, files_of, open_meta
+from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, Cache, EntryMeta, files_of, open_meta
 from tests.unit.builders import DESCRIPTION, spec
 
 LIMIT = 10_000
@@ -35,7 +35,9 @@ def put(store: Cache, key: str, nbytes: int = 100, used: float | None = None, so
         assert path is not None
         (path / MODEL).write_bytes(b"m" * 10)
         (path / WEIGHTS).write_bytes(b"w" * (nbytes - 10))
-        meta = Meta(key=key, name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path))
+        meta = EntryMeta(
+            key=key, name=f"{key}.onnx", source=source, description=DESCRIPTION, files=files_of(path)
+        )
         kept = store.keep(key, path, meta)
     if used is not None and kept:
         os.utime(store.root / key, (used, used))
@@ -231,7 +233,7 @@ def test_files_in_the_temporary_folder_will_hardly_be_there_again(
     inside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmp" / "a" / "m.onnx"))
     beside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmpfile.onnx"))
     given = msgspec.structs.replace(spec(), path=None, blob="digest")
-    assert [rules.is_passing(model) for model in (inside, beside, given)] == [True, False, False]
+    assert [rules.is_temporary(model) for model in (inside, beside, given)] == [True, False, False]
 
 
 def test_ort_files_are_loaded_as_they_are():

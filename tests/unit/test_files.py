@@ -179,7 +179,7 @@ def test_a_file_that_changes_meanwhile_is_loaded_again(
 
 def test_one_that_changes_each_time_is_given_up(path: Path) -> None:
     loads = Loads(path, 99)
-    with pytest.raises(FilesChanging, match=r"m\.onnx was changed while .* 3 times in a row\. Load it when"):
+    with pytest.raises(FilesChanging, match=r"m\.onnx was changed while .* 3 times in a row\. Load it after"):
         stable_load.load(spec_of(path), lambda: [""], loads)
     assert loads.count == 3
 

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from onnx_dl.workers.gate import Gate, Verdict
+from onnx_dl.workers.gate import Gate, GateDecision
 
-IDLE = Verdict(expired=False, drained=False, wait=None)
+IDLE = GateDecision(expired=False, drained=False, wait=None)
 
 
 class Wakes:
@@ -50,21 +50,21 @@ def test_ttl_n_counts_from_the_end_of_the_last_call(gate):
     assert gate.enter()
     assert gate.judge(150.0) == IDLE  # in flight, however long
     gate.leave(200.0)
-    assert gate.judge(200.0) == Verdict(False, False, 10.0)
-    assert gate.judge(209.0) == Verdict(False, False, 1.0)
+    assert gate.judge(200.0) == GateDecision(False, False, 10.0)
+    assert gate.judge(209.0) == GateDecision(False, False, 1.0)
     use(gate, 209.5)
-    assert gate.judge(211.0) == Verdict(False, False, 8.5)
-    assert gate.judge(219.4) == Verdict(False, False, pytest.approx(0.1))
-    assert gate.judge(219.5) == Verdict(True, True, None)
+    assert gate.judge(211.0) == GateDecision(False, False, 8.5)
+    assert gate.judge(219.4) == GateDecision(False, False, pytest.approx(0.1))
+    assert gate.judge(219.5) == GateDecision(True, True, None)
 
 
 def test_expiry_is_told_once_and_nothing_enters_after_it(gate):
     use(gate, 100.0)
     assert gate.judge(110.0).expired
-    assert gate.judge(111.0) == Verdict(False, True, None)
+    assert gate.judge(111.0) == GateDecision(False, True, None)
     assert not gate.enter()
     assert not gate.hold()
-    assert gate.judge(112.0) == Verdict(False, True, None)
+    assert gate.judge(112.0) == GateDecision(False, True, None)
 
 
 def test_call_that_begins_before_the_verdict_wins(gate):
@@ -72,12 +72,12 @@ def test_call_that_begins_before_the_verdict_wins(gate):
     assert gate.enter()  # the TTL runs out now, but the call is in flight
     assert gate.judge(110.0) == IDLE
     gate.leave(111.0)
-    assert gate.judge(111.0) == Verdict(False, False, 10.0)
+    assert gate.judge(111.0) == GateDecision(False, False, 10.0)
 
 
 def test_call_that_comes_after_the_verdict_is_turned_away(gate):
     use(gate, 100.0)
-    assert gate.judge(110.0) == Verdict(True, True, None)
+    assert gate.judge(110.0) == GateDecision(True, True, None)
     assert not gate.enter()
 
 
@@ -103,8 +103,8 @@ def test_ttl_zero_closes_with_the_last_call(wakes):
     assert gate.judge(101.0) == IDLE
     gate.leave(102.0)
     assert not gate.enter()  # closed there and then, not when somebody judges
-    assert gate.judge(102.0) == Verdict(True, True, None)
-    assert gate.judge(102.0) == Verdict(False, True, None)
+    assert gate.judge(102.0) == GateDecision(True, True, None)
+    assert gate.judge(102.0) == GateDecision(False, True, None)
 
 
 def test_ttl_minus_one_stays(wakes):
@@ -116,10 +116,10 @@ def test_ttl_minus_one_stays(wakes):
 
 def test_touch_counts_as_a_use(gate):
     use(gate, 100.0)
-    assert gate.judge(109.0, touched=108.0) == Verdict(False, False, 9.0)
-    assert gate.judge(110.0) == Verdict(False, False, 8.0)
+    assert gate.judge(109.0, touched=108.0) == GateDecision(False, False, 9.0)
+    assert gate.judge(110.0) == GateDecision(False, False, 8.0)
     assert gate.judge(117.0, touched=50.0).wait == 1.0  # an old one does not turn time back
-    assert gate.judge(118.0, touched=118.0) == Verdict(False, False, 10.0)
+    assert gate.judge(118.0, touched=118.0) == GateDecision(False, False, 10.0)
     assert gate.judge(128.0).expired
 
 
@@ -131,7 +131,7 @@ def test_hold_keeps_loaded_and_its_end_starts_the_ttl(gate):
     use(gate, 101.0)
     assert gate.judge(1000.0) == IDLE
     gate.unhold(1000.0)
-    assert gate.judge(1000.0) == Verdict(False, False, 10.0)
+    assert gate.judge(1000.0) == GateDecision(False, False, 10.0)
     assert gate.judge(1010.0).expired
 
 
@@ -140,7 +140,7 @@ def test_holds_nest(gate):
     gate.unhold(101.0)
     assert gate.judge(500.0) == IDLE
     gate.unhold(501.0)
-    assert gate.judge(511.0) == Verdict(True, True, None)
+    assert gate.judge(511.0) == GateDecision(True, True, None)
 
 
 def test_ttl_zero_within_a_hold(wakes):
@@ -151,7 +151,7 @@ def test_ttl_zero_within_a_hold(wakes):
     assert gate.judge(103.0) == IDLE
     gate.unhold(104.0)
     assert not gate.enter()
-    assert gate.judge(104.0) == Verdict(True, True, None)
+    assert gate.judge(104.0) == GateDecision(True, True, None)
 
 
 # --- drain -----------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_ttl_zero_within_a_hold(wakes):
 def test_drain_of_an_idle_gate(gate, wakes):
     gate.drain()
     assert wakes.count == 1
-    assert gate.judge(100.0) == Verdict(False, True, None)
+    assert gate.judge(100.0) == GateDecision(False, True, None)
     assert not gate.enter()
     assert not gate.hold()
 
@@ -171,7 +171,7 @@ def test_drain_waits_for_calls_and_admits_no_new_ones(gate):
     assert gate.judge(100.0) == IDLE
     assert not gate.enter()
     gate.leave(101.0)
-    assert gate.judge(101.0) == Verdict(False, True, None)
+    assert gate.judge(101.0) == GateDecision(False, True, None)
 
 
 def test_drain_while_held_lets_calls_in_until_the_block_ends(gate):
@@ -182,7 +182,7 @@ def test_drain_while_held_lets_calls_in_until_the_block_ends(gate):
     assert not gate.hold()  # but no new block begins
     assert gate.judge(102.0) == IDLE
     gate.unhold(103.0)
-    assert gate.judge(103.0) == Verdict(False, True, None)
+    assert gate.judge(103.0) == GateDecision(False, True, None)
     assert not gate.enter()
 
 
@@ -201,14 +201,14 @@ def test_end_of_the_last_hold_closes_a_drain_although_calls_are_in_flight(gate):
 def test_drain_is_no_expiry(gate):
     use(gate, 100.0)
     gate.drain()
-    assert gate.judge(200.0) == Verdict(False, True, None)
+    assert gate.judge(200.0) == GateDecision(False, True, None)
 
 
 def test_drain_after_expiry_tells_nothing_new(gate):
     use(gate, 100.0)
     assert gate.judge(110.0).expired
     gate.drain()
-    assert gate.judge(111.0) == Verdict(False, True, None)
+    assert gate.judge(111.0) == GateDecision(False, True, None)
 
 
 # --- retime ----------------------------------------------------------------------------------------------
@@ -217,19 +217,19 @@ def test_drain_after_expiry_tells_nothing_new(gate):
 def test_retime_live(gate):
     use(gate, 100.0)
     gate.retime(50.0)
-    assert gate.judge(110.0) == Verdict(False, False, 40.0)
+    assert gate.judge(110.0) == GateDecision(False, False, 40.0)
     gate.retime(-1.0)
     assert gate.judge(1000.0) == IDLE
     gate.retime(2000.0)
-    assert gate.judge(1000.0) == Verdict(False, False, 1100.0)
+    assert gate.judge(1000.0) == GateDecision(False, False, 1100.0)
     gate.retime(5.0)
-    assert gate.judge(1000.0) == Verdict(True, True, None)
+    assert gate.judge(1000.0) == GateDecision(True, True, None)
 
 
 def test_retime_to_zero_unloads_an_idle_model(gate):
     use(gate, 100.0)
     gate.retime(0.0)
-    assert gate.judge(100.0) == Verdict(True, True, None)
+    assert gate.judge(100.0) == GateDecision(True, True, None)
 
 
 def test_retime_does_not_reopen(gate):
@@ -422,13 +422,13 @@ def test_threads_hammer_while_a_drain_closes():
 
 def test_a_load_that_nobody_will_call_counts_as_a_use(gate):
     gate.retime(10.0, 105.0)
-    assert gate.judge(106.0) == Verdict(False, False, 9.0)
+    assert gate.judge(106.0) == GateDecision(False, False, 9.0)
     gate.retime(10.0, 110.0)  # there was one
-    assert gate.judge(115.0) == Verdict(True, True, None)
+    assert gate.judge(115.0) == GateDecision(True, True, None)
 
 
 def test_a_load_that_nobody_will_call_may_make_room(gate):
     gate.retime(-1.0, 105.0)
     gate.close_if_idle()
-    assert gate.judge(106.0) == Verdict(True, True, None)
+    assert gate.judge(106.0) == GateDecision(True, True, None)
     assert gate.reason == "evicted"

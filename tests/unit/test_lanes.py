@@ -50,10 +50,10 @@ from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.cancellation import CancelToken
 from onnx_dl.workers.engines.base import Rerun
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.worker import LaneService
+from onnx_dl.workers.lane_service import LaneService
 from tests.unit.builders import DESCRIPTION
 from tests.waiting import DEADLINE
 
@@ -71,7 +71,7 @@ class Echo:
         self.lane: WorkerLane | None = None
         """Of the last caller."""
 
-    def run(self, outputs: Any, feed: dict[str, Any], options: Any, halt: Halt) -> list[Any]:
+    def run(self, outputs: Any, feed: dict[str, Any], options: Any, token: CancelToken) -> list[Any]:
         self.runs += 1
         if "error" in feed:
             raise ValueError("e" * int(feed["error"][0]))
@@ -79,11 +79,11 @@ class Echo:
             self.lane.reply(list(feed.values()))
         return list(feed.values()) + ([options] if options else []) + ([outputs] if outputs else [])
 
-    def run_async(self, outputs: Any, feed: Any, options: Any, halt: Halt, started: Any) -> list[Any]:
+    def run_async(self, outputs: Any, feed: Any, options: Any, token: CancelToken, started: Any) -> list[Any]:
         started()
-        return self.run(outputs, feed, options, halt)
+        return self.run(outputs, feed, options, token)
 
-    def repeat(self, *_: Any) -> None:
+    def bind(self, *_: Any) -> None:
         return None
 
     def rerun(self, outputs: Any) -> Rerun:
@@ -93,7 +93,7 @@ class Echo:
 
         return Rerun(run, lambda: None)
 
-    def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
+    def invoke(self, method: str, args: list[Any], token: CancelToken) -> Any:
         return args
 
 
@@ -107,7 +107,7 @@ class Worker:
         self.listener = Listener(self.address)
         self.context = sockets.context()
         self.threads: list[threading.Thread] = []
-        self.halts: dict[int, Halt] = {}
+        self.tokens: dict[int, CancelToken] = {}
 
     def granted(self) -> control.Granted:
         return control.Granted(
@@ -127,7 +127,7 @@ class Worker:
                 lane = WorkerLane(self.context, channel, SECRET, DEADLINE)
                 backend: Any = self.backend
                 backend.lane = lane
-                service = LaneService(lane, self.gate, backend, self.halts, None, None)
+                service = LaneService(lane, self.gate, backend, self.tokens, None, None)
                 done = sockets.Waker()
                 watcher = threading.Thread(target=_watch, args=(channel, lane, done))
                 watcher.start()

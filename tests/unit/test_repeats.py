@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.workers.cancellation import Halt
-from onnx_dl.workers.engines.base import Repeatable, Rerun
-from onnx_dl.workers.prepared_calls import Repeat
+from onnx_dl.workers.cancellation import CancelToken
+from onnx_dl.workers.engines.base import BoundRun, Rerun
+from onnx_dl.workers.prepared_calls import PreparedCall
 from tests.unit.builders import arena
 
 
@@ -29,8 +29,8 @@ class Backend:
     def __init__(self) -> None:
         self.runs: list[str] = []
 
-    def repeat(self, outputs: Any, feed: Any, results: Any) -> Any:
-        return Repeatable(lambda: None, None)
+    def bind(self, outputs: Any, feed: Any, results: Any) -> Any:
+        return BoundRun(lambda: None, None)
 
     def run(self, *_: Any) -> list[Any]:
         self.runs.append("run")
@@ -50,24 +50,24 @@ def test_results_are_never_written_where_the_caller_does_not_read():
     """An arena may shrink between two calls; Same would then have the caller read the block of before."""
     lane: Any = Lane()
     call = m.Call(outputs=m.Plain(None), feed=[], plan=0)
-    repeat = Repeat(call, None, {})
+    repeat = PreparedCall(call, None, {})
     repeat.learn(m.Items("list", [m.Tensor("<f4", (4,), lane.current_scratch.number, 0)]), lane)
     backend: Any = Backend()
-    assert not repeat.run(lane, backend, {"x": np.zeros(1)}, [], Halt())
+    assert not repeat.run(lane, backend, {"x": np.zeros(1)}, [], CancelToken())
 
 
-def repeat_of(*feed: tuple[str, Any]) -> Repeat:
-    return Repeat(m.Call(outputs=m.Plain(None), feed=list(feed), plan=0), None, dict(feed))
+def repeat_of(*feed: tuple[str, Any]) -> PreparedCall:
+    return PreparedCall(m.Call(outputs=m.Plain(None), feed=list(feed), plan=0), None, dict(feed))
 
 
 def test_a_run_that_was_told_to_end_is_prepared_anew():
     """What told it would tell the next one, too."""
-    repeat, backend, halt = repeat_of(), Backend(), Halt()
+    repeat, backend, token = repeat_of(), Backend(), CancelToken()
     for number in range(4):
-        halt.begin(number)
+        token.begin(number)
         if number == 2:
-            halt.ask(2)
-        repeat.run_plainly(backend, {}, halt)  # type: ignore[arg-type]
+            token.cancel(2)
+        repeat.run_unbound(backend, {}, token)  # type: ignore[arg-type]
     assert backend.runs == ["prepared", "run", "rerun", "rerun", "prepared", "run"]
 
 
@@ -76,7 +76,7 @@ def test_another_scratch_block_is_left():
     lane: Any = Lane()
     repeat, block = repeat_of(), lane.current_scratch
     repeat.learn(m.Items("list", [m.Packed(block.number, 0)]), lane)
-    repeat.leave(block)
+    repeat.on_scratch(block)
     assert repeat.form is not None
-    repeat.leave(lane.scratch(1))
+    repeat.on_scratch(lane.scratch(1))
     assert repeat.form is None

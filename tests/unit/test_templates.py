@@ -235,7 +235,7 @@ def told(*args):
 
 template = object.__new__(Template)
 template._fork_again = told
-print(os.getpid(), repr(template._forked(None, [])), os.getpid(), flush=True)
+print(os.getpid(), repr(template._fork_worker(None, [])), os.getpid(), flush=True)
 """
 
 

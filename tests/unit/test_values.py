@@ -160,7 +160,7 @@ def test_other_values_are_left_alone() -> None:
     ],
 )
 def test_what_cannot_be_made(act: Any) -> None:
-    with pytest.raises(UnsupportedValueError, match="cannot travel"):
+    with pytest.raises(UnsupportedValueError, match="cannot be sent"):
         act()
 
 

@@ -38,7 +38,7 @@ def test_arrays_that_cannot_be(wanted: Warmup) -> None:
 def test_what_is_said_names_what_to_mend_in_one_line() -> None:
     inputs = [TensorSpec("x", "tensor(float)", ["n", 3]), TensorSpec("y", "tensor(int64)", [])]
     assert complaint("m.onnx", inputs, ValueError("no\n  such shape")) == (
-        "onnx-dl: the warm-up of m.onnx failed (ValueError: no such shape). The model is ready all the same; "
+        "onnx-dl: the warm-up of m.onnx failed (ValueError: no such shape). The model is ready anyway; "
         "give its warm-up a dtype, shape and fill for each of its inputs: x: tensor(float) ['n', 3], "
         "y: tensor(int64) []."
     )

@@ -60,6 +60,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         own = [self.blob, self.memory, *(name for member in self.members for name in member.blobs)]
         return list(dict.fromkeys(name for name in own if name is not None))
 
+    @property
+    def provider_names(self) -> tuple[str, ...]:
+        """Names of the execution providers, without their options."""
+        names = [item[0] if isinstance(item, list) and item else item for item in self.providers or ()]
+        return tuple(name for name in names if isinstance(name, str))
+
     def where(self, name: str) -> str:
         """The path at which onnxruntime looks for a file of the model, by its name in :class:`ReadFile`:
         beside the model as it was given, which may be a link to a file elsewhere."""

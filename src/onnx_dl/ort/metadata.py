@@ -1,13 +1,16 @@
-"""Metadata objects shaped like onnxruntime's, which have no constructors: NodeArg, ModelMetadata."""
+"""Metadata objects like onnxruntime's, whose classes have no constructors: NodeArg, ModelMetadata."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx_dl.concurrency.forking import lazily
 from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.ort import options, recordings
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 class NodeArg:
@@ -41,7 +44,7 @@ class NodeArg:
 
 
 class ModelMetadata:
-    """What the model's author wrote into it, like ``onnxruntime.ModelMetadata``; a copy, writable."""
+    """Metadata from the model file, like ``onnxruntime.ModelMetadata``; a writable copy."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.custom_metadata_map: dict[str, str] = fields["custom_metadata_map"]
@@ -54,7 +57,7 @@ class ModelMetadata:
 
 
 class AssignedNode:
-    """A node of a subgraph that an execution provider took, like ``onnxruntime.OrtEpAssignedNode``."""
+    """A node that is assigned to an execution provider, like ``onnxruntime.OrtEpAssignedNode``."""
 
     def __init__(self, name: str, domain: str, op_type: str) -> None:
         self.name = name
@@ -63,7 +66,7 @@ class AssignedNode:
 
 
 class AssignedSubgraph:
-    """A subgraph that an execution provider took, like ``onnxruntime.OrtEpAssignedSubgraph``."""
+    """A subgraph that is assigned to an execution provider, like ``onnxruntime.OrtEpAssignedSubgraph``."""
 
     def __init__(self, ep_name: str, nodes: list[list[str]]) -> None:
         self.ep_name = ep_name
@@ -74,7 +77,7 @@ class AssignedSubgraph:
 
 
 class Description:
-    """A model's metadata as the objects that onnxruntime returns; the same objects at each call."""
+    """A model's metadata as objects like those that onnxruntime returns; each is made once."""
 
     def __init__(self, described: ModelDescription) -> None:
         self.inputs = [NodeArg(spec) for spec in described.inputs]
@@ -87,23 +90,23 @@ class Description:
         self._options = described.options
 
     @lazily
-    def session_options(self) -> Any:
-        """The options in force, as an ``onnxruntime.SessionOptions``."""
+    def session_options(self) -> onnxruntime.SessionOptions:
+        """Options in force, as an ``onnxruntime.SessionOptions``."""
         return options.make_session_options(self._options)
 
     @lazily
-    def input_memory_infos(self) -> list[Any]:
-        """As ``onnxruntime.OrtMemoryInfo``."""
+    def input_memory_infos(self) -> list[onnxruntime.OrtMemoryInfo]:
+        """Memory of the inputs."""
         return [_memory_info(*info) for info in self.details["input_memory_infos"]]
 
     @lazily
-    def output_memory_infos(self) -> list[Any]:
-        """As ``onnxruntime.OrtMemoryInfo``."""
+    def output_memory_infos(self) -> list[onnxruntime.OrtMemoryInfo]:
+        """Memory of the outputs."""
         return [_memory_info(*info) for info in self.details["output_memory_infos"]]
 
     @lazily
-    def input_epdevices(self) -> list[Any]:
-        """This process's ``onnxruntime.OrtEpDevice`` for those of the worker; None where it has none."""
+    def input_epdevices(self) -> list[onnxruntime.OrtEpDevice | None]:
+        """This process's devices that are the worker's; None where it has none."""
         local = importlib.import_module("onnxruntime").get_ep_devices()
         known = [(recordings.device_identity(device), device) for device in local]
         return [
@@ -113,7 +116,7 @@ class Description:
 
 
 class _Gone:
-    """The metadata of a session whose providers could not be set: None throughout, as onnxruntime has it."""
+    """Metadata of a session whose providers could not be set: None throughout, as in onnxruntime."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -122,11 +125,9 @@ class _Gone:
 GONE: Any = _Gone()
 
 
-def _memory_info(name: str, allocator: str, device_id: int, mem_type: str) -> Any:
+def _memory_info(name: str, allocator: str, device_id: int, mem_type: str) -> onnxruntime.OrtMemoryInfo:
     onnxruntime = importlib.import_module("onnxruntime")
+    allocator_type = getattr(onnxruntime.OrtAllocatorType, allocator)
     return onnxruntime.OrtMemoryInfo(
-        name,
-        getattr(onnxruntime.OrtAllocatorType, allocator),
-        device_id,
-        getattr(onnxruntime.OrtMemType, mem_type),
+        name, allocator_type, device_id, getattr(onnxruntime.OrtMemType, mem_type)
     )

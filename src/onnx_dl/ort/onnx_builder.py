@@ -1,7 +1,7 @@
 """OrtValues that onnxruntime's API cannot make or read: text, sequences, maps, absent optionals.
 
-Each is the result of a model with one node, run in this process; the models are written here, byte by byte,
-because the ``onnx`` package is not ours to require.  Field numbers are those of onnx.proto3
+Each is the result of a model with one node that runs in this process.  The models are encoded here, byte by
+byte, because the ``onnx`` package is not required.  Field numbers are those of onnx.proto3
 (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3).
 """
 
@@ -10,13 +10,18 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.errors import UnsupportedValueError
+
+if TYPE_CHECKING:
+    from onnxruntime.capi.onnxruntime_pybind11_state import InferenceSession, OrtValue
+
+Array = NDArray[np.generic]
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _FLOAT, _INT64, _STRING = 1, 7, 8
@@ -64,7 +69,7 @@ def _value_info(name: str, of_type: bytes) -> bytes:
 
 
 def _model(op: str, inputs: list[bytes], output: bytes, attribute: bytes = b"", domain: str = "") -> bytes:
-    """A ModelProto whose one node has inputs x0, x1, ... and the output y, of these TypeProtos."""
+    """Encodes a ModelProto with one node, of inputs x0, x1, ... and the output y, with these TypeProtos."""
     names = [f"x{index}" for index in range(len(inputs))]
     node = _fields(1, names) + _field(2, "y") + _field(4, op) + _field(7, domain)
     node += _field(5, attribute) if attribute else b""
@@ -76,92 +81,94 @@ def _model(op: str, inputs: list[bytes], output: bytes, attribute: bytes = b"", 
 
 
 def one_node(op: str = "Abs") -> bytes:
-    """A model of y = op(x0), of float tensors of any shape: something to try a provider with."""
+    """Encodes a model of y = op(x0), with float tensors of any shape, to try a provider with."""
     kind = _tensor_type(_FLOAT)
     return _model(op, [kind], kind)
 
 
-# --- what the models give ----------------------------------------------------------------------------------
+# --- results of the models ---------------------------------------------------------------------------------
 
 
-def _session(model: bytes) -> Any:
-    """A session in this process, made below whatever may have been put in place of the Python class."""
+def _session(model: bytes) -> InferenceSession:
+    """Makes a native session in this process: the Python class may be patched."""
     native = importlib.import_module(_C)
     options = native.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
         session = native.InferenceSession(options, model, False, False)
-    except RuntimeError:  # set_global_thread_pool_sizes() was called: then no session may have its own
+    except RuntimeError:  # after set_global_thread_pool_sizes(), no session may have its own threads
         options.use_per_session_threads = False
         session = native.InferenceSession(options, model, False, False)
     session.initialize_session([], [], set())
     return session
 
 
-_kept: Final = functools.lru_cache(maxsize=64)(_session)
+_cached_session: Final = functools.lru_cache(maxsize=64)(_session)
 
 
-def _made(session: Any, feed: dict[str, Any]) -> Any:
+def _result(session: InferenceSession, feed: Mapping[str, OrtValue]) -> OrtValue:
     return session.run_with_ort_values(feed, ["y"], None)[0]
 
 
-def read(value: Any) -> Any:
-    """What a native OrtValue that is no dense tensor holds, as ``run()`` would return it.
+def read(value: OrtValue) -> Any:
+    """Returns the content of a native OrtValue that is no dense tensor, as ``run()`` returns it.
 
     Raises:
         UnsupportedValueError: onnxruntime has no Python form of it.
     """
     native = importlib.import_module(_C)
-    session = _kept(_model("Identity", [_tensor_type(_FLOAT)], _tensor_type(_FLOAT)))
+    session = _cached_session(_model("Identity", [_tensor_type(_FLOAT)], _tensor_type(_FLOAT)))
     binding = native.SessionIOBinding(session)
     binding.bind_ortvalue_output("y", value)
     try:
         return binding.copy_outputs_to_cpu()[0]
     except RuntimeError as error:
-        raise UnsupportedValueError(f"This OrtValue cannot travel to or from a worker: {error}") from None
+        raise UnsupportedValueError(f"This OrtValue cannot be sent to or from a worker: {error}") from None
 
 
-def text(array: NDArray[Any]) -> Any:
-    """A native OrtValue of strings."""
+def text(array: NDArray[Any]) -> OrtValue:
+    """Makes a native OrtValue of strings."""
     strings = [item.encode() for item in array.flat]
     tensor = _fields(1, array.shape) + _field(2, _STRING) + _fields(6, strings)
     attribute = _field(1, "value") + _field(5, tensor) + _field(20, 4)
-    return _made(_session(_model("Constant", [], _tensor_type(_STRING), attribute)), {})
+    return _result(_session(_model("Constant", [], _tensor_type(_STRING), attribute)), {})
 
 
-def absent() -> Any:
-    """A native OrtValue of an optional that holds nothing."""
+def absent() -> OrtValue:
+    """Makes a native OrtValue of an optional without a value."""
     kind = _tensor_type(_FLOAT)
     attribute = _field(1, "type") + _field(14, kind) + _field(20, 13)
-    return _made(_kept(_model("Optional", [], _field(9, _field(1, kind)), attribute)), {})
+    return _result(_cached_session(_model("Optional", [], _field(9, _field(1, kind)), attribute)), {})
 
 
-def sequence(data_type: str, items: list[NDArray[Any]]) -> Any:
-    """A native OrtValue of the type, for example ``seq(tensor(float))``."""
+def sequence(data_type: str, items: list[Array]) -> OrtValue:
+    """Makes a native OrtValue of the type, for example ``seq(tensor(float))``."""
     element = _ELEMENTS.get(data_type.removeprefix("seq(tensor(").removesuffix("))"))
     if element is None:
-        raise UnsupportedValueError(f"An OrtValue of the type {data_type} cannot travel to or from a worker.")
+        raise UnsupportedValueError(
+            f"An OrtValue of the type {data_type} cannot be sent to or from a worker."
+        )
     kind = _tensor_type(element)
     output = _field(4, _field(1, kind))
     if not items:
         attribute = _field(1, "dtype") + _field(3, element) + _field(20, 2)
-        return _made(_kept(_model("SequenceEmpty", [], output, attribute)), {})
-    make: Callable[[NDArray[Any]], Any] = text if element == _STRING else dense
+        return _result(_cached_session(_model("SequenceEmpty", [], output, attribute)), {})
+    make: Callable[..., OrtValue] = text if element == _STRING else dense
     feed = {f"x{index}": make(item) for index, item in enumerate(items)}
-    return _made(_kept(_model("SequenceConstruct", [kind] * len(items), output)), feed)
+    return _result(_cached_session(_model("SequenceConstruct", [kind] * len(items), output)), feed)
 
 
-def maps(data_type: str, content: list[dict[Any, float]]) -> Any:
-    """A native OrtValue of ``seq(map(string or int64, tensor(float)))``, as ZipMap makes it.
+def maps(data_type: str, content: list[dict[str | int, float]]) -> OrtValue:
+    """Makes a native OrtValue of ``seq(map(string or int64, tensor(float)))`` with the operator ZipMap.
 
     Raises:
-        UnsupportedValueError: it is none that ZipMap makes.
+        UnsupportedValueError: ZipMap cannot make it, because the keys differ.
     """
     of_text = data_type == "seq(map(string,tensor(float)))"
     keys = list(content[0]) if content else ["none"] if of_text else [0]
     if data_type not in _MAPS or not all(list(row) == keys for row in content):
-        raise UnsupportedValueError("An OrtValue of maps with different keys cannot travel to a worker.")
+        raise UnsupportedValueError("An OrtValue of maps with different keys cannot be sent to a worker.")
     if of_text:
         attribute = _field(1, "classlabels_strings") + _fields(9, keys) + _field(20, 8)
     else:
@@ -170,21 +177,18 @@ def maps(data_type: str, content: list[dict[Any, float]]) -> Any:
     model = _model("ZipMap", [_tensor_type(_FLOAT)], _field(4, _field(1, of_map)), attribute, _ML)
     values = itertools.chain.from_iterable(row.values() for row in content)
     table = np.fromiter(values, np.float32).reshape(len(content), len(keys))
-    return _made(_kept(model), {"x0": dense(table)})
+    return _result(_cached_session(model), {"x0": dense(table)})
 
 
-def nothing() -> Any:
-    """A native OrtValue of no elements, for where onnxruntime has one that must not be looked at."""
-    return (
-        importlib.import_module("onnxruntime")
-        .OrtValue.ortvalue_from_shape_and_type([0], np.float32)
-        ._ortvalue
-    )
-
-
-def dense(array: NDArray[Any]) -> Any:
-    """A native OrtValue that lies in the array's memory; the array must outlive it."""
+def nothing() -> OrtValue:
+    """Makes a native OrtValue of no elements, in place of one of onnxruntime's that must not be accessed."""
     onnxruntime = importlib.import_module("onnxruntime")
-    # Not ascontiguousarray(), which makes an array of one dimension of one that has none.
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type([0], np.float32)._ortvalue
+
+
+def dense(array: Array) -> OrtValue:
+    """Makes a native OrtValue that uses the array's memory; the array must outlive it."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    # Not ascontiguousarray(), which turns an array without dimensions into one of one dimension.
     value = onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
     return value._get_c_value()

@@ -1,20 +1,28 @@
-"""onnxruntime's SessionOptions, RunOptions and providers, to and from plain data.
+"""Converts onnxruntime's SessionOptions, RunOptions and providers to plain data and back.
 
-Covers all that can be read back from these C++ objects; they can be neither pickled nor copied.  Config
-entries can be read by key only, so the keys that onnxruntime knows are listed here; what cannot be read back
-at all comes from :mod:`onnx_dl.ort.recorder` by way of :mod:`onnx_dl.ort.recordings`.  onnxruntime is imported only to
-make such an object, never to read one.
+Covers all that can be read from these C++ objects; they can be neither pickled nor copied.  Config entries
+can be read by key only, so the keys that onnxruntime knows are listed here.  What cannot be read comes from
+:mod:`onnx_dl.ort.recorder` by way of :mod:`onnx_dl.ort.recordings`.  Only making such an object imports onnxruntime.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
 
 from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ConfigError
 from onnx_dl.ort import recorder, recordings
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PlainOptions = dict[str, Any]
+"""Options by attribute; ``config``: config entries; ``calls``: recorded; ``places``: of their arrays."""
+Providers = list[object]
+"""Names, or ``[name, options]``."""
 
 SESSION_FIELDS: Final = (
     "enable_cpu_mem_arena",
@@ -82,11 +90,13 @@ qnn.rpc_control_latency
 """.split()
 
 
-def read_session_options(options: Any, more_keys: Iterable[str] = ()) -> dict[str, Any] | None:
-    """A SessionOptions as plain data; None stays None.  ``more_keys``: of entries that may be there, too.
+def read_session_options(
+    options: onnxruntime.SessionOptions | None, more_keys: Iterable[str] = ()
+) -> PlainOptions | None:
+    """Returns a SessionOptions as plain data; None stays None.  ``more_keys``: further config entries.
 
     Raises:
-        AttributeError: it is no SessionOptions, in onnxruntime's words.
+        AttributeError: it is no SessionOptions; the text is onnxruntime's.
     """
     if options is None:
         return None
@@ -94,19 +104,21 @@ def read_session_options(options: Any, more_keys: Iterable[str] = ()) -> dict[st
     return _read(options, SESSION_FIELDS, "get_session_config_entry", (*SESSION_KEYS, *more_keys))
 
 
-def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recordings.Portable | None]:
-    """Like :func:`read_session_options`, with what was recorded; and that with the arrays that it names.
+def record_session_options(
+    options: onnxruntime.SessionOptions | None,
+) -> tuple[PlainOptions | None, recordings.PortableCalls | None]:
+    """Returns a SessionOptions with its recorded calls as plain data, and the calls with their arrays.
 
     Raises:
-        AttributeError: it is no SessionOptions, in onnxruntime's words.
-        ConfigError: it was told what cannot reach a worker.
+        AttributeError: it is no SessionOptions; the text is onnxruntime's.
+        ConfigError: one of the calls cannot be repeated in a worker.
     """
     plain = read_session_options(options)
-    if plain is None:
+    if plain is None or options is None:
         return None, None
     found = recordings.portable(options, recorder.SESSION_METHODS)
     plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
-    if options.has_providers() and not any("provider" in name for name, *_ in found.calls):
+    if options.has_providers() and not any("provider" in str(name) for name, *_ in found.calls):
         raise ConfigError(
             "add_provider() or add_provider_for_devices() of this SessionOptions was called before onnx_dl "
             "was imported, and onnxruntime does not tell which provider it was. Import onnx_dl before it."
@@ -114,13 +126,13 @@ def record_session_options(options: Any) -> tuple[dict[str, Any] | None, recordi
     return plain | ({"calls": found.calls} if found.calls else {}), found
 
 
-def read_run_options(options: Any) -> dict[str, Any] | None:
-    """A RunOptions as plain data; None stays None.
+def read_run_options(options: onnxruntime.RunOptions | None) -> PlainOptions | None:
+    """Returns a RunOptions as plain data; None stays None.
 
-    Of anything else only its ``repr`` travels, for onnxruntime to refuse it in its own words.
+    Of any other object only the ``repr`` is sent: onnxruntime has to refuse it with its own message.
 
     Raises:
-        ConfigError: it was told what cannot reach a worker.
+        ConfigError: one of the recorded calls cannot be repeated in a worker.
     """
     if options is None:
         return None
@@ -132,7 +144,7 @@ def read_run_options(options: Any) -> dict[str, Any] | None:
     return plain | {"calls": found.calls} if found.calls else plain
 
 
-def _read(options: Any, fields: Sequence[str], getter: str, keys: Sequence[str]) -> dict[str, Any]:
+def _read(options: object, fields: Sequence[str], getter: str, keys: Sequence[str]) -> PlainOptions:
     values = {name: getattr(options, name) for name in fields if hasattr(options, name)}
     plain = {name: getattr(value, "name", value) for name, value in values.items()}
     config = {}
@@ -144,15 +156,17 @@ def _read(options: Any, fields: Sequence[str], getter: str, keys: Sequence[str])
     return plain | {"config": config}
 
 
-def make_session_options(plain: dict[str, Any]) -> Any:
-    """An ``onnxruntime.SessionOptions`` that says the same, except what was recorded; imports it."""
+def make_session_options(plain: PlainOptions) -> onnxruntime.SessionOptions:
+    """Makes an ``onnxruntime.SessionOptions`` without the recorded calls; imports onnxruntime."""
     import onnxruntime
 
-    return _fill(onnxruntime.SessionOptions(), plain, onnxruntime, "add_session_config_entry")
+    options = onnxruntime.SessionOptions()
+    _fill(options, plain, onnxruntime, "add_session_config_entry")
+    return options
 
 
-class _Stranger:
-    """Something that is no RunOptions, and looks like what the caller gave."""
+class _Lookalike:
+    """Stands for an argument of a type that onnxruntime refuses; has the same ``repr``."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -161,19 +175,20 @@ class _Stranger:
         return self._text
 
 
-def make_run_options(plain: dict[str, Any]) -> Any:
-    """An ``onnxruntime.RunOptions`` that says the same; imports onnxruntime."""
+def make_run_options(plain: PlainOptions) -> onnxruntime.RunOptions:
+    """Makes an ``onnxruntime.RunOptions``, or a lookalike of another object; imports onnxruntime."""
     import onnxruntime
 
     if "stranger" in plain:
-        return _Stranger(plain["stranger"])
+        return _Lookalike(plain["stranger"])
 
-    options = _fill(onnxruntime.RunOptions(), plain, onnxruntime, "add_run_config_entry")
-    recordings.say_again(options, plain.get("calls", []), lambda place: None)
+    options = onnxruntime.RunOptions()
+    _fill(options, plain, onnxruntime, "add_run_config_entry")
+    recordings.replay(options, plain.get("calls", []))
     return options
 
 
-def _fill(options: Any, plain: dict[str, Any], onnxruntime: Any, setter: str) -> Any:
+def _fill(options: object, plain: PlainOptions, onnxruntime: ModuleType, setter: str) -> None:
     for name, value in plain.items():
         if name == "config":
             for key, text in value.items():
@@ -181,11 +196,10 @@ def _fill(options: Any, plain: dict[str, Any], onnxruntime: Any, setter: str) ->
         elif name not in ("calls", "places"):
             enum_name = _ENUMS.get(name)
             setattr(options, name, getattr(getattr(onnxruntime, enum_name), value) if enum_name else value)
-    return options
 
 
-def in_order(providers: Any) -> bool:
-    """Whether these are names, or pairs of name and options: what onnxruntime takes."""
+def are_accepted(providers: object) -> bool:
+    """Tells whether onnxruntime accepts these providers: names, or pairs of name and options."""
     return providers is None or (
         isinstance(providers, list | tuple)
         and all(
@@ -201,37 +215,36 @@ def in_order(providers: Any) -> bool:
     )
 
 
-def faithful(value: Any) -> Any:
-    """Plain data that :func:`as_given` turns into the same again, lists and tuples and sets told apart.
-
-    For arguments that onnxruntime is to refuse in its own words, where it shows them.
-    """
+def encode_refused(value: object) -> object:
+    """Encodes an argument that onnxruntime has to refuse, exactly, because its message shows the argument."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if type(value) in (list, tuple, set, frozenset):
-        return {type(value).__name__: [faithful(item) for item in value]}
-    if type(value) is dict:
-        return {"dict": [[faithful(key), faithful(item)] for key, item in value.items()]}
+    if isinstance(value, list | tuple | set | frozenset) and type(value) in _CONTAINERS.values():
+        return {type(value).__name__: [encode_refused(item) for item in value]}
+    if isinstance(value, dict) and type(value) is dict:
+        return {"dict": [[encode_refused(key), encode_refused(item)] for key, item in value.items()]}
     return {"other": repr(value)}
 
 
-_CONTAINERS: Final = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_CONTAINERS: Final[Mapping[str, Callable[..., object]]] = {
+    kind.__name__: kind for kind in (list, tuple, set, frozenset)
+}
 
 
-def as_given(plain: Any) -> Any:
-    """What :func:`faithful` read."""
+def decode_refused(plain: object) -> object:
+    """Restores an argument that :func:`encode_refused` encoded."""
     if not isinstance(plain, dict):
         return plain
     ((kind, items),) = plain.items()
     if kind == "other":
-        return _Stranger(items)
+        return _Lookalike(items)
     if kind == "dict":
-        return {as_given(key): as_given(item) for key, item in items}
-    return _CONTAINERS[kind](as_given(item) for item in items)
+        return {decode_refused(key): decode_refused(item) for key, item in items}
+    return _CONTAINERS[kind](decode_refused(item) for item in items)
 
 
-def read_providers(providers: Any) -> list[Any] | None:
-    """``providers=`` as plain data: names, or ``[name, options]``; None stays None.
+def read_providers(providers: Iterable[object] | None) -> Providers | None:
+    """Returns ``providers=`` as plain data; None stays None.
 
     Raises:
         ConfigError: it holds something that is neither text nor a number nor a container of these.
@@ -239,7 +252,7 @@ def read_providers(providers: Any) -> list[Any] | None:
     return None if providers is None else [_read_provider(item) for item in providers]
 
 
-def _read_provider(item: Any) -> Any:
+def _read_provider(item: object) -> object:
     if isinstance(item, tuple | list):
         return [_read_provider(part) for part in item]
     if isinstance(item, dict):
@@ -251,12 +264,6 @@ def _read_provider(item: Any) -> Any:
     raise ConfigError(f"providers= and provider_options= cannot hold a {type(item).__name__}: {item!r}.")
 
 
-def provider_names(plain: list[Any] | None) -> tuple[str, ...]:
-    """The names in what :func:`read_providers` read."""
-    names = [item[0] if isinstance(item, list) and item else item for item in plain or ()]
-    return tuple(name for name in names if isinstance(name, str))
-
-
-def make_providers(plain: list[Any] | None) -> list[Any] | None:
-    """What :func:`read_providers` read, in the form that onnxruntime takes."""
+def make_providers(plain: Providers | None) -> Providers | None:
+    """Returns a result of :func:`read_providers` in the form that onnxruntime takes."""
     return None if plain is None else [tuple(p) if isinstance(p, list) else p for p in plain]

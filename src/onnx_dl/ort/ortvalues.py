@@ -1,42 +1,51 @@
-"""onnxruntime's own value objects, taken apart into plain parts and put together again.
+"""onnxruntime's value objects, taken apart into plain parts and put together again.
 
 Covers OrtValue of every kind (dense tensors of all element types, text, sequences, maps, absent optionals)
-and SparseTensor.  Parts are numbers, text, arrays and lists of these, which travel like any other value.
-onnxruntime is imported only where one of its objects is at hand anyway.  What its API cannot make is the
-result of a model with one node (:mod:`onnx_dl.ort.onnx_builder`).
+and SparseTensor.  Parts are numbers, text, arrays and lists of these, which are encoded like any other value.
+onnxruntime is imported only where one of its objects exists anyway.  Values that its API cannot make
+come from :mod:`onnx_dl.ort.onnx_builder`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import math
 import sys
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.errors import UnsupportedValueError
 from onnx_dl.ort import onnx_builder
+from onnx_dl.ort.onnx_builder import Array
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, SparseTensor
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _COLLECTION: Final = "onnxruntime.capi.onnxruntime_inference_collection"
 _STRING: Final = 8
 
+Bytes = NDArray[np.uint8]
+
 
 class Parts(NamedTuple):
-    """A value taken apart.  ``kind`` is a key of :data:`_MAKE`; items are values, or parts."""
+    """Parts of a value.  ``kind`` is a key of :data:`_MAKE`; items are values, or parts."""
 
     kind: str
     items: list[Any]
 
 
-def take_apart(value: Any) -> Parts | None:
-    """The parts of one of onnxruntime's values; None: it is something else.
+def take_apart(value: object) -> Parts | None:
+    """Returns the parts of one of onnxruntime's values; None for any other object.
 
     Raises:
-        UnsupportedValueError: onnxruntime gives no access to what it holds.
+        UnsupportedValueError: onnxruntime gives no access to its content.
     """
     native = sys.modules.get(_C)
     if native is None:
@@ -47,15 +56,15 @@ def take_apart(value: Any) -> Parts | None:
     if isinstance(value, native.SparseTensor):
         return _sparse(value)
     if python is not None and isinstance(value, python.OrtValue):
-        # The Python object: it may hold the numpy array whose memory the native one uses.
+        # The Python object owns the memory: it may hold the numpy array that the native one uses.
         return Parts("OrtValue", [_take_apart(value._get_c_value(), value)])
     if python is not None and isinstance(value, python.SparseTensor):
         return Parts("SparseTensor", [_sparse(value._get_c_tensor())])
     return None
 
 
-def _take_apart(value: Any, owner: object = None) -> Parts:
-    """The parts of a native OrtValue, whose memory ``owner`` keeps, or it itself."""
+def _take_apart(value: OrtValue, owner: object = None) -> Parts:
+    """Returns the parts of a native OrtValue.  ``owner`` keeps its memory alive; None: the value itself."""
     if not value.has_value():  # first: most other methods of an empty one end the process
         return Parts("absent", [])
     if value.is_sparse_tensor():
@@ -83,28 +92,28 @@ NUMERIC: Final = frozenset(
     f"tensor({name})"
     for name in "float uint8 int8 uint16 int16 int32 int64 bool float16 double uint32 uint64".split()
 )
-"""The types of inputs and outputs that numpy has, too."""
+"""Types of inputs and outputs that numpy has, too."""
 
 
-def as_array(value: Any, owner: object) -> NDArray[Any] | None:
-    """The memory of a native OrtValue as an array; None if it is no dense tensor, on the CPU, of numpy's."""
+def as_array(value: OrtValue, owner: object) -> Array | None:
+    """Returns a view of a dense tensor on the CPU; None for other values, and for types that numpy lacks."""
     if not (value.has_value() and value.is_tensor()) or value.device_name().lower() != "cpu":
         return None
     dtype = _NUMPY.get(value.element_type())
     return None if dtype is None else memory_of(value, owner).view(dtype).reshape(value.shape())
 
 
-def from_array(array: NDArray[Any]) -> Any:
-    """A native OrtValue with memory of its own that holds the same."""
+def from_array(array: Array) -> OrtValue:
+    """Makes a native OrtValue that holds a copy of the array."""
     return _dense(_NUMBERS[array.dtype], list(array.shape), _raw(array))
 
 
-def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
+def _raw(array: Array) -> Bytes:
     return array.reshape(-1).view(np.uint8)
 
 
-def bytes_at(address: int, nbytes: int, owner: object = None) -> NDArray[np.uint8]:
-    """The memory there, which stays as long as ``owner`` does: that lives as long as the array."""
+def bytes_at(address: int, nbytes: int, owner: object = None) -> Bytes:
+    """Returns a view of the memory at an address; the view keeps ``owner`` alive, which keeps the memory."""
     if not nbytes:
         return np.empty(0, np.uint8)
     memory: Any = (ctypes.c_ubyte * nbytes).from_address(address)
@@ -112,19 +121,19 @@ def bytes_at(address: int, nbytes: int, owner: object = None) -> NDArray[np.uint
     return np.frombuffer(memoryview(memory), np.uint8)
 
 
-def memory_of(value: Any, owner: object = None) -> NDArray[np.uint8]:
-    """The memory of a native OrtValue that holds a dense tensor on the CPU."""
+def memory_of(value: OrtValue, owner: object = None) -> Bytes:
+    """Returns a view of the memory of a native OrtValue that holds a dense tensor on the CPU."""
     return bytes_at(value.data_ptr(), value.tensor_size_in_bytes(), owner or value)
 
 
-def _container(value: Any) -> Parts:
+def _container(value: OrtValue) -> Parts:
     content = onnx_builder.read(value)
     if value.is_tensor_sequence():
         return Parts("sequence", [value.data_type(), [np.asarray(item) for item in content]])
     return Parts("maps", [value.data_type(), content])
 
 
-def _sparse(value: Any) -> Parts:
+def _sparse(value: SparseTensor) -> Parts:
     native = importlib.import_module(_C)
     values, shape = value.values(), np.array(value.dense_shape(), np.int64)
     match value.format:
@@ -135,15 +144,15 @@ def _sparse(value: Any) -> Parts:
             return Parts("csr", [shape, values, data.inner(), data.outer()])
         case native.OrtSparseFormat.ORT_SPARSE_BLOCK_SPARSE:
             return Parts("blocks", [shape, values, value.get_blocksparse_data().indices()])
-    raise UnsupportedValueError(f"A sparse tensor of the format {value.format} cannot travel to a worker.")
+    raise UnsupportedValueError(f"A sparse tensor of the format {value.format} cannot be sent to a worker.")
 
 
-# --- together again ----------------------------------------------------------------------------------------
+# --- putting together --------------------------------------------------------------------------------------
 
 
 def put_together(kind: str, items: list[Any], *, copy: bool) -> Any:
-    """What :func:`take_apart` took apart.  Unless ``copy``, an OrtValue lies in the arrays in ``items``, and
-    these must outlive it.
+    """Makes a value of parts.  Unless ``copy``, it uses the memory of arrays in ``items``, which must outlive
+    it.
 
     Raises:
         LookupError: there is no such kind.
@@ -151,77 +160,66 @@ def put_together(kind: str, items: list[Any], *, copy: bool) -> Any:
     return _MAKE[kind](*items, copy=copy) if kind == "dense" else _MAKE[kind](*items)
 
 
-def _dense(element_type: int, shape: list[int], raw: Any, device: str = "cpu", *, copy: bool = True) -> Any:
+def _dense(
+    element_type: int, shape: list[int], raw: object, device: str = "cpu", *, copy: bool = True
+) -> OrtValue:
     onnxruntime = importlib.import_module("onnxruntime")
     native = importlib.import_module(_C).OrtValue
-    count = _count(element_type, shape, raw)
-    if not copy and device == "cpu" and raw.nbytes and raw.nbytes % count == 0:
-        words = raw.view(f"u{raw.nbytes // count}").reshape(shape)
+    data = _checked(element_type, shape, raw)
+    count = math.prod(shape)
+    if not copy and device == "cpu" and data.nbytes and data.nbytes % count == 0:
+        words = data.view(f"u{data.nbytes // count}").reshape(shape)
         return native.ortvalue_from_numpy_with_onnx_type(words, element_type)
     made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)
-    if made._get_c_value().tensor_size_in_bytes() != raw.nbytes:
-        raise ValueError(f"{raw.nbytes} bytes are no tensor of type {element_type} and shape {shape}")
-    ctypes.memmove(made.data_ptr(), raw.ctypes.data, raw.nbytes)
+    if made._get_c_value().tensor_size_in_bytes() != data.nbytes:
+        raise ValueError(f"{data.nbytes} bytes are no tensor of type {element_type} and shape {shape}")
+    ctypes.memmove(made.data_ptr(), data.ctypes.data, data.nbytes)
     if device != "cpu":
         made = onnxruntime.OrtValue.ortvalue_from_numpy(made.numpy(), device)
     return made._get_c_value()
 
 
-def _count(element_type: int, shape: list[int], raw: Any) -> int:
-    """How many elements there are.
+def _checked(element_type: int, shape: list[int], raw: object) -> Array:
+    """Returns ``raw`` if it can be the bytes of such a tensor.
 
-    A peer's word is not enough: bytes that do not fill a tensor exactly would be copied beyond it, or memory
-    would be asked for without a bound.
+    A peer is not trusted: other bytes would be copied beyond the tensor, or reserve memory without a bound.
 
     Raises:
-        ValueError: these bytes are no such tensor.
+        ValueError: it cannot.
     """
     count = math.prod(shape)
-    is_one = isinstance(raw, np.ndarray) and element_type != _STRING and min(shape, default=0) >= 0
-    if not (is_one and (0 < count <= 8 * raw.nbytes or count == raw.nbytes == 0)):  # of a bit each, at least
-        raise ValueError(f"what came is no tensor of type {element_type} and shape {shape}")
-    return count
+    possible = isinstance(raw, np.ndarray) and element_type != _STRING and min(shape, default=0) >= 0
+    # An element has at least one bit.
+    if isinstance(raw, np.ndarray) and possible and (0 < count <= 8 * raw.nbytes or count == raw.nbytes == 0):
+        return raw
+    raise ValueError(f"the parts are no tensor of type {element_type} and shape {shape}")
 
 
-def _wrapped(value: Any) -> Any:
-    return importlib.import_module("onnxruntime").OrtValue(value)
+def _wrapped(name: str, native: OrtValue | SparseTensor) -> onnxruntime.OrtValue | onnxruntime.SparseTensor:
+    """Makes onnxruntime's Python object of this name."""
+    return getattr(importlib.import_module("onnxruntime"), name)(native)
 
 
-def _wrapped_sparse(value: Any) -> Any:
-    return importlib.import_module("onnxruntime").SparseTensor(value)
+def _sparse_from_numpy(method: str, *parts: Array) -> SparseTensor:
+    cpu = importlib.import_module("onnxruntime").OrtDevice.make("cpu", 0)._get_c_device()
+    return getattr(importlib.import_module(_C).SparseTensor, method)(*parts, cpu)
 
 
-def _cpu() -> Any:
-    return importlib.import_module("onnxruntime").OrtDevice.make("cpu", 0)._get_c_device()
-
-
-def _coo(shape: Any, values: Any, indices: Any) -> Any:
-    return importlib.import_module(_C).SparseTensor.sparse_coo_from_numpy(shape, values, indices, _cpu())
-
-
-def _csr(shape: Any, values: Any, inner: Any, outer: Any) -> Any:
-    return importlib.import_module(_C).SparseTensor.sparse_csr_from_numpy(shape, values, inner, outer, _cpu())
-
-
-def _blocks(shape: Any, values: Any, indices: Any) -> Any:
-    return importlib.import_module(_C).SparseTensor.blocksparse_from_numpy(shape, values, indices, _cpu())
-
-
-def _sparse_ortvalue(value: Any) -> Any:
+def _sparse_ortvalue(value: SparseTensor) -> OrtValue:
     return importlib.import_module(_C).OrtValue.ort_value_from_sparse_tensor(value)
 
 
-_MAKE: Final[dict[str, Any]] = {
-    "OrtValue": _wrapped,
-    "SparseTensor": _wrapped_sparse,
+_MAKE: Final[Mapping[str, Callable[..., object]]] = {
+    "OrtValue": functools.partial(_wrapped, "OrtValue"),
+    "SparseTensor": functools.partial(_wrapped, "SparseTensor"),
     "OrtSparse": _sparse_ortvalue,
     "dense": _dense,
     "text": onnx_builder.text,
     "sequence": onnx_builder.sequence,
     "maps": onnx_builder.maps,
     "absent": onnx_builder.absent,
-    "coo": _coo,
-    "csr": _csr,
-    "blocks": _blocks,
+    "coo": functools.partial(_sparse_from_numpy, "sparse_coo_from_numpy"),
+    "csr": functools.partial(_sparse_from_numpy, "sparse_csr_from_numpy"),
+    "blocks": functools.partial(_sparse_from_numpy, "blocksparse_from_numpy"),
 }
 KINDS: Final = frozenset(_MAKE)

@@ -1,9 +1,9 @@
-"""What onnxruntime is told and does not tell again.
+"""Records calls of onnxruntime whose effect cannot be read back.
 
-Covers the methods of SessionOptions, RunOptions and LoraAdapter whose effect cannot be read back, and the
-settings of the whole process.  They are recorded from the moment that ``onnx_dl`` is imported, whether
-onnxruntime is imported before or after: its native classes allow a method to be replaced, and each
-replacement calls the original first.  In our own processes nothing is recorded (:func:`remove`).
+Covers methods of SessionOptions, RunOptions and LoraAdapter, and settings of the whole process.  They are
+recorded from the import of ``onnx_dl`` on, whether onnxruntime is imported before or after that: its native
+classes allow a method to be replaced, and each replacement calls the original first.  onnx-dl's own
+processes record nothing (:func:`remove`).
 """
 
 from __future__ import annotations
@@ -49,117 +49,99 @@ GLOBALS: Final = (
 )
 
 
-class Told(NamedTuple):
-    """One call that was recorded."""
+_Function = Callable[..., object]
+
+
+class RecordedCall(NamedTuple):
+    """One call with its arguments."""
 
     name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
-_told: weakref.WeakKeyDictionary[Any, list[Told]] = weakref.WeakKeyDictionary()
-_adapters: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-_everywhere: list[Told] = []
+_calls: weakref.WeakKeyDictionary[object, list[RecordedCall]] = weakref.WeakKeyDictionary()
+"""By options that were made while calls are recorded."""
+_late_calls: weakref.WeakKeyDictionary[object, list[RecordedCall]] = weakref.WeakKeyDictionary()
+"""By options that were made before that: their calls since then."""
+_adapters: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+_global_calls: list[RecordedCall] = []
 
 
-def told(options: Any) -> list[Told] | None:
-    """What this SessionOptions or RunOptions was told; None: it was made before anybody listened."""
-    return _told.get(options)
+def has_all_calls(options: object) -> bool:
+    """Tells whether this SessionOptions or RunOptions was made while calls are recorded."""
+    return options in _calls
 
 
-def adapter_path(adapter: Any) -> str | None:
-    """Where a LoraAdapter was loaded from; None: it is not known."""
+def calls_of(options: object) -> list[RecordedCall]:
+    """Returns the calls recorded for this SessionOptions or RunOptions."""
+    return _calls.get(options) or _late_calls.get(options) or []
+
+
+def adapter_path(adapter: object) -> str | None:
+    """Returns the file that a LoraAdapter was loaded from; None: it is not known."""
     return _adapters.get(adapter)
 
 
-def told_everywhere() -> list[Told]:
-    """What was set for the whole process."""
-    return list(_everywhere)
+def global_calls() -> list[RecordedCall]:
+    """Returns the recorded calls that affect the whole process."""
+    return list(_global_calls)
 
 
-# --- listening ---------------------------------------------------------------------------------------------
-
-
-def _listen(native: ModuleType) -> None:
-    """To onnxruntime's native module, which was just imported or was there before."""
+def _patch_native(native: ModuleType) -> None:
+    """Replaces methods of onnxruntime's native module."""
     for cls, methods in ((native.SessionOptions, SESSION_METHODS), (native.RunOptions, RUN_METHODS)):
-        _listen_to_birth(cls)
+        cls.__init__ = _recording(cls.__init__, "__init__", _record_birth)
         for name in methods:
             if hasattr(cls, name):
-                setattr(cls, name, _recording(getattr(cls, name), name))
+                setattr(cls, name, _recording(getattr(cls, name), name, _record_method))
     if adapter := getattr(native, "LoraAdapter", None):
-        adapter.Load = _recording_path(adapter.Load)
+        adapter.Load = _recording(adapter.Load, "Load", _record_path)
     for name in GLOBALS:
         if original := getattr(native, name, None):
-            _replace_everywhere(name, original, _recording_everywhere(original, name))
+            _replace_everywhere(name, original, _recording(original, name, _global_calls.append))
 
 
-def _listen_to_birth(cls: Any) -> None:
-    original = cls.__init__
-
+def _recording(original: _Function, name: str, record: Callable[[RecordedCall], object]) -> _Function:
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        _told[self] = []
-
-    cls.__init__ = __init__
-
-
-def _recording(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)  # what onnxruntime refuses was not told
-        calls = _late.setdefault(self, []) if (early := _told.get(self)) is None else early
-        if name.startswith("clear_"):
-            calls[:] = [call for call in calls if call.name != name.replace("clear_", "set_", 1)]
-        else:
-            calls.append(Told(name, args, kwargs))
-        return result
-
-    return method
-
-
-_late: weakref.WeakKeyDictionary[Any, list[Told]] = weakref.WeakKeyDictionary()
-"""Of options that were made before anybody listened: what they were told since."""
-
-
-def told_since(options: Any) -> list[Told]:
-    """What these options were told since somebody listens."""
-    return _told.get(options) or _late.get(options) or []
-
-
-def _recording_path(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load(self: Any, path: Any) -> Any:
-        result = original(self, path)
-        _adapters[self] = str(path)
-        return result
-
-    return load
-
-
-def _recording_everywhere(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        _everywhere.append(Told(name, args, kwargs))
+    def function(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)  # first: a call that onnxruntime refuses is not recorded
+        record(RecordedCall(name, args, kwargs))
         return result
 
     return function
 
 
+def _record_birth(call: RecordedCall) -> None:
+    _calls[call.args[0]] = []
+
+
+def _record_method(call: RecordedCall) -> None:
+    name, (options, *args), kwargs = call
+    calls = _late_calls.setdefault(options, []) if (early := _calls.get(options)) is None else early
+    if name.startswith("clear_"):
+        calls[:] = [call for call in calls if call.name != name.replace("clear_", "set_", 1)]
+    else:
+        calls.append(RecordedCall(name, tuple(args), kwargs))
+
+
+def _record_path(call: RecordedCall) -> None:
+    adapter, path = (*call.args, *call.kwargs.values())
+    _adapters[adapter] = str(path)
+
+
 def _replace_everywhere(name: str, original: object, replacement: object) -> None:
-    """In every module that has the function under its own name."""
+    """Replaces a function in every module that has it under its own name."""
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, replacement)
 
 
-def _bind_to_proxies(collection: ModuleType) -> None:
-    """``onnxruntime.IOBinding(session)`` asks a proxy for its own kind of binding."""
+def _patch_binding(collection: ModuleType) -> None:
+    """Has ``onnxruntime.IOBinding(proxy)`` make a binding of the proxy's own class."""
     original = collection.IOBinding
 
-    def __new__(cls: type, session: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls: type, session: Any = None, *args: object, **kwargs: object) -> object:
         proxy = getattr(session, "__dict__", {}).get("_onnx_dl_proxy", session)
         if cls is original and hasattr(type(proxy), "_invoke"):
             return proxy.io_binding()
@@ -168,16 +150,16 @@ def _bind_to_proxies(collection: ModuleType) -> None:
     original.__new__ = __new__
 
 
-_LISTENERS: Final = {_C: _listen, _COLLECTION: _bind_to_proxies}
+_PATCHES: Final = {_C: _patch_native, _COLLECTION: _patch_binding}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Has what others find listened to as soon as it is imported."""
+    """Has onnxruntime's modules patched as soon as they are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _LISTENERS:
+        if fullname not in _PATCHES:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
@@ -190,7 +172,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The loader that was found, and then a word with the module."""
+    """Loads a module with the loader that was found, and patches it."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -201,7 +183,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _LISTENERS[module.__name__](module)
+        _PATCHES[module.__name__](module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -211,14 +193,14 @@ _finder: Final = _Finder()
 
 
 def install() -> None:
-    """Listens from now on."""
+    """Starts recording."""
     sys.meta_path.insert(0, _finder)
-    for name, listen in _LISTENERS.items():
+    for name, patch in _PATCHES.items():
         if (module := sys.modules.get(name)) is not None:
-            listen(module)
+            patch(module)
 
 
 def remove() -> None:
-    """For processes of our own, before they import onnxruntime."""
+    """Stops recording, in processes of onnx-dl, before they import onnxruntime."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)

@@ -492,7 +492,7 @@ class InferenceSessionProxy(DescribedProxy):
         return None if self._spec.blob is None else bytes_of(self._given()[self._spec.blob]())
 
     def _check_installation(self) -> None:
-        installation.check(options.provider_names(self._spec.providers))
+        installation.check(self._spec.provider_names)
 
 
 _OURS: Final = frozenset(inspect.signature(InferenceSessionProxy.__init__).parameters) - {"self", "kwargs"}

@@ -81,7 +81,7 @@ _memories: weakref.WeakKeyDictionary[Any, LiveMemory] = weakref.WeakKeyDictionar
 """The workers of all proxies that were given the same options see the same memory."""
 
 
-def _memory_of(sess_options: Any, found: recordings.Portable | None) -> LiveMemory | None:
+def _memory_of(sess_options: Any, found: recordings.PortableCalls | None) -> LiveMemory | None:
     if found is None or not found.arrays:
         return None
     memory = _memories.get(sess_options)
@@ -113,8 +113,8 @@ def describe(
     live = _memory_of(sess_options, found)
     if plain is not None and live is not None:
         plain["places"] = live.places
-    process_wide = recordings.surroundings()
-    recordings.check_surroundings(process_wide, plain)
+    process_wide = recordings.process_settings()
+    recordings.check_process_settings(process_wide, plain)
     how: dict[str, Any] = {
         "options": plain,
         **_providers(providers, provider_options, _extras(kwargs)),
@@ -161,8 +161,8 @@ def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> Mo
 
 
 def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> dict[str, Any]:
-    if not options.in_order(providers) or not isinstance(provider_options, list | tuple | None):
-        given = [options.faithful(providers), options.faithful(provider_options)]
+    if not options.are_accepted(providers) or not isinstance(provider_options, list | tuple | None):
+        given = [options.encode_refused(providers), options.encode_refused(provider_options)]
         return {"providers": None, "provider_options": None, "extra": extra | {"given": given}}
     if isinstance(providers, tuple):
         extra = extra | {"tuple": True}  # it is shown where a provider fails

@@ -1,4 +1,4 @@
-"""What a process of ours says of itself to the kernel."""
+"""Kernel attributes of a process (prctl): parent death signal and name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _PR_SET_NAME: Final = 15
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """SIGKILL to this process when its parent ends; at once if that was ``parent`` and has ended already.
+    """Has the kernel kill this process when its parent ends; exits at once if ``parent`` has ended already.
 
-    The signal comes when the parent's spawning *thread* ends, so parents spawn from their main thread.
+    The signal comes when the *thread* that started this process ends, so parents use their main thread.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent not in (None, os.getppid()):
@@ -22,7 +22,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def name_process(name: str) -> None:
-    """As which tools show it; the first 15 bytes."""
+    """Sets the name that ps and top show; only the first 15 bytes count."""
     _prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]))
 
 

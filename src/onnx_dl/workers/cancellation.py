@@ -1,7 +1,6 @@
-"""How a call that runs is told to end: by whoever made it, over another lane.
+"""Cancellation of a running call, requested by its caller over another lane.
 
-Covers the race between that word and the end of the call: a number says which call is meant, so a word that
-comes late ends no other one.
+The request has the call's number, so that one that comes after the end of the call cancels no other call.
 """
 
 from __future__ import annotations
@@ -10,41 +9,42 @@ import threading
 from collections.abc import Callable
 
 
-class Halt:
-    """Of one lane.  The lane's thread attaches what ends its present call; any thread may ask for the end."""
+class CancelToken:
+    """Cancellation of one lane's present call: its thread attaches a function that ends it, any may
+    cancel."""
 
-    __slots__ = ("_asked", "_end", "_lock", "_number")
+    __slots__ = ("_cancelled", "_end", "_lock", "_number")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._number = 0
-        self._asked = -1
+        self._cancelled = -1
         self._end: Callable[[], object] | None = None
 
     def begin(self, number: int) -> None:
-        """The caller's request of this number begins."""
+        """Sets the number of the caller's request that begins now."""
         self._number = number
 
     def attach(self, end: Callable[[], object] | None) -> None:
-        """What ends the present call, if it can be ended; called at once if that was asked for already."""
+        """Sets the function that ends the present call, if any; calls it if that was cancelled before."""
         with self._lock:
             self._end = end
-            if end is not None and self._asked == self._number:
+            if end is not None and self._cancelled == self._number:
                 end()
 
     def detach(self) -> None:
-        """The call has ended by itself."""
+        """Forgets that function: the call has ended."""
         with self._lock:
             self._end = None
 
     @property
-    def was_asked(self) -> bool:
-        """Whether the present call was to end."""
-        return self._asked == self._number
+    def is_cancelled(self) -> bool:
+        """Tells whether the present call was cancelled."""
+        return self._cancelled == self._number
 
-    def ask(self, number: int) -> None:
-        """The request of this number is to end, now or as soon as it begins."""
+    def cancel(self, number: int) -> None:
+        """Ends the request of this number, now or as soon as it begins."""
         with self._lock:
-            self._asked = number
+            self._cancelled = number
             if self._end is not None and self._number == number:
                 self._end()

@@ -1,8 +1,8 @@
 """Decides whether a call may begin and whether the worker may end.
 
-The one owner of what is in flight, who holds the model and when it was last used, so the race between a TTL
-and a call is decided here, under one lock: either the call is in flight, or it is told that the worker drains
-and is made elsewhere.  Time is handed in; sockets and processes are not known here.
+Owns what is in flight, who holds the model and when it was last used.  So the race between a TTL and a call
+is decided here, under one lock: either the call is in flight, or its caller is told that the worker drains
+and makes it elsewhere.  Times are arguments; sockets and processes are not known here.
 """
 
 from __future__ import annotations
@@ -15,41 +15,43 @@ from onnx_dl.core.parsing import KEEP
 from onnx_dl.transport.gauges import Gauges
 
 
-class Verdict(NamedTuple):
-    """What the worker has to do now."""
+class GateDecision(NamedTuple):
+    """The worker's next step."""
 
     expired: bool
-    """The TTL ran out: tell the supervisor, once."""
+    """The gate has closed: tell the supervisor.  True once."""
     drained: bool
     """Nothing runs and nothing will: the worker may end."""
     wait: float | None
-    """Seconds until this must be asked again if nothing else happens; None: not before."""
+    """Seconds until the next decision if nothing else happens; None: not before something does."""
 
 
 class Gate:
-    """``wake`` is called, outside of the lock, when a thread changed something that a verdict depends on;
-    ``gauges`` are told what is under way."""
+    """Counts calls in flight and session() blocks, and closes by TTL or on request."""
 
     def __init__(
         self, ttl: float, now: float, wake: Callable[[], None], gauges: Gauges | None = None
     ) -> None:
+        """``wake``: called without the lock when a thread changed what :meth:`judge` depends on."""
         self._lock = threading.Lock()
         self._gauges = gauges or Gauges()
         self._wake = wake
         self._ttl = ttl
         self._last_used = now
-        self._used = False  # the TTL counts from the first use: who asked for the load must get its call
+        self._used = (
+            False  # the TTL counts from the first use: the proxy that asked for the load must get its call
+        )
         self._in_flight = 0
         self._holds = 0
-        self._closing = False  # a drain was asked for; open to those who hold the model
+        self._closing = False  # a drain was requested; open until no session() block holds the model
         self._closed = False
         self._expired = False
         self.reason = "ttl"
-        """Why it takes no new work."""
+        """Why the gate closed."""
         self._armed = False
 
     def enter(self) -> bool:
-        """A call begins; false if the worker drains and the call must not."""
+        """Begins a call; false if the worker drains: the call must not begin."""
         with self._lock:
             if self._closed:
                 return False
@@ -58,11 +60,11 @@ class Gate:
             return True
 
     def in_flight(self) -> int:
-        """How many calls are under way."""
+        """Returns the number of calls in flight."""
         return self._in_flight
 
     def leave(self, now: float, took: float | None = None) -> None:
-        """A call ended.  ``took``: the seconds of one that counts as a run."""
+        """Ends a call.  ``took``: its seconds, if it counts as a run."""
         with self._lock:
             self._in_flight -= 1
             if took is not None:
@@ -72,7 +74,7 @@ class Gate:
             self._wake()
 
     def hold(self) -> bool:
-        """A block begins; false if the worker drains."""
+        """Begins a session() block; false if the worker drains."""
         with self._lock:
             if self._closing or self._closed:
                 return False
@@ -81,7 +83,7 @@ class Gate:
             return True
 
     def unhold(self, now: float) -> None:
-        """A block ended."""
+        """Ends a session() block."""
         with self._lock:
             self._holds -= 1
             wake = self._used_at(now)
@@ -89,20 +91,20 @@ class Gate:
             self._wake()
 
     def drain(self) -> None:
-        """Close as soon as nobody holds the model."""
+        """Closes as soon as no session() block holds the model."""
         with self._lock:
             self._closing = True
         self._wake()
 
     def close_if_idle(self) -> None:
-        """Takes no new work from now on, if nothing runs and nobody holds the model."""
+        """Closes if nothing runs and no session() block holds the model."""
         with self._lock:
             if not (self._busy() or not self._used or self._closing or self._closed):
                 self._close("evicted")
         self._wake()
 
     def retire(self) -> None:
-        """Takes no new work from now on; what runs ends."""
+        """Closes; calls in flight run to their end."""
         with self._lock:
             if not (self._closing or self._closed):
                 self._close("recycled")
@@ -113,15 +115,15 @@ class Gate:
         self.reason = reason
 
     def retime(self, ttl: float, used: float | None = None) -> None:
-        """The TTL in force from now on.  ``used``: when it begins to count, if there was no use so far."""
+        """Sets the TTL.  ``used``: when it begins to count, if there was no use so far."""
         with self._lock:
             self._ttl = ttl
             if used is not None and not self._used:
                 self._used_at(used)
         self._wake()
 
-    def judge(self, now: float, touched: float = 0.0) -> Verdict:
-        """What to do at ``now``; ``touched`` is the latest use that callers reported without a message."""
+    def judge(self, now: float, touched: float = 0.0) -> GateDecision:
+        """Returns what to do at ``now``; ``touched``: the latest use that callers noted without a message."""
         with self._lock:
             self._last_used = max(self._last_used, min(touched, now))
             if self._used:
@@ -130,21 +132,21 @@ class Gate:
             expired, self._expired = self._expired, False
             wait = self._wait(now)
             self._armed = wait is not None
-            return Verdict(expired, self._closed and not self._in_flight, wait)
+            return GateDecision(expired, self._closed and not self._in_flight, wait)
 
     def _used_at(self, now: float) -> bool:
-        """Notes the end of a use; whether a verdict may have changed in a way that cannot wait."""
+        """Notes the end of a use; returns whether the main thread has to judge at once."""
         if now > self._last_used:
             self._last_used = now
         self._used = True
         busy = self._in_flight + self._holds
         self._gauges.used(self._last_used, busy)
-        # At once, not when somebody judges: another call must not slip in between.
+        # Not left to judge(): another call must not begin in between.
         if self._ttl == 0 or self._closing:
             self._close_if_due(now)
         if busy:
             return False
-        # Whoever judges sleeps until the TTL it last saw runs out, so most calls need not wake it.
+        # The main thread sleeps until the TTL that it saw last runs out, so most calls need not wake it.
         return self._closing or self._closed or (self._ttl != KEEP and not self._armed)
 
     def _busy(self) -> bool:

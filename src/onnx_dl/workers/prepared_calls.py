@@ -1,19 +1,17 @@
-"""Calls that one caller makes again and again, as the worker remembers them.
+"""Calls that one caller repeats, on the worker's side; the caller's side is :mod:`onnx_dl.tensors.call_plans`.
 
-The caller's side is :mod:`onnx_dl.tensors.call_plans`.  From the second time on, a call is prepared: the engine
-reads its inputs where the caller puts them and writes its results where the caller finds them, and the reply
-is ready before the run.  Nothing is packed, unpacked or looked up.
+From the second time on, a call is prepared: the engine reads its inputs where the caller puts them and writes
+its results where the caller finds them; nothing is packed or unpacked, and the reply is encoded before.
 
-Where the engine cannot do that (text, maps, sequences), the call is run the plain way, without asking again
-what was asked the first time, and its results are put where the last ones lay, if they are of the same form
-(:mod:`onnx_dl.tensors.result_forms`).
+If the engine cannot do that (text, maps, sequences), the call runs unbound: its names are not decoded again,
+and results of the same form (:mod:`onnx_dl.tensors.result_forms`) are written where the last ones lay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -23,151 +21,157 @@ from onnx_dl.tensors.arena import Block, align
 from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import Form, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.cancellation import Halt
-from onnx_dl.workers.engines.base import Backend, Rerun
+from onnx_dl.workers.cancellation import CancelToken
+from onnx_dl.workers.engines.base import Backend, Feed, Rerun
 
-_MOST: Final = 16
-"""Preparations of one call: one for each set of blocks in which its large arrays take turns."""
+_MOST_RUNS: Final = 16
+"""Prepared runs of one call: one for each set of blocks that its large arrays use in turn."""
 
 
-class _Prepared(NamedTuple):
+class _PreparedRun(NamedTuple):
     run: Callable[[], object]
-    halt: Callable[[], object] | None
+    cancel: Callable[[], object] | None
     reply: bytes
-    """Empty: Same."""
+    """Empty: the reply is Same."""
 
 
-class Repeat:
-    """One call.  Its arrays are views of the caller's memory."""
+class PreparedCall:
+    """One call that repeats.  Its arrays are views of the caller's memory."""
 
-    def __init__(self, call: Call, outputs: Any, feed: dict[str, Any]) -> None:
+    def __init__(self, call: Call, outputs: object, feed: Feed) -> None:
         self.outputs = outputs
         self.keep = call.keep
         self.names = list(feed)
         self._moved = len(call.moved)
         moved = {self.names[index] for index in call.moved}
         self._texts = [(name, v) for name, v in call.feed if isinstance(v, Text) and v.block]
-        self._readers: list[tuple[str, Callable[[], Any]]] = []
-        """Of these, once the call has repeated."""
+        self._readers: list[tuple[str, Callable[[], object]]] = []
+        """Read these texts; made at the first repetition."""
         absent = moved.union(name for name, _ in self._texts)
-        self.feed = {name: None if name in absent else array for name, array in feed.items()}
+        self._feed: Feed = {name: None if name in absent else array for name, array in feed.items()}
         self.blocks = {
             value.block
             for name, value in call.feed
             if isinstance(value, Tensor | Text) and value.block and name not in moved
         }
-        self._preparable = True
+        self._can_bind = True
         self._results: list[Tensor] = []
-        """Where they lay the last time; empty: it is not known where the next ones may lie."""
+        """Places of the last results; empty: places for the next ones are not known."""
         self._scratch: Block | None = None
         self._nbytes = 0
-        self._prepared: dict[tuple[int, ...], _Prepared | None] = {}
+        self._runs: dict[tuple[int, ...], _PreparedRun | None] = {}
         self.form: Form | None = None
-        """How the results lie that were sent last, if others can take their place."""
-        self._plainly: Rerun | None = None
+        """Places of the results that were sent last, if others can take them."""
+        self._rerun: Rerun | None = None
 
-    def fed(self, lane: WorkerLane, moved: dict[str, Any]) -> dict[str, Any]:
-        """The feed of the present call; ``moved``: what lies elsewhere each time."""
+    def feed_with(self, lane: WorkerLane, moved: Feed) -> Feed:
+        """Returns the feed of the present call; ``moved``: inputs that lie in another place at each call."""
         if not self._texts:
-            return self.feed | moved if moved else self.feed
+            return self._feed | moved if moved else self._feed
         if not self._readers:
             self._readers = [(name, lane.text_reader(text)) for name, text in self._texts]
-        feed = self.feed | moved
+        feed = self._feed | moved
         for name, read in self._readers:
             feed[name] = read()
         return feed
 
-    def let_go(self, has: Callable[[int], bool]) -> None:
-        """The caller dropped blocks: what was prepared for one would keep its memory.  ``has``: whether one
-        is left."""
-        places = 2 * self._moved  # block and offset of each come first in a key
+    def drop_unmapped(self, is_mapped: Callable[[int], bool]) -> None:
+        """Drops the runs prepared for blocks that the caller dropped: they would keep the memory mapped."""
+        places = 2 * self._moved  # a key begins with block and offset of each moved input
         if places:
-            kept = self._prepared.items()
-            self._prepared = {key: made for key, made in kept if all(map(has, key[:places:2]))}
+            runs = self._runs.items()
+            self._runs = {key: run for key, run in runs if all(map(is_mapped, key[:places:2]))}
 
-    def forget(self) -> None:
-        """Prepares anew: memory that was in use before may be gone."""
+    def reset(self) -> None:
+        """Forgets all places, because memory that was in use before may be gone."""
         self._results.clear()
-        self._prepared.clear()
+        self._runs.clear()
         self.form = None
 
-    def leave(self, scratch: Block | None) -> None:
-        """This is the scratch block now: another one, where results lay, would never be freed."""
+    def on_scratch(self, scratch: Block | None) -> None:
+        """Forgets places in any other scratch block than the lane's present one: it would never be freed."""
         if self._scratch is not None and self._scratch is not scratch:
             self._scratch = None
-            self.forget()
+            self.reset()
 
     def learn(self, sent: Value, lane: WorkerLane) -> None:
-        """The results were sent like this: the next ones may lie where these do, or in blocks like theirs."""
-        self.forget()
-        if self._preparable and (tensors := in_place(sent)):
+        """Learns from sent results where the next ones may lie: in the same places, or leased like them."""
+        self.reset()
+        if self._can_bind and (tensors := in_place(sent)):
             self._nbytes = sum(align(_nbytes(t)) for t in tensors if not t.leased)
-            # The one that holds them: to ask for one could replace it, and the caller reads where they lay.
+            # Not lane.scratch(): it may replace the block, and the caller reads the one that was sent.
             self._scratch = lane.current_scratch if self._nbytes else None
             self._results = tensors
         elif (block := lane.current_scratch) is not None and (values := in_one_place(sent)):
             self._scratch, self.form = block, Form(values, block)
 
-    def run_plainly(self, backend: Backend, feed: dict[str, Any], halt: Halt) -> Any:
-        """Runs the call as the engine does it by itself.
+    def run_unbound(self, backend: Backend, feed: Feed, token: CancelToken) -> Sequence[object]:
+        """Runs the call with results in the engine's own memory.
 
         Raises:
             Exception: the engine's.
         """
-        if self._plainly is None:
-            self._plainly = backend.rerun(self.outputs)
-            return backend.run(self.outputs, feed, None, halt)
-        plainly, self._plainly = self._plainly, None
-        halt.attach(plainly.halt)
+        if self._rerun is None:
+            self._rerun = backend.rerun(self.outputs)
+            return backend.run(self.outputs, feed, None, token)
+        rerun, self._rerun = self._rerun, None
+        token.attach(rerun.cancel)
         try:
-            results = plainly.run(feed)
+            results = rerun.run(feed)
         finally:
-            halt.detach()
-        if not halt.was_asked:  # else it would end the next one, too
-            self._plainly = plainly
+            token.detach()
+        if not token.is_cancelled:  # a cancelled one would end the next call, too
+            self._rerun = rerun
         return results
 
-    def run(
-        self, lane: WorkerLane, backend: Backend, feed: dict[str, Any], key: list[int], halt: Halt
-    ) -> bool:
-        """Runs the call as it was prepared, and replies.  False: run it the plain way.
+    def run(self, lane: WorkerLane, backend: Backend, feed: Feed, key: list[int], token: CancelToken) -> bool:
+        """Makes the prepared call and replies.  Returns false if it has to run unbound.
 
-        ``key`` says where those arrays of ``feed`` lie that lie elsewhere each time.
+        ``key``: block and offset of each moved input.
         """
         if not self._results or (self._nbytes and lane.scratch(self._nbytes) is not self._scratch):
             return False
         leased: list[Block] = []
+        is_sent = False
         try:
-            made = self._lease(lane, leased) and self._ran(leased, backend, feed, key, halt)
+            made = self._lease(lane, leased) and self._run_prepared(leased, backend, feed, key, token)
             if made:
-                _say(lane, made.reply)
-                return True
-        except BaseException:  # a block that the caller never hears of would never be free
-            _release(leased)
-            raise
-        _release(leased)
-        return False
+                if made.reply:
+                    lane.say(made.reply)
+                else:
+                    lane.say_same()
+                is_sent = True
+        finally:
+            if not is_sent:  # the caller never learns of these blocks, so nobody else would free them
+                for block in leased:
+                    block.end_lease()
+        return is_sent
 
-    def _ran(
-        self, leased: list[Block], backend: Backend, feed: dict[str, Any], key: list[int], halt: Halt
-    ) -> _Prepared | None:
-        """What was run; None if it could not be like this."""
+    def _run_prepared(
+        self, leased: list[Block], backend: Backend, feed: Feed, key: list[int], token: CancelToken
+    ) -> _PreparedRun | None:
+        """Returns the run that was made; None if it cannot be made in this way."""
         try:
-            prepared = self._prepare(leased, backend, feed, (*key, *(block.number for block in leased)))
+            places = (*key, *(block.number for block in leased))
+            if places not in self._runs:
+                if len(self._runs) >= _MOST_RUNS:
+                    self._runs.clear()
+                self._runs[places] = self._bind(iter(leased), backend, feed)
+            prepared = self._runs[places]
             if prepared is not None:
-                halt.attach(prepared.halt)
+                token.attach(prepared.cancel)
                 try:
                     prepared.run()
                 finally:
-                    halt.detach()
+                    token.detach()
                 return prepared
-        except Exception:  # the plain way shall tell, or find other shapes
-            self._preparable = False
-        self.forget()
+        except Exception:  # the unbound run raises the error, or finds results of other shapes
+            self._can_bind = False
+        self.reset()
         return None
 
     def _lease(self, lane: WorkerLane, leased: list[Block]) -> bool:
-        """Takes a block for each large result; false if the reply cannot announce so many new ones."""
+        """Takes a block for each large result; false if one reply cannot announce so many new ones."""
         for tensor in self._results:
             if tensor.leased:
                 block = lane.lease(_nbytes(tensor))
@@ -176,123 +180,97 @@ class Repeat:
                 leased.append(block)
         return True
 
-    def _prepare(
-        self, leased: list[Block], backend: Backend, feed: dict[str, Any], key: tuple[int, ...]
-    ) -> _Prepared | None:
-        if key not in self._prepared:
-            if len(self._prepared) >= _MOST:
-                self._prepared.clear()
-            self._prepared[key] = self._make(iter(leased), backend, feed)
-        return self._prepared[key]
-
-    def _make(self, leased: Any, backend: Backend, feed: dict[str, Any]) -> _Prepared | None:
-        places: list[tuple[Tensor, Any]] = [
-            (t, next(leased) if t.leased else self._scratch) for t in self._results
+    def _bind(self, leased: Iterator[Block], backend: Backend, feed: Feed) -> _PreparedRun | None:
+        places = [(t, next(leased) if t.leased else self._scratch) for t in self._results]
+        arrays = [
+            block.array(t.dtype, t.shape, 0 if t.leased else t.offset)
+            for t, block in places
+            if block is not None
         ]
-        arrays = [block.array(t.dtype, t.shape, 0 if t.leased else t.offset) for t, block in places]
-        made = backend.repeat(self.outputs, feed, arrays)
-        if made is None:
-            self._preparable = False
+        bound = backend.bind(self.outputs, feed, arrays)
+        if bound is None:
+            self._can_bind = False
             return None
         if not any(t.leased for t in self._results):
-            return _Prepared(made.run, made.halt, b"")
+            return _PreparedRun(bound.run, bound.cancel, b"")
         tensors: list[Value] = [
-            Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased else t for t, block in places
+            Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased and block is not None else t
+            for t, block in places
         ]
-        return _Prepared(made.run, made.halt, codec.encode(Result(value=Items("list", tensors))))
+        return _PreparedRun(bound.run, bound.cancel, codec.encode(Result(value=Items("list", tensors))))
 
 
-class Repeats:
-    """All that one caller repeats."""
+class PreparedCalls:
+    """The calls that one caller repeats, by number."""
 
-    def __init__(self, lane: WorkerLane, backend: Backend, halt: Halt) -> None:
+    def __init__(self, lane: WorkerLane, backend: Backend, token: CancelToken) -> None:
         self._lane = lane
-        self._halt = halt
+        self._token = token
         self._backend = backend
-        self._repeats: dict[int, Repeat] = {}
+        self._calls: dict[int, PreparedCall] = {}
         self._drops = 0
         self._scratch: Block | None = None
 
-    def remember(self, number: int, repeat: Repeat) -> None:
-        """Keeps a call whose result is sent, instead of the one that had this number; of all, if it is 0.
+    def remember(self, number: int, call: PreparedCall) -> None:
+        """Keeps a call whose result is sent, in place of the one with this number; 0 replaces all.
 
-        One of a number that no caller of ours gives is not kept: there is a bound to what is.
+        A number that no caller of ours gives is ignored, so that the number of calls is bounded.
         """
         if not 0 <= number < MOST:
             return
         if not number:
-            self._repeats.clear()
-        self._repeats[number] = repeat
+            self._calls.clear()
+        self._calls[number] = call
 
     def clear(self) -> None:
-        """The caller has forgotten them too."""
-        self._repeats.clear()
+        """Forgets all calls, as the caller did."""
+        self._calls.clear()
 
-    def answer(self, again: Again) -> None:
-        """Runs a remembered call whose large inputs lie elsewhere than the last time, and replies; Forgotten,
-        if there is none of that number.
+    def replay(self, request: Again) -> None:
+        """Repeats a call with some inputs in other places, and replies; Forgotten if it is not known.
 
         Raises:
             Exception: the engine's.
         """
-        repeat = self._find(again.plan)
-        if repeat is None:
-            self._lane.say(Forgotten())
+        if (call := self._find(request.plan)) is None:
             return
-        moved = {repeat.names[i]: self._lane.unpack(tensor) for i, tensor in again.moved}
-        key = [number for _, tensor in again.moved for number in (tensor.block, tensor.offset)]
-        self._run(repeat, repeat.fed(self._lane, moved), key)
+        moved = {call.names[i]: self._lane.unpack(tensor) for i, tensor in request.moved}
+        key = [number for _, tensor in request.moved for number in (tensor.block, tensor.offset)]
+        self._run(call, call.feed_with(self._lane, moved), key)
 
-    def answer_number(self, number: int) -> None:
-        """Like :meth:`answer`, with nothing moved."""
-        repeat = self._find(number)
-        if repeat is None:
+    def replay_number(self, number: int) -> None:
+        """Like :meth:`replay`, with all inputs in their places."""
+        if (call := self._find(number)) is not None:
+            self._run(call, call.feed_with(self._lane, {}), [])
+
+    def _find(self, number: int) -> PreparedCall | None:
+        self.drop_unmapped()
+        if (call := self._calls.get(number)) is None:
             self._lane.say(Forgotten())
+        return call
+
+    def _run(self, call: PreparedCall, feed: Feed, key: list[int]) -> None:
+        if call.run(self._lane, self._backend, feed, key, self._token):
             return
-        self._run(repeat, repeat.fed(self._lane, {}), [])
-
-    def _find(self, number: int) -> Repeat | None:
-        self.review()
-        return self._repeats.get(number)
-
-    def _run(self, repeat: Repeat, feed: dict[str, Any], key: list[int]) -> None:
-        if not repeat.run(self._lane, self._backend, feed, key, self._halt):
-            self._run_plainly(repeat, feed)
-
-    def _run_plainly(self, repeat: Repeat, feed: dict[str, Any]) -> None:
-        results = repeat.run_plainly(self._backend, feed, self._halt)
-        if repeat.form is not None and self._lane.put(repeat.form, results):
+        results = call.run_unbound(self._backend, feed, self._token)
+        if call.form is not None and self._lane.put(call.form, results):
             self._lane.say_same()
             return
-        sent = self._lane.reply(results, keep=repeat.keep)
+        sent = self._lane.reply(results, keep=call.keep)
         if self._scratch is not (scratch := self._lane.current_scratch):
             self._scratch = scratch
-            for other in self._repeats.values():
-                other.leave(scratch)
-        repeat.learn(sent, self._lane)
+            for other in self._calls.values():
+                other.on_scratch(scratch)
+        call.learn(sent, self._lane)
 
-    def review(self) -> None:
-        """Lets go what lies in blocks that the caller dropped: it would never be freed."""
-        if self._drops != self._lane.drops:
-            self._let_go()
-
-    def _let_go(self) -> None:
+    def drop_unmapped(self) -> None:
+        """Drops what uses blocks that the caller dropped: their memory would never be freed."""
+        if self._drops == self._lane.drops:
+            return
         self._drops = self._lane.drops
-        self._repeats = {n: r for n, r in self._repeats.items() if all(map(self._lane.has, r.blocks))}
-        for repeat in self._repeats.values():
-            repeat.let_go(self._lane.has)
-
-
-def _say(lane: WorkerLane, reply: bytes) -> None:
-    if reply:
-        lane.say(reply)
-    else:
-        lane.say_same()
-
-
-def _release(blocks: list[Block]) -> None:
-    for block in blocks:
-        block.end_lease()
+        self._calls = {n: call for n, call in self._calls.items() if all(map(self._lane.has, call.blocks))}
+        for call in self._calls.values():
+            call.drop_unmapped(self._lane.has)
 
 
 def _nbytes(tensor: Tensor) -> int:

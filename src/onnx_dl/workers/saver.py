@@ -1,9 +1,8 @@
-"""The process that saves a model for the load cache, in the background.
+"""Saver process: saves one model for the load cache, in the background.
 
-Started by the supervisor after a slow load, on idle processor time, and gone when the supervisor is.
-onnxruntime writes the model, runs the model itself, and runs what was written: one after another, each in a
-process of its own, so that all takes no more memory than the largest of the three.  What was written is kept
-only if both gave the same bytes for the same inputs.
+The supervisor starts it after a slow load, with idle CPU priority; it ends with the supervisor.  onnxruntime
+writes the saved form, runs the model, and runs the saved form, which is kept only if both give the same bytes
+for the same inputs.  Each step is a process of its own, so that all need the memory of the largest only.
 """
 
 from __future__ import annotations
@@ -16,51 +15,48 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from onnx_dl.core import file_identity, parsing, settings
+from onnx_dl.core import file_identity
 from onnx_dl.core.spec import ModelSpec
-from onnx_dl.core.status import ModelDescription, TensorSpec
+from onnx_dl.core.status import TensorSpec
 from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.prctl import die_with_parent
 from onnx_dl.tensors import segment
 from onnx_dl.workers.load_cache import rules
-from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, Cache, Meta, files_of, folder
+from onnx_dl.workers.load_cache.order import SaveOrder
+from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, EntryMeta, files_of, open_cache
 
 if TYPE_CHECKING:
-    from onnx_dl.workers.engines.ort_session import Opened
+    import numpy as np
+    import onnxruntime
+    from numpy.typing import NDArray
+
+    from onnx_dl.workers.engines.ort_session import LoadedSession
+
+    _Feed = dict[str, NDArray[np.generic]]
 
 _SIZES: Final = (1, 2, 16, 64, 224)
-"""Tried in turn for dimensions that a model leaves open."""
+"""Sizes tried in turn for dynamic dimensions."""
 _GROWTH: Final = 4
-"""A saved form holds the weights twice, as they are and packed.  More: constants were computed beforehand."""
-_PATIENCE: Final = 600.0
-"""Seconds for each of the three; there may be little idle time."""
-_PAUSE: Final = 0.005
+"""Largest ratio of saved form to model: the weights twice, plain and packed.  More are folded constants."""
+_TIMEOUT: Final = 600.0
+"""Seconds for each of the three steps; there may be little idle CPU time."""
+_INTERVAL: Final = 0.005
+"""Seconds between two looks at the memory of a step."""
 _OOM_SCORE: Final = 1000
-"""The most there is: nobody waits for what is saved."""
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What to save."""
-
-    key: str
-    onnxruntime: str
-    spec: ModelSpec
-    description: ModelDescription
-    nbytes: int
-    """Of the model."""
+"""The maximum: the kernel kills a saver before any other process."""
 
 
 class _TooLarge(Exception):
-    """It took more memory than it may."""
+    """Error: a step took more memory than allowed."""
 
 
-class Answers(msgspec.Struct, frozen=True):
-    """What a model gave, twice for the same inputs: digests.  ``size``: which of the sizes it took."""
+class RunDigests(msgspec.Struct, frozen=True):
+    """Digests of the results of two runs with the same inputs.  ``size``: the accepted one of the sizes."""
 
     size: int
     first: str
@@ -71,7 +67,7 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
     """Entry point of the process.
 
     Args:
-        order: descriptor of the :class:`Order`, as JSON.
+        order: descriptor of the :class:`SaveOrder`, as JSON.
         blob: descriptor of a model given as bytes, or -1.
         supervisor: process id of the parent.
         memory: bytes that this may take.
@@ -79,46 +75,41 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
     process_setup.make_own()
     die_with_parent(supervisor)
     recorder.remove()
-    _keep_out_of_the_way()
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    process_setup.go_first(_OOM_SCORE)
     status = 0
-    # Nobody waits for this, and a cache that cannot be written is none.
+    # No process waits for the result, and a cache that cannot be written is not an error.
     with contextlib.suppress(Exception), open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
         try:
-            _save(msgspec.json.decode(segment.thaw(order), type=Order), blob, memory)
+            _save(msgspec.json.decode(segment.thaw(order), type=SaveOrder), blob, memory)
         except _TooLarge:
             status = os.EX_TEMPFAIL
     os._exit(status)
 
 
-def _keep_out_of_the_way() -> None:
-    """Runs when nobody else wants to, and is the first to go when memory is short."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    process_setup.go_first(_OOM_SCORE)
-
-
-def _save(order: Order, blob: int, memory: int) -> None:
+def _save(order: SaveOrder, blob: int, memory: int) -> None:
     spec = order.spec
     os.chdir(spec.cwd)
     read = order.description.files
     if (
         file_identity.changed(spec.where, read) is not None
-    ):  # since the load: the next one will be of another model
+    ):  # since the load: the next one is of another model
         return
-    store = Cache(folder(), parsing.parse_size(settings.settings().cache_limit))
+    store = open_cache()
     found = store.find(order.key)
     if memory > _free_memory() or (found is not None and found.meta.description.files == read):
         return
     with store.writing(order.key) as path:
         if path is None:
             return
-        if not _try(order, blob, path, memory):
+        if not _write_and_check(order, blob, path, memory):
             store.refuse(order.key)
             return
         unchanged = file_identity.changed(spec.where, read) is None
         if unchanged and rules.key_of(spec, order.onnxruntime) == order.key:
-            meta = Meta(
+            meta = EntryMeta(
                 key=order.key,
                 name=spec.name,
                 source="" if spec.path is None else os.path.abspath(spec.path),
@@ -128,20 +119,20 @@ def _save(order: Order, blob: int, memory: int) -> None:
             store.keep(order.key, path, meta)
 
 
-def _try(order: Order, blob: int, path: Path, memory: int) -> bool:
-    """Writes the saved form; whether it is worth having."""
+def _write_and_check(order: SaveOrder, blob: int, path: Path, memory: int) -> bool:
+    """Writes the saved form; returns whether it is right and not too large."""
     spec = order.spec
-    if spec.path is None:  # read like a file: as bytes it would take its size once more
+    if spec.path is None:  # read through a path: as bytes it would take its size once more
         spec = msgspec.structs.replace(spec, path=segment.path_of(blob), blob=None)
     saving = rules.saving(spec, str(path / MODEL), WEIGHTS)
-    _apart(lambda: b"written" if _opened(saving) else b"", memory)
+    _run_step(lambda: b"written" if _load(saving) else b"", memory)
     if sum(file.stat().st_size for file in path.iterdir()) > _GROWTH * order.nbytes:
         return False
-    plain = _answers(spec, _SIZES, memory)
+    plain = _digests(spec, _SIZES, memory)
     if plain is None:
         return False
-    saved = _answers(rules.loading(spec, str(path / MODEL)), (plain.size,), memory)
-    return saved is not None and plain.first == plain.second == saved.first  # some give the dice a roll
+    saved = _digests(rules.loading(spec, str(path / MODEL)), (plain.size,), memory)
+    return saved is not None and plain.first == plain.second == saved.first  # some models are random
 
 
 def _free_memory() -> int:
@@ -151,82 +142,71 @@ def _free_memory() -> int:
     return 0
 
 
-# --- processes of their own ------------------------------------------------------------------------------
-
-
-def _apart(step: Callable[[], bytes], memory: int) -> bytes:
-    """What a step returns that runs in a process of its own.
+def _run_step(step: Callable[[], bytes], memory: int) -> bytes:
+    """Runs a step in a process of its own and returns its result.
 
     Raises:
-        _TooLarge: it would have taken more than ``memory`` bytes.
-        OSError: it did not end well, or not in time.
+        _TooLarge: it took more than ``memory`` bytes.
+        OSError: it failed, or took too long.
     """
     read_end, write_end = os.pipe()
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        _be_apart(step, write_end, parent)
+        with contextlib.suppress(Exception):
+            die_with_parent(parent)
+            os.write(write_end, step())
+        os._exit(0)
     os.close(write_end)
     with open(read_end, "rb") as pipe:
         is_large = _watch(pid, read_end, memory)
-        told = pipe.read()
+        result = pipe.read()
     os.waitpid(pid, 0)
     if is_large:
         raise _TooLarge
-    if not told:
+    if not result:
         raise OSError("A step of a save failed.")
-    return told
-
-
-def _be_apart(step: Callable[[], bytes], pipe: int, parent: int) -> None:
-    """The rest of this process's life."""
-    with contextlib.suppress(Exception):
-        die_with_parent(parent)
-        os.write(pipe, step())
-    os._exit(0)
+    return result
 
 
 def _watch(pid: int, pipe: int, memory: int) -> bool:
-    """Until a process has something to say or has ended; it is ended if it takes too much or too long.
-    Whether it took too much."""
-    deadline = time.monotonic() + _PATIENCE
-    while not select.select([pipe], [], [], _PAUSE)[0]:
-        is_large = _resident(pid) > memory
+    """Waits until a process writes or ends; kills it if it takes too much memory or too long.
+
+    Returns:
+        Whether it took too much memory.
+    """
+    deadline = time.monotonic() + _TIMEOUT
+    while not select.select([pipe], [], [], _INTERVAL)[0]:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        is_large = pages * os.sysconf("SC_PAGESIZE") > memory
         if is_large or time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             return is_large
     return False
 
 
-def _resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-# --- in these --------------------------------------------------------------------------------------------
-
-
-def _opened(spec: ModelSpec) -> Opened:
+def _load(spec: ModelSpec) -> LoadedSession:
     from onnx_dl.workers.engines.ort_session import (
-        Opened,  # onnxruntime has threads, and those are not forked
+        LoadedSession,  # in the step only: onnxruntime's threads forbid fork
     )
 
-    return Opened(spec, None)
+    return LoadedSession(spec, None)
 
 
-def _answers(spec: ModelSpec, sizes: tuple[int, ...], memory: int) -> Answers | None:
-    """None: it takes no input of these sizes."""
-    told = _apart(lambda: msgspec.json.encode(_ask(_opened(spec).session, sizes)), memory)
-    return msgspec.json.decode(told, type=Answers | None)
+def _digests(spec: ModelSpec, sizes: tuple[int, ...], memory: int) -> RunDigests | None:
+    """Runs the model in a process of its own; None: it takes no input of these sizes."""
+    result = _run_step(lambda: msgspec.json.encode(_run_twice(_load(spec).session, sizes)), memory)
+    return msgspec.json.decode(result, type=RunDigests | None)
 
 
-def _ask(session: Any, sizes: tuple[int, ...]) -> Answers | None:
+def _run_twice(session: onnxruntime.InferenceSession, sizes: tuple[int, ...]) -> RunDigests | None:
     for size in sizes:
         if (feed := _feed(session, size)) is not None:
-            return Answers(size, _digest(session, feed), _digest(session, feed))
+            return RunDigests(size, _digest(session, feed), _digest(session, feed))
     return None
 
 
-def _feed(session: Any, size: int) -> dict[str, Any] | None:
-    """An input that the model takes, if it takes one of this size."""
+def _feed(session: onnxruntime.InferenceSession, size: int) -> _Feed | None:
+    """Returns random inputs with this size in dynamic dimensions; None if the model does not take them."""
     import numpy as np
 
     random = np.random.default_rng(size)
@@ -238,7 +218,7 @@ def _feed(session: Any, size: int) -> dict[str, Any] | None:
     return feed
 
 
-def _value(node: TensorSpec, size: int, random: Any) -> Any:
+def _value(node: TensorSpec, size: int, random: np.random.Generator) -> NDArray[np.generic]:
     import numpy as np
 
     shape = [length if isinstance(length, int) else size for length in node.shape]
@@ -250,8 +230,8 @@ def _value(node: TensorSpec, size: int, random: Any) -> Any:
     return random.integers(0, 2, shape).astype(kind)
 
 
-def _digest(session: Any, feed: dict[str, Any]) -> str:
-    """Of the bytes of all results."""
+def _digest(session: onnxruntime.InferenceSession, feed: _Feed) -> str:
+    """Returns a digest of the bytes of all results."""
     import numpy as np
 
     digest = hashlib.sha256()

@@ -1,14 +1,14 @@
-"""The process that workers come from.
+"""Template process, from which workers are forked.
 
 It imports the engine, makes and drops a throw-away session so that the code is warm, and waits.  For each
-Spawn it forks a worker, which starts in a few milliseconds and shares the imported pages; where forking is
-not possible, or not wanted, it becomes the worker itself.  What onnxruntime does once per process, for its
-first session, the throw-away session has used up: a worker whose model asks for that begins anew as a fresh
-interpreter.  A worker is a grandchild whose parent ends at
-once, so the supervisor takes it in and reaps it, and the end of this process is not the worker's.
+Spawn it forks a worker, which starts in a few milliseconds and shares the imported pages.  If forking is not
+possible, or not wanted, it becomes the worker itself.  Some settings count only for onnxruntime's first
+session of a process, which the throw-away session was: a worker whose model needs one of these executes a
+fresh interpreter.  The parent of a worker ends at once, so that the supervisor, a subreaper, adopts and reaps
+it, and the end of the template does not end workers.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
-ZeroMQ context, touched CUDA or kept a session.  Its environment sees to the single thread
+ZeroMQ context, touched CUDA or kept a session.  Its environment keeps libraries from starting threads
 (``SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.processes.template_process`).  Knows nothing of models.
 """
 
@@ -46,7 +46,7 @@ _THROW_AWAY: Final = (
 )
 
 _REPLACED: Final = (
-    "onnx-dl was replaced on disk by a version that speaks another protocol, while the supervisor ran. "
+    "onnx-dl was replaced on disk by a version with another protocol while the supervisor ran. "
     "Restart the application, or the shared host."
 )
 
@@ -57,47 +57,47 @@ _CALLED_LATE: Final = (
 
 _WORKER: Final = "worker"
 _OOM_SCORE: Final = 900
-"""A worker can be had again: it goes before an application that is larger, and after one that saves."""
+"""Killed by the kernel before a larger application, because it can be loaded again, and after a saver."""
 
 
 class Template:
     """Serves the supervisor at the other end of ``channel`` until it is gone."""
 
-    def __init__(self, channel: Channel, *, fork: bool, used: bool) -> None:
-        """``used``: the engine has made a session in this process."""
+    def __init__(self, channel: Channel, *, fork: bool, warm: bool) -> None:
+        """``fork``: fork workers, else become one; ``warm``: onnxruntime has made a session here."""
         self._channel = channel
         self._fork = fork
-        self._used = used
+        self._warm = warm
         self._supervisor = os.getppid()
 
     def serve(self) -> NoReturn:
-        self._tell(TemplateReady(forkable=self._fork))
+        self._send(TemplateReady(forkable=self._fork))
         while True:
             try:
                 received = self._channel.receive()
-            except OSError as error:  # the descriptors of a model are more than this process may have
-                self._tell(SpawnFailed(worker_id=0, reason=str(error)))
+            except OSError as error:  # this process may not have all descriptors of the model
+                self._send(SpawnFailed(worker_id=0, reason=str(error)))
                 continue
             if received is None:
                 os._exit(0)
             self._spawn(on_template(received[0]), received[1])
 
     def _spawn(self, spawn: Spawn, fds: list[int]) -> None:
-        if spawn.version != codec.PROTOCOL_VERSION:  # what it would start cannot talk to anybody
-            print(_REPLACED, file=sys.stderr, flush=True)  # the supervisor says where that can be read
+        if spawn.version != codec.PROTOCOL_VERSION:  # the worker could not talk to the supervisor
+            print(_REPLACED, file=sys.stderr, flush=True)  # the supervisor tells users where to read it
             os._exit(1)
         if not self._fork:
-            self._tell(Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
-            self.become(spawn, fds)
-        told = self._forked(spawn, fds)
+            self._send(Spawned(worker_id=spawn.worker_id, pid=os.getpid()))
+            self.become_worker(spawn, fds)
+        outcome = self._fork_worker(spawn, fds)
         sockets.close_all(fds)
-        if told.isdigit():
-            self._tell(Spawned(worker_id=spawn.worker_id, pid=int(told)))
+        if outcome.isdigit():
+            self._send(Spawned(worker_id=spawn.worker_id, pid=int(outcome)))
         else:
-            self._tell(SpawnFailed(worker_id=spawn.worker_id, reason=told or "fork failed"))
+            self._send(SpawnFailed(worker_id=spawn.worker_id, reason=outcome or "fork failed"))
 
-    def _forked(self, spawn: Spawn, fds: list[int]) -> str:
-        """The process id of the new worker, or why there is none."""
+    def _fork_worker(self, spawn: Spawn, fds: list[int]) -> str:
+        """Returns the process id of the new worker, or the text of an error."""
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
             middle = os.fork()
@@ -105,49 +105,49 @@ class Template:
                 try:
                     os.close(read_end)
                     self._fork_again(spawn, fds, write_end)
-                finally:  # the template has gone meanwhile: this must not go on as a second one
+                finally:  # if the template ended meanwhile: this process must not go on as a second one
                     os._exit(1)
             os.close(write_end)
             write_end = -1
-            told = os.read(read_end, 1024).decode(errors="replace")
+            outcome = os.read(read_end, 1024).decode(errors="replace")
             os.waitpid(middle, 0)
         except OSError as error:
-            return _why(error)
+            return _describe(error)
         finally:
             sockets.close_all(fd for fd in (read_end, write_end) if fd >= 0)
-        return told
+        return outcome
 
     def _fork_again(self, spawn: Spawn, fds: list[int], pipe: int) -> NoReturn:
-        """In the process between: the worker's parent, which leaves at once."""
+        """Forks the worker from the process in between, which exits at once."""
         middle = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
-            os.write(pipe, _why(error).encode())
+            os.write(pipe, _describe(error).encode())
             os._exit(1)
         if pid == 0:
             os.close(pipe)
-            self.become(spawn, fds, middle)
+            self.become_worker(spawn, fds, middle)
         os.write(pipe, str(pid).encode())
         os._exit(0)
 
-    def become(self, spawn: Spawn, fds: list[int], middle: int | None = None) -> NoReturn:
-        """The rest of this process's life is a worker's; ``middle``: its parent until that has left."""
+    def become_worker(self, spawn: Spawn, fds: list[int], middle: int | None = None) -> NoReturn:
+        """Runs a worker in this process until it exits; ``middle``: its parent, which exits at once."""
         try:
             self._channel.close()
             if spawn.standing is not None:
-                thread_attributes.take(spawn.standing)  # before there is another thread
-            if spawn.environment or (spawn.pristine and self._used):
-                self._begin_anew(spawn, fds, middle)
+                thread_attributes.take(spawn.standing)  # before another thread starts
+            if spawn.environment or (spawn.pristine and self._warm):
+                self._exec_worker(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
             os.dup2(stderr, 2)
             os.close(stderr)
-            faulthandler.enable()  # a crash leaves its stack in the last lines of stderr
+            faulthandler.enable()  # a crash writes its stack to stderr
             name_process(f"onnx-dl:{spawn.worker_id}")
             process_setup.go_first(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
-        except ProcessesExhausted as error:  # before it could say so to the supervisor
+        except ProcessesExhausted as error:  # the worker could not yet send it to the supervisor
             print(error, file=sys.stderr, flush=True)
             os._exit(os.EX_OSERR)
         except BaseException:
@@ -155,42 +155,35 @@ class Template:
             os._exit(70)
 
     def _die_with_supervisor(self, middle: int | None) -> None:
-        """The lifeline says so too, but one whose native code hangs with the GIL would not hear it.
-
-        Not before the parent has left: its end would count.
-        """
+        """Sets the parent death signal: a worker whose native code hangs with the GIL does not see EOF on its
+        lifeline.  Waits until the process in between has exited, whose end would cause the signal."""
         while os.getppid() == middle:
             time.sleep(0.0001)
         die_with_parent(self._supervisor)
 
-    def _begin_anew(self, spawn: Spawn, fds: list[int], middle: int | None) -> NoReturn:
-        """The same process with another interpreter, which becomes the worker."""
-        self._die_with_supervisor(middle)  # what is executed keeps that; its imports take a while
-        os.dup2(fds[1], 2)  # an environment may be one in which no interpreter starts
+    def _exec_worker(self, spawn: Spawn, fds: list[int], middle: int | None) -> NoReturn:
+        """Executes a fresh interpreter in this process, which becomes the worker."""
+        self._die_with_supervisor(middle)  # survives exec, and the new imports take a while
+        os.dup2(fds[1], 2)  # the interpreter may fail to start in this environment, and says so on stderr
         ours, theirs = Channel.pair()
-        begun = msgspec.structs.replace(spawn, environment=NOTHING)
-        ours.send(codec.encode(begun), tuple(fds))  # lies in the socket until it is read
+        remaining = msgspec.structs.replace(spawn, environment=NOTHING)
+        ours.send(codec.encode(remaining), tuple(fds))  # stays in the socket until it is read
         os.set_inheritable(theirs.fileno(), True)
         environ = spawn.environment.over(os.environ)
         os.execve(*boot.launch("template", theirs.fileno(), _WORKER, environ=environ))
 
-    def _tell(self, message: codec.Message) -> None:
+    def _send(self, message: codec.Message) -> None:
         if not self._channel.send(codec.encode(message)):
             os._exit(0)
 
 
-def _why(error: OSError) -> str:
-    """Why there is no worker, for whoever waits for it."""
+def _describe(error: OSError) -> str:
+    """Returns the text of the error for callers that wait for the worker."""
     return str(spawning.exhausted("A worker process") if spawning.is_shortage(error) else error)
 
 
-def _import_engine() -> None:
-    """Everything that a worker will need, so that its children share it."""
-    import onnx_dl.workers.ort  # noqa: F401
-
-
 def _warm_up() -> None:
-    """Runs what every load runs, so that its pages are there."""
+    """Makes a session, so that workers share the pages of the code that runs at each load."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -200,25 +193,26 @@ def _warm_up() -> None:
 
 
 def main(channel_fd: int, mode: str) -> NoReturn:
-    """Entry point of the process; ``mode`` is ``fork`` or ``exec``, or ``worker`` for one that began anew."""
+    """Entry point of the process.  ``mode``: ``fork``, ``exec``, or ``worker`` after :meth:`_exec_worker`."""
     process_setup.make_own()
     die_with_parent()
     recorder.remove()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; it is the application's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the application handles it
     name_process("onnx-dl-template")
     channel = Channel.from_fd(channel_fd)
-    used = False
-    with contextlib.suppress(Exception):  # a broken installation is told to whoever loads a model
-        _import_engine()
-        used = mode == "fork" and procfs.has_one_thread()
-        if used:
+    warm = False
+    with contextlib.suppress(Exception):  # a broken installation is an error of each load
+        import onnx_dl.workers.ort  # noqa: F401  # with all that a worker needs: workers share the pages
+
+        warm = mode == "fork" and procfs.has_one_thread()
+        if warm:
             _warm_up()
     forkable = mode == "fork" and procfs.has_one_thread()
     if mode == "fork" and not forkable and frozen.is_frozen():
         print(_CALLED_LATE, file=sys.stderr, flush=True)
     heap.share()
-    template = Template(channel, fork=forkable, used=used)
+    template = Template(channel, fork=forkable, warm=warm)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received
-        template.become(on_template(data), fds)
+        template.become_worker(on_template(data), fds)
     template.serve()

@@ -1,8 +1,8 @@
-"""Ends a worker whose memory grows too large while a call is under way.
+"""Ends a worker whose memory grows too large during a call.
 
-Covers when to look and what to compare; how much memory there is, whether a call is under way and how a
-process ends is handed in.  Growth between calls is :class:`~onnx_dl.workers.heap.Allowance`'s.  Native code
-that keeps the interpreter's lock is not watched; engines give it up for a run.
+Covers when to look and what to compare; how to measure memory, whether a call is in flight and how to end the
+process are arguments.  Growth between calls is checked by :class:`~onnx_dl.workers.limits.RecycleLimits`.
+Native code that keeps the GIL is not watched; engines release it for a run.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from onnx_dl.concurrency import spawning
 EVERY: Final = 0.01
 """Seconds between two looks."""
 LINGER: Final = 20
-"""Looks without a call before it sleeps, so that of calls that follow each other only the first wakes it."""
+"""Looks without a call before the thread sleeps: of calls in quick succession, only the first wakes it."""
 
 
 class Watchdog:
-    """One per worker.  Its thread sleeps while no call is under way."""
+    """Compares the memory of one worker with a limit, in a thread that sleeps while no call is in flight."""
 
     def __init__(
         self,
         limit: int,
-        own: Callable[[], int],
+        measure: Callable[[], int],
         in_flight: Callable[[], int],
         end: Callable[[int], object],
     ) -> None:
-        """``limit``: bytes; ``own`` tells how many there are; ``end`` is told these if they are more."""
+        """``limit``: bytes; ``measure`` returns the present ones; ``end`` is called with larger ones."""
         self._limit = limit
-        self._own = own
+        self._measure = measure
         self._in_flight = in_flight
         self._end = end
         self.sleeps = False
-        """Whether only the begin of a call wakes it."""
+        """True if only the begin of a call wakes the thread."""
         self._called = threading.Event()
         self._idle = 0
 
     def start(self) -> None:
-        """Watches from now on, in a thread of its own.
+        """Starts the thread.
 
         Raises:
             ProcessesExhausted: the system has no thread left.
@@ -49,17 +49,17 @@ class Watchdog:
         spawning.start(threading.Thread(target=self._watch, name="watchdog", daemon=True), "max_memory_hard")
 
     def call_begins(self) -> None:
-        """A call is under way.  Takes 0.1 µs, and more for the first one after a pause."""
+        """Wakes the thread for a call.  Takes 0.1 µs, and more for the first call after a pause."""
         if self.sleeps:
             self._called.set()
 
     def look(self) -> bool:
-        """Whether to look again soon; false: not before a call begins."""
+        """Measures if a call is in flight; returns false if the next look can wait until a call begins."""
         if not self._in_flight():
             self._idle += 1
             return self._idle < LINGER
         self._idle = 0
-        if (nbytes := self._own()) > self._limit:
+        if (nbytes := self._measure()) > self._limit:
             self._end(nbytes)
         return True
 
@@ -70,10 +70,10 @@ class Watchdog:
             self._sleep()
 
     def _sleep(self) -> None:
-        """Until a call begins."""
+        """Waits until a call begins."""
         self._called.clear()
         self.sleeps = True
-        # One that began before this was told of would not wake us.
+        # A call that began before ``sleeps`` was set does not wake this thread.
         if not self._in_flight():
             self._called.wait()
         self.sleeps = False

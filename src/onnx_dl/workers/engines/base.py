@@ -1,9 +1,9 @@
-"""The seam between a worker and the engine that runs its model.
+"""Interface between a worker and the engine that runs its model.
 
-Covers what a worker asks of an engine.  An engine is one module beside this one, named by
-``ModelSpec.engine``, whose function ``open_model(spec, blobs)`` returns a :class:`Backend`.  It is imported
-in the worker only, and knows nothing of sockets or policy.  One that uses the load cache has more
-(:class:`Cached`).
+An engine is one module beside this one, named by ``ModelSpec.engine``, with a function
+``open_model(spec, blobs)`` that returns a :class:`Backend`.  It is imported in the worker only, and knows
+nothing of sockets or policy.  A backend that uses the load cache has a method ``origin()``, too, and its
+``open_model`` takes ``mapped=True``: load the model from there, or raise :class:`NotInCache`.
 """
 
 from __future__ import annotations
@@ -11,129 +11,107 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.core.environment import Environment
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
-from onnx_dl.workers.cancellation import Halt
+from onnx_dl.workers.cancellation import CancelToken
+from onnx_dl.workers.load_cache.order import SaveOrder
+
+Array = NDArray[np.generic]
+Callback = Callable[[], object]
+Feed = dict[str, object]
+Options = dict[str, object] | None
+"""RunOptions as plain data (:mod:`onnx_dl.ort.options`)."""
+Results = Sequence[object]
 
 
-class Repeatable(NamedTuple):
-    """A prepared call: ``run`` makes it, ``halt`` has it end early, from another thread."""
+class BoundRun(NamedTuple):
+    """A call whose inputs and results have fixed places in memory.  ``run`` makes it; ``cancel`` ends it
+    early and is called from another thread, None: it cannot be ended."""
 
-    run: Callable[[], object]
-    halt: Callable[[], object] | None
+    run: Callback
+    cancel: Callback | None
 
 
 class Rerun(NamedTuple):
-    """A call that was made before, for other values of the same types: ``run`` makes it with a feed and gives
-    the results, ``halt`` has it end early, from another thread, and of no more use."""
+    """A call made before, for other values of the same names and types.  ``run`` takes a feed and returns the
+    results; ``cancel`` ends it early from another thread, after which it cannot be used again."""
 
-    run: Callable[[dict[str, Any]], Sequence[Any]]
-    halt: Callable[[], object]
-
-
-class Save(NamedTuple):
-    """A model that is worth saving for the load cache."""
-
-    key: str
-    nbytes: int
-    """Of its files, or as it was given."""
-    blob: str | None
-    """The name of the memory that it was given as."""
-    order: str
-    """What :mod:`onnx_dl.workers.saver` is to be told."""
-    environment: Environment
-    """The variables that it is to have."""
+    run: Callable[[Feed], Results]
+    cancel: Callback
 
 
-class Unsaved(RuntimeError):
-    """The load cache does not have the model, or in no form that can be used."""
+class NotInCache(RuntimeError):
+    """Error: the load cache does not have the model in a usable form."""
 
 
 class Origin(NamedTuple):
-    """Where a model was loaded from."""
+    """Source of a load."""
 
     entry: str = ""
-    """Under which key the load cache has it, or would have it; empty: it never does."""
+    """Key of the model in the load cache, whether it is there or not; empty: it is never cached."""
     mapped: bool = False
-    """It came from there."""
+    """True if it was loaded from there."""
 
 
 class Backend(Protocol):
     """One loaded model.  Its methods are called from many threads at once."""
 
     def describe(self) -> ModelDescription:
-        """What the model says of itself."""
+        """Returns the model's metadata."""
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> Sequence[Save]:
-        """The model was loaded within so many seconds and its callers know.
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> Sequence[SaveOrder]:
+        """Is called once callers know that the model is loaded.
 
         Args:
             seconds: of the load, without warm-up.
-            blobs: as it was loaded with.
+            blobs: as given to ``open_model``.
 
         Returns:
-            What is worth saving in the background, so that the next load is faster.
+            Models to save in the background, so that their next load is faster.
         """
 
-    def run(
-        self, outputs: Any, feed: dict[str, Any], options: dict[str, Any] | None, halt: Halt
-    ) -> Sequence[Any]:
-        """One inference.  Arrays in ``feed`` are valid only until this returns, and results must not
-        share memory with them."""
+    def run(self, outputs: object, feed: Feed, options: Options, token: CancelToken) -> Results:
+        """Runs the model once.  Results must not share memory with ``feed``, which is valid until then
+        only."""
 
     def run_async(
-        self,
-        outputs: Any,
-        feed: dict[str, Any],
-        options: dict[str, Any] | None,
-        halt: Halt,
-        started: Callable[[], object],
-    ) -> Sequence[Any]:
-        """Like :meth:`run`, as the engine does it in the background; ``started`` is called once it runs.
-        What is raised before is the caller's error, what is raised after is told to its callback as text."""
+        self, outputs: object, feed: Feed, options: Options, token: CancelToken, started: Callback
+    ) -> Results:
+        """Runs the model like the engine's own background runs; calls ``started`` once it runs.  Errors
+        raised before that are the caller's; the text of later ones goes to its callback."""
 
-    def repeat(self, outputs: Any, feed: dict[str, Any], results: list[NDArray[Any]]) -> Repeatable | None:
-        """A call that was made before, to be made again and again: it reads ``feed`` and writes ``results``
-        in place, and raises if they cannot hold what comes out.  None if the engine cannot do that."""
+    def bind(self, outputs: object, feed: Feed, results: Sequence[Array]) -> BoundRun | None:
+        """Prepares a call that was made before to be repeated: it reads ``feed`` and writes ``results`` in
+        place, and raises if the results do not fit.  Returns None if the engine cannot do that."""
 
-    def rerun(self, outputs: Any) -> Rerun | None:
-        """A call that was made before, to be made with other feeds of the same names and types; None if the
-        engine has no faster way than :meth:`run`."""
+    def rerun(self, outputs: object) -> Rerun | None:
+        """Prepares a call for other feeds of the same names and types; None if :meth:`run` is as fast."""
 
-    def invoke(self, method: str, args: list[Any], halt: Halt) -> Any:
-        """Another method of the engine's session.
+    def invoke(self, method: str, args: list[object], token: CancelToken) -> object:
+        """Calls another method of the engine's session.
 
         Raises:
             AttributeError: there is no such method.
         """
 
     def close(self) -> None:
-        """The last thing that is asked: write what must be on disk.  Memory need not be freed."""
-
-
-@runtime_checkable
-class Cached(Protocol):
-    """What a backend has whose engine uses the load cache; ``open_model`` takes ``mapped=True`` then: the
-    model is to come from there, or to raise :class:`Unsaved`."""
-
-    def origin(self) -> Origin:
-        """Where the model was loaded from."""
+        """Writes what must be on disk, as the last call.  Memory need not be freed."""
 
 
 def member(backend: Backend, key: str) -> Backend:
-    """The one of a group's that a caller names, or else the only one that there is."""
+    """Returns the member of a group that a caller names, or the only model."""
     members: Mapping[str, Backend] | None = getattr(backend, "members", None)
     return backend if members is None else members[key]
 
 
 def enter(folder: str) -> None:
-    """Goes where relative paths of a model begin; a model with none needs no folder that is still there."""
+    """Changes to the folder of a model's relative paths, or to / if it was removed: it may have none."""
     try:
         os.chdir(folder)
     except FileNotFoundError:
@@ -141,14 +119,17 @@ def enter(folder: str) -> None:
 
 
 def load(spec: ModelSpec, blobs: Mapping[str, int], *, mapped: bool = False) -> Backend:
-    """Loads the model; ``blobs``: descriptors of memory by name, those that the spec names among them;
-    ``mapped``: only from the load cache.
+    """Loads the model.
+
+    Args:
+        blobs: descriptors of memory by name, with those that the spec names.
+        mapped: load from the load cache only.
 
     Raises:
-        Unsaved: it is not there.
-        EngineError: some that it names are not.
+        NotInCache: the load cache does not have it.
+        EngineError: memory that it names is not there.
         ValueError: there is no such engine.
-        Exception: what the engine raises.
+        Exception: the engine's.
     """
     engine = None
     if spec.engine.isidentifier():
@@ -156,25 +137,23 @@ def load(spec: ModelSpec, blobs: Mapping[str, int], *, mapped: bool = False) -> 
         try:
             engine = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name:  # there is one, and something that it needs is missing
+            if error.name != name:  # the engine exists, and a module that it needs is missing
                 raise
     opens = getattr(engine, "open_model", None)
     if opens is None:
         raise ValueError(f"There is no engine {spec.engine!r}.")
-    given = blobs if spec.members else _own(spec, blobs)
-    backend: Backend = opens(spec, given, mapped=True) if mapped else opens(spec, given)
+    if not spec.members:  # a group gives each member its own
+        if not blobs.keys() >= set(spec.blobs):
+            raise EngineError(
+                f"{spec.name} cannot be loaded: the application that gave its bytes or initializers is gone "
+                "or has closed it, or its group has more than 125 of these. Open it again, or from a file."
+            )
+        blobs = {name: blobs[name] for name in spec.blobs}
+    backend: Backend = opens(spec, blobs, mapped=True) if mapped else opens(spec, blobs)
     return backend
 
 
 def origin(backend: Backend) -> Origin:
-    """Where a model was loaded from."""
-    return backend.origin() if isinstance(backend, Cached) else Origin()
-
-
-def _own(spec: ModelSpec, blobs: Mapping[str, int]) -> dict[str, int]:
-    if not blobs.keys() >= set(spec.blobs):
-        raise EngineError(
-            f"{spec.name} cannot be loaded: the application that gave its bytes or initializers is gone or "
-            "has closed it, or its group has more than 125 of such. Open it again, or from a file."
-        )
-    return {name: blobs[name] for name in spec.blobs}
+    """Returns the source of the model's load."""
+    find: Callable[[], Origin] = getattr(backend, "origin", Origin)
+    return find()

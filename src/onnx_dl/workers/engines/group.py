@@ -1,14 +1,13 @@
-"""Several models in one worker, as an engine among the others: each member is loaded by its own.
+"""Several models in one worker, as an engine: each member is loaded by an engine of its own.
 
-Covers loading them one after the other and finding the one that a caller names.  A member that does not load
-takes no other with it; its callers are told why.  What a group is good for, and what it costs, is told in
-docs/groups.md.
+Covers loading members one after another and finding the one that a caller names.  A member that does not load
+does not affect the others; its callers get the error.  docs/groups.md: purpose and cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NoReturn
 
 import msgspec
 
@@ -17,29 +16,30 @@ from onnx_dl.core.status import ModelDescription
 from onnx_dl.errors import EngineError
 from onnx_dl.protocol import failures
 from onnx_dl.workers.engines import base as backends
-from onnx_dl.workers.engines.base import Backend, Save
+from onnx_dl.workers.engines.base import Backend
+from onnx_dl.workers.load_cache.order import SaveOrder
 
 
 class Group:
-    """The members that loaded, by key, and how the others failed."""
+    """The members that loaded, and the errors of the others, by key."""
 
-    def __init__(self, members: Mapping[str, Backend], failed: Mapping[str, Any]) -> None:
+    def __init__(self, members: Mapping[str, Backend], failed: Mapping[str, Exception]) -> None:
         self.members = members
-        self._failed = failed
+        self._failed = {key: msgspec.to_builtins(failures.describe(error)) for key, error in failed.items()}
 
     def describe(self) -> ModelDescription:
         return ModelDescription(
             members={key: member.describe() for key, member in self.members.items()},
-            failed=dict(self._failed),
+            failed=self._failed,
         )
 
-    def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[Save]:
+    def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[SaveOrder]:
         return [save for member in self.members.values() for save in member.ready(seconds, blobs)]
 
-    def run(self, *_: Any) -> Any:
+    def run(self, *_: object) -> NoReturn:
         raise EngineError("A group has no run() of its own; a lane names one of its models.")
 
-    run_async = repeat = rerun = invoke = run
+    run_async = bind = rerun = invoke = run
 
     def close(self) -> None:
         for member in self.members.values():
@@ -50,18 +50,16 @@ def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> Group:
     """Loads the members of a group.
 
     Raises:
-        Exception: what the first of them raised, if none loads.
+        Exception: the first member's, if none loads.
     """
     members: dict[str, Backend] = {}
-    errors: dict[str, Exception] = {}
+    failed: dict[str, Exception] = {}
     for member in spec.members:
         try:
             backends.enter(member.cwd)
             members[member.key] = backends.load(member, blobs)
-        except Exception as error:  # whatever its engine raised belongs to whoever asked for this one
-            errors[member.key] = error
+        except Exception as error:  # sent to the proxies that wait for this member
+            failed[member.key] = error
     if not members:
-        raise next(iter(errors.values()))
-    return Group(
-        members, {key: msgspec.to_builtins(failures.describe(error)) for key, error in errors.items()}
-    )
+        raise next(iter(failed.values()))
+    return Group(members, failed)

@@ -1,9 +1,9 @@
-"""What may come from the load cache, and under which key: rules; files are :mod:`onnx_dl.workers.load_cache.store`'s.
+"""Rules of the load cache: which models it takes, and under which key.  Files: :mod:`onnx_dl.workers.load_cache.store`.
 
-A model is cached as onnxruntime saves it: optimized, with its weights beside it and prepacked for this CPU.
-That form depends on everything that is in the key.  Where it could mean something else than the model
-(another provider than the CPU's, profiling, a user who saves the model himself, options that are not known to
-be harmless), the model loads plainly.  Providers that compile have caches of their own, switched on here.
+A model is cached as onnxruntime saves it: optimized, with its weights in a file and prepacked for this CPU.
+That form depends on everything that is in the key.  A model whose saved form could behave differently
+(another provider than the CPU's, profiling, an optimized model that the user saves, options that are not
+known to be harmless) is not cached.  Providers that compile have caches of their own, which are enabled here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 from onnx_dl.core.spec import ModelSpec, model_identity, model_key
 
 SMALLEST: Final = 8 << 20
-"""Bytes of weights below which a saved form saves nothing worth a file."""
+"""Bytes of weights below which a saved form does not save enough time."""
 
 _HARMLESS: Final = ("session.intra_op", "session.inter_op", "session.set_denormal_as_zero")
 _OFF: Final = {"enable_profiling": False, "optimized_model_filepath": ""}
@@ -30,6 +30,8 @@ _SAVE: Final = {
     "session.optimized_model_external_initializers_min_size_in_bytes": "4096",
 }
 _UNOPTIMIZED: Final = "ORT_DISABLE_ALL"
+
+_Options = dict[str, object]
 
 _ENGINE_CACHES: Final[dict[str, dict[str, str]]] = {
     "TensorrtExecutionProvider": {
@@ -43,11 +45,11 @@ _ENGINE_CACHES: Final[dict[str, dict[str, str]]] = {
     "MIGraphXExecutionProvider": {"migraphx_model_cache_dir": "{folder}"},
     "CoreMLExecutionProvider": {"ModelCacheDirectory": "{folder}"},
 }
-"""Options of providers that compile models, from onnxruntime's page of each provider."""
+"""Options of providers that compile models, from onnxruntime's documentation of each provider."""
 
 
 def is_cacheable(spec: ModelSpec) -> bool:
-    """Whether the options leave no doubt that the saved form is the same model."""
+    """Tells whether the saved form behaves like the model with all these options."""
     options = spec.options or {}
     keys: Mapping[str, str] = options.get("config", {})
     return (
@@ -57,26 +59,22 @@ def is_cacheable(spec: ModelSpec) -> bool:
         and not spec.surroundings.get("libraries")
         and all(key.startswith(_HARMLESS) for key in keys)
         and all(options.get(name, value) in (value, None) for name, value in _OFF.items())
-        and _providers(spec) <= {"CPUExecutionProvider"}
+        and {*spec.provider_names} <= {"CPUExecutionProvider"}
     )
 
 
-def is_passing(spec: ModelSpec) -> bool:
-    """Whether the file lies in the system's temporary folder: it will hardly be there the next time."""
+def is_temporary(spec: ModelSpec) -> bool:
+    """Tells whether the file lies in the system's temporary folder: it is hardly loaded a second time."""
     return spec.path is not None and os.path.realpath(spec.path).startswith(
         os.path.join(os.path.realpath(tempfile.gettempdir()), "")
     )
 
 
-def _providers(spec: ModelSpec) -> set[str]:
-    return {item[0] if isinstance(item, list) else item for item in spec.providers or []}
-
-
 def key_of(spec: ModelSpec, onnxruntime: str) -> str:
-    """The key of a model as it is on disk now.  ``onnxruntime``: version and build.
+    """Returns the key of a model as it is on disk now.  ``onnxruntime``: version and build.
 
     Raises:
-        OSError: its file cannot be looked at.
+        OSError: stat() of its file fails.
     """
     identity = spec.blob if spec.path is None else model_identity(spec.path)
     how = (
@@ -92,7 +90,7 @@ def key_of(spec: ModelSpec, onnxruntime: str) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """What the weights are packed for: the processor's model and abilities."""
+    """Returns model and features of the processor, for which the weights are packed."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -101,7 +99,7 @@ def _cpu() -> str:
 
 
 def saving(spec: ModelSpec, model: str, weights: str) -> ModelSpec:
-    """How to load a model so that onnxruntime saves it."""
+    """Returns a spec with which onnxruntime saves the model when it loads it."""
     options = dict(spec.options or {})
     names = {"session.optimized_model_external_initializers_file_name": weights}
     options["optimized_model_filepath"] = model
@@ -110,35 +108,33 @@ def saving(spec: ModelSpec, model: str, weights: str) -> ModelSpec:
 
 
 def loading(spec: ModelSpec, model: str) -> ModelSpec:
-    """How to load a model that was saved: it is optimized already."""
+    """Returns a spec of the saved model, which is optimized already."""
     options = dict(spec.options or {}) | {"graph_optimization_level": _UNOPTIMIZED}
     return msgspec.structs.replace(spec, path=os.path.abspath(model), blob=None, options=options)
 
 
 def with_engine_caches(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """Providers that compile keep what they compiled, unless the user said anything of that."""
+    """Enables the caches of providers that compile, unless the user has set options of these."""
     providers = spec.providers or []
     given = spec.provider_options or [{}] * len(providers)
-    cached = [
-        _with_engine_cache(item, rest or {}, folder) for item, rest in zip(providers, given, strict=False)
-    ]
-    if len(given) != len(providers) or not any(cached):
+    if len(given) != len(providers):
         return spec
-    merged = [
-        new or _merged(item, rest or {}) for new, item, rest in zip(cached, providers, given, strict=True)
-    ]
-    return msgspec.structs.replace(spec, providers=merged, provider_options=None)
+    merged = [_merged(item, rest or {}) for item, rest in zip(providers, given, strict=True)]
+    added = [_cache_options(name, options, folder) for name, options in merged]
+    if not any(added):
+        return spec
+    cached = [[name, options | more] for (name, options), more in zip(merged, added, strict=True)]
+    return msgspec.structs.replace(spec, providers=cached, provider_options=None)
 
 
-def _merged(item: Any, rest: dict[str, Any]) -> list[Any]:
+def _merged(item: str | list[Any], rest: _Options) -> tuple[str, _Options]:
     name, options = item if isinstance(item, list) else (item, {})
-    return [name, {**options, **rest}]
+    return name, {**options, **rest}
 
 
-def _with_engine_cache(item: Any, rest: dict[str, Any], folder: Path) -> list[Any] | None:
-    name, options = _merged(item, rest)
-    defaults = _ENGINE_CACHES.get(name, {})
-    if not defaults or any("cache" in option.lower() for option in options):
-        return None
+def _cache_options(name: str, options: _Options, folder: Path) -> _Options:
+    """Returns options that enable the provider's cache; empty if it has none or the user has set one."""
+    if any("cache" in option.lower() for option in options):
+        return {}
     path = str(folder / "engines" / name)
-    return [name, options | {option: value.format(folder=path) for option, value in defaults.items()}]
+    return {option: value.format(folder=path) for option, value in _ENGINE_CACHES.get(name, {}).items()}

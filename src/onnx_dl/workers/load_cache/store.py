@@ -1,10 +1,9 @@
-"""The load cache on disk: entries by key, complete or not there at all.
+"""Load cache on disk: complete entries by key.
 
-An entry is a folder with a model in the form that loads fastest, its weights, and what is known of them.  It
-is written under another name and renamed when it is complete, and never changed after that: workers map its
-weights.  Covers files only; what may be cached and under which key is :mod:`onnx_dl.workers.load_cache.rules`, who
-makes entries :mod:`onnx_dl.workers.saver`.  Reading never raises because of a disk: a cache that cannot be
-used is an empty one.
+An entry is a folder with a model in the form that loads fastest, its weights and their metadata.  It is
+written under another name, renamed when it is complete, and never changed after that: workers map its
+weights.  Covers files only; :mod:`onnx_dl.workers.load_cache.rules` has rules and keys, :mod:`onnx_dl.workers.saver`
+makes entries.  Reading never raises for a disk error: a cache that cannot be read is an empty one.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl.core import settings
+from onnx_dl.core import parsing, settings
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.system import small_files
 
@@ -33,16 +32,16 @@ _UNFINISHED: Final = "unfinished-"
 _REFUSED: Final = ".refused"
 _VERIFIED: Final = "verified"
 _CHUNK: Final = 1 << 22
-_MOST_BYTES: Final = 64 << 20
-"""Of what an entry says of itself: the model's own metadata is in it."""
+_MAX_META: Final = 64 << 20
+"""Bytes of an entry's metadata, which includes the model's own."""
 
 
-class Meta(msgspec.Struct, frozen=True, kw_only=True):
-    """What an entry says of itself.
+class EntryMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """Metadata of an entry.
 
-    ``key``: what it was written under, so that the whole entry of another model in its place is none;
-    ``source``: the model's file, empty for one given as bytes; ``files``: size and CRC-32 by name.  Which
-    files the model itself was read from is in ``description``.
+    ``key``: the key that it was written under, by which the entry of another model in its place is detected;
+    ``source``: the model's file, empty for one given as bytes; ``files``: size and CRC-32 by name.
+    ``description`` has the files that the model itself was read from.
     """
 
     key: str
@@ -53,18 +52,18 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What :class:`Meta` is on disk: ``crc`` is the CRC-32 of the bytes of ``meta``."""
+    """Form of :class:`EntryMeta` on disk; ``crc`` is the CRC-32 of the bytes of ``meta``."""
 
     crc: int
     meta: msgspec.Raw
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class CacheEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One model in the cache."""
 
     key: str
     path: Path
-    meta: Meta
+    meta: EntryMeta
     nbytes: int
     used: float
     """Unix time of the last load."""
@@ -75,59 +74,62 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def folder() -> Path:
-    """Where the cache lies, by the environment."""
+    """Returns the folder of the cache, by the environment."""
     return settings.cache_folder(settings.settings())
 
 
+def open_cache() -> Cache:
+    """Returns the cache of this environment."""
+    return Cache(folder(), parsing.parse_size(settings.settings().cache_limit))
+
+
 class Cache:
-    """The entries in one folder, shared by all processes of a user."""
+    """Entries in one folder, shared by all processes of a user."""
 
     def __init__(self, root: Path, limit: int) -> None:
-        """``limit``: bytes of all entries together."""
+        """``limit``: total bytes of all entries."""
         self.root = root
         self._limit = limit
 
-    def find(self, key: str) -> Entry | None:
-        """A complete entry, used now; one that was changed since it was written is removed."""
+    def find(self, key: str) -> CacheEntry | None:
+        """Returns a complete entry and notes its use; removes one that was changed since it was written."""
         entry = self._read(self.root / key)
         if entry is None:
             return None
         if not _is_whole(entry):
             self.discard(key)
             return None
-        with contextlib.suppress(OSError):  # a read-only cache can be read
+        with contextlib.suppress(OSError):  # the cache may be read-only
             os.utime(entry.path)
         return entry
 
     def discard(self, key: str) -> None:
-        """Removes an entry; processes that have mapped it keep what they mapped."""
+        """Removes an entry; processes that have mapped it keep their mappings."""
         with (
             contextlib.suppress(OSError),
             tempfile.TemporaryDirectory(
                 prefix=_UNFINISHED, dir=self.root, ignore_cleanup_errors=True
-            ) as grave,
+            ) as trash,
         ):
-            os.rename(self.root / key, Path(grave) / "old")
+            os.rename(self.root / key, Path(trash) / "old")
 
     def refuse(self, key: str) -> None:
-        """This model is not to be saved; nobody need try again."""
+        """Notes that this model must not be saved again."""
         (self.root / f"{key}{_REFUSED}").touch()
 
     def is_refused(self, key: str) -> bool:
         return (self.root / f"{key}{_REFUSED}").exists()
 
-    def entries(self) -> list[Entry]:
-        """All complete entries, the one that was used last first."""
+    def entries(self) -> list[CacheEntry]:
+        """Returns all complete entries, the most recently used first."""
         try:
-            found = [
-                self._read(path) for path in self.root.iterdir() if not path.name.startswith(_UNFINISHED)
-            ]
+            folders = [path for path in self.root.iterdir() if not path.name.startswith(_UNFINISHED)]
         except OSError:
             return []
-        return sorted((entry for entry in found if entry), key=lambda entry: -entry.used)
+        return sorted(filter(None, map(self._read, folders)), key=lambda entry: -entry.used)
 
     def clear(self) -> int:
-        """Removes everything; the bytes that were freed."""
+        """Removes all entries; returns the bytes that were freed."""
         entries = self.entries()
         for entry in entries:
             self.discard(entry.key)
@@ -139,27 +141,27 @@ class Cache:
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[Path | None]:
-        """A folder to write an entry in; None if somebody else is at it.  Removed unless it was kept.
+        """Gives a folder to write an entry in, None if another process writes it; removes it unless kept.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the cache cannot be written.
         """
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sweep()
         path = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{key}-", dir=self.root))
         try:
-            with open(self.root / f".{key}.lock", "w") as lock, _locked(lock.fileno()) as mine:
-                yield path if mine else None
-                if mine:
+            with open(self.root / f".{key}.lock", "w") as lock, _locked(lock.fileno()) as locked:
+                yield path if locked else None
+                if locked:
                     os.unlink(lock.name)
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-    def keep(self, key: str, path: Path, meta: Meta) -> bool:
-        """Makes a folder from :meth:`writing` an entry; false if it alone is larger than the cache may be.
+    def keep(self, key: str, path: Path, meta: EntryMeta) -> bool:
+        """Turns a folder from :meth:`writing` into an entry; false if it is larger than the cache may be.
 
         Raises:
-            OSError: the disk is full, for one.
+            OSError: for example, the disk is full.
         """
         files = meta.files
         nbytes = sum(size for size, _ in files.values())
@@ -171,7 +173,7 @@ class Cache:
                 os.fsync(opened.fileno())
         self.discard(key)
         os.rename(path, self.root / key)
-        return self.find(key) is not None  # read back, so that its first user need not
+        return self.find(key) is not None  # checks the files, so that the first load need not
 
     def _make_room(self, nbytes: int) -> bool:
         if nbytes > self._limit:
@@ -184,19 +186,19 @@ class Cache:
             self.discard(entries.pop().key)
         return True
 
-    def _read(self, path: Path) -> Entry | None:
+    def _read(self, path: Path) -> CacheEntry | None:
         try:
-            meta = open_meta(small_files.read(path / _META, _MOST_BYTES))
+            meta = open_meta(small_files.read(path / _META, _MAX_META))
             used = path.stat().st_mtime
         except (OSError, ValueError):
             return None
         if meta.key != path.name:
             return None
         nbytes = sum(size for size, _ in meta.files.values())
-        return Entry(key=path.name, path=path, meta=meta, nbytes=nbytes, used=used)
+        return CacheEntry(key=path.name, path=path, meta=meta, nbytes=nbytes, used=used)
 
     def _sweep(self) -> None:
-        """Removes what is no entry, and what a save left that was killed: its lock is free."""
+        """Removes folders that are no entries, and those of killed saves, whose locks are free."""
         with contextlib.suppress(OSError):
             for path in self.root.glob(f"*/{_META}"):
                 if not path.parent.name.startswith(_UNFINISHED) and self._read(path.parent) is None:
@@ -211,7 +213,7 @@ class Cache:
 
 @contextlib.contextmanager
 def _locked(fd: int) -> Iterator[bool]:
-    """Whether this process has the lock of a file; it ends with the process, however that ends."""
+    """Locks a file if no other process has; gives whether it did.  The lock ends with the process."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -220,29 +222,29 @@ def _locked(fd: int) -> Iterator[bool]:
         yield True
 
 
-def seal_meta(meta: Meta) -> bytes:
-    """As it is on disk."""
+def seal_meta(meta: EntryMeta) -> bytes:
+    """Returns the form on disk."""
     plain = msgspec.json.encode(meta)
     return msgspec.json.encode(_Sealed(zlib.crc32(plain), msgspec.Raw(plain)))
 
 
-def open_meta(data: bytes) -> Meta:
-    """What was written.
+def open_meta(data: bytes) -> EntryMeta:
+    """Reads the form on disk.
 
     Raises:
-        ValueError: it is not that any more.
+        ValueError: it is damaged, or of another version.
     """
     sealed = small_files.decoded(data, _Sealed)
     if sealed is None or zlib.crc32(sealed.meta) != sealed.crc:
         raise ValueError("it is no JSON, or its checksum is another")
-    meta = small_files.decoded(sealed.meta, Meta)
+    meta = small_files.decoded(sealed.meta, EntryMeta)
     if meta is None:
         raise ValueError("it is of another version")
     return meta
 
 
 def files_of(path: Path) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of each file in a folder."""
+    """Returns size and CRC-32 of each file in a folder."""
     return {file.name: (file.stat().st_size, _crc(file)) for file in path.iterdir()}
 
 
@@ -254,15 +256,16 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _is_whole(entry: Entry) -> bool:
-    """Whether its files are what was written.
+def _is_whole(entry: CacheEntry) -> bool:
+    """Tells whether the files are as they were written.
 
-    To read them all takes half as long as a load (0.1 s for 400 MB), so that is done once per boot; after
-    that, that nobody has touched them since is enough.
+    Checking their CRC-32 takes half as long as a load (0.1 s for 400 MB), so it is done once per boot.  After
+    that, inode, size and times must be the same.
     """
     try:
         stats = {name: (entry.path / name).lstat() for name in entry.meta.files}
-        if not all(map(_is_own, stats, stats.values())):
+        # A name with a folder is another entry's, and a FIFO would block its reader.
+        if not all(os.path.basename(name) == name and stat.S_ISREG(s.st_mode) for name, s in stats.items()):
             return False
         if any(stats[name].st_size != size for name, (size, _) in entry.meta.files.items()):
             return False
@@ -272,16 +275,11 @@ def _is_whole(entry: Entry) -> bool:
             return True
         if any(_crc(entry.path / name) != crc for name, (_, crc) in entry.meta.files.items()):
             return False
-        with contextlib.suppress(OSError):  # a read-only cache is read each time
+        with contextlib.suppress(OSError):  # in a read-only cache, CRC-32 is checked each time
             _put(mark, seal.encode())
     except OSError:
         return False
     return True
-
-
-def _is_own(name: str, found: os.stat_result) -> bool:
-    """A file of the entry's folder, and not what one would wait for, or another's."""
-    return os.path.basename(name) == name and stat.S_ISREG(found.st_mode)
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -291,7 +289,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """In place of whatever is there: to write into a FIFO would wait."""
+    """Replaces whatever is there: writing into a FIFO would block."""
     fresh = path.with_name(f".{path.name}-{os.getpid()}")
     fresh.write_bytes(data)
     try:

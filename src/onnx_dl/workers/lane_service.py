@@ -1,0 +1,163 @@
+"""Answers the requests of one caller, in the thread of its lane."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from onnx_dl.errors import OnnxDLError, SharedMemoryError
+from onnx_dl.protocol import failures
+from onnx_dl.protocol import lane as m
+from onnx_dl.transport.worker_lane import WorkerLane
+from onnx_dl.workers.cancellation import CancelToken
+from onnx_dl.workers.engines.base import Backend
+from onnx_dl.workers.gate import Gate
+from onnx_dl.workers.limits import RecycleLimits
+from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
+from onnx_dl.workers.watchdog import Watchdog
+
+_Handlers = Mapping[type, Callable[[Any], object]]
+"""Handlers by type of request."""
+
+
+class LaneService:
+    """Answers the requests of one lane."""
+
+    def __init__(
+        self,
+        lane: WorkerLane,
+        gate: Gate,
+        backend: Backend,
+        tokens: dict[int, CancelToken],
+        limits: RecycleLimits | None,
+        watchdog: Watchdog | None,
+    ) -> None:
+        """``tokens``: of all lanes, by the native id of the lane's thread."""
+        self._lane = lane
+        self._limits = limits
+        self._watchdog = watchdog
+        self._gate = gate
+        self._backend = backend
+        self._tokens = tokens
+        self._token = tokens[threading.get_native_id()] = CancelToken()
+        self._prepared = PreparedCalls(lane, backend, self._token)
+        self._holds = 0
+
+    def run(self) -> None:
+        """Answers requests until the caller is gone."""
+        # Tables of this frame: in the object, its bound methods would keep it, and its memory, in a cycle.
+        uses: _Handlers = {
+            int: self._prepared.replay_number,
+            m.Again: self._prepared.replay,
+            m.Call: self._call,
+            m.Invoke: self._invoke,
+            m.Touch: self._acknowledge,
+        }
+        others: _Handlers = {
+            m.Terminate: self._terminate,
+            m.Hold: self._hold,
+            m.Unhold: self._unhold,
+            m.Trim: self._trim,
+        }
+        while True:
+            try:
+                request = self._lane.receive()
+            except (OnnxDLError, OSError) as error:  # a lane that is broken ends with the next receive()
+                self._fail(error)
+                continue
+            if request is None:
+                return
+            self._token.begin(self._lane.request)
+            if (handler := uses.get(type(request))) is not None:
+                self._use_model(handler, request)
+            elif (handler := others.get(type(request))) is not None:
+                handler(request)
+
+    def release(self) -> None:
+        """Ends the session() blocks of a caller that is gone."""
+        while self._holds:
+            self._end_hold()
+
+    def _use_model(self, handler: Callable[[Any], object], request: object) -> None:
+        """Answers a request unless the worker drains; the reply is sent before the gate's count goes down."""
+        if not self._gate.enter():
+            self._lane.say(m.Draining())
+            return
+        if self._watchdog is not None:
+            self._watchdog.call_begins()
+        began = time.monotonic()
+        try:
+            handler(request)
+        except Exception as error:  # errors of the engine are the caller's to handle
+            self._fail(error)
+        finally:
+            is_run = type(request) is not m.Touch
+            if is_run and self._limits is not None and self._limits.are_reached():
+                self._gate.retire()
+            now = time.monotonic()
+            self._gate.leave(now, now - began if is_run else None)
+
+    def _fail(self, error: Exception) -> None:
+        if self._lane.is_answered:  # the reply was sent, but the call could not be kept for replays
+            self._lane.give_up()
+            return
+        try:
+            self._lane.say(m.CallFailed(failure=failures.describe(error)))
+        except (TypeError, ValueError, OverflowError):  # an attribute of it cannot be encoded; its text can
+            self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
+        except SharedMemoryError as no_memory:  # its text is too long for a packet
+            self._lane.say(m.CallFailed(failure=failures.describe(no_memory)))
+
+    def _call(self, call: m.Call) -> None:
+        self._prepared.drop_unmapped()
+        feed: dict[str, object] = {_name(name): self._lane.unpack(value) for name, value in call.feed}
+        outputs = self._lane.unpack(call.outputs)
+        prepared = None if call.plan is None else PreparedCall(call, outputs, feed)
+        if call.background:
+            results = self._backend.run_async(
+                outputs, feed, call.options, self._token, lambda: self._lane.say(m.Started())
+            )
+        else:
+            results = self._backend.run(outputs, feed, call.options, self._token)
+        self._lane.reply(results, keep=call.keep)
+        if call.plan is not None and prepared is not None:
+            self._prepared.remember(call.plan, prepared)
+
+    def _invoke(self, request: m.Invoke) -> None:
+        args = [self._lane.unpack(arg) for arg in request.args]
+        self._lane.reply(self._backend.invoke(request.method, args, self._token))
+
+    def _acknowledge(self, _: object) -> None:
+        self._lane.reply(None)
+
+    def _terminate(self, request: m.Terminate) -> None:
+        if (token := self._tokens.get(request.thread)) is not None:
+            token.cancel(request.request)
+        self._lane.reply(None)
+
+    def _hold(self, _: m.Hold) -> None:
+        if not self._gate.hold():
+            self._lane.say(m.Draining())
+            return
+        self._holds += 1
+        self._lane.reply(None)
+
+    def _unhold(self, _: m.Unhold) -> None:
+        self._end_hold()
+        self._lane.reply(None)
+
+    def _end_hold(self) -> None:
+        self._holds -= 1
+        self._gate.unhold(time.monotonic())
+
+    def _trim(self, _: m.Trim) -> None:
+        self._prepared.clear()
+        self._lane.trim()
+        self._lane.reply(None)
+
+
+def _name(name: object) -> Any:
+    """Restores a name in a feed: msgpack turned a tuple, which onnxruntime has to refuse, into a list."""
+    return tuple(map(_name, name)) if isinstance(name, list) else name
