@@ -1,37 +1,37 @@
-"""Every error that onnx-dl raises on its own account.
+"""All errors that onnx-dl itself raises, with their attributes.
 
-Covers the classes and what they carry. How an error crosses a process boundary is
-:mod:`onnx_dl.protocol.failures`; errors of onnxruntime itself are never wrapped: they arrive as
-onnxruntime's own classes with onnxruntime's own messages.
+:mod:`onnx_dl.protocol.failures` sends them to other processes.  Errors of onnxruntime are never wrapped:
+they arrive as onnxruntime's own classes with onnxruntime's own messages.
 
 ::
 
     OnnxDLError
-    ├── ConfigError (ValueError)            a setting or argument that cannot be
-    ├── InstallationError (ImportError)     onnxruntime is missing, or two builds overwrote each other
-    ├── PlatformError (OSError)             this operating system lacks what we stand on
+    ├── ConfigError (ValueError)            a setting or argument is invalid
+    ├── InstallationError (ImportError)     onnxruntime is missing or damaged
+    ├── PlatformError (OSError)             this operating system lacks a required feature
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
     ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
-    ├── ProcessesExhausted (OSError)        the system has no process or thread left for this user
-    ├── UnsupportedValueError (TypeError)   a value that cannot travel to a worker
-    ├── ReentrantUse (RuntimeError)         a thread interrupted itself and would wait for itself
-    ├── EngineError (RuntimeError)          an engine without exceptions of its own (onnx-mlir) failed
-    ├── ProtocolError                       a peer said what the protocol does not allow
-    ├── InvalidTransition                   a model was asked for a step its state does not allow
-    ├── UnloadTimeout (TimeoutError)        unload() gave up waiting for running calls
-    ├── RunTimeout (TimeoutError)           run(timeout=) passed
-    ├── RemoteError                         a worker raised a class this process does not know
+    ├── ProcessesExhausted (OSError)        this user may have no more processes or threads
+    ├── UnsupportedValueError (TypeError)   a value cannot be sent to a worker
+    ├── ReentrantUse (RuntimeError)         a thread would wait for itself
+    ├── EngineError (RuntimeError)          an engine without own exceptions (onnx-mlir) failed
+    ├── FilesChanging (RuntimeError)        the files of a model changed during each load
+    ├── ProtocolError                       a peer violated the protocol
+    ├── InvalidTransition                   a model's state does not allow the event
+    ├── UnloadTimeout (TimeoutError)        unload() stopped waiting for running calls
+    ├── RunTimeout (TimeoutError)           the time of run(timeout=) is over
+    ├── RemoteError                         a worker raised an unknown class
     ├── SupervisorError
-    │   ├── SupervisorStartError            the supervisor process did not come up
-    │   │   └── SupervisorUnreachable       nobody answers at its address
-    │   ├── SupervisorDied                  it went away under us
+    │   ├── SupervisorStartError            the supervisor process did not start
+    │   │   └── SupervisorUnreachable       there is no answer at its address
+    │   ├── SupervisorDied                  it ended
     │   ├── SupervisorTimeout (TimeoutError)   it lives but does not answer
-    │   └── HostClosing                     it is about to go
+    │   └── HostClosing                     it is shutting down
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
         ├── WorkerDied                      the worker process ended during a call or a load
-        │   └── MemoryLimitExceeded (MemoryError)   it ended itself: a run took more than max_memory_hard
+        │   └── MemoryLimitExceeded (MemoryError)   it exceeded max_memory_hard during a run
         └── LoadTimeout (TimeoutError)      the model did not load in time
 """
 
@@ -42,35 +42,35 @@ from typing import Any, ClassVar
 
 
 class OnnxDLError(Exception):
-    """Base of all errors of onnx-dl.  ``code`` names the class on the wire and never changes."""
+    """Base of all errors of onnx-dl.  ``code`` names the class in messages and never changes."""
 
     code: ClassVar[str] = "error"
 
-    def details(self) -> dict[str, Any]:
-        """The attributes that must survive a trip between processes; plain data."""
+    def details(self) -> dict[str, object]:
+        """Return the attributes that other processes need, as plain data."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 class ConfigError(OnnxDLError, ValueError):
-    """An argument or environment variable has a value that cannot be used."""
+    """An argument or environment variable has an invalid value."""
 
     code = "config"
 
 
 class InstallationError(OnnxDLError, ImportError):
-    """onnxruntime is missing or damaged; the message says which command mends it."""
+    """onnxruntime is missing or damaged; the message names the command that repairs it."""
 
     code = "installation"
 
 
 class PlatformError(OnnxDLError, OSError):
-    """The operating system lacks something that onnx-dl stands on."""
+    """The operating system lacks a feature that onnx-dl requires."""
 
     code = "platform"
 
 
 class ProxyClosedError(OnnxDLError, RuntimeError):
-    """The proxy was closed; make a new one."""
+    """The proxy is closed; create a new one."""
 
     code = "closed"
 
@@ -82,10 +82,8 @@ class SharedMemoryError(OnnxDLError, MemoryError):
 
 
 class DescriptorsExhausted(OnnxDLError, OSError):
-    """A process of ours, or the application, may have no more file descriptors.
-
-    What is loaded goes on.  ``errno`` is EMFILE.  :func:`onnx_dl.system.descriptor_limits.exhausted` makes one.
-    """
+    """The application, or a process of onnx-dl, may have no more file descriptors.  Loaded models keep
+    working.  ``errno`` is EMFILE. :func:`onnx_dl.system.descriptor_limits.exhausted` makes one."""
 
     code = "descriptors-exhausted"
 
@@ -95,10 +93,8 @@ class DescriptorsExhausted(OnnxDLError, OSError):
 
 
 class ProcessesExhausted(OnnxDLError, OSError):
-    """A process or a thread that is needed cannot be started, because there may be no more.
-
-    What is loaded goes on.  ``errno`` is EAGAIN.  :func:`onnx_dl.concurrency.spawning.exhausted` makes one.
-    """
+    """A process or thread cannot be started, because the system allows no more.  Loaded models keep working.
+    ``errno`` is EAGAIN. :func:`onnx_dl.concurrency.spawning.exhausted` makes one."""
 
     code = "processes-exhausted"
 
@@ -108,64 +104,60 @@ class ProcessesExhausted(OnnxDLError, OSError):
 
 
 class UnsupportedValueError(OnnxDLError, TypeError):
-    """A value of this kind cannot travel to a worker."""
+    """A value of this kind cannot be sent to a worker."""
 
     code = "unsupported-value"
 
 
 class ReentrantUse(OnnxDLError, RuntimeError):
     """A signal handler, a ``__del__`` or a callback used a model where its thread would wait for itself.
-
-    It comes at once, and nothing was done.  Use the model later or in another thread: a handler may set a
-    flag, or put work into a ``queue.SimpleQueue``.
-    """
+    Raised at once; nothing was done.  Use the model later or in another thread: a handler may set a flag, or
+    put work into a ``queue.SimpleQueue``."""
 
     code = "reentrant"
 
 
 class EngineError(OnnxDLError, RuntimeError):
-    """An engine that has no exceptions of its own could not load or run a model; onnx-mlir is one."""
+    """An engine without exceptions of its own, such as onnx-mlir, could not load or run a model."""
 
     code = "engine"
 
 
 class FilesChanging(OnnxDLError, RuntimeError):
-    """The files of a model changed each time that it was loaded, or its worker sees others than this
-    process under the same paths."""
+    """The files of a model changed during each load, or its worker sees other files at the same paths than
+    this process."""
 
     code = "files-changing"
 
 
 class ProtocolError(OnnxDLError):
-    """A peer sent something that the protocol does not allow, or speaks another version of it."""
+    """A peer violated the protocol, or uses another version of it."""
 
     code = "protocol"
 
 
 class InvalidTransition(OnnxDLError):
-    """A model's state does not allow the event; the message carries the model's recent history."""
+    """A model's state does not allow the event; the message contains the model's recent history."""
 
     code = "transition"
 
 
 class UnloadTimeout(OnnxDLError, TimeoutError):
-    """``unload(timeout=...)`` gave up; the unload goes on and happens when the running calls end."""
+    """``unload(timeout=...)`` stopped waiting; the model is unloaded when its running calls end."""
 
     code = "unload-timeout"
 
 
 class RunTimeout(OnnxDLError, TimeoutError):
-    """``run(timeout=...)`` passed; the run was told to end, as by ``RunOptions.terminate``.  A load that it
-    waited for goes on for the next caller."""
+    """The time of ``run(timeout=...)`` is over.  The run was cancelled, as by ``RunOptions.terminate``; a
+    load that it waited for continues for the next caller."""
 
     code = "run-timeout"
 
 
 class RemoteError(OnnxDLError):
-    """A worker raised an exception of a class that this process has no counterpart for.
-
-    ``type_name`` is the class's qualified name, ``traceback`` the worker's own traceback as text.
-    """
+    """A worker raised an exception of a class that this process does not have.  ``type_name`` is the
+    qualified name of the class, ``traceback`` the worker's traceback as text."""
 
     code = "remote"
 
@@ -176,38 +168,38 @@ class RemoteError(OnnxDLError):
 
 
 class SupervisorError(OnnxDLError):
-    """The supervisor process could not serve us."""
+    """The supervisor process could not handle a request."""
 
     code = "supervisor"
 
 
 class SupervisorStartError(SupervisorError):
-    """The supervisor process did not come up; the message says what it printed or how it ended."""
+    """The supervisor process did not start; the message contains what it printed or how it ended."""
 
     code = "supervisor-start"
 
 
 class SupervisorUnreachable(SupervisorStartError):
-    """Nobody listens at the supervisor's address, or it went away before it answered."""
+    """The supervisor's address has no listener, or the supervisor ended before it answered."""
 
     code = "supervisor-unreachable"
 
 
 class SupervisorDied(SupervisorError):
-    """The supervisor process went away, and all workers with it; the next use starts a new one."""
+    """The supervisor process ended, and all workers with it; the next use starts a new one."""
 
     code = "supervisor-died"
 
 
 class SupervisorTimeout(SupervisorError, TimeoutError):
-    """The supervisor process lives but did not answer in time (``ONNX_DL_START_TIMEOUT``): it is stopped, or
-    the machine is too busy."""
+    """The supervisor process is alive but did not answer in time (``ONNX_DL_START_TIMEOUT``): it is stopped,
+    or the machine is too busy."""
 
     code = "supervisor-timeout"
 
 
 class HostClosing(SupervisorError):
-    """The host is shutting down and takes no new work; the next one can load the model."""
+    """The host is shutting down and accepts no new work; the next one can load the model."""
 
     code = "host-closing"
 
@@ -216,12 +208,12 @@ class CapacityError(OnnxDLError, MemoryError):
     """The host's memory limit, or its limit of GPU memory, has no room for the model.
 
     Attributes:
-        needed: bytes that the model needs, as far as is known.
-        limit: bytes that all workers together may take.
-        in_use: bytes that they took when this was decided.
-        resource: ``memory`` or ``gpu memory``: what these bytes are of.
-        size: bytes that the model takes once it is loaded, where that was measured, else 0.  If only
-            ``needed`` is more than the limit, it is the load that does not fit.
+        needed: bytes that the model needs, as far as known.
+        limit: bytes that all workers together may use.
+        in_use: bytes that they used at this moment.
+        resource: ``memory`` or ``gpu memory``.
+        size: measured bytes of the loaded model; 0 if unknown.  If only ``needed`` exceeds the limit, the
+            load does not fit, but the loaded model would.
     """
 
     code = "capacity"
@@ -244,10 +236,8 @@ class CapacityError(OnnxDLError, MemoryError):
 
 
 class WorkerError(OnnxDLError):
-    """A worker failed as a process.
-
-    ``retry_after`` is the number of seconds until the host will try this model again; 0 means at once.
-    """
+    """A worker process failed.  ``retry_after``: seconds until the host tries this model again; 0 means at
+    once."""
 
     code = "worker"
 
@@ -260,12 +250,12 @@ class WorkerDied(WorkerError):
     """The worker process ended during a call or while it loaded its model.
 
     Attributes:
-        pid: process id that the worker had.
-        exit_code: what it exited with, or None when a signal ended it.
+        pid: process id of the worker.
+        exit_code: its exit code, or None if a signal ended it.
         signal: the signal's number, or None.
         stderr: the last lines that the worker wrote to its standard error.
         reason: ``crash``, ``request`` (``unload(force=True)``) or ``exit`` (the host went down).
-        retry_after: seconds until the host will load the model again; 0 means at once.
+        retry_after: seconds until the host loads the model again; 0 means at once.
     """
 
     code = "worker-died"
@@ -289,11 +279,11 @@ class WorkerDied(WorkerError):
 
 
 class MemoryLimitExceeded(WorkerDied, MemoryError):
-    """The worker ended itself during a run, because it had more memory of its own than ``max_memory_hard``.
+    """The worker ended itself during a run, because its own memory exceeded ``max_memory_hard``.
 
-    Attributes, beside those of :class:`WorkerDied`:
+    Attributes, in addition to those of :class:`WorkerDied`:
         limit: bytes that it was allowed.
-        used: bytes that it had when it saw that.
+        used: bytes that it had when it noticed.
     """
 
     code = "memory-limit-exceeded"
@@ -305,8 +295,8 @@ class MemoryLimitExceeded(WorkerDied, MemoryError):
 
 
 class LoadTimeout(WorkerError, TimeoutError):
-    """The model did not load within ``ONNX_DL_LOAD_TIMEOUT`` seconds, and its worker was ended; or it was not
-    ready within the caller's own ``timeout``, and the load goes on for the next caller."""
+    """The model was not loaded within ``ONNX_DL_LOAD_TIMEOUT`` seconds, and its worker was ended; or not
+    within the caller's own ``timeout``, and the load continues for the next caller."""
 
     code = "load-timeout"
 

@@ -24,7 +24,7 @@ from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.metrics.connections import is_meant
 from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
 from onnx_dl.tensors import packing, segment
-from onnx_dl.tensors.arena import HEADER, Block
+from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
 from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET, Handover

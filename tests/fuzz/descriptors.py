@@ -7,7 +7,7 @@ import random
 import socket
 
 from onnx_dl.tensors import segment
-from onnx_dl.tensors.arena import HEADER
+from onnx_dl.tensors.block import HEADER
 
 
 class Odd:

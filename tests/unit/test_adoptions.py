@@ -9,7 +9,8 @@ import pytest
 
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.adoptions import MOST
-from onnx_dl.tensors.arena import Arena, Block, Nobody
+from onnx_dl.tensors.arena import Arena, NoPeer
+from onnx_dl.tensors.block import Block
 from tests.unit.builders import arena
 
 
@@ -21,8 +22,8 @@ def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def blocks(count: int) -> tuple[Arena, list[Block]]:
     """Of another arena, whose owner keeps them."""
-    other = Arena(Nobody(), keep_descriptors=True)
-    return other, [block for _ in range(count) if (block := other.lease(1000))]
+    other = Arena(NoPeer(), keep_descriptors=True)
+    return other, [block for _ in range(count) if (block := other.take(1000))]
 
 
 def test_a_block_has_one_number_for_as_long_as_it_is_known():
@@ -41,7 +42,7 @@ def test_what_its_owner_lets_go_is_dropped_with_the_next_message():
     mine, peer = arena()
     other, (one, two) = blocks(2)
     numbers = mine.adopt(one), mine.adopt(two)
-    one.end_lease()
+    one.release()
     del one
     other.trim()
     gc.collect()
@@ -55,7 +56,7 @@ def test_what_is_gone_is_dropped_when_nothing_is_adopted_any_more():
     mine, peer = arena()
     other, (one,) = blocks(1)
     number = mine.adopt(one)
-    one.end_lease()
+    one.release()
     del one
     other.trim()
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Blocks of shared memory: sizes, reuse, leases, and memory that is given back."""
+"""Blocks of shared memory: sizes, reuse, held blocks, and memory that is given back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
-from onnx_dl.tensors import arena as arena_module
+from onnx_dl.tensors import block as block_module
 from onnx_dl.tensors import memory_order
-from onnx_dl.tensors.arena import HEADER, IDLE_TURNS, SMALLEST, Arena, Block, Nobody, align, size_class
+from onnx_dl.tensors.arena import IDLE_TURNS, SMALLEST, Arena, NoPeer, size_class
+from onnx_dl.tensors.block import HEADER, Block, align
 from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.tensors.segment import freeze, thaw
 from tests.unit.builders import arena, segment
@@ -67,7 +68,7 @@ def test_array_lies_in_the_payload_aligned_and_writable(block):
     assert array.__array_interface__["data"][0] % HEADER == 0
     assert block.array("<f4", (32,), 128).tolist() == [3.0] * 32
     assert block.array("|u1", (128,), 0).tolist() == [0] * 128
-    assert not block.leased and block.clock == 0  # the header is untouched
+    assert not block.is_taken and block.clock == 0  # the header is untouched
 
 
 @pytest.mark.parametrize("method", ["array", "held_array"])
@@ -105,8 +106,8 @@ def test_exact_fit_and_empty(block):
     assert block.array("<f8", (), 1016).shape == ()
 
 
-def test_lease_ends_with_the_last_view(block):
-    block.lease()
+def test_block_is_reheld_with_the_last_view(block):
+    block.take()
     array = block.held_array("<i4", (2, 4), 64)
     assert array.flags.writeable and array.flags.c_contiguous
     array[:] = 5
@@ -114,10 +115,10 @@ def test_lease_ends_with_the_last_view(block):
     view = array[1:].T
     del array
     gc.collect()
-    assert block.leased
+    assert block.is_taken
     del view
     gc.collect()
-    assert not block.leased
+    assert not block.is_taken
 
 
 def clear(address):
@@ -126,33 +127,33 @@ def clear(address):
 
 
 @pytest.mark.parametrize("release", [None, clear])
-def test_the_end_of_a_lease_leaves_the_other_words_of_the_header(block, monkeypatch, release):
-    monkeypatch.setattr(arena_module, "release", release)
-    block.lease()
+def test_release_leaves_the_other_words_of_the_header(block, monkeypatch, release):
+    monkeypatch.setattr(block_module, "clear_word", release)
+    block.take()
     block.ask(2**63)
     block.clock = 2**64 - 1
-    block.end_lease()
+    block.release()
     block.begin()
-    assert (block.leased, block.clock, block.begun) == (False, 2**64 - 1, 2**63)
+    assert (block.is_taken, block.clock, block.begun) == (False, 2**64 - 1, 2**63)
 
 
 def test_machines_that_keep_the_order_of_writes_pay_for_nothing():
-    assert memory_order.release_for("x86_64") is None
+    assert memory_order.store_release_for("x86_64") is None
 
 
-@pytest.mark.skipif(memory_order.release is None, reason="this machine needs no store-release")
+@pytest.mark.skipif(memory_order.clear_word is None, reason="this machine needs no store-release")
 def test_store_release_clears_four_bytes():
     words = (ctypes.c_uint32 * 2)(1, 7)
-    memory_order.release(ctypes.addressof(words))
+    memory_order.clear_word(ctypes.addressof(words))
     assert list(words) == [0, 7]
 
 
-def test_refused_held_array_does_not_end_somebody_elses_lease(block):
-    block.lease()
+def test_refused_held_array_does_not_release_the_block(block):
+    block.take()
     with pytest.raises(ProtocolError):
         block.held_array("<f4", (2000,), 0)
     gc.collect()
-    assert block.leased
+    assert block.is_taken
 
 
 def test_block_is_mapped_where_no_descriptor_is_left(block, monkeypatch):
@@ -189,16 +190,16 @@ def test_held_array_outlives_block_and_mapping(block):
     assert array.sum() == MB // 4
 
 
-def test_clock_and_lease_are_seen_by_both_sides():
+def test_clock_and_holding_are_seen_by_both_sides():
     a, peer = arena()
     block = a.page()
     theirs = peer.get(block.number)
     block.clock = 123
-    theirs.lease()
+    theirs.take()
     assert theirs.clock == 123
-    assert block.leased
-    theirs.end_lease()
-    assert not block.leased
+    assert block.is_taken
+    theirs.release()
+    assert not block.is_taken
 
 
 def test_mappings_clock_is_the_latest():
@@ -282,50 +283,50 @@ def test_page_stays():
     assert page.size == 0
     for _ in range(3 * IDLE_TURNS):
         a.scratch(10)
-        a.lease(10)
+        a.take(10)
     a.trim()
     assert ("dropped", page.number) not in peer.calls
 
 
-# --- leases ----------------------------------------------------------------------------------------------
+# --- held blocks -----------------------------------------------------------------------------------------
 
 
-def test_leased_block_is_not_used_again_until_the_peer_clears_it():
+def test_taken_block_is_not_used_again_until_the_peer_clears_it():
     a, peer = arena()
-    one = a.lease(MB)
-    two = a.lease(MB)
-    assert one is not two and one.leased and two.leased
-    peer.get(one.number).end_lease()
-    assert a.lease(MB) is one
-    assert one.leased
+    one = a.take(MB)
+    two = a.take(MB)
+    assert one is not two and one.is_taken and two.is_taken
+    peer.get(one.number).release()
+    assert a.take(MB) is one
+    assert one.is_taken
     assert peer.calls == [("shared", one.number), ("shared", two.number)]
 
 
-def test_lease_takes_the_smallest_that_fits_and_none_that_is_far_too_large():
+def test_take_finds_the_smallest_that_fits_and_none_that_is_far_too_large():
     a, _ = arena()
-    small, middle, large = a.lease(MB), a.lease(2 * MB), a.lease(50 * MB)
+    small, middle, large = a.take(MB), a.take(2 * MB), a.take(50 * MB)
     for block in (large, middle, small):
-        block.end_lease()
-    assert a.lease(int(1.5 * MB)) is middle
-    assert a.lease(MB) is small
-    assert a.lease(MB) not in (small, middle, large)
+        block.release()
+    assert a.take(int(1.5 * MB)) is middle
+    assert a.take(MB) is small
+    assert a.take(MB) not in (small, middle, large)
 
 
-def test_a_scratch_block_is_never_leased():
+def test_a_scratch_block_is_never_taken():
     a, _ = arena()
     scratch = a.scratch(MB)
-    assert a.lease(MB) is not scratch
+    assert a.take(MB) is not scratch
 
 
 def test_free_blocks_are_given_back_after_a_burst():
     a, peer = arena()
-    burst = [a.lease(MB) for _ in range(20)]
+    burst = [a.take(MB) for _ in range(20)]
     for block in burst:
-        block.end_lease()
-    keep = a.lease(MB)
+        block.release()
+    keep = a.take(MB)
     for _ in range(3 * IDLE_TURNS):
-        keep.end_lease()
-        assert a.lease(MB) is keep
+        keep.release()
+        assert a.take(MB) is keep
     dropped = {number for kind, number in peer.calls if kind == "dropped"}
     assert dropped == {block.number for block in burst} - {keep.number}
     assert a.nbytes == keep.size
@@ -333,12 +334,12 @@ def test_free_blocks_are_given_back_after_a_burst():
 
 def test_held_blocks_are_not_given_back():
     a, peer = arena()
-    held = a.lease(MB)
+    held = a.take(MB)
     for _ in range(3 * IDLE_TURNS):
         a.scratch(10)
     assert a.nbytes >= held.size
     assert ("dropped", held.number) not in peer.calls
-    held.end_lease()
+    held.release()
     for _ in range(2 * IDLE_TURNS):
         a.scratch(10)
     assert ("dropped", held.number) in peer.calls
@@ -347,8 +348,8 @@ def test_held_blocks_are_not_given_back():
 def test_trim_gives_back_all_that_nobody_holds():
     a, peer = arena()
     a.scratch(MB)
-    free, held = a.lease(MB), a.lease(MB)
-    free.end_lease()
+    free, held = a.take(MB), a.take(MB)
+    free.release()
     a.trim()
     assert a.nbytes == held.size
     assert {n for kind, n in peer.calls if kind == "dropped"} == {1, free.number}
@@ -393,12 +394,12 @@ def test_memory_is_given_back_to_the_system():
     before, fds = mapped_bytes(), open_segments()
     a, peer = arena()
     a.scratch(20 * MB)
-    a.lease(20 * MB).end_lease()
+    a.take(20 * MB).release()
     assert mapped_bytes() - before >= 80 * MB  # both sides map both
     a.trim()
     gc.collect()
     assert mapped_bytes() == before
-    a.lease(MB)
+    a.take(MB)
     del a, peer
     gc.collect()
     assert (mapped_bytes(), open_segments()) == (before, fds)
@@ -408,7 +409,7 @@ def test_results_that_an_application_keeps_cost_it_no_descriptors():
     """Most systems allow 1024: somebody who keeps a thousand results must not run out of them."""
     fds = open_segments()
     a, peer = arena()
-    kept = [peer.get(a.lease(SMALLEST).number).held_array("|u1", (SMALLEST,), 0) for _ in range(50)]
+    kept = [peer.get(a.take(SMALLEST).number).held_array("|u1", (SMALLEST,), 0) for _ in range(50)]
     assert open_segments() - fds < 10
     assert len(kept) == 50
 
@@ -425,7 +426,7 @@ def test_refused_memory_is_an_error_of_ours_and_leaks_nothing(monkeypatch):
         a.scratch(MB)
     assert isinstance(caught.value, MemoryError)
     with pytest.raises(SharedMemoryError):
-        a.lease(MB)
+        a.take(MB)
     assert (a.nbytes, peer.calls, open_segments()) == (0, [], fds)
     monkeypatch.undo()
     assert a.scratch(MB).size == MB
@@ -438,7 +439,7 @@ def test_failed_announcement_leaks_nothing(monkeypatch):
     fds = open_segments()
     a, peer = arena()
     monkeypatch.setattr(os, "dup", none_left)
-    for take in (a.scratch, a.lease, a.letter):
+    for take in (a.scratch, a.take, a.letter):
         with pytest.raises(OSError, match="left"):
             take(MB)
     assert (a.nbytes, peer.calls, open_segments()) == (0, [], fds)
@@ -446,27 +447,27 @@ def test_failed_announcement_leaks_nothing(monkeypatch):
     assert a.scratch(MB).size == MB
 
 
-def test_a_message_that_announces_enough_leases_no_new_block():
+def test_a_message_that_announces_enough_takes_no_new_block():
     a, peer = arena()
-    kept = a.lease(MB)
+    kept = a.take(MB)
     peer.room = 0
-    assert a.lease(MB) is None
-    kept.end_lease()
-    assert a.lease(MB) is kept, "the peer knows this one"
+    assert a.take(MB) is None
+    kept.release()
+    assert a.take(MB) is kept, "the peer knows this one"
     assert a.scratch(MB).size == MB, "without scratch no message could be sent"
     assert a.letter(MB).size == MB
 
 
 def test_what_cannot_be_announced_is_not_adopted():
     a, peer = arena()
-    other = Arena(Nobody(), keep_descriptors=True)
-    first, second = other.lease(MB), other.lease(MB)
+    other = Arena(NoPeer(), keep_descriptors=True)
+    first, second = other.take(MB), other.take(MB)
     number = a.adopt(first)
     peer.room = 0
     assert a.adopt(second) is None
     assert a.adopt(first) == number
     peer.room = 1
-    second.mapping.shed()  # another thread has more recent ones
+    second.mapping.close_descriptor()  # another thread has more recent ones
     assert a.adopt(second) is None
 
 
@@ -474,10 +475,10 @@ def test_letters_use_free_blocks_again_and_go_when_they_are_not_used():
     a, peer = arena()
     letter = a.letter(MB)
     assert a.letter(MB) is letter
-    leased = a.lease(MB)
+    leased = a.take(MB)
     assert leased is letter, "a letter is valid until the next message"
     assert a.letter(MB) is not leased
-    leased.end_lease()
+    leased.release()
     for _ in range(3 * IDLE_TURNS):
         a.scratch(10)
     assert a.nbytes == SMALLEST

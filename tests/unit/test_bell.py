@@ -53,7 +53,7 @@ def test_waits_have_a_deadline(bells):
 def test_somebody_makes_the_descriptors_non_blocking(bells):
     """As uvloop does with the one that it watches."""
     caller, worker = bells
-    for end, fd in ((caller, caller.fileno()), (worker, worker._fd)):
+    for end, fd in ((caller, caller.fileno()), (worker, worker._eventfd)):
         os.set_blocking(fd, False)
         with pytest.raises(TimeoutError):
             end.wait(0.01)

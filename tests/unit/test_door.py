@@ -12,7 +12,7 @@ import pytest
 
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport.addresses import fresh_address
-from onnx_dl.transport.handshakes import BRIEF, MOST_SILENT, PATIENCE, Door, Silence
+from onnx_dl.transport.handshakes import GRACE, MOST_SILENT, SILENCE_TIMEOUT, Handshakes, SilentPeers
 from onnx_dl.transport.sockets import Channel
 from tests.waiting import DEADLINE, eventually
 
@@ -20,41 +20,41 @@ from tests.waiting import DEADLINE, eventually
 
 
 def test_one_that_says_nothing_has_ten_seconds() -> None:
-    silence = Silence()
+    silence = SilentPeers()
     assert silence.next_deadline() is None
-    silence.came(5, peer=1, now=100.0)
-    assert silence.next_deadline() == 100.0 + PATIENCE
-    assert silence.overdue(100.0 + PATIENCE - 0.1) == []
-    assert silence.overdue(100.0 + PATIENCE) == [5]
+    silence.add(5, pid=1, now=100.0)
+    assert silence.next_deadline() == 100.0 + SILENCE_TIMEOUT
+    assert silence.overdue(100.0 + SILENCE_TIMEOUT - 0.1) == []
+    assert silence.overdue(100.0 + SILENCE_TIMEOUT) == [5]
 
 
 def test_one_that_speaks_is_not_overdue() -> None:
-    silence = Silence()
-    silence.came(5, peer=1, now=0.0)
-    silence.left(5)
-    silence.left(6)
+    silence = SilentPeers()
+    silence.add(5, pid=1, now=0.0)
+    silence.remove(5)
+    silence.remove(6)
     assert silence.overdue(1000.0) == []
 
 
 def test_of_one_process_only_so_many_may_say_nothing() -> None:
     """The oldest go; those of another process have not done anything."""
-    silence = Silence()
-    silence.came(1000, peer=2, now=0.0)
+    silence = SilentPeers()
+    silence.add(1000, pid=2, now=0.0)
     for fd in range(MOST_SILENT + 3):
-        silence.came(fd, peer=1, now=0.0)
-    assert silence.overdue(BRIEF - 0.1) == []
-    assert silence.next_deadline() == BRIEF
-    assert set(silence.overdue(BRIEF)) == {0, 1, 2}
+        silence.add(fd, pid=1, now=0.0)
+    assert silence.overdue(GRACE - 0.1) == []
+    assert silence.next_deadline() == GRACE
+    assert set(silence.overdue(GRACE)) == {0, 1, 2}
     for fd in (0, 1, 2):
-        silence.left(fd)
-    assert silence.next_deadline() == PATIENCE
+        silence.remove(fd)
+    assert silence.next_deadline() == SILENCE_TIMEOUT
 
 
 def test_a_burst_that_speaks_within_a_moment_is_let_in() -> None:
-    silence = Silence()
+    silence = SilentPeers()
     for fd in range(400):
-        silence.came(fd, peer=1, now=fd / 1000)
-    assert silence.overdue(BRIEF - 0.01) == []
+        silence.add(fd, pid=1, now=fd / 1000)
+    assert silence.overdue(GRACE - 0.01) == []
 
 
 # --- the door ----------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Rig:
     def __init__(self, reserve: int = 8) -> None:
         self.address = fresh_address("test")
         self.turned_away: list[str] = []
-        self.door = Door(self.address, reserve, self._turn_away)
+        self.door = Handshakes(self.address, reserve, self._turn_away)
         self.guests: list[Channel] = []
 
     def _turn_away(self, channel: Channel, why: str) -> None:
@@ -106,7 +106,7 @@ def test_who_speaks_is_handed_over(rig: Rig) -> None:
     received = found.receive(0)
     assert received is not None and bytes(received[0]) == b"hello"
     assert rig.door.next_deadline() is not None, "the silent one waits"
-    rig.door.on_tick(time.monotonic() + PATIENCE)
+    rig.door.on_tick(time.monotonic() + SILENCE_TIMEOUT)
     assert silent.receive(DEADLINE) is None
     found.send(b"still here")
     assert speaker.receive(DEADLINE) is not None

@@ -14,7 +14,8 @@ import pytest
 from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.tensors import segment
-from onnx_dl.tensors.arena import HEADER, Arena, Nobody
+from onnx_dl.tensors.arena import Arena, NoPeer
+from onnx_dl.tensors.block import HEADER
 from onnx_dl.transport.lane_socket import MOST_NEW, PACKET, Handover
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
@@ -135,7 +136,7 @@ def test_blocks_travel_with_the_message_that_names_them(pair: Pair):
     assert bytes(found.payload[:3]) == b"abc"
     pair.client.arena.trim()
     pair.request(lane.Touch())
-    with pytest.raises(ProtocolError, match="never handed over"):
+    with pytest.raises(ProtocolError, match="never announced"):
         pair.worker.block(block.number)
 
 
@@ -161,7 +162,7 @@ def test_descriptors_are_bounded(pair: Pair):
     """However many blocks one message could use, and however often it fails before it is sent."""
     leased, refused = [], 0
     for _ in range(3 * MOST_NEW):
-        if (block := pair.worker.arena.lease(1000)) is None:
+        if (block := pair.worker.arena.take(1000)) is None:
             refused += 1
         else:
             leased.append(block)
@@ -176,17 +177,17 @@ def test_descriptors_are_bounded(pair: Pair):
     assert MOST_NEW < len(came) < MOST_NEW + 10 < MOST_DESCRIPTORS
     pair.client.next()
     assert all(pair.client.block(block.number) for block in leased)
-    assert pair.worker.arena.lease(1000) is not None, "with the next message there is room again"
+    assert pair.worker.arena.take(1000) is not None, "with the next message there is room again"
 
 
 def test_many_blocks_that_are_dropped_at_once(pair: Pair):
     for _ in range(40):
         for _ in range(MOST_NEW):
-            assert pair.client.arena.lease(10)
+            assert pair.client.arena.take(10)
         pair.request(lane.Touch())
     assert pair.worker.mappings.nbytes > 40 * MOST_NEW * 1000
     for block in pair.client.arena._blocks:
-        block.end_lease()
+        block.release()
     pair.client.arena.trim()
     assert pair.client.send(codec.encode(lane.Touch()))
     assert len(waiting(pair.worker.channel)) <= PACKET
@@ -197,13 +198,13 @@ def test_many_blocks_that_are_dropped_at_once(pair: Pair):
 def test_nothing_is_left_of_a_lane_that_is_gone():
     before = descriptors()
     pair = Pair()
-    other = Arena(Nobody(), keep_descriptors=True)
-    block = other.lease(1000)
+    other = Arena(NoPeer(), keep_descriptors=True)
+    block = other.take(1000)
     pair.client.arena.adopt(block)
     pair.request(invoke(MB))
     pair.reply(lane.Result(value=lane.Plain("x" * MB)))
     pair.client.arena.scratch(1000)
-    pair.worker.arena.lease(1000)
+    pair.worker.arena.take(1000)
     del pair, other, block
     assert descriptors() == before
 

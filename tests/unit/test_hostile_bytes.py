@@ -22,7 +22,7 @@ from onnx_dl.errors import ProtocolError, RemoteError, SharedMemoryError
 from onnx_dl.ort import ortvalues
 from onnx_dl.protocol import control, failures
 from onnx_dl.tensors import segment
-from onnx_dl.tensors.arena import HEADER, Block
+from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.transport.worker_lane import WorkerLane
 from tests.fuzz import decoders, run
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.tensors.arena import Block
+from onnx_dl.tensors.block import Block
 from onnx_dl.tensors.call_plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
 from onnx_dl.tensors.values import Packer, Unpacker
 from tests.unit.builders import arena
@@ -87,7 +87,7 @@ def plan(key: object, number: int, block: Block | None = None) -> Plan:
 
 def test_another_scratch_block_ends_all_plans():
     a, _ = arena()
-    plans, first, second = Plans(), a.scratch(10), a.lease(10)
+    plans, first, second = Plans(), a.scratch(10), a.take(10)
     plans.remember(plan("k", plans.next_number(first), first))
     assert plans.next_number(first) == 1
     assert plans.next_number(None) == 1, "a call without small inputs lies in none"

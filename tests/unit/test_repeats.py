@@ -19,7 +19,7 @@ class Lane:
     def __init__(self) -> None:
         self.arena, _ = arena()
         self.current_scratch = self.arena.scratch(1)
-        self._next = self.arena.lease(1)
+        self._next = self.arena.take(1)
 
     def scratch(self, nbytes: int) -> Any:
         return self._next

@@ -15,7 +15,7 @@ import zmq
 from onnx_dl.errors import ProtocolError
 from onnx_dl.transport import sockets, zmtp
 from onnx_dl.transport.addresses import fresh_address
-from onnx_dl.transport.handshakes import PATIENCE
+from onnx_dl.transport.handshakes import SILENCE_TIMEOUT
 from onnx_dl.transport.router import MOST_UNREAD, Router
 from tests.waiting import DEADLINE, eventually
 
@@ -222,7 +222,7 @@ def test_who_says_nothing_is_closed_after_a_while(rig: Rig) -> None:
         dealer.send(b"hello")
         rig.hear(1)
         eventually(lambda: rig.attend() and rig.router.next_deadline() is not None, "it was let in")
-        rig.router.on_tick(time.monotonic() + PATIENCE)
+        rig.router.on_tick(time.monotonic() + SILENCE_TIMEOUT)
         eventually(lambda: closed(rig, silent), "it is closed")
         assert rig.router.next_deadline() is None
         dealer.send(b"still here")

@@ -12,7 +12,7 @@ import pytest
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text
-from onnx_dl.tensors.values import VIEW_FROM, Packer, Shelf, Unpacker, is_plain
+from onnx_dl.tensors.values import VIEW_FROM, AlignedCopies, Packer, Unpacker, is_plain
 from tests.unit.builders import arena
 
 DTYPES = [
@@ -25,10 +25,10 @@ DTYPES = [
 SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (2, 3), (1, 1, 1, 1), (2, 3, 4, 5), (64, 64), (3, 101, 97)]
 
 
-def travel(values: list, lease_from: int | None = None, copy: bool = True) -> list:
+def travel(values: list, take_from: int | None = None, copy: bool = True) -> list:
     """As a lane does it: packed, encoded, decoded, unpacked."""
     a, peer = arena()
-    packed = Packer(a, lease_from).pack(values)
+    packed = Packer(a, take_from).pack(values)
     arrived = []
     for value in packed:
         raw = codec.encode(lane.Result(value=value))
@@ -58,11 +58,11 @@ def assert_same(got: np.ndarray, sent: np.ndarray) -> None:
 # --- arrays ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lease_from", [None, 0, VIEW_FROM], ids=["scratch", "leased", "by size"])
+@pytest.mark.parametrize("take_from", [None, 0, VIEW_FROM], ids=["scratch", "held", "by size"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_and_shape(dtype, lease_from):
+def test_every_dtype_and_shape(dtype, take_from):
     sent = [array_of(dtype, shape) for shape in SHAPES]
-    for got, was in zip(travel(sent, lease_from), sent, strict=True):
+    for got, was in zip(travel(sent, take_from), sent, strict=True):
         assert_same(got, was)
 
 
@@ -85,9 +85,9 @@ def test_special_numbers_keep_their_bits():
     ],
     ids=["strided", "transposed", "reversed", "fortran", "broadcast", "unaligned", "slice"],
 )
-@pytest.mark.parametrize("lease_from", [None, 0])
-def test_layouts_arrive_contiguous(sent, lease_from):
-    (got,) = travel([sent], lease_from)
+@pytest.mark.parametrize("take_from", [None, 0])
+def test_layouts_arrive_contiguous(sent, take_from):
+    (got,) = travel([sent], take_from)
     assert_same(got, np.ascontiguousarray(sent))
 
 
@@ -214,10 +214,10 @@ def test_containers_that_msgpack_would_lose(value):
     assert repr(got) == repr(value)
 
 
-@pytest.mark.parametrize("lease_from", [None, 0])
-def test_arrays_in_containers(lease_from):
+@pytest.mark.parametrize("take_from", [None, 0])
+def test_arrays_in_containers(take_from):
     sent = {"probabilities": [{0: np.float32(0.5), 1: np.arange(3)}, (np.eye(2), "x")], "label": np.int64(3)}
-    (got,) = travel([sent], lease_from)
+    (got,) = travel([sent], take_from)
     assert list(got) == ["probabilities", "label"]
     first, second = got["probabilities"]
     assert type(first[0]) is np.float32 and first[0] == 0.5
@@ -257,7 +257,7 @@ def test_what_onnxruntime_takes_from_nobody_is_refused_in_its_words(value):
         Packer(a).pack([value])
 
 
-def test_failed_packing_gives_its_leases_back():
+def test_failed_packing_gives_its_blocks_back():
     a, _ = arena()
     with pytest.raises(RuntimeError):
         Packer(a, 0).pack([np.ones(1000), np.ones(70_000), Mine()])
@@ -265,7 +265,7 @@ def test_failed_packing_gives_its_leases_back():
     assert a.nbytes == 0
 
 
-def test_abandoned_message_gives_its_leases_back():
+def test_abandoned_message_gives_its_blocks_back():
     a, _ = arena()
     packer = Packer(a, 0)
     packer.pack([np.ones(1000)])
@@ -298,12 +298,12 @@ def test_random_values_round_trip():
 
     for _ in range(300):
         sent = [some(3) for _ in range(rng.randrange(4))]
-        for lease_from in (None, 0, 100):
-            got = travel(sent, lease_from)
+        for take_from in (None, 0, 100):
+            got = travel(sent, take_from)
             assert repr(got) == repr(sent)
 
 
-# --- copies, views, leases -------------------------------------------------------------------------------
+# --- copies, views, held blocks --------------------------------------------------------------------------
 
 
 def test_small_results_are_copies_that_the_next_message_leaves_alone():
@@ -324,14 +324,14 @@ def test_without_copy_scratch_arrays_are_views():
     assert got.tolist() == [0, 0, 0, 0]
 
 
-def test_size_decides_what_is_leased():
+def test_size_decides_what_is_held():
     a, _ = arena()
     below, at = np.zeros(VIEW_FROM - 1, np.uint8), np.zeros(VIEW_FROM, np.uint8)
-    assert [t.leased for t in Packer(a, VIEW_FROM).pack([below, at])] == [False, True]
-    assert [t.leased for t in Packer(a, None).pack([below, at])] == [False, False]
+    assert [t.held for t in Packer(a, VIEW_FROM).pack([below, at])] == [False, True]
+    assert [t.held for t in Packer(a, None).pack([below, at])] == [False, False]
 
 
-def test_leased_results_survive_later_calls_and_are_reused_when_collected():
+def test_held_results_survive_later_calls_and_are_reused_when_collected():
     a, peer = arena()
     unpack = Unpacker(peer.get, copy=True).unpack
     kept = []
@@ -349,7 +349,7 @@ def test_leased_results_survive_later_calls_and_are_reused_when_collected():
     assert len(peer.calls) == shared  # no new block
 
 
-def test_leased_result_survives_its_arena():
+def test_held_result_survives_its_arena():
     a, peer = arena()
     (packed,) = Packer(a, VIEW_FROM).pack([np.arange(20_000)])
     got = Unpacker(peer.get, copy=True).unpack(packed)
@@ -360,7 +360,7 @@ def test_leased_result_survives_its_arena():
     assert got.sum() == 20_000
 
 
-def test_part_of_a_leased_result_keeps_it():
+def test_part_of_a_held_result_keeps_it():
     a, peer = arena()
     (packed,) = Packer(a, VIEW_FROM).pack([np.arange(20_000)])
     part = Unpacker(peer.get, copy=True).unpack(packed)[5:7]
@@ -412,12 +412,12 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("leased", [False, True], ids=["scratch", "leased"])
+@pytest.mark.parametrize("leased", [False, True], ids=["scratch", "held"])
 @pytest.mark.parametrize("value", HOSTILE, ids=repr)
 def test_hostile_values_are_protocol_errors(value, leased):
     a, peer = arena()
     block = a.scratch(100)
-    block.lease()
+    block.take()
 
     def find(number: int):
         if (found := peer.mappings.get(number)) is None:
@@ -428,15 +428,15 @@ def test_hostile_values_are_protocol_errors(value, leased):
         value = Tensor(value.dtype, value.shape, value.block, value.offset, leased)
     with pytest.raises(ProtocolError):
         Unpacker(find, copy=True).unpack(value)
-    assert block.leased
+    assert block.is_taken
 
 
-def test_copies_on_a_shelf_lie_as_onnxruntimes_do():
-    shelf = Shelf()
-    copies = [shelf.copy(np.full(size, size, np.float32)) for size in (1, 0, 16, 300, 2000, 1, 17) * 40]
+def test_copies_are_aligned_like_those_of_onnxruntime():
+    memory = AlignedCopies()
+    copies = [memory.copy(np.full(size, size, np.float32)) for size in (1, 0, 16, 300, 2000, 1, 17) * 40]
     for copy in copies:
         assert copy.ctypes.data % 64 == 0
         assert copy.flags.writeable and copy.flags.c_contiguous
         assert (copy == len(copy)).all()
-    assert shelf.copy(np.ones((2, 3)).T).shape == (3, 2)
-    assert shelf.copy(np.array(5)).shape == ()
+    assert memory.copy(np.ones((2, 3)).T).shape == (3, 2)
+    assert memory.copy(np.array(5)).shape == ()

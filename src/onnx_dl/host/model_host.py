@@ -43,7 +43,7 @@ from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.system import installation, process_setup
 from onnx_dl.system.platform import check_platform
-from onnx_dl.tensors.shared_arrays import Buffers
+from onnx_dl.tensors.shared_arrays import SharedArrays
 
 _T = TypeVar("_T")
 
@@ -154,7 +154,7 @@ class ModelHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
         self._teller = Teller(self._bus)
-        self._buffers = Buffers()
+        self._buffers = SharedArrays()
 
     # --- the supervisor -----------------------------------------------------------------------------------
 
@@ -676,7 +676,7 @@ def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel], connection:
         model.shut(connection)
 
 
-def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: Buffers) -> bool:
+def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: SharedArrays) -> bool:
     buffers.trim()
     left = [model.tidy(TIDY_EVERY) for model in _alive(models)]
     return any(left)

@@ -1,11 +1,13 @@
 """Every message that crosses a process boundary, as a typed struct.
 
-``docs/protocol.md`` describes who sends which when; a test says when the two differ.  Messages are msgpack,
-checked against these types when they are read: nothing received on a socket is ever unpickled, and what does
-not fit raises :class:`~onnx_dl.errors.ProtocolError`.  Sockets are not known here.
+``docs/protocol.md`` describes who sends which message when; a test compares it with this module.  Messages
+are msgpack and are checked against these types when they are read.  Nothing received on a socket is ever
+unpickled; data of another form raises :class:`~onnx_dl.errors.ProtocolError`.  Knows no sockets.
 """
 
 from __future__ import annotations
+
+from typing import Any, TypeVar
 
 from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.events import ModelEvent
@@ -15,9 +17,14 @@ from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.protocol.codec import Count, Message, Reader, Seconds, Ttl
 from onnx_dl.protocol.failures import Failure
 
+_T = TypeVar("_T")
+
+
+# Lifeline: client <-> supervisor over a Unix socket.  EOF means that the other process is gone.
+
 
 class ClientHello(Message):
-    """First on a lifeline.  ``client`` is also the routing id of the client's control socket."""
+    """First message on a lifeline.  ``client`` is also the routing id of the client's control socket."""
 
     version: int
     secret: str
@@ -25,53 +32,55 @@ class ClientHello(Message):
 
 
 class Welcome(Message):
-    """The supervisor knows the client; its control messages are heard from now on.
-
-    ``build``: of a shared host, the onnxruntime that its workers run.
-    """
+    """The supervisor accepts the client and reads its control messages from now on.  ``build``: which
+    onnxruntime the workers of a shared host run."""
 
     build: str = ""
 
 
 class Refused(Message):
-    """The peer will not talk to us, and why."""
+    """The supervisor rejects the client; ``reason`` is text for the user."""
 
     reason: str
 
 
 class Blob(Message):
-    """Memory that a model is loaded from (``ModelSpec.blobs``); its memfd comes with the message.  Sent
-    before the Acquire that names it.
+    """Memory that a model is loaded from (``ModelSpec.blobs``); its memfd comes with the message.
 
-    ``number`` is for DropBlob: the same memory may be handed over anew before it was dropped.
+    Sent before the Acquire that names it.  ``number`` is for DropBlob: the same memory may be sent again
+    before the first copy was dropped.
     """
 
     number: int
     name: str
 
 
+# Client <-> supervisor over ZeroMQ.
+
+
 class Acquire(Message):
-    """Hold the model for this proxy, loading it if need be.  Answered by Granted or Denied."""
+    """Hold the model for this proxy; load it if necessary.  Answered by Granted or Denied."""
 
     ticket: int
     proxy: int
     spec: ModelSpec
     ttl: Ttl
     file_bytes: Count = 0
-    """Of the model's files; the first guess at what it needs."""
+    """Size of the model's files: the first estimate of the memory that it needs."""
     pin: bool = False
     priority: int = 0
     for_host: bool = False
-    """It is the host that is to hold the model from then on, also when the client is gone."""
+    """The host holds the model from now on, also after the client is gone."""
     companions: list[ModelSpec] = []
-    """Other models of its group that this client has proxies of: they are loaded together."""
+    """Other models of its group for which this client has proxies: they are loaded together."""
     standing: Standing | None = None
-    """Of the thread that asks: a private host's worker has it, if this has it loaded."""
+    """Scheduling attributes of the asking thread.  A worker that a private host starts for this request
+    gets them."""
 
 
 class Outdated(Message):
-    """The file at ``path`` is not what this worker has read: the proxy leaves the worker for another.  No
-    answer."""
+    """The file at ``path`` changed since this worker read it: the proxy leaves the worker for another one.
+    No answer."""
 
     proxy: int
     worker_id: int
@@ -79,7 +88,7 @@ class Outdated(Message):
 
 
 class Granted(Message):
-    """The model is ready in this worker; lanes are opened at ``address`` with ``secret``."""
+    """The model is ready in this worker.  Lanes are opened at ``address`` with ``secret``."""
 
     ticket: int
     worker_id: int
@@ -88,33 +97,31 @@ class Granted(Message):
     secret: str
     description: ModelDescription
     model: str = ""
-    """By which lanes name it, where the worker has several."""
+    """Key of the model for LaneHello, if the worker has several models."""
 
 
 class Denied(Message):
-    """What was asked for failed, and how."""
+    """The request failed."""
 
     ticket: int
     failure: Failure
 
 
 class DropBlob(Message):
-    """The client will not load a model from this memory any more."""
+    """The client loads no more models from this memory."""
 
     number: int
 
 
 class Release(Message):
-    """The proxy is gone and holds nothing any more."""
+    """The proxy is gone and releases its model."""
 
     proxy: int
 
 
 class Withdraw(Message):
-    """Nobody waits for the answer to this Acquire any more.  It need not be answered.
-
-    ``keep``: the load goes on, and the proxy holds the model all the same; that counts as a use.
-    """
+    """The proxy no longer waits for the answer to this Acquire.  It need not be answered.  ``keep``: the load
+    continues, and the proxy still holds the model; that counts as a use."""
 
     ticket: int
     proxy: int
@@ -122,14 +129,14 @@ class Withdraw(Message):
 
 
 class AskModel(Message):
-    """Which model has this name in the host's file?  Answered by Named or Denied."""
+    """Ask for the model with this name in the host's file.  Answered by Named or Denied."""
 
     ticket: int
     name: str
 
 
 class Named(Message):
-    """The model of that name, and the terms on which a proxy holds it."""
+    """The model of that name, and the default terms of its proxies."""
 
     ticket: int
     spec: ModelSpec
@@ -139,14 +146,14 @@ class Named(Message):
 
 
 class SetTtl(Message):
-    """The proxy's TTL from now on."""
+    """Set the proxy's TTL from now on."""
 
     proxy: int
     ttl: Ttl
 
 
 class Unload(Message):
-    """End the model's worker: when its calls have ended, or at once (``force``).  Answered by Unloaded."""
+    """End the model's worker after its running calls, or at once (``force``).  Answered by Unloaded."""
 
     ticket: int
     key: str
@@ -154,45 +161,46 @@ class Unload(Message):
 
 
 class Unloaded(Message):
-    """The worker is reaped; ``was_loaded`` is false if there was none."""
+    """The worker is reaped.  ``was_loaded`` is false if there was none."""
 
     ticket: int
     was_loaded: bool
 
 
 class AskStatus(Message):
-    """Answered by Status.  Loads nothing and touches no timer.  ``measure``: read all workers' memory now."""
+    """Ask for the status of all models.  Answered by Status.  Loads nothing and resets no timer.
+    ``measure``: read the memory of all workers now."""
 
     ticket: int
     measure: bool = True
 
 
 class Status(Message):
-    """All models that the supervisor knows; ``seq`` is the last event that this includes."""
+    """All models that the supervisor knows.  ``seq`` is the last event that this includes."""
 
     ticket: int
     seq: int
     supervisor_pid: int
     models: list[ModelStatus]
     host: str | None = None
-    """The name of a shared host."""
+    """Name of a shared host; None for a private one."""
     memory_limit: int | None = None
     memory_in_use: int = 0
     metrics: str | None = None
-    """Where metrics are served: host and port."""
+    """Address of the metrics endpoint: host and port."""
     gpu_memory_limit: int | None = None
     gpu_memory_in_use: int = 0
 
 
 class AskFate(Message):
-    """How did this worker end?  Answered by Fate once it is reaped."""
+    """Ask how this worker ended.  Answered by Fate once it is reaped."""
 
     ticket: int
     worker_id: int
 
 
 class Fate(Message):
-    """``failure`` is None if the worker had drained: then it began no call that it did not answer."""
+    """The end of a worker.  ``failure`` is None if it had drained: all calls that it began have replies."""
 
     ticket: int
     failure: Failure | None
@@ -211,16 +219,16 @@ class Bye(Message):
 
 
 class Published(Message):
-    """An event, sent to every client."""
+    """An event; sent to every client."""
 
     event: ModelEvent
 
 
 class Wrote(Message):
-    """What a process has written on stderr, for the application of a private supervisor to write it to the
-    stderr that it has now.
+    """Text that a process wrote on stderr.  The application of a private supervisor writes it to its own
+    current stderr.
 
-    ``worker_id`` and ``model``: 0 and empty for the supervisor itself; ``last``: the process has ended.
+    ``worker_id`` and ``model``: 0 and empty for the supervisor itself.  ``last``: the process has ended.
     """
 
     pid: int
@@ -230,16 +238,22 @@ class Wrote(Message):
     last: bool = False
 
 
+# Supervisor <-> worker over ZeroMQ.
+
+
 class WorkerStarted(Message):
-    """First on a worker's control socket; answered by Load."""
+    """First message on a worker's control socket.  Answered by Load."""
 
     worker_id: int
 
 
 class Load(Message):
-    """Load this model.  ``warmups``: by key of the model, or of members of a group, and by input: what to run
-    it with once before it is ready.  ``mapped``: only from the load cache, because there is no memory for
-    more; where it is not there, the worker says so (``WorkerFailed.unsaved``)."""
+    """Load this model.
+
+    ``warmups``: by key of the model or of each group member, then by input: data for one run before the
+    model is ready.  ``mapped``: load from the load cache only, because there is no memory for a plain load.
+    If it is not in the cache, the worker answers ``WorkerFailed(unsaved=True)``.
+    """
 
     spec: ModelSpec
     ttl: Ttl
@@ -248,10 +262,10 @@ class Load(Message):
 
 
 class WorkerReady(Message):
-    """The model is loaded and lanes may be opened at ``address`` with ``secret``.  ``seconds``: the load.
+    """The model is loaded.  Lanes may be opened at ``address`` with ``secret``.
 
-    ``entry``: under which key the load cache has the model, or would have it; empty: it never does.
-    ``mapped``: it came from there.
+    ``seconds``: duration of the load.  ``entry``: key of the model in the load cache, whether it is there yet
+    or not; empty: it cannot be cached.  ``mapped``: it was loaded from the cache.
     """
 
     worker_id: int
@@ -264,10 +278,10 @@ class WorkerReady(Message):
 
 
 class Saveable(Message):
-    """The model is worth saving for the load cache.
+    """The model is worth saving in the load cache.
 
-    ``nbytes``: of its files, or as it was given; ``blob``: the memory that it was given as; ``order``: what
-    the process is to be told that saves it, which has the ``environment``, too.
+    ``nbytes``: size of its files or of its blob.  ``blob``: name of the memory that it was loaded from.
+    ``order``: instructions (JSON) for the process that saves it.  ``environment``: variables of that process.
     """
 
     worker_id: int
@@ -279,8 +293,8 @@ class Saveable(Message):
 
 
 class WorkerFailed(Message):
-    """The model did not load; the worker waits for Exit.  ``unsaved``: it was to come from the load cache,
-    where it is not, or cannot be used."""
+    """The model did not load.  The worker waits for Exit.  ``unsaved``: it was to be loaded from the load
+    cache only, but is not there or cannot be used."""
 
     worker_id: int
     failure: Failure
@@ -288,35 +302,36 @@ class WorkerFailed(Message):
 
 
 class Retime(Message):
-    """The TTL in force from now on, in seconds.  ``used``: it counts from now, if there was no use so far."""
+    """Set the TTL in force from now on.  ``used``: if there was no use so far, now counts as the first."""
 
     ttl: Ttl
     used: bool = False
 
 
 class Drain(Message):
-    """Take no new work, finish what runs, then say WorkerDrained."""
+    """Accept no new calls, finish the running ones, then send WorkerDrained."""
 
 
 class DrainIfIdle(Message):
-    """Like Drain, if nothing runs and nobody holds the model now; else nothing happens."""
+    """Drain, if nothing runs and nobody holds the model now; else ignored."""
 
 
 class WorkerDraining(Message):
-    """It takes no new work: its TTL ran out, it was idle when it was to leave, or it has grown too large."""
+    """The worker accepts no new calls.  Its TTL ran out, it was idle when it got DrainIfIdle, or it has grown
+    too large."""
 
     worker_id: int
     reason: str = "ttl"
 
 
 class WorkerDrained(Message):
-    """Nothing runs any more; the worker waits for Exit."""
+    """No call runs any more.  The worker waits for Exit."""
 
     worker_id: int
 
 
 class Exit(Message):
-    """Leave."""
+    """End the worker process."""
 
 
 FromClient = (
@@ -337,9 +352,8 @@ FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDrain
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 
-
-from_client = Reader(FromClient)
-to_client = Reader(ToClient)
-from_worker = Reader(FromWorker)
-to_worker = Reader(ToWorker)
-on_lifeline = Reader(OnLifeline)
+from_client: Reader[FromClient] = Reader(FromClient)
+to_client: Reader[ToClient] = Reader(ToClient)
+from_worker: Reader[FromWorker] = Reader(FromWorker)
+to_worker: Reader[ToWorker] = Reader(ToWorker)
+on_lifeline: Reader[Any] = Reader(OnLifeline)

@@ -1,8 +1,8 @@
-"""Exceptions across processes: to data, and back to the same class with the same message.
+"""Converts exceptions to data and back to the same class with the same message, for other processes.
 
-Covers builtin exceptions, the exception classes of onnxruntime's C module, and our own.  Anything else
-arrives as :class:`~onnx_dl.errors.RemoteError`.  No class is ever looked up outside these three places, so a
-peer cannot name one of its choice.
+Covers builtin exceptions, the exception classes of onnxruntime's C module, and our own.  Any other becomes a
+:class:`~onnx_dl.errors.RemoteError`.  Classes are looked up in these three places only, so a peer cannot name
+a class of its choice.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ pass
 _C = "onnxruntime.capi.onnxruntime_pybind11_state"
 
 
-def describe(error: BaseException, **details: Any) -> Failure:
-    """``error`` as data; ``details`` are attributes to set on it when it is raised again."""
+def describe(error: BaseException, **details: object) -> Failure:
+    """Convert an exception to data; ``details`` are attributes that it gets when it is rebuilt."""
     if remarks := getattr(error, "remarks", None):
         details = {"remarks": remarks} | details
     if notes := getattr(error, "__notes__", None):
@@ -43,7 +43,7 @@ def describe(error: BaseException, **details: Any) -> Failure:
 
 
 def rebuild(failure: Failure) -> Exception:
-    """The exception to raise; importing onnxruntime only if it is one of onnxruntime's."""
+    """Return the exception to raise.  Imports onnxruntime only for one of onnxruntime's classes."""
     error = _instance(failure)
     for name, value in failure.details.items():
         if name == "cause":
@@ -53,12 +53,12 @@ def rebuild(failure: Failure) -> Exception:
     return error
 
 
-def _cause(value: Any) -> Exception:
-    """What a peer says was the reason, which may be anything."""
+def _cause(value: object) -> Exception:
+    """Rebuild the cause of an exception from what a peer sent, which may be anything."""
     try:
         return rebuild(msgspec.convert(value, Failure))
     except (msgspec.ValidationError, RecursionError) as error:
-        return RemoteError(f"The reason came as what is no failure: {error}", type_name="", traceback="")
+        return RemoteError(f"The cause of this error could not be read: {error}", type_name="", traceback="")
 
 
 def _instance(failure: Failure) -> Exception:
@@ -78,7 +78,7 @@ def _instance(failure: Failure) -> Exception:
 def _call(cls: type[Exception], failure: Failure) -> Exception:
     try:
         return cls(*failure.args)
-    except Exception:  # UnicodeDecodeError and its like refuse other arguments than their own
+    except Exception:  # UnicodeDecodeError and similar classes accept their own arguments only
         return _remote(failure)
 
 
@@ -87,10 +87,10 @@ def _remote(failure: Failure) -> RemoteError:
     return RemoteError(message, type_name=failure.name, traceback=failure.traceback)
 
 
-def _plain(error: BaseException) -> list[Any]:
-    """The exception's arguments if they can travel, else its text."""
-    args = list(error.args)
-    if isinstance(error, OSError) and error.filename is not None:  # OSError keeps these out of its args
+def _plain(error: BaseException) -> list[object]:
+    """Return the exception's arguments if msgpack can encode them, else its text."""
+    args: list[object] = list(error.args)
+    if isinstance(error, OSError) and error.filename is not None:  # not among the args of OSError
         args = [error.errno, error.strerror, error.filename, None, error.filename2]
     try:
         msgspec.msgpack.encode(args)
@@ -100,12 +100,12 @@ def _plain(error: BaseException) -> list[Any]:
 
 
 def _text(error: object) -> str:
-    """Its text, with what is no Unicode (file names of another encoding) escaped."""
+    """Return its text; surrogates (of file names in another encoding) are escaped."""
     return str(error).encode(errors="backslashreplace").decode()
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """An exception on its way; see :mod:`onnx_dl.protocol.failures`."""
+    """An exception as data; see :mod:`onnx_dl.protocol.failures`."""
 
     family: str
     name: str

@@ -9,26 +9,26 @@ import msgspec
 from onnx_dl.protocol.codec import Message, Reader
 from onnx_dl.protocol.failures import Failure
 
+# Client <-> worker.  Blocks and EOF travel over a Unix socket, calls over the same socket or over ZeroMQ.
+
 
 class Tensor(msgspec.Struct, frozen=True, tag="t", array_like=True):
-    """An array in shared memory: numpy dtype string, shape, block and byte offset into it.
+    """An array in shared memory: numpy dtype string, shape, block number and byte offset in the block.
 
-    ``leased``: the receiver keeps the block until it clears the block's lease word; otherwise the bytes are
-    valid until the next message on the same lane.
+    ``held``: the receiver holds the block until it clears the first word of its header.  Otherwise the bytes
+    are valid until the next message on the same lane.
     """
 
     dtype: str
     shape: tuple[int, ...]
     block: int
     offset: int
-    leased: bool = False
+    held: bool = False
 
 
 class Text(msgspec.Struct, frozen=True, tag="s", array_like=True):
-    """An object array of text: its shape, and where its items lie as a :class:`Packed` list, in C order.
-
-    Block 0: it has none.
-    """
+    """An object array of text: its shape, and the place of its items as a :class:`Packed` list in C order.
+    Block 0: it has no items."""
 
     shape: tuple[int, ...]
     block: int
@@ -38,8 +38,8 @@ class Text(msgspec.Struct, frozen=True, tag="s", array_like=True):
 class Packed(msgspec.Struct, frozen=True, tag="m", array_like=True):
     """A list or dict of plain values in shared memory, as msgpack.
 
-    At ``offset`` lie two 64-bit numbers: where in the block its bytes begin, and how many there are.  So the
-    same message names values of any length.  Valid until the next message on the same lane.
+    At ``offset`` lie two 64-bit numbers: the offset of its bytes in the block, and their number.  So the same
+    message can refer to values of any length.  Valid until the next message on the same lane.
     """
 
     block: int
@@ -47,7 +47,7 @@ class Packed(msgspec.Struct, frozen=True, tag="m", array_like=True):
 
 
 class Items(msgspec.Struct, frozen=True, tag="i", array_like=True):
-    """A container that holds arrays, or whose type msgpack would lose: list, tuple, dict, numpy scalar."""
+    """A container of arrays, or one whose type msgpack would lose: list, tuple, dict, numpy scalar."""
 
     kind: str
     items: list[Value]
@@ -63,8 +63,12 @@ Value = Tensor | Text | Packed | Items | Plain
 
 
 class LaneHello(Message):
-    """First on a lane.  ``reply_to`` is the ZeroMQ address at which the client listens for calls' replies;
-    None: calls go over this socket.  ``poll``: both ends look for messages for a moment before they sleep."""
+    """First message on a lane.
+
+    ``reply_to``: ZeroMQ address at which the client receives replies; None: calls go over this socket.
+    ``poll``: both ends poll for messages for a moment before they sleep.  ``model``: key of the model, if the
+    worker has several.
+    """
 
     version: int
     secret: str
@@ -74,21 +78,19 @@ class LaneHello(Message):
 
 
 class LaneOpen(Message):
-    """The worker's first message where the calls go, to prove that it is the worker.
-
-    ``thread``: the native id of the thread that serves the lane.
-    """
+    """The worker's first message on the channel for calls; the secret proves that it is the worker.
+    ``thread``: native id of the thread that serves the lane."""
 
     secret: str
     thread: int
 
 
 class Envelope(Message, omit_defaults=True):
-    """A message with what its receiver must know of blocks first, or one that is too long for a packet.
+    """A message with news of blocks that its receiver needs first, or one that is too long for a packet.
 
-    ``shared``: number and size of new blocks, whose memfds come first among the descriptors; ``dropped``:
+    ``shared``: number and size of new blocks; their memfds come first among the descriptors.  ``dropped``:
     blocks that will not be used again.  ``letter``: block and length; the first bytes of that block are an
-    Envelope with the message, which has neither ``shared`` nor ``letter``.
+    Envelope with the message.  That envelope has neither ``shared`` nor ``letter``.
     """
 
     shared: list[tuple[int, int]] = []
@@ -100,9 +102,10 @@ class Envelope(Message, omit_defaults=True):
 class Call(Message):
     """Run the model: names of outputs, feed, RunOptions.
 
-    ``plan``: remember it under this number when its result is sent, and if that is 0, forget all others;
-    ``moved``: indices in the feed of what will lie elsewhere then;
-    ``keep``: lease nothing, the client does nothing else on this lane until it needs the results no more.
+    ``plan``: remember the call under this number when its result is sent; 0: and forget all others.
+    ``moved``: indices in the feed of values that lie in another place at each repetition.
+    ``keep``: take no blocks for results; the client sends nothing on this lane until it no longer needs the
+    results.
     """
 
     outputs: Value
@@ -112,78 +115,77 @@ class Call(Message):
     moved: list[int] = []
     keep: bool = False
     background: bool = False
-    """Answered by Started as soon as it runs, and then by its result."""
+    """Answer with Started as soon as it runs, and later with its result."""
 
 
 class Again(Message):
-    """The Call that is remembered as ``plan``, with other bytes in the same places.
-
-    ``moved``: what lies elsewhere each time, as (index in the feed, where now).
-    """
+    """Repeat the Call that is remembered as ``plan``, with new bytes in the same places.  ``moved``: values
+    that lie in another place each time, as (index in the feed, present place)."""
 
     plan: int
     moved: list[tuple[int, Tensor]] = []
 
 
 class Invoke(Message):
-    """Call another method of the session."""
+    """Call another method of the session, with these arguments."""
 
     method: str
     args: list[Value] = []
 
 
 class Terminate(Message):
-    """End the call that this thread of the worker is at, if it is still that request of its lane."""
+    """Cancel the call that this thread of the worker executes, if it is still that request of its lane."""
 
     thread: int
     request: int
 
 
 class Touch(Message):
-    """Count as a use that does nothing."""
+    """Count as a use of the model, without a call."""
 
 
 class Hold(Message):
-    """Keep the model loaded until Unhold, or until the lane closes."""
+    """Keep the model loaded until Unhold or until the lane closes."""
 
 
 class Unhold(Message):
-    """The block that Hold began has ended."""
+    """End the hold that Hold began."""
 
 
 class Trim(Message):
-    """Give back the memory that nobody needs now.  No use of the model."""
+    """Return unused memory to the system.  Does not count as a use."""
 
 
 class Result(Message):
-    """What a Call, Again, Invoke, Touch, Hold, Unhold, Trim or Terminate returned."""
+    """The return value of a Call, Again, Invoke, Touch, Hold, Unhold, Trim or Terminate."""
 
     value: Value
 
 
 class Same(Message):
-    """The last Result of this plan, with other bytes in the same places."""
+    """The last Result of this plan, with new bytes in the same places."""
 
 
 class CallFailed(Message):
-    """What a Call, Again or Invoke raised, or why there is no lane."""
+    """The exception of a Call, Again or Invoke, or the reason why no lane is opened."""
 
     failure: Failure
 
 
 class Started(Message):
-    """A Call in the background runs; its result is still to come."""
+    """A background Call runs; its result follows."""
 
 
 class Forgotten(Message):
-    """Not executed: the worker does not remember this call.  Say it in full."""
+    """Not executed: the worker does not remember this call.  Send the full Call."""
 
 
 class Draining(Message):
-    """Not executed: the worker takes no new work.  Acquire again."""
+    """Not executed: the worker accepts no new calls.  Acquire the model again."""
 
 
 LaneRequest = Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
 LaneReply = LaneOpen | Result | Same | Started | CallFailed | Forgotten | Draining | Envelope
-lane_request = Reader(LaneRequest)
-lane_reply = Reader(LaneReply)
+
+lane_request: Reader[LaneRequest] = Reader(LaneRequest)
+lane_reply: Reader[LaneReply] = Reader(LaneReply)

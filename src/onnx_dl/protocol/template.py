@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.protocol.codec import PROTOCOL_VERSION, Message, Reader
 
+# Supervisor <-> template over a Unix socket.
+
 
 class Spawn(Message):
-    """Become, or fork, a worker.  Comes with descriptors: lifeline, stderr, page of gauges, and the model's
-    blobs, which are those of these tags (:func:`onnx_dl.core.spec.blob_tag`).  ``pristine``: in a process in
-    which the engine has made no session yet."""
+    """Become a worker or fork one.
+
+    Descriptors come along: lifeline, stderr, page of gauges, and the model's blobs.  ``blobs``: their tags
+    (:func:`onnx_dl.core.spec.blob_tag`).  ``pristine``: use a process in which no session was made yet.
+    """
 
     worker_id: int
     identity: bytes
@@ -18,11 +24,11 @@ class Spawn(Message):
     blobs: list[str] = []
     pristine: bool = False
     standing: Standing | None = None
-    """What the worker has instead of what the supervisor has."""
+    """Scheduling attributes of the worker; None: those of the supervisor."""
     environment: Environment = NOTHING
-    """If there is one, the worker is a fresh interpreter, which starts with it."""
+    """If it has variables, the worker is a new interpreter that starts with them."""
     version: int = PROTOCOL_VERSION
-    """Of the supervisor.  The package may have been replaced on disk since it was started."""
+    """Protocol version of the supervisor.  The package may have been replaced on disk since it started."""
 
 
 class Spawned(Message):
@@ -33,17 +39,17 @@ class Spawned(Message):
 
 
 class SpawnFailed(Message):
-    """No process came of it.  ``worker_id`` is 0 where the Spawn could not be read."""
+    """No process was started.  ``worker_id`` is 0 if the Spawn could not be read."""
 
     worker_id: int
     reason: str
 
 
 class TemplateReady(Message):
-    """Imports are done.  ``forkable`` is false if the process has threads and so must not fork."""
+    """Imports are done.  ``forkable`` is false if the process has threads and must not fork."""
 
     forkable: bool
 
 
 OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
-on_template = Reader(OnTemplate)
+on_template: Reader[Any] = Reader(OnTemplate)

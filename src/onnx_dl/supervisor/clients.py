@@ -18,7 +18,7 @@ from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.processes.worker_processes import RESERVE
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport import sockets
-from onnx_dl.transport.handshakes import Door
+from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel
 
 _COST: Final = 3
@@ -78,7 +78,7 @@ class Clients:
     ) -> None:
         """``greet``: the answer to who says hello: Welcome lets it in; None is no answer at all.
         ``on_gone``: told of the identity of one that was let in."""
-        self._door = Door(address, RESERVE // 2, _refuse)
+        self._door = Handshakes(address, RESERVE // 2, _refuse)
         self._greet = greet
         self._on_gone = on_gone
         self._clients: list[Client] = []

@@ -1,7 +1,7 @@
-"""Blocks of other arenas that a peer was told of, so that what lies in them need not be copied.
+"""Blocks of other arenas that a peer was told about, so that data in them need not be copied.
 
-Who owns a block may let it go at any time; the peer must then drop it, too, or its memory would stay for as
-long as the lane does.  Covers which blocks are known, by which numbers, and which go when.
+The owner of a block may drop it at any time.  The peer must then drop it, too, or its memory would stay as
+long as the lane.  Keeps which blocks are known by which numbers, and decides which are dropped when.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import collections
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from onnx_dl.tensors.block import Announcer, Block
 from onnx_dl.tensors.segment import Mapping
 
-if TYPE_CHECKING:
-    from onnx_dl.tensors.arena import Announcer, Block
-
 MOST: Final = 128
-"""Blocks of others that one peer knows at a time.  One more, and the one that was named longest ago goes."""
+"""Adopted blocks that one peer knows at a time.  One more replaces the one that was named longest ago."""
 
 
 class _Adopted:
@@ -27,32 +25,33 @@ class _Adopted:
         self.number = number
         self.size = size
         self.turn = 0
-        """When it was named last."""
+        """The message that named it last."""
 
 
 class Adoptions:
-    """The blocks of others that one peer knows.  Used by one thread at a time; blocks may die in any."""
+    """The adopted blocks that one peer knows.  Used by one thread at a time; blocks may die in any thread."""
 
     def __init__(self, announcer: Announcer, next_number: Callable[[], int]) -> None:
         self._announcer = announcer
         self._next_number = next_number
         self._known: dict[weakref.ref[Mapping], _Adopted] = {}
-        """By the memory they are; the one that was named longest ago first."""
+        """Keyed by their memory, ordered by the time of their last use."""
         self._dead: collections.deque[weakref.ref[Mapping]] = collections.deque()
-        """Filled when the last holder lets go, in whatever thread that is."""
+        """Filled by the thread in which the last holder drops a block."""
         self._turn = 0
         self.nbytes = 0
         """Bytes that the peer maps."""
 
     def next_message(self) -> None:
-        """What is named from now on is so in another message."""
+        """Begin another message: blocks that are named from now on belong to it."""
         self._turn += 1
         if self._dead:
             self.drop_dead()
 
     def number(self, block: Block) -> int | None:
-        """The number by which the peer knows this block; None if it cannot be told of it with this message:
-        what lies in the block must be copied.
+        """Return the peer's number of this block.
+
+        None: this message cannot announce it, so data in the block must be copied.
 
         Raises:
             OSError: this process may have no more descriptors.
@@ -61,16 +60,16 @@ class Adoptions:
         if known is None and (known := self._announced(block)) is None:
             return None
         known.turn = self._turn
-        self._known[weakref.ref(block.mapping, self._dead.append)] = known  # as the one that was named last
+        self._known[weakref.ref(block.mapping, self._dead.append)] = known  # moves it to the end
         return known.number
 
     def drop_dead(self) -> None:
-        """Has the peer let go what has no owner any more."""
+        """Tell the peer to drop the blocks that no longer have an owner."""
         while self._dead:
             self._drop(self._dead.popleft())
 
     def drop_all(self) -> None:
-        """Has the peer let go everything."""
+        """Tell the peer to drop all adopted blocks."""
         self._dead.clear()
         for ref in list(self._known):
             self._drop(ref)
@@ -87,7 +86,7 @@ class Adoptions:
         return adopted
 
     def _has_room(self) -> bool:
-        """Makes room for one more; false if this message names all that are known."""
+        """Make room for one more block; false if this message names all known blocks."""
         if len(self._known) < MOST:
             return True
         oldest = next(iter(self._known))

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from onnx_dl.protocol.lane import Again, Call, Items, Packed, Tensor, Text, Value
 from onnx_dl.tensors import packing
-from onnx_dl.tensors.arena import Arena, Block, Reference
+from onnx_dl.tensors.arena import Arena
+from onnx_dl.tensors.block import Block, Reference
 
 MOST: Final = 64
 """Calls that one lane remembers; the next one has number 0, with which both ends forget all others."""

@@ -1,8 +1,7 @@
-"""Memory of the application that a worker sees as it changes.
+"""Initializers that the application keeps and updates in place, as the worker sees them.
 
-Covers arrays whose owner writes to them where they lie, unseen by us: initializers that an application keeps
-and updates.  The worker maps a copy; before each call it is compared with the original, which runs at the
-speed of memory, and what changed is copied.
+The worker maps a copy.  Before each call the copy is compared with the original, at the speed of memory, and
+changed parts are copied.
 """
 
 from __future__ import annotations
@@ -10,24 +9,23 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.tensors import segment
-from onnx_dl.tensors.arena import align
+from onnx_dl.tensors.block import align
 from onnx_dl.tensors.segment import Mapping
 
 _STEP = 1 << 20
-"""Bytes that are compared at a time."""
+"""Bytes of one comparison."""
 
 
 class LiveMemory:
-    """Copies of arrays in one segment.  ``places`` are their offsets in it."""
+    """Copies of arrays in one segment; ``places`` are their offsets."""
 
     def __init__(self, arrays: Sequence[NDArray[np.uint8]], owners: object) -> None:
-        """``owners`` keep alive what the arrays lie in.
+        """``owners`` keep the memory of the arrays alive.
 
         Raises:
             SharedMemoryError: the system has no memory for them.
@@ -45,20 +43,20 @@ class LiveMemory:
         self.refresh()
 
     def _begin(self) -> None:
-        """With no segment: a forked child must not change what its parent's workers see."""
+        """Start with a new segment: a forked child must not change what its parent's workers see."""
         self._pid = os.getpid()
         self._pairs = []
         self._add()
 
     def _add(self) -> None:
-        """Another segment.  Workers may have mapped the ones before, so these are kept up to date, too."""
+        """Add a segment.  Earlier ones are updated, too, because workers may have mapped them."""
         self._mapping = Mapping(segment.create(max(self._size, 1)), max(self._size, 1))
         whole = np.asarray(self._mapping)
         places = zip(self._arrays, self.places, strict=True)
         self._pairs += [(array, whole[place : place + array.nbytes]) for array, place in places]
 
     def descriptor(self) -> int:
-        """Of the segment; whoever asks closes it.
+        """Return a descriptor of the segment, which the caller closes.
 
         Raises:
             SharedMemoryError: the system has no memory for another one.
@@ -72,7 +70,7 @@ class LiveMemory:
         return fd
 
     def refresh(self) -> None:
-        """Copies what changed.  Several threads may do so at once: each copies the same bytes."""
+        """Copy the changed parts.  Several threads may do this at once: each copies the same bytes."""
         if self._pid != os.getpid():
             self._begin()
         for original, copy in self._pairs:
@@ -82,6 +80,6 @@ class LiveMemory:
                     copy[part] = original[part]
 
 
-def view(fd: int) -> Any:
-    """All bytes of a segment, for as long as somebody holds them.  Takes over ``fd``."""
+def view(fd: int) -> NDArray[np.uint8]:
+    """Return all bytes of a segment as an array that keeps the mapping.  Takes ownership of ``fd``."""
     return np.asarray(Mapping(fd, os.fstat(fd).st_size))

@@ -1,7 +1,4 @@
-"""The blocks of shared memory of the other end of a lane, as mapped here.
-
-What they are good for is told in :mod:`onnx_dl.tensors.arena`.
-"""
+"""The blocks of the other end of a lane, mapped into this process; see :mod:`onnx_dl.tensors.arena`."""
 
 from __future__ import annotations
 
@@ -10,35 +7,34 @@ import os
 from typing import Final
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.tensors.arena import Block
+from onnx_dl.tensors.block import Block
 
 MOST: Final = 512
-"""Blocks that a worker maps for one caller.  Ours names far fewer at a time: 128 of other arenas
-(:mod:`onnx_dl.tensors.adoptions`), and its scratch, page and letters."""
+"""Blocks that a worker maps for one caller.  Our own callers use far fewer at a time: 128 adopted blocks
+(:mod:`onnx_dl.tensors.adoptions`), and the scratch block, the page and letters."""
 
 
 class Mappings:
     """The peer's blocks, as mapped here."""
 
     def __init__(self, *, keep_descriptors: bool = False, most: float = math.inf) -> None:
-        """``keep_descriptors``: they may be handed to a third process; ``most``: as many are mapped."""
+        """``keep_descriptors``: they may be sent to a third process.  ``most``: limit of their number."""
         self._most = most
         self._blocks: dict[int, Block] = {}
         self._keep_descriptors = keep_descriptors
         self.drops = 0
-        """Counts the blocks that the peer dropped."""
+        """Number of blocks that the peer has dropped so far."""
         self.nbytes = 0
-        """Bytes of the blocks that are mapped."""
+        """Bytes of the mapped blocks."""
         self.page: Block | None = None
-        """The peer's block of no payload."""
+        """The peer's block without payload."""
 
     def add(self, number: int, size: int, fd: int) -> None:
-        """Maps a new block and takes over ``fd``.
+        """Map a new block.  Takes ownership of ``fd``.
 
         Raises:
-            ProtocolError: it has a number that is in use, or a size or number that cannot be, or it is one
-                too many.
-            SharedMemoryError: it is smaller than announced, or cannot be mapped.
+            ProtocolError: the number is in use, the number or size is impossible, or there are too many.
+            SharedMemoryError: the block is smaller than announced, or cannot be mapped.
         """
         if number <= 0 or size < 0 or number in self._blocks:
             os.close(fd)
@@ -53,10 +49,10 @@ class Mappings:
         if size and self._keep_descriptors:
             block.mapping.keep_descriptor()
         else:
-            block.mapping.shed()
+            block.mapping.close_descriptor()
 
     def drop(self, number: int) -> None:
-        """Forgets a block; arrays that lie in it keep its memory."""
+        """Forget a block.  Arrays in it keep its memory."""
         if (block := self._blocks.pop(number, None)) is not None:
             self.drops += 1
             self.nbytes -= block.size
@@ -65,5 +61,5 @@ class Mappings:
         return self._blocks.get(number)
 
     def clock(self) -> int:
-        """The latest time that the peer left in any block."""
+        """Return the latest time that the peer left in any block, in monotonic nanoseconds; 0: none."""
         return max((block.clock for block in list(self._blocks.values())), default=0)

@@ -1,34 +1,37 @@
-"""Results of a call that repeats, as they were sent the last time, for others of the same form to take their
-place without a word: :class:`~onnx_dl.protocol.lane.Same`.
+"""Places of the last results of a call.  The next results of the same form are written to the same places and
+answered by :class:`~onnx_dl.protocol.lane.Same`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_dl.protocol.lane import Items, Packed, Tensor, Text, Value
 from onnx_dl.tensors import packing
-from onnx_dl.tensors.arena import Arena, Block, align
+from onnx_dl.tensors.arena import Arena
+from onnx_dl.tensors.block import Array, Block, align
 from onnx_dl.tensors.values import is_plain
 
+Placed: TypeAlias = Tensor | Text | Packed
+"""A value with a place in a block."""
 
-def in_one_place(sent: Value) -> list[Tensor | Text | Packed] | None:
-    """The values of a result, if it is a list of such as may be answered by Same: all have bytes, and none is
-    leased, so that they lie in the scratch block; None if not."""
+
+def in_one_place(sent: Value) -> list[Placed] | None:
+    """Return the values of a result if all have bytes and lie in the scratch block; else None.  Only such a
+    result can be answered by Same the next time."""
     if not (isinstance(sent, Items) and sent.kind == "list" and sent.items):
         return None
     found = [value for value in sent.items if isinstance(value, Tensor | Text | Packed) and value.block]
-    leased = any(isinstance(value, Tensor) and value.leased for value in found)
-    return None if leased or len(found) < len(sent.items) else found
+    held = any(isinstance(value, Tensor) and value.held for value in found)
+    return None if held or len(found) < len(sent.items) else found
 
 
-def reader_of(value: Tensor | Text | Packed, block: Block, copy: Callable[[Any], Any]) -> Callable[[], Any]:
-    """Gives what lies there at the time of each call; ``copy``: how an array of numbers is copied."""
+def reader_of(value: Placed, block: Block, copy: Callable[[Array], Array]) -> Callable[[], Any]:
+    """Return a function that reads the present value at this place.  ``copy``: copies an array."""
     if isinstance(value, Tensor):
         return functools.partial(copy, block.array(value.dtype, value.shape, value.offset))
     if isinstance(value, Text):
@@ -37,26 +40,23 @@ def reader_of(value: Tensor | Text | Packed, block: Block, copy: Callable[[Any],
 
 
 class Form:
-    """Where results lie, and which others may lie there.
+    """The places of results, and the dtypes and shapes that fit there.  Whether an output of a model is an
+    array, text or maps never changes.  Dtypes and shapes may change, and are compared."""
 
-    What an output of a model is, numbers, text or maps, its model decides once and for all; dtypes and shapes
-    may differ, and are looked at.
-    """
-
-    def __init__(self, sent: Sequence[Tensor | Text | Packed], block: Block) -> None:
-        """``sent``: how they lie in ``block``, the scratch block."""
+    def __init__(self, sent: Sequence[Placed], block: Block) -> None:
+        """``sent``: the places of the results in ``block``, the scratch block."""
         self._block = block
-        self._arrays: list[tuple[int, np.dtype[Any], tuple[int, ...], NDArray[Any]]] = []
+        self._arrays: list[tuple[int, np.dtype[np.generic], tuple[int, ...], Array]] = []
         self._others: list[tuple[int, tuple[int, ...] | None, int]] = []
-        """Index, shape if it is text, and where it is said where the bytes lie."""
+        """Index, shape if it is text, and offset of the two numbers that locate the bytes."""
         self._nbytes = 0
-        """Of the part of the block whose use is fixed."""
+        """Size of the first part of the block, whose use is fixed."""
         self._count = len(sent)
         for index, value in enumerate(sent):
             self._nbytes = max(self._nbytes, value.offset + self._add(index, value))
 
-    def _add(self, index: int, value: Tensor | Text | Packed) -> int:
-        """Takes in one value; the bytes that it always has."""
+    def _add(self, index: int, value: Placed) -> int:
+        """Add one value; return the bytes that it has in the fixed part."""
         if isinstance(value, Tensor):
             target = self._block.array(value.dtype, value.shape, value.offset)
             self._arrays.append((index, target.dtype, target.shape, target))
@@ -65,11 +65,12 @@ class Form:
         return packing.PLACE
 
     def put(self, results: Sequence[Any], arena: Arena) -> bool:
-        """Puts these where those lay; false if they are of another form, or the arena has another scratch
-        block now: then they are to be sent.
+        """Write results to these places.
+
+        False: they are of another form, or the arena has another scratch block now; they must be sent.
 
         Raises:
-            UnicodeEncodeError: there are surrogates in a text.
+            UnicodeEncodeError: a text contains surrogates.
         """
         if len(results) != self._count:
             return False
@@ -79,7 +80,7 @@ class Form:
                 return False
         encoded, nbytes = [], self._nbytes
         for index, shape, offset in self._others:
-            data = _listed(results[index]) if shape is None else _text(results[index], shape)
+            data = _encoded_list(results[index]) if shape is None else _text(results[index], shape)
             if data is None:
                 return False
             encoded.append((offset, nbytes, data))
@@ -93,14 +94,15 @@ class Form:
         return True
 
 
-def _text(result: Any, shape: tuple[int, ...]) -> bytes | None:
+def _text(result: object, shape: tuple[int, ...]) -> bytes | None:
     if type(result) is np.ndarray and result.dtype.char == "O" and result.shape == shape:
         return packing.encode_text(result)
     return None
 
 
-def _listed(result: Any) -> bytes | None:
-    """A list, as ZipMap makes them; that its first row has plain values was seen the last time."""
+def _encoded_list(result: object) -> bytes | None:
+    """Encode a list of dicts as ZipMap returns it; the values in its first dict were checked the last
+    time."""
     if type(result) is not list or not (not result or type(result[0]) is dict or is_plain(result)):
         return None
     try:

@@ -1,12 +1,12 @@
-"""What the application holds of shared memory, and what becomes of it at a fork.
+"""Shared memory that arrays of the application keep, and how a fork divides it.
 
-Before a fork, every block that an array of the application lies in becomes this process's own: it stays where
-it is, with the bytes that it has, but is mapped copy-on-write, and its owner is told in the block's header
-that it never comes back.  Parent and child then have it as they have all their memory, each its own, and the
-end of an array in either is the other's concern no more.  Nothing is copied and nobody waits.
+Before a fork, every block that an array of the application lies in becomes this process's own: it stays at
+its address with its bytes, but is mapped copy-on-write, and the block's header tells its owner that it never
+comes back.  Afterwards parent and child each have the memory for themselves, as they have all other memory.
+Nothing is copied and nobody waits.
 
-That needs the block's descriptor.  Blocks that have given it up are copied by the child, right after the
-fork; their leases do not end before that, and the parent waits for it.
+That needs the block's descriptor.  A block that has closed it is copied by the child right after the fork.
+Such a block is not released before that, and the parent waits for it.
 """
 
 from __future__ import annotations
@@ -14,55 +14,72 @@ from __future__ import annotations
 import os
 import select
 import weakref
-from typing import Any, Final, NamedTuple
+from typing import ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.system.owned_descriptors import keep_for_ever
+from onnx_dl.tensors.segment import Mapping
 
-_PATIENCE: Final = 10.0
-"""Seconds that a parent waits for a child to copy; what it has not copied by then is kept for ever."""
+_COPY_TIMEOUT: Final = 10.0
+"""Seconds that a parent waits for a child to copy.  A block that is not copied by then is kept for ever."""
 
 
-class Lease:
-    """The base of a leased array: numpy keeps it alive for as long as any view of the array lives."""
+class _Retainable(Protocol):
+    """The part of a block that matters here."""
+
+    mapping: Mapping
+
+    def release(self) -> None: ...
+    def give_away(self) -> bool: ...
+
+
+_B = TypeVar("_B", bound=_Retainable, covariant=True)
+
+
+class RetainedBlock(Generic[_B]):
+    """The base object of an array in a held block.  numpy keeps it alive as long as any view of the array;
+    then it releases the block."""
 
     __slots__ = ("__array_interface__", "__weakref__", "block")
 
-    def __init__(self, block: Any, dtype: str, shape: tuple[int, ...], address: int) -> None:
+    def __init__(self, block: _B, dtype: str, shape: tuple[int, ...], address: int) -> None:
         self.block = block
         self.__array_interface__ = {"version": 3, "typestr": dtype, "shape": shape, "data": (address, False)}
         self._living[id(self)] = weakref.ref(self)
-        if _forks:  # it may come too late to be seen before the fork
+        if _forks:  # a fork is under way, which may not have seen this block
             block.give_away()
 
     def __del__(self) -> None:
         self._living.pop(id(self), None)
-        self.block.end_lease()
+        self.block.release()
 
-    _living: dict[int, weakref.ref[Lease]] = {}
+    _living: ClassVar[dict[int, weakref.ref[_Retained]]] = {}
+
+
+_Retained: TypeAlias = RetainedBlock[_Retainable]
 
 
 class _Fork(NamedTuple):
-    """One that is under way."""
+    """A fork that is under way."""
 
     thread: int
-    shared: list[Lease]
-    """Leases of blocks that the child has to copy."""
+    shared: list[_Retained]
+    """Blocks that the child has to copy."""
     pipe: tuple[int, int] | None
-    """Its reading end tells the parent that the child has, or is gone."""
+    """Its reading end tells the parent that the child has copied them, or is gone."""
 
 
 _forks: Final[list[_Fork]] = []
 
 
-def _living() -> list[Lease]:
-    return [lease for ref in list(Lease._living.values()) if (lease := ref()) is not None]
+def _living() -> list[_Retained]:
+    return [retained for ref in list(RetainedBlock._living.values()) if (retained := ref()) is not None]
 
 
 def _before() -> None:
-    shared: list[Lease] = []
+    shared: list[_Retained] = []
     _forks.append(fork := _Fork(primitives.get_ident(), shared, None))
-    shared += [lease for lease in _living() if not lease.block.give_away()]
+    shared += [retained for retained in _living() if not retained.block.give_away()]
     if shared:
         _forks[_forks.index(fork)] = fork._replace(pipe=_pipe())
 
@@ -70,19 +87,19 @@ def _before() -> None:
 def _pipe() -> tuple[int, int] | None:
     try:
         return os.pipe()
-    except OSError:  # no descriptor is left for it
+    except OSError:  # this process may have no more descriptors
         return None
 
 
 def _after_in_parent() -> None:
     fork = _take_fork()
     if fork is not None and fork.shared and not _is_copied(fork.pipe):
-        for lease in fork.shared:
-            keep_for_ever(lease)
+        for retained in fork.shared:
+            keep_for_ever(retained)
 
 
 def _take_fork() -> _Fork | None:
-    """This thread's; the last one, because a signal handler may fork while its thread is about to."""
+    """Remove and return this thread's latest fork: a signal handler may fork while its thread is about to."""
     for fork in reversed(_forks):
         if fork.thread == primitives.get_ident():
             _forks.remove(fork)
@@ -98,30 +115,30 @@ def _is_copied(pipe: tuple[int, int] | None) -> bool:
     poll = primitives.poll()
     poll.register(read_end, select.POLLIN)
     try:
-        return bool(poll.poll(_PATIENCE * 1000))
+        return bool(poll.poll(_COPY_TIMEOUT * 1000))
     finally:
         primitives.close(read_end)
 
 
 def _after_in_child() -> None:
-    """Copies what the child shares with its parent.  Where it was forked while another fork was under way,
-    both are its own concern."""
+    """Copy the memory that the child shares with its parent.  If several forks were under way, the child does
+    this for all of them."""
     forks = _forks.copy()
     _forks.clear()
     try:
-        for lease in _living():
-            if not lease.block.mapping.is_private:
-                _copy(lease)
+        for retained in _living():
+            if not retained.block.mapping.is_private:
+                _copy(retained)
     finally:
         for fd in [fd for fork in forks for fd in fork.pipe or ()]:
             primitives.close(fd)
 
 
-def _copy(lease: Lease) -> None:
+def _copy(retained: _Retained) -> None:
     try:
-        lease.block.mapping.make_copy()
-    except BaseException:  # the parent has it to itself as long as this lease does not end
-        keep_for_ever(lease)
+        retained.block.mapping.make_copy()
+    except BaseException:  # the parent has the memory for itself as long as this process does not release it
+        keep_for_ever(retained)
         raise
 
 

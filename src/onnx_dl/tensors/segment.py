@@ -1,11 +1,10 @@
-"""Shared memory that no one has to clean up: create, map.
+"""Shared memory that needs no cleanup: segments and their mappings.
 
-A segment is a memfd.  It has no name, so nothing of it survives its last owner, however that ended, and the
-64 MB /dev/shm of a container does not bound it.  Its pages are allocated at once with ``posix_fallocate``:
-a system without memory says so here, instead of ending a process with SIGBUS at the first write.  For the
-same reason it is sealed against shrinking, and what is neither sealed nor allocated is not mapped: whoever
-made it could have the process that mapped it end.  How a descriptor reaches another process is
-:mod:`onnx_dl.transport.sockets`; what lies inside is not known here.
+A segment is a memfd.  It has no name, so it ends with its last owner, however that ended, and the 64 MB
+/dev/shm of a container does not limit it.  Its pages are allocated at once with ``posix_fallocate``: without
+memory this fails here, instead of ending a process with SIGBUS at the first write.  For the same reason it is
+sealed against shrinking, and a segment that is not sealed or not allocated is not mapped: its maker could end
+the process that mapped it.  :mod:`onnx_dl.transport.sockets` sends descriptors to other processes.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-_MAP_FIXED: Final = 0x10  # of Linux on all that we run on; Python has no name for these two
+_MAP_FIXED: Final = 0x10  # the same on all our machines; Python has no names for these two
 _MREMAP_TO: Final = 1 | 2
 _TAKEN: Final = "the program closed its descriptor."
 
 
 def create(size: int) -> int:
-    """A descriptor of ``size`` bytes of zeroed shared memory; the caller closes it.
+    """Create ``size`` bytes of zeroed shared memory; return the descriptor, which the caller closes.
 
     Raises:
-        SharedMemoryError: the system has not that much memory.
+        SharedMemoryError: the system has too little memory.
     """
     fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         if size:
             os.posix_fallocate(fd, 0, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-    except BaseException as error:  # Ctrl-C included, which comes when a call like this one ends
+    except BaseException as error:  # Ctrl-C included, which is raised when a call like this one ends
         os.close(fd)
         if not isinstance(error, OSError):
             raise
@@ -59,36 +58,34 @@ def create(size: int) -> int:
 
 
 class Mapping:
-    """A segment in this process's memory, writable; unmapped when nobody holds this any more.
-
-    Made by libc's own mmap: Python's keeps a descriptor open for each mapping (until 3.13, where it need
-    not), and an application that keeps a thousand results would run out of them.
-    """
+    """A segment in this process's memory, writable; unmapped with its last reference.  Uses mmap of libc:
+    Python's keeps a descriptor open for each mapping (optional since 3.13), and an application that keeps a
+    thousand results would run out of descriptors."""
 
     __slots__ = ("__weakref__", "_descriptor", "_place", "is_private", "size")
 
     def __init__(self, fd: int, size: int) -> None:
-        """Takes over ``fd``.  It is not mapped before somebody looks at it.
+        """Takes ownership of ``fd``, which is mapped at the first use.
 
         Raises:
-            ValueError: it is smaller than ``size`` bytes, or may become so.
-            OSError: it is no memfd.
+            ValueError: the segment is smaller than ``size`` bytes, or may shrink.
+            OSError: ``fd`` is not a memfd.
         """
-        self._place: dict[None, int] = {}  # empty: not mapped.  Each change is one step
+        self._place: dict[None, int] = {}  # empty: not mapped.  A dict, because each change is atomic
         self.size = size
         self.is_private = False
-        """Whether it is this process's own: what is written here is seen here only."""
+        """True if the memory is this process's own: no other process sees what is written here."""
         _check(fd, size)
         self._descriptor = Descriptor(fd)
 
     @property
     def has_descriptor(self) -> bool:
-        """Whether the segment can be handed to another process."""
+        """True if the segment can be sent to another process."""
         return self._descriptor.number >= 0
 
     @property
     def address(self) -> int:
-        """Where it lies.  The page table is filled at once: page faults, not copying, are what makes fresh
+        """The address of the mapping.  The page table is filled at once: page faults, not copies, make fresh
         memory slow.
 
         Raises:
@@ -101,7 +98,7 @@ class Mapping:
         return {"version": 3, "typestr": "|u1", "shape": (self.size,), "data": (self.address, False)}
 
     def _map(self) -> int:
-        """Maps it; if another thread is faster, what that has mapped counts."""
+        """Map the segment; if another thread was faster, use its mapping."""
         address = self._map_once()
         place = self._place.get(None) if address is None else self._place.setdefault(None, address)
         if place is None:
@@ -111,8 +108,8 @@ class Mapping:
         return place
 
     def _map_once(self) -> int | None:
-        """Where it lies now.  None: another thread has mapped it and closed the descriptor, or the program
-        has closed that."""
+        """Map the segment and return its address.  None: another thread has mapped it and closed the
+        descriptor, or the program has closed that."""
         try:
             fd = self._descriptor.duplicate()
         except OSError:
@@ -125,11 +122,9 @@ class Mapping:
             os.close(fd)
 
     def _map_by_number(self) -> int | None:
-        """Without a duplicate, because this process may have no more descriptors.
-
-        Another thread of ours may close the number meanwhile, and it may be another file's then.  That thread
-        has mapped the segment before, so whatever comes of it here is not used.
-        """
+        """Map the segment without a duplicate, because this process may have no more descriptors.  Another
+        thread of ours may close the number meanwhile, which may then be that of another file.  That thread
+        has mapped the segment before, so this mapping will not be used."""
         if not self._descriptor.holds():
             return None
         try:
@@ -140,13 +135,13 @@ class Mapping:
             raise
 
     def __del__(self) -> None:
-        # Its descriptor goes with it.  A weak reference may still lead here (shed), which then maps nothing.
+        # A weak reference may still call close_descriptor(), which then maps nothing.
         address, self._place[None] = self._place.get(None), 0
         if address:
             _libc.munmap(address, self.size)
 
     def duplicate(self) -> int | None:
-        """Another descriptor of the segment, which the caller closes; None if it has none any more.
+        """Return another descriptor of the segment, which the caller closes; None if it has none any more.
 
         Raises:
             OSError: this process may have no more descriptors.
@@ -154,26 +149,21 @@ class Mapping:
         return self._descriptor.duplicate()
 
     def keep_descriptor(self) -> None:
-        """Keeps the descriptor, so that the segment can be handed to a third process.
-
-        Only the most recent mappings keep theirs: an application may hold more results than descriptors.
-        """
+        """Keep the descriptor, so that the segment can be sent to a third process.  Only the latest mappings
+        keep theirs: an application may hold more results than descriptors."""
         _mappings.add(self)
 
-    def shed(self) -> None:
-        """Maps the segment and closes the descriptor."""
+    def close_descriptor(self) -> None:
+        """Map the segment and close the descriptor."""
         if self.address:
             self._descriptor.close()
 
     # --- around a fork ------------------------------------------------------------------------------------
 
     def make_private(self) -> bool:
-        """The same bytes at the same address, but from now on what is written stays in this process, and in
-        those that it forks.  Nobody else may write to the segment any more.
-
-        Other threads may read and write meanwhile: nothing is copied, and the kernel exchanges the pages in
-        one step.  False: that cannot be, because it has no descriptor any more.
-        """
+        """Map the segment copy-on-write at the same address: later writes stay in this process and its forks.
+        No other process may write to the segment any more.  Threads may read and write meanwhile: nothing is
+        copied, and the kernel replaces the mapping in one step.  False: the descriptor is closed already."""
         with contextlib.suppress(OSError, SharedMemoryError):
             if (fd := self._descriptor.duplicate()) is not None:
                 try:
@@ -185,7 +175,7 @@ class Mapping:
         return self.is_private
 
     def make_copy(self) -> None:
-        """The same as :meth:`make_private`, by copying, where no other thread writes meanwhile.
+        """Do what :meth:`make_private` does, by copying.  No other thread may write meanwhile.
 
         Raises:
             SharedMemoryError: the system has no memory for it.
@@ -197,10 +187,10 @@ class Mapping:
 
 
 def map_privately(fd: int, size: int, address: int | None = None) -> int:
-    """Where a segment lies that is only read, in this process and in those that it forks.
+    """Map a segment read-only, for this process and its forks; return the address.
 
     Args:
-        address: where it is to lie, in the place of another that the caller has mapped.
+        address: replace the caller's mapping at this address.
 
     Raises:
         SharedMemoryError: it cannot be mapped.
@@ -210,7 +200,7 @@ def map_privately(fd: int, size: int, address: int | None = None) -> int:
 
 
 def unmap(address: int, size: int) -> None:
-    """What :func:`map_privately` has mapped."""
+    """Unmap memory that :func:`map_privately` has mapped."""
     _libc.munmap(address, size)
 
 
@@ -223,10 +213,10 @@ def _mapped(size: int, flags: int, fd: int, address: int | None = None, access: 
 
 
 def _check(fd: int, size: int) -> None:
-    """A peer's word is not enough: a page that is gone ends who touches it, and a segment of any
-    size costs its maker nothing until somebody maps it."""
-    about = os.fstat(fd)
-    if about.st_size < size or about.st_blocks * 512 < size:
+    """Verify what a peer sent: touching a missing page ends this process, and a segment without pages costs
+    its maker nothing, whatever its size."""
+    stat = os.fstat(fd)
+    if stat.st_size < size or stat.st_blocks * 512 < size:
         raise ValueError("the segment is smaller than announced")
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise ValueError("the segment may shrink")
@@ -235,33 +225,31 @@ def _check(fd: int, size: int) -> None:
 KEPT_DESCRIPTORS: Final = 64
 
 
-class Sheds(Protocol):
-    """What has a descriptor."""
-
-    def shed(self) -> None:
-        """Closes it, and does without."""
+class _HasDescriptor(Protocol):
+    def close_descriptor(self) -> None:
+        """Close the descriptor."""
 
 
-class Latest:
-    """Keeps the descriptors few: of those that are added, only the latest have theirs."""
+class RecentDescriptors:
+    """Limits the number of open descriptors: only the latest :data:`KEPT_DESCRIPTORS` owners keep theirs."""
 
     def __init__(self) -> None:
-        self._added: collections.deque[weakref.ref[Sheds]] = collections.deque()
+        self._added: collections.deque[weakref.ref[_HasDescriptor]] = collections.deque()
 
-    def add(self, one: Sheds) -> None:
-        self._added.append(weakref.ref(one))
+    def add(self, owner: _HasDescriptor) -> None:
+        self._added.append(weakref.ref(owner))
         while len(self._added) > KEPT_DESCRIPTORS:
-            # An IndexError: another thread was faster.  No memory to map it, or no descriptor: it keeps its.
+            # IndexError: another thread was faster.  Others: it cannot be mapped, and keeps its descriptor.
             with contextlib.suppress(IndexError, SharedMemoryError, OSError):
                 if (oldest := self._added.popleft()()) is not None:
-                    oldest.shed()
+                    oldest.close_descriptor()
 
 
-_mappings: Final = Latest()
+_mappings: Final = RecentDescriptors()
 
 
 def freeze(data: bytes | memoryview) -> int:
-    """A descriptor of shared memory that holds ``data``; the caller closes it."""
+    """Copy ``data`` to shared memory; return the descriptor, which the caller closes."""
     fd = create(len(data))
     try:
         offset = 0
@@ -275,18 +263,15 @@ def freeze(data: bytes | memoryview) -> int:
 
 
 def thaw(fd: int) -> bytes:
-    """All bytes of a descriptor made by :func:`freeze`.
-
-    By their places: all processes that have a descriptor of this memory share one position in it, and several
-    may read at once.
-    """
+    """Return all bytes of a descriptor made by :func:`freeze`. Uses pread: all descriptors of this memory
+    share one file position, and several processes may read at once."""
     size, parts, at = os.fstat(fd).st_size, [], 0
     while part := os.pread(fd, size - at, at):
         parts.append(part)
         at += len(part)
-    return b"".join(parts)  # of one part, that itself
+    return b"".join(parts)  # no copy if there is one part
 
 
 def path_of(fd: int) -> str:
-    """At which this process finds what a descriptor leads to, where /proc is mounted."""
+    """Return the path of an open descriptor of this process; needs /proc."""
     return f"/proc/self/fd/{fd}"

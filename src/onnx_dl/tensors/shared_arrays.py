@@ -1,7 +1,4 @@
-"""Arrays for an application to fill, in memory that workers see.
-
-Covers making them; that a call with one needs no copy is :mod:`onnx_dl.transport.client_lane`'s.
-"""
+"""Arrays in shared memory that an application fills: a call with one needs no copy."""
 
 from __future__ import annotations
 
@@ -12,19 +9,19 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl.concurrency.forking import Guard
-from onnx_dl.tensors.arena import Arena, Nobody
+from onnx_dl.tensors.arena import Arena, NoPeer
 from onnx_dl.tensors.values import VIEW_FROM
 
 
-class Buffers:
-    """Thread-safe.  Memory of arrays that are gone is used again, and given back when it is not."""
+class SharedArrays:
+    """Makes the arrays.  Thread-safe.  Memory of deleted arrays is reused, or returned to the system."""
 
     def __init__(self) -> None:
-        self._arena = Arena(Nobody(), keep_descriptors=True)
+        self._arena = Arena(NoPeer(), keep_descriptors=True)
         self._lock = Guard()
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Like ``numpy.empty``: writable, C-contiguous, 64-byte aligned.
+        """Return an array like ``numpy.empty``: writable, C-contiguous, 64-byte aligned.
 
         Raises:
             TypeError: the dtype has no fixed size, or holds Python objects.
@@ -36,18 +33,16 @@ class Buffers:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = math.prod(shape) * wanted.itemsize
         if nbytes < VIEW_FROM or min(shape, default=0) < 0 or self._lock.is_mine:
-            # Copied faster than looked up; numpy words the error; or a handler has interrupted us below.
+            # A copy is faster; numpy raises the error; or a signal handler has interrupted the lines below.
             return np.empty(shape, wanted)
         with self._lock:
-            block = self._arena.lease(nbytes)
-        assert block is not None  # no peer has to be told of it
+            block = self._arena.take(nbytes)
+        assert block is not None  # NoPeer always has room
         return block.held_array(wanted.str, shape, 0)
 
     def trim(self) -> None:
-        """Gives back what no array lies in; not now, if somebody is at it.
-
-        Does not wait: whoever holds the lock may be interrupted there by what waits for our thread.
-        """
+        """Return unused memory to the system, unless another call is using the arena now.  Does not wait: the
+        holder of the lock may be interrupted by code that waits for our thread."""
         if self._lock.is_mine or not self._lock.acquire(blocking=False):
             return
         try:

@@ -1,7 +1,6 @@
-"""Bytes that do not change, in shared memory, once for all in this process who have the same.
+"""Constant bytes in shared memory, one copy for all users in this process.
 
-A model that is given as bytes is kept like this: workers are handed a descriptor, and whoever gave the bytes
-may let go of them.  What a descriptor reaches another process with is :mod:`onnx_dl.transport.sockets`.
+Models given as bytes are stored like this: workers get a descriptor, and the application may free its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from onnx_dl.tensors import segment
 
 
 class _Inherited(Descriptor):
-    """One that a forked child keeps: what it leads to is as much the child's as all its memory."""
+    """A descriptor that stays open in a forked child: the child owns the memory like all its other memory."""
 
     __slots__ = ()
 
@@ -28,7 +27,7 @@ class _Inherited(Descriptor):
 
 
 class Blob:
-    """The memory goes when nobody in any process holds it any more."""
+    """Constant bytes in shared memory, which is freed with its last user in any process."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         """Raises:
@@ -38,12 +37,12 @@ class Blob:
         fd = _frozen(data)
         self._descriptor = _Inherited(fd)
         self._size = len(data)
-        # Of its own, because the descriptor may go: the program closes it, or others need it more.
+        # Mapped, because the descriptor may be closed: by the program, or by RecentDescriptors.
         self._address = segment.map_privately(fd, self._size) if self._size else 0
         _blobs.add(self)
 
     def descriptor(self) -> int:
-        """Of the memory; whoever asks closes it.
+        """Return a descriptor of the memory, which the caller closes.
 
         Raises: like the constructor.
         """
@@ -54,10 +53,10 @@ class Blob:
         return self._renewed() if fd is None else fd
 
     def _renewed(self) -> int:
-        """The same bytes in other memory; those that had none of its descriptors any more goes."""
+        """Copy the bytes to a new segment, which replaces the one without descriptor."""
         with self._view() as view:
             fd = _frozen(view)
-        with contextlib.suppress(OSError):  # no descriptor for a second one: the next time is a copy, too
+        with contextlib.suppress(OSError):  # no second descriptor is left: the next time makes a copy, too
             self._descriptor = _Inherited(os.dup(fd))
             if self._size:
                 segment.map_privately(fd, self._size, self._address)
@@ -65,7 +64,7 @@ class Blob:
         return fd
 
     def read(self) -> bytes:
-        """A copy of the bytes."""
+        """Return a copy of the bytes."""
         with self._view() as view:
             return bytes(view)
 
@@ -73,8 +72,8 @@ class Blob:
         whole = (ctypes.c_char * self._size).from_address(self._address) if self._size else b""
         return memoryview(whole).cast("B")
 
-    def shed(self) -> None:
-        """Closes the descriptor."""
+    def close_descriptor(self) -> None:
+        """Close the descriptor."""
         self._descriptor.close()
 
     def __del__(self) -> None:
@@ -83,18 +82,18 @@ class Blob:
 
 
 _WHAT: Final = "A model that is given as bytes"
-_blobs: Final = segment.Latest()
-"""An application may hold more models than descriptors; older ones are copied anew."""
+_blobs: Final = segment.RecentDescriptors()
+"""An application may hold more models than descriptors; older models are copied again when needed."""
 _known: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
 
 
 def keep(name: str, data: bytes) -> Blob:
-    """The one blob of this name, which holds these bytes.
+    """Return the one blob of this name, with these bytes.
 
     Raises: like :class:`Blob`.
     """
     if (known := _known.get(name)) is None:
-        known = _known[name] = Blob(data)  # two threads at one moment have one each
+        known = _known[name] = Blob(data)  # two threads at the same moment get one each
     return known
 
 

@@ -1,9 +1,9 @@
-"""Python values to and from the wire, with arrays in shared memory.
+"""Encodes Python values for messages and decodes them, with arrays in shared memory.
 
-Covers what ``InferenceSession`` takes and returns: arrays of every fixed-size dtype, text arrays, lists,
-dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.ort.ortvalues`).  A value that
-onnxruntime would refuse still travels as it is, so that onnxruntime refuses it in its own words.
-Where arrays lie is decided by :mod:`onnx_dl.tensors.arena`.
+Covers the values that ``InferenceSession`` takes and returns: arrays of every fixed-size dtype, text arrays,
+lists, dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.ort.ortvalues`).  A value that
+onnxruntime would reject is sent unchanged, so that onnxruntime rejects it with its own message.
+:mod:`onnx_dl.tensors.arena` provides the memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,68 +23,72 @@ from onnx_dl.errors import OnnxDLError, ProtocolError
 from onnx_dl.ort import ortvalues as ort
 from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text, Value
 from onnx_dl.tensors import packing
-from onnx_dl.tensors.arena import Arena, Block, align
+from onnx_dl.tensors.arena import Arena
+from onnx_dl.tensors.block import Array, Block, align
 
 VIEW_FROM: Final = 64 << 10
-"""Results of at least this many bytes are handed over as views; smaller ones are copied out.
+"""Results of at least this many bytes become views; smaller ones are copied.
 
-Copying 64 KiB takes about as long as the bookkeeping of a lease (docs/architecture.md has the figures).
+Copying 64 KiB takes about as long as the bookkeeping of a held block (figures in docs/architecture.md).
 """
 
 _LONG_LONG: Final = frozenset("qQ") if np.dtype("q").isnative else frozenset()
-"""onnxruntime's 64-bit integers are C's long long, of which numpy's text for a dtype says nothing."""
+"""onnxruntime's 64-bit integers are C's long long, which numpy's dtype strings cannot express."""
 
 _LIKE_TEXT: Final = (memoryview, bytearray, set, frozenset, range)
-"""onnxruntime refuses these in the same words as text, which do not show what is in it."""
+"""onnxruntime rejects these with the same message as text, which does not show their content."""
 
 _CONTAINERS: Final = (list, dict)
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
 
+_Node: TypeAlias = "NDArray[Any] | _Encoded | ort.Parts | Value"
+"""A value half way to the wire.  The items of its parts are nodes."""
 
-class _Written(NamedTuple):
-    """A value that is msgpack already; of a text array, with its shape."""
+
+class _Encoded(NamedTuple):
+    """A value as msgpack; ``shape`` is that of a text array."""
 
     data: bytes
     shape: tuple[int, ...] | None
 
 
 class Packer:
-    """Encodes the values of one message.  Small arrays, and what is no array, share the arena's scratch
-    block: first everything whose size the types decide, then the bytes of the rest.
+    """Encodes the values of one message.
 
-    Arrays of ``lease_from`` bytes or more get a leased block each, as long as the message has room to
-    announce new ones; with None, none does.
+    Small arrays and other values share the arena's scratch block: first everything whose size depends on
+    types and shapes only, then the bytes of the rest.  Arrays of ``take_from`` bytes or more get a block
+    each, as long as the message can announce new ones; None: no array does.
     """
 
     def __init__(
         self,
         arena: Arena,
-        lease_from: int | None = None,
+        take_from: int | None = None,
         moved: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
-        """``moved``: where arrays lie, by their ``id``, that the peer sees without a copy."""
+        """``moved``: places of arrays that the peer sees without a copy, by ``id`` of the array."""
         self._arena = arena
         self._moved = moved
-        self._lease_from = lease_from
-        self._leases: list[Block] = []
+        self._take_from = take_from
+        self._taken: list[Block] = []
         self._homes: deque[Block | None] = deque()
-        """The blocks of the arrays, in order; None: scratch."""
+        """Block of each array in order; None: scratch."""
         self._bytes = self._start = self._offset = 0
         self.scratch: Block | None = None
-        """Where the small arrays lie."""
+        """The block with the small arrays."""
         self.nbytes = 0
-        """Bytes of it whose use the types of the values decide."""
+        """Size of its first part, which depends on types and shapes only."""
 
-    def pack(self, values: Iterable[Any], *, from_engine: bool = False) -> list[Value]:
-        """The values for the wire, in order; their arrays are copied into shared memory.
+    def pack(self, values: Iterable[object], *, from_engine: bool = False) -> list[Value]:
+        """Encode the values in order; their arrays are copied into shared memory.
 
-        ``from_engine``: they are an engine's results, whose lists of dicts are of one kind throughout, so
-        that the first tells what the others are.
+        ``from_engine``: they are an engine's results.  The dicts in one of its lists have the same types, so
+        only the first is checked.
 
         Raises:
-            RuntimeError: a value is of a kind that onnxruntime takes from nobody, in onnxruntime's words.
-            UnsupportedValueError: an OrtValue holds what onnxruntime gives no access to.
-            UnicodeEncodeError: there are surrogates in a text.
+            RuntimeError: onnxruntime accepts no values of this kind; the message is onnxruntime's.
+            UnsupportedValueError: onnxruntime gives no access to the content of an OrtValue.
+            UnicodeEncodeError: a text contains surrogates.
             SharedMemoryError: the system has no memory for an array.
         """
         nodes = [(from_engine and _maps(value)) or self._node(value) for value in values]
@@ -100,12 +104,12 @@ class Packer:
             raise
 
     def abandon(self) -> None:
-        """Takes back the leases of a message that will not be sent."""
-        for block in self._leases:
-            block.end_lease()
+        """Release the blocks of a message that will not be sent."""
+        for block in self._taken:
+            block.release()
 
-    def _node(self, value: Any) -> Any:
-        """The value as one of: array, _Written, Parts of these, or what may travel in the message itself."""
+    def _node(self, value: object) -> _Node:
+        """Convert a value to a node: an array, encoded bytes, parts, or a value that the message contains."""
         if moved := self._moved.get(id(value)):
             return moved
         if isinstance(value, np.ndarray):
@@ -115,10 +119,10 @@ class Packer:
         if isinstance(value, Plain):
             return value
         if is_plain(value):
-            return _Written(packing.encode(value), None) if type(value) in _CONTAINERS else Plain(value)
+            return _Encoded(packing.encode(value), None) if type(value) in _CONTAINERS else Plain(value)
         if isinstance(value, str):  # of a subclass
             return Plain(str.__str__(value))
-        if type(value) in (list, tuple):
+        if type(value) is list or type(value) is tuple:
             return ort.Parts(type(value).__name__, list(map(self._node, value)))
         if type(value) is dict:
             return ort.Parts("dict", list(map(self._node, chain.from_iterable(value.items()))))
@@ -129,80 +133,80 @@ class Packer:
             raise RuntimeError(f"Unable to handle object of type {type(value)}")
         return parts._replace(items=list(map(self._node, parts.items)))
 
-    def _measure(self, node: Any) -> None:
+    def _measure(self, node: _Node) -> None:
         if isinstance(node, np.ndarray):
             if node.nbytes:
-                self._homes.append(home := self._lease(node))
+                self._homes.append(home := self._take(node))
                 self.nbytes += 0 if home else align(node.nbytes)
-        elif type(node) is _Written:
+        elif type(node) is _Encoded:
             self.nbytes += packing.PLACE
             self._bytes += len(node.data)
         elif type(node) is ort.Parts:
             for item in node.items:
                 self._measure(item)
 
-    def _lease(self, array: NDArray[Any]) -> Block | None:
-        if self._lease_from is None or array.nbytes < self._lease_from:
+    def _take(self, array: Array) -> Block | None:
+        if self._take_from is None or array.nbytes < self._take_from:
             return None
-        block = self._arena.lease(array.nbytes)
+        block = self._arena.take(array.nbytes)
         if block is not None:
-            self._leases.append(block)
+            self._taken.append(block)
         return block
 
-    def _place(self, node: Any) -> Value:
+    def _place(self, node: _Node) -> Value:
         if isinstance(node, np.ndarray):
             return self._place_array(node)
-        if type(node) is _Written:
+        if isinstance(node, _Encoded):
             return self._write(node)
-        if type(node) is ort.Parts:
+        if isinstance(node, ort.Parts):
             return Items(node.kind, list(map(self._place, node.items)))
-        value: Value = node
-        return value
+        return node
 
-    def _place_array(self, array: NDArray[Any]) -> Tensor:
+    def _place_array(self, array: Array) -> Tensor:
         dtype = array.dtype.char if array.dtype.char in _LONG_LONG else array.dtype.str
         if not array.nbytes:
             return Tensor(dtype, array.shape, 0, 0)
         home = self._homes.popleft()
-        block, offset = (home, 0) if home else (self.scratch, self._take(align(array.nbytes)))
+        block, offset = (home, 0) if home else (self.scratch, self._next_place(align(array.nbytes)))
         assert block is not None
-        # Bytes are what travels, also of a dtype that only its own package knows (ml_dtypes' bfloat16).
+        # As bytes: another package may define the dtype (ml_dtypes' bfloat16).
         source = array.view(dtype) if array.dtype.kind == "V" else array
         np.copyto(block.array(dtype, array.shape, offset), source, casting="no")
         return Tensor(dtype, array.shape, block.number, offset, home is not None)
 
-    def _write(self, node: _Written) -> Value:
+    def _write(self, node: _Encoded) -> Value:
         assert self.scratch is not None
-        offset = self._take(packing.PLACE)
+        offset = self._next_place(packing.PLACE)
         packing.write(self.scratch, offset, self._start, node.data)
         self._start += len(node.data)
         number = self.scratch.number
         return Packed(number, offset) if node.shape is None else Text(node.shape, number, offset)
 
-    def _take(self, nbytes: int) -> int:
+    def _next_place(self, nbytes: int) -> int:
         offset, self._offset = self._offset, self._offset + nbytes
         return offset
 
 
-def _text(array: NDArray[Any]) -> _Written | Text:
-    return _Written(packing.encode_text(array), array.shape) if array.size else Text(array.shape, 0, 0)
+def _text(array: Array) -> _Encoded | Text:
+    return _Encoded(packing.encode_text(array), array.shape) if array.size else Text(array.shape, 0, 0)
 
 
-def _maps(value: Any) -> _Written | None:
-    """What ZipMap made, looked at by its first row only; None: it is something else."""
+def _maps(value: object) -> _Encoded | None:
+    """Encode the list of dicts that ZipMap returns, of which the first is checked; None: it is no such
+    list."""
     if type(value) is list and value and type(value[0]) is dict and is_plain(value[0]):
         with contextlib.suppress(TypeError, OverflowError):
-            return _Written(packing.encode(value), None)
+            return _Encoded(packing.encode(value), None)
     return None
 
 
-def as_it_is(value: Any) -> Any:
-    """The value for :meth:`Packer.pack`, to travel in the message itself if it can."""
+def as_it_is(value: object) -> object:
+    """Wrap a value for :meth:`Packer.pack`, so that the message itself contains it if possible."""
     return Plain(value) if is_plain(value) else value
 
 
 def is_plain(value: Any) -> bool:
-    """Whether msgpack gives the value back as it was: numbers, text, None, lists and dicts of these."""
+    """True if msgpack returns the same value: numbers, text, None, lists and dicts of these."""
     kind = type(value)
     if kind is int:
         return bool(-(1 << 63) <= value < 1 << 64)
@@ -215,67 +219,64 @@ def is_plain(value: Any) -> bool:
     return False
 
 
-_PLATE: Final = 4096
+_CHUNK: Final = 4096
 
 
-class Shelf:
-    """Where copies of small arrays lie: at multiples of 64 bytes, like onnxruntime's own results.
-
-    Several share a plate of 4 KiB, because to find an aligned place takes ten times as long as to copy.
-    Used by one thread at a time.
-    """
+class AlignedCopies:
+    """Memory for copies of small arrays, aligned to 64 bytes like onnxruntime's own results.  Several copies
+    share a chunk of 4 KiB, because finding an aligned address takes ten times as long as copying.  Used by
+    one thread at a time."""
 
     def __init__(self) -> None:
-        self._plate = np.empty(0, np.uint8)
+        self._chunk = np.empty(0, np.uint8)
         self._next = self._end = 0
 
-    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
-        """A C-contiguous copy, writable."""
+    def copy(self, array: Array) -> Array:
+        """Return a copy, C-contiguous and writable."""
         nbytes = align(array.nbytes)
         if self._next + nbytes > self._end:
-            if nbytes > _PLATE // 4:
-                return self._laid(array, np.empty(nbytes + 64, np.uint8))
-            self._plate = np.empty(_PLATE + 64, np.uint8)
-            self._next = _first_place(self._plate)
-            self._end = self._next + _PLATE
-        made: NDArray[Any] = np.ndarray(array.shape, array.dtype, self._plate, self._next)
+            if nbytes > _CHUNK // 4:
+                chunk = np.empty(nbytes + 64, np.uint8)
+                return _copied(array, chunk, _first_place(chunk))
+            self._chunk = np.empty(_CHUNK + 64, np.uint8)
+            self._next = _first_place(self._chunk)
+            self._end = self._next + _CHUNK
+        made: Array = np.ndarray(array.shape, array.dtype, self._chunk, self._next)
         self._next += nbytes
         made[...] = array
         return made
 
-    @staticmethod
-    def _laid(array: NDArray[Any], plate: NDArray[np.uint8]) -> NDArray[Any]:
-        made: NDArray[Any] = np.ndarray(array.shape, array.dtype, plate, _first_place(plate))
-        made[...] = array
-        return made
+
+def _copied(array: Array, chunk: NDArray[np.uint8], offset: int) -> Array:
+    made: Array = np.ndarray(array.shape, array.dtype, chunk, offset)
+    made[...] = array
+    return made
 
 
-def _first_place(plate: NDArray[np.uint8]) -> int:
-    return int(-plate.ctypes.data % 64)
+def _first_place(chunk: NDArray[np.uint8]) -> int:
+    return int(-chunk.ctypes.data % 64)
 
 
 class Unpacker:
-    """Decodes values; ``block`` finds a mapped block by its number.
-
-    Arrays in scratch blocks are copied if ``copy``, else they are views that the next message overwrites.
-    """
+    """Decodes values; ``block`` returns the mapped block of a number.  ``copy``: arrays in scratch blocks are
+    copied; else they are views that the next message overwrites."""
 
     def __init__(self, block: Callable[[int], Block], *, copy: bool) -> None:
         self._block = block
         self._copy = copy
-        self.shelf = Shelf()
+        self.copies = AlignedCopies()
 
     def unpack(self, value: Value) -> Any:
-        """The Python value.
+        """Return the Python value.
 
         Raises:
-            ProtocolError: a tensor lies outside of its block, or a container is of no known kind.
+            ProtocolError: a tensor lies outside its block, or a container is of an unknown kind.
         """
         try:
             return self._unpack(value)
         except OnnxDLError:
             raise
-        except Exception as error:  # whatever onnxruntime and numpy think of parts that a peer made up
+        except Exception as error:  # raised by onnxruntime or numpy for parts that a peer made up
             raise ProtocolError(f"A value contradicts itself: {error}.") from None
 
     def _unpack(self, value: Value) -> Any:
@@ -293,17 +294,17 @@ class Unpacker:
         if text.block:
             return packing.text_reader(self._block(text.block), text.offset, text.shape)()
         if math.prod(text.shape):
-            raise ProtocolError(f"Text of the shape {text.shape} lies in no block.")
+            raise ProtocolError(f"Text of shape {text.shape} lies in no block.")
         return np.empty(text.shape, object)
 
-    def _array(self, tensor: Tensor) -> NDArray[Any]:
+    def _array(self, tensor: Tensor) -> Array:
         if not tensor.block:
-            return _nothing(tensor)
+            return _without_bytes(tensor)
         block = self._block(tensor.block)
-        if tensor.leased:
+        if tensor.held:
             return block.held_array(tensor.dtype, tensor.shape, tensor.offset)
         array = block.array(tensor.dtype, tensor.shape, tensor.offset)
-        return self.shelf.copy(array) if self._copy else array
+        return self.copies.copy(array) if self._copy else array
 
     def _items(self, value: Items) -> Any:
         items = [self._unpack(item) for item in value.items]
@@ -321,8 +322,8 @@ class Unpacker:
         raise ProtocolError(f"A container of kind {value.kind!r} is not part of the protocol.")
 
 
-def _nothing(tensor: Tensor) -> NDArray[Any]:
-    """An array without bytes, which lies in no block."""
+def _without_bytes(tensor: Tensor) -> Array:
+    """Return an array without bytes, which needs no block."""
     dtype = np.dtype(tensor.dtype)
     if dtype.hasobject or dtype.itemsize * math.prod(tensor.shape):
         raise ProtocolError(f"A tensor of dtype {tensor.dtype!r} and shape {tensor.shape} lies in no block.")

@@ -1,4 +1,4 @@
-"""Secrets that open a lifeline or a lane."""
+"""Comparison of the secrets that open a lifeline or a lane."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import os
 import secrets
 
 
-def same_secret(told: str, secret: str) -> bool:
-    """Whether a peer knows the secret.  Takes as long for a good guess as for a bad one.
-
-    As bytes: of text, Python compares only ASCII, and a peer may tell anything.
-    """
-    return secrets.compare_digest(told.encode(errors="replace"), secret.encode())
+def same_secret(sent: str, secret: str) -> bool:
+    """True if a peer knows the secret.  Takes the same time for a good guess as for a bad one.  Compares
+    bytes: Python refuses text that is not ASCII, and a peer may send any text."""
+    return secrets.compare_digest(sent.encode(errors="replace"), secret.encode())
 
 
 def fresh_address(role: str) -> str:

@@ -1,10 +1,9 @@
-"""Decides on which cores the worker's thread of a lane may run: any, or the one that its caller runs on.
+"""Decides on which cores the worker's thread of a lane may run: on any, or on its caller's core.
 
-A caller sleeps while its worker runs, so both can share a core, and a wake-up within a core costs 4 µs where
-one across cores costs 20 to 40 (docs/performance.md).  But a thread that may run on one core only waits when
-somebody else is busy there.  So both ways are tried, and the one is kept that the caller finds faster.  Only
-the worker's thread is ever moved, never the application's.  Pure: who moves it is
-:mod:`onnx_dl.transport.client_lane`.
+A caller sleeps while its worker runs, so both can share a core.  A wake-up within a core costs 4 µs, one
+across cores 20 to 40 µs (docs/performance.md).  But a thread that is bound to one core waits while another
+thread is busy there.  So both ways are tried, and the faster one for the caller is kept.  Only the worker's
+thread is moved, never the application's.  Pure: :mod:`onnx_dl.transport.client_lane` moves the thread.
 """
 
 from __future__ import annotations
@@ -15,28 +14,26 @@ from typing import Final
 from onnx_dl.transport.spin import MOST
 
 BLOCK: Final = 16
-"""Calls after which a way is judged."""
+"""Calls after which the present way is judged."""
 RETRY: Final = 128
-"""Blocks after which the other way is tried again, for one block: fewer than one call in a hundred."""
+"""Blocks after which the other way is tried again for one block: less than one call in a hundred."""
 
 _LONGEST: Final = 2e6
-"""Nanoseconds of a call for which a wake-up is not worth a thought."""
+"""Nanoseconds of a call beside which a wake-up does not matter."""
 _GAIN: Final = 0.9
-"""The other way must be faster by this factor."""
+"""Factor by which the other way must be faster."""
 
 
 class Apart:
-    """For callers who poll: they keep their core busy while they wait, so the worker runs on any other.
-
-    Calls that take longer than anybody polls are left to the scheduler.  ``allowed``: the cores that the
-    worker may run on, more than one.
-    """
+    """Keeps the worker off the core of a caller that polls, which keeps that core busy while it waits.  Calls
+    that take longer than a caller polls are left to the scheduler.  ``allowed``: the cores that the worker
+    may run on, more than one."""
 
     def __init__(self, allowed: frozenset[int]) -> None:
         self._allowed = self._now = allowed
 
     def note(self, cpu: int, took: int) -> frozenset[int] | None:
-        """Like :meth:`Placement.note`."""
+        """See :meth:`Placement.note`."""
         wanted = self._allowed if took > MOST * 1e9 else self._allowed - {cpu}
         if wanted == self._now:
             return None
@@ -45,21 +42,21 @@ class Apart:
 
 
 class Placement:
-    """``allowed``: the cores that the worker may run on."""
+    """Tries the caller's core and all cores, and keeps the faster.  ``allowed``: the worker's cores."""
 
     def __init__(self, allowed: frozenset[int]) -> None:
         self._allowed = self._now = allowed
         self._near = False
         self._seen: dict[bool, float] = {}
-        """How long calls took the last time, near and not."""
+        """Median duration of the last calls on the caller's core (True) and on all cores."""
         self._times: list[int] = []
         self._blocks = 0
 
     def note(self, cpu: int, took: int) -> frozenset[int] | None:
-        """A caller on this core, whose last call took this many nanoseconds, calls.
+        """Record a call from core ``cpu`` whose predecessor took this many nanoseconds.
 
         Returns:
-            The cores to run on from now on; None: as before.
+            The cores to run on from now on; None: no change.
         """
         self._times.append(took)
         if len(self._times) == BLOCK:

@@ -22,7 +22,7 @@ from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
-from onnx_dl.tensors.arena import Block, Reference, home_of
+from onnx_dl.tensors.block import Block, Reference, home_of
 from onnx_dl.tensors.call_plans import Asked, Plan, Plans, can_repeat, key_of, targets_of, texts_of
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
@@ -347,7 +347,7 @@ class ClientLane(Lane):
 
     def _read_by(self, plan: Plan) -> list[Callable[[], Any]]:
         """What reads the results of the plan.  Not made before they are read: to look at a block maps it."""
-        copy, block = self._unpacker.shelf.copy, self._handover.block
+        copy, block = self._unpacker.copies.copy, self._handover.block
         plan.readers = [reader_of(value, block(value.block), copy) for value in plan.results or []]
         return plan.readers
 

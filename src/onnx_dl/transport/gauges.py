@@ -1,8 +1,8 @@
-"""What a worker tells of itself without being asked: one page that it shares with the supervisor.
+"""A worker's counters in one page of memory that it shares with the supervisor.
 
-Covers how many calls it answered and how long they took, what is under way, and when it was used last.  The
-worker writes, the supervisor reads whenever somebody wants to know, also after the worker is gone.  Each word
-has one writer at a time and is written whole, so a reader needs no lock; two words may be of two moments.
+They say how many calls it answered, how long these took, how many are running, and when it was used last.
+The worker writes; the supervisor reads at any time, also after the worker is gone.  Each word has one writer
+at a time and is written at once, so a reader needs no lock; two words may be of two moments.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Final, NamedTuple
 _SIZE: Final = 4096
 _RUNS, _BUSY, _LAST_USED, _TOTAL, _EXCEEDED = range(5)
 _FIRST: Final = 8
-"""The word in which the histogram begins."""
+"""Index of the first word of the histogram."""
 _STEPS: Final = 4
 """Buckets per doubling, as in an HDR histogram: a quantile read from them is at most a quarter too large."""
 _LONGEST: Final = (1 << 42) - 1
-"""Nanoseconds, 73 minutes; what takes longer counts as that."""
+"""Nanoseconds (73 minutes); longer calls count as this."""
 BUCKETS: Final = (_LONGEST.bit_length() - 2) * _STEPS
 
 
 class Reading(NamedTuple):
-    """A worker at one moment.  ``last_used`` is in monotonic seconds, 0.0 if it was never used."""
+    """The counters at one moment.  ``last_used`` is in monotonic seconds, 0.0 if there was no use."""
 
     runs: int = 0
     busy: int = 0
-    """Calls and ``session()`` blocks under way."""
+    """Calls and ``session()`` blocks that are running."""
     last_used: float = 0.0
     total: float = 0.0
-    """Seconds that all calls took together, in the worker."""
+    """Seconds of all calls together, in the worker."""
     exceeded: int = 0
-    """Bytes that it had when it ended itself because it may not have so many; 0: it did not."""
+    """Bytes that the worker had when it ended itself for exceeding its limit; 0: it did not."""
     latencies: tuple[int, ...] = ()
-    """Numbers of calls by :func:`bound`."""
+    """Number of calls in each bucket; see :func:`bound`."""
 
     def quantile(self, q: float) -> float | None:
-        """Seconds within which this share of all calls was answered; None: there was none."""
+        """Return the seconds within which this share of all calls was answered; None: there were no calls."""
         wanted = q * sum(self.latencies)
         for index, count in enumerate(self.latencies):
             wanted -= count
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
 
 
 def bucket(nanoseconds: int) -> int:
-    """Where a call that took so long is counted."""
+    """Return the index of the bucket that counts a call of this duration."""
     if not 4 <= nanoseconds <= _LONGEST:
         nanoseconds = 4 if nanoseconds < 4 else _LONGEST
     shift = nanoseconds.bit_length() - 3
@@ -55,32 +55,32 @@ def bucket(nanoseconds: int) -> int:
 
 
 def bound(index: int) -> float:
-    """The seconds below which calls in this bucket stayed."""
+    """Return the upper bound of a bucket, in seconds."""
     width, step = divmod(index, _STEPS)
     return ((_STEPS + step + 1) << width) / 1e9
 
 
 class Gauges:
-    """The words.  Without a page of their own they are seen by their owner only."""
+    """The counters in a page.  Without ``words`` they are private to this process."""
 
     def __init__(self, words: list[int] | memoryview[int] | None = None) -> None:
         self._words: list[int] | memoryview[int] = [0] * (_FIRST + BUCKETS) if words is None else words
-        self._total = self._runs = 0  # a page is new, and to read it takes time
+        self._total = self._runs = 0  # a new page has zeros, and reading it takes time
 
     # --- in the worker, one thread at a time --------------------------------------------------------------
 
     def under_way(self, count: int) -> None:
-        """So many calls and blocks are, now."""
+        """Set the number of running calls and blocks."""
         self._words[_BUSY] = count
 
     def used(self, at: float, count: int) -> None:
-        """The model was used at this monotonic time, and so many calls and blocks are under way."""
+        """Set the time of the last use, in monotonic seconds, and the number of running calls and blocks."""
         words = self._words
         words[_LAST_USED] = int(at * 1e9)
         words[_BUSY] = count
 
     def answered(self, seconds: float) -> None:
-        """One more call was, within so many seconds."""
+        """Count one call and its duration."""
         nanoseconds = int(seconds * 1e9)
         words = self._words
         words[_FIRST + bucket(nanoseconds)] += 1
@@ -90,7 +90,7 @@ class Gauges:
         words[_RUNS] = self._runs
 
     def exceeded(self, nbytes: int) -> None:
-        """The worker ends itself because it has so many bytes."""
+        """Record that the worker ends itself because it has this many bytes."""
         self._words[_EXCEEDED] = nbytes
 
     # --- in the supervisor --------------------------------------------------------------------------------
@@ -108,11 +108,11 @@ class Gauges:
 
 
 class Page:
-    """Shared memory for :class:`Gauges`: made by the supervisor, handed to the worker as a descriptor, closed
-    by whoever has it."""
+    """Shared memory for :class:`Gauges`: the supervisor makes it and sends the worker a descriptor; each
+    closes its own."""
 
     def __init__(self, fd: int | None = None) -> None:
-        """``fd``: of a page that was handed over, which is taken over; None: makes one.
+        """``fd``: the descriptor of an existing page, of which this takes ownership; None: makes a page.
 
         Raises:
             OSError: the system has no descriptor or memory left.

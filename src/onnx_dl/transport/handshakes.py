@@ -1,7 +1,7 @@
-"""Where other processes connect, and wait until they have said something.
+"""Accepts connections and keeps them until they send their first message.
 
-Covers how many may be there, how long one may say nothing, and what happens when descriptors run out.  What
-they say is for whoever takes them over.
+Limits how many may be silent and for how long, and handles the lack of descriptors.  The owner of this
+object reads the first message.
 """
 
 from __future__ import annotations
@@ -16,66 +16,86 @@ from typing import Final, NamedTuple
 from onnx_dl.system import descriptor_limits, process_setup
 from onnx_dl.transport.sockets import Channel, Listener, close_all
 
-PATIENCE: Final = 10.0
-"""Seconds in which a connection must have said something."""
+SILENCE_TIMEOUT: Final = 10.0
+"""Seconds within which a connection must send something."""
 MOST_SILENT: Final = 16
-"""Connections of one process that may say nothing for longer than :data:`BRIEF`."""
-BRIEF: Final = 1.0
-"""Seconds that do not count: hundreds of threads that connect at once need a moment until each has spoken."""
+"""Connections of one process that may be silent for longer than :data:`GRACE`."""
+GRACE: Final = 1.0
+"""Seconds of silence that every connection has: hundreds of threads that connect at once need a moment."""
 _BATCH: Final = 64
-"""Connections that are accepted before anything else is looked at."""
+"""Connections that are accepted in one go."""
 
 
-class _Guest(NamedTuple):
+class _SilentPeer(NamedTuple):
     since: float
-    peer: int
+    pid: int
 
 
-class Silence:
-    """Who has connected and said nothing, by descriptor.  Pure: times are handed in."""
+class SilentPeers:
+    """Connections that have sent nothing yet, by descriptor.  Pure: the caller passes the time."""
 
     def __init__(self) -> None:
-        self._guests: dict[int, _Guest] = {}
-        """In the order in which they came."""
+        self._peers: dict[int, _SilentPeer] = {}
+        """Ordered by the time of connection."""
 
-    def came(self, fd: int, peer: int, now: float) -> None:
-        """``peer``: the process at the other end."""
-        self._guests[fd] = _Guest(now, peer)
+    def add(self, fd: int, pid: int, now: float) -> None:
+        """Add a connection of process ``pid``."""
+        self._peers[fd] = _SilentPeer(now, pid)
 
-    def left(self, fd: int) -> None:
-        """It has spoken, or is gone."""
-        self._guests.pop(fd, None)
+    def remove(self, fd: int) -> None:
+        """Remove a connection that has sent something or is gone."""
+        self._peers.pop(fd, None)
 
     def oldest(self) -> int | None:
-        """Who has been silent for longest."""
-        return next(iter(self._guests), None)
+        """Return the connection that has been silent for longest."""
+        return next(iter(self._peers), None)
 
     def overdue(self, now: float) -> list[int]:
-        """Who is to be closed."""
-        return [fd for fd, at in self._ends().items() if at <= now]
+        """Return the connections that must be closed."""
+        return [fd for fd, at in self._deadlines().items() if at <= now]
 
     def next_deadline(self) -> float | None:
-        """When somebody will be overdue; None: nobody is silent."""
-        return min(self._ends().values(), default=None)
+        """Return when the next connection is overdue; None: there are none."""
+        return min(self._deadlines().values(), default=None)
 
-    def _ends(self) -> dict[int, float]:
-        """When each is overdue: of one process, all but the latest ones soon."""
+    def _deadlines(self) -> dict[int, float]:
+        """Return when each is overdue: the latest ones of a process have more time than its others."""
         ends = {}
         later: collections.Counter[int] = collections.Counter()
-        for fd, (since, peer) in reversed(self._guests.items()):
-            later[peer] += 1
-            ends[fd] = since + (PATIENCE if later[peer] <= MOST_SILENT else BRIEF)
+        for fd, (since, pid) in reversed(self._peers.items()):
+            later[pid] += 1
+            ends[fd] = since + (SILENCE_TIMEOUT if later[pid] <= MOST_SILENT else GRACE)
         return ends
 
 
-class Door:
-    """Listens at an address.  One descriptor to poll, however many have connected."""
+class SpareDescriptor:
+    """A descriptor that is closed to accept and reject a connection when no other is left: one that is not
+    accepted would wake this process for ever."""
+
+    def __init__(self) -> None:
+        """Raises OSError if this process may have no more descriptors."""
+        self._fd: int | None = process_setup.nothing()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def restore(self) -> None:
+        """Open it again if it is closed; without a free descriptor, do nothing."""
+        if self._fd is None:
+            with contextlib.suppress(OSError):
+                self._fd = process_setup.nothing()
+
+
+class Handshakes:
+    """Listens at an address.  Has one descriptor to poll for all connections."""
 
     def __init__(self, address: str, reserve: int, turn_away: Callable[[Channel, str], object]) -> None:
         """
         Args:
-            reserve: descriptors that must stay free; with fewer, who comes is turned away.
-            turn_away: tells one that comes why it is not let in; it is closed afterwards.
+            reserve: descriptors that must stay free; with fewer, connections are rejected.
+            turn_away: sends a connection the reason of its rejection; it is closed afterwards.
 
         Raises:
             OSError: this process may have no more descriptors.
@@ -83,9 +103,8 @@ class Door:
         self._listener = Listener(address)
         self._reserve = reserve
         self._turn_away = turn_away
-        self._spare: int | None = process_setup.nothing()
-        """Given up for a moment when there is no other to accept with: who knocks would knock for ever."""
-        self._silence = Silence()
+        self._spare = SpareDescriptor()
+        self._silent = SilentPeers()
         self._channels: dict[int, Channel] = {}
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
@@ -95,19 +114,19 @@ class Door:
         return self._epoll.fileno()
 
     def spoken(self, now: float) -> list[Channel]:
-        """Lets in who connects; those that have said something, which belong to the caller from now on."""
-        found = self._heard()
+        """Accept new connections; return those that have sent something, which now belong to the caller."""
+        found = self._speakers()
         if self._accept(now):
-            found += self._heard()
+            found += self._speakers()
         return found
 
     def next_deadline(self) -> float | None:
-        """When :meth:`on_tick` has something to do."""
-        return self._silence.next_deadline()
+        """Return when :meth:`on_tick` has something to do."""
+        return self._silent.next_deadline()
 
     def on_tick(self, now: float) -> None:
-        """Closes those that have said nothing for too long."""
-        for fd in self._silence.overdue(now):
+        """Close the connections that have been silent for too long."""
+        for fd in self._silent.overdue(now):
             self._release(fd).close()
 
     def close(self) -> None:
@@ -115,10 +134,9 @@ class Door:
         for fd in list(self._channels):
             self._release(fd).close()
         self._epoll.close()
-        if self._spare is not None:
-            os.close(self._spare)
+        self._spare.close()
 
-    def _heard(self) -> list[Channel]:
+    def _speakers(self) -> list[Channel]:
         ready = [fd for fd, _ in self._epoll.poll(0) if fd in self._channels]
         found = [self._release(fd) for fd in ready]
         for channel in found:
@@ -128,44 +146,38 @@ class Door:
 
     def _release(self, fd: int) -> Channel:
         self._epoll.unregister(fd)
-        self._silence.left(fd)
+        self._silent.remove(fd)
         return self._channels.pop(fd)
 
     def _accept(self, now: float) -> bool:
-        """Whether somebody came."""
+        """Accept waiting connections; false if there were none."""
         count = 0
         while count < _BATCH and (channel := self._listener.accept()) is not None:
             count += 1
-            self._let_in(channel, now)
+            self._admit(channel, now)
         if not count and not descriptor_limits.free():
-            self._accept_with_the_spare()
+            self._spare.close()
+            if (channel := self._listener.accept()) is not None:
+                self._reject(channel)
+            self._spare.restore()
         return bool(count)
 
-    def _let_in(self, channel: Channel, now: float) -> None:
-        if descriptor_limits.free() < self._reserve and (oldest := self._silence.oldest()) is not None:
-            self._dismiss(self._release(oldest))  # who says nothing makes way
+    def _admit(self, channel: Channel, now: float) -> None:
+        if descriptor_limits.free() < self._reserve and (oldest := self._silent.oldest()) is not None:
+            self._reject(self._release(oldest))  # silent connections are closed first
         if descriptor_limits.free() < self._reserve:
-            self._dismiss(channel)
+            self._reject(channel)
             return
         fd = channel.fileno()
         self._channels[fd] = channel
-        self._silence.came(fd, channel.peer_pid(), now)
+        self._silent.add(fd, channel.peer_pid(), now)
         self._epoll.register(fd, select.EPOLLIN)
 
-    def _dismiss(self, channel: Channel) -> None:
-        with contextlib.suppress(OSError):  # TimeoutError, if it has said nothing
-            # What is unread when a socket is closed has the other end see a reset, and not why.
-            if (said := channel.receive(0)) is not None:
-                close_all(said[1])
+    def _reject(self, channel: Channel) -> None:
+        with contextlib.suppress(OSError):  # TimeoutError, if it has sent nothing
+            # Unread data at a close would make the peer see a reset instead of the reason.
+            if (received := channel.receive(0)) is not None:
+                close_all(received[1])
         with contextlib.suppress(OSError):
             self._turn_away(channel, str(descriptor_limits.exhausted("A connection")))
         channel.close()
-
-    def _accept_with_the_spare(self) -> None:
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
-        if (channel := self._listener.accept()) is not None:
-            self._dismiss(channel)
-        with contextlib.suppress(OSError):  # the next time there may be one
-            self._spare = process_setup.nothing()

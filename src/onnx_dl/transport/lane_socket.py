@@ -1,11 +1,11 @@
 """The Unix socket of a lane: messages, and the blocks of shared memory that come with them.
 
-Each message is one packet of at most :data:`PACKET` bytes, sent without waiting.  One that is longer lies in
-a block of the sender's, and the packet names it.  What is to be said of blocks waits for the next message and
-travels in the same packet.  So a sender never waits for its reader, whatever that does, and no more than two
-packets are ever on their way in one direction (:class:`~onnx_dl.protocol.lane.Started` and the result).
+Each message is one packet of at most :data:`PACKET` bytes, sent without waiting.  A longer one is written to
+a block of the sender, and the packet names the block.  News of blocks waits for the next message and travels
+in its packet.  So a sender never waits for its reader, and at most two packets are on their way in one
+direction (:class:`~onnx_dl.protocol.lane.Started` and the result).
 
-Both ends of a lane have a :class:`Handover`.  How calls are told of is :mod:`onnx_dl.transport.call_channel`'s.
+Both ends of a lane have a :class:`Handover`.  :mod:`onnx_dl.transport.call_channel` signals that a message is there.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ import msgspec
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.tensors.arena import Arena, Block
+from onnx_dl.tensors.arena import Arena
+from onnx_dl.tensors.block import Block
 from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel
 
 PACKET: Final = 4096
-"""Bytes of a packet.  The smallest buffer that Linux lets a Unix socket have takes one of these."""
+"""Bytes of a packet.  The smallest buffer that Linux gives a Unix socket takes one of these."""
 
 MOST_NEW: Final = 64
-"""Blocks that one message may be the first to name, besides scratch, a letter and the page."""
+"""New blocks that one message may announce, besides scratch, a letter and the page."""
 
 
 class Notices:
-    """What the peer is to be told of blocks with the next message.
-
-    A message that cannot be sent leaves them here for the next one.
-    """
+    """News of blocks that the peer gets with the next message.  If that cannot be sent, they stay here for
+    the one after it."""
 
     def __init__(self) -> None:
         self._shared: dict[int, tuple[int, Descriptor]] = {}
@@ -53,25 +52,25 @@ class Notices:
         self._shared[block] = size, Descriptor(fd)
 
     def dropped(self, block: int) -> None:
-        if (unsaid := self._shared.pop(block, None)) is not None:  # the peer never heard of it
-            unsaid[1].close()
+        if (unsent := self._shared.pop(block, None)) is not None:  # the peer does not know it yet
+            unsent[1].close()
         else:
             self._dropped.append(block)
 
     def new(self) -> list[tuple[int, int]]:
-        """Number and size of the blocks that are new."""
+        """Return number and size of each new block."""
         return [(number, size) for number, (size, _) in self._shared.items()]
 
     def old(self) -> list[int]:
-        """Numbers of the blocks that were dropped."""
+        """Return the numbers of the dropped blocks."""
         return list(self._dropped)
 
     def descriptors(self) -> list[int]:
-        """Of the blocks that are new."""
+        """Return the descriptors of the new blocks."""
         return [descriptor.number for _, descriptor in self._shared.values()]
 
-    def told(self, dropped: int) -> None:
-        """The peer knows what is new, and the first so many that were dropped."""
+    def sent(self, dropped: int) -> None:
+        """Forget what the peer knows now: all new blocks, and the first ``dropped`` dropped ones."""
         for _, descriptor in self._shared.values():
             descriptor.close()
         self._shared.clear()
@@ -79,14 +78,16 @@ class Notices:
 
 
 class Handover:
-    """The Unix socket of a lane, the blocks that this end writes to, and the peer's that came over it.
-
-    It does not know the lane, so that all is freed with its memory as soon as nobody uses it, and not when
-    the garbage collector finds a cycle.
-    """
+    """The Unix socket of a lane, this end's blocks, and the peer's blocks that came over the socket.  Has no
+    reference to the lane: a cycle would keep the memory until the garbage collector finds it."""
 
     def __init__(
-        self, channel: Channel, read: codec.Reader, *, keep_descriptors: bool, most: float = math.inf
+        self,
+        channel: Channel,
+        read: codec.Reader[lane.LaneRequest] | codec.Reader[lane.LaneReply],
+        *,
+        keep_descriptors: bool,
+        most: float = math.inf,
     ) -> None:
         """``keep_descriptors``, ``most``: see :class:`Mappings`."""
         self.channel = channel
@@ -94,28 +95,28 @@ class Handover:
         self.arena = Arena(self._notices)
         self.mappings = Mappings(keep_descriptors=keep_descriptors, most=most)
         self.is_broken = False
-        """Whether something that the peer said of blocks was lost: the lane is of no more use."""
+        """True if news of the peer's blocks was lost: the lane cannot be used any more."""
         self._read = read
 
     # --- sending ------------------------------------------------------------------------------------------
 
     def fits(self, data: bytes) -> bool:
-        """Whether a message may travel as it is: it is short, and nothing is to be said of blocks."""
+        """True if a message can be sent as it is: it is short, and there is no news of blocks."""
         return len(data) <= PACKET and not self._notices
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
-        """Sends a message, which may have descriptors of its own; false if the peer is gone.
+        """Send a message, with descriptors of its own if it has any; false if the peer is gone.
 
         Raises:
             SharedMemoryError: it is long, and the system has no memory for it.  Nothing was sent.
-            OSError: the system lets no more descriptors travel.
+            OSError: the system allows no more descriptors in sockets.
         """
         if not fds and self.fits(data):
             return self.channel.post(data)
         dropped = self._notices.old()
         packet = self._packet(data, dropped)
         sent = self.channel.post(packet, (*self._notices.descriptors(), *fds))
-        self._notices.told(len(dropped))
+        self._notices.sent(len(dropped))
         return sent
 
     def _packet(self, data: bytes, dropped: list[int]) -> bytes:
@@ -124,18 +125,19 @@ class Handover:
             if len(packet := codec.encode(whole)) <= PACKET:
                 return packet
         text = codec.encode(lane.Envelope(dropped=dropped, message=msgspec.Raw(data)))
-        block = self.arena.letter(len(text))  # may be new, and may drop others: these wait
+        block = self.arena.letter(len(text))  # may be new; blocks that it drops wait for the next message
         block.payload[: len(text)] = text
         return codec.encode(lane.Envelope(shared=self._notices.new(), letter=(block.number, len(text))))
 
     # --- receiving ----------------------------------------------------------------------------------------
 
     def next(self) -> Any:
-        """The message that lies on the socket, when its blocks are taken in; None if the peer is gone, or
-        there is none: it said that there was, which is as good.
+        """Receive the message on the socket and map its blocks.
+
+        None: the peer is gone, or there is no message although it signalled one.
 
         Raises:
-            ProtocolError: what came is no message, or it contradicts itself.
+            ProtocolError: the data is not a message, or contradicts itself.
             SharedMemoryError: a block of it cannot be mapped.
             OSError: this process may have no more descriptors.
         """
@@ -151,14 +153,15 @@ class Handover:
         message, fds = self._opened(*received)
         if fds:
             sockets.close_all(fds)
-            raise ProtocolError("A message came with descriptors that it does not need.")
+            raise ProtocolError("A message came with descriptors that do not belong to it.")
         return message
 
     def greeting(self, timeout: float) -> tuple[Any, list[int]]:
-        """The first message and its own descriptors, which the caller closes; None if the peer is gone.
+        """Receive the first message and its own descriptors, which the caller closes; None if the peer is
+        gone.
 
         Raises:
-            TimeoutError: none came within ``timeout`` seconds.
+            TimeoutError: no message came within ``timeout`` seconds.
             Exception: like :meth:`next`.
         """
         received = self.channel.receive(timeout)
@@ -170,7 +173,7 @@ class Handover:
             message = self._read(data)
             if type(message) is not lane.Envelope:
                 return message, fds
-            own = self._take_in(message, fds)
+            own = self._map_blocks(message, fds)
         except BaseException:
             self.is_broken = self.is_broken or had_blocks
             sockets.close_all(fds)
@@ -181,11 +184,11 @@ class Handover:
             sockets.close_all(own)
             raise
 
-    def _take_in(self, envelope: lane.Envelope, fds: list[int]) -> list[int]:
-        """Maps the blocks that came; returns the descriptors that are not theirs.  Takes from ``fds`` what is
-        taken over."""
+    def _map_blocks(self, envelope: lane.Envelope, fds: list[int]) -> list[int]:
+        """Map the announced blocks; return the other descriptors.  Removes those from ``fds`` that now have
+        an owner."""
         if len(envelope.shared) > len(fds):
-            raise ProtocolError("Blocks were announced that did not come.")
+            raise ProtocolError("A message announces blocks without their descriptors.")
         self._drop(envelope.dropped)
         for number, size in envelope.shared:
             self.mappings.add(number, size, fds.pop(0))
@@ -199,7 +202,7 @@ class Handover:
         inside = envelope if envelope.letter is None else self._letter(*envelope.letter)
         message = self._read(inside.message)
         if type(message) is lane.Envelope:
-            raise ProtocolError("An envelope lies in another.")
+            raise ProtocolError("A message is an envelope in an envelope.")
         return message
 
     def _letter(self, number: int, nbytes: int) -> lane.Envelope:
@@ -208,21 +211,21 @@ class Handover:
             raise ProtocolError(f"A message of {nbytes} bytes does not fit its block of {block.size} bytes.")
         letter = self._read(bytes(block.payload[:nbytes]))  # a copy: the peer could change what is read
         if type(letter) is not lane.Envelope or letter.shared or letter.letter is not None:
-            raise ProtocolError("A block that was to hold a message holds something else.")
+            raise ProtocolError("A block that should contain a message contains something else.")
         self._drop(letter.dropped)
         return letter
 
     def block(self, number: int) -> Block:
-        """A block of the peer, which it announced before it named it, or with it.
+        """Return a block of the peer.
 
         Raises:
-            ProtocolError: it did not.
+            ProtocolError: the peer did not announce this block before.
         """
         block = self.mappings.get(number)
         if block is None:
-            raise ProtocolError(f"A message names block {number}, which its sender never handed over.")
+            raise ProtocolError(f"A message names block {number}, which its sender never announced.")
         return block
 
     def is_dead(self) -> bool:
-        """Whether the peer is gone; does not wait."""
+        """True if the peer is gone.  Does not wait."""
         return self.channel.is_dead()

@@ -1,14 +1,12 @@
-"""The supervisor's control socket: what ZeroMQ calls a ROUTER, without libzmq.
+"""The supervisor's control socket: a ZeroMQ ROUTER without libzmq.
 
-Its peers are libzmq's DEALERs.  libzmq itself ends the process when ``accept`` finds no descriptor
-(``ipc_listener.cpp``, also in 4.3.5), and whoever connects takes one; and it would keep what is sent to a
-client that never reads, without a bound.  Here both are decisions.  Used by one thread.
+Its peers are DEALERs, of libzmq or our own.  libzmq itself ends the process when ``accept`` finds no
+descriptor (``ipc_listener.cpp``, also in 4.3.5), and every connection takes one.  It also keeps messages for
+a client that never reads, without a limit.  Here both cases are handled.  Used by one thread.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
 import socket
 import time
@@ -16,16 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.system import descriptor_limits, process_setup
+from onnx_dl.system import descriptor_limits
 from onnx_dl.transport import zmtp
-from onnx_dl.transport.handshakes import Silence
-from onnx_dl.transport.sockets import BACKLOG, is_ours
+from onnx_dl.transport.handshakes import SilentPeers, SpareDescriptor
+from onnx_dl.transport.sockets import BACKLOG, same_user
 
 MOST_UNREAD: Final = 64 << 20
-"""Bytes that wait for a peer to read; one that lets more wait is not to be waited for."""
+"""Unread bytes of a peer; a peer with more is disconnected."""
 _CHUNK: Final = 1 << 18
 _AT_ONCE: Final = 1 << 20
-"""Bytes that are read from one peer before the others have their turn."""
+"""Bytes that are read from one peer before the other peers."""
 _BATCH: Final = 64
 
 
@@ -39,7 +37,7 @@ class _Peer:
         self.gone = False
 
     def flush(self) -> None:
-        """Sends what it takes now."""
+        """Send as much as the peer takes now."""
         try:
             while self.unsent:
                 sent = self.sock.send(memoryview(self.unsent)[:_CHUNK], socket.MSG_NOSIGNAL)
@@ -51,10 +49,10 @@ class _Peer:
             self.unsent.clear()
 
     def read(self) -> Iterator[bytes]:
-        """The messages that have come.
+        """Return the messages that have arrived.
 
         Raises:
-            ProtocolError: it does not speak the protocol.
+            ProtocolError: the peer does not speak the protocol.
         """
         taken = 0
         while taken < _AT_ONCE and not self.gone:
@@ -70,13 +68,13 @@ class _Peer:
 
 
 class Router:
-    """Listens at an abstract address.  Messages are routed by the names that peers give themselves."""
+    """Listens at an abstract address.  Messages are routed by the names that peers choose."""
 
     def __init__(self, address: str, reserve: int, expected: Callable[[bytes], bool]) -> None:
         """
         Args:
-            reserve: descriptors that stay free; with fewer, who connects is sent away, and comes again.
-            expected: whether a peer of this name may be here; others are sent away.
+            reserve: descriptors that stay free; with fewer, new connections are closed, and come again.
+            expected: whether a peer of this name may connect; others are disconnected.
 
         Raises:
             OSError: this process may have no more descriptors.
@@ -89,18 +87,17 @@ class Router:
         self._listener.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
-        self._spare: int | None = process_setup.nothing()
-        """Given up for a moment to accept, and send away, when there is no other descriptor."""
+        self._spare = SpareDescriptor()
         self._peers: dict[int, _Peer] = {}
         self._by_name: dict[bytes, _Peer] = {}
-        self._silence = Silence()
+        self._silent = SilentPeers()
 
     def fileno(self) -> int:
         """Readable when :meth:`receive` has something to do."""
         return self._epoll.fileno()
 
     def receive(self, now: float) -> list[tuple[bytes, bytes]]:
-        """What has come: who says it, and what."""
+        """Return the messages that have arrived, each with its sender's name."""
         found: list[tuple[bytes, bytes]] = []
         for fd, events in self._epoll.poll(0):
             if fd == self._listener.fileno():
@@ -110,8 +107,8 @@ class Router:
         return found
 
     def send(self, name: bytes, data: bytes) -> None:
-        """Sends it as far as the peer takes it, and the rest when it does.  Nobody of this name is there: it
-        is dropped.
+        """Send a message; the rest waits if the peer does not take all of it now.  Without a peer of this
+        name it is dropped.
 
         Raises:
             BufferError: the peer does not read.
@@ -125,26 +122,26 @@ class Router:
         self._flush(peer)
 
     def unread(self, name: bytes) -> int | None:
-        """Bytes that wait for this peer to read; None: nobody of this name is there."""
+        """Return the unsent bytes of this peer; None: it is not connected."""
         peer = self._by_name.get(name)
         return None if peer is None else len(peer.unsent)
 
     def forget(self, name: bytes) -> None:
-        """The peer of this name is gone, or to go."""
+        """Disconnect the peer of this name."""
         if (peer := self._by_name.get(name)) is not None:
             self._drop(peer)
 
     def next_deadline(self) -> float | None:
-        """When :meth:`on_tick` has something to do."""
-        return self._silence.next_deadline()
+        """Return when :meth:`on_tick` has something to do."""
+        return self._silent.next_deadline()
 
     def on_tick(self, now: float) -> None:
-        """Closes connections that say nothing."""
-        for fd in self._silence.overdue(now):
+        """Close connections that are silent for too long."""
+        for fd in self._silent.overdue(now):
             self._drop(self._peers[fd])
 
     def close(self, linger: float) -> None:
-        """Ends all connections, when all is sent or after so many seconds."""
+        """Close all connections when everything is sent, or after ``linger`` seconds."""
         self._listener.close()
         deadline = time.monotonic() + linger
         while any(peer.unsent for peer in self._by_name.values()):
@@ -157,8 +154,7 @@ class Router:
         for peer in list(self._peers.values()):
             self._drop(peer)
         self._epoll.close()
-        if self._spare is not None:
-            os.close(self._spare)
+        self._spare.close()
 
     # --- connections --------------------------------------------------------------------------------------
 
@@ -166,10 +162,10 @@ class Router:
         if events & select.EPOLLOUT:
             peer.flush()
         try:
-            heard = list(peer.read())
+            received = list(peer.read())
             if peer.reader.identity is not None and self._is_known(peer):
-                found += [(peer.reader.identity, data) for data in heard]
-        except ProtocolError:  # nobody that we know
+                found += [(peer.reader.identity, data) for data in received]
+        except ProtocolError:
             peer.gone = True
         if peer.gone:
             self._drop(peer)
@@ -177,11 +173,11 @@ class Router:
             self._flush(peer)
 
     def _is_known(self, peer: _Peer) -> bool:
-        """Whether it may be here; if so, it is known by its name from now on."""
+        """True if the peer may connect; if so, register its name."""
         name = peer.reader.identity or b""
         known = self._by_name.get(name)
         if known is None and self._expected(name):
-            self._silence.left(peer.sock.fileno())
+            self._silent.remove(peer.sock.fileno())
             known = self._by_name[name] = peer
         if known is not peer:
             peer.gone = True
@@ -197,15 +193,12 @@ class Router:
         count = 0
         while count < _BATCH and (sock := self._accepted()) is not None:
             count += 1
-            self._let_in(sock, now)
-        if not count and not descriptor_limits.free() and self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
+            self._admit(sock, now)
+        if not count and not descriptor_limits.free():
+            self._spare.close()
             if (sock := self._accepted()) is not None:
                 sock.close()
-        if self._spare is None:
-            with contextlib.suppress(OSError):
-                self._spare = process_setup.nothing()
+        self._spare.restore()
 
     def _accepted(self) -> socket.socket | None:
         try:
@@ -213,16 +206,16 @@ class Router:
         except OSError:
             return None
 
-    def _let_in(self, sock: socket.socket, now: float) -> None:
-        if descriptor_limits.free() < self._reserve and (oldest := self._silence.oldest()) is not None:
-            self._drop(self._peers[oldest])  # who says nothing makes way
-        pid = is_ours(sock)
+    def _admit(self, sock: socket.socket, now: float) -> None:
+        if descriptor_limits.free() < self._reserve and (oldest := self._silent.oldest()) is not None:
+            self._drop(self._peers[oldest])  # silent peers are closed first
+        pid = same_user(sock)
         if pid is None or descriptor_limits.free() < self._reserve:
             sock.close()
             return
         sock.setblocking(False)
         peer = self._peers[sock.fileno()] = _Peer(sock)
-        self._silence.came(sock.fileno(), pid, now)
+        self._silent.add(sock.fileno(), pid, now)
         self._epoll.register(sock, select.EPOLLIN)
         self._flush(peer)
 
@@ -230,7 +223,7 @@ class Router:
         fd = peer.sock.fileno()
         if self._peers.pop(fd, None) is None:
             return
-        self._silence.left(fd)
+        self._silent.remove(fd)
         if peer.reader.identity is not None and self._by_name.get(peer.reader.identity) is peer:
             del self._by_name[peer.reader.identity]
         self._epoll.unregister(fd)

@@ -1,6 +1,6 @@
-"""ZeroMQ's wire protocol (ZMTP 3.0 without security), as far as a ROUTER speaks it with DEALERs.  Pure.
+"""ZeroMQ's wire protocol (ZMTP 3.0 without security), the part that a ROUTER and DEALERs need.  Pure.
 
-rfc.zeromq.org/spec/23.  Bytes are handed in and out; sockets are :mod:`onnx_dl.transport.router`'s.
+See rfc.zeromq.org/spec/23.  Works on bytes; :mod:`onnx_dl.transport.router` has the sockets.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Final
 from onnx_dl.errors import ProtocolError
 
 GREETING: Final = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-"""Signature, version 3.0, mechanism, and that this is no server of it."""
+"""Signature, version 3.0, mechanism, and as-server = 0."""
 _MORE, _LONG, _COMMAND = 1, 2, 4
 _SHORT_SIZE: Final = 255
 _LENGTH: Final = struct.Struct(">Q")
 _PROPERTY: Final = struct.Struct(">I")
 LONGEST_READY: Final = 1024
-"""Bytes of a handshake."""
+"""Bytes of a handshake frame."""
 LONGEST: Final = 1 << 30
 """Bytes of a message."""
 
 
 def frame(data: bytes, kind: int = 0) -> bytes:
-    """One frame: a whole message, or a command."""
+    """Return one frame: a whole message or a command."""
     if len(data) > _SHORT_SIZE:
         return bytes([kind | _LONG]) + _LENGTH.pack(len(data)) + data
     return bytes([kind, len(data)]) + data
 
 
 def ready(**properties: bytes) -> bytes:
-    """The command that ends the handshake; ``_`` in a name stands for ``-``."""
+    """Return the command that ends the handshake; ``_`` in a name stands for ``-``."""
     parts = [b"\x05READY"]
     for name, value in properties.items():
         key = name.replace("_", "-").encode()
@@ -40,19 +40,18 @@ def ready(**properties: bytes) -> bytes:
 
 
 class Reader:
-    """What one peer sends, in pieces of any size."""
+    """Decodes the bytes of one peer, in pieces of any size."""
 
     def __init__(self) -> None:
         self._data = bytearray()
         self._greeted = False
         self._parts = 0
-        """Frames of the message that is coming, before its last."""
+        """Frames of the present message so far, if it has several."""
         self.identity: bytes | None = None
-        """The peer's routing id, once it has told; empty: it has none."""
+        """The peer's routing id after the handshake; empty: it has none."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The messages that are complete with these bytes.  Messages of several frames are left out: nobody
-        sends any.
+        """Return the messages that these bytes complete.  Skips messages of several frames: none are in use.
 
         Raises:
             ProtocolError: the peer does not speak this protocol.
@@ -63,7 +62,7 @@ class Reader:
         while (found := self._frame()) is not None:
             kind, body = found
             if kind & _COMMAND:
-                self._obey(body)
+                self._handle_command(body)
             elif self.identity is None:
                 raise ProtocolError("A peer on the control socket sent a message before it was ready.")
             elif kind & _MORE:
@@ -82,13 +81,13 @@ class Reader:
         if len(data) < len(GREETING):
             return False
         if data[12:32] != GREETING[12:32]:
-            raise ProtocolError("A peer on the control socket wants another mechanism than NULL.")
+            raise ProtocolError("A peer on the control socket uses another mechanism than NULL.")
         del data[: len(GREETING)]
         self._greeted = True
         return True
 
     def _frame(self) -> tuple[int, bytes] | None:
-        """Kind and body of the next one; None: it is not all there."""
+        """Return kind and body of the next frame; None: it is incomplete."""
         data = self._data
         if len(data) < 2:
             return None
@@ -98,18 +97,18 @@ class Reader:
             return None
         size = _LENGTH.unpack_from(data, 1)[0] if kind & _LONG else data[1]
         if kind > 7 or size > (LONGEST_READY if self.identity is None else LONGEST):
-            raise ProtocolError("A peer on the control socket sent a frame that cannot be.")
+            raise ProtocolError("A peer on the control socket sent an impossible frame.")
         if len(data) < start + size:
             return None
         body = bytes(data[start : start + size])
         del data[: start + size]
         return kind, body
 
-    def _obey(self, command: bytes) -> None:
-        """The handshake.  Nothing else is said by a peer that was told to say nothing else."""
+    def _handle_command(self, command: bytes) -> None:
+        """Finish the handshake.  Later commands are ignored."""
         if self.identity is None:
             if not command.startswith(b"\x05READY"):
-                raise ProtocolError("A peer on the control socket did not say that it is ready.")
+                raise ProtocolError("A peer on the control socket did not send READY.")
             self.identity = _properties(command[6:]).get(b"identity", b"")
 
 
@@ -121,5 +120,5 @@ def _properties(data: bytes) -> dict[bytes, bytes]:
             (size,) = _PROPERTY.unpack_from(data)
             found[name.lower()], data = data[4 : 4 + size], data[4 + size :]
     except struct.error:
-        raise ProtocolError("A peer on the control socket does not say what it is.") from None
+        raise ProtocolError("A peer on the control socket sent malformed properties.") from None
     return found

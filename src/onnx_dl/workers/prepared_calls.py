@@ -17,7 +17,7 @@ import numpy as np
 
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.lane import Again, Call, Forgotten, Items, Result, Tensor, Text, Value
-from onnx_dl.tensors.arena import Block, align
+from onnx_dl.tensors.block import Block, align
 from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import Form, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
@@ -98,7 +98,7 @@ class PreparedCall:
         """Learns from sent results where the next ones may lie: in the same places, or leased like them."""
         self.reset()
         if self._can_bind and (tensors := in_place(sent)):
-            self._nbytes = sum(align(_nbytes(t)) for t in tensors if not t.leased)
+            self._nbytes = sum(align(_nbytes(t)) for t in tensors if not t.held)
             # Not lane.scratch(): it may replace the block, and the caller reads the one that was sent.
             self._scratch = lane.current_scratch if self._nbytes else None
             self._results = tensors
@@ -144,7 +144,7 @@ class PreparedCall:
         finally:
             if not is_sent:  # the caller never learns of these blocks, so nobody else would free them
                 for block in leased:
-                    block.end_lease()
+                    block.release()
         return is_sent
 
     def _run_prepared(
@@ -173,17 +173,17 @@ class PreparedCall:
     def _lease(self, lane: WorkerLane, leased: list[Block]) -> bool:
         """Takes a block for each large result; false if one reply cannot announce so many new ones."""
         for tensor in self._results:
-            if tensor.leased:
-                block = lane.lease(_nbytes(tensor))
+            if tensor.held:
+                block = lane.take(_nbytes(tensor))
                 if block is None:
                     return False
                 leased.append(block)
         return True
 
     def _bind(self, leased: Iterator[Block], backend: Backend, feed: Feed) -> _PreparedRun | None:
-        places = [(t, next(leased) if t.leased else self._scratch) for t in self._results]
+        places = [(t, next(leased) if t.held else self._scratch) for t in self._results]
         arrays = [
-            block.array(t.dtype, t.shape, 0 if t.leased else t.offset)
+            block.array(t.dtype, t.shape, 0 if t.held else t.offset)
             for t, block in places
             if block is not None
         ]
@@ -191,10 +191,10 @@ class PreparedCall:
         if bound is None:
             self._can_bind = False
             return None
-        if not any(t.leased for t in self._results):
+        if not any(t.held for t in self._results):
             return _PreparedRun(bound.run, bound.cancel, b"")
         tensors: list[Value] = [
-            Tensor(t.dtype, t.shape, block.number, 0, True) if t.leased and block is not None else t
+            Tensor(t.dtype, t.shape, block.number, 0, True) if t.held and block is not None else t
             for t, block in places
         ]
         return _PreparedRun(bound.run, bound.cancel, codec.encode(Result(value=Items("list", tensors))))

@@ -26,7 +26,6 @@ from onnx_dl.protocol.lane import CallFailed
 from onnx_dl.transport import sockets
 from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.gauges import Gauges
-from onnx_dl.transport.handshakes import Door
 from onnx_dl.transport.sockets import Channel, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import heap, warmup
@@ -93,7 +92,7 @@ class Worker:
             ready = time.monotonic()
             self._gate = Gate(load.ttl, ready, self._waker.wake, self._gauges)
             self._set_limits(spec)
-            door = Door(self._address, _RESERVE, lambda channel, why: None)  # a rejected caller sees EOF
+            door = Handshakes(self._address, _RESERVE, lambda channel, why: None)  # a rejected caller sees EOF
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
             unsaved = isinstance(error, NotInCache)
@@ -144,7 +143,7 @@ class Worker:
         self._gauges.exceeded(nbytes)
         os._exit(os.EX_TEMPFAIL)
 
-    def _run(self, door: Door, backend: Backend) -> None:
+    def _run(self, door: Handshakes, backend: Backend) -> None:
         """Runs the main thread's loop, from WorkerReady to Exit."""
         poller = zmq.Poller()
         for source in (self._control, self._lifeline, door, self._waker):
