@@ -71,11 +71,11 @@ class Point(NamedTuple):
 CLIENT: Final = (
     Point("onnx_dl.session.inference_session", "InferenceSessionProxy", "run", CALL, RETURNED),
     Point("onnx_dl.client.remote_model", "RemoteModel", "run", READ),
-    Point("onnx_dl.client.remote_model", "RemoteModel", "_take_lane", None, LANE),
-    Point("onnx_dl.transport.client_lane", "ClientLane", "call", None, PACKED),
+    Point("onnx_dl.client.lane_pool", "LanePool", "take", None, LANE),
+    Point("onnx_dl.tensors.call_codec", "CallCodec", "encode_call", None, PACKED),
     Point("onnx_dl.transport.doorbell", "CallerBell", "ring", RING),
     Point("onnx_dl.transport.doorbell", "CallerBell", "wait", None, HEARD),
-    Point("onnx_dl.transport.client_lane", "ClientLane", "result", None, UNPACKED),
+    Point("onnx_dl.tensors.call_codec", "CallCodec", "decode", None, UNPACKED),
 )
 WORKER: Final = (
     Point("onnx_dl.transport.doorbell", "WorkerBell", "wait", None, WOKEN),

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from onnx_dl import EventType, ModelHost
-from onnx_dl.client.cancellation import Watch, not_begun
+from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core.spec import ModelSpec, file_identity, model_key
 from onnx_dl.errors import (
@@ -67,7 +67,7 @@ class Misbehaving(ModelProxy):
         deadline = Deadline.of(timeout)
         try:
             model = self._model(deadline)
-            watch = None if deadline is None else Watch(deadline=deadline)
+            watch = None if deadline is None else CancelWatch(deadline=deadline)
             (result,) = model.run(self._lease, None, {"x": X}, None, watch)
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None

@@ -113,20 +113,20 @@ with ModelHost() as host:
     snapshot = host.snapshot()
     worker, model = snapshot.models[0].pid, one._model()
     (template,) = [p for p in psutil.Process(snapshot.supervisor_pid).children() if p.pid != worker]
-    lane, _ = model.ask_with(one._lease, lambda lane: None)  # the one that there is
+    call = model.prepare(one._lease, lambda lane: None)  # the one that there is
     let(worker, 1)
     print(refused(lambda: one.run(None, {"x": x})))
     let(worker, 60)  # the lane may be closed when it is idle for a while
-    model.put_lane(lane)
+    call.release()
     assert one.run(None, {"x": x})[0][0] == 2
     let(template.pid, 1)
     print(refused(lambda: opened(host, 2.0).run(None, {"x": x})))
     assert one.run(None, {"x": x})[0][0] == 2
     let(template.pid, 60)
     assert opened(host, 2.0).run(None, {"x": x})[0][0] == 3
-    lane, _ = model.ask_with(one._lease, lambda lane: None)
+    call = model.prepare(one._lease, lambda lane: None)
     assert one.run(None, {"x": x})[0][0] == 2
-    model.put_lane(lane)
+    call.release()
 """,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

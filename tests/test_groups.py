@@ -220,7 +220,7 @@ def test_who_joins_inside_of_a_block_that_holds_the_group_is_told(
     with ModelHost() as host:
         (neg,) = opened(host, "Neg")
         with neg.session():
-            monkeypatch.setattr("onnx_dl.client.remote_model._LOAD_MARGIN", allowed(1.5) - 100)
+            monkeypatch.setattr("onnx_dl.client.acquisition.LOAD_MARGIN", allowed(1.5) - 100)
             (absolute,) = opened(host, "Abs")
             with pytest.raises(LoadTimeout, match=r" seconds.*session\(\) block"):
                 value(absolute)

@@ -33,8 +33,9 @@ from onnx_dl import (
     WorkerDied,
 )
 from onnx_dl.client import launcher
-from onnx_dl.client.connection import Connection
-from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.client.connection import Connection, ConnectionListener
+from onnx_dl.client.lane_pool import LanePool
+from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.host import connect
 from onnx_dl.host import model_host as host_module
 from onnx_dl.host.model_host import _FAREWELL
@@ -47,6 +48,7 @@ from tests.waiting import DEADLINE, allowed, eventually, is_gone, wait_for, work
 pytestmark = pytest.mark.slow
 
 FOR_EVER = np.array(10**9)
+LISTENER = ConnectionListener(print, print, bool, WorkerOutput())
 X = np.eye(64, dtype=np.float32)
 
 
@@ -346,7 +348,7 @@ def test_another_user_does_not_get_in_with_the_right_secret(path: str) -> None:
         import onnx_dl.transport.sockets as sockets
 
         sockets._check_user = lambda sock: None
-        Connection(record.address, record.secret, 2.0, print, print, lambda: False)
+        Connection(record.address, record.secret, 2.0, LISTENER)
         return "connected"
 
     assert Forked(intrude).result().startswith("SupervisorUnreachable")
@@ -359,7 +361,7 @@ def test_a_wrong_secret(path: str) -> None:
     record = place.record()
     assert record is not None
     with pytest.raises(SupervisorStartError, match="the secret is wrong"):
-        Connection(record.address, "0" * 32, 2.0, print, print, lambda: False)
+        Connection(record.address, "0" * 32, 2.0, LISTENER)
 
 
 def test_an_open_folder_is_refused(runtime: Path) -> None:
@@ -496,13 +498,13 @@ def test_a_fate_is_asked_for_where_it_is_known(spinning: str, monkeypatch: pytes
     host = onnx_dl.connect("mine")
     proxy = host.open(spinning, providers=CPU)
     moved = threading.Event()
-    ask_fate = RemoteModel._ask_fate
+    check_end = LanePool.check_end
 
-    def late(self: RemoteModel, *args: Any) -> None:
+    def late(self: LanePool, *args: Any) -> None:
         assert moved.wait(DEADLINE)
-        ask_fate(self, *args)
+        check_end(self, *args)
 
-    monkeypatch.setattr(RemoteModel, "_ask_fate", late)
+    monkeypatch.setattr(LanePool, "check_end", late)
     running = Threads(lambda: proxy.run(None, {"x": X, "n": FOR_EVER}))
     begun(host)
     restart("SIGKILL", host)

@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout
-from onnx_dl.client.remote_model import RemoteModel
-from onnx_dl.tensors import arena, call_plans, values
-from onnx_dl.transport import call_channel, client_lane, doorbell, lane_socket, sockets
+from onnx_dl.client.lane_pool import LanePool
+from onnx_dl.client.pending_call import PendingCall
+from onnx_dl.protocol import lane as m
+from onnx_dl.tensors import arena, call_codec, call_plans, values
+from onnx_dl.tensors.call_codec import CallCodec
+from onnx_dl.transport import call_channel, doorbell, lane_socket, sockets
+from onnx_dl.transport.client_lane import ClientLane
 from tests.contract.both import CPU, loop
 from tests.slow import identity_model
 from tests.test_zero_copy import mapped_segments
@@ -27,38 +31,38 @@ from tests.waiting import worker_pid
 pytestmark = pytest.mark.slow
 
 STEPS: list[tuple[Any, str]] = [
-    (client_lane.ClientLane, "call"),
-    (client_lane.ClientLane, "_moved"),
-    (client_lane.ClientLane, "_first_call"),
-    (client_lane, "key_of"),
-    (client_lane, "targets_of"),
+    (CallCodec, "encode_call"),
+    (CallCodec, "_shared_inputs"),
+    (CallCodec, "_encode_new"),
+    (call_codec, "key_of"),
+    (call_codec, "InputLayout"),
     (arena.Arena, "adopt"),
     (arena.Arena, "scratch"),
     (arena.Arena, "_create"),
     (values.Packer, "pack"),
     (values.Packer, "_place_array"),
-    (call_plans.Plan, "fill"),
-    (call_plans.Plan, "_copy"),
-    (call_plans.Plans, "next_number"),
-    (client_lane.ClientLane, "send"),
+    (call_plans.InputLayout, "fill"),
+    (call_plans.InputLayout, "_copy"),
+    (call_plans.CallPlans, "next_number"),
+    (ClientLane, "send"),
     (arena.Block, "ask"),
     (lane_socket.Handover, "send"),
     (sockets.Channel, "post"),
-    (call_channel.CallerBellCalls, "send"),
-    (call_channel.CallerBellCalls, "again"),
+    (call_channel.CallerBellChannel, "send"),
+    (call_channel.CallerBellChannel, "replay"),
     (doorbell.CallerBell, "ring"),
-    (call_channel.ZmqCalls, "send"),
-    (call_channel.CallerBellCalls, "next"),
-    (call_channel.ZmqCalls, "next"),
+    (call_channel.ZmqChannel, "send"),
+    (call_channel.CallerBellChannel, "next"),
+    (call_channel.ZmqChannel, "next"),
     (lane_socket.Handover, "next"),
-    (client_lane.ClientLane, "receive"),
-    (client_lane.ClientLane, "result"),
-    (client_lane.ClientLane, "_learn"),
-    (client_lane.ClientLane, "_read_by"),
+    (ClientLane, "receive"),
+    (CallCodec, "decode"),
+    (CallCodec, "_learn"),
+    (CallCodec, "_readers_of"),
     (values.Unpacker, "unpack"),
-    (call_plans.Plans, "remember"),
-    (RemoteModel, "finish"),
-    (RemoteModel, "put_lane"),
+    (call_plans.CallPlans, "remember"),
+    (PendingCall, "_result"),
+    (LanePool, "put"),
 ]
 SMALL, LARGE = 3, 50_000
 
@@ -130,11 +134,11 @@ def ways(shapes: Shapes) -> list[np.ndarray]:
 def trimmed(proxy: InferenceSessionProxy) -> None:
     """Nothing is there any more that the next call needs."""
     model = proxy._model()
-    used, _ = model.ask_with(proxy._lease, lambda used: None)
-    if used.trim():
-        model.put_lane(used)
+    call = model.prepare(proxy._lease, lambda lane: m.Touch())
+    if call.lane.trim():
+        call.release()
     else:  # the worker got no processor in time: a caller closes the lane then, too
-        used.close()
+        call.lane.close()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -156,7 +160,7 @@ def test_a_call_that_fails_at_any_step(proxy: InferenceSessionProxy, when: str) 
                 reached.add(name)
             for after in (x, shapes.new(), known, known_there, x):
                 right(proxy, after)
-    other_lane = {"again", "ring"} if proxy._model()._over_zmq else set()
+    other_lane = {"replay", "ring"} if proxy._model().worker._over_zmq else set()
     assert {name for _, name in STEPS} - reached <= other_lane
 
 
@@ -169,11 +173,11 @@ def test_a_request_that_is_made_and_not_sent_changes_nothing(proxy: InferenceSes
     for count in (1, 70):
         shapes.warm(count)
         for x in ways(shapes):
-            used, _ = model.ask_with(proxy._lease, lambda used, x=x: used.call(None, {"x": x}, None))
-            known = dict(used._plans._plans)
-            model.put_lane(used)
+            call = model.prepare(proxy._lease, lambda lane, x=x: lane.codec.encode_call(None, {"x": x}, None))
+            known = dict(call.lane.codec._plans._plans)
+            call.release()
             proxy.load()
-            assert used._plans._plans == known
+            assert call.lane.codec._plans._plans == known
             for _ in range(2):
                 right(proxy, x)
                 right(proxy, first)

@@ -15,7 +15,8 @@ import pytest
 
 import onnx_dl
 from onnx_dl import SupervisorError, SupervisorStartError
-from onnx_dl.client.connection import Connection
+from onnx_dl.client.connection import Connection, ConnectionListener
+from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.protocol import control
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.policy import idle_shutdown
@@ -330,7 +331,7 @@ def test_a_client_of_another_version_is_refused_all_the_same(monkeypatch: pytest
     with pytest.raises(
         SupervisorStartError, match=f"speaks protocol version {PROTOCOL_VERSION}, the client 99"
     ):
-        Connection(record.address, record.secret, 2.0, print, print, lambda: False)
+        Connection(record.address, record.secret, 2.0, ConnectionListener(print, print, bool, WorkerOutput()))
 
 
 @pytest.mark.parametrize("shared", [True, False])

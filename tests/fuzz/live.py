@@ -127,9 +127,9 @@ class WellBehaved:
     def granted(self) -> Granted:
         """What it was told of its worker."""
         assert self.proxy._remote is not None
-        serving = self.proxy._remote._serving
-        assert serving is not None
-        return serving.granted
+        pool = self.proxy._remote.worker.pool
+        assert pool is not None
+        return pool.granted
 
     def _call(self) -> None:
         while not self._stop.wait(0.001):
@@ -343,7 +343,7 @@ def _calls() -> list[bytes]:
         codec.encode(lane.Envelope(shared=[(3, 4096)], message=msgspec.Raw(codec.encode(inside)))),
         codec.encode(inside),
         codec.encode(msgspec.structs.replace(inside, plan=1, moved=[0])),
-        codec.encode(lane.Again(plan=1, moved=[(0, x)])),
+        codec.encode(lane.Replay(plan=1, moved=[(0, x)])),
         codec.encode(lane.Invoke(method="get_inputs", args=[])),
         codec.encode(
             lane.Invoke(method="run", args=[lane.Plain(None), lane.Items("dict", [lane.Plain("x"), x])])

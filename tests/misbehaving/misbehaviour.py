@@ -147,7 +147,7 @@ def _say_raw(lane: Any, data: bytes) -> None:
         calls.send(data)
     else:
         lane.channel.post(data)
-        calls._ring()
+        calls.ring()
 
 
 def _say_packet(lane: Any, data: bytes) -> None:
@@ -155,9 +155,9 @@ def _say_packet(lane: Any, data: bytes) -> None:
     calls = lane._calls
     lane.channel.post(data)
     if lane.over_zmq:
-        calls._tell(b"")
+        calls.post(b"")
     else:
-        calls._ring()
+        calls.ring()
 
 
 def _announce_a_block_that_is_not_sent(lane: Any) -> None:

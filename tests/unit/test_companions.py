@@ -28,7 +28,13 @@ class Proxy:
 
 
 class Model:
+    """Also its own worker."""
+
     told = False
+
+    @property
+    def worker(self) -> Model:
+        return self
 
     def on_event(self, event: ModelEvent) -> None:
         self.told = True

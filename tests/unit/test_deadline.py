@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from onnx_dl.concurrency import deadline as module
 from onnx_dl.concurrency.background import Background
-from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed, result_of
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 
 
 class Clock:
@@ -66,18 +66,23 @@ def test_ending_it_ends_what_is_within() -> None:
 
 
 def test_a_wait_ends_when_another_thread_says_so() -> None:
-    future: concurrent.futures.Future[int] = concurrent.futures.Future()
-    deadline = Deadline(60.0, movable=True)
+    go, deadline = threading.Event(), Deadline(60.0, movable=True)
     threading.Timer(0.05, deadline.end).start()
     with pytest.raises(DeadlinePassed):
-        result_of(future, deadline, "nothing")
+        Background(lambda _: go.wait(60.0), "work").wait(deadline, "nothing")
+    go.set()
 
 
 def test_an_error_of_the_result_is_not_taken_for_a_late_one() -> None:
-    future: concurrent.futures.Future[int] = concurrent.futures.Future()
-    future.set_exception(TimeoutError("its own"))
+    def work(_: Deadline) -> None:
+        raise TimeoutError("its own")
+
+    background = Background(work, "work")
+    background.begin()
+    while not background.done:
+        time.sleep(0.001)
     with pytest.raises(TimeoutError, match="its own"):
-        result_of(future, Deadline(0.0), "nothing")
+        background.wait(Deadline(0.0), "nothing")
 
 
 def test_work_goes_on_for_the_next_who_waits() -> None:

@@ -20,7 +20,6 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.protocol.lane import (
-    Again,
     Call,
     CallFailed,
     Draining,
@@ -32,8 +31,9 @@ from onnx_dl.protocol.lane import (
     LaneOpen,
     Packed,
     Plain,
+    Replay,
     Result,
-    Same,
+    SameResult,
     Started,
     Tensor,
     Terminate,
@@ -43,7 +43,7 @@ from onnx_dl.protocol.lane import (
     lane_reply,
 )
 from onnx_dl.tensors import mapped_blocks, segment
-from onnx_dl.tensors.call_plans import Plan
+from onnx_dl.tensors.call_plans import CallPlan
 from onnx_dl.transport import sockets
 from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.client_lane import ClientLane
@@ -200,10 +200,11 @@ def ask(lane: ClientLane, request: Any) -> Any:
 
 def called(lane: ClientLane, feed: dict[str, Any], outputs: Any = None, options: Any = None) -> Any:
     """What the worker gives back."""
-    reply = ask(lane, lane.call(outputs, feed, options))
+    request = lane.codec.encode_call(outputs, feed, options)
+    reply = ask(lane, request)
     if isinstance(reply, CallFailed):
         raise failures.rebuild(reply.failure)
-    return lane.result(reply)
+    return lane.codec.decode(request, reply)
 
 
 def same(got: Any, sent: Any) -> bool:
@@ -256,14 +257,15 @@ def test_names_options_methods_and_errors_of_every_size(lane: ClientLane, worker
     assert called(lane, {"x": one}, options={"o": "x" * size}) == [1, {"o": "x" * size}]
     assert called(lane, {"x": one}, outputs=["n" * size]) == [1, ["n" * size]]
     assert called(lane, {"x" * size: one}) == [1]
-    reply = ask(lane, Invoke(method="m" * size, args=lane.pack([np.ones(size, np.uint8), "x" * size])))
-    assert same(lane.result(reply), [np.ones(size, np.uint8), "x" * size])
+    values = [np.ones(size, np.uint8), "x" * size]
+    request = Invoke(method="m" * size, args=lane.codec.pack(values))
+    assert same(lane.codec.decode(request, ask(lane, request)), values)
     with pytest.raises(ValueError) as error:
         called(lane, {"error": np.array([size])})
     assert len(str(error.value)) == size
-    call = lane.call(None, {"x": np.array(["x" * size], object)}, None, background=True)
+    call = lane.codec.encode_call(None, {"x": np.array(["x" * size], object)}, None, background=True)
     assert isinstance(ask(lane, call), Started)
-    assert same(lane.result(lane.receive(BOUND)), [np.array(["x" * size], object)])
+    assert same(lane.codec.decode(call, lane.receive(BOUND)), [np.array(["x" * size], object)])
 
 
 @pytest.mark.timeout(100)
@@ -315,11 +317,11 @@ def test_text_and_maps_repeat_without_a_message(lane: ClientLane, worker: Worker
         (got,) = called(lane, {"x": text})
         assert same(got, text)
     assert (worker.backend.runs, worker.backend.reruns) == (2, 18)
-    request = lane.call(None, {"x": text}, None)
-    assert isinstance(request, Plan)
+    request = lane.codec.encode_call(None, {"x": text}, None)
+    assert isinstance(request, CallPlan)
     reply = ask(lane, request)
-    assert isinstance(reply, int | Same)
-    assert same(lane.result(reply), [text])
+    assert isinstance(reply, int | SameResult)
+    assert same(lane.codec.decode(request, reply), [text])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -342,7 +344,7 @@ def test_surrogates_are_refused_where_they_are(lane: ClientLane):
     for _ in range(4):
         assert same(called(lane, {"x": np.array(["fine"], object)})[0][0], "fine")
         with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
-            lane.call(None, {"x": np.array(["\udc80"], object)}, None)
+            lane.codec.encode_call(None, {"x": np.array(["\udc80"], object)}, None)
 
 
 # --- callers that are not ours -----------------------------------------------------------------------------
@@ -427,7 +429,7 @@ NONSENSE = [
     codec.encode(Call(outputs=Plain(None), feed=[("x", Text((1,), 1, 0))], plan=0)),
     codec.encode(Call(outputs=Plain(None), feed=[("x", Packed(1, 1 << 40))])),
 ]
-UNKNOWN = [codec.encode(Again(plan=77)), codec.encode(Again(plan=0, moved=[(99, TENSOR)]))]
+UNKNOWN = [codec.encode(Replay(plan=77)), codec.encode(Replay(plan=0, moved=[(99, TENSOR)]))]
 
 
 @pytest.mark.parametrize("index", range(len(NONSENSE)))
@@ -456,7 +458,7 @@ def test_a_number_that_no_caller_gives_is_not_remembered(stranger: Stranger):
     for number in (64, 1 << 40, -1):
         stranger.say(codec.encode(Call(outputs=Plain(None), feed=[], plan=number)))
         assert isinstance(stranger.hear(), Result)
-        stranger.say(codec.encode(Again(plan=number)))
+        stranger.say(codec.encode(Replay(plan=number)))
         assert isinstance(stranger.hear(), Forgotten)
 
 
@@ -466,11 +468,11 @@ def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all
         stranger.say(codec.encode(Call(outputs=Plain([f"{number}"]), feed=[], plan=number)))
         assert isinstance(stranger.hear(), Result)
         for again in range(4):
-            stranger.say(codec.encode(Again(plan=again)))
+            stranger.say(codec.encode(Replay(plan=again)))
             assert isinstance(stranger.hear(), Result if again in kept else Forgotten)
     stranger.say(bad)
     assert isinstance(stranger.hear(), CallFailed)
-    stranger.say(codec.encode(Again(plan=1)))
+    stranger.say(codec.encode(Replay(plan=1)))
     assert isinstance(stranger.hear(), Forgotten), "a call that failed has changed nothing"
 
 

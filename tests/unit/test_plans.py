@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.tensors.block import Block
-from onnx_dl.tensors.call_plans import MOST, Plan, Plans, can_repeat, in_place, key_of, targets_of, texts_of
+from onnx_dl.tensors.arena import Block
+from onnx_dl.tensors.call_plans import MOST, CallPlan, CallPlans, InputLayout, can_repeat, in_place, key_of
 from onnx_dl.tensors.values import Packer, Unpacker
 from tests.unit.builders import arena
 
@@ -81,13 +81,15 @@ def test_results_that_cannot_be_written_in_place(value):
     assert in_place(m.Items("list", [TENSOR, TENSOR])) == [TENSOR, TENSOR]
 
 
-def plan(key: object, number: int, block: Block | None = None) -> Plan:
-    return Plan(key, number, block, 0, [], [], [])
+def plan(key: object, number: int, block: Block | None = None) -> CallPlan:
+    layout = InputLayout(Packer(arena()[0]), {}, [])
+    layout.block = block
+    return CallPlan(key, number, layout)
 
 
 def test_another_scratch_block_ends_all_plans():
     a, _ = arena()
-    plans, first, second = Plans(), a.scratch(10), a.take(10)
+    plans, first, second = CallPlans(), a.scratch(10), a.take(10)
     plans.remember(plan("k", plans.next_number(first), first))
     assert plans.next_number(first) == 1
     assert plans.next_number(None) == 1, "a call without small inputs lies in none"
@@ -100,7 +102,7 @@ def test_another_scratch_block_ends_all_plans():
 
 
 def test_it_does_not_grow_without_bounds():
-    plans, numbers = Plans(), set()
+    plans, numbers = CallPlans(), set()
     for key in range(10 * MOST):
         number = plans.next_number(None)
         numbers.add(number)
@@ -110,7 +112,7 @@ def test_it_does_not_grow_without_bounds():
 
 def test_numbers_are_never_used_twice_at_a_time():
     """Also where a call is said in full once more, because its place has become too small."""
-    plans = Plans()
+    plans = CallPlans()
     for _ in range(3):
         plans.remember(plan("same", plans.next_number(None)))
     other = plan("other", plans.next_number(None))
@@ -120,11 +122,11 @@ def test_numbers_are_never_used_twice_at_a_time():
 
 
 def test_results_whose_blocks_are_gone_are_forgotten():
-    plans, kept, gone = Plans(), plan("kept", 0), plan("gone", 1)
+    plans, kept, gone = CallPlans(), plan("kept", 0), plan("gone", 1)
     kept.results, gone.results = [m.Packed(1, 0)], [TENSOR, m.Packed(2, 0)]
     plans.remember(kept)
     plans.remember(gone)
-    plans.let_go(lambda number: number == 1)
+    plans.forget_results(lambda number: number == 1)
     assert (kept.results, gone.results) == ([m.Packed(1, 0)], None)
 
 
@@ -133,8 +135,7 @@ def test_text_is_put_where_it_lay():
     text = np.array(["a", "b"], object)
     packer = Packer(a)
     values = packer.pack([X, text])
-    texts = texts_of(["x", "t"], values)
-    made = Plan(None, 0, packer.scratch, packer.nbytes, targets_of(values, packer.scratch), texts, [])
+    made = InputLayout(packer, {"x": X, "t": text}, values)
     for other in (["", "ü" * 1000], ["c", "d"]):
         text = np.array(other, object)
         assert made.fill({"x": X + 1, "t": text}, a)

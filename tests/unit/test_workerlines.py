@@ -10,20 +10,22 @@ from collections.abc import Iterator
 import pytest
 
 from onnx_dl.client import worker_output
-from onnx_dl.client.worker_output import Lines, Said, WorkerLines
+from onnx_dl.client.worker_output import LineAssembler, Piece, WorkerOutput
 from tests.waiting import DEADLINE, eventually
 
 
-def piece(text: bytes, worker_id: int = 1, *, last: bool = False) -> Said:
-    return Said(worker_id, f"model {worker_id}", 100 + worker_id, text, last)
+def piece(text: bytes, worker_id: int = 1, *, last: bool = False) -> Piece:
+    return Piece(worker_id, f"model {worker_id}", 100 + worker_id, text, last)
 
 
-def of(lines: Lines, *pieces: Said) -> list[tuple[int, str, int]]:
-    return [(r.level, r.line, r.said.pid) for said in pieces for r in lines.add(said)]
+def of(lines: LineAssembler, *pieces: Piece) -> list[tuple[int, str, int]]:
+    return [(r.level, r.line, r.piece.pid) for each in pieces for r in lines.add(each)]
 
 
 def test_lines_of_several_workers_are_put_together() -> None:
-    found = of(Lines(), piece(b"on"), piece(b"two\n", 2), piece(b"e\nthree\r\n\nfo"), piece(b"", last=True))
+    found = of(
+        LineAssembler(), piece(b"on"), piece(b"two\n", 2), piece(b"e\nthree\r\n\nfo"), piece(b"", last=True)
+    )
     told = [(logging.INFO, "two", 102)] + [(logging.INFO, line, 101) for line in ("one", "three", "fo")]
     assert found == told
 
@@ -31,16 +33,16 @@ def test_lines_of_several_workers_are_put_together() -> None:
 def test_levels_are_onnxruntimes() -> None:
     text = b"".join(b"\x1b[0;93mnow [%c:onnxruntime:, here] it is\x1b[m\n" % letter for letter in b"VIWEF")
     levels = [logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL]
-    assert [level for level, _, _ in of(Lines(), piece(text))] == levels
-    assert of(Lines(), piece(b"\x1b[1;31m[E:onnxruntime:] it\x1b[m\n"))[0][1] == "[E:onnxruntime:] it"
+    assert [level for level, _, _ in of(LineAssembler(), piece(text))] == levels
+    assert of(LineAssembler(), piece(b"\x1b[1;31m[E:onnxruntime:] it\x1b[m\n"))[0][1] == "[E:onnxruntime:] it"
 
 
 def test_what_the_supervisor_says_is_a_warning() -> None:
-    assert of(Lines(), Said(0, "", 7, b"onnx-dl: no\n")) == [(logging.WARNING, "onnx-dl: no", 7)]
+    assert of(LineAssembler(), Piece(0, "", 7, b"onnx-dl: no\n")) == [(logging.WARNING, "onnx-dl: no", 7)]
 
 
 def test_a_line_without_end_is_cut() -> None:
-    lines = Lines()
+    lines = LineAssembler()
     found = of(lines, *[piece(b"x" * (1 << 15)) for _ in range(4)])
     assert [len(line) for _, line, _ in found] == [3 << 15]
     assert [len(r.line) for r in lines.end()] == [1 << 15]
@@ -69,7 +71,7 @@ def no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_whoever_waits_finds_it_written(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_output, "_PATIENCE", DEADLINE)
-    lines = WorkerLines()
+    lines = WorkerOutput()
     for turn in range(20):
         if turn % 5 == 4:
             eventually(no_writer, "the thread ends, and another one begins")
@@ -81,7 +83,7 @@ def test_whoever_waits_finds_it_written(pipe: tuple[int, int], monkeypatch: pyte
 
 def test_nobody_reads(pipe: tuple[int, int]) -> None:
     """Each caller waits once, and then none does; what is too much is dropped, and said so."""
-    lines = WorkerLines()
+    lines = WorkerOutput()
     for _ in range(100):
         lines.put(piece(bytes(1 << 16)))
     lines.catch_up()
@@ -90,7 +92,7 @@ def test_nobody_reads(pipe: tuple[int, int]) -> None:
     taken = bytearray()
     while len(taken) < 15 << 16:  # that many are taken at least, and the pipe has room for what is left
         taken += os.read(pipe[0], 1 << 16)
-    eventually(lambda: lines._put == lines._done, "all is written")
+    eventually(lambda: lines._put == lines._written, "all is written")
     lines.put(piece(b"the end"))
     while b"the end" not in taken:
         taken += os.read(pipe[0], 1 << 16)
@@ -101,18 +103,18 @@ def test_nobody_reads(pipe: tuple[int, int]) -> None:
 
 def test_a_descriptor_that_does_not_block(pipe: tuple[int, int]) -> None:
     os.set_blocking(pipe[1], False)
-    lines = WorkerLines()
+    lines = WorkerOutput()
     lines.put(piece(bytes(1 << 18)))
     taken = 0
     while taken < 1 << 18:
         taken += len(os.read(pipe[0], 1 << 16))
-    eventually(lambda: lines._put == lines._done, "all is written")
+    eventually(lambda: lines._put == lines._written, "all is written")
     os.close(pipe[1])
 
 
 def test_the_end_of_an_unended_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "onnx_dl.worker")
-    lines = WorkerLines(log=True)
+    lines = WorkerOutput(log=True)
     lines.put(piece(b"begun"))
     lines.end()
     eventually(lambda: caplog.messages == ["begun"], "it is told")
@@ -125,11 +127,11 @@ class Fails(logging.Handler):
 
 def test_a_handler_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "onnx_dl.worker")
-    handler, lines = Fails(), WorkerLines(log=True)
+    handler, lines = Fails(), WorkerOutput(log=True)
     worker_output.logger.addHandler(handler)
     try:
         lines.put(piece(b"one\n"))
         lines.put(piece(b"two\n"))
-        eventually(lambda: lines._put == lines._done, "both are told")
+        eventually(lambda: lines._put == lines._written, "both are told")
     finally:
         worker_output.logger.removeHandler(handler)

@@ -1,55 +1,54 @@
-"""A call that may have to end before its result is there: its RunOptions say so, or its time is up.
+"""Ends a call before its result is there: because its RunOptions say so, or its deadline has passed.
 
-Covers waiting for the reply meanwhile.  onnxruntime tells nobody that ``RunOptions.terminate`` was set from
-another thread, so it is looked at every few milliseconds; onnxruntime itself looks between two nodes.
+Covers waiting for the reply meanwhile.  onnxruntime sends no signal when another thread sets
+``RunOptions.terminate``, so it is read every few milliseconds; onnxruntime itself reads it between two nodes.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
 from onnx_dl.protocol import lane as m
-
-if TYPE_CHECKING:
-    from onnx_dl.client.remote_model import RemoteModel
-    from onnx_dl.transport.client_lane import ClientLane
+from onnx_dl.tensors.call_codec import Request
+from onnx_dl.transport.client_lane import ClientLane, Reply
 
 EVERY: Final = 0.003
 """Seconds between two looks."""
 GRACE: Final = 0.3
-"""Seconds in all that a run whose time is up has to end after it was told to; then its caller goes on without
-it, and closes its lane, which has the worker end the run as soon as the model lets it."""
+"""Seconds in all that a run has to end after its deadline.  Then its caller goes on without the run and
+closes its lane, which has the worker end the run as soon as the model lets it."""
 _AGAIN: Final = 1.0
-"""Seconds after which a worker that took no word to end a run is told once more."""
+"""Seconds until a worker that did not take the request to end a run is sent it once more."""
+
+Terminate = Callable[[Deadline], bool]
+"""Has the worker end the call; whether the worker received that in time, or is gone."""
 
 
-class Watch:
-    """Of one call."""
+class CancelWatch:
+    """Watch over one call."""
 
-    def __init__(self, run_options: Any = None, deadline: Deadline | None = None) -> None:
+    def __init__(self, run_options: object = None, deadline: Deadline | None = None) -> None:
         """``run_options``: an ``onnxruntime.RunOptions`` that another thread may write to."""
         self._options = run_options
         self.deadline = deadline
-        self._told = False
-        self._tell_at = 0.0
+        self._was_ended = False
+        self._end_at = 0.0
 
-    def exchange(self, model: RemoteModel, lane: ClientLane, request: Any) -> Any:
-        """Sends a request and waits for its reply.
-
-        Raises:
-            RunTimeout: the time was up.  Close the lane: it may be in use for as long as the model computes.
-        """
+    def exchange(self, lane: ClientLane, request: Request, terminate: Terminate) -> Reply:
+        """Sends a request and waits for its reply.  Raises RunTimeout after the deadline; close the lane
+        then, which may be in use for as long as the model computes."""
         lane.send(request)
         while True:
             try:
                 return lane.receive(self._step())
             except TimeoutError:
                 if self.deadline is not None and self.deadline.passed:
-                    return self._end(model, lane)
-                self._look(model, lane)
+                    return self._end(lane, terminate)
+                self._look(terminate)
 
     def _step(self) -> float | None:
         """Seconds until the next look."""
@@ -57,18 +56,18 @@ class Watch:
             return EVERY
         return self.deadline.step(None if self._options is None else EVERY)
 
-    def _look(self, model: RemoteModel, lane: ClientLane) -> None:
-        if self._told or not getattr(self._options, "terminate", False) or time.monotonic() < self._tell_at:
-            return
-        self._told = model.terminate(lane, self._grace())
-        self._tell_at = time.monotonic() + _AGAIN
+    def _look(self, terminate: Terminate) -> None:
+        asked = getattr(self._options, "terminate", False)
+        if asked and not self._was_ended and time.monotonic() >= self._end_at:
+            self._was_ended = terminate(Deadline(GRACE, outer=self.deadline))
+            self._end_at = time.monotonic() + _AGAIN
 
-    def _end(self, model: RemoteModel, lane: ClientLane) -> Any:
-        """Tells the run to end.  Its reply, if it had one in time all the same."""
+    def _end(self, lane: ClientLane, terminate: Terminate) -> Reply:
+        """Ends the run.  Returns its reply if that comes in time all the same."""
         grace = Deadline(GRACE)  # both waits below share it
-        told = self._told or model.terminate(lane, grace)
+        ended = self._was_ended or terminate(grace)
         try:
-            reply = lane.receive(grace.left() if told else 0.0)
+            reply = lane.receive(grace.left() if ended else 0.0)
         except TimeoutError:
             raise run_timeout(
                 self.deadline,
@@ -78,17 +77,14 @@ class Watch:
             raise run_timeout(self.deadline, "was ended")
         return reply
 
-    def _grace(self) -> Deadline:
-        return Deadline(GRACE, outer=self.deadline)
-
 
 def run_timeout(deadline: Deadline | None, what: str) -> RunTimeout:
-    """The run took too long, and what became of it."""
+    """Error for a run that took too long; ``what``: what became of it."""
     timeout = None if deadline is None else deadline.timeout
     took = "was given up" if timeout is None else f"took longer than {timeout:g} seconds"
     return RunTimeout(f"The run {took} and {what}.")
 
 
 def not_begun(deadline: Deadline | None, passed: DeadlinePassed) -> RunTimeout:
-    """The run's time was up before it began."""
+    """Error for a run whose deadline passed before it began."""
     return run_timeout(deadline, f"had not begun: it waited for {passed.what}, which goes on")

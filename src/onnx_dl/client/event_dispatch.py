@@ -1,4 +1,4 @@
-"""Tells the application what happens, in a thread of its own: the log, and whoever listens to the bus."""
+"""Dispatches events to the log and to the listeners of the bus, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ logger = logging.getLogger("onnx_dl")
 _WARNINGS: Final = (EventType.THRASH, EventType.OUTDATED)
 
 
-class Teller:
-    """Takes events from whoever must not wait, and gives them to those who may take their time."""
+class EventDispatcher:
+    """Queue between a thread that must not wait and listeners that may take their time."""
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
@@ -25,7 +25,7 @@ class Teller:
 
     def start(self) -> None:
         """Raises ProcessesExhausted: there is no thread for it."""
-        thread = Thread(self._tell, "onnx-dl-events")
+        thread = Thread(self._dispatch, "onnx-dl-events")
         spawning.start(thread, "The connection to a host")
         self._thread = thread
 
@@ -33,15 +33,15 @@ class Teller:
         self._events.put(event)
 
     def end(self) -> None:
-        """What was put before is still told.  May be called twice."""
+        """Ends the thread after the events that were put before.  May be called twice."""
         self._events.put(None)
 
     def join(self, timeout: float) -> None:
-        """Returns when all is told, or after so many seconds; at once if it is a listener that asks."""
+        """Waits until all is delivered, or ``timeout`` seconds; not in a listener."""
         if self._thread is not None and not self._thread.is_this:
             self._thread.join(timeout)
 
-    def _tell(self) -> None:
+    def _dispatch(self) -> None:
         while (event := self._events.get()) is not None:
             level = logging.WARNING if event.type in _WARNINGS else logging.INFO
             logger.log(level, "%s", event, extra={"onnx_dl_event": event})

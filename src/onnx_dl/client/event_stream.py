@@ -1,4 +1,4 @@
-"""Event bus of a host, and the iterators that applications read."""
+"""Delivers events inside one process: to listeners, and to iterators."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from onnx_dl.core.events import ModelEvent
 class EventStream(Iterator[ModelEvent]):
     """An iterator over events from the moment it was made; blocks until the next one or ``close()``.
 
-    It holds at most ``limit`` events that nobody fetched; beyond that the oldest are dropped, which shows
-    as a gap in ``seq``.
+    It keeps at most ``limit`` events; beyond that the oldest are dropped, which shows as a gap in ``seq``.
     """
 
     def __init__(self, bus: EventBus, limit: int) -> None:
         self._bus = bus
         self._waiting: collections.deque[ModelEvent] = collections.deque(maxlen=limit)
         self._changed: Mailbox[None] = Mailbox()
-        """Holds something if whoever waits should look again.  A Condition has a lock."""
+        """Holds an item if a waiting thread must look again.  Not a Condition, which has a lock."""
         self._closed = False
 
     def put(self, event: ModelEvent) -> None:
@@ -34,33 +33,25 @@ class EventStream(Iterator[ModelEvent]):
         self._wake()
 
     def _wake(self) -> None:
-        if self._changed.empty():  # else whoever takes what is there looks after this
+        if self._changed.empty():  # else the thread that takes the item looks after this
             self._changed.put(None)
 
     def get(self, timeout: float | None = None) -> ModelEvent:
-        """The next event.
-
-        Raises:
-            TimeoutError: none came within ``timeout`` seconds.
-            ReentrantUse: there is none, and this is the thread that would bring it: a callback's.
-            StopIteration: the stream was closed.
-        """
+        """The next event.  Raises TimeoutError after ``timeout`` seconds, StopIteration if the stream was
+        closed, and ReentrantUse in the thread that delivers events."""
         deadline = Deadline(timeout)
         while True:
             with contextlib.suppress(IndexError):
                 event = self._waiting.popleft()
-                self._wake_another()
+                if self._waiting or self._closed:
+                    self._wake()  # another thread that waits
                 return event
             self._check(deadline)
             with contextlib.suppress(primitives.Empty):
                 self._changed.get(timeout=deadline.left())
 
-    def _wake_another(self) -> None:
-        if self._waiting or self._closed:
-            self._wake()
-
     def _check(self, deadline: Deadline) -> None:
-        """Raises why there is nothing to wait for."""
+        """Raises if no event can come, or the time is up."""
         if self._closed:
             self._wake()  # others that wait
             raise StopIteration
@@ -85,12 +76,15 @@ class EventStream(Iterator[ModelEvent]):
         self.close()
 
 
+Listener = Callable[[ModelEvent], object]
+
+
 class EventBus:
     """Hands each event to every listener, in order.  Thread-safe: its dicts change in single steps."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
-        self._listeners: dict[int, Callable[[ModelEvent], object]] = {}
+        self._listeners: dict[int, Listener] = {}
         self._streams: dict[int, EventStream] = {}
         self._here = primitives.local()
 
@@ -99,8 +93,8 @@ class EventBus:
         """Whether this thread is calling listeners."""
         return getattr(self._here, "publishing", False)
 
-    def listen(self, callback: Callable[[ModelEvent], object]) -> Callable[[], None]:
-        """Calls ``callback`` with every event from now on; returns what ends that."""
+    def listen(self, callback: Listener) -> Callable[[], None]:
+        """Calls ``callback`` with every event from now on; returns a function that ends that."""
         number = next(self._numbers)
         self._listeners[number] = callback
 
@@ -117,7 +111,7 @@ class EventBus:
     def forget(self, stream: EventStream) -> None:
         self._streams.pop(id(stream), None)
 
-    def publish(self, event: ModelEvent) -> list[tuple[Callable[[ModelEvent], object], Exception]]:
+    def publish(self, event: ModelEvent) -> list[tuple[Listener, Exception]]:
         """Delivers one event; a listener that raises hinders no other, and is returned with its error."""
         for stream in list(self._streams.values()):
             stream.put(event)
@@ -127,7 +121,7 @@ class EventBus:
         finally:
             self._here.publishing = False
 
-    def _call_all(self, event: ModelEvent) -> list[tuple[Callable[[ModelEvent], object], Exception]]:
+    def _call_all(self, event: ModelEvent) -> list[tuple[Listener, Exception]]:
         failed = []
         for callback in list(self._listeners.values()):
             try:

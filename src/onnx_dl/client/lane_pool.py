@@ -1,33 +1,38 @@
-"""The worker that serves a model now, the lanes to it that nobody uses, and those that hold it.
+"""One worker as this application uses it: the grant, and the idle lanes.
 
-No lock: whatever more than one may want, a lane above all, lies in a deque, out of which one takes it in a
-single step of Python's.  So a thread may interrupt itself anywhere, and another fork.  What is marked as gone
-stays so.  When a worker is asked for, and what is done with lanes, is :mod:`onnx_dl.client.remote_model`'s.
+No lock: whatever several threads may want, such as a lane, lies in a deque, from which a thread takes it in
+one step of Python's.  So a thread may interrupt itself anywhere, and another may fork.  A mark that a worker
+is gone is never taken back.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import time
 
-from onnx_dl.concurrency import waits
+from onnx_dl.client.cancellation import GRACE, run_timeout
+from onnx_dl.client.connection import Connection
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core.parsing import LATENCIES
-from onnx_dl.protocol import control as m
+from onnx_dl.errors import ProtocolError, SupervisorDied, SupervisorTimeout, WorkerDied
+from onnx_dl.protocol import control, failures
+from onnx_dl.protocol.lane import Hold, Result, Unhold
 from onnx_dl.transport.client_lane import ClientLane
 
-if TYPE_CHECKING:
-    from onnx_dl.client.connection import Connection
 
+class LanePool:
+    """A worker, from its grant until it takes no more calls of ours, and the idle lanes to it."""
 
-class Serving:
-    """One worker, from the answer that granted it until it is known to take no more calls of ours."""
-
-    def __init__(self, granted: m.Granted, connection: Connection) -> None:
-        """``connection``: to the host whose worker it is; the model's present one may be another by now."""
+    def __init__(
+        self, granted: control.Granted, connection: Connection, name: str, *, over_zmq: bool
+    ) -> None:
+        """``connection``: to the host of the worker; the model may have moved to another host since."""
         self.granted = granted
         self.connection = connection
+        self.name = name
+        """Name of the model, for messages."""
+        self._over_zmq = over_zmq
         self.is_opened = False
         """Whether a lane was ever opened to it."""
         self.is_gone = False
@@ -36,127 +41,156 @@ class Serving:
         }
 
     def take(self, latency: str) -> ClientLane | None:
-        """The lane of this kind that was used last, if one is idle."""
+        """The lane of this kind that was used last; None: none is idle."""
         try:
-            return self._idle[latency].pop()
+            lane = self._idle[latency].pop()
         except IndexError:
             return None
+        # With a bell, the exchange itself finds out that a call was never begun.
+        if lane.over_zmq and lane.is_dead():
+            lane.close()
+            self.retire()
+            return None
+        return lane
 
     def put(self, lane: ClientLane) -> None:
-        """A lane is idle again.  It is closed if the worker is gone, or goes meanwhile."""
+        """Adds an idle lane.  Closes it if the worker is gone, or goes meanwhile."""
         self._idle[lane.latency].append(lane)
         if self.is_gone:
-            self.drain()
+            self.close_idle()
+        elif lane.is_large or sum(map(len, self._idle.values())) > 1:
+            self.connection.arm()
+
+    def open(self, latency: str, deadline: Deadline | None) -> ClientLane | None:
+        """Opens a lane.  None: the worker is gone, or did not answer and may still.
+
+        Raises:
+            DeadlinePassed: ``deadline`` did.
+            OSError: no descriptor is left.
+        """
+        if self.is_gone:
+            return None
+        self.is_opened = True
+        try:
+            lane = self.connect(latency, deadline)
+        except DeadlinePassed:
+            if deadline is not None and deadline.passed:
+                raise
+            return None
+        if lane is None:
+            self.retire()
+        return lane
+
+    def connect(self, latency: str, deadline: Deadline | None) -> ClientLane | None:
+        """Opens a lane also to a worker that is retired; raises like :meth:`open`.  None: it is gone."""
+        opening = Deadline(self.connection.timeout, outer=deadline)
+        try:
+            context = self.connection.context if self._over_zmq else None
+            return ClientLane(context, self.granted, opening, over_zmq=self._over_zmq, latency=latency)
+        except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
+            return None  # other errors are ours, no descriptors left for one, and would only come again
+
+    def open_holding(self, deadline: Deadline | None) -> ClientLane | None:
+        """Opens a lane that holds the worker; None if that drains or is gone."""
+        while (lane := self.open("normal", deadline)) is None:
+            if self.is_gone:
+                return None
+        try:
+            reply = lane.exchange(Hold(), None if deadline is None else deadline.left())
+        except BaseException as error:
+            lane.close()
+            if isinstance(error, TimeoutError):
+                raise DeadlinePassed("the worker") from None
+            raise
+        if isinstance(reply, Result):
+            return lane
+        lane.close()
+        self.retire()
+        return None
+
+    def end_hold(self, lane: ClientLane) -> None:
+        """Has the lane hold the worker no longer.  Does not wait for a worker that does not answer."""
+        try:
+            answer = None if lane.is_dead() else lane.exchange(Unhold(), GRACE)
+        except (TimeoutError, ProtocolError):
+            answer = None
+        except BaseException:
+            lane.close()
+            raise
+        if answer is None:
+            lane.close()  # which ends the hold, too
+        else:
+            self.put(lane)
 
     def touch(self) -> None:
-        """Leaves the time of a use in a lane.  If none is idle, the model is in use anyway."""
+        """Writes the time of a use to an idle lane.  If none is idle, the model is in use anyway."""
         for lanes in self._idle.values():
             with contextlib.suppress(IndexError):
                 lanes[-1].touch()
                 return
 
-    def leave(self) -> None:
-        """It takes no more calls of ours."""
+    def retire(self) -> None:
+        """Marks the worker as gone: it takes no more calls of this application."""
         self.is_gone = True
-        self.drain()
+        self.close_idle()
 
-    def drain(self) -> bool:
+    def close_idle(self) -> bool:
         """Closes the idle lanes; whether there were any."""
-        taken = [lane for lanes in self._idle.values() for lane in _all_of(lanes)]
-        close_all(taken)
-        return bool(taken)
+        found = False
+        for lanes in self._idle.values():
+            with contextlib.suppress(IndexError):
+                while True:  # of several threads that do this at once, each lane goes to one
+                    lanes.pop().close()
+                    found = True
+        return found
 
-    @property
-    def is_untidy(self) -> bool:
-        """Whether more lanes are idle than one."""
-        return sum(map(len, self._idle.values())) > 1
-
-    def untidy(self) -> tuple[list[ClientLane], list[ClientLane]]:
-        """The idle lanes beyond the one of each kind that was used last; and those of the last ones that keep
-        much memory."""
+    def tidy(self, idle_for: float) -> bool:
+        """Closes lanes that were idle for ``idle_for`` seconds, but the last one of each kind, which gives
+        its memory back.  Returns whether more is to do later."""
+        since = time.perf_counter_ns() - int(idle_for * 1e9)
         kinds = [list(lanes) for lanes in self._idle.values()]
         surplus = [lane for lanes in kinds for lane in lanes[:-1]]
-        return surplus, [lanes[-1] for lanes in kinds if lanes and lanes[-1].is_large]
+        large = [lanes[-1] for lanes in kinds if lanes and lanes[-1].is_large]
+        idle = [lane for lane in (*surplus, *large) if lane.last_used < since]
+        deaf = False  # a worker that does not answer on one lane is asked on no other
+        for lane in filter(self._take_this, idle):
+            if deaf or lane in surplus or (deaf := not lane.trim()):
+                lane.close()
+            else:
+                self.put(lane)
+        return len(surplus) + len(large) > len(idle)
 
-    def take_this(self, lane: ClientLane) -> bool:
-        """Whether the lane was idle; then it is the caller's."""
+    def _take_this(self, lane: ClientLane) -> bool:
+        """Takes the lane if it is still idle."""
         try:
             self._idle[lane.latency].remove(lane)
-        except ValueError:  # somebody uses it
+        except ValueError:
             return False
         return True
 
-    def __del__(self) -> None:
-        self.drain()
+    def check_end(self, deadline: Deadline | None) -> None:
+        """Asks how a worker that went without an answer has ended.  Returns if it had drained, so that it
+        never began the call.
 
-
-class Holds:
-    """The ``session()`` blocks that a model is in, by their threads or greenlets, and the lane that holds it.
-
-    There is more than one lane for moments only, while threads begin and end blocks at once.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: collections.deque[int] = collections.deque()
-        self._lanes: collections.deque[ClientLane] = collections.deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._blocks)
-
-    @property
-    def are_mine(self) -> bool:
-        """Whether this thread, or greenlet, is in a block."""
-        return waits.caller() in self._blocks
-
-    def begin(self) -> None:
-        """One block more.  To be said before :meth:`has` is asked: who ends another one looks again."""
-        self._blocks.append(waits.caller())
-
-    def end(self) -> list[ClientLane]:
-        """One block ended.  What held the worker, if it was the last one."""
+        Asks the host that granted it: another host's workers have the same numbers.  Raises how the worker
+        ended, or RunTimeout if the host did not answer by the deadline.
+        """
+        limit = None
+        if deadline is not None:  # a moment, also where the run's own time has just passed
+            limit = Deadline(max(GRACE, deadline.left() or 0.0))
+        granted = self.granted
         try:
-            self._blocks.remove(waits.caller())
-        except ValueError:  # it began in another thread
-            self._blocks.pop()
-        return self._take_if_ended()
-
-    def _take_if_ended(self) -> list[ClientLane]:
-        if self._blocks:
-            return []
-        lanes = self.take()
-        if self._blocks:  # one began meanwhile, and may have seen them
-            self._lanes.extend(lanes)
-            return []
-        return lanes
-
-    def has(self, granted: m.Granted) -> bool:
-        """Whether a lane holds this worker."""
-        return any(lane.granted is granted and not lane.is_dead() for lane in list(self._lanes))
-
-    def put(self, lane: ClientLane) -> None:
-        """This lane holds the worker from now on."""
-        close_all(self.take())
-        self._lanes.append(lane)
-        close_all(self._take_if_ended())  # the last block may have ended meanwhile
-
-    def take(self) -> list[ClientLane]:
-        """What holds the worker, which is the caller's now."""
-        return _all_of(self._lanes)
+            fate = self.connection.ask(
+                lambda ticket: control.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
+            )
+        except DeadlinePassed:
+            raise run_timeout(deadline, "lost its worker, whose end is not known yet") from None
+        except SupervisorTimeout:
+            raise WorkerDied(
+                f"The worker of {self.name} (pid {granted.pid}) stopped answering.", pid=granted.pid
+            ) from None
+        if fate.failure is not None:
+            raise failures.rebuild(fate.failure)
 
     def __del__(self) -> None:
-        close_all(self.take())
-
-
-def close_all(lanes: Iterable[ClientLane]) -> None:
-    """Lanes that are of no more use."""
-    for lane in lanes:
-        lane.close()
-
-
-def _all_of(lanes: collections.deque[ClientLane]) -> list[ClientLane]:
-    """Takes out what is there; of several who do so at once, each lane has one."""
-    taken = []
-    with contextlib.suppress(IndexError):
-        while True:
-            taken.append(lanes.pop())
-    return taken
+        self.close_idle()

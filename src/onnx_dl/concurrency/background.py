@@ -1,7 +1,6 @@
-"""Work that several callers wait for, each for as long as it likes, and that is done once.
+"""Work that is done once, in a thread that the first caller starts, and that several callers wait for.
 
-The first caller starts a thread.  A caller whose deadline passes goes on without the result, and the work
-goes on for the next one.  What the work is, is not known here.
+A caller whose deadline passes goes on without the result, and the work goes on for the next one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from onnx_dl.concurrency import primitives, spawning
-from onnx_dl.concurrency.deadline import Deadline, result_of
+from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import Promise
 from onnx_dl.concurrency.threads import Thread
 
@@ -23,18 +22,18 @@ class Background(Generic[_T]):
     """One piece of work and its result."""
 
     def __init__(self, work: Callable[[Deadline], _T], name: str) -> None:
-        """Begins nothing yet.  ``work`` is given a deadline that passes when nobody wants the result."""
+        """Starts nothing yet.  ``work`` gets a deadline that passes when nobody wants the result."""
         self._deadline = Deadline(None, movable=True)
         self._promise: Promise[_T] = Promise()
         self._to_do = collections.deque([work])
         self._name = name
 
     def begin(self) -> None:
-        """Begins, unless it is begun.
+        """Starts a thread, unless one has taken the work.
 
-        A signal handler may interrupt whoever is about to start the thread, and a ``__del__`` the thread
-        before it takes the work: either would wait for ever for what only its own thread goes on to do.  So
-        whoever finds the work undone starts a thread, and the first of them has it.
+        A signal handler may interrupt a caller that is about to start the thread, and a ``__del__`` the
+        thread before it takes the work.  Either would wait for ever for its own thread.  So each caller that
+        finds the work still there starts a thread, and the first thread takes it.
         """
         if self._to_do:
             spawning.start(Thread(self._do, self._name), "This use of a model")
@@ -59,17 +58,22 @@ class Background(Generic[_T]):
 
         Raises:
             DeadlinePassed: it was not there in time; ``what`` was waited for.
-            ReentrantUse: it is this thread that does the work.
-            BaseException: what the work raised.
+            ReentrantUse: this thread does the work.
+            BaseException: raised by the work.
         """
         self.begin()
-        result: _T = result_of(self._promise, deadline, what)
-        return result
+        while True:
+            try:
+                return self._promise.result(None if deadline is None else deadline.step())
+            except TimeoutError:
+                if self._promise.done():  # meanwhile, or the error is its own
+                    return self._promise.result()
+                assert deadline is not None
+                deadline.check(what)
 
     def end(self, timeout: float | None) -> None:
-        """Has the work end before it is done, and waits for that, for so many seconds at most; None:
-        for as long as it takes."""
+        """Ends the work early and waits for that, at most ``timeout`` seconds."""
         self._deadline.end()
-        self._do()  # if nobody has begun it: it ends at once
-        with contextlib.suppress(BaseException):  # ReentrantUse: it is this thread that does the work
+        self._do()  # if it was not begun, it ends at once
+        with contextlib.suppress(BaseException):  # ReentrantUse: this thread does the work
             self._promise.result(timeout)

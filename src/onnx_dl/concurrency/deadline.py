@@ -1,21 +1,21 @@
-"""The time by which a caller goes on, with or without an answer.
+"""Time at which a caller goes on, with or without an answer.
 
-A :class:`Deadline` is made once, where a call enters, and handed to every wait below it: the host's start,
-room, load, a lane, its opening, the reply, the end of the run, the question how the worker ended.  So the
-waits of one call share one time, however many there are.  What each of them waits for is not known here.
+A :class:`Deadline` is made once, where a call enters, and passed to every wait below it: the host's start,
+room, load, a lane, its opening, the reply, the end of the run, the question how the worker ended.  So all
+waits of one call share one time.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Final, Protocol
+from typing import Final
 
 _LOOK_EVERY: Final = 0.05
 """Seconds between two looks at a deadline that another thread may bring forward."""
 
 
 class DeadlinePassed(TimeoutError):
-    """A wait ended at its deadline.  ``what``: what was waited for, to end a sentence with."""
+    """A wait ended at its deadline.  ``what``: noun phrase for the thing that was waited for."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"timed out: it waited for {what}")
@@ -23,7 +23,7 @@ class DeadlinePassed(TimeoutError):
 
 
 class Deadline:
-    """Thread-safe.  ``None`` in place of a Deadline: the caller waits for as long as it takes."""
+    """Thread-safe.  None in place of a Deadline means that the caller waits for as long as it takes."""
 
     __slots__ = ("_at", "_ended", "_movable", "_outer", "timeout")
 
@@ -44,7 +44,7 @@ class Deadline:
         return None if timeout is None else cls(timeout)
 
     def end(self) -> None:
-        """Nobody wants the answer any more: every wait ends now."""
+        """Ends every wait now."""
         self._ended = True
 
     @property
@@ -72,28 +72,3 @@ class Deadline:
         """Raises :class:`DeadlinePassed` if it has passed."""
         if self.passed:
             raise DeadlinePassed(what)
-
-
-class Awaited(Protocol):
-    """A Future, or a :class:`~onnx_dl.concurrency.forking.Promise`."""
-
-    def done(self) -> bool: ...
-
-    def result(self, timeout: float | None = None) -> Any: ...
-
-
-def result_of(future: Awaited, deadline: Deadline | None, what: str) -> Any:
-    """The future's result.
-
-    Raises:
-        DeadlinePassed: it was not there in time.
-        Exception: the future's.
-    """
-    while True:
-        try:
-            return future.result(None if deadline is None else deadline.step())
-        except TimeoutError:
-            if future.done():  # meanwhile, or the error is its own
-                return future.result()
-            assert deadline is not None
-            deadline.check(what)

@@ -1,7 +1,7 @@
-"""Which library runs the present coroutine, and what calls that are awaited need of it.
+"""Finds the library that runs the present coroutine, and defines the operations that are needed of it.
 
-asyncio (and uvloop, which is asyncio's) and trio; anyio runs on one of the two.  Neither is imported before
-it runs, and none is needed to find out which does.  What is awaited is :mod:`onnx_dl.client.awaited_calls`'s.
+The libraries are asyncio (also with uvloop) and trio; anyio runs on one of the two.  None is imported before
+it runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.errors import ConfigError
@@ -19,40 +19,32 @@ _T = TypeVar("_T")
 
 
 class EventLoops(Protocol):
-    """The event loops of one library.  Its methods are for coroutines that run on one."""
+    """Operations of one library, for coroutines that run on its event loops."""
 
     cancelled: type[BaseException]
-    """What is raised in a coroutine that is cancelled."""
+    """Exception in a coroutine that is cancelled."""
 
-    def key(self) -> Any:
-        """Tells loops apart, and lives as long as the loop."""
+    def key(self) -> object:
+        """An object that stands for the present loop and lives as long as it."""
 
     async def readable(self, fd: int) -> None:
         """Waits until a descriptor is readable."""
 
     async def in_thread(self, work: Callable[[], _T]) -> _T:
-        """What ``work`` returns in a thread.  If the coroutine is cancelled, it does not wait for that."""
+        """Runs ``work`` in a thread.  A coroutine that is cancelled does not wait for its end."""
 
     def aside(self, work: Callable[[], object]) -> None:
-        """Has a thread do it; nobody waits.
+        """Runs ``work`` in a thread without waiting; raises RuntimeError if the loop's threads have ended."""
 
-        Raises:
-            RuntimeError: the loop's threads have ended.
-        """
+    def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[object]:
+        """A block that is cancelled after ``seconds``, and then raises TimeoutError."""
 
-    def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[Any]:
-        """A block that is cancelled after so many seconds, and raises TimeoutError then."""
-
-    def semaphore(self, value: int) -> AbstractAsyncContextManager[Any]:
-        """To be entered by so many coroutines at a time."""
+    def semaphore(self, value: int) -> AbstractAsyncContextManager[object]:
+        """A block that ``value`` coroutines may be in at a time."""
 
 
 def present() -> EventLoops:
-    """Those of the library that runs the present coroutine.
-
-    Raises:
-        ConfigError: it is neither asyncio nor trio.
-    """
+    """The library that runs the present coroutine; raises ConfigError if it is neither asyncio nor trio."""
     if "trio" in sys.modules and _is_on_trio():
         return _of("trio")
     try:

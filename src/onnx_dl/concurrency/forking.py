@@ -1,12 +1,12 @@
-"""What lets a process fork, and a thread interrupt itself, at any moment.
+"""Locks and promises that survive a fork, and a thread that interrupts itself, at any moment.
 
 A thread interrupts itself where Python runs a signal handler, a ``__del__``, a callback of a weak reference
 or of the garbage collector: between any two steps of ours, and such code may use a model.  So every lock of
-an application's process is a :class:`Guard`, and every wait for another thread a :class:`Promise`: one place
-that knows what becomes of them in a forked child, and what they do if their own thread comes once more.
-``tests/unit/test_forking.py`` fails where something else is used.
+an application's process is a :class:`Guard`, and every wait for another thread a :class:`Promise`.  They
+define what happens in a forked child, and when their own thread comes once more.
+``tests/unit/test_forking.py`` fails where another lock is used.
 
-:func:`still` is for what a child must not find half done.  What a lock guards is not known here.
+:func:`still` is for steps that a child must not find half done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onnx_dl.errors import ReentrantUse, SupervisorDied
 _T = TypeVar("_T")
 
 _STILL: Final = 5.0
-"""Seconds that are waited for what takes milliseconds: a section of a Guard, a block of :func:`still`."""
+"""Seconds of patience with steps of milliseconds: a section of a Guard, a block of :func:`still`."""
 
 _FORKED: Final = (
     "This process was forked while it waited for another thread, which the child does not have. "
@@ -38,7 +38,7 @@ _FORKED: Final = (
 
 
 def refuse(what: str) -> NoReturn:
-    """Raises ReentrantUse.  ``what``: the thread is doing."""
+    """Raises ReentrantUse.  ``what``: completes "This thread is ..."."""
     raise ReentrantUse(
         f"This thread is {what}, and was interrupted there by a signal handler, a __del__ or a callback that "
         "uses a model: it would wait for itself. Nothing was done. Do it later, or have another thread do it."
@@ -48,8 +48,8 @@ def refuse(what: str) -> NoReturn:
 class Guard(primitives.RLock):  # type: ignore[misc]
     """A lock for brief sections, free in a forked child.
 
-    ``with guard.alone()`` is for sections that must not be entered twice; ``with guard`` for those whose
-    state is whole at each step, so that their own thread may come once more.
+    ``with guard.alone()`` is for sections that must not be entered twice; ``with guard`` for sections whose
+    state is consistent at each step, so that their own thread may enter once more.
     """
 
     __slots__ = ()
@@ -65,13 +65,13 @@ class Guard(primitives.RLock):  # type: ignore[misc]
     def alone(self) -> Self:
         """The lock, to be entered.
 
-        Looked at before it is entered and not by ``__enter__``: that stays C, so that Ctrl-C cannot come
-        between taking the lock and being sure to release it.  Whoever interrupts us between the two leaves
-        the lock as it was.
+        The check is here and not in ``__enter__``: that stays C, so that Ctrl-C cannot come between taking
+        the lock and being sure to release it.  Code that interrupts us between the two leaves the lock as it
+        was.
 
         Raises:
-            ReentrantUse: this thread is inside, or another one that does not come out: it may be interrupted
-                there by something that waits for this thread.
+            ReentrantUse: this thread is inside, or another one does not come out: it may be interrupted there
+                by code that waits for this thread.
         """
         if self.is_mine or not self._is_free():
             refuse("in the middle of a step that nobody else may see half done, or waits for one that is")
@@ -85,23 +85,22 @@ class Guard(primitives.RLock):  # type: ignore[misc]
                 self.release()
 
     def after_in_child(self) -> None:
-        """Free, if a thread held it that the child has not.  The thread that forked still has what it had."""
+        """Frees the lock, unless the thread that forked holds it."""
         if not self.is_mine:
             self._at_fork_reinit()  # type: ignore[attr-defined]
 
 
 class Promise(Generic[_T]):
-    """A result that another thread will give.  Has a Future's methods, without the lock around them.
+    """A result that another thread will set.  Has a Future's methods, without the lock around them.
 
-    Its only lock is a latch, which is held until the result is there.  Greenlets do not wait for that but are
-    woken.
+    Its only lock is a latch, which is held until the result is there.  Greenlets do not wait for the latch;
+    they are woken.
     """
 
     __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value", "_wakers", "giver")
 
     def __init__(self, giver: int | None = None) -> None:
-        """``giver``: the number of the native thread that will give it, and must not wait for itself.  May be
-        set later."""
+        """``giver``: number of the thread that sets the result, so must not wait; may be set later."""
         self.giver = giver
         self._done = False
         self._error: BaseException | None = None
@@ -123,7 +122,7 @@ class Promise(Generic[_T]):
 
     def _open(self) -> None:
         self._done = True
-        with contextlib.suppress(RuntimeError):  # it was open
+        with contextlib.suppress(RuntimeError):  # it is open already
             self._latch.release()
         self._wakers.wake()
 
@@ -132,8 +131,8 @@ class Promise(Generic[_T]):
 
         Raises:
             TimeoutError: it was not there within ``timeout`` seconds; None waits for ever.
-            ReentrantUse: it is not there, and this is the thread that will give it.
-            BaseException: what was given instead.
+            ReentrantUse: it is not there, and this is the thread that will set it.
+            BaseException: the exception that was set instead.
         """
         if not self._done:
             self._wait(timeout)
@@ -149,10 +148,10 @@ class Promise(Generic[_T]):
         if self._wakers.wait(self.done, timeout):
             return
         if self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
-            self._latch.release()  # for the next who waits
+            self._latch.release()  # for the next waiting thread
 
     def after_in_child(self) -> None:
-        """The thread that would give it does not exist.  Who waits forked in a signal handler."""
+        """Fails the promise: the child has no giver.  Its waiting thread forked in a handler."""
         if not self._done:
             self.set_exception(SupervisorDied(_FORKED))
 
@@ -161,9 +160,9 @@ _ours: weakref.WeakValueDictionary[int, Guard | Promise[Any]] = weakref.WeakValu
 
 
 class lazily(Generic[_T]):
-    """Like ``functools.cached_property``, of which Python 3.11 holds a lock for all instances meanwhile.
+    """Like ``functools.cached_property``, for which Python 3.11 holds one lock for all instances.
 
-    Of two threads that compute it, one has computed it in vain; both get the same.
+    If two threads compute the value, both get the same one.
     """
 
     def __init__(self, compute: Callable[[Any], _T]) -> None:
@@ -184,7 +183,7 @@ class lazily(Generic[_T]):
 # --- forks -------------------------------------------------------------------------------------------------
 
 _still: Final[collections.deque[int]] = collections.deque()
-"""The threads in a block of :func:`still`, once for each."""
+"""The threads in a block of :func:`still`, once per block."""
 _forking: Final[collections.deque[int]] = collections.deque()
 """The threads that are about to fork."""
 _LOOK_EVERY: Final = 0.0005
@@ -192,11 +191,11 @@ _LOOK_EVERY: Final = 0.0005
 
 @contextlib.contextmanager
 def still() -> Iterator[None]:
-    """No other thread forks this process during the block, which must be brief.
+    """Keeps other threads from forking this process during the block, which must be brief.
 
     For descriptors that a child would keep open unseen, and for imports: a child waits for ever for a module
-    that a thread was importing which it has not.  Several threads may be in such a block: no lock, because a
-    signal handler may interrupt one and wait for another.
+    that a thread was importing which the child does not have.  Several threads may be in such a block: no
+    lock, because a signal handler may interrupt one and wait for another.
     """
     try:
         _enter(_still, _forking)
@@ -206,17 +205,17 @@ def still() -> Iterator[None]:
 
 
 def importing(name: str) -> ModuleType:
-    """A module that is imported when it is first needed, by a thread beside which others may fork."""
+    """Imports a module at its first use, while other threads may fork."""
     with still():
         return importlib.import_module(name)
 
 
 def _enter(own: collections.deque[int], other: collections.deque[int]) -> None:
-    """Says that this thread is here once no other thread is there.  Who looks has said so before, and takes
-    it back while it waits, so that of two who come at once neither overlooks the other."""
+    """Enters this thread in ``own`` once no other thread is in ``other``.  A thread enters before it looks,
+    and leaves while it waits, so that of two that come at once neither overlooks the other."""
     me, deadline = primitives.get_ident(), time.monotonic() + _STILL
     own.append(me)
-    # Not for ever: somebody's __del__ may have a thread in a block wait for whoever forks.
+    # Not for ever: a __del__ may have a thread in a block wait for the thread that forks.
     while any(thread != me for thread in list(other)) and time.monotonic() < deadline:
         own.remove(me)
         primitives.sleep(_LOOK_EVERY)
@@ -224,7 +223,7 @@ def _enter(own: collections.deque[int], other: collections.deque[int]) -> None:
 
 
 def _leave(own: collections.deque[int]) -> None:
-    with contextlib.suppress(ValueError):  # Ctrl-C came before it was said
+    with contextlib.suppress(ValueError):  # Ctrl-C came before it had entered
         own.remove(primitives.get_ident())
 
 
@@ -239,7 +238,7 @@ def _after_in_child() -> None:
         own.after_in_child()
 
 
-# Registered before what is built upon it, so that no hook of ours in a child finds a lock held.
+# Registered before the hooks that are built upon it, so that none of them finds a lock held in a child.
 os.register_at_fork(
     before=functools.partial(_enter, _forking, _still),
     after_in_parent=functools.partial(_leave, _forking),

@@ -1,4 +1,4 @@
-"""What calls that are awaited need of asyncio.  Imported where that runs: it takes 50 ms."""
+"""Operations of asyncio for awaited calls.  Imported only where asyncio runs, because that takes 50 ms."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What calls that are awaited need of trio.  Tried with 0.35.  Imported where that runs."""
+"""Operations of trio for awaited calls.  Imported only where trio runs.  Tested with 0.35."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import trio  # type: ignore[import-not-found, unused-ignore]
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 class _Trio:
     cancelled: type[BaseException] = trio.Cancelled
 
-    def key(self) -> Any:
+    def key(self) -> object:
         return trio.lowlevel.current_trio_token()
 
     async def readable(self, fd: int) -> None:
@@ -37,8 +37,9 @@ class _Trio:
         if scope.cancelled_caught:
             raise TimeoutError
 
-    def semaphore(self, value: int) -> Any:
-        return trio.Semaphore(value)
+    def semaphore(self, value: int) -> contextlib.AbstractAsyncContextManager[object]:
+        made: contextlib.AbstractAsyncContextManager[object] = trio.Semaphore(value)
+        return made
 
 
 LOOPS: Final[EventLoops] = _Trio()

@@ -1,9 +1,9 @@
-"""Python's own threads, locks, sleeps, polls and sockets, also where gevent has put greenlets in their place.
+"""Python's native threads, locks, sleeps, polls and sockets, also where gevent has replaced them.
 
-``gevent.monkey`` replaces what stands in the modules of the standard library, before or after this package is
-imported.  Threads of ours must be native ones, and what they wait on must stop only themselves, so modules of
-an application's process take these names from here; ``tests/unit/test_concurrency.py`` fails where one does
-not.  They are bound once, so they cost nothing.  How a caller waits is :mod:`onnx_dl.concurrency.waits`'s.
+``gevent.monkey`` patches modules of the standard library, before or after this package is imported.  Threads
+of ours must be native, and their waits must stop only themselves.  So modules of an application's process
+take these names from here; ``tests/unit/test_concurrency.py`` fails where one does not.  They are bound once,
+so they cost nothing.  Waits of callers are :mod:`onnx_dl.concurrency.waits`'s.
 """
 
 from __future__ import annotations
@@ -15,28 +15,37 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+_Anything = Any
+"""An object of a module that is looked up by name."""
+
 
 def is_patched(module: str) -> bool:
-    """Whether gevent has replaced something in a module of the standard library, as of now."""
+    """Whether gevent has by now patched this module of the standard library."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(getattr(monkey, "is_module_patched", bool)(module))
 
 
-def _native(module: str, name: str) -> Any:
-    """What the module has, or had before it was patched; None: eventlet has taken it away."""
+def _native(module: str, name: str) -> _Anything:
+    """The module's object of this name from before a patch; None: eventlet has removed it."""
     if is_patched(module):
         return sys.modules["gevent.monkey"].get_original(module, name)
     return getattr(importlib.import_module(module), name, None)
 
 
 if TYPE_CHECKING:
-    from _thread import RLock, allocate_lock, get_ident, start_new_thread
-    from os import close
-    from queue import Empty, SimpleQueue
-    from select import poll
-    from socket import socket, socketpair
-    from threading import Thread, local
-    from time import sleep
+    from _thread import RLock as RLock
+    from _thread import allocate_lock as allocate_lock
+    from _thread import get_ident as get_ident
+    from _thread import start_new_thread as start_new_thread
+    from os import close as close
+    from queue import Empty as Empty
+    from queue import SimpleQueue as SimpleQueue
+    from select import poll as poll
+    from socket import socket as socket
+    from socket import socketpair as socketpair
+    from threading import Thread as Thread
+    from threading import local as local
+    from time import sleep as sleep
 else:
     RLock = _native("_thread", "RLock")
     allocate_lock = _native("_thread", "allocate_lock")
@@ -53,21 +62,21 @@ else:
     sleep = _native("time", "sleep")
 
 
-def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
-    """Like ``subprocess.Popen``, which uses what gevent takes out of its module."""
-    module: Any = _native_subprocess() if is_patched("subprocess") else subprocess
+def popen(command: list[str], **how: _Anything) -> subprocess.Popen[bytes]:
+    """Like ``subprocess.Popen``, also where gevent has patched that."""
+    module = _native_subprocess() if is_patched("subprocess") else subprocess
     process: subprocess.Popen[bytes] = module.Popen(command, **how)
     return process
 
 
 @functools.cache
-def _native_subprocess() -> Any:
-    """Another copy of the module, which nobody has patched, on top of what others had before."""
+def _native_subprocess() -> _Anything:
+    """A second copy of the module, on top of the native os, threading and time."""
     spec = importlib.util.find_spec("subprocess")
     assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
+    module: _Anything = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # gevent's os.close() closes later, in its hub: the writing end of a pipe of which the other end is read.
+    # gevent's os.close() closes later, in its hub; the end of a pipe that is being read must close now.
     module.os, module.threading, module.time = map(_Natives, ("os", "threading", "time"))
     return module
 
@@ -78,24 +87,5 @@ class _Natives:
     def __init__(self, module: str) -> None:
         self._module = module
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> _Anything:
         return _native(self._module, name)
-
-
-__all__ = [
-    "Empty",
-    "RLock",
-    "SimpleQueue",
-    "Thread",
-    "allocate_lock",
-    "close",
-    "get_ident",
-    "is_patched",
-    "local",
-    "poll",
-    "popen",
-    "sleep",
-    "socket",
-    "socketpair",
-    "start_new_thread",
-]

@@ -1,6 +1,6 @@
-"""Threads and processes: how they are started, and what is said where the system has none left.
+"""Starts threads, and makes the errors for a system without free threads or processes.
 
-A user, a service and a container may each have a number of these.  Imports nothing heavy, because every
+A user, a service and a container may each have a limit for these.  Imports nothing heavy, because every
 process of ours begins with it.
 """
 
@@ -19,12 +19,12 @@ _ADVICE: Final = (
     "Raise what limits processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
     "of a container."
 )
-_SAID: Final = ("can't start new thread", "pthread_create failed, error code: 11")
-"""By Python and by onnxruntime."""
+_SHORTAGE: Final = ("can't start new thread", "pthread_create failed, error code: 11")
+"""Texts in the errors of Python and of onnxruntime."""
 
 
 def exhausted(what: str) -> ProcessesExhausted:
-    """The error for ``what`` cannot be had, such as "A worker for m.onnx"."""
+    """Error for ``what``, such as "A worker for m.onnx", that cannot be started."""
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     limit = "" if soft == resource.RLIM_INFINITY else f" (ulimit -u is {soft})"
     return ProcessesExhausted(
@@ -34,26 +34,22 @@ def exhausted(what: str) -> ProcessesExhausted:
 
 
 def is_shortage(error: OSError) -> bool:
-    """Whether a process could not be started because there may be no more."""
+    """Whether a process could not be started because none is left."""
     return error.errno == errno.EAGAIN
 
 
 def start(thread: primitives.Thread, what: str) -> None:
-    """Starts a thread; ``what`` needs it.
-
-    Raises:
-        ProcessesExhausted: there may be no more.
-    """
+    """Starts a thread that ``what`` needs; raises ProcessesExhausted if none is left."""
     try:
         thread.start()
     except RuntimeError as error:
-        if _SAID[0] not in str(error):  # the interpreter is shutting down
+        if _SHORTAGE[0] not in str(error):  # the interpreter is shutting down
             raise
         raise exhausted(what) from None
 
 
 def check(count: int, what: str) -> None:
-    """Raises ProcessesExhausted where so many threads cannot be had: libraries end the process then."""
+    """Raises ProcessesExhausted without ``count`` free threads: libraries would end the process."""
     reading, writing = os.pipe()
     started: list[Thread] = []
     try:
@@ -70,6 +66,6 @@ def check(count: int, what: str) -> None:
 
 
 def note_shortage(error: BaseException) -> None:
-    """Adds to an error of somebody else what to do, if that is what it is about."""
-    if any(said in str(error) for said in _SAID):
+    """Adds advice to another library's error about a shortage of threads."""
+    if any(text in str(error) for text in _SHORTAGE):
         error.add_note(f"The system has no process or thread left for this user. {_ADVICE}")

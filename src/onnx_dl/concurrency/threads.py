@@ -1,26 +1,22 @@
-"""Threads of ours in an application: native ones, whatever the program makes of ``threading``.
-
-What they do is not known here.
-"""
+"""Native threads in an application, also where ``threading`` is patched."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Promise
 
 
 class Thread(primitives.Thread):
-    """A daemon.  Where gevent has patched ``threading``, that does not know of it."""
+    """A daemon thread.  A patched ``threading`` does not list it."""
 
-    def __init__(self, target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> None:
+    def __init__(self, target: Callable[..., object], name: str, args: tuple[object, ...] = ()) -> None:
         super().__init__(target=target, name=name, args=args, daemon=True)
         self._native: Promise[None] | None = None
-        """Given at its end, if it is started past ``threading``."""
+        """Fulfilled at its end, if it was not started by ``threading``."""
         self._native_ident: int | None = None
 
     @property
@@ -30,7 +26,7 @@ class Thread(primitives.Thread):
 
     @property
     def is_this(self) -> bool:
-        """Whether it is the thread that asks, and has not ended."""
+        """Whether it is the calling thread, and has not ended."""
         return self.number == primitives.get_ident() and self.is_alive()
 
     def start(self) -> None:

@@ -1,8 +1,8 @@
-"""How a caller of ours waits: a thread stops, a greenlet of gevent lets the others of its thread go on.
+"""Waits of callers: a thread stops, a greenlet of gevent lets the others of its thread go on.
 
-A thread has greenlets to think of if gevent has patched the standard library, which says that waits are to
-be cooperative, and the thread has a hub.  Our own threads have none.  A greenlet that is killed, or whose
-``gevent.Timeout`` passes, leaves each of these waits as by Ctrl-C.  What is waited for is not known here.
+A wait is cooperative if gevent has patched the standard library and the thread has a hub; our own threads
+have none.  A greenlet that is killed, or whose ``gevent.Timeout`` passes, leaves each of these waits as by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from onnx_dl.concurrency import primitives
 _T = TypeVar("_T")
 
 _LOOK_EVERY: Final = 0.01
-"""Seconds between two looks at a child that nothing tells of."""
+"""Seconds between two looks at a child without a descriptor."""
 _COOPERATIVE: Final = ("_thread", "threading", "select", "socket", "time")
-"""Modules that make waits cooperative where they are patched."""
+"""Modules that make waits cooperative if they are patched."""
 
 _READ, _WRITE = 1, 2
-"""Of gevent's loops."""
+"""Event numbers of gevent's loops."""
+
+_Gevent = Any
+"""gevent's module or one of its objects; it is never imported here."""
 
 
 def are_cooperative() -> bool:
@@ -35,26 +38,26 @@ def are_cooperative() -> bool:
     return "gevent.monkey" in sys.modules and any(map(primitives.is_patched, _COOPERATIVE))
 
 
-def hub() -> Any:
-    """gevent's hub, which runs other greenlets while the present one waits; None: the thread just waits."""
+def hub() -> _Gevent:
+    """gevent's hub, which runs other greenlets while the present one waits; None: the thread waits."""
     if not are_cooperative():
         return None
     found = sys.modules["gevent._hub_local"].get_hub_if_exists()
-    # The hub itself, in a callback of its loop, has nobody to wait for it.
+    # A callback of the loop runs in the hub itself, which cannot wait for itself.
     return None if found is None or found is _gevent().getcurrent() else found
 
 
-def _gevent() -> Any:
+def _gevent() -> _Gevent:
     return sys.modules["gevent"]
 
 
 def caller() -> int:
-    """Tells callers apart: the thread, or the greenlet where the thread has several."""
+    """Number of the calling thread, or of the greenlet where the thread has several."""
     return primitives.get_ident() if hub() is None else id(_gevent().getcurrent())
 
 
 def refusal() -> str | None:
-    """Why a program cannot use models, as it has been patched; None: it can."""
+    """The reason for which a patched program cannot use models; None: it can."""
     patcher = sys.modules.get("eventlet.patcher")
     if patcher is None or not getattr(patcher, "already_patched", None):
         return None
@@ -63,9 +66,6 @@ def refusal() -> str | None:
         "onnx-dl waits for other processes with these. Use gevent (gunicorn -k gevent), or threads (-k "
         "gthread), or onnxruntime.InferenceSession."
     )
-
-
-# --- waiting -----------------------------------------------------------------------------------------------
 
 
 def pause(seconds: float) -> None:
@@ -77,25 +77,21 @@ def pause(seconds: float) -> None:
 
 
 def milliseconds(timeout: float | None) -> int | None:
-    """For ``poll()``: of so many seconds, at least 0; None: without a bound.
-
-    Rounded up: a timer that fires a moment early would find nothing due and spin until it is.
-    """
+    """Milliseconds for ``poll()``, at least 0; None: without a bound.  Rounded up, because a timer that fires
+    a moment early would find nothing due and spin until it is."""
     return None if timeout is None else max(0, math.ceil(timeout * 1000))
 
 
 def ready(fd: int, event: int, timeout: float | None) -> bool:
-    """Whether a descriptor becomes ready within ``timeout`` seconds; None: waits for as long as it takes.
-
-    ``event``: ``select.POLLIN`` or ``select.POLLOUT``.
-    """
+    """Whether a descriptor becomes ready for ``event`` (``select.POLLIN`` or ``select.POLLOUT``) within
+    ``timeout`` seconds; None: waits for as long as it takes."""
     poll = primitives.poll()
     poll.register(fd, event)
     return polled(poll, fd, event, timeout)
 
 
 def polled(poll: select.poll, fd: int, event: int, timeout: float | None) -> bool:
-    """Like :func:`ready`, with a poll object that has just this descriptor."""
+    """Like :func:`ready`, with a poll object that has only this descriptor."""
     patience = milliseconds(timeout)
     through = hub() if patience != 0 else None
     if through is None:
@@ -110,13 +106,13 @@ def polled(poll: select.poll, fd: int, event: int, timeout: float | None) -> boo
     return bool(poll.poll(0))
 
 
-_watching: Final[dict[int, Any]] = {}
-"""What watches a descriptor for a greenlet."""
+_watching: Final[dict[int, _Gevent]] = {}
+"""Watchers of descriptors for greenlets."""
 
 
 def _after_fork() -> None:
-    """A forked child has the greenlets of its parent, too, and their descriptors are closed there: libev ends
-    a process that watches one.  So each of them goes on, and finds that out."""
+    """Wakes the greenlets that a forked child has from its parent.  Their descriptors are closed in the
+    child, and libev ends a process that watches a closed one."""
     for watcher in list(_watching.values()):
         if (wake := watcher.callback) is not None:
             watcher.stop()
@@ -127,10 +123,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
-    """Whether a child of ours ends within ``timeout`` seconds; then it is reaped."""
+    """Whether a child process ends within ``timeout`` seconds; then it is reaped."""
     try:
         fd = os.pidfd_open(process.pid)
-    except OSError:  # somebody else has reaped it, or this process may have no more descriptors
+    except OSError:  # another has reaped it, or this process may have no more descriptors
         deadline = time.monotonic() + timeout
         while process.poll() is None and time.monotonic() < deadline:
             pause(_LOOK_EVERY)
@@ -142,12 +138,9 @@ def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
     return process.poll() is not None
 
 
-def _wait(through: Any, watcher: Any, is_over: Callable[[], bool], timeout: float | None) -> None:
-    """Until the watcher fires or the time is up.
-
-    ``is_over``: whether there is nothing to wait for; looked at when the watcher watches, so that nothing is
-    overlooked.
-    """
+def _wait(through: _Gevent, watcher: _Gevent, is_over: Callable[[], bool], timeout: float | None) -> None:
+    """Waits until the watcher fires or the time is up.  ``is_over`` is looked at after the watcher has
+    started, so that nothing is overlooked."""
     waiter = _gevent().hub.Waiter(through)
     watcher.start(waiter.switch, None)
     try:
@@ -159,7 +152,7 @@ def _wait(through: Any, watcher: Any, is_over: Callable[[], bool], timeout: floa
 
 
 class Wakers:
-    """Greenlets that wait for another thread.  Takes no lock: a finalizer may wake them."""
+    """Greenlets that wait for another thread.  Takes no lock, so that a finalizer may wake them."""
 
     __slots__ = ("_wakers",)
 
@@ -169,14 +162,12 @@ class Wakers:
     def wake(self) -> None:
         """Wakes all of them, from any thread."""
         for waker in self._wakers.copy():
-            with contextlib.suppress(Exception):  # it has gone on meanwhile, and closed what it was woken by
+            with contextlib.suppress(Exception):  # it has gone on meanwhile and closed its watcher
                 waker()
 
     def wait(self, is_over: Callable[[], bool], timeout: float | None) -> bool:
-        """Waits until ``is_over``, which somebody else calls :meth:`wake` after, or the time is up.
-
-        Returns false, without having waited, if the caller must wait with its whole thread.
-        """
+        """Waits until ``is_over``, after which another thread calls :meth:`wake`, or the time is up.  False,
+        without having waited: the whole thread must wait."""
         if (through := hub()) is None:
             return False
         with contextlib.closing(through.loop.async_()) as watcher:
@@ -190,7 +181,7 @@ class Wakers:
 
 
 class Mailbox(Generic[_T]):
-    """A ``queue.SimpleQueue`` out of which greenlets may take, too."""
+    """A ``queue.SimpleQueue`` that greenlets may read, too."""
 
     def __init__(self) -> None:
         self._items: primitives.SimpleQueue[_T] = primitives.SimpleQueue()
@@ -205,11 +196,7 @@ class Mailbox(Generic[_T]):
         return self._items.empty()
 
     def get(self, timeout: float | None = None) -> _T:
-        """The next one.
-
-        Raises:
-            queue.Empty: there was none for ``timeout`` seconds.
-        """
+        """The next item; raises ``queue.Empty`` if there was none for ``timeout`` seconds."""
         until = math.inf if timeout is None else time.monotonic() + timeout
         while self._wakers.wait(lambda: not self._items.empty(), _left(until)):
             with contextlib.suppress(primitives.Empty):  # another one has taken it

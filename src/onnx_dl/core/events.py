@@ -1,7 +1,6 @@
-"""What happens to models, told to whoever listens.
+"""Events in the life of models, and their wording as log lines.
 
-Covers the event type, its wording as a log line, and a bus that fans events out inside one process.
-Who makes events (:mod:`onnx_dl.supervisor.policy.scheduler`) and who listens is not known here.
+:mod:`onnx_dl.supervisor.policy.scheduler` makes them.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One step in the life of one worker.
 
     Attributes:
-        seq: counts all events of a supervisor; a gap means that events were missed, take a snapshot.
+        seq: number among all events of a supervisor; after a gap, events were missed: take a snapshot.
         type: what happened.
         at: Unix time in seconds.
         model: the model's path, ``bytes:<digest>``, or ``group:<name>`` of several in one worker.
@@ -65,7 +64,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
     retry_after: float | None = None
 
     def __str__(self) -> str:
-        if self.type is EventType.THRASH:  # it is about several models
+        if self.type is EventType.THRASH:  # concerns several models
             return f"{self.type}: {self.detail}"
         if self.type is EventType.OUTDATED:
             return (

@@ -23,11 +23,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl.client import launcher
-from onnx_dl.client.connection import TIDY_EVERY, Connection
-from onnx_dl.client.event_dispatch import Teller
+from onnx_dl.client.acquisition import SharedBlob
+from onnx_dl.client.connection import TIDY_EVERY, Connection, ConnectionListener
+from onnx_dl.client.event_dispatch import EventDispatcher
 from onnx_dl.client.event_stream import EventBus, EventStream
-from onnx_dl.client.remote_model import Lease, RemoteModel, SharedBlob, unload
-from onnx_dl.client.worker_output import WorkerLines
+from onnx_dl.client.lease import Lease
+from onnx_dl.client.remote_model import HostServices, RemoteModel, unload
+from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
@@ -153,7 +155,7 @@ class ModelHost:
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()
-        self._teller = Teller(self._bus)
+        self._teller = EventDispatcher(self._bus)
         self._buffers = SharedArrays()
 
     # --- the supervisor -----------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class ModelHost:
         deadline.check("the host to start")
         process_setup.fill_standard_streams()
         _bury(*self._take())
-        teller = Teller(self._bus)
+        teller = EventDispatcher(self._bus)
         teller.start()  # first: where there is no thread for it, nothing is to be undone
         try:
             return self._bring_up_for(this, teller, deadline)
@@ -221,7 +223,7 @@ class ModelHost:
             teller.end()
             raise
 
-    def _bring_up_for(self, this: _Start, teller: Teller, deadline: Deadline) -> Connection:
+    def _bring_up_for(self, this: _Start, teller: EventDispatcher, deadline: Deadline) -> Connection:
         models = self._models
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, teller, models)
@@ -256,7 +258,7 @@ class ModelHost:
 
     def _link(
         self,
-        teller: Teller,
+        teller: EventDispatcher,
         models: weakref.WeakValueDictionary[str, RemoteModel],
         address: str,
         secret: str,
@@ -266,11 +268,13 @@ class ModelHost:
             address,
             secret,
             self._settings.start_timeout,
-            functools.partial(_on_event, models, teller),
-            functools.partial(_shut_all, models),
-            lambda: _tidy(models, self._buffers),
+            ConnectionListener(
+                functools.partial(_on_event, models, teller),
+                functools.partial(_shut_all, models),
+                lambda: _tidy(models, self._buffers),
+                WorkerOutput(log=self._settings.worker_stderr == "log"),
+            ),
             deadline,
-            WorkerLines(log=self._settings.worker_stderr == "log"),
         )
         if connection.build and connection.build != (ours := installation.build()):
             connection.close()
@@ -374,7 +378,7 @@ class ModelHost:
         if connection is not None:  # calls that waited may have started the next one
             launcher.await_end(self.name, connection.supervisor_pid, _FAREWELL)
 
-    def _take(self) -> tuple[Connection | None, subprocess.Popen[bytes] | None, Teller]:
+    def _take(self) -> tuple[Connection | None, subprocess.Popen[bytes] | None, EventDispatcher]:
         """The last supervisor, which is dead, from whoever would bury it, too."""
         with self._lock:
             process, self._process = self._process, None
@@ -413,11 +417,13 @@ class ModelHost:
             connection,
             spec,
             self._settings,
+            HostServices(
+                functools.partial(self._renew, memory),
+                functools.partial(self._members, spec),
+                self._close_idle_lanes,
+                is_shared=self.name is not None,
+            ),
             self._shared(connection, spec, memory),
-            functools.partial(self._renew, memory),
-            functools.partial(self._members, spec),
-            self._spare_lanes,
-            is_shared=self.name is not None,
         )
 
     def _move(
@@ -426,10 +432,11 @@ class ModelHost:
         if model.connection is not connection:
             model.move(connection, self._shared(connection, model.spec, memory))
 
-    def _spare_lanes(self) -> bool:
+    def _close_idle_lanes(self) -> bool:
         """Closes the idle lanes of all models, because descriptors ran out; whether there were any."""
-        spared = [model.spare() for model in _alive(self._models)]  # all of them, not until the first
-        return any(spared)
+        pools = [pool for model in _alive(self._models) if (pool := model.worker.pool) is not None]
+        closed = [pool.close_idle() for pool in pools]  # all of them, not until the first
+        return any(closed)
 
     def join(self, proxy: Member) -> None:
         """A proxy was made; those of one group are loaded together."""
@@ -583,7 +590,7 @@ class ModelHost:
         emptied the weak references to the model before it calls the finalizer of the proxy.
         """
         if (connection := self._connection) is not None:
-            connection.tell(m.Release(proxy=lease.id))
+            connection.send(m.Release(proxy=lease.id))
 
     # --- what happens -------------------------------------------------------------------------------------
 
@@ -641,15 +648,17 @@ class _Start(Background[Connection]):
 
 
 def _on_event(
-    models: weakref.WeakValueDictionary[str, RemoteModel], teller: Teller, event: ModelEvent
+    models: weakref.WeakValueDictionary[str, RemoteModel], teller: EventDispatcher, event: ModelEvent
 ) -> None:
     """In the connection's thread: must not wait for anything."""
     for model in _alive(models):
-        model.on_event(event)
+        model.worker.on_event(event)
     teller.put(event)
 
 
-def _bury(connection: Connection | None, process: subprocess.Popen[bytes] | None, teller: Teller) -> None:
+def _bury(
+    connection: Connection | None, process: subprocess.Popen[bytes] | None, teller: EventDispatcher
+) -> None:
     """Reaps the supervisor that this led to, which ends or is dead, and lets its listeners finish."""
     if process is not None and connection is not None and connection.lost:
         process.kill()  # it sees no end of its lifeline, on which an abandoned thread waits
@@ -673,12 +682,14 @@ def _alive(known: weakref.WeakValueDictionary[Any, _T]) -> list[_T]:
 
 def _shut_all(models: weakref.WeakValueDictionary[str, RemoteModel], connection: Connection) -> None:
     for model in _alive(models):
-        model.shut(connection)
+        if model.connection is connection:  # else the model was moved meanwhile
+            model.worker.leave()
 
 
 def _tidy(models: weakref.WeakValueDictionary[str, RemoteModel], buffers: SharedArrays) -> bool:
     buffers.trim()
-    left = [model.tidy(TIDY_EVERY) for model in _alive(models)]
+    pools = [pool for model in _alive(models) if (pool := model.worker.pool) is not None]
+    left = [pool.tidy(TIDY_EVERY) for pool in pools]
     return any(left)
 
 

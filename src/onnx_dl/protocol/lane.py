@@ -118,7 +118,7 @@ class Call(Message):
     """Answer with Started as soon as it runs, and later with its result."""
 
 
-class Again(Message):
+class Replay(Message):
     """Repeat the Call that is remembered as ``plan``, with new bytes in the same places.  ``moved``: values
     that lie in another place each time, as (index in the feed, present place)."""
 
@@ -157,17 +157,17 @@ class Trim(Message):
 
 
 class Result(Message):
-    """The return value of a Call, Again, Invoke, Touch, Hold, Unhold, Trim or Terminate."""
+    """The return value of a Call, Replay, Invoke, Touch, Hold, Unhold, Trim or Terminate."""
 
     value: Value
 
 
-class Same(Message):
+class SameResult(Message):
     """The last Result of this plan, with new bytes in the same places."""
 
 
 class CallFailed(Message):
-    """The exception of a Call, Again or Invoke, or the reason why no lane is opened."""
+    """The exception of a Call, Replay or Invoke, or the reason why no lane is opened."""
 
     failure: Failure
 
@@ -184,8 +184,8 @@ class Draining(Message):
     """Not executed: the worker accepts no new calls.  Acquire the model again."""
 
 
-LaneRequest = Call | Again | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
-LaneReply = LaneOpen | Result | Same | Started | CallFailed | Forgotten | Draining | Envelope
+LaneRequest = Call | Replay | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
+LaneReply = LaneOpen | Result | SameResult | Started | CallFailed | Forgotten | Draining | Envelope
 
 lane_request: Reader[LaneRequest] = Reader(LaneRequest)
 lane_reply: Reader[LaneReply] = Reader(LaneReply)

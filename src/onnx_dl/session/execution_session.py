@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnx_dl.client.cancellation import Watch, not_begun
+from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core import mlir_signature
 from onnx_dl.core.environment import Environment
@@ -116,7 +116,7 @@ class ExecutionSession(ModelProxy):
             self._check(model.description, inputs)
         name = None if self._entry_point is None else [self._entry_point]
         feed = {str(index): array for index, array in enumerate(inputs)}
-        watch = None if deadline is None else Watch(deadline=deadline)
+        watch = None if deadline is None else CancelWatch(deadline=deadline)
         result: list[NDArray[Any]] = model.run(self._lease, name, feed, None, watch)
         return result
 

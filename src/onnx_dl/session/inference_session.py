@@ -18,8 +18,9 @@ from typing import Any, Final, Self
 import numpy as np
 
 from onnx_dl.client import callback_calls
-from onnx_dl.client.cancellation import Watch, not_begun
-from onnx_dl.client.remote_model import Kept, Lease
+from onnx_dl.client.cancellation import CancelWatch, not_begun
+from onnx_dl.client.lease import Lease
+from onnx_dl.client.pending_call import RetainedOutputs
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.core import parsing
@@ -202,7 +203,7 @@ class InferenceSessionProxy(DescribedProxy):
         deadline = plain = watch = None
         if run_options is not None or timeout is not None:
             deadline = Deadline.of(parsing.parse_timeout(timeout))
-            plain, watch = options.read_run_options(run_options), Watch(run_options, deadline)
+            plain, watch = options.read_run_options(run_options), CancelWatch(run_options, deadline)
         try:
             result: list[Any] = self._model(deadline).run(self._lease, names, feed, plain, watch)
         except DeadlinePassed as passed:
@@ -233,7 +234,7 @@ class InferenceSessionProxy(DescribedProxy):
         result: list[Any] = await asynchronous.call(
             self._bound() or self._model,
             self._lease,
-            lambda lane: lane.call(names, feed, plain),
+            lambda lane: lane.codec.encode_call(names, feed, plain),
             nbytes,
             parsing.parse_timeout(timeout),
             run_options,
@@ -268,7 +269,7 @@ class InferenceSessionProxy(DescribedProxy):
             callback_calls.call_back(
                 self._model(deadline),
                 self._lease,
-                lambda lane: lane.call(names, feed, plain, background=True),
+                lambda lane: lane.codec.encode_call(names, feed, plain, background=True),
                 callback_calls.Callback(callback, user_data, run_options, deadline, feed),
             )
         except DeadlinePassed as passed:
@@ -413,10 +414,12 @@ class InferenceSessionProxy(DescribedProxy):
         if self._live is not None:
             self._live.refresh()
         plain = options.read_run_options(run_options)
-        watch = None if run_options is None else Watch(run_options)
+        watch = None if run_options is None else CancelWatch(run_options)
         return self._model().invoke(self._lease, method, *args, plain, watch=watch)
 
-    def _run_kept(self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any) -> Kept:
+    def _run_kept(
+        self, output_names: Sequence[str], feed: dict[str, Any], run_options: Any
+    ) -> RetainedOutputs:
         """:meth:`run` for a :class:`~onnx_dl.session.pipeline.Pipeline`, whose next stage reads the results."""
         plain = options.read_run_options(run_options)
         return self._model().keep(self._lease, output_names, self._fed(feed), plain)

@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_dl.client.remote_model import Lease, RemoteModel
+from onnx_dl.client.lease import Lease
+from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.core import file_identity, parsing
@@ -88,7 +89,7 @@ class ModelProxy:
     def ttl(self, value: float | str) -> None:
         self._lease.ttl = parsing.parse_ttl(value)
         if (model := self._host.known_model(self._spec.key)) is not None:
-            model.retime(self._lease, self._lease.ttl)
+            self._lease.retime(self._lease.ttl, model.connection)
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """An array like ``numpy.empty``'s to build an input in, which then needs no copy.
@@ -144,7 +145,7 @@ class ModelProxy:
         model = self._model()
         model.adopt(self._lease)
         if used is None:  # the worker is the host's alone until this proxy has a use for it
-            model.give_back(self._lease)
+            self._lease.release(model.connection)
         status = model.status()
         assert status is not None
         return status
@@ -304,7 +305,7 @@ class ModelProxy:
             if (path := file_identity.changed(self._spec.where, worker.description.files)) is None:
                 self._used = model
                 return model
-            model.leave_outdated(self._lease, worker, path)
+            model.worker.leave_outdated(self._lease, worker, path)
             self._become_another(model.spec.key, worker.description)
         raise FilesChanging(
             f"{path} is not what the worker of {self._spec.name} has just read. Either it changes all the "

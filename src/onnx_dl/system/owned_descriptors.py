@@ -1,12 +1,12 @@
-"""Descriptors of this process: each has one owner, who closes it once, while it still is what it was.
+"""Descriptors with one owner each, that closes them once and only while they are still the same files.
 
 A program may close every descriptor that it has (``os.closerange``, daemons) and open files of its own, which
-then have our numbers.  So a number is looked at before it is used.  Two marks tell whose it is: the file's
-identity (``st_dev``, ``st_ino``), and a number that the kernel keeps with an open file and that nobody else
-uses, the signal of ``F_SETSIG``; nothing ever sends it.  To read that takes a quarter of a microsecond.  All
-eventfds have one identity, so only the mark tells them apart.
+then have our numbers.  So a number is checked before it is used, by two marks: the file's identity
+(``st_dev``, ``st_ino``), and the signal of ``F_SETSIG``, a number that the kernel keeps with an open file and
+that nobody else uses; nothing ever sends it.  Reading that takes a quarter of a microsecond.  All eventfds
+have one identity, so only the signal tells them apart.
 
-What is left is the moment between the look and the use.
+The moment between the check and the use is left.
 """
 
 from __future__ import annotations
@@ -25,23 +25,19 @@ from onnx_dl.concurrency import primitives
 _SET_MARK: Final = getattr(fcntl, "F_SETSIG", 10)
 _GET_MARK: Final = getattr(fcntl, "F_GETSIG", 11)
 _MARKS: Final = itertools.cycle(range(35, 65))
-"""Signals that neither libc nor Python uses.  They take turns: an old number of ours may be a new one's."""
+"""Signals that neither libc nor Python uses, in turn, because a new file may get an old number of ours."""
 _NONE: Final = -1
 
 _get = fcntl.fcntl
 
 
 class Descriptor:
-    """An open file, closed when nobody holds this any more."""
+    """An open file, closed at the end of this object."""
 
     __slots__ = ("__weakref__", "_identity", "_mark", "_numbers", "_pid", "_was_lost")
 
     def __init__(self, fd: int) -> None:
-        """Takes over ``fd``.
-
-        Raises:
-            OSError: it is not open.
-        """
+        """Takes over ``fd``; raises OSError if that is not open."""
         self._numbers: list[int] = []  # of one, or of none: pop() takes it out in one step
         self._identity = _identity(fd)
         self._pid = os.getpid()
@@ -52,12 +48,12 @@ class Descriptor:
 
     @property
     def number(self) -> int:
-        """-1: it was closed, or given away."""
+        """The descriptor; -1: it was closed or taken."""
         numbers = self._numbers
         return numbers[0] if numbers else -1
 
     def holds(self) -> bool:
-        """Whether the number is still that of this file, as far as a quick look tells."""
+        """Whether the number is still that of this file, by a quick check."""
         try:
             if _get(self._numbers[0], _GET_MARK) == self._mark:
                 return True
@@ -74,31 +70,26 @@ class Descriptor:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it ended in another way than by its owner: the program closed it, or this is a child that
-        was forked."""
+        """Whether it was not closed by its owner: the program closed it, or this is a forked child."""
         return self._was_lost or (bool(self._numbers) and not self.holds())
 
     def duplicate(self) -> int | None:
-        """Another descriptor of the same file, which the caller closes; None: this one is closed.
-
-        Raises:
-            OSError: this process may have no more descriptors.
-        """
+        """A duplicate, for the caller to close; None: this is closed.  Raises OSError: no number is free."""
         if not self.holds():
             return None
         try:
             fd = os.dup(self.number)
         except OSError as error:
-            if error.errno == errno.EBADF:  # another thread closed it since the look
+            if error.errno == errno.EBADF:  # another thread closed it since the check
                 return None
             raise
-        if _identity(fd) == self._identity:  # looked at now: nobody else can close this one
+        if _identity(fd) == self._identity:  # checked now: nobody else can close this one
             return fd
         primitives.close(fd)
         return None
 
     def take(self) -> int | None:
-        """The number, in one step: who gets it closes it.  None: somebody has, or it is no longer ours."""
+        """Takes the number out in one step, for the caller to close; None: it is gone, or no longer ours."""
         try:
             number = self._numbers.pop()
         except IndexError:
@@ -114,7 +105,7 @@ class Descriptor:
             primitives.close(number)
 
     def close_in_child(self) -> None:
-        """In a forked child, at once: later the number may be another's."""
+        """Closes it in a forked child, at once: later the number may be another file's."""
         self._pid = os.getpid()
         self.close()
         self._was_lost = True
@@ -133,9 +124,8 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 def _marked(fd: int) -> int:
-    """The file's mark.  One that another process of ours opened has its mark already, and keeps it: that
-    process looks for it, too."""
-    with contextlib.suppress(OSError):  # a sandbox may not let us: then only its identity tells
+    """The file's mark, set if it has none; another process of ours checks its own mark, too."""
+    with contextlib.suppress(OSError):  # a sandbox may forbid it: then the identity alone is checked
         if not (mark := _get(fd, _GET_MARK)):
             mark = next(_MARKS)
             _get(fd, _SET_MARK, mark)
@@ -144,18 +134,18 @@ def _marked(fd: int) -> int:
 
 
 def is_ours(fd: int) -> bool:
-    """Whether this number is, now, that of a descriptor of ours."""
+    """Whether this number is now that of a descriptor of ours."""
     owners = [owner for ref in list(Descriptor._living.values()) if (owner := ref()) is not None]
     return any(owner.number == fd and owner.holds() for owner in owners)
 
 
 def keep_for_ever(thing: object) -> None:
-    """Nothing finalizes it, not even the interpreter's end."""
+    """Prevents every finalization, also at the interpreter's end."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _after_fork() -> None:
-    """What a child inherits is closed: it would hide its parent's death from others, and keep memory."""
+    """Closes inherited descriptors: they would hide the parent's death from others, and keep memory."""
     for ref in list(Descriptor._living.values()):
         if (descriptor := ref()) is not None:
             descriptor.close_in_child()

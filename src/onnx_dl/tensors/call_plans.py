@@ -1,13 +1,12 @@
-"""Calls that repeat: what of a call need not be said again.
+"""Calls that repeat: the caller's table of calls that its worker remembers too.
 
-A caller that gives arrays of the same names, dtypes and shapes as before copies them to where they lay before
-and names the call by a number; a worker whose results are of the same form as before answers that they lie
-where they lay (:mod:`onnx_dl.tensors.result_forms`).  Covers the caller's table of such calls.  The worker's is
-:mod:`onnx_dl.workers.prepared_calls`; messages and blocks are :mod:`onnx_dl.transport.client_lane`'s.
+A caller that passes arrays of the same names, dtypes and shapes as before copies them to the same places and
+names the call by a number.  A worker whose results have the same form as before replies that they lie in the
+same places (:mod:`onnx_dl.tensors.result_forms`).  The worker's table is in :mod:`onnx_dl.workers.prepared_calls`.
 
-Both tables change once per call: the worker's when it has sent the result, the caller's when it has read it.
-A call that was prepared and never sent, or that failed, has changed neither.  A lane on which one has changed
-and the other not is closed.
+Both tables change once per call: the worker's when it has sent the result, the caller's when it has read the
+result.  A call that was encoded and never sent, or that failed, changes neither.  A lane on which only one of
+the two tables has changed is closed.
 """
 
 from __future__ import annotations
@@ -18,30 +17,37 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.protocol.lane import Again, Call, Items, Packed, Tensor, Text, Value
+from onnx_dl.protocol.lane import Call, Items, Packed, Replay, Tensor, Text, Value
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Block, Reference
+from onnx_dl.tensors.values import Packer
 
 MOST: Final = 64
-"""Calls that one lane remembers; the next one has number 0, with which both ends forget all others."""
+"""Calls that one lane remembers.  The next one has number 0, which makes both ends forget all others."""
+
+EngineValue = Any
+"""A value that an engine takes or returns; onnxruntime has no type for it."""
+Feed = Mapping[str, EngineValue]
+"""Inputs by name."""
+Array = NDArray[np.generic]
 
 _TEXT: Final = frozenset((str,))
 _KINDS: Final = frozenset("biufcUO")
-"""Of arrays whose bytes are all that could differ the next time, and of text."""
+"""Kinds of dtypes whose values can differ in their bytes only, and text."""
 
 
 def key_of(
-    outputs: Any, feed: Mapping[Any, Any], keep: bool, moved: Iterable[Any] | None = None
-) -> tuple[Any, ...] | None:
-    """What two calls have in common that differ in their bytes only; None if no such call is remembered.
+    outputs: EngineValue, feed: Feed, keep: bool, moved: Iterable[str] | None = None
+) -> tuple[object, ...] | None:
+    """Key that is equal for calls that differ in bytes only; None: such a call is not remembered.
 
-    ``moved``: names of inputs that lie elsewhere each time.  Names are text and nothing else, because what is
-    equal to a text need not be one to onnxruntime.
+    ``moved``: names of inputs that lie elsewhere each time.  Names must be plain ``str``: a subclass may be
+    equal to a name that onnxruntime takes and be refused by onnxruntime itself.
     """
     if outputs is not None and not (type(outputs) in (list, tuple) and are_text(outputs)):
         return None
-    parts: list[Any] = [
+    parts: list[object] = [
         keep,
         None if outputs is None else tuple(outputs),
         None if moved is None else tuple(moved),
@@ -53,62 +59,52 @@ def key_of(
     return tuple(parts)
 
 
-def are_text(names: Iterable[Any]) -> bool:
-    """Whether each is a plain ``str``, and nothing that only equals one."""
+def are_text(names: Iterable[object]) -> bool:
+    """Whether each name is a plain ``str`` and not of a subclass."""
     return _TEXT.issuperset(map(type, names))
 
 
-def can_repeat(feed: Mapping[Any, Any]) -> bool:
-    """Whether arrays like these may take their place the next time."""
+def can_repeat(feed: Feed) -> bool:
+    """Whether later arrays of the same dtypes and shapes can be copied over these."""
     return all(value.dtype.kind in _KINDS for value in feed.values())
 
 
-class Plan:
-    """One call, as it was made the first time."""
+class InputLayout:
+    """Places in the scratch block of the inputs that a call copies."""
 
-    __slots__ = ("block", "key", "moved", "nbytes", "number", "readers", "results", "targets", "texts")
+    __slots__ = ("_nbytes", "_targets", "_texts", "block")
 
-    def __init__(
-        self,
-        key: Hashable,
-        number: int,
-        block: Block | None,
-        nbytes: int,
-        targets: list[NDArray[Any] | None],
-        texts: list[tuple[Any, int]],
-        moved: list[tuple[int, Any]],
-    ) -> None:
-        """``key``: see :func:`key_of`; ``block``: the scratch block, whose fixed part has ``nbytes``;
-        ``targets``: where the inputs lie in it, None for text and for those that lie elsewhere or nowhere;
-        ``texts``: name and offset of text; ``moved``: index and name of those elsewhere."""
-        self.key = key
-        self.number = number
-        self.block = block
-        self.nbytes = nbytes
-        self.targets = targets
-        self.texts = texts
-        self.moved = moved
-        self.results: list[Tensor | Text | Packed] | None = None
-        """What they were the last time, if the next ones may lie there too."""
-        self.readers: list[Callable[[], Any]] = []
-        """One for each of these, once they are read: gives the value that lies there now."""
+    def __init__(self, packer: Packer, feed: Feed, values: Sequence[Value]) -> None:
+        """``values``: what ``packer`` has made of the feed."""
+        self.block = block = packer.scratch
+        self._nbytes = packer.nbytes
+        """Size of the fixed part of the block; the bytes of texts follow it."""
+        self._targets: list[Array | None] = [
+            block.array(value.dtype, value.shape, value.offset)
+            if block is not None and isinstance(value, Tensor) and value.block == block.number
+            else None
+            for value in values
+        ]
+        """Array for each input; None for text and for inputs that lie elsewhere or have no bytes."""
+        pairs = zip(feed, values, strict=True)
+        self._texts = [
+            (name, value.offset) for name, value in pairs if isinstance(value, Text) and value.block
+        ]
+        """Name of each text input, and the offset at which its place and length are written."""
 
-    def fill(self, feed: Mapping[Any, Any], arena: Arena) -> bool:
-        """Puts the inputs where the worker expects them; false if the arena has no such place any more.
-
-        Raises:
-            UnicodeEncodeError: there are surrogates in a text.
-        """
-        if self.texts:
+    def fill(self, feed: Feed, arena: Arena) -> bool:
+        """Copies the inputs to their places; false if the arena does not have these places any more.  Raises
+        UnicodeEncodeError for a text with surrogates."""
+        if self._texts:
             return self._fill_with_texts(feed, arena)
-        if self.nbytes and arena.scratch(self.nbytes) is not self.block:
+        if self._nbytes and arena.scratch(self._nbytes) is not self.block:
             return False
         self._copy(feed)
         return True
 
-    def _fill_with_texts(self, feed: Mapping[Any, Any], arena: Arena) -> bool:
-        encoded, nbytes = [], self.nbytes
-        for name, offset in self.texts:
+    def _fill_with_texts(self, feed: Feed, arena: Arena) -> bool:
+        encoded, nbytes = [], self._nbytes
+        for name, offset in self._texts:
             data = packing.encode_text(feed[name])
             encoded.append((offset, nbytes, data))
             nbytes += len(data)
@@ -120,75 +116,83 @@ class Plan:
             packing.write(block, offset, start, data)
         return True
 
-    def _copy(self, feed: Mapping[Any, Any]) -> None:
-        for target, value in zip(self.targets, feed.values(), strict=True):
+    def _copy(self, feed: Feed) -> None:
+        for target, value in zip(self._targets, feed.values(), strict=True):
             if target is not None:
                 target[...] = value
 
 
-class Asked(NamedTuple):
-    """A request that was prepared, and the plan that it is of.  Until it is answered, the lane knows nothing
-    of it.  A :class:`Plan` alone is the request to make that call again with nothing moved."""
+class CallPlan:
+    """One call that repeats.  As a request, it repeats the call with nothing moved."""
 
-    message: Call | Again
-    plan: Plan | None
+    __slots__ = ("inputs", "key", "moved", "number", "readers", "results")
+
+    def __init__(
+        self, key: Hashable, number: int, inputs: InputLayout, moved: Sequence[tuple[int, str]] = ()
+    ) -> None:
+        """``key``: see :func:`key_of`; ``moved``: index and name of inputs that lie elsewhere each time."""
+        self.key = key
+        self.number = number
+        self.inputs = inputs
+        self.moved = moved
+        self.results: list[Tensor | Text | Packed] | None = None
+        """Places of the last results, if the next ones may lie there too."""
+        self.readers: list[Callable[[], EngineValue]] = []
+        """One for each of these, made at the first read: returns the value that lies there now."""
+
+
+class EncodedCall(NamedTuple):
+    """A call as a message, and its plan, which joins the lane's table when it is answered."""
+
+    message: Call | Replay
+    plan: CallPlan | None
 
 
 def in_place(value: Value) -> list[Tensor] | None:
-    """The tensors of a result, if it is a list of tensors that all have bytes; None if not."""
+    """The tensors of a result that is a list of tensors which all have bytes; None for other results."""
     if not (isinstance(value, Items) and value.kind == "list" and value.items):
         return None
     tensors = [item for item in value.items if isinstance(item, Tensor) and item.block]
     return tensors if len(tensors) == len(value.items) else None
 
 
-class Plans:
-    """The calls that one lane remembers.  Changed by :meth:`remember` alone."""
+class CallPlans:
+    """The calls that one lane remembers."""
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all calls."""
+        self._plans: dict[Hashable, CallPlan] = {}
         self._next = 0
         self._block: Block | None = None
-        """The scratch block that the inputs of all of them lie in."""
+        """The scratch block with the inputs of all of them."""
 
-    def find(self, key: Hashable) -> Plan | None:
+    def find(self, key: Hashable) -> CallPlan | None:
         return self._plans.get(key)
 
     def next_number(self, block: Block | None) -> int:
-        """The number of the next call that is remembered, if its inputs lie in this scratch block.  0: it
-        will be the only one.  What lay in another block is gone."""
+        """The number for the next call to remember, whose inputs lie in this scratch block.
+
+        0 means that it will be the only one.  Inputs that lay in another scratch block are gone.
+        """
         another = block is not None and self._block is not None and block is not self._block
         return 0 if another or self._next >= MOST else self._next
 
-    def let_go(self, has: Callable[[int], bool]) -> None:
-        """The worker dropped blocks: what lay in them would never be freed.  ``has``: whether one is left."""
+    def forget_results(self, has: Callable[[int], bool]) -> None:
+        """Forgets results in blocks that the worker dropped: they would never be freed.  ``has``: whether the
+        block of this number is still there."""
         for plan in self._plans.values():
             if plan.results and not all(has(value.block) for value in plan.results):
                 plan.results, plan.readers = None, []
 
-    def remember(self, plan: Plan) -> None:
-        """The worker has answered this call, so it remembers it too."""
+    def remember(self, plan: CallPlan) -> None:
+        """Adds a call that the worker has answered, and so remembers too."""
         if self._plans.get(plan.key) is plan:
             return
         if not plan.number:
-            self._plans.clear()
-            self._block = None
+            self.clear()
         self._plans[plan.key] = plan
         self._next = plan.number + 1
-        self._block = plan.block or self._block
-
-
-def targets_of(values: Sequence[Value], block: Block | None) -> list[NDArray[Any] | None]:
-    """The arrays in ``block`` that a packed feed lies in."""
-    return [
-        block.array(value.dtype, value.shape, value.offset)
-        if block is not None and isinstance(value, Tensor) and value.block == block.number
-        else None
-        for value in values
-    ]
-
-
-def texts_of(names: Iterable[Any], values: Sequence[Value]) -> list[tuple[Any, int]]:
-    """Name and offset of the texts in a packed feed that has these names."""
-    pairs = zip(names, values, strict=True)
-    return [(name, value.offset) for name, value in pairs if isinstance(value, Text) and value.block]
+        self._block = plan.inputs.block or self._block

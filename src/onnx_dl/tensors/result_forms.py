@@ -1,5 +1,5 @@
 """Places of the last results of a call.  The next results of the same form are written to the same places and
-answered by :class:`~onnx_dl.protocol.lane.Same`.
+answered by :class:`~onnx_dl.protocol.lane.SameResult`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Placed: TypeAlias = Tensor | Text | Packed
 
 def in_one_place(sent: Value) -> list[Placed] | None:
     """Return the values of a result if all have bytes and lie in the scratch block; else None.  Only such a
-    result can be answered by Same the next time."""
+    result can be answered by SameResult the next time."""
     if not (isinstance(sent, Items) and sent.kind == "list" and sent.items):
         return None
     found = [value for value in sent.items if isinstance(value, Tensor | Text | Packed) and value.block]

@@ -1,13 +1,13 @@
-"""How requests and replies travel on a lane: by a bell, with messages on the Unix socket, or over ZeroMQ.
+"""Channels for the calls of a lane: a bell with messages on the Unix socket, or ZeroMQ.
 
-What they mean is :mod:`onnx_dl.transport.client_lane`'s.
+The meaning of the messages is :mod:`onnx_dl.transport.client_lane`'s and the worker's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import select
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import zmq
 
@@ -22,176 +22,163 @@ from onnx_dl.transport.lane_socket import Handover
 from onnx_dl.transport.sockets import Socket
 
 REPLY, SAME = 0, 1
-"""What a worker rings, beside the number of the request: a reply lies on the socket; the answer is Same."""
-REQUEST, AGAIN = 1, 2
-"""What a caller rings: a request lies on the socket; from 2 on, Again with that number less 2."""
+"""Lowest bit of a worker's ring: the reply lies on the socket, or is SameResult."""
+REQUEST, REPLAY = 1, 2
+"""A caller's ring: a request lies on the socket; from 2 on, Replay of plan number - 2."""
 _NUMBERS: Final = 128
-"""A reply tells the number of its request, less multiples of this.  One is under way at a time."""
+"""A reply carries the number of its request modulo this.  Only one request is under way at a time."""
 _LOOK_EVERY: Final = 0.02
 """Seconds between two looks of a greenlet at a ZeroMQ socket."""
+_ON_THE_UNIX_SOCKET: Final = b""
 
 
-class Calls(Protocol):
-    """How requests and replies travel.  Each reply tells which request it is for."""
+class CallChannel(Protocol):
+    """A way for requests and replies.  Each reply says which request it answers."""
 
     def send(self, message: codec.Message | bytes) -> bool:
-        """Sends; false if the peer is known to be gone, else that shows when the next message is awaited."""
+        """Sends; false if the peer is known to be gone.  Otherwise that shows at the next :meth:`next`."""
 
-    def next(self, timeout: float | None = None) -> Any:
-        """The next message; None if the peer is gone.  Some are told by a number only.
+    def next(self, timeout: float | None = None) -> codec.Message | int | None:
+        """The next message, or the number that stands for one; None if the peer is gone.
 
         Raises:
             TimeoutError: none came for ``timeout`` seconds.
-            ProtocolError: it is none, or answers another request.
+            ProtocolError: it is not a message, or it answers another request.
         """
-
-    def again(self, number: int) -> bool:
-        """Sends Again, with nothing moved."""
-
-    def same(self) -> None:
-        """Sends Same."""
 
     def close(self) -> None: ...
 
 
-class NoCalls:
-    """Of a lane that is closed: nothing is sent, so that whoever uses it still finds its call not begun.
-
-    Its descriptors may belong to others by now.
-    """
+class ClosedChannel:
+    """Channel of a closed lane.  It sends nothing, so that a call is seen as not begun."""
 
     def send(self, message: codec.Message | bytes) -> bool:
         return False
 
-    def next(self, timeout: float | None = None) -> Any:
+    def next(self, timeout: float | None = None) -> None:
         return None
 
-    def again(self, number: int) -> bool:
+    def replay(self, number: int) -> bool:
         return False
 
-    def same(self) -> None:
+    def send_same(self) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-class _Bell:
-    """Messages lie on the Unix socket; the bell says so, or spares them."""
+class CallerBellChannel:
+    """The caller's end of a bell.  Messages lie on the Unix socket; the bell announces or replaces them."""
 
-    def __init__(self, handover: Handover, bell: CallerBell | WorkerBell) -> None:
+    def __init__(self, handover: Handover, bell: CallerBell) -> None:
         self._handover = handover
         self.bell = bell
         self.number = 0
-        """Of the present request, from 1 on."""
+        """Number of the present request, from 1 on."""
 
     def send(self, message: codec.Message | bytes) -> bool:
-        sent = self._handover.send(message if isinstance(message, bytes) else codec.encode(message))
-        return sent and self._ring()
+        self.number += 1
+        return self._handover.send(_encoded(message)) and self.bell.ring(REQUEST)
 
-    def _ring(self) -> bool:
-        raise NotImplementedError
+    def replay(self, number: int) -> bool:
+        """Sends Replay of this plan with nothing moved."""
+        self.number += 1
+        return self.bell.ring(REPLAY + number)
+
+    def next(self, timeout: float | None = None) -> codec.Message | int | None:
+        rung = self.bell.wait(timeout)
+        if rung is None:
+            return None
+        if rung >> 1 != self.number % _NUMBERS:
+            raise _wrong_reply(rung >> 1, self.number)
+        return SAME if rung & SAME else self._handover.next()
 
     def close(self) -> None:
         self.bell.close()
 
 
-class CallerBellCalls(_Bell):
-    """The caller's end."""
+class WorkerBellChannel:
+    """The worker's end of a bell."""
+
+    def __init__(self, handover: Handover, bell: WorkerBell) -> None:
+        self._handover = handover
+        self.bell = bell
+        self.number = 0
+        """Number of the present request, from 1 on."""
 
     def send(self, message: codec.Message | bytes) -> bool:
-        self.number += 1
-        return super().send(message)
+        return self._handover.send(_encoded(message)) and self.ring()
 
-    def _ring(self) -> bool:
-        return self.bell.ring(REQUEST)
+    def ring(self) -> bool:
+        """Announces what lies on the socket as the reply to the present request."""
+        return self.bell.ring(self.number % _NUMBERS << 1 | REPLY)
 
-    def next(self, timeout: float | None = None) -> Any:
-        rung = self.bell.wait(timeout)
-        if rung is None:
-            return None
-        if rung >> 1 != self.number % _NUMBERS:
-            raise _another(rung >> 1, self.number)
-        return SAME if rung & SAME else self._handover.next()
+    def send_same(self) -> None:
+        """Sends SameResult."""
+        self.bell.ring(self.number % _NUMBERS << 1 | SAME)
 
-    def again(self, number: int) -> bool:
-        self.number += 1
-        return self.bell.ring(AGAIN + number)
-
-    def same(self) -> None:
-        raise NotImplementedError
-
-
-class WorkerBellCalls(_Bell):
-    """The worker's end."""
-
-    def next(self, timeout: float | None = None) -> Any:
+    def next(self, timeout: float | None = None) -> codec.Message | int | None:
         number = self.bell.wait(timeout)
         self.number += 1
         return number if number != REQUEST else self._handover.next()
 
-    def _ring(self) -> bool:
-        return self.bell.ring(self.number % _NUMBERS << 1 | REPLY)
-
-    def same(self) -> None:
-        self.bell.ring(self.number % _NUMBERS << 1 | SAME)
-
-    def again(self, number: int) -> bool:
-        raise NotImplementedError
+    def close(self) -> None:
+        self.bell.close()
 
 
-class ZmqCalls:
-    """Messages go over a ZeroMQ PAIR socket; an empty one says that the message lies on the Unix socket,
-    because it is long or something is to be said of blocks.  The first byte of a reply is the number of its
-    request."""
+class ZmqChannel:
+    """One end of a ZeroMQ PAIR socket.  An empty message says that the real one lies on the Unix socket,
+    because it is long or comes with blocks.  The first byte of a reply is the number of its request."""
 
-    def __init__(self, handover: Handover, socket: Socket, *, calls: bool) -> None:
-        """``calls``: this is the caller's end."""
+    def __init__(self, handover: Handover, socket: Socket, *, is_caller: bool) -> None:
         self._handover = handover
         self._socket = socket
-        self._calls = calls
-        self._read = lane.lane_reply if calls else lane.lane_request
+        self._is_caller = is_caller
+        self._read = lane.lane_reply if is_caller else lane.lane_request
         self.number = 0
-        """Of the present request, from 1 on."""
+        """Number of the present request, from 1 on."""
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         # Without POLLIN: a message that lies there is not looked at before the empty one has come.
         self._poller.register(handover.channel.fileno(), zmq.POLLERR)
 
     def send(self, message: codec.Message | bytes) -> bool:
-        self.number += self._calls
-        data = message if isinstance(message, bytes) else codec.encode(message)
+        self.number += self._is_caller
+        data = _encoded(message)
         if not self._handover.fits(data):
             if not self._handover.send(data):
                 return False
             data = _ON_THE_UNIX_SOCKET
-        return self._tell(data)
+        return self.post(data)
 
-    def _tell(self, data: bytes) -> bool:
-        if not self._calls:
+    def post(self, data: bytes) -> bool:
+        """Sends one ZeroMQ message for the present request."""
+        if not self._is_caller:
             data = bytes([self.number % _NUMBERS]) + data
         if not self._handover.channel.is_ours():
             return False
-        # Again: a PAIR socket without a peer would wait for ever.  Terminated: this process leaves.
+        # zmq.Again: a PAIR socket without a peer would wait for ever.  Terminated: this process exits.
         with contextlib.suppress(zmq.Again, zmq.ContextTerminated):
             self._socket.send(data, zmq.NOBLOCK)
             return True
         return False
 
-    def next(self, timeout: float | None = None) -> Any:
+    def next(self, timeout: float | None = None) -> codec.Message | int | None:
         try:
             data = self._next(timeout)
         except zmq.ContextTerminated:  # the supervisor died, and the worker with it
             return None
         if data is None:
             return None
-        if self._calls:
+        if self._is_caller:
             if not data or data[0] != self.number % _NUMBERS:
-                raise _another(data[0] if data else -1, self.number)
+                raise _wrong_reply(data[0] if data else -1, self.number)
             data = data[1:]
         else:
             self.number += 1
-        return self._read(data) if data else self._handover.next()
+        message: codec.Message | None = self._read(data) if data else self._handover.next()
+        return message
 
     def _next(self, timeout: float | None) -> bytes | None:
         ready = self._ready(timeout)
@@ -199,28 +186,31 @@ class ZmqCalls:
             return None
         if self._socket in ready:
             return self._socket.recv()
-        if ready:
-            return _last_words(self._socket)
-        raise TimeoutError("nobody answered in time")
+        if not ready:
+            raise TimeoutError("nobody answered in time")
+        try:  # EOF on the Unix socket can overtake the peer's last message
+            return self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
 
     def _ready(self, timeout: float | None) -> dict[object, int]:
         ready: dict[object, int] = {}
         if waits.hub() is None:
             return sockets.wait(self._poller, timeout) if self._handover.channel.is_ours() else ready
         limit = Deadline(timeout)
-        # Looked at each time: the greenlet may find itself in a forked child, which must not use the socket.
+        # Checked each time: the greenlet may find itself in a forked child, which must not use the socket.
         while self._handover.channel.is_ours():
             if (ready := sockets.wait(self._poller, 0)) or limit.passed:
                 break
-            # ZeroMQ's descriptor tells of changes only, and nothing of the other one that the poller has.
+            # ZeroMQ's descriptor signals changes only, and nothing of the other one that the poller has.
             waits.ready(int(self._socket.getsockopt(zmq.FD)), select.POLLIN, limit.left(_LOOK_EVERY))
         return ready
 
-    def again(self, number: int) -> bool:
-        return self.send(lane.Again(plan=number))
+    def replay(self, number: int) -> bool:
+        return self.send(lane.Replay(plan=number))
 
-    def same(self) -> None:
-        self.send(lane.Same())
+    def send_same(self) -> None:
+        self.send(lane.SameResult())
 
     def close(self) -> None:
         if self._handover.channel.is_lost:  # so are the socket's own: ZeroMQ would use their numbers
@@ -229,17 +219,14 @@ class ZmqCalls:
             self._socket.close()
 
 
-def _another(answered: int, asked: int) -> ProtocolError:
-    """What a worker says twice or too late must not be taken for the answer to the next request."""
+def _encoded(message: codec.Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else codec.encode(message)
+
+
+def _wrong_reply(answered: int, asked: int) -> ProtocolError:
+    """Error for a reply that comes twice or too late: it is not the reply to the next request."""
     return ProtocolError(f"A worker answered request {answered} of a lane instead of {asked % _NUMBERS}.")
 
 
-_ON_THE_UNIX_SOCKET: Final = b""
-
-
-def _last_words(socket: Socket) -> bytes | None:
-    """What the peer sent before it went: EOF on one socket can overtake a message on the other."""
-    try:
-        return socket.recv(zmq.NOBLOCK)
-    except zmq.Again:
-        return None
+CallerChannel = CallerBellChannel | ZmqChannel
+WorkerChannel = WorkerBellChannel | ZmqChannel

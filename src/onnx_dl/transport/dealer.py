@@ -1,8 +1,8 @@
-"""An application's end of the control socket: what ZeroMQ calls a DEALER, without libzmq.
+"""An application's end of the control socket: a ZeroMQ DEALER without libzmq.
 
-libzmq has threads that sleep on descriptors of its own; when a program closes these (``os.closerange``), it
-reads from and writes to files of the program, or ends the process.  Here there is one descriptor, which is
-looked at before it is used, and no thread.  Used by one thread.
+libzmq has threads that sleep on descriptors of its own.  When a program closes these (``os.closerange``),
+libzmq reads from and writes to files of the program, or ends the process.  Here there is no thread, and one
+descriptor, which is checked before it is used.  Used by one thread.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ class Dealer:
     """Connected to a ROUTER, which knows it by its name."""
 
     def __init__(self, address: str, name: bytes, deadline: Deadline) -> None:
-        """
-        Raises:
-            DeadlinePassed: the router's queue stayed full.
-            OSError: nobody listens at ``address``, or this process may have no more descriptors.
-        """
+        """Raises DeadlinePassed if the router's queue stays full, and OSError."""
         self._address = address
         self._name = name
         self._connect(deadline)
@@ -46,7 +42,7 @@ class Dealer:
         self._flush()
 
     def reconnect(self, deadline: Deadline) -> None:
-        """Comes again, after it was sent away before it was let in; raises as the constructor."""
+        """Connects again after the router closed the connection early; raises like the constructor."""
         self.close()
         self._connect(deadline)
 
@@ -59,16 +55,16 @@ class Dealer:
 
     @property
     def is_let_in(self) -> bool:
-        """Whether messages may be sent: before that, who is sent away does not know what was read."""
+        """Whether messages may be sent; before, the router may drop the connection with them."""
         return self._reader.identity is not None
 
     @property
     def awaits(self) -> int:
-        """What to poll for."""
+        """Events to poll for."""
         return select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
 
     def send(self, data: bytes) -> None:
-        """Sends it as far as the router takes it now, and the rest with the next :meth:`receive`."""
+        """Sends as much as the router takes now, and the rest in the next :meth:`receive`."""
         self._unsent += zmtp.frame(data)
         self._flush()
 
@@ -101,8 +97,8 @@ class Dealer:
         self._unsent.clear()
 
     def close(self) -> None:
-        """May be called twice.  What is not sent by then is dropped."""
-        self._sock.detach()  # Python's object would close the number, whoever has it
+        """Drops unsent messages.  May be called twice."""
+        self._sock.detach()  # Python's object would close the number, whatever file has it now
         self._descriptor.close()
 
     def __del__(self) -> None:

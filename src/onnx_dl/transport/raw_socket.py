@@ -1,4 +1,4 @@
-"""Sockets without the ways of Python's: no warning, no timeout, no number of their own."""
+"""Python's socket object without ownership of its descriptor."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class Face(primitives.socket):
-    """Python's functions for a socket that a :class:`~onnx_dl.system.owned_descriptors.Descriptor` closes.  Where the garbage
-    collector finds both in one cycle, Python would warn of a socket that nobody closed."""
+    """Methods of a socket that a :class:`~onnx_dl.system.owned_descriptors.Descriptor` closes.  No warning of an unclosed socket
+    where the garbage collector finds both in one cycle."""
 
     def __init__(self, sock: socket.socket) -> None:
-        """Takes over the number of ``sock``, which has none afterwards.  What waits has no timeout, whatever
-        the program told ``socket.setdefaulttimeout``."""
+        """Takes over the descriptor of ``sock``, which has none afterwards.  Waits have no timeout, whatever
+        the program has set by ``socket.setdefaulttimeout``."""
         super().__init__(sock.family, sock.type, sock.proto, sock.fileno())
         sock.detach()
         self.setblocking(True)

@@ -22,9 +22,9 @@ from onnx_dl.tensors.result_forms import Form
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets
 from onnx_dl.transport.addresses import same_secret
-from onnx_dl.transport.call_channel import AGAIN, Calls, WorkerBellCalls, ZmqCalls
-from onnx_dl.transport.client_lane import Lane
+from onnx_dl.transport.call_channel import REPLAY, WorkerBellChannel, WorkerChannel, ZmqChannel
 from onnx_dl.transport.doorbell import WorkerBell
+from onnx_dl.transport.lane import Lane
 from onnx_dl.transport.lane_socket import Handover
 from onnx_dl.transport.sockets import Channel, Context
 from onnx_dl.transport.spin import Patience
@@ -57,7 +57,7 @@ def _packed(packer: Packer, value: object) -> lane.Value:
     return packed
 
 
-class WorkerLane(Lane):
+class WorkerLane(Lane[WorkerChannel]):
     """The worker's end."""
 
     def __init__(self, ctx: Context, channel: Channel, secret: str, timeout: float) -> None:
@@ -77,12 +77,12 @@ class WorkerLane(Lane):
         except BaseException:
             sockets.close_all(fds)
             raise
-        calls: Calls
+        calls: WorkerChannel
         if hello.reply_to is None:
             self._bell = WorkerBell(fds, Patience() if hello.poll else None)
-            calls = WorkerBellCalls(handover, self._bell)
+            calls = WorkerBellChannel(handover, self._bell)
         else:
-            calls = ZmqCalls(handover, sockets.pair(ctx, hello.reply_to), calls=False)
+            calls = ZmqChannel(handover, sockets.pair(ctx, hello.reply_to), is_caller=False)
         super().__init__(handover, calls, polls=hello.poll)
         self.channel = channel
         """The Unix socket to the caller."""
@@ -125,7 +125,7 @@ class WorkerLane(Lane):
         request = self._calls.next()
         if request is not None:
             self._page.begin()
-        return request - AGAIN if type(request) is int else request
+        return request - REPLAY if type(request) is int else request
 
     def unpack(self, value: lane.Value) -> Any:
         """Decode a value of a request.  Its arrays are views, valid until the reply is sent."""
@@ -165,7 +165,7 @@ class WorkerLane(Lane):
 
     def say_same(self) -> None:
         """Reply that the results lie in the same places as the last ones."""
-        self._calls.same()
+        self._calls.send_same()
         self.is_answered = True
 
     def _send(self, reply: codec.Message | bytes) -> None:

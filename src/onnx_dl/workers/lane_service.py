@@ -50,7 +50,7 @@ class LaneService:
         # Tables of this frame: in the object, its bound methods would keep it, and its memory, in a cycle.
         uses: _Handlers = {
             int: self._prepared.replay_number,
-            m.Again: self._prepared.replay,
+            m.Replay: self._prepared.replay,
             m.Call: self._call,
             m.Invoke: self._invoke,
             m.Touch: self._acknowledge,

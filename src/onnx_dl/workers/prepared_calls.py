@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from onnx_dl.protocol import codec
-from onnx_dl.protocol.lane import Again, Call, Forgotten, Items, Result, Tensor, Text, Value
+from onnx_dl.protocol.lane import Call, Forgotten, Items, Replay, Result, Tensor, Text, Value
 from onnx_dl.tensors.block import Block, align
 from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import Form, in_one_place
@@ -32,7 +32,7 @@ class _PreparedRun(NamedTuple):
     run: Callable[[], object]
     cancel: Callable[[], object] | None
     reply: bytes
-    """Empty: the reply is Same."""
+    """Empty: the reply is SameResult."""
 
 
 class PreparedCall:
@@ -226,7 +226,7 @@ class PreparedCalls:
         """Forgets all calls, as the caller did."""
         self._calls.clear()
 
-    def replay(self, request: Again) -> None:
+    def replay(self, request: Replay) -> None:
         """Repeats a call with some inputs in other places, and replies; Forgotten if it is not known.
 
         Raises:

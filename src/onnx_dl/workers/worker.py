@@ -26,6 +26,7 @@ from onnx_dl.protocol.lane import CallFailed
 from onnx_dl.transport import sockets
 from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.gauges import Gauges
+from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel, Waker
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import heap, warmup

@@ -1,0 +1,153 @@
+"""One request to a worker, from its encoding to its result.
+
+The result is waited for by a thread, by an event loop (:mod:`onnx_dl.client.awaited_calls`) or by the callback thread
+(:mod:`onnx_dl.client.callback_calls`).  What follows a reply is the same for all of them, and is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from typing import Final
+
+from onnx_dl.client.cancellation import GRACE, CancelWatch
+from onnx_dl.client.lane_pool import LanePool
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.protocol import failures
+from onnx_dl.protocol import lane as m
+from onnx_dl.system import descriptor_limits
+from onnx_dl.tensors.call_codec import Answer, Request
+from onnx_dl.tensors.call_plans import EngineValue
+from onnx_dl.transport.client_lane import ClientLane, Reply
+
+RETRY: Final = object()
+"""In place of a result: the call was not executed.  Make it again, on another lane."""
+
+_ANSWERS: Final = (int, m.SameResult, m.Result)
+_WITHOUT_RESULT: Final = (m.CallFailed, m.Draining, m.Forgotten)
+NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
+
+
+class RetainedOutputs:
+    """Results that stay in a worker's memory until :meth:`release`."""
+
+    def __init__(self, pool: LanePool, lane: ClientLane, values: list[EngineValue]) -> None:
+        """``values``: references to arrays."""
+        self.values = values
+        self._pool = pool
+        self._lane = lane
+
+    def release(self) -> None:
+        """Gives the results' memory back."""
+        self._pool.put(self._lane)
+
+
+class PendingCall:
+    """A request for a lane that nobody else uses.  The lane is free again when there is a result."""
+
+    __slots__ = ("_pool", "lane", "request")
+
+    def __init__(self, pool: LanePool, lane: ClientLane, request: Request) -> None:
+        self._pool = pool
+        self.lane = lane
+        self.request = request
+
+    def perform(self, watch: CancelWatch | None = None, *, retain: bool = False) -> EngineValue:
+        """Sends the request and waits in this thread.  Returns the result (with ``retain``, as
+        :class:`RetainedOutputs`) or :data:`RETRY`.
+
+        Raises:
+            RunTimeout: the deadline of ``watch`` passed.
+            DescriptorsExhausted: this process may open no more files.
+            Exception: what the worker raised, or how it ended.
+        """
+        try:
+            if watch is None:
+                reply = self.lane.exchange(self.request)
+            else:
+                reply = watch.exchange(self.lane, self.request, self.cancel)
+            if isinstance(reply, _ANSWERS):
+                return self._result(reply, retain)
+        except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
+            self._abandon(error)
+            raise
+        return self._settle(reply, None if watch is None else watch.deadline)
+
+    def needs_host(self, reply: Reply) -> bool:
+        """Whether :meth:`conclude` asks the host how the worker ended, which may take a while."""
+        return not isinstance(reply, _ANSWERS + _WITHOUT_RESULT)
+
+    def conclude(self, reply: Reply, deadline: Deadline | None = None) -> EngineValue:
+        """Returns the result in a reply, or :data:`RETRY`; raises like :meth:`perform`."""
+        if not isinstance(reply, _ANSWERS):
+            return self._settle(reply, deadline)
+        try:
+            return self._result(reply, retain=False)
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _result(self, reply: Answer, retain: bool) -> EngineValue:
+        """The result; the lane is free again.  If this fails, the ends of the lane know different things."""
+        lane = self.lane
+        if retain:
+            return RetainedOutputs(self._pool, lane, lane.codec.references(self.request, reply))
+        result = lane.codec.decode(self.request, reply)
+        self._pool.put(lane)
+        return result
+
+    def _settle(self, reply: Reply, deadline: Deadline | None) -> object:
+        """Returns :data:`RETRY` if the request was not executed; the lane is free again, or closed."""
+        match reply:
+            case m.CallFailed(failure=failure):
+                self._pool.put(self.lane)
+                raise failures.rebuild(failure)
+            case m.Forgotten():
+                self.lane.codec.forget()
+                self._pool.put(self.lane)
+                return RETRY
+        self._pool.retire()
+        self.lane.close()
+        if not isinstance(reply, m.Draining):
+            self._pool.check_end(deadline)
+        return RETRY
+
+    def _abandon(self, error: BaseException) -> None:
+        """Closes the lane, and raises a better error if no descriptor is left."""
+        self.lane.close()
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+            raise descriptor_limits.exhausted(f"A call of {self._pool.name}") from error
+
+    def release(self) -> None:
+        """Frees the lane of a request that was not sent."""
+        self._pool.put(self.lane)
+
+    def cancel(self, deadline: Deadline) -> bool:
+        """Has the worker end the call as soon as the model lets it.  Returns whether the worker received that
+        in time, or is gone and the call with it."""
+        try:
+            other = self._pool.connect("normal", deadline)
+        except (DeadlinePassed, OSError):  # stopped, or no descriptor is left; closing the lane ends it, too
+            return False
+        if other is None:
+            return True
+        try:
+            other.exchange(self.lane.end_of_this(), deadline.left())
+        except TimeoutError:
+            return False
+        finally:
+            other.close()
+        return True
+
+    def abort(self) -> None:
+        """Ends a call whose result nobody waits for, and frees its lane if the call does end."""
+        grace = Deadline(GRACE)
+        try:
+            if not self.cancel(grace):
+                raise TimeoutError
+            reply = self.lane.receive(grace.left())
+        except Exception:  # nobody is there to be told
+            self.lane.close()
+            return
+        with contextlib.suppress(Exception):  # likewise; the lane is free or closed by then
+            self.conclude(reply, grace)

@@ -1,0 +1,185 @@
+"""Encodes calls as messages and shared memory, and decodes their results.  One codec per lane.
+
+Messages are sent by :mod:`onnx_dl.transport.client_lane`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+
+import numpy as np
+
+from onnx_dl.errors import ProtocolError
+from onnx_dl.protocol import lane as m
+from onnx_dl.tensors.arena import Arena
+from onnx_dl.tensors.block import Block, Reference, home_of
+from onnx_dl.tensors.call_plans import (
+    CallPlan,
+    CallPlans,
+    EncodedCall,
+    EngineValue,
+    Feed,
+    InputLayout,
+    can_repeat,
+    key_of,
+)
+from onnx_dl.tensors.mapped_blocks import Mappings
+from onnx_dl.tensors.result_forms import in_one_place, reader_of
+from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
+
+Request = CallPlan | EncodedCall | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
+Answer = m.Result | m.SameResult | int
+"""Reply of a request that was executed without an error; a number stands for SameResult."""
+
+
+class CallCodec:
+    """Owner of the table of calls that repeat.  Calls nothing that sends or waits."""
+
+    def __init__(self, arena: Arena, mappings: Mappings, block: Callable[[int], Block]) -> None:
+        """``arena``: the caller's blocks; ``mappings``, ``block``: the worker's."""
+        self._arena = arena
+        self._mappings = mappings
+        self._block = block
+        self._unpacker = Unpacker(block, copy=True)
+        self._plans = CallPlans()
+        self._drops = 0
+        """Number of blocks that the worker had dropped when the table was last reviewed."""
+
+    def pack(self, values: Iterable[EngineValue]) -> list[m.Value]:
+        """Copies the arrays in ``values`` to shared memory; see :class:`Packer`."""
+        return Packer(self._arena).pack(values)
+
+    def encode_call(
+        self,
+        outputs: EngineValue,
+        feed: Feed,
+        options: dict[str, EngineValue] | None,
+        *,
+        keep: bool = False,
+        background: bool = False,
+    ) -> CallPlan | EncodedCall:
+        """Encodes one inference.  Arrays in ``feed`` are copied, unless they lie in shared memory.
+
+        Changes nothing that a reply of the worker depends on, so a call that is not sent after all needs no
+        undoing.  ``keep``: the results are read by :meth:`references`; ``background``: the worker replies
+        Started first.
+
+        Raises: like :meth:`Packer.pack`.
+        """
+        moved, feed = self._shared_inputs(feed)
+        key = None
+        if options is None and not background:
+            try:
+                key = key_of(outputs, feed, keep, moved)
+                plan = self._plans.find(key)
+            except TypeError:  # names that cannot be hashed: onnxruntime raises its own error
+                plan = None
+            if plan is not None and plan.inputs.fill(feed, self._arena):
+                if moved is None:
+                    return plan
+                places = [(index, moved[name]) for index, name in plan.moved]
+                return EncodedCall(m.Replay(plan=plan.number, moved=places), plan)
+        call, plan = self._encode_new(outputs, feed, moved or {}, key)
+        call.options, call.keep, call.background = options, keep, background
+        return EncodedCall(call, plan)
+
+    def _shared_inputs(self, given: Feed) -> tuple[dict[str, m.Tensor] | None, Feed]:
+        """Finds the large arrays that lie in shared memory already.
+
+        Returns their places, and the feed, in which a reference that the worker cannot be given is replaced
+        by an array to be copied.
+        """
+        found, feed = None, given
+        for name, value in given.items():
+            if type(value) is Reference:
+                block, offset = value.block, value.offset
+            elif type(value) is np.ndarray and value.nbytes >= VIEW_FROM and (home := home_of(value)):
+                block, offset = home, home.offset_of(value)
+            else:
+                continue
+            if found is None and feed is given:
+                self._arena.adoptions.next_message()
+            if (number := self._arena.adopt(block)) is None:
+                if type(value) is Reference:
+                    feed = {**feed, name: block.array(value.dtype.str, value.shape, offset)}
+                continue
+            found = found or {}
+            found[name] = m.Tensor(value.dtype.str, value.shape, number, offset)
+        return found, feed
+
+    def _encode_new(
+        self, outputs: EngineValue, feed: Feed, moved: dict[str, m.Tensor], key: Hashable | None
+    ) -> tuple[m.Call, CallPlan | None]:
+        packer = Packer(self._arena, moved={id(feed[name]): tensor for name, tensor in moved.items()})
+        packed_outputs, *values = packer.pack([as_it_is(outputs), *feed.values()])
+        places = [(index, name) for index, name in enumerate(feed) if name in moved]
+        plan = None
+        if key is not None and can_repeat(feed):
+            number = self._plans.next_number(packer.scratch)
+            plan = CallPlan(key, number, InputLayout(packer, feed, values), places)
+        call = m.Call(
+            outputs=packed_outputs,
+            feed=list(zip(feed, values, strict=True)),
+            plan=None if plan is None else plan.number,
+            moved=[index for index, _ in places],
+        )
+        return call, plan
+
+    def decode(self, request: Request, reply: Answer) -> EngineValue:
+        """What ``request`` returned: small arrays are copies, large ones views that keep their memory."""
+        plan = _plan_of(request)
+        if isinstance(reply, m.Result):
+            self._learn(plan, reply.value)
+            return self._unpacker.unpack(reply.value)
+        plan = _with_results(plan)
+        return [read() for read in plan.readers or self._readers_of(plan)]
+
+    def references(self, request: Request, reply: Answer) -> list[EngineValue]:
+        """What a call with ``keep`` returned, as references to arrays.
+
+        They are valid for as long as nothing else is sent on this lane.  Other results are values.
+        """
+        plan = _plan_of(request)
+        if isinstance(reply, m.Result):
+            self._learn(plan, reply.value)
+            if plan is None or plan.results is None:
+                values: list[EngineValue] = self._unpacker.unpack(reply.value)
+                return values
+        return list(map(self._reference, _with_results(plan).results or []))
+
+    def _reference(self, value: m.Value) -> EngineValue:
+        if not isinstance(value, m.Tensor):
+            return self._unpacker.unpack(value)
+        return Reference(self._block(value.block), np.dtype(value.dtype), value.shape, value.offset)
+
+    def _learn(self, plan: CallPlan | None, value: m.Value) -> None:
+        """Notes where the results lie.  The worker remembers the same."""
+        mappings = self._mappings
+        if mappings.drops != self._drops:
+            self._drops = mappings.drops
+            self._plans.forget_results(lambda number: mappings.get(number) is not None)
+        if plan is not None:
+            plan.results, plan.readers = in_one_place(value), []
+            self._plans.remember(plan)
+
+    def _readers_of(self, plan: CallPlan) -> list[Callable[[], EngineValue]]:
+        """Makes the plan's readers.  Not before the first read, because looking at a block maps it."""
+        copy = self._unpacker.copies.copy
+        plan.readers = [reader_of(value, self._block(value.block), copy) for value in plan.results or []]
+        return plan.readers
+
+    def forget(self) -> None:
+        """Forgets all calls: the worker does not remember them."""
+        self._plans.clear()
+
+
+def _plan_of(request: Request) -> CallPlan | None:
+    if isinstance(request, CallPlan):
+        return request
+    return request.plan if isinstance(request, EncodedCall) else None
+
+
+def _with_results(plan: CallPlan | None) -> CallPlan:
+    if plan is None or plan.results is None:
+        raise ProtocolError("A worker answered that its results lie where none ever lay.")
+    return plan
