@@ -125,7 +125,7 @@ class Scripted:
             case control.AskStatus(ticket=ticket) if self._step != "acquire":
                 models: list[ModelStatus] = []
                 answer = control.Status(ticket=ticket, seq=0, supervisor_pid=1, models=models)
-            case control.AskFate() if self._how == "closes":
+            case control.AskOutcome() if self._how == "closes":
                 self._kept[0].close()
             case control.Shutdown(ticket=ticket):
                 answer = control.Bye(ticket=ticket)

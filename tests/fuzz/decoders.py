@@ -22,7 +22,7 @@ from onnx_dl.protocol import codec, failures, lane
 from onnx_dl.supervisor.hostfile.reader import read as read_host_file
 from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.metrics.connections import is_meant
-from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
+from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
 from onnx_dl.tensors import packing, segment
 from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
@@ -276,7 +276,9 @@ def _zmtp(rng: random.Random) -> Target:
 
 def _files(rng: random.Random, folder: Path) -> list[Target]:
     needs = {
-        f"key{n}": Need(load=Peak(5 << 20), steady=Bytes(1 << 20), peak=Bytes(2 << 20), at=1e9)
+        f"key{n}": Requirement(
+            load=Peak(5 << 20), steady=MemoryAmount(1 << 20), peak=MemoryAmount(2 << 20), at=1e9
+        )
         for n in range(3)
     }
     record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)

@@ -9,8 +9,16 @@ from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, TensorSpec, Usage
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor.policy.commands import Command, Emit, KillWorker, StartWorker, TellClient, TellWorker
+from onnx_dl.supervisor.policy.commands import (
+    Command,
+    Emit,
+    KillWorker,
+    SendToClient,
+    SendToWorker,
+    StartWorker,
+)
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.exit_status import decode
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.tensors.segment import create
@@ -66,17 +74,17 @@ def start(worker_id: int = 1, key: str = "m") -> StartWorker:
     return StartWorker(worker_id, spec(key))
 
 
-def order(worker_id: int, message: codec.Message) -> TellWorker:
-    return TellWorker(worker_id, message)
+def order(worker_id: int, message: codec.Message) -> SendToWorker:
+    return SendToWorker(worker_id, message)
 
 
 def kill(worker_id: int = 1) -> KillWorker:
     return KillWorker(worker_id)
 
 
-def granted(client: bytes, ticket: int, worker_id: int = 1) -> TellClient:
+def granted(client: bytes, ticket: int, worker_id: int = 1) -> SendToClient:
     message = ready(worker_id)
-    return TellClient(
+    return SendToClient(
         client,
         control.Granted(
             ticket=ticket,
@@ -89,8 +97,8 @@ def granted(client: bytes, ticket: int, worker_id: int = 1) -> TellClient:
     )
 
 
-def unloaded(client: bytes, ticket: int, was_loaded: bool = True) -> TellClient:
-    return TellClient(client, control.Unloaded(ticket=ticket, was_loaded=was_loaded))
+def unloaded(client: bytes, ticket: int, was_loaded: bool = True) -> SendToClient:
+    return SendToClient(client, control.Unloaded(ticket=ticket, was_loaded=was_loaded))
 
 
 def event(
@@ -123,7 +131,7 @@ def event(
 
 def told(commands: list[Command], kind: type[codec.Message]) -> list[Any]:
     """Messages of a kind that go to clients."""
-    return [c.message for c in commands if isinstance(c, TellClient) and isinstance(c.message, kind)]
+    return [c.message for c in commands if isinstance(c, SendToClient) and isinstance(c.message, kind)]
 
 
 def events(commands: list[Command]) -> list[ModelEvent]:
@@ -163,7 +171,7 @@ class Rig:
 
     def crash(self, now: float, worker_id: int, status: int = 11) -> list[Command]:
         """A worker that was started dies while it loads."""
-        return self.scheduler.on_exited(worker_id, status, "", now)
+        return self.scheduler.on_exited(worker_id, decode(status), "", now)
 
 
 # --- arenas ----------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy import eviction
 from onnx_dl.supervisor.policy.commands import ForgetPeak, Remember, StartWorker
-from onnx_dl.supervisor.policy.measuring import Seen
-from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
+from onnx_dl.supervisor.policy.measuring import Sample
+from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.exit_status import decode
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, B, acquire, events, failed, kill, order, ready, starts, told
 
@@ -39,8 +40,8 @@ def load(scheduler: Scheduler, key: str, worker_id: int, mb: int, now: float, **
     scheduler.on_ready(ready(worker_id), usage(mb), now)
 
 
-def idle(mb: int, last_used: float, runs: int = 1) -> Seen:
-    return Seen(usage(mb), Reading(runs=runs, last_used=last_used))
+def idle(mb: int, last_used: float, runs: int = 1) -> Sample:
+    return Sample(usage(mb), Reading(runs=runs, last_used=last_used))
 
 
 def denied(commands: list) -> CapacityError:
@@ -57,7 +58,7 @@ def test_an_idle_model_makes_way(scheduler: Scheduler) -> None:
     assert scheduler.on_tick(10.0, {1: idle(80, 1.0)}) == [order(1, m.DrainIfIdle())]
     assert not starts(scheduler.on_draining(1, usage(80), 10.0, "evicted"))
     assert not starts(scheduler.on_drained(1, usage(80), 10.0))
-    commands = scheduler.on_exited(1, 0, "", 10.1)  # only a worker that is reaped has made room
+    commands = scheduler.on_exited(1, decode(0), "", 10.1)  # only a worker that is reaped has made room
     assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b"]
     assert not scheduler.wants_look(99.0)
 
@@ -65,7 +66,7 @@ def test_an_idle_model_makes_way(scheduler: Scheduler) -> None:
 def test_a_model_in_use_is_looked_at_again_until_it_is_idle(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
-    assert scheduler.on_tick(10.0, {1: Seen(usage(80), Reading(busy=1, last_used=9.0))}) == []
+    assert scheduler.on_tick(10.0, {1: Sample(usage(80), Reading(busy=1, last_used=9.0))}) == []
     at = scheduler.next_deadline()
     assert at is not None and at == pytest.approx(10.05) and not scheduler.wants_look(10.04)
     assert scheduler.on_tick(at, {1: idle(80, at)}) == [order(1, m.DrainIfIdle())]
@@ -75,7 +76,7 @@ def test_one_that_was_not_used_yet_stays(scheduler: Scheduler) -> None:
     """Who asked for it must get its call."""
     load(scheduler, "a", 1, 80, 0.0)
     scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.0)
-    assert scheduler.on_tick(10.0, {1: Seen(usage(80))}) == []
+    assert scheduler.on_tick(10.0, {1: Sample(usage(80))}) == []
 
 
 def test_one_that_has_just_come_stays_a_moment(scheduler: Scheduler) -> None:
@@ -92,7 +93,7 @@ def test_one_that_is_idle_no_more_when_it_hears_of_it(scheduler: Scheduler) -> N
     assert scheduler.on_tick(10.0, {1: idle(80, 1.0)}) == [order(1, m.DrainIfIdle())]
     at = scheduler.next_deadline() or 0.0
     assert at > 10.0
-    assert scheduler.on_tick(at, {1: Seen(usage(80), Reading(busy=1, last_used=at))}) == []
+    assert scheduler.on_tick(at, {1: Sample(usage(80), Reading(busy=1, last_used=at))}) == []
     scheduler.on_draining(1, usage(80), at)
     (status,) = [s for s in scheduler.snapshot(at) if s.key == "a"]
     assert status.state is ModelState.DRAINING
@@ -148,7 +149,7 @@ def test_who_came_first_is_served_first(scheduler: Scheduler) -> None:
     commands = scheduler.on_release(A, 1, 3.0)  # who used it has gone: it drains
     assert order(1, m.Drain()) in commands
     scheduler.on_drained(1, usage(80), 3.0)
-    commands = scheduler.on_exited(1, 0, "", 3.0)
+    commands = scheduler.on_exited(1, decode(0), "", 3.0)
     assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b", "c"]
 
 
@@ -164,7 +165,7 @@ def test_what_was_measured_counts_the_next_time(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 95, 0.0)
     scheduler.on_draining(1, usage(95), 1.0)
     scheduler.on_drained(1, usage(95), 1.0)
-    scheduler.on_exited(1, 0, "", 1.0)
+    scheduler.on_exited(1, decode(0), "", 1.0)
     load(scheduler, "b", 2, 10, 2.0, pin=True)
     assert not [c for c in scheduler.on_acquire(A, acquire(3, 3, key="a"), 3.0) if isinstance(c, StartWorker)]
 
@@ -198,8 +199,8 @@ def ask(ticket: int, key: str, mb: int, **terms: object) -> m.Acquire:
     return msgspec.structs.replace(acquire(ticket, ticket, key=key), file_bytes=mb * MB, **terms)
 
 
-def busy(mb: int) -> Seen:
-    return Seen(usage(mb), Reading(runs=1, busy=1, last_used=1.0))
+def busy(mb: int) -> Sample:
+    return Sample(usage(mb), Reading(runs=1, busy=1, last_used=1.0))
 
 
 @pytest.fixture
@@ -238,7 +239,7 @@ def test_who_is_first_then_gets_a_chance(crowded: Scheduler) -> None:
 
 
 def test_who_waits_first_from_the_beginning_waits_no_longer(crowded: Scheduler) -> None:
-    assert crowded._room_deadline() is not None
+    assert crowded.admission.next_deadline() is not None
     assert told(crowded.on_tick(13.0, {1: busy(119)}), m.Denied)
 
 
@@ -281,7 +282,7 @@ def test_it_is_refused_behind_others_too(scheduler: Scheduler) -> None:
 def test_runs_of_pinned_models_refuse_nobody_for_ever(scheduler: Scheduler) -> None:
     """What they took once may be free again."""
     load(scheduler, "pinned", 1, 20, 0.0, pin=True)
-    scheduler.on_measured(1, Seen(peaked(20, 90), Reading(runs=1)), 1.0)
+    scheduler.on_measured(1, Sample(peaked(20, 90), Reading(runs=1)), 1.0)
     assert scheduler.on_acquire(A, ask(2, "waits", 10), 2.0) == []
     assert "did not become free" in str(denied(scheduler.on_tick(32.0, {1: busy(20)})))
 
@@ -299,11 +300,11 @@ def leave(scheduler: Scheduler, worker_id: int, last: Usage, now: float, runs: i
     """A worker that was ready drains and is reaped."""
     scheduler.on_draining(worker_id, last, now)
     scheduler.on_drained(worker_id, last, now)
-    return scheduler.on_exited(worker_id, 0, "", now, runs=runs)
+    return scheduler.on_exited(worker_id, decode(0), "", now, runs=runs)
 
 
-def remembered(commands: list) -> list[Need]:
-    return [command.need for command in commands if isinstance(command, Remember)]
+def remembered(commands: list) -> list[Requirement]:
+    return [command.requirement for command in commands if isinstance(command, Remember)]
 
 
 def taken(scheduler: Scheduler, now: float) -> int:
@@ -314,9 +315,9 @@ def taken(scheduler: Scheduler, now: float) -> int:
 def test_a_model_that_is_ready_counts_as_much_as_its_runs_are_known_to_take(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 30, 0.0)
     assert taken(scheduler, 1.0) == 30
-    scheduler.on_measured(1, Seen(peaked(30, 70), Reading(runs=1)), 1.0)
+    scheduler.on_measured(1, Sample(peaked(30, 70), Reading(runs=1)), 1.0)
     assert taken(scheduler, 1.0) == 70
-    scheduler.on_measured(1, Seen(peaked(35, 40), Reading(runs=2)), 2.0)
+    scheduler.on_measured(1, Sample(peaked(35, 40), Reading(runs=2)), 2.0)
     assert taken(scheduler, 2.0) == 70
     assert scheduler.on_acquire(A, acquire(2, 2, key="b"), 3.0) == []  # 30 + 38 would fit, 70 + 38 do not
 
@@ -326,7 +327,7 @@ def test_the_mark_is_set_back_once_the_peak_of_the_load_is_known(scheduler: Sche
     commands = scheduler.on_ready(ready(1), peaked(30, 60), 1.0)
     assert ForgetPeak(1) in commands
     assert remembered(commands) == [
-        Need(load=Peak(60 * MB), steady=Bytes(30 * MB), peak=Bytes(30 * MB), at=1.0)
+        Requirement(load=Peak(60 * MB), steady=MemoryAmount(30 * MB), peak=MemoryAmount(30 * MB), at=1.0)
     ]
     assert taken(scheduler, 1.0) == 30  # its load is over
 
@@ -334,31 +335,31 @@ def test_the_mark_is_set_back_once_the_peak_of_the_load_is_known(scheduler: Sche
 def test_an_extraordinary_run_does_not_keep_others_out_for_ever(scheduler: Scheduler) -> None:
     """After 30 seconds with runs, half of what these did not take is free; runs there must have been."""
     load(scheduler, "a", 1, 30, 0.0, pin=True)
-    assert scheduler.on_measured(1, Seen(peaked(30, 500), Reading(runs=1)), 1.0) == []
+    assert scheduler.on_measured(1, Sample(peaked(30, 500), Reading(runs=1)), 1.0) == []
     assert taken(scheduler, 1.0) == 100  # not more than there is, or nothing could be loaded beside it
-    assert scheduler.on_measured(1, Seen(peaked(30, 500), Reading(runs=1)), 31.0) == [ForgetPeak(1)]
+    assert scheduler.on_measured(1, Sample(peaked(30, 500), Reading(runs=1)), 31.0) == [ForgetPeak(1)]
     counted = []
     for turn in range(2, 8):
         at = 31.0 * turn
-        assert scheduler.on_measured(1, Seen(peaked(30, 40), Reading(runs=turn)), at) == [ForgetPeak(1)]
-        assert scheduler.on_measured(1, Seen(None, Reading(runs=turn)), at + 30.5) == []
+        assert scheduler.on_measured(1, Sample(peaked(30, 40), Reading(runs=turn)), at) == [ForgetPeak(1)]
+        assert scheduler.on_measured(1, Sample(None, Reading(runs=turn)), at + 30.5) == []
         counted.append(taken(scheduler, at))
     assert counted == [100, 100, 97, 68, 54, 47]
 
 
 def test_what_was_not_measured_again_is_not_counted_again(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 30, 0.0)
-    scheduler.on_measured(1, Seen(peaked(30, 80), Reading(runs=1)), 1.0)
-    scheduler.on_measured(1, Seen(peaked(30, 30), Reading(runs=2)), 31.0)
+    scheduler.on_measured(1, Sample(peaked(30, 80), Reading(runs=1)), 1.0)
+    scheduler.on_measured(1, Sample(peaked(30, 30), Reading(runs=2)), 31.0)
     before = taken(scheduler, 31.0)
     for at in (40.0, 80.0, 120.0):
-        assert scheduler.on_measured(1, Seen(None, Reading(runs=2)), at) == []
+        assert scheduler.on_measured(1, Sample(None, Reading(runs=2)), at) == []
     assert taken(scheduler, 120.0) == before
 
 
 def test_what_a_life_told_is_remembered_at_its_end(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 30, 0.0)
-    scheduler.on_measured(1, Seen(peaked(30, 70), Reading(runs=1)), 1.0)
+    scheduler.on_measured(1, Sample(peaked(30, 70), Reading(runs=1)), 1.0)
     (need,) = remembered(leave(scheduler, 1, peaked(30, 70), 2.0))
     assert (need.load.nbytes, need.steady.ram, need.peak.ram, need.at) == (30 * MB, 30 * MB, 70 * MB, 2.0)
     load(scheduler, "a", 2, 30, 3.0)
@@ -372,13 +373,13 @@ def test_what_a_life_told_is_remembered_at_its_end(scheduler: Scheduler) -> None
 
 def test_a_crash_tells_nothing_of_the_last_runs(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 30, 0.0)
-    scheduler.on_measured(1, Seen(peaked(30, 70), Reading(runs=1)), 1.0)
-    (need,) = remembered(scheduler.on_exited(1, signal.SIGSEGV, "", 2.0, runs=5))
+    scheduler.on_measured(1, Sample(peaked(30, 70), Reading(runs=1)), 1.0)
+    (need,) = remembered(scheduler.on_exited(1, decode(signal.SIGSEGV), "", 2.0, runs=5))
     assert need.peak.ram == 70 * MB
 
 
 def test_what_earlier_hosts_measured_counts_at_the_first_load() -> None:
-    known = {"a": Need(load=Peak(90 * MB), steady=Bytes(10 * MB), peak=Bytes(10 * MB))}
+    known = {"a": Requirement(load=Peak(90 * MB), steady=MemoryAmount(10 * MB), peak=MemoryAmount(10 * MB))}
     settings = msgspec.structs.replace(SETTINGS, memory_limit="100MiB")
     scheduler = Scheduler(settings, known=known)
     load(scheduler, "b", 1, 20, 0.0)
@@ -397,7 +398,7 @@ def roomy(request: pytest.FixtureRequest) -> Scheduler:
     return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=request.param, room_timeout=30.0))
 
 
-KILLED = int(signal.SIGKILL)
+KILLED = decode(signal.SIGKILL)
 
 
 def test_a_load_that_ran_out_of_memory_is_tried_once_more_when_others_are_gone(roomy: Scheduler) -> None:
@@ -410,13 +411,13 @@ def test_a_load_that_ran_out_of_memory_is_tried_once_more_when_others_are_gone(r
     assert "memory" in (events(commands)[0].detail or "")
     assert not told(commands, m.Denied) and not starts(commands)
     assert roomy.wants_look(2.0)
-    busy = Seen(usage(30), Reading(busy=1, last_used=1.9))
+    busy = Sample(usage(30), Reading(busy=1, last_used=1.9))
     seen = {1: idle(30, 1.0), 2: busy, 3: idle(30, 0.5)}
     assert roomy.on_tick(2.0, seen) == [order(1, m.DrainIfIdle())]
     roomy.on_draining(1, usage(30), 2.01, "evicted")
     assert roomy.on_tick(2.05, {2: busy, 3: idle(30, 0.5)}) == []  # until it is reaped
     roomy.on_drained(1, usage(30), 2.06)
-    commands = roomy.on_exited(1, 0, "", 2.07)
+    commands = roomy.on_exited(1, decode(0), "", 2.07)
     commands += roomy.on_tick(2.1, {2: busy, 3: idle(30, 0.5)})
     assert [c.spec.key for c in starts(commands)] == ["m"]
     roomy.on_spawned(5, 105)
@@ -426,10 +427,10 @@ def test_a_load_that_ran_out_of_memory_is_tried_once_more_when_others_are_gone(r
 def test_the_second_time_it_is_answered(roomy: Scheduler) -> None:
     roomy.on_acquire(A, acquire(1), 0.0)
     roomy.on_load_failed(failed(1, MemoryError("std::bad_alloc")), 1.0)
-    assert not told(roomy.on_exited(1, 0, "", 1.0), m.Denied)
+    assert not told(roomy.on_exited(1, decode(0), "", 1.0), m.Denied)
     assert starts(roomy.on_tick(1.0, {}))
     roomy.on_load_failed(failed(2, MemoryError("std::bad_alloc")), 2.0)
-    commands = roomy.on_exited(2, 0, "", 2.0)
+    commands = roomy.on_exited(2, decode(0), "", 2.0)
     (message,) = told(commands, m.Denied)
     assert isinstance(failures.rebuild(message.failure), MemoryError)
     assert not starts(commands)
@@ -458,7 +459,7 @@ def test_who_asks_meanwhile_waits_too(roomy: Scheduler) -> None:
     roomy.on_acquire(A, acquire(2, 2), 0.0)
     roomy.on_exited(2, KILLED, "", 1.0)
     assert roomy.on_acquire(B, acquire(3, 3), 1.0) == []
-    assert starts(roomy.on_tick(1.0, {1: Seen(usage(30), Reading(busy=1, last_used=0.5))}))
+    assert starts(roomy.on_tick(1.0, {1: Sample(usage(30), Reading(busy=1, last_used=0.5))}))
     roomy.on_spawned(3, 103)
     assert len(told(roomy.on_ready(ready(3), usage(30), 2.0), m.Granted)) == 2
 
@@ -466,7 +467,7 @@ def test_who_asks_meanwhile_waits_too(roomy: Scheduler) -> None:
 @pytest.mark.parametrize("status", [int(signal.SIGSEGV), 70 << 8])
 def test_other_deaths_are_answered_at_once(roomy: Scheduler, status: int) -> None:
     roomy.on_acquire(A, acquire(1), 0.0)
-    assert told(roomy.on_exited(1, status, "", 1.0), m.Denied)
+    assert told(roomy.on_exited(1, decode(status), "", 1.0), m.Denied)
 
 
 def test_a_load_that_we_ended_is_answered_at_once(roomy: Scheduler) -> None:
@@ -525,7 +526,7 @@ def test_gpu_memory_is_a_kind_of_its_own(gpus: Scheduler) -> None:
     assert gpus.in_use(1.0).gpu == 700 * MB
     assert not starts(gpus.on_acquire(A, on_gpu(2, "b", 10), 2.0))
     assert starts(gpus.on_acquire(A, acquire(3, 3, key="cpu"), 2.0)) == []  # who came first is served first
-    commands = gpus.on_tick(2.0, {1: Seen(peaked(30, 30, gpu=700), Reading(runs=1, last_used=1.0))})
+    commands = gpus.on_tick(2.0, {1: Sample(peaked(30, 30, gpu=700), Reading(runs=1, last_used=1.0))})
     assert commands == [order(1, m.DrainIfIdle())]
 
 
@@ -539,11 +540,11 @@ def test_gpu_memory_comes_back_later_than_its_process(gpus: Scheduler) -> None:
     gpus.on_spawned(1, 101)
     gpus.on_ready(ready(1), peaked(30, 30, gpu=800), 0.0)
     leave(gpus, 1, peaked(30, 30, gpu=800), 10.0)
-    assert gpus.in_use(10.0) == Bytes(0, 800 * MB)
+    assert gpus.in_use(10.0) == MemoryAmount(0, 800 * MB)
     assert not starts(gpus.on_acquire(A, on_gpu(2, "b"), 10.0))
-    assert gpus.ghosts(10.0) == {1: 101}
-    assert not starts(gpus.on_tick(10.0, {1: Seen(Usage(gpu=800 * MB))}))
-    assert starts(gpus.on_tick(10.05, {1: Seen(Usage())}))  # the driver shows it no more
+    assert gpus.lingering_pids(10.0) == {1: 101}
+    assert not starts(gpus.on_tick(10.0, {1: Sample(Usage(gpu=800 * MB))}))
+    assert starts(gpus.on_tick(10.05, {1: Sample(Usage())}))  # the driver shows it no more
 
 
 def test_what_never_fits_on_the_gpu_is_told(gpus: Scheduler) -> None:
@@ -581,7 +582,7 @@ def test_models_that_push_each_other_out_are_told_of() -> None:
             scheduler.on_tick(now, {worker_id - 1: idle(80, now - 1.0)})
             scheduler.on_draining(worker_id - 1, usage(80), now, "evicted")
             scheduler.on_drained(worker_id - 1, usage(80), now)
-            scheduler.on_exited(worker_id - 1, 0, "", now)
+            scheduler.on_exited(worker_id - 1, decode(0), "", now)
         scheduler.on_spawned(worker_id, 100 + worker_id)
         commands = scheduler.on_ready(ready(worker_id), usage(80), now + 1.0)
         told_of += [event for event in events(commands) if event.type == "thrash"]

@@ -12,19 +12,20 @@ from onnx_dl.core.status import Usage
 from onnx_dl.errors import CapacityError
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.policy.commands import EndSaver, KillWorker, Remember, TellWorker
-from onnx_dl.supervisor.policy.measuring import Load, Seen
-from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
+from onnx_dl.supervisor.policy.commands import EndSaver, KillWorker, Remember, SendToWorker
+from onnx_dl.supervisor.policy.measuring import LoadToWeigh, Sample
+from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.exit_status import decode
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, events, kill, ready, starts, told
 from tests.unit.test_admission import ask, busy, denied, idle, leave, load, peaked, remembered, taken, usage
 
 MB = 1 << 20
-KILLED = int(signal.SIGKILL)
+KILLED = decode(signal.SIGKILL)
 
 
-def host(limit: int | None = 300, known: dict[str, Need] | None = None, **more: Any) -> Scheduler:
+def host(limit: int | None = 300, known: dict[str, Requirement] | None = None, **more: Any) -> Scheduler:
     text = "" if limit is None else f"{limit}MiB"
     settings = msgspec.structs.replace(SETTINGS, memory_limit=text, room_timeout=30.0)
     return Scheduler(settings, known=known, **more)
@@ -50,7 +51,7 @@ def test_a_load_is_looked_at_before_it_can_have_taken_all() -> None:
     first = scheduler.next_deadline()
     assert first == pytest.approx(300 * MB / 5e9)
     assert scheduler.to_weigh(0.001) == []
-    assert scheduler.to_weigh(0.063) == [Load(1, 101, 300 * MB)]
+    assert scheduler.to_weigh(0.063) == [LoadToWeigh(1, 101, 300 * MB)]
     weigh(scheduler, 1, 299, 0.063)
     assert scheduler.next_deadline() == pytest.approx(0.068)
     roomy = host(900_000)
@@ -122,7 +123,7 @@ def test_one_whose_guess_was_too_low_is_loaded_again_when_there_is_more() -> Non
     commands = scheduler.on_exited(2, KILLED, "", 1.3)
     assert not told(commands, m.Denied) and [event.type for event in events(commands)] == ["failed"]
     commands = scheduler.on_tick(1.3, {1: idle(100, 0.1)})
-    assert [command.worker_id for command in commands if isinstance(command, TellWorker)] == [1]
+    assert [command.worker_id for command in commands if isinstance(command, SendToWorker)] == [1]
     leave(scheduler, 1, usage(100), 1.4)
     scheduler.on_spawned(3, 103)
     assert weigh(scheduler, 3, 290, 1.5) == []
@@ -140,7 +141,9 @@ def test_a_second_time_it_is_refused() -> None:
 
 
 def test_one_that_was_measured_may_take_a_little_more_than_that() -> None:
-    known = {"m": Need(load=Peak(300 * MB), steady=Bytes(100 * MB), peak=Bytes(100 * MB))}
+    known = {
+        "m": Requirement(load=Peak(300 * MB), steady=MemoryAmount(100 * MB), peak=MemoryAmount(100 * MB))
+    }
     scheduler = host(300, known)
     begin(scheduler, 1, 90)
     assert weigh(scheduler, 1, 314, 0.1) == []
@@ -170,14 +173,16 @@ def test_a_saver_goes_first() -> None:
 
 # --- from the load cache -----------------------------------------------------------------------------------
 
-LARGE = Need(load=Peak(400 * MB), steady=Bytes(100 * MB), peak=Bytes(100 * MB), entry="ab")
+LARGE = Requirement(
+    load=Peak(400 * MB), steady=MemoryAmount(100 * MB), peak=MemoryAmount(100 * MB), entry="ab"
+)
 
 
 def mapped_loads(commands: list) -> list[bool]:
     return [
         command.message.mapped
         for command in commands
-        if isinstance(command, TellWorker) and isinstance(command.message, m.Load)
+        if isinstance(command, SendToWorker) and isinstance(command.message, m.Load)
     ]
 
 
@@ -210,7 +215,7 @@ def test_where_it_is_no_more_it_loads_plainly_if_it_fits() -> None:
     assert taken(scheduler, 0.0) == 120
     gone = m.WorkerFailed(worker_id=1, failure=failures.describe(ValueError("gone")), unsaved=True)
     scheduler.on_load_failed(gone, 0.1)
-    commands = scheduler.on_exited(1, 0, "", 0.2)
+    commands = scheduler.on_exited(1, decode(0), "", 0.2)
     assert [start.worker_id for start in starts(commands)] == [2] and not told(commands, m.Denied)
     assert taken(scheduler, 0.2) == 200
     scheduler.on_spawned(2, 102)
@@ -221,11 +226,11 @@ def test_where_it_is_no_more_it_loads_plainly_if_it_fits() -> None:
 
 
 def test_a_figure_beyond_the_machine_locks_nobody_out() -> None:
-    nonsense = Need(load=Peak(1 << 45), steady=Bytes(1 << 45), peak=Bytes(1 << 45))
+    nonsense = Requirement(load=Peak(1 << 45), steady=MemoryAmount(1 << 45), peak=MemoryAmount(1 << 45))
     scheduler = host(300, {"m": nonsense}, memory=1000 * MB)
     begin(scheduler, 1, 50)
     (need,) = remembered(scheduler.on_ready(ready(1), peaked(80, 120), 1.0))
-    assert (need.load, need.steady) == (Peak(120 * MB), Bytes(80 * MB))
+    assert (need.load, need.steady) == (Peak(120 * MB), MemoryAmount(80 * MB))
 
 
 # --- of workers that end -----------------------------------------------------------------------------------
@@ -243,7 +248,7 @@ def test_what_is_measured_of_it_does_not_count(how: str, last: Usage) -> None:
     match how:
         case "drained":
             scheduler.on_draining(1, usage(110), 1.0)
-            scheduler.on_measured(1, Seen(usage(112)), 1.0)
+            scheduler.on_measured(1, Sample(usage(112)), 1.0)
             scheduler.on_drained(1, usage(111), 1.0)
         case "killed":
             scheduler.on_unload(A, m.Unload(ticket=1, key="m", force=True), 1.0)
@@ -252,7 +257,7 @@ def test_what_is_measured_of_it_does_not_count(how: str, last: Usage) -> None:
         case "crashed":
             last = GONE
     for _ in range(3):
-        scheduler.on_measured(1, Seen(last, Reading(runs=9)), 1.1)
+        scheduler.on_measured(1, Sample(last, Reading(runs=9)), 1.1)
     (status,) = scheduler.snapshot(1.1)
     had = (111 if how == "drained" else 100) * MB
     assert status.usage.private == had

@@ -11,6 +11,7 @@ from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.exit_status import decode
 from tests.unit.builders import USAGE, A, B, Rig, acquire, kill, ready, starts, told, unload
 
 BUG = failures.describe(SupervisorError("a bug"))
@@ -23,9 +24,9 @@ def states(scheduler: Scheduler) -> dict[str, ModelState]:
 def is_legal(scheduler: Scheduler) -> bool:
     """A model has a worker if and only if its state says so."""
     with_worker = {ModelState.LOADING, ModelState.READY, ModelState.DRAINING}
-    models = scheduler._models.values()
+    models = scheduler.fleet.models.values()
     listed = {model.worker.id for model in models if model.worker is not None}
-    return listed == set(scheduler._by_worker) and all(
+    return listed == set(scheduler.fleet.by_worker) and all(
         (model.worker is not None) == (model.state in with_worker) for model in models
     )
 
@@ -38,7 +39,7 @@ def test_a_worker_that_something_is_wrong_with_is_ended(is_ready: bool) -> None:
     if is_ready:
         rig.scheduler.on_ready(ready(1), USAGE, 1.0)
     assert rig.scheduler.on_broken(1, BUG) == [kill(1)]
-    commands = rig.scheduler.on_exited(1, 9, "", 2.0)
+    commands = rig.scheduler.on_exited(1, decode(9), "", 2.0)
     assert states(rig.scheduler) == {"m": ModelState.FAILED, "other": ModelState.LOADING}
     assert [denied.failure.args for denied in told(commands, m.Denied)] == ([] if is_ready else [["a bug"]])
     assert is_legal(rig.scheduler)
@@ -58,11 +59,11 @@ def test_an_end_that_could_not_be_taken_in() -> None:
     scheduler = rig.scheduler
     scheduler.on_acquire(B, acquire(5), 1.0)
     scheduler.on_unload(A, unload(6), 1.0)
-    scheduler.on_ask_fate(A, m.AskFate(ticket=7, worker_id=1))
+    scheduler.on_ask_outcome(A, m.AskOutcome(ticket=7, worker_id=1))
     commands = scheduler.on_lost(1, BUG, 2.0)
     assert sorted(denied.ticket for denied in told(commands, m.Denied)) == [1, 5]
     assert [answer.ticket for answer in told(commands, m.Unloaded)] == [6]
-    assert [fate.failure for fate in told(commands, m.Fate)] == [BUG]
+    assert [fate.failure for fate in told(commands, m.Outcome)] == [BUG]
     assert states(scheduler) == {"m": ModelState.FAILED, "other": ModelState.LOADING}
     assert is_legal(scheduler)
     assert starts(scheduler.on_acquire(A, acquire(8), 3.0))
@@ -72,7 +73,7 @@ def test_an_end_that_was_taken_in_by_half() -> None:
     """The worker was struck off already when it went wrong."""
     rig = Rig()
     rig.loading()
-    model = rig.scheduler._by_worker.pop(1)
+    model = rig.scheduler.fleet.by_worker.pop(1)
     model.worker = None
     assert not is_legal(rig.scheduler)
     assert told(rig.scheduler.on_lost(1, BUG, 2.0), m.Denied)
@@ -104,14 +105,14 @@ def test_wishes_that_could_not_be_decided() -> None:
     rig.loading()
     scheduler = rig.scheduler
     # As if there were no room for these: they wait.
-    scheduler._decide = lambda *_: (_ for _ in ()).throw(OverflowError("too large"))  # type: ignore[method-assign]
+    scheduler.admission._decide = lambda *_: (_ for _ in ()).throw(OverflowError("too large"))  # type: ignore[method-assign]
     with pytest.raises(OverflowError):
         scheduler.on_acquire(B, acquire(4, key="huge"), 1.0)
     commands = scheduler.on_stuck(BUG)
     assert [denied.ticket for denied in told(commands, m.Denied)] == [4]
     assert scheduler.next_deadline() == 100.0, "that of the load that is under way"
     assert is_legal(scheduler)
-    del scheduler._decide
+    del scheduler.admission._decide
     assert starts(scheduler.on_acquire(B, acquire(5, key="huge"), 2.0))
 
 
@@ -126,22 +127,22 @@ def test_whatever_breaks_the_state_is_legal_and_nobody_waits_in_vain(seed: int) 
         asked.add(ticket)
         key = dice.choice("ab")
         commands += scheduler.on_acquire(A, acquire(ticket, proxy=ticket, key=key), now)
-        for worker_id in list(scheduler._by_worker):
+        for worker_id in list(scheduler.fleet.by_worker):
             match dice.randrange(6):
-                case 0 if scheduler._by_worker[worker_id].state is ModelState.LOADING:
+                case 0 if scheduler.fleet.by_worker[worker_id].state is ModelState.LOADING:
                     scheduler.on_spawned(worker_id, 100 + worker_id)
                     commands += scheduler.on_ready(ready(worker_id), USAGE, now)
                 case 1:
                     commands += scheduler.on_broken(worker_id, BUG)
                 case 2:
                     commands += scheduler.on_broken(worker_id, BUG)
-                    commands += scheduler.on_exited(worker_id, 9, "", now)
+                    commands += scheduler.on_exited(worker_id, decode(9), "", now)
                 case 3:
                     commands += scheduler.on_lost(worker_id, BUG, now)
                 case 4:
                     commands += scheduler.on_spawn_failed(worker_id, "no process", now)
             assert is_legal(scheduler)
-    for worker_id in list(scheduler._by_worker):
+    for worker_id in list(scheduler.fleet.by_worker):
         commands += scheduler.on_lost(worker_id, BUG, now)
     answers = [answer.ticket for answer in [*told(commands, m.Granted), *told(commands, m.Denied)]]
     assert sorted(answers) == sorted(asked)

@@ -9,26 +9,27 @@ import pytest
 
 from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.policy import cache_saves
-from onnx_dl.supervisor.policy.cache_saves import Saving, Wish
+from onnx_dl.supervisor.policy.cache_saves import CacheSaves, SaveRequest
 from onnx_dl.supervisor.policy.commands import Command, EndSaver, StartSaver
-from onnx_dl.supervisor.policy.measuring import Seen
-from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, Bytes
+from onnx_dl.supervisor.policy.measuring import Sample
+from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, MemoryAmount
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.exit_status import decode
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, acquire, order, starts
 from tests.unit.test_admission import MB, idle, load, usage
 
 LIMIT = 500 * MB
-ALL = Bytes(UNLIMITED, UNLIMITED)
-SHORT = os.EX_TEMPFAIL << 8
+ALL = MemoryAmount(UNLIMITED, UNLIMITED)
+SHORT = decode(os.EX_TEMPFAIL << 8)
 """The wait status of a saver that may not take what it needs."""
 
 
-def wish(key: str, mb: int = 100) -> Wish:
-    return Wish(key, f"order of {key}", None, Bytes(mb * MB))
+def request(key: str, mb: int = 100) -> SaveRequest:
+    return SaveRequest(key, f"order of {key}", None, MemoryAmount(mb * MB))
 
 
-def begun(found: Wish | None) -> str | None:
+def begun(found: SaveRequest | None) -> str | None:
     return None if found is None else found.key
 
 
@@ -36,12 +37,12 @@ def begun(found: Wish | None) -> str | None:
 
 
 def test_one_at_a_time_in_the_order_in_which_they_came() -> None:
-    saves = Saving()
+    saves = CacheSaves()
     for key in "abab":
-        saves.ask(wish(key))
+        saves.request(request(key))
     assert begun(saves.start(ALL, ALL, 0.0)) == "a"
-    assert saves.taken == Bytes(100 * MB) and saves.leaving == NOTHING
-    saves.ask(wish("a"))  # it is being saved
+    assert saves.taken == MemoryAmount(100 * MB) and saves.leaving == NOTHING
+    saves.request(request("a"))  # it is being saved
     assert saves.start(ALL, ALL, 1.0) is None
     saves.ended(short=False)
     assert saves.taken == NOTHING
@@ -51,12 +52,12 @@ def test_one_at_a_time_in_the_order_in_which_they_came() -> None:
 
 
 def test_the_first_that_fits_and_never_what_is_larger_than_the_limit() -> None:
-    saves = Saving()
+    saves = CacheSaves()
     for key, mb in (("huge", 600), ("large", 300), ("small", 50)):
-        saves.ask(wish(key, mb))
-    limit = Bytes(LIMIT)
-    assert saves.start(Bytes(49 * MB), limit, 0.0) is None
-    assert begun(saves.start(Bytes(299 * MB), limit, 0.0)) == "small"
+        saves.request(request(key, mb))
+    limit = MemoryAmount(LIMIT)
+    assert saves.start(MemoryAmount(49 * MB), limit, 0.0) is None
+    assert begun(saves.start(MemoryAmount(299 * MB), limit, 0.0)) == "small"
     saves.ended(short=False)
     assert begun(saves.start(limit, limit, 0.0)) == "large"
     saves.ended(short=False)
@@ -64,9 +65,9 @@ def test_the_first_that_fits_and_never_what_is_larger_than_the_limit() -> None:
 
 
 def test_so_many_wait_and_no_more() -> None:
-    saves = Saving()
+    saves = CacheSaves()
     for number in range(65):
-        saves.ask(wish(str(number)))
+        saves.request(request(str(number)))
     found = []
     while (each := saves.start(ALL, ALL, 0.0)) is not None:
         found.append(each.key)
@@ -75,26 +76,26 @@ def test_so_many_wait_and_no_more() -> None:
 
 
 def test_what_had_to_make_way_comes_last_and_not_for_ever() -> None:
-    saves = Saving()
-    saves.ask(wish("a"))
-    saves.ask(wish("b"))
+    saves = CacheSaves()
+    saves.request(request("a"))
+    saves.request(request("b"))
     ended = []
     for _ in range(6):
         if (each := saves.start(ALL, ALL, 0.0)) is None:
             break
         ended.append(each.key)
         assert saves.end() and not saves.end()  # one word is enough
-        assert saves.leaving == saves.taken == Bytes(100 * MB)
+        assert saves.leaving == saves.taken == MemoryAmount(100 * MB)
         saves.ended(short=False)
     assert ended == ["a", "b", "a", "b", "a", "b"]
     assert saves.start(ALL, ALL, 0.0) is None
-    saves.ask(wish("a"))  # its next load asks again
+    saves.request(request("a"))  # its next load asks again
     assert begun(saves.start(ALL, ALL, 0.0)) == "a"
 
 
 def test_what_was_too_little_is_doubled() -> None:
-    saves = Saving()
-    saves.ask(wish("a", 100))
+    saves = CacheSaves()
+    saves.request(request("a", 100))
     taken = []
     while saves.start(ALL, ALL, 0.0) is not None:
         taken.append(saves.taken.ram // MB)
@@ -103,25 +104,25 @@ def test_what_was_too_little_is_doubled() -> None:
 
 
 def test_it_is_looked_at_when_somebody_comes_or_goes_and_while_one_runs() -> None:
-    saves = Saving()
-    saves.stir(1.0)
+    saves = CacheSaves()
+    saves.schedule_look(1.0)
     assert saves.look_at is None  # nobody waits
-    saves.ask(wish("a", 100))
-    saves.stir(2.0)
+    saves.request(request("a", 100))
+    saves.schedule_look(2.0)
     assert saves.look_at == 2.0
     assert saves.start(NOTHING, ALL, 2.0) is None and saves.look_at is None
-    saves.stir(3.0)
+    saves.schedule_look(3.0)
     assert saves.start(ALL, ALL, 3.0) and saves.look_at == pytest.approx(3.1)
 
 
 def test_a_host_that_closes_saves_nothing() -> None:
-    saves = Saving()
-    saves.ask(wish("a"))
+    saves = CacheSaves()
+    saves.request(request("a"))
     saves.start(ALL, ALL, 0.0)
     saves.close()
     assert saves.end()
     saves.ended(short=False)
-    saves.ask(wish("b"))
+    saves.request(request("b"))
     assert saves.start(ALL, ALL, 0.0) is None
 
 
@@ -138,10 +139,10 @@ def saveable(key: str = "a", mb: int = 100, worker_id: int = 1) -> m.Saveable:
 
 
 def saved(commands: list[Command]) -> list[str]:
-    return [command.wish.key for command in commands if isinstance(command, StartSaver)]
+    return [command.request.key for command in commands if isinstance(command, StartSaver)]
 
 
-def look(scheduler: Scheduler, now: float, **seen: Seen) -> list[Command]:
+def look(scheduler: Scheduler, now: float, **seen: Sample) -> list[Command]:
     """After the loop looked at all workers, because the scheduler wants it to."""
     assert scheduler.wants_look(now)
     return scheduler.on_tick(now, {int(name[1:]): each for name, each in seen.items()})
@@ -156,7 +157,7 @@ def test_a_save_begins_after_a_look_and_counts(scheduler: Scheduler) -> None:
     assert scheduler.next_deadline() == 1.0
     assert saved(look(scheduler, 1.0, w1=idle(60, 0.5))) == ["a"]
     assert scheduler.in_use(1.0).ram == NEED + 60 * MB
-    assert scheduler.on_saver_ended(0, 2.0) == []
+    assert scheduler.on_saver_ended(decode(0), 2.0) == []
     assert scheduler.in_use(2.0).ram == 60 * MB
     assert not scheduler.wants_look(99.0)
 
@@ -167,7 +168,7 @@ def test_what_workers_have_grown_by_counts_before_it(scheduler: Scheduler) -> No
     scheduler.on_saveable(saveable(), 1.0)
     assert not saved(look(scheduler, 1.0, w1=idle(LIMIT // MB - NEED // MB + 1, 0.5)))
     assert scheduler.next_deadline() is None  # nobody is asked again and again
-    scheduler.on_exited(1, 0, "", 2.0)
+    scheduler.on_exited(1, decode(0), "", 2.0)
     assert saved(look(scheduler, 2.0)) == ["a"]
 
 
@@ -178,7 +179,7 @@ def test_a_worker_that_grows_ends_it(scheduler: Scheduler) -> None:
     assert look(scheduler, 1.2, w1=idle(50, 0.5)) == []
     assert look(scheduler, 1.4, w1=idle(300, 0.5)) == [EndSaver()]
     assert look(scheduler, 1.6, w1=idle(300, 0.5)) == []
-    scheduler.on_saver_ended(9, 1.7)
+    scheduler.on_saver_ended(decode(9), 1.7)
     assert not saved(look(scheduler, 1.7, w1=idle(300, 0.5)))
     assert scheduler.in_use(1.8).ram == 300 * MB
 
@@ -191,11 +192,11 @@ def test_a_load_that_needs_its_room_ends_it_and_evicts_nobody(scheduler: Schedul
     assert scheduler.on_acquire(A, ask, 5.0) == [EndSaver()]
     assert scheduler.on_tick(5.0, {1: idle(50, 0.5)}) == []
     assert scheduler.in_use(5.1).ram == NEED + 50 * MB  # until it is gone
-    commands = scheduler.on_saver_ended(9, 5.2)
+    commands = scheduler.on_saver_ended(decode(9), 5.2)
     assert [start.spec.key for start in starts(commands)] == ["b"]
     assert scheduler.in_use(5.2).ram <= LIMIT
     look(scheduler, 5.2, w1=idle(50, 0.5))  # the wish waits again; b takes too much
-    scheduler.on_exited(2, 0, "", 6.0)
+    scheduler.on_exited(2, decode(0), "", 6.0)
     assert saved(look(scheduler, 6.0, w1=idle(50, 0.5))) == ["a"]
 
 
@@ -229,7 +230,7 @@ def test_while_somebody_waits_for_room_nothing_is_saved(scheduler: Scheduler) ->
     ask = msgspec.structs.replace(acquire(2, 2, key="b"), file_bytes=460 * MB)
     assert scheduler.on_acquire(A, ask, 1.0) == []
     scheduler.on_saveable(saveable(), 1.1)
-    assert not saved(look(scheduler, 1.1, w1=Seen(usage(50), Reading(busy=1, last_used=0.5))))
+    assert not saved(look(scheduler, 1.1, w1=Sample(usage(50), Reading(busy=1, last_used=0.5))))
     scheduler.on_release(A, 2, 2.0)
     assert saved(look(scheduler, 2.0, w1=idle(50, 0.5))) == ["a"]
 
@@ -250,7 +251,7 @@ def test_without_a_limit_it_is_one_at_a_time_all_the_same() -> None:
         scheduler.on_saveable(saveable(key, 10_000), 1.0)
     assert saved(look(scheduler, 1.0)) == ["a"]
     assert saved(look(scheduler, 1.2)) == []
-    scheduler.on_saver_ended(0, 2.0)
+    scheduler.on_saver_ended(decode(0), 2.0)
     assert saved(look(scheduler, 2.0)) == ["b"]
 
 
@@ -267,8 +268,8 @@ def test_a_lower_limit_ends_it_before_a_model(scheduler: Scheduler) -> None:
 def test_closing_ends_it(scheduler: Scheduler, how: str) -> None:
     load(scheduler, "a", 1, 50, 0.0)
     scheduler.on_saveable(saveable(), 1.0)
-    look(scheduler, 1.0, w1=Seen(usage(50)))
+    look(scheduler, 1.0, w1=Sample(usage(50)))
     assert EndSaver() in getattr(scheduler, how)(2.0)
-    scheduler.on_saver_ended(9, 2.1)
+    scheduler.on_saver_ended(decode(9), 2.1)
     scheduler.on_saveable(saveable("b"), 2.2)
     assert not scheduler.wants_look(9.9)

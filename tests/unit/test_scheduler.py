@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -14,8 +13,10 @@ from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.policy.commands import Emit, StartWorker, TellClient, TellWorker
-from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.commands import Emit, SendToClient, SendToWorker, StartWorker
+from onnx_dl.supervisor.policy.measuring import Sample
+from onnx_dl.supervisor.policy.requirements import NOTHING
+from onnx_dl.supervisor.processes.exit_status import decode
 from tests.unit.builders import (
     DESCRIPTION,
     SETTINGS,
@@ -39,7 +40,7 @@ from tests.unit.builders import (
     unloaded,
 )
 
-SEGV, KILLED = int(signal.SIGSEGV), int(signal.SIGKILL)
+SEGV, KILLED = decode(signal.SIGSEGV), decode(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def denial(commands: list) -> Exception:
 
 
 def fate(commands: list) -> WorkerDied | None:
-    (message,) = told(commands, m.Fate)
+    (message,) = told(commands, m.Outcome)
     if message.failure is None:
         return None
     error = failures.rebuild(message.failure)
@@ -78,7 +79,9 @@ def test_a_worker_has_the_standing_of_who_asked_last(rig):
             : 2 - ticket
         ]
     s.on_spawned(1, 101)
-    (again,) = [c for c in s.on_exited(1, 9, "", 6.0) + s.on_tick(60.0, {}) if isinstance(c, StartWorker)]
+    (again,) = [
+        c for c in s.on_exited(1, decode(9), "", 6.0) + s.on_tick(60.0, {}) if isinstance(c, StartWorker)
+    ]
     assert again.standing == Standing(nice=5)
 
 
@@ -161,7 +164,7 @@ def test_ttl_in_force_is_the_longest_and_minus_one_is_longer_than_any(rig, ttls,
     s.on_spawned(1, 101)
     assert s.on_started(1) == [order(1, m.Load(spec=spec(), ttl=longest))]
     commands = s.on_ready(ready(), USAGE, 1.0)
-    assert not [c for c in commands if isinstance(c, TellWorker)]  # it knows
+    assert not [c for c in commands if isinstance(c, SendToWorker)]  # it knows
 
 
 def test_waiter_who_comes_after_load_was_ordered_retimes_when_ready(rig):
@@ -342,12 +345,12 @@ def test_unload_of_a_ready_model_drains_ends_reaps_then_answers(rig):
     ]
     last = Usage(rss=9_000_000, private=8_000_000, gpu=77)
     assert s.on_drained(1, last, 4.0) == [order(1, m.Exit())]
-    assert s.on_exited(1, 0, "", 5.0) == [
+    assert s.on_exited(1, decode(0), "", 5.0) == [
         event(4, "unloaded", 5.0, usage=last, reason="request", seconds=4.0, freed=8_000_000),
         unloaded(A, 2),
     ]
     assert s.snapshot(5.0) == []
-    assert s.ledger.total() == Usage()
+    assert s.in_use(99.0) == NOTHING
 
 
 def test_forced_unload_of_a_ready_model_kills(rig):
@@ -380,7 +383,7 @@ def test_acquire_while_draining_waits_and_the_exit_loads_again(rig):
     s = rig.scheduler
     assert s.on_acquire(A, acquire(7, ttl=9.0), 2.5) == []
     s.on_drained(1, USAGE, 3.0)
-    assert s.on_exited(1, 0, "", 4.0) == [
+    assert s.on_exited(1, decode(0), "", 4.0) == [
         event(4, "unloaded", 4.0, usage=USAGE, reason="request", seconds=3.0, freed=USAGE.private),
         unloaded(B, 50),
         start(2),
@@ -405,7 +408,7 @@ def test_ttl_drain_then_unload(rig):
     assert s.on_draining(1, USAGE, 4.0) == [event(3, "draining", 4.0, usage=USAGE, reason="ttl")]
     assert s.on_unload(A, unload(2), 4.1) == []
     assert s.on_drained(1, USAGE, 4.2) == [order(1, m.Exit())]
-    assert s.on_exited(1, 0, "", 4.5) == [
+    assert s.on_exited(1, decode(0), "", 4.5) == [
         event(4, "unloaded", 4.5, usage=USAGE, reason="ttl", seconds=3.5, freed=USAGE.private),
         unloaded(A, 2),
     ]
@@ -417,14 +420,14 @@ def test_unload_then_ttl_drain_keeps_the_first_reason(rig):
     s.on_unload(A, unload(2), 4.0)
     assert s.on_draining(1, USAGE, 4.1) == []
     s.on_drained(1, USAGE, 4.2)
-    assert [e.reason for e in events(s.on_exited(1, 0, "", 4.5))] == ["request"]
+    assert [e.reason for e in events(s.on_exited(1, decode(0), "", 4.5))] == ["request"]
 
 
 def test_facts_of_unknown_or_reaped_workers_are_dropped(rig):
     rig.draining()
     s = rig.scheduler
     s.on_drained(1, USAGE, 3.0)
-    s.on_exited(1, 0, "", 4.0)
+    s.on_exited(1, decode(0), "", 4.0)
     s.on_acquire(A, acquire(9), 5.0)
     before = s.snapshot(5.0)
     for stale in (1, 77):
@@ -434,11 +437,11 @@ def test_facts_of_unknown_or_reaped_workers_are_dropped(rig):
         assert s.on_load_failed(failed(stale), 1.0) == []
         assert s.on_draining(stale, USAGE, 6.0) == []
         assert s.on_drained(stale, USAGE, 6.0) == []
-        assert s.on_measured(stale, Seen(USAGE), 6.0) == []
+        assert s.on_measured(stale, Sample(USAGE), 6.0) == []
         assert s.on_spawn_failed(stale, "no", 6.0) == []
-        assert s.on_exited(stale, 0, "", 6.0) == []
+        assert s.on_exited(stale, decode(0), "", 6.0) == []
     assert s.snapshot(5.0) == before
-    assert s.ledger.total() == Usage()
+    assert s.fleet.ledger.of(1) == s.fleet.ledger.of(77) == Usage()
 
 
 def test_a_worker_that_says_ready_twice_is_a_bug_with_history(rig):
@@ -454,7 +457,7 @@ def test_engine_refusal_reaches_the_waiters_as_it_was(rig):
     rig.loading()
     s = rig.scheduler
     assert s.on_load_failed(failed(), 1.0) == [order(1, m.Exit())]
-    commands = s.on_exited(1, 0, "", 1.0)
+    commands = s.on_exited(1, decode(0), "", 1.0)
     assert commands[0] == event(2, "failed", 1.0, detail="not a model", retry_after=0.0)
     error = denial(commands)
     assert type(error) is ValueError
@@ -477,7 +480,7 @@ def test_crash_while_loading(rig):
     commands = s.on_exited(1, SEGV, "boom\n", 2.0)
     error = denial(commands)
     assert isinstance(error, WorkerDied)
-    assert (error.pid, error.signal, error.exit_code) == (101, SEGV, None)
+    assert (error.pid, error.signal, error.exit_code) == (101, signal.SIGSEGV, None)
     assert (error.stderr, error.reason, error.retry_after) == ("boom\n", "crash", 0.0)
     assert "SIGSEGV" in str(error) and "boom" in str(error) and "while it loaded" in str(error)
     assert commands[0] == event(2, "failed", 2.0, detail=str(error), retry_after=0.0)
@@ -494,7 +497,7 @@ def test_crash_when_ready_emits_unloaded_then_failed(rig):
     first, second = events(commands)
     assert (first.freed, first.seconds, first.pid) == (USAGE.private, 2.0, 101)
     assert second.retry_after == 0.0
-    assert s.ledger.total() == Usage()
+    assert s.in_use(99.0) == NOTHING
     assert s.snapshot(3.0)[0].state is ModelState.FAILED
     assert starts(s.on_acquire(A, acquire(2), 3.0)) == [start(2)]  # the next call loads afresh
 
@@ -606,7 +609,7 @@ def test_drained_worker_that_does_not_exit_is_killed_once(rig):
     assert s.on_tick(8.0) == [kill(1)]
     assert s.on_tick(9.0) == []
     assert s.next_deadline() is None
-    s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1))
+    s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1))
     assert fate(s.on_exited(1, KILLED, "", 9.0)) is None  # it had drained: nothing was lost
 
 
@@ -624,26 +627,26 @@ def test_next_deadline_is_the_earliest(rig):
 def test_fate_of_a_clean_drain_is_none_before_and_after_the_exit(rig):
     rig.draining()
     s = rig.scheduler
-    assert s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1)) == []
+    assert s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1)) == []
     s.on_drained(1, USAGE, 3.0)
-    assert s.on_ask_fate(B, m.AskFate(ticket=6, worker_id=1)) == []
-    assert told(s.on_exited(1, 0, "", 4.0), m.Fate) == [
-        m.Fate(ticket=5, failure=None),
-        m.Fate(ticket=6, failure=None),
+    assert s.on_ask_outcome(B, m.AskOutcome(ticket=6, worker_id=1)) == []
+    assert told(s.on_exited(1, decode(0), "", 4.0), m.Outcome) == [
+        m.Outcome(ticket=5, failure=None),
+        m.Outcome(ticket=6, failure=None),
     ]
-    assert s.on_ask_fate(A, m.AskFate(ticket=7, worker_id=1)) == [
-        TellClient(A, m.Fate(ticket=7, failure=None))
+    assert s.on_ask_outcome(A, m.AskOutcome(ticket=7, worker_id=1)) == [
+        SendToClient(A, m.Outcome(ticket=7, failure=None))
     ]
 
 
 def test_fate_of_a_crash_before_and_after_the_exit(rig):
     rig.ready()
     s = rig.scheduler
-    assert s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1)) == []
+    assert s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1)) == []
     before = fate(s.on_exited(1, SEGV, "last words\n", 3.0))
-    after = fate(s.on_ask_fate(A, m.AskFate(ticket=6, worker_id=1)))
+    after = fate(s.on_ask_outcome(A, m.AskOutcome(ticket=6, worker_id=1)))
     for error in (before, after):
-        assert (error.pid, error.signal, error.exit_code) == (101, SEGV, None)
+        assert (error.pid, error.signal, error.exit_code) == (101, signal.SIGSEGV, None)
         assert (error.stderr, error.reason, error.retry_after) == ("last words\n", "crash", 0.0)
         assert "before it answered" in str(error)
 
@@ -654,20 +657,22 @@ def test_fate_carries_the_backoff(rig):
         s.on_acquire(A, acquire(worker_id), 1.0)
         s.on_ready(ready(worker_id), USAGE, 1.0)
         s.on_exited(worker_id, SEGV, "", 1.0)
-    assert fate(s.on_ask_fate(A, m.AskFate(ticket=6, worker_id=2))).retry_after == 1.0
+    assert fate(s.on_ask_outcome(A, m.AskOutcome(ticket=6, worker_id=2))).retry_after == 1.0
 
 
 def test_fate_of_exit_code_and_of_forced_unload(rig):
     rig.ready()
     s = rig.scheduler
-    died = fate([*s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1)), *s.on_exited(1, 3 << 8, "", 3.0)])
+    died = fate(
+        [*s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1)), *s.on_exited(1, decode(3 << 8), "", 3.0)]
+    )
     assert (died.exit_code, died.signal) == (3, None)
     s.on_acquire(A, acquire(2), 3.0)
     s.on_ready(ready(2), USAGE, 4.0)
     s.on_unload(A, unload(3, force=True), 5.0)
-    s.on_ask_fate(A, m.AskFate(ticket=6, worker_id=2))
+    s.on_ask_outcome(A, m.AskOutcome(ticket=6, worker_id=2))
     forced = fate(s.on_exited(2, KILLED, "", 6.0))
-    assert (forced.reason, forced.signal) == ("request", KILLED)
+    assert (forced.reason, forced.signal) == ("request", signal.SIGKILL)
     assert "force=True" in str(forced)
 
 
@@ -680,8 +685,8 @@ def test_fate_of_a_worker_that_had_too_much_memory(rig, draining):
     s.on_ready(ready(), USAGE, 1.0)
     if draining:
         s.on_draining(1, USAGE, 2.0, "recycled")
-    s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1))
-    commands = s.on_exited(1, 75 << 8, "", 3.0, exceeded=1234)
+    s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1))
+    commands = s.on_exited(1, decode(75 << 8), "", 3.0, exceeded=1234)
     error = fate(commands)
     assert type(error) is MemoryLimitExceeded
     assert (error.limit, error.used, error.pid, error.retry_after) == (1000, 1234, 101, 0.0)
@@ -693,9 +698,9 @@ def test_fate_of_a_worker_that_had_too_much_memory(rig, draining):
 def test_fate_of_a_crash_during_a_graceful_unload_is_not_blamed_on_force(rig):
     rig.draining()
     s = rig.scheduler
-    s.on_ask_fate(A, m.AskFate(ticket=5, worker_id=1))
+    s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1))
     error = fate(s.on_exited(1, SEGV, "", 3.0))
-    assert error.signal == SEGV
+    assert error.signal == signal.SIGSEGV
     assert "force=True" not in str(error)
     assert "SIGSEGV" in str(error)
     assert error.reason == "crash"
@@ -706,8 +711,8 @@ def test_only_the_latest_fates_are_remembered(rig):
     for n in range(1, 302):
         s.on_acquire(A, acquire(n, key=f"k{n}"), 0.0)
         s.on_exited(n, SEGV, "", 0.0)
-    assert fate(s.on_ask_fate(A, m.AskFate(ticket=1, worker_id=301))) is not None
-    assert fate(s.on_ask_fate(A, m.AskFate(ticket=1, worker_id=1))) is None
+    assert fate(s.on_ask_outcome(A, m.AskOutcome(ticket=1, worker_id=301))) is not None
+    assert fate(s.on_ask_outcome(A, m.AskOutcome(ticket=1, worker_id=1))) is None
 
 
 # --- the end ---------------------------------------------------------------------------------------------
@@ -719,7 +724,7 @@ def test_shutdown_kills_all_and_says_bye_when_the_last_is_reaped(rig):
     s.on_acquire(A, acquire(2, key="n"), 2.0)
     commands = s.on_shutdown(A, m.Shutdown(ticket=9), 3.0)
     assert len(told(commands, m.Denied)) == 1
-    assert [command for command in commands if not isinstance(command, TellClient)] == [
+    assert [command for command in commands if not isinstance(command, SendToClient)] == [
         event(4, "draining", 3.0, usage=USAGE, reason="exit"),
         kill(1),
         event(5, "draining", 3.0, worker_id=2, key="n", pid=None, reason="exit"),
@@ -728,12 +733,12 @@ def test_shutdown_kills_all_and_says_bye_when_the_last_is_reaped(rig):
     assert not s.finished
     assert told(s.on_exited(1, KILLED, "", 3.1), m.Bye) == []
     assert not s.finished
-    assert s.on_exited(2, KILLED, "", 3.2)[-1] == TellClient(A, m.Bye(ticket=9))
+    assert s.on_exited(2, KILLED, "", 3.2)[-1] == SendToClient(A, m.Bye(ticket=9))
     assert s.finished
 
 
 def test_shutdown_with_nothing_loaded_says_bye_at_once(rig):
-    assert rig.scheduler.on_shutdown(A, m.Shutdown(ticket=9), 0.0) == [TellClient(A, m.Bye(ticket=9))]
+    assert rig.scheduler.on_shutdown(A, m.Shutdown(ticket=9), 0.0) == [SendToClient(A, m.Bye(ticket=9))]
     assert rig.scheduler.finished
 
 
@@ -743,7 +748,7 @@ def test_every_shutdown_is_answered_once(rig):
     s.on_shutdown(A, m.Shutdown(ticket=1), 2.0)
     s.on_shutdown(B, m.Shutdown(ticket=2), 2.0)
     assert told(s.on_exited(1, KILLED, "", 3.0), m.Bye) == [m.Bye(ticket=1), m.Bye(ticket=2)]
-    assert s.on_shutdown(B, m.Shutdown(ticket=3), 4.0) == [TellClient(B, m.Bye(ticket=3))]
+    assert s.on_shutdown(B, m.Shutdown(ticket=3), 4.0) == [SendToClient(B, m.Bye(ticket=3))]
 
 
 def test_abandoned_ends_all_and_tells_nobody(rig):
@@ -807,13 +812,13 @@ def test_snapshot_in_each_state(rig):
     ]
     s.on_ready(ready(), USAGE, 1.0)
     s.on_acquire(B, acquire(2, ttl=9.0), 1.0)
-    s.on_measured(1, Seen(Usage(5, 4, 3)), 1.0)
+    s.on_measured(1, Sample(Usage(5, 4, 3)), 1.0)
     (status,) = s.snapshot(2.0)
     assert (status.state, status.leases, status.ttl, status.loads) == (ModelState.READY, 2, 9.0, 1)
     assert status.usage == Usage(5, 4, 3)
     s.on_unload(A, unload(3), 3.0)
     assert s.snapshot(3.0)[0].state is ModelState.DRAINING
-    s.on_exited(1, 0, "", 4.0)
+    s.on_exited(1, decode(0), "", 4.0)
     assert s.snapshot(4.0) == []
     for worker_id in (2, 3):
         s.on_acquire(A, acquire(4), 5.0)
@@ -829,7 +834,7 @@ def test_pids_of_live_workers(rig):
     assert s.pids() == {}
     s.on_spawned(1, 101)
     assert s.pids() == {1: 101}
-    s.on_exited(1, 0, "", 1.0)
+    s.on_exited(1, decode(0), "", 1.0)
     assert s.pids() == {}
 
 
@@ -841,7 +846,7 @@ def test_events_are_numbered_without_gaps_over_all_models(rig):
         seen += events(s.on_ready(ready(n), USAGE, float(n)))
         seen += events(s.on_unload(A, unload(n, key=key), float(n)))
     for n in (2, 1, 3):
-        seen += events(s.on_exited(n, 0, "", 9.0))
+        seen += events(s.on_exited(n, decode(0), "", 9.0))
     assert [e.seq for e in seen] == list(range(1, 13))
     assert s.seq == 12
     assert [e.type for e in seen if e.key == "b"] == ["loading", "ready", "draining", "unloaded"]
@@ -850,7 +855,7 @@ def test_events_are_numbered_without_gaps_over_all_models(rig):
 def test_unloaded_is_never_said_before_the_exit(rig):
     commands = rig.draining() + rig.scheduler.on_drained(1, USAGE, 3.0) + rig.scheduler.on_tick(99.0)
     assert "unloaded" not in [e.type for e in events(commands)]
-    assert [e.type for e in events(rig.scheduler.on_exited(1, 0, "", 100.0))] == ["unloaded"]
+    assert [e.type for e in events(rig.scheduler.on_exited(1, decode(0), "", 100.0))] == ["unloaded"]
 
 
 def test_event_without_a_gpu_and_with_one(rig):
@@ -860,4 +865,3 @@ def test_event_without_a_gpu_and_with_one(rig):
     assert isinstance(emit, Emit)
     assert (emit.event.rss, emit.event.gpu, emit.event.at) == (10, 2048, 1_000_001.0)
     assert DESCRIPTION.inputs[0].name == "x"
-    assert os.WIFSIGNALED(SEGV)

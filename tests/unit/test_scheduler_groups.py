@@ -9,9 +9,11 @@ import pytest
 
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
+from onnx_dl.core.terms import Terms
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.policy.commands import Command
-from onnx_dl.supervisor.policy.records import HOST, Terms
+from onnx_dl.supervisor.policy.records import HOST
+from onnx_dl.supervisor.processes.exit_status import decode
 from tests.unit.builders import SETTINGS, USAGE, A, B, Rig, failed, ready, spec, starts, told
 
 
@@ -60,7 +62,7 @@ def test_who_comes_while_a_broken_one_loads_alone_gets_a_load_of_its_own(rig):
     assert begun(rig, s.on_acquire(A, ask(1, "bad"), 0.0)) == [["bad"]]
     s.on_acquire(B, ask(2, "good"), 0.1)
     s.on_load_failed(failed(), 0.2)
-    commands = s.on_exited(1, 0, "", 0.3)
+    commands = s.on_exited(1, decode(0), "", 0.3)
     assert tickets(commands, control.Denied) == [1]
     assert begun(rig, commands) == [["bad", "good"]]
     commands = s.on_ready(loaded("good", worker_id=2, broken=("bad",)), USAGE, 0.4)
@@ -72,7 +74,7 @@ def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
     for number in (1, 2):
         begun(rig, s.on_acquire(A, ask(number, "bad"), number))
         s.on_load_failed(failed(number), number + 0.1)
-        s.on_exited(number, 0, "", number + 0.2)
+        s.on_exited(number, decode(0), "", number + 0.2)
     assert tickets(s.on_acquire(A, ask(3, "bad"), 2.3), control.Denied) == [3]
     assert begun(rig, s.on_acquire(B, ask(4, "good"), 2.4)) == [["bad", "good"]]
 
@@ -84,7 +86,7 @@ def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
 def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
     """The longest TTL, the highest priority, pinned if one is; not what the last one says."""
     s = rig.scheduler
-    terms = {"keep": Terms(-1.0, True, 3), "brief": Terms(60.0, False, 5)}
+    terms = {"keep": Terms(ttl=-1.0, pin=True, priority=3), "brief": Terms(ttl=60.0, pin=False, priority=5)}
     s.on_configured(SETTINGS, terms, {"group:g": [member("keep"), member("brief")]}, 0.0)
     for key in order:
         own = terms[key]
@@ -109,7 +111,7 @@ def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
 def replaced(rig: Rig, commands: list[Command], number: int = 1) -> list[list[str]]:
     """The members of the worker that comes after this one, which has drained."""
     rig.scheduler.on_drained(number, USAGE, 5.0)
-    return begun(rig, commands + rig.scheduler.on_exited(number, 0, "", 5.1))
+    return begun(rig, commands + rig.scheduler.on_exited(number, decode(0), "", 5.1))
 
 
 def test_models_of_two_clients_stay_together_whoever_asks_next(rig):
@@ -149,7 +151,7 @@ def test_who_waits_is_served_though_another_thread_did_not_know_of_it(rig):
 
 def test_what_the_file_has_no_more_is_not_loaded_again(rig):
     s = rig.scheduler
-    terms = Terms(-1.0, False, 0)
+    terms = Terms(ttl=-1.0, pin=False, priority=0)
     s.on_configured(SETTINGS, {"x": terms, "old": terms}, {"group:g": [member("x"), member("old")]}, 0.0)
     assert begun(rig, s.on_acquire(A, ask(1, "x"), 0.1)) == [["x", "old"]]
     s.on_ready(loaded("x", "old"), USAGE, 0.2)
@@ -176,19 +178,19 @@ def test_a_group_needs_gpu_memory_if_any_of_its_models_does(rig):
 
 
 def test_an_eager_member_that_the_file_loses_while_it_loads_holds_nothing(rig):
-    s, kept = rig.scheduler, Terms(-1.0, False, 0)
+    s, kept = rig.scheduler, Terms(ttl=-1.0, pin=False, priority=0)
     s.on_acquire(A, ask(1, "b"), 0.0)
     s.on_configured(SETTINGS, {"a": kept}, {"group:g": [member("a")]}, 0.1)
     s.on_acquire(HOST, msgspec.structs.replace(ask(0, "a", proxy=0), for_host=True), 0.1)
     s.on_configured(SETTINGS, {"b": kept}, {"group:g": [member("b")]}, 0.2)
     s.on_client_gone(A, 0.3)
     s.on_configured(SETTINGS, {}, {}, 0.4)
-    assert starts(s.on_exited(1, 9, "", 0.5)) == []
+    assert starts(s.on_exited(1, decode(9), "", 0.5)) == []
     assert s.snapshot(0.5) == [] and not s.holds_any
 
 
 def test_the_host_lets_go_of_a_member_that_its_file_named_after_the_load(rig):
-    s, kept = rig.scheduler, Terms(-1.0, False, 0)
+    s, kept = rig.scheduler, Terms(ttl=-1.0, pin=False, priority=0)
     begun(rig, s.on_acquire(A, ask(1, "b"), 0.0))
     s.on_ready(loaded("b"), USAGE, 0.1)
     s.on_configured(SETTINGS, {"b": kept}, {"group:g": [member("b")]}, 0.2)

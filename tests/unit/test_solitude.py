@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.supervisor.policy.idle_shutdown import LOOK_EVERY, Solitude
+from onnx_dl.supervisor.policy.idle_shutdown import LOOK_EVERY, IdleExit
 
 LINGER = 60.0
 EXPECTED = 30.0
@@ -15,7 +15,7 @@ class Host:
     """A host at a time that tests set, and what it finds when it looks."""
 
     def __init__(self, *, kept: bool = False) -> None:
-        self.solitude = Solitude(LINGER, EXPECTED, kept=kept)
+        self.solitude = IdleExit(LINGER, EXPECTED, managed=kept)
         self.found: str | None = None
         self.looks: list[float] = []
 

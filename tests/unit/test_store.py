@@ -14,13 +14,13 @@ import pytest
 from onnx_dl.core.settings import Settings
 from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.measure.requirement_store import Store
-from onnx_dl.supervisor.policy.requirements import Bytes, Need, Peak
+from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
 from onnx_dl.system import installation
 from tests.unit.damage import damaged
 
 
-def need(load: int, at: float = 0.0) -> Need:
-    return Need(load=Peak(load), steady=Bytes(load, 1), peak=Bytes(load, 2), at=at)
+def need(load: int, at: float = 0.0) -> Requirement:
+    return Requirement(load=Peak(load), steady=MemoryAmount(load, 1), peak=MemoryAmount(load, 2), at=at)
 
 
 @pytest.fixture
@@ -47,13 +47,14 @@ def test_writers_do_not_undo_each_other(path: Path) -> None:
 FILL = """
 import sys
 from pathlib import Path
-from onnx_dl.supervisor.policy.requirements import Bytes; from onnx_dl.supervisor.policy.requirements import Need; from onnx_dl.supervisor.policy.requirements import Peak
+from onnx_dl.supervisor.policy.requirements import MemoryAmount; from onnx_dl.supervisor.policy.requirements import Requirement; from onnx_dl.supervisor.policy.requirements import Peak
 from onnx_dl.supervisor.measure.requirement_store import Store
 mine = Store(lambda: Path(sys.argv[1]))
 for i in range(50):
-    mine.put(sys.argv[2] + str(i), Need(load=Peak(i), steady=Bytes(i, 1), peak=Bytes(i, 2)))
+    amounts = {"steady": MemoryAmount(i, 1), "peak": MemoryAmount(i, 2)}
+    mine.put(sys.argv[2] + str(i), Requirement(load=Peak(i), **amounts))
 while mine._unwritten:  # the lock was another's
-    mine.put(sys.argv[2] + "49", Need(load=Peak(49), steady=Bytes(49, 1), peak=Bytes(49, 2)))
+    mine.put(sys.argv[2] + "49", Requirement(load=Peak(49), **amounts))
 """
 
 

@@ -310,7 +310,7 @@ def test_a_model_that_cannot_be_acquired(rig: Rig, monkeypatch: pytest.MonkeyPat
     """Its caller is told; what that holds besides, it keeps."""
     one = rig.application(b"one")
     loaded(rig, one, "a", 1)
-    monkeypatch.setattr(rig.scheduler, "_want", fails)
+    monkeypatch.setattr(rig.scheduler.admission, "want", fails)
     one.say(acquire(2, proxy=2, key="b"))
     assert is_typed(one.answer(2))
     monkeypatch.undo()
@@ -350,8 +350,9 @@ def test_the_search_for_room(rig: Rig, broken: str, monkeypatch: pytest.MonkeyPa
     """Who waits for room is told, and the loop does not look for it for ever."""
     one = rig.application(b"one")
     loaded(rig, one, "a", 1)
-    rig.supervisor._scheduler._look_at = 0.0
-    monkeypatch.setattr(rig.scheduler, broken, fails)
+    rig.scheduler.admission.look_soon(0.0)
+    owner = rig.scheduler if broken == "on_tick" else rig.scheduler.admission
+    monkeypatch.setattr(owner, broken, fails)
     one.say(acquire(2, proxy=2, key="b"))
     rig.turn()
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from onnx_dl import OnnxDLError, ProcessesExhausted
 from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy import exit_reasons
+from onnx_dl.supervisor.processes.exit_status import decode
 
 
 def refused(self: threading.Thread) -> None:
@@ -46,5 +47,7 @@ def test_an_error_of_somebody_else_has_a_note() -> None:
 
 def test_a_worker_that_ended_for_want_of_one() -> None:
     status = 71 << 8
-    assert exit_reasons.lacked_a_process(status) and not exit_reasons.lacked_a_process(70 << 8)
-    assert "m.onnx was not loaded. Why." in str(exit_reasons.lacked("m.onnx", "noise\nWhy.\n\n"))
+    assert exit_reasons.lacked_a_process(decode(status)) and not exit_reasons.lacked_a_process(
+        decode(70 << 8)
+    )
+    assert "m.onnx was not loaded. Why." in str(exit_reasons.no_process("m.onnx", "noise\nWhy.\n\n"))

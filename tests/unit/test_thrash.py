@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from onnx_dl.supervisor.policy.thrashing import Thrash
+from onnx_dl.supervisor.policy.thrashing import ReloadWatch
 
 
-def reload(thrash: Thrash, key: str, since: float, now: float) -> str | None:
+def reload(thrash: ReloadWatch, key: str, since: float, now: float) -> str | None:
     thrash.evicted(key)
     return thrash.loaded(key, f"{key}.onnx", since, now)
 
 
 def test_a_first_load_is_none_and_one_reload_is_not_many() -> None:
-    thrash = Thrash()
+    thrash = ReloadWatch()
     assert thrash.loaded("a", "a.onnx", 0.0, 29.0) is None
     assert reload(thrash, "a", 29.0, 30.0) is None
     assert thrash.loaded("a", "a.onnx", 31.0, 60.0) is None  # its TTL ran out: nobody made it go
 
 
 def test_more_than_a_tenth_of_the_time() -> None:
-    thrash = Thrash()
+    thrash = ReloadWatch()
     for at in (10, 11, 12):
         assert reload(thrash, "ab"[at % 2], at, at + 1.0) is None
     told = reload(thrash, "b", 20.0, 20.5)
@@ -28,31 +28,31 @@ def test_more_than_a_tenth_of_the_time() -> None:
 
 
 def test_once_in_a_window() -> None:
-    thrash = Thrash()
+    thrash = ReloadWatch()
     told = [at for at in range(100, 200) if reload(thrash, "a", at, at + 0.5)]
     assert told == [106, 136, 166, 196]
 
 
 def test_waits_at_the_same_time_count_once() -> None:
-    thrash = Thrash()
+    thrash = ReloadWatch()
     for key in "abcdefgh":
         assert reload(thrash, key, 10.0, 12.9) is None
     assert reload(thrash, "i", 12.9, 13.1) is not None
 
 
 def test_what_is_long_ago_counts_no_more() -> None:
-    thrash = Thrash()
+    thrash = ReloadWatch()
     for at in range(0, 1000, 20):
         assert reload(thrash, "a", at, at + 1.4) is None
 
 
 def test_of_a_long_wait_only_what_lies_within_the_window() -> None:
-    told = reload(Thrash(), "a", 0.0, 100.0)
+    told = reload(ReloadWatch(), "a", 0.0, 100.0)
     assert told is not None and "100% of the time" in told
 
 
 def test_what_is_remembered_of_evicted_models_is_bounded() -> None:
-    thrash = Thrash()
+    thrash = ReloadWatch()
     for i in range(5000):
         thrash.evicted(str(i))
     assert thrash.loaded("0", "0.onnx", 0.0, 20.0) is None

@@ -78,11 +78,11 @@ class Machine(RuleBasedStateMachine):
         self.world.goes(client)
 
     @has_workers
-    @rule(client=client, number=proxy, which=which, fate=st.booleans())
-    def about_worker(self, client, number, which, fate):
+    @rule(client=client, number=proxy, which=which, lost=st.booleans())
+    def about_worker(self, client, number, which, lost):
         worker = self.worker(which)
-        if fate:
-            self.world.asks_fate(client, worker.id - which // 4)
+        if lost:
+            self.world.asks_outcome(client, worker.id - which // 4)
         else:
             key = worker.spec.key if worker.spec.key in MODELS else MODELS[4 + which % 2]
             self.world.finds_outdated(client, proxy_of(number, key), worker.id)
@@ -103,14 +103,14 @@ class Machine(RuleBasedStateMachine):
 
     @has_workers
     @rule(which=which, is_idle=st.booleans())
-    def obey(self, which, is_idle):
-        self.worker(which).obey(is_idle)
+    def handle(self, which, is_idle):
+        self.worker(which).handle(is_idle)
 
     @has_workers
     @rule(which=which, how=st.sampled_from(LOADS), part=st.sampled_from((0.2, 0.7, 1.0, 3.0)))
     def load(self, which, how, part):
         worker = self.worker(which)
-        worker.obey(True)
+        worker.handle(True)
         worker.load(how, part)
         self.world.transitions += 1
 

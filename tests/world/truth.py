@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.supervisor.policy.records import HOST, Model
-from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
+from onnx_dl.supervisor.policy.records import HOST, ModelRecord
+from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 
 _NEXT = {
@@ -56,79 +56,80 @@ class Events:
 def check(s: Scheduler, now: float, gone: set[bytes], open_: dict[int, tuple[bytes, str]]) -> None:
     """``gone``: clients that are not there; ``open_``: who waits for which answer, by ticket."""
     waiting: dict[int, int] = {}
-    for model in s._models.values():
+    for model in s.fleet.models.values():
         _check_model(s, model, gone)
         for _, ask in model.waiters:
             waiting[ask.ticket] = waiting.get(ask.ticket, 0) + 1
     for ticket, (client, what) in open_.items():
-        assert s.tickets.is_open(client, ticket)
+        assert s.outbox.tickets.is_open(client, ticket)
         if what == "acquire":
             assert waiting.get(ticket) == 1, f"who asked with ticket {ticket} is lost"
-    assert len(s.tickets) == len(open_), "somebody is thought to wait who does not"
-    unloading = {ticket for model in s._models.values() for _, ticket in model.unloaders}
+    assert len(s.outbox.tickets) == len(open_), "somebody is thought to wait who does not"
+    unloading = {ticket for model in s.fleet.models.values() for _, ticket in model.unloaders}
     assert {t for t, (_, what) in open_.items() if what == "unload"} <= unloading, "an unload is lost"
-    fates = {t for askers in s._fates._askers.values() for _, t in askers}
-    assert {t for t, (_, what) in open_.items() if what == "fate"} <= fates, "a fate is lost"
-    assert set(s._fates._askers) <= set(s._by_worker), "a fate is waited for that nobody will tell"
+    asked = {t for askers in s.outcomes._askers.values() for _, t in askers}
+    assert {t for t, (_, what) in open_.items() if what == "outcome"} <= asked, "a question is lost"
+    assert set(s.outcomes._askers) <= set(s.fleet.by_worker), "an outcome is waited for that nobody will tell"
     _check_ledger(s, now)
 
 
-def _check_model(s: Scheduler, model: Model, gone: set[bytes]) -> None:
+def _check_model(s: Scheduler, model: ModelRecord, gone: set[bytes]) -> None:
     worker = model.worker
     assert (worker is None) == (model.state in (ModelState.UNLOADED, ModelState.FAILED))
     if worker is None:
         assert not model.leases, "a lease of a worker that is gone"
         assert not model.unloaders, "an unload that nobody will answer"
         if model.waiters:
-            assert model.key in s._wishes, f"nobody sees to the load of {model.key}"
+            assert model.key in s.admission.pending, f"nobody sees to the load of {model.key}"
         kept = model.waiters or model.state is ModelState.FAILED or s.closing
         assert kept, f"{model.key} is kept for nobody"
     else:
-        assert s._by_worker[worker.id] is model
+        assert s.fleet.by_worker[worker.id] is model
     if model.state is ModelState.READY:
         assert not model.waiters, "somebody waits for what is ready"
         assert model.leases, f"{model.key} is ready for nobody"
-        assert worker.told_ttl == model.ttl(), "the worker is told another TTL than the one in force"
-    assert set(model.priorities) == set(model.leases) and model.pins <= set(model.leases)
+        assert worker.sent_ttl == model.ttl, "the worker is told another TTL than the one in force"
     holders = {client for client, _ in model.leases} | {client for client, _ in model.waiters}
     assert not holders & gone, "somebody who is gone holds or waits for a model"
     assert not set(model.named) & gone
 
 
 def _check_ledger(s: Scheduler, now: float) -> None:
-    live = set(s._by_worker)
-    assert set(s.ledger._booked) <= live and set(s.ledger._reserved) <= live, "memory of who is gone counts"
+    live = set(s.fleet.by_worker)
+    assert set(s.fleet.ledger._booked) <= live and set(s.fleet.ledger._reserved) <= live, (
+        "memory of who is gone counts"
+    )
     for worker_id in live:
-        counted = s.ledger.counted(worker_id)
+        counted = s.fleet.ledger.counted(worker_id)
         assert NOTHING.fits(counted), "less than nothing is held"
     used = s.in_use(now)
     assert NOTHING.fits(used)
-    if not live and s._saving._running is None:
+    if not live and s.saves._running is None:
         assert used.ram == 0
-    assert set(s._wishes) <= set(s._models), "a load is wished for that nobody waits for"
+    assert set(s.admission.pending) <= set(s.fleet.models), "a load is wished for that nobody waits for"
 
 
 def check_promise(s: Scheduler, now: float) -> None:
     """A load or a save has just begun: with all that it was promised, nothing exceeds the limit."""
-    used, limit = s.in_use(now), s._limit
-    assert used.fits(Bytes(limit.ram, limit.gpu)), f"{used} are promised of {limit}"
+    used, limit = s.in_use(now), s.limits.memory
+    assert used.fits(MemoryAmount(limit.ram, limit.gpu)), f"{used} are promised of {limit}"
 
 
 def check_time(s: Scheduler, now: float) -> None:
     """All that was due was done just now: nothing is due, and what waits has a time at which it ends."""
     at = s.next_deadline()
     assert at is None or at > now, f"a timer of {at} is due for ever, it is {now}"
-    if s._wishes:
+    if s.admission.pending:
         assert at is not None, "somebody waits for room, and nobody will look"
-    for model in s._by_worker.values():
+    for model in s.fleet.by_worker.values():
         if model.worker.ready is None and model.worker.failure is None and not model.worker.killed:
             assert at is not None, "a load is under way that nobody will end"
 
 
 def check_end(s: Scheduler, now: float) -> None:
     """Nobody holds anything."""
-    assert not s._by_worker and not s._wishes and not len(s.tickets)
-    assert all(model.state is ModelState.FAILED for model in s._models.values())
-    assert not any(model.named.keys() - {HOST} for model in s._models.values())
+    assert not s.fleet.by_worker and not s.admission.pending and not len(s.outbox.tickets)
+    assert all(model.state is ModelState.FAILED for model in s.fleet.models.values())
+    assert not any(model.named.keys() - {HOST} for model in s.fleet.models.values())
     assert s.in_use(now + 5.0) == NOTHING, "memory is counted that nobody has"
     assert s.next_deadline() is None

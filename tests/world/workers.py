@@ -10,7 +10,7 @@ import msgspec
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, Usage
 from onnx_dl.protocol import codec, control, failures
-from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import ready
 
@@ -29,7 +29,7 @@ class FakeWorker:
         self.spec = spec
         self.pid: int | None = None
         self.said: collections.deque[Any] = collections.deque(["spawned", "started"])
-        self.heard: collections.deque[codec.Message] = collections.deque()
+        self.received: collections.deque[codec.Message] = collections.deque()
         self.state = "waiting"  # for Load; then loading, ready, failed, draining, drained, dead
         self.ttl: float | None = None
         self.reason = "ttl"
@@ -43,11 +43,11 @@ class FakeWorker:
 
     # --- what it hears ------------------------------------------------------------------------------------
 
-    def obey(self, is_idle: bool) -> None:
+    def handle(self, is_idle: bool) -> None:
         """Takes in one order, if there is one."""
-        if self.hung or self.state == "dead" or not self.heard:
+        if self.hung or self.state == "dead" or not self.received:
             return
-        match self.heard.popleft():
+        match self.received.popleft():
             case control.Load(ttl=ttl, mapped=mapped):
                 assert self.state == "waiting", "Load comes once, and first"
                 self.state, self.ttl, self.mapped = "loading", ttl, mapped
@@ -146,5 +146,5 @@ class FakeWorker:
     def reading(self) -> Reading:
         return Reading(self.runs, self.busy, self.last_used, exceeded=self.exceeded)
 
-    def seen(self, fresh: bool) -> Seen:
-        return Seen(self.usage() if fresh or self.busy else None, self.reading())
+    def seen(self, fresh: bool) -> Sample:
+        return Sample(self.usage() if fresh or self.busy else None, self.reading())

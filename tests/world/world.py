@@ -13,6 +13,7 @@ import msgspec
 
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import Usage
+from onnx_dl.core.terms import Terms
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.commands import (
@@ -22,15 +23,16 @@ from onnx_dl.supervisor.policy.commands import (
     ForgetPeak,
     KillWorker,
     Remember,
+    SendToClient,
+    SendToWorker,
     StartSaver,
     StartWorker,
-    TellClient,
-    TellWorker,
 )
-from onnx_dl.supervisor.policy.measuring import Seen
-from onnx_dl.supervisor.policy.records import HOST, Terms
-from onnx_dl.supervisor.policy.requirements import Need
+from onnx_dl.supervisor.policy.measuring import Sample
+from onnx_dl.supervisor.policy.records import HOST
+from onnx_dl.supervisor.policy.requirements import Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.exit_status import decode
 from tests.unit.builders import SETTINGS, ready, spec
 from tests.world import truth
 from tests.world.workers import FakeWorker
@@ -39,7 +41,12 @@ CLIENTS: Final = (b"client-p", b"client-q", b"client-r")
 MODELS: Final = ("a", "b", "c", "d", "g1", "g2")
 UNITS: Final = ("a", "b", "c", "d", "group:g")
 LIMITS: Final = ("", "60MiB", "100MiB", "130MiB", "300MiB")
-ANSWERS: Final = {"acquire": (m.Granted, m.Denied), "unload": m.Unloaded, "fate": m.Fate, "shutdown": m.Bye}
+ANSWERS: Final = {
+    "acquire": (m.Granted, m.Denied),
+    "unload": m.Unloaded,
+    "outcome": m.Outcome,
+    "shutdown": m.Bye,
+}
 TOO_LONG: Final = 2_000.0
 """Virtual seconds, with all that may be waited for one after another; who waits longer is lost."""
 
@@ -57,7 +64,7 @@ class World:
             SETTINGS, memory_limit=limit, gpu_memory_limit="400MiB" if limit else "", room_timeout=10.0
         )
         self.saved: set[str] = set()
-        self.known: dict[str, Need] = {}
+        self.known: dict[str, Requirement] = {}
         self.now = 1000.0
         self.scheduler = Scheduler(self.settings, 1e6, memory, self.known, self.saved.__contains__)
         self.workers: dict[int, FakeWorker] = {}
@@ -94,19 +101,19 @@ class World:
                 assert worker_id not in self.workers
                 assert all(w.spec.key != spec_.key for w in self.workers.values()), "two workers of one model"
                 self.workers[worker_id] = FakeWorker(worker_id, spec_)
-            case TellWorker(worker_id, message):
-                self.workers[worker_id].heard.append(message)
+            case SendToWorker(worker_id, message):
+                self.workers[worker_id].received.append(message)
             case KillWorker(worker_id):
                 self.workers[worker_id].die(9)
-            case TellClient(client, message):
+            case SendToClient(client, message):
                 self.answer(client, message)
             case Emit(event):
                 self.events.take(event)
             case ForgetPeak(worker_id):
                 self.workers[worker_id].peak = self.workers[worker_id].nbytes
-            case Remember(key, need):
+            case Remember(key, requirement):
                 self.known[key] = msgspec.convert(
-                    msgspec.to_builtins(need), Need
+                    msgspec.to_builtins(requirement), Requirement
                 )  # as it is written and read
             case StartSaver():
                 assert self.saver is None, "two savers at once"
@@ -153,7 +160,7 @@ class World:
             return
         self.gone.discard(client)
         ticket = self.ask(client, "acquire")
-        self.scheduler.tickets.opened(client, ticket)
+        self.scheduler.outbox.tickets.opened(client, ticket)
         message = m.Acquire(ticket=ticket, proxy=proxy, spec=model(key), ttl=1.0)
         failure = failures.describe(ValueError("no descriptors"))
         self.do(self.scheduler.on_not_acquired(client, message, failure, self.now))
@@ -178,10 +185,10 @@ class World:
         ask = m.Unload(ticket=self.ask(client, "unload"), key=unit, force=force)
         self.do(self.scheduler.on_unload(client, ask, self.now))
 
-    def asks_fate(self, client: bytes, worker_id: int) -> None:
+    def asks_outcome(self, client: bytes, worker_id: int) -> None:
         self.gone.discard(client)
-        ask = m.AskFate(ticket=self.ask(client, "fate"), worker_id=worker_id)
-        self.do(self.scheduler.on_ask_fate(client, ask))
+        ask = m.AskOutcome(ticket=self.ask(client, "outcome"), worker_id=worker_id)
+        self.do(self.scheduler.on_ask_outcome(client, ask))
         if worker_id in self.workers:
             self.wants_death.add(worker_id)
 
@@ -201,7 +208,7 @@ class World:
         """``held``, ``eager``: bits, of models that its file names and wants."""
         self.settings = msgspec.structs.replace(self.settings, memory_limit=limit)
         named = [key for number, key in enumerate(MODELS) if held >> number & 1]
-        terms = {key: Terms(ttl, pin=key == "a", priority=1) for key in named}
+        terms = {key: Terms(ttl=ttl, pin=key == "a", priority=1) for key in named}
         grouped = {"group:g": [model(key) for key in named if key.startswith("g")]} if held >> 4 else {}
         s = self.scheduler
         self.do(s.on_configured(self.settings, terms, grouped, self.now))
@@ -220,7 +227,7 @@ class World:
     def saver_ends(self, status: int) -> None:
         if self.saver is not None:
             self.saver = None
-            self.do(self.scheduler.on_saver_ended(status, self.now))
+            self.do(self.scheduler.on_saver_ended(decode(status), self.now))
 
     def looks(self, fresh: bool) -> None:
         """As before what would change much."""
@@ -266,7 +273,7 @@ class World:
             self.events.current.pop(worker.spec.key, None)
             self.do(s.on_lost(worker.id, failures.describe(ValueError("a bug")), self.now))
         else:
-            self.do(s.on_exited(worker.id, status, "", self.now, worker.exceeded, runs=worker.runs))
+            self.do(s.on_exited(worker.id, decode(status), "", self.now, worker.exceeded, runs=worker.runs))
         for stale in (
             s.on_spawned(worker.id, 1),
             s.on_started(worker.id),
@@ -274,17 +281,17 @@ class World:
             s.on_draining(worker.id, Usage(rss=1, pss=1), self.now),
             s.on_drained(worker.id, Usage(), self.now),
             s.on_weighed(worker.id, 1, self.now),
-            s.on_exited(worker.id, 0, "", self.now),
+            s.on_exited(worker.id, decode(0), "", self.now),
         ):
             assert stale == [], "a word about who is gone changes nothing"
 
     # --- time ---------------------------------------------------------------------------------------------
 
-    def look(self, fresh: bool) -> dict[int, Seen]:
+    def look(self, fresh: bool) -> dict[int, Sample]:
         s = self.scheduler
         seen = {worker_id: self.workers[worker_id].seen(fresh) for worker_id in s.pids()}
-        ghosts = s.ghosts(self.now)
-        return seen | {worker_id: Seen(Usage(gpu=pid % 2)) for worker_id, pid in ghosts.items()}
+        ghosts = s.lingering_pids(self.now)
+        return seen | {worker_id: Sample(Usage(gpu=pid % 2)) for worker_id, pid in ghosts.items()}
 
     def pass_time(self, seconds: float, late: float = 0.0) -> None:
         """As the loop does after whatever has happened; ``late``: it had read the clock before."""
@@ -312,8 +319,8 @@ class World:
                 worker.hung = False  # a call takes as long as it takes
             if worker.id in self.wants_death:
                 worker.die(11)
-            while worker.heard and not worker.hung and worker.state != "dead":
-                worker.obey(True)
+            while worker.received and not worker.hung and worker.state != "dead":
+                worker.handle(True)
             worker.load("well", 1.0)
             worker.finish()
             while worker.said and worker.id in self.workers:
@@ -323,8 +330,10 @@ class World:
     def settle(self) -> None:
         """No new wishes: each who waits is answered within a bounded time."""
         begun = self.now
-        while self.open or self.scheduler._wishes:
-            assert self.now - begun < TOO_LONG, f"never answered: {self.open}, {self.scheduler._wishes}"
+        while self.open or self.scheduler.admission.pending:
+            assert self.now - begun < TOO_LONG, (
+                f"never answered: {self.open}, {self.scheduler.admission.pending}"
+            )
             self.everybody_acts()
             at = self.scheduler.next_deadline()
             self.pass_time(0.5 if at is None else min(max(at - self.now, 0.01), 5.0))
@@ -372,8 +381,8 @@ class World:
         while not self.scheduler.finished:
             assert self.now - begun < TOO_LONG, "the host never ends"
             for worker in list(self.workers.values()):
-                while worker.heard and not worker.hung and worker.state != "dead":
-                    worker.obey(True)
+                while worker.received and not worker.hung and worker.state != "dead":
+                    worker.handle(True)
                 worker.finish()
                 while worker.said and worker.id in self.workers:
                     self.deliver(worker, 0)

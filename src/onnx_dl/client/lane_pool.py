@@ -181,7 +181,7 @@ class LanePool:
         granted = self.granted
         try:
             fate = self.connection.ask(
-                lambda ticket: control.AskFate(ticket=ticket, worker_id=granted.worker_id), deadline=limit
+                lambda ticket: control.AskOutcome(ticket=ticket, worker_id=granted.worker_id), deadline=limit
             )
         except DeadlinePassed:
             raise run_timeout(deadline, "lost its worker, whose end is not known yet") from None

@@ -192,14 +192,14 @@ class Status(Message):
     gpu_memory_in_use: int = 0
 
 
-class AskFate(Message):
-    """Ask how this worker ended.  Answered by Fate once it is reaped."""
+class AskOutcome(Message):
+    """Ask how this worker ended.  Answered by Outcome once it is reaped."""
 
     ticket: int
     worker_id: int
 
 
-class Fate(Message):
+class Outcome(Message):
     """The end of a worker.  ``failure`` is None if it had drained: all calls that it began have replies."""
 
     ticket: int
@@ -344,10 +344,10 @@ FromClient = (
     | SetTtl
     | Unload
     | AskStatus
-    | AskFate
+    | AskOutcome
     | Shutdown
 )
-ToClient = Granted | Denied | Named | Unloaded | Status | Fate | Bye | Published | Wrote
+ToClient = Granted | Denied | Named | Unloaded | Status | Outcome | Bye | Published | Wrote
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused

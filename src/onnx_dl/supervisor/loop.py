@@ -31,7 +31,7 @@ from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.measure.memory_probe import Probe
 from onnx_dl.supervisor.metrics.counters import Facts, Metrics
 from onnx_dl.supervisor.outlet import Outlet
-from onnx_dl.supervisor.policy.cache_saves import Wish
+from onnx_dl.supervisor.policy.cache_saves import SaveRequest
 from onnx_dl.supervisor.policy.commands import (
     Command,
     Emit,
@@ -39,16 +39,17 @@ from onnx_dl.supervisor.policy.commands import (
     ForgetPeak,
     KillWorker,
     Remember,
+    SendToClient,
+    SendToWorker,
     StartSaver,
     StartWorker,
-    TellClient,
-    TellWorker,
 )
-from onnx_dl.supervisor.policy.idle_shutdown import Solitude
-from onnx_dl.supervisor.policy.measuring import Seen
+from onnx_dl.supervisor.policy.idle_shutdown import IdleExit
+from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.policy.requirements import uses_gpu
 from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes import exit_status
 from onnx_dl.supervisor.processes.worker_process import MOST_BLOBS, Birth, WorkerProcess
 from onnx_dl.supervisor.processes.worker_processes import RESERVE, Processes
 from onnx_dl.supervisor.relay import MOST_UNREAD, Relay
@@ -114,7 +115,7 @@ class Supervisor:
         self._application = application
         self._abandoned_at: float | None = time.monotonic() + settings.start_timeout
         """When to give up if no client comes; None once one has."""
-        self._solitude = Solitude(settings.linger, self._abandoned_at, kept=foreground)
+        self._solitude = IdleExit(settings.linger, self._abandoned_at, managed=foreground)
         self._workers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._probe: Probe | None = None
@@ -286,12 +287,12 @@ class Supervisor:
         match command:
             case StartWorker(worker_id, spec, standing):
                 self._start_worker(worker_id, spec, standing)
-            case TellWorker(worker_id, message):
+            case SendToWorker(worker_id, message):
                 self._send(self._identities[worker_id], message)
-            case TellClient(client, message) if client != HOST:
+            case SendToClient(client, message) if client != HOST:
                 self._pass_on()  # what was written before comes before
                 self._send(client, message)
-            case TellClient(_, control.Denied(failure=failure)) if not self._scheduler.closing:
+            case SendToClient(_, control.Denied(failure=failure)) if not self._scheduler.closing:
                 why = failure.args[0] if failure.args else failure.name
                 tell(f"an eager model did not load: {why}")
             case KillWorker(worker_id):
@@ -314,9 +315,9 @@ class Supervisor:
             case StartWorker(worker_id) if worker_id in self._identities:
                 failure = _failure(_exhausted(error) if isinstance(error, OSError) else error)
                 self.spawn_failed(worker_id, str(error), failure)
-            case TellWorker(worker_id):
+            case SendToWorker(worker_id):
                 self._carry_out(self._scheduler.on_broken(worker_id, _failure(error)))
-            case TellClient(client) if client != HOST:
+            case SendToClient(client) if client != HOST:
                 self._clients.drop(client)
             case StartSaver():
                 self.saver_ended(0)
@@ -326,7 +327,7 @@ class Supervisor:
             self._say(str(event))
         self._metrics.on_event(event)
         for identity in list(self._clients.identities()):
-            self._perform_safely(TellClient(identity, control.Published(event=event)))
+            self._perform_safely(SendToClient(identity, control.Published(event=event)))
 
     def _say(self, text: str) -> None:
         """To who keeps the host, or to the log of one in the background."""
@@ -405,7 +406,7 @@ class Supervisor:
             self._forget(worker_id, reading)
             now = time.monotonic()
             commands = self._scheduler.on_exited(
-                worker_id, status, stderr, now, reading.exceeded, runs=reading.runs
+                worker_id, exit_status.decode(status), stderr, now, reading.exceeded, runs=reading.runs
             )
             self._carry_out(commands)
 
@@ -415,7 +416,7 @@ class Supervisor:
             control.Wrote(worker_id=worker_id, model=process.model, pid=pid, text=text, last=last)
         )
 
-    def _start_saver(self, wish: Wish) -> None:
+    def _start_saver(self, wish: SaveRequest) -> None:
         blob = None if wish.blob is None else self._clients.blobs().get(wish.blob)
         if wish.blob is not None and blob is None:  # the application that gave it is gone
             self.saver_ended(0)
@@ -424,7 +425,7 @@ class Supervisor:
 
     def saver_ended(self, status: int) -> None:
         with boundary("the end of a saver", self._end_search):
-            self._carry_out(self._scheduler.on_saver_ended(status, time.monotonic()))
+            self._carry_out(self._scheduler.on_saver_ended(exit_status.decode(status), time.monotonic()))
 
     def _forget(self, worker_id: int, reading: Reading = Reading()) -> None:  # noqa: B008 - is immutable
         self._metrics.on_gone(worker_id, reading)
@@ -473,7 +474,7 @@ class Supervisor:
             self._probe = Probe()
         return self._probe
 
-    def _look(self, now: float, *, fresh: bool = False) -> dict[int, Seen]:
+    def _look(self, now: float, *, fresh: bool = False) -> dict[int, Sample]:
         """Every worker: whether it is in use, and what it holds if it was since it was measured (1 ms each);
         ``fresh``: in any case."""
         readings = self._processes.readings()
@@ -481,10 +482,10 @@ class Supervisor:
         for worker_id in self._scheduler.pids():
             reading = readings.get(worker_id, Reading())
             is_used = reading.busy or self._runs_measured.get(worker_id) != reading.runs
-            seen[worker_id] = Seen(self._measure(worker_id) if fresh or is_used else None, reading)
+            seen[worker_id] = Sample(self._measure(worker_id) if fresh or is_used else None, reading)
             self._runs_measured[worker_id] = reading.runs
-        for worker_id, pid in self._scheduler.ghosts(now).items():
-            seen[worker_id] = Seen(Usage(gpu=self._meter().gpu_left(pid)))
+        for worker_id, pid in self._scheduler.lingering_pids(now).items():
+            seen[worker_id] = Sample(Usage(gpu=self._meter().gpu_left(pid)))
         return seen
 
     def _weigh(self, now: float) -> None:
@@ -556,15 +557,15 @@ class Supervisor:
             case control.Unload():
                 self._refresh(now)  # what is killed cannot be measured afterwards
                 return scheduler.on_unload(identity, message, now)
-            case control.AskFate():
-                return scheduler.on_ask_fate(identity, message)
+            case control.AskOutcome():
+                return scheduler.on_ask_outcome(identity, message)
             case control.Shutdown():
                 self._refresh(now)
                 return scheduler.on_shutdown(identity, message, now, gently=self._place is not None)
             case control.AskStatus():
-                return [TellClient(identity, self._status(message, now))]
+                return [SendToClient(identity, self._status(message, now))]
             case control.AskModel(ticket=ticket, name=name):
-                return [TellClient(identity, self._named(ticket, name))]
+                return [SendToClient(identity, self._named(ticket, name))]
             case control.DropBlob(number=number):
                 client.drop_blob(number)
         return []

@@ -14,12 +14,12 @@ import msgspec
 from onnx_dl.core.model_files import bytes_of
 from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec, Warmup
+from onnx_dl.core.terms import Terms
 from onnx_dl.errors import ConfigError
 from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.hostfile import reader
 from onnx_dl.supervisor.hostfile.file_watch import FileWatch
 from onnx_dl.supervisor.hostfile.reader import Configured, HostFile
-from onnx_dl.supervisor.policy.records import Terms
 
 
 class Configuration:
@@ -88,7 +88,8 @@ class Configuration:
     def terms(self) -> dict[str, Terms]:
         """On which the host itself holds what is loaded, by the key of the model."""
         return {
-            model.spec.key: Terms(model.ttl, model.pin, model.priority) for model in self.file.models.values()
+            model.spec.key: Terms(ttl=model.ttl, pin=model.pin, priority=model.priority)
+            for model in self.file.models.values()
         }
 
     def warmups(self) -> dict[str, dict[str, Warmup]]:

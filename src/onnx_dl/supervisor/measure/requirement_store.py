@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from onnx_dl.core.settings import Settings, cache_folder
-from onnx_dl.supervisor.policy.requirements import Need
+from onnx_dl.supervisor.policy.requirements import Requirement
 from onnx_dl.system import installation, small_files
 
 _MOST: Final = 4096
@@ -36,21 +36,21 @@ class Store:
         """``where``: tells the path of the file, which need not exist; None: nothing is read or written."""
         self._where = where
         self._path: Path | None = None
-        self._known: dict[str, Need] | None = None
-        self._unwritten: dict[str, Need] = {}
+        self._known: dict[str, Requirement] | None = None
+        self._unwritten: dict[str, Requirement] = {}
 
-    def open(self) -> dict[str, Need]:
+    def open(self) -> dict[str, Requirement]:
         """Finds and reads it, which may take 30 ms where much is installed."""
         if self._known is None:
             self._path = self._where()
             self._known = self._read()
         return self._known
 
-    def get(self, key: str) -> Need | None:
+    def get(self, key: str) -> Requirement | None:
         """What was known of a model when the file was read."""
         return self.open().get(key)
 
-    def put(self, key: str, need: Need) -> None:
+    def put(self, key: str, need: Requirement) -> None:
         """Writes it down, together with what could not be written before."""
         self.open()
         if self._path is None:
@@ -64,7 +64,7 @@ class Store:
         self.open()
         return bool(entry) and self._path is not None and (self._path.parent / entry).is_dir()
 
-    def _read(self) -> dict[str, Need]:
+    def _read(self) -> dict[str, Requirement]:
         try:
             data = b"" if self._path is None else small_files.read(self._path, _MOST_BYTES)
         except OSError:
@@ -84,16 +84,16 @@ class Store:
             os.close(folder)
 
 
-def _encode(found: list[tuple[str, Need]]) -> bytes:
+def _encode(found: list[tuple[str, Requirement]]) -> bytes:
     """JSON with a line for each entry, so that the lines are left of a file that was cut off."""
     lines = (msgspec.json.encode(key) + b": " + msgspec.json.encode(need) for key, need in found)
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 
-def _entries(data: bytes, latest: float) -> Iterator[tuple[str, Need]]:
+def _entries(data: bytes, latest: float) -> Iterator[tuple[str, Requirement]]:
     """What is whole.  ``latest``: what claims to be of later than that would stay for ever, and is old."""
     for key, raw in _split(data):
-        if (need := small_files.decoded(raw, Need)) is not None:
+        if (need := small_files.decoded(raw, Requirement)) is not None:
             yield key, need if need.at <= latest else msgspec.structs.replace(need, at=0.0)
 
 

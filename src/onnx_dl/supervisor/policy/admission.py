@@ -1,278 +1,289 @@
-"""Loads that wait for memory, and who is asked to make way: the scheduler's part that knows of waiting.
+"""Loads that wait for memory, and the workers that make way for them.
 
-Pure like the scheduler.  When a load does not fit, the loop is to look at all workers: what they hold, and
-since when they are idle.  That decides (:mod:`onnx_dl.supervisor.policy.eviction`).  A worker leaves only if it is
-still idle when it hears of it, so nobody's call is ever in the way.  While somebody waits, the loop looks
-every 50 ms.
+When a load does not fit, the loop looks at all workers: what they hold, and since when they are idle.  The
+rules are :mod:`onnx_dl.supervisor.policy.eviction`'s.  A worker leaves only if it is still idle when the order reaches
+it, so no call is interrupted.  While a load waits, the loop looks every 50 ms.
 
-Loads wait in order.  Only the time of the first one can be up: it is refused then, the others are looked at,
-and the next one that has to wait is first from now on, with a second at least for somebody to make way.  So a
-load that fits is never refused because one before it did not.
+Loads wait in order.  Only the first one can time out.  It is refused then, the others are looked at, and the
+next one that has to wait is first from then on, for a second at least, so that others can make way.  So a
+load that fits is never refused because one before it did not fit.
+
+Decisions are yielded one by one, when the records are changed already.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Generator, Iterator, Mapping
+from typing import Final, NamedTuple
 
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
-from onnx_dl.protocol import codec, control, failures
+from onnx_dl.protocol import control, failures
 from onnx_dl.supervisor.policy import eviction
-from onnx_dl.supervisor.policy.commands import StartSaver
-from onnx_dl.supervisor.policy.eviction import Answer, Candidate, Plan
-from onnx_dl.supervisor.policy.measuring import Measuring, Seen
-from onnx_dl.supervisor.policy.records import Model
-from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes, Known
+from onnx_dl.supervisor.policy.cache_saves import CacheSaves
+from onnx_dl.supervisor.policy.capacity import Capacity, Limits
+from onnx_dl.supervisor.policy.commands import EndSaver, StartSaver
+from onnx_dl.supervisor.policy.eviction import Candidate, LoadPlan, Verdict
+from onnx_dl.supervisor.policy.fleet import Fleet
+from onnx_dl.supervisor.policy.measuring import LoadWeighing, Sample
+from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
+from onnx_dl.supervisor.policy.requirements import NOTHING
 
 _LOOK_EVERY: Final = 0.05
 _RESIDENCY: Final = 0.5
 """Seconds that a worker stays at least, so that two models that do not fit together do not only load."""
 _RAISE: Final = 1.5
-"""How much more a load gets that ran out of memory with what it was thought to need."""
+"""Factor for the memory of a load that ran out of memory."""
 _CHANCE: Final = 1.0
-"""Seconds that a load is first at least before its time is up, if others before it had theirs."""
+"""Seconds that a load is first at least before it times out, if others before it did."""
 
 
 @dataclasses.dataclass
-class _Wish:
+class PendingLoad:
+    """A load that waits for memory."""
+
     spec: ModelSpec
     until: float
     alone: bool = False
-    """All who are idle leave first, because there was too little memory without a limit that said so."""
+    """Evict all idle models first: a load ran out of memory below the limit."""
     first_since: float | None = None
-    """Since when no other wish is before it; None: one is, or nobody has looked yet."""
+    """Since when no other load is before it; None: one is, or it was not looked at yet."""
 
-    def ends(self, patience: float) -> float:
-        """When its time is up, now that it is the first."""
-        since = self.until if self.first_since is None else self.first_since + min(_CHANCE, patience)
+    def ends(self, timeout: float) -> float:
+        """When it times out, now that it is the first."""
+        since = self.until if self.first_since is None else self.first_since + min(_CHANCE, timeout)
         return max(self.until, since)
 
 
-class Admission(Measuring):
-    """Decides when a load that was wished for may begin."""
+class BeginLoad(NamedTuple):
+    """Start this worker."""
+
+    model: ModelRecord
+    worker: WorkerRecord
+
+
+class DenyLoad(NamedTuple):
+    """Tell those who waited for the load why it is refused."""
+
+    waiters: list[tuple[bytes, control.Acquire]]
+    failure: failures.Failure
+
+
+class Evict(NamedTuple):
+    """Have a worker drain if it is idle."""
+
+    worker_id: int
+
+
+Decision = BeginLoad | DenyLoad | Evict | StartSaver | EndSaver
+
+
+class Admission:
+    """Decides when a pending load may begin."""
 
     def __init__(
-        self,
-        settings: Settings,
-        memory: int | None = None,
-        known: Known | None = None,
-        is_saved: Callable[[str], bool] = lambda _: False,
+        self, fleet: Fleet, limits: Limits, capacity: Capacity, weighing: LoadWeighing, saves: CacheSaves
     ) -> None:
-        """As :class:`~onnx_dl.supervisor.policy.measuring.Measuring`."""
-        super().__init__(settings, memory, known, is_saved)
-        self._wishes: dict[str, _Wish] = {}
-        """In the order in which they came."""
-        self._idle: dict[int, float] = {}
-        """Seconds without use by worker, during a look."""
-        self._looking = False
+        self._fleet = fleet
+        self._limits = limits
+        self._capacity = capacity
+        self._weighing = weighing
+        self._saves = saves
+        self.pending: dict[str, PendingLoad] = {}
+        """By key of the model, in order of arrival."""
         self._look_at: float | None = None
 
-    # --- what the scheduler does for it -------------------------------------------------------------------
+    def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> Iterator[Decision]:
+        """Adds a load, and begins it if there is memory."""
+        if model.key not in self.pending:
+            self.pending[model.key] = PendingLoad(spec, now + self._timeout)
+            model.wanted_at, model.second_try = now, False
+        yield from self.admit(now)
 
-    def _load(self, model: Model, spec: ModelSpec, now: float) -> None:
-        raise NotImplementedError
-
-    def _order(self, worker_id: int, message: codec.Message) -> None:
-        raise NotImplementedError
-
-    def _tell(self, client: bytes, message: codec.Message) -> None:
-        raise NotImplementedError
-
-    def _deny(self, client: bytes, ticket: int, model: Model, now: float) -> None:
-        raise NotImplementedError
-
-    def _forget_if_idle(self, model: Model) -> None:
-        raise NotImplementedError
-
-    # --- wishes -------------------------------------------------------------------------------------------
-
-    def _want(self, model: Model, spec: ModelSpec, now: float) -> None:
-        """The model is to be loaded as soon as there is room."""
-        if model.key not in self._wishes:
-            self._wishes[model.key] = _Wish(spec, now + self._patience)
-            model.wished_at, model.second_try = now, False
-        self._admit(now)
-
-    def _want_again(self, model: Model, spec: ModelSpec, now: float, *, alone: bool) -> None:
-        """A load ran out of memory: the model is to be loaded before anybody else, when there is more of it;
-        ``alone``: when all who are idle are gone."""
-        need = self._plan(model).need
+    def want_again(
+        self, model: ModelRecord, spec: ModelSpec, now: float, *, alone: bool
+    ) -> Iterator[Decision]:
+        """Adds a load that ran out of memory, before all others.  ``alone``: it waits until all idle models
+        are gone."""
         model.second_try = True
-        more = Bytes(int(need.ram * _RAISE), int(need.gpu * _RAISE))
-        model.at_least = more.least(self._left()).most(need)
-        self._wishes = {model.key: _Wish(spec, now + self._patience, alone)} | self._wishes
-        self._admit(now)
+        model.at_least = self._capacity.raised(model, _RAISE)
+        self.pending = {model.key: PendingLoad(spec, now + self._timeout, alone)} | self.pending
+        yield from self.admit(now)
 
-    def _admit(self, now: float) -> None:
-        """Begins the loads that there is room for, in the order in which they were wished for, and refuses
-        those that will never have any."""
+    def admit(self, now: float, idle: Mapping[int, float] | None = None) -> Iterator[Decision]:
+        """Begins the loads that fit, in order, and refuses those that never will.  ``idle``: seconds without
+        use by worker, if all workers were just looked at."""
         waits = False
-        for key, wish in list(self._wishes.items()):
-            model = self._models.get(key)
+        for key, load in list(self.pending.items()):
+            model = self._fleet.models.get(key)
             if model is None or not model.waiters or model.worker is not None:
-                del self._wishes[key]
+                del self.pending[key]
             else:
-                waits = self._look_after(model, wish, now, is_first=not waits) or waits
+                waits = (yield from self._consider(model, load, idle, now, is_first=not waits)) or waits
         if not waits:
             self._look_at = None
-            self._saving.stir(now)
+            self._saves.schedule_look(now)
 
-    def _look_after(self, model: Model, wish: _Wish, now: float, *, is_first: bool) -> bool:
-        """Whether this one goes on waiting."""
-        plan = self._plan(model)
-        if not (plan.need + self._stays()).fits(self._limit):
-            self._refuse_room(model, wish, plan, now)
+    def _consider(
+        self,
+        model: ModelRecord,
+        load: PendingLoad,
+        idle: Mapping[int, float] | None,
+        now: float,
+        *,
+        is_first: bool,
+    ) -> Generator[Decision, None, bool]:
+        """Returns whether the load goes on waiting."""
+        plan = self._capacity.plan(model)
+        if not self._capacity.could_fit(plan.need):
+            yield self._refuse(model, load, plan, now)
             return False
         if not is_first:
-            wish.first_since = None  # a load that is made once more goes before those that were first
+            load.first_since = None  # a load that is repeated goes before those that were first
             return True
-        answer, evicted = self._decide(wish, plan, now)
-        if answer is Answer.LOAD:
-            self._begin(model, wish, plan, now)
+        if load.alone or not (self._capacity.in_use(now) + plan.need).fits(self._limits.memory):
+            yield from self.end_saver()
+        verdict, evicted = self._decide(load, plan, idle, now)
+        if verdict is Verdict.LOAD:
+            del self.pending[model.key]
+            worker = self._fleet.start_worker(model, load.spec, now)
+            self._weighing.begin(worker, plan, now)
+            yield BeginLoad(model, worker)
             return False
-        wish.first_since = now if wish.first_since is None else wish.first_since
-        # One that has just come is waited for, rather than that one leaves who is worth more.
-        is_early = not wish.alone and any(self._is_new(worker_id, now) for worker_id in evicted)
-        self._make_way([] if is_early else evicted, now)
-        return True
-
-    def _begin(self, model: Model, wish: _Wish, plan: Plan, now: float) -> None:
-        del self._wishes[model.key]
-        self._load(model, wish.spec, now)
-        assert model.worker is not None
-        self._promise(model.worker, plan, now)
-
-    def _decide(self, wish: _Wish, plan: Plan, now: float) -> tuple[Answer, list[int]]:
-        idle, need, in_use = self._candidates(), plan.need, self._in_use(now)
-        if wish.alone or not (in_use + need).fits(self._limit):
-            self._end_saver()
-        if wish.alone:
-            if idle:
-                return Answer.EVICT, [candidate.worker_id for candidate in idle]
-            if not self._looking or self._leaving(now) != NOTHING or self._any_leaves():
-                return Answer.WAIT, []
-        return eviction.decide(need, self._limit, in_use, self._leaving(now), idle)
-
-    def _make_way(self, evicted: list[int], now: float) -> None:
-        for worker_id in evicted:
-            self._order(worker_id, control.DrainIfIdle())
+        load.first_since = now if load.first_since is None else load.first_since
+        # Wait for a worker that has just come, rather than evict one that is worth more.
+        if load.alone or not any(self._is_new(worker_id, now) for worker_id in evicted):
+            yield from map(Evict, evicted)
         if self._look_at is None:
             self._look_at = now
+        return True
 
-    def _save(self, now: float) -> None:
-        """After a look: a model is saved if there is room, and no more if there is none."""
-        in_use = self._in_use(now)
-        if not in_use.fits(self._limit):
-            self._end_saver()
-        free = NOTHING if self._wishes else self._limit - in_use
-        if (wish := self._saving.start(free, self._limit, now)) is not None:
-            self._out.append(StartSaver(wish))
+    def _decide(
+        self, load: PendingLoad, plan: LoadPlan, idle: Mapping[int, float] | None, now: float
+    ) -> tuple[Verdict, list[int]]:
+        candidates, leaving = self._candidates(idle or {}), self._capacity.leaving(now)
+        if load.alone:
+            if candidates:
+                return Verdict.EVICT, [candidate.worker_id for candidate in candidates]
+            if idle is None or leaving != NOTHING or self._fleet.any_drains():
+                return Verdict.WAIT, []
+        return eviction.decide(
+            plan.need, self._limits.memory, self._capacity.in_use(now), leaving, candidates
+        )
 
-    def _is_new(self, worker_id: int, now: float) -> bool:
-        worker = self._by_worker[worker_id].worker
-        assert worker is not None and worker.ready_at is not None
-        return now - worker.ready_at < _RESIDENCY
+    def _refuse(self, model: ModelRecord, load: PendingLoad, plan: LoadPlan, now: float) -> DenyLoad:
+        if load.alone and model.last_failure is not None:  # says more than that there is no memory
+            failure = model.with_retry(model.last_failure, now)
+        else:
+            failure = failures.describe(self._capacity.refusal(model, plan, now))
+        del self.pending[model.key]
+        waiters = model.take_waiters()
+        model.second_try, model.at_least = False, NOTHING
+        self._fleet.forget_if_unused(model)
+        return DenyLoad(waiters, failure)
 
-    # --- time ---------------------------------------------------------------------------------------------
+    def end_saver(self) -> Iterator[EndSaver]:
+        """Ends the saver, which is the first to make way."""
+        if self._saves.end():
+            yield EndSaver()
+
+    @property
+    def _timeout(self) -> float:
+        return self._limits.settings.room_timeout
 
     def wants_look(self, now: float) -> bool:
-        """Whether :meth:`on_tick` is to be told what the workers do and hold."""
-        return self._is_due(self._look_at, now) or self._is_due(self._saving.look_at, now)
+        """Whether :meth:`look` is due, for which all workers are to be measured."""
+        return _is_due(self._look_at, now) or _is_due(self._saves.look_at, now)
 
-    @staticmethod
-    def _is_due(at: float | None, now: float) -> bool:
-        return at is not None and at <= now
+    def look_soon(self, now: float) -> None:
+        """Asks for a look: the limits may have changed."""
+        self._look_at = now
 
-    def _room_deadline(self) -> float | None:
-        ends = [wish.ends(self._patience) for wish in self._first()]
-        looks = [at for at in (self._look_at, self._saving.look_at) if at is not None]
-        weighings = [at for _, at in self._weighings()]
-        return min([*ends, *looks, *weighings], default=None)
+    def next_deadline(self) -> float | None:
+        """When the next look is due, or the first load times out."""
+        ends = [load.ends(self._timeout) for load in self._first()]
+        looks = [at for at in (self._look_at, self._saves.look_at) if at is not None]
+        return min([*ends, *looks], default=None)
 
-    def _first(self) -> list[_Wish]:
-        """The wish that is served next, if there is any."""
-        return list(self._wishes.values())[:1]
-
-    def _refuse_late(self, now: float) -> None:
-        """Who has waited too long; then everybody behind is looked at before anybody else's time is up."""
-        while any(wish.ends(self._patience) <= now for wish in self._first()):
-            key, wish = next(iter(self._wishes.items()))
-            if (model := self._models.get(key)) is None:
-                del self._wishes[key]
+    def refuse_late(self, now: float) -> Iterator[Decision]:
+        """Refuses the first load if it has timed out, then looks at all behind it before the next may."""
+        while any(load.ends(self._timeout) <= now for load in self._first()):
+            key, load = next(iter(self.pending.items()))
+            if (model := self._fleet.models.get(key)) is None:
+                del self.pending[key]
             else:
-                self._refuse_room(model, wish, self._plan(model), now)
-            self._admit(now)
+                yield self._refuse(model, load, self._capacity.plan(model), now)
+            yield from self.admit(now)
 
-    def _pass_time(self, now: float, seen: Mapping[int, Seen]) -> None:
-        self._refuse_late(now)
-        if not self.wants_look(now):
-            return
-        for worker_id, each in seen.items():
-            self._see(worker_id, each, now)
-        if self._is_due(self._look_at, now):
+    def look(self, samples: Mapping[int, Sample], now: float) -> Iterator[Decision]:
+        """Decides again after all workers were measured, and starts a saver if there is memory for it."""
+        if _is_due(self._look_at, now):
             self._look_at = now + _LOOK_EVERY
-            self._look(seen, now)
-        self._save(now)
+            idle = {
+                worker_id: max(0.0, now - reading.last_used)
+                for worker_id, (_, reading) in samples.items()
+                if reading.last_used and not reading.busy
+            }
+            yield from self.admit(now, idle)
+            if self._look_at is None:
+                yield from self._shrink(idle, now)
+        in_use = self._capacity.in_use(now)
+        if not in_use.fits(self._limits.memory):
+            yield from self.end_saver()
+        free = NOTHING if self.pending else self._limits.memory - in_use
+        if (request := self._saves.start(free, self._limits.memory, now)) is not None:
+            yield StartSaver(request)
 
-    def _look(self, seen: Mapping[int, Seen], now: float) -> None:
-        for worker_id, each in seen.items():
-            if each.reading.last_used and not each.reading.busy:
-                self._idle[worker_id] = max(0.0, now - each.reading.last_used)
-        self._looking = True
-        self._admit(now)
-        if self._look_at is None:
-            self._shrink(now)
-        self._looking = False
-        self._idle = {}
+    def _shrink(self, idle: Mapping[int, float], now: float) -> Iterator[Decision]:
+        """Evicts idle models while more is in use than a lowered limit allows."""
+        limit = self._limits.memory
+        if not self._capacity.in_use(now).fits(limit):
+            yield from self.end_saver()
+        in_use, leaving = self._capacity.in_use(now), self._capacity.leaving(now)
+        if not (in_use - leaving).fits(limit):
+            candidates = self._candidates(idle)
+            _, evicted = eviction.decide(NOTHING, limit, in_use, leaving, candidates)
+            yield from map(Evict, evicted or [candidate.worker_id for candidate in candidates])
 
-    def _shrink(self, now: float) -> None:
-        """The limit is lower than it was: of those who are idle, as many leave as it takes, or all."""
-        if not self._in_use(now).fits(self._limit):
-            self._end_saver()
-        in_use, leaving, idle = self._in_use(now), self._leaving(now), self._candidates()
-        if not (in_use - leaving).fits(self._limit):
-            _, evicted = eviction.decide(NOTHING, self._limit, in_use, leaving, idle)
-            for worker_id in evicted or [candidate.worker_id for candidate in idle]:
-                self._order(worker_id, control.DrainIfIdle())
+    def drop(self, model: ModelRecord) -> None:
+        """Removes a pending load."""
+        self.pending.pop(model.key, None)
 
-    # --- what is known ------------------------------------------------------------------------------------
+    def drop_all(self) -> list[ModelRecord]:
+        """Removes all pending loads, and asks for no look.  Returns the models that waited."""
+        models = [self._fleet.models[key] for key in self.pending if key in self._fleet.models]
+        self.pending.clear()
+        self._look_at = self._saves.look_at = None
+        return models
 
-    def is_loaded(self, key: str) -> bool:
-        """Whether a use of the model needs no room."""
-        model = self._models.get(key)
-        return model is not None and model.worker is not None
+    def _first(self) -> list[PendingLoad]:
+        """The load that is served next, if any."""
+        return list(self.pending.values())[:1]
 
-    def ghosts(self, now: float) -> dict[int, int]:
-        """Process ids of workers that are gone and whose GPU memory may not be back, by worker id."""
-        return self.ledger.ghosts(now)
+    def _is_new(self, worker_id: int, now: float) -> bool:
+        found = self._fleet.find(worker_id)
+        assert found is not None and found[1].ready_at is not None
+        return now - found[1].ready_at < _RESIDENCY
 
-    def _any_leaves(self) -> bool:
-        return any(model.state is ModelState.DRAINING for model in self._by_worker.values())
-
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self, idle: Mapping[int, float]) -> list[Candidate]:
+        """Workers that may be evicted, of those that are idle."""
         found = []
-        for worker_id, idle_for in self._idle.items():
-            model = self._by_worker.get(worker_id)
-            if model is None or model.worker is None or model.pins or model.state is not ModelState.READY:
+        for worker_id, idle_for in idle.items():
+            model = self._fleet.by_worker.get(worker_id)
+            if (
+                model is None
+                or model.worker is None
+                or model.is_pinned
+                or model.state is not ModelState.READY
+            ):
                 continue
             ready = model.worker.ready
             seconds = ready.seconds if ready is not None else 0.0
-            held = self.ledger.counted(worker_id)
-            found.append(Candidate(worker_id, held, idle_for, seconds, model.priority()))
+            held = self._fleet.ledger.counted(worker_id)
+            found.append(Candidate(worker_id, held, idle_for, seconds, model.priority))
         return found
 
-    def _refuse_room(self, model: Model, wish: _Wish, plan: Plan, now: float) -> None:
-        """All who wait for the model are told why it is not loaded."""
-        del self._wishes[model.key]
-        failure = failures.describe(self._refusal(model, plan, now))
-        waiters, model.waiters = model.waiters, []
-        for client, ask in waiters:
-            if wish.alone:  # what its load failed for says more
-                self._deny(client, ask.ticket, model, now)
-            else:
-                self._tell(client, control.Denied(ticket=ask.ticket, failure=failure))
-        model.second_try, model.at_least = False, NOTHING
-        self._forget_if_idle(model)
+
+def _is_due(at: float | None, now: float) -> bool:
+    return at is not None and at <= now

@@ -1,7 +1,7 @@
-"""Which model is saved for the load cache, and when: one at a time, where there is room for it.
+"""Saves for the load cache: which model is saved next, and when there is memory for it.
 
-Pure.  A saver is the first to make way: a load that needs its room has it ended, and its model is saved
-later.  The process is :mod:`onnx_dl.supervisor.processes.saver_process`'s.
+One saver runs at a time.  It is the first to make way: a load that needs its memory has it ended, and its
+model is saved later.  The process is :mod:`onnx_dl.supervisor.processes.saver_process`'s.
 """
 
 from __future__ import annotations
@@ -11,101 +11,103 @@ from typing import Final
 
 from onnx_dl.core.environment import NOTHING as NO_VARIABLES
 from onnx_dl.core.environment import Environment
-from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
+from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
 
 BASE: Final = 96 << 20
 """Bytes of a saver without a model, and for a run."""
 GROWTH: Final = 2.2
 """Memory of a saver, in sizes of its model."""
 _MOST: Final = 64
-"""Models that wait to be saved; the next load of one that finds no place asks again."""
+"""Models that wait to be saved.  A model that finds no place asks again after its next load."""
 _TRIES: Final = 3
 _MORE: Final = 2
-"""How much more one gets that has taken more than it was thought to need."""
-_MIND_EVERY: Final = 0.1
+"""Factor for the memory of a saver that needed more than it was given."""
+_CHECK_EVERY: Final = 0.1
+"""Seconds between two looks at all workers while a saver runs."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
+class SaveRequest:
     """A model to be saved."""
 
     key: str
     order: str
     blob: str | None
-    need: Bytes
+    need: MemoryAmount
     tries: int = 1
     environment: Environment = NO_VARIABLES
 
 
-def need(nbytes: int) -> Bytes:
-    """What the saver of a model of this size may take."""
-    return Bytes(BASE + int(GROWTH * nbytes))
+def need(nbytes: int) -> MemoryAmount:
+    """Memory that the saver of a model of this size may take."""
+    return MemoryAmount(BASE + int(GROWTH * nbytes))
 
 
-class Saving:
-    """The models that wait to be saved, and the one that is."""
+class CacheSaves:
+    """The models that wait to be saved, and the saver that runs."""
 
     def __init__(self) -> None:
-        self._wishes: dict[str, Wish] = {}
-        self._running: Wish | None = None
+        self._requests: dict[str, SaveRequest] = {}
+        self._running: SaveRequest | None = None
         self._ending = False
         self._closed = False
         self.look_at: float | None = None
-        """When the loop is to look at all workers, so that what they have grown by counts."""
+        """When the loop is to measure all workers, because what they have grown by counts."""
 
     @property
-    def taken(self) -> Bytes:
-        """What of the limits the saver takes."""
+    def taken(self) -> MemoryAmount:
+        """Memory that is reserved for the saver."""
         return NOTHING if self._running is None else self._running.need
 
     @property
-    def leaving(self) -> Bytes:
-        """What of it will soon be back."""
+    def leaving(self) -> MemoryAmount:
+        """The part of it that is being freed."""
         return self.taken if self._ending else NOTHING
 
-    def ask(self, wish: Wish) -> None:
-        """A model is worth saving."""
-        is_saved = self._running is not None and self._running.key == wish.key
-        if not (self._closed or is_saved or wish.key in self._wishes or len(self._wishes) >= _MOST):
-            self._wishes[wish.key] = wish
+    def request(self, request: SaveRequest) -> None:
+        """Adds a model that is worth saving."""
+        is_saved = self._running is not None and self._running.key == request.key
+        is_known = is_saved or request.key in self._requests
+        if not (self._closed or is_known or len(self._requests) >= _MOST):
+            self._requests[request.key] = request
 
-    def stir(self, now: float) -> None:
-        """Somebody has come or gone: there may be room."""
-        if self._wishes and self._running is None:
+    def schedule_look(self, now: float) -> None:
+        """Asks for a look at all workers if a model waits: there may be memory for it now."""
+        if self._requests and self._running is None:
             self.look_at = now
 
-    def start(self, free: Bytes, limit: Bytes, now: float) -> Wish | None:
-        """The model whose saver is to be started, if one is.
+    def start(self, free: MemoryAmount, limit: MemoryAmount, now: float) -> SaveRequest | None:
+        """Returns the model whose saver is to be started now, if any.
 
         Args:
-            free: bytes that nobody takes, by what was measured right now.
-            limit: bytes that there are; what needs more will never be saved.
+            free: memory that is free by a measurement of this moment.
+            limit: memory that there is.  Models that need more are dropped.
         """
-        self._wishes = {key: wish for key, wish in self._wishes.items() if wish.need.fits(limit)}
+        self._requests = {key: each for key, each in self._requests.items() if each.need.fits(limit)}
         found = None
         if self._running is None:
-            found = next((wish for wish in self._wishes.values() if wish.need.fits(free)), None)
+            found = next((each for each in self._requests.values() if each.need.fits(free)), None)
         if found is not None:
-            self._running = self._wishes.pop(found.key)
-        self.look_at = None if self._running is None else now + _MIND_EVERY
+            self._running = self._requests.pop(found.key)
+        self.look_at = None if self._running is None else now + _CHECK_EVERY
         return found
 
     def end(self) -> bool:
-        """The saver is to make way; whether there is one that does not know."""
+        """Ends the saver, because its memory is needed.  False if none runs that was not ended already."""
         if self._running is None or self._ending:
             return False
         self._ending = True
         return True
 
     def ended(self, *, short: bool) -> None:
-        """The saver is gone, and all that it took; ``short``: it would have taken more than it may."""
-        wish, was_ended = self._running, self._ending
+        """The saver is reaped.  ``short``: it needed more memory than it was given."""
+        request, was_ended = self._running, self._ending
         self._running, self._ending, self.look_at = None, False, None
-        if wish is not None and (was_ended or short) and wish.tries < _TRIES:
-            more = Bytes(wish.need.ram * _MORE) if short else wish.need
-            self.ask(dataclasses.replace(wish, need=more, tries=wish.tries + 1))
+        if request is not None and (was_ended or short) and request.tries < _TRIES:
+            more = MemoryAmount(request.need.ram * _MORE) if short else request.need
+            self.request(dataclasses.replace(request, need=more, tries=request.tries + 1))
 
     def close(self) -> None:
-        """Nothing is saved any more."""
-        self._wishes.clear()
+        """Drops all requests and accepts no more."""
+        self._requests.clear()
         self._closed = True

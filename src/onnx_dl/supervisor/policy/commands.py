@@ -1,4 +1,4 @@
-"""What the scheduler decides, as data: each command is carried out by :mod:`onnx_dl.supervisor.loop`."""
+"""Decisions of the scheduler as data.  The supervisor's loop carries them out."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.protocol.codec import Message
-from onnx_dl.supervisor.policy.cache_saves import Wish
-from onnx_dl.supervisor.policy.requirements import Need
+from onnx_dl.supervisor.policy.cache_saves import SaveRequest
+from onnx_dl.supervisor.policy.requirements import Requirement
 
 
 class StartWorker(NamedTuple):
-    """Start a process that will load ``spec``; ``standing``: of the thread that asked for it."""
+    """Start a process that loads ``spec``; ``standing``: of the thread that asked for it."""
 
     worker_id: int
     spec: ModelSpec
     standing: Standing | None = None
 
 
-class TellWorker(NamedTuple):
+class SendToWorker(NamedTuple):
     """Send a message to a worker."""
 
     worker_id: int
     message: Message
 
 
-class TellClient(NamedTuple):
+class SendToClient(NamedTuple):
     """Send a message to a client."""
 
     client: bytes
@@ -35,7 +35,7 @@ class TellClient(NamedTuple):
 
 
 class KillWorker(NamedTuple):
-    """SIGKILL, now."""
+    """Send SIGKILL to a worker, now."""
 
     worker_id: int
 
@@ -47,28 +47,36 @@ class Emit(NamedTuple):
 
 
 class ForgetPeak(NamedTuple):
-    """The most memory that a worker had is what it has now."""
+    """Reset the peak of a worker's memory to what it has now."""
 
     worker_id: int
 
 
 class Remember(NamedTuple):
-    """Keep for the next host what a model needs."""
+    """Store what a model requires for the next host."""
 
     key: str
-    need: Need
+    requirement: Requirement
 
 
 class StartSaver(NamedTuple):
     """Start the process that saves a model for the load cache."""
 
-    wish: Wish
+    request: SaveRequest
 
 
 class EndSaver(NamedTuple):
-    """SIGKILL to that process, now."""
+    """Send SIGKILL to that process, now."""
 
 
 Command = (
-    StartWorker | TellWorker | TellClient | KillWorker | Emit | ForgetPeak | Remember | StartSaver | EndSaver
+    StartWorker
+    | SendToWorker
+    | SendToClient
+    | KillWorker
+    | Emit
+    | ForgetPeak
+    | Remember
+    | StartSaver
+    | EndSaver
 )

@@ -1,7 +1,4 @@
-"""When a shared host ends that nobody uses: pure, told what is so and when.
-
-Covers hosts that applications share; a private one ends with its application.
-"""
+"""Decides when a shared host ends that nobody uses.  A private host ends with its application."""
 
 from __future__ import annotations
 
@@ -10,23 +7,23 @@ from collections.abc import Callable
 from typing import Final
 
 LOOK_EVERY: Final = 5.0
-"""Seconds after which a host without clients looks again whether it has a follower."""
+"""Seconds after which a host without clients looks again for a host that replaces it."""
 
 
-class Solitude:
-    """How long a host stays without clients.
+class IdleExit:
+    """Time at which a shared host ends.
 
-    Until it has been without clients and without models of its own for as long as it lingers; one that is
-    kept in the foreground stays for ever.  Where another host follows it, it ends at once, whatever it has:
-    the models that it holds are wanted in the other one.
+    It ends when it had neither clients nor models of its own for as long as it lingers.  A managed host, in
+    the foreground, stays for ever.  If another host replaces it, it ends at once, whatever it holds: its
+    models are wanted in the other host.
     """
 
-    def __init__(self, linger: float, expected_until: float, *, kept: bool) -> None:
-        """``expected_until``: when the first client, who may have started it, has come or will not come."""
+    def __init__(self, linger: float, expected_until: float, *, managed: bool) -> None:
+        """``expected_until``: until when the first client, which may have started the host, may come."""
         self.follower: str | None = None
-        """Why it is not needed any more; None: it is, as far as was looked."""
+        """Why the host is not needed any more; None: it is needed, as far as is known."""
         self._linger = linger
-        self._kept = kept
+        self._managed = managed
         self._expected_until = expected_until
         self._until: float | None = expected_until
         self._look_at = -math.inf
@@ -34,11 +31,12 @@ class Solitude:
     def ends_at(
         self, now: float, *, clients: bool, models: bool, look: Callable[[], str | None]
     ) -> float | None:
-        """When it is to end if nothing changes; None: not for this.
+        """When the host is to end if nothing changes; None: it stays.
 
         Args:
+            clients: it has clients.
             models: it holds models itself.
-            look: finds why it is not needed any more, if so.
+            look: returns why it is not needed any more, or None.
         """
         if clients:
             self.on_client()
@@ -48,7 +46,7 @@ class Solitude:
             self.follower = look()
         if self.follower is not None and now >= self._expected_until:
             return now
-        if self._kept or models:
+        if self._managed or models:
             self._until = None
         elif self._until is None:
             self._until = now + self._linger
@@ -56,10 +54,10 @@ class Solitude:
 
     @property
     def look_at(self) -> float | None:
-        """When :meth:`ends_at` is to be asked again; None: when clients come or go."""
+        """When to call :meth:`ends_at` again; None: when clients come or go."""
         return None if math.isinf(self._look_at) else self._look_at
 
     def on_client(self) -> None:
-        """One has come.  To be told also of one that is gone again before :meth:`ends_at` is asked."""
+        """A client has come, even if it is gone again before :meth:`ends_at` is called."""
         self.follower = self._until = None
         self._expected_until = self._look_at = -math.inf

@@ -1,8 +1,7 @@
-"""What memory each worker holds.
+"""Memory that each worker holds.
 
 Bytes are booked when a worker is measured and given back in one place, when it is reaped; those on a GPU when
-the driver has them back.  Pure: who measures (:mod:`onnx_dl.supervisor.measure.memory_probe`) and who decides
-(:mod:`onnx_dl.supervisor.policy.scheduler`) is not known here.
+the driver has taken them back.
 """
 
 from __future__ import annotations
@@ -10,18 +9,18 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes, present
+from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount, present
 
-_AFTERGLOW: Final = 2.0
-"""Seconds within which a driver has taken back the GPU memory of a process that ended: mostly 0.5 to 1.5."""
+_LINGERING: Final = 2.0
+"""Seconds within which a driver takes back the GPU memory of a process that ended: mostly 0.5 to 1.5."""
 
 
-class _Ghost(NamedTuple):
-    """A worker that is reaped and whose GPU memory may not be back."""
+class _HeldGpu(NamedTuple):
+    """GPU memory of a reaped worker, which may not be back yet."""
 
     pid: int | None
-    """None: the driver does not show it."""
-    gpu: int
+    """None: the driver does not show the process."""
+    nbytes: int
     until: float
 
 
@@ -30,62 +29,52 @@ class Ledger:
 
     def __init__(self) -> None:
         self._booked: dict[int, Usage] = {}
-        self._reserved: dict[int, Bytes] = {}
-        self._ghosts: dict[int, _Ghost] = {}
+        self._reserved: dict[int, MemoryAmount] = {}
+        self._held_gpu: dict[int, _HeldGpu] = {}
 
-    def reserve(self, worker_id: int, held: Bytes) -> None:
-        """What the worker will need for its load, or in a run; it counts until more is measured."""
+    def reserve(self, worker_id: int, held: MemoryAmount) -> None:
+        """Sets what the worker will need for its load or in a run.  It counts until more is measured."""
         self._reserved[worker_id] = held
 
-    def counted(self, worker_id: int) -> Bytes:
-        """What of the limits the worker takes."""
-        return present(self.of(worker_id)).most(self._reserved.get(worker_id, NOTHING))
+    def counted(self, worker_id: int) -> MemoryAmount:
+        """Memory of the worker that counts towards the limits."""
+        return present(self.of(worker_id)).maximum(self._reserved.get(worker_id, NOTHING))
 
     def book(self, worker_id: int, usage: Usage) -> None:
-        """What the worker holds now, instead of what was booked before."""
+        """Replaces what is booked for the worker."""
         self._booked[worker_id] = usage
 
     def of(self, worker_id: int) -> Usage:
-        """What is booked for the worker; nothing if it was never measured."""
+        """Usage booked for the worker; zeros if it was never measured."""
         return self._booked.get(worker_id, Usage())
 
     def give_back(self, worker_id: int) -> Usage:
-        """The worker is reaped: its bytes are the system's again.  Returns what they were."""
+        """Removes a reaped worker.  Returns what was booked for it."""
         self._reserved.pop(worker_id, None)
         return self._booked.pop(worker_id, Usage())
 
     # --- GPU memory, which outlives its process -----------------------------------------------------------
 
-    def haunt(self, worker_id: int, pid: int | None, now: float) -> None:
-        """The worker was reaped at ``now``; what is booked for it on a GPU counts a little longer."""
+    def hold_gpu(self, worker_id: int, pid: int | None, now: float) -> None:
+        """Keeps counting the GPU memory of a worker that was reaped at ``now`` for a while."""
         usage = self.of(worker_id)
         if usage.gpu:
             shown = None if usage.gpu_estimated else pid
-            self._ghosts[worker_id] = _Ghost(shown, usage.gpu, now + _AFTERGLOW)
+            self._held_gpu[worker_id] = _HeldGpu(shown, usage.gpu, now + _LINGERING)
 
-    def lay(self, worker_id: int) -> None:
-        """The driver shows the worker no more."""
-        self._ghosts.pop(worker_id, None)
+    def release_gpu(self, worker_id: int) -> None:
+        """Stops counting: the driver no longer shows the worker."""
+        self._held_gpu.pop(worker_id, None)
 
-    def ghosts(self, now: float) -> dict[int, int]:
-        """Process ids of those that the driver may still show, by worker id."""
+    def lingering_pids(self, now: float) -> dict[int, int]:
+        """Process ids of reaped workers that the driver may still show, by worker id."""
         self._expire(now)
-        return {worker_id: ghost.pid for worker_id, ghost in self._ghosts.items() if ghost.pid is not None}
+        return {worker_id: held.pid for worker_id, held in self._held_gpu.items() if held.pid is not None}
 
-    def afterglow(self, now: float) -> Bytes:
-        """What of the limits those take whose GPU memory may not be back."""
+    def lingering(self, now: float) -> MemoryAmount:
+        """GPU memory of reaped workers that may not be back yet."""
         self._expire(now)
-        return Bytes(gpu=sum(ghost.gpu for ghost in self._ghosts.values()))
+        return MemoryAmount(gpu=sum(held.nbytes for held in self._held_gpu.values()))
 
     def _expire(self, now: float) -> None:
-        self._ghosts = {worker_id: ghost for worker_id, ghost in self._ghosts.items() if ghost.until > now}
-
-    def total(self) -> Usage:
-        """The sum over all workers that are not reaped; ``gpu`` is None if no worker has a figure."""
-        booked = list(self._booked.values())
-        gpus = [usage.gpu for usage in booked if usage.gpu is not None]
-        return Usage(
-            rss=sum(usage.rss for usage in booked),
-            private=sum(usage.private for usage in booked),
-            gpu=sum(gpus) if gpus else None,
-        )
+        self._held_gpu = {worker_id: held for worker_id, held in self._held_gpu.items() if held.until > now}

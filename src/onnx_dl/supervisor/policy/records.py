@@ -1,121 +1,125 @@
-"""What the scheduler knows of each model and each worker.  Records only; the scheduler alone changes them."""
+"""Records of models and their workers.  :class:`~onnx_dl.supervisor.policy.fleet.Fleet` owns them."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Final
+
+import msgspec
 
 from onnx_dl.core.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.core.parsing import KEEP
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelStatus, Usage
+from onnx_dl.core.terms import Terms
 from onnx_dl.core.thread_attributes import Standing
 from onnx_dl.protocol import control
 from onnx_dl.protocol.failures import Failure
-from onnx_dl.supervisor.policy.eviction import Plan
-from onnx_dl.supervisor.policy.ledger import Ledger
-from onnx_dl.supervisor.policy.requirements import NOTHING, Bytes
+from onnx_dl.supervisor.policy import requirements
+from onnx_dl.supervisor.policy.commands import KillWorker
+from onnx_dl.supervisor.policy.eviction import LoadPlan
+from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
 from onnx_dl.transport.gauges import Reading
 
+LeaseId = tuple[bytes, int]
+"""Client and number of its proxy."""
 HOST: Final = b"host"
-"""Who holds a model that stays on behalf of nobody; no client has a name of four bytes."""
+"""Stands for the host itself where a client is named.  No client has a name of four bytes."""
+HOST_LEASE: Final[LeaseId] = (HOST, 0)
+"""The lease by which the host itself holds a model."""
 
-_NOTHING: Final = Reading()
-
-
-class Terms(NamedTuple):
-    """On which the host itself holds a model."""
-
-    ttl: float
-    pin: bool
-    priority: int
+_NO_READING: Final = Reading()
 
 
 @dataclasses.dataclass
-class Worker:
+class WorkerRecord:
     """One spawn.  Times are monotonic seconds."""
 
     id: int
     started: float
     pid: int | None = None
     listens: bool = False
-    """It has said that it has started."""
+    """WorkerStarted has arrived."""
     ready: control.WorkerReady | None = None
     ready_at: float | None = None
-    told_ttl: float = KEEP
+    sent_ttl: float = KEEP
+    """The TTL that the worker was sent last."""
     failure: Failure | None = None
-    """Why it failed, where it could say so itself or was ended for it."""
+    """Why it failed: as it said itself, or why it was ended."""
     drained: bool = False
-    """It finished all calls that it began, and began no other."""
+    """All calls that it began are finished, and it begins no other."""
     kill_at: float | None = None
     check_at: float | None = None
-    """While it drains: when to look at whether it does anything."""
+    """While draining: when to check whether a call runs."""
     idle_since: float | None = None
-    """While it drains: since when it was seen to do nothing."""
+    """While draining: since when no call was seen."""
     killed: bool = False
-    """The supervisor ended it; another death is a crash, whatever it was about to do."""
+    """The supervisor killed it.  Otherwise its death is a crash."""
     reason: str = "crash"
-    peak: Bytes = NOTHING
-    """The most that it was measured to take since its mark was set back."""
+    peak: MemoryAmount = NOTHING
+    """The most measured since its peak was last reset."""
     marked_at: float = 0.0
+    """When its peak was last reset."""
     marked_runs: int = 0
-    """The runs that it had made when that was."""
+    """Number of its runs at that time."""
     outdated: bool = False
-    """A proxy found that a file has changed since it was read, and that was told."""
+    """A file has changed since it was read, and that was announced."""
     exceeded: int = 0
-    """Bytes that it had when it ended itself because it may not have so many."""
-    plan: Plan = dataclasses.field(default_factory=Plan)
-    """The terms of its load."""
+    """Bytes held when it ended itself for exceeding ``max_memory_hard``."""
+    plan: LoadPlan = dataclasses.field(default_factory=LoadPlan)
     weigh_at: float | None = None
-    """When to look at what its load takes; None: there is no limit, or it has loaded."""
+    """When to measure its load; None: there is no limit, or the load is over."""
     outgrew: bool = False
     """Its load was ended because it took more memory than there was."""
     unsaved: bool = False
-    """It was to load from the load cache, where its model is no more."""
+    """It was to load from the load cache, which no longer has its model."""
 
     @property
     def is_ending(self) -> bool:
-        """Whether it was told to leave or ended: its memory may be gone before it is reaped, so what is
-        measured from then on does not count."""
+        """Whether it was told to leave or was killed.  Its memory may be gone before it is reaped, so later
+        measurements do not count."""
         return self.killed or self.drained or self.failure is not None
+
+    def kill(self) -> KillWorker:
+        """Notes that the supervisor ends it, and returns the command."""
+        self.killed = True
+        return KillWorker(self.id)
 
 
 @dataclasses.dataclass
-class Model:
-    """One model and its present worker, if any."""
+class ModelRecord:
+    """One model, or one group, and its present worker, if any."""
 
     key: str
     spec: ModelSpec
     state: ModelState = ModelState.UNLOADED
-    worker: Worker | None = None
-    leases: dict[tuple[bytes, int], float] = dataclasses.field(default_factory=dict)
-    """The TTL of each proxy that has used the present worker, by client and proxy."""
-    pins: set[tuple[bytes, int]] = dataclasses.field(default_factory=set)
-    """The proxies among those that want the model to stay."""
-    priorities: dict[tuple[bytes, int], int] = dataclasses.field(default_factory=dict)
+    worker: WorkerRecord | None = None
+    leases: dict[LeaseId, Terms] = dataclasses.field(default_factory=dict)
+    """Terms of each proxy that was granted the present worker."""
     waiters: list[tuple[bytes, control.Acquire]] = dataclasses.field(default_factory=list)
     unloaders: list[tuple[bytes, int]] = dataclasses.field(default_factory=list)
+    """Client and ticket of each Unload that waits for the worker's end."""
     failures: int = 0
     """In a row."""
     retry_at: float = 0.0
     last_failure: Failure | None = None
     loads: int = 0
-    wished_at: float = 0.0
-    """Since when somebody has waited for the load that is wished for or under way."""
-    at_least: Bytes = NOTHING
-    """What a load needs that has failed for lack of memory; nothing if it has not."""
+    wanted_at: float = 0.0
+    """When the load that is pending or under way was first asked for."""
+    at_least: MemoryAmount = NOTHING
+    """Least memory for the next load, after one that ran out of memory."""
     second_try: bool = False
-    """Such a load is made once more."""
+    """Such a load is being repeated."""
     standing: Standing | None = None
-    """Of the thread that asked last; its next worker has it."""
+    """Of the thread that asked last.  The next worker gets it."""
     named: dict[bytes, dict[str, ModelSpec]] = dataclasses.field(default_factory=dict)
-    """Of a group: by client, and the host, the models that it had in it when it last asked, by key."""
+    """For a group: its models by key, as each client, or the host, last named them."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
 
     def step(self, event: LifecycleEvent, now: float) -> None:
-        """Goes where the table says.
+        """Moves to the next state by the table of states.
 
         Raises:
             InvalidTransition: the table has no such cell.
@@ -124,79 +128,113 @@ class Model:
         self.state = transition(before, event, self.history)
         self.history.append(f"{now:.3f} {event} {before}->{self.state}")
 
+    @property
     def ttl(self) -> float:
-        """The longest of the TTLs of those who hold or wait for the model; KEEP is longer than any."""
-        ttls = [*self.leases.values(), *(ask.ttl for _, ask in self.waiters)]
-        return KEEP if KEEP in ttls else max(ttls, default=KEEP)
+        """The longest TTL of all leases and waiters."""
+        return _longest(
+            [terms.ttl for terms in (*self.leases.values(), *(terms_of(a) for _, a in self.waiters))]
+        )
 
+    @property
     def priority(self) -> int:
-        """The highest of those who hold the model."""
-        return max(self.priorities.values(), default=0)
+        """The highest priority of all leases."""
+        return max((terms.priority for terms in self.leases.values()), default=0)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a lease forbids eviction."""
+        return any(terms.pin for terms in self.leases.values())
+
+    def take_waiters(
+        self, which: Callable[[bytes, control.Acquire], bool] = lambda client, ask: True
+    ) -> list[tuple[bytes, control.Acquire]]:
+        """Removes and returns the waiters for which ``which`` is true."""
+        taken = [waiter for waiter in self.waiters if which(*waiter)]
+        self.waiters = [waiter for waiter in self.waiters if waiter not in taken]
+        return taken
+
+    def with_retry(self, failure: Failure, now: float) -> Failure:
+        """The failure together with the seconds until the model may be loaded again."""
+        details = failure.details | {"retry_after": max(0.0, self.retry_at - now)}
+        return msgspec.structs.replace(failure, details=details)
+
+    def forget_client(self, client: bytes) -> bool:
+        """Removes all that the client has here.  True if it held or waited for the model."""
+        held = [lease for lease in self.leases if lease[0] == client]
+        for lease in held:
+            del self.leases[lease]
+        self.unloaders = [unloader for unloader in self.unloaders if unloader[0] != client]
+        self.named.pop(client, None)
+        return bool(self.take_waiters(lambda who, _: who == client) or held)
 
     def join(self, client: bytes, ask: control.Acquire, others: Iterable[ModelSpec] = ()) -> None:
-        """The model asked for, those that the client has beside it, and others that are the host's belong to
-        this group from now on.  The next worker has the standing of who asked last."""
+        """Notes what a client asks for: the model, the client's other models of the group, and ``others``,
+        which the host's file names."""
         self.standing = ask.standing
         if ask.spec.group is None:
             return
-        hosts = self.named.setdefault(HOST, {})
-        hosts.update({spec.key: spec for spec in others})
+        of_host = self.named.setdefault(HOST, {})
+        of_host.update({spec.key: spec for spec in others})
         if ask.for_host:
-            hosts[ask.spec.key] = ask.spec
+            of_host[ask.spec.key] = ask.spec
         if client != HOST:
             self.named[client] = {spec.key: spec for spec in (ask.spec, *ask.companions)}
 
-    def follow(self, lost: Container[str], others: Iterable[ModelSpec]) -> None:
-        """The host's file has changed: of this group, the host has none of the models any more that it lost,
-        and, of ``others`` that the file names, those that are in the group already."""
-        hosts = self.named.get(HOST, {})
+    def follow_file(self, lost: Container[str], others: Iterable[ModelSpec]) -> None:
+        """Updates the host's models of the group after its file changed: without the ``lost`` ones, with
+        those of ``others`` that are in the group already."""
+        of_host = self.named.get(HOST, {})
         found = {spec.key: spec for spec in others if spec.key in self.members}
-        hosts = {key: spec for key, spec in hosts.items() if key not in lost} | found
-        if hosts or HOST in self.named:
-            self.named[HOST] = hosts
+        of_host = {key: spec for key, spec in of_host.items() if key not in lost} | found
+        if of_host or HOST in self.named:
+            self.named[HOST] = of_host
 
     @property
     def members(self) -> dict[str, ModelSpec]:
-        """Of a group: the models that somebody has in it or waits for, by key."""
+        """For a group: by key, the models that somebody named or waits for."""
         waiting = {ask.spec.key: ask.spec for _, ask in self.waiters if ask.spec.group is not None}
         return {key: spec for models in (*self.named.values(), waiting) for key, spec in models.items()}
 
     @property
     def parts(self) -> list[str]:
-        """The keys of the models that it is made of."""
+        """Keys of the members of a group, or the model's own key."""
         return list(self.members) or [self.key]
 
-    def own_terms(self, terms: Mapping[str, Terms]) -> Terms | None:
-        """On which the host holds it, because it has terms for some of its models; None: it does not."""
+    def host_terms(self, terms: Mapping[str, Terms]) -> Terms | None:
+        """Terms of the host for all its members together; None: the host has none for any of them."""
         own = [terms[key] for key in self.parts if key in terms]
         if not own:
             return None
-        longest = KEEP if any(each.ttl == KEEP for each in own) else max(each.ttl for each in own)
-        return Terms(longest, any(each.pin for each in own), max(each.priority for each in own))
+        return Terms(
+            ttl=_longest([each.ttl for each in own]),
+            pin=any(each.pin for each in own),
+            priority=max(each.priority for each in own),
+        )
 
     def serves(self, ask: control.Acquire) -> bool:
-        """Whether the present or last worker was started with this model among others, or for it alone."""
+        """Whether the present or last worker was started with the model that is asked for."""
         return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
 
-    def grant(self, lease: tuple[bytes, int], ttl: float, pin: bool, priority: int) -> None:
-        """A proxy holds the model on these terms."""
-        self.leases[lease] = ttl
-        self.priorities[lease] = priority
-        if pin:
-            self.pins.add(lease)
-        else:
-            self.pins.discard(lease)
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model's files, as far as a waiter told it."""
+        return max((ask.file_bytes for _, ask in self.waiters), default=0)
 
-    def let_go(self, lease: tuple[bytes, int]) -> bool:
-        """A proxy holds the model no more; whether it did."""
-        self.pins.discard(lease)
-        self.priorities.pop(lease, None)
-        return self.leases.pop(lease, None) is not None
+    @property
+    def next_requirement_key(self) -> str:
+        """Key under which the memory figures of the next worker are stored."""
+        return requirements.requirement_key(self.key, self.members)
 
-    def status(self, ledger: Ledger, now: float, readings: Mapping[int, Reading]) -> ModelStatus:
-        """One line of a snapshot."""
+    @property
+    def requirement_key(self) -> str:
+        """Key under which the present worker's memory figures are stored.  A group may have new members since
+        it was loaded."""
+        return requirements.requirement_key(self.key, (member.key for member in self.spec.members))
+
+    def status(self, usage: Usage, now: float, readings: Mapping[int, Reading]) -> ModelStatus:
+        """One line of a snapshot.  ``usage``: of the worker; ``readings``: pages of gauges by worker id."""
         worker = self.worker
-        reading = readings.get(worker.id, _NOTHING) if worker else _NOTHING
+        reading = readings.get(worker.id, _NO_READING) if worker else _NO_READING
         failed = worker.ready.description.failed if worker and worker.ready else {}
         used = reading.last_used > 0 and not reading.busy
         return ModelStatus(
@@ -206,16 +244,26 @@ class Model:
             worker_id=worker.id if worker else None,
             pid=worker.pid if worker else None,
             leases=len(self.leases),
-            ttl=worker.told_ttl if worker else None,
-            usage=ledger.of(worker.id) if worker else Usage(),
+            ttl=worker.sent_ttl if worker else None,
+            usage=usage,
             loads=self.loads,
             failures=self.failures,
             retry_after=max(0.0, self.retry_at - now),
-            pinned=bool(self.pins),
-            priority=self.priority(),
+            pinned=self.is_pinned,
+            priority=self.priority,
             busy=reading.busy,
             idle=max(0.0, now - reading.last_used) if used else None,
             runs=reading.runs,
             p50=reading.quantile(0.5),
             members={member.key: member.name for member in self.spec.members if member.key not in failed},
         )
+
+
+def terms_of(ask: control.Acquire) -> Terms:
+    """The terms on which a proxy asks for its model."""
+    return Terms(ttl=ask.ttl, pin=ask.pin, priority=ask.priority)
+
+
+def _longest(ttls: list[float]) -> float:
+    """The longest TTL.  KEEP is longer than any; so is no TTL at all."""
+    return KEEP if KEEP in ttls else max(ttls, default=KEEP)

@@ -1,7 +1,7 @@
-"""What a model needs: what was measured, and what that says of its next load.
+"""Memory that models require: what was measured, and what that means for the next load.
 
-Pure.  Figures are kept by :mod:`onnx_dl.supervisor.measure.requirement_store`; who compares them with a limit is
-:mod:`onnx_dl.supervisor.policy.eviction`.
+:mod:`onnx_dl.supervisor.measure.requirement_store` keeps the figures on disk, :mod:`onnx_dl.supervisor.policy.eviction` compares them with
+the limits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from onnx_dl.core.spec import ModelSpec, model_key
 from onnx_dl.core.status import Usage
 
 UNLIMITED: Final = 1 << 62
-"""Bytes of which nobody has more."""
-_NEWS: Final = 0.05
-"""The share by which a figure has to change to be worth writing down."""
+"""Bytes: more than any machine has."""
+_CHANGE: Final = 0.05
+"""Share by which a figure has to change to be stored again."""
 _STALE: Final = 86_400.0
-"""Seconds after which figures are written down again, so that those of models in use are not the oldest."""
+"""Seconds after which figures are stored again, so that those of models in use are not the oldest."""
 _REMEMBERED: Final = 4096
 _Count = Annotated[int, Meta(ge=0, le=1 << 50)]
 """Bytes, as they may stand in a file."""
@@ -36,180 +36,185 @@ _ON_GPUS: Final = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
-    """Of the two kinds of memory that have limits."""
+class MemoryAmount:
+    """Bytes of the two kinds of memory that have limits."""
 
     ram: _Count = 0
     gpu: _Count = 0
 
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.ram + other.ram, self.gpu + other.gpu)
+    def __add__(self, other: MemoryAmount) -> MemoryAmount:
+        return MemoryAmount(self.ram + other.ram, self.gpu + other.gpu)
 
-    def __sub__(self, other: Bytes) -> Bytes:
-        return Bytes(self.ram - other.ram, self.gpu - other.gpu)
+    def __sub__(self, other: MemoryAmount) -> MemoryAmount:
+        return MemoryAmount(self.ram - other.ram, self.gpu - other.gpu)
 
-    def most(self, other: Bytes) -> Bytes:
+    def maximum(self, other: MemoryAmount) -> MemoryAmount:
         """The larger of each kind."""
-        return Bytes(max(self.ram, other.ram), max(self.gpu, other.gpu))
+        return MemoryAmount(max(self.ram, other.ram), max(self.gpu, other.gpu))
 
-    def least(self, other: Bytes) -> Bytes:
+    def minimum(self, other: MemoryAmount) -> MemoryAmount:
         """The smaller of each kind."""
-        return Bytes(min(self.ram, other.ram), min(self.gpu, other.gpu))
+        return MemoryAmount(min(self.ram, other.ram), min(self.gpu, other.gpu))
 
-    def fits(self, limit: Bytes) -> bool:
+    def fits(self, limit: MemoryAmount) -> bool:
         return self.ram <= limit.ram and self.gpu <= limit.gpu
 
-    def is_near(self, other: Bytes) -> bool:
+    def is_near(self, other: MemoryAmount) -> bool:
         return _near(self.ram, other.ram) and _near(self.gpu, other.gpu)
 
-    def fading(self, last: Bytes) -> Bytes:
-        """What counts after ``last`` was measured: more does at once, less by half of the way."""
-        return Bytes(_fading(self.ram, last.ram), _fading(self.gpu, last.gpu))
+    def decayed(self, last: MemoryAmount) -> MemoryAmount:
+        """The figure after ``last`` was measured: it rises at once, and falls by half of the difference."""
+        return MemoryAmount(_decayed(self.ram, last.ram), _decayed(self.gpu, last.gpu))
 
 
-NOTHING: Final = Bytes()
+NOTHING: Final = MemoryAmount()
 
 
-def present(usage: Usage) -> Bytes:
-    """What a worker takes now."""
-    return Bytes(usage.pss, usage.gpu or 0)
+def present(usage: Usage) -> MemoryAmount:
+    """Memory that a worker takes now."""
+    return MemoryAmount(usage.pss, usage.gpu or 0)
 
 
-def highest(usage: Usage) -> Bytes:
-    """The most that a worker took since its mark was set back."""
-    return Bytes(max(usage.peak, usage.pss), usage.gpu or 0)
+def highest(usage: Usage) -> MemoryAmount:
+    """The most that a worker took since its peak was reset."""
+    return MemoryAmount(max(usage.peak, usage.pss), usage.gpu or 0)
 
 
 class Peak(msgspec.Struct, frozen=True, array_like=True):
-    """The most memory that a model took while it loaded in one of the two ways; 0: it never did."""
+    """Peak memory of a model's loads of one kind; 0: there was none."""
 
     nbytes: _Count = 0
     ended: bool = False
-    """The load was ended when it had so much: it needs more than that."""
+    """The load was ended at this size, so it needs more."""
 
     @property
     def is_measured(self) -> bool:
         return self.nbytes > 0 and not self.ended
 
     def after(self, nbytes: int) -> Peak:
-        """Such a load has taken so much; what is near to what was measured is that."""
+        """The peak after one more load.  Small differences do not change it."""
         if self.is_measured and _near(self.nbytes, nbytes):
             return self
-        return Peak(_fading(0 if self.ended else self.nbytes, nbytes))
+        return Peak(_decayed(0 if self.ended else self.nbytes, nbytes))
 
     def is_near(self, other: Peak) -> bool:
         return self.ended == other.ended and _near(self.nbytes, other.nbytes)
 
 
-class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What one model was measured to take.  What was never measured is 0."""
+class Requirement(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured memory of one model.  A figure that was never measured is 0."""
 
     load: Peak = Peak()
     """Of plain loads."""
     mapped: Peak = Peak()
     """Of loads from the load cache."""
-    steady: Bytes = NOTHING
-    """What it takes when it is ready."""
-    peak: Bytes = NOTHING
-    """The most that it took in runs."""
+    steady: MemoryAmount = NOTHING
+    """When it is ready, before its first run."""
+    peak: MemoryAmount = NOTHING
+    """The most in runs."""
     entry: Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")] = ""
-    """Under which key the load cache has it, if it has; empty: it never does."""
+    """Key of the model in the load cache; empty: it is never saved."""
     at: Annotated[float, Meta(ge=0, le=1e11)] = 0.0
-    """Unix time of the last word."""
+    """Unix time at which this was stored."""
 
     @property
     def is_loaded(self) -> bool:
         """Whether a load was ever measured to its end."""
         return self.steady != NOTHING
 
-    def could_be(self, most: Bytes) -> bool:
-        """Whether it was measured where there are so many bytes; it may come from another machine, or be
+    def could_be(self, machine: MemoryAmount) -> bool:
+        """Whether a machine with so much memory can have measured this.  If not, it is another machine's, or
         damaged."""
-        loads = Bytes(max(self.load.nbytes, self.mapped.nbytes))
-        return loads.most(self.steady).most(self.peak).fits(most)
+        loads = MemoryAmount(max(self.load.nbytes, self.mapped.nbytes))
+        return loads.maximum(self.steady).maximum(self.peak).fits(machine)
 
-    def in_use(self, limit: Bytes) -> Bytes:
-        """What counts while it is ready, even if it takes less at the moment."""
-        return self.peak.least(limit)
+    def in_use(self, limit: MemoryAmount) -> MemoryAmount:
+        """Memory that counts while it is ready, even if it takes less at the moment."""
+        return self.peak.minimum(limit)
 
-    def is_news(self, told: Need | None) -> bool:
-        """Whether it differs from what was told by so much that it is worth telling."""
-        if told is None or self.at - told.at > _STALE:
+    def differs(self, stored: Requirement | None) -> bool:
+        """Whether it differs enough from what is stored, or that is old enough, to be stored again."""
+        if stored is None or self.at - stored.at > _STALE:
             return True
-        near = self.steady.is_near(told.steady) and self.peak.is_near(told.peak)
-        alike = self.load.is_near(told.load) and self.mapped.is_near(told.mapped)
-        return not (near and alike and self.entry == told.entry)
+        near = self.steady.is_near(stored.steady) and self.peak.is_near(stored.peak)
+        near = near and self.load.is_near(stored.load) and self.mapped.is_near(stored.mapped)
+        return not (near and self.entry == stored.entry)
 
 
-def loaded(known: Need | None, usage: Usage, entry: str = "", *, mapped: bool = False) -> Need:
-    """After a load; ``usage`` was measured before the first run.  ``mapped``: it came from the load cache,
-    which has it, or would have it, under the key ``entry``."""
-    known = known or Need()
+def loaded(known: Requirement | None, usage: Usage, entry: str = "", *, mapped: bool = False) -> Requirement:
+    """The requirement after a load.
+
+    Args:
+        usage: measured before the first run.
+        entry: key of the model in the load cache.
+        mapped: it was loaded from there.
+    """
+    known = known or Requirement()
     steady, most = present(usage), highest(usage).ram
-    return Need(
+    return Requirement(
         load=known.load if mapped else known.load.after(most),
         mapped=known.mapped.after(most) if mapped else known.mapped,
-        steady=known.steady.fading(steady),
-        peak=known.peak.most(steady),
+        steady=known.steady.decayed(steady),
+        peak=known.peak.maximum(steady),
         entry=entry,
     )
 
 
-def outgrown(known: Need | None, nbytes: int, *, mapped: bool = False) -> Need:
-    """After a load was ended that had so many bytes."""
-    known, peak = known or Need(), Peak(nbytes, ended=True)
-    return (
-        msgspec.structs.replace(known, mapped=peak) if mapped else msgspec.structs.replace(known, load=peak)
-    )
+def outgrown(known: Requirement | None, nbytes: int, *, mapped: bool = False) -> Requirement:
+    """The requirement after a load that was ended at this size."""
+    known, peak = known or Requirement(), Peak(nbytes, ended=True)
+    if mapped:
+        return msgspec.structs.replace(known, mapped=peak)
+    return msgspec.structs.replace(known, load=peak)
 
 
-def risen(known: Need, usage: Usage) -> Need:
-    """After a worker was measured that is in use."""
-    return msgspec.structs.replace(known, peak=known.peak.most(highest(usage)))
+def grown(known: Requirement, usage: Usage) -> Requirement:
+    """The requirement after a worker in use was measured."""
+    return msgspec.structs.replace(known, peak=known.peak.maximum(highest(usage)))
 
 
-def faded(known: Need, peak: Bytes) -> Need:
-    """After some time with runs in which this was the most."""
-    return msgspec.structs.replace(known, peak=known.peak.fading(peak).most(known.steady))
+def decayed(known: Requirement, peak: MemoryAmount) -> Requirement:
+    """The requirement after a period of runs with this peak."""
+    return msgspec.structs.replace(known, peak=known.peak.decayed(peak).maximum(known.steady))
 
 
-class Known(Protocol):
-    """What was measured in earlier hosts."""
+class RequirementSource(Protocol):
+    """Requirements that earlier hosts measured."""
 
-    def get(self, key: str, /) -> Need | None: ...
+    def get(self, key: str, /) -> Requirement | None: ...
 
 
-class Experience:
-    """The needs of models by key: what this host measured, else what earlier ones did."""
+class RequirementHistory:
+    """Requirements by key, as this host measured them, or else as earlier hosts did."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: RequirementSource) -> None:
         self._known = known
-        self._needs: dict[str, Need] = {}
-        self._told: dict[str, Need] = {}
+        self._measured: dict[str, Requirement] = {}
+        self._stored: dict[str, Requirement] = {}
 
-    def of(self, key: str) -> Need | None:
-        """None: it was never measured."""
-        return self._needs.get(key) or self._known.get(key)
+    def of(self, key: str) -> Requirement | None:
+        """None: the model was never measured."""
+        return self._measured.get(key) or self._known.get(key)
 
-    def note(self, key: str, need: Need) -> None:
-        """What is known from now on."""
-        self._needs.pop(key, None)
-        self._needs[key] = need
-        while len(self._needs) > _REMEMBERED:
-            oldest = next(iter(self._needs))
-            del self._needs[oldest]
-            self._told.pop(oldest, None)
+    def note(self, key: str, requirement: Requirement) -> None:
+        """Replaces what is known."""
+        self._measured.pop(key, None)
+        self._measured[key] = requirement
+        while len(self._measured) > _REMEMBERED:
+            oldest = next(iter(self._measured))
+            del self._measured[oldest]
+            self._stored.pop(oldest, None)
 
-    def news(self, key: str, at: float) -> Need | None:
-        """What is worth telling the next host at this Unix time; None: it knows."""
-        need = self._needs.get(key)
-        if need is None:
+    def to_store(self, key: str, at: float) -> Requirement | None:
+        """What is to be stored for the next host at this Unix time; None: it is stored already."""
+        requirement = self._measured.get(key)
+        if requirement is None:
             return None
-        need = msgspec.structs.replace(need, at=at)
-        if not need.is_news(self._told.get(key) or self._known.get(key)):
+        requirement = msgspec.structs.replace(requirement, at=at)
+        if not requirement.differs(self._stored.get(key) or self._known.get(key)):
             return None
-        self._told[key] = need
-        return need
+        self._stored[key] = requirement
+        return requirement
 
 
 def uses_gpu(spec: ModelSpec) -> bool:
@@ -218,15 +223,15 @@ def uses_gpu(spec: ModelSpec) -> bool:
     return any(name in _ON_GPUS for name in names) or any(map(uses_gpu, spec.members))
 
 
-def identity(key: str, members: Iterable[str]) -> str:
-    """By what a need is known: a group is what its members are, whatever it is called."""
+def requirement_key(key: str, members: Iterable[str]) -> str:
+    """Key of a requirement.  That of a group depends on its members, not on its name."""
     keys = sorted(members)
     return model_key(key, *keys) if keys else key
 
 
-def _fading(known: int, last: int) -> int:
+def _decayed(known: int, last: int) -> int:
     return max(last, (known + last) // 2)
 
 
 def _near(one: int, other: int) -> bool:
-    return abs(one - other) <= _NEWS * max(one, other)
+    return abs(one - other) <= _CHANGE * max(one, other)

@@ -1,6 +1,6 @@
-"""Whether a host mostly loads again what it has just evicted.
+"""Warning of models that evict each other: the host mostly reloads what it has just evicted.
 
-Pure.  Only models that had to make way count, so that a TTL that is short on purpose warns nobody.
+Only evicted models count, so a TTL that is short on purpose causes no warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 _WINDOW: Final = 30.0
 _SHARE: Final = 0.1
-"""Of the time; what callers wait for loads is not worth a warning below it."""
+"""Share of the time.  Callers who wait less than this for reloads are not worth a warning."""
 _REMEMBERED: Final = 4096
 
 
@@ -20,8 +20,8 @@ class _Reload(NamedTuple):
     model: str
 
 
-class Thrash:
-    """What was evicted, and what was loaded again within the last 30 seconds."""
+class ReloadWatch:
+    """Models that were evicted, and the reloads of the last 30 seconds."""
 
     def __init__(self) -> None:
         self._evicted: dict[str, None] = {}
@@ -29,16 +29,16 @@ class Thrash:
         self._quiet_until = 0.0
 
     def evicted(self, key: str) -> None:
-        """The model made way for another."""
+        """Notes that the model was evicted."""
         self._evicted[key] = None
         if len(self._evicted) > _REMEMBERED:
             del self._evicted[next(iter(self._evicted))]
 
     def loaded(self, key: str, model: str, since: float, now: float) -> str | None:
-        """The model is ready, for which callers waited ``since`` then.
+        """Notes that the model is ready, for which callers have waited since ``since``.
 
         Returns:
-            A warning, at most one within 30 seconds; None: all is well.
+            A warning, at most one within 30 seconds, or None.
         """
         if key not in self._evicted:
             return None
