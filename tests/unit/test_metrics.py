@@ -20,9 +20,9 @@ from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.errors import ConfigError, SupervisorStartError
-from onnx_dl.supervisor.metrics.connections import Scrapers
-from onnx_dl.supervisor.metrics.counters import Facts, Metrics
-from onnx_dl.supervisor.metrics.endpoint import Scrape
+from onnx_dl.supervisor.metrics.connections import ScrapeConnections
+from onnx_dl.supervisor.metrics.counters import Figures, Metrics
+from onnx_dl.supervisor.metrics.endpoint import MetricsEndpoint
 from onnx_dl.supervisor.metrics.families import CALLS, FAMILIES, LOADS, render
 from onnx_dl.transport.gauges import Gauges, Reading, bound
 from tests.waiting import DEADLINE, eventually
@@ -79,12 +79,12 @@ class Rig:
         self.metrics.on_gone(worker_id, self.live.pop(worker_id))
         self.event(EventType.UNLOADED, worker_id, model, reason=reason, freed=freed)
 
-    def facts(self, *models: ModelStatus, limit: int | None = 1000) -> Facts:
-        return self.metrics.facts(models, self.live, limit, 400)
+    def figures(self, *models: ModelStatus, limit: int | None = 1000) -> Figures:
+        return self.metrics.figures(models, self.live, limit, 400)
 
     def samples(self, *models: ModelStatus) -> dict[tuple[str, ...], float]:
         """The text, parsed: name and label values, by the labels' names, to value."""
-        text, _ = render(self.facts(*models))
+        text, _ = render(self.figures(*models))
         return {
             (s.name, *(value for _, value in sorted(s.labels.items()))): s.value
             for family in parse(text.decode())
@@ -131,7 +131,7 @@ def test_calls_of_all_generations_add_up() -> None:
     """A count never goes down, whatever becomes of workers."""
     rig = Rig()
     before: dict[tuple[str, ...], float] = {}
-    kinds = {family.name: family.type for family in parse(render(rig.facts())[0].decode())}
+    kinds = {family.name: family.type for family in parse(render(rig.figures())[0].decode())}
     for worker_id in range(1, 5):
         rig.load(worker_id)
         for calls in (1, 5):
@@ -182,7 +182,9 @@ def test_one_file_loaded_in_two_ways_is_one_model() -> None:
     for worker_id in (1, 2):
         rig.load(worker_id)
         rig.live[worker_id] = reading(0.001, busy=1)
-    text = render(rig.facts(status(1, busy=1), status(2, key="other", busy=2), status(None, key="third")))[0]
+    text = render(rig.figures(status(1, busy=1), status(2, key="other", busy=2), status(None, key="third")))[
+        0
+    ]
     assert len(text.splitlines()) == len(set(text.splitlines()))
     samples = rig.samples(status(1, busy=1), status(2, key="other", busy=2), status(None, key="third"))
     assert samples["onnx_dl_call_seconds_count", A] == 2
@@ -198,7 +200,7 @@ def test_gpu_where_it_is_known() -> None:
 
 
 def test_no_limit() -> None:
-    text = render(Rig().facts(limit=None))[0].decode()
+    text = render(Rig().figures(limit=None))[0].decode()
     assert "\nonnx_dl_memory_limit_bytes " not in text
 
 
@@ -220,38 +222,38 @@ def test_more_live_workers_than_are_remembered() -> None:
     rig = Rig(remembered=2)
     for worker_id, model in enumerate("abcd", 1):
         rig.load(worker_id, model)
-    assert len(rig.facts().totals) == 4
+    assert len(rig.figures().totals) == 4
     for worker_id, model in enumerate("abcd", 1):
         rig.gone(worker_id, model=model)
     rig.load(5, "e")
-    assert set(rig.facts().totals) == {"d", "e"}
+    assert set(rig.figures().totals) == {"d", "e"}
 
 
 def test_facts_do_not_change_any_more() -> None:
     rig = Rig()
     rig.load(1)
-    facts = rig.facts()
-    before = render(facts)
+    figures = rig.figures()
+    before = render(figures)
     rig.live[1] = reading(0.001)
     rig.gone(1, "evicted")
-    assert render(facts) == before
+    assert render(figures) == before
 
 
 def test_openmetrics() -> None:
     rig = Rig()
     rig.load(1, B)
-    text, content_type = render(rig.facts(status(1, B)), "application/openmetrics-text; version=1.0.0")
+    text, content_type = render(rig.figures(status(1, B)), "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     families = {family.name: family for family in parse_open(text.decode())}
     assert families["onnx_dl_loads"].samples[0].labels == {"model": B}
 
 
 def test_the_page_tells_every_family() -> None:
-    kinds = {family.name: family.type for family in parse(render(Rig().facts())[0].decode())}
+    kinds = {family.name: family.type for family in parse(render(Rig().figures())[0].decode())}
     told = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*) \|", PAGE, flags=re.MULTILINE)
     real = []
     for family in FAMILIES:
-        kind = family.metric(Rig().facts()).type
+        kind = family.metric(Rig().figures()).type
         name = family.name + ("_info" if kind == "info" else "")
         labels = ("version",) if kind == "info" else family.labels
         real.append((name, kind, ", ".join(f"`{label}`" for label in labels)))
@@ -266,23 +268,23 @@ def test_the_sample_on_the_page_is_what_is_written() -> None:
     rig.load(1)
     rig.gone(1)
     rig.load(2)
-    real = {s.name for family in parse(render(rig.facts(status(2)))[0].decode()) for s in family.samples}
+    real = {s.name for family in parse(render(rig.figures(status(2)))[0].decode()) for s in family.samples}
     assert names and names <= real
 
 
 # --- over HTTP ---------------------------------------------------------------------------------------------
 
 
-def measured() -> Facts:
+def measured() -> Figures:
     rig = Rig()
     rig.load(1)
-    return rig.facts(status(1))
+    return rig.figures(status(1))
 
 
 @contextlib.contextmanager
-def listening(patience: float, address: str = "127.0.0.1:0") -> Iterator[Scrape]:
+def listening(patience: float, address: str = "127.0.0.1:0") -> Iterator[MetricsEndpoint]:
     """Closed at the end, when the threads of its connections have ended, too: they hold on to it."""
-    scrape = Scrape(address, patience)
+    scrape = MetricsEndpoint(address, patience)
     try:
         yield scrape
     finally:
@@ -291,12 +293,12 @@ def listening(patience: float, address: str = "127.0.0.1:0") -> Iterator[Scrape]
 
 
 @pytest.fixture
-def scrape() -> Iterator[Scrape]:
+def scrape() -> Iterator[MetricsEndpoint]:
     with listening(patience=0.3) as scrape:
         yield scrape
 
 
-def get(scrape: Scrape, path: str = "/metrics", method: str = "GET") -> tuple[int, str]:
+def get(scrape: MetricsEndpoint, path: str = "/metrics", method: str = "GET") -> tuple[int, str]:
     connection = http.client.HTTPConnection(scrape.address, timeout=DEADLINE)
     try:
         connection.request(method, path)
@@ -306,7 +308,9 @@ def get(scrape: Scrape, path: str = "/metrics", method: str = "GET") -> tuple[in
         connection.close()
 
 
-def ask(scrape: Scrape, count: int, path: str = "/metrics") -> tuple[list[threading.Thread], list[Any]]:
+def ask(
+    scrape: MetricsEndpoint, count: int, path: str = "/metrics"
+) -> tuple[list[threading.Thread], list[Any]]:
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(get(scrape, path))) for _ in range(count)]
     for thread in threads:
@@ -320,7 +324,7 @@ def serving() -> int:
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/metrics?x=y"])
-def test_the_loop_answers(scrape: Scrape, path: str) -> None:
+def test_the_loop_answers(scrape: MetricsEndpoint, path: str) -> None:
     threads, answers = ask(scrape, 1, path)
 
     def answered() -> bool:
@@ -337,17 +341,17 @@ def test_the_loop_answers(scrape: Scrape, path: str) -> None:
     ("path", "method", "status"),
     [("/healthz", "GET", 200), ("/metric", "GET", 404), ("/metrics", "POST", 501)],
 )
-def test_what_the_loop_is_not_asked_for(scrape: Scrape, path: str, method: str, status: int) -> None:
+def test_what_the_loop_is_not_asked_for(scrape: MetricsEndpoint, path: str, method: str, status: int) -> None:
     assert get(scrape, path, method)[0] == status
 
 
-def test_a_loop_that_does_not_answer(scrape: Scrape) -> None:
+def test_a_loop_that_does_not_answer(scrape: MetricsEndpoint) -> None:
     assert get(scrape)[0] == 503
     scrape.answer(lambda: pytest.fail("who gave up is not measured for"))
 
 
 def test_who_waits_together_is_measured_for_once() -> None:
-    measurements: list[Facts] = []
+    measurements: list[Figures] = []
     with listening(DEADLINE) as scrape:
         threads, answers = ask(scrape, 4)
         eventually(lambda: scrape._waiting.qsize() == 4, "four questions")
@@ -394,7 +398,7 @@ def test_one_that_asks_byte_by_byte_is_cut_off() -> None:
         eventually(is_cut, "the end of its time")
 
 
-def connected(scrape: Scrape) -> http.client.HTTPConnection:
+def connected(scrape: MetricsEndpoint) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection(scrape.address, timeout=DEADLINE)
     connection.connect()
     return connection
@@ -415,7 +419,7 @@ def connected(scrape: Scrape) -> http.client.HTTPConnection:
         ("", 421),
     ],
 )
-def test_whom_the_page_is_for(scrape: Scrape, name: str, status: int) -> None:
+def test_whom_the_page_is_for(scrape: MetricsEndpoint, name: str, status: int) -> None:
     with contextlib.closing(connected(scrape)) as connection:
         connection.putrequest("GET", "/healthz", skip_host=True)
         connection.putheader("Host", name)
@@ -425,28 +429,28 @@ def test_whom_the_page_is_for(scrape: Scrape, name: str, status: int) -> None:
         assert (b"localhost" in answer.read()) == (status == 421)
 
 
-def test_programs_that_name_no_host_are_served(scrape: Scrape) -> None:
+def test_programs_that_name_no_host_are_served(scrape: MetricsEndpoint) -> None:
     with contextlib.closing(connected(scrape)) as connection:
         connection.sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert b"200 OK" in connection.sock.recv(4096)
 
 
 def test_how_long_each_may_take() -> None:
-    scrapers = Scrapers(patience=5.0, most=3)
+    scrapers = ScrapeConnections(timeout=5.0, most=3)
     for at, who in enumerate("abc"):
-        assert scrapers.came(who, at) == (True, None)
-    scrapers.has_asked("a", 3.0)
-    assert scrapers.came("d", 3.0) == (True, "b")  # the slowest of those who have not asked
-    scrapers.has_asked("b", 3.0)  # it was cut off meanwhile
+        assert scrapers.accept(who, at) == (True, None)
+    scrapers.on_request("a", 3.0)
+    assert scrapers.accept("d", 3.0) == (True, "b")  # the slowest of those who have not asked
+    scrapers.on_request("b", 3.0)  # it was cut off meanwhile
     assert scrapers.next_deadline() == 7.0
     assert scrapers.overdue(8.0) == ["c", "d"]
     assert scrapers.overdue(8.0) == []
     for who in "ef":
-        scrapers.came(who, 8.0)
-        scrapers.has_asked(who, 8.0)
-    assert scrapers.came("g", 8.0) == (False, None)  # all are about to be answered
-    scrapers.left("a")
-    assert scrapers.came("g", 8.0) == (True, None)
+        scrapers.accept(who, 8.0)
+        scrapers.on_request(who, 8.0)
+    assert scrapers.accept("g", 8.0) == (False, None)  # all are about to be answered
+    scrapers.on_closed("a")
+    assert scrapers.accept("g", 8.0) == (True, None)
 
 
 def closed(connections: list[http.client.HTTPConnection]) -> list[Any]:
@@ -454,29 +458,29 @@ def closed(connections: list[http.client.HTTPConnection]) -> list[Any]:
     return select.select([connection.sock for connection in connections], [], [], 0)[0]
 
 
-def test_who_says_nothing_is_cut_off(scrape: Scrape) -> None:
+def test_who_says_nothing_is_cut_off(scrape: MetricsEndpoint) -> None:
     silent = http.client.HTTPConnection(scrape.address, timeout=DEADLINE)
     silent.connect()
     assert silent.sock.recv(1) == b""
     silent.close()
 
 
-def test_a_port_that_is_taken(scrape: Scrape) -> None:
+def test_a_port_that_is_taken(scrape: MetricsEndpoint) -> None:
     with pytest.raises(
         SupervisorStartError, match=rf"{scrape.address} \(Address already in use\)\. Give another"
     ):
-        Scrape(scrape.address)
+        MetricsEndpoint(scrape.address)
 
 
 @pytest.mark.parametrize("address", ["nonsense.invalid:0", "192.0.2.1:0"])
 def test_where_nobody_can_listen(address: str) -> None:
     with pytest.raises(SupervisorStartError, match=f"cannot be served at {address}"):
-        Scrape(address)
+        MetricsEndpoint(address)
 
 
 def test_no_address() -> None:
     with pytest.raises(ConfigError, match="write host:port"):
-        Scrape("9464")
+        MetricsEndpoint("9464")
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")

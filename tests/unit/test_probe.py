@@ -10,7 +10,7 @@ import types
 import pytest
 
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.measure.memory_probe import Gpu, Probe, gpus
+from onnx_dl.supervisor.measure.memory_probe import Gpu, MemoryProbe, gpus
 from onnx_dl.tensors import segment
 
 
@@ -30,39 +30,39 @@ def fake_nvml(used: dict[int, int | None]) -> types.ModuleType:
 
 
 def test_this_process() -> None:
-    usage = Probe().measure(os.getpid())
+    usage = MemoryProbe().measure(os.getpid())
     assert usage.rss > usage.private > 1e6
 
 
 def test_shared_memory_for_tensors_is_counted() -> None:
-    before = Probe().measure(os.getpid()).shared
+    before = MemoryProbe().measure(os.getpid()).shared
     fd = segment.create(1 << 20)
     mapping = segment.Mapping(fd, 1 << 20)
     assert mapping.address
-    assert Probe().measure(os.getpid()).shared - before == 1 << 20
+    assert MemoryProbe().measure(os.getpid()).shared - before == 1 << 20
     del mapping
-    assert Probe().measure(os.getpid()).shared == before
+    assert MemoryProbe().measure(os.getpid()).shared == before
 
 
 def test_a_process_that_is_gone_holds_nothing() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert Probe().measure(child.pid) == Usage()
+    assert MemoryProbe().measure(child.pid) == Usage()
 
 
 def test_a_zombie_holds_nothing_and_weighs_nothing() -> None:
     """Between its end and its funeral a process has no memory, and what is read of it is no figure."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert Probe().measure(child.pid) == Usage()
-    assert Probe().weigh(child.pid, 0) == 0
+    assert MemoryProbe().measure(child.pid) == Usage()
+    assert MemoryProbe().weigh(child.pid, 0) == 0
     child.wait()
-    assert Probe().weigh(child.pid, 0) == 0
+    assert MemoryProbe().weigh(child.pid, 0) == 0
 
 
 def test_weighing_is_exact_only_where_it_matters() -> None:
     """Resident bytes count what processes share in full, so they are never less."""
-    rough, exact = Probe().weigh(os.getpid(), 1 << 50), Probe().weigh(os.getpid(), 0)
+    rough, exact = MemoryProbe().weigh(os.getpid(), 1 << 50), MemoryProbe().weigh(os.getpid(), 0)
     assert 1e6 < exact <= rough * 1.01
 
 
@@ -74,20 +74,20 @@ def test_no_driver_means_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module.nvmlInit = no_driver
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert Probe().measure(os.getpid()).gpu is None
+    assert MemoryProbe().measure(os.getpid()).gpu is None
 
 
 @pytest.mark.parametrize(("told", "expected"), [(7_000_000, 7_000_000), (None, None)])
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch, told: int | None, expected: int | None) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml({os.getpid(): told, 1: 99}))
-    assert Probe().measure(os.getpid()).gpu == expected
+    assert MemoryProbe().measure(os.getpid()).gpu == expected
 
 
 def test_a_gpu_that_does_not_tell_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What became less during the load is taken for it, and said to be an estimate."""
     module = fake_nvml({})
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    probe, me = Probe(), os.getpid()
+    probe, me = MemoryProbe(), os.getpid()
     assert probe.gpu_total() == 10_000
     probe.begin(me)
     assert probe.measure(me).gpu is None
@@ -103,7 +103,7 @@ def test_a_gpu_that_does_not_tell_of_processes(monkeypatch: pytest.MonkeyPatch) 
 def test_a_figure_of_the_driver_is_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     module = fake_nvml({os.getpid(): 7})
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    probe = Probe()
+    probe = MemoryProbe()
     probe.begin(os.getpid())
     module.used = 4_000
     probe.loaded(os.getpid())
@@ -116,7 +116,7 @@ def test_without_a_gpu_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch
     module = fake_nvml({})
     module.nvmlDeviceGetCount = lambda: 0
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert Probe().gpu_total() is None
+    assert MemoryProbe().gpu_total() is None
 
 
 PEAKS = """
@@ -135,7 +135,7 @@ def test_the_peak_since_the_mark_was_set_back() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", PEAKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    probe = Probe()
+    probe = MemoryProbe()
 
     def excess() -> float:
         """MB by which the peak exceeds what there is, after the next block."""
@@ -163,7 +163,7 @@ def test_a_forked_child_does_not_inherit_the_peak() -> None:
     )
     with parent:
         assert parent.stdout is not None
-        usage = Probe().measure(int(parent.stdout.readline()))
+        usage = MemoryProbe().measure(int(parent.stdout.readline()))
     assert usage.pss > 0 and usage.peak - usage.pss < 5 << 20
 
 

@@ -29,7 +29,7 @@ def test_a_worker_that_no_template_was_there_for_leaves_no_descriptor() -> None:
     before = descriptors()
     blob = os.memfd_create("blob")
     for number in range(3):
-        assert WorkerProcess(number, b"name", {"blob": blob}).buried() == ("", b"")
+        assert WorkerProcess(number, b"name", {"blob": blob}).release() == ("", b"")
     os.close(blob)
     assert descriptors() == before
 
@@ -44,7 +44,7 @@ def test_a_worker_that_there_are_no_descriptors_for_leaves_none() -> None:
         for more in range(12):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit_that_leaves(more), limits[1]))
             try:
-                WorkerProcess(1, b"name", {"blob": blob}).buried()
+                WorkerProcess(1, b"name", {"blob": blob}).release()
             except OSError:
                 refused += 1
             finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import zmq
@@ -40,14 +40,6 @@ from tests.unit.builders import acquire, ready
 from tests.waiting import DEADLINE, eventually
 
 
-class Writer(NamedTuple):
-    """A worker that has written something."""
-
-    worker_id: int
-    model: str = "m.onnx"
-    pid: int = 77
-
-
 class Made:
     """Processes that are made up.  ``refuses``: what starting a worker raises."""
 
@@ -56,8 +48,8 @@ class Made:
         self.killed: list[int] = []
         self.refuses: Exception | None = None
 
-    def attach(self, control: str, witness: Any) -> None:
-        self.witness = witness
+    def attach(self, control: str, witness: Any, wrote: Any) -> None:
+        self.witness, self.wrote = witness, wrote
 
     def spawn(self, worker_id: int, identity: bytes, blobs: Any, birth: Any) -> None:
         if self.refuses is not None:
@@ -80,7 +72,7 @@ class Made:
     def handle(self, ready: Any) -> None: ...
     def greeted(self, worker_id: int) -> None: ...
     def drain(self, worker_id: int) -> None:
-        self.witness.wrote(Writer(worker_id), b"what it said\n")
+        self.wrote(Wrote(worker_id=worker_id, model="m.onnx", pid=77, text=b"what it said\n"))
 
     def end_saver(self) -> None: ...
     def close(self) -> None: ...
@@ -141,9 +133,9 @@ class Rig:
 
     def turn(self) -> None:
         supervisor = self.supervisor
-        supervisor._take_in(sockets.readable(supervisor._sources(), 0.001))
+        supervisor._handle(sockets.readable(supervisor._sources(), 0.001))
         self.made.reap()
-        supervisor._pass_time(time.monotonic())
+        supervisor._on_tick(time.monotonic())
 
     def until(self, happened: Any) -> None:
         def turned() -> bool:
@@ -173,9 +165,9 @@ class Rig:
             application.close()
         for worker in self.workers.values():
             worker.close(0)
-        self.supervisor._control.close(0)
+        self.supervisor._control.router.close(0)
         self.supervisor._clients.close()
-        self.supervisor._stderr.end()
+        self.supervisor._control.stderr.end()
         self.context.term()
 
 
@@ -187,7 +179,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
             return never
 
     never = os.eventfd(0)
-    monkeypatch.setattr(loops, "Wakeups", NoSignals)
+    monkeypatch.setattr(loops, "SignalPipe", NoSignals)
     rig = Rig()
     yield rig
     rig.close()
@@ -261,10 +253,12 @@ def test_nonsense_from_a_worker(rig: Rig) -> None:
 def test_a_worker_that_cannot_be_told_anything(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     one = rig.application(b"one")
     first = loaded(rig, one, "a", 1)
-    send = rig.supervisor._control.send
+    send = rig.supervisor._control.router.send
     identity = rig.made.identities[first]
     monkeypatch.setattr(
-        rig.supervisor._control, "send", lambda name, data: fails() if name == identity else send(name, data)
+        rig.supervisor._control.router,
+        "send",
+        lambda name, data: fails() if name == identity else send(name, data),
     )
     one.say(Unload(ticket=2, key="a", force=False))  # of which the worker cannot be told
     assert one.answer(2).was_loaded
@@ -336,9 +330,11 @@ def test_a_client_that_does_not_read(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     for application in (one, other):
         application.say(AskStatus(ticket=1, measure=False))
         application.answer(1)
-    send = rig.supervisor._control.send
+    send = rig.supervisor._control.router.send
     monkeypatch.setattr(
-        rig.supervisor._control, "send", lambda name, data: fails() if name == b"one" else send(name, data)
+        rig.supervisor._control.router,
+        "send",
+        lambda name, data: fails() if name == b"one" else send(name, data),
     )
     loaded(rig, other, "b", 2)
     assert [each.event.type for each in other.heard if isinstance(each, Published)] == ["loading", "ready"]
@@ -379,10 +375,10 @@ def test_a_name_that_is_taken(rig: Rig) -> None:
 
 def test_an_application_that_is_gone_before_it_connected(rig: Rig) -> None:
     read_end, write_end = os.pipe()
-    rig.supervisor._application = read_end
+    rig.supervisor._lifetime.application = read_end
     os.write(write_end, b"gone")
     rig.until(lambda: rig.scheduler.finished)
-    assert rig.supervisor._application is None
+    assert rig.supervisor._lifetime.application is None
     os.close(write_end)
 
 
@@ -404,10 +400,10 @@ def test_an_application_that_does_not_read_is_sent_no_more(
     """It goes to our own stderr then, and is never what the application is dropped for."""
     one = rig.application(b"one")
     loaded(rig, one, "a", 1)
-    monkeypatch.setattr(rig.supervisor._control, "unread", lambda name: MOST_UNREAD + 1)
+    monkeypatch.setattr(rig.supervisor._control.router, "unread", lambda name: MOST_UNREAD + 1)
     rig.made.drain(1)
-    rig.supervisor._pass_on()
-    rig.supervisor._stderr.finish(DEADLINE)
+    rig.supervisor._control.pass_on_stderr()
+    rig.supervisor._control.stderr.finish(DEADLINE)
     assert capfd.readouterr().err == "what it said\n"
     one.say(AskStatus(ticket=5, measure=False))
     one.answer(5)

@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from onnx_dl.supervisor.main import _PR_SET_CHILD_SUBREAPER, _take_in_orphans
-from onnx_dl.supervisor.processes.worker_process import WorkerProcess
-from onnx_dl.supervisor.processes.worker_processes import Processes
+from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.system import boot
 from onnx_dl.transport.gauges import Reading
 from tests.waiting import DEADLINE, eventually
@@ -41,8 +40,8 @@ class Rig:
         self.now = 0.0
         self.told: list[tuple[str, int, object]] = []
         monkeypatch.setattr(boot, "_BOOT", HEAD + program)
-        self.processes = Processes("fork", 30.0, lambda: self.now)
-        self.processes.attach("nowhere", self)
+        self.processes = WorkerProcesses("fork", 30.0, lambda: self.now)
+        self.processes.attach("nowhere", self, lambda wrote: None)
         monkeypatch.undo()
 
     # --- the witness ---
@@ -55,8 +54,6 @@ class Rig:
 
     def exited(self, worker_id: int, status: int, stderr: str, reading: Reading) -> None:
         self.told.append(("exited", worker_id, status))
-
-    def wrote(self, process: WorkerProcess, text: bytes, *, last: bool = False) -> None: ...
 
     def saver_ended(self, status: int) -> None: ...
 
@@ -73,11 +70,12 @@ class Rig:
         eventually(turn, what, 3 * DEADLINE)
 
     def template(self) -> psutil.Process:
-        assert self.processes._template is not None
-        return psutil.Process(self.processes._template.pid)
+        assert self.processes._spawn_queue._template is not None
+        return psutil.Process(self.processes._spawn_queue._template.pid)
 
     def ready(self) -> None:
-        self.until(lambda: self.processes._template and self.processes._template.was_ready, "it is ready")
+        queue = self.processes._spawn_queue
+        self.until(lambda: queue._template and queue._template.was_ready, "it is ready")
 
     def of(self, worker_id: int) -> list[tuple[str, object]]:
         return [(kind, what) for kind, who, what in self.told if who == worker_id]
@@ -101,10 +99,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Rig]]:
 
     yield one
     for rig in rigs:
-        for worker_id in list(rig.processes._processes):
+        for worker_id in list(rig.processes._workers):
             rig.processes.kill(worker_id)
         rig.now += 100
-        rig.until(lambda rig=rig: not rig.processes._processes, "all are reaped")
+        rig.until(lambda rig=rig: not rig.processes._workers, "all are reaped")
         rig.processes.close()
 
 
@@ -155,7 +153,7 @@ def test_one_that_is_stopped_is_ended(make: Callable[[str], Rig]) -> None:
     assert "did not answer in time" in failure(rig, 1)
     rig.until(lambda: rig.of(2), "the next one is asked for in another template")
     assert rig.of(2)[0][0] == "spawned"
-    for worker_id in list(rig.processes._processes):
+    for worker_id in list(rig.processes._workers):
         rig.processes.kill(worker_id)
 
 
@@ -213,7 +211,7 @@ def test_a_worker_that_is_ended_while_nobody_answers(make: Callable[[str], Rig])
 
 def test_workers_outlive_the_template(make: Callable[[str], Rig]) -> None:
     rig = make(ENDS)
-    rig.until(lambda: rig.processes._template is None, "the bad one is gone")
+    rig.until(lambda: rig.processes._spawn_queue._template is None, "the bad one is gone")
     works(rig, 1)
     ((_, pid),) = rig.of(1)
     template = rig.template()

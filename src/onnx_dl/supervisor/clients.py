@@ -1,12 +1,12 @@
-"""The applications that a supervisor serves: who they are, whether they live, and the memory they hand over.
+"""Clients of a supervisor: application processes, their lifelines, and the memory that they hand over.
 
-Covers their lifelines.  What they ask for on the control socket is :mod:`onnx_dl.supervisor.loop`'s.  Used by
-the supervisor's one thread only.
+Used by the supervisor's one thread only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 from collections.abc import Callable, Container, Iterator
@@ -15,9 +15,12 @@ from typing import Final
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control
 from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.lifetime import Lifetime
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_processes import RESERVE
-from onnx_dl.system import descriptor_limits
+from onnx_dl.system import descriptor_limits, installation
 from onnx_dl.transport import sockets
+from onnx_dl.transport.addresses import same_secret
 from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel
 
@@ -33,13 +36,14 @@ class Client:
     def __init__(self, lifeline: Channel) -> None:
         self.lifeline = lifeline
         self.identity: bytes | None = None
+        """Routing id on the control socket; None until it is accepted."""
         self.blobs: dict[int, tuple[str, int]] = {}
-        """Memory that models are loaded from: name and memfd."""
+        """Memory that models are loaded from: name and memfd, by the client's number for it."""
         self.is_short = False
         """It handed over memory for which there was no descriptor."""
         self.pid = lifeline.peer_pid()
         self.pidfd: int | None = None
-        # A child that the application forked may keep the lifeline open; the pidfd says when itself is gone.
+        # A child that the application forked may keep the lifeline open; the pidfd shows its own end.
         with contextlib.suppress(OSError):
             self.pidfd = os.pidfd_open(self.pid)
 
@@ -47,7 +51,7 @@ class Client:
         return [self.lifeline.fileno(), *([] if self.pidfd is None else [self.pidfd])]
 
     def keep_blob(self, number: int, name: str, fd: int) -> None:
-        """Kept until the client drops it or is gone."""
+        """Keeps a memfd until the client drops it or is gone."""
         self.drop_blob(number)
         if descriptor_limits.free() < RESERVE:
             self.is_short = True
@@ -67,17 +71,42 @@ class Client:
             os.close(self.pidfd)
 
 
+@dataclasses.dataclass
+class Greeter:
+    """Accepts new clients by secret and protocol version."""
+
+    secret: str
+    scheduler: Scheduler
+    lifetime: Lifetime
+    is_shared: bool
+
+    def greet(self, hello: control.ClientHello) -> control.Welcome | control.Refused | None:
+        """The answer to a new client; None: none, because a closing host accepts no new clients.  The client
+        then finds the next host."""
+        if self.scheduler.closing:
+            return None
+        if not same_secret(hello.secret, self.secret):
+            return control.Refused(reason="the secret is wrong")
+        if hello.version != codec.PROTOCOL_VERSION:
+            return control.Refused(
+                reason=f"the supervisor speaks protocol version {codec.PROTOCOL_VERSION}, the client "
+                f"{hello.version}: run the same version of onnx-dl on both sides"
+            )
+        self.lifetime.on_client()
+        return control.Welcome(build=installation.build() if self.is_shared else "")
+
+
 class Clients:
-    """All applications that are connected; those that were let in have an identity."""
+    """All connected applications; those that were accepted have an identity."""
 
     def __init__(
         self,
         address: str,
-        greet: Callable[[control.ClientHello], codec.Message | None],
+        greet: Callable[[control.ClientHello], control.Welcome | control.Refused | None],
         on_gone: Callable[[bytes], None],
     ) -> None:
-        """``greet``: the answer to who says hello: Welcome lets it in; None is no answer at all.
-        ``on_gone``: told of the identity of one that was let in."""
+        """``greet``: see :meth:`Greeter.greet`.  ``on_gone``: called with the identity of an accepted client
+        that has gone."""
         self._door = Handshakes(address, RESERVE // 2, _refuse)
         self._greet = greet
         self._on_gone = on_gone
@@ -92,40 +121,39 @@ class Clients:
         return self._door.next_deadline()
 
     def on_tick(self, now: float) -> None:
-        """Time has passed: those are closed that say nothing."""
+        """Closes new connections that have said nothing for too long."""
         self._door.on_tick(now)
 
     def handle(self, ready: Container[object], now: float) -> None:
-        """Takes in what came on these descriptors."""
+        """Handles what has arrived on these descriptors."""
         for client in list(self._clients):
             if client.pidfd in ready or client.lifeline.fileno() in ready:
-                self._hear(client, gone=client.pidfd in ready)
+                self._receive(client, gone=client.pidfd in ready)
         if self._door.fileno() in ready:
             for channel in self._door.spoken(now):
                 client = Client(channel)
                 self._clients.append(client)
-                self._hear(client, gone=False)
+                self._receive(client, gone=False)
 
     def identities(self) -> Iterator[bytes]:
-        """Of those that were let in."""
+        """Identities of the accepted clients."""
         return (client.identity for client in self._clients if client.identity is not None)
 
     def known(self, identity: bytes) -> Client | None:
-        """The one of this identity, with all that it has said on its lifeline heard; None: it is gone, or
-        never was."""
+        """The client of this identity, after everything on its lifeline was handled; None: there is none."""
         client = self._of(identity)
         if client is not None:
-            self._hear(client, gone=False)
+            self._receive(client, gone=False)
         return client if client in self._clients else None
 
     def blobs(self) -> dict[str, int]:
-        """Descriptors of all memory that they have handed over, by name."""
+        """Descriptors of all memory that clients have handed over, by name."""
         return dict(blob for client in self._clients for blob in client.blobs.values())
 
     def drop(self, identity: bytes) -> None:
-        """Something went wrong with this one: it must go."""
+        """Ends the connection of a client, because of an error."""
         if (client := self._of(identity)) is not None:
-            self._part(client)
+            self._remove(client)
 
     def close(self) -> None:
         self._door.close()
@@ -135,9 +163,9 @@ class Clients:
     def _of(self, identity: bytes) -> Client | None:
         return next((client for client in self._clients if client.identity == identity), None)
 
-    def _hear(self, client: Client, *, gone: bool) -> None:
-        """All that a client has said on its lifeline, and whether it is still there."""
-        with boundary(f"the client of process {client.pid}", lambda error: self._part(client)):
+    def _receive(self, client: Client, *, gone: bool) -> None:
+        """Handles everything on a client's lifeline, and its end."""
+        with boundary(f"the client of process {client.pid}", lambda error: self._remove(client)):
             while client in self._clients:
                 try:
                     received = client.lifeline.receive(0)
@@ -148,21 +176,21 @@ class Clients:
                         raise
                     client.is_short = True
                     continue
-                if received is None or not self._obey(client, *received):
+                if received is None or not self._handle_message(client, *received):
                     gone = True
                     break
             if gone:
-                self._part(client)
+                self._remove(client)
 
-    def _part(self, client: Client) -> None:
+    def _remove(self, client: Client) -> None:
         if client in self._clients:
             self._clients.remove(client)
             client.close()
             if client.identity is not None:
                 self._on_gone(client.identity)
 
-    def _obey(self, client: Client, data: memoryview, fds: list[int]) -> bool:
-        """Follows one message; false if the client must go."""
+    def _handle_message(self, client: Client, data: memoryview, fds: list[int]) -> bool:
+        """Handles one message; false: the connection must end."""
         try:
             message = control.on_lifeline(data)
         except ProtocolError:
@@ -171,11 +199,11 @@ class Clients:
             client.keep_blob(message.number, message.name, fds[0])
             return True
         sockets.close_all(fds)
-        # Once: who says hello again and again, and reads no answer, would have us wait.
+        # Once per client: one that repeats it, and reads no answer, would make the supervisor wait.
         is_hello = isinstance(message, control.ClientHello) and client.identity is None
-        return is_hello and self._welcome(client, message)
+        return is_hello and self._accept(client, message)
 
-    def _welcome(self, client: Client, hello: control.ClientHello) -> bool:
+    def _accept(self, client: Client, hello: control.ClientHello) -> bool:
         answer = self._greet(hello)
         if isinstance(answer, control.Welcome) and (refusal := self._refusal(client, hello)):
             answer = control.Refused(reason=refusal)

@@ -1,8 +1,8 @@
 """Entry point of the supervisor process.
 
-Who starts it writes one JSON object to its stdin (:class:`Orders`) and waits for what it says on a pipe:
-``!``, its sockets are bound; ``-``, another process is the host of this name already; else, why it failed.
-The starter and this process may be of two versions of onnx-dl, if it was upgraded while the starter ran.
+The process that starts it writes one JSON object to its stdin (:class:`Orders`) and waits for its report on a
+pipe: ``!``, its sockets are bound; ``-``, another process is already the host of this name; else, an error.
+The two may run different versions of onnx-dl, if it was upgraded while the starter ran.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.outlet import Outlet
-from onnx_dl.supervisor.processes.worker_processes import Processes
+from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.tensors import segment
@@ -35,70 +35,70 @@ _REPLACED: Final = (
     "what is installed now speaks version {ours}. Restart the application."
 )
 _LAST_WORDS: Final = 0.5
-"""Seconds for what is to be read by people, at the end."""
+"""Seconds to write the rest of stdout and stderr at the end."""
 
 
 class Starter(msgspec.Struct, frozen=True, kw_only=True):
-    """What an application of any version of onnx-dl says of itself in its orders."""
+    """The fields of the orders that every version of onnx-dl sends."""
 
     protocol: int | None = None
-    """The version that it speaks; None: one before 5."""
+    """Protocol version of the starter; None: one before 5."""
     ready_fd: int | None = None
 
 
 class Orders(Starter, frozen=True, kw_only=True):
-    """What the supervisor is told at its start.  ``secret`` is why this does not travel in ``argv``."""
+    """Settings of a supervisor for its start.  They are not in ``argv`` because of ``secret``."""
 
     address: str
     secret: str
     settings: Settings
     host: str | None = None
-    """The name under which other applications find it."""
+    """Name of a shared host; None: a private supervisor."""
     firm: list[str] = []
     """Names of settings that were given as arguments, which the host's file does not change."""
     application: tuple[int, int | None] | None = None
-    """The process that starts it, and when that began: a supervisor of its own ends with it."""
+    """Process id and start time of the application: its private supervisor ends with it."""
     foreground: bool = False
-    """It was started by hand: it stays without clients, and says on stdout what happens."""
+    """It was started by hand: it stays without clients, and prints events on stdout."""
 
 
 def main(at_home: bool = False) -> None:
     """Runs a supervisor until its last client is gone.
 
-    ``at_home``: this is a shared host's process that needs not go into the background any more.
+    ``at_home``: this is a shared host that is in the background already.
     """
     process_setup.make_own()
-    said = sys.stdin.buffer.read()
-    if not said:  # the application ended before it could say what it wants
+    data = sys.stdin.buffer.read()
+    if not data:  # the application ended before it sent its orders
         return
-    starter = msgspec.json.decode(said, type=Starter)
-    if starter.protocol != PROTOCOL_VERSION:  # the rest of its orders may mean anything
-        _tell(
+    starter = msgspec.json.decode(data, type=Starter)
+    if starter.protocol != PROTOCOL_VERSION:  # the other fields may have another meaning
+        _report(
             starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=running_hosts.version(starter.protocol))
         )
         sys.exit(1)
-    orders = msgspec.json.decode(said, type=Orders)
+    orders = msgspec.json.decode(data, type=Orders)
     if orders.host is not None and not at_home:
-        _go_into_background(said)
+        _go_into_background(data)
     _detach()
     try:
         place = None if orders.host is None else Place(orders.host)
         if place is None or place.claim():
             serve(orders, place)
         else:
-            _tell(orders, "-")
+            _report(orders, "-")
     except (OnnxDLError, OSError) as error:
-        _tell(orders, str(error))
+        _report(orders, str(error))
         sys.exit(1)
 
 
 def serve(orders: Orders, place: Place | None) -> None:
-    """Serves until there is nobody left to serve.
+    """Serves until the last client is gone.
 
     ``place``: of a shared host; this process has claimed it.
 
     Raises:
-        OnnxDLError: what the settings ask for cannot be had.
+        OnnxDLError: the settings ask for something that is not available.
     """
     try:
         application = _application(orders)
@@ -106,28 +106,21 @@ def serve(orders: Orders, place: Place | None) -> None:
         return
     _take_in_orphans()
     if place is not None and not orders.foreground:
-        os.ftruncate(2, 0)  # what the last one of this name wrote
+        os.ftruncate(2, 0)  # the log of the last host of this name
     settings = orders.settings
-    processes = Processes(settings.start, settings.start_timeout, time.monotonic)
+    log = place.log if place is not None and not orders.foreground else None
+    processes = WorkerProcesses(settings.start, settings.start_timeout, time.monotonic, log)
     # Imported while the template imports in its own process.
+    from onnx_dl.supervisor.lifetime import HostRole
     from onnx_dl.supervisor.loop import Supervisor
 
     stdout, stderr = Outlet(1), Relay(Outlet(2))
-    supervisor = Supervisor(
-        processes,
-        orders.address,
-        orders.secret,
-        settings,
-        place=place,
-        foreground=orders.foreground,
-        firm=orders.firm,
-        application=application,
-        stderr=stderr,
-    )
+    role = HostRole(place, orders.foreground, orders.firm, application)
+    supervisor = Supervisor(processes, orders.address, orders.secret, settings, role, stderr)
     if place is not None:
         place.publish(orders.address, orders.secret, kept=orders.foreground)
-    _tell(orders, "!")
-    sys.stdout, sys.stderr = stdout, stderr  # a host serves, whatever becomes of its output
+    _report(orders, "!")
+    sys.stdout, sys.stderr = stdout, stderr  # these never block
     try:
         if orders.foreground:
             print(f"host {orders.host!r} runs, pid {os.getpid()}; onnx_dl.connect({orders.host!r}) finds it")
@@ -141,30 +134,31 @@ def serve(orders: Orders, place: Place | None) -> None:
 
 
 def _application(orders: Orders) -> int | None:
-    """A descriptor that is readable when the application is gone that has this supervisor for itself.
+    """A descriptor that is readable when the application of a private supervisor is gone.
 
-    Its lifeline says so, too, but not before it is connected.
+    Its lifeline is EOF then, too, but only after it was connected.
 
     Raises:
-        ProcessLookupError: it is gone already.
+        ProcessLookupError: the application is gone already.
     """
     if orders.host is not None or orders.application is None:
         return None
     return process_setup.watch(*orders.application)
 
 
-def _tell(starter: Starter, text: str) -> None:
+def _report(starter: Starter, text: str) -> None:
     if starter.ready_fd is not None:
-        with contextlib.suppress(BrokenPipeError):  # it has gone; others may come
+        with contextlib.suppress(BrokenPipeError):  # the starter is gone; other clients may come
             os.write(starter.ready_fd, text.encode()[: select.PIPE_BUF])
         os.close(starter.ready_fd)
 
 
 def _go_into_background(orders: bytes) -> None:
-    """Whoever started a shared host need not wait for its end.
+    """Forks a shared host away from its starter, which then need not wait for its end.
 
-    A program in one file is unpacked anew: the folder that this process runs from goes with the application.
-    What unpacks it waits for the end of the host, to remove the folder, so it must be in the background, too.
+    A program in one file is unpacked anew: the folder that this process runs from is removed with the
+    application.  The unpacking process waits for the end of the host, to remove the new folder, so it must be
+    in the background, too.
     """
     if os.fork():
         os._exit(0)
@@ -175,7 +169,7 @@ def _go_into_background(orders: bytes) -> None:
 
 
 def _detach() -> None:
-    """Lets go of the application's stdin and directory."""
+    """Closes the application's stdin and leaves its directory."""
     null = process_setup.nothing()
     os.dup2(null, 0)
     os.close(null)
@@ -183,5 +177,5 @@ def _detach() -> None:
 
 
 def _take_in_orphans() -> None:
-    """If the template dies, its workers become children of this process, so that they are reaped."""
+    """Makes orphaned workers children of this process, so that it reaps them if the template dies."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

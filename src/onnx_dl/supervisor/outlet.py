@@ -1,7 +1,6 @@
-"""Where the supervisor writes what people read, without ever waiting for them.
+"""Writes to stdout and stderr without blocking the supervisor.
 
-A terminal that was stopped (Ctrl-S) and a pipe that nobody empties block who writes to them: here, a thread
-that does nothing else.
+A stopped terminal (Ctrl-S) and a pipe that nobody empties block the writer: here, a thread for nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from onnx_dl.system import backlog
 
 
 class Outlet(io.TextIOBase):
-    """Text and bytes for one descriptor, in the place of ``sys.stdout`` or ``sys.stderr``.  Thread-safe."""
+    """Writes to one descriptor, in place of ``sys.stdout`` or ``sys.stderr``.  Thread-safe."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -32,7 +31,7 @@ class Outlet(io.TextIOBase):
         return len(text)
 
     def pass_on(self, data: bytes) -> None:
-        """Writes it soon; does not wait."""
+        """Queues bytes; drops them if too many wait."""
         with self._changed:
             if self._nbytes + len(data) > backlog.MOST:
                 self._dropped += len(data)
@@ -42,13 +41,13 @@ class Outlet(io.TextIOBase):
             self._begin()
             self._changed.notify_all()
 
-    def finish(self, patience: float) -> None:
-        """Waits until all is written, for so many seconds at most."""
+    def finish(self, timeout: float) -> None:
+        """Waits until everything is written, for so many seconds at most."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._nbytes, patience)
+            self._changed.wait_for(lambda: not self._nbytes, timeout)
 
     def end(self) -> None:
-        """The thread ends when it has written what waits."""
+        """Ends the thread when it has written everything, and waits for that."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -60,7 +59,7 @@ class Outlet(io.TextIOBase):
             thread = threading.Thread(target=self._pour, name="onnx-dl-outlet", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no thread to be had; the next text tries again
+            except RuntimeError:  # the system has no thread; the next text tries again
                 return
             self._thread = thread
 

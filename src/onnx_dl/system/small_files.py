@@ -1,7 +1,6 @@
-"""Reads files that a user, or another program, may have put anything into.
+"""Reads files of users and other programs, whose content may be anything.
 
-The one way in which a long-lived process of ours reads such a file: never more than it says, and never from
-what one would wait for, such as a FIFO or a terminal.  What the content means is the caller's.
+Limits the number of bytes, and never blocks, as reading from a FIFO or a terminal would.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ _T = TypeVar("_T")
 
 
 def opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """A regular file, to be read.
+    """Opens a regular file to read.
 
     Raises:
-        OSError: there is none, it is no regular file, or it cannot be read; ``strerror`` says which.
+        OSError: it does not exist, is not a regular file, or cannot be read; ``strerror`` says which.
     """
     try:
-        # Before it is opened: to open a device may already do something.
+        # Checked before it is opened, because opening a device may have effects.
         _check_regular(os.stat(path))
-        # Something else may have come in its place since; without O_NONBLOCK, to open a FIFO would wait.
+        # It may have been replaced since; without O_NONBLOCK, opening a FIFO would block.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except ValueError as error:  # the path has a NUL
         raise FileNotFoundError(errno.ENOENT, str(error), os.fspath(path)) from None
-    file = open(fd, "rb")  # noqa: SIM115 - is the caller's to close
+    file = open(fd, "rb")  # noqa: SIM115 - the caller closes it
     try:
         _check_regular(os.fstat(fd))
     except OSError:
@@ -39,7 +38,7 @@ def opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def head(path: str | os.PathLike[str], most: int) -> bytes:
-    """The first bytes of a regular file, ``most`` of them at most.
+    """The first ``most`` bytes of a regular file, or fewer.
 
     Raises:
         OSError: as for :func:`opened`.
@@ -61,10 +60,10 @@ def read(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
-    """JSON of this kind; None: it is something else, in whatever way."""
+    """JSON decoded as this type; None: it is not valid."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, ValueError, RecursionError):  # text has errors of its own, a ValueError
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # invalid UTF-8 is a ValueError
         return None
 
 

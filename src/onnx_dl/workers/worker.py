@@ -93,7 +93,9 @@ class Worker:
             ready = time.monotonic()
             self._gate = Gate(load.ttl, ready, self._waker.wake, self._gauges)
             self._set_limits(spec)
-            door = Handshakes(self._address, _RESERVE, lambda channel, why: None)  # a rejected caller sees EOF
+            door = Handshakes(
+                self._address, _RESERVE, lambda channel, why: None
+            )  # a rejected caller sees EOF
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
             unsaved = isinstance(error, NotInCache)

@@ -1,13 +1,9 @@
-"""The file of a host, as far as a supervisor follows it: what is in force, and what a change of it means.
-
-How a file is read and checked is :mod:`onnx_dl.supervisor.hostfile.reader`'s, when it changes
-:mod:`onnx_dl.supervisor.hostfile.file_watch`'s, who loads what the scheduler's.
-"""
+"""Applies the file of a host to its supervisor, at the start and after each change."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Container, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -17,23 +13,31 @@ from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.terms import Terms
 from onnx_dl.errors import ConfigError
 from onnx_dl.protocol import control as m
+from onnx_dl.supervisor.boundary import report
+from onnx_dl.supervisor.command_queue import Run
 from onnx_dl.supervisor.hostfile import reader
 from onnx_dl.supervisor.hostfile.file_watch import FileWatch
 from onnx_dl.supervisor.hostfile.reader import Configured, HostFile
+from onnx_dl.supervisor.policy.records import HOST
+from onnx_dl.supervisor.policy.scheduler import Scheduler
 
 
-class Configuration:
-    """A file that was found good, and stays in force until a later version of it is."""
+class AppliedFile:
+    """The last valid version of a host's file.  It stays in force until the file has a newer valid one."""
 
-    def __init__(self, path: str) -> None:
-        """
+    def __init__(self, settings: Settings, explicit: Iterable[str] = ()) -> None:
+        """``settings``: those that the file changes, and its path.  ``explicit``: names of settings that were
+        given as arguments, and that it does not change.
+
         Raises:
             ConfigError: it cannot be read or used; the message has file, line and reason.
         """
-        self._path = path
-        self._watch = FileWatch(path)  # before it is read: a change in between is one
+        self._path = settings.config
+        self._settings = settings
+        self._explicit = explicit
+        self._watch = FileWatch(self._path)  # before it is read, so that no change is missed in between
         try:
-            self.file: HostFile = reader.read(path)
+            self._file: HostFile = reader.read(self._path)
         except ConfigError:
             self._watch.close()
             raise
@@ -44,69 +48,75 @@ class Configuration:
         return [] if fd is None else [fd]
 
     def refresh(self, *, asked: bool = False) -> bool:
-        """Reads the file again if it changed, or if somebody ``asked`` for it; whether it is in force."""
+        """Reads the file again if it changed or if ``asked``; true: a new version is in force."""
         if not (self._watch.changed(anyway=asked) or asked):
             return False
         try:
-            self.file = reader.read(self._path)
+            self._file = reader.read(self._path)
         except ConfigError as error:
-            print(f"onnx-dl: {error} What was in force before stays.", file=sys.stderr, flush=True)
+            report(f"{error} What was in force before stays.")
             return False
         return True
 
-    def close(self) -> None:
-        self._watch.close()
-
-    # --- what it says -------------------------------------------------------------------------------------
+    def apply(self, scheduler: Scheduler, prepare_load: Callable[[m.Acquire, float], None], run: Run) -> None:
+        """Gives the scheduler the present content, and asks for the models that load with the host."""
+        now = time.monotonic()
+        scheduler.warmups = self._warmups()
+        run(scheduler.on_configured(self.settings, self._terms(), self.grouped(), now))
+        for ask in self._eager():
+            prepare_load(ask, now)
+            run(scheduler.on_acquire(HOST, ask, now))
 
     def named(self, name: str) -> Configured:
-        """
+        """The model of this name.
+
         Raises:
             ConfigError: the file has no model of this name.
         """
         try:
-            return self.file.models[name]
+            return self._file.models[name]
         except KeyError:
-            known = ", ".join(self.file.models) or "none"
+            known = ", ".join(self._file.models) or "none"
             raise ConfigError(
                 f"There is no file {name!r}, and no model of that name in {self._path}; it has: {known}."
             ) from None
 
-    def over(self, settings: Settings, firm: Container[str] = ()) -> Settings:
-        """The settings that the file changes; not those that were given as arguments (``firm``)."""
-        file = self.file
-        said: dict[str, str | float | None] = {
-            "memory_limit": None if file.memory_limit is None else str(file.memory_limit),
-            "gpu_memory_limit": None if file.gpu_memory_limit is None else str(file.gpu_memory_limit),
+    @property
+    def settings(self) -> Settings:
+        """The supervisor's settings, with those that the file changes."""
+        file = self._file
+        in_file = {
+            "memory_limit": file.memory_limit,
+            "gpu_memory_limit": file.gpu_memory_limit,
             "room_timeout": file.room_timeout,
             "load_timeout": file.load_timeout,
             "metrics": file.metrics,
         }
-        given = {name: value for name, value in said.items() if value is not None and name not in firm}
-        return msgspec.structs.replace(settings, **given)
-
-    def terms(self) -> dict[str, Terms]:
-        """On which the host itself holds what is loaded, by the key of the model."""
-        return {
-            model.spec.key: Terms(ttl=model.ttl, pin=model.pin, priority=model.priority)
-            for model in self.file.models.values()
-        }
-
-    def warmups(self) -> dict[str, dict[str, Warmup]]:
-        """What models are run with once before they are ready, by the key of the model."""
-        return {model.spec.key: model.warmup for model in self.file.models.values() if model.warmup}
+        changed = {name for name, value in in_file.items() if value is not None} - set(self._explicit)
+        return msgspec.structs.replace(self._settings, **{name: in_file[name] for name in changed})
 
     def grouped(self) -> dict[str, list[ModelSpec]]:
         """The models of each group, by the key of the group."""
         found: dict[str, list[ModelSpec]] = {}
-        for model in self.file.models.values():
+        for model in self._file.models.values():
             if model.spec.group is not None:
                 found.setdefault(model.spec.unit, []).append(model.spec)
         return found
 
-    def wanted(self) -> Iterator[m.Acquire]:
-        """What is to be loaded without anybody asking for it."""
-        for model in self.file.models.values():
+    def _terms(self) -> dict[str, Terms]:
+        """Terms on which the host itself holds loaded models, by the key of the model."""
+        return {
+            model.spec.key: Terms(ttl=model.ttl, pin=model.pin, priority=model.priority)
+            for model in self._file.models.values()
+        }
+
+    def _warmups(self) -> dict[str, dict[str, Warmup]]:
+        """Inputs of the first run of models, before they are ready, by the key of the model."""
+        return {model.spec.key: model.warmup for model in self._file.models.values() if model.warmup}
+
+    def _eager(self) -> Iterator[m.Acquire]:
+        """Requests for the models that load with the host."""
+        for model in self._file.models.values():
             if model.eager:
                 yield m.Acquire(
                     ticket=0,

@@ -1,6 +1,6 @@
-"""Says when a file's content has changed: inotify, without a thread and without looking again and again.
+"""Reports changes of one file's content, by inotify: without a thread, and without polling.
 
-What the content means is not known here.
+docs/architecture.md says why no library does this.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from typing import Final, NamedTuple
 from onnx_dl.system import small_files
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
-# From <sys/inotify.h>.  Of a file that is written only the end counts: what is half written is not looked at.
+# From <sys/inotify.h>.  Writing counts only when the file is closed: a half-written file is not read.
 _CLOSE_WRITE: Final = 0x008
 _MOVED_TO: Final = 0x080
 _CREATE: Final = 0x100
 _DELETE_SELF: Final = 0x400
 _MOVE_SELF: Final = 0x800
 _MASK: Final = _CLOSE_WRITE | _MOVED_TO | _CREATE | _DELETE_SELF | _MOVE_SELF
-_LOST: Final = -1
-"""In place of a watch: the kernel had more events than it keeps."""
+_OVERFLOW: Final = -1
+"""In place of a watch: the kernel dropped events because its queue was full."""
 _HEADER: Final = struct.Struct("iIII")
 _CHUNK: Final = 1 << 16
 _MOST_LINKS: Final = 40
-"""As many as the kernel follows."""
+"""Symbolic links in one path, as many as the kernel follows."""
 _TRIES: Final = 100
 _MOST_BYTES: Final = (1 << 20) + 1
-"""That are compared: one more than a file may have that is of any use."""
+"""Bytes that are compared: one more than a valid file may have."""
 
 
 class _Folder(NamedTuple):
     path: str
     names: set[str]
-    """What in it decides which file is meant."""
+    """Entries in it that decide which file is meant."""
 
 
 class FileWatch:
-    """One file, through its folder: a file that is renamed over it is seen, too.  So is a symbolic link on
-    the way to it that is pointed elsewhere, as in a mounted ConfigMap.
+    """Watches the folders on the way to one file.
 
-    Make it before the file is first read: then no change is missed in between.
+    So it notices a file renamed over it, and a symbolic link on the way that is pointed elsewhere, as in a
+    mounted ConfigMap.  Make it before the file is first read: then no change is missed in between.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Where the system grants no inotify, stderr says so, and nothing is watched."""
+        """If the system refuses inotify, says so on stderr and watches nothing."""
         self._path = os.path.abspath(path)
         self._folders: dict[int, _Folder] = {}
+        """Folders by watch."""
         self._fd: int | None = None
         try:
             self._fd = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
@@ -62,25 +63,23 @@ class FileWatch:
         self._content = self._read()
 
     def fileno(self) -> int | None:
-        """Readable when :meth:`changed` is to be asked; None, from now on or already: nothing is watched."""
+        """Descriptor that is readable when :meth:`changed` is to be called; None: nothing is watched."""
         return self._fd
 
     def changed(self, *, anyway: bool = False) -> bool:
-        """Whether the content differs from what was last found.
+        """True if the content differs from the last one that was read; a missing file has not changed.
 
-        A file that is gone or cannot be read has not changed: it is compared when it is back.
-
-        ``anyway``: look even if there was no event; for whoever reads the file on request, too.
+        ``anyway``: compare even if there was no event; for a caller that reads the file on request, too.
         """
-        told = self._fd is None or self._heed(self._fd)
-        content = self._read() if told or anyway else None
+        has_event = self._fd is None or self._take_events(self._fd)
+        content = self._read() if has_event or anyway else None
         if content is None or content == self._content:
             return False
         self._content = content
         return True
 
     def close(self) -> None:
-        """Watches no more.  May be called twice."""
+        """Stops watching.  May be called twice."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
@@ -91,8 +90,8 @@ class FileWatch:
         except OSError:
             return None
 
-    def _heed(self, fd: int) -> bool:
-        """Takes in all events; whether any may be about the file.  After such a one others may count."""
+    def _take_events(self, fd: int) -> bool:
+        """Reads all events; true: one may concern the file.  Then other folders may have to be watched."""
         concerned = False
         try:
             while any(self._concerns(*event) for event in list(_events(fd))):
@@ -104,30 +103,30 @@ class FileWatch:
 
     def _concerns(self, watch: int, mask: int, name: str) -> bool:
         folder = self._folders.get(watch)
-        if folder is None or not name:  # without a name it is about the folder itself
-            return folder is not None or watch == _LOST
-        return name in folder.names and not (mask & _CREATE and _is_begun(os.path.join(folder.path, name)))
+        if folder is None or not name:  # an event without a name is about the folder itself
+            return folder is not None or watch == _OVERFLOW
+        return name in folder.names and not (mask & _CREATE and _is_new(os.path.join(folder.path, name)))
 
     def _watch(self, fd: int) -> None:
-        """Watches where it counts.  Looks once more afterwards, because it may count elsewhere meanwhile."""
+        """Watches the folders on the way; repeats until the way was the same before and after."""
         watched: list[tuple[str, str]] | None = None
         for _ in range(_TRIES):
-            places = list(_places(self._path))
-            if places == watched:
+            entries = list(_entries_on_the_way(self._path))
+            if entries == watched:
                 return
-            watched = places if self._add(fd, places) else None
+            watched = entries if self._add(fd, entries) else None
         raise OSError(errno.ELOOP, "its folders keep changing")
 
-    def _add(self, fd: int, places: list[tuple[str, str]]) -> bool:
+    def _add(self, fd: int, entries: list[tuple[str, str]]) -> bool:
         folders: dict[int, _Folder] = {}
-        for path, name in places:
+        for path, name in entries:
             try:
                 watch = _checked(_libc.inotify_add_watch(fd, os.fsencode(path), _MASK))
-            except (FileNotFoundError, NotADirectoryError):  # it was there a moment ago
+            except (FileNotFoundError, NotADirectoryError):  # it was removed in this moment
                 return False
             folders.setdefault(watch, _Folder(path, set())).names.add(name)
         for watch in self._folders.keys() - folders.keys():
-            _libc.inotify_rm_watch(fd, watch)  # fails if the folder is gone, and the watch with it
+            _libc.inotify_rm_watch(fd, watch)  # fails if the folder is gone, and its watch with it
         self._folders = folders
         return True
 
@@ -148,7 +147,7 @@ def _checked(result: int) -> int:
 
 
 def _events(fd: int) -> Iterator[tuple[int, int, str]]:
-    """All that wait: watch, mask, name within the folder."""
+    """All events that wait: watch, mask, name within the folder."""
     with contextlib.suppress(BlockingIOError):
         while True:
             data = os.read(fd, _CHUNK)
@@ -159,8 +158,8 @@ def _events(fd: int) -> Iterator[tuple[int, int, str]]:
                 yield watch, mask, os.fsdecode(data[at - size : at].rstrip(b"\0"))
 
 
-def _is_begun(path: str) -> bool:
-    """Whether a file that was just made is still to be written; the end of that is an event of its own."""
+def _is_new(path: str) -> bool:
+    """True if a created entry is a file that is still to be written; closing it is an event of its own."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -168,9 +167,8 @@ def _is_begun(path: str) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
-def _places(path: str) -> Iterator[tuple[str, str]]:
-    """Folder and name of each symbolic link on the way to a file, and at last of the file itself, or of the
-    first thing on the way that is not there."""
+def _entries_on_the_way(path: str) -> Iterator[tuple[str, str]]:
+    """Folder and name of each symbolic link on the way to a file, then of the file or first missing entry."""
     rest = path.split("/")[::-1]
     at, links = "/", 0
     while rest:
@@ -182,7 +180,7 @@ def _places(path: str) -> Iterator[tuple[str, str]]:
             target = os.readlink(step)
             rest += target.split("/")[::-1]
             at = "/" if target.startswith("/") else at
-        elif rest and os.path.isdir(step):  # a folder in place of the file may go again
+        elif rest and os.path.isdir(step):  # a folder in place of the file may be replaced again
             at = step
         else:
             yield at, name

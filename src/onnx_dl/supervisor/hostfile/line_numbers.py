@@ -1,7 +1,7 @@
-"""On which line of a TOML text a key stands, and where a text is nested too deeply to be read.
+"""Finds the line of a key in a TOML text, and of nesting that is too deep to be parsed.
 
-tomllib tells the lines of syntax errors only.  Statements are told apart by strings, comments and brackets,
-in one pass over the text, so that a long array costs no more than its length.
+tomllib has line numbers for syntax errors only.  One pass over strings, comments and brackets separates the
+statements, in time proportional to the length of the text.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _TOKEN: Final = re.compile(
     r"""|\#[^\n]*"""
     r"""|[\[\]{}.=,\n]"""
 )
-"""What tells where a statement ends: strings and comments, whole, and single characters outside of them.
-Each form that is not closed ends with its line or the text, so a text that is no TOML is read once, too."""
+"""Whole strings and comments, and the single characters outside of them that can end a statement.
+An unclosed string ends with its line or the text, so that invalid TOML is read in one pass, too."""
 
 
 def line_of(text: str, keys: Sequence[str]) -> int:
-    """The line, from 1, on which a key first stands in a valid TOML text.
+    """Number (from 1) of the line where a key first occurs in a valid TOML text.
 
-    A key that stands nowhere, or within an array, is looked for where the nearest key around it stands.
+    For a missing key, or one within an array, the line of the nearest key around it.
     """
     lines = _lines(text)
     around = (tuple(keys[:count]) for count in range(len(keys), 0, -1))
@@ -37,8 +37,10 @@ def line_of(text: str, keys: Sequence[str]) -> int:
 
 
 def too_deep(text: str, most: int) -> int | None:
-    """The first line with more than ``most`` brackets that are open, or parts of one key; None: there is
-    none.  The text need not be TOML."""
+    """The first line with more than ``most`` open brackets or parts of one key; None: there is none.
+
+    The text need not be valid TOML.
+    """
     line, depth, parts = 1, 0, 0
     for token in _TOKEN.findall(text):
         if token in "[{":
@@ -66,7 +68,7 @@ def _lines(text: str) -> dict[Keys, int]:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Headers and assignments with their first lines: each ends with a line outside of all brackets."""
+    """Headers and assignments with their first lines.  Each ends at a newline outside of all brackets."""
     line = first = 1
     begin = depth = 0
     for match in _TOKEN.finditer(text):
@@ -80,7 +82,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _paths(table: dict[str, Any], above: Keys) -> Iterator[Keys]:
-    """All keys in it, an outer one before those in it."""
+    """All keys in a table, each before the keys inside it."""
     for key, value in table.items():
         yield (*above, key)
         if isinstance(value, dict):

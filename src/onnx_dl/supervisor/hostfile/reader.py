@@ -1,8 +1,7 @@
-"""``host.toml``: what a host is told in a file, and the models that it knows by name.
+"""Reads and checks ``host.toml``: settings of a host, and the models that it knows by name.
 
-Covers reading and checking; whatever can be found wrong without loading a model is refused with its line.
-What a host does with it is :mod:`onnx_dl.supervisor`'s.  It runs there, so neither onnxruntime nor numpy is
-imported.  ``docs/host-file.md`` has the tables of all keys; a test says when the two differ.
+All that can be checked without loading a model is, and errors have the line.  It runs in the supervisor, so
+neither onnxruntime nor numpy is imported.  A test compares the keys with the tables in ``docs/host-file.md``.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from onnx_dl.supervisor.hostfile.schema import (
 from onnx_dl.system import small_files
 
 MOST_BYTES: Final = 1 << 20
-"""Of a file: several thousand models, which are read within half a second."""
+"""Largest size of a file: several thousand models, which are read within half a second."""
 _DEEPEST: Final = 32
-"""Levels of tables and arrays, of which the deepest key that means something needs seven."""
+"""Levels of tables and arrays; the deepest valid key needs seven."""
 
 
 class Configured(Struct, frozen=True, kw_only=True):
-    """A model of the file.  ``ttl`` is in seconds; ``eager``: it loads when the host starts; ``warmup`` is by
-    the names of the inputs."""
+    """A model of the file.  ``ttl``: seconds; ``eager``: load it with the host; ``warmup``: by name of the
+    input."""
 
     name: str
     spec: ModelSpec
@@ -54,8 +53,8 @@ class Configured(Struct, frozen=True, kw_only=True):
 
 
 class HostFile(Struct, frozen=True, kw_only=True):
-    """A checked file.  Sizes are in bytes, times in seconds; None: the file does not say.  ``models`` is by
-    name, in the file's order."""
+    """A checked file.  Sizes are in bytes, times in seconds; None: not given.  ``models`` is by name, in the
+    file's order."""
 
     memory_limit: int | None
     gpu_memory_limit: int | None
@@ -66,7 +65,7 @@ class HostFile(Struct, frozen=True, kw_only=True):
 
 
 def read(path: str | os.PathLike[str]) -> HostFile:
-    """The file, whose folder is where its relative paths begin.
+    """Reads a file.  Its relative paths begin in its folder.
 
     Raises:
         ConfigError: it cannot be read or used; the message has file, line and what is allowed.
@@ -87,14 +86,14 @@ def read(path: str | os.PathLike[str]) -> HostFile:
 
 
 def parse(text: str, base: str, file: str = "host.toml") -> HostFile:
-    """A file's text.  ``base``: the folder in which relative paths begin; ``file``: its name, for messages.
+    """Checks a text.  ``base``: the folder in which relative paths begin; ``file``: its name, for messages.
 
-    Looks at the model files, but opens none.
+    Checks that model files exist, but opens none.
 
     Raises:
         ConfigError: it cannot be used; the message has file, line and what is allowed.
     """
-    # Before anything that calls itself for each level, and takes the square of a key's parts in time.
+    # First, because parsers recurse for each level, and need time by the square of a key's parts.
     if (line := too_deep(text, _DEEPEST)) is not None:
         raise ConfigError(f"{file}, line {line}: this is nested more than {_DEEPEST} levels deep.")
     try:
@@ -102,11 +101,11 @@ def parse(text: str, base: str, file: str = "host.toml") -> HostFile:
     except ValueError as error:
         place, reason = _place_of(error, text)
         raise ConfigError(f"{file}, {place}: this is no TOML: {reason}.") from None
-    return _Reader(text, os.path.abspath(base), file).host(raw)
+    return _Checker(text, os.path.abspath(base), file).host(raw)
 
 
 def _place_of(error: ValueError, text: str) -> tuple[str, str]:
-    """Where tomllib found what it does not take, and what it says of it."""
+    """Line and reason of an error of tomllib."""
     reason, _, place = str(error).rstrip(")").rpartition(" (at ")
     if place.startswith("line "):
         return place, reason
@@ -121,13 +120,13 @@ _INTEGERS: Final = {f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for 
 }
 _FLOATS: Final = ("float16", "float32", "float64")
 DTYPES: Final = ("bool", *_INTEGERS, *_FLOATS, "str")
-"""Of inputs that are warmed up with."""
+"""Types of inputs for a warm-up."""
 _MOST_ITEMS: Final = 1 << 48
 _MOST_INT: Final = 2**64 - 1
 
 
-class _Reader:
-    """One text.  Every error leaves by :meth:`_refuse`, which knows the line."""
+class _Checker:
+    """Checks one text.  Every error is raised by :meth:`_refuse`, which finds the line."""
 
     def __init__(self, text: str, base: str, file: str) -> None:
         self._text = text
@@ -135,7 +134,7 @@ class _Reader:
         self._file = file
 
     def host(self, raw: dict[str, Any]) -> HostFile:
-        for where, problem in _oddities(raw):
+        for where, problem in _invalid_values(raw):
             self._refuse(where, problem)
         table = self._table(HostTable, raw, ())
         defaults = self._table(DefaultsTable, table.defaults, ("defaults",))
@@ -154,7 +153,7 @@ class _Reader:
         )
 
     def _metrics(self, address: str | None) -> str | None:
-        if address:  # an empty one means nowhere, as in the environment
+        if address:  # an empty one means no page, as in the environment
             self._parsed(parsing.parse_address, address, ("metrics",))
         return address
 
@@ -163,7 +162,7 @@ class _Reader:
     ) -> Configured:
         where = ("models", name)
         if not name.strip() or not name.isprintable() or set(name) & set("/\\") or name in (".", ".."):
-            self._refuse(where, "is no name for a model: give it printable text without / and \\")
+            self._refuse(where, "is not a name for a model: use printable text without / and \\")
         given = self._table(ModelTable, raw, where)
         ttl = self._parsed(parsing.parse_ttl, given.ttl, (*where, "ttl"))
         return Configured(
@@ -217,7 +216,7 @@ class _Reader:
             return None
         keys = (*where, "provider_options")
         if not all(isinstance(item, str) for item in providers or []):
-            self._refuse(keys, "is there twice: the providers are pairs of name and options already")
+            self._refuse(keys, "is given twice: the providers are pairs of name and options already")
         if len(providers or []) != len(given.provider_options):
             self._refuse(
                 keys, f"has {len(given.provider_options)} tables for {len(providers or [])} providers"
@@ -240,7 +239,7 @@ class _Reader:
         return self._table(SessionTable, table, (*where, "options")).plain()
 
     def _refuse_twins(self, models: list[Configured]) -> None:
-        """One worker serves equal specs, and one model decides how long it stays, with what it warms up."""
+        """Refuses two names for one spec: they would share a worker, but may differ in ttl and warm-up."""
         first: dict[str, str] = {}
         for model in models:
             other = first.setdefault(model.spec.key, model.name)
@@ -257,7 +256,7 @@ class _Reader:
             self._refuse((*where, *keys), problem)
 
     def _parsed(self, parse: Callable[[Any], _Parsed], value: Any, where: _Keys) -> _Parsed | None:
-        """A value as one of :mod:`onnx_dl.core.parsing`'s functions reads it."""
+        """A value, parsed by a function of :mod:`onnx_dl.core.parsing`."""
         try:
             return None if value is None else parse(value)
         except ConfigError as error:
@@ -269,9 +268,11 @@ class _Reader:
         raise ConfigError(f"{self._file}, line {line}: {_dotted(where)} {problem}.")
 
 
-def _oddities(raw: dict[str, Any]) -> Iterator[tuple[_Keys, str]]:
-    """What no table of the file may hold, and what not all that looks at values can take: where it stands,
-    and why not.  Without recursion, because what it looks for is too deep for that."""
+def _invalid_values(raw: dict[str, Any]) -> Iterator[tuple[_Keys, str]]:
+    """Place and reason of values that no table may have, because later code cannot handle all of them.
+
+    Not recursive: the nesting may be too deep for that.
+    """
     left: list[tuple[_Keys, int, Any]] = [((), 0, raw)]
     while left:
         where, depth, value = left.pop()
@@ -299,7 +300,7 @@ def _first(*values: Any) -> Any:
 
 
 def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
-    """Options with a model's own over those of all models; None if there are none."""
+    """Options of all models, replaced by a model's own; None if there are none."""
     entries = common.get("config", {}) | own.get("config", {})
     merged = common | own
     return merged | {"config": entries} if merged else None

@@ -1,7 +1,6 @@
-"""The tables of ``host.toml`` as typed structs, and what is wrong with a table that does not fit.
+"""The tables of ``host.toml`` as typed structs, and errors about values of the wrong type.
 
-What the values mean together is :mod:`onnx_dl.supervisor.hostfile.reader`'s.  A type's description says what is allowed to
-whoever wrote something else.
+The description of a type says what is allowed, for the error message.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _Threads = Annotated[
     Annotated[int, Meta(ge=0, le=4096)] | None, Meta(description="a number of threads from 0 to 4096")
 ]
 _Severity = Annotated[Annotated[int, Meta(ge=-1, le=4)] | None, Meta(description="a number from 0 to 4")]
-"""onnxruntime takes -1 for what it has as its own default."""
+"""In onnxruntime, -1 stands for its default."""
 
 _Flag = Annotated[bool | None, Meta(description="true or false")]
 _Whole = Annotated[_Int32 | None, Meta(description="a whole number of 32 bits")]
@@ -33,13 +32,13 @@ _Ttl = Annotated[
 ]
 _Providers = Annotated[
     list[str | tuple[str, dict[str, _Scalar]]] | None,
-    # Not of _Name: of a union of such a text and a tuple, msgspec 0.22 takes a wrong length from memory.
+    # Not _Name: in a union of text with a minimum length and a tuple, msgspec 0.22 reads a wrong length.
     Meta(description='a list of names, or of pairs such as ["CUDAExecutionProvider", {device_id = 0}]'),
 ]
 
 
 class _Choice(enum.Enum):
-    """Members are named as onnxruntime names them; values are short names."""
+    """Members have onnxruntime's names; values are short names."""
 
     @classmethod
     def _missing_(cls, value: object) -> _Choice | None:
@@ -70,7 +69,7 @@ def _one_of(names: type[_Choice]) -> Meta:
 
 
 class SessionTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``options``: onnxruntime's SessionOptions; what is not given is left to onnxruntime."""
+    """``options``: onnxruntime's SessionOptions; None: onnxruntime's default."""
 
     enable_cpu_mem_arena: _Flag = None
     enable_mem_pattern: _Flag = None
@@ -97,7 +96,7 @@ class SessionTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = {}
 
     def plain(self) -> dict[str, Any]:
-        """What is given, as :func:`onnx_dl.ort.options.make_session_options` takes it."""
+        """The given options, as arguments of :func:`onnx_dl.ort.options.make_session_options`."""
         given = {name: getattr(self, name) for name in self.__struct_fields__}
         return {
             name: value.name if isinstance(value, enum.Enum) else value
@@ -118,7 +117,7 @@ class InputTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class DefaultsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[defaults]``: for models that do not say otherwise."""
+    """``[defaults]``: values for models without their own."""
 
     ttl: _Ttl = None
     pin: _Flag = None
@@ -161,15 +160,12 @@ class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     models: Annotated[dict[str, dict[str, Any]], Meta(description="a table: [models.NAME]")] = {}
 
 
-# --- what is wrong --------------------------------------------------------------------------------------
-
-
 def culprit(raw: dict[str, Any], kind: type[Struct]) -> tuple[tuple[str, ...], str]:
-    """The key in a table that does not fit this kind, and what is wrong with it; no key: the table itself."""
+    """The key in a table with an invalid value, and the problem; no key: the table itself."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in raw:
         if name not in fields:
-            return (name,), f"is no key that is known here; these are: {', '.join(fields)}"
+            return (name,), f"is not a known key; known here are: {', '.join(fields)}"
     for name, field in fields.items():
         if field.required and name not in raw:
             return (), f"has no {name}; give it {_allowed(field.type)}"
@@ -179,7 +175,7 @@ def culprit(raw: dict[str, Any], kind: type[Struct]) -> tuple[tuple[str, ...], s
 
 
 def _narrowed(name: str, value: Any, kind: Any) -> tuple[tuple[str, ...], Any]:
-    """The entry that does not fit, where the value is a table of which each entry is of one type."""
+    """The invalid entry, if the value is a table whose entries all have one type."""
     entries = value.items() if isinstance(value, dict) else ()
     wrong = ((key, entry) for key, entry in entries if not _fits({key: entry}, kind))
     key, entry = next(wrong, (None, None))
@@ -200,6 +196,6 @@ def _allowed(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value, much as TOML writes it, in short."""
+    """A value for a message, shortened, and written much as in TOML."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:60]}..."

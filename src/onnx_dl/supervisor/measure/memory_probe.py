@@ -1,56 +1,54 @@
-"""Measures what a worker holds: the only importer of psutil and NVML.
-
-Nothing is measured on a schedule; each call is one reading.  Limits are not known here.
-"""
+"""Measures the memory of processes and GPUs: the only importer of psutil and NVML."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import time
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import psutil
 
 from onnx_dl.core.status import Usage
 
 _KNOWN_FOR: Final = 0.05
-"""Seconds in which what a process shares with others does not change by much."""
+"""Seconds for which the difference between resident bytes and PSS is taken as constant."""
 
 
-class Probe:
-    """Reads memory by process id.  GPU figures are None where NVML finds no GPU or tells nothing.
+class MemoryProbe:
+    """Reads memory by process id.  GPU figures are None where NVML finds no GPU or has no figure.
 
-    Where NVML does not tell what a process has (in many containers, WSL and MIG), what became less of the
-    devices between :meth:`begin` and :meth:`loaded` is taken for it.
+    Where NVML has no figures by process (in many containers, WSL and MIG), the growth of the devices' used
+    memory between :meth:`begin` and :meth:`loaded` is the estimate.
     """
 
     def __init__(self) -> None:
-        self._gpus = _nvml_devices()
+        self._gpus: list[object] = []
+        with contextlib.suppress(Exception):  # no driver, library or permission: no figures
+            self._gpus = _nvml_devices()
         self._used_before: dict[int, int] = {}
         self._estimates: dict[int, int] = {}
         self._shared: dict[int, tuple[float, int]] = {}
-        """By how much PSS was less than resident bytes, and when, of processes that load."""
+        """Time and difference of resident bytes and PSS, of processes that load."""
 
     def begin(self, pid: int) -> None:
-        """The process is about to load a model on a GPU."""
+        """Called before the process loads a model on a GPU."""
         if (used := self._gpu_sum("used")) is not None:
             self._used_before[pid] = used
 
     def loaded(self, pid: int) -> None:
-        """The process has loaded it."""
+        """Called when the process has loaded it."""
         before, used = self._used_before.pop(pid, None), self._gpu_sum("used")
         if before is not None and used is not None:
             self._estimates[pid] = max(0, used - before)
 
     def end(self, pid: int) -> None:
-        """The process is gone."""
+        """Called when the process is gone."""
         self._used_before.pop(pid, None)
         self._estimates.pop(pid, None)
 
     def measure(self, pid: int) -> Usage:
-        """Resident, private and GPU bytes of a process; zeros if it is gone, or about to: memory goes first,
-        and what was read while it did is worth nothing."""
+        """Memory of a process in bytes; zeros if it is gone or exits: then figures are wrong."""
         try:
             full = psutil.Process(pid).memory_full_info()
             shared = _tensor_bytes(pid)
@@ -72,11 +70,10 @@ class Probe:
         )
 
     def weigh(self, pid: int, most: int) -> int:
-        """Bytes that a process holds, or about that if it is not more than ``most``.
+        """Bytes that a process holds; an estimate if that is at most ``most``.
 
-        Resident bytes are cheap (20 µs) and count what processes share in full.  Only if they are more than
-        ``most``, PSS counts (1 ms for 500 MB, in which the process gets no fresh pages); what it was less by
-        is known for a moment.
+        Resident bytes are cheap (20 µs), but count shared memory in full.  Only if they exceed ``most``, PSS
+        is read (1 ms per 500 MB, while the process gets no new pages); the difference is used for 0.05 s.
         """
         try:
             with open(f"/proc/{pid}/statm") as statm:
@@ -93,22 +90,21 @@ class Probe:
         return pss
 
     def forget_peak(self, pid: int) -> None:
-        """The most that the process had is what it has now; without effect where the kernel refuses that.
-        It has loaded."""
+        """Resets the peak of a process that has loaded; has no effect where the kernel refuses it."""
         self._shared.pop(pid, None)
         with contextlib.suppress(OSError), open(f"/proc/{pid}/clear_refs", "w") as file:
             file.write("5")
 
     def gpu_total(self) -> int | None:
-        """Bytes of all GPUs."""
+        """Memory of all GPUs in bytes."""
         return self._gpu_sum("total")
 
     def gpu_left(self, pid: int) -> int | None:
-        """Bytes that a process that is gone still has on the GPUs; None: the driver shows it no more."""
+        """Bytes that an ended process still has on the GPUs; None: the driver does not list it any more."""
         return self._gpu_bytes(pid)
 
     def _gpu_sum(self, field: str) -> int | None:
-        """Of all devices, what NVML calls so: ``used`` or ``total``."""
+        """Sum over all devices of a field of NVML's: ``used`` or ``total``."""
         if not self._gpus:
             return None
         import pynvml
@@ -134,8 +130,7 @@ class Probe:
 
 
 def _above_present(pid: int) -> int | None:
-    """Bytes by which the resident memory of a process exceeded what it is, since its mark was set back; None:
-    it has no memory any more."""
+    """Bytes by which the peak of a process exceeds its resident memory; None: it has no memory any more."""
     with open(f"/proc/{pid}/status") as status:
         lines = (line.split() for line in status)
         found = {line[0]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
@@ -145,7 +140,7 @@ def _above_present(pid: int) -> int | None:
 
 
 class Gpu(NamedTuple):
-    """What NVML says of a GPU; ``memory`` in bytes."""
+    """One GPU, by NVML; ``memory`` in bytes."""
 
     name: str
     memory: int
@@ -156,24 +151,23 @@ def gpus() -> list[Gpu]:
     """The machine's GPUs.
 
     Raises:
-        OSError: NVML cannot be asked, and why.
+        OSError: NVML does not work, and why.
     """
     try:
         import pynvml
 
-        pynvml.nvmlInit()
+        devices = _nvml_devices()
         driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return [
             Gpu(pynvml.nvmlDeviceGetName(gpu), pynvml.nvmlDeviceGetMemoryInfo(gpu).total, driver)
-            for gpu in handles
+            for gpu in devices
         ]
-    except Exception as error:  # NVML's own, by version and platform; a library that is there but broken
+    except Exception as error:  # errors of NVML differ by version and platform; the library may be broken
         raise OSError(str(error)) from error
 
 
 def _tensor_bytes(pid: int) -> int:
-    """Bytes of the shared memory that tensors travel in, as mapped into a process."""
+    """Bytes of shared memory for tensors that a process has mapped."""
     total = 0
     with open(f"/proc/{pid}/maps") as maps:
         for line in maps:
@@ -183,11 +177,8 @@ def _tensor_bytes(pid: int) -> int:
     return total
 
 
-def _nvml_devices() -> list[Any]:
-    try:
-        import pynvml
+def _nvml_devices() -> list[object]:
+    import pynvml
 
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no driver, no library, no permission: then there is no figure
-        return []
+    pynvml.nvmlInit()
+    return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]

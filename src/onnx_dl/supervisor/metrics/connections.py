@@ -1,4 +1,4 @@
-"""Who is connected to the page of metrics: how many at once, how long each may take, and for whom it is.
+"""Limits of the page of metrics: number of connections, time for each, and allowed Host headers.
 
 Knows neither sockets nor clocks.
 """
@@ -14,20 +14,20 @@ MOST: Final = 16
 """Connections at once."""
 
 
-class Scrapers:
-    """Connections, each with the moment at which it must be done.  Thread-safe."""
+class ScrapeConnections:
+    """Connections, each with its deadline.  Thread-safe."""
 
-    def __init__(self, patience: float, most: int = MOST) -> None:
-        """``patience``: seconds for a request to come, and as many for the answer to be taken."""
-        self._patience = patience
+    def __init__(self, timeout: float, most: int = MOST) -> None:
+        """``timeout``: seconds for a request to arrive, and again for the answer to be taken."""
+        self._timeout = timeout
         self._most = most
         self._asking: dict[Hashable, float] = {}
-        """Those whose request is not there yet, in the order in which they came."""
+        """Deadlines of connections without a complete request, oldest first."""
         self._answered: dict[Hashable, float] = {}
         self._lock = threading.Lock()
 
-    def came(self, who: Hashable, now: float) -> tuple[bool, Hashable | None]:
-        """Whether it is let in, and who makes way: the first that came of those who have not asked yet."""
+    def accept(self, who: Hashable, now: float) -> tuple[bool, Hashable | None]:
+        """Returns true if it is accepted, and the connection closed for it: the oldest without a request."""
         with self._lock:
             slowest = None
             if len(self._asking) + len(self._answered) >= self._most:
@@ -35,24 +35,24 @@ class Scrapers:
                 if slowest is None:
                     return False, None
                 del self._asking[slowest]
-            self._asking[who] = now + self._patience
+            self._asking[who] = now + self._timeout
             return True, slowest
 
-    def has_asked(self, who: Hashable, now: float) -> None:
-        """Its request is there."""
+    def on_request(self, who: Hashable, now: float) -> None:
+        """Notes that its request has arrived."""
         with self._lock:
             if self._asking.pop(who, None) is not None:
-                # The loop has as long to answer as the scraper to take it.
-                self._answered[who] = now + 2 * self._patience
+                # The loop has as long to answer as the scraper to take the answer.
+                self._answered[who] = now + 2 * self._timeout
 
-    def left(self, who: Hashable) -> None:
-        """It is gone."""
+    def on_closed(self, who: Hashable) -> None:
+        """Forgets a closed connection."""
         with self._lock:
             self._asking.pop(who, None)
             self._answered.pop(who, None)
 
     def overdue(self, now: float) -> list[Hashable]:
-        """Who is to be cut off; each is told of once."""
+        """Connections whose deadline has passed; each is returned once."""
         with self._lock:
             late = [who for group in self._groups for who, at in group.items() if at <= now]
             for group in self._groups:
@@ -61,7 +61,6 @@ class Scrapers:
             return late
 
     def next_deadline(self) -> float | None:
-        """When somebody will be overdue; None: nobody is there."""
         with self._lock:
             return min((at for group in self._groups for at in group.values()), default=None)
 
@@ -70,11 +69,12 @@ class Scrapers:
         return self._asking, self._answered
 
 
-def is_meant(host_header: str | None, names: frozenset[str]) -> bool:
-    """Whether a request is for this page, by its Host header.
+def is_allowed_host(host_header: str | None, names: frozenset[str]) -> bool:
+    """Checks by its Host header that a request is for this page.
 
-    A browser that was told that some page's name has our address (DNS rebinding) sends that name, and would
-    show that page what is here.  Names of addresses say nothing, and programs that send none are no browsers.
+    In DNS rebinding, a page in a browser gives its own name our address.  The browser then sends that name,
+    and would show the metrics to that page.  IP addresses are allowed, and programs that send no header: they
+    are not browsers.
     """
     if host_header is None:
         return True
@@ -83,12 +83,7 @@ def is_meant(host_header: str | None, names: frozenset[str]) -> bool:
         name = name[1:].partition("]")[0]
     elif name.count(":") <= 1:
         name = name.partition(":")[0]
-    return name.rstrip(".") in names or _is_address(name)
-
-
-def _is_address(name: str) -> bool:
     try:
-        ipaddress.ip_address(name)
+        return name.rstrip(".") in names or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
-    return True

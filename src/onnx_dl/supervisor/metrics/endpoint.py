@@ -1,8 +1,7 @@
 """Serves the supervisor's metrics over HTTP, in threads of its own.
 
-What is measured belongs to the loop's thread: a request waits in a queue until the loop, woken through
-:meth:`Scrape.fileno`, answers it with plain figures.  They are written as text here, so the loop waits for no
-scraper, however slow.
+A request waits in a queue until the loop, woken through :meth:`MetricsEndpoint.fileno`, answers it with plain
+figures.  They are formatted and sent here, so a slow scraper does not block the loop.
 """
 
 from __future__ import annotations
@@ -26,77 +25,75 @@ from onnx_dl.concurrency import spawning
 from onnx_dl.core.parsing import parse_address
 from onnx_dl.errors import SupervisorStartError
 from onnx_dl.supervisor.metrics import families
-from onnx_dl.supervisor.metrics.connections import MOST, Scrapers, is_meant
-from onnx_dl.supervisor.metrics.counters import Facts
+from onnx_dl.supervisor.metrics.connections import MOST, ScrapeConnections, is_allowed_host
+from onnx_dl.supervisor.metrics.counters import Figures
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Waker
 
-_PATIENCE: Final = 5.0
-"""Seconds for a request to come, for the loop to answer, and for the scraper to take that."""
+_TIMEOUT: Final = 5.0
+"""Seconds for a request to arrive, for the loop to answer, and for the scraper to take the answer."""
 _MISDIRECTED: Final = (
-    b"This page is asked for by an IP address, as localhost, or by the name that ONNX_DL_METRICS has. "
+    b"Ask for this page by an IP address, as localhost, or by the name that is in ONNX_DL_METRICS. "
     b"Other names are refused, because a page in a browser could give itself the address of this one.\n"
 )
 
-Ask = Callable[[], Facts]
+Ask = Callable[[], Figures]
+_Request = Any
+"""A connection.  Only onnx_dl.transport may name the type: a socket."""
 
 
-class Scrape:
-    """A listener, and the questions that wait for the loop."""
+class MetricsEndpoint:
+    """A listener, and the requests that wait for the loop."""
 
-    def __init__(self, address: str, patience: float = _PATIENCE) -> None:
-        """Listens at ``address``, "host:port"; port 0: one that is free.
+    def __init__(self, address: str, timeout: float = _TIMEOUT) -> None:
+        """Listens at ``address``, "host:port"; port 0: a free one.
 
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no address.
-            SupervisorStartError: the system does not let us listen there.
+            ConfigError: (a ValueError) the address is not valid.
+            SupervisorStartError: the system refuses to listen there.
         """
-        self._patience = patience
-        self._waiting: queue.SimpleQueue[concurrent.futures.Future[Facts]] = queue.SimpleQueue()
+        self._timeout = timeout
+        self._waiting: queue.SimpleQueue[concurrent.futures.Future[Figures]] = queue.SimpleQueue()
         self._waker, self._stop = Waker(), Waker()
-        self._server = _listen(address, self._ask, patience)
+        self._server = _listen(address, self._ask, timeout)
         self._thread = threading.Thread(target=self._serve, name="onnx-dl-metrics", daemon=True)
         spawning.start(self._thread, "The page of metrics")
 
     @property
     def address(self) -> str:
-        """Where it listens, with the port that it has."""
+        """Address with the actual port."""
         host, port = map(str, self._server.server_address[:2])
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    # --- in the loop's thread -----------------------------------------------------------------------------
-
     def fileno(self) -> int:
-        """Readable when somebody asks."""
+        """Descriptor that is readable when a request waits."""
         return self._waker.fileno()
 
     def answer(self, measure: Ask) -> None:
-        """Answers all who wait, with one measurement."""
+        """Answers all waiting requests with one measurement, in the loop's thread."""
         self._waker.clear()
         if waiting := [future for future in self._take() if future.set_running_or_notify_cancel()]:
-            facts = measure()
+            figures = measure()
             for future in waiting:
-                future.set_result(facts)
+                future.set_result(figures)
 
     def close(self) -> None:
-        """Listens no more; who waits is sent away."""
+        """Stops listening; cancels waiting requests."""
         self._stop.wake()
-        self._thread.join(self._patience)
+        self._thread.join(self._timeout)
         self._server.server_close()
         for future in self._take():
             future.cancel()
 
-    def _take(self) -> list[concurrent.futures.Future[Facts]]:
+    def _take(self) -> list[concurrent.futures.Future[Figures]]:
         return [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]
 
-    # --- in other threads ---------------------------------------------------------------------------------
-
-    def _ask(self) -> Facts:
-        future: concurrent.futures.Future[Facts] = concurrent.futures.Future()
+    def _ask(self) -> Figures:
+        future: concurrent.futures.Future[Figures] = concurrent.futures.Future()
         self._waiting.put(future)
         self._waker.wake()
         try:
-            return future.result(self._patience)
+            return future.result(self._timeout)
         finally:
             future.cancel()
 
@@ -112,70 +109,70 @@ class Scrape:
             ready = dict(poll.poll(self._server.milliseconds()))
 
 
-def _listen(address: str, ask: Ask, patience: float) -> _Server:
+def _listen(address: str, ask: Ask, timeout: float) -> _Server:
     host, port = parse_address(address)
     try:
-        return _Server(host, port, ask, patience)
+        return _Server(host, port, ask, timeout)
     except OSError as error:
         raise SupervisorStartError(
             f"Metrics cannot be served at {address} ({error.strerror}). Give another one, such as "
             "127.0.0.1:9465, or end the process that listens there. With port 0 the system chooses a port; "
-            "a snapshot tells which."
+            "a snapshot has it."
         ) from error
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """One thread per connection.  Not http.server's class: that asks the name service who it is."""
+    """One thread per connection.  Not http.server's class, which asks the name service for its own name."""
 
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = MOST
-    timeout = 0  # handle_request() is called when somebody is there
+    timeout = 0  # handle_request() is called when a connection waits
 
-    def __init__(self, host: str, port: int, ask: Ask, patience: float) -> None:
+    def __init__(self, host: str, port: int, ask: Ask, timeout: float) -> None:
         self.ask = ask
-        self.patience = patience
-        self.scrapers = Scrapers(patience)
+        self.request_timeout = timeout
+        self.scrapers = ScrapeConnections(timeout)
         self.names = frozenset({"localhost", host.lower().rstrip("."), os.uname().nodename.lower()})
         self.address_family, address = sockets.resolve(host)
         super().__init__((address, port), _Handler)
 
-    def get_request(self) -> tuple[Any, Any]:
+    def get_request(self) -> tuple[_Request, object]:
         try:
             return super().get_request()
         except OSError:
-            time.sleep(0.1)  # out of descriptors: who knocks goes on knocking
+            time.sleep(0.1)  # out of descriptors: the connection waits on, and would be polled at once
             raise
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        let_in, slowest = self.scrapers.came(request, time.monotonic())
+    def verify_request(self, request: _Request, client_address: object) -> bool:
+        is_accepted, slowest = self.scrapers.accept(request, time.monotonic())
         if slowest is not None:
             _cut(slowest)
-        return let_in
+        return is_accepted
 
     def cut_off(self) -> None:
-        """Those whose time is up."""
+        """Closes overdue connections."""
         for request in self.scrapers.overdue(time.monotonic()):
             _cut(request)
 
     def milliseconds(self) -> float | None:
-        """Until somebody's time is up; None: nobody is there."""
+        """Milliseconds until a connection is overdue; None: there is none."""
         deadline = self.scrapers.next_deadline()
         return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1
 
-    def shutdown_request(self, request: Any) -> None:
-        self.scrapers.left(request)
+    def shutdown_request(self, request: _Request) -> None:
+        self.scrapers.on_closed(request)
         super().shutdown_request(request)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: _Request, client_address: object) -> None:
         if not isinstance(sys.exception(), OSError):  # the peer went away or was too slow
             super().handle_error(request, client_address)
 
 
-def _cut(request: Any) -> None:
-    """Its thread, which may be waiting for it, sees the end of it."""
+def _cut(request: _Request) -> None:
+    """Shuts a connection down in both directions; its thread, which may wait for data, then reads EOF."""
     with contextlib.suppress(OSError):
-        request.shutdown(2)  # both ways
+        request.shutdown(2)  # SHUT_RDWR
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -184,31 +181,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
 
     def setup(self) -> None:
-        self.request.settimeout(self.server.patience)
+        self.request.settimeout(self.server.request_timeout)
         super().setup()
 
     def do_GET(self) -> None:
-        self.server.scrapers.has_asked(self.request, time.monotonic())
-        if not is_meant(self.headers.get("Host"), self.server.names):
-            self._say(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
+        self.server.scrapers.on_request(self.request, time.monotonic())
+        if not is_allowed_host(self.headers.get("Host"), self.server.names):
+            self._send(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
             return
         match urllib.parse.urlsplit(self.path).path:
             case "/" | "/metrics":
-                self._tell()
+                self._send_metrics()
             case "/healthz":
-                self._say(HTTPStatus.OK, b"ok\n")
+                self._send(HTTPStatus.OK, b"ok\n")
             case _:
-                self._say(HTTPStatus.NOT_FOUND, b"/metrics and /healthz are here.\n")
+                self._send(HTTPStatus.NOT_FOUND, b"/metrics and /healthz are here.\n")
 
-    def _tell(self) -> None:
+    def _send_metrics(self) -> None:
         try:
-            facts = self.server.ask()
+            figures = self.server.ask()
         except (TimeoutError, concurrent.futures.CancelledError):
-            self._say(HTTPStatus.SERVICE_UNAVAILABLE, b"The supervisor is busy or ends; ask again.\n")
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, b"The supervisor is busy or ends; ask again.\n")
         else:
-            self._say(HTTPStatus.OK, *families.render(facts, self.headers.get("Accept", "")))
+            self._send(HTTPStatus.OK, *families.render(figures, self.headers.get("Accept", "")))
 
-    def _say(self, status: HTTPStatus, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
+    def _send(self, status: HTTPStatus, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
@@ -216,4 +213,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody wants to read of each scrape."""
+        """Suppresses the per-request log line."""

@@ -1,13 +1,14 @@
 """The supervisor's figures as families of Prometheus metrics.
 
-The only importer of prometheus_client; imported only where metrics are asked for.
+The only importer of prometheus_client; imported only if metrics are wanted.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -21,74 +22,78 @@ from prometheus_client.registry import Collector
 
 import onnx_dl
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.core.status import ModelStatus, Usage
-from onnx_dl.supervisor.metrics.counters import Facts, Times
+from onnx_dl.core.status import ModelStatus
+from onnx_dl.supervisor.metrics.counters import Figures, Histogram, ModelCounts
 from onnx_dl.transport.gauges import bound, bucket
 
-_MEMORY: Final = ("rss", "pss", "private", "shared", "gpu")
+Samples = Callable[[Figures], Iterable[tuple[object, ...]]]
+"""Makes samples: label values, and the arguments of ``add_metric`` after them."""
 
 
 def _doublings(first: int, last: int) -> list[int]:
-    """The buckets that end at 2^first, ..., 2^last nanoseconds: a bucket never lies across such a bound."""
+    """Indexes of the buckets that end at 2^first, ..., 2^last nanoseconds; each power ends one."""
     return [bucket((1 << power) - 1) for power in range(first, last + 1)]
 
 
 CALLS: Final = _doublings(15, 36)
-"""From 33 µs to 69 s."""
+"""Buckets of calls: from 33 µs to 69 s."""
 LOADS: Final = _doublings(22, 39)
-"""From 4 ms to 550 s."""
+"""Buckets of loads: from 4 ms to 550 s."""
 
 
 class Family(NamedTuple):
-    """One family.  ``samples``: label values, and what ``make``'s ``add_metric`` takes after them."""
+    """One family of metrics."""
 
-    make: Callable[..., Any]
+    make: Callable[..., Metric]
     name: str
     labels: tuple[str, ...]
     text: str
-    samples: Callable[[Facts], Iterable[tuple[Any, ...]]]
+    samples: Samples
 
-    def metric(self, facts: Facts) -> Metric:
-        metric: Metric = self.make(self.name, self.text, labels=self.labels)
-        for labels, *values in self.samples(facts):
+    def metric(self, figures: Figures) -> Metric:
+        metric = self.make(self.name, self.text, labels=self.labels)
+        for labels, *values in self.samples(figures):
             metric.add_metric(labels, *values)  # type: ignore[attr-defined]
         return metric
 
 
-def cumulative(times: Times, ends: Sequence[int]) -> list[tuple[str, float]]:
-    """How often it took at most so many seconds, for each of these buckets' bounds and ``+Inf``."""
+def cumulative(times: Histogram, ends: Sequence[int]) -> list[tuple[str, float]]:
+    """Number of durations up to each bucket's bound (in seconds, as text), and up to ``+Inf``."""
     sums = list(itertools.accumulate(times.counts))
     return [*((repr(bound(end)), sums[end]) for end in ends), ("+Inf", sums[-1])]
 
 
-def _unloads(facts: Facts) -> Iterator[tuple[list[str], int]]:
-    for model, totals in facts.totals.items():
+def _per_model(values: Callable[[ModelCounts], tuple[object, ...]]) -> Samples:
+    return lambda figures: (([model], *values(totals)) for model, totals in figures.totals.items())
+
+
+def _total(figure: Callable[[Figures], object]) -> Samples:
+    return lambda figures: [([], figure(figures))]
+
+
+def _unloads(figures: Figures) -> Iterator[tuple[list[str], int]]:
+    for model, totals in figures.totals.items():
         for reason, count in totals.unloads.items():
             yield [model, reason], count
 
 
-def _by_model(facts: Facts, figure: Callable[[ModelStatus], int | None]) -> Iterator[tuple[str, int]]:
+def _by_model(figures: Figures, figure: Callable[[ModelStatus], int | None]) -> Iterator[tuple[str, int]]:
     """Sums over the workers of one file: it may be loaded with several options."""
     sums: dict[str, int] = {}
-    for status in facts.models:
+    for status in figures.models:
         if status.worker_id is not None and (value := figure(status)) is not None:
             sums[status.model] = sums.get(status.model, 0) + value
     yield from sums.items()
 
 
-def _memory(facts: Facts) -> Iterator[tuple[list[str], int]]:
-    for kind in _MEMORY:
-        for model, nbytes in _by_model(facts, lambda status, kind=kind: _bytes(status.usage, kind)):  # type: ignore[misc]
+def _memory(figures: Figures) -> Iterator[tuple[list[str], int]]:
+    for kind in ("rss", "pss", "private", "shared", "gpu"):
+        for model, nbytes in _by_model(figures, operator.attrgetter(f"usage.{kind}")):
             yield [model, kind], nbytes
 
 
-def _bytes(usage: Usage, kind: str) -> int | None:
-    nbytes: int | None = getattr(usage, kind)
-    return nbytes
-
-
-def _states(facts: Facts) -> Iterator[tuple[list[str], int]]:
-    states = [status.state for status in facts.models]
+def _states(figures: Figures) -> Iterator[tuple[list[str], int]]:
+    states = [status.state for status in figures.models]
     return (([state], states.count(state)) for state in ModelState)
 
 
@@ -98,16 +103,14 @@ FAMILIES: Final = (
         "onnx_dl_loads_total",
         ("model",),
         "Loads after which the model was ready.",
-        lambda facts: (([model], sum(t.loads.counts)) for model, t in facts.totals.items()),
+        _per_model(lambda totals: (sum(totals.loads.counts),)),
     ),
     Family(
         HistogramMetricFamily,
         "onnx_dl_load_seconds",
         ("model",),
         "How long these loads took.",
-        lambda facts: (
-            ([model], cumulative(t.loads, LOADS), t.loads.total) for model, t in facts.totals.items()
-        ),
+        _per_model(lambda totals: (cumulative(totals.loads, LOADS), totals.loads.total)),
     ),
     Family(
         CounterMetricFamily,
@@ -121,30 +124,28 @@ FAMILIES: Final = (
         "onnx_dl_failures_total",
         ("model",),
         "Loads that failed and workers that died.",
-        lambda facts: (([model], t.failures) for model, t in facts.totals.items()),
+        _per_model(lambda totals: (totals.failures,)),
     ),
     Family(
         CounterMetricFamily,
         "onnx_dl_freed_bytes_total",
         ("model",),
-        "Memory that only the model's workers held and that is the system's again.",
-        lambda facts: (([model], t.freed) for model, t in facts.totals.items()),
+        "Memory that only the model's workers held and that they have given back to the system.",
+        _per_model(lambda totals: (totals.freed,)),
     ),
     Family(
         HistogramMetricFamily,
         "onnx_dl_call_seconds",
         ("model",),
         "How long calls took in the model's workers, those that are gone included.",
-        lambda facts: (
-            ([model], cumulative(t.calls, CALLS), t.calls.total) for model, t in facts.totals.items()
-        ),
+        _per_model(lambda totals: (cumulative(totals.calls, CALLS), totals.calls.total)),
     ),
     Family(
         GaugeMetricFamily,
         "onnx_dl_calls_in_progress",
         ("model",),
         "Calls and session() blocks under way.",
-        lambda facts: (([model], busy) for model, busy in _by_model(facts, lambda status: status.busy)),
+        lambda figures: (([model], busy) for model, busy in _by_model(figures, lambda status: status.busy)),
     ),
     Family(
         GaugeMetricFamily,
@@ -157,36 +158,36 @@ FAMILIES: Final = (
         GaugeMetricFamily,
         "onnx_dl_memory_limit_bytes",
         (),
-        "What all workers together may take; absent: there is no limit.",
-        lambda facts: [] if facts.memory_limit is None else [([], facts.memory_limit)],
+        "Memory that all workers together may use; absent: there is no limit.",
+        lambda figures: [] if figures.memory_limit is None else [([], figures.memory_limit)],
     ),
     Family(
         GaugeMetricFamily,
         "onnx_dl_memory_in_use_bytes",
         (),
-        "What of it is taken or reserved.",
-        lambda facts: [([], facts.memory_in_use)],
+        "Memory of all workers that counts in the limit: used or reserved.",
+        _total(lambda figures: figures.memory_in_use),
     ),
     Family(
         CounterMetricFamily,
         "onnx_dl_evictions_total",
         (),
-        "Models that left to make room for others.",
-        lambda facts: [([], facts.evictions)],
+        "Models that were unloaded to make room for others.",
+        _total(lambda figures: figures.evictions),
     ),
     Family(
         CounterMetricFamily,
         "onnx_dl_recycled_total",
         (),
         "Workers that were replaced because of max_memory or max_runs.",
-        lambda facts: [([], facts.recycled)],
+        _total(lambda figures: figures.recycled),
     ),
     Family(
         CounterMetricFamily,
         "onnx_dl_thrash_warnings_total",
         (),
         "Warnings that models are loaded again and again because they do not fit together.",
-        lambda facts: [([], facts.thrash)],
+        _total(lambda figures: figures.thrash),
     ),
     Family(
         GaugeMetricFamily,
@@ -200,21 +201,20 @@ FAMILIES: Final = (
         "onnx_dl",
         (),
         "The supervisor; written as onnx_dl_info.",
-        lambda _: [([], {"version": onnx_dl.__version__})],
+        _total(lambda _: {"version": onnx_dl.__version__}),
     ),
 )
 
 
 class _Collected(Collector):
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
 
     def collect(self) -> Iterator[Metric]:
-        return (family.metric(self._facts) for family in FAMILIES)
+        return (family.metric(self._figures) for family in FAMILIES)
 
 
-def render(facts: Facts, accept: str = "") -> tuple[bytes, str]:
-    """The text and its content type; ``accept``: the header of that name, for OpenMetrics instead of
-    Prometheus' own format."""
+def render(figures: Figures, accept: str = "") -> tuple[bytes, str]:
+    """The page and its content type, by the request's Accept header: Prometheus' format, or OpenMetrics."""
     encode, content_type = choose_encoder(accept)
-    return encode(_Collected(facts)), content_type  # type: ignore[arg-type,unused-ignore]
+    return encode(_Collected(figures)), content_type  # type: ignore[arg-type,unused-ignore]

@@ -1,7 +1,4 @@
-"""The process that saves a model for the load cache (:mod:`onnx_dl.workers.saver`), and those that it forks.
-
-Whether one is to run is decided by :mod:`onnx_dl.supervisor.policy.cache_saves`.
-"""
+"""The process that saves a model for the load cache (:mod:`onnx_dl.workers.saver`), and its children."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from onnx_dl.system import boot
 from onnx_dl.tensors import segment
 
 _PROCESS_MRELEASE: Final = 448
-"""The system call, of Linux 5.15 and later; the same number everywhere."""
+"""Number of the system call (Linux 5.15 and later) on all architectures."""
 
 
 class SaverProcess:
-    """One saver: a child of this process, with a process group of its own."""
+    """One saver: a child of this process, in its own process group."""
 
     def __init__(self, environment: Mapping[str, str], order: str, blob: int | None, memory: int) -> None:
-        """``blob``: descriptor of a model given as bytes; ``memory``: bytes that it may take.
+        """``blob``: descriptor of a model given as bytes; ``memory``: bytes that it may use.
 
         Raises:
             OSError: the system has no process for it, or no memory.
@@ -42,12 +39,12 @@ class SaverProcess:
         self._status = 0
 
     def reaped(self, pid: int, status: int) -> None:
-        """A child of this process has ended, which may be this one."""
+        """Notes the wait status, if the child that has ended is this one."""
         if pid == self._pid:
             self._status = status
 
     def ended(self) -> int | None:
-        """The wait status; None while it lives, or one that it forked, whose parent is now this process."""
+        """The wait status; None while it or one of its children lives.  Orphaned children are ours."""
         try:
             os.waitid(os.P_PGID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -55,15 +52,15 @@ class SaverProcess:
         return None
 
     def kill(self) -> None:
-        """SIGKILL to all of it, and its memory back at once."""
+        """Sends SIGKILL to all its processes, and frees their memory at once."""
         members = [self._pid, *_children(self._pid)]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
         for pid in members:
             _release_memory(pid)
 
-    def bury(self) -> None:
-        """Waits for the end of one that was killed."""
+    def wait(self) -> None:
+        """Reaps all its processes after :meth:`kill`."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-self._pid, 0)
@@ -72,13 +69,15 @@ class SaverProcess:
 def _children(pid: int) -> list[int]:
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:  # it has just ended, or the kernel does not tell
+    except OSError:  # it has just ended, or the kernel has no such file
         return []
 
 
 def _release_memory(pid: int) -> None:
-    """Of a process that is being killed: left to itself, one that runs on idle time only takes seconds to go
-    when all processors are busy."""
+    """Frees the memory of a process that is being killed.
+
+    At idle priority it would take seconds to exit by itself when all processors are busy.
+    """
     with contextlib.suppress(OSError):
         fd = os.pidfd_open(pid)
         ctypes.CDLL(None).syscall(_PROCESS_MRELEASE, fd, 0)

@@ -1,8 +1,7 @@
-"""The process that workers come from, as the supervisor has it; what it does is
-:mod:`onnx_dl.workers.template`'s.
+"""One template process, from which workers are forked (:mod:`onnx_dl.workers.template`).
 
-The supervisor never waits for it.  One request is under way at a time, so there is always room for it in the
-socket, and how long an answer may take is bounded.
+The supervisor never waits for it.  Only one request is under way at a time, so the socket always has room for
+it, and the time for an answer is limited.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import template as m
@@ -19,32 +18,33 @@ from onnx_dl.supervisor.processes.worker_process import WorkerProcess
 from onnx_dl.system import boot
 from onnx_dl.transport.sockets import Channel
 
-# Read when numpy and onnxruntime are imported, so it must be there before.  OpenBLAS would start a pool of
-# threads, and onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share);
-# a process with threads cannot fork safely.
+# Set before numpy and onnxruntime are imported, which read it.  OpenBLAS would start a pool of threads, and
+# onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share).  A process
+# with threads cannot fork safely.
 SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 
 class TemplateProcess:
     """One template, from its start until it is reaped or has become a worker."""
 
-    def __init__(self, mode: str, now: float, patience: float) -> None:
-        """``mode``: ``fork`` or ``exec``; ``patience``: seconds in which it answers, and becomes ready.
+    def __init__(self, mode: str, now: float, timeout: float) -> None:
+        """``mode``: ``fork`` or ``exec``; ``timeout``: seconds in which it answers, and becomes ready.
 
         Raises:
             OSError: the system has no process for it, or no descriptors.
         """
-        self.forks = mode == "fork"
         self.was_ready = False
+        self.became_worker = False
         self.given_up = False
-        """Who waited for it has been told; who comes until it is reaped waits for the next one."""
+        """All workers that waited for it have failed; later ones wait for the next template."""
         self.asked: WorkerProcess | None = None
-        """The worker that it was asked for and has not told of."""
-        self._patience = patience
-        self.deadline: float | None = now + patience
+        """The worker that it was asked for and has not reported."""
+        self.open = True
+        """True while more messages may arrive."""
+        self._timeout = timeout
+        self.deadline: float | None = now + timeout
         """When it must have answered; None: nothing is asked."""
         self.channel, theirs = Channel.pair()
-        self._open = True
         try:
             fd = theirs.fileno()
             os.set_inheritable(fd, True)
@@ -59,34 +59,29 @@ class TemplateProcess:
             theirs.close()
 
     @property
-    def open(self) -> bool:
-        """Whether it may still say something."""
-        return self._open
-
-    @property
     def is_free(self) -> bool:
-        """Whether it can be asked for a worker."""
-        return self._open and self.was_ready and self.asked is None
+        """True if it can be asked for a worker."""
+        return self.open and self.was_ready and self.asked is None
 
     def ask(self, worker: WorkerProcess, control: str, now: float) -> None:
         """Asks for a worker.
 
         Raises:
-            OSError: the system refuses to send that.
+            BrokenPipeError: the template is gone.
+            OSError: the system refuses to send the request.
         """
-        if worker.request(self.channel, control):
-            self.asked, self.deadline = worker, now + self._patience
-        else:  # it is gone; who waits for the next one is asked for there
+        if not worker.request(self.channel, control):
             raise BrokenPipeError("the template is gone")
+        self.asked, self.deadline = worker, now + self._timeout
 
-    def heard(self) -> Iterator[Any]:
-        """All messages that have come.  At its end it is not open any more.
+    def received(self) -> Iterator[object]:
+        """All messages that have arrived.  At EOF the template is closed.
 
         Raises:
-            ProtocolError: it said something else.
+            ProtocolError: it sent something else.
         """
         with contextlib.suppress(TimeoutError):
-            while self._open:
+            while self.open:
                 received = self.channel.receive(0)
                 if received is None:
                     self.close()
@@ -97,20 +92,24 @@ class TemplateProcess:
         self.was_ready, self.deadline = True, None
 
     def answered(self) -> WorkerProcess | None:
-        """It has told what became of the worker that it was asked for."""
+        """Takes the worker that the template was asked for, because the answer is there."""
         worker, self.asked, self.deadline = self.asked, None, None
         return worker
 
     def hurry(self, deadline: float) -> None:
-        """Whoever waits for the answer waits until then at most."""
+        """Brings the deadline of the answer forward."""
         self.deadline = deadline if self.deadline is None else min(deadline, self.deadline)
 
     def close(self) -> None:
-        """Nothing is asked of it any more, nor heard."""
-        self._open = False
+        """Closes the connection to it."""
+        self.open = False
         self.channel.close()
 
     def kill(self) -> None:
-        """SIGKILL.  It is a child that is not reaped, so the number is its own."""
+        """Sends SIGKILL.  It is a child that is not reaped, so its process id is not another's."""
         self.deadline = None
         os.kill(self.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        self.close()
+        self.kill()

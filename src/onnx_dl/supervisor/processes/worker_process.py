@@ -1,7 +1,4 @@
-"""One worker process as the supervisor has it: its descriptors, its last words, its end.
-
-When one is started and who asks for it is :mod:`onnx_dl.supervisor.processes.worker_processes`'s.
-"""
+"""One worker process, as the supervisor sees it: its descriptors, its stderr, its end."""
 
 from __future__ import annotations
 
@@ -20,16 +17,16 @@ from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
 MOST_BLOBS: Final = MOST_DESCRIPTORS - 3
-"""That a worker is born with, beside what every one has."""
+"""Blobs that a worker can be given at its start."""
 COST: Final = 6
-"""Descriptors that the supervisor needs for one worker, beside its blobs, its control connection included."""
+"""Descriptors that the supervisor needs for one worker: its control connection included, its blobs not."""
 _TAIL: Final = 40
-"""Lines of a worker's stderr that are kept for the error that tells of its death."""
+"""Lines of a worker's stderr that are kept for the error about its death."""
 _CHUNK: Final = 1 << 16
 
 
 class StderrTail:
-    """One worker's stderr: passed on as it comes, and its last lines kept."""
+    """Reads one worker's stderr, and keeps its last lines."""
 
     def __init__(self) -> None:
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
@@ -42,8 +39,8 @@ class StderrTail:
         return self._read_end
 
     def pump(self) -> bytes:
-        """Takes in what is there, up to a limit, so that one that never stops does not keep the others
-        waiting; returns it for whoever passes it on."""
+        """Reads and returns what is there.  The amount is limited, so that a worker that never stops writing
+        does not block the others."""
         try:
             data = os.read(self._read_end, _CHUNK)
         except BlockingIOError:
@@ -63,12 +60,12 @@ class StderrTail:
         os.close(self._read_end)
 
 
-class Birth(NamedTuple):
-    """What a worker begins with.
+class StartConditions(NamedTuple):
+    """Properties with which a worker starts.
 
-    ``model``: the name of what it is for; ``pristine``: it has made no session of the engine before;
-    ``standing``: what it has from the thread that asked for it, None: from this process; ``environment``: its
-    variables, beside this process's.
+    ``model``: the name of its model; ``pristine``: its process must not have made a session of the engine
+    before; ``standing``: what it takes over from the thread that asked for it, None: from this process;
+    ``environment``: its variables, added to those of this process.
     """
 
     model: str = ""
@@ -78,14 +75,14 @@ class Birth(NamedTuple):
 
 
 class WorkerProcess:
-    """From the request for it until it is reaped."""
+    """One worker, from the request for it until it is reaped."""
 
     def __init__(
         self,
         worker_id: int,
         identity: bytes,
         blobs: Mapping[str, int],
-        birth: Birth = Birth(),  # noqa: B008 - is immutable
+        conditions: StartConditions = StartConditions(),  # noqa: B008 - is immutable
     ) -> None:
         """``blobs``: descriptors of the memory that its model is loaded from, by name.
 
@@ -94,12 +91,12 @@ class WorkerProcess:
         """
         self.worker_id = worker_id
         self.identity = identity
-        self.model = birth.model
-        self._birth = birth
+        self.model = conditions.model
+        self._conditions = conditions
         self.pid: int | None = None
-        self.condemned = False
+        self.kill_requested = False
         self.greeted = False
-        """Whether it has said something: it has its connection to us."""
+        """True if it is connected to the control socket."""
         self._pidfd: int | None = None
         self._theirs: list[int] = []
         self._blobs: dict[str, int] = {}
@@ -117,10 +114,10 @@ class WorkerProcess:
             undo.pop_all()
 
     def request(self, channel: Channel, control: str) -> bool:
-        """Asks a template for the process and hands over its ends of the descriptors.  Whether it was sent.
+        """Asks a template for the process and hands over its descriptors; false: the template is gone.
 
         Raises:
-            OSError: the system refuses to send it.
+            OSError: the system refuses to send the request.
         """
         assert self._lifeline_worker is not None
         message = template.Spawn(
@@ -128,9 +125,9 @@ class WorkerProcess:
             identity=self.identity,
             control=control,
             blobs=list(self._blobs),
-            pristine=self._birth.pristine,
-            standing=self._birth.standing,
-            environment=self._birth.environment,
+            pristine=self._conditions.pristine,
+            standing=self._conditions.standing,
+            environment=self._conditions.environment,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
         sent = channel.send(codec.encode(message), fds)
@@ -140,30 +137,31 @@ class WorkerProcess:
 
     @property
     def owed(self) -> int:
-        """Descriptors that it will take and has not yet: one to watch it, one to talk to it."""
+        """Descriptors that it will still need: a pidfd and its control connection."""
         return (self.pid is None) + (not self.greeted)
 
-    def born(self, pid: int) -> None:
+    def on_spawned(self, pid: int) -> None:
+        """Notes its process id; kills it if that was asked for before."""
         self.pid = pid
         with contextlib.suppress(ProcessLookupError):  # already dead and reaped
             self._pidfd = os.pidfd_open(pid)
-        if self.condemned:
+        if self.kill_requested:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, also if the process has no pid yet.  By pidfd: a pid may mean another process by now."""
-        self.condemned = True
+        """Sends SIGKILL, as soon as it has a pid.  By pidfd: the pid may belong to another process by now."""
+        self.kill_requested = True
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def mute(self, error: Exception) -> None:
-        """What it writes on stderr cannot be read: it is to go, and not to be asked again."""
+    def stop_reading(self, error: Exception) -> None:
+        """Ends a worker whose stderr cannot be read, and reads it no more."""
         self.stderr.open = False
         self.kill()
 
     def _drop_ends(self) -> None:
-        """Closes what is the worker's: our copies would hide its death from the other ends."""
+        """Closes our copies of the worker's descriptors: they would hide its death from the other ends."""
         while self._blobs:
             os.close(self._blobs.popitem()[1])
         if self._lifeline_worker is not None:
@@ -171,10 +169,10 @@ class WorkerProcess:
             self._lifeline_worker.close()
             self._lifeline_worker = None
 
-    def buried(self) -> tuple[str, bytes]:
-        """It is reaped: its last lines on stderr, and what of it was not passed on yet."""
+    def release(self) -> tuple[str, bytes]:
+        """Closes all of a reaped worker; returns the last lines of its stderr, and its unread part."""
         self._drop_ends()
-        rest = self.stderr.pump()  # all that a pipe holds; what it forked may go on writing
+        rest = self.stderr.pump()  # once: as much as a pipe holds; its children may go on writing
         self.stderr.close()
         self._lifeline.close()
         self.page.close()

@@ -1,0 +1,140 @@
+"""Measures workers for the scheduler: what they hold, whether they are busy, and when to look."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.status import Usage
+from onnx_dl.protocol import control as m
+from onnx_dl.supervisor.command_queue import Run
+from onnx_dl.supervisor.measure.memory_probe import MemoryProbe
+from onnx_dl.supervisor.metrics.counters import Figures, Metrics
+from onnx_dl.supervisor.policy.commands import ForgetPeak
+from onnx_dl.supervisor.policy.measuring import Sample
+from onnx_dl.supervisor.policy.requirements import uses_gpu
+from onnx_dl.supervisor.policy.scheduler import Scheduler
+from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
+from onnx_dl.transport.gauges import Reading
+
+if TYPE_CHECKING:
+    from onnx_dl.supervisor.hostfile.applied import AppliedFile
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Owns the memory probe and the metrics; one for all workers of a supervisor."""
+
+    scheduler: Scheduler
+    processes: WorkerProcesses
+    file: AppliedFile | None
+    run: Run
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
+    _probe: MemoryProbe | None = None
+    _on_gpu: set[int] = dataclasses.field(default_factory=set)
+    """Ids of workers whose models ask for a GPU."""
+    _runs: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Number of runs of each worker when it was last measured."""
+
+    def on_start(self, worker_id: int, spec: ModelSpec) -> None:
+        """A worker is about to be started for this model."""
+        if uses_gpu(spec):
+            self._on_gpu.add(worker_id)
+
+    def on_spawned(self, worker_id: int, pid: int) -> None:
+        if worker_id in self._on_gpu:
+            self._meter().begin(pid)
+
+    def on_loaded(self, worker_id: int) -> Usage:
+        """Measures a worker that has just loaded its model."""
+        self._runs[worker_id] = 0
+        if worker_id in self._on_gpu and (pid := self._pid(worker_id)) is not None:
+            self._meter().loaded(pid)
+        return self.measure(worker_id)
+
+    def measure(self, worker_id: int) -> Usage:
+        pid = self._pid(worker_id)
+        return Usage() if pid is None else self._meter().measure(pid)
+
+    def forget_peak(self, command: ForgetPeak) -> None:
+        if (pid := self._pid(command.worker_id)) is not None:
+            self._meter().forget_peak(pid)
+
+    def forget(self, worker_id: int, reading: Reading) -> None:
+        """Keeps the last figures of an ended worker for the metrics, and nothing else of it."""
+        if worker_id in self._on_gpu and (pid := self._pid(worker_id)) is not None:
+            self._meter().end(pid)
+        self.metrics.on_gone(worker_id, reading)
+        self._on_gpu.discard(worker_id)
+        self._runs.pop(worker_id, None)
+
+    def on_tick(self, now: float) -> None:
+        """Gives the scheduler the figures that are due, and then the time."""
+        self._weigh_loads(now)
+        self._check_draining(now)
+        seen = self._sample(now) if self.scheduler.wants_look(now) else {}
+        self.run(self.scheduler.on_tick(now, seen))
+
+    def refresh(self, now: float, *, all_workers: bool = False) -> None:
+        """Gives the scheduler fresh figures: of the workers used since the last look, or of all."""
+        for worker_id, seen in self._sample(now, all_workers=all_workers).items():
+            self.run(self.scheduler.on_measured(worker_id, seen, now))
+
+    def prepare_load(self, ask: m.Acquire, now: float) -> None:
+        """Measures what the decision about a load needs: the growth of workers, and the size of the GPUs."""
+        if self.scheduler.is_loaded(ask.spec.unit):
+            return
+        self.refresh(now)
+        grouped = self.file.grouped().get(ask.spec.unit, []) if self.file else []
+        if any(map(uses_gpu, (ask.spec, *ask.companions, *grouped))):
+            self.scheduler.know_gpus(self._meter().gpu_total())
+
+    def readings(self) -> Mapping[int, Reading]:
+        """Current counters of every worker, by worker id."""
+        return self.processes.readings()
+
+    def figures(self) -> Figures:
+        """Measures everything for a scrape of the metrics."""
+        now = time.monotonic()
+        self.refresh(now, all_workers=True)
+        scheduler, readings = self.scheduler, self.readings()
+        models = scheduler.snapshot(now, readings)
+        return self.metrics.figures(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
+
+    def _sample(self, now: float, *, all_workers: bool = False) -> dict[int, Sample]:
+        """Reads every worker's counters, and measures those used since the last look (1 ms each), or all."""
+        readings = self.readings()
+        seen = {}
+        for worker_id in self.scheduler.pids():
+            reading = readings.get(worker_id, Reading())
+            is_used = reading.busy or self._runs.get(worker_id) != reading.runs
+            seen[worker_id] = Sample(self.measure(worker_id) if all_workers or is_used else None, reading)
+            self._runs[worker_id] = reading.runs
+        for worker_id, pid in self.scheduler.lingering_pids(now).items():
+            seen[worker_id] = Sample(Usage(gpu=self._meter().gpu_left(pid)))
+        return seen
+
+    def _weigh_loads(self, now: float) -> None:
+        """Measures loads under way (20 µs each)."""
+        for load in self.scheduler.to_weigh(now):
+            nbytes = self._meter().weigh(load.pid, load.nbytes)
+            self.run(self.scheduler.on_weighed(load.worker_id, nbytes, now))
+
+    def _check_draining(self, now: float) -> None:
+        """Reads whether draining workers are still busy."""
+        if due := self.scheduler.to_check(now):
+            readings = self.readings()
+            for worker_id in due:
+                busy = readings.get(worker_id, Reading()).busy
+                self.run(self.scheduler.on_checked(worker_id, busy, now))
+
+    def _pid(self, worker_id: int) -> int | None:
+        return self.scheduler.pids().get(worker_id)
+
+    def _meter(self) -> MemoryProbe:
+        if self._probe is None:
+            self._probe = MemoryProbe()
+        return self._probe

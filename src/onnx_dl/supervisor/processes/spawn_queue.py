@@ -1,0 +1,194 @@
+"""Workers that wait to be forked, and the template process that forks them.
+
+A template that dies, is silent for too long or sends nonsense is replaced.  All workers are children of this
+process, so they outlive it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+from collections.abc import Callable, Container
+from typing import Final
+
+from onnx_dl.protocol import template as m
+from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.processes.template_process import TemplateProcess
+from onnx_dl.supervisor.processes.worker_process import WorkerProcess
+
+_HURRY: Final = 1.0
+"""Seconds that a template has to report a worker that is to be killed."""
+
+
+class SpawnQueue:
+    """Owner of the template.  It is started at once, because its imports take longest."""
+
+    def __init__(
+        self,
+        mode: str,
+        timeout: float,
+        now: Callable[[], float],
+        on_spawned: Callable[[WorkerProcess, int], None],
+        on_failed: Callable[[WorkerProcess, str], None],
+    ) -> None:
+        """``timeout``: seconds in which a template answers, and becomes ready; ``now``: the clock.
+
+        ``on_spawned`` is called with the process id of a worker, ``on_failed`` with the reason for none.
+
+        Raises:
+            OSError: the system has no process for a template, or no descriptors.
+        """
+        self.control = ""
+        """Address of the supervisor's control socket, for the workers."""
+        self._mode = mode
+        self._timeout = timeout
+        self._now = now
+        self._on_spawned = on_spawned
+        self._on_failed = on_failed
+        self._waiting: collections.deque[WorkerProcess] = collections.deque()
+        self._template: TemplateProcess | None = self._new_template()
+        """The template of the next worker; it is replaced when it is reaped."""
+
+    def sources(self) -> list[int]:
+        """Descriptors to poll, for :meth:`handle`."""
+        template = self._template
+        return [template.channel.fileno()] if template and template.open else []
+
+    def handle(self, ready: Container[object]) -> bool:
+        """Handles what has arrived; true: the template has closed its socket, so it may have ended."""
+        template = self._template
+        if template is None or not template.open or template.channel.fileno() not in ready:
+            return False
+        self._receive(template)
+        return not template.open
+
+    def receive(self) -> None:
+        """Handles what the template has sent, also if it was not polled."""
+        if self._template is not None:
+            self._receive(self._template)
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`on_tick` has something to do; None: not before something happens."""
+        return None if self._template is None else self._template.deadline
+
+    def on_tick(self) -> None:
+        """Ends a template that has not answered in time.  It is reaped later, but no one waits for that."""
+        template = self._template
+        if template is None or template.deadline is None or self._now() < template.deadline:
+            return
+        self._receive(template)  # the answer may have come while this process did something else
+        if template is not self._template or template.deadline is None:
+            return
+        doing = "answer" if template.was_ready else "become ready"
+        template.end()
+        template.given_up = True
+        reason = f"the template process (pid {template.pid}) did not {doing} in time and was ended"
+        self._fail_all(self._take_waiting(template), f"{reason} (ONNX_DL_START_TIMEOUT is {self._timeout:g})")
+
+    def add(self, worker: WorkerProcess) -> None:
+        self._waiting.append(worker)
+        self._ask()
+
+    def cancel(self, worker: WorkerProcess) -> bool:
+        """Removes a worker that no template was asked for yet; false: a template was asked, and has little
+        time left to answer."""
+        if worker in self._waiting:
+            self._waiting.remove(worker)
+            return True
+        if self._template is not None and self._template.asked is worker:
+            self._template.hurry(self._now() + _HURRY)
+        return False
+
+    def on_reaped(self, pid: int, status: int) -> bool:
+        """Handles the end of a child process; false: it was not the template.
+
+        The worker that the template was asked for fails.  If the template was never ready, all that wait
+        fail: the next template would probably fail, too, and be restarted for ever.
+        """
+        template = self._template
+        if template is None or template.pid != pid:
+            return False
+        waiting = [] if template.given_up else self._take_waiting(template)
+        template.close()
+        self._template = None
+        self._fail_all(waiting, f"the template process ended with wait status {status}; its stderr says why")
+        self._ask()
+        return True
+
+    def close(self) -> None:
+        if self._template is not None:
+            self._template.end()
+            os.waitpid(self._template.pid, 0)
+            self._template = None
+
+    def _new_template(self) -> TemplateProcess:
+        return TemplateProcess(self._mode, self._now(), self._timeout)
+
+    def _ask(self) -> None:
+        """Asks a free template for the next worker."""
+        if self._waiting and self._template is None:
+            self._replace()
+        template = self._template
+        if not self._waiting or template is None or not template.is_free:
+            return
+        worker = self._waiting.popleft()
+        try:
+            template.ask(worker, self.control, self._now())
+        except BrokenPipeError:
+            self._waiting.appendleft(worker)  # for the next template, when this one is reaped
+            template.close()
+        except OSError as error:
+            self._on_failed(worker, str(error))
+            self._ask()
+
+    def _replace(self) -> None:
+        """Starts the next template; if that fails, so do all workers that wait."""
+        self._template = None
+        try:
+            self._template = self._new_template()
+        except OSError as error:
+            self._fail_all(list(self._waiting), f"no template process could be started ({error})")
+
+    def _receive(self, template: TemplateProcess) -> None:
+        """Handles all that the template has sent.  One that sends nonsense is ended, and reaped later; its
+        workers are not concerned."""
+        with boundary("the template", lambda error: template.end()):
+            for message in template.received():
+                self._handle_message(template, message)
+            if not template.open and not template.became_worker:
+                template.kill()  # it may have closed its end without ending
+
+    def _handle_message(self, template: TemplateProcess, message: object) -> None:
+        match message:
+            case m.TemplateReady(forkable=forkable):
+                template.became_ready()
+                if not forkable:
+                    self._mode = "exec"
+            case m.Spawned(pid=pid):
+                self._spawned(template, pid)
+            case m.SpawnFailed(reason=reason):
+                if (worker := template.answered()) is not None:
+                    self._on_failed(worker, reason)
+        self._ask()
+
+    def _spawned(self, template: TemplateProcess, pid: int) -> None:
+        if (worker := template.answered()) is None:
+            return
+        worker.on_spawned(pid)
+        if pid == template.pid:  # the template became the worker
+            template.became_worker = True
+            template.close()
+            self._replace()
+        self._on_spawned(worker, pid)
+
+    def _take_waiting(self, template: TemplateProcess) -> list[WorkerProcess]:
+        asked = template.answered()
+        waiting = [] if template.was_ready else list(self._waiting)
+        return waiting if asked is None else [asked, *waiting]
+
+    def _fail_all(self, workers: list[WorkerProcess], reason: str) -> None:
+        for worker in workers:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(worker)
+            self._on_failed(worker, reason)
