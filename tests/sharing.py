@@ -22,7 +22,7 @@ import pytest
 
 from onnx_dl.host import connect
 from onnx_dl.transport import running_hosts
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 from tests.waiting import DEADLINE, eventually
 
 
@@ -141,7 +141,7 @@ class Kept:
 
     def __init__(self, name: str = "default") -> None:
         self._command = command("supervise", "--name", name)
-        self._place = Place(name)
+        self._place = HostEntry(name)
         self.start()
 
     def start(self) -> None:

@@ -336,7 +336,7 @@ def test_limits_are_told() -> None:
         snapshot = host.snapshot()
         assert (snapshot.memory_limit, snapshot.gpu_memory_limit) == (90 * MB, 1 << 30)
         assert snapshot.memory_in_use > 1 * MB and snapshot.gpu_memory_in_use == 0
-    with pytest.raises(ConfigError, match="no size"):
+    with pytest.raises(ConfigError, match="not a size"):
         ModelHost(gpu_memory_limit="much")
 
 

@@ -184,14 +184,14 @@ def test_a_name_of_no_host(command: str, name: str, capsys: pytest.CaptureFixtur
         main([command, "--name" if command == "supervise" else "--host", name])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and f"{name!r} is no name of a host; use letters" in err
+    assert out == "" and f"{name!r} is not a host name; use letters" in err
 
 
 def test_no_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty variable is none; an empty name is no name."""
     monkeypatch.setenv("ONNX_DL_HOST", "")
     assert main(["ps"]) == 0
-    with pytest.raises(ConfigError, match="'' is no name of a host"):
+    with pytest.raises(ConfigError, match="'' is not a host name"):
         connect("")
 
 

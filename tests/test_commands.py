@@ -146,7 +146,7 @@ def test_ps_touches_nothing(shared: Shared, capsys: pytest.CaptureFixture[str]) 
 
 def test_ps_of_a_host_that_has_just_ended(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", "--json"]) == 1
-    assert capsys.readouterr() == ("", "onnx-dl: The host has ended, and its models with it.\n")
+    assert capsys.readouterr() == ("", "onnx-dl: The host has ended, and all its models.\n")
 
 
 # --- load, pin, unload -------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_events_wants_to_know_for_how_long(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])
 def test_an_interval_that_is_none(value: str, shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", f"--interval={value}"]) == 1
-    assert "is no time" in capsys.readouterr().err
+    assert "is not a time" in capsys.readouterr().err
 
 
 def read_until(fd: int, wanted: bytes) -> bytes:
@@ -421,7 +421,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 def test_doctor_finds_that_workers_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNX_DL_START", "exec")
-    said = trials.ask("start", timeout=DEADLINE).said
+    said = trials.run("start", timeout=DEADLINE).report
     assert said is not None and said["forked"] is False
 
 
@@ -471,18 +471,18 @@ def test_a_crash_of_a_provider_is_a_finding(broken: None, capsys: pytest.Capture
 
 def test_a_trial_has_a_deadline(broken: None) -> None:
     started = time.monotonic()
-    tried = trials.ask("provider", "HangExecutionProvider", timeout=1.5)
-    assert tried.said is None and tried.failure == "gave no answer within 2 s"
+    tried = trials.run("provider", "HangExecutionProvider", timeout=1.5)
+    assert tried.report is None and tried.failure == "gave no answer within 2 s"
     assert time.monotonic() - started < allowed(DEADLINE)
-    assert trials.ask("provider", "OtherExecutionProvider", timeout=DEADLINE).said == {
+    assert trials.run("provider", "OtherExecutionProvider", timeout=DEADLINE).report == {
         "providers": ["CPUExecutionProvider"],
         "computes": True,
     }
 
 
 def test_an_interpreter_that_is_not_there() -> None:
-    tried = trials.ask("installed", timeout=1.0, python="/no/such/python")
-    assert tried.said is None and "could not be started" in tried.failure
+    tried = trials.run("installed", timeout=1.0, python="/no/such/python")
+    assert tried.report is None and "could not be started" in tried.failure
 
 
 def test_doctor_with_settings_that_cannot_be(

@@ -258,7 +258,7 @@ def test_an_eager_model_that_does_not_load_is_told(
 
 BAD: dict[str, tuple[str | bytes, str]] = {
     "nested": ("x = " + "[" * 489 + "]" * 489, "line 1: this is nested more than 32 levels deep"),
-    "metrics": ('metrics = "nonsense"', 'line 1: metrics = "nonsense" is no address'),
+    "metrics": ('metrics = "nonsense"', 'line 1: metrics = "nonsense" is not an address'),
     "option": (
         NEG + "options = {log_severity_level = 77}",
         "line 3: models.negate.options.log_severity_level",

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 from tests.sharing import belonging, end, own_runtime
 from tests.small import plus
 from tests.waiting import DEADLINE, eventually
@@ -104,7 +104,7 @@ def test_loads_models_and_outlives_a_crash(program: Program) -> None:
 def test_without_freeze_support_nothing_starts(program: Program, runtime: Path) -> None:
     (kind, said), err = program.says("forgets")
     assert (kind, err) == ("SupervisorStartError", "")
-    assert "onnx_dl.freeze_support()" in said and "first thing" in said
+    assert "onnx_dl.freeze_support()" in said and "first statement" in said
     assert not belonging(runtime) and not program.folders()
 
 
@@ -146,7 +146,7 @@ def test_a_shared_host_outlives_the_program(program: Program, runtime: Path) -> 
     assert len(program.folders()) == in_one_file
     assert program.says("shared") == ([5.0, pid], "")
     assert len(program.folders()) == in_one_file
-    assert Place("frozen").holder() == pid
+    assert HostEntry("frozen").holder() == pid
     for child in psutil.Process(pid).children():
         child.kill()  # the next template comes from the host's own folder
     assert program.says("shared") == ([5.0, pid], "")

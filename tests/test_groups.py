@@ -159,7 +159,7 @@ def test_models_of_different_engines(host: ModelHost, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", 5])
 def test_names_that_are_none(host: ModelHost, name: Any) -> None:
-    with pytest.raises(ConfigError, match="no name of a group"):
+    with pytest.raises(ConfigError, match="not a group name"):
         InferenceSessionProxy(scaled(), host=host, group=name)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 from tests.sharing import belonging, own_runtime
 from tests.test_capacity import MB, weighty
 from tests.waiting import DEADLINE, eventually
@@ -77,7 +77,7 @@ def test_four_workers_and_one_copy(server: subprocess.Popen[bytes], runtime: Pat
 
     eventually(all_have_answered, "each of gunicorn's workers answers", 4 * DEADLINE)
     (model_pid,) = set.union(*answers.values())
-    holder = Place("web").holder()
+    holder = HostEntry("web").holder()
     assert holder is not None
     ours = [p for p in belonging(runtime) if p.pid not in answers and p.pid != server.pid]
     with_model = [p.pid for p in ours if pss(p.pid) > SIZE * MB]

@@ -15,7 +15,7 @@ import pytest
 import onnx_dl
 from onnx_dl import InferenceSessionProxy, ModelHost, OnnxDLError
 from onnx_dl.errors import SupervisorStartError, SupervisorTimeout
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 from tests.scripted import HOWS, STEPS, scripted
 from tests.sharing import own_runtime
 from tests.slow import identity_model
@@ -120,9 +120,9 @@ def test_a_mute_shared_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the name and the lock, and answers nobody."""
     with own_runtime(monkeypatch), scripted(monkeypatch, "greeting", "mute") as script:
         monkeypatch.setenv("ONNX_DL_START_TIMEOUT", "0.4")
-        place = Place("mine")
-        place.publish(*script.start()[1:], kept=False)
+        place = HostEntry("mine")
+        place.publish(*script.start()[1:], managed=False)
         with monkeypatch.context() as patched:
-            patched.setattr(Place, "holder", lambda _: os.getpid())
+            patched.setattr(HostEntry, "holder", lambda _: os.getpid())
             with at_most(2.0), pytest.raises(SupervisorStartError, match="does not answer"):
                 onnx_dl.connect("mine")

@@ -297,7 +297,7 @@ def test_a_program_under_a_limit(path: str, tmp_path: Path) -> None:
     done = launched("--memory-limit", "1GiB", str(program), path, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (3, "")
     done = launched("--memory-limit", "much", str(program), path, cwd=tmp_path)
-    assert done.stderr.startswith("onnx-dl: 'much' is no size")
+    assert done.stderr.startswith("onnx-dl: 'much' is not a size")
 
 
 def test_patches_of_the_program_itself(path: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.host import connect
 from onnx_dl.host import model_host as host_module
 from onnx_dl.host.model_host import _FAREWELL
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
 from tests.slow import spin_model
@@ -219,7 +219,7 @@ def test_started_exactly_once(turn: int, runtime: Path) -> None:
     os.close(write)
     os.close(read)
     pids = [child.result() for child in children]
-    assert set(pids) == {Place("mine").holder()}
+    assert set(pids) == {HostEntry("mine").holder()}
 
     def others() -> list[psutil.Process]:
         found = []
@@ -334,7 +334,7 @@ def test_another_user_does_not_get_in_with_the_right_secret(path: str) -> None:
     host = onnx_dl.connect("mine")
     proxy = host.open(path, providers=CPU)
     assert twice(proxy) == 2
-    record = Place("mine").record()
+    record = HostEntry("mine").record()
     assert record is not None
 
     def intrude() -> str:
@@ -357,7 +357,7 @@ def test_another_user_does_not_get_in_with_the_right_secret(path: str) -> None:
 
 def test_a_wrong_secret(path: str) -> None:
     onnx_dl.connect("mine")
-    place = Place("mine")
+    place = HostEntry("mine")
     record = place.record()
     assert record is not None
     with pytest.raises(SupervisorStartError, match="the secret is wrong"):
@@ -428,8 +428,8 @@ def test_one_that_is_kept_is_waited_for(
         os.kill(first, getattr(signal, how))
         kept.process.communicate(timeout=2 * DEADLINE)
         looks: list[int | None] = []
-        holder = Place.holder
-        monkeypatch.setattr(Place, "holder", lambda place: looks.append(holder(place)) or looks[-1])
+        holder = HostEntry.holder
+        monkeypatch.setattr(HostEntry, "holder", lambda place: looks.append(holder(place)) or looks[-1])
         calls = Threads(lambda: twice(proxy, 3), lambda: twice(proxy, 4))
         eventually(lambda: len(looks) > 20, "clients look for it again and again")
         assert set(looks) == {None}  # and start none
@@ -518,7 +518,7 @@ def test_who_only_watches_sees_the_next_host(path: str) -> None:
     watching = onnx_dl.connect("mine")
     restart("SIGKILL", watching)
     assert watching.snapshot().supervisor_pid is None
-    assert Place("mine").holder() is None  # looking starts none
+    assert HostEntry("mine").holder() is None  # looking starts none
     assert not watching.unload(path)
 
     def use() -> int:
@@ -610,7 +610,7 @@ def test_there_is_none_and_none_is_wanted(runtime: Path) -> None:
         SupervisorError, match=r"No shared host named 'mine' runs.*onnx-dl supervise --name mine"
     ):
         onnx_dl.connect("mine", start=False)
-    assert Place("mine").holder() is None
+    assert HostEntry("mine").holder() is None
     done = subprocess.run(command("stop"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("onnx-dl: No shared host named 'default' runs.")
@@ -618,12 +618,12 @@ def test_there_is_none_and_none_is_wanted(runtime: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 65])
 def test_a_bad_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no name of a host"):
+    with pytest.raises(ConfigError, match="not a host name"):
         onnx_dl.connect(name)
     if name:
         monkeypatch.setenv("ONNX_DL_HOST", name)
         monkeypatch.setattr(connect, "_default", None)
-        with pytest.raises(ConfigError, match="no name of a host"):
+        with pytest.raises(ConfigError, match="not a host name"):
             onnx_dl.default_host()
 
 
@@ -632,9 +632,9 @@ def test_the_second_of_a_name_leaves(kept: Kept) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert f"A host 'default' runs already (pid {kept.process.pid})" in done.stderr
     assert "onnx-dl stop" in done.stderr
-    assert Place("default").holder() == kept.process.pid
+    assert HostEntry("default").holder() == kept.process.pid
     assert kept.end(signal.SIGINT) == 0
-    assert Place("default").record() is None  # nobody waits for one that was ended by hand
+    assert HostEntry("default").record() is None  # nobody waits for one that was ended by hand
 
 
 def test_stop_and_what_the_host_says(path: str, kept: Kept) -> None:
@@ -646,7 +646,7 @@ def test_stop_and_what_the_host_says(path: str, kept: Kept) -> None:
     said = kept.process.communicate(timeout=DEADLINE)[0]
     assert kept.process.returncode == 0
     assert [line.split()[0] for line in said.splitlines()] == ["loading", "ready", "draining", "unloaded"]
-    assert Place("default").record() is None
+    assert HostEntry("default").record() is None
     with pytest.raises(SupervisorError, match="No shared host"):
         twice(proxy)
 
@@ -659,8 +659,8 @@ def test_it_stays_for_a_while_without_clients(path: str, monkeypatch: pytest.Mon
     host.adopt(path)
     host.close()
     onnx_dl.connect("another").close()  # it has no client as well, since later, and no model
-    eventually(lambda: Place("another").holder() is None, "that one has ended")
-    assert Place("mine").holder() == pid
+    eventually(lambda: HostEntry("another").holder() is None, "that one has ended")
+    assert HostEntry("mine").holder() == pid
     host = onnx_dl.connect("mine", start=False)
     (status,) = host.snapshot().models
     assert (status.model, status.leases, status.loads) == (path, 1, 1)
@@ -670,8 +670,8 @@ def test_it_stays_for_a_while_without_clients(path: str, monkeypatch: pytest.Mon
     assert is_gone(worker) and not host.snapshot().models
     assert supervisor_pid(host) == pid
     host.close()
-    eventually(lambda: Place("mine").holder() is None, "the end of the host")
-    assert Place("mine").record() is None
+    eventually(lambda: HostEntry("mine").holder() is None, "the end of the host")
+    assert HostEntry("mine").record() is None
 
 
 def test_a_python_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,7 +728,7 @@ def test_nobody_reads_what_a_host_says(path: str) -> None:
     host.close()
     kept.process.send_signal(signal.SIGHUP)  # its terminal is closed
     kept.process.wait(DEADLINE)
-    assert Place("default").record() is None
+    assert HostEntry("default").record() is None
 
 
 def test_a_host_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from onnx_dl.protocol import control
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.policy import idle_shutdown
 from onnx_dl.transport import running_hosts
-from onnx_dl.transport.rendezvous import Place
-from onnx_dl.transport.running_hosts import Sighting
+from onnx_dl.transport.rendezvous import HostEntry
+from onnx_dl.transport.running_hosts import RunningHost
 from tests.contract.both import scaled
 from tests.sharing import Forked, belonging, command, own_runtime
 from tests.versions import Program, Version, made
@@ -52,7 +52,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "twice.onnx")
 
 
-def seen() -> dict[int | None, Sighting]:
+def seen() -> dict[int | None, RunningHost]:
     """The hosts that run, by the version that they speak."""
     return {found.protocol: found for found in running_hosts.running("mine")}
 
@@ -101,7 +101,7 @@ def test_one_that_has_no_clients_already_leaves(path: str, versions: dict[str, V
         assert later.ask("use", path) == 42
         eventually(lambda: set(seen()) == {PROTOCOL_VERSION + 1}, "the first one has gone", AFTER_A_LOOK)
     expected = f"a host of another version was started after it: onnx-dl 8.8.0, {NEXT}, pid "
-    assert expected in Place("mine").log.read_text()
+    assert expected in HostEntry("mine").log.read_text()
 
 
 def test_beside_one_of_before_versions_had_hosts_of_their_own(
@@ -157,7 +157,7 @@ def test_ten_start_at_once_beside_another_version(
         os.close(read)
         assert other.ask("use", path) == 42
         pids = {child.result() for child in children}
-        assert pids == {Place("mine").holder()}
+        assert pids == {HostEntry("mine").holder()}
         expected = pids | {other.ask("host")}
         eventually(lambda: supervisors(runtime) == expected, "those that were late are gone")
 
@@ -205,7 +205,7 @@ def test_one_that_is_kept_leaves_for_a_newer_version(
     said = kept["this"].communicate(timeout=AFTER_A_LOOK)[0]
     assert kept["this"].returncode == 0
     assert "the host ends, because a host of another version was started after it" in said
-    assert Place("mine").record() is None
+    assert HostEntry("mine").record() is None
     kept["this"] = supervise(versions["this"])
     with Program(versions["this"]) as client, Program(versions["next"]) as other:
         assert (client.ask("use", path), other.ask("use", path)) == (42, 42)
@@ -270,7 +270,7 @@ def test_commands_tell_of_both(path: str, versions: dict[str, Version]) -> None:
         lines = " ".join(text("ps", "--host", "mine").split())
         assert f"protocol version {PROTOCOL_VERSION}, pid {pids[0]}, since 2" in lines
         assert f"onnx-dl 8.8.0, {NEXT}, pid {pids[1]}, since 2" in lines
-        assert "cannot ask it" in lines and "It ends when its clients have gone." in lines
+        assert "cannot connect to it" in lines and "It ends when its clients have gone." in lines
         found = json.loads(text("doctor", "--json"))["findings"]
         marks = [
             (finding["mark"], f"pid {pid}" in finding["found"])
@@ -308,7 +308,7 @@ def test_stop_ends_its_own_version_and_others_on_request(path: str, versions: di
         assert [line.split(":")[0] for line in lines] == [
             "ended",
             "left",
-            "onnx-dl stop --all-versions ends those of other versions, too",
+            "onnx-dl stop --all-versions also ends those of other versions",
         ]
         assert set(seen()) == {PROTOCOL_VERSION + 1}
         first = other.ask("host")
@@ -325,7 +325,7 @@ def test_stop_ends_its_own_version_and_others_on_request(path: str, versions: di
 def test_a_client_of_another_version_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a record was copied by hand, for one."""
     onnx_dl.connect("mine")
-    record = Place("mine").record()
+    record = HostEntry("mine").record()
     assert record is not None
     monkeypatch.setattr(control, "PROTOCOL_VERSION", 99)
     with pytest.raises(

@@ -22,8 +22,8 @@ _BEFORE_5 = [
     ("transport/rendezvous.py", "protocol=self.protocol,\n            package=onnx_dl.__version__,", ""),
     ("transport/rendezvous.py", "            started=uptime(),\n", ""),
     (
-        "supervisor/loop.py",
-        "look=functools.partial(running_hosts.follower, self._place)",
+        "supervisor/lifetime.py",
+        "look=functools.partial(running_hosts.reason_to_leave, self._place)",
         "look=lambda: None",
     ),
 ]

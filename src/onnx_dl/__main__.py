@@ -1,4 +1,4 @@
-"""``python -m onnx_dl`` is ``onnx-dl``."""
+"""``python -m onnx_dl``: the command ``onnx-dl``."""
 
 from __future__ import annotations
 

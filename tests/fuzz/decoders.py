@@ -28,7 +28,7 @@ from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
 from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET, Handover
-from onnx_dl.transport.rendezvous import Place, Record
+from onnx_dl.transport.rendezvous import HostEntry, Record
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.load_cache.store import Cache, EntryMeta, seal_meta
 from tests.fuzz import descriptors, examples, mutation
@@ -282,7 +282,7 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
         for n in range(3)
     }
     record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)
-    place = Place("fuzz", folder=folder)
+    place = HostEntry("fuzz", folder=folder)
     kept = Cache(folder / "cache", 1 << 30)
 
     def read_needs(data: bytes) -> None:

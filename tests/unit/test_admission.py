@@ -30,7 +30,7 @@ def usage(mb: int) -> Usage:
 
 @pytest.fixture
 def scheduler() -> Scheduler:
-    return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="100MiB", room_timeout=30.0))
+    return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=100 * MB, room_timeout=30.0))
 
 
 def load(scheduler: Scheduler, key: str, worker_id: int, mb: int, now: float, **terms: object) -> None:
@@ -179,10 +179,10 @@ def test_a_host_that_closes_denies_who_waits(scheduler: Scheduler) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "memory", "needed", "fits"),
-    [("", None, 10_000, True), ("", 100, 79, True), ("", 100, 81, False), ("90MiB", 10, 89, True)],
+    [(None, None, 10_000, True), (None, 100, 79, True), (None, 100, 81, False), (90 * MB, 10, 89, True)],
 )
 def test_the_limit_is_a_share_of_the_machine_unless_it_was_set(
-    limit: str, memory: int | None, needed: int, fits: bool
+    limit: int | None, memory: int | None, needed: int, fits: bool
 ) -> None:
     settings = msgspec.structs.replace(SETTINGS, memory_limit=limit)
     scheduler = Scheduler(settings, 0.0, memory and memory * MB)
@@ -206,7 +206,7 @@ def busy(mb: int) -> Sample:
 @pytest.fixture
 def crowded() -> Scheduler:
     """119 of 450 MB are in use all the time, one of 416 MB waits for 3 s, and four of 12 behind it."""
-    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="450MiB", room_timeout=3.0))
+    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=450 * MB, room_timeout=3.0))
     load(scheduler, "used", 1, 119, 0.0)
     assert not starts(scheduler.on_acquire(A, ask(2, "large", 384), 10.0))
     for ticket in range(3, 7):
@@ -249,7 +249,7 @@ def test_all_who_wait_for_one_model_are_told_together(crowded: Scheduler) -> Non
 
 
 def test_without_patience_who_fits_loads_all_the_same() -> None:
-    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="450MiB", room_timeout=0.0))
+    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=450 * MB, room_timeout=0.0))
     load(scheduler, "used", 1, 119, 0.0)
     scheduler.on_acquire(A, ask(2, "large", 384), 10.0)
     scheduler.on_acquire(A, ask(3, "small", 12), 10.0)
@@ -380,7 +380,7 @@ def test_a_crash_tells_nothing_of_the_last_runs(scheduler: Scheduler) -> None:
 
 def test_what_earlier_hosts_measured_counts_at_the_first_load() -> None:
     known = {"a": Requirement(load=Peak(90 * MB), steady=MemoryAmount(10 * MB), peak=MemoryAmount(10 * MB))}
-    settings = msgspec.structs.replace(SETTINGS, memory_limit="100MiB")
+    settings = msgspec.structs.replace(SETTINGS, memory_limit=100 * MB)
     scheduler = Scheduler(settings, known=known)
     load(scheduler, "b", 1, 20, 0.0)
     assert not starts(scheduler.on_acquire(A, acquire(2, 2, key="a"), 1.0))
@@ -392,7 +392,7 @@ def test_what_earlier_hosts_measured_counts_at_the_first_load() -> None:
 # --- loads that run out of memory ------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["", "1000MiB"])
+@pytest.fixture(params=[None, 1000 * MB])
 def roomy(request: pytest.FixtureRequest) -> Scheduler:
     """With a limit that is too high to help, or none."""
     return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=request.param, room_timeout=30.0))
@@ -515,7 +515,7 @@ def on_gpu(ticket: int, key: str, mb: int = 0) -> m.Acquire:
 
 @pytest.fixture
 def gpus() -> Scheduler:
-    return Scheduler(msgspec.structs.replace(SETTINGS, gpu_memory_limit="1000MiB", room_timeout=30.0))
+    return Scheduler(msgspec.structs.replace(SETTINGS, gpu_memory_limit=1000 * MB, room_timeout=30.0))
 
 
 def test_gpu_memory_is_a_kind_of_its_own(gpus: Scheduler) -> None:
@@ -573,7 +573,7 @@ def test_the_limit_is_a_share_of_the_gpus_unless_it_was_set(gpus: Scheduler) -> 
 
 
 def test_models_that_push_each_other_out_are_told_of() -> None:
-    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit="100MiB"))
+    scheduler = Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=100 * MB))
     told_of, worker_id, now = [], 0, 0.0
     for turn in range(6):
         key, worker_id, now = "ab"[turn % 2], worker_id + 1, now + 2.0

@@ -44,7 +44,7 @@ def test_freeze_support_imports_nothing_heavy() -> None:
 
 
 def test_a_frozen_program_that_does_not_call_it(in_bundle: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SupervisorStartError, match="first thing in the program"):
+    with pytest.raises(SupervisorStartError, match="first statement in the program"):
         boot.launch("supervisor")
 
 
@@ -116,7 +116,7 @@ def test_other_arguments_are_the_programs(argv: tuple[str, ...]) -> None:
 def test_an_entry_that_this_version_does_not_have() -> None:
     done = ended(boot.MARKER, "nonsense", "[]", code="boot.freeze_support()")
     assert done.returncode == 1
-    assert "no process 'nonsense' in this version" in done.stderr and "Restart" in done.stderr
+    assert "this version has no process 'nonsense'" in done.stderr and "Restart" in done.stderr
 
 
 def test_an_interpreter_of_another_version() -> None:

@@ -20,12 +20,17 @@ AGAIN = f"{PIP} install --force-reinstall --no-deps"
         ({PLAIN: "1.31.1"}, PLAIN, (CUDA,), ""),  # onnxruntime says so itself
         ({PLAIN: "1.31.1", GPU: "1.31.1"}, PLAIN, (), ""),
         ({PLAIN: "1.31.1", GPU: "1.31.1"}, PLAIN, ("CPUExecutionProvider",), ""),
-        ({PLAIN: "1.31.1", GPU: "1.31.1"}, PLAIN, (CUDA,), "which has no CUDA"),
+        ({PLAIN: "1.31.1", GPU: "1.31.1"}, PLAIN, (CUDA,), "does not have CUDA"),
         ({PLAIN: "1.31.1", GPU: "1.31.1"}, GPU, (CUDA,), ""),
         ({PLAIN: "1.31.1", GPU: "1.31.1"}, "", (CUDA,), ""),
         ({PLAIN: "1.32.0", GPU: "1.31.1"}, GPU, (), "their versions differ"),
         ({PLAIN: "1.31.1", GPU: "1.31.1"}, GPU, ("OpenVINOExecutionProvider",), ""),
-        ({OTHER: "1.31.1", GPU: "1.31.1"}, GPU, ("OpenVINOExecutionProvider",), "which has no OpenVINO"),
+        (
+            {OTHER: "1.31.1", GPU: "1.31.1"},
+            GPU,
+            ("OpenVINOExecutionProvider",),
+            "does not have OpenVINO",
+        ),
     ],
 )
 def test_what_does_harm(found: dict[str, str], live: str, asked: tuple[str, ...], words: str) -> None:
@@ -53,7 +58,7 @@ def test_what_does_harm(found: dict[str, str], live: str, asked: tuple[str, ...]
     ],
 )
 def test_the_command(found: dict[str, str], asked: tuple[str, ...], command: str) -> None:
-    assert builds.mend(PIP, found, asked) == command
+    assert builds.repair(PIP, found, asked) == command
 
 
 @pytest.mark.parametrize(

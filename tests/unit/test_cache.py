@@ -375,7 +375,7 @@ def test_messages_within_each_other(tmp_path: Path):
     for levels in (30, 35, 300):
         path.write_bytes(nested(levels))
         assert within(path) == path.stat().st_size
-    with pytest.raises(ValueError, match="more than 100 messages within each other"):
+    with pytest.raises(ValueError, match="nested deeper than 100"):
         external_files(str(path))
 
 
@@ -417,7 +417,7 @@ def test_sizes(text: str | int, size: int):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "1TBx", True, None, 1.5, "1e9"])
 def test_no_sizes(text: object):
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 
 

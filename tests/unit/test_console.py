@@ -13,8 +13,8 @@ from onnx_dl.cli import table, versions
 from onnx_dl.cli.doctor import report
 from onnx_dl.cli.doctor.checks import Finding, Mark
 from onnx_dl.cli.history import History
-from onnx_dl.cli.hosts import alive, default_name
-from onnx_dl.cli.models import loaded
+from onnx_dl.cli.hosts import check_alive, default_name
+from onnx_dl.cli.models import load_line
 from onnx_dl.client.launcher import no_host
 from onnx_dl.core import text
 from onnx_dl.core.lifecycle import ModelState
@@ -22,7 +22,7 @@ from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host.model_host import Snapshot
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.transport.running_hosts import Sighting
+from onnx_dl.transport.running_hosts import RunningHost
 
 
 def status(model: str = "/models/asr.onnx", **fields: Any) -> ModelStatus:
@@ -158,22 +158,24 @@ def test_a_cell(fields: dict[str, Any], title: str, expected: str) -> None:
 
 def test_hosts_of_several_versions() -> None:
     """Of each: what it is, whether it can be asked, what becomes of it."""
-    before = Sighting(name="a", protocol=None, pid=1, started=1.0, kept=True)
-    ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
-    later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
+    before = RunningHost(name="a", protocol=None, pid=1, started=1.0, managed=True)
+    ours = RunningHost(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
+    later = RunningHost(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
     first, second, third = versions.lines([before, ours, later])
     assert first.startswith("Host: onnx-dl, protocol version 4 or older, pid 1, since ")
-    assert "This version of onnx-dl cannot ask it." in first and "--all-versions ends it." in first
+    assert "This version of onnx-dl cannot connect to it." in first and "--all-versions ends it." in first
     assert second.startswith(f"Host: onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since ")
     assert second.endswith(". It ends when its clients have gone.")
-    assert third.endswith("This version of onnx-dl cannot ask it. It stays as any host does.")
+    assert third.endswith("This version of onnx-dl cannot connect to it. It stays, as any host does.")
     assert versions.lines([ours]) == [second.removesuffix(" It ends when its clients have gone.")]
     assert versions.lines([]) == []
 
 
 def test_hosts_of_several_versions_as_data() -> None:
-    ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
-    later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0", kept=True)
+    ours = RunningHost(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
+    later = RunningHost(
+        name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0", managed=True
+    )
     first, second = versions.data([ours, later])
     assert first.pop("since") < second.pop("since") < time.time()
     assert first == {
@@ -184,7 +186,7 @@ def test_hosts_of_several_versions_as_data() -> None:
         "name": "a", "protocol": PROTOCOL_VERSION + 1, "package": "2.0", "pid": 3, "kept": True,
         "reachable": False, "leaving": False,
     }  # fmt: skip
-    assert versions.data([Sighting(name="a", protocol=None, pid=1)])[0]["since"] is None
+    assert versions.data([RunningHost(name="a", protocol=None, pid=1)])[0]["since"] is None
 
 
 def test_names_are_not_taken_for_markup() -> None:
@@ -207,7 +209,7 @@ def test_memory_over_time() -> None:
     assert seen[0].split() == ["MEMORY", "LAST", "2.0", "s", "NOW", "PEAK"]
     assert seen[1].startswith("asr.onnx ") and seen[1].endswith(" ▄█  100.0 MB  100.0 MB")
     assert seen[2].startswith("all models ") and seen[2].endswith(" ▂▄  100.0 MB  100.0 MB")
-    assert seen[3] == "A full bar is 100.0 MB for a model, and the limit for all models."
+    assert seen[3] == "A full bar is 100.0 MB for one model, and the limit for all models."
 
 
 def test_a_model_that_is_gone_keeps_its_line_as_long_as_it_is_remembered() -> None:
@@ -279,9 +281,9 @@ def test_a_line_over_time() -> None:
 
 def test_what_load_says() -> None:
     path = "/models/asr.onnx"
-    assert loaded(status()) == f"ready {path}, pid 4711, PSS 17.2 MB, ttl 60 s"
-    assert loaded(status(ttl=-1.0, pinned=True)).endswith(", PSS 17.2 MB, stays, pinned")
-    assert loaded(status(ttl=None)).endswith("17.2 MB")
+    assert load_line(status()) == f"ready {path}, pid 4711, PSS 17.2 MB, ttl 60 s"
+    assert load_line(status(ttl=-1.0, pinned=True)).endswith(", PSS 17.2 MB, stays, pinned")
+    assert load_line(status(ttl=None)).endswith("17.2 MB")
 
 
 def test_which_host() -> None:
@@ -290,7 +292,7 @@ def test_which_host() -> None:
     assert "onnx-dl supervise, " in no_host("default") and "load MODEL. " in no_host("default")
     assert "onnx-dl supervise --name batch, " in no_host("batch")
     assert "onnx-dl load MODEL --host batch. " in no_host("batch")
-    other = Sighting(name="batch", protocol=PROTOCOL_VERSION + 1, pid=7, package="9.9")
+    other = RunningHost(name="batch", protocol=PROTOCOL_VERSION + 1, pid=7, package="9.9")
     ours = f"this version of onnx-dl (protocol version {PROTOCOL_VERSION})"
     assert no_host("batch", [other]).startswith(
         f"No shared host named 'batch' runs for {ours}. "
@@ -301,7 +303,7 @@ def test_which_host() -> None:
 
 def test_a_host_that_has_ended() -> None:
     with pytest.raises(SupervisorDied, match="has ended"):
-        alive(Snapshot(0, None, []))
+        check_alive(Snapshot(0, None, []))
 
 
 # --- doctor ------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import pytest
 
 from onnx_dl.cli.doctor import checks, collect
 from onnx_dl.cli.doctor.checks import Finding, Mark
-from onnx_dl.cli.doctor.trials import Answer, answer, children_of
+from onnx_dl.cli.doctor.trials import TrialResult, children_of, parse_output
 from onnx_dl.core.settings import Settings
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.measure.memory_probe import Gpu
-from onnx_dl.transport.running_hosts import Sighting
+from onnx_dl.transport.running_hosts import RunningHost
 
 HERE = {"version": "1.31.1", "build": "onnxruntime-gpu", "folder": "/x/onnxruntime", "providers": ["A"]}
 H100 = Gpu("NVIDIA H100", 80_000_000_000, "550.1")
@@ -71,16 +71,21 @@ def test_a_folder_for_shared_hosts() -> None:
 
 
 def test_shared_hosts_that_run() -> None:
-    ours = Sighting(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
-    later = Sighting(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
-    before = Sighting(name="a", protocol=None, pid=1, started=1.0)
+    ours = RunningHost(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
+    later = RunningHost(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
+    before = RunningHost(name="a", protocol=None, pid=1, started=1.0)
     assert checks.host(ours, [ours]).check == "host a"
     gave(
         Mark.OK, checks.host(ours, [ours]), f"onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since "
     )
     gave(Mark.OK, checks.host(ours, [ours, later]), "It ends when its clients have gone")
     gave(
-        Mark.WARNING, checks.host(later, [ours, later]), "onnx-dl 2.0, ", "pid 3", "cannot ask it", "It stays"
+        Mark.WARNING,
+        checks.host(later, [ours, later]),
+        "onnx-dl 2.0, ",
+        "pid 3",
+        "cannot connect to it",
+        "It stays",
     )
     gave(
         Mark.WARNING, checks.host(before, [before, ours]), "4 or older, pid 1", "stop --host a --all-versions"
@@ -89,18 +94,20 @@ def test_shared_hosts_that_run() -> None:
 
 def test_one_build() -> None:
     gave(
-        Mark.OK, checks.packages({"onnxruntime-gpu": "1.31.1"}, Answer(HERE)), "onnxruntime-gpu 1.31.1 in /x"
+        Mark.OK,
+        checks.packages({"onnxruntime-gpu": "1.31.1"}, TrialResult(HERE)),
+        "onnxruntime-gpu 1.31.1 in /x",
     )
 
 
 def test_two_builds_and_whose_files_are_live() -> None:
-    found = checks.packages({"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.31.1"}, Answer(HERE))
+    found = checks.packages({"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.31.1"}, TrialResult(HERE))
     gave(Mark.WARNING, found, "onnxruntime 1.20.0 and onnxruntime-gpu 1.31.1", "onnxruntime-gpu==1.31.1")
     assert found.found.endswith("the files are those of onnxruntime-gpu 1.31.1")
 
 
 def test_files_of_another_version() -> None:
-    found = checks.packages({"onnxruntime": "1.20.0"}, Answer(HERE))
+    found = checks.packages({"onnxruntime": "1.20.0"}, TrialResult(HERE))
     gave(Mark.WARNING, found, "pip install --force-reinstall --no-deps onnxruntime")
 
 
@@ -113,13 +120,15 @@ def test_files_of_another_version() -> None:
     ],
 )
 def test_a_build_that_cannot_be_imported(builds: dict[str, str], words: str) -> None:
-    broken = Answer(None, "ended with exit code 1", "Traceback\nAttributeError: no attribute 'x'\n")
+    broken = TrialResult(None, "ended with exit code 1", "Traceback\nAttributeError: no attribute 'x'\n")
     gave(Mark.PROBLEM, checks.packages(builds, broken), "AttributeError: no attribute 'x'", words)
 
 
 def test_a_provider_that_works() -> None:
     gave(
-        Mark.OK, checks.provider(CUDA, Answer({"providers": [CUDA, CPU], "computes": True}), [H100]), "works"
+        Mark.OK,
+        checks.provider(CUDA, TrialResult({"providers": [CUDA, CPU], "computes": True}), [H100]),
+        "works",
     )
 
 
@@ -132,10 +141,10 @@ LOG = (
 
 
 def test_a_provider_that_falls_back() -> None:
-    tried = Answer({"providers": [CPU], "computes": True}, "", LOG)
+    tried = TrialResult({"providers": [CPU], "computes": True}, "", LOG)
     found = checks.provider(CUDA, tried, [H100])
-    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install what it lacks")
-    gave(Mark.WARNING, checks.provider(CUDA, tried, []), "Nothing to do where there is no device")
+    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install what it needs")
+    gave(Mark.WARNING, checks.provider(CUDA, tried, []), "Nothing to do without a device")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +153,7 @@ def test_a_provider_that_falls_back() -> None:
         (LOG, "libcublasLt.so.13: cannot open shared object file: No such file or directory"),
         ("\x1b[0m[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : no kernel image\x1b[m\n", "no kernel image"),
         ("\n  something else\nmore\n", "something else"),
-        ("", "it does not say why"),
+        ("", "no reason given"),
     ],
 )
 def test_a_reason(stderr: str, expected: str) -> None:
@@ -152,10 +161,10 @@ def test_a_reason(stderr: str, expected: str) -> None:
 
 
 def test_a_provider_that_ends_its_process_or_computes_nonsense() -> None:
-    crashed = Answer(None, "was killed by SIGSEGV", "")
+    crashed = TrialResult(None, "was killed by SIGSEGV", "")
     gave(Mark.WARNING, checks.provider(CUDA, crashed, [H100]), "was killed by SIGSEGV")
     gave(Mark.PROBLEM, checks.provider(CPU, crashed, []), "was killed by SIGSEGV")
-    wrong = Answer({"providers": [CUDA], "computes": False})
+    wrong = TrialResult({"providers": [CUDA], "computes": False})
     gave(Mark.PROBLEM, checks.provider(CUDA, wrong, [H100]), "|-2| is not 2")
 
 
@@ -182,7 +191,7 @@ def test_memory() -> None:
 
 def test_shared_memory() -> None:
     gave(Mark.OK, checks.shared_memory(64_000_000), "64.0 MB", "memfds")
-    gave(Mark.OK, checks.shared_memory(None), "is not there", "memfds")
+    gave(Mark.OK, checks.shared_memory(None), "is missing", "memfds")
 
 
 @pytest.mark.parametrize(
@@ -207,18 +216,20 @@ def test_telemetry(version: str | None, environ: dict[str, str], mark: Mark) -> 
 )
 def test_how_workers_start(mode: str, forked: bool, mark: Mark, words: str) -> None:
     said: dict[str, Any] = {"forked": forked, "seconds": 0.5, "memory_limit": None}
-    gave(mark, checks.start(mode, Answer(said)), words, "0.50 s")
+    gave(mark, checks.start(mode, TrialResult(said)), words, "0.50 s")
 
 
 def test_workers_that_do_not_start() -> None:
     gave(
-        Mark.PROBLEM, checks.start("fork", Answer(None, "gave no answer within 9 s")), "no answer within 9 s"
+        Mark.PROBLEM,
+        checks.start("fork", TrialResult(None, "gave no answer within 9 s")),
+        "no answer within 9 s",
     )
 
 
 def test_load_cache(tmp_path: Path) -> None:
     gave(Mark.OK, checks.load_cache(Settings(cache="off"), tmp_path), "off")
-    gave(Mark.OK, checks.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 20GiB")
+    gave(Mark.OK, checks.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 21474.8 MB")
     assert list(tmp_path.iterdir()) == []
     gave(Mark.WARNING, checks.load_cache(Settings(), Path("/proc/nothing")), "ONNX_DL_CACHE_DIR")
     (tmp_path / "file").touch()
@@ -228,16 +239,16 @@ def test_load_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "stdout", "expected"),
     [
-        (0, 'native words\n{"a": 1}\n', Answer({"a": 1}, "", "e")),
-        (0, "", Answer(None, "gave no answer", "e")),
-        (0, "words\n", Answer(None, "gave no answer", "e")),
-        (3, '{"a": 1}', Answer(None, "ended with exit code 3", "e")),
-        (-11, "", Answer(None, "was killed by SIGSEGV", "e")),
-        (-35, "", Answer(None, "was killed by signal 35", "e")),
+        (0, 'native words\n{"a": 1}\n', TrialResult({"a": 1}, "", "e")),
+        (0, "", TrialResult(None, "gave no answer", "e")),
+        (0, "words\n", TrialResult(None, "gave no answer", "e")),
+        (3, '{"a": 1}', TrialResult(None, "ended with exit code 3", "e")),
+        (-11, "", TrialResult(None, "was killed by SIGSEGV", "e")),
+        (-35, "", TrialResult(None, "was killed by signal 35", "e")),
     ],
 )
-def test_answers(code: int, stdout: str, expected: Answer) -> None:
-    assert answer(code, stdout, "e") == expected
+def test_answers(code: int, stdout: str, expected: TrialResult) -> None:
+    assert parse_output(code, stdout, "e") == expected
 
 
 def test_children(tmp_path: Path) -> None:

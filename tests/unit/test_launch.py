@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from onnx_dl.cli import run
-from onnx_dl.cli.output import extent
+from onnx_dl.cli.output import size_to_fill
 from onnx_dl.errors import ConfigError
 
 
@@ -60,17 +60,17 @@ def test_the_command_line_is_python_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("option", ["-I", "-uE", "-SB"])
 def test_python_that_would_not_listen(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"keeps onnx-dl run out of the program\. Leave it out"):
+    with pytest.raises(ConfigError, match=r"does not work with Python's option -\w\. Leave it out"):
         run.prepare([option, "app.py"])
     monkeypatch.setattr(sys, "orig_argv", ["python", option, "-m", "onnx_dl"])
-    with pytest.raises(ConfigError, match="keeps onnx-dl run out"):
+    with pytest.raises(ConfigError, match="does not work with Python's option"):
         run.prepare(["app.py"])
 
 
 @pytest.mark.parametrize("name", ["executable", "HOOK"])
 def test_python_that_cannot_be_started(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*((sys, name, "") if name == "executable" else (run, name, "/a:b")))
-    with pytest.raises(ConfigError, match="and cannot"):
+    with pytest.raises(ConfigError, match="cannot start Python"):
         run.prepare(["app.py"])
 
 
@@ -118,4 +118,4 @@ def test_a_locale_that_python_changed(utf8_mode: bool, more: dict[str, str], bef
     ],
 )  # fmt: skip
 def test_how_wide_a_table_is(told: str | None, terminal: int | None, expected: int | None) -> None:
-    assert extent(told, terminal, 20, 100) == expected
+    assert size_to_fill(told, terminal, 20, 100) == expected

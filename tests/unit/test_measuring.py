@@ -26,8 +26,8 @@ KILLED = decode(signal.SIGKILL)
 
 
 def host(limit: int | None = 300, known: dict[str, Requirement] | None = None, **more: Any) -> Scheduler:
-    text = "" if limit is None else f"{limit}MiB"
-    settings = msgspec.structs.replace(SETTINGS, memory_limit=text, room_timeout=30.0)
+    nbytes = None if limit is None else limit * MB
+    settings = msgspec.structs.replace(SETTINGS, memory_limit=nbytes, room_timeout=30.0)
     return Scheduler(settings, known=known, **more)
 
 

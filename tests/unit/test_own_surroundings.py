@@ -16,7 +16,7 @@ from onnx_dl.system import process_setup
 SAY = """
 import os, signal, sys
 from onnx_dl.system import process_setup as surroundings
-surroundings.make_own()
+surroundings.set_up_process()
 say = os.fdopen(int(sys.argv[1]), "w")
 dispositions = {n.name: signal.getsignal(n) for n in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)}
 blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -103,19 +103,19 @@ def test_a_removed_folder_leads_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_process_is_watched() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        started = process_setup.started_at(process.pid)
-        assert started is not None and started != process_setup.started_at(1)
-        fd = process_setup.watch(process.pid, started)
+        started = process_setup.start_time(process.pid)
+        assert started is not None and started != process_setup.start_time(1)
+        fd = process_setup.watch_process(process.pid, started)
         assert fd is not None
         assert not select.select([fd], [], [], 0)[0]
         process.send_signal(signal.SIGKILL)
         assert select.select([fd], [], [], 60)[0]
         os.close(fd)
     with pytest.raises(ProcessLookupError):
-        process_setup.watch(process.pid, started)
+        process_setup.watch_process(process.pid, started)
 
 
 def test_another_process_with_the_same_number_is_not_taken_for_it() -> None:
     with pytest.raises(ProcessLookupError):
-        process_setup.watch(os.getpid(), 1)
-    assert process_setup.started_at(2**22 + 1) is None
+        process_setup.watch_process(os.getpid(), 1)
+    assert process_setup.start_time(2**22 + 1) is None

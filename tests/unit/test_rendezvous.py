@@ -16,7 +16,7 @@ import onnx_dl
 from onnx_dl import ConfigError, PlatformError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.transport import rendezvous
-from onnx_dl.transport.rendezvous import Place, Record, runtime_folder
+from onnx_dl.transport.rendezvous import HostEntry, Record, runtime_folder
 
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder of another user")
 NOBODY = 65534
@@ -171,26 +171,26 @@ def test_a_folder_that_somebody_else_took_in_a_temporary_one_is_passed_by(folder
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "ä", "x" * 65, "a\n"])
 def test_bad_names(folder: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="no name of a host; use letters"):
-        Place(name, given(folder))
+    with pytest.raises(ConfigError, match="not a host name; use letters"):
+        HostEntry(name, given(folder))
     assert not os.listdir(folder)
 
 
 @pytest.mark.parametrize("name", ["default", "a.b-c_D", "x" * 64])
 def test_good_names(folder: Path, name: str) -> None:
-    assert Place(name, given(folder)).holder() is None
+    assert HostEntry(name, given(folder)).holder() is None
 
 
 # --- the record --------------------------------------------------------------------------------------------
 
 
 def test_what_is_published_is_found_until_it_is_withdrawn(folder: Path) -> None:
-    place = Place("a", given(folder))
+    place = HostEntry("a", given(folder))
     assert place.record() is None
-    place.publish("address", "secret", kept=True)
+    place.publish("address", "secret", managed=True)
     record = place.record()
     assert record == place.published and record is not None
-    assert (record.address, record.secret, record.pid, record.kept) == (
+    assert (record.address, record.secret, record.pid, record.managed) == (
         "address",
         "secret",
         os.getpid(),
@@ -200,18 +200,18 @@ def test_what_is_published_is_found_until_it_is_withdrawn(folder: Path) -> None:
     assert record.started is not None and 0 <= rendezvous.uptime() - record.started < 60
     assert [path.name for path in folder.iterdir()] == [f"a@{PROTOCOL_VERSION}.json"]
     assert [mode(path) for path in folder.iterdir()] == [0o600]
-    assert Place("b", given(folder)).record() is None
+    assert HostEntry("b", given(folder)).record() is None
     place.withdraw()
     place.withdraw()
     assert place.record() is None
 
 
 def test_each_version_has_a_record_of_its_own(folder: Path) -> None:
-    ours, theirs = Place("a", given(folder)), Place("a", given(folder), PROTOCOL_VERSION + 1)
-    theirs.publish("address", "secret", kept=False)
+    ours, theirs = HostEntry("a", given(folder)), HostEntry("a", given(folder), PROTOCOL_VERSION + 1)
+    theirs.publish("address", "secret", managed=False)
     assert ours.record() is None
     assert theirs.record() == theirs.published
-    ours.publish("another", "secret", kept=False)
+    ours.publish("another", "secret", managed=False)
     theirs.withdraw()
     assert theirs.record() is None
     assert ours.record() == ours.published
@@ -220,11 +220,11 @@ def test_each_version_has_a_record_of_its_own(folder: Path) -> None:
 def test_a_record_before_5_says_no_version(folder: Path) -> None:
     fields = {"address": "address", "secret": "secret", "pid": 7, "kept": True}
     (folder / "a.json").write_text(json.dumps(fields))
-    before = Place("a", given(folder), protocol=None)
-    assert before.record() == Record(address="address", secret="secret", pid=7, kept=True)
+    before = HostEntry("a", given(folder), protocol=None)
+    assert before.record() == Record(address="address", secret="secret", pid=7, managed=True)
     published = before.published_at()
     assert published is not None and abs(rendezvous.uptime() - published) < 60
-    assert Place("a", given(folder)).record() is None
+    assert HostEntry("a", given(folder)).record() is None
 
 
 GOOD = {"address": "a", "secret": "s", "pid": 7, "protocol": PROTOCOL_VERSION}
@@ -232,7 +232,7 @@ GOOD = {"address": "a", "secret": "s", "pid": 7, "protocol": PROTOCOL_VERSION}
 
 def record_of(folder: Path, content: bytes) -> Record | None:
     (folder / f"a@{PROTOCOL_VERSION}.json").write_bytes(content)
-    return Place("a", given(folder)).record()
+    return HostEntry("a", given(folder)).record()
 
 
 @pytest.mark.parametrize(
@@ -285,14 +285,14 @@ def closed(path: Path) -> None:
 def test_something_else_in_place_of_a_record(folder: Path, make: Callable[[Path], None]) -> None:
     """It is none, and reading it waits for nobody."""
     make(folder / f"a@{PROTOCOL_VERSION}.json")
-    assert Place("a", given(folder)).record() is None
+    assert HostEntry("a", given(folder)).record() is None
 
 
 @pytest.mark.parametrize("make", [fifo, loop, device, closed])
 def test_a_record_takes_the_place_of_something_else(folder: Path, make: Callable[[Path], None]) -> None:
     make(folder / f"a@{PROTOCOL_VERSION}.json")
-    place = Place("a", given(folder))
-    place.publish("address", "secret", kept=False)
+    place = HostEntry("a", given(folder))
+    place.publish("address", "secret", managed=False)
     assert place.record() == place.published
 
 
@@ -301,13 +301,13 @@ def test_a_folder_in_place_of_a_record_is_said(folder: Path) -> None:
     with pytest.raises(
         PlatformError, match=r"a@\d+\.json, which cannot be used \(Is a directory\)\. Remove it"
     ):
-        Place("a", given(folder)).publish("address", "secret", kept=False)
+        HostEntry("a", given(folder)).publish("address", "secret", managed=False)
     assert len(list(folder.iterdir())) == 1
 
 
 def test_a_folder_in_place_of_a_lock_is_said(folder: Path) -> None:
     (folder / f"a@{PROTOCOL_VERSION}.lock").mkdir()
-    place = Place("a", given(folder))
+    place = HostEntry("a", given(folder))
     for ask in (place.holder, place.claim):
         with pytest.raises(PlatformError, match=r"a@\d+\.lock, which cannot be used \(Is a directory\)"):
             ask()
@@ -343,22 +343,22 @@ class Child:
 
 def claimed(folder: Path) -> Child:
     """A child that is the host."""
-    child = Child(Place("a", given(folder)).claim)
+    child = Child(HostEntry("a", given(folder)).claim)
     assert child.says() == b"!"
     return child
 
 
 def test_the_lock_says_who_has_it_and_ends_with_it(folder: Path) -> None:
-    place = Place("a", given(folder))
+    place = HostEntry("a", given(folder))
     assert place.holder() is None
     first = claimed(folder)
     try:
         assert place.holder() == first.pid
         assert not place.claim()
         assert place.holder() == first.pid  # looking and trying took nothing away
-        assert Place("b", given(folder)).holder() is None
+        assert HostEntry("b", given(folder)).holder() is None
         for protocol in (None, PROTOCOL_VERSION + 1):
-            assert Place("a", given(folder), protocol).holder() is None
+            assert HostEntry("a", given(folder), protocol).holder() is None
     finally:
         first.end()
     assert place.holder() is None
@@ -369,32 +369,32 @@ def test_the_lock_says_who_has_it_and_ends_with_it(folder: Path) -> None:
 
 def test_who_waits_is_the_next(folder: Path) -> None:
     """However many try at that moment; the host learns that somebody waits, and a third one is told."""
-    place, waiting = Place("a", given(folder)), Place("a", given(folder))
+    place, waiting = HostEntry("a", given(folder)), HostEntry("a", given(folder))
     told: list[bytes] = []
     read, write = os.pipe()
 
     def host() -> None:
         assert place.claim()
-        assert place.awaited_by() is None
+        assert place.next_pid() is None
         os.write(write, b"claimed")
-        while place.awaited_by() is None:
+        while place.next_pid() is None:
             os.sched_yield()
-        os.write(write, str(place.awaited_by()).encode())
+        os.write(write, str(place.next_pid()).encode())
 
     first = Child(host)
     assert os.read(read, 100) == b"claimed"
-    second = Child(waiting.line_up, waiting.await_turn, lambda: waiting.awaited_by() is None)
+    second = Child(waiting.claim_next, waiting.await_turn, lambda: waiting.next_pid() is None)
     try:
         assert second.says() == b"!"
         told.append(os.read(read, 100))
-        assert not Place("a", given(folder)).line_up()
-        assert not Place("a", given(folder)).claim()
+        assert not HostEntry("a", given(folder)).claim_next()
+        assert not HostEntry("a", given(folder)).claim()
     finally:
         first.end()
     assert told == [str(second.pid).encode()]
     assert second.says() == b"!"  # it is the host,
     assert second.says() == b"!"  # and nobody waits for its end
-    assert Place("a", given(folder)).holder() == second.pid
+    assert HostEntry("a", given(folder)).holder() == second.pid
     second.end()
     os.close(read)
     os.close(write)
@@ -408,4 +408,4 @@ def test_a_folder_that_knows_no_locks_is_said(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("fcntl.lockf", none)
     with pytest.raises(OSError, match="No locks"):
-        Place("a", given(folder)).claim()
+        HostEntry("a", given(folder)).claim()

@@ -131,7 +131,7 @@ def test_a_host_that_closes_saves_nothing() -> None:
 
 @pytest.fixture
 def scheduler() -> Scheduler:
-    return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=str(LIMIT), room_timeout=30.0))
+    return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=LIMIT, room_timeout=30.0))
 
 
 def saveable(key: str = "a", mb: int = 100, worker_id: int = 1) -> m.Saveable:
@@ -259,7 +259,7 @@ def test_a_lower_limit_ends_it_before_a_model(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 50, 0.0)
     scheduler.on_saveable(saveable(), 1.0)
     look(scheduler, 1.0, w1=idle(50, 0.5))
-    lower = msgspec.structs.replace(SETTINGS, memory_limit=str(100 * MB))
+    lower = msgspec.structs.replace(SETTINGS, memory_limit=100 * MB)
     commands = scheduler.on_configured(lower, {}, {}, 2.0)
     assert commands + look(scheduler, 2.0, w1=idle(50, 0.5)) == [EndSaver()]
 

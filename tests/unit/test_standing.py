@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onnx_dl.concurrency.background import Background
-from onnx_dl.core.thread_attributes import Standing
+from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, template
 from onnx_dl.system import thread_attributes
@@ -16,11 +16,11 @@ from onnx_dl.system import thread_attributes
 NICE = os.getpriority(os.PRIO_PROCESS, 0)
 
 
-def taken(by: Standing) -> Standing:
+def taken(by: ThreadAttributes) -> ThreadAttributes:
     """What a thread has that has taken this."""
 
-    def work(_: object) -> Standing:
-        thread_attributes.take(by)
+    def work(_: object) -> ThreadAttributes:
+        thread_attributes.apply(by)
         return thread_attributes.of_this_thread()
 
     return Background(work, "takes").wait(None, "the thread")
@@ -30,10 +30,12 @@ def test_all_of_it() -> None:
     mine = thread_attributes.of_this_thread()
     assert None not in (mine.processors, mine.nice, mine.policy, mine.umask)
     assert taken(mine) == mine
-    own = Standing(
+    own = ThreadAttributes(
         processors=thread_attributes._mask({min(os.sched_getaffinity(0))}), nice=NICE + 1, policy=3
     )
-    assert taken(own) == Standing(processors=own.processors, nice=NICE + 1, policy=3, umask=mine.umask)
+    assert taken(own) == ThreadAttributes(
+        processors=own.processors, nice=NICE + 1, policy=3, umask=mine.umask
+    )
     assert thread_attributes.of_this_thread() == mine
 
 
@@ -44,15 +46,15 @@ def test_processors_travel_as_bits(processors: set[int]) -> None:
 
 def test_what_cannot_be_stays() -> None:
     mine = thread_attributes.of_this_thread()
-    assert taken(Standing(processors=b"\0" * 1000 + b"\1", policy=200, priority=99)) == mine
-    assert taken(Standing(processors=b"\0")) == mine
-    assert taken(Standing()) == mine
+    assert taken(ThreadAttributes(processors=b"\0" * 1000 + b"\1", policy=200, priority=99)) == mine
+    assert taken(ThreadAttributes(processors=b"\0")) == mine
+    assert taken(ThreadAttributes()) == mine
 
 
 @pytest.mark.parametrize(
     "wrong", [{"nice": 20}, {"umask": -1}, {"processors": b"\1" * 1025}, {"priority": 100}, {"policy": -1}]
 )
 def test_what_is_sent_is_checked(wrong: dict[str, Any]) -> None:
-    message = template.Spawn(worker_id=1, identity=b"", control="", standing=Standing(**wrong))
+    message = template.Spawn(worker_id=1, identity=b"", control="", standing=ThreadAttributes(**wrong))
     with pytest.raises(ProtocolError):
         template.on_template(codec.encode(message))

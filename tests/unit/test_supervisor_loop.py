@@ -124,7 +124,7 @@ class Rig:
         self.address = fresh_address("test")
         self.made = Made()
         self.context = zmq.Context()
-        settings = Settings(python="python", cache="off", memory_limit="10GB")
+        settings = Settings(python="python", cache="off", memory_limit=10_000_000_000)
         processes: Any = self.made
         self.supervisor = Supervisor(processes, self.address, "s", settings)
         self.scheduler = self.supervisor._scheduler

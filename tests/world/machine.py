@@ -38,7 +38,7 @@ class Machine(RuleBasedStateMachine):
     events = 0
 
     @initialize(limit=st.sampled_from(LIMITS), memory=st.sampled_from((None, 120 * MB, 1 << 40)))
-    def begin(self, limit: str, memory: int | None) -> None:
+    def begin(self, limit: int | None, memory: int | None) -> None:
         self.world = World(limit, memory)
 
     def worker(self, number: int) -> FakeWorker:

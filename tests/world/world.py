@@ -35,7 +35,7 @@ from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.exit_status import decode
 from tests.unit.builders import SETTINGS, ready, spec
 from tests.world import truth
-from tests.world.workers import FakeWorker
+from tests.world.workers import MB, FakeWorker
 
 CLIENTS: Final = (b"client-p", b"client-q", b"client-r")
 MODELS: Final = ("a", "b", "c", "d", "g1", "g2")
@@ -59,9 +59,9 @@ def model(key: str) -> ModelSpec:
 class World:
     """What happens is a method each; it takes what was picked."""
 
-    def __init__(self, limit: str, memory: int | None) -> None:
+    def __init__(self, limit: int | None, memory: int | None) -> None:
         self.settings = msgspec.structs.replace(
-            SETTINGS, memory_limit=limit, gpu_memory_limit="400MiB" if limit else "", room_timeout=10.0
+            SETTINGS, memory_limit=limit, gpu_memory_limit=400 * MB if limit else None, room_timeout=10.0
         )
         self.saved: set[str] = set()
         self.known: dict[str, Requirement] = {}
@@ -204,7 +204,7 @@ class World:
 
     # --- what the host does -------------------------------------------------------------------------------
 
-    def configure(self, limit: str, held: int, eager: int, ttl: float) -> None:
+    def configure(self, limit: int | None, held: int, eager: int, ttl: float) -> None:
         """``held``, ``eager``: bits, of models that its file names and wants."""
         self.settings = msgspec.structs.replace(self.settings, memory_limit=limit)
         named = [key for number, key in enumerate(MODELS) if held >> number & 1]

@@ -1,9 +1,8 @@
-"""Memory of the last minutes: what ``onnx-dl top`` remembers from one snapshot to the next."""
+"""Memory use over the last minutes, for ``onnx-dl top``."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from onnx_dl.host.model_host import Snapshot
@@ -16,7 +15,7 @@ class _Sample(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The bytes of one model, from the oldest sample to the newest; 0 where it was not loaded."""
+    """Bytes of one model, from the oldest sample to the newest; 0 while it was not loaded."""
 
     model: str
     key: str
@@ -24,13 +23,13 @@ class Line(NamedTuple):
 
 
 class History:
-    """The last ``length`` samples; older ones are forgotten."""
+    """The last ``length`` samples."""
 
     def __init__(self, length: int) -> None:
         self._samples: collections.deque[_Sample] = collections.deque(maxlen=length)
 
     def add(self, snapshot: Snapshot, now: float) -> None:
-        """``now`` in seconds, of any clock that only goes on."""
+        """Adds a sample.  ``now``: seconds of any monotonic clock."""
         pss = {(status.model, status.key): status.usage.pss for status in snapshot.models}
         self._samples.append(_Sample(now, snapshot.memory_in_use, pss))
 
@@ -41,16 +40,12 @@ class History:
 
     @property
     def in_use(self) -> list[int]:
-        """Bytes of all models together."""
+        """Bytes of all models together, by sample."""
         return [sample.in_use for sample in self._samples]
 
     def models(self) -> list[Line]:
-        """All models that any of the samples has, also those that are gone since."""
+        """All models of any sample, including those that are unloaded now."""
         return [
             Line(model, key, [sample.pss.get((model, key), 0) for sample in self._samples])
-            for model, key in _in_order(pair for sample in self._samples for pair in sample.pss)
+            for model, key in dict.fromkeys(pair for sample in self._samples for pair in sample.pss)
         ]
-
-
-def _in_order(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys(pairs))

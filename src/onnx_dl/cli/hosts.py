@@ -1,4 +1,4 @@
-"""The shared host that a command is about: finding it, and what may be asked of it."""
+"""Connections of commands to the shared host that they name."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Iterator, Mapping
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host import connect as connect_module
 from onnx_dl.host.model_host import ModelHost, Snapshot
+from onnx_dl.transport.rendezvous import DEFAULT_HOST
 
 
 def default_name(environ: Mapping[str, str] = os.environ) -> str:
-    """The host that is meant where none is named."""
-    return environ.get("ONNX_DL_HOST") or "default"
+    """The name of the host if the command has no ``--host``."""
+    return environ.get("ONNX_DL_HOST") or DEFAULT_HOST
 
 
 def connect(name: str, *, start: bool) -> ModelHost:
-    """A connection to the shared host; everything that finds hosts is behind this function."""
+    """Connects to the shared host.  Commands find hosts only through this function."""
     return connect_module.connect(name, start=start)
 
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[ModelHost]:
-    """The shared host of that name, for the block.  Starts none.
+    """Connects to the shared host of this name, for the block.  Does not start it.
 
     Raises:
-        SupervisorError: none runs; the message says how one is started.
+        SupervisorError: it does not run; the message says how to start it.
     """
     with contextlib.closing(connect(name, start=False)) as found:
         yield found
@@ -34,17 +35,17 @@ def running(name: str) -> Iterator[ModelHost]:
 
 @contextlib.contextmanager
 def started(name: str) -> Iterator[ModelHost]:
-    """The shared host of that name, for the block, which starts it if it does not run."""
+    """Connects to the shared host of this name, for the block.  Starts it if it does not run."""
     with contextlib.closing(connect(name, start=True)) as found:
         yield found
 
 
-def alive(snapshot: Snapshot) -> Snapshot:
-    """The snapshot, of a host that runs.
+def check_alive(snapshot: Snapshot) -> Snapshot:
+    """Returns the snapshot.
 
     Raises:
-        SupervisorDied: the host has ended since.
+        SupervisorDied: the host has ended.
     """
     if snapshot.supervisor_pid is None:
-        raise SupervisorDied("The host has ended, and its models with it.")
+        raise SupervisorDied("The host has ended, and all its models.")
     return snapshot

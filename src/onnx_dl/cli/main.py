@@ -1,12 +1,8 @@
-"""The command ``onnx-dl``.
-
-Covers arguments and exit codes; what a command does is in the module that it names.
-"""
+"""The command ``onnx-dl``: its arguments and exit codes.  Each command is a module of its own."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,16 +11,15 @@ from typing import TYPE_CHECKING, NoReturn
 import onnx_dl
 from onnx_dl.cli import output
 from onnx_dl.cli.run import prepare, split
-from onnx_dl.core import parsing, settings
-from onnx_dl.core.text import format_bytes
+from onnx_dl.core import parsing
 from onnx_dl.errors import ConfigError, OnnxDLError
 
 if TYPE_CHECKING:
-    from onnx_dl.workers.load_cache.store import Cache
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+    """The grammar of the command line."""
     ps_module = argparse.ArgumentParser(
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
@@ -35,16 +30,32 @@ def parser() -> argparse.ArgumentParser:
         "demo", help="load, use and unload four models, beside the same work in-process"
     )
     demo.set_defaults(run=_demo)
+    _add_run(commands)
+    _add_supervise(commands)
+    cache = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
+    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("ls", help="list its entries, the last used first")
+    actions.add_parser("clear", help="remove all entries")
+    cache.set_defaults(run=_cache)
+    _add_views(commands)
+    _add_changes(commands)
+    doctor = commands.add_parser(
+        "doctor", help="check the installation: onnxruntime, providers, GPU, limits, start of workers"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.set_defaults(run=_doctor)
+    return ps_module
+
+
+def _add_run(commands: _Commands) -> None:
     run = commands.add_parser(
         "run", help="run a program with onnxruntime.InferenceSession's models in worker processes",
         usage="onnx-dl run [OPTION ...] PROGRAM ...", allow_abbrev=False,
-        epilog="PROGRAM ... is what stands behind python: file.py, -m MODULE, -c CODE or -, and arguments.",
+        epilog="PROGRAM ... is what follows python: file.py, -m MODULE, -c CODE or -, and arguments.",
     )  # fmt: skip
     run.add_argument("--ttl", default="-1", help="seconds without use after which a model unloads")
     run.add_argument(
-        "--memory-limit",
-        metavar="SIZE",
-        help="all models together, e.g. 2GiB: idle ones make room",
+        "--memory-limit", metavar="SIZE", help="of all models together, e.g. 2GiB: idle models make room"
     )
     run.add_argument("--latency", default="normal", help="normal or low")
     run.add_argument("--lazy", action="store_true", help="load models at first use, not when they are opened")
@@ -53,104 +64,110 @@ def parser() -> argparse.ArgumentParser:
         help="for models of that file name: ttl, latency, eager or in_process; e.g. 'vad*.onnx:ttl=-1'",
     )  # fmt: skip
     run.set_defaults(run=_run)
+
+
+def _add_supervise(commands: _Commands) -> None:
     supervise = commands.add_parser(
         "supervise", help="run a host that several applications share, until Ctrl-C or SIGTERM"
     )
     supervise.add_argument(
-        "--name", default="default", type=_host_name, help="under which onnx_dl.connect() finds it"
+        "--name", default="default", type=_host_name, help="by which onnx_dl.connect() finds it"
     )
-    supervise.add_argument("--memory-limit", metavar="SIZE", help="all models together, e.g. 2GiB")
-    supervise.add_argument("--config", metavar="FILE", help="a host.toml: which models it has, and limits")
-    supervise.add_argument("--metrics", metavar="ADDRESS", help="serve Prometheus there, e.g. 127.0.0.1:9464")
+    supervise.add_argument("--memory-limit", metavar="SIZE", help="of all models together, e.g. 2GiB")
+    supervise.add_argument("--config", metavar="FILE", help="a host.toml with its models and limits")
+    supervise.add_argument(
+        "--metrics", metavar="ADDRESS", help="serve Prometheus metrics there, e.g. 127.0.0.1:9464"
+    )
     supervise.set_defaults(run=_supervise)
-    store_module = commands.add_parser("cache", help="the load cache: models in the form that loads fastest")
-    actions = store_module.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("ls", help="list what is in it, the one used last first").set_defaults(run=_cache_ls)
-    actions.add_parser("clear", help="remove everything in it").set_defaults(run=_cache_clear)
-    _add_host_commands(commands)
-    doctor = commands.add_parser(
-        "doctor", help="check what onnx-dl stands on: onnxruntime, providers, GPU, limits, how workers start"
+
+
+def _add_host_command(
+    commands: _Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    about: str,
+) -> argparse.ArgumentParser:
+    """Adds a command for a shared host."""
+    command = commands.add_parser(name, help=about)
+    command.add_argument(
+        "--host",
+        metavar="NAME",
+        type=_host_name,
+        help="of the shared host; else ONNX_DL_HOST, else 'default'",
     )
-    doctor.add_argument("--json", action="store_true", help="one JSON object")
-    doctor.set_defaults(run=_doctor)
-    return ps_module
+    command.set_defaults(run=run)
+    return command
 
 
-def _add_host_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Commands about a shared host."""
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], about: str, *, model: bool = False
-    ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about)
-        command.add_argument(
-            "--host",
-            metavar="NAME",
-            type=_host_name,
-            help="of the shared host; else ONNX_DL_HOST, else 'default'",
-        )
-        if model:
-            command.add_argument(
-                "model", metavar="MODEL", help="a model file, or the name of a model in the host's config"
-            )
-        command.set_defaults(run=run)
-        return command
-
-    ps = add("ps", _ps, "list the models of a shared host")
+def _add_views(commands: _Commands) -> None:
+    ps = _add_host_command(commands, "ps", _ps, "list the models of a shared host")
     ps.add_argument("--json", action="store_true", help="the snapshot and the hosts as one JSON object")
-    ps_module = add("top", _top, "watch the models of a shared host, and their memory over time")
-    ps_module.add_argument("--interval", metavar="S", default="2", help="seconds between two pictures (2)")
-    events = add("events", _events, "print what happens in a shared host; nothing of the past is kept")
+    ps_module = _add_host_command(
+        commands, "top", _top, "watch the models of a shared host, and their memory over time"
+    )
+    ps_module.add_argument("--interval", metavar="S", default="2", help="seconds between two updates (2)")
+    events = _add_host_command(
+        commands, "events", _events, "print what happens in a shared host, from now on"
+    )
     events.add_argument("--json", action="store_true", help="each event as one JSON object per line")
     until = events.add_mutually_exclusive_group(required=True)
     until.add_argument("--follow", action="store_true", help="until Ctrl-C, or until the host ends")
-    until.add_argument("--for", dest="seconds", metavar="S", help="for so many seconds")
-    for name, about in (
-        ("load", "load a model, starting the host if need be, and have the host hold it"),
-        ("pin", "the same; the model is not evicted to make room for others"),
-    ):
-        load = add(name, _load, about, model=True)
-        load.add_argument(
-            "--ttl", help="seconds without use after which it unloads, e.g. 60 or 5m; -1: stays"
+    until.add_argument("--for", dest="seconds", metavar="S", help="for this many seconds")
+
+
+def _add_changes(commands: _Commands) -> None:
+    load = _add_host_command(
+        commands, "load", _load, "load a model and have the host keep it; starts the host if none runs"
+    )
+    pin = _add_host_command(
+        commands, "pin", _load, "the same; the model is not evicted to make room for others"
+    )
+    unload = _add_host_command(commands, "unload", _unload, "unload a model, for all its users")
+    for command in (load, pin, unload):
+        command.add_argument(
+            "model", metavar="MODEL", help="a model file, or the name of a model in the host's config"
         )
-        load.add_argument("--priority", type=int, help="models of a lower one make room first")
-        load.add_argument(
+    for command in (load, pin):
+        command.add_argument(
+            "--ttl", help="seconds without use after which it unloads, e.g. 60 or 5m; -1: never"
+        )
+        command.add_argument("--priority", type=int, help="models of lower priority are evicted first")
+        command.add_argument(
             "--env",
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="a variable for the model's worker; can be given several times",
+            help="an environment variable of the model's worker; can be given several times",
         )
-    unload = add("unload", _unload, "unload a model, for all who use it", model=True)
-    stop = add("stop", _stop, "end a shared host and all its models, for everybody")
+    unload.add_argument("--force", action="store_true", help="do not wait for running calls: they fail")
+    stop = _add_host_command(commands, "stop", _stop, "end a shared host and all its models, for all users")
     stop.add_argument(
-        "--all-versions", action="store_true", help="and those of that name of other versions of onnx-dl"
+        "--all-versions", action="store_true", help="also the hosts of that name of other onnx-dl versions"
     )
-    unload.add_argument("--force", action="store_true", help="do not wait for calls that run: they fail")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return output.guarded(lambda: _command(words))
+    return output.run_guarded(lambda: _command(words))
 
 
 def _command(words: list[str]) -> int:
     own, program = split(words) if words[:1] == ["run"] else (words, [])
-    with output.held_back():
+    with output.buffered_stdout():
         arguments = parser().parse_args(own)
     arguments.program = program
     try:
         return arguments.run(arguments) or 0
     except OnnxDLError as error:
-        output.complain(error)
+        output.print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _host_name(text: str) -> str:
-    """The name of a host, or an error about the command line."""
+    """Checks the name of a host, for argparse."""
     from onnx_dl.transport.rendezvous import checked_name
 
     try:
@@ -179,7 +196,7 @@ def _supervise(arguments: argparse.Namespace) -> None:
         parsing.parse_address(arguments.metrics)
     supervise(
         arguments.name,
-        memory_limit=None if limit is None else str(parsing.parse_size(limit)),
+        memory_limit=None if limit is None else parsing.parse_size(limit),
         config=None if file is None else os.path.abspath(file),
         metrics=arguments.metrics,
     )
@@ -197,20 +214,10 @@ def _demo(_: argparse.Namespace) -> None:
     demo()
 
 
-def _cache_ls(_: argparse.Namespace) -> None:
-    store = _cache()
-    entries = store.entries()
-    for entry in entries:
-        used = datetime.datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
-        output.say(f"{format_bytes(entry.nbytes):>12}  {used}  {entry.meta.name}")
-    output.say(
-        f"{len(entries)} models, {format_bytes(sum(entry.nbytes for entry in entries))}, in {store.root}"
-    )
+def _cache(arguments: argparse.Namespace) -> None:
+    from onnx_dl.cli import cache
 
-
-def _cache_clear(_: argparse.Namespace) -> None:
-    store = _cache()
-    output.say(f"{format_bytes(store.clear())} removed from {store.root}")
+    {"ls": cache.ls, "clear": cache.clear}[arguments.action]()
 
 
 def _host(arguments: argparse.Namespace) -> str:
@@ -247,9 +254,9 @@ def _load(arguments: argparse.Namespace) -> None:
     from onnx_dl.cli import hosts, models
 
     ttl = None if arguments.ttl is None else parsing.parse_ttl(parsing.plain_number(arguments.ttl))
+    pin = True if arguments.command == "pin" else None
+    terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
     with hosts.started(_host(arguments)) as host:
-        pin = True if arguments.command == "pin" else None
-        terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
         models.load(host, arguments.model, **terms, environment=arguments.env)
 
 
@@ -266,12 +273,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = collect.examine()
     report.show(findings, as_json=arguments.json)
     return int(report.has_problems(findings))
-
-
-def _cache() -> Cache:
-    from onnx_dl.workers.load_cache import store as store_module
-
-    return store_module.Cache(store_module.folder(), parsing.parse_size(settings.settings().cache_limit))
 
 
 if __name__ == "__main__":

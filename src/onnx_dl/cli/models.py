@@ -1,10 +1,10 @@
-"""``onnx-dl load``, ``pin`` and ``unload``: models that a shared host holds itself."""
+"""``onnx-dl load``, ``pin`` and ``unload``: models that a shared host holds by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx_dl.cli.output import say
+from onnx_dl.cli.output import print_line
 from onnx_dl.core import parsing
 from onnx_dl.core.environment import parse_pairs
 from onnx_dl.core.status import ModelStatus
@@ -22,26 +22,26 @@ def load(
     priority: int | None = None,
     environment: Sequence[str] = (),
 ) -> None:
-    """Has the host load a model and hold it on, and prints what became of it.
+    """Makes the host load a model and hold it, and prints the model's state.
 
-    ``ttl``: in seconds; None, here and of the others: what the host's file says, or else its default;
-    ``environment``: texts such as ``OMP_NUM_THREADS=4``.
+    ``ttl`` is in seconds.  None for ``ttl``, ``pin`` or ``priority``: the value in the host's file, else the
+    default.  ``environment``: texts such as ``OMP_NUM_THREADS=4``.
 
     Raises:
-        OnnxDLError: the model did not load; errors of onnxruntime's become one, with their words.
+        OnnxDLError: the model did not load; an error of onnxruntime's becomes one with the same text.
     """
     try:
         variables = parse_pairs(environment)
         status = host.adopt(model, ttl=ttl, pin=pin, priority=priority, environment=variables)
     except OnnxDLError:
         raise
-    except Exception as error:  # onnxruntime's own classes, or none that this process knows
+    except Exception as error:  # a class of onnxruntime's, or one that this process does not know
         raise RemoteError(f"{model} did not load: {error}", type(error).__name__) from error
-    say(loaded(status))
+    print_line(load_line(status))
 
 
-def loaded(status: ModelStatus) -> str:
-    """One line that tells of a model that a host holds."""
+def load_line(status: ModelStatus) -> str:
+    """One line with the state of a loaded model."""
     ttl = "" if status.ttl is None else ", stays" if status.ttl == parsing.KEEP else f", ttl {status.ttl:g} s"
     pinned = ", pinned" if status.pinned else ""
     return (
@@ -50,6 +50,6 @@ def loaded(status: ModelStatus) -> str:
 
 
 def unload(host: ModelHost, model: str, *, force: bool) -> None:
-    """Ends a model's worker and prints whether there was one."""
+    """Unloads a model and prints whether it was loaded."""
     was_loaded = host.unload(model, force=force)
-    say(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")
+    print_line(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")

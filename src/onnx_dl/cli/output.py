@@ -1,6 +1,6 @@
-"""Standard output, which may be closed, full, or without anybody who reads it; and the terminal's size.
+"""Output of commands to stdout, which may be closed, full or without a reader; and the terminal's size.
 
-All that commands write goes through here: :func:`guarded` is around each of them.
+:func:`run_guarded` runs each command.
 """
 
 from __future__ import annotations
@@ -17,55 +17,55 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LEAST: Final = 20
-"""Columns of the narrowest terminal that tables are made for."""
+"""Columns of the narrowest terminal that tables fit."""
 _LOWEST: Final = 2
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Runs a command to the end of its output, and returns its exit code.
+def run_guarded(command: Callable[[], int]) -> int:
+    """Runs a command, flushes its output, and returns its exit code.
 
-    1, without a word, where nobody reads stdout any more (``| head``); 1, with the error's words on stderr,
-    where it cannot be written, or for any other ``OSError``.
+    The code is 1, without a message, if stdout has lost its reader (``| head``); and 1, with the error on
+    stderr, if stdout cannot be written, or for any other ``OSError``.
     """
     with _prepared():
         try:
             try:
                 return command()
             finally:
-                sys.stdout.flush()  # here, because an error at the interpreter's exit is beyond us
+                sys.stdout.flush()  # now: an error at the interpreter's exit could not be handled
         except BrokenPipeError:
-            _let_go()
+            _discard_stdout()
         except OSError as error:
-            _let_go()
-            complain(error)
+            _discard_stdout()
+            print_error(error)
         return 1
 
 
-def complain(error: object) -> None:
-    """What went wrong, on stderr, if that can be written."""
+def print_error(error: object) -> None:
+    """Prints an error on stderr, if that can be written."""
     with contextlib.suppress(OSError):
         print(f"onnx-dl: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Writes at the end of the block what it has printed.  For argparse, which ignores that it cannot write.
+def buffered_stdout() -> Iterator[None]:
+    """Writes the output of the block at its end.  For argparse, which ignores write errors.
 
     Raises:
-        OSError: nobody reads it, or it cannot be written.
+        OSError: stdout has no reader, or cannot be written.
     """
     text = io.StringIO()
     try:
         with contextlib.redirect_stdout(text):
             yield
     finally:
-        if said := text.getvalue():  # to write nothing on a full disk is an error, too
-            print(said, end="", flush=True)
+        if written := text.getvalue():  # on a full disk, even writing nothing is an error
+            print(written, end="", flush=True)
 
 
 @contextlib.contextmanager
 def _prepared() -> Iterator[None]:
-    """Streams that are closed take everything, and a stdout of few characters shows the others as ``?``."""
+    """Replaces closed streams by the null device; makes stdout print ``?`` for what its encoding lacks."""
     with contextlib.ExitStack() as opened:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
@@ -76,8 +76,8 @@ def _prepared() -> Iterator[None]:
         yield
 
 
-def _let_go() -> None:
-    """The interpreter's exit flushes stdout once more, which must not fail."""
+def _discard_stdout() -> None:
+    """Makes sure that the flush of stdout at the interpreter's exit does not fail."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -86,50 +86,49 @@ def _let_go() -> None:
         os.close(null)
 
 
-def say(line: str) -> None:
-    """One line, at once.
+def print_line(line: str) -> None:
+    """Prints one line and flushes it.
 
     Raises:
-        OSError: nobody reads it, or it cannot be written.
+        OSError: stdout has no reader, or cannot be written.
     """
     print(line, flush=True)
 
 
-def is_read(fd: int) -> bool:
-    """Whether somebody can still read what is written there; always true of what is no pipe or socket."""
+def has_reader(fd: int) -> bool:
+    """Returns whether a pipe or socket still has a reader; always true for other files."""
     poll = select.poll()
-    poll.register(fd, 0)  # what is asked for is nothing: errors are told anyway
+    poll.register(fd, 0)  # no events asked for: errors are reported anyway
     return not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def console() -> Console:
-    """The terminal, or a file of 100 columns."""
+    """A console for stdout: as wide as the terminal, or 100 columns."""
     from rich.console import Console
 
     columns, lines = _terminal()
-    width = extent(os.environ.get("COLUMNS"), columns, _LEAST, 100 if columns is None else 80)
-    height = extent(os.environ.get("LINES"), lines, _LOWEST, 25)
+    width = size_to_fill(os.environ.get("COLUMNS"), columns, _LEAST, 100 if columns is None else 80)
+    height = size_to_fill(os.environ.get("LINES"), lines, _LOWEST, 25)
     return Console(width=width, height=height, highlight=False)
 
 
-def extent(told: str | None, terminal: int | None, least: int, usual: int) -> int | None:
-    """How many columns or lines to fill; None: as many as the terminal has at that moment.
+def size_to_fill(variable: str | None, terminal: int | None, least: int, default: int) -> int | None:
+    """The number of columns or lines to fill; None: as many as the terminal has at each moment.
 
     Args:
-        told: what the environment says.  Where it says less than ``least``, or nothing that makes sense, it
-            has not been told.
-        terminal: how many it has now; 0: it does not know.  None: there is none.
-        usual: what there is where neither is known.
+        variable: value of the environment variable; ignored if it is not a number, or less than ``least``.
+        terminal: present size of the terminal; 0: not known; None: stdout is not a terminal.
+        default: the result if neither is known.
     """
-    if told is not None and told.isdecimal() and int(told) >= least:
-        return int(told)
+    if variable is not None and variable.isdecimal() and int(variable) >= least:
+        return int(variable)
     if terminal is None or terminal < least:
-        return usual
-    return None if told is None else terminal
+        return default
+    return None if variable is None else terminal
 
 
 def _terminal() -> tuple[int | None, int | None]:
-    """Columns and lines of the terminal that stdout is."""
+    """Columns and lines of the terminal; None: stdout is not a terminal; 0: not known."""
     if not sys.stdout.isatty():
         return None, None
     try:

@@ -1,4 +1,4 @@
-"""``onnx-dl ps`` and ``onnx-dl top``: a host's models, once and again and again."""
+"""``onnx-dl ps`` and ``onnx-dl top``: shows the models of a host, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ import msgspec
 
 from onnx_dl.cli import versions
 from onnx_dl.cli.history import History
-from onnx_dl.cli.hosts import alive, running
-from onnx_dl.cli.output import console, say
+from onnx_dl.cli.hosts import check_alive, running
+from onnx_dl.cli.output import console, print_line
 from onnx_dl.cli.table import live, overview
 from onnx_dl.errors import SupervisorError
 from onnx_dl.host.model_host import ModelHost, Snapshot
 from onnx_dl.transport import running_hosts
-from onnx_dl.transport.running_hosts import Sighting
+from onnx_dl.transport.running_hosts import RunningHost
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_REMEMBERED: Final = 300.0
-"""Seconds of which memory is shown, as long as that is not more samples than fit on a line anyway."""
-_SAMPLES: Final = 600
+_HISTORY: Final = 300.0
+"""Seconds of memory history that are shown."""
+_MOST_SAMPLES: Final = 600
 
 
 def ps(name: str, *, as_json: bool) -> None:
-    """Prints the models of the host of this name, and which hosts run under it; as JSON, in one line.
+    """Prints the models of the host of this name, and all running hosts of that name; as JSON, in one line.
 
     Raises:
-        SupervisorError: there is no host that this version of onnx-dl can ask.  Those of other versions are
-            printed before.
+        SupervisorError: no host of this version runs.  Hosts of other versions are printed before.
     """
     snapshot, failure = None, None
     try:
         with running(name) as host:
-            snapshot = alive(host.snapshot())
+            snapshot = check_alive(host.snapshot())
     except SupervisorError as error:
         failure = error
     found = running_hosts.running(name)
@@ -47,10 +46,10 @@ def ps(name: str, *, as_json: bool) -> None:
         raise failure
 
 
-def _print(snapshot: Snapshot, found: Sequence[Sighting], *, as_json: bool) -> None:
+def _print(snapshot: Snapshot, found: Sequence[RunningHost], *, as_json: bool) -> None:
     if as_json:
-        seen = msgspec.to_builtins(snapshot) | {"hosts": versions.data(found)}
-        say(msgspec.json.encode(seen).decode())
+        data = msgspec.to_builtins(snapshot) | {"hosts": versions.data(found)}
+        print_line(msgspec.json.encode(data).decode())
         return
     terminal = console()
     if snapshot.supervisor_pid is not None:
@@ -60,18 +59,18 @@ def _print(snapshot: Snapshot, found: Sequence[Sighting], *, as_json: bool) -> N
 
 
 def top(host: ModelHost, interval: float) -> None:
-    """Shows the host's models every ``interval`` seconds until Ctrl-C, which is no error.
+    """Shows the host's models every ``interval`` seconds until Ctrl-C.
 
-    Where stdout is no terminal, one picture after the other is printed.
+    If stdout is not a terminal, prints one picture after the other.
 
     Raises:
         SupervisorDied: the host has ended.
     """
     terminal = console()
-    history = History(max(2, min(_SAMPLES, round(_REMEMBERED / interval) + 1)))
+    history = History(max(2, min(_MOST_SAMPLES, round(_HISTORY / interval) + 1)))
 
     def picture() -> RenderableType:
-        snapshot = alive(host.snapshot())
+        snapshot = check_alive(host.snapshot())
         history.add(snapshot, time.monotonic())
         return live(snapshot, history, terminal.width)
 
@@ -84,13 +83,13 @@ def _on_screen(terminal: Console, picture: Callable[[], RenderableType], interva
     from rich.live import Live
 
     shown = Live(picture(), console=terminal, screen=True, auto_refresh=False)
-    try:  # from before it starts: Ctrl-C may come while the first picture is drawn
+    try:  # before start(): Ctrl-C may come while the first picture is drawn
         shown.start(refresh=True)
         while True:
             time.sleep(interval)
             shown.update(picture(), refresh=True)
     finally:
-        shown.stop()  # the terminal is as it was before
+        shown.stop()  # restores the terminal
 
 
 def _one_by_one(terminal: Console, picture: Callable[[], RenderableType], interval: float) -> None:

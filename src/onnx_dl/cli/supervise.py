@@ -12,25 +12,23 @@ from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.main import Orders, serve
 from onnx_dl.system import platform, process_setup
 from onnx_dl.transport import addresses
-from onnx_dl.transport.rendezvous import USUAL, Place
+from onnx_dl.transport.rendezvous import DEFAULT_HOST, HostEntry
 
 
-def supervise(name: str = USUAL, **settings: str | None) -> None:
-    """Runs the host of this name until SIGTERM or Ctrl-C; what happens to models is printed on stdout.
+def supervise(name: str = DEFAULT_HOST, **settings: str | int | None) -> None:
+    """Runs the host of this name until SIGTERM or Ctrl-C; prints what happens to models on stdout.
 
-    Where an application has started the host of this name in the background, this waits until that one has
-    gone, which it does when its clients have.  A host of another version that was started before ends
-    likewise; for that this does not wait.
+    If an application has started a host of this name in the background, waits until that host ends, which is
+    when its clients have gone.  An earlier host of another version ends likewise, without being waited for.
 
-    ``settings``: fields of :class:`~onnx_dl.core.settings.Settings` in place of what the environment says.
+    ``settings``: fields of :class:`~onnx_dl.core.settings.Settings` that replace those of the environment.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) a name or setting cannot be.
-        SupervisorError: a host of this name runs that is kept in the foreground, or another process waits
-            to be the next one.
+        ConfigError: (a ValueError) a name or setting is not valid.
+        SupervisorError: a managed host of this name runs already, or another process waits to be the next.
     """
     platform.check_platform()
-    process_setup.make_own()
+    process_setup.set_up_process()
     given = {field: value for field, value in settings.items() if value is not None}
     orders = Orders(
         address=addresses.fresh_address("host"),
@@ -38,37 +36,34 @@ def supervise(name: str = USUAL, **settings: str | None) -> None:
         settings=msgspec.structs.replace(settings_module.settings(), **given),
         protocol=PROTOCOL_VERSION,
         host=name,
-        firm=list(given),
+        explicit=list(given),
         foreground=True,
     )
-    place = Place(name)
-    _take(place)
-    serve(orders, place)
+    entry = HostEntry(name)
+    _become_host(entry)
+    serve(orders, entry)
 
 
-def _take(place: Place) -> None:
-    """Makes this process the host, at once or after the one in the background."""
+def _become_host(entry: HostEntry) -> None:
+    """Makes this process the host: at once, or after the host in the background has ended."""
     holder = None
-    while holder is None:  # it may end between the two questions
-        if place.claim():
+    while holder is None:  # the host may end between the two calls
+        if entry.claim():
             return
-        holder = place.holder()
-    record = place.record()
-    # Not asked again below: a process that looks at a lock file loses the locks that it has in it.
-    if record is None or record.pid != holder or record.kept:
-        raise SupervisorError(f"A host {place.name!r} runs already (pid {holder}). {_stop(place)}")
-    if not place.line_up():
+        holder = entry.holder()
+    record = entry.record()
+    advice = f"onnx-dl stop --host {entry.name} ends it."
+    # holder() is not called again below: it would release the locks that this process has by then.
+    if record is None or record.pid != holder or record.managed:
+        raise SupervisorError(f"A host {entry.name!r} runs already (pid {holder}). {advice}")
+    if not entry.claim_next():
         raise SupervisorError(
-            f"A host {place.name!r} runs already (pid {holder}), and another onnx-dl supervise waits for its "
+            f"A host {entry.name!r} runs already (pid {holder}), and another onnx-dl supervise waits for its "
             "end."
         )
     print(
-        f"host {place.name!r} runs in the background, pid {holder}; this one follows when its clients have "
-        f"gone. {_stop(place)}",
+        f"host {entry.name!r} runs in the background, pid {holder}; this one follows when its clients have "
+        f"gone. {advice}",
         flush=True,
     )
-    place.await_turn()
-
-
-def _stop(place: Place) -> str:
-    return f"onnx-dl stop --host {place.name} ends it."
+    entry.await_turn()

@@ -1,4 +1,4 @@
-"""A snapshot as a table, and memory over time: pure functions of data and a width in columns."""
+"""Tables of a host's models and of memory over time: pure functions of data and a width in columns."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from onnx_dl.host.model_host import Snapshot
 
 _NONE: Final = "-"
 _GAP: Final = 2
-"""Columns of the terminal between two of the table's."""
+"""Characters between two columns of a table."""
 _NAME: Final = 14
-"""What the model's name gets at least."""
+"""Least width of the model's name."""
 _LINE: Final = 60
-"""What a line over time gets at most."""
+"""Largest width of a sparkline."""
 _STYLES: Final = {
     ModelState.READY: "green",
     ModelState.LOADING: "yellow",
@@ -37,7 +37,7 @@ class _Column(NamedTuple):
     title: str
     cell: Callable[[ModelStatus], str]
     worth: int
-    """Where the terminal is too narrow for all, the column that is worth least goes first."""
+    """If the terminal is too narrow, the column of least worth is left out first."""
     right: bool = True
 
 
@@ -93,12 +93,12 @@ _COLUMNS: Final = (
 
 
 def overview(snapshot: Snapshot, width: int) -> RenderableType:
-    """What ``onnx-dl ps`` shows: whose host it is, its models, and the memory that they take."""
+    """The output of ``onnx-dl ps``: the host, its models, and their memory."""
     return Group(Text(_title(snapshot), style="bold"), _models(snapshot, width), Text(memory_line(snapshot)))
 
 
 def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
-    """What ``onnx-dl top`` shows: the same, and memory over time."""
+    """The screen of ``onnx-dl top``: the overview, and memory over time."""
     return Group(overview(snapshot, width), Text(), *_over_time(snapshot, history, width))
 
 
@@ -135,14 +135,14 @@ def _models(snapshot: Snapshot, width: int) -> RenderableType:
 
 
 def _fitting(models: list[ModelStatus], width: int) -> list[_Column]:
-    """The columns that fit beside the name, in their order."""
-    kept = list(_COLUMNS)
-    while len(kept) > 1 and sum(_width(column, models) + _GAP for column in kept) > width:
-        kept.remove(min(kept, key=lambda column: (_says_something(column, models), column.worth)))
-    return kept
+    """The columns that fit beside the name, in order; columns without any value go first."""
+    shown = list(_COLUMNS)
+    while len(shown) > 1 and sum(_width(column, models) + _GAP for column in shown) > width:
+        shown.remove(min(shown, key=lambda column: (_has_values(column, models), column.worth)))
+    return shown
 
 
-def _says_something(column: _Column, models: list[ModelStatus]) -> bool:
+def _has_values(column: _Column, models: list[ModelStatus]) -> bool:
     return any(column.cell(status) != _NONE for status in models)
 
 
@@ -183,5 +183,5 @@ def _line(values: list[int], bars: int, top: int) -> tuple[Text, str, str]:
 
 
 def _scale(top: int, snapshot: Snapshot) -> str:
-    whole = "the limit" if snapshot.memory_limit else "the most that it was"
-    return f"A full bar is {format_bytes(top)} for a model, and {whole} for all models."
+    whole = "the limit" if snapshot.memory_limit else "their peak"
+    return f"A full bar is {format_bytes(top)} for one model, and {whole} for all models."

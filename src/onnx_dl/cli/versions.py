@@ -1,38 +1,36 @@
-"""The hosts of one name, of all versions of onnx-dl, as ``onnx-dl ps`` shows them: pure functions of what
-was found."""
+"""Text and JSON data of all hosts of one name, for ``onnx-dl ps``: pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from onnx_dl.transport import running_hosts
-from onnx_dl.transport.running_hosts import Sighting
+from onnx_dl.transport.running_hosts import RunningHost
 
 
-def lines(found: Sequence[Sighting]) -> list[str]:
-    """One for each host: the one that this version can ask, and the others."""
-    return [f"Host: {running_hosts.told(seen)}. {_remark(seen, found)}".rstrip() for seen in found]
+def lines(found: Sequence[RunningHost]) -> list[str]:
+    """One line for each host."""
+    return [f"Host: {running_hosts.describe(host)}. {_remark(host, found)}".rstrip() for host in found]
 
 
-def data(found: Sequence[Sighting]) -> list[dict[str, Any]]:
-    """The same as plain data; times as Unix time in seconds."""
+def data(found: Sequence[RunningHost]) -> list[dict[str, object]]:
+    """The hosts as plain data for JSON; times are Unix times in seconds."""
     return [
         {
-            "name": seen.name,
-            "protocol": seen.protocol,
-            "package": seen.package,
-            "pid": seen.pid,
-            "since": seen.since,
-            "kept": seen.kept,
-            "reachable": seen.reachable,
-            "leaving": running_hosts.successor(seen, found) is not None,
+            "name": host.name,
+            "protocol": host.protocol,
+            "package": host.package,
+            "pid": host.pid,
+            "since": host.since,
+            "kept": host.managed,
+            "reachable": host.reachable,
+            "leaving": running_hosts.successor(host, found) is not None,
         }
-        for seen in found
+        for host in found
     ]
 
 
-def _remark(seen: Sighting, found: Sequence[Sighting]) -> str:
-    if not seen.reachable:
-        return f"This version of onnx-dl cannot ask it. {running_hosts.outlook(seen, found)}"
-    return running_hosts.outlook(seen, found) if running_hosts.successor(seen, found) is not None else ""
+def _remark(host: RunningHost, found: Sequence[RunningHost]) -> str:
+    if not host.reachable:
+        return f"This version of onnx-dl cannot connect to it. {running_hosts.outlook(host, found)}"
+    return running_hosts.outlook(host, found) if running_hosts.successor(host, found) is not None else ""

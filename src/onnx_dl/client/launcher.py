@@ -1,9 +1,9 @@
 """Starts supervisor processes, and finds those that serve several applications.
 
 A *private* supervisor is a child of the application that starts it and ends with it.  A *shared* one is found
-by its name (:mod:`onnx_dl.transport.rendezvous`), if it speaks the same version of the protocol, or started in the
-background, exactly once: of two that are started at the same moment, the one that gets the lock is the host,
-and the other leaves.  What is said to a supervisor is :mod:`onnx_dl.client.connection`'s.
+by its name (:mod:`onnx_dl.transport.rendezvous`) if it has the same protocol version, or else started in the
+background.  If two are started at the same moment, the one that gets the lock becomes the host, and the other
+one exits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -30,34 +30,38 @@ from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.boot import Launch
 from onnx_dl.transport import addresses, running_hosts
-from onnx_dl.transport.rendezvous import USUAL, Place
-from onnx_dl.transport.running_hosts import Sighting
+from onnx_dl.transport.rendezvous import DEFAULT_HOST, HostEntry
+from onnx_dl.transport.running_hosts import RunningHost
 
-_LOOK_EVERY: Final = 0.01
+_POLL_INTERVAL: Final = 0.01
 _RESTART: Final = 10.0
-"""Seconds for a service manager to restart a host, before another is started in its place."""
-_FAREWELL: Final = 3.0
-"""Seconds that a host of another version has beyond the time that calls have to end."""
-_READY: Final = b"!"
-"""What a supervisor says when it listens."""
-_TAKEN: Final = b"-"
-"""What it says if another was faster."""
+"""Seconds that a service manager has to restart a managed host before a client starts another one."""
+_EXIT_MARGIN: Final = 3.0
+"""Seconds that a host of another version has to exit, after the time for running calls."""
+_READY: Final = (b"!", b"-")
+"""A supervisor's report that it listens, or that another process has become the host of this name."""
 
 _C = TypeVar("_C")
 
 
-def start_private(
-    settings: Settings, firm: Sequence[str], deadline: Deadline
-) -> tuple[subprocess.Popen[bytes], str, str]:
-    """A supervisor of this application's own: the process, its address and its secret.
+class StartedSupervisor(NamedTuple):
+    """A supervisor process and how to connect to it."""
 
-    ``firm``: names of settings that a host's file does not change.
+    process: subprocess.Popen[bytes]
+    address: str
+    secret: str
+
+
+def start_private(settings: Settings, explicit: Sequence[str], deadline: Deadline) -> StartedSupervisor:
+    """Starts a supervisor for this application alone.
+
+    ``explicit``: names of settings that the host's file does not change.
 
     Raises:
-        SupervisorStartError: it did not come up.
+        SupervisorStartError: the process did not come up.
     """
-    address, secret = addresses.fresh_address("host"), secrets.token_hex(16)
-    return _start(_launch(settings), address, secret, settings, deadline, firm=firm)[0], address, secret
+    launch = boot.launch("supervisor", python=settings.python)
+    return _start(launch, settings, deadline, explicit=explicit)
 
 
 def reach(
@@ -68,96 +72,95 @@ def reach(
     *,
     start: bool,
 ) -> _C:
-    """What ``link`` makes of the address and the secret of the shared host of this name.
+    """Connects to the shared host of this name and returns the result of ``link``.
 
-    One that speaks another version of the protocol is none, and may run beside the one that is found.
+    A host of another protocol version is ignored: both may run at the same time.
 
     Args:
-        link: is given a deadline, too; raises :class:`~onnx_dl.errors.SupervisorUnreachable` where nobody
-            answers by then.
-        start: whether to start the host if there is none.
+        link: connects; called with the host's address, its secret and a deadline.  It raises
+            :class:`~onnx_dl.errors.SupervisorUnreachable` if nobody answers by then.
+        start: whether to start the host if none runs.
 
     Raises:
-        SupervisorError: there is none, and it is not to be started.
-        SupervisorStartError: it does not come up, or refuses us.
+        SupervisorError: no host runs, and none may be started.
+        SupervisorStartError: the host does not come up, or refuses the connection.
     """
-    place = Place(name)
+    entry = HostEntry(name)
     answer = Deadline(settings.start_timeout, outer=deadline)
     limit = Deadline(settings.start_timeout + _RESTART, outer=deadline)
     restart = Deadline(_RESTART)
     while True:
-        holder, record = place.holder(), place.record()
+        holder, record = entry.holder(), entry.record()
         if record is not None and record.pid == holder:
             with contextlib.suppress(SupervisorUnreachable):
                 return link(record.address, record.secret, answer)
-        # One that somebody looks after is about to be there again.
-        awaited = holder is None and record is not None and record.kept and not restart.passed
+        # A managed host that has ended will soon be started again.
+        awaited = holder is None and record is not None and record.managed and not restart.passed
         absent = holder is None and not awaited
         deadline.check(f"the host {name!r}")
         if absent and not start:
-            raise SupervisorError(no_host(name, running_hosts.of_other_versions(place)))
+            raise SupervisorError(no_host(name, running_hosts.of_other_versions(entry)))
         if limit.passed or (holder is not None and answer.passed):
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
-                f"its log is {place.log}. If it runs in a container or network namespace of its own, it "
+                f"its log is {entry.log}. If it runs in a container or network namespace of its own, it "
                 "serves only applications there."
             )
         if absent:
-            _start_shared(place, settings, deadline)
+            _start_shared(entry, settings, deadline)
             answer = Deadline(settings.start_timeout, outer=deadline)
         else:
-            waits.pause(_LOOK_EVERY)  # for another process, which is about to listen or to end
+            waits.pause(_POLL_INTERVAL)  # another process is about to listen or to exit
 
 
-def runs(name: str) -> bool:
-    """Whether there is a host of this name, and of this version, now."""
-    return Place(name).holder() is not None
+def is_running(name: str) -> bool:
+    """Returns whether a host of this name and this protocol version runs now."""
+    return HostEntry(name).holder() is not None
 
 
-def await_end(name: str, pid: int, patience: float) -> None:
-    """Returns when this process is not the host of this name; the next one may be there already.
+def await_end(name: str, pid: int, patience: float, protocol: int | None = PROTOCOL_VERSION) -> None:
+    """Waits until this process is no longer the host of this name; the next host may run already.
 
     Raises:
-        TimeoutError: it still does after so many seconds.
+        TimeoutError: it is still the host after ``patience`` seconds.
     """
-    _await_end(Place(name), pid, patience)
-
-
-def _await_end(place: Place, pid: int, patience: float) -> None:
+    entry = HostEntry(name, protocol=protocol)
     deadline = time.monotonic() + patience
-    while place.holder() == pid:
+    while entry.holder() == pid:
         if time.monotonic() >= deadline:
-            raise TimeoutError(
-                f"The host {place.name!r} (pid {pid}) is still there after {patience:g} seconds."
-            )
-        waits.pause(_LOOK_EVERY)
+            raise TimeoutError(f"The host {name!r} (pid {pid}) still runs after {patience:g} seconds.")
+        waits.pause(_POLL_INTERVAL)
 
 
-def terminate(seen: Sighting) -> None:
-    """Ends a host of another version, which cannot be asked to end; returns when it has gone.
+def terminate(host: RunningHost) -> None:
+    """Ends a host of another version by SIGTERM, because it cannot be asked to end; waits for its exit.
 
     Raises:
-        SupervisorError: it has no process id here.
-        TimeoutError: it is still there after the time that calls have to end, and some seconds.
+        SupervisorError: the host has no process id here.
+        TimeoutError: it still runs after the time for running calls and some seconds.
     """
-    if not seen.pid:
-        raise SupervisorError(f"The host {seen.name!r} runs in another container; end it from there.")
-    place = Place(seen.name, protocol=seen.protocol)
+    if not host.pid:
+        raise SupervisorError(f"The host {host.name!r} runs in another container; end it from there.")
+    entry = HostEntry(host.name, protocol=host.protocol)
     with contextlib.suppress(ProcessLookupError):
-        fd = os.pidfd_open(seen.pid)
+        fd = os.pidfd_open(host.pid)
         try:
-            if place.holder() == seen.pid:  # else the number may be another process's by now
+            if entry.holder() == host.pid:  # else the number may belong to another process by now
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
             primitives.close(fd)
-    _await_end(place, seen.pid, settings_module.settings().exit_grace + _FAREWELL)
+    await_end(host.name, host.pid, settings_module.settings().exit_grace + _EXIT_MARGIN, host.protocol)
 
 
-def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
-    """What to do without a host of this name that this version can ask; ``others``: of other versions."""
-    supervise, load = ("", "") if name == USUAL else (f" --name {name}", f" --host {name}")
-    of_this = f" for this version of onnx-dl ({running_hosts.version(PROTOCOL_VERSION)})" if others else ""
-    listed = "".join(f" There is one of another version: {running_hosts.told(other)}." for other in others)
+def no_host(name: str, others: Sequence[RunningHost] = ()) -> str:
+    """The message if no host of this name and version runs; ``others``: hosts of other versions."""
+    supervise, load = ("", "") if name == DEFAULT_HOST else (f" --name {name}", f" --host {name}")
+    of_this = (
+        f" for this version of onnx-dl ({running_hosts.protocol_text(PROTOCOL_VERSION)})" if others else ""
+    )
+    listed = "".join(
+        f" There is one of another version: {running_hosts.describe(other)}." for other in others
+    )
     return (
         f"No shared host named {name!r} runs{of_this}.{listed} Start one with: onnx-dl supervise{supervise}, "
         f"in the background with onnx_dl.connect({name!r}), or by loading a model into it: "
@@ -165,71 +168,69 @@ def no_host(name: str, others: Sequence[Sighting] = ()) -> str:
     )
 
 
-def _start_shared(place: Place, settings: Settings, deadline: Deadline) -> None:
-    """A host in the background; returns when it listens or another does."""
-    address, secret = addresses.fresh_address("host"), secrets.token_hex(16)
-    launch = _launch(settings)
-    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+def _start_shared(entry: HostEntry, settings: Settings, deadline: Deadline) -> None:
+    """Starts a host in the background; returns when it listens or another one does."""
+    launch = boot.launch("supervisor", python=settings.python)
+    log = os.open(entry.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        # Not our stderr: whoever reads that to its end would wait for the host.
-        process, _ = _start(
-            launch, address, secret, settings, deadline, host=place.name, stdout=log, stderr=log
-        )
+        # Not our stderr: a process that reads that to its end would wait for the end of the host.
+        started = _start(launch, settings, deadline, host=entry.name, output=log)
     except SupervisorStartError as error:
-        last = place.log.read_text(errors="replace")[-2000:].rstrip()
-        end = f"\nThe end of {place.log}:\n{last}" if last else ""
-        raise SupervisorStartError(f"The host {place.name!r} did not come up. {error}{end}") from error
+        last = entry.log.read_text(errors="replace")[-2000:].rstrip()
+        end = f"\nThe end of {entry.log}:\n{last}" if last else ""
+        raise SupervisorStartError(f"The host {entry.name!r} did not come up. {error}{end}") from error
     finally:
         primitives.close(log)
-    waits.ended(process, settings.start_timeout)  # it has put a process of its own into the background
-
-
-def _launch(settings: Settings) -> Launch:
-    return boot.launch("supervisor", python=settings.python)
+    waits.ended(started.process, settings.start_timeout)  # its child is the host, in the background
 
 
 def _start(
     launch: Launch,
-    address: str,
-    secret: str,
     settings: Settings,
     deadline: Deadline,
+    *,
     host: str | None = None,
-    firm: Sequence[str] = (),
-    **streams: Any,
-) -> tuple[subprocess.Popen[bytes], bool]:
-    """A supervisor process, and whether it listens; if not, another has its name."""
+    explicit: Sequence[str] = (),
+    output: int | None = None,
+) -> StartedSupervisor:
+    """Starts a supervisor and waits until it listens, or another process has its name.
+
+    ``output``: descriptor for its stdout and stderr; None: as this process's.
+    """
+    address, secret = addresses.fresh_address("host"), secrets.token_hex(16)
     orders = {
         "address": address,
         "secret": secret,
         "settings": msgspec.to_builtins(settings),
         "protocol": PROTOCOL_VERSION,
         "host": host,
-        "firm": list(firm),
-        "application": (os.getpid(), process_setup.started_at(os.getpid())),
+        "explicit": list(explicit),
+        "application": (os.getpid(), process_setup.start_time(os.getpid())),
     }
-    # A child that another thread forks meanwhile would keep our ends of its pipes: the supervisor would wait
-    # for the end of its orders, or we for its failure, until that child ends.
+    # A child that another thread forks meanwhile would keep our ends of the pipes: the supervisor would wait
+    # for the end of its orders, or we for its failure, until that child exits.
     with forking.still():
-        process, ready = _spawn(launch, orders, streams)
-    return process, _await_ready(process, ready, Deadline(settings.start_timeout, outer=deadline))
+        process, ready = _spawn(launch, orders, output)
+    _await_ready(process, ready, Deadline(settings.start_timeout, outer=deadline))
+    return StartedSupervisor(process, address, secret)
 
 
 def _spawn(
-    launch: Launch, orders: dict[str, Any], streams: dict[str, Any]
+    launch: Launch, orders: dict[str, object], output: int | None
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """A supervisor process that has its orders, and where it says that they are carried out."""
+    """A supervisor process that has received its orders, and the pipe on which it reports the result."""
     ready, ready_write = os.pipe()
     try:
         process = primitives.popen(
             launch.argv,
             env=launch.environment,
             stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             pass_fds=[ready_write],
-            # Ctrl-C in the terminal is the application's.  Not a session of its own: Linux schedules sessions
-            # apart (autogroup), and a wake-up across them takes 40 µs instead of 10.
+            # Ctrl-C in the terminal is for the application.  Not a session of its own: Linux schedules
+            # sessions apart (autogroup), and a wake-up across them takes 40 µs instead of 10.
             process_group=0,
-            **streams,
         )
     except OSError as error:
         primitives.close(ready)
@@ -254,19 +255,19 @@ def _is_readable(fd: int, limit: Deadline) -> bool:
     return True
 
 
-def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) -> bool:
-    """Waits for the byte that says that the orders are carried out, or why not."""
+def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) -> None:
+    """Waits for the supervisor's report; kills a supervisor that has failed or does not report in time."""
     try:
-        said = os.read(ready, select.PIPE_BUF) if _is_readable(ready, limit) else b""
-        if said in (_READY, _TAKEN):
-            return said == _READY
+        report = os.read(ready, select.PIPE_BUF) if _is_readable(ready, limit) else b""
     finally:
         primitives.close(ready)
+    if report in _READY:
+        return
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # the group: one in the background is a child of this process
+        os.killpg(process.pid, signal.SIGKILL)  # the group: a background host is a child of this process
     status = process.wait()
     raise SupervisorStartError(
-        said.decode(errors="replace")
+        report.decode(errors="replace")
         or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr says why."
         + frozen.advice()
     )

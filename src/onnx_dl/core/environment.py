@@ -1,6 +1,6 @@
-"""Environment variables that one model's worker has, beside those that its host was started with.
+"""Environment variables for the worker of one model, in addition to those of its host.
 
-Values may be secrets: no message, log, name or ``repr()`` shows them.
+Values may be secrets: they are not in any message, log, name or ``repr()``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import msgspec
 from onnx_dl.errors import ConfigError
 
 LONGEST: Final = 32 << 10
-"""Bytes of all names and values."""
+"""Largest number of bytes of all names and values."""
 _OURS: Final = "ONNX_DL_"
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Variables and their values; None: the worker does not have this one, whatever its host has.
+    """Variables and their values; None: the variable is removed from the worker's environment.
 
     Raises:
-        ConfigError: (a ValueError) a variable cannot be set.
+        ConfigError: (a ValueError) a variable is not valid.
     """
 
     variables: dict[str, str | None] = {}
@@ -40,13 +40,13 @@ class Environment(msgspec.Struct, frozen=True):
         return f"Environment({', '.join(sorted(self.variables))})"
 
     def over(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The environment of a process that has these instead of what ``environ`` has of the same name."""
+        """``environ`` with these variables set or removed."""
         merged = {**environ, **self.variables}
         return {name: value for name, value in merged.items() if value is not None}
 
     @property
     def tag(self) -> str:
-        """A short name that tells one environment from another."""
+        """A short digest that differs between environments."""
         plain = msgspec.json.encode(self.variables, order="deterministic")
         return hashlib.sha256(plain).hexdigest()[:8]
 
@@ -55,10 +55,10 @@ NOTHING: Final = Environment()
 
 
 def parse(value: object) -> Environment:
-    """The variables of a mapping from names to text; None: there are none.
+    """The environment of a mapping from names to text; None: an empty one.
 
     Raises:
-        ConfigError: (a ValueError) it is something else, or a variable cannot be set.
+        ConfigError: (a ValueError) the value is not a mapping, or a variable is not valid.
     """
     if isinstance(value, Environment):
         return value
@@ -73,15 +73,15 @@ def parse(value: object) -> Environment:
 
 
 def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Texts such as ``OMP_NUM_THREADS=4``.
+    """Splits texts such as ``OMP_NUM_THREADS=4``.
 
     Raises:
-        ConfigError: (a ValueError) one is written otherwise.
+        ConfigError: (a ValueError) a text has another form.
     """
     pairs = [text.partition("=") for text in texts]
     for name, equals, _ in pairs:
         if not (name and equals):
-            raise ConfigError(f"--env {name!r} is no variable; write NAME=VALUE, such as OMP_NUM_THREADS=4.")
+            raise ConfigError(f"--env {name!r} is not a variable; write NAME=VALUE, e.g. OMP_NUM_THREADS=4.")
     return {name: value for name, _, value in pairs}
 
 
@@ -90,13 +90,13 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(name: object, value: object) -> int:
-    """The bytes that the variable takes.
+    """Checks a variable; returns its number of bytes.
 
     Raises:
-        ConfigError: it cannot be set.
+        ConfigError: the variable is not valid.
     """
     if not isinstance(name, str) or not name or set(name) & set("=\0"):
-        raise ConfigError(f"environment: {name!r} is no name of a variable; give text without '=' and NUL.")
+        raise ConfigError(f"environment: {name!r} is not a variable name; give text without '=' and NUL.")
     if name.startswith(_OURS):
         raise ConfigError(
             f"environment: {name} is a setting of onnx-dl, and of the whole host. Set it before the host "

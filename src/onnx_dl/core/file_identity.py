@@ -1,8 +1,8 @@
-"""The files that a model was read from, and whether they are still the same.
+"""Identities of the files that a model was read from, to notice changes.
 
-A worker looks at each before and after it has read it and reports what was there.  Whoever is to use that
-worker, or what is in the load cache, looks again, under the path by which the model would look: a link that
-was set to another file is another file.  Looks only, and never raises because of a file.
+A worker records each file's identity before and after it reads it.  Before that worker, or an entry of the
+load cache, is used again, the files are compared, by the path that the model would open: a link that points
+to another file is a change.  No function here raises because of a file.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Identity = tuple[int, int, int, int]
 
 
 class ReadFile(msgspec.Struct, frozen=True, array_like=True):
-    """One file.  ``name``: where it is looked for, beside the model or absolute; empty: the model's own.
+    """One file.  ``name``: relative to the model's folder, or absolute; empty: the model itself.
 
-    ``identity``: device, inode, bytes and mtime in ns of what was there; None: nothing was.
+    ``identity``: device, inode, bytes and mtime in ns; None: there was no file.
     """
 
     name: str
@@ -26,11 +26,11 @@ class ReadFile(msgspec.Struct, frozen=True, array_like=True):
 
 
 Where = Callable[[str], str]
-"""The path at which a file of this name is looked for."""
+"""Maps the name of a file to its path."""
 
 
 def look(path: str) -> Identity | None:
-    """What is there now, links followed: device, inode, bytes, mtime in ns.  None: nothing that is seen."""
+    """The identity of the file at this path, after links; None: there is none, or it cannot be seen."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -39,10 +39,10 @@ def look(path: str) -> Identity | None:
 
 
 def look_at(where: Where, names: Iterable[str]) -> list[ReadFile]:
-    """Each of these files as it is now."""
+    """The present identities of these files."""
     return [ReadFile(name, look(where(name))) for name in names]
 
 
 def changed(where: Where, read: Iterable[ReadFile]) -> str | None:
-    """The path of the first of these files that is not what was read; None: all are."""
+    """The path of the first file that has changed since; None: none has."""
     return next((where(file.name) for file in read if look(where(file.name)) != file.identity), None)

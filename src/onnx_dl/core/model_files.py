@@ -1,8 +1,8 @@
-"""Which files beside an ONNX file hold its weights.
+"""Finds the external data files of an ONNX model.
 
-Reads just enough of the protobuf for that (onnx.proto: field numbers below), without the onnx package, which
-users need not have, and without reading the weights.  A file may be anything: what is no model ends in a
-ValueError, never in a crash, and an application looks for a bounded time only.
+Reads only the necessary parts of the protobuf (field numbers as in onnx.proto), without the weights and
+without the onnx package, which users may not have.  The file may have any content: one that is not a model
+raises ValueError.  An application searches for a limited time only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-# Where tensors are: message -> field -> the message in it.
+# The way to tensors: message -> field -> type of the message in it.
 _INSIDE: Final[dict[str, dict[int, str]]] = {
     "model": {7: "graph", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -28,32 +28,32 @@ _INSIDE: Final[dict[str, dict[int, str]]] = {
 }
 
 _DEEPEST: Final = 100
-"""Messages within each other; protobuf's own parsers refuse more."""
-_LONGEST_LOOK: Final = 0.05
-"""Seconds that an application looks through a model; what it has not found by then is not counted."""
-_LOOK_AT_CLOCK: Final = 64
-"""Fields between two looks at the clock."""
+"""Deepest nesting of messages; protobuf's own parsers refuse more."""
+_SEARCH_TIME: Final = 0.05
+"""Seconds that an application searches a model; files that it has not found by then do not count."""
+_CLOCK_INTERVAL: Final = 64
+"""Fields between two checks of the clock."""
 _LONGEST_NAME: Final = 4096
-"""Bytes of a path, on Linux."""
+"""Largest number of bytes of a path, on Linux."""
 _LOCATION: Final = b"location"
-"""The key of the entry that names a tensor's file."""
+"""The key of the entry with the name of a tensor's file."""
 _SEARCHED: Final = 64 << 10
-"""Bytes of a message that is searched before it is looked through field by field."""
+"""Largest number of bytes of a message that is searched for the key before its fields are read."""
 _WINDOW: Final = 4096
-"""Bytes that are read at a time."""
+"""Bytes that are read at once."""
 
 
 def bytes_of(path: str) -> int:
-    """Of a model's file and of those beside it that hold its weights; 0 for what cannot be looked at.
+    """Bytes of a model's file and its external data; files that cannot be read count as 0.
 
-    Takes 50 ms at most, plus what the disk takes; where that is too little, not all of the files count.
+    Takes at most 50 ms, plus the time of the disk; if that is too short, some of the files are not counted.
     """
     total = 0
     found: set[str] = set()
     with contextlib.suppress(OSError, ValueError):
-        if stat.S_ISREG((about := os.stat(path)).st_mode):  # to open a FIFO would wait
+        if stat.S_ISREG((about := os.stat(path)).st_mode):  # opening a FIFO would block
             total += about.st_size
-            for name in _names(path, time.monotonic() + _LONGEST_LOOK):
+            for name in _names(path, time.monotonic() + _SEARCH_TIME):
                 found.add(name)
     for name in found:
         with contextlib.suppress(OSError, ValueError):
@@ -62,27 +62,28 @@ def bytes_of(path: str) -> int:
 
 
 def external_files(model: str | int) -> list[str]:
-    """Names of the files that the tensors of a model lie in, which has this path or lies in the memory of
-    this descriptor; they are looked for beside it.
+    """Names of a model's external data files, relative to its folder.
+
+    ``model``: its path, or a descriptor of its memory.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no model.
+        OSError, ValueError: it cannot be read, or is not a model.
     """
     return sorted(set(_names(model, None)))
 
 
 def _names(path: str | int, until: float | None) -> Iterator[str]:
-    """Yields each as it is found, until this time, so that what was found by then counts."""
-    if not (size := os.path.getsize(path)):  # so is a FIFO, to open which would wait
+    """Yields each name as it is found, until this time, so that a caller can count those found so far."""
+    if not (size := os.path.getsize(path)):  # also a FIFO, whose opening would block
         return
     with open(path, "rb", closefd=isinstance(path, str)) as file:
-        # Not mapped: to look at a page of a file that somebody shortens meanwhile ends the process.
+        # Not mapped: reading a page of a file that is truncated meanwhile would kill the process.
         walk = _Walk(functools.partial(os.pread, file.fileno()), until)
         yield from walk.locations(0, size, "model", 0)
 
 
 class _Walk:
-    """Through one model.  ``read``: tells so many bytes from this place on, or fewer at its end."""
+    """Walks through one model.  ``read(size, offset)``: returns that many bytes, or fewer at the end."""
 
     def __init__(self, read: Callable[[int, int], bytes], until: float | None) -> None:
         self._read = read
@@ -93,18 +94,18 @@ class _Walk:
 
     def locations(self, start: int, end: int, kind: str, depth: int) -> Iterator[str]:
         if depth > _DEEPEST:
-            raise ValueError(f"not a model: more than {_DEEPEST} messages within each other")
+            raise ValueError(f"not a model: messages are nested deeper than {_DEEPEST}")
         inside = _INSIDE[kind]
         for field, first, last in self._fields(start, end):
             if inside.get(field) == "entry":
                 pair = {number: self._text(a, b) for number, a, b in self._fields(first, last)}
                 if pair.get(1) == _LOCATION:
                     yield pair.get(2, b"").decode()
-            elif field in inside and self._may_tell(first, last):
+            elif field in inside and self._may_name_file(first, last):
                 yield from self.locations(first, last, inside[field], depth + 1)
 
     def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Number, first and last byte of every field that has a length."""
+        """Number, start and end of every length-delimited field."""
         while at < end:
             self._count()
             tag, at = self._varint(at)
@@ -126,16 +127,16 @@ class _Walk:
 
     def _count(self) -> None:
         self._fields_seen += 1
-        late = self._until is not None and self._fields_seen % _LOOK_AT_CLOCK == 0
+        late = self._until is not None and self._fields_seen % _CLOCK_INTERVAL == 0
         if late and self._until is not None and time.monotonic() >= self._until:
-            raise ValueError("too large to be looked through here")
+            raise ValueError("too large to be searched in this time")
 
-    def _may_tell(self, first: int, last: int) -> bool:
-        """False: a message is short enough to be searched, and names no file.  Most nodes are."""
+    def _may_name_file(self, first: int, last: int) -> bool:
+        """False if a short message does not contain the key.  That is so for most nodes."""
         return last - first > _SEARCHED or _LOCATION in self._read(last - first, first)
 
     def _text(self, first: int, last: int) -> bytes:
-        """What lies there, if it can be a name."""
+        """The bytes, if they are short enough for a name."""
         return self._read(last - first, first) if last - first <= _LONGEST_NAME else b""
 
     def _varint(self, at: int) -> tuple[int, int]:
@@ -145,7 +146,7 @@ class _Walk:
             if not 0 <= offset < len(self._window):
                 self._window, self._window_at, offset = self._read(_WINDOW, at), at, 0
                 if not self._window:
-                    raise ValueError("not a model: it ends too soon")
+                    raise ValueError("not a model: unexpected end")
             byte = self._window[offset]
             value |= (byte & 127) << shift
             at, shift = at + 1, shift + 7

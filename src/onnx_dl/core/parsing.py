@@ -1,19 +1,21 @@
-"""Defaults, environment variables and the validation of what users may set.
-
-Covers numbers and names; who uses them is not known here.
-"""
+"""Values that users set: their parsers, and the ``ONNX_DL_*`` environment variables with their defaults."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+import os
 import re
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+import msgspec
+
+from onnx_dl.core.settings import Settings
 from onnx_dl.errors import ConfigError
 
 KEEP: Final = -1.0
-"""The TTL of a model that stays until it is asked to go."""
+"""TTL of a model that stays loaded until it is unloaded by request."""
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)\s*")
@@ -27,7 +29,7 @@ def parse_ttl(value: object) -> float:
     """A TTL in seconds: -1.0, 0.0 or more.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) anything but the three modes.
+        ConfigError: (a ValueError) the value is none of the three modes.
     """
     seconds = _seconds(value)
     if seconds is None or not (seconds == KEEP or 0 <= seconds < math.inf):
@@ -39,27 +41,26 @@ def parse_time(value: object) -> float:
     """Seconds from 0 to a million.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no such time.
+        ConfigError: (a ValueError) the value is not such a time.
     """
     seconds = _seconds(value)
     if seconds is None or not 0 <= seconds <= 1e6:
         raise ConfigError(
-            f'{value!r} is no time; write seconds from 0 to 1000000, or text such as "90s" or "5m".'
+            f'{value!r} is not a time; write seconds from 0 to 1000000, or text such as "90s" or "5m".'
         )
     return seconds
 
 
 def parse_timeout(value: object) -> float | None:
-    """Seconds after which a caller goes on; None: it waits for as long as it takes, as with more than a
-    million seconds.
+    """Seconds that a caller waits at most.  None: without limit; more than a million seconds count as None.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no such time.
+        ConfigError: (a ValueError) the value is not such a time.
     """
     seconds = None if value is None else _seconds(value)
     if value is not None and (seconds is None or not seconds >= 0):
         raise ConfigError(
-            f'timeout={value!r} is no time; give seconds from 0 on, text such as "90s", or None.'
+            f'timeout={value!r} is not a time; give seconds from 0 on, text such as "90s", or None.'
         )
     return None if seconds is None or seconds > 1e6 else seconds
 
@@ -71,7 +72,7 @@ def parse_latency(value: object) -> str:
     """``"normal"`` or ``"low"``.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) anything else.
+        ConfigError: (a ValueError) the value is something else.
     """
     if value not in LATENCIES:
         raise ConfigError(f'latency={value!r} is neither "normal" nor "low".')
@@ -79,23 +80,22 @@ def parse_latency(value: object) -> str:
 
 
 def parse_span(value: object) -> float:
-    """A time in seconds that is greater than 0: a number, or text such as ``"2"``, ``"500ms"``, ``"5m"``.
+    """A time in seconds, greater than 0: a number, or text such as ``"2"``, ``"500ms"``, ``"5m"``.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+        ConfigError: (a ValueError) the value is not such a time.
     """
     seconds = _seconds(plain_number(value))
     if seconds is None or not 0 < seconds < math.inf:
-        raise ConfigError(f'{value!r} is no time; write seconds, or for example "500ms" or "5m".')
+        raise ConfigError(f'{value!r} is not a time; write seconds, or for example "500ms" or "5m".')
     return seconds
 
 
-def plain_number(value: Any) -> Any:
-    """Text from a command line that is a number, as one; anything else as it is."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
+def plain_number(value: object) -> object:
+    """Converts text from a command line to a number if it is one; returns any other value unchanged."""
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def _seconds(value: object) -> float | None:
@@ -116,18 +116,18 @@ def parse_runs(value: object) -> int | None:
     """A number of calls, 1 or more; None: no limit.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+        ConfigError: (a ValueError) the value is neither.
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63):
         return value
-    raise ConfigError(f"max_runs={value!r} is no number of calls; give an int from 1 on, or None.")
+    raise ConfigError(f"max_runs={value!r} is not a number of calls; give an int from 1 on, or None.")
 
 
 def parse_pin(value: object) -> bool:
-    """True or False, as Python's, numpy's, or the numbers 1 and 0.
+    """True or False, as Python's or numpy's bool, or as the numbers 1 and 0.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+        ConfigError: (a ValueError) the value is neither.
     """
     if not isinstance(value, str) and value in (True, False):
         return bool(value)
@@ -135,45 +135,38 @@ def parse_pin(value: object) -> bool:
 
 
 def parse_priority(value: object) -> int:
-    """A whole number of 64 bits.
+    """A signed integer of 64 bits.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+        ConfigError: (a ValueError) the value is not one.
     """
     found = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else 2**63
     if -(2**63) <= found < 2**63:
         return found
-    raise ConfigError(f"priority={value!r} is no whole number; models of a lower one make room first.")
+    raise ConfigError(f"priority={value!r} is not an integer of 64 bits; lower ones are evicted first.")
 
 
 def parse_group(value: object) -> str | None:
     """The name of a group, or None.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+        ConfigError: (a ValueError) the value is neither.
     """
     if value is None or (isinstance(value, str) and value.strip()):
         return value
-    raise ConfigError(f"group={value!r} is no name of a group; give text that is not empty, or None.")
+    raise ConfigError(f"group={value!r} is not a group name; give text that is not empty, or None.")
 
 
-_SWITCH: Final = {
-    "1": True,
-    "yes": True,
-    "true": True,
-    "on": True,
-    "0": False,
-    "no": False,
-    "false": False,
-    "off": False,
-}
+_SWITCH: Final = dict.fromkeys(("1", "yes", "true", "on"), True) | dict.fromkeys(
+    ("0", "no", "false", "off"), False
+)
 
 
 def parse_switch(value: object) -> bool:
     """A bool, or text such as ``"yes"`` and ``"off"``.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+        ConfigError: (a ValueError) the value is neither.
     """
     found = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
     if found is None:
@@ -182,7 +175,7 @@ def parse_switch(value: object) -> bool:
 
 
 class Allowances(NamedTuple):
-    """What a worker may use; as :class:`~onnx_dl.core.spec.ModelSpec` has it."""
+    """Limits of one worker, as in :class:`~onnx_dl.core.spec.ModelSpec`.  Sizes in bytes; None: no limit."""
 
     max_memory: int | None = None
     max_memory_hard: int | None = None
@@ -190,20 +183,20 @@ class Allowances(NamedTuple):
 
 
 def parse_allowances(max_memory: object, max_memory_hard: object, max_runs: object) -> Allowances:
-    """Sizes in bytes and a number of calls; None: no limit.
+    """The limits of one worker from a proxy's arguments.
 
-    ``max_memory`` alone ends no call.  A hard limit alone counts between calls, too, or what a call left
-    would end the next one.
+    ``max_memory`` alone never ends a call.  ``max_memory_hard`` alone is also the limit between calls:
+    otherwise memory that one call leaves behind would end the next call.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one cannot be, or the hard limit is the lower.
+        ConfigError: (a ValueError) a value is not valid, or the hard limit is lower than the other.
     """
     soft = None if max_memory is None else parse_size(max_memory)
     hard = None if max_memory_hard is None else parse_size(max_memory_hard)
     if soft is not None and hard is not None and hard < soft:
         raise ConfigError(
             f"max_memory_hard={max_memory_hard!r} is less than max_memory={max_memory!r}: a worker would be "
-            "ended during a run before it could be replaced between two. Give max_memory_hard the larger one."
+            "killed during a run before it could be replaced between runs. Make max_memory_hard the larger."
         )
     return Allowances(hard if soft is None else soft, hard, parse_runs(max_runs))
 
@@ -216,13 +209,13 @@ def parse_size(value: object) -> int:
     """A number of bytes: an int, or text such as ``"2GiB"``, ``"500 MB"``.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+        ConfigError: (a ValueError) the value is neither.
     """
     match = _SIZE.fullmatch(str(value)) if isinstance(value, str | numbers.Integral) else None
     nbytes = float(match[1]) * _SIZES[(match[2] or "").lower()] if match else math.inf
     if isinstance(value, bool) or nbytes >= 2**63:
         raise ConfigError(
-            f'{value!r} is no size; write a number of bytes or, for example, "2GiB" or "500MB".'
+            f'{value!r} is not a size; write a number of bytes or, for example, "2GiB" or "500MB".'
         )
     return int(nbytes)
 
@@ -234,31 +227,51 @@ def parse_address(value: str) -> tuple[str, int]:
     """Host and port of text such as ``"127.0.0.1:9464"``, ``"localhost:0"``, ``"[::1]:9464"``.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+        ConfigError: (a ValueError) the text is not an address.
     """
     match = _ADDRESS.fullmatch(value)
     if match is None or int(match[2]) > 65535:
         raise ConfigError(
-            f"{value!r} is no address; write host:port, such as 127.0.0.1:9464, or 0.0.0.0:9464 to be "
-            "reached from everywhere."
+            f"{value!r} is not an address; write host:port, such as 127.0.0.1:9464, or 0.0.0.0:9464 to be "
+            "reachable from everywhere."
         )
     return match[1].strip("[]"), int(match[2])
 
 
-_CHOICES: Final = {
-    "start": ("fork", "exec"),
-    "lane": ("socket", "zmq"),
-    "cache": ("on", "off"),
-    "worker_stderr": ("inherit", "log"),
-}
+WORKER_STDERR: Final = ("inherit", "log")
 
 
 def parse_worker_stderr(value: object) -> str:
     """``"inherit"`` or ``"log"``.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is neither.
+        ConfigError: (a ValueError) the value is neither.
     """
-    if value not in _CHOICES["worker_stderr"]:
+    if value not in WORKER_STDERR:
         raise ConfigError(f'worker_stderr={value!r} is neither "inherit" nor "log".')
     return str(value)
+
+
+_CHOICES: Final = {
+    "start": ("fork", "exec"),
+    "lane": ("socket", "zmq"),
+    "cache": ("on", "off"),
+    "worker_stderr": WORKER_STDERR,
+}
+_SIZE_FIELDS: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
+
+
+def _parse_field(variable: str, field: str, text: str) -> str | int:
+    if text not in (choices := _CHOICES.get(field, (text,))):
+        raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
+    if field in _SIZE_FIELDS:
+        return parse_size(text)
+    if field == "config":
+        return os.path.abspath(text)
+    if field == "metrics":
+        parse_address(text)
+    try:
+        msgspec.convert({field: text}, Settings, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{variable}={text!r} is not a number of seconds from 0 to 1000000.") from None
+    return text

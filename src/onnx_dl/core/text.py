@@ -1,4 +1,4 @@
-"""Durations, names and lines over time, as text for people."""
+"""Durations, model names and sparklines as text for people."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def duration(seconds: float) -> str:
 
 
 def short_names(models: Sequence[tuple[str, str]]) -> list[str]:
-    """A name for each (model, key): the file's, with as much of its folder as tells it from the others.
+    """A short name for each (model, key): the file name, with as much of its folder as makes it unique.
 
-    Models of one file that are loaded in different ways are told apart by the first digits of their keys.
+    Models of one file with different keys get the first digits of the key added.
     """
     ways = collections.Counter(model for model, _ in models)
     paths = list(ways)
@@ -36,7 +36,7 @@ def short_names(models: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _shortest(path: str, paths: Sequence[str]) -> str:
-    """The shortest end of a path that no other of the paths has."""
+    """The shortest tail of a path that no other path has."""
     for parts in range(1, path.count("/") + 1):
         name = _tail(path, parts)
         if all(other == path or _tail(other, parts) != name for other in paths):
@@ -51,8 +51,8 @@ def _tail(model: str, parts: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, top: float) -> str:
-    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values; only of
-    zeros there is none."""
+    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values; zero is
+    a space."""
     if not values:
         return " " * width
     bars = []
@@ -70,7 +70,7 @@ def _bar(value: float, top: float) -> str:
 
 
 def growing_line(values: Sequence[float], width: int, top: float) -> str:
-    """As :func:`sparkline`, but one bar for each of few values, the latest at the right."""
+    """A :func:`sparkline` with at most one bar per value, aligned right."""
     return sparkline(values, min(width, len(values)), top).rjust(width)
 
 

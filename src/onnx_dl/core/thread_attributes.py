@@ -14,11 +14,11 @@ Priority = Annotated[int, Meta(ge=0, le=99)]
 Mode = Annotated[int, Meta(ge=0, le=0o777)]
 
 
-class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one thread.  None: it is not known, and what the worker has stays.
+class ThreadAttributes(msgspec.Struct, frozen=True, kw_only=True):
+    """Attributes of one thread.  None: not known, so the worker's stays as it is.
 
-    ``processors``: those that it may run on, as a little-endian mask of bits; ``policy`` and ``priority``: of
-    the scheduler, such as SCHED_BATCH and 0.
+    ``processors``: the CPU affinity, as a little-endian bit mask; ``policy`` and ``priority``: of the
+    scheduler, such as SCHED_BATCH and 0.
     """
 
     processors: Mask | None = None

@@ -1,1 +1,1 @@
-"""A demonstration of onnx_dl: small real models with held-out samples, and a large model made on the spot."""
+"""A demonstration of onnx_dl: small trained models with held-out samples, and a large model that it makes."""

@@ -43,7 +43,7 @@ class Samples(NamedTuple):
     input_name: str
     """The name of the model's only input."""
     inputs: NDArray[np.float32]
-    """What to feed it, [rows, features], in the units of the data set."""
+    """Rows to feed, [rows, features], in the units of the data set."""
     targets: NDArray[Any]
     """The true answers, [rows], comparable with the model's first output flattened: int64 digits, unicode
     class names of wine, float32 diabetes scores (a unitless measure of progression, 25 to 346)."""

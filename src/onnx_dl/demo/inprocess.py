@@ -1,14 +1,12 @@
-"""The demo's work with onnxruntime in one process: ``python -m onnx_dl.demo.inprocess LARGE_MODEL``.
+"""The demo's work with onnxruntime in one process, which :mod:`onnx_dl.demo.show` starts.
 
-Prints one JSON object per line as it goes: outcomes and memory.  After each model ``del`` and
-``gc.collect()`` do what they can.
+Prints outcomes and memory, one JSON object per line.  After each model it calls ``del`` and ``gc.collect()``.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 import time
 
 import psutil
@@ -18,7 +16,7 @@ from onnx_dl.demo.work import SMALL, Outcome, churn, predict
 
 
 def main(large: str) -> None:
-    """Does the work and reports it."""
+    """Does the work and prints its results."""
     _report("before")
     for name in (*SMALL, "large"):
         outcome = _one(name, large)
@@ -43,7 +41,3 @@ def _one(name: str, large: str) -> Outcome:
 def _report(when: str, outcome: Outcome | None = None) -> None:
     line = {"when": when, "rss": psutil.Process().memory_info().rss}
     print(json.dumps(line | (outcome._asdict() if outcome else {})), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

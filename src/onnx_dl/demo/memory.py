@@ -1,4 +1,4 @@
-"""Memory over time, for the demo: a thread that reads it."""
+"""A thread that records memory over time, for the demo."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Final, NamedTuple, Self
 
 import psutil
 
-_PERIOD: Final = 0.2  # reading what is private walks the page tables and slows a process that loads
+_PERIOD: Final = 0.2  # reading private memory walks the page tables, which slows down a process that loads
 
 
 class Reading(NamedTuple):
     """Bytes at one moment; ``at`` in seconds since the start.
 
-    ``application`` is the resident set of this process, ``others`` what supervisor, template and workers hold
-    for themselves (USS: pages that they share count for none of them).
+    ``application``: the resident set of this process; ``others``: the private memory of supervisor, template
+    and workers (USS, without shared pages).
     """
 
     at: float
@@ -24,7 +24,7 @@ class Reading(NamedTuple):
 
 
 class Recorder:
-    """Reads memory five times a second for as long as its block lasts."""
+    """Records memory five times a second within its block."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
@@ -46,7 +46,7 @@ class Recorder:
             self.readings.append(self.read())
 
     def read(self) -> Reading:
-        """Memory now."""
+        """The present memory."""
         others = sum(map(_private_bytes, self._me.children(recursive=True)))
         return Reading(time.monotonic() - self._started, self._me.memory_info().rss, others)
 
@@ -54,5 +54,5 @@ class Recorder:
 def _private_bytes(process: psutil.Process) -> int:
     try:
         return int(process.memory_full_info().uss)
-    except psutil.Error:  # it ended while we looked
+    except psutil.Error:  # it has just ended
         return 0

@@ -1,7 +1,6 @@
-"""``onnx-dl demo``: four models through onnx-dl, then the same work in-process, then the figures.
+"""``onnx-dl demo``: four models with onnx-dl, then the same work in-process, then a table of both.
 
-Covers the order of things and what is printed; every figure is measured in the run that prints it.  The work
-is :mod:`onnx_dl.demo.work`, memory :mod:`onnx_dl.demo.memory`.
+All figures are measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from onnx_dl.client.event_stream import EventStream
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
@@ -28,7 +28,7 @@ _DEADLINE: Final = 30.0
 
 
 class Way(NamedTuple):
-    """What one way of doing the work came to; bytes of the application's resident set."""
+    """The results of one way to do the work.  Sizes are bytes of the application's resident set."""
 
     before: int
     peak: int
@@ -55,7 +55,7 @@ def demo() -> None:
     print(
         "\nIn-process, what is left over includes onnxruntime's own code; with onnx-dl the application never"
     )
-    print("imports it. The first load with onnx-dl waits for the supervisor's template to be imported, once.")
+    print("imports it. The first load with onnx-dl waits until the template has imported onnxruntime, once.")
 
 
 def _make_large(folder: Path) -> Path:
@@ -93,7 +93,7 @@ def _proxy(name: str, large: Path, host: ModelHost) -> InferenceSessionProxy:
 
 
 def _use(name: str, proxy: InferenceSessionProxy) -> Outcome:
-    # With ttl=0 each call would load the model; the block holds it, and it goes when the block ends.
+    # With ttl=0 each call would load the model.  The block holds it; it unloads at the end of the block.
     started = time.perf_counter()
     with proxy.session() as session:
         load = time.perf_counter() - started
@@ -103,7 +103,7 @@ def _use(name: str, proxy: InferenceSessionProxy) -> Outcome:
     return outcome
 
 
-def _await_unloads(stream: Any, count: int) -> None:
+def _await_unloads(stream: EventStream, count: int) -> None:
     while count:
         count -= stream.get(_DEADLINE).type == EventType.UNLOADED
 
@@ -127,7 +127,7 @@ def _in_process(large: Path) -> Way:
     return Way(rss["before"][0], max(rss["peak"]), rss["deleted"][-1], outcomes)
 
 
-# --- words -------------------------------------------------------------------------------------------------
+# --- text --------------------------------------------------------------------------------------------------
 
 
 def _title(text: str) -> None:
@@ -143,7 +143,7 @@ def _show_memory(readings: Sequence[Reading]) -> None:
 
 
 def event_line(event: ModelEvent, started: float) -> str:
-    """One event, as it happens."""
+    """One line for an event; ``started``: Unix time in seconds."""
     facts = [f"pid {event.pid}"] if event.pid else []
     if event.reason:
         facts.append(f"reason {event.reason}")
@@ -156,8 +156,8 @@ def event_line(event: ModelEvent, started: float) -> str:
 
 
 def outcome_line(outcome: Outcome, how: str) -> str:
-    """What a model said."""
-    return f"{outcome.model:<8} ({how}): {outcome.said}; {outcome.example}"
+    """One line for the results of a model."""
+    return f"{outcome.model:<8} ({how}): {outcome.quality}; {outcome.example}"
 
 
 def megabytes(count: int) -> str:
@@ -166,7 +166,7 @@ def megabytes(count: int) -> str:
 
 
 def table(ours: Way, theirs: Way, freed: int) -> list[str]:
-    """The figures of both ways, as lines of text."""
+    """The figures of both ways side by side, as lines of text."""
     same = [a.digest == b.digest for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)]
     rows = [
         ("", "onnx-dl", "in-process"),

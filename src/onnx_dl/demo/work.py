@@ -1,7 +1,4 @@
-"""The demo's work, the same for a proxy and for onnxruntime: predict real samples, count what is right.
-
-Which session runs it, and what its memory is, is not known here.
-"""
+"""The demo's work, the same for a proxy and for onnxruntime: predict samples and count correct results."""
 
 from __future__ import annotations
 
@@ -11,28 +8,30 @@ import time
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnx_dl.demo.assets import LARGE_WIDTH, load_samples
 
 SMALL = ("digits", "wine", "diabetes")
 LARGE_BATCHES = (1, 64, 512, 16)
+_Array = NDArray[Any]
 
 
 class Session(Protocol):
-    """What the work needs of ``onnxruntime.InferenceSession``."""
+    """The part of ``onnxruntime.InferenceSession`` that the work uses."""
 
-    def run(self, output_names: Any, input_feed: dict[str, Any]) -> list[Any]: ...
+    def run(self, output_names: None, input_feed: dict[str, _Array]) -> list[Any]: ...
 
 
 class Outcome(NamedTuple):
-    """What one model's work gave.
+    """The results of one model.
 
-    ``said`` is the quality on held-out samples in words; ``digest`` tells whether two ways gave the same
-    bits; times are in seconds: the load, as the caller of :func:`predict` measured it, and the median call.
+    ``quality``: the result on held-out samples in words; ``digest``: equal for equal outputs; ``warm``:
+    seconds of the median call; ``load``: seconds of the load, measured by the caller of :func:`predict`.
     """
 
     model: str
-    said: str
+    quality: str
     example: str
     digest: str
     warm: float
@@ -40,7 +39,7 @@ class Outcome(NamedTuple):
 
 
 def predict(name: str, session: Session) -> Outcome:
-    """All held-out samples of a small model, once in a batch and then one by one."""
+    """Runs all held-out samples of a small model, first in a batch and then one by one."""
     samples = load_samples()[name]
     feed = {samples.input_name: samples.inputs}
     outputs = session.run(None, feed)
@@ -52,7 +51,7 @@ def predict(name: str, session: Session) -> Outcome:
     predicted = np.asarray(outputs[0]).ravel()
     return Outcome(
         model=name,
-        said=_quality(predicted, samples.targets),
+        quality=_quality(predicted, samples.targets),
         example=f"predicted {_label(predicted[0])}, true {_label(samples.targets[0])}",
         digest=_digest(outputs),
         warm=statistics.median(warm),
@@ -60,7 +59,7 @@ def predict(name: str, session: Session) -> Outcome:
 
 
 def churn(session: Session) -> Outcome:
-    """The large model on batches of several sizes, which is what leaves a heap in pieces."""
+    """Runs the large model on batches of several sizes, which fragments the heap."""
     rng = np.random.default_rng(0)
     times, outputs = [], []
     for batch in LARGE_BATCHES:
@@ -71,14 +70,14 @@ def churn(session: Session) -> Outcome:
     shape = "x".join(map(str, outputs[-1].shape))
     return Outcome(
         model="large",
-        said=f"batches of {', '.join(map(str, LARGE_BATCHES))}",
+        quality=f"batches of {', '.join(map(str, LARGE_BATCHES))}",
         example=f"result {shape}, mean {outputs[-1].mean():+.5f}",
         digest=_digest(outputs),
         warm=statistics.median(times),
     )
 
 
-def _quality(predicted: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> str:
+def _quality(predicted: _Array, targets: _Array) -> str:
     if targets.dtype.kind == "f":
         residual = ((targets - predicted) ** 2).sum() / ((targets - targets.mean()) ** 2).sum()
         return f"R2 {1 - residual:.2f} on {len(targets)} samples"
@@ -86,12 +85,12 @@ def _quality(predicted: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> 
     return f"{right} of {len(targets)} samples right"
 
 
-def _label(value: Any) -> str:
+def _label(value: object) -> str:
     return f"{value:.0f}" if isinstance(value, float | np.floating) else str(value)
 
 
 def _digest(outputs: list[Any]) -> str:
-    """Equal for equal outputs, bit for bit."""
+    """A digest that is equal for outputs that are equal bit for bit."""
     digest = hashlib.sha256()
     for output in outputs:
         plain = isinstance(output, np.ndarray) and output.dtype.kind != "O"

@@ -15,7 +15,7 @@ from onnx_dl.concurrency.threads import Thread
 from onnx_dl.core.settings import settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host.model_host import ModelHost
-from onnx_dl.transport.rendezvous import USUAL, Place
+from onnx_dl.transport.rendezvous import DEFAULT_HOST, HostEntry
 
 _default: ModelHost | None = None
 _shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
@@ -37,7 +37,7 @@ def default_host() -> ModelHost:
 
 def shared_host(name: str, *, start: bool = True) -> ModelHost:
     """The shared host of this name; it is looked for when it is first used."""
-    Place(name)  # a name that cannot be is an error now
+    HostEntry(name)  # a name that cannot be is an error now
     if (host := _shared_hosts.get(name)) is None:
         made = ModelHost()
         made.name = name
@@ -64,7 +64,7 @@ def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
         SupervisorStartError: it does not come up, or refuses us.
     """
     if name is None:
-        name = settings().host or USUAL
+        name = settings().host or DEFAULT_HOST
     host = shared_host(name, start=start)
     host.start()
     return host

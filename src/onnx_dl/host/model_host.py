@@ -129,8 +129,10 @@ class ModelHost:
                 of its two.
         """
         limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
-        given = {name: str(parse_size(size)) for name, size in limits.items() if size is not None}
-        self._firm = list(given)
+        given: dict[str, int | str] = {
+            name: parse_size(size) for name, size in limits.items() if size is not None
+        }
+        self._explicit = list(given)
         if config is not None:
             given["config"] = os.path.abspath(config)
         if worker_stderr is not None:
@@ -230,7 +232,7 @@ class ModelHost:
         if self.name is not None:
             connection = launcher.reach(self.name, self._settings, link, deadline, start=this.may_start)
         else:
-            process, address, secret = launcher.start_private(self._settings, self._firm, deadline)
+            process, address, secret = launcher.start_private(self._settings, self._explicit, deadline)
             try:
                 connection = link(address, secret, deadline)
             except BaseException:
@@ -250,7 +252,7 @@ class ModelHost:
         connection = self._connection
         if connection is None or connection.usable:
             return connection
-        if self.name is None or not launcher.runs(self.name):
+        if self.name is None or not launcher.is_running(self.name):
             return None
         with contextlib.suppress(SupervisorError):
             return self._connect(start=False)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from onnx_dl.supervisor.policy.idle_shutdown import IdleExit
 from onnx_dl.transport import running_hosts
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 
 
 class HostRole(NamedTuple):
     """For whom a supervisor runs, and how it was started."""
 
-    place: Place | None = None
+    place: HostEntry | None = None
     """Files by which applications find a shared host; None: it serves only one application."""
     foreground: bool = False
     """It was started by hand: it stays without clients, and prints events on stdout."""
@@ -51,7 +51,7 @@ class Lifetime:
     def update(self, now: float, *, clients: bool, models: bool) -> None:
         """Looks again at a shared host: whether it has clients, and holds models itself."""
         if self._place is not None:
-            look = functools.partial(running_hosts.follower, self._place)
+            look = functools.partial(running_hosts.reason_to_leave, self._place)
             self._ends_at = self._idle_exit.ends_at(now, clients=clients, models=models, look=look)
 
     def next_deadline(self, *, closing: bool) -> float | None:

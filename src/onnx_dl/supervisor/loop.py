@@ -60,7 +60,7 @@ class Supervisor:
         self._role = role
         self._file = _open_file(settings, role)
         settings = settings if self._file is None else self._file.settings
-        if settings.memory_limit and not procfs.is_mounted():
+        if settings.memory_limit is not None and not procfs.is_mounted():
             raise procfs.missing("memory_limit")
         self._metrics_page = _open_metrics_page(settings.metrics)  # may fail, so it comes before the rest
         self._processes = processes

@@ -27,7 +27,7 @@ from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.tensors import segment
 from onnx_dl.transport import running_hosts
-from onnx_dl.transport.rendezvous import Place
+from onnx_dl.transport.rendezvous import HostEntry
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (
@@ -54,7 +54,7 @@ class Orders(Starter, frozen=True, kw_only=True):
     settings: Settings
     host: str | None = None
     """Name of a shared host; None: a private supervisor."""
-    firm: list[str] = []
+    explicit: list[str] = []
     """Names of settings that were given as arguments, which the host's file does not change."""
     application: tuple[int, int | None] | None = None
     """Process id and start time of the application: its private supervisor ends with it."""
@@ -67,14 +67,15 @@ def main(at_home: bool = False) -> None:
 
     ``at_home``: this is a shared host that is in the background already.
     """
-    process_setup.make_own()
+    process_setup.set_up_process()
     data = sys.stdin.buffer.read()
     if not data:  # the application ended before it sent its orders
         return
     starter = msgspec.json.decode(data, type=Starter)
     if starter.protocol != PROTOCOL_VERSION:  # the other fields may have another meaning
         _report(
-            starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=running_hosts.version(starter.protocol))
+            starter,
+            _REPLACED.format(ours=PROTOCOL_VERSION, theirs=running_hosts.protocol_text(starter.protocol)),
         )
         sys.exit(1)
     orders = msgspec.json.decode(data, type=Orders)
@@ -82,7 +83,7 @@ def main(at_home: bool = False) -> None:
         _go_into_background(data)
     _detach()
     try:
-        place = None if orders.host is None else Place(orders.host)
+        place = None if orders.host is None else HostEntry(orders.host)
         if place is None or place.claim():
             serve(orders, place)
         else:
@@ -92,7 +93,7 @@ def main(at_home: bool = False) -> None:
         sys.exit(1)
 
 
-def serve(orders: Orders, place: Place | None) -> None:
+def serve(orders: Orders, place: HostEntry | None) -> None:
     """Serves until the last client is gone.
 
     ``place``: of a shared host; this process has claimed it.
@@ -115,10 +116,10 @@ def serve(orders: Orders, place: Place | None) -> None:
     from onnx_dl.supervisor.loop import Supervisor
 
     stdout, stderr = Outlet(1), Relay(Outlet(2))
-    role = HostRole(place, orders.foreground, orders.firm, application)
+    role = HostRole(place, orders.foreground, orders.explicit, application)
     supervisor = Supervisor(processes, orders.address, orders.secret, settings, role, stderr)
     if place is not None:
-        place.publish(orders.address, orders.secret, kept=orders.foreground)
+        place.publish(orders.address, orders.secret, managed=orders.foreground)
     _report(orders, "!")
     sys.stdout, sys.stderr = stdout, stderr  # these never block
     try:
@@ -143,7 +144,7 @@ def _application(orders: Orders) -> int | None:
     """
     if orders.host is not None or orders.application is None:
         return None
-    return process_setup.watch(*orders.application)
+    return process_setup.watch_process(*orders.application)
 
 
 def _report(starter: Starter, text: str) -> None:
@@ -170,7 +171,7 @@ def _go_into_background(orders: bytes) -> None:
 
 def _detach() -> None:
     """Closes the application's stdin and leaves its directory."""
-    null = process_setup.nothing()
+    null = process_setup.open_null()
     os.dup2(null, 0)
     os.close(null)
     os.chdir("/")

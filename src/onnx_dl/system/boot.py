@@ -1,9 +1,9 @@
-"""How a process of ours is started: which program, with which arguments, in which environment.
+"""Program, arguments and environment of each process that onnx-dl starts.
 
-An ordinary program's processes are interpreters like its own, with its search path.  A frozen program's are
-the program itself with :data:`MARKER` as its first argument, which :func:`freeze_support` looks for.  What
-such a process does is an *entry*, known by its name.  Secrets do not travel in arguments.  Imports nothing
-heavy: this is the first thing in every process of ours.
+The processes of an ordinary program are interpreters like its own, with its search path.  Those of a frozen
+program are the program itself with :data:`MARKER` as the first argument, which :func:`freeze_support` looks
+for.  An *entry* is a function that such a process runs, known by its name.  Secrets are never passed as
+arguments.  Imports nothing heavy: this is the first module in every process of ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from onnx_dl.system import frozen, interpreters, process_setup
 
@@ -27,7 +27,7 @@ ENTRIES: Final = {
     "trial": "onnx_dl.cli.doctor.trials",
     "demo": "onnx_dl.demo.inprocess",
 }
-"""Modules by the name of the entry; the function is ``main``."""
+"""Modules by the name of the entry; its function is ``main``."""
 
 _BOOT: Final = (
     "import json, sys; path, version = json.loads(sys.argv[1]); "
@@ -37,11 +37,11 @@ _BOOT: Final = (
 )
 
 _entered = False
-"""Whether this is a process of ours: its interpreter has proven to be one."""
+"""True in a process that :func:`launch` has started: its interpreter works."""
 
 
 class Launch(NamedTuple):
-    """What to execute."""
+    """A process to start, as arguments of ``os.execve()``."""
 
     program: str
     argv: list[str]
@@ -55,16 +55,16 @@ def launch(
     environ: Mapping[str, str] | None = None,
     own_folder: bool = False,
 ) -> Launch:
-    """How to start a process of ours.
+    """The program, arguments and environment for a process of ours.
 
     Args:
         arguments: of the entry's ``main``.
-        python: the interpreter that the user chose; empty: one like this, or this program if it is frozen.
-        environ: what its environment is made from; None: this process's.
-        own_folder: it may outlive this process, and the folder that this was unpacked into.
+        python: the user's choice of interpreter; empty: one like this, or this program if it is frozen.
+        environ: base of its environment; None: this process's.
+        own_folder: the process may outlive this one, and the folder that this was unpacked into.
 
     Raises:
-        SupervisorStartError: there is no interpreter, or the program is frozen and does not call
+        SupervisorStartError: no interpreter was found, or the program is frozen and does not call
             :func:`freeze_support`.
     """
     given = os.environ if environ is None else environ
@@ -72,43 +72,45 @@ def launch(
     if frozen.is_frozen() and not python:
         program = frozen.program(missed=not _entered and _call() is not None)
         return Launch(program, [program, MARKER, *call], frozen.environment(given, own_folder=own_folder))
-    # The search path of a frozen program leads into the program; another interpreter has its own.
+    # The search path of a frozen program is of no use to another interpreter.
     path = None if frozen.is_frozen() else process_setup.search_path()
     program = python or (sys.executable if _entered else interpreters.find())
-    # -P: a file named json.py in the current directory is not ours to import.
+    # -P: do not import a json.py in the current directory.
     argv = [program, "-P", "-c", _BOOT, json.dumps([path, sys.version_info[:2]]), *call]
     return Launch(program, argv, frozen.environment_outside(given) if path is None else dict(given))
 
 
 def enter(entry: str = "", arguments: str = "[]", *_: str) -> None:
-    """Runs an entry in this process, which was started for it."""
+    """Runs an entry, for which this process was started."""
     global _entered
     _entered = True
     if entry not in ENTRIES:
         sys.exit(
-            f"onnx-dl: there is no process {entry!r} in this version ({', '.join(ENTRIES)}): onnx-dl was "
+            f"onnx-dl: this version has no process {entry!r} ({', '.join(ENTRIES)}): onnx-dl was "
             "replaced on disk while the application ran. Restart the application."
         )
     importlib.import_module(ENTRIES[entry]).main(*json.loads(arguments))
 
 
 def freeze_support() -> None:
-    """Lets onnx-dl start its processes in a frozen program.  Tried with PyInstaller.
+    """Lets onnx-dl start its processes from a frozen program.  Tested with PyInstaller.
 
-    Call it first thing in the program, before numpy and onnxruntime are imported and arguments are parsed.
-    In a process that onnx-dl has started this does not return.  In a program that is not frozen it does
-    nothing.
+    Call it at the beginning of the program, before numpy and onnxruntime are imported and arguments are
+    parsed.  It does not return in a process that onnx-dl has started.  It does nothing in a program that is
+    not frozen.
     """
     if not frozen.is_frozen():
         return
-    frozen.called()
+    frozen.mark_called()
     if (call := _call()) is not None:
         _enter_for_good(call)
 
 
 def _call() -> Sequence[str] | None:
-    """The entry and its arguments, if this process was started by :func:`launch`; the program may have
-    changed ``sys.argv``."""
+    """Entry and arguments, if this process was started by :func:`launch`.
+
+    Also reads ``sys.orig_argv``, because the program may have changed ``sys.argv``.
+    """
     for argv in (sys.argv, sys.orig_argv):
         if len(argv) == 4 and argv[1] == MARKER:
             return argv[2:]
@@ -116,7 +118,7 @@ def _call() -> Sequence[str] | None:
 
 
 def _enter_for_good(call: Sequence[str]) -> NoReturn:
-    """Nothing of the program runs after that, neither its exception handlers nor what it does at its end."""
+    """Runs an entry and exits at once: no exception handlers and no exit handlers of the program run."""
     status = 1
     try:
         enter(*call)
@@ -132,8 +134,8 @@ def _enter_for_good(call: Sequence[str]) -> NoReturn:
         os._exit(status)
 
 
-def _status(code: Any) -> int:
-    """As Python ends with it."""
+def _status(code: object) -> int:
+    """The exit status that Python has for a ``SystemExit`` code."""
     if code is None or isinstance(code, int):
         return code or 0
     print(code, file=sys.stderr)

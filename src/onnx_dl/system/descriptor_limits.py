@@ -1,6 +1,6 @@
-"""File descriptors: how many this process may have, how many are left, and what is said when there are none.
+"""File descriptors: the limit of this process, how many are left, and the error if none are.
 
-Imports nothing heavy, because every process of ours begins with it.  Who is refused is decided elsewhere.
+Imports nothing heavy: every process of ours imports it first.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Final
 from onnx_dl.errors import DescriptorsExhausted
 
 MOST: Final = 65_536
-"""That a process of ours asks for; more would only make the kernel's table larger."""
+"""The most that a process of ours asks for; more would only enlarge the kernel's table."""
 
 
 def raise_limit() -> None:
-    """Raises the soft limit of this process to the hard one, to :data:`MOST` at most."""
+    """Raises the soft limit of this process to the hard one, but not above :data:`MOST`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it; then fewer must do
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def limit() -> int:
-    """How many this process may have."""
+    """The number of descriptors that this process may have."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return MOST * 16 if soft == resource.RLIM_INFINITY else soft
 
 
 def free() -> int:
-    """How many more this process can have.  Takes 2 µs, and longer before Linux 6.2."""
+    """The number of descriptors that are left.  Takes 2 µs, and longer before Linux 6.2."""
     return max(0, limit() - _open())
 
 
@@ -40,12 +40,12 @@ def _open() -> int:
     try:
         # Since Linux 6.2 the size of this folder is the number of descriptors.
         return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
-    except OSError:  # not even one to look with, or no /proc
+    except OSError:  # no descriptor left to read the folder with, or no /proc
         return _counted()
 
 
 def _counted() -> int:
-    """How many are open, found by asking for each."""
+    """The number of open descriptors, by a test of each."""
     count = 0
     for fd in range(min(limit(), MOST)):
         with contextlib.suppress(OSError):
@@ -55,9 +55,9 @@ def _counted() -> int:
 
 
 def exhausted(what: str) -> DescriptorsExhausted:
-    """The error for ``what`` cannot be had, such as "A worker for m.onnx"; says which limit it was."""
+    """The error if there are no descriptors for ``what``, such as "A worker for m.onnx"."""
     return DescriptorsExhausted(
         f"{what} needs more file descriptors than process {os.getpid()} has left; it may have {limit()}. "
-        "What is loaded goes on. Raise the limit of open files of the application before it starts (ulimit "
+        "Loaded models continue to work. Raise the limit of open files before the application starts (ulimit "
         "-n, LimitNOFILE= of a service; the hard one counts for processes of onnx-dl), or unload models."
     )

@@ -1,11 +1,8 @@
-"""Whether onnxruntime is installed, new enough, and whole.
-
-Finds what is there without importing it; what is to be thought of it is :mod:`onnx_dl.system.builds`'s.
-"""
+"""Checks that onnxruntime is installed, complete and new enough, without importing it."""
 
 from __future__ import annotations
 
-import email.parser  # importlib.metadata needs it; a signal handler would find it imported by half  # noqa: F401
+import email.parser  # importlib.metadata needs it; a signal handler may find it half imported  # noqa: F401
 import functools
 import importlib.machinery
 import importlib.metadata
@@ -24,21 +21,21 @@ from onnx_dl.system import builds
 from onnx_dl.system.builds import Build
 
 _METADATA: Final = re.compile(r"(onnxruntime|ort_nightly).*\.(dist|egg)-info", re.IGNORECASE)
-_OF_LIVE: Final = Path("capi", "build_and_package_info.py")
-"""The file of a build that names it."""
+_BUILD_INFO: Final = Path("capi", "build_and_package_info.py")
+"""The file with the name of the build."""
 
 
 @functools.cache
 def check(asked: tuple[str, ...] = ()) -> None:
-    """Looks for an onnxruntime that can be used; warns if several builds harm each other.
+    """Checks the installed onnxruntime; warns if several builds are in conflict.
 
-    ``asked``: names of the providers that a model is to run on.
+    ``asked``: names of the providers that a model shall use.
 
     Raises:
-        InstallationError: there is none, it is too old, or its files are gone.
+        InstallationError: it is missing, incomplete or too old.
     """
-    if complaint := complaint_of_none():
-        raise InstallationError(complaint)
+    if problem := absence():
+        raise InstallationError(problem)
     found, live = distributions(), live_build()
     if builds.is_too_old(live.version):
         raise InstallationError(builds.too_old(pip(), found, live.version))
@@ -46,10 +43,10 @@ def check(asked: tuple[str, ...] = ()) -> None:
         warnings.warn(harm, RuntimeWarning, stacklevel=2)
 
 
-def complaint_of_none() -> str:
-    """What to do where there is no onnxruntime, or only an empty folder of it; empty: there is one."""
+def absence() -> str:
+    """The message if there is no onnxruntime, or only an empty folder; empty: there is one."""
     if folder() is None and _is_importable():
-        return ""  # in a bundle, or by an importer of its own
+        return ""  # in a frozen program, or by another importer
     if folder() is not None and not _is_empty():
         return ""
     found = distributions()
@@ -59,36 +56,36 @@ def complaint_of_none() -> str:
 
 
 def missing() -> str:
-    """What to do without onnxruntime."""
+    """The message without onnxruntime."""
     return builds.missing(pip(), sys.platform, platform.machine())
 
 
 def pip() -> str:
-    """How packages are installed here: uv's environments have no pip."""
+    """The command that installs packages here: uv's environments have no pip."""
     return "python -m pip" if importlib.util.find_spec("pip") else "uv pip"
 
 
 @functools.cache
 def build() -> str:
-    """Distribution and version of what is live, such as ``onnxruntime-gpu-1.31.1``; imports nothing."""
+    """Distribution and version of the live build, such as ``onnxruntime-gpu-1.31.1``."""
     live = live_build()
     return f"{live.name}-{live.version or 'unknown'}" if live.name else "none"
 
 
 def live_build() -> Build:
-    """The build whose files are there, as it says of itself; else as the only distribution says."""
+    """The build whose files are there: by its own file, else by the only distribution."""
     found = distributions()
     alone = next(iter(found.items())) if len(found) == 1 else ("", "")
-    said = _said()
-    name, number = said.get("package_name") or alone[0], said.get("__version__") or alone[1]
+    info = _build_info()
+    name, number = info.get("package_name") or alone[0], info.get("__version__") or alone[1]
     return Build(name or ("onnxruntime" if _is_importable() else ""), number)
 
 
-def _said() -> dict[str, str]:
-    """What the live build says of itself."""
+def _build_info() -> dict[str, str]:
+    """Name and version in the file of the live build."""
     where = folder()
     try:
-        text = "" if where is None else (where / _OF_LIVE).read_text(errors="replace")
+        text = "" if where is None else (where / _BUILD_INFO).read_text(errors="replace")
     except OSError:
         return {}
     return dict(re.findall(r"^(package_name|__version__) *= *['\"](.+)['\"]", text, re.MULTILINE))
@@ -97,7 +94,7 @@ def _said() -> dict[str, str]:
 def distributions() -> dict[str, str]:
     """Versions of the distributions that wrote the onnxruntime package, by name.
 
-    Those in another folder of the path are none: nothing of them is imported or overwritten.
+    Distributions in other folders of the path do not count: their files are neither imported nor replaced.
     """
     where = folder()
     roots = [Path(entry or ".") for entry in sys.path] if where is None else [where.parent]
@@ -109,11 +106,11 @@ def distributions() -> dict[str, str]:
 
 
 def _named(roots: Iterable[Path]) -> Iterator[importlib.metadata.Distribution]:
-    """By their names alone: to read the metadata of all that is installed takes a tenth of a second."""
+    """Finds distributions by name alone: reading all metadata would take a tenth of a second."""
     for root in roots:
         try:
             names = os.listdir(root)
-        except OSError:  # an archive, or gone
+        except OSError:  # an archive, or missing
             continue
         yield from (
             importlib.metadata.PathDistribution(root / name) for name in names if _METADATA.fullmatch(name)
@@ -121,7 +118,7 @@ def _named(roots: Iterable[Path]) -> Iterator[importlib.metadata.Distribution]:
 
 
 def _brings_onnxruntime(found: importlib.metadata.Distribution) -> bool:
-    """onnxruntime-extensions and its like have packages of their own."""
+    """Returns whether it contains the package onnxruntime; onnxruntime-extensions, for example, does not."""
     top = found.read_text("top_level.txt")
     if top is not None:
         return "onnxruntime" in top.split()
@@ -129,14 +126,14 @@ def _brings_onnxruntime(found: importlib.metadata.Distribution) -> bool:
 
 
 def folder() -> Path | None:
-    """Where the package's files are, or what is left of them; None: it is not there, or not in a folder."""
+    """The folder of the package, even if incomplete; None: there is none, or it is in an archive."""
     spec = _spec()
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     return next((Path(place) for place in places if os.path.isdir(place)), None)
 
 
 def _is_empty() -> bool:
-    """What uninstalling leaves imports as a namespace package."""
+    """Returns whether uninstalling has left a folder that imports as a namespace package."""
     spec = _spec()
     return spec is not None and spec.origin is None
 
@@ -144,7 +141,7 @@ def _is_empty() -> bool:
 def _is_importable() -> bool:
     try:
         return importlib.util.find_spec("onnxruntime") is not None
-    except ValueError:  # a module that somebody made by hand
+    except ValueError:  # a module without __spec__ in sys.modules
         return True
 
 

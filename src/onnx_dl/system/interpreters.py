@@ -1,7 +1,7 @@
-"""Which Python our processes run in, where the program is an ordinary one.
+"""Finds the Python interpreter for our processes, if the application is not frozen.
 
-``sys.executable`` is empty, None or another program where an application embeds Python.  Such a program must
-not be started to find out what it is, so candidates are judged by their names.
+``sys.executable`` is empty, None or another program if an application embeds Python.  A program must not be
+started to find out what it is, so candidates are judged by their names.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Final, NamedTuple
 from onnx_dl.errors import SupervisorStartError
 
 _NAME: Final = re.compile(r"(?:python|pypy)(\d+(?:\.\d+)?)?(?![\d.])\S*")
-"""Names of interpreters, with the version that they claim: python, python3.12, python3.13t, python3-dbg."""
+"""Names of interpreters, with their version: python, python3.12, python3.13t, python3-dbg."""
 
 
 class Facts(NamedTuple):
-    """What this interpreter says of itself."""
+    """Paths and version of an interpreter, from ``sys``."""
 
     executable: str | None
     base_executable: str | None
@@ -29,8 +29,8 @@ class Facts(NamedTuple):
     version: tuple[int, int]
 
 
-def present() -> Facts:
-    """Those of this process."""
+def current() -> Facts:
+    """The facts of this process."""
     return Facts(
         sys.executable,
         getattr(sys, "_base_executable", None),
@@ -42,12 +42,12 @@ def present() -> Facts:
 
 
 def find() -> str:
-    """An interpreter like the one that runs this, in the same virtual environment.
+    """The path of an interpreter like this one, in the same virtual environment.
 
     Raises:
-        SupervisorStartError: there is none where it should be; the message says what to set.
+        SupervisorStartError: none was found; the message says which variable to set.
     """
-    facts = present()
+    facts = current()
     for path in candidates(facts):
         if is_python(path, facts.version, os.path.realpath) and _can_be_run(path):
             return path
@@ -59,8 +59,7 @@ def find() -> str:
 
 
 def candidates(facts: Facts) -> Iterator[str]:
-    """Paths at which it may be, the likeliest first; those in a virtual environment before what it was made
-    from."""
+    """Possible paths of the interpreter, the likeliest first: the virtual environment before its base."""
     in_environment = facts.prefix != facts.base_prefix
     folders: Sequence[str] = [facts.prefix] if in_environment else []
     yield from filter(None, [facts.executable])
@@ -76,9 +75,9 @@ def _in_folders(prefixes: Sequence[str], version: tuple[int, int]) -> Iterator[s
 
 
 def is_python(path: str, version: tuple[int, int], resolve: Callable[[str], str]) -> bool:
-    """Whether this is an interpreter of this version, by its name or the name of what it leads to.
+    """Returns whether this is an interpreter of this version, by its name and the name of its link's target.
 
-    ``resolve``: follows symbolic links.  ``python3`` may lead to ``python3.13``; then both count.
+    ``resolve``: follows symbolic links.  ``python3`` may be a link to ``python3.13``; both must fit then.
     """
     claims = {_claimed(path), _claimed(resolve(path))} - {None}
     fitting = {"", str(version[0]), _dotted(version)}
@@ -86,13 +85,13 @@ def is_python(path: str, version: tuple[int, int], resolve: Callable[[str], str]
 
 
 def _claimed(path: str) -> str | None:
-    """The version in a name, which may be empty; None: that is no name of an interpreter."""
+    """The version in an interpreter's name, may be empty; None: not an interpreter's name."""
     match = _NAME.fullmatch(os.path.basename(path))
     return None if match is None else match[1] or ""
 
 
 def _can_be_run(path: str) -> bool:
-    # By what this process may do, not by its real user: a service may have been given capabilities.
+    # By the effective user: a service may have capabilities.
     return os.path.isfile(path) and os.access(path, os.X_OK, effective_ids=True)
 
 

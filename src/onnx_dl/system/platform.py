@@ -10,7 +10,7 @@ from onnx_dl.errors import PlatformError
 
 
 def is_platform() -> bool:
-    """Whether onnx-dl can run on this operating system."""
+    """Returns whether onnx-dl can run on this operating system."""
     return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
 
 

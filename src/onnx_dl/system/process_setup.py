@@ -1,8 +1,8 @@
-"""What a process inherits from whoever starts it, and what it makes its own of that.
+"""Set-up of our processes, so that they do not depend on what they inherit from their parent.
 
 An application may have blocked or ignored signals, closed its standard streams, or lost its working
-directory.  None of this may decide whether our processes work and end.  The umask and the other limits stay
-the application's, because workers write files for it.  Imports nothing heavy: it runs first.
+directory.  Our processes must work and end all the same.  The umask and the other limits stay as the
+application has them, because workers write files for it.  Imports nothing heavy: it runs first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Final
 from onnx_dl.system import descriptor_limits
 
 _KEPT: Final = {signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ}
-"""Signals that stay ignored where they are: by nohup, and by Python itself."""
+"""Signals that stay ignored if they are: by nohup, and by Python itself."""
 
 
-def make_own() -> None:
-    """The first thing in every process of ours: standard streams, signals and the number of descriptors."""
+def set_up_process() -> None:
+    """Sets up standard streams, signals and the descriptor limit.  Called first in every process of ours."""
     fill_standard_streams()
     _open_streams()
     _reset_signals()
@@ -29,27 +29,26 @@ def make_own() -> None:
 
 
 def fill_standard_streams() -> None:
-    """Opens the null device as those of the descriptors 0, 1 and 2 that are closed, as daemons do.
+    """Opens the null device for each of the descriptors 0, 1 and 2 that is closed, as daemons do.
 
-    For the application, too, before the first descriptor is made for it: that would get such a number, and
-    what the program prints would go into it.
+    Also called in the application before we open a descriptor there: ours would get such a number, and the
+    application's output would be written into it.
 
     Raises:
-        OSError: this process may have no more descriptors.
+        OSError: this process has no more descriptors.
     """
     if not all(map(_is_open, range(3))):
-        # The lowest free number is taken each time, so nobody's descriptor is replaced.
-        while (fd := nothing()) <= 2:
+        # open() takes the lowest free number, so no open descriptor is replaced.
+        while (fd := open_null()) <= 2:
             os.set_inheritable(fd, True)
         os.close(fd)
 
 
-def nothing() -> int:
-    """A descriptor of the null device.  In a chroot without one: of a pipe that nobody writes to, which is at
-    its end, and cannot be written to.
+def open_null() -> int:
+    """A descriptor of the null device.  In a chroot without it: of a pipe that is at its end, read-only.
 
     Raises:
-        OSError: this process may have no more descriptors.
+        OSError: this process has no more descriptors.
     """
     with contextlib.suppress(FileNotFoundError, PermissionError):
         return os.open(os.devnull, os.O_RDWR)
@@ -67,7 +66,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _open_streams() -> None:
-    """Python has None for streams that were closed when it started."""
+    """Opens the Python streams that are None because they were closed when Python started."""
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
             stream = open(fd, mode, errors="backslashreplace", closefd=False)  # noqa: SIM115 - stays open
@@ -75,20 +74,19 @@ def _open_streams() -> None:
 
 
 def _reset_signals() -> None:
-    """No signal is blocked, and none is ignored that another process chose to ignore."""
+    """Unblocks all signals, and resets those that are ignored by inheritance."""
     for number in signal.valid_signals() - _KEPT:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    # Our processes are in the background: a terminal with `stty tostop` would stop them when they write.
+    # A terminal with `stty tostop` would stop our processes, which are in the background, when they write.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def go_first(score: int) -> None:
-    """When memory is short, the kernel ends this process sooner than others that need as much.
+def raise_oom_score(score: int) -> None:
+    """Makes the kernel kill this process before others of the same size when memory runs out.
 
-    Args:
-        score: what ``oom_score_adj`` is at least from now on, at most 1000, where a system allows it.
+    ``score``: the least value of ``oom_score_adj`` from now on, at most 1000.  Ignored if it is refused.
     """
     with contextlib.suppress(OSError, ValueError):
         adjustment = Path("/proc/self/oom_score_adj")
@@ -97,9 +95,9 @@ def go_first(score: int) -> None:
 
 
 def search_path() -> list[str]:
-    """``sys.path`` for another process, which has another working directory.
+    """``sys.path`` with absolute entries, for a process with another working directory.
 
-    Where the present one was removed, entries that are relative to it lead nowhere and are left out.
+    Relative entries are left out if the working directory was removed.
     """
     try:
         here = os.getcwd()
@@ -109,23 +107,25 @@ def search_path() -> list[str]:
     return [os.path.normpath(os.path.join(here, entry)) for entry in entries if here or os.path.isabs(entry)]
 
 
-def started_at(pid: int) -> int | None:
-    """When a process began, in clock ticks since the system did; None: there is none, or nobody tells.
+def start_time(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; None: no such process, or not known.
 
-    A process id means another process once the first one is gone; this number then differs.
+    It tells whether a process id belongs to the same process as before, or was used again.
     """
     try:
-        told = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    return int(told.rpartition(")")[2].split()[19])
+    return int(line.rpartition(")")[2].split()[19])
 
 
-def watch(pid: int, started: int | None) -> int | None:
-    """A descriptor that is readable when this process is gone.  None: there is no way to watch it.
+def watch_process(pid: int, started: int | None) -> int | None:
+    """A pidfd, which becomes readable when this process ends; None: pidfds are refused.
+
+    ``started``: its :func:`start_time`.
 
     Raises:
-        ProcessLookupError: it is gone already.
+        ProcessLookupError: it has ended already.
     """
     try:
         fd = os.pidfd_open(pid)
@@ -133,7 +133,7 @@ def watch(pid: int, started: int | None) -> int | None:
         raise
     except OSError:
         return None
-    if started is not None and started_at(pid) != started:  # it has the number of one that is gone
+    if started is not None and start_time(pid) != started:  # another process has the number now
         os.close(fd)
-        raise ProcessLookupError(f"Process {pid} is gone.")
+        raise ProcessLookupError(f"Process {pid} has ended.")
     return fd

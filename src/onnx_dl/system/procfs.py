@@ -1,7 +1,6 @@
-"""Where /proc is not mounted, as in a bare chroot: what is known all the same, and what is said of the rest.
+"""Substitutes and errors for systems without /proc, such as a bare chroot.
 
-Most of what is read there is left out then.  Imports nothing heavy, because every process of ours begins
-with it.
+Imports nothing heavy: every process of ours imports it first.
 """
 
 from __future__ import annotations
@@ -18,31 +17,31 @@ _CLONE_THREAD: Final = 0x10000
 
 
 def is_mounted() -> bool:
-    """Whether this process finds itself there."""
+    """Returns whether /proc has this process."""
     return os.path.exists("/proc/self/statm")
 
 
 def missing(what: str) -> PlatformError:
-    """The error for ``what`` cannot be had without it, such as "max_memory"."""
+    """The error for a feature that needs /proc; ``what``: its name, such as "max_memory"."""
     return PlatformError(
-        f"{what} needs /proc, to see how much memory a process has, and it is not mounted here. Mount it "
-        f"(mount -t proc proc /proc) or set no such limit; everything else works without."
+        f"{what} needs /proc, to read the memory of processes, and it is not mounted here. Mount it "
+        f"(mount -t proc proc /proc) or set no such limit; everything else works without it."
     )
 
 
 def has_one_thread() -> bool:
-    """Whether this process has no other thread, of any library.  False, too, where nobody tells."""
+    """Returns whether this process has exactly one thread.  False if that cannot be found out."""
     with contextlib.suppress(OSError):
         return len(os.listdir("/proc/self/task")) == 1
-    # To leave the other threads has no effect where there are none, and is refused where there are.
+    # unshare(CLONE_THREAD) has no effect in a process of one thread, and fails in others.
     return bool(ctypes.CDLL(None).unshare(_CLONE_THREAD) == 0)
 
 
 def is_eventfd(fd: int) -> bool:
-    """Whether this is an eventfd."""
+    """Returns whether this is an eventfd."""
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-    # Of the files that are of no kind, it is the only one that one may write to.  This adds 0 to its count.
+    # Of the anonymous inodes only an eventfd can be written to.  This adds 0 to its counter.
     with contextlib.suppress(OSError):
         return stat.S_IFMT(os.fstat(fd).st_mode) == 0 and os.write(fd, bytes(8)) == 8
     return False

@@ -1,7 +1,7 @@
-"""What of the machine this process may really use: processors and memory, by affinity and cgroup.
+"""Processors and memory that this process may use, by affinity and cgroup.
 
-Covers cgroup v2 (``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), of
-this process's group and those around it (https://docs.kernel.org/admin-guide/cgroup-v2.html,
+Reads cgroup v2 (``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), of
+this process's group and its parents (https://docs.kernel.org/admin-guide/cgroup-v2.html,
 https://docs.kernel.org/scheduler/sched-bwc.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html).
 """
 
@@ -17,31 +17,30 @@ Read = Callable[[Path], float | None]
 
 
 def processors(root: Path = Path("/")) -> int:
-    """At least 1.  ``root``: where ``proc`` and ``sys`` lie."""
+    """The number of usable processors, at least 1.  ``root``: the folder with ``proc`` and ``sys``."""
     quotas = [math.ceil(quota) for quota in _limits(root, "cpu", _cpu_v2, _cpu_v1)]
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
 
 
 def fewer_processors() -> int | None:
-    """The processors this process may use, if these are fewer than the machine has; None: all of them."""
+    """The number of usable processors if it is less than the machine has; None: all are usable."""
     count = processors()
     return count if count < (os.cpu_count() or 1) else None
 
 
 def memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that the machine has or a group around this process allows, whichever is less; None:
-    the system does not say."""
+    """Usable bytes of memory: the machine's, or the least that a cgroup allows; None: not known."""
     limits = [int(limit) for limit in _limits(root, "memory", _memory_v2, _memory_v1)]
     return min([*limits, *_installed(root)], default=None)
 
 
 def installed_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that the machine has, whatever groups allow; None: the system does not say."""
+    """Bytes of memory of the machine, without regard to cgroups; None: not known."""
     return next(iter(_installed(root)), None)
 
 
 def cgroup_version(root: Path = Path("/")) -> int | None:
-    """2 or 1, by what limits memory and processors here; None: neither is mounted."""
+    """The version of the mounted cgroup file system, 2 or 1; None: none is mounted."""
     if (root / "sys/fs/cgroup/cgroup.controllers").exists():
         return 2
     return 1 if (root / "sys/fs/cgroup/memory").exists() or (root / "sys/fs/cgroup/cpu").exists() else None
@@ -55,7 +54,7 @@ def _installed(root: Path) -> list[int]:
 
 
 def _limits(root: Path, controller: str, v2: Read, v1: Read) -> Iterator[float]:
-    """What each of the groups around this process allows."""
+    """The limits of this process's cgroup and its parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -71,7 +70,7 @@ def _limits(root: Path, controller: str, v2: Read, v1: Read) -> Iterator[float]:
 
 
 def _along(mount: Path, path: str, read: Read) -> Iterator[float]:
-    """From the group itself up to the mount; in a container, the path is often that of the host."""
+    """The limits from the group up to the mount.  In a container, the path may be that of the host."""
     group = PurePosixPath(path.lstrip("/"))
     for part in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
@@ -95,4 +94,4 @@ def _memory_v2(group: Path) -> float | None:
 
 
 def _memory_v1(group: Path) -> float | None:
-    return int((group / "memory.limit_in_bytes").read_text())  # without a limit: more than any machine has
+    return int((group / "memory.limit_in_bytes").read_text())  # without a limit: a huge number

@@ -1,8 +1,8 @@
-"""What a thread has from the kernel, and hands on to whom it starts: processors, priority, umask.
+"""Attributes of a thread that its children inherit from the kernel: processors, priority, umask.
 
-In-process, the threads of a session have it from the thread that makes the session.  Here, the worker of a
-private host has it from the thread that asks for the load: an application may have changed it since its host
-was started.
+In-process, the threads of a session inherit them from the thread that makes the session.  Here, the worker of
+a private host gets those of the thread that asks for the load: an application may have changed them since its
+host was started.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
-from onnx_dl.core.thread_attributes import Standing
+from onnx_dl.core.thread_attributes import ThreadAttributes
 
 _RESETS: Final = 0x40000000
-"""SCHED_RESET_ON_FORK: whom the thread starts has the usual policy."""
+"""SCHED_RESET_ON_FORK: children get the default policy."""
 
 _T = TypeVar("_T")
 
@@ -26,12 +26,14 @@ _STATUS: Final = Path("/proc/thread-self/status")
 
 
 _asker: Final[contextvars.ContextVar[int]] = contextvars.ContextVar("asker", default=0)
-"""The native number of the thread for which the present one does something; 0: itself."""
+"""Native id of the thread on whose behalf the present one works; 0: itself."""
 
 
 def on_behalf(work: Callable[[], _T]) -> Callable[[], _T]:
-    """The same work, for another thread to do, which then has the standing of this one in place of its own:
-    those of an event loop's pool may have been started before that changed."""
+    """Wraps ``work`` for another thread, so that it uses the attributes of this thread instead of its own.
+
+    A thread of an event loop's pool may have been started before this thread changed its attributes.
+    """
     thread = get_native_id()
 
     def done() -> _T:
@@ -44,8 +46,8 @@ def on_behalf(work: Callable[[], _T]) -> Callable[[], _T]:
     return done
 
 
-def of_this_thread() -> Standing:
-    """Of the thread that asks for something, which another may do :func:`on_behalf` of it."""
+def of_this_thread() -> ThreadAttributes:
+    """The attributes of this thread, or of the thread :func:`on_behalf` of which it works."""
     thread = _asker.get()
     found: dict[str, int | bytes] = {}
     with contextlib.suppress(OSError):
@@ -57,29 +59,29 @@ def of_this_thread() -> Standing:
             found |= {"policy": policy, "priority": os.sched_getparam(thread).sched_priority}
     if (umask := _umask()) is not None:
         found["umask"] = umask
-    return Standing(**found)  # type: ignore[arg-type]
+    return ThreadAttributes(**found)  # type: ignore[arg-type]
 
 
-def take(standing: Standing) -> None:
-    """This thread has it from now on, and whom it starts.
+def apply(attributes: ThreadAttributes) -> None:
+    """Sets the attributes of this thread, and so of the threads and processes that it starts.
 
-    As far as the system allows: a lower nice value needs a privilege, and a processor may be gone.
+    Leaves out what the system refuses: a lower nice value needs a privilege, a processor may be offline.
     """
-    if standing.processors:
+    if attributes.processors:
         with contextlib.suppress(OSError, OverflowError, ValueError):
-            os.sched_setaffinity(0, _bits(standing.processors))
-    if standing.policy is not None and standing.policy != os.sched_getscheduler(0):
+            os.sched_setaffinity(0, _bits(attributes.processors))
+    if attributes.policy is not None and attributes.policy != os.sched_getscheduler(0):
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, standing.policy, os.sched_param(standing.priority))
-    if standing.nice is not None:
+            os.sched_setscheduler(0, attributes.policy, os.sched_param(attributes.priority))
+    if attributes.nice is not None:
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, standing.nice)
-    if standing.umask is not None:
-        os.umask(standing.umask)
+            os.setpriority(os.PRIO_PROCESS, 0, attributes.nice)
+    if attributes.umask is not None:
+        os.umask(attributes.umask)
 
 
 def _umask() -> int | None:
-    """Of this process; to ask the system would set it."""
+    """The umask of this process, from /proc: os.umask() would change it."""
     with contextlib.suppress(OSError, ValueError):
         for line in _STATUS.read_text(errors="replace").splitlines():
             if line.startswith("Umask:"):

@@ -13,9 +13,9 @@ def same_secret(sent: str, secret: str) -> bool:
 
 
 def fresh_address(role: str) -> str:
-    """A name for a Unix socket that no other process has, in Linux's abstract namespace.
+    """A new, unique name for a Unix socket in Linux's abstract namespace.
 
-    Abstract names vanish with their owner, however it dies, so nothing is ever left on disk.  They carry no
-    file permissions: whoever listens checks the peer's user id and asks for a secret.
+    An abstract name disappears with its owner, however that dies, so no file is ever left behind.  It has no
+    file permissions: a listener checks the peer's user id and asks for a secret.
     """
     return f"onnx-dl/{os.getuid()}/{role}/{secrets.token_hex(16)}"

@@ -74,7 +74,7 @@ class SpareDescriptor:
 
     def __init__(self) -> None:
         """Raises OSError if this process may have no more descriptors."""
-        self._fd: int | None = process_setup.nothing()
+        self._fd: int | None = process_setup.open_null()
 
     def close(self) -> None:
         if self._fd is not None:
@@ -85,7 +85,7 @@ class SpareDescriptor:
         """Open it again if it is closed; without a free descriptor, do nothing."""
         if self._fd is None:
             with contextlib.suppress(OSError):
-                self._fd = process_setup.nothing()
+                self._fd = process_setup.open_null()
 
 
 class Handshakes:

@@ -1,14 +1,12 @@
-"""Where the processes of one user find a shared host: a record, a lock and a log of each in one folder.
+"""The files by which processes find a shared host: record, lock and log, in one folder of the user.
 
-There is one host for each name and protocol version, so that programs of two versions of onnx-dl do not shut
-each other out: the files of the host ``NAME`` that speaks protocol 5 are ``NAME@5.json``, ``NAME@5.lock`` and
-``NAME@5.log``.  Versions before 5 had no number there.
+There is one host per name and protocol version, so that programs with two versions of onnx-dl do not block
+each other.  The files of host ``NAME`` with protocol 5 are ``NAME@5.json``, ``NAME@5.lock`` and
+``NAME@5.log``.  Protocols before 5 have no number in their file names.
 
-The record says at which address the host listens and with which secret it is spoken to.  The host holds the
-lock for as long as it lives, so that there is never more than one, and who holds it can be asked without
-touching it.  The sockets themselves have abstract names, which have no limit of length that a path could
-exceed, and of which nothing is left.  Who starts a host is :mod:`onnx_dl.client.launcher`'s; which hosts run is
-:mod:`onnx_dl.transport.running_hosts`'s; what a host does is the supervisor's.
+The record has the host's address and secret.  The host holds the lock as long as it lives.  So there is never
+more than one host, and its process id can be read from the lock without affecting it.  The sockets have
+abstract names: these are not limited in length by a path, and leave no files behind.
 """
 
 from __future__ import annotations
@@ -32,59 +30,59 @@ from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import small_files
 
-USUAL: Final = "default"
-"""The name of the host that a user has one of."""
+DEFAULT_HOST: Final = "default"
+"""Name of the shared host when the user names none."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _FLOCK: Final = "hhqqi4x"
 """Linux's ``struct flock``: type, whence, start, length, process id."""
 _HOST: Final = 0
-"""The byte of the lock file that the host holds.  Versions before 5 hold the whole file, this byte too."""
+"""Byte of the lock file that the host locks.  Protocols before 5 lock the whole file, with this byte."""
 _NEXT: Final = 1
-"""The byte that a process holds which waits to be the host."""
+"""Byte of the lock file that is locked by the process that waits to be the next host."""
 _LARGEST: Final = 16 << 10
-"""Bytes of a record; what is larger is none."""
+"""Largest size of a record in bytes; a larger file is not a record."""
 
 _Word = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,90}\Z")]
-"""What can be in an address (a socket's name is shorter than 108 bytes) or in a secret."""
+"""Text of an address or a secret.  The name of a socket is shorter than 108 bytes."""
 
 
 def uptime() -> float:
-    """Seconds since the system was started: a clock that all processes share and that nobody sets."""
+    """Seconds since the system was booted: a clock that all processes share and that cannot be set."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """How a host is reached, and what it is."""
+    """Content of the JSON file of a host."""
 
     address: _Word
     secret: _Word
     pid: int
-    kept: bool = False
-    """Somebody looks after it, a service manager perhaps: where it is gone, it will be there again."""
+    managed: bool = msgspec.field(default=False, name="kept")
+    """``onnx-dl supervise`` runs it, so a user or a service manager starts it again when it ends."""
     protocol: int | None = None
-    """The version of the protocol that it speaks; None: one before 5."""
+    """Its protocol version; None: one before 5."""
     package: Annotated[str, msgspec.Meta(max_length=100)] = ""
-    """The version of onnx-dl."""
+    """Its version of onnx-dl."""
     started: Annotated[float, msgspec.Meta(ge=0, le=1e10)] | None = None
-    """When, by :func:`uptime`."""
+    """Its start time, by :func:`uptime`."""
 
 
 def checked_name(name: str) -> str:
-    """The name of a shared host.
+    """Returns the name of a shared host.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none.
+        ConfigError: (a ValueError) the text is not a valid name.
     """
     if not _NAME.fullmatch(name) or name.startswith("."):
         raise ConfigError(
-            f"{name!r} is no name of a host; use letters, digits, '-', '_' and '.', at most 64 of them."
+            f"{name!r} is not a host name; use letters, digits, '-', '_' and '.', at most 64 of them."
         )
     return name
 
 
-class Place:
-    """What the shared host of one name and protocol version has in the folder."""
+class HostEntry:
+    """The files of the shared host of one name and protocol version."""
 
     def __init__(
         self,
@@ -93,11 +91,11 @@ class Place:
         protocol: int | None = PROTOCOL_VERSION,
         folder: Path | None = None,
     ) -> None:
-        """``protocol``: None is any version before 5.  ``folder``: None: the one of this user.
+        """``protocol``: None: any version before 5.  ``folder``: None: :func:`runtime_folder`.
 
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
-            PlatformError: there is no folder that is the user's alone.
+            ConfigError: (a ValueError) the name is not valid.
+            PlatformError: no folder belongs to this user alone.
         """
         self.name = checked_name(name)
         self.protocol = protocol
@@ -106,19 +104,19 @@ class Place:
         self._record = self.folder / f"{stem}.json"
         self._lock = self.folder / f"{stem}.lock"
         self.log = self.folder / f"{stem}.log"
-        """What a host that runs in the background writes to its stderr."""
+        """Stderr of a host that runs in the background."""
         self.published: Record | None = None
-        """What this process wrote of itself."""
+        """The record that this process wrote."""
         self._held = -1
-        """The descriptor of the lock, which must stay open: see :meth:`holder`."""
+        """Descriptor of the lock file.  It must stay open: see :meth:`holder`."""
 
     # --- for others ---------------------------------------------------------------------------------------
 
     def holder(self) -> int | None:
-        """The process id of the host; None: there is none.
+        """The process id of the host; None: no host runs.
 
-        Not for the host itself: with the descriptor that this closes, a process lets go of all its locks of
-        the file (POSIX says so).
+        Must not be called by the host itself: when a process closes any descriptor of a file, POSIX releases
+        all its locks of that file.
 
         Raises:
             PlatformError: the lock file cannot be opened.
@@ -133,14 +131,16 @@ class Place:
             os.close(fd)
 
     def record(self) -> Record | None:
-        """What the host wrote of itself; None: nothing yet, or nothing of use."""
-        data = _content(self._record)
-        record = None if data is None else small_files.decoded(data, Record)
-        # By hand, or by a copy, anything may stand in a file of any name.
+        """The record of the host; None: there is none yet, or it is not valid."""
+        try:
+            record = small_files.decoded(small_files.read(self._record, _LARGEST), Record)
+        except OSError:
+            return None
+        # A file may have been copied or edited: its content may be that of another version.
         return record if record is not None and record.protocol == self.protocol else None
 
     def published_at(self) -> float | None:
-        """When the record was written, by :func:`uptime`, as far as the clock was not set since."""
+        """Time of the record's file, by :func:`uptime`.  Wrong if the system clock was set since then."""
         with contextlib.suppress(OSError):
             return uptime() - (time.time() - self._record.stat().st_mtime)
         return None
@@ -148,9 +148,9 @@ class Place:
     # --- for the host -------------------------------------------------------------------------------------
 
     def claim(self) -> bool:
-        """From now on this process is the host; false: another is.
+        """Makes this process the host; false: another process is.
 
-        The lock is one that ends with the process and that no child inherits (fcntl, not flock).
+        The lock is of fcntl, not of flock: it ends with the process, and children do not inherit it.
 
         Raises:
             OSError: the lock file cannot be opened, or the folder's file system has no locks.
@@ -161,10 +161,10 @@ class Place:
         self._held = fd
         return True
 
-    def line_up(self) -> bool:
-        """This process is to be the next host, see :meth:`await_turn`; false: another is to be it.
+    def claim_next(self) -> bool:
+        """Makes this process the next host, see :meth:`await_turn`; false: another process is.
 
-        The host learns of it (:meth:`awaited_by`).
+        The present host sees it in :meth:`next_pid`.
         """
         fd = self._open_lock(os.O_RDWR | os.O_CREAT)
         if not _take(fd, _NEXT):
@@ -173,19 +173,19 @@ class Place:
         return True
 
     def await_turn(self) -> None:
-        """Returns when this process, which has lined up, is the host.
+        """Waits until this process, after :meth:`claim_next`, is the host.
 
-        The kernel gives the lock to who waits for it, so that whoever tries only is not faster.
+        The kernel gives the lock to a process that waits for it before one that only tries to take it.
         """
         fcntl.lockf(self._held, fcntl.LOCK_EX, 1, _HOST)
         fcntl.lockf(self._held, fcntl.LOCK_UN, 1, _NEXT)
 
-    def awaited_by(self) -> int | None:
-        """The process id of who is to be the next host.  Only for the host."""
+    def next_pid(self) -> int | None:
+        """The process that waits to be the next host.  Only for the host itself."""
         return _locked_by(self._held, _NEXT)
 
-    def publish(self, address: str, secret: str, *, kept: bool) -> None:
-        """Lets clients find this process.
+    def publish(self, address: str, secret: str, *, managed: bool) -> None:
+        """Writes the record, by which clients find this process.
 
         Raises:
             PlatformError: the record cannot be written.
@@ -194,7 +194,7 @@ class Place:
             address=address,
             secret=secret,
             pid=os.getpid(),
-            kept=kept,
+            managed=managed,
             protocol=self.protocol,
             package=onnx_dl.__version__,
             started=uptime(),
@@ -202,10 +202,10 @@ class Place:
         try:
             _replace(self._record, msgspec.json.encode(self.published))
         except OSError as error:
-            raise _of_no_use(self._record, error) from error
+            raise _unusable(self._record, error) from error
 
     def withdraw(self) -> None:
-        """From now on there was never such a host."""
+        """Removes the record, so that clients do not wait for this host to come back."""
         with contextlib.suppress(OSError):
             self._record.unlink()
 
@@ -215,10 +215,10 @@ class Place:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise _of_no_use(self._lock, error) from error
+            raise _unusable(self._lock, error) from error
 
 
-def _of_no_use(path: Path, error: OSError) -> PlatformError:
+def _unusable(path: Path, error: OSError) -> PlatformError:
     return PlatformError(
         f"A shared host needs the file {path}, which cannot be used ({error.strerror}). Remove it, or set "
         "ONNX_DL_RUNTIME_DIR to another folder with mode 0700."
@@ -226,39 +226,26 @@ def _of_no_use(path: Path, error: OSError) -> PlatformError:
 
 
 def _take(fd: int, byte: int) -> bool:
-    """Whether this process has that byte of a lock file now; if not, ``fd`` is closed."""
+    """Locks this byte of a lock file; if another process has it, closes ``fd`` and returns false."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
     except OSError as error:
         os.close(fd)
-        if isinstance(error, BlockingIOError | PermissionError):  # either says that another has it
+        if isinstance(error, BlockingIOError | PermissionError):  # another process has it
             return False
         raise
     return True
 
 
 def _locked_by(fd: int, byte: int) -> int | None:
-    """The process that has that byte of a lock file."""
+    """The process that has locked this byte of a lock file."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else int(pid)
 
 
-def _content(path: Path) -> bytes | None:
-    """Of a file of moderate size; None of anything else.  Does not wait, as reading from a FIFO would."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                data = os.read(fd, _LARGEST + 1)
-                return data if len(data) <= _LARGEST else None
-        finally:
-            os.close(fd)
-    return None
-
-
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file so that whoever reads it sees all of it or nothing."""
+    """Writes a file atomically: readers see the old content or all of the new."""
     fd, name = tempfile.mkstemp(dir=path.parent)
     try:
         with open(fd, "wb") as file:
@@ -270,11 +257,13 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def runtime_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """A folder of this user alone, made if need be: ``ONNX_DL_RUNTIME_DIR``, or else ``onnx-dl`` in the
-    user's runtime folder, or else one in a folder for temporary files.
+    """A folder that only this user can open; made if it does not exist.
+
+    It is ``ONNX_DL_RUNTIME_DIR`` if that is set, else ``onnx-dl`` in the user's runtime folder, else a folder
+    for temporary files.
 
     Raises:
-        PlatformError: there is none, or it is open to others.
+        PlatformError: there is none, or other users can open it.
     """
     refused = []
     for path in _candidates(environ):
@@ -292,9 +281,9 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
     if given := environ.get("ONNX_DL_RUNTIME_DIR"):
         yield Path(given)
         return
-    # cron and su have no XDG_RUNTIME_DIR, but shall find what a login started.
+    # cron and su have no XDG_RUNTIME_DIR, but must find the hosts that a login started.
     for folder in (environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}"):
-        # su may leave it that of another user, who would then be shut out of what root made there.
+        # Under su it may be another user's: a folder that root makes there would lock that user out.
         if folder and os.path.isdir(folder) and os.stat(folder).st_uid == os.getuid():
             yield Path(folder) / "onnx-dl"
     for folder in (environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
@@ -303,11 +292,11 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _private(path: Path) -> Path:
-    if not path.is_absolute():  # it would be another one for each process, and for the host in any case
+    if not path.is_absolute():  # it would mean another folder for each process
         raise FileNotFoundError(0, "is not an absolute path")
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()  # not what a link of somebody else's points to
+    found = path.lstat()  # lstat: do not follow a link that another user may have made
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise PermissionError(0, "is not a folder of this user")
     if stat.S_IMODE(found.st_mode) & 0o077:

@@ -1,8 +1,8 @@
-"""Which shared hosts of this user run: of which names and versions, since when, and who follows whom.
+"""The shared hosts of this user that run now, of all protocol versions, and which of them replaces which.
 
-A program finds only the host of its own protocol version (:mod:`onnx_dl.transport.rendezvous`).  Those of others are
-seen here, for commands that tell of them, and for a host that is to end when one of another version has been
-started after it.
+A program connects only to the host of its own protocol version (:mod:`onnx_dl.transport.rendezvous`).  The hosts of
+other versions are listed here: for commands that show them, and for a host that has to end because a host of
+another version was started later.
 """
 
 from __future__ import annotations
@@ -20,154 +20,152 @@ import msgspec
 
 from onnx_dl.errors import ConfigError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.transport.rendezvous import Place, Record, runtime_folder, uptime
+from onnx_dl.transport.rendezvous import HostEntry, Record, runtime_folder, uptime
 
 _LOCK: Final = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}?)(?:@(?P<protocol>[0-9]{1,9}))?\.lock")
 
 
-class Sighting(msgspec.Struct, frozen=True, kw_only=True):
-    """A host that runs, as others see it."""
+class RunningHost(msgspec.Struct, frozen=True, kw_only=True):
+    """A shared host that runs, by its files."""
 
     name: str
     protocol: int | None
-    """The version that it speaks; None: one before 5, which its record does not say."""
+    """Its protocol version; None: one before 5, whose record has no number."""
     pid: int
     package: str = ""
-    """The version of onnx-dl; empty where the record does not say it."""
+    """Its version of onnx-dl; empty if the record does not have it."""
     started: float | None = None
-    """When, by :func:`~onnx_dl.transport.rendezvous.uptime`; None: it is about to say it."""
-    kept: bool = False
+    """Its start time, by :func:`~onnx_dl.transport.rendezvous.uptime`; None: it has not written its record yet."""
+    managed: bool = False
     """It was started by ``onnx-dl supervise``."""
 
     @property
     def reachable(self) -> bool:
-        """Whether this version of onnx-dl can ask it for anything."""
+        """Returns whether this version of onnx-dl can talk to it."""
         return self.protocol == PROTOCOL_VERSION
 
     @property
     def since(self) -> float | None:
-        """When it was started, as Unix time in seconds."""
+        """Its start time as Unix time in seconds."""
         return None if self.started is None else time.time() - (uptime() - self.started)
 
 
-def running(name: str | None = None, environ: Mapping[str, str] = os.environ) -> list[Sighting]:
-    """The hosts that run now, of this name or of all names, in the order of names and versions.
+def running(name: str | None = None, environ: Mapping[str, str] = os.environ) -> list[RunningHost]:
+    """Lists the hosts of this name, or of all names, ordered by name and version.
 
-    Not for a host itself: see :meth:`~onnx_dl.transport.rendezvous.Place.holder`.
+    Must not be called by a host: see :meth:`~onnx_dl.transport.rendezvous.HostEntry.holder`.
 
     Raises:
-        PlatformError: there is no folder that is the user's alone.
+        PlatformError: no folder belongs to this user alone.
     """
-    places = _places(runtime_folder(environ))
-    return _sorted(seen for place in places if name in (None, place.name) for seen in _seen(place))
+    entries = _entries(runtime_folder(environ))
+    return _sorted(host for entry in entries if name in (None, entry.name) for host in _running(entry))
 
 
-def of_other_versions(place: Place) -> list[Sighting]:
-    """The hosts that have the same name as the one at this place and speak another version.
+def of_other_versions(entry: HostEntry) -> list[RunningHost]:
+    """Lists the hosts with the same name as this entry and another protocol version.
 
-    A host may ask this, too.  Nothing is found in a folder that has gone.
+    A host may call this, too.  A folder that does not exist has no hosts.
     """
-    others = (p for p in _places(place.folder) if p.name == place.name and p.protocol != place.protocol)
-    return _sorted(seen for other in others for seen in _seen(other))
+    others = (e for e in _entries(entry.folder) if e.name == entry.name and e.protocol != entry.protocol)
+    return _sorted(host for other in others for host in _running(other))
 
 
-def _places(folder: Path) -> Iterator[Place]:
+def _entries(folder: Path) -> Iterator[HostEntry]:
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.listdir(folder):
-            if found := _LOCK.fullmatch(entry):
+        for file in os.listdir(folder):
+            if found := _LOCK.fullmatch(file):
                 number = found["protocol"]
                 protocol = None if number is None else int(number)
-                with contextlib.suppress(ConfigError):  # a file that is none of ours
-                    yield Place(found["name"], protocol=protocol, folder=folder)
+                with contextlib.suppress(ConfigError):  # not a file of a host
+                    yield HostEntry(found["name"], protocol=protocol, folder=folder)
 
 
-def _seen(place: Place) -> Iterator[Sighting]:
-    with contextlib.suppress(OSError):  # something else has the name of a lock file
-        if (pid := place.holder()) is not None:
-            record = place.record()
+def _running(entry: HostEntry) -> Iterator[RunningHost]:
+    with contextlib.suppress(OSError):  # not a lock file, in spite of its name
+        if (pid := entry.holder()) is not None:
+            record = entry.record()
             if record is not None and record.pid == pid:
-                yield _sighting(place, record)
-            else:  # of an earlier host: this one is about to write its own
-                yield Sighting(name=place.name, protocol=place.protocol, pid=pid)
+                yield _described_by(entry, record)
+            else:  # the record of an earlier host: this one has not written its own yet
+                yield RunningHost(name=entry.name, protocol=entry.protocol, pid=pid)
 
 
-def _sighting(place: Place, record: Record) -> Sighting:
-    return Sighting(
-        name=place.name,
-        protocol=place.protocol,
+def _described_by(entry: HostEntry, record: Record) -> RunningHost:
+    return RunningHost(
+        name=entry.name,
+        protocol=entry.protocol,
         pid=record.pid,
         package=record.package,
-        started=place.published_at() if place.protocol is None else record.started,
-        kept=record.kept,
+        started=entry.published_at() if entry.protocol is None else record.started,
+        managed=record.managed,
     )
 
 
-def _sorted(found: Iterable[Sighting]) -> list[Sighting]:
-    return sorted(found, key=lambda seen: (seen.name, seen.protocol or 0))
+def _sorted(found: Iterable[RunningHost]) -> list[RunningHost]:
+    return sorted(found, key=lambda host: (host.name, host.protocol or 0))
 
 
-# --- who follows whom --------------------------------------------------------------------------------------
+# --- replacement -------------------------------------------------------------------------------------------
 
 
-def follower(place: Place) -> str | None:
-    """Why the host at this place, which is this process, is not needed once its clients have gone; None: it
-    is."""
-    if place.published is None:
+def reason_to_leave(entry: HostEntry) -> str | None:
+    """Reason why this process, the host of the entry, must end when its clients have gone; None: it stays."""
+    if entry.published is None:
         return None
-    if (waiting := place.awaited_by()) is not None:
+    if (waiting := entry.next_pid()) is not None:
         return f"onnx-dl supervise (pid {waiting}) waits for its name"
-    next_one = successor(_sighting(place, place.published), of_other_versions(place))
-    return None if next_one is None else f"a host of another version was started after it: {told(next_one)}"
+    later = successor(_described_by(entry, entry.published), of_other_versions(entry))
+    return None if later is None else f"a host of another version was started after it: {describe(later)}"
 
 
-def successor(own: Sighting, others: Iterable[Sighting]) -> Sighting | None:
-    """Which of the hosts of the same name is wanted in place of ``own``: one of another version that was
-    started later.
+def successor(own: RunningHost, others: Iterable[RunningHost]) -> RunningHost | None:
+    """The host that replaces ``own``: one of the same name and another version that was started later.
 
-    One that is kept leaves for a newer version only.  If it left for any, two that are kept would make room
-    for each other for ever, because their keepers start them again.
+    A managed host makes way only for a newer version.  Otherwise two managed hosts would replace each other
+    for ever, because their service managers start them again.
     """
     for other in others:
         newer = (other.protocol or 0) > (own.protocol or 0)
         differs = other.name == own.name and other.protocol != own.protocol
-        if differs and _started_later(other, own) and (newer or not own.kept):
+        if differs and _started_later(other, own) and (newer or not own.managed):
             return other
     return None
 
 
-def _started_later(other: Sighting, own: Sighting) -> bool:
+def _started_later(other: RunningHost, own: RunningHost) -> bool:
     return other.started is not None and own.started is not None and other.started > own.started
 
 
-# --- words -------------------------------------------------------------------------------------------------
+# --- text --------------------------------------------------------------------------------------------------
 
 
-def told(seen: Sighting) -> str:
+def describe(host: RunningHost) -> str:
     """``onnx-dl 0.3.1, protocol version 6, pid 4711, since 2031-05-06 07:08:09``."""
-    package = f"onnx-dl {seen.package}" if seen.package else "onnx-dl"
-    kept = ", kept by onnx-dl supervise" if seen.kept else ""
-    return f"{package}, {version(seen.protocol)}, pid {seen.pid}{_since(seen)}{kept}"
+    package = f"onnx-dl {host.package}" if host.package else "onnx-dl"
+    managed = ", managed by onnx-dl supervise" if host.managed else ""
+    return f"{package}, {protocol_text(host.protocol)}, pid {host.pid}{_since(host)}{managed}"
 
 
-def _since(seen: Sighting) -> str:
-    with contextlib.suppress(ValueError, OverflowError, OSError):  # a file's time may be anything
-        if seen.since is not None:
-            return f", since {datetime.datetime.fromtimestamp(round(seen.since))}"
+def _since(host: RunningHost) -> str:
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # the time of a file may be any number
+        if host.since is not None:
+            return f", since {datetime.datetime.fromtimestamp(round(host.since))}"
     return ""
 
 
-def version(protocol: int | None) -> str:
+def protocol_text(protocol: int | None) -> str:
     """``protocol version 5``."""
     return "protocol version 4 or older" if protocol is None else f"protocol version {protocol}"
 
 
-def outlook(seen: Sighting, hosts: Iterable[Sighting]) -> str:
-    """What becomes of one of these hosts, which speaks another version than this program."""
-    if seen.protocol is None:
+def outlook(host: RunningHost, hosts: Iterable[RunningHost]) -> str:
+    """One sentence on how long a host of another version will run; ``hosts``: all that run."""
+    if host.protocol is None:
         return (
-            "It ends some time after its clients have gone, unless it holds models itself or is kept: "
-            f"onnx-dl stop --host {seen.name} --all-versions ends it."
+            "It ends some time after its clients have gone, unless it holds models itself or is managed: "
+            f"onnx-dl stop --host {host.name} --all-versions ends it."
         )
-    if successor(seen, hosts) is not None:
+    if successor(host, hosts) is not None:
         return "It ends when its clients have gone."
-    return "It stays as any host does."
+    return "It stays, as any host does."

@@ -72,12 +72,12 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
         supervisor: process id of the parent.
         memory: bytes that this may take.
     """
-    process_setup.make_own()
+    process_setup.set_up_process()
     die_with_parent(supervisor)
     recorder.remove()
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    process_setup.go_first(_OOM_SCORE)
+    process_setup.raise_oom_score(_OOM_SCORE)
     status = 0
     # No process waits for the result, and a cache that cannot be written is not an error.
     with contextlib.suppress(Exception), open(os.devnull, "w") as null:

@@ -136,7 +136,7 @@ class Template:
         try:
             self._channel.close()
             if spawn.standing is not None:
-                thread_attributes.take(spawn.standing)  # before another thread starts
+                thread_attributes.apply(spawn.standing)  # before another thread starts
             if spawn.environment or (spawn.pristine and self._warm):
                 self._exec_worker(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
@@ -144,7 +144,7 @@ class Template:
             os.close(stderr)
             faulthandler.enable()  # a crash writes its stack to stderr
             name_process(f"onnx-dl:{spawn.worker_id}")
-            process_setup.go_first(_OOM_SCORE)
+            process_setup.raise_oom_score(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
         except ProcessesExhausted as error:  # the worker could not yet send it to the supervisor
@@ -194,7 +194,7 @@ def _warm_up() -> None:
 
 def main(channel_fd: int, mode: str) -> NoReturn:
     """Entry point of the process.  ``mode``: ``fork``, ``exec``, or ``worker`` after :meth:`_exec_worker`."""
-    process_setup.make_own()
+    process_setup.set_up_process()
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the application handles it
@@ -202,7 +202,7 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     channel = Channel.from_fd(channel_fd)
     warm = False
     with contextlib.suppress(Exception):  # a broken installation is an error of each load
-        import onnx_dl.workers.ort  # noqa: F401  # with all that a worker needs: workers share the pages
+        import onnx_dl.workers.engines.ort  # noqa: F401  # with all that a worker needs: workers share the pages
 
         warm = mode == "fork" and procfs.has_one_thread()
         if warm:

@@ -1,4 +1,4 @@
-"""What ``onnx-dl doctor`` prints: findings as a list, or as JSON."""
+"""The output of ``onnx-dl doctor``: findings as a list, or as JSON."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_dl.cli.doctor.checks import Finding, Mark
-from onnx_dl.cli.output import console, say
+from onnx_dl.cli.output import console, print_line
 
 _STYLES: Final = {Mark.OK: "green", Mark.WARNING: "yellow", Mark.PROBLEM: "bold red"}
 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> None:
-    """Prints them to stdout."""
+    """Prints the findings on stdout."""
     if as_json:
-        say(msgspec.json.encode({"ok": not has_problems(findings), "findings": findings}).decode())
+        print_line(msgspec.json.encode({"ok": not has_problems(findings), "findings": findings}).decode())
     else:
         console().print(checklist(findings))
 
 
 def checklist(findings: Sequence[Finding]) -> RenderableType:
-    """One row for each, what to do below it, and how many are what."""
+    """One row for each finding, its advice below it, and the numbers of each mark at the end."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(2):
         table.add_column(no_wrap=True)
@@ -46,7 +46,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def has_problems(findings: Sequence[Finding]) -> bool:
-    """Whether models cannot be used as they should."""
+    """Returns whether there is a finding that keeps models from being used as the settings say."""
     return bool(_count(findings)[Mark.PROBLEM])
 
 

@@ -1,7 +1,6 @@
-"""What can only be found out by trying, each thing in a process of its own that may crash or hang.
+"""Trials of ``onnx-dl doctor``, each in a process of its own, because it may crash or hang.
 
-Covers the processes and what they try: importing onnxruntime, a session per provider, starting a worker.
-What is to be thought of the answers is :mod:`onnx_dl.cli.doctor.checks`'s.
+Each tries one thing: to import onnxruntime, to make a session with one provider, or to start a worker.
 """
 
 from __future__ import annotations
@@ -22,20 +21,22 @@ from onnx_dl.ort import onnx_builder
 from onnx_dl.system import boot
 
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+Report = dict[str, Any]
+"""Facts that a trial found out, as JSON."""
 
 
-class Answer(NamedTuple):
-    """What came of one trial: ``said`` if it ended well, else ``failure`` in words; and its stderr."""
+class TrialResult(NamedTuple):
+    """The result of one trial: its report if it ended well, else the failure in words; and its stderr."""
 
-    said: dict[str, Any] | None
+    report: Report | None
     failure: str = ""
     stderr: str = ""
 
 
-def ask(trial: str, *arguments: str, timeout: float, python: str = "") -> Answer:
-    """Runs a trial: ``installed``, ``provider NAME`` or ``start``.  Never raises because of what it does.
+def run(trial: str, *arguments: str, timeout: float, python: str = "") -> TrialResult:
+    """Runs a trial: ``installed``, ``provider NAME`` or ``start``.  Failures of the trial are not raised.
 
-    ``timeout``: seconds after which it is killed; what it started ends with it.
+    ``timeout``: seconds after which it is killed, with all that it started.
     """
     environ = _environ(os.environ, timeout)
     try:
@@ -44,24 +45,25 @@ def ask(trial: str, *arguments: str, timeout: float, python: str = "") -> Answer
             launch.argv, capture_output=True, timeout=timeout, check=False, env=launch.environment
         )
     except subprocess.TimeoutExpired as late:
-        return Answer(None, f"gave no answer within {timeout:.0f} s", _text(late.stderr))
+        return TrialResult(None, f"gave no answer within {timeout:.0f} s", _text(late.stderr))
     except (OSError, SupervisorStartError) as error:
-        return Answer(None, f"could not be started ({error})")
-    return answer(done.returncode, _text(done.stdout), _text(done.stderr))
+        return TrialResult(None, f"could not be started ({error})")
+    return parse_output(done.returncode, _text(done.stdout), _text(done.stderr))
 
 
-def answer(code: int, stdout: str, stderr: str) -> Answer:
-    """What a process said that ended with this exit code (negative: a signal).  Its answer is its last line,
-    because native code prints, too."""
+def parse_output(code: int, stdout: str, stderr: str) -> TrialResult:
+    """The result of a process with this exit code; negative: a signal.
+
+    The report is its last line, because native code prints on stdout, too.
+    """
     if code < 0:
-        return Answer(None, f"was killed by {_signal_name(-code)}", stderr)
+        return TrialResult(None, f"was killed by {_signal_name(-code)}", stderr)
     if code:
-        return Answer(None, f"ended with exit code {code}", stderr)
+        return TrialResult(None, f"ended with exit code {code}", stderr)
     try:
-        said = json.loads(stdout.splitlines()[-1])
+        return TrialResult(json.loads(stdout.splitlines()[-1]), "", stderr)
     except (ValueError, IndexError):
-        return Answer(None, "gave no answer", stderr)
-    return Answer(said, "", stderr)
+        return TrialResult(None, "gave no answer", stderr)
 
 
 def _signal_name(number: int) -> str:
@@ -75,7 +77,7 @@ def _environ(environ: Mapping[str, str], timeout: float) -> dict[str, str]:
     return {
         **environ,
         "ORT_DISABLE_TELEMETRY": "1",
-        # What waits in there gives up before it is given up.
+        # Time limits within the trial end before the trial is killed.
         "ONNX_DL_LOAD_TIMEOUT": f"{timeout * 0.8:.3f}",
         "ONNX_DL_START_TIMEOUT": f"{timeout * 0.8:.3f}",
     }
@@ -85,11 +87,11 @@ def _text(output: bytes | None) -> str:
     return (output or b"").decode(errors="replace")
 
 
-# --- in the process ----------------------------------------------------------------------------------------
+# --- in the trial's process --------------------------------------------------------------------------------
 
 
-def installed() -> dict[str, Any]:
-    """The onnxruntime that is imported: its version, the build whose files these are, its providers."""
+def installed() -> Report:
+    """Imports onnxruntime; reports its version, its build, its folder and its providers."""
     import onnxruntime
     from onnxruntime.capi import build_and_package_info as built
 
@@ -101,8 +103,8 @@ def installed() -> dict[str, Any]:
     }
 
 
-def provider(name: str) -> dict[str, Any]:
-    """A session of one node with one provider: which ones it really got, and whether it computes."""
+def provider(name: str) -> Report:
+    """Makes a session of one node with one provider; reports its providers and whether it computes."""
     import numpy as np
     import onnxruntime
 
@@ -113,8 +115,8 @@ def provider(name: str) -> dict[str, Any]:
     return {"providers": session.get_providers(), "computes": result.tolist() == [2.0]}
 
 
-def start() -> dict[str, Any]:
-    """A host with one model: where its worker came from, and how long all that took, in seconds."""
+def start() -> Report:
+    """Starts a host with one model; reports whether the worker was forked, and the seconds of it all."""
     started = time.perf_counter()
     with (
         ModelHost() as host,
@@ -134,7 +136,7 @@ def start() -> dict[str, Any]:
 
 
 def children_of(pid: int, proc: Path = Path("/proc")) -> set[int]:
-    """The processes that a process has spawned or taken in."""
+    """The child processes of a process."""
     found = set()
     for status in proc.glob("[0-9]*/status"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -143,7 +145,7 @@ def children_of(pid: int, proc: Path = Path("/proc")) -> set[int]:
     return found
 
 
-_TRIALS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+_TRIALS: Final[dict[str, Callable[..., Report]]] = {
     "installed": installed,
     "provider": provider,
     "start": start,
@@ -151,6 +153,5 @@ _TRIALS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
 
 
 def main(trial: str, *arguments: str) -> None:
-    """Entry point of the process."""
-    said = _TRIALS[trial](*arguments)
-    print(f"\n{json.dumps(said)}", flush=True)
+    """Runs a trial in this process and prints its report."""
+    print(f"\n{json.dumps(_TRIALS[trial](*arguments))}", flush=True)

@@ -1,17 +1,17 @@
-"""What the interpreter of ``onnx-dl run`` imports at its start, and all that makes it differ from others.
+"""The module that the interpreter of ``onnx-dl run`` imports at its start.
 
-:mod:`onnx_dl.cli.run` puts this folder first on ``PYTHONPATH``, so that ``site`` finds this module in place of
-the user's own ``sitecustomize``.  It takes itself out of the environment and of ``sys.path``, and imports the
-user's.  What is left is a finder: the import of onnxruntime ends with :func:`onnx_dl.integrations.onnxruntime_patch.patch`.  A
-program that does without onnxruntime imports nothing else of ours.
+:mod:`onnx_dl.cli.run` puts this folder first on ``PYTHONPATH``, so that ``site`` imports this module instead
+of the user's own ``sitecustomize``.  It removes itself from the environment and from ``sys.path``, and
+imports the user's.  A finder remains: it calls :func:`onnx_dl.integrations.onnxruntime_patch.patch` at the end of the import of
+onnxruntime.  A program without onnxruntime imports nothing else of onnx-dl.
 
-Stands alone: it needs nothing but what ``site`` itself has imported before.
+Uses only modules that ``site`` has imported before.
 """
 
 import os
 import sys
 
-TYPE_CHECKING = False  # not from typing, which would be imported for it
+TYPE_CHECKING = False  # not from typing: that would import typing
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 _AT = ("onnxruntime", "onnx_dl.integrations.onnxruntime_patch")
-"""Either import ends with the patch: a program that patches, too, finds ours to be the first."""
+"""Modules whose import ends with the patch.  So a program's own call of patch() comes after ours."""
 
 
 class _Finder:
-    """Leaves finding to others, and has the patch follow the import of what they find; once."""
+    """Lets other finders find the modules, and applies the patch once, after the import of either."""
 
     def __init__(self, orders: str) -> None:
         self._orders = [orders]
@@ -41,20 +41,20 @@ class _Finder:
         return spec
 
     def _follow(self, loader: "Any", fullname: str) -> None:
-        """The loader stays the one that was found, with another ``exec_module`` until it is used."""
+        """Replaces ``exec_module`` of the loader for one call; the loader itself stays."""
         original = loader.exec_module
 
         def exec_module(module: "ModuleType") -> None:
             loader.__dict__.pop("exec_module", None)
             original(module)
-            if module.__name__ == fullname:  # a zip file has one loader for all that is in it
+            if module.__name__ == fullname:  # a zip file has one loader for all its modules
                 self._patch()
 
         loader.exec_module = exec_module
 
     def _patch(self) -> None:
         try:
-            text = self._orders.pop()  # of two threads that import the two modules, one gets them
+            text = self._orders.pop()  # two threads may import the two modules: one patches
         except IndexError:
             return
         import json
@@ -65,7 +65,7 @@ class _Finder:
 
 
 def _patching(path: list[str]) -> "Any":
-    """Our module; where only the command knew where that is, by the command's search path."""
+    """Imports our module; from the search path of the command if it is not on the program's."""
     try:
         import onnx_dl  # noqa: F401
     except ModuleNotFoundError:
@@ -76,7 +76,7 @@ def _patching(path: list[str]) -> "Any":
 
 
 def _leave() -> None:
-    """As if nobody had been here: neither the program nor what it starts finds us."""
+    """Removes all traces: neither the program nor its child processes find this module."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if entry != here]
     sys.path_importer_cache.pop(here, None)
@@ -89,5 +89,5 @@ if (_orders := os.environ.pop("ONNX_DL_RUN", None)) is not None:
     _leave()
     sys.meta_path.insert(0, _Finder(_orders))
     del sys.modules["sitecustomize"]
-    # The user's own.  There may be none: then this raises what site expects.
+    # The user's own.  If there is none, this raises the ImportError that site expects.
     import sitecustomize  # type: ignore[import-not-found]  # noqa: F401

@@ -1,4 +1,4 @@
-"""What PyInstaller must know of this package; it finds this by the entry point ``pyinstaller40``."""
+"""PyInstaller's hooks for this package, found by the entry point ``pyinstaller40``."""
 
 from __future__ import annotations
 

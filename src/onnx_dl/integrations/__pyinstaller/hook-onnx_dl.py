@@ -1,6 +1,6 @@
-"""Modules that are imported by name, and the versions of what is installed, which caches depend on.
+"""Adds modules that are imported by name, and the package versions that caches depend on.
 
-Commands are left out, with what they print tables with: a program that uses them imports them.
+The commands and the library for their tables are left out: a program that uses them imports them.
 """
 
 import importlib.metadata

@@ -269,7 +269,7 @@ class _Checker:
 
 
 def _invalid_values(raw: dict[str, Any]) -> Iterator[tuple[_Keys, str]]:
-    """Place and reason of values that no table may have, because later code cannot handle all of them.
+    """HostEntry and reason of values that no table may have, because later code cannot handle all of them.
 
     Not recursive: the nesting may be too deep for that.
     """

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final
 
-from onnx_dl.core.parsing import parse_size
 from onnx_dl.core.settings import Settings
 from onnx_dl.errors import CapacityError
 from onnx_dl.supervisor.policy import eviction, requirements
@@ -117,7 +116,7 @@ class Capacity:
         return (self.limits.memory - self.fleet.pinned_peak()).maximum(NOTHING)
 
 
-def _limit(text: str, machine: int | None) -> int:
-    if text:
-        return parse_size(text)
+def _limit(given: int | None, machine: int | None) -> int:
+    if given is not None:
+        return given
     return UNLIMITED if machine is None else int(machine * _SHARE)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.spec import ModelSpec
-from onnx_dl.core.thread_attributes import Standing
+from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.protocol.codec import Message
 from onnx_dl.supervisor.policy.cache_saves import SaveRequest
 from onnx_dl.supervisor.policy.requirements import Requirement
@@ -17,7 +17,7 @@ class StartWorker(NamedTuple):
 
     worker_id: int
     spec: ModelSpec
-    standing: Standing | None = None
+    standing: ThreadAttributes | None = None
 
 
 class SendToWorker(NamedTuple):

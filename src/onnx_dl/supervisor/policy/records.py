@@ -14,7 +14,7 @@ from onnx_dl.core.parsing import KEEP
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.terms import Terms
-from onnx_dl.core.thread_attributes import Standing
+from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.protocol import control
 from onnx_dl.protocol.failures import Failure
 from onnx_dl.supervisor.policy import requirements
@@ -112,7 +112,7 @@ class ModelRecord:
     """Least memory for the next load, after one that ran out of memory."""
     second_try: bool = False
     """Such a load is being repeated."""
-    standing: Standing | None = None
+    standing: ThreadAttributes | None = None
     """Of the thread that asked last.  The next worker gets it."""
     named: dict[bytes, dict[str, ModelSpec]] = dataclasses.field(default_factory=dict)
     """For a group: its models by key, as each client, or the host, last named them."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from onnx_dl.core.environment import NOTHING, Environment
-from onnx_dl.core.thread_attributes import Standing
+from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.protocol import codec, template
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -70,7 +70,7 @@ class StartConditions(NamedTuple):
 
     model: str = ""
     pristine: bool = False
-    standing: Standing | None = None
+    standing: ThreadAttributes | None = None
     environment: Environment = NOTHING
 
 

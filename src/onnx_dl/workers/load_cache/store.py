@@ -21,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from onnx_dl.core import parsing, settings
+from onnx_dl.core import settings
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.system import small_files
 
@@ -80,7 +80,7 @@ def folder() -> Path:
 
 def open_cache() -> Cache:
     """Returns the cache of this environment."""
-    return Cache(folder(), parsing.parse_size(settings.settings().cache_limit))
+    return Cache(folder(), settings.settings().cache_limit)
 
 
 class Cache:
