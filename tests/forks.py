@@ -1,4 +1,4 @@
-"""A program that forks while its threads run, map, load and unload: ``python -m tests.forks CHILDREN SEED``.
+"""Program that forks while its threads use models: ``python -m tests.forks CHILDREN SEED``.
 
 Each child calls the models that its parent uses at that moment, and says in its exit status whether it was
 right.  They use a shared host, so that a child need not start one; each 25th starts one of its own, too.

@@ -1,6 +1,6 @@
 """Every fault of every process of ours in every state of a model, and what its callers may see: a table.
 
-Data only; :mod:`tests.test_matrix` brings a model into the state, has the process misbehave, and compares.
+Data only.  :mod:`tests.test_matrix` prepares the state, makes the process fail, and compares.
 What is not in the table cannot exist, and says why.
 """
 

@@ -66,7 +66,7 @@ ROWS = [
     for line in PAGE.splitlines()
     if line.startswith("| ") and not line.startswith("| what |")
 ]
-NAMED = re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`", PAGE)
+NAMED = re.findall(r"`((?:\w+/)*\w+\.py)::(\w+)`", PAGE)
 
 
 def public(cls: Any) -> set[str]:

@@ -48,9 +48,9 @@ def add(host: ModelHost, library: Compile) -> ExecutionSession:
 @pytest.mark.parametrize("latency", ["normal", "low"])
 @pytest.mark.parametrize("shape", [SHORT, LONG, (0, 4)])
 def test_results_equal_numpys_also_when_calls_repeat(
-    host: ModelHost, library: Compile, shape: tuple[int, int], latency: str
+    module_host: ModelHost, library: Compile, shape: tuple[int, int], latency: str
 ) -> None:
-    session = ExecutionSession(library("add"), host=host, latency=latency)
+    session = ExecutionSession(library("add"), host=module_host, latency=latency)
     kept = []
     for _ in range(6):
         a, b = floats(*shape), floats(*shape)
@@ -371,12 +371,18 @@ def test_the_models_own_refusal_is_told(add: ExecutionSession, library: Compile)
     ],
 )
 def test_inputs_that_a_model_does_not_take(
-    add: ExecutionSession, inputs: list, error: type[Exception], message: str, loaded: bool
+    module_host: ModelHost,
+    library: Compile,
+    inputs: list,
+    error: type[Exception],
+    message: str,
+    loaded: bool,
 ) -> None:
+    session = ExecutionSession(library("add"), host=module_host)
     if loaded:
-        add.load()
+        session.load()
     with pytest.raises(error, match=message):
-        add.run(inputs)
+        session.run(inputs)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.contract.both import CPU, I64, STR, F, equal, identity, maps, model, node, sequence, tensor
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +25,19 @@ TIMEOUT = 60.0
 """Seconds after which a call is ended that should have come back; most of 12 MB is copying."""
 
 
-@pytest.fixture(params=["bell", "zmq"])
-def host(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, nothing_is_left_behind: None
-) -> Iterator[ModelHost]:
+@pytest.fixture(params=["bell", "zmq"], scope="module")
+def host(request: pytest.FixtureRequest) -> Iterator[ModelHost]:
+    """One host for all tests of a kind of lane; each test has models and lanes of its own."""
     folders = [str(Path(__file__).parent / "small_buffers"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
-    if request.param == "zmq":
-        monkeypatch.setenv("ONNX_DL_LANE", "zmq")
-    with ModelHost() as made:
-        yield made
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
+        if request.param == "zmq":
+            monkeypatch.setenv("ONNX_DL_LANE", "zmq")
+        with ModelHost() as made:
+            # The host keeps some threads and descriptors after its first use; tests count what they leave.
+            InferenceSessionProxy(identity(F), providers=CPU, host=made).run(None, {"x": np.ones(2, "f")})
+            eventually(lambda: not made.snapshot().models, "the end of the first model")
+            yield made
 
 
 Ask = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Every process of ours misbehaves in every state of a model; :mod:`tests.matrix` says what callers see.
+"""Each of our processes fails in each state of a model; :mod:`tests.matrix` has what callers may see.
 
 ``MATRIX=full`` in the environment tries every cell; without it, each fault and each state of each process is
 tried once.  In each cell: what waits ends in its bound, with its result or a typed error; another model

@@ -48,6 +48,8 @@ METHODS: Final[dict[str, Callable[[InferenceSessionProxy], Any]]] = {
     "session": hold,
     "preload": lambda proxy: proxy._host.preload([proxy], timeout=TIMEOUT),
 }
+BY_LANE: Final = ("run", "arun", "run_async", "load", "session")
+"""Methods that use a lane in ways of their own; ``aload`` and ``preload`` do what ``load`` does."""
 
 
 @pytest.fixture(params=["socket", "zmq"])
@@ -65,12 +67,12 @@ def at_most(seconds: float) -> Iterator[None]:
     assert took < allowed(seconds), f"took {took:.2f} s"
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize(
-    ("lane", "step"),
+    ("lane", "step", "method"),
+    [("socket", step, method) for step in STEPS for method in METHODS]
     # Only these steps depend on how calls travel.
-    [("socket", step) for step in STEPS] + [("zmq", step) for step in ("lane", "call", "fate")],
+    + [("zmq", step, method) for step in ("lane", "call", "fate") for method in BY_LANE],
     indirect=["lane"],
 )
 def test_each_step_with_each_method(

@@ -25,12 +25,15 @@ from tests.contract.both import CPU, loop
 from tests.contract.test_async_contract import ENDLESS
 from tests.mlir import compiler
 from tests.slow import identity_model
-from tests.test_mute_peers import METHODS, TIMEOUT, X, at_most, lane
+from tests.test_mute_peers import BY_LANE, METHODS, TIMEOUT, X, at_most, lane
 from tests.waiting import DEADLINE, allowed, eventually, worker_pid
 
 pytestmark = pytest.mark.slow
 
 __all__ = ["lane"]  # a fixture
+
+SOCKET: Final = pytest.mark.parametrize("lane", ["socket"], indirect=True)
+"""For tests that open no lane, or only one that the way of calls changes nothing about."""
 
 BOUND: Final = TIMEOUT + 1.5
 """As for scripted peers."""
@@ -163,12 +166,11 @@ SITUATIONS: Final = {
 }
 
 
-@pytest.mark.parametrize("method", [*METHODS, "unload"])
 @pytest.mark.parametrize(
-    ("lane", "situation"),
-    # Only the workers' ones depend on how calls travel.
-    [("socket", name) for name in SITUATIONS]
-    + [("zmq", name) for name in SITUATIONS if name.startswith("worker")],
+    ("lane", "situation", "method"),
+    [("socket", name, method) for name in SITUATIONS for method in (*METHODS, "unload")]
+    # How calls travel matters for stopped workers only, and for methods that use a lane in ways of their own.
+    + [("zmq", name, method) for name in SITUATIONS if name.startswith("worker") for method in BY_LANE],
     indirect=["lane"],
 )
 def test_each_situation_with_each_method(stage: Stage, situation: str, method: str) -> None:
@@ -188,7 +190,11 @@ def works(proxy: InferenceSessionProxy) -> bool:
         return False
 
 
-@pytest.mark.parametrize("method", ["run", "load", "session", "unload"])
+@pytest.mark.parametrize(
+    ("lane", "method"),
+    [*(("socket", method) for method in ("run", "load", "session", "unload")), ("zmq", "run")],
+    indirect=["lane"],
+)
 def test_native_code_that_holds_the_interpreters_lock(
     stage: Stage, method: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -220,6 +226,7 @@ def test_a_run_is_told_to_end_within_its_grace(stage: Stage) -> None:
 # --- a load that a timeout cuts short ----------------------------------------------------------------------
 
 
+@SOCKET
 def test_the_load_goes_on_for_the_next_caller(stage: Stage) -> None:
     template_before_the_load(stage)
     with pytest.raises(LoadTimeout, match="its load goes on"):
@@ -232,6 +239,7 @@ def test_the_load_goes_on_for_the_next_caller(stage: Stage) -> None:
     assert [status.loads for status in stage.host.snapshot().models] == [1]
 
 
+@SOCKET
 def test_what_nobody_waits_for_has_a_ttl(stage: Stage) -> None:
     stage.proxy = InferenceSessionProxy(identity_model(), providers=CPU, host=stage.host, ttl=0.3)
     stage.host.start()
@@ -245,6 +253,7 @@ def test_what_nobody_waits_for_has_a_ttl(stage: Stage) -> None:
     events.close()
 
 
+@SOCKET
 def test_the_hosts_start_goes_on_for_the_next_caller(stage: Stage) -> None:
     stage.proxy = stage.open()
     with pytest.raises(RunTimeout, match="the host to start, which goes on"):
@@ -255,6 +264,7 @@ def test_the_hosts_start_goes_on_for_the_next_caller(stage: Stage) -> None:
     assert stage.host._starting is launcher, "it was not started again"
 
 
+@SOCKET
 def test_threads_wait_together(stage: Stage) -> None:
     """Each for its own time, and all for one load."""
     template_before_the_load(stage)
@@ -305,6 +315,7 @@ def test_unload_by_force_ends_a_run_that_waits_for_a_stopped_worker(stage: Stage
     assert isinstance(ended[0], WorkerDied) or np.array_equal(ended[0], [X["x"]])  # or made elsewhere
 
 
+@SOCKET
 def test_close_ends_the_wait_of_another_thread_for_the_load(stage: Stage) -> None:
     template_before_the_load(stage)
     ended: list[object] = []
@@ -324,6 +335,7 @@ def test_an_event_loop_closes_at_once(stage: Stage) -> None:
         asyncio.run(stage.proxy.arun(None, X, timeout=TIMEOUT))
 
 
+@SOCKET
 @pytest.mark.parametrize("method", ["arun", "aload"])
 def test_a_cancelled_task_leaves_no_thread_that_waits(stage: Stage, method: str) -> None:
     template_before_the_load(stage)
@@ -413,6 +425,7 @@ def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.Mo
     assert host.snapshot().supervisor_pid is None
 
 
+@SOCKET
 def test_close_ends_a_supervisor_that_is_stopped(lane: str) -> None:
     """It has 3 s to say goodbye and 3 s to end; what it leaves is killed with it."""
     host = ModelHost()

@@ -1,5 +1,5 @@
-"""Hostile bytes for everything that reads what another process, or a disk, has written.
+"""Fuzzers.  ``python -m tests.fuzz`` sends damaged bytes to every reader of data from a process or a disk.
 
-``python -m tests.fuzz --frames 1000000 --seed 1`` runs as long as one likes;
-``tests/unit/test_hostile_bytes.py`` and ``tests/test_hostile_peers.py`` do a little of the same.
+``python -m tests.fuzz --frames 1000000 --seed 1`` runs for as long as wanted.  Short runs are in
+``tests/unit/test_hostile_bytes.py`` and ``tests/test_hostile_peers.py``.
 """

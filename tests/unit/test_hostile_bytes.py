@@ -1,6 +1,6 @@
 """Whatever stands in a file or comes from another process: a value, or the error that is documented.
 
-``python -m tests.fuzz`` does more of it; tests/test_hostile_peers.py speaks to the sockets of a host.
+``python -m tests.fuzz`` does more of it; tests/test_hostile_peers.py attacks the sockets of a host.
 """
 
 from __future__ import annotations

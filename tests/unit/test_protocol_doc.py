@@ -109,4 +109,4 @@ def test_sequences_name_real_messages():
     "title", ["Start-up", "A cold call", "A warm call", "A TTL runs out", "A crash during a call"]
 )
 def test_sequences_are_there(title):
-    assert "mermaid" in chapters(SECTION_TEXTS["How it goes"], 3)[title]
+    assert "mermaid" in chapters(SECTION_TEXTS["Sequences"], 3)[title]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.test_compatibility import functions_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
-NAMED = re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`", PAGE)
+NAMED = re.findall(r"`((?:\w+/)*\w+\.py)::(\w+)`", PAGE)
 
 
 def test_every_promise_names_a_test() -> None:

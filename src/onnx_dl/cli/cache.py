@@ -6,6 +6,7 @@ import datetime
 
 from onnx_dl.cli.output import print_line
 from onnx_dl.core.text import format_bytes
+from onnx_dl.workers.load_cache.store import open_cache
 
 
 def ls() -> None:
