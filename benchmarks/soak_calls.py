@@ -129,7 +129,9 @@ class Ground:
 
     def name_of(self, proxy_name: str) -> str | None:
         """The model that a snapshot names so."""
-        return next((n for (n, _), proxy in self._proxies.items() if proxy._spec.name == proxy_name), None)
+        return next(
+            (n for (n, _), proxy in self._proxies.items() if proxy._handle.spec.name == proxy_name), None
+        )
 
     def close(self) -> None:
         for proxy in self._proxies.values():

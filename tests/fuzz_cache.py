@@ -151,7 +151,7 @@ class Library:
         )
 
     def is_mapped(self, proxy: InferenceSessionProxy) -> bool:
-        key, models = proxy._spec.key, proxy._host.snapshot().models
+        key, models = proxy._handle.spec.key, proxy._handle.host.snapshot().models
         pids = [status.pid for status in models if status.key == key and status.pid is not None]
         if len(pids) != 1:
             raise Wrong(f"{key} has just been called, and has these workers: {pids} of {models}")

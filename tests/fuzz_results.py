@@ -17,8 +17,7 @@ os.environ.update(ORT_DISABLE_TELEMETRY="1", ONNX_DL_CACHE="off", ONNX_DL_STABLE
 import numpy as np
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from onnx_dl.client import connection
-from onnx_dl.host import model_host as hosts
+from onnx_dl.client import connection, model_table
 from tests import fuzz_calls, fuzzing, zoo
 from tests.fuzzing import Wrong
 
@@ -104,7 +103,7 @@ def _bytes(held: list[Held]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     given = fuzzing.arguments("fuzz_results", WEIGHTS, argv)
-    connection.TIDY_EVERY = hosts.TIDY_EVERY = TIDY  # type: ignore[misc]
+    connection.TIDY_EVERY = model_table.TIDY_EVERY = TIDY  # type: ignore[misc]
     for kind in zoo.kinds():
         zoo.reference(kind)
     descriptors = len(os.listdir("/proc/self/fd")) + 1  # numpy's and Python's own: a random source

@@ -15,8 +15,8 @@ from typing import Any, Final
 import pytest
 import zmq
 
+from onnx_dl.client import launcher
 from onnx_dl.core.status import ModelDescription, ModelStatus
-from onnx_dl.host import model_host as hosts
 from onnx_dl.protocol import codec, control
 from onnx_dl.transport import sockets
 from onnx_dl.transport.addresses import fresh_address
@@ -168,7 +168,7 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch, step: str, how: str) -> Any:
     """In the block, hosts of this process start nothing but this."""
     script = Scripted(step, how)
-    monkeypatch.setattr(hosts.starting, "start_private", script.start)
+    monkeypatch.setattr(launcher, "start_private", script.start)
     try:
         yield script
     finally:

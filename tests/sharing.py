@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from onnx_dl.host import connect
+from onnx_dl.client import host_registry
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import HostEntry
 from tests.waiting import DEADLINE, eventually
@@ -36,9 +36,9 @@ def own_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     finally:
         while _children:  # of a test that failed
             _children.pop().kill()
-        for host in list(connect._shared_hosts.values()):
+        for host in list(host_registry._shared.values()):
             host.close()
-        connect._shared_hosts.clear()
+        host_registry._shared.clear()
         for seen in running_hosts.running():
             end(seen.pid)
         try:

@@ -18,6 +18,7 @@ from onnx_dl import EventType, ModelHost
 from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core.spec import ModelSpec, file_identity, model_key
+from onnx_dl.core.terms import Terms
 from onnx_dl.errors import (
     LoadTimeout,
     MemoryLimitExceeded,
@@ -28,6 +29,7 @@ from onnx_dl.errors import (
     UnloadTimeout,
     WorkerDied,
 )
+from onnx_dl.session.model_source import Source
 from onnx_dl.session.proxy import ModelProxy
 from tests.waiting import DEADLINE, allowed, eventually
 
@@ -60,7 +62,7 @@ class Misbehaving(ModelProxy):
         spec = ModelSpec(
             key=key, name=folder.name, cwd=str(folder), engine="misbehaving", path=path.name, **caps
         )
-        super().__init__(spec, ttl=-1, host=host, pin=pin)
+        super().__init__(Source(spec), Terms(pin=pin), host)
 
     def run(self, timeout: float | None = None) -> None:
         """One call, whose result is compared."""
@@ -75,7 +77,7 @@ class Misbehaving(ModelProxy):
 
     def pid(self) -> int | None:
         """Of its worker."""
-        found = [s.pid for s in self._host.snapshot().models if s.key == self._spec.key]
+        found = [s.pid for s in self._handle.host.snapshot().models if s.key == self._handle.spec.key]
         return found[0] if found else None
 
 

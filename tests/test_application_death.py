@@ -109,7 +109,7 @@ def _live_sockets() -> set[str]:
 
 
 def test_a_supervisor_that_is_killed_takes_its_workers_with_it() -> None:
-    done = run(USE + "os.kill(default_host()._process.pid, 9); os._exit(0)")
+    done = run(USE + "os.kill(default_host().link._process.pid, 9); os._exit(0)")
     assert_gone(supervisors(done.stdout)[0])
 
 

@@ -36,7 +36,7 @@ def endless(host: ModelHost) -> InferenceSessionProxy:
 
 def computing(proxy: InferenceSessionProxy) -> Callable[[], None]:
     """Waits until the worker of this model computes: a call that it has not begun is made elsewhere."""
-    (status,) = proxy._host.snapshot().models
+    (status,) = proxy._handle.host.snapshot().models
     worker = psutil.Process(status.pid)
     idle = worker.cpu_times().user
 

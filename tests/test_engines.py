@@ -13,6 +13,8 @@ import pytest
 import onnx_dl
 from onnx_dl import EventType, ModelHost, WorkerDied
 from onnx_dl.core.spec import ModelSpec, file_identity, model_key
+from onnx_dl.core.terms import Terms
+from onnx_dl.session.model_source import Source
 from onnx_dl.session.proxy import ModelProxy
 from onnx_dl.workers.engines import base
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
@@ -63,7 +65,7 @@ def open_model(spec, blobs):
 class Scaled(ModelProxy):
     """Its face."""
 
-    def __init__(self, path: Path, **kwargs: object) -> None:
+    def __init__(self, path: Path, *, ttl: float = -1, host: ModelHost) -> None:
         spec = ModelSpec(
             key=model_key(file_identity(str(path)), "scaler"),
             name=path.name,
@@ -71,13 +73,13 @@ class Scaled(ModelProxy):
             engine="scaler",
             path=path.name,
         )
-        super().__init__(spec, **kwargs)  # type: ignore[arg-type]
+        super().__init__(Source(spec), Terms.parse(ttl), host)
 
     def run(self, array: np.ndarray) -> np.ndarray:
-        return self._model().run(self._lease, None, {"x": array}, None)[0]
+        return self._handle.model().run(self._handle.lease, None, {"x": array}, None)[0]
 
     def crash(self) -> None:
-        self._model().invoke(self._lease, "crash")
+        self._handle.model().invoke(self._handle.lease, "crash")
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_a_third_engine_is_one_more_module(
             for _ in range(3):
                 assert (proxy.run(x) == 3 * x).all()
                 assert (other.run(x) == 3 * x).all()
-        assert proxy._model().describe(proxy._lease).details == {"factor": 3}
+        assert proxy._handle.model().describe(proxy._handle.lease).details == {"factor": 3}
         pid = worker_pid(host)
         with pytest.raises(WorkerDied) as caught:
             proxy.crash()

@@ -74,8 +74,8 @@ def test_what_is_read_with_each_load(host: ModelHost, monkeypatch: pytest.Monkey
 
 def test_a_copy_has_it(host: ModelHost) -> None:
     with proxy_with(host, {"A": "b"}) as proxy, pickle.loads(pickle.dumps(proxy)) as copy:
-        assert copy._spec.key == proxy._spec.key
-        assert copy._spec.environment.variables == {"A": "b"}
+        assert copy._handle.spec.key == proxy._handle.spec.key
+        assert copy._handle.spec.environment.variables == {"A": "b"}
         onnx_dl.default_host().close()
 
 
@@ -103,12 +103,12 @@ def test_secrets_are_not_shown(host: ModelHost, capfd: pytest.CaptureFixture[str
     shown: list[str] = []
     with host.events() as events, proxy_with(host, {"TOKEN": SECRET}) as proxy:
         proxy.load()
-        shown += [repr(proxy), repr(proxy._spec), repr(host.snapshot())]
+        shown += [repr(proxy), repr(proxy._handle.spec), repr(host.snapshot())]
         proxy.unload()
         while not (shown and "unloaded" in shown[-1]):
             shown.append(repr(events.get(DEADLINE)))
     assert SECRET not in "".join(shown)
-    assert "TOKEN" in repr(proxy._spec)
+    assert "TOKEN" in repr(proxy._handle.spec)
     assert SECRET not in "".join(capfd.readouterr())
 
 

@@ -55,9 +55,9 @@ def test_a_call_that_finds_none_says_so_and_others_go_on(host: ModelHost, few: N
     held = []
     with pytest.raises(DescriptorsExhausted, match="ulimit") as raised:
         while True:
-            held.append(proxy._model().ask_with(proxy._lease, lambda lane: None)[0])
+            held.append(proxy._handle.model().ask_with(proxy._handle.lease, lambda lane: None)[0])
     assert raised.value.errno == errno.EMFILE and isinstance(raised.value, OSError)
-    proxy._model().put_lane(held.pop())
+    proxy._handle.model().put_lane(held.pop())
     assert proxy.run(None, X)[0][0] == 1
     for lane in held:
         lane.close()

@@ -111,9 +111,9 @@ with ModelHost() as host:
     one = opened(host)
     assert one.run(None, {"x": x})[0][0] == 2
     snapshot = host.snapshot()
-    worker, model = snapshot.models[0].pid, one._model()
+    worker, model = snapshot.models[0].pid, one._handle.model()
     (template,) = [p for p in psutil.Process(snapshot.supervisor_pid).children() if p.pid != worker]
-    call = model.prepare(one._lease, lambda lane: None)  # the one that there is
+    call = model.prepare(one._handle.lease, lambda lane: None)  # the one that there is
     let(worker, 1)
     print(refused(lambda: one.run(None, {"x": x})))
     let(worker, 60)  # the lane may be closed when it is idle for a while
@@ -124,7 +124,7 @@ with ModelHost() as host:
     assert one.run(None, {"x": x})[0][0] == 2
     let(template.pid, 60)
     assert opened(host, 2.0).run(None, {"x": x})[0][0] == 3
-    call = model.prepare(one._lease, lambda lane: None)
+    call = model.prepare(one._handle.lease, lambda lane: None)
     assert one.run(None, {"x": x})[0][0] == 2
     call.release()
 """,

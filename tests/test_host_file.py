@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def proxy_of(model: Configured, host: ModelHost) -> InferenceSessionProxy:
     """As a client has it that got the spec from a host."""
-    return InferenceSessionProxy.of_spec(model.spec, host=host, ttl=model.ttl)
+    return InferenceSessionProxy.of_spec(model.spec, model.terms, host=host)
 
 
 def test_a_model_of_the_file_runs_as_it_says(folder: Path, host: ModelHost) -> None:
@@ -84,6 +84,6 @@ def test_a_file_without_options(folder: Path, host: ModelHost) -> None:
     (folder / "host.toml").write_text('[models.scaler]\npath = "models/scaler.onnx"')
     model = read(folder / "host.toml").models["scaler"]
     same = InferenceSessionProxy(model.spec.path, providers=None, host=host)
-    assert model.spec.options is None is same._spec.options
+    assert model.spec.options is None is same._handle.spec.options
     (result,) = proxy_of(model, host).run(None, {"x": np.ones(2, np.float32)})
     assert result.tolist() == [1.0, 2.0]

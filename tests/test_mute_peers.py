@@ -46,7 +46,7 @@ METHODS: Final[dict[str, Callable[[InferenceSessionProxy], Any]]] = {
     "load": lambda proxy: proxy.load(timeout=TIMEOUT),
     "aload": lambda proxy: asyncio.run(proxy.aload(timeout=TIMEOUT)),
     "session": hold,
-    "preload": lambda proxy: proxy._host.preload([proxy], timeout=TIMEOUT),
+    "preload": lambda proxy: proxy._handle.host.preload([proxy], timeout=TIMEOUT),
 }
 BY_LANE: Final = ("run", "arun", "run_async", "load", "session")
 """Methods that use a lane in ways of their own; ``aload`` and ``preload`` do what ``load`` does."""

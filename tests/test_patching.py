@@ -139,7 +139,7 @@ def test_settings_by_glob(host: ModelHost, path: str, tmp_path: Path) -> None:
     with onnx_dl.patch(ttl="90s", models=settings, host=host):
         assert InferenceSession(path, providers=CPU).ttl == 5
         vad = InferenceSession(str(tmp_path / "vad_tiny.onnx"), providers=CPU)
-        assert (vad.ttl, vad._lease.latency) == (-1, "low")
+        assert (vad.ttl, vad._handle.lease.terms.latency) == (-1, "low")
         assert InferenceSession(scaled(), providers=CPU).ttl == 90
 
 

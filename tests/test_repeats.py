@@ -20,9 +20,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnx_dl import ConfigError, EventType, InferenceSessionProxy, ModelHost
-from onnx_dl.client import connection
+from onnx_dl.client import connection, model_table
 from onnx_dl.demo.assets import model_path
-from onnx_dl.host import model_host as hosts
 from tests.waiting import DEADLINE, eventually, wait_for, worker_pid
 
 pytestmark = pytest.mark.slow
@@ -248,7 +247,7 @@ proxy = InferenceSessionProxy({str(model_path("digits"))!r})
 feed = {{"pixels": np.zeros((1, 64), np.float32)}}
 proxy.run(None, feed)
 os.kill(default_host().snapshot().models[0].pid, 9)
-while proxy._remote.worker.pool is not None: time.sleep(0.001)
+while proxy._handle.remote.worker.pool is not None: time.sleep(0.001)
 proxy.run(None, feed)
 print("lives")
 """
@@ -272,7 +271,7 @@ def shared_bytes(pid: int | str) -> int:
 @pytest.fixture
 def tidy_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "TIDY_EVERY", 0.1)
-    monkeypatch.setattr(hosts, "TIDY_EVERY", 0.1)
+    monkeypatch.setattr(model_table, "TIDY_EVERY", 0.1)
 
 
 def test_idle_lanes_give_their_memory_back(tidy_soon: None, host: ModelHost, both: str):
@@ -313,7 +312,9 @@ def test_lanes_of_a_burst_are_closed(tidy_soon: None, host: ModelHost, both: str
         list(pool.map(work, range(8)))
     worker = psutil.Process(worker_pid(host))
     threads = worker.num_threads()
-    eventually(lambda: sum(map(len, proxy._remote.worker.pool._idle.values())) == 1, "one lane is left")
+    eventually(
+        lambda: sum(map(len, proxy._handle.remote.worker.pool._idle.values())) == 1, "one lane is left"
+    )
     if threads > worker.num_threads():  # as many as there were lanes at once, which the scheduler decides
         eventually(lambda: worker.num_threads() < threads, "their threads end")
     assert (proxy.run(None, {"a": ones, "b": ones})[0] == 2).all()

@@ -37,8 +37,6 @@ from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.host import connect
-from onnx_dl.host import model_host as host_module
-from onnx_dl.host.model_host import _FAREWELL
 from onnx_dl.transport.rendezvous import HostEntry
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
@@ -127,7 +125,7 @@ def begun(host: ModelHost) -> None:
 def test_several_applications_share_one_copy(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever names it, and however; parent and forked children call at the same time."""
     monkeypatch.setenv("ONNX_DL_HOST", "mine")
-    monkeypatch.setattr(connect, "_default", None)
+    monkeypatch.setattr(host_registry, "_default", None)
     by_default = InferenceSessionProxy(path, providers=CPU)
     by_name = onnx_dl.connect("mine").open(path, providers=CPU)
     assert [twice(by_default), twice(by_name)] == [2, 2]
@@ -138,14 +136,14 @@ def test_several_applications_share_one_copy(path: str, monkeypatch: pytest.Monk
             os.close(write)
             os.read(read, 1)  # all at the same time
             right = all(twice(by_default, number * 1000 + i) == 2 * (number * 1000 + i) for i in range(100))
-            return [right, supervisor_pid(by_default._host), worker_pid(by_default._host)]
+            return [right, supervisor_pid(by_default._handle.host), worker_pid(by_default._handle.host)]
 
         return calls
 
     children = [Forked(work(number)) for number in range(1, 4)]
     os.close(write)
-    host = by_default._host
-    assert host is by_name._host and host.name == host.snapshot().host == "mine"
+    host = by_default._handle.host
+    assert host is by_name._handle.host and host.name == host.snapshot().host == "mine"
     assert all(twice(by_default, i) == 2 * i for i in range(100))
     os.close(read)
     expected = [True, supervisor_pid(host), worker_pid(host)]
@@ -153,7 +151,7 @@ def test_several_applications_share_one_copy(path: str, monkeypatch: pytest.Monk
     (status,) = host.snapshot().models
     assert status.loads == 1
     eventually(lambda: leases(host) == [2], "the children's leases are given back")
-    monkeypatch.setattr(connect, "_default", None)
+    monkeypatch.setattr(host_registry, "_default", None)
 
 
 def test_a_program_of_its_own_finds_it(path: str, runtime: Path) -> None:
@@ -238,7 +236,7 @@ def test_a_pickled_proxy_names_the_host(path: str) -> None:
     proxy = host.open(path, providers=CPU)
     assert twice(proxy) == 2
     again = pickle.loads(pickle.dumps(proxy))
-    assert again._host is host
+    assert again._handle.host is host
     expected = [worker_pid(host)] * 2
     assert spawned(proxy) == expected
     assert Forked(lambda: worker_of(pickle.loads(pickle.dumps(proxy)))).result() == expected[0]
@@ -257,7 +255,7 @@ def spawned(proxy: InferenceSessionProxy) -> list[int]:
 def worker_of(proxy: InferenceSessionProxy) -> int:
     """In another process: the worker that answers."""
     assert twice(proxy, 4) == 8
-    return worker_pid(proxy._host)
+    return worker_pid(proxy._handle.host)
 
 
 def stop_resource_tracker() -> None:
@@ -466,7 +464,9 @@ def test_one_that_is_going_is_not_asked_again_and_again(
     running = Threads(lambda: slow.run(None, {"x": X, "n": FOR_EVER}))
     begun(host)
     made = []
-    monkeypatch.setattr(host_module, "Connection", lambda *args: made.append(Connection(*args)) or made[-1])
+    monkeypatch.setattr(
+        supervisor_link, "Connection", lambda *args: made.append(Connection(*args)) or made[-1]
+    )
     os.kill(supervisor_pid(host), signal.SIGTERM)
     eventually(lambda: [s.state for s in host.snapshot().models] == ["draining"], "it is going")
     assert twice(quick) == 2
@@ -486,7 +486,7 @@ def test_stop_while_others_want_more(spinning: str, path: str, monkeypatch: pyte
     stop = Threads(host.stop)
     calls = Threads(*[lambda: [twice(quick) for _ in range(50)]] * 2)
     assert stop.join() == [None]
-    assert time.monotonic() - began < allowed(0.5 + _FAREWELL)  # nor is anything of the next one awaited
+    assert time.monotonic() - began < allowed(0.5 + FAREWELL)  # nor is anything of the next one awaited
     assert calls.join() == [[2] * 50, [2] * 50]
     assert isinstance(running.join()[0], WorkerDied | SupervisorDied)
     assert ended(before)
@@ -677,7 +677,7 @@ def test_it_stays_for_a_while_without_clients(path: str, monkeypatch: pytest.Mon
 def test_a_python_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for program, reason in (("/bin/true", "exit status 0"), ("/none", "Cannot start '/none'")):
         monkeypatch.setenv("ONNX_DL_PYTHON", program)
-        connect._shared_hosts.clear()
+        host_registry._shared.clear()
         with pytest.raises(SupervisorStartError, match=f"The host 'mine' did not come up.*{reason}"):
             onnx_dl.connect("mine")
 

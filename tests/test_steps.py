@@ -133,8 +133,8 @@ def ways(shapes: Shapes) -> list[np.ndarray]:
 
 def trimmed(proxy: InferenceSessionProxy) -> None:
     """Nothing is there any more that the next call needs."""
-    model = proxy._model()
-    call = model.prepare(proxy._lease, lambda lane: m.Touch())
+    model = proxy._handle.model()
+    call = model.prepare(proxy._handle.lease, lambda lane: m.Touch())
     if call.lane.trim():
         call.release()
     else:  # the worker got no processor in time: a caller closes the lane then, too
@@ -160,7 +160,7 @@ def test_a_call_that_fails_at_any_step(proxy: InferenceSessionProxy, when: str) 
                 reached.add(name)
             for after in (x, shapes.new(), known, known_there, x):
                 right(proxy, after)
-    other_lane = {"replay", "ring"} if proxy._model().worker._over_zmq else set()
+    other_lane = {"replay", "ring"} if proxy._handle.model().worker._over_zmq else set()
     assert {name for _, name in STEPS} - reached <= other_lane
 
 
@@ -169,11 +169,13 @@ def test_a_request_that_is_made_and_not_sent_changes_nothing(proxy: InferenceSes
     shapes = Shapes(proxy)
     first = shapes.new(SMALL)
     right(proxy, first)
-    model = proxy._model()
+    model = proxy._handle.model()
     for count in (1, 70):
         shapes.warm(count)
         for x in ways(shapes):
-            call = model.prepare(proxy._lease, lambda lane, x=x: lane.codec.encode_call(None, {"x": x}, None))
+            call = model.prepare(
+                proxy._handle.lease, lambda lane, x=x: lane.codec.encode_call(None, {"x": x}, None)
+            )
             known = dict(call.lane.codec._plans._plans)
             call.release()
             proxy.load()

@@ -102,7 +102,7 @@ def worker_with_an_idle_lane(stage: Stage) -> None:
 
 def worker_whose_lanes_are_in_use(stage: Stage) -> None:
     used(stage)
-    lane, _ = stage.proxy._model().ask_with(stage.proxy._lease, lambda lane: None)
+    lane, _ = stage.proxy._handle.model().ask_with(stage.proxy._handle.lease, lambda lane: None)
     stage.at_the_end.callback(lane.close)
     stage.stop(stage.worker())
 
@@ -258,10 +258,10 @@ def test_the_hosts_start_goes_on_for_the_next_caller(stage: Stage) -> None:
     stage.proxy = stage.open()
     with pytest.raises(RunTimeout, match="the host to start, which goes on"):
         stage.proxy.run(None, X, timeout=0.001)
-    launcher = stage.host._starting
+    launcher = stage.host.link._start
     assert launcher is not None
     assert works(stage.proxy)
-    assert stage.host._starting is launcher, "it was not started again"
+    assert stage.host.link._start is launcher, "it was not started again"
 
 
 @SOCKET

@@ -34,7 +34,7 @@ def through_a_pickle(proxy: Any) -> Any:
 @pytest.fixture
 def default() -> Any:
     """The default host, which other processes have, too; closed in the end."""
-    host = InferenceSessionProxy(scaled())._host
+    host = InferenceSessionProxy(scaled())._handle.host
     yield host
     host.close()
 
@@ -52,7 +52,7 @@ def test_a_pickled_proxy_is_another_of_the_same_model(
     proxy = InferenceSessionProxy(given, options, CPU, ttl=60, latency="low")
     again = through_a_pickle(proxy)
     assert (twice(proxy), twice(again)) == (2, 2)
-    assert (again.ttl, again._lease.latency) == (60, "low")
+    assert (again.ttl, again._handle.lease.terms.latency) == (60, "low")
     assert len(default.snapshot().models) == 1
     assert again.get_session_options().get_session_config_entry("mine") == "1"
     assert (again._model_path, again._model_bytes) == (proxy._model_path, proxy._model_bytes)
@@ -82,7 +82,7 @@ def test_a_copy_has_the_terms_of_the_original(default: ModelHost, act: Any) -> N
     assert twice(again) == 2
     (status,) = default.snapshot().models
     assert (status.pinned, status.priority, status.ttl) == (True, 3, 60)
-    assert again._spec == proxy._spec
+    assert again._handle.spec == proxy._handle.spec
 
 
 def test_live_initializers(default: ModelHost) -> None:
@@ -131,7 +131,7 @@ def test_after_a_fork_without_a_word(default: ModelHost) -> None:
     pid = os.fork()
     if pid == 0:
         os.write(write, str(twice(proxy)).encode())
-        proxy._host.close()
+        proxy._handle.host.close()
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:

@@ -41,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
     def tell(proxy: ModelProxy, warmup: dict[str, Any]) -> None:
         prelude = "import json, sys; sys.path[:] = json.loads(sys.argv[1])[0]\n"
-        program = _TOLD.format(warmups={proxy._spec.key: warmup})
+        program = _TOLD.format(warmups={proxy._handle.spec.key: warmup})
         monkeypatch.setattr(boot, "_BOOT", prelude + program)
 
     return tell

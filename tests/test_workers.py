@@ -56,7 +56,7 @@ class Spinner:
         return future
 
     def _cpu_seconds(self) -> float:
-        return sum(psutil.Process(worker_pid(self.proxy._host)).cpu_times()[:2])
+        return sum(psutil.Process(worker_pid(self.proxy._handle.host)).cpu_times()[:2])
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_calls_over_zeromq_work_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def worker_pid_of(host: ModelHost, proxy: InferenceSessionProxy) -> int:
-    (pid,) = [s.pid for s in host.snapshot().models if s.key == proxy._spec.key]
+    (pid,) = [s.pid for s in host.snapshot().models if s.key == proxy._handle.spec.key]
     assert pid is not None
     return pid
 

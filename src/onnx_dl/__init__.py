@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from onnx_dl.client import host_registry
 from onnx_dl.ort import recorder
 
 if TYPE_CHECKING:
     from onnx_dl.client.event_stream import EventStream
     from onnx_dl.core.events import EventType, ModelEvent
     from onnx_dl.core.lifecycle import ModelState
-    from onnx_dl.core.status import ModelStatus, Usage
+    from onnx_dl.core.status import ModelStatus, Snapshot, Usage
     from onnx_dl.errors import (
         CapacityError,
         ConfigError,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from onnx_dl.host.connect import connect, default_host, warm_up
-    from onnx_dl.host.model_host import ModelHost, Snapshot
+    from onnx_dl.host.model_host import ModelHost
     from onnx_dl.integrations.onnxruntime_patch import Patch, Unpatched, patch, unpatch, unpatched_report
     from onnx_dl.session.execution_session import ExecutionSession
     from onnx_dl.session.inference_session import InferenceSession, InferenceSessionProxy
@@ -62,6 +63,7 @@ _HOMES = {
     "core.lifecycle": ("ModelState",),
     "core.status": (
         "ModelStatus",
+        "Snapshot",
         "Usage",
     ),
     "errors": (
@@ -98,10 +100,7 @@ _HOMES = {
         "default_host",
         "warm_up",
     ),
-    "host.model_host": (
-        "ModelHost",
-        "Snapshot",
-    ),
+    "host.model_host": ("ModelHost",),
     "integrations.onnxruntime_patch": (
         "Patch",
         "Unpatched",
@@ -126,8 +125,15 @@ __version__ = "0.2.0.dev0"
 """Read by the build; the one place where it is written."""
 __all__ = sorted(_HOME_OF)
 
-# From now on, so that what onnxruntime does not tell again reaches workers.
+# Records options from now on, because onnxruntime's objects do not give them back.
 recorder.install()
+
+
+def _make_host(name: str | None) -> ModelHost:
+    return importlib.import_module(f"{__name__}.host").ModelHost.of_name(name)  # type: ignore[no-any-return]
+
+
+host_registry.set_factory(_make_host)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, TensorSpec, Usage
+from onnx_dl.core.terms import Terms
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.policy.commands import (
     Command,
@@ -43,8 +44,8 @@ def spec(key: str = "m", **fields: Any) -> ModelSpec:
     return ModelSpec(key=key, name=f"{key}.onnx", cwd="/work", path=f"{key}.onnx", **fields)
 
 
-def acquire(ticket: int, proxy: int = 1, ttl: float = -1.0, key: str = "m") -> control.Acquire:
-    return control.Acquire(ticket=ticket, proxy=proxy, spec=spec(key), ttl=ttl)
+def acquire(ticket: int, proxy: int = 1, ttl: float = -1.0, key: str = "m", **terms: Any) -> control.Acquire:
+    return control.Acquire(ticket=ticket, proxy=proxy, spec=spec(key), terms=Terms(ttl, **terms))
 
 
 def unload(ticket: int, key: str = "m", force: bool = False) -> control.Unload:

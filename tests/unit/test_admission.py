@@ -35,7 +35,7 @@ def scheduler() -> Scheduler:
 
 def load(scheduler: Scheduler, key: str, worker_id: int, mb: int, now: float, **terms: object) -> None:
     """A model whose worker becomes ready and takes so much."""
-    ask = msgspec.structs.replace(acquire(worker_id, worker_id, key=key), **terms)
+    ask = acquire(worker_id, worker_id, key=key, **terms)
     assert [c for c in scheduler.on_acquire(A, ask, now) if isinstance(c, StartWorker)]
     scheduler.on_ready(ready(worker_id), usage(mb), now)
 
@@ -104,7 +104,7 @@ def test_one_that_was_pinned_stays(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 40, 0.0)
     load(scheduler, "c", 2, 40, 0.0)
     scheduler.on_acquire(A, msgspec.structs.replace(acquire(3, 3, key="b"), file_bytes=10 * MB), 10.0)
-    scheduler.on_acquire(A, msgspec.structs.replace(acquire(4, 4, key="a"), pin=True), 10.0)
+    scheduler.on_acquire(A, acquire(4, 4, key="a", pin=True), 10.0)
     assert scheduler.on_tick(10.0, {1: idle(40, 1.0), 2: idle(40, 9.9)}) == [order(2, m.DrainIfIdle())]
 
 
@@ -196,7 +196,7 @@ def test_the_limit_is_a_share_of_the_machine_unless_it_was_set(
 
 def ask(ticket: int, key: str, mb: int, **terms: object) -> m.Acquire:
     """For a model of so many MB."""
-    return msgspec.structs.replace(acquire(ticket, ticket, key=key), file_bytes=mb * MB, **terms)
+    return msgspec.structs.replace(acquire(ticket, ticket, key=key, **terms), file_bytes=mb * MB)
 
 
 def busy(mb: int) -> Sample:

@@ -11,7 +11,6 @@ import pytest
 from onnx_dl import EventType, ModelEvent, ModelHost
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import InstallationError
-from onnx_dl.host.model_host import _on_event
 
 SPEC = ModelSpec(key="k", name="m", cwd="/", group="g")
 
@@ -63,7 +62,7 @@ def test_proxies_are_made_in_one_thread_while_another_loads_the_group(hasty: Non
         thread = threading.Thread(target=make)
         thread.start()
         while not done.is_set():
-            assert host._members(SPEC) == []
+            assert host._models.companions(SPEC) == []
         thread.join()
 
 
@@ -76,15 +75,15 @@ def test_events_come_while_models_are_opened(hasty: None) -> None:
 
         def make() -> None:
             for number, model in enumerate(models):
-                host._models[str(number)] = model  # type: ignore[assignment]
+                host._models._models[str(number)] = model  # type: ignore[assignment]
             done.set()
 
         thread = threading.Thread(target=make)
         thread.start()
         while not done.is_set():
-            _on_event(host._models, host._teller, event)
+            host._models.on_event(event)
         thread.join()
-        _on_event(host._models, host._teller, event)  # the thread may have been faster than the first one
+        host._models.on_event(event)  # the thread may have been faster than the first one
     assert all(model.told for model in models)
 
 
@@ -93,7 +92,7 @@ def test_one_that_cannot_be_had_is_no_error_of_another(error: Exception) -> None
     with ModelHost() as host:
         proxy = Proxy(error)
         host.join(proxy)
-        assert host._members(SPEC) == []
+        assert host._models.companions(SPEC) == []
 
 
 def test_groups_of_proxies_that_are_gone_are_forgotten() -> None:
@@ -102,4 +101,4 @@ def test_groups_of_proxies_that_are_gone_are_forgotten() -> None:
             proxy = Proxy()
             proxy.group = f"request-{number}"
             host.join(proxy)
-        assert len(host._grouped) == 1
+        assert len(host._models._members) == 1

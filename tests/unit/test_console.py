@@ -18,9 +18,8 @@ from onnx_dl.cli.models import load_line
 from onnx_dl.client.launcher import no_host
 from onnx_dl.core import text
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.core.status import ModelStatus, Usage
+from onnx_dl.core.status import ModelStatus, Snapshot, Usage
 from onnx_dl.errors import SupervisorDied
-from onnx_dl.host.model_host import Snapshot
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.transport.running_hosts import RunningHost
 

@@ -74,7 +74,7 @@ def test_the_host(base):
 
 def test_a_model_that_says_nothing(base):
     model = one(VAD, base)
-    assert (model.name, model.ttl, model.pin, model.priority) == ("vad", -1.0, False, 0)
+    assert (model.name, model.terms.ttl, model.terms.pin, model.terms.priority) == ("vad", -1.0, False, 0)
     assert (model.eager, model.warmup, model.spec.group) == (False, {}, None)
 
 
@@ -85,7 +85,7 @@ def test_a_model_that_says_all(base):
         "warmup = {x = {shape = [1, 2]}}",
         base,
     )
-    assert (model.ttl, model.pin, model.priority, model.eager, model.spec.group) == (
+    assert (model.terms.ttl, model.terms.pin, model.terms.priority, model.eager, model.spec.group) == (
         90.0,
         True,
         -3,
@@ -102,7 +102,7 @@ TERMS = 'ttl = 0\npin = true\npriority = 7\nproviders = [["A", {b = 1}]]\noption
 
 def test_defaults(base):
     model = one(f"[defaults]\n{TERMS}{VAD}", base)
-    assert (model.ttl, model.pin, model.priority) == (0.0, True, 7)
+    assert (model.terms.ttl, model.terms.pin, model.terms.priority) == (0.0, True, 7)
     assert model.spec == one(f'{VAD}providers = [["A", {{b = 1}}]]\noptions.logid = "common"', base).spec
 
 
@@ -169,7 +169,7 @@ def test_fills(dtype, fill, base):
 def test_spec_is_that_of_an_application_in_the_same_folder(text, how, base, monkeypatch):
     monkeypatch.chdir(base)
     proxy = InferenceSessionProxy(str(base / "vad.onnx"), **how)
-    assert one(VAD + text, base).spec == proxy._spec
+    assert one(VAD + text, base).spec == proxy._handle.spec
 
 
 def test_options_are_those_of_an_application(base, monkeypatch):
@@ -181,7 +181,7 @@ def test_options_are_those_of_an_application(base, monkeypatch):
     told.logid = "me"
     told.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     told.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    plain = InferenceSessionProxy(str(base / "vad.onnx"), told)._spec.options
+    plain = InferenceSessionProxy(str(base / "vad.onnx"), told)._handle.spec.options
     text = (
         'intra_op_num_threads = 3\nenable_profiling = true\nlogid = "me"\n'
         'graph_optimization_level = "basic"\n'

@@ -17,7 +17,7 @@ from onnx_dl.core.environment import Environment
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
-from onnx_dl.core.thread_attributes import ThreadAttributes
+from onnx_dl.core.terms import Terms
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane, template
 from tests.unit.builders import DESCRIPTION, spec
@@ -51,11 +51,11 @@ EXAMPLES = [
     control.Welcome(build="onnxruntime-1.31.1"),
     control.Refused(reason="no"),
     control.Blob(number=1, name="d"),
-    control.Acquire(ticket=1, proxy=2, spec=MODEL, ttl=-1.0),
+    control.Acquire(ticket=1, proxy=2, spec=MODEL, terms=Terms()),
     control.Granted(ticket=1, worker_id=2, pid=3, address="a", secret="s", description=DESCRIPTION),
     control.Denied(ticket=1, failure=FAILURE),
     control.AskModel(ticket=1, name="vad"),
-    control.Named(ticket=1, spec=MODEL, ttl=60.0, pin=True, priority=2),
+    control.Named(ticket=1, spec=MODEL, terms=Terms(60.0, pin=True, priority=2)),
     control.DropBlob(number=1),
     control.Withdraw(ticket=1, proxy=2, keep=True),
     control.Outdated(proxy=1, worker_id=2, path="/m.onnx"),

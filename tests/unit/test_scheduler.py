@@ -146,7 +146,7 @@ def test_a_new_load_uses_the_spec_of_who_asks(rig):
     other = ModelSpec(key="m", name="link.onnx", cwd="/else", path="link.onnx")
     s.on_unload(A, unload(2), 0.0)
     s.on_client_gone(A, 0.1)
-    s.on_acquire(B, m.Acquire(ticket=3, proxy=1, spec=other, ttl=-1.0), 0.2)
+    s.on_acquire(B, m.Acquire(ticket=3, proxy=1, spec=other, terms=Terms()), 0.2)
     assert starts(s.on_exited(1, KILLED, "", 0.3)) == [StartWorker(2, other)]
 
 
@@ -680,7 +680,7 @@ def test_fate_of_exit_code_and_of_forced_unload(rig):
 def test_fate_of_a_worker_that_had_too_much_memory(rig, draining):
     s = rig.scheduler
     limited = spec(max_memory_hard=1000)
-    s.on_acquire(A, m.Acquire(ticket=1, proxy=1, spec=limited, ttl=-1.0), 0.0)
+    s.on_acquire(A, m.Acquire(ticket=1, proxy=1, spec=limited, terms=Terms()), 0.0)
     s.on_spawned(1, 101)
     s.on_ready(ready(), USAGE, 1.0)
     if draining:

@@ -24,7 +24,7 @@ def member(key: str, **fields: Any) -> ModelSpec:
 def ask(ticket: int, key: str, *companions: str, proxy: int = 1, **fields: Any) -> control.Acquire:
     others = [member(other) for other in companions]
     return control.Acquire(
-        ticket=ticket, proxy=proxy, spec=member(key), companions=others, ttl=-1.0, **fields
+        ticket=ticket, proxy=proxy, spec=member(key), companions=others, terms=Terms(), **fields
     )
 
 
@@ -94,9 +94,7 @@ def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
             ticket=0,
             proxy=0,
             spec=member(key),
-            ttl=own.ttl,
-            pin=own.pin,
-            priority=own.priority,
+            terms=own,
             for_host=True,
         )
         begun(rig, s.on_acquire(HOST, wanted, 0.0))
@@ -168,7 +166,7 @@ def test_a_group_needs_gpu_memory_if_any_of_its_models_does(rig):
     s.know_gpus(1000 << 20)
     cuda = member("cuda", providers=["CUDAExecutionProvider"])
     wanted = control.Acquire(
-        ticket=1, proxy=1, spec=member("cpu"), companions=[cuda], ttl=-1.0, file_bytes=100 << 20
+        ticket=1, proxy=1, spec=member("cpu"), companions=[cuda], terms=Terms(), file_bytes=100 << 20
     )
     begun(rig, s.on_acquire(A, wanted, 0.0))
     assert s.in_use(0.0).gpu == (300 + 150) << 20

@@ -149,8 +149,8 @@ class World:
         ticket = self.acquiring[client, proxy] = self.ask(client, "acquire")
         other = [model("g2" if key == "g1" else "g1")] if how & 4 and key.startswith("g") else []
         message = m.Acquire(
-            ticket=ticket, proxy=proxy, spec=model(key), ttl=ttl, pin=how & 3 == 1, for_host=how & 18 == 18,
-            companions=other, priority=how >> 3 & 1, file_bytes=20 << 20 if how & 16 else 0,
+            ticket=ticket, proxy=proxy, spec=model(key), for_host=how & 18 == 18, companions=other,
+            terms=Terms(ttl, pin=how & 3 == 1, priority=how >> 3 & 1), file_bytes=20 << 20 if how & 16 else 0,
         )  # fmt: skip
         self.do(self.scheduler.on_acquire(client, message, self.now))
 
@@ -214,7 +214,8 @@ class World:
         self.do(s.on_configured(self.settings, terms, grouped, self.now))
         for number, key in enumerate(named):
             if eager >> number & 1:
-                ask = m.Acquire(ticket=0, proxy=0, spec=model(key), ttl=ttl, pin=key == "a", for_host=True)
+                terms = Terms(ttl, pin=key == "a")
+                ask = m.Acquire(ticket=0, proxy=0, spec=model(key), terms=terms, for_host=True)
                 self.do(s.on_acquire(HOST, ask, self.now))
 
     def knows_gpus(self, nbytes: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from typing import NamedTuple
 
-from onnx_dl.host.model_host import Snapshot
+from onnx_dl.core.status import Snapshot
 
 
 class _Sample(NamedTuple):

@@ -14,8 +14,9 @@ from onnx_dl.cli.history import History
 from onnx_dl.cli.hosts import check_alive, running
 from onnx_dl.cli.output import console, print_line
 from onnx_dl.cli.table import live, overview
+from onnx_dl.core.status import Snapshot
 from onnx_dl.errors import SupervisorError
-from onnx_dl.host.model_host import ModelHost, Snapshot
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import RunningHost
 

@@ -13,9 +13,8 @@ from rich.text import Text
 from onnx_dl.cli.history import History
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.parsing import KEEP
-from onnx_dl.core.status import ModelStatus
+from onnx_dl.core.status import ModelStatus, Snapshot
 from onnx_dl.core.text import duration, format_bytes, growing_line, short_names
-from onnx_dl.host.model_host import Snapshot
 
 _NONE: Final = "-"
 _GAP: Final = 2

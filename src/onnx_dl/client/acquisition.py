@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from onnx_dl.client.connection import Connection
+from onnx_dl.client.control_link import Ticket
 from onnx_dl.client.lease import Lease
-from onnx_dl.client.supervisor_link import Ticket
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core import load_output
 from onnx_dl.core.model_files import bytes_of
@@ -165,10 +165,8 @@ class Acquisition:
             ticket=ticket,
             proxy=lease.id,
             spec=self.spec,
-            ttl=lease.ttl,
+            terms=lease.terms,
             file_bytes=nbytes,
-            pin=lease.pin,
-            priority=lease.priority,
             for_host=for_host,
             companions=[other.spec for other in others],
             standing=standing,

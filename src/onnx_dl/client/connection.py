@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl.client.supervisor_link import Answer, SupervisorLink, Ticket, Tickets
+from onnx_dl.client.control_link import Answer, ControlLink, Ticket, Tickets
 from onnx_dl.client.worker_output import Piece, WorkerOutput
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
@@ -127,7 +127,7 @@ class Connection:
         """Whether it is closed because the program closed its descriptors."""
         self._listener = listener
         self._timer = _TidyTimer(listener.tidy)
-        self._link = SupervisorLink(address, secret, timeout, deadline)
+        self._link = ControlLink(address, secret, timeout, deadline)
         self.supervisor_pid = self._link.supervisor_pid
         self.build = self._link.build
         """The onnxruntime of a shared host."""

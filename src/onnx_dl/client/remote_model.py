@@ -144,7 +144,7 @@ class RemoteModel:
         for attempt in itertools.count():
             try:
                 pool = self.worker.usable_by(lease)
-                lane = None if pool is None else pool.take(lease.latency)
+                lane = None if pool is None else pool.take(lease.terms.latency)
                 if lane is None:
                     if not wait:
                         raise BlockingIOError("no lane is idle")
@@ -166,7 +166,7 @@ class RemoteModel:
             deadline.check("the worker")
         pool = self._acquire(lease, deadline)
         # A proxy that is new to the worker may use the lanes that others left idle.
-        return pool, pool.take(lease.latency) or pool.open(lease.latency, deadline)
+        return pool, pool.take(lease.terms.latency) or pool.open(lease.terms.latency, deadline)
 
     def serves(self, lease: Lease) -> bool:
         """Whether a proxy that has used the present worker may go on to."""
@@ -215,7 +215,7 @@ class RemoteModel:
     def load(self, lease: Lease, deadline: Deadline | None = None) -> None:
         """Has the model ready.  A load that nobody needed counts as a use, so that its TTL ends it; with a
         TTL of 0, where a use would, the model waits for its first call."""
-        if lease.ttl == 0:
+        if lease.terms.ttl == 0:
             while self.worker.usable_by(lease) is None:
                 self._acquire(lease, deadline)
         else:

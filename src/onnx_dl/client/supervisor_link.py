@@ -1,166 +1,257 @@
-"""Descriptors between an application and its supervisor, outgoing messages, and requests under way."""
+"""Link from this application to one supervisor: starts or finds it, connects, and ends it.
+
+How a process is started or found is :mod:`onnx_dl.client.launcher`'s.  Which models are in it is not known here.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import secrets
-import select
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
-from onnx_dl.concurrency import primitives
+from onnx_dl.client import launcher
+from onnx_dl.client.connection import Connection, ConnectionListener
+from onnx_dl.client.event_dispatch import EventDispatcher
+from onnx_dl.client.event_stream import EventBus
+from onnx_dl.client.worker_output import WorkerOutput
+from onnx_dl.concurrency import waits
+from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.concurrency.forking import Promise
-from onnx_dl.errors import OnnxDLError, ProtocolError, SupervisorStartError, SupervisorUnreachable
-from onnx_dl.protocol import codec, control
-from onnx_dl.transport import sockets
-from onnx_dl.transport.dealer import Dealer
-from onnx_dl.transport.sockets import Channel, Waker
+from onnx_dl.concurrency.forking import Guard
+from onnx_dl.core.events import ModelEvent
+from onnx_dl.core.settings import Settings
+from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
+from onnx_dl.protocol import control as m
+from onnx_dl.system import installation, process_setup
+from onnx_dl.system.platform import check_platform
 
-_SENT_AWAY: Final = 0.1
-"""Seconds until the client connects again to a supervisor that had no descriptor left for it."""
-
-_LAST_WORDS: Final = 0.1
-"""Seconds without a message after which a dead supervisor is taken to have sent all."""
-
-Answer = Any
-"""Message that answers a request.  The class of the request decides its class."""
+FAREWELL: Final = 3.0
+"""Seconds that the supervisor has to end all workers and itself when the application closes it."""
+_CLOSED: Final = "The host was closed while it started."
+_exiting = False
+"""True when the interpreter exits: no supervisor is started any more."""
 
 
-class Ticket(NamedTuple):
-    """A request under way."""
+class Hooks(NamedTuple):
+    """Functions that the connection's thread calls; none of them may wait."""
 
-    number: int
-    answer: Promise[Answer]
-
-
-class Tickets:
-    """Requests under way, by number.  Thread-safe: its dict changes in single steps."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
-        self._pending: dict[int, Promise[Answer]] = {}
-
-    def number(self) -> int:
-        """A number that no other message has."""
-        return next(self._numbers)
-
-    def add(self, giver: int | None) -> Ticket:
-        """``giver``: the number of the thread that gives the answer."""
-        ticket = Ticket(self.number(), Promise(giver))
-        self._pending[ticket.number] = ticket.answer
-        return ticket
-
-    def remove(self, ticket: Ticket) -> bool:
-        """Whether the ticket was still there."""
-        return self._pending.pop(ticket.number, None) is not None
-
-    def answer(self, number: int, message: codec.Message) -> None:
-        if answer := self._pending.get(number):
-            answer.set_result(message)
-
-    def fail_all(self, error: Callable[[], Exception]) -> None:
-        """Gives each request an error of its own."""
-        for answer in list(self._pending.values()):
-            if not answer.done():
-                answer.set_exception(error())
+    on_event: Callable[[ModelEvent], None]
+    on_end: Callable[[Connection], None]
+    tidy: Callable[[], bool]
+    """Gives idle memory back; returns whether there will be more to do."""
 
 
 class SupervisorLink:
-    """Lifeline, control socket and outbox of a connection, and the waker of its thread."""
+    """Connection to a supervisor, with its process if it is private, and the thread that gives out events."""
 
-    def __init__(self, address: str, secret: str, timeout: float, deadline: Deadline | None) -> None:
-        """Connects; raises like :class:`Connection`."""
-        identity = secrets.token_bytes(16)
-        hello = control.ClientHello(version=codec.PROTOCOL_VERSION, secret=secret, client=identity)
-        opening = Deadline(timeout, outer=deadline)
-        with _unreachable():
-            self.lifeline = Channel.connect(f"{address}/lifeline", opening)
+    def __init__(
+        self, settings: Settings, explicit: Sequence[str], name: str | None, bus: EventBus, hooks: Hooks
+    ) -> None:
+        """
+        Args:
+            explicit: names of settings that a host's file does not change.
+            name: of a shared host; None: the supervisor is private.
+        """
+        self.settings = settings
+        self.name = name
+        self.starts = True
+        """True if a shared host that does not run is started."""
+        self._explicit = explicit
+        self._bus = bus
+        self._hooks = hooks
+        self._lock = Guard()  # brief: guards the attributes below
+        self._start: _Start | None = None
+        self.connection: Connection | None = None
+        """The last connection, which may have ended."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._events = EventDispatcher(self._bus)
+
+    def disown(self) -> None:
+        """In a forked child, which does not use this any more: its parent reaps the process."""
+        if self._process is not None:
+            self._process.returncode = 0  # subprocess must not warn of it
+
+    def connect(self, deadline: Deadline | None = None, *, start: bool = True) -> Connection:
+        """The live connection, to a new supervisor if there is none.  One thread starts it for all.
+
+        Args:
+            start: whether a shared host may be started.
+
+        Raises:
+            DeadlinePassed: the deadline did; the start goes on.
+            PlatformError: onnx-dl cannot run on this system.
+            SupervisorError: the supervisor did not come up, or there is none and it may not be started.
+        """
+        may_start = start and self.starts
+        while True:
+            if (connection := self._alive) is not None:
+                return connection
+            if sys.is_finalizing() or _exiting:
+                raise SupervisorError("The interpreter is shutting down; no model can be loaded any more.")
+            check_platform()
+            with self._lock.alone():
+                if (connection := self._alive) is not None:
+                    return connection
+                if self._start is None or self._start.done:
+                    self._start = _Start(self, may_start)
+                present = self._start
+            try:
+                return present.wait(deadline, "the host to start")
+            except SupervisorError:
+                if present.may_start or not may_start:
+                    raise
+                # Another thread only looked for a host that runs.
+
+    @property
+    def _alive(self) -> Connection | None:
+        connection = self.connection
+        return connection if connection is not None and connection.usable else None
+
+    def bring_up(self, this: _Start, deadline: Deadline) -> Connection:
+        """Connects to a new supervisor.  Runs in the thread of :class:`_Start`."""
         try:
-            with _unreachable():
-                self.lifeline.send(codec.encode(hello))
-                self.build = _await_welcome(self.lifeline, opening)
-                """The onnxruntime of a shared host."""
-                sockets.check_descriptors("A connection to the supervisor")
-                self.control = Dealer(f"{address}/control", identity, Deadline(timeout, outer=deadline))
-        except BaseException:
-            self.lifeline.close()
+            deadline.check("the host to start")
+            process_setup.fill_standard_streams()
+            with self._lock:
+                process, self._process = self._process, None
+            _bury(self.connection, process, self._events)
+            events = EventDispatcher(self._bus)
+            events.start()  # first: where no thread can be had, nothing is to be undone
+            try:
+                return self._bring_up(this, events, deadline)
+            except BaseException:
+                events.end()
+                raise
+        except (DeadlinePassed, SupervisorError):
+            if deadline.passed:  # close() ended it
+                raise SupervisorError(_CLOSED) from None
             raise
-        self.supervisor_pid = self.lifeline.peer_pid()
-        self.waker = Waker()
-        self._outbox: primitives.SimpleQueue[bytes] = primitives.SimpleQueue()
-        self.received_at = time.monotonic()
-        """When the last message came."""
 
-    def is_ours(self) -> bool:
-        """Whether the program has not closed a descriptor."""
-        return self.lifeline.is_ours() and self.waker.is_ours() and self.control.is_ours()
-
-    def post(self, message: codec.Message) -> None:
-        """Has the thread send a message.  Takes no lock and does not wait."""
-        self._outbox.put(codec.encode(message))
-        self.waker.wake()
-
-    def send_all(self) -> None:
-        """Sends what was posted, once the supervisor has let this client in."""
-        while self.control.is_let_in:
+    def _bring_up(self, this: _Start, events: EventDispatcher, deadline: Deadline) -> Connection:
+        process: subprocess.Popen[bytes] | None = None
+        link = functools.partial(self._link, events)
+        if self.name is not None:
+            connection = launcher.reach(self.name, self.settings, link, deadline, start=this.may_start)
+        else:
+            process, address, secret = launcher.start_private(self.settings, self._explicit, deadline)
             try:
-                self.control.send(self._outbox.get_nowait())
-            except primitives.Empty:
-                return
+                connection = link(address, secret, deadline)
+            except BaseException:
+                _end(process)
+                raise
+        with self._lock:
+            if wanted := self._start is this:
+                self.connection, self._process, self._events = connection, process, events
+        if not wanted:  # closed meanwhile
+            connection.close()
+            _end(process)
+            raise SupervisorError(_CLOSED)
+        return connection
 
-    def receive(self) -> Iterator[codec.Message]:
-        """The messages that have come; does not wait.  Skips what is none."""
-        for data in self.control.receive():
-            self.received_at = time.monotonic()
-            try:
-                message = control.to_client(data)
-            except ProtocolError:
-                continue
-            yield message
+    def _link(self, events: EventDispatcher, address: str, secret: str, deadline: Deadline) -> Connection:
+        connection = Connection(
+            address,
+            secret,
+            self.settings.start_timeout,
+            ConnectionListener(
+                functools.partial(_on_event, self._hooks.on_event, events),
+                self._hooks.on_end,
+                self._hooks.tidy,
+                WorkerOutput(log=self.settings.worker_stderr == "log"),
+            ),
+            deadline,
+        )
+        if connection.build and connection.build != (ours := installation.build()):
+            connection.close()
+            raise SupervisorStartError(
+                f"The host {self.name!r} runs {connection.build}, this application has {ours}: results could "
+                "differ. Give connect() or ONNX_DL_HOST another name, and this application has another host."
+            )
+        return connection
 
-    def receive_last(self) -> Iterator[codec.Message]:
-        """The messages that a dead supervisor sent before its end."""
-        poll = primitives.poll()
-        poll.register(self.control.fileno(), select.POLLIN)
-        while not self.control.gone and poll.poll(_LAST_WORDS * 1000):
-            yield from self.receive()
+    def present(self) -> Connection | None:
+        """The live connection; after a restart of a shared host, to the next one.  Starts nothing.
 
-    def come_again(self, timeout: float) -> None:
-        """Connects the control socket again, after a supervisor without a free descriptor closed it."""
-        if self.lifeline.readable(_SENT_AWAY):
-            return
-        with contextlib.suppress(OSError, DeadlinePassed):  # it is gone; the lifeline tells
-            self.control.reconnect(Deadline(timeout))
+        A private supervisor that has died is returned, too: requests to it raise SupervisorDied.
+        """
+        connection = self.connection
+        if connection is None or connection.usable:
+            return connection
+        if self.name is None or not launcher.is_running(self.name):
+            return None
+        with contextlib.suppress(SupervisorError):
+            return self.connect(start=False)
+        return None
 
     def close(self) -> None:
-        self.lifeline.close()
-        self.control.close()
+        """Ends a private supervisor, or leaves a shared one.  Returns when events were given out."""
+        if (present := self.connection) is not None:
+            present.check_thread()
+        with self._lock.alone():
+            # In one step: a use from now on, in a signal handler in this thread for one, starts a new
+            # supervisor, which must not be ended here.
+            connection, process, events = self.connection, self._process, self._events
+            self.connection = self._process = start = None
+            if self.name is None or (self._start is not None and self._start.done):
+                # Other threads may look for the next shared host: that goes on.
+                start, self._start = self._start, None
+        if start is not None:
+            start.end(FAREWELL)
+        if connection is not None:
+            if self.name is None:
+                # A supervisor that is dead, or too busy to answer, is ended by _bury().
+                with contextlib.suppress(SupervisorDied, TimeoutError):
+                    connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=FAREWELL)
+            connection.close()
+        _bury(connection, process, events)
+        events.join(FAREWELL)
+
+    def ask_to_end(self) -> int | None:
+        """Ends the host, also for other applications.  Returns its process id; None: it does not run."""
+        if (connection := self.present()) is None:
+            return None
+        with contextlib.suppress(SupervisorDied):
+            patience = self.settings.exit_grace + FAREWELL
+            connection.ask(lambda ticket: m.Shutdown(ticket=ticket), patience=patience)
+        return connection.supervisor_pid
 
 
-@contextlib.contextmanager
-def _unreachable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OnnxDLError):
-            raise
-        raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
+class _Start(Background[Connection]):
+    """One attempt to start or find a supervisor."""
+
+    def __init__(self, link: SupervisorLink, may_start: bool) -> None:
+        self.may_start = may_start
+        super().__init__(lambda deadline: link.bring_up(self, deadline), "onnx-dl-start")
 
 
-def _await_welcome(lifeline: Channel, deadline: Deadline) -> str:
-    """A shared supervisor's onnxruntime.  Raises like :class:`Connection`, and DeadlinePassed."""
-    while True:
-        try:
-            received = lifeline.receive(deadline.step())
-            break
-        except TimeoutError:
-            deadline.check("the supervisor to greet us")
-    if received is None:
-        raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
-    answer = control.on_lifeline(received[0])
-    if isinstance(answer, control.Welcome):
-        return answer.build
-    raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
+def refuse_starts() -> None:
+    """Forbids to start supervisors: the interpreter exits."""
+    global _exiting
+    _exiting = True
+
+
+def _on_event(on_event: Callable[[ModelEvent], None], events: EventDispatcher, event: ModelEvent) -> None:
+    on_event(event)
+    events.put(event)
+
+
+def _bury(
+    connection: Connection | None, process: subprocess.Popen[bytes] | None, events: EventDispatcher
+) -> None:
+    """Reaps a supervisor that ends or is dead, and lets its listeners finish."""
+    if process is not None and connection is not None and connection.lost:
+        process.kill()  # it does not see the end of its lifeline, on which an abandoned thread waits
+    events.end()
+    _end(process)
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    """Waits for a supervisor that ends, and kills one that does not."""
+    if process is None:
+        return
+    if not waits.ended(process, FAREWELL):
+        process.kill()  # its workers die with it: PR_SET_PDEATHSIG
+        process.wait()

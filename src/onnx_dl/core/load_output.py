@@ -1,4 +1,4 @@
-"""What onnxruntime prints and warns of while it loads a model, for the application to hear as if at home."""
+"""Output of a load: onnxruntime's prints and warnings, repeated in the application."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import io
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeAlias
+
+Remarks: TypeAlias = list[list[str | int]]
+"""``["warning", category, message, file, line]`` or ``["print", text]``, in order."""
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[list[list[Any]]]:
-    """Collects what is printed and warned of meanwhile as plain data; an exception gets it as ``remarks``."""
-    remarks: list[list[Any]] = []
+def captured() -> Iterator[Remarks]:
+    """Collects prints and warnings of the block as plain data; an exception gets them as ``remarks``."""
+    remarks: Remarks = []
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
@@ -28,7 +31,7 @@ def captured() -> Iterator[list[list[Any]]]:
     _collect(remarks, caught, printed)
 
 
-def _collect(remarks: list[list[Any]], caught: list[warnings.WarningMessage], printed: io.StringIO) -> None:
+def _collect(remarks: Remarks, caught: list[warnings.WarningMessage], printed: io.StringIO) -> None:
     remarks.extend(
         ["warning", entry.category.__name__, str(entry.message), entry.filename, entry.lineno]
         for entry in caught
@@ -38,7 +41,7 @@ def _collect(remarks: list[list[Any]], caught: list[warnings.WarningMessage], pr
 
 
 def repeat(remarks: object) -> None:
-    """Says in this process what was said in the other."""
+    """Repeats the prints and warnings of a worker in this process."""
     for remark in remarks if isinstance(remarks, list) else ():
         match remark:
             case ["warning", str(category), str(message), str(filename), int(line)]:

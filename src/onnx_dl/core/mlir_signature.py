@@ -1,7 +1,7 @@
-"""What an onnx-mlir model says of its inputs and outputs, and whether arrays are what it says.
+"""Signatures of onnx-mlir's models: parses them, and checks arrays against them.
 
-Covers the data types of its ABI and the JSON text of a signature.  Both are onnx-mlir's: the numbers are in
-its include/onnx-mlir/Runtime/OnnxDataTypeMetaData.inc, the text is made in its
+Has the data types of its ABI and the JSON text of a signature.  Both are onnx-mlir's: the numbers are in its
+include/onnx-mlir/Runtime/OnnxDataTypeMetaData.inc, the text is made in its
 src/Conversion/ONNXToKrnl/ConvertONNXToKrnl.cpp.  Pure; used on both sides of the process boundary.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_dl.core.status import TensorSpec
+from onnx_dl.core.types import Array, PlainDict
 
 _TABLE: Final = (
     # OM_DATA_TYPE, in a signature, ONNX's name, numpy's name
@@ -44,15 +44,15 @@ _OF_TYPE: Final = {f"tensor({onnx})": np.dtype(name) for _, _, onnx, name in _TA
 
 @functools.lru_cache(64)
 def parse(signature: str) -> tuple[TensorSpec, ...] | None:
-    """The tensors of a signature; None if it cannot be read (onnx-mlir writes types that it has no name for,
-    bf16 is one, without the quotes that JSON asks for)."""
+    """The tensors of a signature; None if it is not valid JSON: onnx-mlir does not quote types that it has no
+    name for, such as bf16."""
     try:
         return tuple(_spec(item) for item in json.loads(signature))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None
 
 
-def _spec(item: dict[str, Any]) -> TensorSpec:
+def _spec(item: PlainDict) -> TensorSpec:
     if "seq" in item:
         inner = _spec(item["seq"])
         return TensorSpec(inner.name, f"seq({inner.type})", [])
@@ -62,10 +62,8 @@ def _spec(item: dict[str, Any]) -> TensorSpec:
     return TensorSpec(str(item.get("name", "")), _TYPES.get(kind, f"tensor({kind})"), shape)
 
 
-def check_types(inputs: Sequence[Any]) -> None:
-    """Raises:
-    TypeError: these are no arrays, or of dtypes that the ABI has no name for.
-    """
+def check_types(inputs: Sequence[object]) -> None:
+    """Raises TypeError if these are no arrays, or of dtypes that the ABI has no name for."""
     if not isinstance(inputs, list | tuple):
         raise TypeError(f"run() takes a list of numpy arrays, not {_kind(inputs)}.")
     for index, value in enumerate(inputs):
@@ -79,7 +77,7 @@ def check_types(inputs: Sequence[Any]) -> None:
             )
 
 
-def check(specs: Sequence[TensorSpec] | None, inputs: Sequence[NDArray[Any]]) -> None:
+def check(specs: Sequence[TensorSpec] | None, inputs: Sequence[Array]) -> None:
     """Compares inputs with what a signature says.
 
     A compiled model does not (onnx-mlir's --verifyInputTensors is off by default): it would read past the end
@@ -87,7 +85,7 @@ def check(specs: Sequence[TensorSpec] | None, inputs: Sequence[NDArray[Any]]) ->
 
     Raises:
         ValueError: there are too many, too few, or of a shape that the model was not compiled for.
-        TypeError: one has a dtype whose bytes mean something else.
+        TypeError: one has a dtype with another meaning of its bytes.
     """
     if specs is None:
         return
@@ -99,12 +97,12 @@ def check(specs: Sequence[TensorSpec] | None, inputs: Sequence[NDArray[Any]]) ->
 
 
 def no_entry(model: str, name: str | None, known: Iterable[str]) -> str:
-    """What to say of an entry point that a model does not have."""
+    """Error message for an entry point that a model does not have."""
     what = "no default entry point" if name is None else f"no entry point {name!r}"
     return f"{model} has {what}; it has: {', '.join(known)}."
 
 
-def _check_one(index: int, spec: TensorSpec, array: NDArray[Any]) -> None:
+def _check_one(index: int, spec: TensorSpec, array: Array) -> None:
     wanted = _OF_TYPE.get(spec.type)
     what = f"inputs[{index}] ({spec.name}) is {array.dtype}{list(array.shape)}"
     takes = f"but the model takes {spec.type} of shape {spec.shape}".replace("None", "?")
@@ -115,8 +113,8 @@ def _check_one(index: int, spec: TensorSpec, array: NDArray[Any]) -> None:
         raise ValueError(f"{what}, {takes}.")
 
 
-def _kin(dtype: np.dtype[Any]) -> tuple[str, int]:
-    """Integers of one size are of one kind: older signatures do not tell signed from unsigned."""
+def _kin(dtype: np.dtype[np.generic]) -> tuple[str, int]:
+    """Kind and size of a dtype.  All integers are of one kind: older signatures have no signedness."""
     return "i" if dtype.kind in "biu" else dtype.kind, dtype.itemsize
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-import os
 import re
 from typing import Final, NamedTuple
 
-import msgspec
-
-from onnx_dl.core.settings import Settings
 from onnx_dl.errors import ConfigError
 
 KEEP: Final = -1.0
@@ -250,28 +246,3 @@ def parse_worker_stderr(value: object) -> str:
     if value not in WORKER_STDERR:
         raise ConfigError(f'worker_stderr={value!r} is neither "inherit" nor "log".')
     return str(value)
-
-
-_CHOICES: Final = {
-    "start": ("fork", "exec"),
-    "lane": ("socket", "zmq"),
-    "cache": ("on", "off"),
-    "worker_stderr": WORKER_STDERR,
-}
-_SIZE_FIELDS: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
-
-
-def _parse_field(variable: str, field: str, text: str) -> str | int:
-    if text not in (choices := _CHOICES.get(field, (text,))):
-        raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
-    if field in _SIZE_FIELDS:
-        return parse_size(text)
-    if field == "config":
-        return os.path.abspath(text)
-    if field == "metrics":
-        parse_address(text)
-    try:
-        msgspec.convert({field: text}, Settings, strict=False)
-    except msgspec.ValidationError:
-        raise ConfigError(f"{variable}={text!r} is not a number of seconds from 0 to 1000000.") from None
-    return text

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
-from onnx_dl.core.parsing import _parse_field
+from onnx_dl.core.parsing import WORKER_STDERR, parse_address, parse_size
+from onnx_dl.errors import ConfigError
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
@@ -59,6 +60,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Address at which the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``.  Empty: none."""
 
 
+_CHOICES: Final = {
+    "start": ("fork", "exec"),
+    "lane": ("socket", "zmq"),
+    "cache": ("on", "off"),
+    "worker_stderr": WORKER_STDERR,
+}
+_SIZE_FIELDS: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
+
+
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from ``ONNX_DL_*`` variables, such as ``ONNX_DL_LOAD_TIMEOUT=120``.
 
@@ -71,6 +81,22 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
         if text := environ.get(variable):
             found[field] = _parse_field(variable, field, text)
     return msgspec.convert(found, Settings, strict=False)
+
+
+def _parse_field(variable: str, field: str, text: str) -> str | int:
+    if text not in (choices := _CHOICES.get(field, (text,))):
+        raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
+    if field in _SIZE_FIELDS:
+        return parse_size(text)
+    if field == "config":
+        return os.path.abspath(text)
+    if field == "metrics":
+        parse_address(text)
+    try:
+        msgspec.convert({field: text}, Settings, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{variable}={text!r} is not a number of seconds from 0 to 1000000.") from None
+    return text
 
 
 def cache_folder(found: Settings) -> Path:

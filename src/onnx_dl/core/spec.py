@@ -1,14 +1,14 @@
-"""What a model is, as plain frozen data: identity, how to load it, what it says of itself, how it fares.
+"""A model as plain frozen data: its key, how to load it, its metadata, its status.
 
-Knows neither onnxruntime nor processes.  Everything here travels between processes as it is.
+Knows neither onnxruntime nor processes.  All structs here travel between processes as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -16,23 +16,26 @@ from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ConfigError
 
+PlainFields: TypeAlias = dict[str, Any]
+"""Names to data that msgpack has: None, bools, numbers, text, and lists and dicts of these."""
+
 _FOLDER_OF_BYTES = "session.model_external_initializers_file_folder_path"
-"""onnxruntime's option that says where external data of a model given as bytes lies."""
+"""onnxruntime's option for the folder of external data of a model given as bytes."""
 _ONCE_PER_PROCESS = ("session.set_denormal_as_zero",)
-"""Options that onnxruntime heeds for the first session of a process only."""
+"""Options that onnxruntime applies to the first session of a process only."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to load a model: all that a worker needs to know.
+    """Description of how to load a model: all that a worker needs.
 
     ``path`` is as the user gave it, relative to ``cwd``; ``blob`` is the SHA-256 of a model given as bytes.
     Exactly one of the two is set.  ``engine`` is the module in :mod:`onnx_dl.workers` that runs it.
-    ``options``, ``providers``, ``provider_options`` and ``extra`` are what :mod:`onnx_dl.ort.options` makes of
-    onnxruntime's arguments; ``memory`` names the shared memory that holds the arrays in ``options``, and
-    ``surroundings`` is what was set for the whole process (:mod:`onnx_dl.ort.recorder`).  A worker that has more
-    than ``max_memory`` bytes of its own after a call, or made ``max_runs``, is replaced; one that has more
-    than ``max_memory_hard`` during a call ends itself.  Models of the same ``group`` have one worker, whose
-    own spec (:func:`group_spec`) has them as ``members``.  The worker has the ``environment`` from its start.
+    ``options``, ``providers``, ``provider_options`` and ``extra`` are onnxruntime's arguments as plain data
+    (:mod:`onnx_dl.ort.options`); ``memory`` names the shared memory that holds the arrays in ``options``;
+    ``surroundings`` are settings of the whole process (:mod:`onnx_dl.ort.recorder`).  A worker with more than
+    ``max_memory`` bytes of its own after a call, or after ``max_runs`` calls, is replaced; one with more than
+    ``max_memory_hard`` during a call ends itself.  Models of the same ``group`` share one worker, whose own
+    spec (:func:`group_spec`) has them as ``members``.  The worker starts with the ``environment``.
     """
 
     key: str
@@ -77,7 +80,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pristine(self) -> bool:
-        """Whether it needs a process in which onnxruntime has made no session yet."""
+        """True if it needs a process in which onnxruntime has made no session yet."""
         config = (self.options or {}).get("config", {})
         return any(config.get(name) == "1" for name in _ONCE_PER_PROCESS) or any(
             member.pristine for member in self.members
@@ -85,8 +88,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unit(self) -> str:
-        """The key of what a worker is started for: this model, or the group that it is in.  A group has a
-        worker for each environment of its models."""
+        """The key for which a worker is started: of this model, or of its group and its environment."""
         if self.group is None:
             return self.key
         return f"group:{self.group}#{self.environment.tag}" if self.environment else f"group:{self.group}"
@@ -98,10 +100,9 @@ def blob_tag(name: str) -> str:
 
 
 def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
-    """How to load a group: all its members in one worker.
+    """The spec of a group: all its members in one worker.
 
-    It may have as much memory as the most generous of its members says, and make as many runs as the most
-    frugal one.
+    The largest memory limits and the smallest ``max_runs`` of its members count.
     """
     first = members[0]
     memory = [member.max_memory for member in members if member.max_memory is not None]
@@ -122,7 +123,7 @@ def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
 
 
 class Warmup(msgspec.Struct, frozen=True):
-    """An array of numpy's ``dtype`` (``str``: of text) and of this shape that holds ``fill`` everywhere."""
+    """An array of this numpy ``dtype`` (``str``: text) and shape, filled with ``fill``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -130,7 +131,7 @@ class Warmup(msgspec.Struct, frozen=True):
 
 
 def file_identity(path: str) -> tuple[str, int, int, int, int]:
-    """What tells one version of a model file from another: real path, device, inode, size, mtime in ns.
+    """Identity of one version of a model file: real path, device, inode, size, mtime in ns.
 
     Raises:
         OSError: the file cannot be looked at.
@@ -141,8 +142,8 @@ def file_identity(path: str) -> tuple[str, int, int, int, int]:
 
 
 def model_identity(path: str) -> tuple[object, ...]:
-    """What tells one model from another: its file, and the folder in which its external data is looked for.
-    Links to one file in different folders are different models.
+    """Identity of a model: its file, and the folder in which its external data is looked for.  Links to one
+    file in different folders are different models.
 
     Raises:
         OSError: the file cannot be looked at.
@@ -151,16 +152,16 @@ def model_identity(path: str) -> tuple[object, ...]:
 
 
 def model_key(identity: object, *how: object) -> str:
-    """A digest of what the model is and how it is loaded: equal keys share one worker."""
+    """A digest of a model's identity and how it is loaded.  Equal keys share one worker."""
     plain = msgspec.json.encode([identity, *how], order="deterministic", enc_hook=to_plain)
     return hashlib.sha256(plain).hexdigest()[:32]
 
 
-def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -> ModelSpec:
-    """The spec, with its key, of a model that onnxruntime runs; ``how``: the spec's fields that say how.
+def specify(path: str | None, blob: str | None, cwd: str, how: PlainFields) -> ModelSpec:
+    """The spec, with its key, of a model that onnxruntime runs; ``how``: the spec's other fields.
 
-    Programs share one worker whatever their working directories, unless these say where external data of a
-    model given as bytes lies, or a file that onnxruntime is told to write.
+    Programs with different working directories share one worker, unless the directory decides where external
+    data of a model given as bytes lies, or a file that onnxruntime writes.
 
     Raises:
         ConfigError: the path is not UTF-8.
@@ -183,8 +184,8 @@ def specify(path: str | None, blob: str | None, cwd: str, how: dict[str, Any]) -
     )
 
 
-def _names_files(how: Mapping[str, Any]) -> bool:
-    """Whether onnxruntime is told something that may be a relative path."""
+def _names_files(how: PlainFields) -> bool:
+    """True if an argument of onnxruntime may be a relative path."""
     options = how["options"] or {}
     plain = all(isinstance(provider, str) for provider in how["providers"] or ())
     told = [options.get(name) for name in ("enable_profiling", "optimized_model_filepath", "config")]
@@ -192,7 +193,7 @@ def _names_files(how: Mapping[str, Any]) -> bool:
 
 
 def working_directory() -> str:
-    """Where this program is; the root where its folder was removed, in which only absolute paths are left."""
+    """The working directory; the root if it was removed, so that only absolute paths work."""
     try:
         return os.getcwd()
     except FileNotFoundError:

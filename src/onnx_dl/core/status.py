@@ -20,7 +20,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What a loaded model says of itself; remembered by clients, so asking again costs nothing."""
+    """Metadata of a loaded model.  Clients remember it, so reading it again costs nothing."""
 
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
@@ -30,23 +30,23 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     provider_options: dict[str, Any] = {}
     options: dict[str, Any] = {}
     details: dict[str, Any] = {}
-    """What only this engine has to say."""
+    """Metadata that only this engine has."""
     members: dict[str, ModelDescription] = {}
-    """What the models of a group say of themselves, by key."""
+    """Descriptions of the models of a group, by key."""
     failed: dict[str, Any] = {}
-    """How others of them did not load: what :mod:`onnx_dl.protocol.failures` makes of an exception."""
+    """Exceptions of models of the group that did not load, by key (:mod:`onnx_dl.protocol.failures`)."""
     files: list[ReadFile] = []
-    """What it was read from, as that was."""
+    """The files that it was read from, as they were."""
 
 
 class Usage(msgspec.Struct, frozen=True):
     """Memory of one worker in bytes.
 
-    ``private`` is what only this process holds (USS); ``shared`` what its callers' lanes hold for tensors;
-    ``pss`` is resident memory in which pages that processes share count in part; ``peak`` is the most that it
-    was, by the kernel's high-water mark: during the load when the model has just become ready, in runs after
-    that (the mark is set back when the model is ready, and from time to time).  ``gpu_estimated``: the driver
-    does not tell what this process has; ``gpu`` is by how much less of the devices was free after the load.
+    ``private`` is held by this process only (USS); ``shared`` is held by its callers' lanes for tensors;
+    ``pss`` is resident memory in which pages that processes share count in part; ``peak`` is the kernel's
+    high-water mark: of the load when the model has just become ready, of runs after that (the mark is reset
+    when the model is ready, and from time to time).  ``gpu_estimated``: the driver has no figure for this
+    process; ``gpu`` is then the decrease of free device memory during the load.
     """
 
     rss: int = 0
@@ -61,7 +61,7 @@ class Usage(msgspec.Struct, frozen=True):
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One line of a snapshot.
 
-    ``leases`` counts the proxies that hold the model; ``ttl`` is in force now, in seconds (-1 stays);
+    ``leases`` counts the proxies that hold the model; ``ttl`` is the TTL in force, in seconds (-1: stays);
     ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
     ``session()`` blocks under way, ``idle`` is the seconds since its last use (None: in use, or not used
     yet), ``runs`` counts the calls that it has answered, ``p50`` is the median of the seconds that they took;
@@ -88,8 +88,28 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     members: dict[str, str] = {}
 
 
-def to_plain(value: Any) -> Any:
-    """What callers give for text and numbers, as these: subclasses of str, paths, numpy's scalars.
+class Snapshot(msgspec.Struct, frozen=True):
+    """All models at one moment.  Events with a larger ``seq`` came later."""
+
+    seq: int
+    supervisor_pid: int | None
+    models: list[ModelStatus]
+    host: str | None = None
+    """Name of a shared host."""
+    memory_limit: int | None = None
+    """Bytes that all workers together may take."""
+    memory_in_use: int = 0
+    """Bytes of it that are taken or reserved: PSS of the workers or, if that is more, what they are known to
+    take in runs; loads in progress; workers that are ending."""
+    metrics: str | None = None
+    """Host and port where the supervisor serves metrics (``ONNX_DL_METRICS``)."""
+    gpu_memory_limit: int | None = None
+    """Like ``memory_limit``, for GPU memory; None: no limit, or nothing was to be loaded on a GPU so far."""
+    gpu_memory_in_use: int = 0
+
+
+def to_plain(value: object) -> object:
+    """Converts subclasses of str, paths and numpy's scalars to plain text and numbers.
 
     Raises:
         TypeError: it is none of these.

@@ -1,18 +1,29 @@
-"""Terms on which one proxy, or the host itself, holds a model.  Checked once, where they enter."""
+"""Terms on which a model is held, and options of its worker.  Checked once, where they enter."""
 
 from __future__ import annotations
 
-from typing import Self
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
 
-from onnx_dl.core import parsing
+from onnx_dl.core import environment, parsing
+from onnx_dl.core.environment import NOTHING, Environment
+from onnx_dl.core.parsing import Allowances
+
+Ttl = Annotated[float, msgspec.Meta(ge=-1, le=sys.float_info.max)]
+"""Seconds, or -1.  Infinity and NaN are refused: times cannot be compared with them."""
 
 
-class Terms(msgspec.Struct, frozen=True):
-    """TTL in seconds (-1: stays, 0: unloads after each use), how calls wait, and the rank at an eviction."""
+class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Terms on which one proxy, or the host itself, holds a model.
 
-    ttl: float = parsing.KEEP
+    ``ttl`` is in seconds (-1: never unloads, 0: unloads after each use); ``latency`` says how calls wait;
+    ``pin`` and ``priority`` rank the model at an eviction.
+    """
+
+    ttl: Ttl = parsing.KEEP
     latency: str = "normal"
     pin: bool = False
     priority: int = 0
@@ -21,7 +32,7 @@ class Terms(msgspec.Struct, frozen=True):
     def parse(
         cls, ttl: object = parsing.KEEP, latency: object = "normal", pin: object = False, priority: object = 0
     ) -> Self:
-        """Makes terms of what a user gave.
+        """Makes terms of a user's arguments.
 
         Raises:
             ValueError: (as :class:`~onnx_dl.errors.ConfigError`) ``ttl`` is none of the three modes,
@@ -33,3 +44,46 @@ class Terms(msgspec.Struct, frozen=True):
             parsing.parse_pin(pin),
             parsing.parse_priority(priority),
         )
+
+    def changed(self, given: Mapping[str, object]) -> Terms:
+        """These terms with some of them replaced.
+
+        Raises: like :meth:`parse`.
+        """
+        return Terms.parse(**{**msgspec.structs.asdict(self), **given})
+
+
+WORKER_FIELDS = (*Allowances._fields, "group", "environment")
+"""Fields of :class:`~onnx_dl.core.spec.ModelSpec` that :class:`WorkerOptions` sets."""
+
+
+class WorkerOptions(NamedTuple):
+    """Options of a model's worker.  They are part of the model's key: other options, another worker."""
+
+    limits: Allowances = Allowances()
+    group: str | None = None
+    environment: Environment = NOTHING
+
+    @classmethod
+    def parse(
+        cls,
+        max_memory: object = None,
+        max_memory_hard: object = None,
+        max_runs: object = None,
+        group: object = None,
+        variables: Mapping[str, str | None] | None = None,
+    ) -> Self:
+        """Makes options of a user's arguments.
+
+        Raises:
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is not allowed; the message names it.
+        """
+        return cls(
+            parsing.parse_allowances(max_memory, max_memory_hard, max_runs),
+            parsing.parse_group(group),
+            environment.parse(variables),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Values for :data:`WORKER_FIELDS`."""
+        return dict(zip(WORKER_FIELDS, (*self.limits, self.group, self.environment), strict=True))

@@ -1,50 +1,23 @@
-"""The hosts of this process that nobody needs to pass around: the default one, and shared ones by name.
-
-What a host is and does is :mod:`onnx_dl.host.model_host`'s.
-"""
+"""Hosts for the user: the default one, shared ones by name, and starting one ahead of its first use."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
-from typing import Final
 
-from onnx_dl.concurrency.forking import Guard
+from onnx_dl.client import host_registry
+from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.threads import Thread
 from onnx_dl.core.settings import settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host.model_host import ModelHost
-from onnx_dl.transport.rendezvous import DEFAULT_HOST, HostEntry
-
-_default: ModelHost | None = None
-_shared_hosts: weakref.WeakValueDictionary[str, ModelHost] = weakref.WeakValueDictionary()
-_lock: Final = Guard()
+from onnx_dl.transport.rendezvous import DEFAULT_HOST
 
 
 def default_host() -> ModelHost:
     """The host of every proxy that names no other: this application's own, or the shared one that
     ``ONNX_DL_HOST`` names."""
-    global _default
-    if (known := _default) is not None:
-        return known
-    name = settings().host
-    made = shared_host(name) if name else ModelHost()
-    with _lock.alone():
-        known = _default = _default or made  # another thread may have been faster
-    return known
-
-
-def shared_host(name: str, *, start: bool = True) -> ModelHost:
-    """The shared host of this name; it is looked for when it is first used."""
-    HostEntry(name)  # a name that cannot be is an error now
-    if (host := _shared_hosts.get(name)) is None:
-        made = ModelHost()
-        made.name = name
-        with _lock.alone():
-            host = _shared_hosts.setdefault(name, made)
-    host.starts = start
-    return host
+    return _model_host(host_registry.default_host())
 
 
 def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
@@ -65,7 +38,7 @@ def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
     """
     if name is None:
         name = settings().host or DEFAULT_HOST
-    host = shared_host(name, start=start)
+    host = _model_host(host_registry.shared_host(name, start=start))
     host.start()
     return host
 
@@ -73,8 +46,8 @@ def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
 def warm_up() -> threading.Thread:
     """Starts the default host's processes in the background, while the application is still busy.
 
-    The first use of a model then need not wait for them.  What goes wrong is told to that first use.  Returns
-    the thread that does it, for whoever wants to ``join()``.
+    The first use of a model then need not wait for them, and raises what went wrong.  Returns the thread,
+    for ``join()``.
     """
     host = default_host()
 
@@ -85,3 +58,8 @@ def warm_up() -> threading.Thread:
     thread = Thread(start, "onnx-dl-warm-up")
     thread.start()
     return thread
+
+
+def _model_host(host: HostClient) -> ModelHost:
+    assert isinstance(host, ModelHost)  # the factory that onnx_dl sets makes no other
+    return host

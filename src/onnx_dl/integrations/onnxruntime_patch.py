@@ -1,8 +1,8 @@
-"""``onnxruntime.InferenceSession`` made to live in workers, for packages that were written without us.
+"""Patches ``onnxruntime.InferenceSession`` so that its sessions live in workers.
 
-Covers :func:`patch` and what is left in-process all the same.  The class stays what it is, so it does not
-matter who imported it, when, or made a subclass of it: its constructor opens a proxy, and its methods ask
-that proxy.  Our own processes do not run this.
+For packages that do not know onnx-dl.  The class object stays the same, so earlier imports and subclasses of
+it work: its constructor opens a proxy, and its methods call that proxy.  Sessions that stay in-process all
+the same are reported.  Our own processes do not run this.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
+from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Guard, importing
+from onnx_dl.core.types import OrtObject
 from onnx_dl.errors import ConfigError, PlatformError
-from onnx_dl.host.model_host import ModelHost
 from onnx_dl.integrations.patch_settings import checked
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.system import installation
@@ -30,6 +31,9 @@ logger = logging.getLogger("onnx_dl")
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PROXY: Final = "_onnx_dl_proxy"
+"""Attribute of a session that has its proxy."""
+_Settings: TypeAlias = dict[str, Any]
+_Init: TypeAlias = Callable[..., None]
 
 
 class Unpatched(NamedTuple):
@@ -45,23 +49,27 @@ class Unpatched(NamedTuple):
 
 
 class Patch:
-    """What is in force from :func:`patch` to :func:`unpatch`; as a context manager, for the block."""
+    """Settings in force from :func:`patch` to :func:`unpatch`; as a context manager, for the block."""
 
-    def __init__(self, defaults: dict[str, Any], models: list[tuple[str, dict[str, Any]]], host: Any) -> None:
+    def __init__(
+        self, defaults: _Settings, models: list[tuple[str, _Settings]], host: HostClient | None
+    ) -> None:
         self._defaults = defaults
         self._models = models
         self._host = host
 
-    def settings_of(self, model: str) -> dict[str, Any]:
-        """Those of this model: of several globs that match, each in turn."""
+    def settings_of(self, model: str) -> _Settings:
+        """Settings of this model.  Of several globs that match, later ones override earlier ones."""
         found = dict(self._defaults)
         for glob, more in self._models:
             if fnmatch.fnmatch(model, glob) or fnmatch.fnmatch(os.path.basename(model), glob):
                 found |= more
         return found
 
-    def open(self, settings: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A proxy, of onnxruntime's own arguments."""
+    def open(
+        self, settings: _Settings, args: tuple[OrtObject, ...], kwargs: _Settings
+    ) -> InferenceSessionProxy:
+        """Opens a proxy.  ``args``, ``kwargs``: of onnxruntime's own constructor."""
         source, sess_options, providers, provider_options = args
         return InferenceSessionProxy(
             source,
@@ -89,25 +97,24 @@ def patch(
     latency: str = "normal",
     eager: bool = True,
     environment: Mapping[str, str | None] | None = None,
-    models: Mapping[str, Mapping[str, Any]] | None = None,
-    host: ModelHost | None = None,
+    models: Mapping[str, Mapping[str, object]] | None = None,
+    host: HostClient | None = None,
 ) -> Patch:
-    """From now on, ``onnxruntime.InferenceSession`` opens models in workers, whoever uses it.
+    """Has ``onnxruntime.InferenceSession`` open models in workers, in all code of this process.
 
     Args:
-        ttl, latency, eager, environment: as :class:`~onnx_dl.InferenceSessionProxy` has them; but models load
-            when the session is made, because callers who never heard of us may catch what onnxruntime
-            raises there.
+        ttl, latency, eager, environment: as for :class:`~onnx_dl.InferenceSessionProxy`; but ``eager`` is
+            True, because packages may catch onnxruntime's errors where they make the session.
         models: settings of single models by glob of path or file name, for example
             ``{"vad*.onnx": {"ttl": -1}, "tiny*": {"in_process": True}}``; of several that match, the later
             counts.
         host: the host to use instead of the application's own.
 
     Returns:
-        A context manager whose end takes this patch back, as :func:`unpatch` does for the latest.
+        A context manager whose end undoes this patch, as :func:`unpatch` undoes the latest.
 
     Raises:
-        ConfigError: a setting does not exist, or has a value that cannot be.
+        ConfigError: a setting does not exist, or its value is not allowed.
         InstallationError: there is no onnxruntime, or it is too old.
     """
     installation.check()
@@ -121,7 +128,7 @@ def patch(
 
 
 def unpatch() -> None:
-    """Takes the latest patch back.  Sessions that it made go on working."""
+    """Undoes the latest patch.  Sessions that it made go on working."""
     with _lock.alone():
         if _active:
             _active.pop()
@@ -129,7 +136,7 @@ def unpatch() -> None:
 
 
 def unpatched_report() -> list[Unpatched]:
-    """The sessions that live in this process although they might not, and why."""
+    """Sessions that live in this process although they might not, with the reason."""
     onnxruntime = sys.modules.get("onnxruntime")
     if onnxruntime is None:
         return []
@@ -148,10 +155,10 @@ _EARLIER: Final = "no patch() was in force when it was made"
 _lock: Final = Guard()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
-_known: weakref.WeakSet[Any] = weakref.WeakSet()
+_known: weakref.WeakSet[OrtObject] = weakref.WeakSet()
 _inside: Final = primitives.local()
 _undo: list[Callable[[], None]] = []
-"""What gives the constructors back; methods keep asking the proxies of sessions that live on."""
+"""Functions that restore the constructors.  Methods stay patched, for sessions that still have a proxy."""
 
 
 def _replace() -> None:
@@ -172,15 +179,17 @@ def _restore_if_idle() -> None:
         _undo.pop()()
 
 
-def _opening(original: Callable[..., None]) -> Callable[..., None]:
+def _opening(original: _Init) -> _Init:
+    """A constructor that opens a proxy, or, where that is not possible, an in-process session."""
+
     @functools.wraps(original)
     def __init__(
-        self: Any,
-        path_or_bytes: Any,
-        sess_options: Any = None,
-        providers: Any = None,
-        provider_options: Any = None,
-        **kwargs: Any,
+        self: OrtObject,
+        path_or_bytes: OrtObject,
+        sess_options: OrtObject = None,
+        providers: OrtObject = None,
+        provider_options: OrtObject = None,
+        **kwargs: OrtObject,
     ) -> None:
         args = (path_or_bytes, sess_options, providers, provider_options)
         name = _name_of(path_or_bytes)
@@ -204,11 +213,11 @@ def _opening(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _noting(original: Callable[..., None]) -> Callable[..., None]:
-    """Whoever makes native sessions himself does without us."""
+def _noting(original: _Init) -> _Init:
+    """A native constructor that reports the session: sessions built from the native class are not proxied."""
 
     @functools.wraps(original)
-    def __init__(self: Any, options: Any, source: Any, *args: Any) -> None:
+    def __init__(self: OrtObject, options: OrtObject, source: object, *args: object) -> None:
         original(self, options, source, *args)
         where = _caller()
         if not getattr(_inside, "making", False) and "onnx_dl" not in where:
@@ -222,14 +231,14 @@ def _note(unpatched: Unpatched) -> None:
     logger.warning("%s", unpatched)
 
 
-def _name_of(source: Any) -> str:
+def _name_of(source: object) -> str:
     if isinstance(source, bytes):
         return "a model given as bytes"
     return os.fspath(source) if isinstance(source, str | os.PathLike) else repr(source)
 
 
 def _caller() -> str:
-    """Who called onnxruntime."""
+    """File and line of the code that called onnxruntime."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -240,16 +249,16 @@ def _is_ours(module: str) -> bool:
     return module == __name__ or module.partition(".")[0] == "onnxruntime"
 
 
-def _delegate(session_class: Any) -> None:
-    """Has the methods ask the proxy, where there is one."""
+def _delegate(session_class: OrtObject) -> None:
+    """Has the methods call the proxy, if the session has one."""
     for cls in reversed(session_class.__mro__):
         for name, original in list(vars(cls).items()):
             if callable(original) and (name == "_reset_session" or not name.startswith("_")):
                 setattr(session_class, name, _asking(name, original))
 
-    def __getattr__(self: Any, name: str) -> Any:
+    def __getattr__(self: OrtObject, name: str) -> OrtObject:
         proxy = self.__dict__.get(_PROXY)
-        # Python's own protocols, such as copying, are the instance's and not the proxy's.
+        # Python's own protocols, such as copying, are for the session and not for the proxy.
         if proxy is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         try:
@@ -260,9 +269,9 @@ def _delegate(session_class: Any) -> None:
     session_class.__getattr__ = __getattr__
 
 
-def _asking(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _asking(name: str, original: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: OrtObject, *args: object, **kwargs: object) -> object:
         proxy = self.__dict__.get(_PROXY)
         return original(self, *args, **kwargs) if proxy is None else getattr(proxy, name)(*args, **kwargs)
 

@@ -1,18 +1,18 @@
-"""What may be set of a patch, checked and as text of a command line.
+"""Settings of a patch: checks them, and reads them from a command line.
 
-Imports nothing heavy: :mod:`onnx_dl.integrations.onnxruntime_patch`, which does what is set, comes with numpy.
+Imports nothing heavy: :mod:`onnx_dl.integrations.onnxruntime_patch`, which applies them, imports numpy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from onnx_dl.core import parsing
 from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError
 
-_PARSE: Final[dict[str, Callable[[Any], Any]]] = {
+_PARSE: Final[dict[str, Callable[[object], object]]] = {
     "ttl": lambda value: parsing.parse_ttl(parsing.plain_number(value)),
     "latency": parsing.parse_latency,
     "environment": parse_environment,
@@ -21,11 +21,11 @@ _PARSE: Final[dict[str, Callable[[Any], Any]]] = {
 }
 
 
-def checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
-    """The settings of one model, or of all, as :func:`onnx_dl.patch` has them; ``of`` names them in errors.
+def checked(settings: Mapping[str, object], of: str) -> dict[str, object]:
+    """Checks the settings of one model, or of all, and parses them; ``of`` names them in errors.
 
     Raises:
-        ConfigError: a setting does not exist, or has a value that cannot be.
+        ConfigError: a setting does not exist, or its value is not allowed.
     """
     if strange := set(settings) - set(_PARSE):
         raise ConfigError(f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}.")
@@ -33,7 +33,7 @@ def checked(settings: Mapping[str, Any], of: str) -> dict[str, Any]:
 
 
 def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """``GLOB:NAME=VALUE`` or ``GLOB:NAME=VALUE,NAME=VALUE`` for :func:`patch`.
+    """Reads texts ``GLOB:NAME=VALUE`` or ``GLOB:NAME=VALUE,NAME=VALUE`` as ``models`` of :func:`patch`.
 
     Raises:
         ConfigError: it is written otherwise.

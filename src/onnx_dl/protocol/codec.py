@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Generic
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ProtocolError
-from onnx_dl.protocol.control import _T
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
+
+_T = TypeVar("_T")
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):

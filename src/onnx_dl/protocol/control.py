@@ -7,18 +7,16 @@ unpickled; data of another form raises :class:`~onnx_dl.errors.ProtocolError`.  
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.status import ModelDescription, ModelStatus
+from onnx_dl.core.terms import Terms, Ttl
 from onnx_dl.core.thread_attributes import ThreadAttributes
-from onnx_dl.protocol.codec import Count, Message, Reader, Seconds, Ttl
+from onnx_dl.protocol.codec import Count, Message, Reader, Seconds
 from onnx_dl.protocol.failures import Failure
-
-_T = TypeVar("_T")
-
 
 # Lifeline: client <-> supervisor over a Unix socket.  EOF means that the other process is gone.
 
@@ -64,11 +62,9 @@ class Acquire(Message):
     ticket: int
     proxy: int
     spec: ModelSpec
-    ttl: Ttl
+    terms: Terms
     file_bytes: Count = 0
-    """Size of the model's files: the first estimate of the memory that it needs."""
-    pin: bool = False
-    priority: int = 0
+    """Of the model's files; the first guess at what it needs."""
     for_host: bool = False
     """The host holds the model from now on, also after the client is gone."""
     companions: list[ModelSpec] = []
@@ -140,9 +136,7 @@ class Named(Message):
 
     ticket: int
     spec: ModelSpec
-    ttl: Ttl
-    pin: bool
-    priority: int
+    terms: Terms
 
 
 class SetTtl(Message):

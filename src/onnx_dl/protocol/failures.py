@@ -16,8 +16,6 @@ import msgspec
 
 from onnx_dl.errors import BY_CODE, OnnxDLError, RemoteError
 
-pass
-
 _C = "onnxruntime.capi.onnxruntime_pybind11_state"
 
 

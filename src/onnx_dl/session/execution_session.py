@@ -1,7 +1,7 @@
 """ExecutionSession: the face of onnx-mlir's Python runtime on a model in a worker process.
 
-Covers that class's methods, arguments and results, as its docs/UsingPyRuntime.md has them; what is ours is
-:mod:`onnx_dl.session.proxy`'s.  What runs the model is :mod:`onnx_dl.workers.engines.onnx_mlir`.
+Has that class's methods, arguments and results, as in its docs/UsingPyRuntime.md.  The engine is
+:mod:`onnx_dl.workers.engines.onnx_mlir`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from numpy.typing import NDArray
 
 from onnx_dl.client.cancellation import CancelWatch, not_begun
+from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core import mlir_signature
-from onnx_dl.core.environment import Environment
-from onnx_dl.core.environment import parse as parse_environment
-from onnx_dl.core.parsing import Allowances, parse_allowances, parse_group, parse_timeout
+from onnx_dl.core.parsing import parse_timeout
 from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_directory
 from onnx_dl.core.status import ModelDescription
+from onnx_dl.core.terms import Terms, WorkerOptions
+from onnx_dl.core.types import Array, PlainDict
 from onnx_dl.errors import EngineError
-from onnx_dl.host.model_host import ModelHost
+from onnx_dl.session.model_handle import ModelHandle
+from onnx_dl.session.model_source import Source
 from onnx_dl.session.proxy import ModelProxy
 
 
@@ -34,7 +33,7 @@ class ExecutionSession(ModelProxy):
 
     Args:
         shared_lib_path: path of the compiled model, ``model.so``.
-        tag: what ``onnx-mlir --tag`` was given, if the library has only functions whose names end in it.
+        tag: the argument of ``onnx-mlir --tag``, if the library has only functions whose names end in it.
         use_default_entry_point: for callers of onnx-mlir's own class; makes no difference here.
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
         host: the :class:`~onnx_dl.host.model_host.ModelHost` to use instead of the application's own.
@@ -61,7 +60,7 @@ class ExecutionSession(ModelProxy):
         use_default_entry_point: bool = True,
         *,
         ttl: float | str = -1,
-        host: ModelHost | None = None,
+        host: HostClient | None = None,
         latency: str = "normal",
         pin: bool = False,
         priority: int = 0,
@@ -73,16 +72,15 @@ class ExecutionSession(ModelProxy):
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
-        allowances = parse_allowances(max_memory, max_memory_hard, max_runs)
-        variables = parse_environment(environment)
-        spec = _spec_of(os.fspath(shared_lib_path), tag, allowances, parse_group(group), variables)
-        super().__init__(spec, ttl=ttl, latency=latency, pin=pin, priority=priority, host=host)
+        worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
+        spec = _spec_of(os.fspath(shared_lib_path), tag, worker)
+        super().__init__(Source(spec), Terms.parse(ttl, latency, pin, priority), host)
         self._entry_point = entry_point
         if eager:
             self.load()
             self._signatures(entry_point)
 
-    def run(self, inputs: Sequence[NDArray[Any]], *, timeout: float | None = None) -> list[NDArray[Any]]:
+    def run(self, inputs: Sequence[Array], *, timeout: float | None = None) -> list[Array]:
         """One inference.
 
         Args:
@@ -110,14 +108,14 @@ class ExecutionSession(ModelProxy):
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None
 
-    def _run(self, inputs: Sequence[NDArray[Any]], deadline: Deadline | None) -> list[NDArray[Any]]:
-        model = self._model(deadline)
+    def _run(self, inputs: Sequence[Array], deadline: Deadline | None) -> list[Array]:
+        model = self._handle.model(deadline)
         if model.description is not None:  # else the worker compares them
             self._check(model.description, inputs)
         name = None if self._entry_point is None else [self._entry_point]
         feed = {str(index): array for index, array in enumerate(inputs)}
         watch = None if deadline is None else CancelWatch(deadline=deadline)
-        result: list[NDArray[Any]] = model.run(self._lease, name, feed, None, watch)
+        result: list[Array] = model.run(self._handle.lease, name, feed, None, watch)
         return result
 
     def input_signature(self) -> str:
@@ -132,8 +130,11 @@ class ExecutionSession(ModelProxy):
         """Names of all entry points."""
         return list(self._described().details["entry_points"])
 
-    def _travelling(self) -> dict[str, Any]:
-        return {"_entry_point": self._entry_point}
+    def __getstate__(self) -> tuple[object, ...]:
+        return (self._entry_point,)
+
+    def __setstate__(self, state: tuple[ModelHandle, str | None]) -> None:
+        self._handle, self._entry_point = state
 
     def set_entry_point(self, name: str) -> None:
         """Has this session use another entry point.
@@ -145,44 +146,40 @@ class ExecutionSession(ModelProxy):
         self._entry_point = name
 
     def _described(self) -> ModelDescription:
-        return self._described_model().describe(self._lease)
+        return self._handle.described_model().describe(self._handle.lease)
 
     def _signatures(self, name: str | None) -> tuple[str, str]:
         details = self._described().details
         found = _signatures_of(details, name)
         if found is None:
-            raise EngineError(mlir_signature.no_entry(self._spec.name, name, details["entry_points"]))
+            raise EngineError(mlir_signature.no_entry(self._handle.spec.name, name, details["entry_points"]))
         inputs, outputs = found
         return inputs, outputs
 
-    def _check(self, description: ModelDescription, inputs: Sequence[NDArray[Any]]) -> None:
+    def _check(self, description: ModelDescription, inputs: Sequence[Array]) -> None:
         found = _signatures_of(description.details, self._entry_point)
         if found is not None:  # else the worker shall say it
             mlir_signature.check(mlir_signature.parse(found[0]), inputs)
 
 
-def _signatures_of(details: dict[str, Any], name: str | None) -> list[str] | None:
-    """The inputs' and the outputs'; None if there is no such entry point."""
+def _signatures_of(details: PlainDict, name: str | None) -> list[str] | None:
+    """The signatures of the inputs and the outputs; None if there is no such entry point."""
     known: dict[str | None, list[str]] = details["signatures"]
     return known.get(details["default_entry_point"] if name is None else name)
 
 
-def _spec_of(
-    path: str, tag: str, allowances: Allowances, group: str | None, environment: Environment
-) -> ModelSpec:
+def _spec_of(path: str, tag: str, worker: WorkerOptions) -> ModelSpec:
     if not os.path.exists(path):
         raise FileNotFoundError(
             errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
         )
     extra = {"tag": tag} if tag else {}
     return ModelSpec(
-        key=model_key(model_identity(path), "onnx_mlir", extra, allowances, group, environment),
+        key=model_key(model_identity(path), "onnx_mlir", extra, *worker),
         name=path,
         cwd=working_directory(),
         engine="onnx_mlir",
         path=path,
         extra=extra,
-        group=group,
-        environment=environment,
-        **allowances._asdict(),
+        **worker.fields(),
     )

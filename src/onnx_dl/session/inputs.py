@@ -1,4 +1,4 @@
-"""Names and values of a call before they travel: what onnxruntime's Python code makes of them."""
+"""Names and values of a call before they travel, treated as onnxruntime's Python code does."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from types import GeneratorType
-from typing import Any, Final
+from typing import Final, TypeGuard
 
 import numpy as np
 
+from onnx_dl.core.types import Feed, Value
 from onnx_dl.ort.metadata import NodeArg
+from onnx_dl.session.native_session import NativeSession
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.call_plans import are_text
 from onnx_dl.tensors.values import is_plain
 
 USERS: Final = 256
-"""numpy's first number for dtypes that packages register, such as ml_dtypes' bfloat16."""
+"""numpy's first number for dtypes that packages register, such as bfloat16 of ml_dtypes."""
 _STAND_INS: Final = ("c8", "c16", np.longdouble, np.clongdouble)
-"""Dtypes of numpy's own that onnxruntime refuses in the same way."""
+"""numpy's own dtypes that onnxruntime refuses in the same way."""
 _NO_TYPE: Final = "Numpy_type {} can't be converted to MLDataType."
 
 
-def check_names(feed: Any, inputs: Iterable[NodeArg]) -> None:
+def check_names(feed: Feed, inputs: Iterable[NodeArg]) -> None:
     """Raises ValueError, in onnxruntime's words, if an input is missing."""
     names = list(feed.keys())
     missing = [
@@ -32,10 +34,18 @@ def check_names(feed: Any, inputs: Iterable[NodeArg]) -> None:
         raise ValueError(f"Required inputs ({missing}) are missing from input feed ({names}).")
 
 
-def refuse_dtypes(feed: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> None:
+def check_owner(value: Value, session: NativeSession, action: str = "used with") -> None:
+    """Raises ValueError if this OrtValue belongs to another session."""
+    owner = getattr(value, "_session", None)
+    if owner is not None and owner is not session and type(value).__name__ == "OrtValue":
+        raise ValueError(f"Session-scoped OrtValue must be {action} the session that created it.")
+
+
+def refuse_dtypes(feed: Feed, run: Callable[[Feed], object]) -> None:
     """Raises what onnxruntime raises for dtypes that a package registered.
 
-    It tells their numbers, which are this process's only; so the model is run with others in their place.
+    Its message has their numbers, which only this process knows: so the model is run with arrays of other
+    dtypes in their place, and the numbers in the message are replaced.
     """
     arrays = {name: value for name, value in feed.items() if _has_users_dtype(value)}
     numbers = {value.dtype.num: None for value in arrays.values()}
@@ -50,21 +60,21 @@ def refuse_dtypes(feed: dict[str, Any], run: Callable[[dict[str, Any]], Any]) ->
         raise
 
 
-def _has_users_dtype(value: Any) -> bool:
+def _has_users_dtype(value: Value) -> bool:
     return type(value) is np.ndarray and value.dtype.num >= USERS
 
 
-def plain_name(name: Any) -> Any:
-    """A str for a subclass of it (numpy's, an enumeration's); anything else is onnxruntime's to refuse."""
+def plain_name(name: Value) -> Value:
+    """A str for a subclass of it (numpy's, an enumeration's).  onnxruntime refuses anything else."""
     return str.__str__(name) if type(name) is not str and isinstance(name, str) else name
 
 
-def names_of(output_names: Any) -> Any:
+def names_of(output_names: Value) -> Value:
     """Names of outputs in a form that travels: None for all, or a list of text.
 
-    What onnxruntime takes for a list is decided here, because not all of that could travel: a generator or an
-    array of numpy's is one for it, and neither text nor a dict nor an iterator is.  What it refuses becomes
-    something that can travel and that it refuses in the same words.
+    Not everything that onnxruntime takes for a list can travel, so it is decided here: a generator or an
+    array of numpy's is a list, and neither text nor a dict nor an iterator is.  A refused value becomes one
+    that can travel and that onnxruntime refuses in the same words.
 
     Raises:
         ValueError: an array that is neither true nor false, in numpy's words.
@@ -84,8 +94,8 @@ _VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.i
 _AS_LISTS: Final = (GeneratorType, set, frozenset, map, zip, *_VIEWS)
 
 
-def are_names(names: list[Any]) -> bool:
-    """Whether these are text, without surrogates, of which onnxruntime says that they are none."""
+def are_names(names: list[Value]) -> TypeGuard[list[str]]:
+    """True if all are text without surrogates, which onnxruntime refuses."""
     return are_text(names) and _can_travel("".join(names))
 
 
@@ -93,22 +103,22 @@ def _can_travel(text: str) -> bool:
     return text.isascii() or text.encode(errors="ignore").decode() == text
 
 
-def _is_a_list(value: Any) -> bool:
-    """Whether pybind11 takes it for a ``std::vector``."""
+def _is_a_list(value: Value) -> bool:
+    """True if pybind11 takes it for a ``std::vector``."""
     if ctypes.pythonapi.PySequence_Check(ctypes.py_object(value)):
         return not isinstance(value, str | bytes)
     return isinstance(value, _AS_LISTS)
 
 
-def _text_of(name: Any) -> Any:
-    """A name as text, where pybind11 takes it for a ``std::string``."""
+def _text_of(name: Value) -> Value:
+    """A name as text, if pybind11 takes it for a ``std::string``."""
     if isinstance(name, bytes | bytearray):
         with contextlib.suppress(UnicodeDecodeError):
             return name.decode()
     return plain_name(name)
 
 
-def _refused(value: Any) -> Any:
+def _refused(value: Value) -> Value:
     with contextlib.suppress(UnicodeEncodeError):
         if is_plain(value):
             packing.encode(value)
@@ -116,11 +126,11 @@ def _refused(value: Any) -> Any:
     return repr(value).encode(errors="backslashreplace").decode()
 
 
-def sharing(names: Sequence[str], results: Sequence[Any]) -> list[Any]:
-    """Results of a name that was asked for twice are one, as in onnxruntime."""
+def sharing(names: Sequence[str], results: Sequence[Value]) -> list[Value]:
+    """The results, of which those of a repeated name share their memory, as in onnxruntime."""
     if len(set(names)) == len(names):
         return list(results)
-    first: dict[str, Any] = {}
+    first: Feed = {}
     for name, result in zip(names, results, strict=True):
         first.setdefault(name, result)
     return [first[n].view() if isinstance(first[n], np.ndarray) else first[n] for n in names]

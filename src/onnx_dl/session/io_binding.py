@@ -1,8 +1,8 @@
-"""IOBinding over a process boundary: inputs are read, and results written, where the application bound them.
+"""IOBinding across processes: inputs are read, and results written, where the application bound them.
 
-Covers ``onnxruntime.IOBinding``'s methods.  Addresses are this process's: at every run the inputs' memory is
-copied to the worker and the results' to where they are bound, so what is bound stays live as it does
-in-process.  As there, memory that a run allocated for an output is bound to it from then on.
+Has ``onnxruntime.IOBinding``'s methods.  Addresses are this process's: every run copies the inputs' memory to
+the worker and the results to where they are bound, so the application may change bound memory between runs.
+As in-process, memory that a run allocated for an output is bound to it from then on.
 """
 
 from __future__ import annotations
@@ -12,25 +12,43 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from onnx_dl.core.types import Array, Feed, OrtObject, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import onnx_builder, ortvalues
+from onnx_dl.ort.metadata import NodeArg
+from onnx_dl.session.inputs import check_owner
+from onnx_dl.session.native_session import NativeSession
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
 _NO_TEXT: Final = "Only binding non-string Tensors is currently supported"
 _TEXT: Final = 8
-"""onnx's number of it."""
+"""Number of text in onnx's TensorProto.DataType."""
+_ElementType = DTypeLike | int
+"""A numpy type, or a number of onnx's TensorProto.DataType."""
 _BOTH_NEEDED: Final = "`element_type` and `shape` are to be provided if pre-allocated memory is provided"
 
 
-class _Output:
-    """Where one output goes.  ``value``: a native OrtValue that holds it, if there is one yet."""
+class Session(Protocol):
+    """The parts of an InferenceSessionProxy that a binding uses."""
 
-    def __init__(self, device: str, number: int, value: Any = None, owner: object = None) -> None:
+    _sess: NativeSession
+
+    def get_inputs(self) -> list[NodeArg]: ...
+    def get_overridable_initializers(self) -> list[NodeArg]: ...
+    def get_outputs(self) -> list[NodeArg]: ...
+    def _invoke(self, method: str, *args: object) -> Value: ...
+
+
+class _Output:
+    """Destination of one output.  ``value``: a native OrtValue that holds it, if there is one yet."""
+
+    def __init__(self, device: str, number: int, value: OrtObject = None, owner: object = None) -> None:
         """``owner``: the Python object of a bound OrtValue, which may hold the array whose memory it uses."""
         self.device = device
         self.number = number
@@ -40,18 +58,17 @@ class _Output:
 
 
 class IOBinding:
-    """What ``onnxruntime.IOBinding`` is, for a proxy.  Arrays are numpy's, values are ``OrtValue``."""
+    """``onnxruntime.IOBinding`` for a proxy.  Arrays are numpy's, values are ``OrtValue``."""
 
-    def __init__(self, proxy: Any) -> None:
-        """``proxy``: the InferenceSessionProxy that made it."""
+    def __init__(self, proxy: Session) -> None:
         self._proxy = proxy
         self._session = proxy._sess
-        self._inputs: dict[str, Any] = {}
+        self._inputs: Feed = {}
         self._outputs: dict[str, _Output] = {}
 
     @property
     def _iobinding(self) -> IOBinding:
-        """What callers hand to the native session."""
+        """onnxruntime's native binding, which callers hand to the native session."""
         return self
 
     @property  # type: ignore[misc]
@@ -62,7 +79,7 @@ class IOBinding:
 
     # --- inputs -------------------------------------------------------------------------------------------
 
-    def bind_cpu_input(self, name: str, arr_on_cpu: Any) -> None:
+    def bind_cpu_input(self, name: str, arr_on_cpu: Value) -> None:
         """Binds an array, whose memory is read at every run.
 
         Raises:
@@ -81,7 +98,7 @@ class IOBinding:
         name: str,
         device_type: str,
         device_id: int,
-        element_type: Any,
+        element_type: _ElementType,
         shape: Sequence[int],
         buffer_ptr: int,
     ) -> None:
@@ -101,24 +118,24 @@ class IOBinding:
         self._check_input(name)
         self._inputs[name] = self._live(value, None)
 
-    def bind_ortvalue_input(self, name: str, ortvalue: Any) -> None:
+    def bind_ortvalue_input(self, name: str, ortvalue: OrtObject) -> None:
         """Binds an OrtValue, which is read at every run."""
         self._check_owner(ortvalue)
         self._check_input(name)
         self._inputs[name] = self._live(ortvalue._ortvalue, ortvalue)
 
     @staticmethod
-    def _live(value: Any, owner: object) -> Any:
-        """A native OrtValue as an array in the same memory, where numpy has such arrays."""
+    def _live(value: OrtObject, owner: object) -> Value:
+        """A native OrtValue as an array in the same memory, if numpy has an array type for it."""
         array = ortvalues.as_array(value, owner)
         return value if array is None else array
 
-    def _check_owner(self, ortvalue: Any) -> None:
+    def _check_owner(self, ortvalue: OrtObject) -> None:
         is_unscoped = type(ortvalue).__name__ == "OrtValue" and not hasattr(
             ortvalue, "_session"
         )  # before 1.30
         if not is_unscoped and ortvalue._session is not None:
-            self._proxy._check_owner(ortvalue, "bound to")
+            check_owner(ortvalue, self._session, "bound to")
 
     def _check_input(self, name: str) -> None:
         nodes = (*self._proxy.get_inputs(), *self._proxy.get_overridable_initializers())
@@ -126,7 +143,7 @@ class IOBinding:
             raise RuntimeError(f"Error when binding input: Failed to find input name in the mapping: {name}")
 
     def synchronize_inputs(self) -> None:
-        """Nothing to do: inputs are copied when a run begins."""
+        """Does nothing: inputs are copied when a run begins."""
 
     def clear_binding_inputs(self) -> None:
         self._inputs.clear()
@@ -138,7 +155,7 @@ class IOBinding:
         name: str,
         device_type: str = "cpu",
         device_id: int = 0,
-        element_type: Any = None,
+        element_type: _ElementType | None = None,
         shape: Sequence[int] | None = None,
         buffer_ptr: int | None = None,
     ) -> None:
@@ -166,43 +183,43 @@ class IOBinding:
         """The type of an output; None: there is none of this name."""
         return next((node.type for node in self._proxy.get_outputs() if node.name == name), None)
 
-    def bind_ortvalue_output(self, name: str, ortvalue: Any) -> None:
+    def bind_ortvalue_output(self, name: str, ortvalue: OrtObject) -> None:
         """Binds an output to an OrtValue's memory."""
         self._check_owner(ortvalue)
         self._outputs[name] = _Output("cpu", 0, ortvalue._ortvalue, ortvalue)
 
     def synchronize_outputs(self) -> None:
-        """Nothing to do: results are there when a run ends."""
+        """Does nothing: results are there when a run ends."""
 
     def clear_binding_outputs(self) -> None:
         self._outputs.clear()
 
-    def get_outputs(self) -> list[Any]:
+    def get_outputs(self) -> list[OrtObject]:
         """The outputs of the last run as ``onnxruntime.OrtValue``, in the order in which they were bound.
 
-        Before the first run, those that a run is to allocate have no value.
+        Before the first run, those that a run allocates have no value.
         """
         onnxruntime = importlib.import_module("onnxruntime")
         return [onnxruntime.OrtValue(value) for value in self._results()]
 
-    def get_outputs_as_ortvaluevector(self) -> Any:
+    def get_outputs_as_ortvaluevector(self) -> OrtObject:
         """The outputs of the last run as an ``OrtValueVector``."""
         vector = vector_class()()
         for value in self._results():
             vector.push_back(value)
         return vector
 
-    def copy_outputs_to_cpu(self) -> list[Any]:
+    def copy_outputs_to_cpu(self) -> list[Value]:
         """The outputs of the last run as arrays of their own (lists and dicts for sequences and maps).
 
         Raises:
-            RuntimeError: there was no run yet; onnxruntime itself ends the process then.
+            RuntimeError: there was no run yet; onnxruntime itself crashes then.
         """
         if any(output.value is None for output in self._outputs.values()):
             raise RuntimeError("This IOBinding has no outputs yet: run_with_iobinding() comes first.")
         return [_python(value) for value in self._results()]
 
-    def _results(self) -> list[Any]:
+    def _results(self) -> list[OrtObject]:
         return [
             onnx_builder.nothing() if output.value is None else output.value
             for output in self._outputs.values()
@@ -211,10 +228,15 @@ class IOBinding:
     # --- a run --------------------------------------------------------------------------------------------
 
     def _at(
-        self, device_type: str, device_id: int, element_type: Any, shape: Sequence[int], address: int
-    ) -> Any:
-        """A native OrtValue over memory of this process; of text, one of its own, which no run may write to,
-        as in onnxruntime."""
+        self,
+        device_type: str,
+        device_id: int,
+        element_type: _ElementType,
+        shape: Sequence[int],
+        address: int,
+    ) -> OrtObject:
+        """A native OrtValue over memory of this process.  For text, a new one, which no run may write to, as
+        in onnxruntime."""
         onnxruntime = importlib.import_module("onnxruntime")
         _check_device(device_type, device_id)
         if _is_text(element_type):
@@ -223,15 +245,15 @@ class IOBinding:
         lies_there = ortvalues.bytes_at(address, nbytes)
         return ortvalues.put_together("dense", [number, list(shape), lies_there], copy=False)
 
-    def _run_plainly(self, run: Callable[[list[str], dict[str, Any]], list[Any]]) -> bool:
-        """Runs the way of ``run()``, which is faster; false if that did not do: run the other way, which
-        tells what is wrong in the words of a binding."""
+    def run_plainly(self, run: Callable[[list[str], Feed], list[Array]]) -> bool:
+        """Runs the way of ``run()``, which is faster.  False if that did not do: :meth:`run` then raises what
+        is wrong in the words of a binding."""
         if not self._is_plain():
             return False
         try:
             results = run(list(self._outputs), self._inputs)
         except OnnxDLError:
-            raise  # not onnxruntime's: to run again would tell nothing else
+            raise  # not onnxruntime's: the other way would raise the same
         except Exception:
             return False
         if not all(map(_fits, self._outputs.values(), results)):
@@ -245,7 +267,7 @@ class IOBinding:
         return True
 
     def _is_plain(self) -> bool:
-        """Whether all that is bound are tensors of numbers, and no output is an input, too."""
+        """True if only tensors of numbers are bound, and no output is also an input."""
         nodes = (*self._proxy.get_inputs(), *self._proxy.get_overridable_initializers())
         taken = {node.name: node.type for node in nodes}
         given = {node.name: node.type for node in self._proxy.get_outputs()}
@@ -256,14 +278,14 @@ class IOBinding:
             and all(given.get(name) in ortvalues.NUMERIC and name not in taken for name in self._outputs)
         )
 
-    def _place(self, name: str, value: Any) -> list[Any] | None:
-        """See :func:`place_of`.  Text where the model has none is refused by the run."""
+    def _place(self, name: str, value: OrtObject) -> list[object] | None:
+        """See :func:`place_of`.  The run refuses text where the model has none."""
         if value is not None and value.is_tensor() and value.element_type() == _TEXT:
             return None if self._type_of(name) == "tensor(string)" else [_TEXT, list(value.shape())]
         return place_of(value)
 
-    def _run(self, call: Callable[[list[Any], list[Any]], list[Any]]) -> None:
-        """``call`` is given what is bound and returns what came out of it."""
+    def run(self, call: Callable[[list[Value], list[Value]], list[Value]]) -> None:
+        """Runs with any kind of value.  ``call`` takes inputs and outputs; it returns a result per output."""
         inputs = [[name, value] for name, value in self._inputs.items()]
         outputs = [
             [name, output.device, output.number, self._place(name, output.value)]
@@ -279,8 +301,8 @@ class IOBinding:
                 self._outputs[name] = _Output(output.device, output.number, result, result)
 
 
-def _is_text(element_type: Any) -> bool:
-    """Whether this is what onnxruntime takes for text: numpy's types of text, bytes and objects, too."""
+def _is_text(element_type: _ElementType) -> bool:
+    """True if onnxruntime takes this for text, as it does numpy's types of text, bytes and objects."""
     if isinstance(element_type, int) and not isinstance(element_type, type):
         return element_type == _TEXT
     try:
@@ -289,8 +311,8 @@ def _is_text(element_type: Any) -> bool:
         return False
 
 
-def _fits(output: _Output, result: Any) -> bool:
-    """Whether the result may lie where the output is bound; one of no value yet takes any."""
+def _fits(output: _Output, result: Value) -> bool:
+    """True if the result fits the bound memory.  An output without a value takes any."""
     if type(result) is not np.ndarray:
         return False
     if output.array is None:
@@ -302,8 +324,8 @@ def _check_device(device_type: str, device_id: int) -> None:
     importlib.import_module("onnxruntime").OrtDevice.make(device_type, device_id)
 
 
-def _element(onnxruntime: Any, element_type: Any, shape: Sequence[int]) -> tuple[int, int]:
-    """onnx's number of an element type, and the bytes of a tensor of that shape."""
+def _element(onnxruntime: OrtObject, element_type: _ElementType, shape: Sequence[int]) -> tuple[int, int]:
+    """The number of an element type in onnx, and the size in bytes of a tensor of that shape."""
     if isinstance(element_type, int) and not isinstance(element_type, type):
         one = onnxruntime.OrtValue.ortvalue_from_shape_and_type([2], element_type)
         half = one.tensor_size_in_bytes()
@@ -312,31 +334,31 @@ def _element(onnxruntime: Any, element_type: Any, shape: Sequence[int]) -> tuple
     return one.element_type(), math.prod(shape) * one.tensor_size_in_bytes()
 
 
-def vector_class() -> Any:
+def vector_class() -> OrtObject:
     """onnxruntime's OrtValueVector."""
     return importlib.import_module(_C).OrtValueVector
 
 
-def take_results(given: list[Any], results: list[Any]) -> list[Any]:
+def take_results(given: list[OrtObject], results: list[Value]) -> list[Value]:
     """Writes results to the native OrtValues that were given for them; returns those that are left."""
     for value, result in zip(given, results, strict=False):
         _write(value, result)
     return results[len(given) :]
 
 
-def _write(value: Any, result: Any) -> None:
+def _write(value: OrtObject, result: Array) -> None:
     if result.nbytes:
         ctypes.memmove(value.data_ptr(), result.ctypes.data, result.nbytes)
 
 
-def place_of(value: Any) -> list[Any] | None:
-    """Element type and shape of memory that a result goes to; None: it is allocated."""
+def place_of(value: OrtObject) -> list[object] | None:
+    """Element type and shape of the memory that a result is written to; None: it is allocated."""
     if value is None or not value.has_value() or not value.is_tensor() or value.element_type() == 8:
         return None
     return [value.element_type(), list(value.shape())]
 
 
-def _python(value: Any) -> Any:
+def _python(value: OrtObject) -> Value:
     parts = ortvalues.take_apart(value)
     if parts is None or parts.kind == "absent":
         return None

@@ -1,4 +1,4 @@
-"""onnxruntime's constructor arguments as a :class:`~onnx_dl.core.spec.ModelSpec`, with the memory they name."""
+"""Converts onnxruntime's constructor arguments to a :class:`~onnx_dl.core.spec.ModelSpec` and its memory."""
 
 from __future__ import annotations
 
@@ -8,33 +8,41 @@ import hashlib
 import importlib
 import os
 import weakref
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
-from onnx_dl.core.environment import NOTHING, Environment
-from onnx_dl.core.parsing import Allowances
+from onnx_dl.client.model_table import BlobSources
 from onnx_dl.core.spec import ModelSpec, specify, working_directory
+from onnx_dl.core.terms import WORKER_FIELDS, WorkerOptions
+from onnx_dl.core.types import OrtObject, PlainDict, Providers
 from onnx_dl.ort import options, recordings
 from onnx_dl.system import installation, platform, process_setup
 from onnx_dl.tensors import segment, shared_bytes
 from onnx_dl.tensors.live_initializers import LiveMemory
 
 KNOWN: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
-"""Of onnxruntime's constructor, beside those that have a place of their own."""
+"""Keywords of onnxruntime's constructor that are passed on."""
 
 
 class Source(NamedTuple):
-    """A model to be loaded."""
+    """A model to be loaded, with the memory that it is loaded from."""
 
     spec: ModelSpec
-    memory: dict[str, Callable[[], int]]
-    """For each of the spec's blobs, what makes a descriptor of it."""
-    live: LiveMemory | None
-    """What the application may change between calls."""
+    blobs: BlobSources = MappingProxyType({})
+    live: LiveMemory | None = None
+    """Memory that the application may change between calls."""
 
 
-def locate(source: object) -> tuple[str | None, bytes | None]:
-    """The path or the bytes that a model was given as.
+class ModelFile(NamedTuple):
+    """The path or the bytes that a model was given as; the other one is None."""
+
+    path: str | None
+    data: bytes | None
+
+
+def locate(source: object) -> ModelFile:
+    """Reads the constructor's first argument.
 
     Raises:
         TypeError: it is neither, in onnxruntime's words.
@@ -45,9 +53,9 @@ def locate(source: object) -> tuple[str | None, bytes | None]:
         path = str.__str__(os.fspath(source))
         if path and (number := _error_of(path)):  # onnxruntime has an opinion of its own on ''
             raise _cannot_look(path, number)
-        return path, None
+        return ModelFile(path, None)
     if isinstance(source, bytes):
-        return None, source
+        return ModelFile(None, source)
     raise TypeError(f"Unable to load from type '{type(source)}'")
 
 
@@ -77,11 +85,11 @@ def _cannot_look(path: str, number: int) -> Exception:
     return error
 
 
-_memories: weakref.WeakKeyDictionary[Any, LiveMemory] = weakref.WeakKeyDictionary()
-"""The workers of all proxies that were given the same options see the same memory."""
+_memories: weakref.WeakKeyDictionary[OrtObject, LiveMemory] = weakref.WeakKeyDictionary()
+"""One for each SessionOptions: all proxies that were given it share the memory."""
 
 
-def _memory_of(sess_options: Any, found: recordings.PortableCalls | None) -> LiveMemory | None:
+def _memory_of(sess_options: OrtObject, found: recordings.PortableCalls | None) -> LiveMemory | None:
     if found is None or not found.arrays:
         return None
     memory = _memories.get(sess_options)
@@ -91,23 +99,22 @@ def _memory_of(sess_options: Any, found: recordings.PortableCalls | None) -> Liv
 
 
 def describe(
-    path: str | None,
-    data: bytes | None,
-    sess_options: Any,
-    providers: Any,
-    provider_options: Any,
-    kwargs: dict[str, Any],
-    allowances: Allowances,
-    group: str | None = None,
-    environment: Environment = NOTHING,
+    file: ModelFile,
+    sess_options: OrtObject,
+    providers: tuple[Providers, Providers],
+    kwargs: Mapping[str, object],
+    worker: WorkerOptions,
 ) -> Source:
     """All that a worker needs to load the model, and the key that says which proxies share it.
+
+    Args:
+        providers: ``providers`` and ``provider_options``.
 
     Raises:
         AttributeError: ``sess_options`` is no SessionOptions, in onnxruntime's words.
         ConfigError: an argument cannot reach a worker; the message names it.
     """
-    if not (sess_options or providers or provider_options):
+    if not (sess_options or any(providers)):
         sess_options = None  # onnxruntime does not look at it
     plain, found = options.record_session_options(sess_options)
     live = _memory_of(sess_options, found)
@@ -115,52 +122,42 @@ def describe(
         plain["places"] = live.places
     process_wide = recordings.process_settings()
     recordings.check_process_settings(process_wide, plain)
-    how: dict[str, Any] = {
+    how = {
         "options": plain,
-        **_providers(providers, provider_options, _extras(kwargs)),
+        **_providers(*providers, {name: _plain(kwargs[name]) for name in KNOWN if name in kwargs}),
         "memory": None if live is None else live.name,
         "surroundings": process_wide,
-        **allowances._asdict(),
-        "group": group,
-        "environment": environment,
+        **worker.fields(),
     }
-    digest = None if data is None else hashlib.sha256(data).hexdigest()
-    spec = specify(path, digest, working_directory(), how)
-    memory: dict[str, Callable[[], int]] = {}
-    if data is not None and digest is not None:
-        memory[digest] = _kept(digest, data)
+    digest = None if file.data is None else hashlib.sha256(file.data).hexdigest()
+    spec = specify(file.path, digest, working_directory(), how)
+    blobs: dict[str, Callable[[], int]] = {}
+    if file.data is not None and digest is not None:
+        blobs[digest] = _kept(digest, file.data)
     if live is not None:
-        memory[live.name] = live.descriptor
-    return Source(spec, memory, live)
+        blobs[live.name] = live.descriptor
+    return Source(spec, blobs, live)
 
 
 def _kept(digest: str, data: bytes) -> Callable[[], int]:
-    """What makes descriptors of these bytes.  The caller may let go of them."""
+    """A function that opens descriptors of these bytes, which the caller need not keep."""
     if not platform.is_platform():  # the first use says so
         return functools.partial(segment.freeze, data)
     process_setup.fill_standard_streams()
     return shared_bytes.keep(digest, data).descriptor
 
 
-def with_providers(spec: ModelSpec, providers: Any, provider_options: Any) -> ModelSpec:
+def with_providers(spec: ModelSpec, providers: Providers, provider_options: Providers) -> ModelSpec:
     """The same model with other providers, and without falling back to others, which is for constructors.
 
     Raises: like :func:`describe`.
     """
     extra = {name: value for name, value in spec.extra.items() if name in KNOWN} | {"enable_fallback": 0}
-    how = {
-        "options": spec.options,
-        **_providers(providers, provider_options, extra),
-        "memory": spec.memory,
-        "surroundings": spec.surroundings,
-        **Allowances(spec.max_memory, spec.max_memory_hard, spec.max_runs)._asdict(),
-        "group": spec.group,
-        "environment": spec.environment,
-    }
-    return specify(spec.path, spec.blob, spec.cwd, how)
+    kept = {name: getattr(spec, name) for name in ("options", "memory", "surroundings", *WORKER_FIELDS)}
+    return specify(spec.path, spec.blob, spec.cwd, kept | _providers(providers, provider_options, extra))
 
 
-def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> dict[str, Any]:
+def _providers(providers: Providers, provider_options: Providers, extra: PlainDict) -> PlainDict:
     if not options.are_accepted(providers) or not isinstance(provider_options, list | tuple | None):
         given = [options.encode_refused(providers), options.encode_refused(provider_options)]
         return {"providers": None, "provider_options": None, "extra": extra | {"given": given}}
@@ -173,11 +170,7 @@ def _providers(providers: Any, provider_options: Any, extra: dict[str, Any]) -> 
     }
 
 
-def _extras(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: _sorted(kwargs[name]) for name in KNOWN if name in kwargs}
-
-
-def _sorted(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value

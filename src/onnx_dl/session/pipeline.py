@@ -1,16 +1,17 @@
-"""Models in a row, where what one computes is what the next one reads.
+"""Models in a row: each one reads what the ones before it computed.
 
-Covers which output goes to which input.  The arrays between two models stay in shared memory: the next worker
-reads them where the one before wrote them, and the application neither copies nor maps them.
+Decides which output goes to which input.  The arrays between two models stay in shared memory: the next
+worker reads them where the one before wrote them, and the application neither copies nor maps them.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from onnx_dl.core.types import Feed, OrtObject, Value
 from onnx_dl.errors import ConfigError
+from onnx_dl.ort import options
 from onnx_dl.ort.metadata import NodeArg
 from onnx_dl.session.inference_session import InferenceSessionProxy
 
@@ -21,9 +22,9 @@ class Pipeline:
     Args:
         stages: proxies of one host, in order.
         connect: for each stage after the first, the outputs of earlier stages by the names of its inputs.
-            What is not named there is connected by equal names (of several, the latest counts); where none is
-            equal, a single input to the single output of the stage before.  All other inputs are the
-            pipeline's.
+            Inputs that are not named there are connected by equal names (of several, the latest counts);
+            where no name is equal, a single input to the single output of the stage before.  All other
+            inputs are the pipeline's.
 
     Raises:
         ConfigError: there is no stage, the stages are of different hosts, or ``connect`` has another length.
@@ -40,15 +41,18 @@ class Pipeline:
                 f"connect= needs one mapping for each of the {len(stages) - 1} stages after the first; "
                 f"it has {len(connect)}."
             )
-        if len({id(stage._host) for stage in stages}) > 1:
+        if len({id(stage._handle.host) for stage in stages}) > 1:
             raise ConfigError("All stages of a pipeline must be proxies of the same host.")
         self._stages = stages
         self._connect = [dict(names) for names in connect or [{}] * (len(stages) - 1)]
         self._wires: list[dict[str, tuple[int, str]]] | None = None
 
     def run(
-        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None
-    ) -> list[Any]:
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Value],
+        run_options: OrtObject = None,
+    ) -> list[Value]:
         """One inference through all stages.
 
         Args:
@@ -62,15 +66,17 @@ class Pipeline:
 
         Raises:
             ValueError: an input is missing, or is none of the pipeline's, in onnxruntime's words.
-            Exception: what a stage raised.
+            Exception: a stage raised it.
         """
         wires = self._wiring()
         self._check(input_feed)
-        computed: list[dict[str, Any]] = []
+        plain = options.read_run_options(run_options)
+        computed: list[Feed] = []
         with contextlib.ExitStack() as kept:
             for index, stage in enumerate(self._stages[:-1]):
                 names = self._needed(index)
-                results = stage._run_kept(names, self._feed(index, input_feed, computed, wires), run_options)
+                feed = stage._fed(self._feed(index, input_feed, computed, wires))
+                results = stage._handle.model().keep(stage._handle.lease, names, feed, plain)
                 kept.callback(results.release)
                 computed.append(dict(zip(names, results.values, strict=True)))
             feed = self._feed(len(self._stages) - 1, input_feed, computed, wires)
@@ -135,15 +141,15 @@ class Pipeline:
     def _feed(
         self,
         index: int,
-        given: Mapping[str, Any],
-        computed: list[dict[str, Any]],
+        given: Mapping[str, Value],
+        computed: list[Feed],
         wires: list[dict[str, tuple[int, str]]],
-    ) -> dict[str, Any]:
+    ) -> Feed:
         wired = {name: computed[stage][output] for name, (stage, output) in wires[index].items()}
         names = [node.name for node in self._stages[index].get_inputs()]
         return wired | {name: given[name] for name in names if name in given and name not in wired}
 
-    def _check(self, given: Mapping[str, Any]) -> None:
+    def _check(self, given: Mapping[str, Value]) -> None:
         names = [node.name for node in self.get_inputs()]
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"Required inputs ({missing}) are missing from input feed ({list(given)}).")

@@ -123,6 +123,4 @@ class ClientRequests:
             found = self.file.named(ask.name)
         except ConfigError as error:
             return control.Denied(ticket=ask.ticket, failure=failures.describe(error))
-        return control.Named(
-            ticket=ask.ticket, spec=found.spec, ttl=found.ttl, pin=found.pin, priority=found.priority
-        )
+        return control.Named(ticket=ask.ticket, spec=found.spec, terms=found.terms)

@@ -105,10 +105,7 @@ class AppliedFile:
 
     def _terms(self) -> dict[str, Terms]:
         """Terms on which the host itself holds loaded models, by the key of the model."""
-        return {
-            model.spec.key: Terms(ttl=model.ttl, pin=model.pin, priority=model.priority)
-            for model in self._file.models.values()
-        }
+        return {model.spec.key: model.terms for model in self._file.models.values()}
 
     def _warmups(self) -> dict[str, dict[str, Warmup]]:
         """Inputs of the first run of models, before they are ready, by the key of the model."""
@@ -122,9 +119,7 @@ class AppliedFile:
                     ticket=0,
                     proxy=0,
                     spec=model.spec,
-                    ttl=model.ttl,
+                    terms=model.terms,
                     file_bytes=bytes_of(model.spec.path or ""),
-                    pin=model.pin,
-                    priority=model.priority,
                     for_host=True,
                 )

@@ -20,6 +20,7 @@ from msgspec import Struct
 from onnx_dl.core import environment, parsing
 from onnx_dl.core.environment import Environment
 from onnx_dl.core.spec import ModelSpec, Warmup, specify
+from onnx_dl.core.terms import Terms
 from onnx_dl.errors import ConfigError
 from onnx_dl.supervisor.hostfile.line_numbers import line_of, too_deep
 from onnx_dl.supervisor.hostfile.schema import (
@@ -40,14 +41,11 @@ _DEEPEST: Final = 32
 
 
 class Configured(Struct, frozen=True, kw_only=True):
-    """A model of the file.  ``ttl``: seconds; ``eager``: load it with the host; ``warmup``: by name of the
-    input."""
+    """A model of the file.  ``eager``: it loads when the host starts; ``warmup`` is by name of the input."""
 
     name: str
     spec: ModelSpec
-    ttl: float
-    pin: bool
-    priority: int
+    terms: Terms
     eager: bool
     warmup: dict[str, Warmup]
 
@@ -168,9 +166,11 @@ class _Checker:
         return Configured(
             name=name,
             spec=self._spec(given, where, _first(given.providers, defaults.providers), common),
-            ttl=_first(ttl, defaults.ttl, parsing.KEEP),
-            pin=_first(given.pin, defaults.pin, False),
-            priority=_first(given.priority, defaults.priority, 0),
+            terms=Terms(
+                ttl=_first(ttl, defaults.ttl, parsing.KEEP),
+                pin=_first(given.pin, defaults.pin, False),
+                priority=_first(given.priority, defaults.priority, 0),
+            ),
             eager=bool(given.eager),
             warmup={key: self._input(key, one, where) for key, one in given.warmup.items()},
         )

@@ -101,7 +101,7 @@ class ClientRequests:
                 model.leases[client, proxy] = msgspec.structs.replace(terms, ttl=ttl)
                 self.control.retime(model)
             model.waiters = [
-                (who, msgspec.structs.replace(ask, ttl=ttl) if (who, ask.proxy) == (client, proxy) else ask)
+                (who, _with_ttl(ask, ttl) if (who, ask.proxy) == (client, proxy) else ask)
                 for who, ask in model.waiters
             ]
         return self.outbox.take()
@@ -135,3 +135,7 @@ class ClientRequests:
                 self.leases.after_release(model, "exit", now)
         self.control.admit(now)
         return self.outbox.take()
+
+
+def _with_ttl(ask: m.Acquire, ttl: float) -> m.Acquire:
+    return msgspec.structs.replace(ask, terms=msgspec.structs.replace(ask.terms, ttl=ttl))

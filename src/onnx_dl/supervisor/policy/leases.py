@@ -11,7 +11,7 @@ from onnx_dl.core.terms import Terms
 from onnx_dl.protocol import failures
 from onnx_dl.protocol.control import Acquire, Granted
 from onnx_dl.supervisor.policy.fleet import Fleet
-from onnx_dl.supervisor.policy.records import HOST, HOST_LEASE, ModelRecord, WorkerRecord, terms_of
+from onnx_dl.supervisor.policy.records import HOST, HOST_LEASE, ModelRecord, WorkerRecord
 from onnx_dl.supervisor.policy.worker_control import WorkerControl
 
 
@@ -50,7 +50,7 @@ class Leases:
         if (failure := description.failed.get(key)) is not None:
             self._outbox.deny(client, ask.ticket, msgspec.convert(failure, failures.Failure))
             return
-        model.leases[HOST_LEASE if ask.for_host else (client, ask.proxy)] = terms_of(ask)
+        model.leases[HOST_LEASE if ask.for_host else (client, ask.proxy)] = ask.terms
         host_terms = model.host_terms(self._host_terms)
         if host_terms is not None and (client == HOST or HOST_LEASE not in model.leases):
             model.leases[HOST_LEASE] = host_terms

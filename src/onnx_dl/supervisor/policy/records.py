@@ -131,9 +131,7 @@ class ModelRecord:
     @property
     def ttl(self) -> float:
         """The longest TTL of all leases and waiters."""
-        return _longest(
-            [terms.ttl for terms in (*self.leases.values(), *(terms_of(a) for _, a in self.waiters))]
-        )
+        return _longest([terms.ttl for terms in (*self.leases.values(), *(a.terms for _, a in self.waiters))])
 
     @property
     def priority(self) -> int:
@@ -257,11 +255,6 @@ class ModelRecord:
             p50=reading.quantile(0.5),
             members={member.key: member.name for member in self.spec.members if member.key not in failed},
         )
-
-
-def terms_of(ask: control.Acquire) -> Terms:
-    """The terms on which a proxy asks for its model."""
-    return Terms(ttl=ask.ttl, pin=ask.pin, priority=ask.priority)
 
 
 def _longest(ttls: list[float]) -> float:

@@ -1,0 +1,184 @@
+"""A proxy's claim to its model: how the model is loaded, on which terms, and the worker in use.
+
+How a worker is found and called is :mod:`onnx_dl.client.remote_model`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any, Final
+
+import msgspec
+
+from onnx_dl.client.host_client import HostClient
+from onnx_dl.client.lease import Lease
+from onnx_dl.client.model_table import BlobSources
+from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.core import file_identity
+from onnx_dl.core.spec import model_key
+from onnx_dl.core.status import ModelDescription
+from onnx_dl.core.terms import Terms
+from onnx_dl.errors import FilesChanging, ProxyClosedError
+from onnx_dl.session.model_source import Source
+from onnx_dl.system import installation
+
+_MOST_VERSIONS: Final = 3
+"""Workers that are asked for, one after the other, because the files changed after each was loaded."""
+
+
+class ModelHandle:
+    """Owned by one proxy; the model is released when it is closed or collected."""
+
+    def __init__(self, source: Source, terms: Terms, host: HostClient) -> None:
+        spec = source.spec
+        if host.name is not None and spec.path is not None:
+            # To other applications a relative path means another file.
+            spec = msgspec.structs.replace(spec, name=os.path.abspath(os.path.join(spec.cwd, spec.path)))
+        self.spec = spec
+        self.host = host
+        self.lease = Lease(terms)
+        self.live = source.live
+        self.is_gone = False
+        """True if onnxruntime would have no native session: its providers could not be set."""
+        self.remote: RemoteModel | None = None
+        self._blobs = source.blobs
+        self._used: RemoteModel | None = None
+        """The model, once its worker was found to have read the files that are there."""
+        host.join(self)
+        # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
+        # itself for ever.
+        self.release = weakref.finalize(self, _release, self.lease, weakref.ref(host))
+        """Gives up the model.  May be called twice."""
+        # The interpreter's exit closes the host, which releases everything at once.
+        self.release.atexit = False
+
+    def close(self) -> None:
+        """Gives up the model and the memory that it was given as."""
+        self.release()
+        # The model in the client has the memory, too: it hands it to the next host.
+        self._blobs, self.remote, self._used = {}, None, None
+
+    def give_up_session(self) -> None:
+        """Has every later use raise what onnxruntime raises without a native session."""
+        self.is_gone, self._used, self.remote = True, None, None
+
+    def copied(self) -> ModelHandle:
+        """Another claim to the same model, on the same terms."""
+        return ModelHandle(Source(self.spec, self.blobs(), self.live), self.lease.terms, self.host)
+
+    def blobs(self) -> BlobSources:
+        """The memory that the model is loaded from.
+
+        Raises:
+            ProxyClosedError: this handle gave it back.
+        """
+        blobs = self._blobs
+        if not blobs.keys() >= set(self.spec.blobs):
+            raise self._is_closed()
+        return blobs
+
+    def _is_closed(self) -> ProxyClosedError:
+        return ProxyClosedError(f"This proxy of {self.spec.name} is closed; make a new one.")
+
+    @property
+    def group(self) -> str | None:
+        """Name of the group whose models share one worker, if it is in one."""
+        return self.spec.group
+
+    def companion(self) -> RemoteModel | None:
+        """The model, for others of its group to load it with them; None if this is closed."""
+        return None if self.lease.closed or self.is_gone else self.known()
+
+    def set_ttl(self, ttl: object) -> None:
+        """Changes the TTL, also at the supervisor.
+
+        Raises:
+            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none of the three modes.
+        """
+        self.lease.terms = self.lease.terms.changed({"ttl": ttl})
+        if (model := self.host.known_model(self.spec.key)) is not None:
+            self.lease.send_ttl(model.connection)
+
+    def model(self, deadline: Deadline | None = None) -> RemoteModel:
+        """The model, with a worker that this proxy may use: started and loaded if need be, and read from the
+        files that are there now, unless this proxy has used it before.
+
+        Raises:
+            DeadlinePassed: that took longer.
+            FilesChanging: the files had changed after each load.
+            Exception: the load failed.
+        """
+        return self.in_use() or self._bind(deadline)
+
+    def in_use(self) -> RemoteModel | None:
+        """The model, if this proxy uses its present worker already."""
+        model, lease = self._used, self.lease
+        if model is None or lease.closed or not model.serves(lease):
+            return None
+        return model
+
+    def _bind(self, deadline: Deadline | None) -> RemoteModel:
+        for _ in range(_MOST_VERSIONS):
+            model = self.known(deadline)
+            worker = model.acquire(self.lease, deadline)
+            if (path := file_identity.changed(self.spec.where, worker.description.files)) is None:
+                self._used = model
+                return model
+            model.worker.leave_outdated(self.lease, worker, path)
+            self._switch(model.spec.key, worker.description)
+        raise FilesChanging(
+            f"{path} is not what the worker of {self.spec.name} has just read. Either it changes all the "
+            "time, or the host sees other files under the same paths than this process, as in a container."
+        )
+
+    def _switch(self, key: str, read: ModelDescription) -> None:
+        """Switches to a model of another key: the files of this one are not what its worker has read.
+
+        Proxies that use the worker keep it.  All that find the same files get the same new key.  Threads of
+        this proxy may come here at the same time, from the same key.
+        """
+        now = file_identity.look_at(self.spec.where, [file.name for file in read.files])
+        self.spec = msgspec.structs.replace(self.spec, key=model_key(key, now))
+
+    def described_model(self) -> RemoteModel:
+        """The model, whose description is known or comes with a load.  The description by a worker that is
+        gone holds as long as its files do."""
+        model = self.known()
+        known = model.description
+        if known is not None and (
+            model is self._used or file_identity.changed(self.spec.where, known.files) is None
+        ):
+            return model
+        return self.model()
+
+    def known(self, deadline: Deadline | None = None) -> RemoteModel:
+        """The model as the client knows it, with the supervisor started if need be.
+
+        Raises:
+            DeadlinePassed: that took longer.
+        """
+        if self.is_gone:
+            raise AttributeError("'NoneType' object has no attribute 'run'")
+        blobs, spec, model = self._blobs, self.spec, self.remote
+        if self.lease.closed:  # looked at last: close() takes the memory away after that
+            raise self._is_closed()
+        if model is None or not model.connection.usable or model.spec.key != spec.key:
+            if spec.engine == "ort":
+                installation.check(spec.provider_names)
+            model = self.remote = self.host.model(spec, blobs, deadline)
+        return model
+
+    def invoke(self, method: str, *args: object) -> Any:
+        """Calls another method of the worker's session, by name."""
+        if self.is_gone:
+            raise AttributeError(f"'NoneType' object has no attribute {method!r}")
+        return self.model().invoke(self.lease, method, *args)
+
+
+def _release(lease: Lease, host_ref: weakref.ref[HostClient]) -> None:
+    """Runs when a handle is closed or collected."""
+    lease.closed = True
+    if (host := host_ref()) is not None:
+        host.leave(lease)
