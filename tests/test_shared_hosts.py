@@ -32,11 +32,11 @@ from onnx_dl import (
     SupervisorStartError,
     WorkerDied,
 )
-from onnx_dl.client import launcher
+from onnx_dl.client import host_registry, launcher, supervisor_link
 from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.lane_pool import LanePool
+from onnx_dl.client.supervisor_link import FAREWELL
 from onnx_dl.client.worker_output import WorkerOutput
-from onnx_dl.host import connect
 from onnx_dl.transport.rendezvous import HostEntry
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
@@ -622,7 +622,7 @@ def test_a_bad_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         onnx_dl.connect(name)
     if name:
         monkeypatch.setenv("ONNX_DL_HOST", name)
-        monkeypatch.setattr(connect, "_default", None)
+        monkeypatch.setattr(host_registry, "_default", None)
         with pytest.raises(ConfigError, match="not a host name"):
             onnx_dl.default_host()
 

@@ -130,7 +130,7 @@ recorder.install()
 
 
 def _make_host(name: str | None) -> ModelHost:
-    return importlib.import_module(f"{__name__}.host").ModelHost.of_name(name)  # type: ignore[no-any-return]
+    return importlib.import_module(f"{__name__}.host.model_host").ModelHost.of_name(name)  # type: ignore[no-any-return]
 
 
 host_registry.set_factory(_make_host)

@@ -42,11 +42,12 @@ OF_OURS = {"transport.handshakes", "transport.router", "transport.worker_lane"}
 ALLOWED = {
     "concurrency.primitives": {"subprocess.Popen"},
     # Close files, memory and epoll's own, where gevent does nothing else than the system.
-    "acquisition": {"os.close"},
-    "proxy": {"os.close"},
-    "rendezvous": {"os.close"},
-    "surroundings": {"os.close"},
-    "transport.arena": {"os.close"},
+    "client.acquisition": {"os.close"},
+    "session.proxy": {"os.close"},
+    "transport.rendezvous": {"os.close"},
+    "system.process_setup": {"os.close"},
+    "tensors.arena": {"os.close"},
+    "tensors.block": {"os.close"},
     "transport.gauges": {"os.close"},
     "tensors.mapped_blocks": {"os.close"},
     "tensors.segment": {"os.close"},

@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "protocol": {"errors", "core"},
     "tensors": {*BASE, "ort", "protocol"},
     "transport": {*BASE, "protocol", "tensors"},
-    "client": {*BASE, "protocol", "transport", "tensors.shared_arrays"},
+    "client": {
+        *BASE, "protocol", "transport", "tensors.shared_arrays", "tensors.call_codec", "tensors.call_plans",
+    },
     "supervisor": {
         *BASE, "transport", "tensors.segment",
         "protocol.codec", "protocol.control", "protocol.failures", "protocol.template",
@@ -31,8 +33,8 @@ MAY_IMPORT = {
     "workers": {*BASE, "ort", "protocol", "tensors", "transport"},
     "session": {*BASE, "ort", "tensors", "client"},
     "host": {*BASE, "client", "session"},
-    "integrations": {*BASE, "session", "host"},
-    "demo": {*BASE, "session", "host"},
+    "integrations": {*BASE, "client.host_client", "session", "host"},
+    "demo": {*BASE, "client.event_stream", "session", "host"},
     "cli": {*BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host", "integrations", "demo"},
     "__main__": {"cli"},
 }  # fmt: skip

@@ -18,6 +18,7 @@ from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.terms import Terms
+from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane, template
 from tests.unit.builders import DESCRIPTION, spec
@@ -153,7 +154,9 @@ def test_round_trip(message):
 def test_every_other_direction_refuses_it(message):
     raw = codec.encode(message)
     for reader in set(READERS.values()) - set(readers_of(message)):
-        with pytest.raises(ProtocolError, match=r"protocol version 5 .* same version of onnx-dl"):
+        with pytest.raises(
+            ProtocolError, match=rf"protocol version {codec.PROTOCOL_VERSION} .* same version of onnx-dl"
+        ):
             reader(raw)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onnx_dl.core import events, status
-from onnx_dl.protocol import codec, control, lane, template
+from onnx_dl.core import events, spec, status, terms, thread_attributes
+from onnx_dl.protocol import codec, control, failures, lane, template
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 SECTIONS = {
@@ -39,7 +39,18 @@ def structs() -> dict[str, type[msgspec.Struct]]:
     """Every struct that travels, but the abstract base."""
     return {
         name: cls
-        for module in (m, status, events)
+        for module in (
+            codec,
+            control,
+            failures,
+            lane,
+            template,
+            spec,
+            status,
+            terms,
+            thread_attributes,
+            events,
+        )
         for name, cls in inspect.getmembers(module, inspect.isclass)
         if issubclass(cls, msgspec.Struct) and cls not in (codec.Message, msgspec.Struct, status.Snapshot)
     }

@@ -9,6 +9,7 @@ import pytest
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.status import ModelStatus, Usage
+from onnx_dl.core.terms import Terms
 from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.protocol import control as m

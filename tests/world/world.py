@@ -40,7 +40,7 @@ from tests.world.workers import MB, FakeWorker
 CLIENTS: Final = (b"client-p", b"client-q", b"client-r")
 MODELS: Final = ("a", "b", "c", "d", "g1", "g2")
 UNITS: Final = ("a", "b", "c", "d", "group:g")
-LIMITS: Final = ("", "60MiB", "100MiB", "130MiB", "300MiB")
+LIMITS: Final = (None, 60 * MB, 100 * MB, 130 * MB, 300 * MB)
 ANSWERS: Final = {
     "acquire": (m.Granted, m.Denied),
     "unload": m.Unloaded,

@@ -6,11 +6,11 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
+from onnx_dl.core.settings import DEFAULT_HOST
 from onnx_dl.core.status import Snapshot
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host import connect as connect_module
 from onnx_dl.host.model_host import ModelHost
-from onnx_dl.transport.rendezvous import DEFAULT_HOST
 
 
 def default_name(environ: Mapping[str, str] = os.environ) -> str:

@@ -7,12 +7,13 @@ import secrets
 import msgspec
 
 from onnx_dl.core import settings as settings_module
+from onnx_dl.core.settings import DEFAULT_HOST
 from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.main import Orders, serve
 from onnx_dl.system import platform, process_setup
 from onnx_dl.transport import addresses
-from onnx_dl.transport.rendezvous import DEFAULT_HOST, HostEntry
+from onnx_dl.transport.rendezvous import HostEntry
 
 
 def supervise(name: str = DEFAULT_HOST, **settings: str | int | None) -> None:

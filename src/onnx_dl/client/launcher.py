@@ -24,13 +24,13 @@ import msgspec
 from onnx_dl.concurrency import forking, primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core import settings as settings_module
-from onnx_dl.core.settings import Settings
+from onnx_dl.core.settings import DEFAULT_HOST, Settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.boot import Launch
 from onnx_dl.transport import addresses, running_hosts
-from onnx_dl.transport.rendezvous import DEFAULT_HOST, HostEntry
+from onnx_dl.transport.rendezvous import HostEntry
 from onnx_dl.transport.running_hosts import RunningHost
 
 _POLL_INTERVAL: Final = 0.01

@@ -12,6 +12,9 @@ import msgspec
 from onnx_dl.core.parsing import WORKER_STDERR, parse_address, parse_size
 from onnx_dl.errors import ConfigError
 
+DEFAULT_HOST: Final = "default"
+"""Name of the shared host when the user names none."""
+
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 

@@ -30,9 +30,6 @@ from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import small_files
 
-DEFAULT_HOST: Final = "default"
-"""Name of the shared host when the user names none."""
-
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _FLOCK: Final = "hhqqi4x"
 """Linux's ``struct flock``: type, whence, start, length, process id."""
