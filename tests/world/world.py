@@ -161,7 +161,7 @@ class World:
         self.gone.discard(client)
         ticket = self.ask(client, "acquire")
         self.scheduler.outbox.tickets.opened(client, ticket)
-        message = m.Acquire(ticket=ticket, proxy=proxy, spec=model(key), ttl=1.0)
+        message = m.Acquire(ticket=ticket, proxy=proxy, spec=model(key), terms=Terms(ttl=1.0))
         failure = failures.describe(ValueError("no descriptors"))
         self.do(self.scheduler.on_not_acquired(client, message, failure, self.now))
         assert ticket not in self.open
