@@ -19,7 +19,7 @@ _MESSAGES = "protocol/codec.py"
 _BEFORE_5 = [
     ("transport/rendezvous.py", 'stem = name if protocol is None else f"{name}@{protocol}"', "stem = name"),
     ("transport/rendezvous.py", "and record.protocol == self.protocol", ""),
-    ("transport/rendezvous.py", "protocol=self.protocol,\n            package=onnx_dl.__version__,", ""),
+    ("transport/rendezvous.py", "protocol=self.protocol,\n            package=__version__,", ""),
     ("transport/rendezvous.py", "            started=uptime(),\n", ""),
     (
         "supervisor/lifetime.py",
@@ -75,7 +75,9 @@ class Version:
         self.speak(protocol)
         for name, text, other in _BEFORE_5 if before_5 else ():
             self._change(name, text, other)
-        self._change("__init__.py", f'__version__ = "{onnx_dl.__version__}"', f'__version__ = "{package}"')
+        self._change(
+            "core/version.py", f'__version__ = "{onnx_dl.__version__}"', f'__version__ = "{package}"'
+        )
         # From now on a program of this copy finds its modules compiled, as after an installation.
         subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder)], check=True, timeout=60)
 

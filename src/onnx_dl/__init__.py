@@ -10,6 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from onnx_dl.client import host_registry
+from onnx_dl.core.version import __version__
+from onnx_dl.errors import (
+    CapacityError,
+    ConfigError,
+    DescriptorsExhausted,
+    EngineError,
+    FilesChanging,
+    HostClosing,
+    InstallationError,
+    InvalidTransition,
+    LoadTimeout,
+    MemoryLimitExceeded,
+    OnnxDLError,
+    PlatformError,
+    ProcessesExhausted,
+    ProtocolError,
+    ProxyClosedError,
+    ReentrantUse,
+    RemoteError,
+    RunTimeout,
+    SharedMemoryError,
+    SupervisorDied,
+    SupervisorError,
+    SupervisorStartError,
+    SupervisorUnreachable,
+    UnloadTimeout,
+    UnsupportedValueError,
+    WorkerDied,
+    WorkerError,
+)
 from onnx_dl.ort import recorder
 
 if TYPE_CHECKING:
@@ -17,35 +47,6 @@ if TYPE_CHECKING:
     from onnx_dl.core.events import EventType, ModelEvent
     from onnx_dl.core.lifecycle import ModelState
     from onnx_dl.core.status import ModelStatus, Snapshot, Usage
-    from onnx_dl.errors import (
-        CapacityError,
-        ConfigError,
-        DescriptorsExhausted,
-        EngineError,
-        FilesChanging,
-        HostClosing,
-        InstallationError,
-        InvalidTransition,
-        LoadTimeout,
-        MemoryLimitExceeded,
-        OnnxDLError,
-        PlatformError,
-        ProcessesExhausted,
-        ProtocolError,
-        ProxyClosedError,
-        ReentrantUse,
-        RemoteError,
-        RunTimeout,
-        SharedMemoryError,
-        SupervisorDied,
-        SupervisorError,
-        SupervisorStartError,
-        SupervisorUnreachable,
-        UnloadTimeout,
-        UnsupportedValueError,
-        WorkerDied,
-        WorkerError,
-    )
     from onnx_dl.host.connect import connect, default_host, warm_up
     from onnx_dl.host.model_host import ModelHost
     from onnx_dl.integrations.onnxruntime_patch import Patch, Unpatched, patch, unpatch, unpatched_report
@@ -56,74 +57,24 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "client.event_stream": ("EventStream",),
-    "core.events": (
-        "EventType",
-        "ModelEvent",
-    ),
+    "core.events": ("EventType", "ModelEvent"),
     "core.lifecycle": ("ModelState",),
-    "core.status": (
-        "ModelStatus",
-        "Snapshot",
-        "Usage",
-    ),
-    "errors": (
-        "CapacityError",
-        "ConfigError",
-        "DescriptorsExhausted",
-        "EngineError",
-        "FilesChanging",
-        "HostClosing",
-        "InstallationError",
-        "InvalidTransition",
-        "LoadTimeout",
-        "MemoryLimitExceeded",
-        "OnnxDLError",
-        "PlatformError",
-        "ProcessesExhausted",
-        "ProtocolError",
-        "ProxyClosedError",
-        "ReentrantUse",
-        "RemoteError",
-        "RunTimeout",
-        "SharedMemoryError",
-        "SupervisorDied",
-        "SupervisorError",
-        "SupervisorStartError",
-        "SupervisorUnreachable",
-        "UnloadTimeout",
-        "UnsupportedValueError",
-        "WorkerDied",
-        "WorkerError",
-    ),
-    "host.connect": (
-        "connect",
-        "default_host",
-        "warm_up",
-    ),
+    "core.status": ("ModelStatus", "Snapshot", "Usage"),
+    "host.connect": ("connect", "default_host", "warm_up"),
     "host.model_host": ("ModelHost",),
-    "integrations.onnxruntime_patch": (
-        "Patch",
-        "Unpatched",
-        "patch",
-        "unpatch",
-        "unpatched_report",
-    ),
+    "integrations.onnxruntime_patch": ("Patch", "Unpatched", "patch", "unpatch", "unpatched_report"),
     "session.execution_session": ("ExecutionSession",),
-    "session.inference_session": (
-        "InferenceSession",
-        "InferenceSessionProxy",
-    ),
-    "session.pipeline": (
-        "Pipeline",
-        "pipeline",
-    ),
+    "session.inference_session": ("InferenceSession", "InferenceSessionProxy"),
+    "session.pipeline": ("Pipeline", "pipeline"),
     "system.boot": ("freeze_support",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__version__ = "0.2.0.dev0"
-"""Read by the build; the one place where it is written."""
-__all__ = sorted(_HOME_OF)
+_ERRORS = [
+    name for name, value in globals().items() if isinstance(value, type) and issubclass(value, Exception)
+]
+
+__all__ = sorted([*_HOME_OF, *_ERRORS])
 
 # Records options from now on, because onnxruntime's objects do not give them back.
 recorder.install()

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-import onnx_dl
 from onnx_dl.cli import output
 from onnx_dl.cli.run import prepare, split
 from onnx_dl.core import parsing
+from onnx_dl.core.version import __version__
 from onnx_dl.errors import ConfigError, OnnxDLError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
     )
-    ps_module.add_argument("--version", action="version", version=f"onnx-dl {onnx_dl.__version__}")
+    ps_module.add_argument("--version", action="version", version=f"onnx-dl {__version__}")
     commands = ps_module.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo", help="load, use and unload four models, beside the same work in-process"

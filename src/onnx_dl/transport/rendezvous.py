@@ -25,7 +25,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-import onnx_dl
+from onnx_dl.core.version import __version__
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import small_files
@@ -193,7 +193,7 @@ class HostEntry:
             pid=os.getpid(),
             managed=managed,
             protocol=self.protocol,
-            package=onnx_dl.__version__,
+            package=__version__,
             started=uptime(),
         )
         try:

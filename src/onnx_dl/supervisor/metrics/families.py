@@ -20,9 +20,9 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-import onnx_dl
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus
+from onnx_dl.core.version import __version__
 from onnx_dl.supervisor.metrics.counters import Figures, Histogram, ModelCounts
 from onnx_dl.transport.gauges import bound, bucket
 
@@ -201,7 +201,7 @@ FAMILIES: Final = (
         "onnx_dl",
         (),
         "The supervisor; written as onnx_dl_info.",
-        _total(lambda _: {"version": onnx_dl.__version__}),
+        _total(lambda _: {"version": __version__}),
     ),
 )
 
