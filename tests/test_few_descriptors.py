@@ -13,6 +13,7 @@ import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.errors import DescriptorsExhausted
+from onnx_dl.protocol.lane import Touch
 from tests.contract.both import CPU
 from tests.slow import identity_model
 from tests.waiting import DEADLINE
@@ -55,12 +56,12 @@ def test_a_call_that_finds_none_says_so_and_others_go_on(host: ModelHost, few: N
     held = []
     with pytest.raises(DescriptorsExhausted, match="ulimit") as raised:
         while True:
-            held.append(proxy._handle.model().ask_with(proxy._handle.lease, lambda lane: None)[0])
+            held.append(proxy._handle.model().prepare(proxy._handle.lease, lambda lane: Touch()))
     assert raised.value.errno == errno.EMFILE and isinstance(raised.value, OSError)
-    proxy._handle.model().put_lane(held.pop())
+    held.pop().release()
     assert proxy.run(None, X)[0][0] == 1
-    for lane in held:
-        lane.close()
+    for call in held:
+        call.lane.close()
 
 
 def test_a_burst_of_callers(host: ModelHost, few: None) -> None:

@@ -21,6 +21,7 @@ import pytest
 from onnx_dl import ExecutionSession, InferenceSessionProxy, ModelHost, OnnxDLError, RunTimeout
 from onnx_dl.client import launcher
 from onnx_dl.errors import LoadTimeout, ProxyClosedError, UnloadTimeout, WorkerDied
+from onnx_dl.protocol.lane import Touch
 from tests.contract.both import CPU, loop
 from tests.contract.test_async_contract import ENDLESS
 from tests.mlir import compiler
@@ -102,8 +103,8 @@ def worker_with_an_idle_lane(stage: Stage) -> None:
 
 def worker_whose_lanes_are_in_use(stage: Stage) -> None:
     used(stage)
-    lane, _ = stage.proxy._handle.model().ask_with(stage.proxy._handle.lease, lambda lane: None)
-    stage.at_the_end.callback(lane.close)
+    call = stage.proxy._handle.model().prepare(stage.proxy._handle.lease, lambda lane: Touch())
+    stage.at_the_end.callback(call.lane.close)
     stage.stop(stage.worker())
 
 
