@@ -46,6 +46,15 @@ def test_blocks_of_python_compile(name: str) -> None:
         compile(textwrap.dedent(block), name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_are_there(name: str) -> None:
+    """Modules and tests, by their paths from the root or from the package; words in capitals stand for others."""
+    named = set(re.findall(r"`((?:[\w.]+/)+[\w-]+\.py)`", PAGES[name].read_text()))
+    roots = [ROOT, ROOT / "src", ROOT / "src" / "onnx_dl"]
+    lost = {path for path in named if not any((root / path).exists() for root in roots)}
+    assert not {path for path in lost if not re.search(r"[A-Z]{3}", path)}
+
+
 def test_the_architecture_links_the_glossary() -> None:
     assert "](glossary.md)" in (ROOT / "docs" / "architecture.md").read_text()
 
