@@ -68,9 +68,9 @@ class Misbehaving(ModelProxy):
         """One call, whose result is compared."""
         deadline = Deadline.of(timeout)
         try:
-            model = self._model(deadline)
+            model = self._handle.model(deadline)
             watch = None if deadline is None else CancelWatch(deadline=deadline)
-            (result,) = model.run(self._lease, None, {"x": X}, None, watch)
+            (result,) = model.run(self._handle.lease, None, {"x": X}, None, watch)
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None
         assert np.array_equal(result, X * self._factor), f"a wrong result: {result}"

@@ -37,6 +37,7 @@ from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.client.supervisor_link import FAREWELL
 from onnx_dl.client.worker_output import WorkerOutput
+from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.transport.rendezvous import HostEntry
 from tests.contract.both import CPU, scaled
 from tests.sharing import Forked, Kept, belonging, command, own_runtime
@@ -702,7 +703,8 @@ def test_a_host_that_ends_at_once_is_not_started_for_ever(
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setenv("ONNX_DL_PYTHON", str(tmp_path / "python"))
     with pytest.raises(
-        SupervisorStartError, match=r"ends as soon as it is started; its log is .*mine@5\.log"
+        SupervisorStartError,
+        match=rf"ends as soon as it is started; its log is .*mine@{PROTOCOL_VERSION}\.log",
     ):
         onnx_dl.connect("mine")
 
@@ -714,7 +716,9 @@ def test_a_template_that_cannot_start(path: str, tmp_path: Path, monkeypatch: py
     (broken / "onnxruntime.py").write_text("import os; os.write(2, b'broken on purpose\\n'); os._exit(9)")
     monkeypatch.syspath_prepend(str(broken))
     host = onnx_dl.connect("mine")
-    with pytest.raises(WorkerDied, match=r"(?s)the template process ended.*mine@5\.log:.*broken on purpose"):
+    with pytest.raises(
+        WorkerDied, match=rf"(?s)the template process ended.*mine@{PROTOCOL_VERSION}\.log:.*broken on purpose"
+    ):
         twice(host.open(path, providers=CPU))
 
 

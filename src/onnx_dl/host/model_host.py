@@ -61,7 +61,9 @@ class ModelHost(HostClient):
                 of its two.
         """
         limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
-        given = {name: str(parse_size(size)) for name, size in limits.items() if size is not None}
+        given: dict[str, str | int] = {
+            name: parse_size(size) for name, size in limits.items() if size is not None
+        }
         explicit = list(given)
         if config is not None:
             given["config"] = os.path.abspath(config)
