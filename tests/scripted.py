@@ -18,10 +18,9 @@ import zmq
 from onnx_dl.client import launcher
 from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.protocol import codec, control
-from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import fresh_address
+from onnx_dl.transport import zeromq
 from onnx_dl.transport.router import Router
-from onnx_dl.transport.sockets import Channel, Listener, Waker
+from onnx_dl.transport.sockets import Channel, Listener, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
 
 STEPS: Final = ("greeting", "acquire", "lane", "call", "fate")
@@ -53,7 +52,7 @@ class Scripted:
         self._step, self._how = step, how
         self._address = fresh_address("scripted")
         self._worker_address = fresh_address("scripted-worker")
-        self._context = sockets.context()
+        self._context = zeromq.context()
         self._control = Router(f"{self._address}/control", 0, lambda name: True)
         self._lifelines = Listener(f"{self._address}/lifeline")
         self._lanes = Listener(self._worker_address)
@@ -90,7 +89,7 @@ class Scripted:
         poller = zmq.Poller()
         for source in (self._lifelines, self._lanes, self._control, self._stop):
             poller.register(source.fileno(), zmq.POLLIN)
-        while self._stop.fileno() not in (ready := sockets.wait(poller, None)):
+        while self._stop.fileno() not in (ready := zeromq.wait(poller, None)):
             if self._lifelines.fileno() in ready and (channel := self._lifelines.accept()):
                 self._greet(channel)
             if self._lanes.fileno() in ready and (channel := self._lanes.accept()):

@@ -20,6 +20,7 @@ from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.client.pending_call import PendingCall
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors import arena, call_codec, call_plans, values
+from onnx_dl.tensors.adoptions import Adoptions
 from onnx_dl.tensors.call_codec import CallCodec
 from onnx_dl.transport import call_channel, doorbell, lane_socket, sockets
 from onnx_dl.transport.client_lane import ClientLane
@@ -36,7 +37,7 @@ STEPS: list[tuple[Any, str]] = [
     (CallCodec, "_encode_new"),
     (call_codec, "key_of"),
     (call_codec, "InputLayout"),
-    (arena.Arena, "adopt"),
+    (Adoptions, "number"),
     (arena.Arena, "scratch"),
     (arena.Arena, "_create"),
     (values.Packer, "pack"),
@@ -46,7 +47,7 @@ STEPS: list[tuple[Any, str]] = [
     (call_plans.CallPlans, "next_number"),
     (ClientLane, "send"),
     (arena.Block, "ask"),
-    (lane_socket.Handover, "send"),
+    (lane_socket.LaneSocket, "send"),
     (sockets.Channel, "post"),
     (call_channel.CallerBellChannel, "send"),
     (call_channel.CallerBellChannel, "replay"),
@@ -54,7 +55,7 @@ STEPS: list[tuple[Any, str]] = [
     (call_channel.ZmqChannel, "send"),
     (call_channel.CallerBellChannel, "next"),
     (call_channel.ZmqChannel, "next"),
-    (lane_socket.Handover, "next"),
+    (lane_socket.LaneSocket, "next"),
     (ClientLane, "receive"),
     (CallCodec, "decode"),
     (CallCodec, "_learn"),
@@ -176,10 +177,10 @@ def test_a_request_that_is_made_and_not_sent_changes_nothing(proxy: InferenceSes
             call = model.prepare(
                 proxy._handle.lease, lambda lane, x=x: lane.codec.encode_call(None, {"x": x}, None)
             )
-            known = dict(call.lane.codec._plans._plans)
+            known = dict(call.lane.codec.plans._plans)
             call.release()
             proxy.load()
-            assert call.lane.codec._plans._plans == known
+            assert call.lane.codec.plans._plans == known
             for _ in range(2):
                 right(proxy, x)
                 right(proxy, first)

@@ -37,7 +37,7 @@ they arrive as onnxruntime's own classes with onnxruntime's own messages.
 
 from __future__ import annotations
 
-import errno
+from errno import EAGAIN, EMFILE
 from typing import Any, ClassVar
 
 
@@ -86,10 +86,7 @@ class DescriptorsExhausted(OnnxDLError, OSError):
     working.  ``errno`` is EMFILE. :func:`onnx_dl.system.descriptor_limits.exhausted` makes one."""
 
     code = "descriptors-exhausted"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.errno = errno.EMFILE
+    errno = EMFILE
 
 
 class ProcessesExhausted(OnnxDLError, OSError):
@@ -97,10 +94,7 @@ class ProcessesExhausted(OnnxDLError, OSError):
     ``errno`` is EAGAIN. :func:`onnx_dl.concurrency.spawning.exhausted` makes one."""
 
     code = "processes-exhausted"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.errno = errno.EAGAIN
+    errno = EAGAIN
 
 
 class UnsupportedValueError(OnnxDLError, TypeError):

@@ -27,7 +27,7 @@ from onnx_dl.tensors import packing, segment
 from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
 from onnx_dl.transport import zmtp
-from onnx_dl.transport.lane_socket import PACKET, Handover
+from onnx_dl.transport.lane_socket import PACKET, LaneSocket
 from onnx_dl.transport.rendezvous import HostEntry, Record
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.load_cache.store import Cache, EntryMeta, seal_meta
@@ -56,7 +56,7 @@ def all_of(rng: random.Random, stack: contextlib.ExitStack) -> list[Target]:
         _values(rng, copy=True),
         _values(rng, copy=False),
         *_packed(rng),
-        *(_handover(rng, keep, stack) for keep in (False, True)),
+        *(_lane_socket(rng, keep, stack) for keep in (False, True)),
         _zmtp(rng),
         *_files(rng, folder),
         _host_file(rng, folder),
@@ -198,7 +198,7 @@ def _packed(rng: random.Random) -> list[Target]:
     ]
 
 
-def _handover(rng: random.Random, keep: bool, stack: contextlib.ExitStack) -> Target:
+def _lane_socket(rng: random.Random, keep: bool, stack: contextlib.ExitStack) -> Target:
     """A lane's socket, with descriptors of every kind beside what is said."""
     read, union = (lane.lane_reply, "lane_reply") if keep else (lane.lane_request, "lane_request")
     odd = stack.enter_context(contextlib.closing(descriptors.Odd()))
@@ -217,7 +217,7 @@ def _handover(rng: random.Random, keep: bool, stack: contextlib.ExitStack) -> Ta
         while ends:
             ends.pop().close()
         ends.extend(Channel.pair())
-        ends.append(Handover(ends[1], read, keep_descriptors=keep))
+        ends.append(LaneSocket(ends[1], read, keep_descriptors=keep))
 
     def take(data: bytes) -> None:
         if not ends or ends[2].is_broken or rng.random() < 0.02:

@@ -20,8 +20,7 @@ from onnx_dl.supervisor.policy.commands import (
 )
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.exit_status import decode
-from onnx_dl.tensors.arena import Arena
-from onnx_dl.tensors.mapped_blocks import Mappings
+from onnx_dl.tensors.arena import Arena, Mappings
 from onnx_dl.tensors.segment import create
 
 A, B = b"client-a", b"client-b"
@@ -192,14 +191,7 @@ class Peer:
 
     def dropped(self, block: int) -> None:
         self.calls.append(("dropped", block))
-        self.mappings.drop(block)
-
-    def get(self, number: int) -> Any:
-        """As a lane's: the block, which must have been shared."""
-        block = self.mappings.get(number)
-        if block is None:
-            raise AssertionError(f"block {number} was never shared, or was dropped")
-        return block
+        self.mappings.drop([block])
 
 
 def arena() -> tuple[Arena, Peer]:

@@ -29,39 +29,39 @@ def blocks(count: int) -> tuple[Arena, list[Block]]:
 def test_a_block_has_one_number_for_as_long_as_it_is_known():
     mine, _ = arena()
     _, (one, two) = blocks(2)
-    first = mine.adopt(one)
-    assert mine.adopt(two) != first
-    assert mine.adopt(one) == first
+    first = mine.adoptions.number(one)
+    assert mine.adoptions.number(two) != first
+    assert mine.adoptions.number(one) == first
     assert mine.adoptions.nbytes == one.size + two.size
     mine.trim()
     assert mine.adoptions.nbytes == 0
-    assert mine.adopt(one) not in (None, first), "a number is never given twice"
+    assert mine.adoptions.number(one) not in (None, first), "a number is never given twice"
 
 
 def test_what_its_owner_lets_go_is_dropped_with_the_next_message():
     mine, peer = arena()
     other, (one, two) = blocks(2)
-    numbers = mine.adopt(one), mine.adopt(two)
+    numbers = mine.adoptions.number(one), mine.adoptions.number(two)
     one.release()
     del one
     other.trim()
     gc.collect()
     mine.adoptions.next_message()
-    assert peer.mappings.get(numbers[0]) is None
-    assert peer.mappings.get(numbers[1]) is not None
+    assert not peer.mappings.has(numbers[0])
+    assert peer.mappings.has(numbers[1])
     assert mine.adoptions.nbytes == two.size
 
 
 def test_what_is_gone_is_dropped_when_nothing_is_adopted_any_more():
     mine, peer = arena()
     other, (one,) = blocks(1)
-    number = mine.adopt(one)
+    number = mine.adoptions.number(one)
     one.release()
     del one
     other.trim()
     for _ in range(100):
         mine.scratch(10)
-    assert peer.mappings.get(number) is None
+    assert not peer.mappings.has(number)
 
 
 def test_the_one_that_was_named_longest_ago_makes_room():
@@ -70,32 +70,32 @@ def test_the_one_that_was_named_longest_ago_makes_room():
     numbers = []
     for block in many[:MOST]:
         mine.adoptions.next_message()
-        numbers.append(mine.adopt(block))
+        numbers.append(mine.adoptions.number(block))
     mine.adoptions.next_message()
-    assert mine.adopt(many[0]) == numbers[0]
-    assert mine.adopt(many[MOST]) is not None
-    assert peer.mappings.get(numbers[0]) is not None
-    assert peer.mappings.get(numbers[1]) is None
-    assert len([number for number in numbers if peer.mappings.get(number)]) == MOST - 1
+    assert mine.adoptions.number(many[0]) == numbers[0]
+    assert mine.adoptions.number(many[MOST]) is not None
+    assert peer.mappings.has(numbers[0])
+    assert not peer.mappings.has(numbers[1])
+    assert len([number for number in numbers if peer.mappings.has(number)]) == MOST - 1
 
 
 def test_what_one_message_names_makes_no_room_for_more_of_it():
     mine, _ = arena()
     _, many = blocks(MOST + 1)
     mine.adoptions.next_message()
-    numbers = [mine.adopt(block) for block in many]
+    numbers = [mine.adoptions.number(block) for block in many]
     assert None not in numbers[:MOST]
     assert numbers[MOST] is None
     mine.adoptions.next_message()
-    assert mine.adopt(many[MOST]) is not None
+    assert mine.adoptions.number(many[MOST]) is not None
 
 
 def test_memory_stays_readable_for_who_has_it():
     mine, peer = arena()
     _, (one,) = blocks(1)
     one.array("<f4", (4,), 0)[:] = 7
-    number = mine.adopt(one)
+    number = mine.adoptions.number(one)
     assert number is not None
-    mapped = peer.mappings.get(number)
+    mapped = peer.mappings.block(number)
     assert mapped is not None
     assert np.array_equal(mapped.array("<f4", (4,), 0), [7] * 4)

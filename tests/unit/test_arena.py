@@ -14,10 +14,9 @@ import pytest
 
 from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.tensors import block as block_module
-from onnx_dl.tensors import memory_order
-from onnx_dl.tensors.arena import IDLE_TURNS, SMALLEST, Arena, NoPeer, size_class
+from onnx_dl.tensors import block as blocks
+from onnx_dl.tensors.arena import IDLE_TURNS, SMALLEST, Arena, Mappings, NoPeer, size_class
 from onnx_dl.tensors.block import HEADER, Block, align
-from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.tensors.segment import freeze, thaw
 from tests.unit.builders import arena, segment
 
@@ -138,13 +137,13 @@ def test_release_leaves_the_other_words_of_the_header(block, monkeypatch, releas
 
 
 def test_machines_that_keep_the_order_of_writes_pay_for_nothing():
-    assert memory_order.store_release_for("x86_64") is None
+    assert blocks.store_release_for("x86_64") is None
 
 
-@pytest.mark.skipif(memory_order.clear_word is None, reason="this machine needs no store-release")
+@pytest.mark.skipif(blocks.clear_word is None, reason="this machine needs no store-release")
 def test_store_release_clears_four_bytes():
     words = (ctypes.c_uint32 * 2)(1, 7)
-    memory_order.clear_word(ctypes.addressof(words))
+    blocks.clear_word(ctypes.addressof(words))
     assert list(words) == [0, 7]
 
 
@@ -182,9 +181,9 @@ def test_held_array_outlives_block_and_mapping(block):
     mappings = Mappings()
     fd = segment(MB + HEADER)
     mappings.add(7, MB, fd)
-    array = mappings.get(7).held_array("<f4", (MB // 4,), 0)
-    mappings.drop(7)
-    assert mappings.get(7) is None
+    array = mappings.block(7).held_array("<f4", (MB // 4,), 0)
+    mappings.drop([7])
+    assert not mappings.has(7)
     gc.collect()
     array[:] = 1
     assert array.sum() == MB // 4
@@ -193,7 +192,7 @@ def test_held_array_outlives_block_and_mapping(block):
 def test_clock_and_holding_are_seen_by_both_sides():
     a, peer = arena()
     block = a.page()
-    theirs = peer.get(block.number)
+    theirs = peer.mappings.block(block.number)
     block.clock = 123
     theirs.take()
     assert theirs.clock == 123
@@ -218,7 +217,7 @@ def test_mapping_smaller_than_announced_is_refused_and_its_descriptor_closed():
     with pytest.raises(OSError) as caught:
         os.fstat(fd)
     assert caught.value.errno == errno.EBADF
-    assert mappings.get(1) is None
+    assert not mappings.has(1)
 
 
 # --- scratch ---------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def test_scratch_that_is_too_small_is_replaced_by_a_doubled_one():
     assert second.size >= 2 * MB
     assert a.scratch(2 * MB) is second
     assert peer.calls == [("shared", 1), ("dropped", 1), ("shared", 2)]
-    assert peer.mappings.get(1) is None
+    assert not peer.mappings.has(1)
 
 
 def test_doubling_does_not_more_than_double_what_is_needed():
@@ -296,7 +295,7 @@ def test_taken_block_is_not_used_again_until_the_peer_clears_it():
     one = a.take(MB)
     two = a.take(MB)
     assert one is not two and one.is_taken and two.is_taken
-    peer.get(one.number).release()
+    peer.mappings.block(one.number).release()
     assert a.take(MB) is one
     assert one.is_taken
     assert peer.calls == [("shared", one.number), ("shared", two.number)]
@@ -409,7 +408,7 @@ def test_results_that_an_application_keeps_cost_it_no_descriptors():
     """Most systems allow 1024: somebody who keeps a thousand results must not run out of them."""
     fds = open_segments()
     a, peer = arena()
-    kept = [peer.get(a.take(SMALLEST).number).held_array("|u1", (SMALLEST,), 0) for _ in range(50)]
+    kept = [peer.mappings.block(a.take(SMALLEST).number).held_array("|u1", (SMALLEST,), 0) for _ in range(50)]
     assert open_segments() - fds < 10
     assert len(kept) == 50
 
@@ -462,13 +461,13 @@ def test_what_cannot_be_announced_is_not_adopted():
     a, peer = arena()
     other = Arena(NoPeer(), keep_descriptors=True)
     first, second = other.take(MB), other.take(MB)
-    number = a.adopt(first)
+    number = a.adoptions.number(first)
     peer.room = 0
-    assert a.adopt(second) is None
-    assert a.adopt(first) == number
+    assert a.adoptions.number(second) is None
+    assert a.adoptions.number(first) == number
     peer.room = 1
     second.mapping.close_descriptor()  # another thread has more recent ones
-    assert a.adopt(second) is None
+    assert a.adoptions.number(second) is None
 
 
 def test_letters_use_free_blocks_again_and_go_when_they_are_not_used():
@@ -493,7 +492,7 @@ def test_hostile_announcements():
         with pytest.raises((ProtocolError, SharedMemoryError)):
             mappings.add(number, size, segment(HEADER))
         assert open_segments() == fds
-        assert mappings.get(2) is None
+        assert not mappings.has(2)
 
 
 def test_freeze_and_thaw():

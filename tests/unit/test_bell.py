@@ -7,14 +7,13 @@ import threading
 
 import pytest
 
-from onnx_dl.transport.doorbell import CallerBell, WorkerBell
-from onnx_dl.transport.spin import Patience
+from onnx_dl.transport.doorbell import CallerBell, SpinBudget, WorkerBell
 
 
 @pytest.fixture(params=[False, True], ids=["sleeps", "polls"])
 def bells(request: pytest.FixtureRequest):
-    caller = CallerBell(Patience() if request.param else None)
-    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], Patience() if request.param else None)
+    caller = CallerBell(SpinBudget() if request.param else None)
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], SpinBudget() if request.param else None)
     caller.handed_over()
     yield caller, worker
     caller.close()

@@ -14,7 +14,7 @@ import pytest
 
 from onnx_dl.concurrency import primitives, waits
 from onnx_dl.concurrency.event_loops import present
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.system.platform import check_platform
@@ -49,7 +49,6 @@ ALLOWED = {
     "tensors.arena": {"os.close"},
     "tensors.block": {"os.close"},
     "transport.gauges": {"os.close"},
-    "tensors.mapped_blocks": {"os.close"},
     "tensors.segment": {"os.close"},
 }
 
@@ -178,7 +177,7 @@ PATCH = "from gevent import monkey; monkey.patch_all(); "
 IMPORT = "import onnx_dl.concurrency.primitives as c, onnx_dl.concurrency.background, onnx_dl.concurrency.waits as w; "
 CHECK = """
 import gevent, threading, time, sys, queue
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.waits import Mailbox
 assert "gevent" not in repr([c.__dict__[name] for name in c.__dict__ if name[0] != "_"]), "patched"

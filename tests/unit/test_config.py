@@ -15,7 +15,7 @@ from onnx_dl.core.parsing import parse_ttl
 from onnx_dl.core.settings import Settings, settings
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.system import platform
-from onnx_dl.transport import addresses
+from onnx_dl.transport.sockets import fresh_address
 
 ACCEPTED = [
     (-1, -1.0),
@@ -173,7 +173,7 @@ def test_platform(monkeypatch):
 
 
 def test_addresses_are_unguessable_and_fit_a_socket():
-    found = {addresses.fresh_address("worker") for _ in range(100)}
+    found = {fresh_address("worker") for _ in range(100)}
     assert len(found) == 100
     for address in found:
         assert address.startswith(f"onnx-dl/{os.getuid()}/worker/")

@@ -10,9 +10,9 @@ import zmq
 
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router
+from onnx_dl.transport.sockets import fresh_address
 from tests.waiting import eventually
 
 LARGE = os.urandom(3 << 20)

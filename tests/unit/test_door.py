@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from onnx_dl.system import descriptor_limits
-from onnx_dl.transport.addresses import fresh_address
 from onnx_dl.transport.handshakes import GRACE, MOST_SILENT, SILENCE_TIMEOUT, Handshakes, SilentPeers
-from onnx_dl.transport.sockets import Channel
+from onnx_dl.transport.sockets import Channel, fresh_address
 from tests.waiting import DEADLINE, eventually
 
 # --- who says nothing --------------------------------------------------------------------------------------
@@ -82,7 +81,7 @@ class Rig:
         found: list[Channel] = []
 
         def all_there() -> bool:
-            found.extend(self.door.spoken(time.monotonic()))
+            found.extend(self.door.ready(time.monotonic()))
             return len(found) >= count
 
         eventually(all_there, f"{count} have spoken")
@@ -115,7 +114,7 @@ def test_who_speaks_is_handed_over(rig: Rig) -> None:
 def test_who_has_gone_is_forgotten(rig: Rig) -> None:
     for _ in range(50):
         rig.connect().close()
-    eventually(lambda: not rig.door.spoken(time.monotonic()) and not rig.door._channels, "all are closed")
+    eventually(lambda: not rig.door.ready(time.monotonic()) and not rig.door._channels, "all are closed")
     assert rig.door.next_deadline() is None
 
 
@@ -149,7 +148,7 @@ def test_the_reserve_is_kept(rig: Rig) -> None:
     """Who says nothing makes way; who comes when there is nobody like that is told why not."""
     guests = [rig.connect() for _ in range(10)]
     with descriptors_left(12):  # the door's own reserve is 8
-        rig.door.spoken(time.monotonic())
+        rig.door.ready(time.monotonic())
         assert rig.turned_away and "more file descriptors than process" in rig.turned_away[0]
         assert descriptor_limits.free() >= 8
     told = [bytes(answer[0]) for guest in guests if (answer := _heard(guest))]
@@ -166,7 +165,7 @@ def _heard(guest: Channel) -> tuple[memoryview, list[int]] | None:
 def test_with_no_descriptor_at_all_nobody_knocks_for_ever(rig: Rig) -> None:
     guest = rig.connect()
     with descriptors_left(0):
-        rig.door.spoken(time.monotonic())
+        rig.door.ready(time.monotonic())
         assert rig.turned_away
     assert guest.receive(DEADLINE) is not None
     rig.connect().send(b"hello")  # and afterwards all is as it was

@@ -17,7 +17,7 @@ from onnx_dl import ModelHost, ReentrantUse
 from onnx_dl.concurrency import forking as f
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import SupervisorDied
 from tests.unit.test_layers import MODULES
 

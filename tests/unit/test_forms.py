@@ -12,7 +12,7 @@ import pytest
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text
 from onnx_dl.tensors import packing
-from onnx_dl.tensors.result_forms import Form, in_one_place, reader_of
+from onnx_dl.tensors.result_forms import ResultForm, in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from tests.unit.builders import arena
 
@@ -77,7 +77,7 @@ def test_maps_arrive_as_they_were(table: list, from_engine: bool):
     a, peer = arena()
     (packed,) = Packer(a).pack([table], from_engine=from_engine)
     assert isinstance(packed, Packed)
-    assert alike(Unpacker(peer.get, copy=True).unpack(packed), table)
+    assert alike(Unpacker(peer.mappings.block, copy=True).unpack(packed), table)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_msgpack_would_lose_goes_in_parts(value: list):
     a, peer = arena()
     (packed,) = Packer(a).pack([value])
     assert isinstance(packed, Items)
-    assert repr(Unpacker(peer.get, copy=True).unpack(packed)) == repr(value)
+    assert repr(Unpacker(peer.mappings.block, copy=True).unpack(packed)) == repr(value)
 
 
 def test_an_engines_list_is_known_by_its_first_row():
@@ -98,7 +98,7 @@ def test_an_engines_list_is_known_by_its_first_row():
     value = [{"a": 1.0}, {"a": np.ones(2)}]
     (packed,) = Packer(a).pack([value], from_engine=True)
     assert isinstance(packed, Items)
-    assert repr(Unpacker(peer.get, copy=True).unpack(packed)) == repr(value)
+    assert repr(Unpacker(peer.mappings.block, copy=True).unpack(packed)) == repr(value)
 
 
 # --- text --------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_an_engines_list_is_known_by_its_first_row():
 def test_any_text(seed: int):
     rng = np.random.default_rng(seed)
     a, peer = arena()
-    unpack = Unpacker(peer.get, copy=True).unpack
+    unpack = Unpacker(peer.mappings.block, copy=True).unpack
     for _ in range(50):
         shape = tuple(int(n) for n in rng.integers(0, 4, rng.integers(0, 4)))
         items = [
@@ -143,10 +143,10 @@ def test_what_is_no_text_at_its_place():
     for data in (b"", b"\xc1", b"\xc0", packing.encode([1]), packing.encode(["a"]), b"\x91\xa2\xff\xff"):
         packing.write(block, 0, 64, data)
         with pytest.raises(ProtocolError):
-            Unpacker(peer.get, copy=True).unpack(Text((2,), block.number, 0))
+            Unpacker(peer.mappings.block, copy=True).unpack(Text((2,), block.number, 0))
     packing.write(block, 0, 64, b"\x91" * 50_000 + b"\xc0")
     with pytest.raises(ProtocolError):
-        Unpacker(peer.get, copy=True).unpack(Packed(block.number, 0))
+        Unpacker(peer.mappings.block, copy=True).unpack(Packed(block.number, 0))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_places_beyond_the_block(numbers: tuple[int, int]):
     struct.pack_into("=QQ", block.payload, 0, *numbers)
     for value in (Text((1,), block.number, 0), Packed(block.number, 0)):
         with pytest.raises(ProtocolError):
-            Unpacker(peer.get, copy=True).unpack(value)
+            Unpacker(peer.mappings.block, copy=True).unpack(value)
 
 
 # --- taking the place of others ----------------------------------------------------------------------------
@@ -178,8 +178,8 @@ OTHERS = {
 def test_results_of_the_same_form_take_the_place(name: str):
     before, after = OTHERS[name]
     a, peer, packed = sent(before)
-    form = Form(in_one_place(Items("list", packed)), a.current_scratch)
-    readers = [reader_of(value, peer.get(value.block), np.copy) for value in packed]
+    form = ResultForm(in_one_place(Items("list", packed)), a.current_scratch)
+    readers = [reader_of(value, peer.mappings.block(value.block), np.copy) for value in packed]
     for results in (before, after, before):
         assert form.put(results, a)
         assert alike([read() for read in readers], list(results))
@@ -208,12 +208,12 @@ def test_results_of_the_same_form_take_the_place(name: str):
 )
 def test_results_of_another_form_do_not(before: list, after: list):
     a, _, packed = sent(before)
-    assert not Form(packed, a.current_scratch).put(after, a)
+    assert not ResultForm(packed, a.current_scratch).put(after, a)
 
 
 def test_results_that_need_more_room_do_not():
     a, _, packed = sent([TEXT])
-    form, block = Form(packed, a.current_scratch), a.current_scratch
+    form, block = ResultForm(packed, a.current_scratch), a.current_scratch
     assert not form.put([np.array(["x" * 200_000, ""], object)], a)
     assert a.current_scratch is not block
     assert not form.put([TEXT], a), "what lay there is gone"

@@ -16,7 +16,7 @@ from onnx_dl.protocol import codec, lane
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.arena import Arena, NoPeer
 from onnx_dl.tensors.block import HEADER
-from onnx_dl.transport.lane_socket import MOST_NEW, PACKET, Handover
+from onnx_dl.transport.lane_socket import MOST_NEW, PACKET, LaneSocket
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
 
 MB = 1 << 20
@@ -36,8 +36,8 @@ class Pair:
 
     def __init__(self) -> None:
         ours, theirs = with_small_buffers()
-        self.client = Handover(ours, lane.lane_reply, keep_descriptors=True)
-        self.worker = Handover(theirs, lane.lane_request, keep_descriptors=False)
+        self.client = LaneSocket(ours, lane.lane_reply, keep_descriptors=True)
+        self.worker = LaneSocket(theirs, lane.lane_request, keep_descriptors=False)
 
     def request(self, message: codec.Message) -> object:
         assert self.client.send(codec.encode(message))
@@ -113,7 +113,7 @@ def test_started_and_its_result_find_room(pair: Pair):
 
 def test_a_peer_that_is_gone(pair: Pair):
     pair.client.channel.close()
-    assert pair.worker.is_dead()
+    assert pair.worker.channel.is_dead()
     assert pair.worker.next() is None
     pair.worker.arena.scratch(10)
     assert not pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * MB))))
@@ -121,7 +121,7 @@ def test_a_peer_that_is_gone(pair: Pair):
 
 def test_a_packet_that_is_not_there(pair: Pair):
     assert pair.client.next() is None
-    assert not pair.client.is_dead()
+    assert not pair.client.channel.is_dead()
 
 
 # --- what is said of blocks --------------------------------------------------------------------------------
@@ -132,12 +132,12 @@ def test_blocks_travel_with_the_message_that_names_them(pair: Pair):
     block.payload[:3] = b"abc"
     assert not pair.worker.channel.readable(), "nothing is said before there is a message"
     pair.request(lane.Touch())
-    found = pair.worker.block(block.number)
+    found = pair.worker.mappings.block(block.number)
     assert bytes(found.payload[:3]) == b"abc"
     pair.client.arena.trim()
     pair.request(lane.Touch())
     with pytest.raises(ProtocolError, match="never announced"):
-        pair.worker.block(block.number)
+        pair.worker.mappings.block(block.number)
 
 
 def test_blocks_of_a_message_that_could_not_be_made_are_told_with_the_next(pair: Pair):
@@ -145,7 +145,7 @@ def test_blocks_of_a_message_that_could_not_be_made_are_told_with_the_next(pair:
     with pytest.raises(TypeError):
         pair.client.send(codec.encode(lane.Invoke(method="x", args=[lane.Plain(object())])))
     pair.request(lane.Touch())
-    assert pair.worker.block(block.number).size == block.size
+    assert pair.worker.mappings.block(block.number).size == block.size
 
 
 def test_a_block_that_came_and_went_between_two_messages_is_not_told(pair: Pair):
@@ -176,7 +176,7 @@ def test_descriptors_are_bounded(pair: Pair):
         os.close(fd)
     assert MOST_NEW < len(came) < MOST_NEW + 10 < MOST_DESCRIPTORS
     pair.client.next()
-    assert all(pair.client.block(block.number) for block in leased)
+    assert all(pair.client.mappings.block(block.number) for block in leased)
     assert pair.worker.arena.take(1000) is not None, "with the next message there is room again"
 
 
@@ -200,7 +200,7 @@ def test_nothing_is_left_of_a_lane_that_is_gone():
     pair = Pair()
     other = Arena(NoPeer(), keep_descriptors=True)
     block = other.take(1000)
-    pair.client.arena.adopt(block)
+    pair.client.arena.adoptions.number(block)
     pair.request(invoke(MB))
     pair.reply(lane.Result(value=lane.Plain("x" * MB)))
     pair.client.arena.scratch(1000)
@@ -222,7 +222,7 @@ def test_no_memory_for_a_letter(pair: Pair, monkeypatch: pytest.MonkeyPatch):
             pair.worker.send(codec.encode(lane.Result(value=lane.Plain("x" * MB))))
         assert not pair.client.channel.readable()
         assert pair.reply(lane.Draining()) == lane.Draining()
-        assert pair.client.block(block.number)
+        assert pair.client.mappings.block(block.number)
 
 
 # --- what a peer must not be able to do --------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_hostile_descriptors(known: Pair, shared: list, sizes: list):
         os.close(fd)
     with pytest.raises(OnnxDLError):
         known.worker.next()
-    known.worker.mappings.drop(5)
+    known.worker.mappings.drop([5])
     assert descriptors() == before
     lost = len(sizes) <= len(shared)  # else there was only one too many
     assert known.worker.is_broken == lost

@@ -124,7 +124,7 @@ def test_numbers_that_no_time_or_size_can_be(field: str, number: float) -> None:
 def test_a_use_in_the_future_is_now() -> None:
     """The word is the peer's; a number beyond 64 bits, after rounding, ended the worker."""
     mappings = types.SimpleNamespace(clock=lambda: 2**64 - 1)
-    lane: Any = types.SimpleNamespace(_handover=types.SimpleNamespace(mappings=mappings))
+    lane: Any = types.SimpleNamespace(mappings=mappings)
     assert WorkerLane.last_touch(lane) <= time.monotonic()
 
 

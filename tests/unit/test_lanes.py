@@ -42,13 +42,12 @@ from onnx_dl.protocol.lane import (
     Unhold,
     lane_reply,
 )
-from onnx_dl.tensors import mapped_blocks, segment
+from onnx_dl.tensors import arena, segment
 from onnx_dl.tensors.call_plans import CallPlan
-from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import fresh_address
+from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
-from onnx_dl.transport.sockets import Channel, Listener
+from onnx_dl.transport.sockets import Channel, Listener, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.cancellation import CancelToken
 from onnx_dl.workers.engines.base import Rerun
@@ -105,7 +104,7 @@ class Worker:
         self.gate = Gate(-1.0, 0.0, lambda: None, Gauges())
         self.address = fresh_address("worker")
         self.listener = Listener(self.address)
-        self.context = sockets.context()
+        self.context = zeromq.context()
         self.threads: list[threading.Thread] = []
         self.tokens: dict[int, CancelToken] = {}
 
@@ -116,11 +115,11 @@ class Worker:
 
     def accept(self) -> None:
         """The next caller has a thread."""
-        poll = sockets.zmq.Poller()
-        poll.register(self.listener.fileno(), sockets.zmq.POLLIN)
+        poll = zeromq.zmq.Poller()
+        poll.register(self.listener.fileno(), zeromq.zmq.POLLIN)
 
         def serve() -> None:
-            assert sockets.wait(poll, DEADLINE)
+            assert zeromq.wait(poll, DEADLINE)
             channel = self.listener.accept()
             assert channel is not None
             with contextlib.suppress(ProtocolError, TimeoutError), contextlib.closing(channel):
@@ -149,10 +148,10 @@ class Worker:
 
 def _watch(channel: Channel, lane: WorkerLane, done: sockets.Waker) -> None:
     """Ends the lane's wait when the caller is gone, as the worker's main thread does."""
-    poll = sockets.zmq.Poller()
-    poll.register(channel.fileno(), sockets.zmq.POLLERR)
-    poll.register(done.fileno(), sockets.zmq.POLLIN)
-    if done.fileno() not in sockets.wait(poll, None):
+    poll = zeromq.zmq.Poller()
+    poll.register(channel.fileno(), zeromq.zmq.POLLERR)
+    poll.register(done.fileno(), zeromq.zmq.POLLIN)
+    if done.fileno() not in zeromq.wait(poll, None):
         lane.hang_up()
 
 
@@ -184,9 +183,9 @@ def worker(small_buffers: None) -> Iterator[Worker]:
 @pytest.fixture(params=["bell", "zmq"])
 def lane(request: pytest.FixtureRequest, worker: Worker) -> Iterator[ClientLane]:
     worker.accept()
-    context = sockets.context()
+    context = zeromq.context()
     made = ClientLane(
-        context, worker.granted(), Deadline(DEADLINE), over_zmq=request.param == "zmq", latency="normal"
+        context if request.param == "zmq" else None, worker.granted(), Deadline(DEADLINE), latency="normal"
     )
     yield made
     made.close()
@@ -274,10 +273,9 @@ def test_a_long_name_of_the_model(worker: Worker, size: int):
     """The first message of a lane."""
     worker.accept()
     granted = msgspec.structs.replace(worker.granted(), model="k" * size)
-    with sockets.context() as context:
-        lane = ClientLane(context, granted, Deadline(DEADLINE), over_zmq=False, latency="normal")
-        assert same(called(lane, {"x": np.ones(2)}), [np.ones(2)])
-        lane.close()
+    lane = ClientLane(None, granted, Deadline(DEADLINE), latency="normal")
+    assert same(called(lane, {"x": np.ones(2)}), [np.ones(2)])
+    lane.close()
 
 
 def test_the_other_messages(lane: ClientLane):
@@ -479,7 +477,7 @@ def test_a_call_is_remembered_when_its_result_is_sent_and_the_first_replaces_all
 def test_one_block_too_many_ends_the_lane(stranger: Stranger):
     memfd = segment.create(100)
     number = 1
-    for _ in range(mapped_blocks.MOST // 50 + 1):
+    for _ in range(arena.MOST_MAPPED // 50 + 1):
         shared = [(number := number + 1, 10) for _ in range(50)]
         stranger.say(
             codec.encode(Envelope(shared=shared, message=msgspec.Raw(codec.encode(Touch())))), (memfd,) * 50
@@ -509,10 +507,9 @@ def test_who_reads_no_replies_stops_nobody(stranger: Stranger, worker: Worker):
     for _ in range(50):
         stranger.say(codec.encode(Touch()))
     worker.accept()
-    with sockets.context() as context:
-        lane = ClientLane(context, worker.granted(), Deadline(DEADLINE), over_zmq=False, latency="normal")
-        assert same(called(lane, {"x": np.ones(2)}), [np.ones(2)])
-        lane.close()
+    lane = ClientLane(None, worker.granted(), Deadline(DEADLINE), latency="normal")
+    assert same(called(lane, {"x": np.ones(2)}), [np.ones(2)])
+    lane.close()
 
 
 def test_a_lane_without_a_page_is_not_opened(worker: Worker):

@@ -47,7 +47,7 @@ BY_NAME = {
 """Modules that may name others in text, and which: that is no import where they stand."""
 PURE = {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil", "threading"}
 ENGINE = {"workers.engines.ort", "workers.engines.ort_methods", "workers.engines.ort_session"}
-ZMQ = {"transport.sockets", "transport.call_channel", "transport.client_lane", "workers.worker"}
+ZMQ = {"transport.zeromq", "transport.call_channel", "workers.worker"}
 MOST_AT_THE_TOP = 8
 
 
@@ -210,7 +210,6 @@ def test_sockets_are_imported_by_transport_only() -> None:
     assert users == {
         "concurrency.primitives",
         "transport.dealer",
-        "transport.raw_socket",
         "transport.router",
         "transport.sockets",
     }

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from onnx_dl.transport.affinity import BLOCK, RETRY, Apart, Placement
-from onnx_dl.transport.spin import MOST, Patience
+from onnx_dl.transport.affinity import BLOCK, RETRY, MeasuredAffinity, SeparateAffinity
+from onnx_dl.transport.doorbell import LONGEST_SPIN, SpinBudget
 
 ALL = frozenset(range(4))
 ONE = frozenset({2})
@@ -17,7 +17,7 @@ class Caller:
     """Calls from core 2; a call takes as long as ``cost(near)`` says, in µs."""
 
     def __init__(self, cost: Callable[[bool], float]) -> None:
-        self.placement = Placement(ALL)
+        self.placement = MeasuredAffinity(ALL)
         self.cost = cost
         self.cores = ALL
         self.moves = 0
@@ -92,7 +92,7 @@ def test_nothing_is_moved_twice():
 
 
 def test_a_caller_who_polls_has_its_core_to_itself():
-    apart = Apart(ALL)
+    apart = SeparateAffinity(ALL)
     assert apart.note(2, 10) == ALL - {2}
     assert apart.note(2, 10) is None
     assert apart.note(0, 10) == ALL - {0}
@@ -104,39 +104,39 @@ def test_a_caller_who_polls_has_its_core_to_itself():
 
 
 def test_short_waits_are_looked_out_for_twice_as_long():
-    patience = Patience()
+    patience = SpinBudget()
     for _ in range(100):
         patience.note(30e-6)
-    assert 50e-6 < patience.budget < 100e-6
+    assert 50e-6 < patience.seconds < 100e-6
 
 
 def test_long_waits_are_slept_through():
-    patience = Patience()
+    patience = SpinBudget()
     for _ in range(100):
         patience.note(0.032)
-    assert patience.budget == 0.0
+    assert patience.seconds == 0.0
 
 
 def test_it_is_bounded():
-    patience = Patience()
+    patience = SpinBudget()
     for wait in (1e-6, 1e-3, 10.0, 50e-6, 240e-6) * 20:
         patience.note(wait)
-        assert 0.0 <= patience.budget <= MOST
+        assert 0.0 <= patience.seconds <= LONGEST_SPIN
 
 
 def test_a_stream_that_goes_on_after_a_silence_is_soon_looked_out_for_again():
-    patience = Patience()
+    patience = SpinBudget()
     for _ in range(100):
         patience.note(30e-6)
     patience.note(3600.0)
     for _ in range(8):
         patience.note(30e-6)
-    assert patience.budget > 0
+    assert patience.seconds > 0
 
 
 @pytest.mark.parametrize("wait", [1e-6, 100e-6, 200e-6])
 def test_the_budget_covers_the_usual_wait(wait: float):
-    patience = Patience()
+    patience = SpinBudget()
     for _ in range(200):
         patience.note(wait)
-    assert patience.budget > wait
+    assert patience.seconds > wait

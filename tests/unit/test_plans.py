@@ -93,11 +93,11 @@ def test_another_scratch_block_ends_all_plans():
     plans.remember(plan("k", plans.next_number(first), first))
     assert plans.next_number(first) == 1
     assert plans.next_number(None) == 1, "a call without small inputs lies in none"
-    assert plans.find("k") is not None
+    assert plans.get("k") is not None
     assert plans.next_number(second) == 0
-    assert plans.find("k") is not None, "nothing has changed before the call is answered"
+    assert plans.get("k") is not None, "nothing has changed before the call is answered"
     plans.remember(plan("l", 0, second))
-    assert plans.find("k") is None
+    assert plans.get("k") is None
     assert (plans.next_number(second), plans.next_number(first)) == (1, 0)
 
 
@@ -139,6 +139,6 @@ def test_text_is_put_where_it_lay():
     for other in (["", "ü" * 1000], ["c", "d"]):
         text = np.array(other, object)
         assert made.fill({"x": X + 1, "t": text}, a)
-        got = [Unpacker(peer.get, copy=True).unpack(value) for value in values]
+        got = [Unpacker(peer.mappings.block, copy=True).unpack(value) for value in values]
         assert got[0].tolist() == (X + 1).tolist() and got[1].tolist() == other
     assert not made.fill({"x": X, "t": np.array(["", "x" * 100_000], object)}, a)

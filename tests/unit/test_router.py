@@ -13,10 +13,10 @@ import pytest
 import zmq
 
 from onnx_dl.errors import ProtocolError
-from onnx_dl.transport import sockets, zmtp
-from onnx_dl.transport.addresses import fresh_address
+from onnx_dl.transport import zeromq, zmtp
 from onnx_dl.transport.handshakes import SILENCE_TIMEOUT
 from onnx_dl.transport.router import MOST_UNREAD, Router
+from onnx_dl.transport.sockets import fresh_address
 from tests.waiting import DEADLINE, eventually
 
 NAME = b"0123456789abcdef"
@@ -35,7 +35,7 @@ class Rig:
         self.heard: list[tuple[bytes, bytes]] = []
 
     def dealer(self, name: bytes) -> zmq.Socket[bytes]:
-        dealer = sockets.dealer(self.context, self.address, name)
+        dealer = zeromq.dealer(self.context, self.address, name)
         self.dealers.append(dealer)
         return dealer
 
@@ -259,7 +259,7 @@ def test_more_connections_than_descriptors(nothing_is_left_behind: None) -> None
             sock.settimeout(DEADLINE)
             sock.connect(f"\0{address}")
         context = zmq.Context()
-        dealer = sockets.dealer(context, address, b"client")
+        dealer = zeromq.dealer(context, address, b"client")
         dealer.send(b"let in")
         assert process.stdout.readline() == "let in True\n"
         dealer.close(0)

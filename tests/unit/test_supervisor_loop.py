@@ -32,10 +32,9 @@ from onnx_dl.protocol.control import (
 from onnx_dl.supervisor import loop as loops
 from onnx_dl.supervisor.loop import Supervisor
 from onnx_dl.supervisor.relay import MOST_UNREAD
-from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import fresh_address
+from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.gauges import Reading
-from onnx_dl.transport.sockets import Channel
+from onnx_dl.transport.sockets import Channel, fresh_address
 from tests.unit.builders import acquire, ready
 from tests.waiting import DEADLINE, eventually
 
@@ -90,7 +89,7 @@ class Application:
         rig.until(self.lifeline.readable)
         received = self.lifeline.receive(0)
         assert received is not None and isinstance(on_lifeline(received[0]), Welcome)
-        self.control = sockets.dealer(rig.context, f"{rig.address}/control", name)
+        self.control = zeromq.dealer(rig.context, f"{rig.address}/control", name)
         self.heard: list[Any] = []
 
     def say(self, message: codec.Message) -> None:
@@ -153,7 +152,7 @@ class Rig:
         self.until(lambda: worker_id in self.made.identities)
         identity = self.made.identities[worker_id]
         self.made.witness.spawned(worker_id, 100 + worker_id)
-        self.workers[worker_id] = sockets.dealer(self.context, f"{self.address}/control", identity)
+        self.workers[worker_id] = zeromq.dealer(self.context, f"{self.address}/control", identity)
         self.workers[worker_id].send(codec.encode(WorkerStarted(worker_id=worker_id)))
         self.workers[worker_id].send(codec.encode(ready(worker_id)))
 

@@ -12,8 +12,8 @@ from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.main import Orders, serve
 from onnx_dl.system import platform, process_setup
-from onnx_dl.transport import addresses
 from onnx_dl.transport.rendezvous import HostEntry
+from onnx_dl.transport.sockets import fresh_address
 
 
 def supervise(name: str = DEFAULT_HOST, **settings: str | int | None) -> None:
@@ -32,7 +32,7 @@ def supervise(name: str = DEFAULT_HOST, **settings: str | int | None) -> None:
     process_setup.set_up_process()
     given = {field: value for field, value in settings.items() if value is not None}
     orders = Orders(
-        address=addresses.fresh_address("host"),
+        address=fresh_address("host"),
         secret=secrets.token_hex(16),
         settings=msgspec.structs.replace(settings_module.settings(), **given),
         protocol=PROTOCOL_VERSION,

@@ -22,7 +22,7 @@ from onnx_dl.client.pending_call import RETRY, PendingCall
 from onnx_dl.client.remote_model import Encode, RemoteModel
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.call_plans import EngineValue

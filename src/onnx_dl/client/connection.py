@@ -19,14 +19,14 @@ from onnx_dl.client.worker_output import Piece, WorkerOutput
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import refuse
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ProcessesExhausted, SupervisorDied, SupervisorTimeout
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.control import AskStatus, Blob, Published, Wrote
 from onnx_dl.system.owned_descriptors import keep_for_ever
-from onnx_dl.transport import sockets
-from onnx_dl.transport.sockets import Context
+from onnx_dl.transport import sockets, zeromq
+from onnx_dl.transport.zeromq import Context
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
@@ -76,7 +76,7 @@ class _LaneContext:
 
     def get(self) -> Context:
         if (known := self._contexts.get(None)) is None:
-            made = sockets.context()
+            made = zeromq.context()
             known = self._contexts.setdefault(None, made)
             if known is not made:  # another thread was faster
                 made.term()

@@ -7,7 +7,7 @@ from typing import Final
 
 from onnx_dl.client.event_stream import EventBus
 from onnx_dl.concurrency import primitives, spawning
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.events import EventType, ModelEvent
 
 logger = logging.getLogger("onnx_dl")

@@ -86,7 +86,7 @@ class LanePool:
         opening = Deadline(self.connection.timeout, outer=deadline)
         try:
             context = self.connection.context if self._over_zmq else None
-            return ClientLane(context, self.granted, opening, over_zmq=self._over_zmq, latency=latency)
+            return ClientLane(context, self.granted, opening, latency=latency)
         except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again
 

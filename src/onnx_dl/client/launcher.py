@@ -29,9 +29,10 @@ from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnre
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.boot import Launch
-from onnx_dl.transport import addresses, running_hosts
+from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import HostEntry
 from onnx_dl.transport.running_hosts import RunningHost
+from onnx_dl.transport.sockets import fresh_address
 
 _POLL_INTERVAL: Final = 0.01
 _RESTART: Final = 10.0
@@ -197,7 +198,7 @@ def _start(
 
     ``output``: descriptor for its stdout and stderr; None: as this process's.
     """
-    address, secret = addresses.fresh_address("host"), secrets.token_hex(16)
+    address, secret = fresh_address("host"), secrets.token_hex(16)
     orders = {
         "address": address,
         "secret": secret,

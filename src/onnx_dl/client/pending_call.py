@@ -103,7 +103,7 @@ class PendingCall:
                 self._pool.put(self.lane)
                 raise failures.rebuild(failure)
             case m.Forgotten():
-                self.lane.codec.forget()
+                self.lane.codec.plans.clear()
                 self._pool.put(self.lane)
                 return RETRY
         self._pool.retire()

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Promise
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.system import backlog
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import Promise
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 
 _T = TypeVar("_T")
 

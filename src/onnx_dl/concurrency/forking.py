@@ -59,7 +59,7 @@ class Guard(primitives.RLock):  # type: ignore[misc]
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread holds it."""
+        """True if this thread holds it."""
         return bool(self._is_owned())  # type: ignore[attr-defined]
 
     def alone(self) -> Self:
@@ -91,11 +91,8 @@ class Guard(primitives.RLock):  # type: ignore[misc]
 
 
 class Promise(Generic[_T]):
-    """A result that another thread will set.  Has a Future's methods, without the lock around them.
-
-    Its only lock is a latch, which is held until the result is there.  Greenlets do not wait for the latch;
-    they are woken.
-    """
+    """A result that another thread will set.  Has a Future's methods, without the lock around them: its only
+    lock is a latch, held until the result is there.  Greenlets do not wait for the latch; they are woken."""
 
     __slots__ = ("__weakref__", "_done", "_error", "_latch", "_value", "_wakers", "giver")
 
@@ -160,10 +157,8 @@ _ours: weakref.WeakValueDictionary[int, Guard | Promise[Any]] = weakref.WeakValu
 
 
 class lazily(Generic[_T]):
-    """Like ``functools.cached_property``, for which Python 3.11 holds one lock for all instances.
-
-    If two threads compute the value, both get the same one.
-    """
+    """Like ``functools.cached_property``, for which Python 3.11 holds one lock for all instances.  If two
+    threads compute the value, both get the same one."""
 
     def __init__(self, compute: Callable[[Any], _T]) -> None:
         self._compute = compute

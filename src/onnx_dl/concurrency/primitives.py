@@ -20,7 +20,7 @@ _Anything = Any
 
 
 def is_patched(module: str) -> bool:
-    """Whether gevent has by now patched this module of the standard library."""
+    """True if gevent has by now patched this module of the standard library."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(getattr(monkey, "is_module_patched", bool)(module))
 

@@ -34,7 +34,7 @@ _Gevent = Any
 
 
 def are_cooperative() -> bool:
-    """Whether gevent has patched this program, so that some thread may have greenlets."""
+    """True if gevent has patched this program, so that some thread may have greenlets."""
     return "gevent.monkey" in sys.modules and any(map(primitives.is_patched, _COOPERATIVE))
 
 
@@ -83,7 +83,7 @@ def milliseconds(timeout: float | None) -> int | None:
 
 
 def ready(fd: int, event: int, timeout: float | None) -> bool:
-    """Whether a descriptor becomes ready for ``event`` (``select.POLLIN`` or ``select.POLLOUT``) within
+    """True if a descriptor becomes ready for ``event`` (``select.POLLIN`` or ``select.POLLOUT``) within
     ``timeout`` seconds; None: waits for as long as it takes."""
     poll = primitives.poll()
     poll.register(fd, event)
@@ -92,10 +92,10 @@ def ready(fd: int, event: int, timeout: float | None) -> bool:
 
 def polled(poll: select.poll, fd: int, event: int, timeout: float | None) -> bool:
     """Like :func:`ready`, with a poll object that has only this descriptor."""
-    patience = milliseconds(timeout)
-    through = hub() if patience != 0 else None
+    limit = milliseconds(timeout)
+    through = hub() if limit != 0 else None
     if through is None:
-        return bool(poll.poll(patience))
+        return bool(poll.poll(limit))
     if not poll.poll(0):
         with contextlib.closing(through.loop.io(fd, _WRITE if event == select.POLLOUT else _READ)) as watcher:
             _watching[id(watcher)] = watcher
@@ -123,7 +123,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
-    """Whether a child process ends within ``timeout`` seconds; then it is reaped."""
+    """True if a child process ends within ``timeout`` seconds; then it is reaped."""
     try:
         fd = os.pidfd_open(process.pid)
     except OSError:  # another has reaped it, or this process may have no more descriptors

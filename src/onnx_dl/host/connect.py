@@ -7,7 +7,7 @@ import threading
 
 from onnx_dl.client import host_registry
 from onnx_dl.client.host_client import HostClient
-from onnx_dl.concurrency.threads import Thread
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.settings import DEFAULT_HOST, settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host.model_host import ModelHost

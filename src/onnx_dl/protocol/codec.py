@@ -24,11 +24,7 @@ _encoder = msgspec.msgpack.Encoder(enc_hook=to_plain)
 
 
 def encode(message: Message) -> bytes:
-    """Encode a message as msgpack.
-
-    Raises:
-        OverflowError, TypeError: a value in it cannot be encoded.
-    """
+    """Encode a message as msgpack; raises OverflowError or TypeError if that is not possible."""
     return _encoder.encode(message)
 
 

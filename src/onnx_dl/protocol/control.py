@@ -328,19 +328,9 @@ class Exit(Message):
     """End the worker process."""
 
 
-FromClient = (
-    Acquire
-    | Withdraw
-    | AskModel
-    | DropBlob
-    | Outdated
-    | Release
-    | SetTtl
-    | Unload
-    | AskStatus
-    | AskOutcome
-    | Shutdown
-)
+Question = Acquire | AskModel | AskStatus | AskOutcome | Unload | Shutdown
+"""A request of a client that is answered."""
+FromClient = Question | Withdraw | DropBlob | Outdated | Release | SetTtl
 ToClient = Granted | Denied | Named | Unloaded | Status | Outcome | Bye | Published | Wrote
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit

@@ -20,9 +20,8 @@ from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_processes import RESERVE
 from onnx_dl.system import descriptor_limits, installation
 from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import same_secret
 from onnx_dl.transport.handshakes import Handshakes
-from onnx_dl.transport.sockets import Channel
+from onnx_dl.transport.sockets import Channel, same_secret
 
 _COST: Final = 3
 """Descriptors of one client: its lifeline, its process, its control connection."""
@@ -130,7 +129,7 @@ class Clients:
             if client.pidfd in ready or client.lifeline.fileno() in ready:
                 self._receive(client, gone=client.pidfd in ready)
         if self._door.fileno() in ready:
-            for channel in self._door.spoken(now):
+            for channel in self._door.ready(now):
                 client = Client(channel)
                 self._clients.append(client)
                 self._receive(client, gone=False)

@@ -7,6 +7,7 @@ long as the lane.  Keeps which blocks are known by which numbers, and decides wh
 from __future__ import annotations
 
 import collections
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Final
@@ -18,14 +19,12 @@ MOST: Final = 128
 """Adopted blocks that one peer knows at a time.  One more replaces the one that was named longest ago."""
 
 
+@dataclasses.dataclass(slots=True)
 class _Adopted:
-    __slots__ = ("number", "size", "turn")
-
-    def __init__(self, number: int, size: int) -> None:
-        self.number = number
-        self.size = size
-        self.turn = 0
-        """The message that named it last."""
+    number: int
+    size: int
+    turn: int = 0
+    """The message that named it last."""
 
 
 class Adoptions:
@@ -49,13 +48,8 @@ class Adoptions:
             self.drop_dead()
 
     def number(self, block: Block) -> int | None:
-        """Return the peer's number of this block.
-
-        None: this message cannot announce it, so data in the block must be copied.
-
-        Raises:
-            OSError: this process may have no more descriptors.
-        """
+        """Return the peer's number of this block.  None: this message cannot announce it, so data in the
+        block must be copied.  Raises OSError if this process may have no more descriptors."""
         known = self._known.pop(weakref.ref(block.mapping), None)
         if known is None and (known := self._announced(block)) is None:
             return None

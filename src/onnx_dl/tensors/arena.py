@@ -1,7 +1,7 @@
 """The blocks of shared memory that one side of a lane writes to, and when their memory is used again.
 
 Each side of a lane owns one :class:`Arena`, into which it alone writes for its peer.  The peer's blocks are
-mapped by :class:`~onnx_dl.tensors.mapped_blocks.Mappings`.  A block serves as *scratch* (its bytes are valid
+mapped by :class:`~onnx_dl.tensors.arena.Mappings`.  A block serves as *scratch* (its bytes are valid
 until the next message on the lane), as a *letter* (the same, for one long message), or is *taken* for the
 peer, which holds it until it releases it.
 
@@ -12,10 +12,12 @@ Knows neither what a block contains (:mod:`onnx_dl.tensors.values`) nor how its 
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
+from onnx_dl.errors import ProtocolError
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.adoptions import Adoptions
 from onnx_dl.tensors.block import HEADER, Announcer, Block
@@ -23,6 +25,11 @@ from onnx_dl.tensors.block import HEADER, Announcer, Block
 SMALLEST: Final = 64 << 10
 IDLE_TURNS: Final = 32
 """Turns of the arena after which an unused block is returned to the system."""
+
+
+MOST_MAPPED: Final = 512
+"""Blocks that a worker maps for one caller.  Our own callers use far fewer at a time: 128 adopted blocks
+(:mod:`onnx_dl.tensors.adoptions`), and the scratch block, the page and letters."""
 
 
 def size_class(nbytes: int) -> int:
@@ -121,10 +128,6 @@ class Arena:
         self._blocks.append(block)
         return block
 
-    def adopt(self, block: Block) -> int | None:
-        """Return the peer's number of a block of another arena; see :meth:`Adoptions.number`."""
-        return self.adoptions.number(block)
-
     def trim(self) -> None:
         """Return all unused blocks to the system."""
         self._drop_scratch()
@@ -178,3 +181,62 @@ class Arena:
         block.last_turn = self._turn
         self.nbytes += size
         return block
+
+
+class Mappings:
+    """The peer's blocks, as mapped here."""
+
+    def __init__(self, *, keep_descriptors: bool = False, most: float = math.inf) -> None:
+        """``keep_descriptors``: they may be sent to a third process.  ``most``: limit of their number."""
+        self._most = most
+        self._blocks: dict[int, Block] = {}
+        self._keep_descriptors = keep_descriptors
+        self.drops = 0
+        """Number of blocks that the peer has dropped so far."""
+        self.nbytes = 0
+        """Bytes of the mapped blocks."""
+        self.page: Block | None = None
+        """The peer's block without payload."""
+
+    def add(self, number: int, size: int, fd: int) -> None:
+        """Map a new block.  Takes ownership of ``fd``.
+
+        Raises:
+            ProtocolError: the number is in use, the number or size is impossible, or there are too many.
+            SharedMemoryError: the block is smaller than announced, or cannot be mapped.
+        """
+        if number <= 0 or size < 0 or number in self._blocks:
+            os.close(fd)
+            raise ProtocolError(f"Block {number} of {size} bytes cannot be shared.")
+        if len(self._blocks) >= self._most:
+            os.close(fd)
+            raise ProtocolError(f"A caller shares more than {self._most} blocks; it must drop some first.")
+        block = self._blocks[number] = Block(number, size, fd)
+        self.nbytes += size
+        if not size:
+            self.page = block
+        if size and self._keep_descriptors:
+            block.mapping.keep_descriptor()
+        else:
+            block.mapping.close_descriptor()
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Forget these blocks.  Arrays in them keep their memory."""
+        for number in numbers:
+            if (block := self._blocks.pop(number, None)) is not None:
+                self.drops += 1
+                self.nbytes -= block.size
+
+    def has(self, number: int) -> bool:
+        """True if the peer has not dropped this block."""
+        return number in self._blocks
+
+    def block(self, number: int) -> Block:
+        """Return a block; raises ProtocolError if the peer did not announce it."""
+        if (block := self._blocks.get(number)) is None:
+            raise ProtocolError(f"A message names block {number}, which its sender never announced.")
+        return block
+
+    def clock(self) -> int:
+        """Return the latest time that the peer left in any block, in monotonic nanoseconds; 0: none."""
+        return max((block.clock for block in list(self._blocks.values())), default=0)

@@ -8,8 +8,11 @@ after the owner is gone.  :mod:`onnx_dl.tensors.arena` decides which block serve
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
+from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -18,7 +21,6 @@ from numpy.typing import NDArray
 from onnx_dl.concurrency.forking import lazily
 from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.tensors import segment
-from onnx_dl.tensors.memory_order import clear_word
 from onnx_dl.tensors.retained_blocks import RetainedBlock
 
 Array: TypeAlias = NDArray[np.generic]
@@ -30,8 +32,31 @@ _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
 _HELD, _CLOCK, _ASKED, _BEGUN = range(4)  # 8-byte words of the header
 _FREE, _TAKEN, _GIVEN_AWAY = range(3)
-"""Values of the first word.  They fit into its first four bytes, which :mod:`onnx_dl.tensors.memory_order`
+"""Values of the first word.  They fit into its first four bytes, which :data:`clear_word`
 clears: all machines that onnxruntime supports on Linux are little-endian."""
+_KEEPS_ORDER: Final = frozenset({"x86_64", "AMD64", "i686"})
+"""Machines with total store order, by ``platform.machine()``."""
+
+
+def store_release_for(machine: str) -> Callable[[int], object] | None:
+    """Return the function that clears the four bytes at an address after all earlier writes.
+
+    If the word were seen as clear before the holder's last write to the block, that could overwrite the
+    owner's next data.  The owner needs nothing like this: it reads the word, branches, and only then writes.
+
+    None: on this machine a plain store does.  Elsewhere it is ``pthread_spin_unlock``: POSIX lists it among
+    the functions that synchronize memory (XBD 4.12), and glibc implements it as a store-release of zero on
+    all machines but x86 (``stlr wzr, [x0]`` on aarch64).  It runs with the interpreter's lock held, so a
+    finalizer that calls it is not interrupted.
+    """
+    if machine in _KEEPS_ORDER:
+        return None
+    unlock = ctypes.PyDLL(None).pthread_spin_unlock
+    unlock.argtypes = [ctypes.c_void_p]
+    return unlock
+
+
+clear_word: Final = store_release_for(platform.machine())
 
 
 def align(nbytes: int) -> int:
@@ -43,11 +68,7 @@ class Block:
     """One segment, mapped into this process at its first use.  ``size`` counts payload bytes."""
 
     def __init__(self, number: int, size: int, fd: int) -> None:
-        """Takes ownership of ``fd``.
-
-        Raises:
-            SharedMemoryError: the segment is smaller than announced.
-        """
+        """Takes ownership of ``fd``; raises SharedMemoryError if the segment is smaller than announced."""
         self.number = number
         self.size = size
         self.last_turn = 0
@@ -76,11 +97,8 @@ class Block:
         return self.mapping.address + HEADER
 
     def array(self, dtype: str, shape: tuple[int, ...], offset: int) -> Array:
-        """Return a writable C-contiguous array over the payload at byte ``offset``.
-
-        Raises:
-            ProtocolError: it would reach beyond the block.
-        """
+        """Return a writable C-contiguous array over the payload at byte ``offset``; raises ProtocolError if
+        it would reach beyond the block."""
         wanted = dtype, shape, offset
         view = self._views.get(wanted)
         if view is None:

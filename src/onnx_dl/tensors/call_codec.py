@@ -11,8 +11,8 @@ import numpy as np
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import lane as m
-from onnx_dl.tensors.arena import Arena
-from onnx_dl.tensors.block import Block, Reference, home_of
+from onnx_dl.tensors.arena import Arena, Mappings
+from onnx_dl.tensors.block import Reference, home_of
 from onnx_dl.tensors.call_plans import (
     CallPlan,
     CallPlans,
@@ -23,7 +23,6 @@ from onnx_dl.tensors.call_plans import (
     can_repeat,
     key_of,
 )
-from onnx_dl.tensors.mapped_blocks import Mappings
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 
@@ -35,13 +34,12 @@ Answer = m.Result | m.SameResult | int
 class CallCodec:
     """Owner of the table of calls that repeat.  Calls nothing that sends or waits."""
 
-    def __init__(self, arena: Arena, mappings: Mappings, block: Callable[[int], Block]) -> None:
-        """``arena``: the caller's blocks; ``mappings``, ``block``: the worker's."""
+    def __init__(self, arena: Arena, mappings: Mappings) -> None:
+        """``arena``: the caller's blocks; ``mappings``: the worker's."""
         self._arena = arena
         self._mappings = mappings
-        self._block = block
-        self._unpacker = Unpacker(block, copy=True)
-        self._plans = CallPlans()
+        self._unpacker = Unpacker(mappings.block, copy=True)
+        self.plans = CallPlans()
         self._drops = 0
         """Number of blocks that the worker had dropped when the table was last reviewed."""
 
@@ -71,7 +69,7 @@ class CallCodec:
         if options is None and not background:
             try:
                 key = key_of(outputs, feed, keep, moved)
-                plan = self._plans.find(key)
+                plan = self.plans.get(key)
             except TypeError:  # names that cannot be hashed: onnxruntime raises its own error
                 plan = None
             if plan is not None and plan.inputs.fill(feed, self._arena):
@@ -84,11 +82,8 @@ class CallCodec:
         return EncodedCall(call, plan)
 
     def _shared_inputs(self, given: Feed) -> tuple[dict[str, m.Tensor] | None, Feed]:
-        """Finds the large arrays that lie in shared memory already.
-
-        Returns their places, and the feed, in which a reference that the worker cannot be given is replaced
-        by an array to be copied.
-        """
+        """Find the large arrays that lie in shared memory already.  Return their places, and the feed, in
+        which a reference that the worker cannot be given is replaced by an array to be copied."""
         found, feed = None, given
         for name, value in given.items():
             if type(value) is Reference:
@@ -99,7 +94,7 @@ class CallCodec:
                 continue
             if found is None and feed is given:
                 self._arena.adoptions.next_message()
-            if (number := self._arena.adopt(block)) is None:
+            if (number := self._arena.adoptions.number(block)) is None:
                 if type(value) is Reference:
                     feed = {**feed, name: block.array(value.dtype.str, value.shape, offset)}
                 continue
@@ -115,7 +110,7 @@ class CallCodec:
         places = [(index, name) for index, name in enumerate(feed) if name in moved]
         plan = None
         if key is not None and can_repeat(feed):
-            number = self._plans.next_number(packer.scratch)
+            number = self.plans.next_number(packer.scratch)
             plan = CallPlan(key, number, InputLayout(packer, feed, values), places)
         call = m.Call(
             outputs=packed_outputs,
@@ -126,7 +121,7 @@ class CallCodec:
         return call, plan
 
     def decode(self, request: Request, reply: Answer) -> EngineValue:
-        """What ``request`` returned: small arrays are copies, large ones views that keep their memory."""
+        """Return the result of a request: small arrays as copies, large ones as views of its memory."""
         plan = _plan_of(request)
         if isinstance(reply, m.Result):
             self._learn(plan, reply.value)
@@ -135,10 +130,8 @@ class CallCodec:
         return [read() for read in plan.readers or self._readers_of(plan)]
 
     def references(self, request: Request, reply: Answer) -> list[EngineValue]:
-        """What a call with ``keep`` returned, as references to arrays.
-
-        They are valid for as long as nothing else is sent on this lane.  Other results are values.
-        """
+        """Return the results of a call with ``keep``: arrays as references, valid for as long as nothing else
+        is sent on this lane, others as values."""
         plan = _plan_of(request)
         if isinstance(reply, m.Result):
             self._learn(plan, reply.value)
@@ -150,27 +143,24 @@ class CallCodec:
     def _reference(self, value: m.Value) -> EngineValue:
         if not isinstance(value, m.Tensor):
             return self._unpacker.unpack(value)
-        return Reference(self._block(value.block), np.dtype(value.dtype), value.shape, value.offset)
+        return Reference(self._mappings.block(value.block), np.dtype(value.dtype), value.shape, value.offset)
 
     def _learn(self, plan: CallPlan | None, value: m.Value) -> None:
         """Notes where the results lie.  The worker remembers the same."""
-        mappings = self._mappings
-        if mappings.drops != self._drops:
-            self._drops = mappings.drops
-            self._plans.forget_results(lambda number: mappings.get(number) is not None)
+        if self._mappings.drops != self._drops:
+            self._drops = self._mappings.drops
+            self.plans.forget_results(self._mappings.has)
         if plan is not None:
             plan.results, plan.readers = in_one_place(value), []
-            self._plans.remember(plan)
+            self.plans.remember(plan)
 
     def _readers_of(self, plan: CallPlan) -> list[Callable[[], EngineValue]]:
         """Makes the plan's readers.  Not before the first read, because looking at a block maps it."""
         copy = self._unpacker.copies.copy
-        plan.readers = [reader_of(value, self._block(value.block), copy) for value in plan.results or []]
+        plan.readers = [
+            reader_of(value, self._mappings.block(value.block), copy) for value in plan.results or []
+        ]
         return plan.readers
-
-    def forget(self) -> None:
-        """Forgets all calls: the worker does not remember them."""
-        self._plans.clear()
 
 
 def _plan_of(request: Request) -> CallPlan | None:

@@ -2,7 +2,8 @@
 
 A caller that passes arrays of the same names, dtypes and shapes as before copies them to the same places and
 names the call by a number.  A worker whose results have the same form as before replies that they lie in the
-same places (:mod:`onnx_dl.tensors.result_forms`).  The worker's table is in :mod:`onnx_dl.workers.prepared_calls`.
+same places (:mod:`onnx_dl.tensors.result_forms`).  The worker's table is in
+:mod:`onnx_dl.workers.prepared_calls`.
 
 Both tables change once per call: the worker's when it has sent the result, the caller's when it has read the
 result.  A call that was encoded and never sent, or that failed, changes neither.  A lane on which only one of
@@ -11,16 +12,16 @@ the two tables has changed is closed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_dl.protocol.lane import Call, Items, Packed, Replay, Tensor, Text, Value
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import Arena
-from onnx_dl.tensors.block import Block, Reference
+from onnx_dl.tensors.block import Array, Block, Reference
 from onnx_dl.tensors.values import Packer
 
 MOST: Final = 64
@@ -30,7 +31,6 @@ EngineValue = Any
 """A value that an engine takes or returns; onnxruntime has no type for it."""
 Feed = Mapping[str, EngineValue]
 """Inputs by name."""
-Array = NDArray[np.generic]
 
 _TEXT: Final = frozenset((str,))
 _KINDS: Final = frozenset("biufcUO")
@@ -60,12 +60,12 @@ def key_of(
 
 
 def are_text(names: Iterable[object]) -> bool:
-    """Whether each name is a plain ``str`` and not of a subclass."""
+    """True if each name is a plain ``str`` and not of a subclass."""
     return _TEXT.issuperset(map(type, names))
 
 
 def can_repeat(feed: Feed) -> bool:
-    """Whether later arrays of the same dtypes and shapes can be copied over these."""
+    """True if later arrays of the same dtypes and shapes can be copied over these."""
     return all(value.dtype.kind in _KINDS for value in feed.values())
 
 
@@ -122,23 +122,20 @@ class InputLayout:
                 target[...] = value
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class CallPlan:
     """One call that repeats.  As a request, it repeats the call with nothing moved."""
 
-    __slots__ = ("inputs", "key", "moved", "number", "readers", "results")
-
-    def __init__(
-        self, key: Hashable, number: int, inputs: InputLayout, moved: Sequence[tuple[int, str]] = ()
-    ) -> None:
-        """``key``: see :func:`key_of`; ``moved``: index and name of inputs that lie elsewhere each time."""
-        self.key = key
-        self.number = number
-        self.inputs = inputs
-        self.moved = moved
-        self.results: list[Tensor | Text | Packed] | None = None
-        """Places of the last results, if the next ones may lie there too."""
-        self.readers: list[Callable[[], EngineValue]] = []
-        """One for each of these, made at the first read: returns the value that lies there now."""
+    key: Hashable
+    """See :func:`key_of`."""
+    number: int
+    inputs: InputLayout
+    moved: Sequence[tuple[int, str]] = ()
+    """Index and name of inputs that lie elsewhere each time."""
+    results: list[Tensor | Text | Packed] | None = None
+    """Places of the last results, if the next ones may lie there too."""
+    readers: list[Callable[[], EngineValue]] = dataclasses.field(default_factory=list)
+    """One for each of these, made at the first read: returns the value that lies there now."""
 
 
 class EncodedCall(NamedTuple):
@@ -169,14 +166,12 @@ class CallPlans:
         self._block: Block | None = None
         """The scratch block with the inputs of all of them."""
 
-    def find(self, key: Hashable) -> CallPlan | None:
+    def get(self, key: Hashable) -> CallPlan | None:
         return self._plans.get(key)
 
     def next_number(self, block: Block | None) -> int:
-        """The number for the next call to remember, whose inputs lie in this scratch block.
-
-        0 means that it will be the only one.  Inputs that lay in another scratch block are gone.
-        """
+        """Return the number for the next call to remember, whose inputs lie in this scratch block.  0: it
+        will be the only one.  Inputs that lay in another scratch block are gone."""
         another = block is not None and self._block is not None and block is not self._block
         return 0 if another or self._next >= MOST else self._next
 

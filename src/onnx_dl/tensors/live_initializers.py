@@ -25,11 +25,8 @@ class LiveMemory:
     """Copies of arrays in one segment; ``places`` are their offsets."""
 
     def __init__(self, arrays: Sequence[NDArray[np.uint8]], owners: object) -> None:
-        """``owners`` keep the memory of the arrays alive.
-
-        Raises:
-            SharedMemoryError: the system has no memory for them.
-        """
+        """``owners`` keep the memory of the arrays alive.  Raises SharedMemoryError if the system has too
+        little memory."""
         self.name = f"memory:{secrets.token_hex(16)}"
         self._owners = owners
         self._arrays = arrays
@@ -56,11 +53,8 @@ class LiveMemory:
         self._pairs += [(array, whole[place : place + array.nbytes]) for array, place in places]
 
     def descriptor(self) -> int:
-        """Return a descriptor of the segment, which the caller closes.
-
-        Raises:
-            SharedMemoryError: the system has no memory for another one.
-        """
+        """Return a descriptor of the segment, which the caller closes.  Raises SharedMemoryError if the
+        system has no memory for another one."""
         self.refresh()
         if (fd := self._mapping.duplicate()) is None:  # the program closed the descriptor
             self._add()

@@ -39,7 +39,7 @@ def reader_of(value: Placed, block: Block, copy: Callable[[Array], Array]) -> Ca
     return packing.reader(block, value.offset)
 
 
-class Form:
+class ResultForm:
     """The places of results, and the dtypes and shapes that fit there.  Whether an output of a model is an
     array, text or maps never changes.  Dtypes and shapes may change, and are compared."""
 
@@ -65,13 +65,8 @@ class Form:
         return packing.PLACE
 
     def put(self, results: Sequence[Any], arena: Arena) -> bool:
-        """Write results to these places.
-
-        False: they are of another form, or the arena has another scratch block now; they must be sent.
-
-        Raises:
-            UnicodeEncodeError: a text contains surrogates.
-        """
+        """Write results to these places.  False: they are of another form, or the arena has another scratch
+        block now; they must be sent.  Raises UnicodeEncodeError if a text contains surrogates."""
         if len(results) != self._count:
             return False
         for index, dtype, shaped, _ in self._arrays:

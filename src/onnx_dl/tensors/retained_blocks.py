@@ -128,18 +128,14 @@ def _after_in_child() -> None:
     try:
         for retained in _living():
             if not retained.block.mapping.is_private:
-                _copy(retained)
+                try:
+                    retained.block.mapping.make_copy()
+                except BaseException:  # the parent has the memory for itself until this process releases it
+                    keep_for_ever(retained)
+                    raise
     finally:
         for fd in [fd for fork in forks for fd in fork.pipe or ()]:
             primitives.close(fd)
-
-
-def _copy(retained: _Retained) -> None:
-    try:
-        retained.block.mapping.make_copy()
-    except BaseException:  # the parent has the memory for itself as long as this process does not release it
-        keep_for_ever(retained)
-        raise
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -36,11 +36,8 @@ _TAKEN: Final = "the program closed its descriptor."
 
 
 def create(size: int) -> int:
-    """Create ``size`` bytes of zeroed shared memory; return the descriptor, which the caller closes.
-
-    Raises:
-        SharedMemoryError: the system has too little memory.
-    """
+    """Create ``size`` bytes of zeroed shared memory; return the descriptor, which the caller closes.  Raises
+    SharedMemoryError if the system has too little memory."""
     fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         if size:
@@ -86,11 +83,7 @@ class Mapping:
     @property
     def address(self) -> int:
         """The address of the mapping.  The page table is filled at once: page faults, not copies, make fresh
-        memory slow.
-
-        Raises:
-            SharedMemoryError: it cannot be mapped.
-        """
+        memory slow.  Raises SharedMemoryError if it cannot be mapped."""
         return self._place.get(None) or self._map()
 
     @property
@@ -142,10 +135,7 @@ class Mapping:
 
     def duplicate(self) -> int | None:
         """Return another descriptor of the segment, which the caller closes; None if it has none any more.
-
-        Raises:
-            OSError: this process may have no more descriptors.
-        """
+        Raises OSError if this process may have no more descriptors."""
         return self._descriptor.duplicate()
 
     def keep_descriptor(self) -> None:
@@ -175,11 +165,8 @@ class Mapping:
         return self.is_private
 
     def make_copy(self) -> None:
-        """Do what :meth:`make_private` does, by copying.  No other thread may write meanwhile.
-
-        Raises:
-            SharedMemoryError: the system has no memory for it.
-        """
+        """Do what :meth:`make_private` does, by copying.  No other thread may write meanwhile.  Raises
+        SharedMemoryError if the system has no memory for it."""
         copy = _mapped(self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE, -1)
         ctypes.memmove(copy, self.address, self.size)
         _libc.mremap(copy, self.size, self.size, _MREMAP_TO, self.address)
@@ -187,14 +174,8 @@ class Mapping:
 
 
 def map_privately(fd: int, size: int, address: int | None = None) -> int:
-    """Map a segment read-only, for this process and its forks; return the address.
-
-    Args:
-        address: replace the caller's mapping at this address.
-
-    Raises:
-        SharedMemoryError: it cannot be mapped.
-    """
+    """Map a segment read-only, for this process and its forks; return the address.  ``address``: replace the
+    caller's mapping at this address.  Raises SharedMemoryError if it cannot be mapped."""
     flags = mmap.MAP_PRIVATE | (0 if address is None else _MAP_FIXED)
     return _mapped(size, flags, fd, address, mmap.PROT_READ)
 
@@ -226,8 +207,7 @@ KEPT_DESCRIPTORS: Final = 64
 
 
 class _HasDescriptor(Protocol):
-    def close_descriptor(self) -> None:
-        """Close the descriptor."""
+    def close_descriptor(self) -> None: ...
 
 
 class RecentDescriptors:

@@ -42,10 +42,7 @@ class Blob:
         _blobs.add(self)
 
     def descriptor(self) -> int:
-        """Return a descriptor of the memory, which the caller closes.
-
-        Raises: like the constructor.
-        """
+        """Return a descriptor of the memory, which the caller closes.  Raises like the constructor."""
         try:
             fd = self._descriptor.duplicate()
         except OSError:
@@ -88,10 +85,7 @@ _known: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
 
 
 def keep(name: str, data: bytes) -> Blob:
-    """Return the one blob of this name, with these bytes.
-
-    Raises: like :class:`Blob`.
-    """
+    """Return the one blob of this name, with these bytes.  Raises like :class:`Blob`."""
     if (known := _known.get(name)) is None:
         known = _known[name] = Blob(data)  # two threads at the same moment get one each
     return known

@@ -1,8 +1,8 @@
 """Encodes Python values for messages and decodes them, with arrays in shared memory.
 
 Covers the values that ``InferenceSession`` takes and returns: arrays of every fixed-size dtype, text arrays,
-lists, dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.ort.ortvalues`).  A value that
-onnxruntime would reject is sent unchanged, so that onnxruntime rejects it with its own message.
+lists, dicts, numbers, and onnxruntime's own values by their parts (:mod:`onnx_dl.ort.ortvalues`).  A value
+that onnxruntime would reject is sent unchanged, so that onnxruntime rejects it with its own message.
 :mod:`onnx_dl.tensors.arena` provides the memory.
 """
 
@@ -27,10 +27,8 @@ from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Array, Block, align
 
 VIEW_FROM: Final = 64 << 10
-"""Results of at least this many bytes become views; smaller ones are copied.
-
-Copying 64 KiB takes about as long as the bookkeeping of a held block (figures in docs/architecture.md).
-"""
+"""Results of at least this many bytes become views; smaller ones are copied.  Copying 64 KiB takes about as
+long as the bookkeeping of a held block (figures in docs/architecture.md)."""
 
 _LONG_LONG: Final = frozenset("qQ") if np.dtype("q").isnative else frozenset()
 """onnxruntime's 64-bit integers are C's long long, which numpy's dtype strings cannot express."""
@@ -234,27 +232,18 @@ class AlignedCopies:
     def copy(self, array: Array) -> Array:
         """Return a copy, C-contiguous and writable."""
         nbytes = align(array.nbytes)
-        if self._next + nbytes > self._end:
-            if nbytes > _CHUNK // 4:
-                chunk = np.empty(nbytes + 64, np.uint8)
-                return _copied(array, chunk, _first_place(chunk))
-            self._chunk = np.empty(_CHUNK + 64, np.uint8)
-            self._next = _first_place(self._chunk)
-            self._end = self._next + _CHUNK
-        made: Array = np.ndarray(array.shape, array.dtype, self._chunk, self._next)
-        self._next += nbytes
+        chunk, start = self._chunk, self._next
+        if start + nbytes <= self._end:
+            self._next += nbytes
+        else:
+            is_shared = nbytes <= _CHUNK // 4
+            chunk = np.empty((_CHUNK if is_shared else nbytes) + 64, np.uint8)
+            start = int(-chunk.ctypes.data % 64)
+            if is_shared:
+                self._chunk, self._next, self._end = chunk, start + nbytes, start + _CHUNK
+        made: Array = np.ndarray(array.shape, array.dtype, chunk, start)
         made[...] = array
         return made
-
-
-def _copied(array: Array, chunk: NDArray[np.uint8], offset: int) -> Array:
-    made: Array = np.ndarray(array.shape, array.dtype, chunk, offset)
-    made[...] = array
-    return made
-
-
-def _first_place(chunk: NDArray[np.uint8]) -> int:
-    return int(-chunk.ctypes.data % 64)
 
 
 class Unpacker:
@@ -267,11 +256,8 @@ class Unpacker:
         self.copies = AlignedCopies()
 
     def unpack(self, value: Value) -> Any:
-        """Return the Python value.
-
-        Raises:
-            ProtocolError: a tensor lies outside its block, or a container is of an unknown kind.
-        """
+        """Return the Python value; raises ProtocolError if a tensor lies outside its block, or a container
+        is of an unknown kind."""
         try:
             return self._unpack(value)
         except OnnxDLError:
@@ -299,7 +285,10 @@ class Unpacker:
 
     def _array(self, tensor: Tensor) -> Array:
         if not tensor.block:
-            return _without_bytes(tensor)
+            dtype = np.dtype(tensor.dtype)
+            if dtype.hasobject or dtype.itemsize * math.prod(tensor.shape):
+                raise ProtocolError(f"A tensor of {dtype} and shape {tensor.shape} lies in no block.")
+            return np.empty(tensor.shape, dtype)
         block = self._block(tensor.block)
         if tensor.held:
             return block.held_array(tensor.dtype, tensor.shape, tensor.offset)
@@ -320,11 +309,3 @@ class Unpacker:
         if value.kind in ort.KINDS:
             return ort.put_together(value.kind, items, copy=self._copy)
         raise ProtocolError(f"A container of kind {value.kind!r} is not part of the protocol.")
-
-
-def _without_bytes(tensor: Tensor) -> Array:
-    """Return an array without bytes, which needs no block."""
-    dtype = np.dtype(tensor.dtype)
-    if dtype.hasobject or dtype.itemsize * math.prod(tensor.shape):
-        raise ProtocolError(f"A tensor of dtype {tensor.dtype!r} and shape {tensor.shape} lies in no block.")
-    return np.empty(tensor.shape, dtype)

@@ -1,4 +1,4 @@
-"""Decides on which cores the worker's thread of a lane may run: on any, or on its caller's core.
+"""Choice of the cores on which the worker's thread of a lane may run: on any, or on its caller's core.
 
 A caller sleeps while its worker runs, so both can share a core.  A wake-up within a core costs 4 µs, one
 across cores 20 to 40 µs (docs/performance.md).  But a thread that is bound to one core waits while another
@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from typing import Final
 
-from onnx_dl.transport.spin import MOST
+from onnx_dl.transport.doorbell import LONGEST_SPIN
 
 BLOCK: Final = 16
 """Calls after which the present way is judged."""
@@ -24,7 +24,7 @@ _GAIN: Final = 0.9
 """Factor by which the other way must be faster."""
 
 
-class Apart:
+class SeparateAffinity:
     """Keeps the worker off the core of a caller that polls, which keeps that core busy while it waits.  Calls
     that take longer than a caller polls are left to the scheduler.  ``allowed``: the cores that the worker
     may run on, more than one."""
@@ -33,15 +33,15 @@ class Apart:
         self._allowed = self._now = allowed
 
     def note(self, cpu: int, took: int) -> frozenset[int] | None:
-        """See :meth:`Placement.note`."""
-        wanted = self._allowed if took > MOST * 1e9 else self._allowed - {cpu}
+        """See :meth:`MeasuredAffinity.note`."""
+        wanted = self._allowed if took > LONGEST_SPIN * 1e9 else self._allowed - {cpu}
         if wanted == self._now:
             return None
         self._now = wanted
         return wanted
 
 
-class Placement:
+class MeasuredAffinity:
     """Tries the caller's core and all cores, and keeps the faster.  ``allowed``: the worker's cores."""
 
     def __init__(self, allowed: frozenset[int]) -> None:
@@ -53,11 +53,8 @@ class Placement:
         self._blocks = 0
 
     def note(self, cpu: int, took: int) -> frozenset[int] | None:
-        """Record a call from core ``cpu`` whose predecessor took this many nanoseconds.
-
-        Returns:
-            The cores to run on from now on; None: no change.
-        """
+        """Record a call from core ``cpu`` whose predecessor took this many nanoseconds.  Return the cores to
+        run on from now on; None: no change."""
         self._times.append(took)
         if len(self._times) == BLOCK:
             self._judge(statistics.median(self._times))
@@ -78,3 +75,6 @@ class Placement:
             self._near, self._blocks = not self._near, 0
         elif other < _GAIN * usual:
             self._near = not self._near
+
+
+Affinity = SeparateAffinity | MeasuredAffinity

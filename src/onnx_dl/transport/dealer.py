@@ -15,7 +15,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport import sockets, zmtp
-from onnx_dl.transport.raw_socket import Face
+from onnx_dl.transport.sockets import BorrowedSocket
 
 _CHUNK: Final = 1 << 18
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
@@ -33,12 +33,12 @@ class Dealer:
     def _connect(self, deadline: Deadline) -> None:
         sock = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
         self._descriptor = Descriptor(sock.fileno())
-        self._sock = Face(sock)
+        self._sock = BorrowedSocket(sock)
         self._sock.setblocking(False)
         self._reader = zmtp.Reader()
         self._unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))
         self.gone = False
-        """Whether the router has ended the connection."""
+        """True if the router has ended the connection."""
         self._flush()
 
     def reconnect(self, deadline: Deadline) -> None:
@@ -50,12 +50,12 @@ class Dealer:
         return self._descriptor.number
 
     def is_ours(self) -> bool:
-        """Whether the program has not closed the descriptor."""
+        """True if the program has not closed the descriptor."""
         return self._descriptor.holds()
 
     @property
     def is_let_in(self) -> bool:
-        """Whether messages may be sent; before, the router may drop the connection with them."""
+        """True if messages may be sent; before, the router may drop the connection with them."""
         return self._reader.identity is not None
 
     @property

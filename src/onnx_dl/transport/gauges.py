@@ -113,10 +113,7 @@ class Page:
 
     def __init__(self, fd: int | None = None) -> None:
         """``fd``: the descriptor of an existing page, of which this takes ownership; None: makes a page.
-
-        Raises:
-            OSError: the system has no descriptor or memory left.
-        """
+        Raises OSError if the system has no descriptor or memory left."""
         made = None
         try:
             if fd is None:

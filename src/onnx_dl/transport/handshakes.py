@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import select
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, TypeVar
 
 from onnx_dl.system import descriptor_limits, process_setup
 from onnx_dl.transport.sockets import Channel, Listener, close_all
@@ -26,21 +27,19 @@ _BATCH: Final = 64
 """Connections that are accepted in one go."""
 
 
-class _SilentPeer(NamedTuple):
-    since: float
-    pid: int
+_T = TypeVar("_T")
 
 
 class SilentPeers:
     """Connections that have sent nothing yet, by descriptor.  Pure: the caller passes the time."""
 
     def __init__(self) -> None:
-        self._peers: dict[int, _SilentPeer] = {}
-        """Ordered by the time of connection."""
+        self._peers: dict[int, tuple[float, int]] = {}
+        """Time of each connection, by which they are ordered, and process id of its peer."""
 
     def add(self, fd: int, pid: int, now: float) -> None:
         """Add a connection of process ``pid``."""
-        self._peers[fd] = _SilentPeer(now, pid)
+        self._peers[fd] = now, pid
 
     def remove(self, fd: int) -> None:
         """Remove a connection that has sent something or is gone."""
@@ -81,11 +80,26 @@ class SpareDescriptor:
             os.close(self._fd)
             self._fd = None
 
-    def restore(self) -> None:
-        """Open it again if it is closed; without a free descriptor, do nothing."""
+    def accept_all(
+        self, accept: Callable[[], _T | None], admit: Callable[[_T], object], reject: Callable[[_T], object]
+    ) -> bool:
+        """Admit the waiting connections.  If there is no descriptor for one, reject one.
+
+        ``accept``: returns a connection; None: there is none, or no descriptor for it.  False: none was
+        admitted.
+        """
+        count = 0
+        while count < _BATCH and (connection := accept()) is not None:
+            count += 1
+            admit(connection)
+        if not count and not descriptor_limits.free():
+            self.close()
+            if (connection := accept()) is not None:
+                reject(connection)
         if self._fd is None:
             with contextlib.suppress(OSError):
                 self._fd = process_setup.open_null()
+        return bool(count)
 
 
 class Handshakes:
@@ -110,13 +124,14 @@ class Handshakes:
         self._epoll.register(self._listener, select.EPOLLIN)
 
     def fileno(self) -> int:
-        """Readable when :meth:`spoken` has something to do."""
+        """Readable when :meth:`ready` has something to do."""
         return self._epoll.fileno()
 
-    def spoken(self, now: float) -> list[Channel]:
+    def ready(self, now: float) -> list[Channel]:
         """Accept new connections; return those that have sent something, which now belong to the caller."""
         found = self._speakers()
-        if self._accept(now):
+        admit = functools.partial(self._admit, now)
+        if self._spare.accept_all(self._listener.accept, admit, self._reject):
             found += self._speakers()
         return found
 
@@ -149,20 +164,7 @@ class Handshakes:
         self._silent.remove(fd)
         return self._channels.pop(fd)
 
-    def _accept(self, now: float) -> bool:
-        """Accept waiting connections; false if there were none."""
-        count = 0
-        while count < _BATCH and (channel := self._listener.accept()) is not None:
-            count += 1
-            self._admit(channel, now)
-        if not count and not descriptor_limits.free():
-            self._spare.close()
-            if (channel := self._listener.accept()) is not None:
-                self._reject(channel)
-            self._spare.restore()
-        return bool(count)
-
-    def _admit(self, channel: Channel, now: float) -> None:
+    def _admit(self, now: float, channel: Channel) -> None:
         if descriptor_limits.free() < self._reserve and (oldest := self._silent.oldest()) is not None:
             self._reject(self._release(oldest))  # silent connections are closed first
         if descriptor_limits.free() < self._reserve:

@@ -5,7 +5,8 @@ a block of the sender, and the packet names the block.  News of blocks waits for
 in its packet.  So a sender never waits for its reader, and at most two packets are on their way in one
 direction (:class:`~onnx_dl.protocol.lane.Started` and the result).
 
-Both ends of a lane have a :class:`Handover`.  :mod:`onnx_dl.transport.call_channel` signals that a message is there.
+Both ends of a lane have a :class:`LaneSocket`.  :mod:`onnx_dl.transport.call_channel` signals that a message
+is there.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ import msgspec
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.tensors.arena import Arena
-from onnx_dl.tensors.block import Block
-from onnx_dl.tensors.mapped_blocks import Mappings
+from onnx_dl.tensors.arena import Arena, Mappings
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel
 
@@ -39,10 +38,11 @@ class Notices:
     def __init__(self) -> None:
         self._shared: dict[int, tuple[int, Descriptor]] = {}
         """Size and descriptor, by number."""
-        self._dropped: list[int] = []
+        self.old: list[int] = []
+        """Numbers of the dropped blocks."""
 
     def __bool__(self) -> bool:
-        return bool(self._shared or self._dropped)
+        return bool(self._shared or self.old)
 
     @property
     def room(self) -> int:
@@ -55,15 +55,11 @@ class Notices:
         if (unsent := self._shared.pop(block, None)) is not None:  # the peer does not know it yet
             unsent[1].close()
         else:
-            self._dropped.append(block)
+            self.old.append(block)
 
     def new(self) -> list[tuple[int, int]]:
         """Return number and size of each new block."""
         return [(number, size) for number, (size, _) in self._shared.items()]
-
-    def old(self) -> list[int]:
-        """Return the numbers of the dropped blocks."""
-        return list(self._dropped)
 
     def descriptors(self) -> list[int]:
         """Return the descriptors of the new blocks."""
@@ -74,10 +70,10 @@ class Notices:
         for _, descriptor in self._shared.values():
             descriptor.close()
         self._shared.clear()
-        del self._dropped[:dropped]
+        del self.old[:dropped]
 
 
-class Handover:
+class LaneSocket:
     """The Unix socket of a lane, this end's blocks, and the peer's blocks that came over the socket.  Has no
     reference to the lane: a cycle would keep the memory until the garbage collector finds it."""
 
@@ -113,7 +109,7 @@ class Handover:
         """
         if not fds and self.fits(data):
             return self.channel.post(data)
-        dropped = self._notices.old()
+        dropped = self._notices.old.copy()
         packet = self._packet(data, dropped)
         sent = self.channel.post(packet, (*self._notices.descriptors(), *fds))
         self._notices.sent(len(dropped))
@@ -189,14 +185,10 @@ class Handover:
         an owner."""
         if len(envelope.shared) > len(fds):
             raise ProtocolError("A message announces blocks without their descriptors.")
-        self._drop(envelope.dropped)
+        self.mappings.drop(envelope.dropped)
         for number, size in envelope.shared:
             self.mappings.add(number, size, fds.pop(0))
         return fds
-
-    def _drop(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self.mappings.drop(number)
 
     def _message_in(self, envelope: lane.Envelope) -> Any:
         inside = envelope if envelope.letter is None else self._letter(*envelope.letter)
@@ -206,26 +198,11 @@ class Handover:
         return message
 
     def _letter(self, number: int, nbytes: int) -> lane.Envelope:
-        block = self.block(number)
+        block = self.mappings.block(number)
         if not 0 <= nbytes <= block.size:
             raise ProtocolError(f"A message of {nbytes} bytes does not fit its block of {block.size} bytes.")
         letter = self._read(bytes(block.payload[:nbytes]))  # a copy: the peer could change what is read
         if type(letter) is not lane.Envelope or letter.shared or letter.letter is not None:
             raise ProtocolError("A block that should contain a message contains something else.")
-        self._drop(letter.dropped)
+        self.mappings.drop(letter.dropped)
         return letter
-
-    def block(self, number: int) -> Block:
-        """Return a block of the peer.
-
-        Raises:
-            ProtocolError: the peer did not announce this block before.
-        """
-        block = self.mappings.get(number)
-        if block is None:
-            raise ProtocolError(f"A message names block {number}, which its sender never announced.")
-        return block
-
-    def is_dead(self) -> bool:
-        """True if the peer is gone.  Does not wait."""
-        return self.channel.is_dead()

@@ -66,11 +66,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def checked_name(name: str) -> str:
-    """Returns the name of a shared host.
-
-    Raises:
-        ConfigError: (a ValueError) the text is not a valid name.
-    """
+    """Return the name of a shared host.  Raises ConfigError, a ValueError, if it is not valid."""
     if not _NAME.fullmatch(name) or name.startswith("."):
         raise ConfigError(
             f"{name!r} is not a host name; use letters, digits, '-', '_' and '.', at most 64 of them."
@@ -152,28 +148,29 @@ class HostEntry:
         Raises:
             OSError: the lock file cannot be opened, or the folder's file system has no locks.
         """
-        fd = self._open_lock(os.O_RDWR | os.O_CREAT)
-        if not _take(fd, _HOST):
-            return False
-        self._held = fd
-        return True
+        return self._claim(_HOST)
 
     def claim_next(self) -> bool:
-        """Makes this process the next host, see :meth:`await_turn`; false: another process is.
+        """Makes this process the next host, see :meth:`await_turn`; false: another process is.  The present
+        host sees it in :meth:`next_pid`."""
+        return self._claim(_NEXT)
 
-        The present host sees it in :meth:`next_pid`.
-        """
+    def _claim(self, byte: int) -> bool:
+        """Locks this byte of the lock file; false: another process has locked it."""
         fd = self._open_lock(os.O_RDWR | os.O_CREAT)
-        if not _take(fd, _NEXT):
-            return False
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError | PermissionError):
+                return False
+            raise
         self._held = fd
         return True
 
     def await_turn(self) -> None:
-        """Waits until this process, after :meth:`claim_next`, is the host.
-
-        The kernel gives the lock to a process that waits for it before one that only tries to take it.
-        """
+        """Waits until this process, after :meth:`claim_next`, is the host.  The kernel gives the lock to a
+        process that waits for it before one that only tries to take it."""
         fcntl.lockf(self._held, fcntl.LOCK_EX, 1, _HOST)
         fcntl.lockf(self._held, fcntl.LOCK_UN, 1, _NEXT)
 
@@ -182,11 +179,7 @@ class HostEntry:
         return _locked_by(self._held, _NEXT)
 
     def publish(self, address: str, secret: str, *, managed: bool) -> None:
-        """Writes the record, by which clients find this process.
-
-        Raises:
-            PlatformError: the record cannot be written.
-        """
+        """Writes the record, by which clients find this process.  Raises PlatformError if it cannot."""
         self.published = Record(
             address=address,
             secret=secret,
@@ -220,18 +213,6 @@ def _unusable(path: Path, error: OSError) -> PlatformError:
         f"A shared host needs the file {path}, which cannot be used ({error.strerror}). Remove it, or set "
         "ONNX_DL_RUNTIME_DIR to another folder with mode 0700."
     )
-
-
-def _take(fd: int, byte: int) -> bool:
-    """Locks this byte of a lock file; if another process has it, closes ``fd`` and returns false."""
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except OSError as error:
-        os.close(fd)
-        if isinstance(error, BlockingIOError | PermissionError):  # another process has it
-            return False
-        raise
-    return True
 
 
 def _locked_by(fd: int, byte: int) -> int | None:

@@ -7,6 +7,7 @@ a client that never reads, without a limit.  Here both cases are handled.  Used 
 
 from __future__ import annotations
 
+import functools
 import select
 import socket
 import time
@@ -24,7 +25,6 @@ MOST_UNREAD: Final = 64 << 20
 _CHUNK: Final = 1 << 18
 _AT_ONCE: Final = 1 << 20
 """Bytes that are read from one peer before the other peers."""
-_BATCH: Final = 64
 
 
 class _Peer:
@@ -49,11 +49,7 @@ class _Peer:
             self.unsent.clear()
 
     def read(self) -> Iterator[bytes]:
-        """Return the messages that have arrived.
-
-        Raises:
-            ProtocolError: the peer does not speak the protocol.
-        """
+        """Return the messages that have arrived; raises ProtocolError if they are not of the protocol."""
         taken = 0
         while taken < _AT_ONCE and not self.gone:
             try:
@@ -101,18 +97,16 @@ class Router:
         found: list[tuple[bytes, bytes]] = []
         for fd, events in self._epoll.poll(0):
             if fd == self._listener.fileno():
-                self._accept(now)
+                self._spare.accept_all(
+                    self._accepted, functools.partial(self._admit, now), socket.socket.close
+                )
             elif (peer := self._peers.get(fd)) is not None:
                 self._attend(peer, events, found)
         return found
 
     def send(self, name: bytes, data: bytes) -> None:
         """Send a message; the rest waits if the peer does not take all of it now.  Without a peer of this
-        name it is dropped.
-
-        Raises:
-            BufferError: the peer does not read.
-        """
+        name it is dropped.  Raises BufferError if the peer does not read."""
         peer = self._by_name.get(name)
         if peer is None:
             return
@@ -189,24 +183,13 @@ class Router:
             wanted = select.EPOLLIN | (select.EPOLLOUT if peer.unsent else 0)
             self._epoll.modify(peer.sock, wanted)
 
-    def _accept(self, now: float) -> None:
-        count = 0
-        while count < _BATCH and (sock := self._accepted()) is not None:
-            count += 1
-            self._admit(sock, now)
-        if not count and not descriptor_limits.free():
-            self._spare.close()
-            if (sock := self._accepted()) is not None:
-                sock.close()
-        self._spare.restore()
-
     def _accepted(self) -> socket.socket | None:
         try:
             return self._listener.accept()[0]
         except OSError:
             return None
 
-    def _admit(self, sock: socket.socket, now: float) -> None:
+    def _admit(self, now: float, sock: socket.socket) -> None:
         if descriptor_limits.free() < self._reserve and (oldest := self._silent.oldest()) is not None:
             self._drop(self._peers[oldest])  # silent peers are closed first
         pid = same_user(sock)

@@ -1,8 +1,8 @@
 """The shared hosts of this user that run now, of all protocol versions, and which of them replaces which.
 
-A program connects only to the host of its own protocol version (:mod:`onnx_dl.transport.rendezvous`).  The hosts of
-other versions are listed here: for commands that show them, and for a host that has to end because a host of
-another version was started later.
+A program connects only to the host of its own protocol version (:mod:`onnx_dl.transport.rendezvous`).  The
+hosts of other versions are listed here: for commands that show them, and for a host that has to end because a
+host of another version was started later.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class RunningHost(msgspec.Struct, frozen=True, kw_only=True):
     package: str = ""
     """Its version of onnx-dl; empty if the record does not have it."""
     started: float | None = None
-    """Its start time, by :func:`~onnx_dl.transport.rendezvous.uptime`; None: it has not written its record yet."""
+    """Its start time, by :func:`uptime`; None: it has not written its record yet."""
     managed: bool = False
     """It was started by ``onnx-dl supervise``."""
 
     @property
     def reachable(self) -> bool:
-        """Returns whether this version of onnx-dl can talk to it."""
+        """True if this version of onnx-dl can talk to it."""
         return self.protocol == PROTOCOL_VERSION
 
     @property
@@ -53,20 +53,16 @@ class RunningHost(msgspec.Struct, frozen=True, kw_only=True):
 def running(name: str | None = None, environ: Mapping[str, str] = os.environ) -> list[RunningHost]:
     """Lists the hosts of this name, or of all names, ordered by name and version.
 
-    Must not be called by a host: see :meth:`~onnx_dl.transport.rendezvous.HostEntry.holder`.
-
-    Raises:
-        PlatformError: no folder belongs to this user alone.
+    Must not be called by a host: see :meth:`HostEntry.holder`.  Raises PlatformError if no folder belongs to
+    this user alone.
     """
     entries = _entries(runtime_folder(environ))
     return _sorted(host for entry in entries if name in (None, entry.name) for host in _running(entry))
 
 
 def of_other_versions(entry: HostEntry) -> list[RunningHost]:
-    """Lists the hosts with the same name as this entry and another protocol version.
-
-    A host may call this, too.  A folder that does not exist has no hosts.
-    """
+    """Lists the hosts with the same name as this entry and another protocol version.  A host may call this,
+    too.  A folder that does not exist has no hosts."""
     others = (e for e in _entries(entry.folder) if e.name == entry.name and e.protocol != entry.protocol)
     return _sorted(host for other in others for host in _running(other))
 

@@ -1,9 +1,9 @@
-"""Creates and closes the sockets of both kinds.  Does not know what messages mean.
+"""Unix sockets.  Does not know what messages mean.
 
-ZeroMQ carries calls and control.  A Unix socket of type SEQPACKET (a :class:`Channel`) adds what ZeroMQ
-lacks: descriptors, and a reliable EOF when the other process is gone.  All addresses are abstract names
-(:func:`onnx_dl.transport.addresses.fresh_address`), open to the same user only: ZeroMQ filters by user id, and
-:class:`Listener` checks the peer's credentials.
+A Unix socket of type SEQPACKET (a :class:`Channel`) has what ZeroMQ (:mod:`onnx_dl.transport.zeromq`) lacks:
+descriptors, and a reliable EOF when the other process is gone.  All addresses are abstract names
+(:func:`fresh_address`), open to the same user only: ZeroMQ filters by user id, and :class:`Listener` checks
+the peer's credentials.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import select
 import socket
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-import zmq
-
-from onnx_dl.concurrency import primitives, spawning, waits
+from onnx_dl.concurrency import primitives, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.transport.raw_socket import Face
 
 LONGEST: Final = 64 << 10
 """Bytes in one message of a Channel; much longer ones do not fit a Unix socket's buffer everywhere."""
@@ -40,8 +38,6 @@ BACKLOG: Final = 4096
 _FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
 _ZMQ_NEEDS: Final = 12
 """Descriptors of a context with its first socket, and a reserve for other threads."""
-_ZMQ_THREADS: Final = 3
-"""Two threads of a context, and a reserve for other threads."""
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: combining members of the enum costs 5 µs each time.
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -49,10 +45,22 @@ _TRUNCATED: Final = int(socket.MSG_CTRUNC)
 _NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
 """An application may have restored the default of SIGPIPE, which would end it when a worker is gone."""
 _AT_ONCE: Final = int(socket.MSG_DONTWAIT)
-Context = zmq.Context[zmq.Socket[bytes]]
-Socket = zmq.Socket[bytes]
 
-_IPC_FILTER_UID: Final = 59  # ZMQ_IPC_FILTER_UID of zmq.h; not among pyzmq's typed options
+
+class BorrowedSocket(primitives.socket):
+    """Methods of a socket that a :class:`Descriptor` closes.  No warning of an unclosed socket where the
+    garbage collector finds both in one cycle."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Takes over the descriptor of ``sock``, which has none afterwards.  Waits have no timeout, whatever
+        the program has set by ``socket.setdefaulttimeout``."""
+        super().__init__(sock.family, sock.type, sock.proto, sock.fileno())
+        sock.detach()
+        self.setblocking(True)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never made
+            self.detach()
 
 
 class Channel:
@@ -60,7 +68,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._descriptor = Descriptor(sock.fileno())
-        self._sock = Face(sock)
+        self._sock = BorrowedSocket(sock)
         self._buffer = bytearray(LONGEST)
         self._view = memoryview(self._buffer)
 
@@ -111,12 +119,7 @@ class Channel:
         return True
 
     def take(self) -> tuple[memoryview, list[int]] | None:
-        """Like :meth:`receive`, but does not wait.
-
-        Raises:
-            BlockingIOError: there is no message.
-            OSError: the message has descriptors, and this process may have no more.
-        """
+        """Like :meth:`receive`, but does not wait; raises BlockingIOError if there is no message."""
         return self._receive(_AT_ONCE)
 
     def receive(self, timeout: float | None = None) -> tuple[memoryview, list[int]] | None:
@@ -189,6 +192,21 @@ class Channel:
         """May be called twice."""
         self._sock.detach()  # Python's object would close the number, even if it is now that of another file
         self._descriptor.close()
+
+
+def same_secret(sent: str, secret: str) -> bool:
+    """True if a peer knows the secret.  Takes the same time for a good guess as for a bad one.  Compares
+    bytes: Python refuses text that is not ASCII, and a peer may send any text."""
+    return secrets.compare_digest(sent.encode(errors="replace"), secret.encode())
+
+
+def fresh_address(role: str) -> str:
+    """Return a new, unique name for a Unix socket in Linux's abstract namespace.
+
+    An abstract name disappears with its owner, however that dies, so no file is ever left behind.  It has no
+    file permissions: a listener checks the peer's user id and asks for a secret.
+    """
+    return f"onnx-dl/{os.getuid()}/{role}/{secrets.token_hex(16)}"
 
 
 def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
@@ -274,11 +292,7 @@ class Listener:
 
 
 def resolve(host: str) -> tuple[int, str]:
-    """Return the family and text of a host's first TCP address, to listen at.
-
-    Raises:
-        OSError: the host is unknown.
-    """
+    """Return the family and text of a host's first TCP address, to listen at; raises OSError if unknown."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
     return family, str(address[0])
@@ -308,18 +322,6 @@ class Waker:
         return self._descriptor.number
 
 
-def context() -> Context:
-    """Create a ZeroMQ context; never shared across fork.
-
-    Raises:
-        DescriptorsExhausted: too few descriptors are left.
-        ProcessesExhausted: no thread is left for it; then libzmq would end the process.
-    """
-    check_descriptors("A ZeroMQ context")
-    spawning.check(_ZMQ_THREADS, "A connection to the supervisor")
-    return zmq.Context()
-
-
 def check_descriptors(what: str) -> None:
     """Raise DescriptorsExhausted if too few are left.  libzmq ends the process if it finds none, in
     ``epoll_create`` and ``accept``.  And a connection that fails half way has a less clear error."""
@@ -327,57 +329,14 @@ def check_descriptors(what: str) -> None:
         raise descriptor_limits.exhausted(what)
 
 
-def _socket(ctx: Context, kind: int) -> Socket:
-    sock = ctx.socket(kind)
-    sock.linger = 0
-    sock.sndhwm = sock.rcvhwm = (
-        0  # control messages are few and must not be dropped; a lane has one call at a time
-    )
-    return sock
-
-
-def dealer(ctx: Context, address: str, identity: bytes) -> Socket:
-    """Return a DEALER socket with this routing id, connected to a ROUTER."""
-    sock = _socket(ctx, zmq.DEALER)
-    sock.routing_id = identity
-    sock.connect(f"ipc://@{address}")
-    return sock
-
-
-def pair_listener(ctx: Context, address: str) -> Socket:
-    """Return a bound PAIR socket.  Bind before the peer connects: else its connect takes 100 ms.
-
-    Raises:
-        DescriptorsExhausted: too few descriptors are left.
-    """
-    check_descriptors("A lane over ZeroMQ")
-    sock = _socket(ctx, zmq.PAIR)
-    sock.setsockopt(_IPC_FILTER_UID, os.getuid())
-    sock.bind(f"ipc://@{address}")
-    return sock
-
-
-def pair(ctx: Context, address: str) -> Socket:
-    """Return a connected PAIR socket.  Messages sent before its close are delivered within half a second."""
-    sock = _socket(ctx, zmq.PAIR)
-    sock.linger = 500
-    sock.connect(f"ipc://@{address}")
-    return sock
-
-
 def readable(fds: Iterable[int], timeout: float | None) -> set[int]:
     """Return which descriptors are readable within ``timeout`` seconds; None waits for ever."""
     poll = primitives.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
-    return {fd for fd, _ in poll.poll(waits.milliseconds(timeout))}
+    return set(sleep(poll, timeout))
 
 
 def sleep(poll: select.poll, timeout: float | None) -> list[int]:
     """Return which descriptors of ``poll`` are ready within ``timeout`` seconds; None waits for ever."""
     return [fd for fd, _ in poll.poll(waits.milliseconds(timeout))]
-
-
-def wait(poller: zmq.Poller, timeout: float | None) -> dict[object, int]:
-    """Return which sockets and descriptors are ready within ``timeout`` seconds; None waits for ever."""
-    return dict(poller.poll(waits.milliseconds(timeout)))

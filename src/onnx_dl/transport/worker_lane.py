@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,15 @@ from numpy.typing import NDArray
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system import procfs
-from onnx_dl.tensors import mapped_blocks, packing
-from onnx_dl.tensors.block import Block
-from onnx_dl.tensors.result_forms import Form
+from onnx_dl.tensors import packing
+from onnx_dl.tensors.arena import MOST_MAPPED
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
-from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import same_secret
-from onnx_dl.transport.call_channel import REPLAY, WorkerBellChannel, WorkerChannel, ZmqChannel
-from onnx_dl.transport.doorbell import WorkerBell
-from onnx_dl.transport.lane import Lane
-from onnx_dl.transport.lane_socket import Handover
-from onnx_dl.transport.sockets import Channel, Context
-from onnx_dl.transport.spin import Patience
+from onnx_dl.transport import sockets, zeromq
+from onnx_dl.transport.call_channel import REPLAY, Lane, WorkerBellChannel, WorkerChannel, ZmqChannel
+from onnx_dl.transport.doorbell import SpinBudget, WorkerBell
+from onnx_dl.transport.lane_socket import LaneSocket
+from onnx_dl.transport.sockets import Channel, same_secret
+from onnx_dl.transport.zeromq import Context
 
 
 def _checked(hello: object, secret: str, fds: list[int]) -> lane.LaneHello:
@@ -50,13 +47,6 @@ def _are_bell(eventfd: int, pipe: int) -> bool:
     return procfs.is_eventfd(eventfd) and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
 
 
-def _packed(packer: Packer, value: object) -> lane.Value:
-    if type(value) is list:  # results, each as it would be alone
-        return lane.Items("list", packer.pack(value, from_engine=True))
-    (packed,) = packer.pack([value])
-    return packed
-
-
 class WorkerLane(Lane[WorkerChannel]):
     """The worker's end."""
 
@@ -67,11 +57,11 @@ class WorkerLane(Lane[WorkerChannel]):
             ProtocolError: the caller does not know the secret or speaks another version.
             TimeoutError: the caller sent nothing for ``timeout`` seconds.
         """
-        handover = Handover(channel, lane.lane_request, keep_descriptors=False, most=mapped_blocks.MOST)
-        greeting, fds = handover.greeting(timeout)
+        lane_socket = LaneSocket(channel, lane.lane_request, keep_descriptors=False, most=MOST_MAPPED)
+        greeting, fds = lane_socket.greeting(timeout)
         try:
             hello = _checked(greeting, secret, fds)
-            page = handover.mappings.page
+            page = lane_socket.mappings.page
             if page is None:
                 raise ProtocolError("A caller sent no page.")
         except BaseException:
@@ -79,11 +69,11 @@ class WorkerLane(Lane[WorkerChannel]):
             raise
         calls: WorkerChannel
         if hello.reply_to is None:
-            self._bell = WorkerBell(fds, Patience() if hello.poll else None)
-            calls = WorkerBellChannel(handover, self._bell)
+            self._bell = WorkerBell(fds, SpinBudget() if hello.poll else None)
+            calls = WorkerBellChannel(lane_socket, self._bell)
         else:
-            calls = ZmqChannel(handover, sockets.pair(ctx, hello.reply_to), is_caller=False)
-        super().__init__(handover, calls, polls=hello.poll)
+            calls = ZmqChannel(lane_socket, zeromq.pair(ctx, hello.reply_to), is_caller=False)
+        super().__init__(lane_socket, calls, polls=hello.poll)
         self.channel = channel
         """The Unix socket to the caller."""
         self._page = page
@@ -102,7 +92,7 @@ class WorkerLane(Lane[WorkerChannel]):
         except BaseException:  # no memory for one; nobody else closes the caller's descriptors
             self._calls.close()
             raise
-        self._unpacker = Unpacker(self._handover.block, copy=False)
+        self._unpacker = Unpacker(lane_socket.mappings.block, copy=False)
 
     def hang_up(self) -> None:
         """End the wait of the lane's thread, called by the thread that sees that the caller is gone."""
@@ -111,14 +101,8 @@ class WorkerLane(Lane[WorkerChannel]):
 
     def receive(self) -> Any:
         """Wait for the next request: a message, or the number of the call that it repeats.  None: the caller
-        is gone.
-
-        Raises:
-            ProtocolError: a message is not a request.
-            SharedMemoryError: a block of the request cannot be mapped.
-            OSError: this process may have no more descriptors.
-        """
-        if self._handover.is_broken:  # the caller sees a worker that ended before it began the call
+        is gone.  Raises like :meth:`LaneSocket.next`."""
+        if self._lane_socket.is_broken:  # the caller sees a worker that ended before it began the call
             return None
         self.request += 1
         self.is_answered = False
@@ -133,76 +117,39 @@ class WorkerLane(Lane[WorkerChannel]):
 
     def text_reader(self, text: lane.Text) -> Callable[[], NDArray[np.object_]]:
         """Return a function that reads the present text at this place, for a call that repeats."""
-        return packing.text_reader(self._handover.block(text.block), text.offset, text.shape)
+        return packing.text_reader(self.mappings.block(text.block), text.offset, text.shape)
 
     def reply(self, value: object, *, keep: bool = False) -> lane.Value:
-        """Send a result of the engine and return its encoded form.
-
-        The caller holds the blocks of large arrays, unless ``keep``.
-
-        Raises:
-            Exception: the value cannot be encoded; nothing was sent.
-        """
-        packer = Packer(self._arena, take_from=None if keep else VIEW_FROM)
-        packed = _packed(packer, value)
+        """Send a result of the engine and return its encoded form.  The caller holds the blocks of large
+        arrays, unless ``keep``.  Raises like :meth:`Packer.pack`, with nothing sent."""
+        packer = Packer(self.arena, take_from=None if keep else VIEW_FROM)
+        packed: lane.Value
+        if type(value) is list:  # results, each as it would be alone
+            packed = lane.Items("list", packer.pack(value, from_engine=True))
+        else:
+            (packed,) = packer.pack([value])
         try:
-            self._send(lane.Result(value=packed))
+            self.send(lane.Result(value=packed))
         except BaseException:
             packer.abandon()
             raise
         return packed
 
-    def put(self, form: Form, results: Sequence[object]) -> bool:
-        """Write results to the places of earlier ones of the same form; false if they do not fit there."""
-        return form.put(results, self._arena)
-
-    def say(self, message: lane.CallFailed | lane.Draining | lane.Forgotten | lane.Started | bytes) -> None:
+    def send(self, reply: lane.LaneReply | bytes) -> None:
         """Send a complete reply; encoded, if it is bytes."""
-        if type(message) is lane.Started:
-            self._calls.send(message)
-        else:
-            self._send(message)
+        self._calls.send(reply)
+        self.is_answered = type(reply) is not lane.Started
 
-    def say_same(self) -> None:
+    def send_same(self) -> None:
         """Reply that the results lie in the same places as the last ones."""
         self._calls.send_same()
         self.is_answered = True
 
-    def _send(self, reply: codec.Message | bytes) -> None:
-        self._calls.send(reply)
-        self.is_answered = True
-
     def give_up(self) -> None:
         """Mark the lane as broken: the states of its two ends may differ."""
-        self._handover.is_broken = True
-
-    def trim(self) -> None:
-        """Return the memory that no result lies in to the system."""
-        self._arena.trim()
-
-    def scratch(self, nbytes: int) -> Block:
-        """Return the block for small results of the next reply."""
-        return self._arena.scratch(nbytes)
-
-    @property
-    def current_scratch(self) -> Block | None:
-        """The block with the small results of the last reply."""
-        return self._arena.current_scratch
-
-    def take(self, nbytes: int) -> Block | None:
-        """Return a block for one large result of the next reply; None: it can have no block of its own."""
-        return self._arena.take(nbytes)
-
-    @property
-    def drops(self) -> int:
-        """Number of blocks that the caller has dropped so far."""
-        return self._handover.mappings.drops
-
-    def has(self, block: int) -> bool:
-        """True if the caller's block is still mapped."""
-        return self._handover.mappings.get(block) is not None
+        self._lane_socket.is_broken = True
 
     def last_touch(self) -> float:
         """Return the time of the caller's last use, in monotonic seconds; 0.0 if there was none.  A caller
         may write any number there, so a time in the future counts as now."""
-        return min(self._handover.mappings.clock() / 1e9, time.monotonic())
+        return min(self.mappings.clock() / 1e9, time.monotonic())

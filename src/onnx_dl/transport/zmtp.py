@@ -52,10 +52,7 @@ class Reader:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Return the messages that these bytes complete.  Skips messages of several frames: none are in use.
-
-        Raises:
-            ProtocolError: the peer does not speak this protocol.
-        """
+        Raises ProtocolError if the peer does not speak this protocol."""
         self._data += data
         if not self._greet():
             return

@@ -83,7 +83,7 @@ class LaneService:
     def _use_model(self, handler: Callable[[Any], object], request: object) -> None:
         """Answers a request unless the worker drains; the reply is sent before the gate's count goes down."""
         if not self._gate.enter():
-            self._lane.say(m.Draining())
+            self._lane.send(m.Draining())
             return
         if self._watchdog is not None:
             self._watchdog.call_begins()
@@ -104,11 +104,11 @@ class LaneService:
             self._lane.give_up()
             return
         try:
-            self._lane.say(m.CallFailed(failure=failures.describe(error)))
+            self._lane.send(m.CallFailed(failure=failures.describe(error)))
         except (TypeError, ValueError, OverflowError):  # an attribute of it cannot be encoded; its text can
-            self._lane.say(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
+            self._lane.send(m.CallFailed(failure=failures.describe(RuntimeError(ascii(error)))))
         except SharedMemoryError as no_memory:  # its text is too long for a packet
-            self._lane.say(m.CallFailed(failure=failures.describe(no_memory)))
+            self._lane.send(m.CallFailed(failure=failures.describe(no_memory)))
 
     def _call(self, call: m.Call) -> None:
         self._prepared.drop_unmapped()
@@ -117,7 +117,7 @@ class LaneService:
         prepared = None if call.plan is None else PreparedCall(call, outputs, feed)
         if call.background:
             results = self._backend.run_async(
-                outputs, feed, call.options, self._token, lambda: self._lane.say(m.Started())
+                outputs, feed, call.options, self._token, lambda: self._lane.send(m.Started())
             )
         else:
             results = self._backend.run(outputs, feed, call.options, self._token)
@@ -139,7 +139,7 @@ class LaneService:
 
     def _hold(self, _: m.Hold) -> None:
         if not self._gate.hold():
-            self._lane.say(m.Draining())
+            self._lane.send(m.Draining())
             return
         self._holds += 1
         self._lane.reply(None)
@@ -154,7 +154,7 @@ class LaneService:
 
     def _trim(self, _: m.Trim) -> None:
         self._prepared.clear()
-        self._lane.trim()
+        self._lane.arena.trim()
         self._lane.reply(None)
 
 

@@ -19,7 +19,7 @@ from onnx_dl.protocol import codec
 from onnx_dl.protocol.lane import Call, Forgotten, Items, Replay, Result, Tensor, Text, Value
 from onnx_dl.tensors.block import Block, align
 from onnx_dl.tensors.call_plans import MOST, in_place
-from onnx_dl.tensors.result_forms import Form, in_one_place
+from onnx_dl.tensors.result_forms import ResultForm, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.cancellation import CancelToken
 from onnx_dl.workers.engines.base import Backend, Feed, Rerun
@@ -60,7 +60,7 @@ class PreparedCall:
         self._scratch: Block | None = None
         self._nbytes = 0
         self._runs: dict[tuple[int, ...], _PreparedRun | None] = {}
-        self.form: Form | None = None
+        self.form: ResultForm | None = None
         """Places of the results that were sent last, if others can take them."""
         self._rerun: Rerun | None = None
 
@@ -99,11 +99,11 @@ class PreparedCall:
         self.reset()
         if self._can_bind and (tensors := in_place(sent)):
             self._nbytes = sum(align(_nbytes(t)) for t in tensors if not t.held)
-            # Not lane.scratch(): it may replace the block, and the caller reads the one that was sent.
-            self._scratch = lane.current_scratch if self._nbytes else None
+            # Not lane.arena.scratch(): it may replace the block, and the caller reads the one that was sent.
+            self._scratch = lane.arena.current_scratch if self._nbytes else None
             self._results = tensors
-        elif (block := lane.current_scratch) is not None and (values := in_one_place(sent)):
-            self._scratch, self.form = block, Form(values, block)
+        elif (block := lane.arena.current_scratch) is not None and (values := in_one_place(sent)):
+            self._scratch, self.form = block, ResultForm(values, block)
 
     def run_unbound(self, backend: Backend, feed: Feed, token: CancelToken) -> Sequence[object]:
         """Runs the call with results in the engine's own memory.
@@ -129,7 +129,7 @@ class PreparedCall:
 
         ``key``: block and offset of each moved input.
         """
-        if not self._results or (self._nbytes and lane.scratch(self._nbytes) is not self._scratch):
+        if not self._results or (self._nbytes and lane.arena.scratch(self._nbytes) is not self._scratch):
             return False
         leased: list[Block] = []
         is_sent = False
@@ -137,9 +137,9 @@ class PreparedCall:
             made = self._lease(lane, leased) and self._run_prepared(leased, backend, feed, key, token)
             if made:
                 if made.reply:
-                    lane.say(made.reply)
+                    lane.send(made.reply)
                 else:
-                    lane.say_same()
+                    lane.send_same()
                 is_sent = True
         finally:
             if not is_sent:  # the caller never learns of these blocks, so nobody else would free them
@@ -174,7 +174,7 @@ class PreparedCall:
         """Takes a block for each large result; false if one reply cannot announce so many new ones."""
         for tensor in self._results:
             if tensor.held:
-                block = lane.take(_nbytes(tensor))
+                block = lane.arena.take(_nbytes(tensor))
                 if block is None:
                     return False
                 leased.append(block)
@@ -246,18 +246,18 @@ class PreparedCalls:
     def _find(self, number: int) -> PreparedCall | None:
         self.drop_unmapped()
         if (call := self._calls.get(number)) is None:
-            self._lane.say(Forgotten())
+            self._lane.send(Forgotten())
         return call
 
     def _run(self, call: PreparedCall, feed: Feed, key: list[int]) -> None:
         if call.run(self._lane, self._backend, feed, key, self._token):
             return
         results = call.run_unbound(self._backend, feed, self._token)
-        if call.form is not None and self._lane.put(call.form, results):
-            self._lane.say_same()
+        if call.form is not None and call.form.put(results, self._lane.arena):
+            self._lane.send_same()
             return
         sent = self._lane.reply(results, keep=call.keep)
-        if self._scratch is not (scratch := self._lane.current_scratch):
+        if self._scratch is not (scratch := self._lane.arena.current_scratch):
             self._scratch = scratch
             for other in self._calls.values():
                 other.on_scratch(scratch)
@@ -265,12 +265,12 @@ class PreparedCalls:
 
     def drop_unmapped(self) -> None:
         """Drops what uses blocks that the caller dropped: their memory would never be freed."""
-        if self._drops == self._lane.drops:
+        if self._drops == self._lane.mappings.drops:
             return
-        self._drops = self._lane.drops
-        self._calls = {n: call for n, call in self._calls.items() if all(map(self._lane.has, call.blocks))}
+        self._drops, is_mapped = self._lane.mappings.drops, self._lane.mappings.has
+        self._calls = {n: call for n, call in self._calls.items() if all(map(is_mapped, call.blocks))}
         for call in self._calls.values():
-            call.drop_unmapped(self._lane.has)
+            call.drop_unmapped(is_mapped)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -23,11 +23,10 @@ from onnx_dl.core.spec import ModelSpec, blob_tag
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import CallFailed
-from onnx_dl.transport import sockets
-from onnx_dl.transport.addresses import fresh_address
+from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Handshakes
-from onnx_dl.transport.sockets import Channel, Waker
+from onnx_dl.transport.sockets import Channel, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import heap, warmup
 from onnx_dl.workers.cancellation import CancelToken
@@ -54,8 +53,8 @@ class Worker:
         self._lifeline = Channel.from_fd(lifeline)
         self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
         """Descriptors by :func:`onnx_dl.core.spec.blob_tag`."""
-        self._context = sockets.context()
-        self._control = sockets.dealer(self._context, spawn.control, spawn.identity)
+        self._context = zeromq.context()
+        self._control = zeromq.dealer(self._context, spawn.control, spawn.identity)
         self._secret = secrets.token_hex(16)
         self._address = fresh_address("worker")
         self._waker = Waker()
@@ -161,7 +160,7 @@ class Worker:
                 drained = True
                 backend.close()
                 self._send(control.WorkerDrained(worker_id=self._id))
-            ready = sockets.wait(poller, _timeout(decision.wait, door.next_deadline()))
+            ready = zeromq.wait(poller, _timeout(decision.wait, door.next_deadline()))
             self._waker.clear()
             if self._lifeline.fileno() in ready:
                 return
@@ -173,7 +172,7 @@ class Worker:
                 self._on_caller_gone(callers.pop(fd))
             self._close_finished(poller, callers)
             door.on_tick(time.monotonic())
-            for channel in door.spoken(time.monotonic()) if door.fileno() in ready else ():
+            for channel in door.ready(time.monotonic()) if door.fileno() in ready else ():
                 # Without POLLIN: the lane's own thread reads what the caller sends.
                 poller.register(channel.fileno(), zmq.POLLERR)
                 callers[channel.fileno()] = channel
@@ -270,7 +269,7 @@ class Worker:
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
         poller.register(self._lifeline.fileno(), zmq.POLLIN)
-        if self._control not in sockets.wait(poller, None):
+        if self._control not in zeromq.wait(poller, None):
             _exit()
         message: control.ToWorker = control.to_worker(self._control.recv())
         return message
