@@ -64,8 +64,8 @@ class Scripted:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def start(self, *_: Any) -> tuple[Any, str, str]:
-        """In place of :func:`onnx_dl.client.launcher.start_private`."""
+    def start(self, *_: Any, **__: Any) -> tuple[Any, str, str]:
+        """In place of :func:`onnx_dl.client.launcher.start`."""
         return _Process(), self._address, _SECRET
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch, step: str, how: str) -> Any:
     """In the block, hosts of this process start nothing but this."""
     script = Scripted(step, how)
-    monkeypatch.setattr(launcher, "start_private", script.start)
+    monkeypatch.setattr(launcher, "start", script.start)
     try:
         yield script
     finally:

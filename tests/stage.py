@@ -29,7 +29,7 @@ from onnx_dl.errors import (
     UnloadTimeout,
     WorkerDied,
 )
-from onnx_dl.session.model_source import Source
+from onnx_dl.session.model_source import ModelSource
 from onnx_dl.session.proxy import ModelProxy
 from tests.waiting import DEADLINE, allowed, eventually
 
@@ -62,7 +62,7 @@ class Misbehaving(ModelProxy):
         spec = ModelSpec(
             key=key, name=folder.name, cwd=str(folder), engine="misbehaving", path=path.name, **caps
         )
-        super().__init__(Source(spec), Terms(pin=pin), host)
+        super().__init__(ModelSource(spec), Terms(pin=pin), host)
 
     def run(self, timeout: float | None = None) -> None:
         """One call, whose result is compared."""

@@ -14,7 +14,7 @@ import onnx_dl
 from onnx_dl import EventType, ModelHost, WorkerDied
 from onnx_dl.core.spec import ModelSpec, file_identity, model_key
 from onnx_dl.core.terms import Terms
-from onnx_dl.session.model_source import Source
+from onnx_dl.session.model_source import ModelSource
 from onnx_dl.session.proxy import ModelProxy
 from onnx_dl.workers.engines import base
 from tests.waiting import DEADLINE, is_gone, wait_for, worker_pid
@@ -73,7 +73,7 @@ class Scaled(ModelProxy):
             engine="scaler",
             path=path.name,
         )
-        super().__init__(Source(spec), Terms.parse(ttl), host)
+        super().__init__(ModelSource(spec), Terms.parse(ttl), host)
 
     def run(self, array: np.ndarray) -> np.ndarray:
         return self._handle.model().run(self._handle.lease, None, {"x": array}, None)[0]

@@ -107,9 +107,10 @@ def test_umask_and_limits_of_workers_are_the_applications(tmp_path: Path) -> Non
 
 STARTS = """
 import os, signal
-from onnx_dl.core import parsing as config; from onnx_dl.client import launcher as starting
+from onnx_dl.client import launcher
+from onnx_dl.core.settings import settings
 from onnx_dl.concurrency.deadline import Deadline
-process, address, secret = starting.start_private(config.settings(), (), Deadline(None))
+process, address, secret = launcher.start(settings(), Deadline(None))
 os.write(1, str(process.pid).encode())
 {end}
 """

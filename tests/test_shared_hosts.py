@@ -47,7 +47,7 @@ from tests.waiting import DEADLINE, allowed, eventually, is_gone, wait_for, work
 pytestmark = pytest.mark.slow
 
 FOR_EVER = np.array(10**9)
-LISTENER = ConnectionListener(print, print, bool, WorkerOutput())
+LISTENER = ConnectionListener(print, print, bool)
 X = np.eye(64, dtype=np.float32)
 
 
@@ -347,7 +347,7 @@ def test_another_user_does_not_get_in_with_the_right_secret(path: str) -> None:
         import onnx_dl.transport.sockets as sockets
 
         sockets._check_user = lambda sock: None
-        Connection(record.address, record.secret, 2.0, LISTENER)
+        Connection(record.address, record.secret, 2.0, LISTENER, WorkerOutput())
         return "connected"
 
     assert Forked(intrude).result().startswith("SupervisorUnreachable")
@@ -360,7 +360,7 @@ def test_a_wrong_secret(path: str) -> None:
     record = place.record()
     assert record is not None
     with pytest.raises(SupervisorStartError, match="the secret is wrong"):
-        Connection(record.address, "0" * 32, 2.0, LISTENER)
+        Connection(record.address, "0" * 32, 2.0, LISTENER, WorkerOutput())
 
 
 def test_an_open_folder_is_refused(runtime: Path) -> None:

@@ -402,13 +402,13 @@ def group(supervisor: int) -> list[int]:
 def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost()
     beginning = threading.Event()
-    start = launcher.start_private
+    start = launcher.start
 
-    def slowly(*args: Any) -> Any:
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         beginning.set()
-        return start(*args)
+        return start(*args, **kwargs)
 
-    monkeypatch.setattr(launcher, "start_private", slowly)
+    monkeypatch.setattr(launcher, "start", slowly)
     ended: list[object] = []
 
     def use() -> None:

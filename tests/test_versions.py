@@ -331,7 +331,7 @@ def test_a_client_of_another_version_is_refused_all_the_same(monkeypatch: pytest
     with pytest.raises(
         SupervisorStartError, match=f"speaks protocol version {PROTOCOL_VERSION}, the client 99"
     ):
-        Connection(record.address, record.secret, 2.0, ConnectionListener(print, print, bool, WorkerOutput()))
+        Connection(record.address, record.secret, 2.0, ConnectionListener(print, print, bool), WorkerOutput())
 
 
 @pytest.mark.parametrize("shared", [True, False])

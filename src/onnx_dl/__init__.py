@@ -43,7 +43,7 @@ from onnx_dl.errors import (
 from onnx_dl.ort import recorder
 
 if TYPE_CHECKING:
-    from onnx_dl.client.event_stream import EventStream
+    from onnx_dl.client.event_dispatch import EventStream
     from onnx_dl.core.events import EventType, ModelEvent
     from onnx_dl.core.lifecycle import ModelState
     from onnx_dl.core.status import ModelStatus, Snapshot, Usage
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from onnx_dl.system.boot import freeze_support
 
 _HOMES = {
-    "client.event_stream": ("EventStream",),
+    "client.event_dispatch": ("EventStream",),
     "core.events": ("EventType", "ModelEvent"),
     "core.lifecycle": ("ModelState",),
     "core.status": ("ModelStatus", "Snapshot", "Usage"),

@@ -81,7 +81,7 @@ def _no_more(supervisor: int, worker: int, before: list[tuple[int, int]]) -> boo
 @contextlib.contextmanager
 def _host() -> Iterator[tuple[ModelHost, Rogue]]:
     found: list[tuple[str, str]] = []
-    start = launcher.start_private
+    start = launcher.start
 
     def started(*args: Any, **kwargs: Any) -> Any:
         made = start(*args, **kwargs)
@@ -89,7 +89,7 @@ def _host() -> Iterator[tuple[ModelHost, Rogue]]:
         return made
 
     changed = {"ONNX_DL_METRICS": "127.0.0.1:0", "ONNX_DL_LANE": "socket"}
-    with mock.patch.object(launcher, "start_private", started), mock.patch.dict(os.environ, changed):
+    with mock.patch.object(launcher, "start", started), mock.patch.dict(os.environ, changed):
         host = ModelHost()
         host.start()
     with host:

@@ -16,7 +16,7 @@ SPEC = ModelSpec(key="k", name="m", cwd="/", group="g")
 
 
 class Proxy:
-    group = "g"
+    spec = SPEC
 
     def __init__(self, error: Exception | None = None) -> None:
         self._error = error

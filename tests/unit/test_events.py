@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from onnx_dl.client.event_stream import EventBus
+from onnx_dl.client.event_dispatch import EventBus
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.text import format_bytes
 

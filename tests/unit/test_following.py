@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from onnx_dl.cli.events import follow
-from onnx_dl.client.event_stream import EventBus
+from onnx_dl.client.event_dispatch import EventBus
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.errors import SupervisorDied
 

@@ -266,7 +266,7 @@ def test_what_interrupts_the_start_of_a_thread_starts_one(monkeypatch: pytest.Mo
 
 
 def test_a_listener_does_not_wait_for_the_next_event() -> None:
-    from onnx_dl.client.event_stream import EventBus
+    from onnx_dl.client.event_dispatch import EventBus
     from tests.unit.test_events import made
 
     bus, refused = EventBus(), []

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "session": {*BASE, "ort", "tensors", "client"},
     "host": {*BASE, "client", "session"},
     "integrations": {*BASE, "client.host_client", "session", "host"},
-    "demo": {*BASE, "client.event_stream", "session", "host"},
+    "demo": {*BASE, "client.event_dispatch", "session", "host"},
     "cli": {*BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host", "integrations", "demo"},
     "__main__": {"cli"},
 }  # fmt: skip

@@ -21,7 +21,7 @@ MANY_PARAMETERS = {
 FACE_OF_ONNXRUNTIME = {
     "session.inference_session.InferenceSessionProxy",
     "session.io_binding.IOBinding",
-    "session.introspection.MetadataProxy",
+    "session.introspection.SessionProxy",
 }
 """Methods that onnxruntime's own classes have are not counted here; tests/contract holds them to it."""
 

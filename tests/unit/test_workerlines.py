@@ -10,15 +10,16 @@ from collections.abc import Iterator
 import pytest
 
 from onnx_dl.client import worker_output
-from onnx_dl.client.worker_output import LineAssembler, Piece, WorkerOutput
+from onnx_dl.client.worker_output import LineAssembler, WorkerOutput
+from onnx_dl.protocol.control import Wrote
 from tests.waiting import DEADLINE, eventually
 
 
-def piece(text: bytes, worker_id: int = 1, *, last: bool = False) -> Piece:
-    return Piece(worker_id, f"model {worker_id}", 100 + worker_id, text, last)
+def piece(text: bytes, worker_id: int = 1, *, last: bool = False) -> Wrote:
+    return Wrote(pid=100 + worker_id, text=text, worker_id=worker_id, model=f"model {worker_id}", last=last)
 
 
-def of(lines: LineAssembler, *pieces: Piece) -> list[tuple[int, str, int]]:
+def of(lines: LineAssembler, *pieces: Wrote) -> list[tuple[int, str, int]]:
     return [(r.level, r.line, r.piece.pid) for each in pieces for r in lines.add(each)]
 
 
@@ -38,7 +39,7 @@ def test_levels_are_onnxruntimes() -> None:
 
 
 def test_what_the_supervisor_says_is_a_warning() -> None:
-    assert of(LineAssembler(), Piece(0, "", 7, b"onnx-dl: no\n")) == [(logging.WARNING, "onnx-dl: no", 7)]
+    assert of(LineAssembler(), Wrote(pid=7, text=b"onnx-dl: no\n")) == [(logging.WARNING, "onnx-dl: no", 7)]
 
 
 def test_a_line_without_end_is_cut() -> None:

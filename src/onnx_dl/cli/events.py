@@ -15,7 +15,7 @@ import msgspec
 
 from onnx_dl.cli.hosts import check_alive
 from onnx_dl.cli.output import has_reader, print_line
-from onnx_dl.client.event_stream import EventStream
+from onnx_dl.client.event_dispatch import EventStream
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host.model_host import ModelHost

@@ -1,4 +1,4 @@
-"""Asks a host for a worker until it grants one.
+"""Leases, and the requests for a worker on their behalf, made until a host grants one.
 
 Threads that use one proxy wait for one request together.  Different proxies of a model have a request each,
 and the supervisor answers all of them at once.  A thread that gives up at its own deadline leaves the others
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from onnx_dl.client.connection import Connection
-from onnx_dl.client.control_link import Ticket
-from onnx_dl.client.lease import Lease
+from onnx_dl.client.connection import Connection, Ticket
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core import load_output
 from onnx_dl.core.model_files import bytes_of
 from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.terms import Terms
 from onnx_dl.errors import HostClosing, LoadTimeout, SupervisorDied, SupervisorTimeout
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
@@ -34,6 +34,30 @@ _Make = Callable[[int], m.Acquire]
 """Builds the request around the number of its ticket."""
 Renew = Callable[[Connection, Deadline | None], None]
 """Moves the model to the next host, after the one of this connection is gone."""
+
+
+_ids = itertools.count(1)
+
+
+class Lease:
+    """One proxy's claim to its model: its terms, and the worker that was granted on them."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.id = next(_ids)
+        self.terms = terms
+        self.granted: m.Granted | None = None
+        self.closed = False
+        self.has_load_output = False
+        """Whether the prints and warnings of the load were repeated for this proxy."""
+
+    def send_ttl(self, connection: Connection) -> None:
+        """Tells the supervisor the TTL that is in force from now on."""
+        connection.send(m.SetTtl(proxy=self.id, ttl=self.terms.ttl))
+
+    def release(self, connection: Connection) -> None:
+        """Gives up the worker until the next use."""
+        self.granted = None
+        connection.send(m.Release(proxy=self.id))
 
 
 class SharedBlob:
@@ -134,7 +158,7 @@ class Acquisition:
             DeadlinePassed: ``deadline`` did.  The load goes on.
             LoadTimeout: the host took longer than it may.
             SupervisorError: the host is gone or does not answer.
-            Exception: the load failed, or why there is none.
+            Exception: the reason why the load failed or was refused.
         """
         prepare = functools.partial(self._prepare, lease, companions, for_host)
         # A host did not die if only the program closed the descriptors of the connection to it.
@@ -153,7 +177,12 @@ class Acquisition:
         except (DeadlinePassed, SupervisorTimeout, LoadTimeout):
             raise
         except TimeoutError:
-            raise self._not_loaded() from None
+            raise LoadTimeout(
+                f"{self.spec.name} was not ready after {self._patience:g} seconds. Either its load takes "
+                "longer (ONNX_DL_LOAD_TIMEOUT), or its old worker must end before, and a call or session() "
+                "block is in it: do not use a model for the first time inside of a block that holds its "
+                "group."
+            ) from None
 
     def _prepare(
         self, lease: Lease, companions: Callable[[], Iterable[Acquisition]], for_host: bool
@@ -177,13 +206,6 @@ class Acquisition:
         path = self.spec.path
         files = bytes_of(os.path.join(self.spec.cwd, path)) if path else 0
         return files + sum(blob.nbytes for blob in self._blobs)
-
-    def _not_loaded(self) -> LoadTimeout:
-        return LoadTimeout(
-            f"{self.spec.name} was not ready after {self._patience:g} seconds. Either its load takes longer "
-            "(ONNX_DL_LOAD_TIMEOUT), or its old worker must end before, and a call or session() block is in "
-            "it: do not use a model for the first time inside of a block that holds its group."
-        )
 
     def _ask_one(
         self,

@@ -1,8 +1,7 @@
 """Calls that are awaited by coroutines, without a thread for each.
 
 The event loop watches the lane's descriptor itself.  Steps that may block (a load, a new lane, a large copy)
-run in another thread, with a deadline that passes when the coroutine ends, so that no thread is left for the
-loop to wait for when it closes.
+run in a thread whose deadline passes when the coroutine ends: a loop that closes would wait for it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Final, NamedTuple, TypeVar
 
+from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.cancellation import CancelWatch, run_timeout
-from onnx_dl.client.lease import Lease
 from onnx_dl.client.pending_call import RETRY, PendingCall
 from onnx_dl.client.remote_model import Encode, RemoteModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed

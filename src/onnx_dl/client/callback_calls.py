@@ -14,10 +14,11 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.cancellation import EVERY, GRACE, run_timeout
-from onnx_dl.client.lease import Lease
 from onnx_dl.client.pending_call import RETRY, PendingCall
 from onnx_dl.client.remote_model import Encode, RemoteModel
 from onnx_dl.concurrency import primitives, spawning
@@ -33,50 +34,43 @@ from onnx_dl.transport.sockets import Waker
 _NAME: Final = "onnx-dl-callback"
 
 
-class Callbacks:
-    """Calls that were begun, and the thread that waits for their replies."""
+_waiter: _Waiter | None = None
+"""The one that gets new calls."""
 
-    def __init__(self) -> None:
-        self._waiter: _Waiter | None = None
 
-    def await_reply(self, pending: PendingCall, callback: Callback) -> None:
-        """Passes the result to ``callback``, in another thread."""
-        call = _Call(pending, callback)
-        if pending.lane.reply_fd is None:
-            spawning.start(Thread(call.wait, _NAME), "run_async()")
-        else:
-            self._hand_over(call)
-
-    def _forget(self, waiter: _Waiter) -> None:
-        if self._waiter is waiter:  # another one that has taken its place by now stays
-            self._waiter = None
-
-    def _hand_over(self, call: _Call) -> None:
-        waiter = self._waiter
-        if waiter is None or waiter.ended or waiter.thread.is_this or not waiter.waker.is_ours():
-            # Two threads may come here at once: then there are two waiters, each with calls of its own.  A
-            # callback that waits for the result of a call of its own must not wait for its own thread.
-            waiter = _Waiter(self._forget)
-            waiter.coming.append(call)
-            spawning.start(waiter.thread, "run_async()")
-            self._waiter = waiter  # not before it runs: a signal handler would wait for its own thread
-            if waiter.ended:  # before it could be forgotten
-                self._forget(waiter)
-            return
+def _hand_over(call: _Call) -> None:
+    """Has the result passed to the callback, in another thread."""
+    global _waiter
+    waiter = _waiter
+    if waiter is None or waiter.ended or waiter.thread.is_this or not waiter.waker.is_ours():
+        # Two threads may come here at once: then there are two waiters, each with calls of its own.  A
+        # callback that waits for the result of a call of its own must not wait for its own thread.
+        waiter = _Waiter()
         waiter.coming.append(call)
-        waiter.waker.wake()
-        # It may have ended meanwhile: another one takes the calls that it did not take.
-        while waiter.ended and waiter.coming:
-            with contextlib.suppress(IndexError):
-                self._hand_over(waiter.coming.popleft())
+        spawning.start(waiter.thread, "run_async()")
+        _waiter = waiter  # not before it runs: a signal handler would wait for its own thread
+        if waiter.ended:  # before it could be forgotten
+            _forget(waiter)
+        return
+    waiter.coming.append(call)
+    waiter.waker.wake()
+    # It may have ended meanwhile: another one takes the calls that it did not take.
+    while waiter.ended and waiter.coming:
+        with contextlib.suppress(IndexError):
+            _hand_over(waiter.coming.popleft())
+
+
+def _forget(waiter: _Waiter | None) -> None:
+    global _waiter
+    if _waiter is waiter:  # another one that has taken its place by now stays
+        _waiter = None
 
 
 class _Waiter:
     """The thread.  It ends when there is nothing to wait for.  No lock: the calls lie in a deque, from which
     a thread takes one in a single step."""
 
-    def __init__(self, at_end: Callable[[_Waiter], None]) -> None:
-        self._at_end = at_end
+    def __init__(self) -> None:
         self.coming: collections.deque[_Call] = collections.deque()
         self.waker = Waker()
         self.ended = False
@@ -110,7 +104,7 @@ class _Waiter:
             self._watch()  # calls that came before the mark could be seen
         self.ended = not self._calls
         if self.ended:
-            self._at_end(self)
+            _forget(self)
         return not self.ended
 
     def _watch(self) -> None:
@@ -152,14 +146,12 @@ class _Call(NamedTuple):
 
     def _conclude(self, reply: Reply) -> None:
         try:
-            result = self.pending.conclude(reply, self.callback.deadline)
-        except Exception as error:
-            self.callback.send([], str(error))
-            return
-        if result is RETRY:
-            self.callback.send([], "The worker was unloaded meanwhile.")
-        else:
-            self.callback.send(result, "")
+            result, error = self.pending.conclude(reply, self.callback.deadline), ""
+            if result is RETRY:
+                result, error = [], "The worker was unloaded meanwhile."
+        except Exception as failed:
+            result, error = [], str(failed)
+        self.callback.send(result, error)
 
     def look(self) -> bool:
         """Ends the run if its options ask for that now; whether the deadline has passed."""
@@ -179,11 +171,9 @@ class _Call(NamedTuple):
                 reply = self.pending.lane.receive(_until_next_look([self]))
             except TimeoutError:
                 if self.look():
-                    self.give_up()
-                    return
-                continue
-            self._conclude(reply)
-            return
+                    return self.give_up()
+            else:
+                return self._conclude(reply)
 
 
 def _until_next_look(calls: list[_Call]) -> float | None:
@@ -193,38 +183,28 @@ def _until_next_look(calls: list[_Call]) -> float | None:
     return min([*looks, *(left for left in lefts if left is not None)], default=None)
 
 
-_callbacks = Callbacks()
-
-
+@dataclass(slots=True)
 class Callback:
     """A callback, and the terms of its call."""
 
-    def __init__(
-        self,
-        callback: Callable[[EngineValue, EngineValue, str], object],
-        user_data: object,
-        run_options: object,
-        deadline: Deadline | None = None,
-        inputs: object = None,
-    ) -> None:
-        """``run_options``: an ``onnxruntime.RunOptions`` whose ``terminate`` another thread may set;
-        ``inputs``: are kept until the callback has ended, because the worker may read them where they lie,
-        and as with onnxruntime the caller need not keep them."""
-        self._inputs = inputs
-        self._callback = callback
-        self._user_data = user_data
-        self._run_options = run_options
-        self._ended = False
-        self.deadline = deadline
+    function: Callable[[EngineValue, EngineValue, str], object]
+    user_data: object
+    run_options: object
+    """An ``onnxruntime.RunOptions`` whose ``terminate`` another thread may set."""
+    deadline: Deadline | None
+    inputs: object
+    """Kept until the callback has ended, because the worker may read them where they lie, and as with
+    onnxruntime the caller need not keep them."""
+    _ended: bool = False
 
     @property
     def is_watched(self) -> bool:
         """Whether the run's options may still end the call."""
-        return self._run_options is not None and not self._ended
+        return self.run_options is not None and not self._ended
 
     def wants_end(self) -> bool:
         """Whether the run's options ask for its end, for the first time."""
-        if not (self.is_watched and getattr(self._run_options, "terminate", False)):
+        if not (self.is_watched and getattr(self.run_options, "terminate", False)):
             return False
         self._ended = True
         return True
@@ -232,11 +212,11 @@ class Callback:
     def send(self, results: EngineValue, error: str) -> None:
         """Calls the callback.  Its exceptions go to ``sys.unraisablehook``."""
         try:
-            self._callback(results, self._user_data, error)
+            self.function(results, self.user_data, error)
         except Exception as failed:
             _report(failed)
         finally:
-            self._inputs = None
+            self.inputs = None
 
 
 def _report(error: Exception) -> None:
@@ -245,16 +225,10 @@ def _report(error: Exception) -> None:
         print(f"Exception ignored in: {where!r}", file=sys.stderr)
         traceback.print_exception(error)
         return
-    hook: Callable[[object], object] = sys.unraisablehook  # type: ignore[assignment]
-    hook(
-        types.SimpleNamespace(
-            exc_type=type(error),
-            exc_value=error,
-            exc_traceback=error.__traceback__,
-            err_msg=None,
-            object=where,
-        )
+    told = types.SimpleNamespace(
+        exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=None, object=where
     )
+    sys.unraisablehook(told)
 
 
 def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callback) -> None:
@@ -263,7 +237,7 @@ def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callba
     Raises:
         ReentrantUse: this thread is the connection's own, for which the callback may have to wait.
         RunTimeout: the callback's deadline passed before the run began.
-        Exception: an error that shows before that.
+        Exception: the call was refused before that.
     """
     deadline = callback.deadline
     model.connection.check_thread()
@@ -272,7 +246,11 @@ def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callba
         try:
             reply = call.lane.exchange(call.request, None if deadline is None else deadline.left())
             if isinstance(reply, m.Started):
-                _callbacks.await_reply(call, callback)
+                begun = _Call(call, callback)
+                if call.lane.reply_fd is None:
+                    spawning.start(Thread(begun.wait, _NAME), "run_async()")
+                else:
+                    _hand_over(begun)
                 return
         except TimeoutError:
             call.lane.close()
@@ -284,9 +262,4 @@ def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callba
             raise ProtocolError("A worker gave the result of a call in the background before it began it.")
 
 
-def _after_fork() -> None:
-    global _callbacks
-    _callbacks = Callbacks()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=lambda: _forget(_waiter))

@@ -29,7 +29,7 @@ Terminate = Callable[[Deadline], bool]
 
 
 class CancelWatch:
-    """CancelWatch over one call."""
+    """Watch over one call, which its RunOptions or its deadline may end."""
 
     def __init__(self, run_options: object = None, deadline: Deadline | None = None) -> None:
         """``run_options``: an ``onnxruntime.RunOptions`` that another thread may write to."""

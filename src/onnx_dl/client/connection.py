@@ -1,11 +1,11 @@
 """An application's connection to a supervisor: requests with answers, notices without, events.
 
-One thread owns the control socket; other threads hand it messages.  Models are
-:mod:`onnx_dl.client.remote_model`'s; the start of a supervisor is :mod:`onnx_dl.host.model_host`'s.
+One thread owns the control socket; other threads hand it messages.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import select
@@ -14,11 +14,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
-from onnx_dl.client.control_link import Answer, ControlLink, Ticket, Tickets
-from onnx_dl.client.worker_output import Piece, WorkerOutput
+from onnx_dl.client.control_link import ControlLink
+from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.concurrency.forking import refuse
+from onnx_dl.concurrency.forking import Promise, refuse
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ProcessesExhausted, SupervisorDied, SupervisorTimeout
@@ -50,46 +50,22 @@ class _TidyTimer:
     def __init__(self, tidy: Callable[[], bool]) -> None:
         self._tidy = tidy
         self._armed = False
-        self._at = math.inf
+        self._due = math.inf
 
     def arm(self) -> bool:
-        """Whether that is new."""
+        """Starts the time; whether that is new."""
         was_armed, self._armed = self._armed, True
         return not was_armed
 
     def run(self) -> float | None:
         """Tidies up if it is time; seconds until the next time, None: not before :meth:`arm`."""
         now = time.monotonic()
-        if now >= self._at:
+        if now >= self._due:
             self._armed = False  # first: an arm() meanwhile must not be overlooked
             self._armed = self._tidy() or self._armed
-            self._at = math.inf
-        self._at = min(self._at, now + TIDY_EVERY) if self._armed else math.inf
-        return None if self._at == math.inf else self._at - now
-
-
-class _LaneContext:
-    """The ZeroMQ context for lanes, made at the first use."""
-
-    def __init__(self) -> None:
-        self._contexts: dict[None, Context] = {}  # of one, or of none: each change is one step
-
-    def get(self) -> Context:
-        if (known := self._contexts.get(None)) is None:
-            made = zeromq.context()
-            known = self._contexts.setdefault(None, made)
-            if known is not made:  # another thread was faster
-                made.term()
-        return known
-
-    def end(self, *, lost: bool) -> None:
-        """``lost``: the program closed its descriptors, and may have others under the same numbers."""
-        context = self._contexts.pop(None, None)
-        if lost:
-            keep_for_ever(context)
-        elif context is not None:
-            # Waits for lanes that are in use; their callers close them, because their workers are dead.
-            context.term()
+            self._due = math.inf
+        self._due = min(self._due, now + TIDY_EVERY) if self._armed else math.inf
+        return None if self._due == math.inf else self._due - now
 
 
 class ConnectionListener(NamedTuple):
@@ -100,12 +76,17 @@ class ConnectionListener(NamedTuple):
     """The connection has ended: close all lanes."""
     tidy: Callable[[], bool]
     """Called some seconds after :meth:`Connection.arm`, and again while it returns true."""
-    output: WorkerOutput
-    """Takes the text that workers write on stderr."""
+
+
+class Ticket(NamedTuple):
+    """A request under way.  The class of the request decides the class of its answer."""
+
+    number: int
+    answer: Promise[Any]
 
 
 class Connection:
-    """To the supervisor at ``address``.  Thread-safe, except across fork: a child makes its own."""
+    """Thread-safe, except across fork: a child makes its own."""
 
     def __init__(
         self,
@@ -113,26 +94,29 @@ class Connection:
         secret: str,
         timeout: float,
         listener: ConnectionListener,
+        output: WorkerOutput,
         deadline: Deadline | None = None,
     ) -> None:
-        """Connects.
+        """Connects.  ``output`` takes the text that workers write on stderr.
 
         Raises:
-            SupervisorUnreachable: nobody answers within ``timeout`` seconds, or by ``deadline``.
+            SupervisorUnreachable: no answer came within ``timeout`` seconds, or by ``deadline``.
             SupervisorStartError: the supervisor refuses this client.
         """
         self.timeout = timeout
         self.closed = False
         self.lost = False
-        """Whether it is closed because the program closed its descriptors."""
+        """True if it is closed because the program closed its descriptors."""
         self._listener = listener
+        self._output = output
         self._timer = _TidyTimer(listener.tidy)
         self._link = ControlLink(address, secret, timeout, deadline)
         self.supervisor_pid = self._link.supervisor_pid
         self.build = self._link.build
         """The onnxruntime of a shared host."""
-        self._lane_context = _LaneContext()
-        self._tickets = Tickets()
+        self._contexts: dict[None, Context] = {}  # of one, or of none: each change is one step
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, Promise[Any]] = {}  # of one step each: all threads change it
         self.blobs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         """Memory that was handed over, by name; for the module that did."""
         self._thread = Thread(self._serve, "onnx-dl-client")
@@ -148,21 +132,30 @@ class Connection:
         """The ZeroMQ context for lanes.  Raises SupervisorDied or DescriptorsExhausted."""
         if self.closed:
             raise self._died()
-        known = self._lane_context.get()
+        if (known := self._contexts.get(None)) is None:
+            made = zeromq.context()
+            known = self._contexts.setdefault(None, made)
+            if known is not made:  # another thread was faster
+                made.term()
         if self.closed:  # looked at once more: its end may have found no context
-            self._lane_context.end(lost=self.lost)
+            self._end_context()
             raise self._died()
         return known
 
+    def _end_context(self) -> None:
+        context = self._contexts.pop(None, None)
+        if self.lost:  # the program may have others under the numbers of its descriptors
+            keep_for_ever(context)
+        elif context is not None:
+            # Waits for lanes that are in use; their callers close them, because their workers are dead.
+            context.term()
+
     @property
     def usable(self) -> bool:
-        """Whether something can be asked.  Notices here if the program has closed the descriptors."""
-        if self.closed:
-            return False
-        if self._link.is_ours():
-            return True
-        self.lose()
-        return False
+        """True if requests can be sent.  Notices here if the program has closed the descriptors."""
+        if not (self.closed or self._link.is_ours()):
+            self.lose()
+        return not self.closed
 
     def ask(
         self,
@@ -170,7 +163,7 @@ class Connection:
         *,
         deadline: Deadline | None = None,
         patience: float | None = None,
-    ) -> Answer:
+    ) -> Any:
         """Sends the request that ``make`` builds around a ticket's number; see :meth:`await_answer`."""
         ticket = self.begin(make)
         try:
@@ -183,7 +176,8 @@ class Connection:
         self.check_thread()
         if not self.usable:
             raise self._died()
-        ticket = self._tickets.add(self._thread.number)
+        ticket = Ticket(next(self._numbers), Promise(self._thread.number))
+        self._pending[ticket.number] = ticket.answer
         try:
             if self.closed:  # looked at last: the end is marked before the tickets are gone through
                 raise self._died()
@@ -200,13 +194,12 @@ class Connection:
         deadline: Deadline | None = None,
         patience: float | None = None,
         what: str = "the supervisor's answer",
-    ) -> Answer:
+    ) -> Any:
         """The answer.  Several threads may wait for it.
 
-        Args:
-            patience: seconds that the answer may take; None: the connection's ``timeout``; infinity: as long
-                as it takes.  A supervisor that sends nothing at all for two timeouts is given up.
-            what: is waited for, in words, if the deadline passes.
+        ``patience``: seconds that the answer may take; None: the connection's ``timeout``; infinity: as long
+        as it takes.  A supervisor that sends nothing at all for two timeouts is given up.  ``what``: names
+        the thing that is waited for, if the deadline passes.
 
         Raises:
             DeadlinePassed: ``deadline`` did.
@@ -219,7 +212,7 @@ class Connection:
         while True:
             try:
                 answer = ticket.answer.result(limit.step(self.timeout))
-                self._listener.output.catch_up()  # text written before the answer can be read before it
+                self._output.catch_up()  # text written before the answer can be read before it
                 return answer
             except TimeoutError:
                 if ticket.answer.done():  # meanwhile, or the error is its own
@@ -233,7 +226,7 @@ class Connection:
 
     def forget(self, ticket: Ticket) -> bool:
         """Ends the wait for an answer; whether that is new."""
-        return self._tickets.remove(ticket)
+        return self._pending.pop(ticket.number, None) is not None
 
     def check_thread(self) -> None:
         """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""
@@ -252,7 +245,7 @@ class Connection:
 
     def share_blob(self, name: str, fd: int) -> int:
         """Hands over memory for models, before later requests; returns its number for DropBlob."""
-        number, lifeline = self._tickets.number(), self._link.lifeline
+        number, lifeline = next(self._numbers), self._link.lifeline
         if not lifeline.writable(self.timeout):  # the supervisor reads nothing: send() would wait for ever
             raise _silent(self)
         try:
@@ -268,7 +261,7 @@ class Connection:
         self.end()
         if not self.lost and not self._thread.is_this:
             self._thread.join(self.timeout)
-            self._listener.output.catch_up()
+            self._output.catch_up()
 
     def end(self) -> None:
         """Like :meth:`close`, without waiting."""
@@ -279,9 +272,7 @@ class Connection:
     def lose(self) -> None:
         """Ends a connection whose descriptors the program closed.  A ZeroMQ context is abandoned: ending it
         would write to its old numbers and close them, whatever they are now.
-
-        The thread may sleep on for ever: its poll() waits for files that nothing else leads to.
-        """
+        The thread may sleep on for ever: its poll() waits for files that nothing else leads to."""
         if self.closed:
             return
         self.lost = True  # first: its own thread, which may see the end at any moment, must not tear it down
@@ -289,15 +280,17 @@ class Connection:
         self._tear_down()
 
     def _tear_down(self) -> None:
-        self._tickets.fail_all(self._died)
+        for answer in list(self._pending.values()):
+            if not answer.done():
+                answer.set_exception(self._died())  # one for each: a traceback is added where it is raised
         self._listener.on_end(self)
-        self._lane_context.end(lost=self.lost)
-        self._listener.output.end()
+        self._end_context()
+        self._output.end()
 
     def _serve(self) -> None:
         try:
             self._receive_until_end()
-        finally:  # whatever happened, nobody may wait for an answer that will not come
+        finally:  # whatever happened, no thread may wait for an answer that will not come
             self.end()
             if not self.lost:
                 self._link.close()
@@ -323,15 +316,15 @@ class Connection:
                 poll.unregister(control.fileno())
                 link.come_again(self.timeout)
 
-    def _dispatch(self, messages: Iterable[Answer]) -> None:
+    def _dispatch(self, messages: Iterable[Any]) -> None:
         for message in messages:
             if isinstance(message, Published):
                 self._listener.on_event(message.event)
             elif isinstance(message, Wrote):
-                piece = (message.worker_id, message.model, message.pid, message.text, message.last)
-                self._listener.output.put(Piece(*piece))
+                self._output.put(message)
             else:
-                self._tickets.answer(message.ticket, message)
+                if answer := self._pending.get(message.ticket):
+                    answer.set_result(message)
 
     def _died(self) -> SupervisorDied:
         return SupervisorDied((_LOST if self.lost else _GONE).format(pid=self.supervisor_pid))

@@ -1,18 +1,16 @@
-"""Descriptors between an application and its supervisor, outgoing messages, and requests under way."""
+"""Descriptors between an application and its supervisor, and outgoing messages."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import secrets
 import select
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Final
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.concurrency.forking import Promise
 from onnx_dl.errors import OnnxDLError, ProtocolError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.protocol import codec, control
 from onnx_dl.transport import sockets
@@ -25,48 +23,6 @@ _SENT_AWAY: Final = 0.1
 _LAST_WORDS: Final = 0.1
 """Seconds without a message after which a dead supervisor is taken to have sent all."""
 
-Answer = Any
-"""Message that answers a request.  The class of the request decides its class."""
-
-
-class Ticket(NamedTuple):
-    """A request under way."""
-
-    number: int
-    answer: Promise[Answer]
-
-
-class Tickets:
-    """Requests under way, by number.  Thread-safe: its dict changes in single steps."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
-        self._pending: dict[int, Promise[Answer]] = {}
-
-    def number(self) -> int:
-        """A number that no other message has."""
-        return next(self._numbers)
-
-    def add(self, giver: int | None) -> Ticket:
-        """``giver``: the number of the thread that gives the answer."""
-        ticket = Ticket(self.number(), Promise(giver))
-        self._pending[ticket.number] = ticket.answer
-        return ticket
-
-    def remove(self, ticket: Ticket) -> bool:
-        """Whether the ticket was still there."""
-        return self._pending.pop(ticket.number, None) is not None
-
-    def answer(self, number: int, message: codec.Message) -> None:
-        if answer := self._pending.get(number):
-            answer.set_result(message)
-
-    def fail_all(self, error: Callable[[], Exception]) -> None:
-        """Gives each request an error of its own."""
-        for answer in list(self._pending.values()):
-            if not answer.done():
-                answer.set_exception(error())
-
 
 class ControlLink:
     """Lifeline, control socket and outbox of a connection, and the waker of its thread."""
@@ -76,18 +32,21 @@ class ControlLink:
         identity = secrets.token_bytes(16)
         hello = control.ClientHello(version=codec.PROTOCOL_VERSION, secret=secret, client=identity)
         opening = Deadline(timeout, outer=deadline)
-        with _unreachable():
-            self.lifeline = Channel.connect(f"{address}/lifeline", opening)
         try:
-            with _unreachable():
+            self.lifeline = Channel.connect(f"{address}/lifeline", opening)
+            try:
                 self.lifeline.send(codec.encode(hello))
                 self.build = _await_welcome(self.lifeline, opening)
                 """The onnxruntime of a shared host."""
                 sockets.check_descriptors("A connection to the supervisor")
                 self.control = Dealer(f"{address}/control", identity, Deadline(timeout, outer=deadline))
-        except BaseException:
-            self.lifeline.close()
-            raise
+            except BaseException:
+                self.lifeline.close()
+                raise
+        except OSError as error:
+            if isinstance(error, OnnxDLError):
+                raise
+            raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
         self.supervisor_pid = self.lifeline.peer_pid()
         self.waker = Waker()
         self._outbox: primitives.SimpleQueue[bytes] = primitives.SimpleQueue()
@@ -138,16 +97,6 @@ class ControlLink:
     def close(self) -> None:
         self.lifeline.close()
         self.control.close()
-
-
-@contextlib.contextmanager
-def _unreachable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OnnxDLError):
-            raise
-        raise SupervisorUnreachable(f"No onnx-dl supervisor answers: {error}.") from error
 
 
 def _await_welcome(lifeline: Channel, deadline: Deadline) -> str:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import collections
 import contextlib
 
+from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.connection import Connection
 from onnx_dl.client.lane_pool import LanePool
-from onnx_dl.client.lease import Lease
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.events import EventType, ModelEvent

@@ -1,6 +1,6 @@
 """This application's side of one supervisor: its models, their memory, a snapshot, events.
 
-Connecting is :mod:`onnx_dl.client.supervisor_link`'s, one model's calls are :mod:`onnx_dl.client.remote_model`'s.
+:mod:`onnx_dl.client.supervisor_link` connects; :mod:`onnx_dl.client.remote_model` makes one model's calls.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_dl.client import launcher, supervisor_link
-from onnx_dl.client.connection import Connection
-from onnx_dl.client.event_stream import EventBus, EventStream
-from onnx_dl.client.lease import Lease
+from onnx_dl.client.acquisition import Lease
+from onnx_dl.client.connection import Connection, ConnectionListener
+from onnx_dl.client.event_dispatch import EventBus, EventStream
 from onnx_dl.client.model_table import BlobSources, GroupMember, ModelTable, alive
 from onnx_dl.client.remote_model import HostServices, RemoteModel, unload
-from onnx_dl.client.supervisor_link import FAREWELL, Hooks, SupervisorLink
+from onnx_dl.client.supervisor_link import FAREWELL, SupervisorLink
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.parsing import parse_timeout
@@ -39,11 +39,8 @@ class HostClient:
     """One supervisor and what this application has in it.  Starts nothing until a model is used."""
 
     def __init__(self, settings: Settings, explicit: Sequence[str] = (), name: str | None = None) -> None:
-        """
-        Args:
-            explicit: names of settings that a host's file does not change.
-            name: of a host that several applications share; None: this application's own.
-        """
+        """``explicit``: settings that a host's file does not change; ``name``: of a host that several
+        applications share, None: this application's own."""
         self.name = name
         self._settings = settings
         self._explicit = explicit
@@ -54,10 +51,15 @@ class HostClient:
 
     def _reset(self, *, starts: bool) -> None:
         self._buffers = SharedArrays()
-        # By _tidy, the connection's thread keeps this alive while it is connected: a host that the program
+
+        # By tidy(), the connection's thread keeps this alive while it is connected: a host that the program
         # drops without close() is closed at the interpreter's exit.
-        hooks = Hooks(self._models.on_event, self._models.shut, functools.partial(_tidy, self))
-        self.link = SupervisorLink(self._settings, self._explicit, self.name, self._bus, hooks)
+        def tidy() -> bool:
+            self._buffers.trim()
+            return self._models.tidy()
+
+        listener = ConnectionListener(self._models.on_event, self._models.shut, tidy)
+        self.link = SupervisorLink(self._settings, self._explicit, self.name, self._bus, listener)
         self.link.starts = starts
 
     def forget(self) -> None:
@@ -88,10 +90,8 @@ class HostClient:
     def stop(self) -> None:
         """Ends the host and all its models, also for other applications; returns when it is gone.
 
-        Calls that run have a few seconds (``ONNX_DL_EXIT_GRACE``) to end.
-
-        Raises:
-            TimeoutError: it is still there.
+        Calls that run have a few seconds (``ONNX_DL_EXIT_GRACE``) to end.  Raises TimeoutError if the host is
+        still there after that.
         """
         pid = None if self.name is None else self.link.ask_to_end()
         self.close()
@@ -107,11 +107,8 @@ class HostClient:
     # --- models -------------------------------------------------------------------------------------------
 
     def model(self, spec: ModelSpec, blobs: BlobSources, deadline: Deadline | None = None) -> RemoteModel:
-        """The one RemoteModel of this application for the spec.  Starts the supervisor if need be.
-
-        Raises:
-            DeadlinePassed: the host did not start in time; it goes on starting.
-        """
+        """The one RemoteModel of this application for the spec.  Starts the supervisor if need be, and raises
+        like :meth:`SupervisorLink.connect`."""
         connection = self.link.connect(deadline)
         if (model := self._models.get(spec.key)) is None:
             model = self._models.add(
@@ -162,11 +159,7 @@ class HostClient:
         return bool(self.name or self._settings.config)
 
     def named(self, name: str) -> m.Named:
-        """The model of this name in the host's file.
-
-        Raises:
-            ConfigError: there is no such name.
-        """
+        """The model of this name in the host's file.  Raises ConfigError if there is none."""
         answer: m.Named | m.Denied = self.link.connect().ask(
             lambda ticket: m.AskModel(ticket=ticket, name=name)
         )
@@ -234,11 +227,6 @@ class HostClient:
     def on_event(self, callback: Callable[[ModelEvent], object]) -> Callable[[], None]:
         """Calls ``callback`` with each event, in a thread of its own; returns a function that ends that."""
         return self._bus.listen(callback)
-
-
-def _tidy(host: HostClient) -> bool:
-    host._buffers.trim()
-    return host._models.tidy()
 
 
 _hosts: weakref.WeakValueDictionary[int, HostClient] = weakref.WeakValueDictionary()

@@ -47,11 +47,8 @@ def default_host() -> HostClient:
 
 
 def shared_host(name: str, *, start: bool = True) -> HostClient:
-    """The shared host of this name, which is looked for when it is first used.
-
-    Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
-    """
+    """The shared host of this name, which is looked for at its first use.  Raises ConfigError if it is no
+    name."""
     from onnx_dl.transport.rendezvous import HostEntry
 
     HostEntry(name)

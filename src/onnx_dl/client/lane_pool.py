@@ -62,12 +62,8 @@ class LanePool:
             self.connection.arm()
 
     def open(self, latency: str, deadline: Deadline | None) -> ClientLane | None:
-        """Opens a lane.  None: the worker is gone, or did not answer and may still.
-
-        Raises:
-            DeadlinePassed: ``deadline`` did.
-            OSError: no descriptor is left.
-        """
+        """Opens a lane.  None: the worker is gone, or did not answer and may still.  Raises DeadlinePassed,
+        and OSError where no descriptor is left."""
         if self.is_gone:
             return None
         self.is_opened = True
@@ -169,18 +165,14 @@ class LanePool:
         return True
 
     def check_end(self, deadline: Deadline | None) -> None:
-        """Asks how a worker that went without an answer has ended.  Returns if it had drained, so that it
-        never began the call.
-
-        Asks the host that granted it: another host's workers have the same numbers.  Raises how the worker
-        ended, or RunTimeout if the host did not answer by the deadline.
-        """
+        """Raises how a worker that went without an answer has ended, or RunTimeout if the host did not answer
+        by the deadline.  Returns if the worker had drained, so that it never began the call."""
         limit = None
         if deadline is not None:  # a moment, also where the run's own time has just passed
             limit = Deadline(max(GRACE, deadline.left() or 0.0))
         granted = self.granted
-        try:
-            fate = self.connection.ask(
+        try:  # the host that granted it: another host's workers have the same numbers
+            outcome = self.connection.ask(
                 lambda ticket: control.AskOutcome(ticket=ticket, worker_id=granted.worker_id), deadline=limit
             )
         except DeadlinePassed:
@@ -189,8 +181,8 @@ class LanePool:
             raise WorkerDied(
                 f"The worker of {self.name} (pid {granted.pid}) stopped answering.", pid=granted.pid
             ) from None
-        if fate.failure is not None:
-            raise failures.rebuild(fate.failure)
+        if outcome.failure is not None:
+            raise failures.rebuild(outcome.failure)
 
     def __del__(self) -> None:
         self.close_idle()

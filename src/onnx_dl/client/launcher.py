@@ -2,8 +2,7 @@
 
 A *private* supervisor is a child of the application that starts it and ends with it.  A *shared* one is found
 by its name (:mod:`onnx_dl.transport.rendezvous`) if it has the same protocol version, or else started in the
-background.  If two are started at the same moment, the one that gets the lock becomes the host, and the other
-one exits.
+background.  Of two that are started at the same moment, the one that gets the lock becomes the host.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -45,42 +44,18 @@ _READY: Final = (b"!", b"-")
 _C = TypeVar("_C")
 
 
-class StartedSupervisor(NamedTuple):
-    """A supervisor process and how to connect to it."""
-
-    process: subprocess.Popen[bytes]
-    address: str
-    secret: str
-
-
-def start_private(settings: Settings, explicit: Sequence[str], deadline: Deadline) -> StartedSupervisor:
-    """Starts a supervisor for this application alone.
-
-    ``explicit``: names of settings that the host's file does not change.
-
-    Raises:
-        SupervisorStartError: the process did not come up.
-    """
-    launch = boot.launch("supervisor", python=settings.python)
-    return _start(launch, settings, deadline, explicit=explicit)
-
-
 def reach(
     name: str,
     settings: Settings,
     link: Callable[[str, str, Deadline], _C],
     deadline: Deadline,
     *,
-    start: bool,
+    may_start: bool,
 ) -> _C:
     """Connects to the shared host of this name and returns the result of ``link``.
 
-    A host of another protocol version is ignored: both may run at the same time.
-
-    Args:
-        link: connects; called with the host's address, its secret and a deadline.  It raises
-            :class:`~onnx_dl.errors.SupervisorUnreachable` if nobody answers by then.
-        start: whether to start the host if none runs.
+    A host of another protocol version is ignored: both may run at the same time.  ``link`` connects to an
+    address with a secret; it raises SupervisorUnreachable if nobody answers by its deadline.
 
     Raises:
         SupervisorError: no host runs, and none may be started.
@@ -99,7 +74,7 @@ def reach(
         awaited = holder is None and record is not None and record.managed and not restart.passed
         absent = holder is None and not awaited
         deadline.check(f"the host {name!r}")
-        if absent and not start:
+        if absent and not may_start:
             raise SupervisorError(no_host(name, running_hosts.of_other_versions(entry)))
         if limit.passed or (holder is not None and answer.passed):
             raise SupervisorStartError(
@@ -114,17 +89,9 @@ def reach(
             waits.pause(_POLL_INTERVAL)  # another process is about to listen or to exit
 
 
-def is_running(name: str) -> bool:
-    """Returns whether a host of this name and this protocol version runs now."""
-    return HostEntry(name).holder() is not None
-
-
 def await_end(name: str, pid: int, patience: float, protocol: int | None = PROTOCOL_VERSION) -> None:
-    """Waits until this process is no longer the host of this name; the next host may run already.
-
-    Raises:
-        TimeoutError: it is still the host after ``patience`` seconds.
-    """
+    """Waits until this process is no longer the host of this name; the next host may run already.  Raises
+    TimeoutError after ``patience`` seconds."""
     entry = HostEntry(name, protocol=protocol)
     deadline = time.monotonic() + patience
     while entry.holder() == pid:
@@ -171,33 +138,34 @@ def no_host(name: str, others: Sequence[RunningHost] = ()) -> str:
 
 def _start_shared(entry: HostEntry, settings: Settings, deadline: Deadline) -> None:
     """Starts a host in the background; returns when it listens or another one does."""
-    launch = boot.launch("supervisor", python=settings.python)
     log = os.open(entry.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         # Not our stderr: a process that reads that to its end would wait for the end of the host.
-        started = _start(launch, settings, deadline, host=entry.name, output=log)
+        process, *_ = start(settings, deadline, host=entry.name, output=log)
     except SupervisorStartError as error:
         last = entry.log.read_text(errors="replace")[-2000:].rstrip()
         end = f"\nThe end of {entry.log}:\n{last}" if last else ""
         raise SupervisorStartError(f"The host {entry.name!r} did not come up. {error}{end}") from error
     finally:
         primitives.close(log)
-    waits.ended(started.process, settings.start_timeout)  # its child is the host, in the background
+    waits.ended(process, settings.start_timeout)  # its child is the host, in the background
 
 
-def _start(
-    launch: Launch,
+def start(
     settings: Settings,
     deadline: Deadline,
     *,
     host: str | None = None,
     explicit: Sequence[str] = (),
     output: int | None = None,
-) -> StartedSupervisor:
-    """Starts a supervisor and waits until it listens, or another process has its name.
+) -> tuple[subprocess.Popen[bytes], str, str]:
+    """Starts a supervisor and waits until it listens, or another process has its name.  Returns the process,
+    its address and its secret; raises SupervisorStartError.
 
-    ``output``: descriptor for its stdout and stderr; None: as this process's.
+    ``host``: its name, None for a private one; ``explicit``: settings that the host's file does not change;
+    ``output``: descriptor for its stdout and stderr, None for this process's.
     """
+    launch = boot.launch("supervisor", python=settings.python)
     address, secret = fresh_address("host"), secrets.token_hex(16)
     orders = {
         "address": address,
@@ -213,7 +181,7 @@ def _start(
     with forking.still():
         process, ready = _spawn(launch, orders, output)
     _await_ready(process, ready, Deadline(settings.start_timeout, outer=deadline))
-    return StartedSupervisor(process, address, secret)
+    return process, address, secret
 
 
 def _spawn(
@@ -249,17 +217,12 @@ def _spawn(
     return process, ready
 
 
-def _is_readable(fd: int, limit: Deadline) -> bool:
-    while not waits.ready(fd, select.POLLIN, limit.step() or 0.0):
-        if limit.passed:
-            return False
-    return True
-
-
 def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) -> None:
     """Waits for the supervisor's report; kills a supervisor that has failed or does not report in time."""
     try:
-        report = os.read(ready, select.PIPE_BUF) if _is_readable(ready, limit) else b""
+        while not (there := waits.ready(ready, select.POLLIN, limit.step() or 0.0)) and not limit.passed:
+            pass
+        report = os.read(ready, select.PIPE_BUF) if there else b""
     finally:
         primitives.close(ready)
     if report in _READY:

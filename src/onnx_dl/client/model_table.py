@@ -26,8 +26,7 @@ _T = TypeVar("_T")
 class GroupMember(Protocol):
     """A claim to a model that may be in a group."""
 
-    @property
-    def group(self) -> str | None: ...
+    spec: ModelSpec
 
     def companion(self) -> RemoteModel | None: ...
 
@@ -55,7 +54,7 @@ class ModelTable:
 
     def join(self, member: GroupMember) -> None:
         """Notes a claim whose model is in a group: the models of one group are loaded together."""
-        if member.group is not None:
+        if member.spec.group is not None:
             self._members[id(member)] = member
 
     def companions(self, spec: ModelSpec) -> list[RemoteModel]:
@@ -63,7 +62,7 @@ class ModelTable:
         found: dict[str, RemoteModel] = {}
         for member in alive(self._members) if spec.group is not None else ():
             with contextlib.suppress(OnnxDLError, OSError):
-                if member.group != spec.group or (model := member.companion()) is None:
+                if member.spec.group != spec.group or (model := member.companion()) is None:
                     continue
                 if model.spec.unit == spec.unit:
                     found[model.spec.key] = model

@@ -1,14 +1,14 @@
 """One request to a worker, from its encoding to its result.
 
-The result is waited for by a thread, by an event loop (:mod:`onnx_dl.client.awaited_calls`) or by the callback thread
-(:mod:`onnx_dl.client.callback_calls`).  What follows a reply is the same for all of them, and is here.
+A thread waits for the result, or an event loop (:mod:`onnx_dl.client.awaited_calls`), or the callback thread
+(:mod:`onnx_dl.client.callback_calls`).  All that follows a reply is the same for them, and is here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Final
+from typing import Final, NamedTuple
 
 from onnx_dl.client.cancellation import GRACE, CancelWatch
 from onnx_dl.client.lane_pool import LanePool
@@ -28,18 +28,16 @@ _WITHOUT_RESULT: Final = (m.CallFailed, m.Draining, m.Forgotten)
 NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
 
-class RetainedOutputs:
-    """Results that stay in a worker's memory until :meth:`release`."""
+class RetainedOutputs(NamedTuple):
+    """Results that stay in a worker's memory until :meth:`release`.  ``values``: references to arrays."""
 
-    def __init__(self, pool: LanePool, lane: ClientLane, values: list[EngineValue]) -> None:
-        """``values``: references to arrays."""
-        self.values = values
-        self._pool = pool
-        self._lane = lane
+    pool: LanePool
+    lane: ClientLane
+    values: list[EngineValue]
 
     def release(self) -> None:
         """Gives the results' memory back."""
-        self._pool.put(self._lane)
+        self.pool.put(self.lane)
 
 
 class PendingCall:

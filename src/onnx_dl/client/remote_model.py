@@ -1,8 +1,4 @@
-"""A model as an application sees it: gets a worker, calls it, and tries again when that drains.
-
-Covers the calls and ``session()`` blocks of one model in one application.  The supervisor decides when to
-load and what to evict.
-"""
+"""A model as an application sees it: gets a worker, calls it, and tries again when that drains."""
 
 from __future__ import annotations
 
@@ -12,12 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from onnx_dl.client.acquisition import Acquisition, SharedBlob
+from onnx_dl.client.acquisition import Acquisition, Lease, SharedBlob
 from onnx_dl.client.cancellation import CancelWatch
 from onnx_dl.client.connection import Connection
 from onnx_dl.client.current_worker import CurrentWorker
 from onnx_dl.client.lane_pool import LanePool
-from onnx_dl.client.lease import Lease
 from onnx_dl.client.pending_call import NO_DESCRIPTOR, RETRY, PendingCall, RetainedOutputs
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
@@ -89,8 +84,7 @@ class RemoteModel:
 
         Raises:
             WorkerDied: the worker ended during the call, which may have been executed in part.
-            RunTimeout: the deadline of ``watch`` passed during the run.
-            DeadlinePassed: it passed before.
+            RunTimeout, DeadlinePassed: the deadline of ``watch`` passed during the run, or before it.
             Exception: what onnxruntime raised, as the same class.
         """
         return self._perform(lease, lambda lane: lane.codec.encode_call(outputs, feed, options), watch)
@@ -148,7 +142,11 @@ class RemoteModel:
                 if lane is None:
                     if not wait:
                         raise BlockingIOError("no lane is idle")
-                    pool, lane = self._new_lane(lease, deadline)
+                    if deadline is not None:
+                        deadline.check("the worker")
+                    pool = self.acquire(lease, deadline)
+                    # A proxy that is new to the worker may use the lanes that others left idle.
+                    lane = pool.take(lease.terms.latency) or pool.open(lease.terms.latency, deadline)
                 if pool is not None and lane is not None:
                     return _encoded(pool, lane, encode)
             except OSError as error:
@@ -160,28 +158,12 @@ class RemoteModel:
                 waits.pause(min(_PAUSE * attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable")
 
-    def _new_lane(self, lease: Lease, deadline: Deadline | None) -> tuple[LanePool, ClientLane | None]:
-        """A lane to a worker that is acquired if need be; None: the worker went, acquire again."""
-        if deadline is not None:
-            deadline.check("the worker")
-        pool = self._acquire(lease, deadline)
-        # A proxy that is new to the worker may use the lanes that others left idle.
-        return pool, pool.take(lease.terms.latency) or pool.open(lease.terms.latency, deadline)
-
     def serves(self, lease: Lease) -> bool:
         """Whether a proxy that has used the present worker may go on to."""
         return self.worker.usable_by(lease) is not None and not self._acquisition.connection.closed
 
-    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> control.Granted:
-        """A worker for this proxy, loaded if need be.
-
-        Raises:
-            DeadlinePassed: ``deadline`` did.  The load goes on.
-            Exception: the load failed, or why there is none.
-        """
-        return self._acquire(lease, deadline).granted
-
-    def _acquire(self, lease: Lease, deadline: Deadline | None) -> LanePool:
+    def acquire(self, lease: Lease, deadline: Deadline | None = None) -> LanePool:
+        """A worker for this proxy, loaded if need be.  Raises like :meth:`Acquisition.ask`."""
         if (pool := self.worker.usable_by(lease)) is not None:
             return pool
         if lease.closed:
@@ -217,14 +199,14 @@ class RemoteModel:
         TTL of 0, where a use would, the model waits for its first call."""
         if lease.terms.ttl == 0:
             while self.worker.usable_by(lease) is None:
-                self._acquire(lease, deadline)
+                self.acquire(lease, deadline)
         else:
             watch = None if deadline is None else CancelWatch(deadline=deadline)
             self._perform(lease, lambda lane: Touch(), watch)
 
     def hold(self, lease: Lease, deadline: Deadline | None = None) -> None:
         """Keeps the model loaded until :meth:`unhold`; may raise DeadlinePassed.  Holds nest."""
-        while not self.worker.holds.begin(self._acquire(lease, deadline), deadline):
+        while not self.worker.holds.begin(self.acquire(lease, deadline), deadline):
             if deadline is not None:
                 deadline.check("the worker")
 
@@ -267,12 +249,8 @@ def _encoded(pool: LanePool, lane: ClientLane, encode: Encode) -> PendingCall:
 def unload(
     connection: Connection, key: str, name: str, *, force: bool, deadline: Deadline | None
 ) -> control.Unloaded:
-    """Ends the worker of a model, and waits until it is reaped.
-
-    Raises:
-        UnloadTimeout: it was not in time; it still will be.
-        SupervisorTimeout: the supervisor does not answer.
-    """
+    """Ends the worker of a model, and waits until it is reaped.  Raises UnloadTimeout if that was not in time
+    (it still will be), and SupervisorTimeout."""
     try:
         answer: control.Unloaded = connection.ask(
             lambda ticket: control.Unload(ticket=ticket, key=key, force=force),

@@ -1,7 +1,4 @@
-"""Link from this application to one supervisor: starts or finds it, connects, and ends it.
-
-How a process is started or found is :mod:`onnx_dl.client.launcher`'s.  Which models are in it is not known here.
-"""
+"""Link from this application to one supervisor: starts or finds it, connects, and ends it."""
 
 from __future__ import annotations
 
@@ -9,13 +6,12 @@ import contextlib
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final
 
 from onnx_dl.client import launcher
 from onnx_dl.client.connection import Connection, ConnectionListener
-from onnx_dl.client.event_dispatch import EventDispatcher
-from onnx_dl.client.event_stream import EventBus
+from onnx_dl.client.event_dispatch import EventBus, EventDispatcher
 from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.background import Background
@@ -27,6 +23,7 @@ from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.protocol import control as m
 from onnx_dl.system import installation, process_setup
 from onnx_dl.system.platform import check_platform
+from onnx_dl.transport.rendezvous import HostEntry
 
 FAREWELL: Final = 3.0
 """Seconds that the supervisor has to end all workers and itself when the application closes it."""
@@ -35,39 +32,32 @@ _exiting = False
 """True when the interpreter exits: no supervisor is started any more."""
 
 
-class Hooks(NamedTuple):
-    """Functions that the connection's thread calls; none of them may wait."""
-
-    on_event: Callable[[ModelEvent], None]
-    on_end: Callable[[Connection], None]
-    tidy: Callable[[], bool]
-    """Gives idle memory back; returns whether there will be more to do."""
-
-
 class SupervisorLink:
     """Connection to a supervisor, with its process if it is private, and the thread that gives out events."""
 
     def __init__(
-        self, settings: Settings, explicit: Sequence[str], name: str | None, bus: EventBus, hooks: Hooks
+        self,
+        settings: Settings,
+        explicit: Sequence[str],
+        name: str | None,
+        bus: EventBus,
+        listener: ConnectionListener,
     ) -> None:
-        """
-        Args:
-            explicit: names of settings that a host's file does not change.
-            name: of a shared host; None: the supervisor is private.
-        """
+        """``explicit``: settings that a host's file does not change; ``name``: of a shared host, None: the
+        supervisor is private."""
         self.settings = settings
         self.name = name
         self.starts = True
         """True if a shared host that does not run is started."""
         self._explicit = explicit
         self._bus = bus
-        self._hooks = hooks
+        self._listener = listener
         self._lock = Guard()  # brief: guards the attributes below
         self._start: _Start | None = None
         self.connection: Connection | None = None
         """The last connection, which may have ended."""
         self._process: subprocess.Popen[bytes] | None = None
-        self._events = EventDispatcher(self._bus)
+        self._events = EventDispatcher(bus)
 
     def disown(self) -> None:
         """In a forked child, which does not use this any more: its parent reaps the process."""
@@ -77,8 +67,7 @@ class SupervisorLink:
     def connect(self, deadline: Deadline | None = None, *, start: bool = True) -> Connection:
         """The live connection, to a new supervisor if there is none.  One thread starts it for all.
 
-        Args:
-            start: whether a shared host may be started.
+        ``start``: whether a shared host may be started.
 
         Raises:
             DeadlinePassed: the deadline did; the start goes on.
@@ -134,9 +123,9 @@ class SupervisorLink:
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, events)
         if self.name is not None:
-            connection = launcher.reach(self.name, self.settings, link, deadline, start=this.may_start)
+            connection = launcher.reach(self.name, self.settings, link, deadline, may_start=this.may_start)
         else:
-            process, address, secret = launcher.start_private(self.settings, self._explicit, deadline)
+            process, address, secret = launcher.start(self.settings, deadline, explicit=self._explicit)
             try:
                 connection = link(address, secret, deadline)
             except BaseException:
@@ -152,16 +141,16 @@ class SupervisorLink:
         return connection
 
     def _link(self, events: EventDispatcher, address: str, secret: str, deadline: Deadline) -> Connection:
+        def on_event(event: ModelEvent) -> None:
+            self._listener.on_event(event)
+            events.put(event)
+
         connection = Connection(
             address,
             secret,
             self.settings.start_timeout,
-            ConnectionListener(
-                functools.partial(_on_event, self._hooks.on_event, events),
-                self._hooks.on_end,
-                self._hooks.tidy,
-                WorkerOutput(log=self.settings.worker_stderr == "log"),
-            ),
+            self._listener._replace(on_event=on_event),
+            WorkerOutput(log=self.settings.worker_stderr == "log"),
             deadline,
         )
         if connection.build and connection.build != (ours := installation.build()):
@@ -180,7 +169,7 @@ class SupervisorLink:
         connection = self.connection
         if connection is None or connection.usable:
             return connection
-        if self.name is None or not launcher.is_running(self.name):
+        if self.name is None or HostEntry(self.name).holder() is None:
             return None
         with contextlib.suppress(SupervisorError):
             return self.connect(start=False)
@@ -228,14 +217,9 @@ class _Start(Background[Connection]):
 
 
 def refuse_starts() -> None:
-    """Forbids to start supervisors: the interpreter exits."""
+    """Has every later start raise: the interpreter exits."""
     global _exiting
     _exiting = True
-
-
-def _on_event(on_event: Callable[[ModelEvent], None], events: EventDispatcher, event: ModelEvent) -> None:
-    on_event(event)
-    events.put(event)
 
 
 def _bury(

@@ -17,10 +17,13 @@ import traceback
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import msgspec
+
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Promise
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import OnnxDLError
+from onnx_dl.protocol.control import Wrote
 from onnx_dl.system import backlog
 
 logger = logging.getLogger("onnx_dl.worker")
@@ -43,47 +46,37 @@ _LEVELS: Final = {
 }
 
 
-class Piece(NamedTuple):
-    """Part of the stderr of one process.  ``worker_id`` 0: the supervisor; ``last``: the process ended."""
-
-    worker_id: int
-    model: str
-    pid: int
-    text: bytes
-    last: bool = False
-
-
 class Record(NamedTuple):
     """One line for the log."""
 
     level: int
     line: str
-    piece: Piece
+    piece: Wrote
 
 
 class LineAssembler:
     """Assembles pieces to lines, separately for each process.  Pure."""
 
     def __init__(self) -> None:
-        self._begun: dict[int, Piece] = {}
+        self._begun: dict[int, Wrote] = {}
 
-    def add(self, piece: Piece) -> Iterator[Record]:
+    def add(self, piece: Wrote) -> Iterator[Record]:
         """The lines that this piece ends, without empty ones."""
         before = self._begun.pop(piece.worker_id, None)
         *lines, rest = ((before.text if before else b"") + piece.text).split(b"\n")
         if rest and (piece.last or len(rest) > _LONGEST):
             lines, rest = [*lines, rest], b""
         if rest:
-            self._begun[piece.worker_id] = piece._replace(text=rest)
+            self._begun[piece.worker_id] = msgspec.structs.replace(piece, text=rest)
         return (record for line in lines if (record := _record(line, piece)).line)
 
     def end(self) -> Iterator[Record]:
         """The lines that no line break has ended."""
         for piece in list(self._begun.values()):
-            yield from self.add(piece._replace(text=b"", last=True))
+            yield from self.add(msgspec.structs.replace(piece, text=b"", last=True))
 
 
-def _record(line: bytes, piece: Piece) -> Record:
+def _record(line: bytes, piece: Wrote) -> Record:
     """Removes colours; the level is onnxruntime's severity, if the line has one."""
     plain = _COLOUR.sub(b"", line).rstrip(b"\r")
     match = _SEVERITY.search(plain)
@@ -101,7 +94,7 @@ class WorkerOutput:
     def __init__(self, *, log: bool = False) -> None:
         """``log``: to the logger, instead of descriptor 2."""
         self._log = log
-        self._waiting: primitives.SimpleQueue[Piece | Promise[None] | None] = primitives.SimpleQueue()
+        self._waiting: primitives.SimpleQueue[Wrote | Promise[None] | None] = primitives.SimpleQueue()
         self._token: collections.deque[None] = collections.deque([None])
         self._lines = LineAssembler()
         self._writer: int | None = None
@@ -112,20 +105,18 @@ class WorkerOutput:
         self._stuck = False
         """Whether a caller has waited in vain since the last write."""
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: Wrote) -> None:
         """Queues a piece; does not wait.  In the connection's thread only."""
         if self._put - self._written + len(piece.text) > backlog.MOST:
             self._dropped += len(piece.text)
-            piece = piece._replace(text=b"")
+            piece = msgspec.structs.replace(piece, text=b"")
         if piece.text or piece.last:
             self._put += _size(piece)
             self._enqueue(piece)
 
     def catch_up(self) -> None:
-        """Waits until all that was put before is written, but not for long.
-
-        So the output of a load can be read when its caller goes on, unless nobody reads.
-        """
+        """Waits until all that was put before is written, but not for long.  So the output of a load can be
+        read when its caller goes on, unless nobody reads."""
         if self._put == self._written or self._stuck or self._writer == primitives.get_ident():
             return
         mark: Promise[None] = Promise()
@@ -142,7 +133,7 @@ class WorkerOutput:
             self._put += _size(None)
             self._enqueue(None)
 
-    def _enqueue(self, item: Piece | Promise[None] | None) -> None:
+    def _enqueue(self, item: Wrote | Promise[None] | None) -> None:
         self._waiting.put(item)
         if self._token:
             with contextlib.suppress(RuntimeError):  # there is no thread; the next piece tries again
@@ -166,7 +157,7 @@ class WorkerOutput:
                 self._writer = None
                 self._token.append(None)
 
-    def _take(self, item: Piece | Promise[None] | None) -> bool:
+    def _take(self, item: Wrote | Promise[None] | None) -> bool:
         """Handles one item; whether more may come."""
         if isinstance(item, Promise):
             item.set_result(None)
@@ -180,10 +171,10 @@ class WorkerOutput:
         self._stuck = False
         return item is not None
 
-    def _write(self, piece: Piece) -> None:
+    def _write(self, piece: Wrote) -> None:
         if missing := self._dropped - self._reported:
             self._reported += missing
-            self._write(Piece(0, "", os.getpid(), backlog.dropped(missing)))
+            self._write(Wrote(pid=os.getpid(), text=backlog.dropped(missing)))
         if not self._log:
             backlog.write(_STDERR, piece.text)
             return
@@ -191,7 +182,7 @@ class WorkerOutput:
             _log(record)
 
 
-def _size(item: Piece | None) -> int:
+def _size(item: Wrote | None) -> int:
     """Size of an item in the queue: its bytes and one."""
     return 1 if item is None else 1 + len(item.text)
 

@@ -32,12 +32,8 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
     def parse(
         cls, ttl: object = parsing.KEEP, latency: object = "normal", pin: object = False, priority: object = 0
     ) -> Self:
-        """Makes terms of a user's arguments.
-
-        Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) ``ttl`` is none of the three modes,
-                ``latency`` or ``pin`` neither of its two, or ``priority`` no whole number.
-        """
+        """Makes terms of a user's arguments.  Raises ConfigError: ``ttl`` is none of the three modes,
+        ``latency`` or ``pin`` neither of its two, or ``priority`` no whole number."""
         return cls(
             parsing.parse_ttl(ttl),
             parsing.parse_latency(latency),
@@ -46,10 +42,7 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
     def changed(self, given: Mapping[str, object]) -> Terms:
-        """These terms with some of them replaced.
-
-        Raises: like :meth:`parse`.
-        """
+        """These terms with some of them replaced.  Raises like :meth:`parse`."""
         return Terms.parse(**{**msgspec.structs.asdict(self), **given})
 
 
@@ -73,11 +66,7 @@ class WorkerOptions(NamedTuple):
         group: object = None,
         variables: Mapping[str, str | None] | None = None,
     ) -> Self:
-        """Makes options of a user's arguments.
-
-        Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is not allowed; the message names it.
-        """
+        """Makes options of a user's arguments.  Raises ConfigError, which names one that is not allowed."""
         return cls(
             parsing.parse_allowances(max_memory, max_memory_hard, max_runs),
             parsing.parse_group(group),

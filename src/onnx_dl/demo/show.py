@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from onnx_dl.client.event_stream import EventStream
+from onnx_dl.client.event_dispatch import EventStream
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path

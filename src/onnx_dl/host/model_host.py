@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import msgspec
 
@@ -19,12 +19,7 @@ from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
 from onnx_dl.errors import ConfigError
 from onnx_dl.session.inference_session import InferenceSessionProxy
-
-
-class Preloadable(Protocol):
-    """A proxy that :meth:`ModelHost.preload` takes."""
-
-    def load_by(self, deadline: Deadline) -> None: ...
+from onnx_dl.session.proxy import ModelProxy
 
 
 class ModelHost(HostClient):
@@ -80,8 +75,8 @@ class ModelHost(HostClient):
 
     def preload(
         self,
-        proxies: Iterable[Preloadable],
-        progress: Callable[[Preloadable, int, int], object] | None = None,
+        proxies: Iterable[ModelProxy],
+        progress: Callable[[ModelProxy, int, int], object] | None = None,
         *,
         timeout: float | None = None,
     ) -> None:
@@ -99,7 +94,7 @@ class ModelHost(HostClient):
         waiting = list(proxies)
         failed: list[Exception] = []
         deadline = Deadline(parse_timeout(timeout), movable=True)
-        ended: Mailbox[tuple[Preloadable, BaseException | None]] = Mailbox()
+        ended: Mailbox[tuple[ModelProxy, BaseException | None]] = Mailbox()
         loads = [
             Background(functools.partial(_load, proxy, deadline, ended), "onnx-dl-preload")
             for proxy in waiting
@@ -173,14 +168,14 @@ class ModelHost(HostClient):
 
 
 def _load(
-    proxy: Preloadable,
+    proxy: ModelProxy,
     deadline: Deadline,
-    ended: Mailbox[tuple[Preloadable, BaseException | None]],
+    ended: Mailbox[tuple[ModelProxy, BaseException | None]],
     _: Deadline,
 ) -> None:
+    error: BaseException | None = None
     try:
         proxy.load_by(deadline)
-    except BaseException as error:
-        ended.put((proxy, error))
-    else:
-        ended.put((proxy, None))
+    except BaseException as failed:
+        error = failed
+    ended.put((proxy, error))

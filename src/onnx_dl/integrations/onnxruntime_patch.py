@@ -7,6 +7,7 @@ the same are reported.  Our own processes do not run this.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import gc
@@ -16,6 +17,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from onnx_dl.client.host_client import HostClient
@@ -48,15 +50,14 @@ class Unpatched(NamedTuple):
         return f"{self.model}: in-process, because {self.reason} ({self.where})"
 
 
+@dataclass(eq=False)
 class Patch:
     """Settings in force from :func:`patch` to :func:`unpatch`; as a context manager, for the block."""
 
-    def __init__(
-        self, defaults: _Settings, models: list[tuple[str, _Settings]], host: HostClient | None
-    ) -> None:
-        self._defaults = defaults
-        self._models = models
-        self._host = host
+    _defaults: _Settings
+    _models: list[tuple[str, _Settings]]
+    """Globs and the settings of models that match."""
+    _host: HostClient | None
 
     def settings_of(self, model: str) -> _Settings:
         """Settings of this model.  Of several globs that match, later ones override earlier ones."""
@@ -240,13 +241,12 @@ def _name_of(source: object) -> str:
 def _caller() -> str:
     """File and line of the code that called onnxruntime."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and module.partition(".")[0] != "onnxruntime":
+            break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _is_ours(module: str) -> bool:
-    return module == __name__ or module.partition(".")[0] == "onnxruntime"
 
 
 def _delegate(session_class: OrtObject) -> None:
@@ -259,12 +259,10 @@ def _delegate(session_class: OrtObject) -> None:
     def __getattr__(self: OrtObject, name: str) -> OrtObject:
         proxy = self.__dict__.get(_PROXY)
         # Python's own protocols, such as copying, are for the session and not for the proxy.
-        if proxy is None or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        try:
-            return getattr(proxy, name)
-        except AttributeError:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+        if proxy is not None and not (name.startswith("__") and name.endswith("__")):
+            with contextlib.suppress(AttributeError):
+                return getattr(proxy, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     session_class.__getattr__ = __getattr__
 

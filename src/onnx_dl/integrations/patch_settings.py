@@ -22,11 +22,8 @@ _PARSE: Final[dict[str, Callable[[object], object]]] = {
 
 
 def checked(settings: Mapping[str, object], of: str) -> dict[str, object]:
-    """Checks the settings of one model, or of all, and parses them; ``of`` names them in errors.
-
-    Raises:
-        ConfigError: a setting does not exist, or its value is not allowed.
-    """
+    """Parses the settings of one model, or of all; ``of`` names them in errors.  Raises ConfigError for one
+    that does not exist, or a value that is not allowed."""
     if strange := set(settings) - set(_PARSE):
         raise ConfigError(f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}.")
     return {name: _PARSE[name](value) for name, value in settings.items()}
@@ -34,10 +31,7 @@ def checked(settings: Mapping[str, object], of: str) -> dict[str, object]:
 
 def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:
     """Reads texts ``GLOB:NAME=VALUE`` or ``GLOB:NAME=VALUE,NAME=VALUE`` as ``models`` of :func:`patch`.
-
-    Raises:
-        ConfigError: it is written otherwise.
-    """
+    Raises ConfigError for others."""
     found: dict[str, dict[str, str]] = {}
     for text in texts:
         glob, colon, settings = text.rpartition(":")

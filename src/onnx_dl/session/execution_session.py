@@ -1,7 +1,6 @@
 """ExecutionSession: the face of onnx-mlir's Python runtime on a model in a worker process.
 
-Has that class's methods, arguments and results, as in its docs/UsingPyRuntime.md.  The engine is
-:mod:`onnx_dl.workers.engines.onnx_mlir`.
+Has that class's methods, arguments and results, as in its docs/UsingPyRuntime.md.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core import mlir_signature
 from onnx_dl.core.parsing import parse_timeout
 from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_directory
-from onnx_dl.core.status import ModelDescription
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Array, PlainDict
 from onnx_dl.errors import EngineError
 from onnx_dl.session.model_handle import ModelHandle
-from onnx_dl.session.model_source import Source
+from onnx_dl.session.model_source import ModelSource
 from onnx_dl.session.proxy import ModelProxy
 
 
@@ -74,7 +72,7 @@ class ExecutionSession(ModelProxy):
     ) -> None:
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
         spec = _spec_of(os.fspath(shared_lib_path), tag, worker)
-        super().__init__(Source(spec), Terms.parse(ttl, latency, pin, priority), host)
+        super().__init__(ModelSource(spec), Terms.parse(ttl, latency, pin, priority), host)
         self._entry_point = entry_point
         if eager:
             self.load()
@@ -100,22 +98,18 @@ class ExecutionSession(ModelProxy):
             MemoryLimitExceeded: it did, because it had more memory than ``max_memory_hard``.
         """
         mlir_signature.check_types(inputs)
-        if timeout is None:
-            return self._run(inputs, None)
-        deadline = Deadline.of(parse_timeout(timeout))
-        try:
-            return self._run(inputs, deadline)
-        except DeadlinePassed as passed:
-            raise not_begun(deadline, passed) from None
-
-    def _run(self, inputs: Sequence[Array], deadline: Deadline | None) -> list[Array]:
-        model = self._handle.model(deadline)
-        if model.description is not None:  # else the worker compares them
-            self._check(model.description, inputs)
+        deadline = None if timeout is None else Deadline.of(parse_timeout(timeout))
         name = None if self._entry_point is None else [self._entry_point]
         feed = {str(index): array for index, array in enumerate(inputs)}
         watch = None if deadline is None else CancelWatch(deadline=deadline)
-        result: list[Array] = model.run(self._handle.lease, name, feed, None, watch)
+        try:
+            model = self._handle.model(deadline)
+            known = model.description  # if there is none, or no such entry point, the worker says so
+            if known is not None and (found := _signatures_of(known.details, self._entry_point)) is not None:
+                mlir_signature.check(mlir_signature.parse(found[0]), inputs)
+            result: list[Array] = model.run(self._handle.lease, name, feed, None, watch)
+        except DeadlinePassed as passed:
+            raise not_begun(deadline, passed) from None
         return result
 
     def input_signature(self) -> str:
@@ -128,7 +122,7 @@ class ExecutionSession(ModelProxy):
 
     def entry_points(self) -> list[str]:
         """Names of all entry points."""
-        return list(self._described().details["entry_points"])
+        return list(self._handle.describe().details["entry_points"])
 
     def __getstate__(self) -> tuple[object, ...]:
         return (self._entry_point,)
@@ -137,29 +131,15 @@ class ExecutionSession(ModelProxy):
         self._handle, self._entry_point = state
 
     def set_entry_point(self, name: str) -> None:
-        """Has this session use another entry point.
-
-        Raises:
-            EngineError: there is none of that name.
-        """
+        """Has this session use another entry point.  Raises EngineError if there is none of that name."""
         self._signatures(name)
         self._entry_point = name
 
-    def _described(self) -> ModelDescription:
-        return self._handle.described_model().describe(self._handle.lease)
-
-    def _signatures(self, name: str | None) -> tuple[str, str]:
-        details = self._described().details
-        found = _signatures_of(details, name)
-        if found is None:
+    def _signatures(self, name: str | None) -> list[str]:
+        details = self._handle.describe().details
+        if (found := _signatures_of(details, name)) is None:
             raise EngineError(mlir_signature.no_entry(self._handle.spec.name, name, details["entry_points"]))
-        inputs, outputs = found
-        return inputs, outputs
-
-    def _check(self, description: ModelDescription, inputs: Sequence[Array]) -> None:
-        found = _signatures_of(description.details, self._entry_point)
-        if found is not None:  # else the worker shall say it
-            mlir_signature.check(mlir_signature.parse(found[0]), inputs)
+        return found
 
 
 def _signatures_of(details: PlainDict, name: str | None) -> list[str] | None:

@@ -1,7 +1,7 @@
 """InferenceSessionProxy: onnxruntime.InferenceSession's face on a model in a worker process.
 
-Construction and runs are here, metadata in :mod:`onnx_dl.session.introspection`, changes of providers in
-:mod:`onnx_dl.session.provider_changes`, constructor arguments in :mod:`onnx_dl.session.model_source`.
+Construction, and runs with arrays.  Runs with OrtValues are in :mod:`onnx_dl.session.ortvalue_runs`, metadata
+and changes of providers in :mod:`onnx_dl.session.introspection`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from onnx_dl.client import callback_calls
 from onnx_dl.client.cancellation import CancelWatch, not_begun
@@ -28,14 +27,13 @@ from onnx_dl.core.types import Feed, OrtObject, Providers, Value
 from onnx_dl.ort import options
 from onnx_dl.session import model_source
 from onnx_dl.session.inputs import USERS, check_owner, names_of, plain_name, refuse_dtypes, sharing
-from onnx_dl.session.io_binding import IOBinding
 from onnx_dl.session.model_handle import ModelHandle
-from onnx_dl.session.provider_changes import ProviderProxy
+from onnx_dl.session.ortvalue_runs import OrtValueProxy
 
 _MISSING: Final = object()
 
 
-class InferenceSessionProxy(ProviderProxy):
+class InferenceSessionProxy(OrtValueProxy):
     """A drop-in for ``onnxruntime.InferenceSession`` whose model lives in a process of its own.
 
     Nothing is loaded until the first use.  All proxies of one model (the same file, options and providers)
@@ -108,10 +106,10 @@ class InferenceSessionProxy(ProviderProxy):
         model = model_path if model_path is not _MISSING else path_or_bytes
         if model is _MISSING:
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
-        file = model_source.locate(model)
+        location = model_source.locate(model)
         _warn_of_slips(kwargs)
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
-        found = model_source.describe(file, sess_options, (providers, provider_options), kwargs, worker)
+        found = model_source.describe(location, sess_options, (providers, provider_options), kwargs, worker)
         self._set_up(ModelHandle(found, Terms.parse(ttl, latency, pin, priority), host or default_host()))
         self._sess_options_initial = sess_options
         if eager:
@@ -145,7 +143,7 @@ class InferenceSessionProxy(ProviderProxy):
             MemoryLimitExceeded: the worker had more memory than ``max_memory_hard``.
             Exception: onnxruntime's own, of the same class with the same message.
         """
-        handle, feed = self._handle, self._fed(input_feed)
+        handle, feed = self._handle, self._as_feed(input_feed)
         names = names_of(output_names)
         deadline = plain = watch = None
         if run_options is not None or timeout is not None:
@@ -173,7 +171,7 @@ class InferenceSessionProxy(ProviderProxy):
         Up to 32 calls of one model run at a time; others wait their turn.
         """
         asynchronous = importing("onnx_dl.client.awaited_calls")
-        feed, names = self._fed(input_feed), names_of(output_names)
+        feed, names = self._as_feed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
         # The event loop must not wait for the start of a supervisor or for a load.
@@ -210,7 +208,7 @@ class InferenceSessionProxy(ProviderProxy):
         if not (callback is None or callable(callback)):
             raise TypeError(f"run_async(): incompatible function arguments. {callback!r} is no function.")
         deadline = Deadline.of(parsing.parse_timeout(timeout))
-        feed, names = self._fed(input_feed), names_of(output_names)
+        feed, names = self._as_feed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
         try:
             callback_calls.call_back(
@@ -222,58 +220,7 @@ class InferenceSessionProxy(ProviderProxy):
         except DeadlinePassed as passed:
             raise not_begun(deadline, passed) from None
 
-    def run_with_ort_values(
-        self,
-        output_names: Sequence[str] | None,
-        input_dict_ort_values: Feed,
-        run_options: OrtObject = None,
-    ) -> list[OrtObject]:
-        """One inference with an ``onnxruntime.OrtValue`` per input, whose results are OrtValues."""
-        try:
-            return self._runs.with_ort_values(output_names, input_dict_ort_values, run_options)
-        except Exception as error:
-            self._fall_back(error)
-            return self.run_with_ort_values(output_names, input_dict_ort_values, run_options)
-
-    def run_with_ortvaluevector(
-        self,
-        run_options: OrtObject,
-        feed_names: Sequence[str],
-        feeds: OrtObject,
-        fetch_names: Sequence[str],
-        fetches: OrtObject,
-        fetch_devices: Sequence[OrtObject],
-    ) -> None:
-        """One inference with ``OrtValueVector``.  Results are written to the values of ``fetches``, or, if it
-        has none, appended to it."""
-        self._runs.with_vectors(run_options, feed_names, feeds, fetch_names, fetches, fetch_devices)
-
-    def io_binding(self) -> IOBinding:
-        """A binding of inputs and outputs to memory of this process."""
-        if self._handle.is_gone:
-            raise AttributeError("'NoneType' object has no attribute 'is_webgpu_graph_capture_enabled'")
-        return IOBinding(self)
-
-    def run_with_iobinding(self, iobinding: IOBinding, run_options: OrtObject = None) -> None:
-        """One inference with what is bound; results go where outputs are bound.
-
-        Raises:
-            ValueError, RuntimeError: the binding is another session's, or onnxruntime refuses it.
-        """
-        self._runs.with_binding(iobinding, run_options)
-
-    def create_ortvalue_from_shape_and_type(
-        self,
-        shape: Sequence[int],
-        element_type: DTypeLike | int,
-        device_type: str,
-        device_id: int = 0,
-        vendor_id: int = -1,
-    ) -> OrtObject:
-        """An OrtValue in this process that only this session takes; imports onnxruntime."""
-        return self._runs.new_value(shape, element_type, device_type, device_id, vendor_id)
-
-    def _fed(self, given: Feed) -> Feed:
+    def _as_feed(self, given: Feed) -> Feed:
         """The feed as a dict.  Refreshes initializers that the application changed."""
         handle = self._handle
         if handle.live is not None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from onnx_dl.core.types import Feed, Value
 from onnx_dl.ort.metadata import NodeArg
-from onnx_dl.session.native_session import NativeSession
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.call_plans import are_text
 from onnx_dl.tensors.values import is_plain
@@ -34,7 +33,7 @@ def check_names(feed: Feed, inputs: Iterable[NodeArg]) -> None:
         raise ValueError(f"Required inputs ({missing}) are missing from input feed ({names}).")
 
 
-def check_owner(value: Value, session: NativeSession, action: str = "used with") -> None:
+def check_owner(value: Value, session: object, action: str = "used with") -> None:
     """Raises ValueError if this OrtValue belongs to another session."""
     owner = getattr(value, "_session", None)
     if owner is not None and owner is not session and type(value).__name__ == "OrtValue":
@@ -47,7 +46,7 @@ def refuse_dtypes(feed: Feed, run: Callable[[Feed], object]) -> None:
     Its message has their numbers, which only this process knows: so the model is run with arrays of other
     dtypes in their place, and the numbers in the message are replaced.
     """
-    arrays = {name: value for name, value in feed.items() if _has_users_dtype(value)}
+    arrays = {n: value for n, value in feed.items() if type(value) is np.ndarray and value.dtype.num >= USERS}
     numbers = {value.dtype.num: None for value in arrays.values()}
     others = dict(zip(numbers, _STAND_INS, strict=False))
     asked = {name: np.zeros(1, others.get(value.dtype.num, "c8")) for name, value in arrays.items()}
@@ -60,10 +59,6 @@ def refuse_dtypes(feed: Feed, run: Callable[[Feed], object]) -> None:
         raise
 
 
-def _has_users_dtype(value: Value) -> bool:
-    return type(value) is np.ndarray and value.dtype.num >= USERS
-
-
 def plain_name(name: Value) -> Value:
     """A str for a subclass of it (numpy's, an enumeration's).  onnxruntime refuses anything else."""
     return str.__str__(name) if type(name) is not str and isinstance(name, str) else name
@@ -74,10 +69,8 @@ def names_of(output_names: Value) -> Value:
 
     Not everything that onnxruntime takes for a list can travel, so it is decided here: a generator or an
     array of numpy's is a list, and neither text nor a dict nor an iterator is.  A refused value becomes one
-    that can travel and that onnxruntime refuses in the same words.
-
-    Raises:
-        ValueError: an array that is neither true nor false, in numpy's words.
+    that can travel and that onnxruntime refuses in the same words.  Raises ValueError, in numpy's words, for
+    an array that is neither true nor false.
     """
     if output_names is None or (type(output_names) is list and are_names(output_names)):
         return output_names or None
@@ -96,11 +89,7 @@ _AS_LISTS: Final = (GeneratorType, set, frozenset, map, zip, *_VIEWS)
 
 def are_names(names: list[Value]) -> TypeGuard[list[str]]:
     """True if all are text without surrogates, which onnxruntime refuses."""
-    return are_text(names) and _can_travel("".join(names))
-
-
-def _can_travel(text: str) -> bool:
-    return text.isascii() or text.encode(errors="ignore").decode() == text
+    return are_text(names) and ((t := "".join(names)).isascii() or t.encode(errors="ignore").decode() == t)
 
 
 def _is_a_list(value: Value) -> bool:

@@ -1,4 +1,4 @@
-"""Metadata of a session: onnxruntime's methods for it, and the private names that callers read.
+"""A session beside its runs: metadata, private names that callers read, and changes of its providers.
 
 Metadata is read once and remembered.  Reading it counts as a use of the model all the same.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import operator
 import os
 import sys
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.core.terms import Terms
-from onnx_dl.core.types import OrtObject, Value
+from onnx_dl.core.types import Feed, OrtObject, Providers, Value
 from onnx_dl.ort.metadata import GONE, AssignedSubgraph, Description, ModelMetadata, NodeArg
+from onnx_dl.session import model_source
 from onnx_dl.session.model_handle import ModelHandle
-from onnx_dl.session.model_source import Source
-from onnx_dl.session.native_session import NativeSession
-from onnx_dl.session.ortvalue_runs import OrtValueRuns
+from onnx_dl.session.model_source import ModelSource
 from onnx_dl.session.proxy import ModelProxy, bytes_of
 
 
@@ -40,11 +41,60 @@ class Metadata:
         idle = handle.remote is None or not handle.remote.connection.usable
         if objects is not None and idle and not handle.lease.closed:
             return objects
-        described = handle.described_model().describe(handle.lease)
+        described = handle.describe()
         if objects is None or described is not self._made_of:
             objects = self._objects = Description(described)
             self._made_of = described
         return objects
+
+
+def _copied(method: str, copy: Callable[[OrtObject], object]) -> property:
+    """An attribute that has the result of this method of the proxy."""
+    return property(lambda native: copy(getattr(native._alive(), method)()))
+
+
+class NativeSession:
+    """Stand-in for onnxruntime's native session, ``_sess``, with the methods that make sense for a proxy."""
+
+    def __init__(self, proxy: object) -> None:
+        self._proxy = weakref.ref(proxy)
+
+    def _alive(self) -> OrtObject:
+        proxy = self._proxy()
+        if proxy is None:
+            raise ReferenceError("The session that this belonged to is gone.")
+        return proxy
+
+    inputs_meta = _copied("get_inputs", list)
+    outputs_meta = _copied("get_outputs", list)
+    overridable_initializers = _copied("get_overridable_initializers", list)
+    model_meta = _copied("get_modelmeta", lambda found: found)
+    session_options = _copied("get_session_options", lambda found: found)
+    get_profiling_start_time_ns = _copied("get_profiling_start_time_ns", int)
+
+    def get_providers(self) -> list[str]:
+        return list(self._alive().get_providers())
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return dict(self._alive().get_provider_options())
+
+    def end_profiling(self) -> str:
+        return str(self._alive().end_profiling())
+
+    def run(
+        self, output_names: Sequence[str] | None, feed: Feed, run_options: OrtObject = None
+    ) -> list[Value]:
+        return list(self._alive().run(output_names, feed, run_options))
+
+    def run_with_iobinding(self, binding: OrtObject, run_options: OrtObject = None) -> None:
+        self._alive().run_with_iobinding(binding, run_options)
+
+    def is_webgpu_graph_capture_enabled(self) -> bool:
+        """Never: buffers of WebGPU do not cross processes."""
+        return False
+
+    def webgpu_context_id(self) -> int:
+        return 0
 
 
 def _read(method: str) -> property:
@@ -52,29 +102,36 @@ def _read(method: str) -> property:
     return property(operator.methodcaller(method))
 
 
-class MetadataProxy(ModelProxy):
-    """A proxy with the methods of ``onnxruntime.InferenceSession`` that read metadata."""
+class SessionProxy(ModelProxy):
+    """A proxy with the methods of ``onnxruntime.InferenceSession`` beside its runs."""
 
     _metadata: Metadata
     _sess: NativeSession
-    _runs: OrtValueRuns
     _sess_options_initial: OrtObject = None
     """``sess_options``, as the constructor was given them.  They cannot be pickled; the spec has their
     contents."""
+    _falls_back: bool | None = None
+    """Fallback to other providers as last set; None: as the session's options say."""
 
     def _set_up(self, handle: ModelHandle) -> None:
         """Sets up the parts of a session.  Constructors, copies and changes of providers come here."""
         self._handle = handle
         self._metadata = Metadata(handle)
         self._sess = NativeSession(self)
-        self._runs = OrtValueRuns(handle, self._sess, self._metadata.read)
 
     @classmethod
     def of_spec(cls, spec: ModelSpec, terms: Terms, *, host: HostClient) -> Self:
         """A proxy of a model that is already described, as in a host's file."""
         proxy = object.__new__(cls)
-        proxy._set_up(ModelHandle(Source(spec), terms, host))
+        proxy._set_up(ModelHandle(ModelSource(spec), terms, host))
         return proxy
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return (self._falls_back,)
+
+    def __setstate__(self, state: tuple[ModelHandle, bool | None]) -> None:
+        handle, self._falls_back = state
+        self._set_up(handle)
 
     def __copy__(self) -> Self:
         made = super().__copy__()
@@ -178,3 +235,66 @@ class MetadataProxy(ModelProxy):
         """The model if it was given as bytes; a copy, made anew each time."""
         blob = self._handle.spec.blob
         return None if blob is None else bytes_of(self._handle.blobs()[blob]())
+
+    # --- changes ------------------------------------------------------------------------------------------
+
+    def set_providers(self, providers: Providers = None, provider_options: Providers = None) -> None:
+        """Loads the model anew with these providers.  Other proxies of it keep theirs.
+
+        Raises: what onnxruntime raises; the session is unusable then, until providers are set that work.
+        """
+        old = self._handle
+        old.release()
+        try:
+            spec = model_source.with_providers(old.spec, providers, provider_options)
+            self._set_up(ModelHandle(ModelSource(spec, old.blobs(), old.live), old.lease.terms, old.host))
+            self.load()
+        except BaseException:
+            self._handle.give_up_session()
+            raise
+
+    def _reset_session(self, providers: Providers, provider_options: Providers) -> None:
+        """onnxruntime's private method, which subclasses of its class call."""
+        self.set_providers(providers, provider_options)
+
+    def disable_fallback(self) -> None:
+        """A run that fails in an execution provider raises."""
+        self._falls_back = False
+
+    def enable_fallback(self) -> None:
+        """A run that fails in an execution provider is made again with other providers."""
+        self._falls_back = True
+
+    @property
+    def _enable_fallback(self) -> bool:
+        given = self._falls_back
+        return bool(self._metadata.read().details["fallback"]) if given is None else given
+
+    @property
+    def _fallback_providers(self) -> list[str]:
+        return list(self._metadata.read().details["fallback_providers"])
+
+    def _fall_back(self, error: Exception) -> None:
+        """Sets other providers if a provider failed and that is wanted, else raises the error again."""
+        if type(error).__name__ != "EPFail" or not self._enable_fallback:
+            raise error
+        print(f"EP Error: {error!s} using {self.get_providers()}")
+        print(f"Falling back to {self._fallback_providers} and retrying.")
+        self.set_providers(self._fallback_providers)
+        self.disable_fallback()
+
+    def set_ep_dynamic_options(self, options: dict[str, str]) -> None:
+        """Changes options of execution providers; for all proxies of the model, until it unloads."""
+        self._invoke("set_ep_dynamic_options", options)
+
+    def get_tuning_results(self) -> Value:
+        """Results of tunable operators, as onnxruntime gives them."""
+        return self._invoke("get_tuning_results")
+
+    def set_tuning_results(self, results: Value, *, error_on_invalid: bool = False) -> None:
+        """Gives tunable operators the results of an earlier session."""
+        self._invoke("set_tuning_results", results, error_on_invalid)
+
+    def release_captured_graph(self, graph_annotation_id: int = 0) -> None:
+        """Releases a graph that a provider captured."""
+        self._invoke("release_captured_graph", graph_annotation_id)

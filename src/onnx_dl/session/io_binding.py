@@ -12,7 +12,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -20,9 +20,8 @@ from numpy.typing import DTypeLike
 from onnx_dl.core.types import Array, Feed, OrtObject, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.ort.metadata import NodeArg
 from onnx_dl.session.inputs import check_owner
-from onnx_dl.session.native_session import NativeSession
+from onnx_dl.session.introspection import SessionProxy
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
@@ -31,18 +30,6 @@ _TEXT: Final = 8
 """Number of text in onnx's TensorProto.DataType."""
 _ElementType = DTypeLike | int
 """A numpy type, or a number of onnx's TensorProto.DataType."""
-_BOTH_NEEDED: Final = "`element_type` and `shape` are to be provided if pre-allocated memory is provided"
-
-
-class Session(Protocol):
-    """The parts of an InferenceSessionProxy that a binding uses."""
-
-    _sess: NativeSession
-
-    def get_inputs(self) -> list[NodeArg]: ...
-    def get_overridable_initializers(self) -> list[NodeArg]: ...
-    def get_outputs(self) -> list[NodeArg]: ...
-    def _invoke(self, method: str, *args: object) -> Value: ...
 
 
 class _Output:
@@ -60,7 +47,7 @@ class _Output:
 class IOBinding:
     """``onnxruntime.IOBinding`` for a proxy.  Arrays are numpy's, values are ``OrtValue``."""
 
-    def __init__(self, proxy: Session) -> None:
+    def __init__(self, proxy: SessionProxy) -> None:
         self._proxy = proxy
         self._session = proxy._sess
         self._inputs: Feed = {}
@@ -102,11 +89,7 @@ class IOBinding:
         shape: Sequence[int],
         buffer_ptr: int,
     ) -> None:
-        """Binds memory at an address, which is read at every run.
-
-        Args:
-            element_type: a numpy type, or an int of onnx's TensorProto.DataType.
-            shape: of the tensor that lies there.
+        """Binds memory at an address, which is read at every run, as a tensor of this type and shape.
 
         Raises:
             RuntimeError: there is no such input, or the memory is said to hold text, in onnxruntime's words.
@@ -114,7 +97,7 @@ class IOBinding:
         _check_device(device_type, device_id)
         if _is_text(element_type):
             raise RuntimeError(_NO_TEXT)
-        value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+        value = self._value_at(device_type, device_id, element_type, shape, buffer_ptr)
         self._check_input(name)
         self._inputs[name] = self._live(value, None)
 
@@ -131,10 +114,9 @@ class IOBinding:
         return value if array is None else array
 
     def _check_owner(self, ortvalue: OrtObject) -> None:
-        is_unscoped = type(ortvalue).__name__ == "OrtValue" and not hasattr(
-            ortvalue, "_session"
-        )  # before 1.30
-        if not is_unscoped and ortvalue._session is not None:
+        if type(ortvalue).__name__ == "OrtValue" and not hasattr(ortvalue, "_session"):
+            return  # before onnxruntime 1.30
+        if ortvalue._session is not None:
             check_owner(ortvalue, self._session, "bound to")
 
     def _check_input(self, name: str) -> None:
@@ -170,8 +152,10 @@ class IOBinding:
             self._outputs[name] = _Output(device_type, device_id)
             return
         if element_type is None or shape is None:
-            raise ValueError(_BOTH_NEEDED)
-        value = self._at(device_type, device_id, element_type, shape, buffer_ptr)
+            raise ValueError(
+                "`element_type` and `shape` are to be provided if pre-allocated memory is provided"
+            )
+        value = self._value_at(device_type, device_id, element_type, shape, buffer_ptr)
         kind = self._type_of(name)
         if kind is None:
             raise RuntimeError(f"Failed to find NodeArg with name: {name} in the def list")
@@ -227,7 +211,7 @@ class IOBinding:
 
     # --- a run --------------------------------------------------------------------------------------------
 
-    def _at(
+    def _value_at(
         self,
         device_type: str,
         device_id: int,
@@ -287,18 +271,15 @@ class IOBinding:
     def run(self, call: Callable[[list[Value], list[Value]], list[Value]]) -> None:
         """Runs with any kind of value.  ``call`` takes inputs and outputs; it returns a result per output."""
         inputs = [[name, value] for name, value in self._inputs.items()]
-        outputs = [
+        outputs: list[Value] = [
             [name, output.device, output.number, self._place(name, output.value)]
             for name, output in self._outputs.items()
         ]
-        results = call(inputs, outputs)
-        for (name, output), result, (*_, place) in zip(
-            list(self._outputs.items()), results, outputs, strict=True
-        ):
+        for (name, device, number, place), result in zip(outputs, call(inputs, outputs), strict=True):
             if place is not None and isinstance(result, np.ndarray):
-                _write(output.value, result)
+                _write(self._outputs[name].value, result)
             else:
-                self._outputs[name] = _Output(output.device, output.number, result, result)
+                self._outputs[name] = _Output(device, number, result, result)
 
 
 def _is_text(element_type: _ElementType) -> bool:
@@ -353,7 +334,7 @@ def _write(value: OrtObject, result: Array) -> None:
 
 def place_of(value: OrtObject) -> list[object] | None:
     """Element type and shape of the memory that a result is written to; None: it is allocated."""
-    if value is None or not value.has_value() or not value.is_tensor() or value.element_type() == 8:
+    if value is None or not value.has_value() or not value.is_tensor() or value.element_type() == _TEXT:
         return None
     return [value.element_type(), list(value.shape())]
 

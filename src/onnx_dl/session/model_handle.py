@@ -1,7 +1,4 @@
-"""A proxy's claim to its model: how the model is loaded, on which terms, and the worker in use.
-
-How a worker is found and called is :mod:`onnx_dl.client.remote_model`'s.
-"""
+"""A proxy's claim to its model: how the model is loaded, on which terms, and the worker in use."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
+from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.host_client import HostClient
-from onnx_dl.client.lease import Lease
 from onnx_dl.client.model_table import BlobSources
 from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline
@@ -21,7 +18,7 @@ from onnx_dl.core.spec import model_key
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.core.terms import Terms
 from onnx_dl.errors import FilesChanging, ProxyClosedError
-from onnx_dl.session.model_source import Source
+from onnx_dl.session.model_source import ModelSource
 from onnx_dl.system import installation
 
 _MOST_VERSIONS: Final = 3
@@ -31,7 +28,7 @@ _MOST_VERSIONS: Final = 3
 class ModelHandle:
     """Owned by one proxy; the model is released when it is closed or collected."""
 
-    def __init__(self, source: Source, terms: Terms, host: HostClient) -> None:
+    def __init__(self, source: ModelSource, terms: Terms, host: HostClient) -> None:
         spec = source.spec
         if host.name is not None and spec.path is not None:
             # To other applications a relative path means another file.
@@ -66,14 +63,10 @@ class ModelHandle:
 
     def copied(self) -> ModelHandle:
         """Another claim to the same model, on the same terms."""
-        return ModelHandle(Source(self.spec, self.blobs(), self.live), self.lease.terms, self.host)
+        return ModelHandle(ModelSource(self.spec, self.blobs(), self.live), self.lease.terms, self.host)
 
     def blobs(self) -> BlobSources:
-        """The memory that the model is loaded from.
-
-        Raises:
-            ProxyClosedError: this handle gave it back.
-        """
+        """The memory that the model is loaded from.  Raises ProxyClosedError if this handle gave it back."""
         blobs = self._blobs
         if not blobs.keys() >= set(self.spec.blobs):
             raise self._is_closed()
@@ -82,21 +75,12 @@ class ModelHandle:
     def _is_closed(self) -> ProxyClosedError:
         return ProxyClosedError(f"This proxy of {self.spec.name} is closed; make a new one.")
 
-    @property
-    def group(self) -> str | None:
-        """Name of the group whose models share one worker, if it is in one."""
-        return self.spec.group
-
     def companion(self) -> RemoteModel | None:
         """The model, for others of its group to load it with them; None if this is closed."""
         return None if self.lease.closed or self.is_gone else self.known()
 
     def set_ttl(self, ttl: object) -> None:
-        """Changes the TTL, also at the supervisor.
-
-        Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is none of the three modes.
-        """
+        """Changes the TTL, also at the supervisor.  Raises ConfigError if it is none of the three modes."""
         self.lease.terms = self.lease.terms.changed({"ttl": ttl})
         if (model := self.host.known_model(self.spec.key)) is not None:
             self.lease.send_ttl(model.connection)
@@ -122,43 +106,34 @@ class ModelHandle:
     def _bind(self, deadline: Deadline | None) -> RemoteModel:
         for _ in range(_MOST_VERSIONS):
             model = self.known(deadline)
-            worker = model.acquire(self.lease, deadline)
+            worker = model.acquire(self.lease, deadline).granted
             if (path := file_identity.changed(self.spec.where, worker.description.files)) is None:
                 self._used = model
                 return model
             model.worker.leave_outdated(self.lease, worker, path)
-            self._switch(model.spec.key, worker.description)
+            # Proxies that use the worker keep it.  All that find the same files get the same new key; threads
+            # of this proxy may come here at the same time, from the same key.
+            now = file_identity.look_at(self.spec.where, [file.name for file in worker.description.files])
+            self.spec = msgspec.structs.replace(self.spec, key=model_key(model.spec.key, now))
         raise FilesChanging(
             f"{path} is not what the worker of {self.spec.name} has just read. Either it changes all the "
             "time, or the host sees other files under the same paths than this process, as in a container."
         )
 
-    def _switch(self, key: str, read: ModelDescription) -> None:
-        """Switches to a model of another key: the files of this one are not what its worker has read.
-
-        Proxies that use the worker keep it.  All that find the same files get the same new key.  Threads of
-        this proxy may come here at the same time, from the same key.
-        """
-        now = file_identity.look_at(self.spec.where, [file.name for file in read.files])
-        self.spec = msgspec.structs.replace(self.spec, key=model_key(key, now))
-
-    def described_model(self) -> RemoteModel:
-        """The model, whose description is known or comes with a load.  The description by a worker that is
-        gone holds as long as its files do."""
+    def describe(self) -> ModelDescription:
+        """The model's description, which is known or comes with a load; counts as a use.  The one by a worker
+        that is gone holds as long as its files do."""
         model = self.known()
         known = model.description
-        if known is not None and (
-            model is self._used or file_identity.changed(self.spec.where, known.files) is None
+        if known is None or (
+            model is not self._used and file_identity.changed(self.spec.where, known.files) is not None
         ):
-            return model
-        return self.model()
+            model = self.model()
+        return model.describe(self.lease)
 
     def known(self, deadline: Deadline | None = None) -> RemoteModel:
-        """The model as the client knows it, with the supervisor started if need be.
-
-        Raises:
-            DeadlinePassed: that took longer.
-        """
+        """The model as the client knows it, with the supervisor started if need be.  May raise
+        DeadlinePassed."""
         if self.is_gone:
             raise AttributeError("'NoneType' object has no attribute 'run'")
         blobs, spec, model = self._blobs, self.spec, self.remote

@@ -25,7 +25,7 @@ KNOWN: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizer
 """Keywords of onnxruntime's constructor that are passed on."""
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A model to be loaded, with the memory that it is loaded from."""
 
     spec: ModelSpec
@@ -34,15 +34,8 @@ class Source(NamedTuple):
     """Memory that the application may change between calls."""
 
 
-class ModelFile(NamedTuple):
-    """The path or the bytes that a model was given as; the other one is None."""
-
-    path: str | None
-    data: bytes | None
-
-
-def locate(source: object) -> ModelFile:
-    """Reads the constructor's first argument.
+def locate(source: object) -> tuple[str | None, bytes | None]:
+    """Reads the constructor's first argument: a path or bytes; the other one is None.
 
     Raises:
         TypeError: it is neither, in onnxruntime's words.
@@ -51,37 +44,30 @@ def locate(source: object) -> ModelFile:
     """
     if isinstance(source, str | os.PathLike):
         path = str.__str__(os.fspath(source))
-        if path and (number := _error_of(path)):  # onnxruntime has an opinion of its own on ''
-            raise _cannot_look(path, number)
-        return ModelFile(path, None)
+        try:
+            if path:  # onnxruntime has an opinion of its own on ''
+                os.stat(path)
+        except ValueError:  # a NUL in it
+            raise _cannot_look(path, errno.ENOENT) from None
+        except OSError as error:
+            raise _cannot_look(path, error.errno or errno.ENOENT) from None
+        return path, None
     if isinstance(source, bytes):
-        return ModelFile(None, source)
+        return None, source
     raise TypeError(f"Unable to load from type '{type(source)}'")
-
-
-def _error_of(path: str) -> int:
-    """The error number of looking at a file; 0 if there is none."""
-    try:
-        os.stat(path)
-    except ValueError:  # a NUL in it
-        return errno.ENOENT
-    except OSError as error:
-        return error.errno or errno.ENOENT
-    return 0
 
 
 def _cannot_look(path: str, number: int) -> Exception:
     """onnxruntime's own exception, in its own words."""
     installation.check()
     module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    failed = f"Load model from {path} failed:"
-    error: Exception
+    kind, words = module.Fail, f"1 : FAIL : Load model from {path} failed:system error number {number}"
     if number == errno.ENOENT:
-        error = module.NoSuchFile(
-            f"[ONNXRuntimeError] : 3 : NO_SUCHFILE : {failed}Load model {path} failed. File doesn't exist"
+        kind = module.NoSuchFile
+        words = (
+            f"3 : NO_SUCHFILE : Load model from {path} failed:Load model {path} failed. File doesn't exist"
         )
-    else:
-        error = module.Fail(f"[ONNXRuntimeError] : 1 : FAIL : {failed}system error number {number}")
+    error: Exception = kind(f"[ONNXRuntimeError] : {words}")
     return error
 
 
@@ -99,16 +85,15 @@ def _memory_of(sess_options: OrtObject, found: recordings.PortableCalls | None) 
 
 
 def describe(
-    file: ModelFile,
+    location: tuple[str | None, bytes | None],
     sess_options: OrtObject,
     providers: tuple[Providers, Providers],
     kwargs: Mapping[str, object],
     worker: WorkerOptions,
-) -> Source:
+) -> ModelSource:
     """All that a worker needs to load the model, and the key that says which proxies share it.
 
-    Args:
-        providers: ``providers`` and ``provider_options``.
+    ``location``: as from :func:`locate`; ``providers``: and ``provider_options``.
 
     Raises:
         AttributeError: ``sess_options`` is no SessionOptions, in onnxruntime's words.
@@ -129,14 +114,15 @@ def describe(
         "surroundings": process_wide,
         **worker.fields(),
     }
-    digest = None if file.data is None else hashlib.sha256(file.data).hexdigest()
-    spec = specify(file.path, digest, working_directory(), how)
+    path, data = location
+    digest = None if data is None else hashlib.sha256(data).hexdigest()
+    spec = specify(path, digest, working_directory(), how)
     blobs: dict[str, Callable[[], int]] = {}
-    if file.data is not None and digest is not None:
-        blobs[digest] = _kept(digest, file.data)
+    if data is not None and digest is not None:
+        blobs[digest] = _kept(digest, data)
     if live is not None:
         blobs[live.name] = live.descriptor
-    return Source(spec, blobs, live)
+    return ModelSource(spec, blobs, live)
 
 
 def _kept(digest: str, data: bytes) -> Callable[[], int]:
@@ -149,9 +135,7 @@ def _kept(digest: str, data: bytes) -> Callable[[], int]:
 
 def with_providers(spec: ModelSpec, providers: Providers, provider_options: Providers) -> ModelSpec:
     """The same model with other providers, and without falling back to others, which is for constructors.
-
-    Raises: like :func:`describe`.
-    """
+    Raises like :func:`describe`."""
     extra = {name: value for name, value in spec.extra.items() if name in KNOWN} | {"enable_fallback": 0}
     kept = {name: getattr(spec, name) for name in ("options", "memory", "surroundings", *WORKER_FIELDS)}
     return specify(spec.path, spec.blob, spec.cwd, kept | _providers(providers, provider_options, extra))

@@ -1,4 +1,4 @@
-"""Runs whose inputs and results are onnxruntime's OrtValues: ``run_with_ort_values()`` and its kin.
+"""Runs whose inputs and results are onnxruntime's OrtValues.
 
 Dense tensors of numbers go the way of ``run()``, which is faster.  Other values, and calls that fail there,
 go to the worker as OrtValues, so that errors are in onnxruntime's words.
@@ -6,52 +6,55 @@ go to the worker as OrtValues, so that errors are in onnxruntime's words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from onnx_dl.client.cancellation import CancelWatch
+from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import options, ortvalues
-from onnx_dl.ort.metadata import Description
 from onnx_dl.session.inputs import are_names, check_names, check_owner, names_of, sharing
+from onnx_dl.session.introspection import SessionProxy
 from onnx_dl.session.io_binding import IOBinding, place_of, take_results, vector_class
-from onnx_dl.session.model_handle import ModelHandle
-from onnx_dl.session.native_session import NativeSession
 
 
-class OrtValueRuns:
-    """Runs of one session.  It does not refer to the proxy, which would then live until a collection."""
+class OrtValueProxy(SessionProxy):
+    """A proxy with the methods of ``onnxruntime.InferenceSession`` that run with OrtValues and bindings."""
 
-    def __init__(
-        self, handle: ModelHandle, session: NativeSession, metadata: Callable[[], Description]
-    ) -> None:
-        """``session``: the owner of session-scoped OrtValues and bindings; ``metadata``: reads it."""
-        self._handle = handle
-        self._session = session
-        self._metadata = metadata
+    def run_with_ort_values(
+        self,
+        output_names: Sequence[str] | None,
+        input_dict_ort_values: Feed,
+        run_options: OrtObject = None,
+    ) -> list[OrtObject]:
+        """One inference with an ``onnxruntime.OrtValue`` per input, whose results are OrtValues."""
+        try:
+            return self._run_values(output_names, input_dict_ort_values, run_options)
+        except Exception as error:
+            self._fall_back(error)
+            return self.run_with_ort_values(output_names, input_dict_ort_values, run_options)
 
-    def with_ort_values(
+    def _run_values(
         self, output_names: Sequence[str] | None, given: Feed, run_options: OrtObject
     ) -> list[Value]:
-        """``run_with_ort_values()``."""
-        check_names(given, self._metadata().inputs)
+        check_names(given, self._metadata.read().inputs)
         for value in given.values():
-            check_owner(value, self._session)
+            check_owner(value, self._sess)
         feed, names = dict(given), names_of(output_names)
         native = {name: value._get_c_value() for name, value in feed.items()}
-        if run_options is None and (found := self._with_arrays(names, feed, native)) is not None:
+        if run_options is None and (found := self._run_as_arrays(names, feed, native)) is not None:
             return found
         found = self._call("run_with_ort_values", names, feed, run_options=run_options)
         return list(found) if names is None else sharing(names, found)
 
-    def _with_arrays(self, names: list[str] | None, feed: Feed, native: Feed) -> list[OrtObject] | None:
+    def _run_as_arrays(self, names: list[str] | None, feed: Feed, native: Feed) -> list[OrtObject] | None:
         """The way of ``run()``; None if it does not do."""
         if names is not None and not (type(names) is list and are_names(names)):
             return None
-        types = {node.name: node.type for node in self._metadata().outputs}
+        types = {node.name: node.type for node in self._metadata.read().outputs}
         wanted = list(types) if names is None else names
         arrays = {name: ortvalues.as_array(value, feed[name]) for name, value in native.items()}
         if any(array is None for array in arrays.values()) or len(set(wanted)) != len(wanted):
@@ -59,18 +62,16 @@ class OrtValueRuns:
         if not all(types.get(name) in ortvalues.NUMERIC for name in wanted):
             return None
         try:
-            results = self.plain(wanted, arrays)
-            if not all(
-                type(result) is np.ndarray for result in results
-            ):  # sparse ones have the type of tensors
-                return None
+            results = self._run_arrays(wanted, arrays)
         except OnnxDLError:
             raise  # not onnxruntime's: the other way would raise the same
         except Exception:
             return None
+        if not all(type(result) is np.ndarray for result in results):  # sparse ones have the type of tensors
+            return None
         return [ortvalues.put_together("OrtValue", [ortvalues.from_array(r)], copy=True) for r in results]
 
-    def with_vectors(
+    def run_with_ortvaluevector(
         self,
         run_options: OrtObject,
         feed_names: Sequence[str],
@@ -79,7 +80,8 @@ class OrtValueRuns:
         fetches: OrtObject,
         fetch_devices: Sequence[OrtObject],
     ) -> None:
-        """``run_with_ortvaluevector()``."""
+        """One inference with ``OrtValueVector``.  Results are written to the values of ``fetches``, or, if it
+        has none, appended to it."""
         if type(run_options).__name__ != "RunOptions" or {type(feeds), type(fetches)} != {vector_class()}:
             raise TypeError(
                 "run_with_ortvaluevector(): incompatible function arguments. It takes RunOptions, and an "
@@ -98,45 +100,55 @@ class OrtValueRuns:
         for value in take_results(given, found):
             fetches.push_back(value)
 
-    def with_binding(self, binding: IOBinding, run_options: OrtObject) -> None:
-        """``run_with_iobinding()``."""
-        if binding._session is not self._session:
-            raise ValueError("IOBinding must be used with the session that created it.")
-        if run_options is not None or not binding.run_plainly(self.plain):
-            binding.run(lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options))
+    def io_binding(self) -> IOBinding:
+        """A binding of inputs and outputs to memory of this process."""
+        if self._handle.is_gone:
+            raise AttributeError("'NoneType' object has no attribute 'is_webgpu_graph_capture_enabled'")
+        return IOBinding(self)
 
-    def new_value(
+    def run_with_iobinding(self, iobinding: IOBinding, run_options: OrtObject = None) -> None:
+        """One inference with what is bound; results go where outputs are bound.
+
+        Raises:
+            ValueError, RuntimeError: the binding is another session's, or onnxruntime refuses it.
+        """
+        if iobinding._session is not self._sess:
+            raise ValueError("IOBinding must be used with the session that created it.")
+        if run_options is not None or not iobinding.run_plainly(self._run_arrays):
+            iobinding.run(lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options))
+
+    def create_ortvalue_from_shape_and_type(
         self,
         shape: Sequence[int],
         element_type: DTypeLike | int,
         device_type: str,
-        device_id: int,
-        vendor_id: int,
+        device_id: int = 0,
+        vendor_id: int = -1,
     ) -> OrtObject:
         """An OrtValue in this process that only this session takes; imports onnxruntime."""
         import onnxruntime
 
         kind = element_type if isinstance(element_type, int) else np.dtype(element_type).str
-        self._handle.invoke("check_ortvalue", list(shape), kind, device_type, device_id, int(vendor_id))
+        self._invoke("check_ortvalue", list(shape), kind, device_type, device_id, int(vendor_id))
         made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
             shape, element_type, device_type, device_id, vendor_id
         )
-        made._session = self._session
+        made._session = self._sess
         return made
 
-    def plain(self, names: list[str], feed: Feed) -> list[Array]:
-        """One inference with arrays only."""
-        handle = self._handle
-        if handle.live is not None:
-            handle.live.refresh()
-        result: list[Array] = handle.model().run(handle.lease, names, feed, None)
+    def _run_arrays(self, names: list[str], feed: Feed) -> list[Array]:
+        result: list[Array] = self._refreshed().run(self._handle.lease, names, feed, None)
         return result
 
     def _call(self, method: str, *args: object, run_options: OrtObject) -> list[Value]:
-        handle = self._handle
-        if handle.live is not None:
-            handle.live.refresh()
-        told: PlainDict | None = options.read_run_options(run_options)
+        plain: PlainDict | None = options.read_run_options(run_options)
         watch = None if run_options is None else CancelWatch(run_options)
-        result: list[Value] = handle.model().invoke(handle.lease, method, *args, told, watch=watch)
+        model = self._refreshed()
+        result: list[Value] = model.invoke(self._handle.lease, method, *args, plain, watch=watch)
         return result
+
+    def _refreshed(self) -> RemoteModel:
+        """The model, with initializers as the application has them now."""
+        if self._handle.live is not None:
+            self._handle.live.refresh()
+        return self._handle.model()

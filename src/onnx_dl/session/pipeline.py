@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 
+from onnx_dl.concurrency.forking import lazily
 from onnx_dl.core.types import Feed, OrtObject, Value
 from onnx_dl.errors import ConfigError
 from onnx_dl.ort import options
@@ -45,7 +46,6 @@ class Pipeline:
             raise ConfigError("All stages of a pipeline must be proxies of the same host.")
         self._stages = stages
         self._connect = [dict(names) for names in connect or [{}] * (len(stages) - 1)]
-        self._wires: list[dict[str, tuple[int, str]]] | None = None
 
     def run(
         self,
@@ -68,25 +68,23 @@ class Pipeline:
             ValueError: an input is missing, or is none of the pipeline's, in onnxruntime's words.
             Exception: a stage raised it.
         """
-        wires = self._wiring()
         self._check(input_feed)
         plain = options.read_run_options(run_options)
         computed: list[Feed] = []
         with contextlib.ExitStack() as kept:
             for index, stage in enumerate(self._stages[:-1]):
                 names = self._needed(index)
-                feed = stage._fed(self._feed(index, input_feed, computed, wires))
+                feed = stage._as_feed(self._feed(index, input_feed, computed))
                 results = stage._handle.model().keep(stage._handle.lease, names, feed, plain)
                 kept.callback(results.release)
                 computed.append(dict(zip(names, results.values, strict=True)))
-            feed = self._feed(len(self._stages) - 1, input_feed, computed, wires)
+            feed = self._feed(len(self._stages) - 1, input_feed, computed)
             return self._stages[-1].run(output_names, feed, run_options)
 
     def get_inputs(self) -> list[NodeArg]:
         """The inputs that no stage feeds.  Loads models that never were loaded."""
-        wires = self._wiring()
         nodes: dict[str, NodeArg] = {}
-        for stage, wired in zip(self._stages, wires, strict=True):
+        for stage, wired in zip(self._stages, self._wires, strict=True):
             for node in stage.get_inputs():
                 if node.name not in wired:
                     nodes.setdefault(node.name, node)
@@ -98,11 +96,10 @@ class Pipeline:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _wiring(self) -> list[dict[str, tuple[int, str]]]:
+    @lazily
+    def _wires(self) -> list[dict[str, tuple[int, str]]]:
         """For each stage, its inputs that earlier stages feed: stage and name of the output."""
-        if self._wires is None:
-            self._wires = [self._wire(index) for index in range(len(self._stages))]
-        return self._wires
+        return [self._wire(index) for index in range(len(self._stages))]
 
     def _wire(self, index: int) -> dict[str, tuple[int, str]]:
         if not index:
@@ -133,19 +130,13 @@ class Pipeline:
 
     def _needed(self, index: int) -> list[str]:
         """The outputs of a stage that later ones read."""
-        later = [source for wired in self._wiring() for source in wired.values()]
+        later = [source for wired in self._wires for source in wired.values()]
         return list(dict.fromkeys(name for stage, name in later if stage == index)) or [
             self._stages[index].get_outputs()[0].name
         ]
 
-    def _feed(
-        self,
-        index: int,
-        given: Mapping[str, Value],
-        computed: list[Feed],
-        wires: list[dict[str, tuple[int, str]]],
-    ) -> Feed:
-        wired = {name: computed[stage][output] for name, (stage, output) in wires[index].items()}
+    def _feed(self, index: int, given: Mapping[str, Value], computed: list[Feed]) -> Feed:
+        wired = {name: computed[stage][output] for name, (stage, output) in self._wires[index].items()}
         names = [node.name for node in self._stages[index].get_inputs()]
         return wired | {name: given[name] for name in names if name in given and name not in wired}
 

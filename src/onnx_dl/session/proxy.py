@@ -1,7 +1,4 @@
-"""Base of all proxies: a TTL, ``load()``, ``session()``, ``unload()``, ``close()``, copies.
-
-An engine's own face (:mod:`onnx_dl.session.inference_session`, :mod:`onnx_dl.session.execution_session`) is a subclass.
-"""
+"""Base of all proxies: a TTL, ``load()``, ``session()``, ``unload()``, ``close()``, copies."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from onnx_dl.core.terms import Terms
 from onnx_dl.core.types import Array
 from onnx_dl.errors import LoadTimeout, RunTimeout
 from onnx_dl.session.model_handle import ModelHandle
-from onnx_dl.session.model_source import Source
+from onnx_dl.session.model_source import ModelSource
 from onnx_dl.tensors import segment, shared_bytes
 
 
@@ -34,7 +31,7 @@ class ModelProxy:
 
     _handle: ModelHandle
 
-    def __init__(self, source: Source, terms: Terms, host: HostClient | None = None) -> None:
+    def __init__(self, source: ModelSource, terms: Terms, host: HostClient | None = None) -> None:
         """``host``: None: this application's default host."""
         self._handle = ModelHandle(source, terms, host or default_host())
 
@@ -84,19 +81,13 @@ class ModelProxy:
         self.load_by(Deadline.of(parsing.parse_timeout(timeout)))
 
     def load_by(self, deadline: Deadline | None) -> None:
-        """:meth:`load`, for as long as ``deadline`` says.
-
-        Raises: like :meth:`load`.
-        """
+        """Like :meth:`load`, for as long as ``deadline`` says."""
         with _in_time(self._handle.spec.name, deadline):
             self._handle.model(deadline).load(self._handle.lease, deadline)
 
     def adopt(self) -> ModelStatus:
         """Loads the model and has the host itself hold it on this proxy's terms, also when this proxy and
-        this application are gone.  Returns its status.
-
-        Raises: like the first call.
-        """
+        this application are gone.  Returns its status; raises like the first call."""
         used = self._handle.in_use()
         model = self._handle.model()
         model.adopt(self._handle.lease)
@@ -187,10 +178,7 @@ class ModelProxy:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """A pickled proxy is the name of a model; the other process has a host of its own, unless this
-        proxy's is shared.
-
-        Memory that the model is loaded from, if it is no file, goes along as it is now.
-        """
+        proxy's is shared.  Memory that the model is loaded from goes along as it is now."""
         handle = self._handle
         memory = {name: bytes_of(make()) for name, make in handle.blobs().items()}
         where = (handle.spec, memory, handle.lease.terms, handle.host.name)
@@ -208,7 +196,7 @@ def _unpickled(
     frozen = {name: shared_bytes.keep(name, data).descriptor for name, data in memory.items()}
     made = object.__new__(cls)
     at = default_host() if host is None else shared_host(host)
-    made.__setstate__((ModelHandle(Source(spec, frozen), terms, at), *state))
+    made.__setstate__((ModelHandle(ModelSource(spec, frozen), terms, at), *state))
     return made
 
 
