@@ -17,7 +17,7 @@ from onnx_dl.concurrency.event_loops import present
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.errors import ConfigError, PlatformError
-from onnx_dl.system.platform import check_platform
+from onnx_dl.system.resources import check_platform
 from tests.unit.test_forking import OURS
 from tests.unit.test_layers import MODULES
 

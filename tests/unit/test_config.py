@@ -14,8 +14,7 @@ from onnx_dl.core import parsing
 from onnx_dl.core.parsing import parse_ttl
 from onnx_dl.core.settings import Settings, settings
 from onnx_dl.errors import ConfigError, PlatformError
-from onnx_dl.system import platform
-from onnx_dl.transport.sockets import fresh_address
+from onnx_dl.system import resources
 
 ACCEPTED = [
     (-1, -1.0),
@@ -166,10 +165,10 @@ def test_settings_come_from_the_real_environment_by_default(monkeypatch):
 
 
 def test_platform(monkeypatch):
-    platform.check_platform()
+    resources.check_platform()
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(PlatformError, match=r"needs Linux .* this is darwin\. Use onnxruntime"):
-        platform.check_platform()
+        resources.check_platform()
 
 
 def test_addresses_are_unguessable_and_fit_a_socket():

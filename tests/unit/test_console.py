@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from onnx_dl.cli import table, versions
+from onnx_dl.cli import ps, table
 from onnx_dl.cli.doctor import report
 from onnx_dl.cli.doctor.checks import Finding, Mark
-from onnx_dl.cli.history import History
 from onnx_dl.cli.hosts import check_alive, default_name
 from onnx_dl.cli.models import load_line
+from onnx_dl.cli.table import History
 from onnx_dl.client.launcher import no_host
 from onnx_dl.core import text
 from onnx_dl.core.lifecycle import ModelState
@@ -160,14 +160,14 @@ def test_hosts_of_several_versions() -> None:
     before = RunningHost(name="a", protocol=None, pid=1, started=1.0, managed=True)
     ours = RunningHost(name="a", protocol=PROTOCOL_VERSION, pid=2, started=2.0, package="1.0")
     later = RunningHost(name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0")
-    first, second, third = versions.lines([before, ours, later])
+    first, second, third = ps.host_lines([before, ours, later])
     assert first.startswith("Host: onnx-dl, protocol version 4 or older, pid 1, since ")
     assert "This version of onnx-dl cannot connect to it." in first and "--all-versions ends it." in first
     assert second.startswith(f"Host: onnx-dl 1.0, protocol version {PROTOCOL_VERSION}, pid 2, since ")
     assert second.endswith(". It ends when its clients have gone.")
     assert third.endswith("This version of onnx-dl cannot connect to it. It stays, as any host does.")
-    assert versions.lines([ours]) == [second.removesuffix(" It ends when its clients have gone.")]
-    assert versions.lines([]) == []
+    assert ps.host_lines([ours]) == [second.removesuffix(" It ends when its clients have gone.")]
+    assert ps.host_lines([]) == []
 
 
 def test_hosts_of_several_versions_as_data() -> None:
@@ -175,7 +175,7 @@ def test_hosts_of_several_versions_as_data() -> None:
     later = RunningHost(
         name="a", protocol=PROTOCOL_VERSION + 1, pid=3, started=3.0, package="2.0", managed=True
     )
-    first, second = versions.data([ours, later])
+    first, second = ps.host_data([ours, later])
     assert first.pop("since") < second.pop("since") < time.time()
     assert first == {
         "name": "a", "protocol": PROTOCOL_VERSION, "package": "1.0", "pid": 2, "kept": False,
@@ -185,7 +185,7 @@ def test_hosts_of_several_versions_as_data() -> None:
         "name": "a", "protocol": PROTOCOL_VERSION + 1, "package": "2.0", "pid": 3, "kept": True,
         "reachable": False, "leaving": False,
     }  # fmt: skip
-    assert versions.data([RunningHost(name="a", protocol=None, pid=1)])[0]["since"] is None
+    assert ps.host_data([RunningHost(name="a", protocol=None, pid=1)])[0]["since"] is None
 
 
 def test_names_are_not_taken_for_markup() -> None:
@@ -274,8 +274,8 @@ def test_a_line_over_time() -> None:
     assert text.sparkline([], 3, 1) == "   "
     assert text.sparkline([1, 9, 1, 1], 2, 9) == "█▁"
     assert text.sparkline([1, 1], 2, 0) == "  "
-    assert text.growing_line([1, 1], 4, 1) == "  ██"
-    assert text.growing_line(range(100), 4, 99) == "▂▄▆█"
+    assert str(table._line([1, 1], 4, 1)[0]) == "  ██"
+    assert str(table._line(list(range(100)), 4, 99)[0]) == "▂▄▆█"
 
 
 def test_what_load_says() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from onnx_dl.core import file_identity
-from onnx_dl.core.file_identity import ReadFile
+from onnx_dl.core import model_files
+from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec, specify
 from onnx_dl.errors import FilesChanging
-from onnx_dl.workers.engines import stable_load
+from onnx_dl.workers.engines import base, ort_session
 from onnx_dl.workers.load_cache import rules
 from tests.unit.builders import spec
 
@@ -85,8 +85,8 @@ def test_what_has_changed_is_noticed(tmp_path: Path, how: str) -> None:
     (tmp_path / "one").write_bytes(b"1")
     (tmp_path / "w").symlink_to("one")
     model = spec_of(tmp_path / "m.onnx")
-    read = file_identity.look_at(model.where, ["", "w", "never"])
-    assert file_identity.changed(model.where, read) is None
+    read = model_files.identities(model.where, ["", "w", "never"])
+    assert model_files.changed(model.where, read) is None
     if how == "written":
         (tmp_path / "one").write_bytes(b"22")
     elif how == "touched":
@@ -98,33 +98,33 @@ def test_what_has_changed_is_noticed(tmp_path: Path, how: str) -> None:
         if how == "link":
             (tmp_path / "next").symlink_to("two")
         os.replace(tmp_path / ("next" if how == "link" else "two"), tmp_path / "w")
-    assert file_identity.changed(model.where, read) == str(tmp_path / "w")
+    assert model_files.changed(model.where, read) == str(tmp_path / "w")
 
 
 def test_what_comes_to_be_is_a_change(tmp_path: Path) -> None:
     model = spec_of(tmp_path / "m.onnx")
-    read = file_identity.look_at(model.where, ["w"])
+    read = model_files.identities(model.where, ["w"])
     assert read == [ReadFile("w", None)]
     (tmp_path / "w").write_bytes(b"")
-    assert file_identity.changed(model.where, read) == str(tmp_path / "w")
+    assert model_files.changed(model.where, read) == str(tmp_path / "w")
 
 
 def test_a_look_is_cheap(tmp_path: Path) -> None:
     """20 µs for a file; the fastest of many, whatever else this machine does."""
     (tmp_path / "m.onnx").write_bytes(b"m")
     model = spec_of(tmp_path / "m.onnx")
-    read = file_identity.look_at(model.where, [""])
+    read = model_files.identities(model.where, [""])
     took = []
     for _ in range(200):
         began = time.perf_counter_ns()
-        assert file_identity.changed(model.where, read) is None
+        assert model_files.changed(model.where, read) is None
         took.append(time.perf_counter_ns() - began)
     assert min(took) < 20_000
 
 
 def test_names_that_cannot_be_looked_at_are_no_files() -> None:
-    assert file_identity.look("a\0b") is None
-    assert file_identity.look("x" * 5000) is None
+    assert model_files.identity("a\0b") is None
+    assert model_files.identity("x" * 5000) is None
 
 
 def test_libraries_are_among_the_files(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_libraries_are_among_the_files(tmp_path: Path) -> None:
         ["add_free_dimension_override_by_name", ["/n", 1], {}],
     ]
     model = spec_of(tmp_path / "m.onnx", options={"calls": calls}, surroundings={"libraries": {"e": "/e.so"}})
-    assert stable_load.names_of(model) == ["", "/opt/ops.so", "/opt/more.so", "/e.so"]
+    assert ort_session.files_of(model) == ["", "/opt/ops.so", "/opt/more.so", "/e.so"]
 
 
 # --- loading ---------------------------------------------------------------------------------------------
@@ -172,15 +172,15 @@ def test_a_file_that_changes_meanwhile_is_loaded_again(
     path: Path, changes: int, error: Exception | None
 ) -> None:
     loads = Loads(path, changes, error)
-    made, read = stable_load.load(spec_of(path), lambda: [""], loads)
+    made, read = base.load_unchanged(spec_of(path), lambda: [""], loads)
     assert (made, loads.count) == (str(changes), changes + 1)
-    assert read == [ReadFile("", file_identity.look(str(path)))]
+    assert read == [ReadFile("", model_files.identity(str(path)))]
 
 
 def test_one_that_changes_each_time_is_given_up(path: Path) -> None:
     loads = Loads(path, 99)
     with pytest.raises(FilesChanging, match=r"m\.onnx was changed while .* 3 times in a row\. Load it after"):
-        stable_load.load(spec_of(path), lambda: [""], loads)
+        base.load_unchanged(spec_of(path), lambda: [""], loads)
     assert loads.count == 3
 
 
@@ -192,7 +192,7 @@ def test_what_is_wrong_with_a_file_that_stays_is_said_at_once(path: Path) -> Non
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        stable_load.load(spec_of(path), lambda: [""], make)
+        base.load_unchanged(spec_of(path), lambda: [""], make)
     assert len(calls) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.workers.cancellation import CancelToken
+from onnx_dl.workers.engines.base import CancelToken
 
 
 @pytest.mark.parametrize("number", [0, 1])

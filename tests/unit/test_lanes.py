@@ -49,8 +49,7 @@ from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines.base import Rerun
+from onnx_dl.workers.engines.base import CancelToken, Rerun
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService
 from tests.unit.builders import DESCRIPTION

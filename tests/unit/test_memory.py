@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from onnx_dl.workers import heap
+from onnx_dl.workers import limits
 
 HOLE = """
 import ctypes, os
-from onnx_dl.workers import heap as memory
+from onnx_dl.workers import limits as memory
 
 def resident():
     with open("/proc/self/statm") as statm:
@@ -27,16 +27,16 @@ for block in blocks:
 for block in blocks[:-1]:
     libc.free(ctypes.c_void_p(block))
 held = resident()
-memory.trim()
+memory.trim_heap()
 print(held - resident())
 """
 
 CHILD = """
 import gc, os
-from onnx_dl.workers import heap as memory
+from onnx_dl.workers import limits as memory
 
 kept = [[i] for i in range(300_000)]
-memory.share()
+memory.share_heap()
 if os.fork() == 0:
     gc.collect()
     with open("/proc/self/smaps_rollup") as rollup:
@@ -58,8 +58,8 @@ def test_trim_gives_back_what_lies_below_a_block_in_use() -> None:
 
 
 def test_trim_is_nothing_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_trim", None)
-    heap.trim()
+    monkeypatch.setattr(limits, "_trim", None)
+    limits.trim_heap()
 
 
 def test_a_child_that_collects_garbage_copies_no_pages() -> None:

@@ -13,12 +13,11 @@ import msgspec
 import pytest
 
 import onnx_dl
-from onnx_dl.core.environment import Environment
+from onnx_dl.core.environment import Environment, ThreadAttributes
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.terms import Terms
-from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane, template
 from tests.unit.builders import DESCRIPTION, spec
@@ -86,7 +85,11 @@ EXAMPLES = [
     lane.Terminate(thread=7, request=8),
     lane.Started(),
     template.Spawn(
-        worker_id=1, identity=b"i", control="c", standing=ThreadAttributes(nice=3), environment=ENVIRONMENT
+        worker_id=1,
+        identity=b"i",
+        control="c",
+        thread_attributes=ThreadAttributes(nice=3),
+        environment=ENVIRONMENT,
     ),
     template.Spawned(worker_id=1, pid=2),
     template.SpawnFailed(worker_id=1, reason="r"),

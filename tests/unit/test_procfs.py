@@ -12,18 +12,18 @@ from collections.abc import Iterator
 import pytest
 
 from onnx_dl import PlatformError
-from onnx_dl.system import procfs
+from onnx_dl.system import resources
 
 ASKED = """
 import os, sys, threading
-from onnx_dl.system import procfs
+from onnx_dl.system import resources
 def gone(path):
     raise FileNotFoundError(path)
 if {blind}:
     os.listdir = gone
-print(procfs.has_one_thread())
+print(resources.has_one_thread())
 threading.Thread(target=sys.stdin.read, daemon=True).start()
-print(procfs.has_one_thread())
+print(resources.has_one_thread())
 """
 
 
@@ -53,7 +53,7 @@ def blind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.mark.usefixtures("blind")
 def test_what_is_an_eventfd() -> None:
     eventfd = os.eventfd(3)
-    assert procfs.is_eventfd(eventfd) and os.eventfd_read(eventfd) == 3
+    assert resources.is_eventfd(eventfd) and os.eventfd_read(eventfd) == 3
     os.close(eventfd)
     one, two = socket.socketpair()
     poll, pipe, process = os.memfd_create("x"), os.pipe(), os.pidfd_open(os.getpid())
@@ -62,17 +62,17 @@ def test_what_is_an_eventfd() -> None:
     epoll = select.epoll()
     with one, two, tempfile.TemporaryFile() as file:
         for fd in (one.fileno(), poll, *pipe, process, epoll.fileno(), file.fileno()):
-            assert not procfs.is_eventfd(fd)
+            assert not resources.is_eventfd(fd)
         one.setblocking(False)
         with pytest.raises(BlockingIOError):
             two.setblocking(False), two.recv(1)  # nothing was written to it
     epoll.close()
     for fd in (poll, *pipe, process):
         os.close(fd)
-    assert not procfs.is_eventfd(eventfd)
+    assert not resources.is_eventfd(eventfd)
 
 
 def test_what_is_missing() -> None:
-    assert procfs.is_mounted()
-    error = procfs.missing("memory_limit")
+    assert resources.is_proc_mounted()
+    error = resources.proc_missing("memory_limit")
     assert isinstance(error, PlatformError) and "mount -t proc" in str(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onnx_dl.core import events, spec, status, terms, thread_attributes
+from onnx_dl.core import environment, events, spec, status, terms
 from onnx_dl.protocol import codec, control, failures, lane, template
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
@@ -48,7 +48,7 @@ def structs() -> dict[str, type[msgspec.Struct]]:
             spec,
             status,
             terms,
-            thread_attributes,
+            environment,
             events,
         )
         for name, cls in inspect.getmembers(module, inspect.isclass)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines.base import BoundRun, Rerun
+from onnx_dl.workers.engines.base import BoundRun, CancelToken, Rerun
 from onnx_dl.workers.prepared_calls import PreparedCall
 from tests.unit.builders import arena
 

@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
+from onnx_dl.core.environment import ThreadAttributes
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.terms import Terms
-from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.errors import InvalidTransition, LoadTimeout, MemoryLimitExceeded, WorkerDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
@@ -74,16 +74,16 @@ def test_a_worker_has_the_standing_of_who_asked_last(rig):
     s = rig.scheduler
     for ticket, nice in ((1, 3), (2, 5)):
         ask = acquire(ticket, proxy=ticket)
-        ask.standing = ThreadAttributes(nice=nice)
+        ask.thread_attributes = ThreadAttributes(nice=nice)
         commands = s.on_acquire(A, ask, 5.0)
-        assert [c.standing for c in commands if isinstance(c, StartWorker)] == [ThreadAttributes(nice=nice)][
-            : 2 - ticket
-        ]
+        assert [c.thread_attributes for c in commands if isinstance(c, StartWorker)] == [
+            ThreadAttributes(nice=nice)
+        ][: 2 - ticket]
     s.on_spawned(1, 101)
     (again,) = [
         c for c in s.on_exited(1, decode(9), "", 6.0) + s.on_tick(60.0, {}) if isinstance(c, StartWorker)
     ]
-    assert again.standing == ThreadAttributes(nice=5)
+    assert again.thread_attributes == ThreadAttributes(nice=5)
 
 
 def test_started_worker_is_told_what_to_load_with_the_ttl_in_force(rig):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.workers import watchdog
-from onnx_dl.workers.watchdog import Watchdog
+from onnx_dl.workers import limits
+from onnx_dl.workers.limits import Watchdog
 from tests.waiting import eventually
 
 LIMIT = 100
@@ -50,13 +50,13 @@ def test_it_lingers_between_calls_that_follow_each_other(worker: Worker) -> None
         worker.calls = 1
         assert worker.watchdog.look()
         worker.calls = 0
-        looks = [worker.watchdog.look() for _ in range(watchdog.LINGER)]
-        assert looks == [True] * (watchdog.LINGER - 1) + [False]
+        looks = [worker.watchdog.look() for _ in range(limits.LINGER)]
+        assert looks == [True] * (limits.LINGER - 1) + [False]
 
 
 def test_a_call_wakes_its_thread(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Again and again, and in between it sleeps: nothing is looked at."""
-    monkeypatch.setattr(watchdog, "EVERY", 0.0001)
+    monkeypatch.setattr(limits, "EVERY", 0.0001)
     worker.watchdog.start()
     for turn in range(1, 4):
         eventually(lambda: worker.watchdog.sleeps, "it sleeps")

@@ -31,6 +31,10 @@ def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> N
         SupervisorDied: the host has ended.
         BrokenPipeError: stdout has no reader any more.
     """
+
+    def show(event: ModelEvent) -> None:
+        print_line(msgspec.json.encode(event).decode() if as_json else str(event))
+
     with host.events() as stream, _watched(host) as has_ended:
 
         def check() -> None:
@@ -39,7 +43,7 @@ def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> N
             if not has_reader(sys.stdout.fileno()):
                 raise BrokenPipeError
 
-        follow(stream, lambda event: print_line(_as_json(event) if as_json else str(event)), check, seconds)
+        follow(stream, show, check, seconds)
 
 
 def follow(
@@ -61,10 +65,6 @@ def follow(
             check()
         except StopIteration:
             return
-
-
-def _as_json(event: ModelEvent) -> str:
-    return msgspec.json.encode(event).decode()
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The grammar of the command line."""
-    ps_module = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="onnx-dl",
         description="onnxruntime sessions that live in worker processes and give all their memory back.",
     )
-    ps_module.add_argument("--version", action="version", version=f"onnx-dl {__version__}")
-    commands = ps_module.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    whole.add_argument("--version", action="version", version=f"onnx-dl {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo", help="load, use and unload four models, beside the same work in-process"
     )
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object")
     doctor.set_defaults(run=_doctor)
-    return ps_module
+    return whole
 
 
 def _add_run(commands: _Commands) -> None:
@@ -82,10 +82,7 @@ def _add_supervise(commands: _Commands) -> None:
 
 
 def _add_host_command(
-    commands: _Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], None],
-    about: str,
+    commands: _Commands, name: str, run: Callable[[argparse.Namespace], None], about: str
 ) -> argparse.ArgumentParser:
     """Adds a command for a shared host."""
     command = commands.add_parser(name, help=about)
@@ -102,10 +99,10 @@ def _add_host_command(
 def _add_views(commands: _Commands) -> None:
     ps = _add_host_command(commands, "ps", _ps, "list the models of a shared host")
     ps.add_argument("--json", action="store_true", help="the snapshot and the hosts as one JSON object")
-    ps_module = _add_host_command(
+    top = _add_host_command(
         commands, "top", _top, "watch the models of a shared host, and their memory over time"
     )
-    ps_module.add_argument("--interval", metavar="S", default="2", help="seconds between two updates (2)")
+    top.add_argument("--interval", metavar="S", default="2", help="seconds between two updates (2)")
     events = _add_host_command(
         commands, "events", _events, "print what happens in a shared host, from now on"
     )
@@ -190,8 +187,7 @@ def _run(arguments: argparse.Namespace) -> NoReturn:
 def _supervise(arguments: argparse.Namespace) -> None:
     from onnx_dl.cli.supervise import supervise
 
-    limit = arguments.memory_limit
-    file = arguments.config
+    limit, file = arguments.memory_limit, arguments.config
     if arguments.metrics is not None:
         parsing.parse_address(arguments.metrics)
     supervise(
@@ -203,9 +199,9 @@ def _supervise(arguments: argparse.Namespace) -> None:
 
 
 def _stop(arguments: argparse.Namespace) -> None:
-    from onnx_dl.cli import stop as stop_module
+    from onnx_dl.cli import hosts
 
-    stop_module.stop(_host(arguments), all_versions=arguments.all_versions)
+    hosts.stop(_host(arguments), all_versions=arguments.all_versions)
 
 
 def _demo(_: argparse.Namespace) -> None:
@@ -215,9 +211,9 @@ def _demo(_: argparse.Namespace) -> None:
 
 
 def _cache(arguments: argparse.Namespace) -> None:
-    from onnx_dl.cli import cache
+    from onnx_dl.cli import models
 
-    {"ls": cache.ls, "clear": cache.clear}[arguments.action]()
+    {"ls": models.list_cached, "clear": models.clear_cache}[arguments.action]()
 
 
 def _host(arguments: argparse.Namespace) -> str:
@@ -227,27 +223,27 @@ def _host(arguments: argparse.Namespace) -> str:
 
 
 def _ps(arguments: argparse.Namespace) -> None:
-    from onnx_dl.cli import ps as ps_module
+    from onnx_dl.cli.ps import ps
 
-    ps_module.ps(_host(arguments), as_json=arguments.json)
+    ps(_host(arguments), as_json=arguments.json)
 
 
 def _top(arguments: argparse.Namespace) -> None:
     from onnx_dl.cli import hosts
-    from onnx_dl.cli import ps as ps_module
+    from onnx_dl.cli.ps import top
 
     interval = parsing.parse_span(arguments.interval)
-    with hosts.running(_host(arguments)) as host:
-        ps_module.top(host, interval)
+    with hosts.connected(_host(arguments)) as host:
+        top(host, interval)
 
 
 def _events(arguments: argparse.Namespace) -> None:
-    from onnx_dl.cli import events as events_module
     from onnx_dl.cli import hosts
+    from onnx_dl.cli.events import events
 
     seconds = None if arguments.follow else parsing.parse_span(arguments.seconds)
-    with hosts.running(_host(arguments)) as host:
-        events_module.events(host, as_json=arguments.json, seconds=seconds)
+    with hosts.connected(_host(arguments)) as host:
+        events(host, as_json=arguments.json, seconds=seconds)
 
 
 def _load(arguments: argparse.Namespace) -> None:
@@ -256,14 +252,14 @@ def _load(arguments: argparse.Namespace) -> None:
     ttl = None if arguments.ttl is None else parsing.parse_ttl(parsing.plain_number(arguments.ttl))
     pin = True if arguments.command == "pin" else None
     terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
-    with hosts.started(_host(arguments)) as host:
+    with hosts.connected(_host(arguments), start=True) as host:
         models.load(host, arguments.model, **terms, environment=arguments.env)
 
 
 def _unload(arguments: argparse.Namespace) -> None:
     from onnx_dl.cli import hosts, models
 
-    with hosts.running(_host(arguments)) as host:
+    with hosts.connected(_host(arguments)) as host:
         models.unload(host, arguments.model, force=arguments.force)
 
 
@@ -273,7 +269,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = collect.examine()
     report.show(findings, as_json=arguments.json)
     return int(report.has_problems(findings))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

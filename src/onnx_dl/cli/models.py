@@ -1,7 +1,8 @@
-"""``onnx-dl load``, ``pin`` and ``unload``: models that a shared host holds by itself."""
+"""``onnx-dl load``, ``pin``, ``unload``: models that a host holds by itself; ``cache``: those on disk."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 
 from onnx_dl.cli.output import print_line
@@ -11,6 +12,7 @@ from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import OnnxDLError, RemoteError
 from onnx_dl.host.model_host import ModelHost
+from onnx_dl.workers.load_cache.store import open_cache
 
 
 def load(
@@ -53,3 +55,21 @@ def unload(host: ModelHost, model: str, *, force: bool) -> None:
     """Unloads a model and prints whether it was loaded."""
     was_loaded = host.unload(model, force=force)
     print_line(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")
+
+
+def list_cached() -> None:
+    """Prints size, last use and model of each entry of the load cache, the last used first."""
+    store = open_cache()
+    entries = store.entries()
+    for entry in entries:
+        used = datetime.datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
+        print_line(f"{format_bytes(entry.nbytes):>12}  {used}  {entry.meta.name}")
+    print_line(
+        f"{len(entries)} models, {format_bytes(sum(entry.nbytes for entry in entries))}, in {store.root}"
+    )
+
+
+def clear_cache() -> None:
+    """Removes all entries of the load cache, and prints how much that was."""
+    store = open_cache()
+    print_line(f"{format_bytes(store.clear())} removed from {store.root}")

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from onnx_dl.cli import versions
-from onnx_dl.cli.history import History
-from onnx_dl.cli.hosts import check_alive, running
+from onnx_dl.cli.hosts import check_alive, connected
 from onnx_dl.cli.output import console, print_line
-from onnx_dl.cli.table import live, overview
+from onnx_dl.cli.table import History, live, overview
 from onnx_dl.core.status import Snapshot
 from onnx_dl.errors import SupervisorError
 from onnx_dl.host.model_host import ModelHost
@@ -36,7 +34,7 @@ def ps(name: str, *, as_json: bool) -> None:
     """
     snapshot, failure = None, None
     try:
-        with running(name) as host:
+        with connected(name) as host:
             snapshot = check_alive(host.snapshot())
     except SupervisorError as error:
         failure = error
@@ -49,14 +47,42 @@ def ps(name: str, *, as_json: bool) -> None:
 
 def _print(snapshot: Snapshot, found: Sequence[RunningHost], *, as_json: bool) -> None:
     if as_json:
-        data = msgspec.to_builtins(snapshot) | {"hosts": versions.data(found)}
+        data = msgspec.to_builtins(snapshot) | {"hosts": host_data(found)}
         print_line(msgspec.json.encode(data).decode())
         return
     terminal = console()
     if snapshot.supervisor_pid is not None:
         terminal.print(overview(snapshot, terminal.width))
-    for line in versions.lines(found):
+    for line in host_lines(found):
         terminal.print(line, markup=False)
+
+
+def host_lines(found: Sequence[RunningHost]) -> list[str]:
+    """One line for each host."""
+    return [f"Host: {running_hosts.describe(host)}. {_remark(host, found)}".rstrip() for host in found]
+
+
+def host_data(found: Sequence[RunningHost]) -> list[dict[str, object]]:
+    """The hosts as plain data for JSON; times are Unix times in seconds."""
+    return [
+        {
+            "name": host.name,
+            "protocol": host.protocol,
+            "package": host.package,
+            "pid": host.pid,
+            "since": host.since,
+            "kept": host.managed,
+            "reachable": host.reachable,
+            "leaving": running_hosts.successor(host, found) is not None,
+        }
+        for host in found
+    ]
+
+
+def _remark(host: RunningHost, found: Sequence[RunningHost]) -> str:
+    if not host.reachable:
+        return f"This version of onnx-dl cannot connect to it. {running_hosts.outlook(host, found)}"
+    return running_hosts.outlook(host, found) if running_hosts.successor(host, found) is not None else ""
 
 
 def top(host: ModelHost, interval: float) -> None:

@@ -1,7 +1,7 @@
 """``onnx-dl run``: runs a Python program with :func:`onnx_dl.patch` in effect.
 
 The command replaces itself by Python (``exec``), with the command line that the program would have without
-onnx-dl.  So Python itself runs the program; our part is in :mod:`onnx_dl.hook.sitecustomize`.
+onnx-dl.  So Python itself runs the program; our part is in :mod:`onnx_dl.cli.hook.sitecustomize`.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def prepare(
 ) -> Replacement:
     """The program that runs ``python command…`` patched, with the options of the present interpreter.
 
-    ``settings``: for :func:`onnx_dl.integrations.patch_settings.parse_models`; ``memory_limit``: of the default host;
-    ``patch``: arguments of :func:`onnx_dl.patch`.
+    ``settings``: in the form ``GLOB:NAME=VALUE``; ``memory_limit``: of the default host; ``patch``: arguments
+    of :func:`onnx_dl.patch`.
 
     Raises:
         ConfigError: there is no program, a setting is not valid, or Python would ignore our hook.

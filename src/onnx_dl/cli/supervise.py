@@ -6,38 +6,37 @@ import secrets
 
 import msgspec
 
-from onnx_dl.core import settings as settings_module
-from onnx_dl.core.settings import DEFAULT_HOST
+from onnx_dl.core.settings import DEFAULT_HOST, settings
 from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.main import Orders, serve
-from onnx_dl.system import platform, process_setup
+from onnx_dl.system import process_setup, resources
 from onnx_dl.transport.rendezvous import HostEntry
 from onnx_dl.transport.sockets import fresh_address
 
 
-def supervise(name: str = DEFAULT_HOST, **settings: str | int | None) -> None:
+def supervise(name: str = DEFAULT_HOST, **given: str | int | None) -> None:
     """Runs the host of this name until SIGTERM or Ctrl-C; prints what happens to models on stdout.
 
     If an application has started a host of this name in the background, waits until that host ends, which is
     when its clients have gone.  An earlier host of another version ends likewise, without being waited for.
 
-    ``settings``: fields of :class:`~onnx_dl.core.settings.Settings` that replace those of the environment.
+    ``given``: fields of :class:`~onnx_dl.core.settings.Settings` that replace those of the environment.
 
     Raises:
         ConfigError: (a ValueError) a name or setting is not valid.
         SupervisorError: a managed host of this name runs already, or another process waits to be the next.
     """
-    platform.check_platform()
+    resources.check_platform()
     process_setup.set_up_process()
-    given = {field: value for field, value in settings.items() if value is not None}
+    chosen = {field: value for field, value in given.items() if value is not None}
     orders = Orders(
         address=fresh_address("host"),
         secret=secrets.token_hex(16),
-        settings=msgspec.structs.replace(settings_module.settings(), **given),
+        settings=msgspec.structs.replace(settings(), **chosen),
         protocol=PROTOCOL_VERSION,
         host=name,
-        explicit=list(given),
+        explicit=list(chosen),
         foreground=True,
     )
     entry = HostEntry(name)

@@ -1,7 +1,8 @@
-"""Tables of a host's models and of memory over time: pure functions of data and a width in columns."""
+"""Tables of a host's models and of their memory over time; knows no terminal but its width in columns."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -10,11 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnx_dl.cli.history import History
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.parsing import KEEP
 from onnx_dl.core.status import ModelStatus, Snapshot
-from onnx_dl.core.text import duration, format_bytes, growing_line, short_names
+from onnx_dl.core.text import duration, format_bytes, short_names, sparkline
 
 _NONE: Final = "-"
 _GAP: Final = 2
@@ -30,6 +30,49 @@ _STYLES: Final = {
     ModelState.FAILED: "bold red",
     ModelState.UNLOADED: "dim",
 }
+
+
+class _Sample(NamedTuple):
+    at: float
+    in_use: int
+    pss: dict[tuple[str, str], int]
+
+
+class Line(NamedTuple):
+    """Bytes of one model, from the oldest sample to the newest; 0 while it was not loaded."""
+
+    model: str
+    key: str
+    values: list[int]
+
+
+class History:
+    """The last ``length`` samples."""
+
+    def __init__(self, length: int) -> None:
+        self._samples: collections.deque[_Sample] = collections.deque(maxlen=length)
+
+    def add(self, snapshot: Snapshot, now: float) -> None:
+        """Adds a sample.  ``now``: seconds of any monotonic clock."""
+        pss = {(status.model, status.key): status.usage.pss for status in snapshot.models}
+        self._samples.append(_Sample(now, snapshot.memory_in_use, pss))
+
+    @property
+    def seconds(self) -> float:
+        """The time from the oldest sample to the newest."""
+        return self._samples[-1].at - self._samples[0].at if self._samples else 0.0
+
+    @property
+    def in_use(self) -> list[int]:
+        """Bytes of all models together, by sample."""
+        return [sample.in_use for sample in self._samples]
+
+    def models(self) -> list[Line]:
+        """All models of any sample, including those that are unloaded now."""
+        return [
+            Line(model, key, [sample.pss.get((model, key), 0) for sample in self._samples])
+            for model, key in dict.fromkeys(pair for sample in self._samples for pair in sample.pss)
+        ]
 
 
 class _Column(NamedTuple):
@@ -69,10 +112,6 @@ def _bytes(count: int | None) -> str:
     return format_bytes(count) if count else _NONE
 
 
-def _pinned(status: ModelStatus) -> str:
-    return "yes" if status.pinned else _NONE
-
-
 _COLUMNS: Final = (
     _Column("STATE", _state, 9, right=False),
     _Column("PID", lambda s: _NONE if s.pid is None else str(s.pid), 5),
@@ -84,7 +123,7 @@ _COLUMNS: Final = (
     _Column("GPU", lambda s: _bytes(s.usage.gpu), 1),
     _Column("RUNS", lambda s: str(s.runs), 4),
     _Column("P50", lambda s: _NONE if s.p50 is None else duration(s.p50), 4),
-    _Column("PINNED", _pinned, 2, right=False),
+    _Column("PINNED", lambda s: "yes" if s.pinned else _NONE, 2, right=False),
 )
 
 
@@ -106,9 +145,7 @@ def memory_line(snapshot: Snapshot) -> str:
     used, limit = snapshot.memory_in_use, snapshot.memory_limit
     if not limit:
         return f"Memory: {format_bytes(used)} in use, no limit"
-    return f"Memory: {format_bytes(used)} in use of {format_bytes(limit)} ({used / limit:.0%})".replace(
-        "%", " %"
-    )
+    return f"Memory: {format_bytes(used)} in use of {format_bytes(limit)} ({used / limit * 100:.0f} %)"
 
 
 def _title(snapshot: Snapshot) -> str:
@@ -135,14 +172,14 @@ def _models(snapshot: Snapshot, width: int) -> RenderableType:
 
 def _fitting(models: list[ModelStatus], width: int) -> list[_Column]:
     """The columns that fit beside the name, in order; columns without any value go first."""
+
+    def worth(column: _Column) -> tuple[bool, int]:
+        return any(column.cell(status) != _NONE for status in models), column.worth
+
     shown = list(_COLUMNS)
     while len(shown) > 1 and sum(_width(column, models) + _GAP for column in shown) > width:
-        shown.remove(min(shown, key=lambda column: (_has_values(column, models), column.worth)))
+        shown.remove(min(shown, key=worth))
     return shown
-
-
-def _has_values(column: _Column, models: list[ModelStatus]) -> bool:
-    return any(column.cell(status) != _NONE for status in models)
 
 
 def _width(column: _Column, models: list[ModelStatus]) -> int:
@@ -177,7 +214,7 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
 
 
 def _line(values: list[int], bars: int, top: int) -> tuple[Text, str, str]:
-    line = Text(growing_line(values, bars, top), style="cyan")
+    line = Text(sparkline(values, min(bars, len(values)), top).rjust(bars), style="cyan")
     return line, format_bytes(values[-1]) if values else _NONE, format_bytes(max(values, default=0))
 
 

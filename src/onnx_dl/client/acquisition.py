@@ -188,7 +188,7 @@ class Acquisition:
         self, lease: Lease, companions: Callable[[], Iterable[Acquisition]], for_host: bool
     ) -> _Make:
         others = [other for other in companions() if other is not self]
-        standing = None if self._is_shared else of_this_thread()
+        thread_attributes = None if self._is_shared else of_this_thread()
         nbytes = self._file_bytes() + sum(other._file_bytes() for other in others)
         return lambda ticket: m.Acquire(
             ticket=ticket,
@@ -198,7 +198,7 @@ class Acquisition:
             file_bytes=nbytes,
             for_host=for_host,
             companions=[other.spec for other in others],
-            standing=standing,
+            thread_attributes=thread_attributes,
         )
 
     def _file_bytes(self) -> int:

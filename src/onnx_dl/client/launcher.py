@@ -22,8 +22,7 @@ import msgspec
 
 from onnx_dl.concurrency import forking, primitives, spawning, waits
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.core import settings as settings_module
-from onnx_dl.core.settings import DEFAULT_HOST, Settings
+from onnx_dl.core.settings import DEFAULT_HOST, Settings, settings
 from onnx_dl.errors import SupervisorError, SupervisorStartError, SupervisorUnreachable
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.system import boot, frozen, process_setup
@@ -117,7 +116,7 @@ def terminate(host: RunningHost) -> None:
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
         finally:
             primitives.close(fd)
-    await_end(host.name, host.pid, settings_module.settings().exit_grace + _EXIT_MARGIN, host.protocol)
+    await_end(host.name, host.pid, settings().exit_grace + _EXIT_MARGIN, host.protocol)
 
 
 def no_host(name: str, others: Sequence[RunningHost] = ()) -> str:

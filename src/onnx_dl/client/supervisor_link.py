@@ -22,7 +22,7 @@ from onnx_dl.core.settings import Settings
 from onnx_dl.errors import SupervisorDied, SupervisorError, SupervisorStartError
 from onnx_dl.protocol import control as m
 from onnx_dl.system import installation, process_setup
-from onnx_dl.system.platform import check_platform
+from onnx_dl.system.resources import check_platform
 from onnx_dl.transport.rendezvous import HostEntry
 
 FAREWELL: Final = 3.0

@@ -24,7 +24,7 @@ from onnx_dl.concurrency.forking import Promise
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.control import Wrote
-from onnx_dl.system import backlog
+from onnx_dl.system import small_files
 
 logger = logging.getLogger("onnx_dl.worker")
 
@@ -107,7 +107,7 @@ class WorkerOutput:
 
     def put(self, piece: Wrote) -> None:
         """Queues a piece; does not wait.  In the connection's thread only."""
-        if self._put - self._written + len(piece.text) > backlog.MOST:
+        if self._put - self._written + len(piece.text) > small_files.MOST_UNWRITTEN:
             self._dropped += len(piece.text)
             piece = msgspec.structs.replace(piece, text=b"")
         if piece.text or piece.last:
@@ -174,9 +174,9 @@ class WorkerOutput:
     def _write(self, piece: Wrote) -> None:
         if missing := self._dropped - self._reported:
             self._reported += missing
-            self._write(Wrote(pid=os.getpid(), text=backlog.dropped(missing)))
+            self._write(Wrote(pid=os.getpid(), text=small_files.dropped(missing)))
         if not self._log:
-            backlog.write(_STDERR, piece.text)
+            small_files.write(_STDERR, piece.text)
             return
         for record in self._lines.add(piece):
             _log(record)

@@ -1,6 +1,6 @@
-"""Environment variables for the worker of one model, in addition to those of its host.
+"""Environment of the worker of one model: variables beside those of its host, and attributes of its threads.
 
-Values may be secrets: they are not in any message, log, name or ``repr()``.
+Values of variables may be secrets: they are not in any message, log, name or ``repr()``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from onnx_dl.errors import ConfigError
 
@@ -53,6 +54,26 @@ class Environment(msgspec.Struct, frozen=True):
 
 NOTHING: Final = Environment()
 
+Mask = Annotated[bytes, Meta(max_length=1024)]
+Nice = Annotated[int, Meta(ge=-20, le=19)]
+Policy = Annotated[int, Meta(ge=0, le=255)]
+Priority = Annotated[int, Meta(ge=0, le=99)]
+Mode = Annotated[int, Meta(ge=0, le=0o777)]
+
+
+class ThreadAttributes(msgspec.Struct, frozen=True, kw_only=True):
+    """Attributes of one thread, which its children inherit.  None: not known, so the worker's stays as it is.
+
+    ``processors``: the CPU affinity, as a little-endian bit mask; ``policy`` and ``priority``: of the
+    scheduler, such as SCHED_BATCH and 0.
+    """
+
+    processors: Mask | None = None
+    nice: Nice | None = None
+    policy: Policy | None = None
+    priority: Priority = 0
+    umask: Mode | None = None
+
 
 def parse(value: object) -> Environment:
     """The environment of a mapping from names to text; None: an empty one.
@@ -63,13 +84,14 @@ def parse(value: object) -> Environment:
     if isinstance(value, Environment):
         return value
     if value is None:
-        return Environment()
+        return NOTHING
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"environment is a {type(value).__name__}; give a dict of names and text, such as "
             '{"OMP_NUM_THREADS": "4"}, or None.'
         )
-    return Environment({name: _plain(given) for name, given in value.items()})
+    paths = {name: os.fspath(given) for name, given in value.items() if isinstance(given, os.PathLike)}
+    return Environment({**value, **paths})
 
 
 def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
@@ -85,16 +107,8 @@ def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _plain(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def _checked(name: object, value: object) -> int:
-    """Checks a variable; returns its number of bytes.
-
-    Raises:
-        ConfigError: the variable is not valid.
-    """
+    """Checks a variable; returns its number of bytes, ``=`` and NUL included."""
     if not isinstance(name, str) or not name or set(name) & set("=\0"):
         raise ConfigError(f"environment: {name!r} is not a variable name; give text without '=' and NUL.")
     if name.startswith(_OURS):

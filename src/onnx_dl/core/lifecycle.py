@@ -1,7 +1,7 @@
 """The states of a model and the events between them, as a table.
 
-:mod:`onnx_dl.supervisor.policy.scheduler` decides when an event happens.  ``docs/lifecycle.md`` is generated from
-the table (``python -m onnx_dl.core.lifecycle``).
+:mod:`onnx_dl.supervisor.policy.scheduler` decides when an event happens.  ``docs/lifecycle.md`` is generated
+from the table (``python -m onnx_dl.core.lifecycle``).
 """
 
 from __future__ import annotations

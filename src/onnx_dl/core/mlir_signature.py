@@ -44,8 +44,7 @@ _OF_TYPE: Final = {f"tensor({onnx})": np.dtype(name) for _, _, onnx, name in _TA
 
 @functools.lru_cache(64)
 def parse(signature: str) -> tuple[TensorSpec, ...] | None:
-    """The tensors of a signature; None if it is not valid JSON: onnx-mlir does not quote types that it has no
-    name for, such as bf16."""
+    """The tensors of a signature; None: not valid JSON, as onnx-mlir does not quote types such as bf16."""
     try:
         return tuple(_spec(item) for item in json.loads(signature))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):

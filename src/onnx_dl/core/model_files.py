@@ -1,8 +1,12 @@
-"""Finds the external data files of an ONNX model.
+"""The files of an ONNX model: finds its external data, and notices changes.
 
-Reads only the necessary parts of the protobuf (field numbers as in onnx.proto), without the weights and
-without the onnx package, which users may not have.  The file may have any content: one that is not a model
-raises ValueError.  An application searches for a limited time only.
+The search reads only the necessary parts of the protobuf (field numbers as in onnx.proto), without the
+weights and without the onnx package, which users may not have.  The file may have any content: one that is
+not a model raises ValueError.  An application searches for a limited time only.
+
+A worker records each file's identity before and after it reads it.  Before that worker, or an entry of the
+load cache, is used again, the files are compared, by the path that the model would open: a link that points
+to another file is a change.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ import functools
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
+
+import msgspec
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # The way to tensors: message -> field -> type of the message in it.
@@ -127,8 +133,9 @@ class _Walk:
 
     def _count(self) -> None:
         self._fields_seen += 1
-        late = self._until is not None and self._fields_seen % _CLOCK_INTERVAL == 0
-        if late and self._until is not None and time.monotonic() >= self._until:
+        if self._until is None or self._fields_seen % _CLOCK_INTERVAL:
+            return
+        if time.monotonic() >= self._until:
             raise ValueError("too large to be searched in this time")
 
     def _may_name_file(self, first: int, last: int) -> bool:
@@ -153,3 +160,39 @@ class _Walk:
             if byte < 128:
                 return value, at
         raise ValueError("not a model: a number of more than 64 bits")
+
+
+# --- identities --------------------------------------------------------------------------------------------
+
+Identity = tuple[int, int, int, int]
+Where = Callable[[str], str]
+"""Maps the name of a file to its path."""
+
+
+class ReadFile(msgspec.Struct, frozen=True, array_like=True):
+    """One file.  ``name``: relative to the model's folder, or absolute; empty: the model itself.
+
+    ``identity``: device, inode, bytes and mtime in ns; None: there was no file.
+    """
+
+    name: str
+    identity: tuple[int, int, int, int] | None
+
+
+def identity(path: str) -> Identity | None:
+    """The identity of the file at this path, after links; None: there is none, or it cannot be seen."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def identities(where: Where, names: Iterable[str]) -> list[ReadFile]:
+    """The present identities of these files."""
+    return [ReadFile(name, identity(where(name))) for name in names]
+
+
+def changed(where: Where, read: Iterable[ReadFile]) -> str | None:
+    """The path of the first file that has changed since; None: none has."""
+    return next((where(file.name) for file in read if identity(where(file.name)) != file.identity), None)

@@ -1,4 +1,8 @@
-"""Values that users set: their parsers, and the ``ONNX_DL_*`` environment variables with their defaults."""
+"""Parsers of values that users set.
+
+Each ``parse_...`` function raises :class:`~onnx_dl.errors.ConfigError`, a ValueError, for any other value
+than it describes; the message has the value, and what can be given.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,7 @@ _TTL_MODES: Final = (
 
 
 def parse_ttl(value: object) -> float:
-    """A TTL in seconds: -1.0, 0.0 or more.
-
-    Raises:
-        ConfigError: (a ValueError) the value is none of the three modes.
-    """
+    """A TTL in seconds: -1.0, 0.0 or more."""
     seconds = _seconds(value)
     if seconds is None or not (seconds == KEEP or 0 <= seconds < math.inf):
         raise ConfigError(f"ttl={value!r} is not one of the three modes: {_TTL_MODES}.")
@@ -34,11 +34,7 @@ def parse_ttl(value: object) -> float:
 
 
 def parse_time(value: object) -> float:
-    """Seconds from 0 to a million.
-
-    Raises:
-        ConfigError: (a ValueError) the value is not such a time.
-    """
+    """Seconds from 0 to a million."""
     seconds = _seconds(value)
     if seconds is None or not 0 <= seconds <= 1e6:
         raise ConfigError(
@@ -48,11 +44,7 @@ def parse_time(value: object) -> float:
 
 
 def parse_timeout(value: object) -> float | None:
-    """Seconds that a caller waits at most.  None: without limit; more than a million seconds count as None.
-
-    Raises:
-        ConfigError: (a ValueError) the value is not such a time.
-    """
+    """Seconds that a caller waits at most.  None: without limit; more than a million count as None."""
     seconds = None if value is None else _seconds(value)
     if value is not None and (seconds is None or not seconds >= 0):
         raise ConfigError(
@@ -65,22 +57,14 @@ LATENCIES: Final = ("normal", "low")
 
 
 def parse_latency(value: object) -> str:
-    """``"normal"`` or ``"low"``.
-
-    Raises:
-        ConfigError: (a ValueError) the value is something else.
-    """
+    """``"normal"`` or ``"low"``."""
     if value not in LATENCIES:
         raise ConfigError(f'latency={value!r} is neither "normal" nor "low".')
     return str(value)
 
 
 def parse_span(value: object) -> float:
-    """A time in seconds, greater than 0: a number, or text such as ``"2"``, ``"500ms"``, ``"5m"``.
-
-    Raises:
-        ConfigError: (a ValueError) the value is not such a time.
-    """
+    """A time in seconds, greater than 0: a number, or text such as ``"2"``, ``"500ms"``, ``"5m"``."""
     seconds = _seconds(plain_number(value))
     if seconds is None or not 0 < seconds < math.inf:
         raise ConfigError(f'{value!r} is not a time; write seconds, or for example "500ms" or "5m".')
@@ -109,33 +93,21 @@ def _seconds(value: object) -> float | None:
 
 
 def parse_runs(value: object) -> int | None:
-    """A number of calls, 1 or more; None: no limit.
-
-    Raises:
-        ConfigError: (a ValueError) the value is neither.
-    """
+    """A number of calls, 1 or more; None: no limit."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63):
         return value
     raise ConfigError(f"max_runs={value!r} is not a number of calls; give an int from 1 on, or None.")
 
 
 def parse_pin(value: object) -> bool:
-    """True or False, as Python's or numpy's bool, or as the numbers 1 and 0.
-
-    Raises:
-        ConfigError: (a ValueError) the value is neither.
-    """
+    """True or False, as Python's or numpy's bool, or as the numbers 1 and 0."""
     if not isinstance(value, str) and value in (True, False):
         return bool(value)
     raise ConfigError(f"pin={value!r} is neither True nor False.")
 
 
 def parse_priority(value: object) -> int:
-    """A signed integer of 64 bits.
-
-    Raises:
-        ConfigError: (a ValueError) the value is not one.
-    """
+    """A signed integer of 64 bits."""
     found = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else 2**63
     if -(2**63) <= found < 2**63:
         return found
@@ -143,11 +115,7 @@ def parse_priority(value: object) -> int:
 
 
 def parse_group(value: object) -> str | None:
-    """The name of a group, or None.
-
-    Raises:
-        ConfigError: (a ValueError) the value is neither.
-    """
+    """The name of a group, or None."""
     if value is None or (isinstance(value, str) and value.strip()):
         return value
     raise ConfigError(f"group={value!r} is not a group name; give text that is not empty, or None.")
@@ -159,11 +127,7 @@ _SWITCH: Final = dict.fromkeys(("1", "yes", "true", "on"), True) | dict.fromkeys
 
 
 def parse_switch(value: object) -> bool:
-    """A bool, or text such as ``"yes"`` and ``"off"``.
-
-    Raises:
-        ConfigError: (a ValueError) the value is neither.
-    """
+    """A bool, or text such as ``"yes"`` and ``"off"``."""
     found = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
     if found is None:
         raise ConfigError(f"{value!r} is neither yes nor no.")
@@ -183,9 +147,6 @@ def parse_allowances(max_memory: object, max_memory_hard: object, max_runs: obje
 
     ``max_memory`` alone never ends a call.  ``max_memory_hard`` alone is also the limit between calls:
     otherwise memory that one call leaves behind would end the next call.
-
-    Raises:
-        ConfigError: (a ValueError) a value is not valid, or the hard limit is lower than the other.
     """
     soft = None if max_memory is None else parse_size(max_memory)
     hard = None if max_memory_hard is None else parse_size(max_memory_hard)
@@ -202,11 +163,7 @@ _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE
 
 
 def parse_size(value: object) -> int:
-    """A number of bytes: an int, or text such as ``"2GiB"``, ``"500 MB"``.
-
-    Raises:
-        ConfigError: (a ValueError) the value is neither.
-    """
+    """A number of bytes: an int, or text such as ``"2GiB"``, ``"500 MB"``."""
     match = _SIZE.fullmatch(str(value)) if isinstance(value, str | numbers.Integral) else None
     nbytes = float(match[1]) * _SIZES[(match[2] or "").lower()] if match else math.inf
     if isinstance(value, bool) or nbytes >= 2**63:
@@ -220,11 +177,7 @@ _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})")
 
 
 def parse_address(value: str) -> tuple[str, int]:
-    """Host and port of text such as ``"127.0.0.1:9464"``, ``"localhost:0"``, ``"[::1]:9464"``.
-
-    Raises:
-        ConfigError: (a ValueError) the text is not an address.
-    """
+    """Host and port of text such as ``"127.0.0.1:9464"``, ``"localhost:0"``, ``"[::1]:9464"``."""
     match = _ADDRESS.fullmatch(value)
     if match is None or int(match[2]) > 65535:
         raise ConfigError(
@@ -238,11 +191,7 @@ WORKER_STDERR: Final = ("inherit", "log")
 
 
 def parse_worker_stderr(value: object) -> str:
-    """``"inherit"`` or ``"log"``.
-
-    Raises:
-        ConfigError: (a ValueError) the value is neither.
-    """
+    """``"inherit"`` or ``"log"``."""
     if value not in WORKER_STDERR:
         raise ConfigError(f'worker_stderr={value!r} is neither "inherit" nor "log".')
     return str(value)

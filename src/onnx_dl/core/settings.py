@@ -22,8 +22,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a host, from the environment.  Times are in seconds, sizes in bytes."""
 
     python: str = ""
-    """Interpreter of our processes.  Empty: one like the application's (:mod:`onnx_dl.system.interpreters`), or the
-    application itself if it is frozen (:mod:`onnx_dl.system.boot`)."""
+    """Interpreter of our processes.  Empty: one like the application's, or itself if it is frozen."""
     lane: str = "socket"
     """``socket``: calls go over a Unix socket, ZeroMQ carries control only; ``zmq``: calls use ZeroMQ too."""
     start: str = "fork"

@@ -131,22 +131,16 @@ class Warmup(msgspec.Struct, frozen=True):
 
 
 def file_identity(path: str) -> tuple[str, int, int, int, int]:
-    """Identity of one version of a model file: real path, device, inode, size, mtime in ns.
-
-    Raises:
-        OSError: the file cannot be looked at.
-    """
+    """Identity of one version of a file: real path, device, inode, bytes, mtime in ns.  May raise OSError."""
     real = os.path.realpath(path)
     stat = os.stat(real)
     return real, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def model_identity(path: str) -> tuple[object, ...]:
-    """Identity of a model: its file, and the folder in which its external data is looked for.  Links to one
-    file in different folders are different models.
+    """Identity of a model: its file, and the folder in which its external data is looked for.
 
-    Raises:
-        OSError: the file cannot be looked at.
+    Links to one file in different folders are different models.  May raise OSError, as :func:`file_identity`.
     """
     return *file_identity(path), os.path.realpath(os.path.dirname(path))
 

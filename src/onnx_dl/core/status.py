@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from onnx_dl.core.file_identity import ReadFile
 from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.core.model_files import ReadFile
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

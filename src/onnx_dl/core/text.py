@@ -51,8 +51,7 @@ def _tail(model: str, parts: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, top: float) -> str:
-    """``values`` as ``width`` bars; a full bar is ``top``.  Each bar shows the largest of its values; zero is
-    a space."""
+    """``values`` as ``width`` bars, each the largest of its values: ``top`` is a full bar, zero a space."""
     if not values:
         return " " * width
     bars = []
@@ -67,11 +66,6 @@ def _bar(value: float, top: float) -> str:
     if value <= 0 or top <= 0:
         return _BARS[0]
     return _BARS[max(1, min(len(_BARS) - 1, round(value / top * (len(_BARS) - 1))))]
-
-
-def growing_line(values: Sequence[float], width: int, top: float) -> str:
-    """A :func:`sparkline` with at most one bar per value, aligned right."""
-    return sparkline(values, min(width, len(values)), top).rjust(width)
 
 
 def format_bytes(count: int) -> str:

@@ -7,6 +7,8 @@ The files lie in the folder ``assets`` beside this module; ``examples/train_mode
 - ``diabetes.onnx``: disease progression; scaler and gradient boosting; outputs one float tensor.
 - ``large.onnx``: stacked random layers whose weights are external data, written by `make_large_model`.
 - ``samples.npz``: rows the first three models were not trained on, with the true answers.
+
+Each function raises FileNotFoundError if a file is missing (a broken or zipped installation).
 """
 
 import os
@@ -55,12 +57,10 @@ def model_path(name: str) -> Path:
     """Return the path of a model that comes with the package.
 
     Args:
-        name: one of `SMALL_MODELS`, or `LARGE_MODEL` (whose file cannot be loaded without its weights: see
-            `make_large_model`).
+        name: one of `SMALL_MODELS`, or `LARGE_MODEL`, which needs the weights of `make_large_model` to load.
 
     Raises:
         ValueError: the demo has no model of that name.
-        FileNotFoundError: the file is not on disk (a broken or zipped installation).
     """
     known = (*SMALL_MODELS, LARGE_MODEL)
     if name not in known:
@@ -69,11 +69,7 @@ def model_path(name: str) -> Path:
 
 
 def load_samples() -> dict[str, Samples]:
-    """Return the held-out samples of every model in `SMALL_MODELS`, by model name.
-
-    Raises:
-        FileNotFoundError: the samples are not on disk (a broken or zipped installation).
-    """
+    """Return the held-out samples of every model in `SMALL_MODELS`, by model name."""
     with np.load(_asset(SAMPLES_FILE), allow_pickle=False) as stored:
         return {
             name: Samples(
@@ -102,9 +98,8 @@ def make_large_model(directory: Path, progress: Callable[[int, int], None] | Non
         The path of the model file in `directory`.
 
     Raises:
-        FileNotFoundError: the packaged model is not on disk (a broken or zipped installation).
-        OSError: the directory cannot be made or written, or the disk is full; no partial weights remain.
-        Exception: whatever `progress` raises passes through; no partial weights remain then either.
+        OSError: the directory cannot be made or written, or the disk is full.
+        Exception: that of `progress`.  No partial weights remain after any of these.
     """
     source = model_path(LARGE_MODEL)
     directory.mkdir(parents=True, exist_ok=True)
@@ -134,7 +129,7 @@ def _write_large_weights(file: BinaryIO, progress: Callable[[int, int], None] | 
 
 
 def _asset(file_name: str) -> Path:
-    """Return the path of a file in the folder ``assets``; raise FileNotFoundError where there is none."""
+    """Return the path of a file in the folder ``assets``."""
     # A real path, since onnxruntime opens models by path.
     path = Path(str(files("onnx_dl.demo") / "assets" / file_name))
     if not path.is_file():

@@ -11,14 +11,14 @@ import time
 
 import psutil
 
-from onnx_dl.demo.assets import model_path
-from onnx_dl.demo.work import SMALL, Outcome, churn, predict
+from onnx_dl.demo.assets import SMALL_MODELS, model_path
+from onnx_dl.demo.work import Outcome, churn, predict
 
 
 def main(large: str) -> None:
     """Does the work and prints its results."""
     _report("before")
-    for name in (*SMALL, "large"):
+    for name in (*SMALL_MODELS, "large"):
         outcome = _one(name, large)
         _report("loaded", outcome)
         gc.collect()

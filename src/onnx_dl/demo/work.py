@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from onnx_dl.demo.assets import LARGE_WIDTH, load_samples
 
-SMALL = ("digits", "wine", "diabetes")
 LARGE_BATCHES = (1, 64, 512, 16)
 _Array = NDArray[Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -43,26 +44,26 @@ class NodeArg:
     __repr__ = __str__
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ModelMetadata:
     """Metadata from the model file, like ``onnxruntime.ModelMetadata``; a writable copy."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.custom_metadata_map: dict[str, str] = fields["custom_metadata_map"]
-        self.description: str = fields["description"]
-        self.domain: str = fields["domain"]
-        self.graph_description: str = fields["graph_description"]
-        self.graph_name: str = fields["graph_name"]
-        self.producer_name: str = fields["producer_name"]
-        self.version: int = fields["version"]
+    custom_metadata_map: dict[str, str]
+    description: str
+    domain: str
+    graph_description: str
+    graph_name: str
+    producer_name: str
+    version: int
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class AssignedNode:
     """A node that is assigned to an execution provider, like ``onnxruntime.OrtEpAssignedNode``."""
 
-    def __init__(self, name: str, domain: str, op_type: str) -> None:
-        self.name = name
-        self.domain = domain
-        self.op_type = op_type
+    name: str
+    domain: str
+    op_type: str
 
 
 class AssignedSubgraph:
@@ -83,7 +84,7 @@ class Description:
         self.inputs = [NodeArg(spec) for spec in described.inputs]
         self.outputs = [NodeArg(spec) for spec in described.outputs]
         self.overridable_initializers = [NodeArg(spec) for spec in described.overridable_initializers]
-        self.modelmeta = ModelMetadata(described.modelmeta)
+        self.modelmeta = ModelMetadata(**described.modelmeta)
         self.providers: list[str] = described.providers
         self.provider_options: dict[str, dict[str, str]] = described.provider_options
         self.details = described.details

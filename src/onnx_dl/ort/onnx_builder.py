@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.generic]
 
-_C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
-_FLOAT, _INT64, _STRING = 1, 7, 8
+NATIVE: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
+_FLOAT, _INT64, STRING = 1, 7, 8
+"""ONNX's numbers of element types."""
 _ELEMENTS: Final = {
     name: number
     for number, name in enumerate(
@@ -91,7 +92,7 @@ def one_node(op: str = "Abs") -> bytes:
 
 def _session(model: bytes) -> InferenceSession:
     """Makes a native session in this process: the Python class may be patched."""
-    native = importlib.import_module(_C)
+    native = importlib.import_module(NATIVE)
     options = native.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
@@ -117,7 +118,7 @@ def read(value: OrtValue) -> Any:
     Raises:
         UnsupportedValueError: onnxruntime has no Python form of it.
     """
-    native = importlib.import_module(_C)
+    native = importlib.import_module(NATIVE)
     session = _cached_session(_model("Identity", [_tensor_type(_FLOAT)], _tensor_type(_FLOAT)))
     binding = native.SessionIOBinding(session)
     binding.bind_ortvalue_output("y", value)
@@ -130,9 +131,9 @@ def read(value: OrtValue) -> Any:
 def text(array: NDArray[Any]) -> OrtValue:
     """Makes a native OrtValue of strings."""
     strings = [item.encode() for item in array.flat]
-    tensor = _fields(1, array.shape) + _field(2, _STRING) + _fields(6, strings)
+    tensor = _fields(1, array.shape) + _field(2, STRING) + _fields(6, strings)
     attribute = _field(1, "value") + _field(5, tensor) + _field(20, 4)
-    return _result(_session(_model("Constant", [], _tensor_type(_STRING), attribute)), {})
+    return _result(_session(_model("Constant", [], _tensor_type(STRING), attribute)), {})
 
 
 def absent() -> OrtValue:
@@ -154,7 +155,7 @@ def sequence(data_type: str, items: list[Array]) -> OrtValue:
     if not items:
         attribute = _field(1, "dtype") + _field(3, element) + _field(20, 2)
         return _result(_cached_session(_model("SequenceEmpty", [], output, attribute)), {})
-    make: Callable[..., OrtValue] = text if element == _STRING else dense
+    make: Callable[..., OrtValue] = text if element == STRING else dense
     feed = {f"x{index}": make(item) for index, item in enumerate(items)}
     return _result(_cached_session(_model("SequenceConstruct", [kind] * len(items), output)), feed)
 
@@ -173,7 +174,7 @@ def maps(data_type: str, content: list[dict[str | int, float]]) -> OrtValue:
         attribute = _field(1, "classlabels_strings") + _fields(9, keys) + _field(20, 8)
     else:
         attribute = _field(1, "classlabels_int64s") + _fields(8, keys) + _field(20, 7)
-    of_map = _field(5, _field(1, _STRING if of_text else _INT64) + _field(2, _tensor_type(_FLOAT)))
+    of_map = _field(5, _field(1, STRING if of_text else _INT64) + _field(2, _tensor_type(_FLOAT)))
     model = _model("ZipMap", [_tensor_type(_FLOAT)], _field(4, _field(1, of_map)), attribute, _ML)
     values = itertools.chain.from_iterable(row.values() for row in content)
     table = np.fromiter(values, np.float32).reshape(len(content), len(keys))

@@ -2,7 +2,7 @@
 
 Covers all that can be read from these C++ objects; they can be neither pickled nor copied.  Config entries
 can be read by key only, so the keys that onnxruntime knows are listed here.  What cannot be read comes from
-:mod:`onnx_dl.ort.recorder` by way of :mod:`onnx_dl.ort.recordings`.  Only making such an object imports onnxruntime.
+:mod:`onnx_dl.ort.recorder` by :mod:`onnx_dl.ort.recordings`.  Only making such an object imports onnxruntime.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def record_session_options(
     if plain is None or options is None:
         return None, None
     found = recordings.portable(options, recorder.SESSION_METHODS)
-    plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
+    plain["config"] = found.config | plain["config"]
     if options.has_providers() and not any("provider" in str(name) for name, *_ in found.calls):
         raise ConfigError(
             "add_provider() or add_provider_for_devices() of this SessionOptions was called before onnx_dl "
@@ -140,7 +140,7 @@ def read_run_options(options: onnxruntime.RunOptions | None) -> PlainOptions | N
         return {"stranger": repr(options)}
     plain = _read(options, RUN_FIELDS, "get_run_config_entry", RUN_KEYS)
     found = recordings.portable(options, recorder.RUN_METHODS)
-    plain["config"] |= {key: value for key, value in found.config.items() if key not in plain["config"]}
+    plain["config"] = found.config | plain["config"]
     return plain | {"calls": found.calls} if found.calls else plain
 
 
@@ -200,18 +200,12 @@ def _fill(options: object, plain: PlainOptions, onnxruntime: ModuleType, setter:
 
 def are_accepted(providers: object) -> bool:
     """Tells whether onnxruntime accepts these providers: names, or pairs of name and options."""
-    return providers is None or (
-        isinstance(providers, list | tuple)
-        and all(
-            isinstance(item, str)
-            or (
-                isinstance(item, tuple)
-                and len(item) == 2
-                and isinstance(item[0], str)
-                and isinstance(item[1], dict)
-            )
-            for item in providers
-        )
+    if not isinstance(providers, list | tuple):
+        return providers is None
+    pairs = [item for item in providers if not isinstance(item, str)]
+    return all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], dict)
+        for pair in pairs
     )
 
 

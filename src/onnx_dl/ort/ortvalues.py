@@ -21,15 +21,13 @@ from numpy.typing import NDArray
 
 from onnx_dl.errors import UnsupportedValueError
 from onnx_dl.ort import onnx_builder
-from onnx_dl.ort.onnx_builder import Array
+from onnx_dl.ort.onnx_builder import NATIVE, STRING, Array
 
 if TYPE_CHECKING:
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, SparseTensor
 
-_C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _COLLECTION: Final = "onnxruntime.capi.onnxruntime_inference_collection"
-_STRING: Final = 8
 
 Bytes = NDArray[np.uint8]
 
@@ -47,7 +45,7 @@ def take_apart(value: object) -> Parts | None:
     Raises:
         UnsupportedValueError: onnxruntime gives no access to its content.
     """
-    native = sys.modules.get(_C)
+    native = sys.modules.get(NATIVE)
     if native is None:
         return None
     python = sys.modules.get(_COLLECTION)
@@ -71,7 +69,7 @@ def _take_apart(value: OrtValue, owner: object = None) -> Parts:
         return Parts("OrtSparse", [_sparse(value.as_sparse_tensor())])
     if not value.is_tensor():
         return _container(value)
-    if value.element_type() == _STRING:
+    if value.element_type() == STRING:
         return Parts("text", [np.asarray(value.numpy(), object)])
     shape, element_type = list(value.shape()), value.element_type()
     device = value.device_name().lower()
@@ -134,7 +132,7 @@ def _container(value: OrtValue) -> Parts:
 
 
 def _sparse(value: SparseTensor) -> Parts:
-    native = importlib.import_module(_C)
+    native = importlib.import_module(NATIVE)
     values, shape = value.values(), np.array(value.dense_shape(), np.int64)
     match value.format:
         case native.OrtSparseFormat.ORT_SPARSE_COO:
@@ -164,7 +162,7 @@ def _dense(
     element_type: int, shape: list[int], raw: object, device: str = "cpu", *, copy: bool = True
 ) -> OrtValue:
     onnxruntime = importlib.import_module("onnxruntime")
-    native = importlib.import_module(_C).OrtValue
+    native = importlib.import_module(NATIVE).OrtValue
     data = _checked(element_type, shape, raw)
     count = math.prod(shape)
     if not copy and device == "cpu" and data.nbytes and data.nbytes % count == 0:
@@ -180,15 +178,12 @@ def _dense(
 
 
 def _checked(element_type: int, shape: list[int], raw: object) -> Array:
-    """Returns ``raw`` if it can be the bytes of such a tensor.
+    """Returns ``raw`` if it can be the bytes of such a tensor, else raises ValueError.
 
     A peer is not trusted: other bytes would be copied beyond the tensor, or reserve memory without a bound.
-
-    Raises:
-        ValueError: it cannot.
     """
     count = math.prod(shape)
-    possible = isinstance(raw, np.ndarray) and element_type != _STRING and min(shape, default=0) >= 0
+    possible = isinstance(raw, np.ndarray) and element_type != STRING and min(shape, default=0) >= 0
     # An element has at least one bit.
     if isinstance(raw, np.ndarray) and possible and (0 < count <= 8 * raw.nbytes or count == raw.nbytes == 0):
         return raw
@@ -202,17 +197,13 @@ def _wrapped(name: str, native: OrtValue | SparseTensor) -> onnxruntime.OrtValue
 
 def _sparse_from_numpy(method: str, *parts: Array) -> SparseTensor:
     cpu = importlib.import_module("onnxruntime").OrtDevice.make("cpu", 0)._get_c_device()
-    return getattr(importlib.import_module(_C).SparseTensor, method)(*parts, cpu)
-
-
-def _sparse_ortvalue(value: SparseTensor) -> OrtValue:
-    return importlib.import_module(_C).OrtValue.ort_value_from_sparse_tensor(value)
+    return getattr(importlib.import_module(NATIVE).SparseTensor, method)(*parts, cpu)
 
 
 _MAKE: Final[Mapping[str, Callable[..., object]]] = {
     "OrtValue": functools.partial(_wrapped, "OrtValue"),
     "SparseTensor": functools.partial(_wrapped, "SparseTensor"),
-    "OrtSparse": _sparse_ortvalue,
+    "OrtSparse": lambda value: importlib.import_module(NATIVE).OrtValue.ort_value_from_sparse_tensor(value),
     "dense": _dense,
     "text": onnx_builder.text,
     "sequence": onnx_builder.sequence,

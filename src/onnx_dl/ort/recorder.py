@@ -64,8 +64,10 @@ _calls: weakref.WeakKeyDictionary[object, list[RecordedCall]] = weakref.WeakKeyD
 """By options that were made while calls are recorded."""
 _late_calls: weakref.WeakKeyDictionary[object, list[RecordedCall]] = weakref.WeakKeyDictionary()
 """By options that were made before that: their calls since then."""
-_adapters: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
-_global_calls: list[RecordedCall] = []
+adapter_files: Final[weakref.WeakKeyDictionary[object, str]] = weakref.WeakKeyDictionary()
+"""Files by the LoraAdapter that was loaded from them."""
+global_calls: Final[list[RecordedCall]] = []
+"""Calls that affect the whole process."""
 
 
 def has_all_calls(options: object) -> bool:
@@ -76,16 +78,6 @@ def has_all_calls(options: object) -> bool:
 def calls_of(options: object) -> list[RecordedCall]:
     """Returns the calls recorded for this SessionOptions or RunOptions."""
     return _calls.get(options) or _late_calls.get(options) or []
-
-
-def adapter_path(adapter: object) -> str | None:
-    """Returns the file that a LoraAdapter was loaded from; None: it is not known."""
-    return _adapters.get(adapter)
-
-
-def global_calls() -> list[RecordedCall]:
-    """Returns the recorded calls that affect the whole process."""
-    return list(_global_calls)
 
 
 def _patch_native(native: ModuleType) -> None:
@@ -99,7 +91,7 @@ def _patch_native(native: ModuleType) -> None:
         adapter.Load = _recording(adapter.Load, "Load", _record_path)
     for name in GLOBALS:
         if original := getattr(native, name, None):
-            _replace_everywhere(name, original, _recording(original, name, _global_calls.append))
+            _replace_everywhere(name, original, _recording(original, name, global_calls.append))
 
 
 def _recording(original: _Function, name: str, record: Callable[[RecordedCall], object]) -> _Function:
@@ -127,7 +119,7 @@ def _record_method(call: RecordedCall) -> None:
 
 def _record_path(call: RecordedCall) -> None:
     adapter, path = (*call.args, *call.kwargs.values())
-    _adapters[adapter] = str(path)
+    adapter_files[adapter] = str(path)
 
 
 def _replace_everywhere(name: str, original: object, replacement: object) -> None:

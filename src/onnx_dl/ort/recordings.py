@@ -1,4 +1,4 @@
-"""Turns recorded calls (:mod:`onnx_dl.ort.recorder`) into plain data and arrays, and replays them in a worker.
+"""Turns calls of :mod:`onnx_dl.ort.recorder` into plain data and arrays, and replays them in a worker.
 
 Covers the arguments of recorded methods: text and numbers, OrtValues (whose memory stays live), bytes,
 devices of execution providers, enumerations, LoRA adapters.  An argument of any other kind is a ConfigError.
@@ -114,7 +114,7 @@ def _encode_object(arg: object, method: str) -> object:
         return to_plain(arg)
     kind = type(arg).__name__
     if kind == "LoraAdapter":
-        path = recorder.adapter_path(arg)
+        path = recorder.adapter_files.get(arg)
         if path is None:
             raise ConfigError(
                 "This LoraAdapter was loaded before onnx_dl was imported, so its file is not known. "
@@ -141,7 +141,7 @@ def process_settings() -> _Settings:
     """Returns what was set for the whole process, as plain data."""
     found: _Settings = {}
     libraries: dict[str, str] = {}
-    for call in recorder.global_calls():
+    for call in list(recorder.global_calls):
         args: list[Any] = [*call.args, *call.kwargs.values()]
         match call.name:
             case "set_seed" | "set_default_logger_severity" | "set_default_logger_verbosity":

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx_dl.core.environment import NOTHING, Environment
+from onnx_dl.core.environment import NOTHING, Environment, ThreadAttributes
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.core.terms import Terms, Ttl
-from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.protocol.codec import Count, Message, Reader, Seconds
 from onnx_dl.protocol.failures import Failure
 
@@ -69,7 +68,7 @@ class Acquire(Message):
     """The host holds the model from now on, also after the client is gone."""
     companions: list[ModelSpec] = []
     """Other models of its group for which this client has proxies: they are loaded together."""
-    standing: ThreadAttributes | None = None
+    thread_attributes: ThreadAttributes | None = None
     """Scheduling attributes of the asking thread.  A worker that a private host starts for this request
     gets them."""
 

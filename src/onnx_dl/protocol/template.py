@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx_dl.core.environment import NOTHING, Environment
-from onnx_dl.core.thread_attributes import ThreadAttributes
+from onnx_dl.core.environment import NOTHING, Environment, ThreadAttributes
 from onnx_dl.protocol.codec import PROTOCOL_VERSION, Message, Reader
 
 # Supervisor <-> template over a Unix socket.
@@ -23,7 +22,7 @@ class Spawn(Message):
     control: str
     blobs: list[str] = []
     pristine: bool = False
-    standing: ThreadAttributes | None = None
+    thread_attributes: ThreadAttributes | None = None
     """Scheduling attributes of the worker; None: those of the supervisor."""
     environment: Environment = NOTHING
     """If it has variables, the worker is a new interpreter that starts with them."""

@@ -13,7 +13,7 @@ from onnx_dl.client.host_client import HostClient
 from onnx_dl.client.model_table import BlobSources
 from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.core import file_identity
+from onnx_dl.core import model_files
 from onnx_dl.core.spec import model_key
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.core.terms import Terms
@@ -107,13 +107,13 @@ class ModelHandle:
         for _ in range(_MOST_VERSIONS):
             model = self.known(deadline)
             worker = model.acquire(self.lease, deadline).granted
-            if (path := file_identity.changed(self.spec.where, worker.description.files)) is None:
+            if (path := model_files.changed(self.spec.where, worker.description.files)) is None:
                 self._used = model
                 return model
             model.worker.leave_outdated(self.lease, worker, path)
             # Proxies that use the worker keep it.  All that find the same files get the same new key; threads
             # of this proxy may come here at the same time, from the same key.
-            now = file_identity.look_at(self.spec.where, [file.name for file in worker.description.files])
+            now = model_files.identities(self.spec.where, [file.name for file in worker.description.files])
             self.spec = msgspec.structs.replace(self.spec, key=model_key(model.spec.key, now))
         raise FilesChanging(
             f"{path} is not what the worker of {self.spec.name} has just read. Either it changes all the "
@@ -126,7 +126,7 @@ class ModelHandle:
         model = self.known()
         known = model.description
         if known is None or (
-            model is not self._used and file_identity.changed(self.spec.where, known.files) is not None
+            model is not self._used and model_files.changed(self.spec.where, known.files) is not None
         ):
             model = self.model()
         return model.describe(self.lease)

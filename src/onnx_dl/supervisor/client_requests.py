@@ -82,7 +82,7 @@ class ClientRequests:
         if client.is_short and not self.clients.blobs().keys() >= set(ask.spec.blobs):
             raise descriptor_limits.exhausted(f"The memory that {ask.spec.name} is loaded from")
         if self.role.is_shared:  # one application must not decide for the others
-            ask.standing = None
+            ask.thread_attributes = None
         self.sampler.prepare_load(ask, now)
         return self.scheduler.on_acquire(identity, ask, now)
 

@@ -32,7 +32,7 @@ from onnx_dl.supervisor.processes.worker_control import WorkerControl
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.supervisor.relay import Relay
 from onnx_dl.supervisor.signals import SignalPipe
-from onnx_dl.system import procfs, resources
+from onnx_dl.system import resources
 from onnx_dl.transport import sockets
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Supervisor:
         self._role = role
         self._file = _open_file(settings, role)
         settings = settings if self._file is None else self._file.settings
-        if settings.memory_limit is not None and not procfs.is_mounted():
-            raise procfs.missing("memory_limit")
+        if settings.memory_limit is not None and not resources.is_proc_mounted():
+            raise resources.proc_missing("memory_limit")
         self._metrics_page = _open_metrics_page(settings.metrics)  # may fail, so it comes before the rest
         self._processes = processes
         self._returns = False

@@ -9,7 +9,7 @@ import collections
 import io
 import threading
 
-from onnx_dl.system import backlog
+from onnx_dl.system import small_files
 
 
 class Outlet(io.TextIOBase):
@@ -33,7 +33,7 @@ class Outlet(io.TextIOBase):
     def pass_on(self, data: bytes) -> None:
         """Queues bytes; drops them if too many wait."""
         with self._changed:
-            if self._nbytes + len(data) > backlog.MOST:
+            if self._nbytes + len(data) > small_files.MOST_UNWRITTEN:
                 self._dropped += len(data)
                 return
             self._nbytes += len(data)
@@ -67,8 +67,8 @@ class Outlet(io.TextIOBase):
         while (found := self._next()) is not None:
             data, dropped = found
             if dropped:
-                backlog.write(self._fd, backlog.dropped(dropped))
-            backlog.write(self._fd, data)
+                small_files.write(self._fd, small_files.dropped(dropped))
+            small_files.write(self._fd, data)
             with self._changed:
                 self._nbytes -= len(data)
                 self._changed.notify_all()

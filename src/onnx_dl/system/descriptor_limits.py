@@ -41,17 +41,16 @@ def _open() -> int:
         # Since Linux 6.2 the size of this folder is the number of descriptors.
         return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
     except OSError:  # no descriptor left to read the folder with, or no /proc
-        return _counted()
+        return sum(map(is_open, range(min(limit(), MOST))))
 
 
-def _counted() -> int:
-    """The number of open descriptors, by a test of each."""
-    count = 0
-    for fd in range(min(limit(), MOST)):
-        with contextlib.suppress(OSError):
-            os.fstat(fd)
-            count += 1
-    return count
+def is_open(fd: int) -> bool:
+    """Returns whether this is the number of an open descriptor."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def exhausted(what: str) -> DescriptorsExhausted:

@@ -84,13 +84,9 @@ def environment(environ: Mapping[str, str], *, own_folder: bool = False) -> dict
     folder = getattr(sys, "_MEIPASS", None)
     if own_folder:
         found[_TOP] = "1"
-    elif folder is not None:
-        found[_LIBRARIES] = _with_folder(found.get(_LIBRARIES, ""), folder)
+    elif folder is not None and folder not in (path := found.get(_LIBRARIES, "")).split(os.pathsep):
+        found[_LIBRARIES] = os.pathsep.join(filter(None, (folder, path)))
     return found
-
-
-def _with_folder(path: str, folder: str) -> str:
-    return path if folder in path.split(os.pathsep) else os.pathsep.join(filter(None, (folder, path)))
 
 
 def environment_outside(environ: Mapping[str, str]) -> dict[str, str]:

@@ -45,18 +45,14 @@ def check(asked: tuple[str, ...] = ()) -> None:
 
 def absence() -> str:
     """The message if there is no onnxruntime, or only an empty folder; empty: there is one."""
-    if folder() is None and _is_importable():
-        return ""  # in a frozen program, or by another importer
-    if folder() is not None and not _is_empty():
+    where, spec = folder(), _spec()
+    # Without a folder: in a frozen program, or by another importer.  Without an origin: uninstalling has left
+    # a folder that imports as a namespace package.
+    if _is_importable() if where is None else spec is not None and spec.origin is not None:
         return ""
     found = distributions()
-    if found or folder() is not None:
+    if found or where is not None:
         return builds.damaged(pip(), found)
-    return missing()
-
-
-def missing() -> str:
-    """The message without onnxruntime."""
     return builds.missing(pip(), sys.platform, platform.machine())
 
 
@@ -132,21 +128,12 @@ def folder() -> Path | None:
     return next((Path(place) for place in places if os.path.isdir(place)), None)
 
 
-def _is_empty() -> bool:
-    """Returns whether uninstalling has left a folder that imports as a namespace package."""
-    spec = _spec()
-    return spec is not None and spec.origin is None
-
-
 def _is_importable() -> bool:
-    try:
-        return importlib.util.find_spec("onnxruntime") is not None
-    except ValueError:  # a module without __spec__ in sys.modules
-        return True
+    return _spec() is not None or sys.modules.get("onnxruntime") is not None
 
 
 def _spec() -> importlib.machinery.ModuleSpec | None:
     try:
         return importlib.util.find_spec("onnxruntime")
-    except ValueError:
+    except ValueError:  # a module without __spec__ in sys.modules
         return None

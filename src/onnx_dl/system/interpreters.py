@@ -49,7 +49,9 @@ def find() -> str:
     """
     facts = current()
     for path in candidates(facts):
-        if is_python(path, facts.version, os.path.realpath) and _can_be_run(path):
+        if not (is_python(path, facts.version, os.path.realpath) and os.path.isfile(path)):
+            continue
+        if os.access(path, os.X_OK, effective_ids=True):  # a service may have capabilities
             return path
     raise SupervisorStartError(
         f"Found no interpreter of Python {_dotted(facts.version)} to start processes with "
@@ -61,9 +63,8 @@ def find() -> str:
 def candidates(facts: Facts) -> Iterator[str]:
     """Possible paths of the interpreter, the likeliest first: the virtual environment before its base."""
     in_environment = facts.prefix != facts.base_prefix
-    folders: Sequence[str] = [facts.prefix] if in_environment else []
     yield from filter(None, [facts.executable])
-    yield from _in_folders(folders, facts.version)
+    yield from _in_folders([facts.prefix] if in_environment else [], facts.version)
     yield from filter(None, [facts.base_executable])
     yield from _in_folders([facts.exec_prefix, facts.base_prefix], facts.version)
 
@@ -88,11 +89,6 @@ def _claimed(path: str) -> str | None:
     """The version in an interpreter's name, may be empty; None: not an interpreter's name."""
     match = _NAME.fullmatch(os.path.basename(path))
     return None if match is None else match[1] or ""
-
-
-def _can_be_run(path: str) -> bool:
-    # By the effective user: a service may have capabilities.
-    return os.path.isfile(path) and os.access(path, os.X_OK, effective_ids=True)
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -8,6 +8,7 @@ application has them, because workers write files for it.  Imports nothing heavy
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from onnx_dl.system import descriptor_limits
 
 _KEPT: Final = {signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ}
 """Signals that stay ignored if they are: by nohup, and by Python itself."""
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 
 
 def set_up_process() -> None:
@@ -37,7 +40,7 @@ def fill_standard_streams() -> None:
     Raises:
         OSError: this process has no more descriptors.
     """
-    if not all(map(_is_open, range(3))):
+    if not all(map(descriptor_limits.is_open, range(3))):
         # open() takes the lowest free number, so no open descriptor is replaced.
         while (fd := open_null()) <= 2:
             os.set_inheritable(fd, True)
@@ -55,14 +58,6 @@ def open_null() -> int:
     ours, theirs = os.pipe()
     os.close(theirs)
     return ours
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def _open_streams() -> None:
@@ -137,3 +132,18 @@ def watch_process(pid: int, started: int | None) -> int | None:
         os.close(fd)
         raise ProcessLookupError(f"Process {pid} has ended.")
     return fd
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when its parent ends; exits at once if ``parent`` has ended already.
+
+    The signal comes when the *thread* that started this process ends, so parents use their main thread.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent not in (None, os.getppid()):
+        os._exit(0)
+
+
+def name_process(name: str) -> None:
+    """Sets the name that ps and top show; only the first 15 bytes count."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)

@@ -1,19 +1,76 @@
-"""Processors and memory that this process may use, by affinity and cgroup.
+"""Properties of this system: whether onnx-dl can run; processors and memory that a process may use.
 
-Reads cgroup v2 (``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), of
-this process's group and its parents (https://docs.kernel.org/admin-guide/cgroup-v2.html,
+There may be no /proc, as in a bare chroot.  Limits are those of affinity and of cgroups, v2 (``cpu.max``,
+``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), of this process's group and its
+parents (https://docs.kernel.org/admin-guide/cgroup-v2.html,
 https://docs.kernel.org/scheduler/sched-bwc.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Final
+
+from onnx_dl.concurrency import waits
+from onnx_dl.errors import PlatformError
+
+_CLONE_THREAD: Final = 0x10000
 
 Read = Callable[[Path], float | None]
+
+
+def is_platform() -> bool:
+    """Returns whether onnx-dl can run on this operating system."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+
+
+def check_platform() -> None:
+    """Raises :class:`~onnx_dl.errors.PlatformError` where onnx-dl cannot run."""
+    if not is_platform():
+        raise PlatformError(
+            "onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); "
+            f"this is {sys.platform}. Use onnxruntime.InferenceSession here."
+        )
+    if (why := waits.refusal()) is not None:
+        raise PlatformError(why)
+
+
+def is_proc_mounted() -> bool:
+    """Returns whether /proc has this process."""
+    return os.path.exists("/proc/self/statm")
+
+
+def proc_missing(what: str) -> PlatformError:
+    """The error for a feature that needs /proc; ``what``: its name, such as "max_memory"."""
+    return PlatformError(
+        f"{what} needs /proc, to read the memory of processes, and it is not mounted here. Mount it "
+        f"(mount -t proc proc /proc) or set no such limit; everything else works without it."
+    )
+
+
+def has_one_thread() -> bool:
+    """Returns whether this process has exactly one thread.  False if that cannot be found out."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task")) == 1
+    # unshare(CLONE_THREAD) has no effect in a process of one thread, and fails in others.
+    return bool(ctypes.CDLL(None).unshare(_CLONE_THREAD) == 0)
+
+
+def is_eventfd(fd: int) -> bool:
+    """Returns whether this is an eventfd."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    # Of the anonymous inodes only an eventfd can be written to.  This adds 0 to its counter.
+    with contextlib.suppress(OSError):
+        return stat.S_IFMT(os.fstat(fd).st_mode) == 0 and os.write(fd, bytes(8)) == 8
+    return False
 
 
 def processors(root: Path = Path("/")) -> int:

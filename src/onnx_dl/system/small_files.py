@@ -1,18 +1,29 @@
-"""Reads files of users and other programs, whose content may be anything.
+"""Reads files of users and other programs, and writes to pipes and terminals that these may not read.
 
-Limits the number of bytes, and never blocks, as reading from a FIFO or a terminal would.
+Files may have any content: the number of bytes read is limited, and a FIFO or a terminal blocks nobody.
+Writes go to a thread of their own, so that a stopped reader blocks nothing else: a supervisor's own lines
+(:mod:`onnx_dl.supervisor.outlet`), in an application those of its workers
+(:mod:`onnx_dl.client.worker_output`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
 import stat
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Final, TypeVar
 
 import msgspec
 
+from onnx_dl.concurrency import waits
+from onnx_dl.system import owned_descriptors
+
 _T = TypeVar("_T")
+
+MOST_UNWRITTEN: Final = 1 << 20
+"""Bytes that may wait to be written; more is dropped, and reported."""
 
 
 def opened(path: str | os.PathLike[str]) -> BinaryIO:
@@ -38,21 +49,13 @@ def opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def head(path: str | os.PathLike[str], most: int) -> bytes:
-    """The first ``most`` bytes of a regular file, or fewer.
-
-    Raises:
-        OSError: as for :func:`opened`.
-    """
+    """The first ``most`` bytes of a regular file, or fewer.  Raises OSError, as :func:`opened` does."""
     with opened(path) as file:
         return file.read(most)
 
 
 def read(path: str | os.PathLike[str], most: int) -> bytes:
-    """A whole regular file of ``most`` bytes or fewer.
-
-    Raises:
-        OSError: as for :func:`head`, or it is larger.
-    """
+    """A whole regular file.  Raises OSError, as :func:`opened` does, also for more than ``most`` bytes."""
     data = head(path, most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes")
@@ -70,3 +73,21 @@ def decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
 def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is no file")
+
+
+def dropped(nbytes: int) -> bytes:
+    """The line that reports dropped bytes."""
+    return f"onnx-dl: {nbytes} bytes were not written: nobody reads this\n".encode()
+
+
+def write(fd: int, data: bytes) -> None:
+    """Writes all bytes, or stops if the reader is gone.
+
+    Writes nothing to a descriptor of onnx-dl: the program may have closed the one that had this number.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        while data and not owned_descriptors.is_ours(fd):
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:  # made non-blocking by the program, or by another that shares it
+                waits.ready(fd, select.POLLOUT, None)

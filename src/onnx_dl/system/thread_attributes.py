@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
-from onnx_dl.core.thread_attributes import ThreadAttributes
+from onnx_dl.core.environment import ThreadAttributes
 
 _RESETS: Final = 0x40000000
 """SCHED_RESET_ON_FORK: children get the default policy."""
@@ -23,7 +23,6 @@ _RESETS: Final = 0x40000000
 _T = TypeVar("_T")
 
 _STATUS: Final = Path("/proc/thread-self/status")
-
 
 _asker: Final[contextvars.ContextVar[int]] = contextvars.ContextVar("asker", default=0)
 """Native id of the thread on whose behalf the present one works; 0: itself."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
-from onnx_dl.system import procfs
+from onnx_dl.system import resources
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import MOST_MAPPED
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
@@ -44,7 +44,7 @@ def _are_bell(eventfd: int, pipe: int) -> bool:
     """Check what the descriptors are.  Others could be readable always or never, so that a thread waits in
     vain or without a pause.  One that cannot be written to would end the worker's main thread."""
     is_pipe = stat.S_ISFIFO(os.fstat(pipe).st_mode)
-    return procfs.is_eventfd(eventfd) and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
+    return resources.is_eventfd(eventfd) and is_pipe and bool(fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_WRONLY)
 
 
 class WorkerLane(Lane[WorkerChannel]):

@@ -38,9 +38,8 @@ class Gate:
         self._wake = wake
         self._ttl = ttl
         self._last_used = now
-        self._used = (
-            False  # the TTL counts from the first use: the proxy that asked for the load must get its call
-        )
+        # The TTL counts from the first use: the proxy that asked for the load must get its call.
+        self._used = False
         self._in_flight = 0
         self._holds = 0
         self._closing = False  # a drain was requested; open until no session() block holds the model

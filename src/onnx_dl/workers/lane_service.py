@@ -11,12 +11,10 @@ from onnx_dl.errors import OnnxDLError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines.base import Backend
+from onnx_dl.workers.engines.base import Backend, CancelToken
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.limits import RecycleLimits
+from onnx_dl.workers.limits import RecycleLimits, Watchdog
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
-from onnx_dl.workers.watchdog import Watchdog
 
 _Handlers = Mapping[type, Callable[[Any], object]]
 """Handlers by type of request."""

@@ -1,12 +1,29 @@
-"""Limits after which a worker is replaced: ``max_memory`` and ``max_runs``."""
+"""Memory of a worker: the limits ``max_memory``, ``max_runs`` and ``max_memory_hard``, and a small heap.
+
+docs/performance.md has measurements of the heap, and what was tried and not kept.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import mmap
 import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, NoReturn
 
-from onnx_dl.system import procfs
+from onnx_dl.concurrency import spawning
+from onnx_dl.system import resources
+
+EVERY: Final = 0.01
+"""Seconds between two looks."""
+LINGER: Final = 20
+"""Looks without a call before the thread sleeps: of calls in quick succession, only the first wakes it."""
+_trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Exists in glibc only."""
 
 
 class RecycleLimits:
@@ -38,9 +55,90 @@ class AnonymousMemory:
         try:
             self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise procfs.missing("A limit of a worker's memory (max_memory, max_memory_hard)") from None
+            raise resources.proc_missing(
+                "A limit of a worker's memory (max_memory, max_memory_hard)"
+            ) from None
 
     def read(self) -> int:
         _, resident, shared, *_ = os.pread(self._statm, 128, 0).split()
         nbytes: int = (int(resident) - int(shared)) * mmap.PAGESIZE
         return nbytes
+
+
+class Watchdog:
+    """Compares the memory of one worker with a limit, in a thread that sleeps while no call is in flight."""
+
+    def __init__(
+        self,
+        limit: int,
+        measure: Callable[[], int],
+        in_flight: Callable[[], int],
+        end: Callable[[int], object],
+    ) -> None:
+        """``limit``: bytes; ``measure`` returns the present ones; ``end`` is called with larger ones."""
+        self._limit = limit
+        self._measure = measure
+        self._in_flight = in_flight
+        self._end = end
+        self.sleeps = False
+        """True if only the begin of a call wakes the thread."""
+        self._called = threading.Event()
+        self._idle = 0
+
+    def start(self) -> None:
+        """Starts the thread.
+
+        Raises:
+            ProcessesExhausted: the system has no thread left.
+        """
+        spawning.start(threading.Thread(target=self._watch, name="watchdog", daemon=True), "max_memory_hard")
+
+    def call_begins(self) -> None:
+        """Wakes the thread for a call.  Takes 0.1 µs, and more for the first call after a pause."""
+        if self.sleeps:
+            self._called.set()
+
+    def look(self) -> bool:
+        """Measures if a call is in flight; returns false if the next look can wait until a call begins."""
+        if not self._in_flight():
+            self._idle += 1
+            return self._idle < LINGER
+        self._idle = 0
+        if (nbytes := self._measure()) > self._limit:
+            self._end(nbytes)
+        return True
+
+    def _watch(self) -> NoReturn:
+        while True:
+            while self.look():
+                time.sleep(EVERY)
+            self._sleep()
+
+    def _sleep(self) -> None:
+        """Waits until a call begins."""
+        self._called.clear()
+        self.sleeps = True
+        # A call that began before ``sleeps`` was set does not wake this thread.
+        if not self._in_flight():
+            self._called.wait()
+        self.sleeps = False
+        self._idle = 0
+
+
+def trim_heap() -> None:
+    """Returns the free pages of the heap to the system.
+
+    Parsing and prepacking a model leave a quarter to more than half of its size in free pages, which the heap
+    would keep.  Takes about ten milliseconds for a model of 200 MB: too long to do after each call.
+    """
+    if _trim is not None:
+        _trim(ctypes.c_size_t(0))
+
+
+def share_heap() -> None:
+    """Exempts all present objects from garbage collection, in a process that is about to be forked.
+
+    A collection writes into each object's header, which in a child makes shared pages private copies.
+    """
+    gc.collect()
+    gc.freeze()

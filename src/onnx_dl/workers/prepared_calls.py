@@ -1,4 +1,4 @@
-"""Calls that one caller repeats, on the worker's side; the caller's side is :mod:`onnx_dl.tensors.call_plans`.
+"""Calls that one caller repeats, on the worker's side; :mod:`onnx_dl.tensors.call_plans` is the caller's.
 
 From the second time on, a call is prepared: the engine reads its inputs where the caller puts them and writes
 its results where the caller finds them; nothing is packed or unpacked, and the reply is encoded before.
@@ -21,8 +21,7 @@ from onnx_dl.tensors.block import Block, align
 from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import ResultForm, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines.base import Backend, Feed, Rerun
+from onnx_dl.workers.engines.base import Backend, CancelToken, Feed, Rerun
 
 _MOST_RUNS: Final = 16
 """Prepared runs of one call: one for each set of blocks that its large arrays use in turn."""

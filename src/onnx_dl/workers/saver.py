@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from onnx_dl.core import file_identity
+from onnx_dl.core import model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import TensorSpec
 from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
-from onnx_dl.system.prctl import die_with_parent
+from onnx_dl.system.process_setup import die_with_parent
 from onnx_dl.tensors import segment
 from onnx_dl.workers.load_cache import rules
-from onnx_dl.workers.load_cache.order import SaveOrder
+from onnx_dl.workers.load_cache.rules import SaveOrder
 from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, EntryMeta, files_of, open_cache
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ def _save(order: SaveOrder, blob: int, memory: int) -> None:
     spec = order.spec
     os.chdir(spec.cwd)
     read = order.description.files
-    if (
-        file_identity.changed(spec.where, read) is not None
-    ):  # since the load: the next one is of another model
+    if model_files.changed(spec.where, read) is not None:  # since the load: the next one is of another model
         return
     store = open_cache()
     found = store.find(order.key)
@@ -107,7 +105,7 @@ def _save(order: SaveOrder, blob: int, memory: int) -> None:
         if not _write_and_check(order, blob, path, memory):
             store.refuse(order.key)
             return
-        unchanged = file_identity.changed(spec.where, read) is None
+        unchanged = model_files.changed(spec.where, read) is None
         if unchanged and rules.key_of(spec, order.onnxruntime) == order.key:
             meta = EntryMeta(
                 key=order.key,
@@ -143,12 +141,7 @@ def _free_memory() -> int:
 
 
 def _run_step(step: Callable[[], bytes], memory: int) -> bytes:
-    """Runs a step in a process of its own and returns its result.
-
-    Raises:
-        _TooLarge: it took more than ``memory`` bytes.
-        OSError: it failed, or took too long.
-    """
+    """Runs a step in a process of its own and returns its result; raises _TooLarge, or OSError."""
     read_end, write_end = os.pipe()
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
@@ -169,11 +162,7 @@ def _run_step(step: Callable[[], bytes], memory: int) -> bytes:
 
 
 def _watch(pid: int, pipe: int, memory: int) -> bool:
-    """Waits until a process writes or ends; kills it if it takes too much memory or too long.
-
-    Returns:
-        Whether it took too much memory.
-    """
+    """Waits until a process writes or ends; kills it after too long, or if it takes too much memory: true."""
     deadline = time.monotonic() + _TIMEOUT
     while not select.select([pipe], [], [], _INTERVAL)[0]:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -185,11 +174,10 @@ def _watch(pid: int, pipe: int, memory: int) -> bool:
 
 
 def _load(spec: ModelSpec) -> LoadedSession:
-    from onnx_dl.workers.engines.ort_session import (
-        LoadedSession,  # in the step only: onnxruntime's threads forbid fork
-    )
+    # In the step only: onnxruntime's threads forbid fork.
+    from onnx_dl.workers.engines import ort_session
 
-    return LoadedSession(spec, None)
+    return ort_session.LoadedSession(spec, None)
 
 
 def _digests(spec: ModelSpec, sizes: tuple[int, ...], memory: int) -> RunDigests | None:

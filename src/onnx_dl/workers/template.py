@@ -31,12 +31,12 @@ from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.ort import recorder
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.template import Spawn, Spawned, SpawnFailed, TemplateReady, on_template
-from onnx_dl.system import boot, frozen, process_setup, procfs, thread_attributes
-from onnx_dl.system.prctl import die_with_parent, name_process
+from onnx_dl.system import boot, frozen, process_setup, resources, thread_attributes
+from onnx_dl.system.process_setup import die_with_parent, name_process
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.workers import heap
+from onnx_dl.workers.limits import share_heap
 from onnx_dl.workers.worker import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
@@ -135,8 +135,8 @@ class Template:
         """Runs a worker in this process until it exits; ``middle``: its parent, which exits at once."""
         try:
             self._channel.close()
-            if spawn.standing is not None:
-                thread_attributes.apply(spawn.standing)  # before another thread starts
+            if spawn.thread_attributes is not None:
+                thread_attributes.apply(spawn.thread_attributes)  # before another thread starts
             if spawn.environment or (spawn.pristine and self._warm):
                 self._exec_worker(spawn, fds, middle)
             lifeline, stderr, page, *blobs = fds
@@ -204,13 +204,13 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     with contextlib.suppress(Exception):  # a broken installation is an error of each load
         import onnx_dl.workers.engines.ort  # noqa: F401  # with all that a worker needs: workers share the pages
 
-        warm = mode == "fork" and procfs.has_one_thread()
+        warm = mode == "fork" and resources.has_one_thread()
         if warm:
             _warm_up()
-    forkable = mode == "fork" and procfs.has_one_thread()
+    forkable = mode == "fork" and resources.has_one_thread()
     if mode == "fork" and not forkable and frozen.is_frozen():
         print(_CALLED_LATE, file=sys.stderr, flush=True)
-    heap.share()
+    share_heap()
     template = Template(channel, fork=forkable, warm=warm)
     if mode == _WORKER and (received := channel.receive()) is not None:
         data, fds = received

@@ -13,9 +13,8 @@ import numpy as np
 
 from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.core.status import ModelDescription, TensorSpec
-from onnx_dl.workers.cancellation import CancelToken
 from onnx_dl.workers.engines import base as members
-from onnx_dl.workers.engines.base import Array, Backend, Feed
+from onnx_dl.workers.engines.base import Array, Backend, CancelToken, Feed
 
 
 def run_all(

@@ -28,15 +28,13 @@ from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers import heap, warmup
-from onnx_dl.workers.cancellation import CancelToken
+from onnx_dl.workers import warmup
 from onnx_dl.workers.engines import base as backends
-from onnx_dl.workers.engines.base import Backend, NotInCache
+from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService
-from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits
-from onnx_dl.workers.load_cache.order import SaveOrder
-from onnx_dl.workers.watchdog import Watchdog
+from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog, trim_heap
+from onnx_dl.workers.load_cache.rules import SaveOrder
 
 _RESERVE: Final = 16
 """Descriptors kept free for the model and for lanes that are open."""
@@ -88,13 +86,12 @@ class Worker:
             loaded = time.monotonic()
             description = backend.describe()
             warmup.run_all(backend, spec, description, load.warmups)
-            heap.trim()  # before WorkerReady, after which memory is measured
+            trim_heap()  # before WorkerReady, after which memory is measured
             ready = time.monotonic()
             self._gate = Gate(load.ttl, ready, self._waker.wake, self._gauges)
             self._set_limits(spec)
-            door = Handshakes(
-                self._address, _RESERVE, lambda channel, why: None
-            )  # a rejected caller sees EOF
+            # A rejected caller sees EOF.
+            door = Handshakes(self._address, _RESERVE, lambda channel, why: None)
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
             unsaved = isinstance(error, NotInCache)
@@ -290,6 +287,5 @@ def _timeout(wait: float | None, deadline: float | None) -> float | None:
 
 
 def _exit() -> NoReturn:
-    """Ends the process without destructors: freeing a model takes longer, and native code may hang at
-    exit."""
+    """Ends the process without destructors: freeing a model takes longer, and native code may hang."""
     os._exit(0)

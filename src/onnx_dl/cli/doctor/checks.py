@@ -64,8 +64,7 @@ def python_version(version: Sequence[int]) -> Finding:
 
 def kernel(system: str, release: str) -> Finding:
     """Checks for Linux 5.3, which is the first with pidfd_open()."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
-    if system == "Linux" and numbers >= (5, 3):
+    if system == "Linux" and builds.release(release) >= (5, 3):
         return Finding("kernel", Mark.OK, f"{system} {release}")
     return Finding(
         "kernel",
@@ -89,9 +88,8 @@ def environment(complaint: str, unknown: Mapping[str, str]) -> Finding:
 
 def processors(allowed: int, installed: int) -> Finding:
     """Shows how many processors affinity and cgroup allow."""
-    if allowed < installed:
-        return Finding("processors", Mark.OK, f"{allowed} of {installed}, by affinity or cgroup")
-    return Finding("processors", Mark.OK, f"all {installed}")
+    some = f"{allowed} of {installed}, by affinity or cgroup"
+    return Finding("processors", Mark.OK, some if allowed < installed else f"all {installed}")
 
 
 def memory(
@@ -126,20 +124,16 @@ def shared_hosts(complaint: str, *, wanted: bool) -> Finding:
 
 def host(running: RunningHost, hosts: Sequence[RunningHost]) -> Finding:
     """Checks a running shared host.  ``hosts``: all that run."""
-    check = f"host {running.name}"
+    check, described = f"host {running.name}", running_hosts.describe(running)
+    outlook = running_hosts.outlook(running, hosts)
     if running.reachable:
-        leaves = (
-            f"; {running_hosts.outlook(running, hosts)}"
-            if running_hosts.successor(running, hosts) is not None
-            else ""
-        )
-        return Finding(check, Mark.OK, running_hosts.describe(running) + leaves)
+        leaves = f"; {outlook}" if running_hosts.successor(running, hosts) is not None else ""
+        return Finding(check, Mark.OK, described + leaves)
     return Finding(
         check,
         Mark.WARNING,
-        f"{running_hosts.describe(running)}; this version of onnx-dl cannot connect to it: the models of both "
-        "are in memory twice",
-        running_hosts.outlook(running, hosts),
+        f"{described}; this version of onnx-dl cannot connect to it: the models of both are in memory twice",
+        outlook,
     )
 
 
@@ -215,8 +209,7 @@ def gpu(found: Sequence[Gpu], why_none: str, providers: Sequence[str], repair: s
 
 def telemetry(version: str | None, environ: Mapping[str, str]) -> Finding:
     """Checks telemetry: onnxruntime 1.29 and later send it in a thread, unless the environment forbids it."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version or "")[:2])
-    if version is None or numbers < (1, 29):
+    if builds.release(version or "") < (1, 29):
         return Finding("telemetry", Mark.OK, "this onnxruntime sends none")
     if environ.get("ORT_DISABLE_TELEMETRY") == "1":
         return Finding("telemetry", Mark.OK, "off in workers, and here: ORT_DISABLE_TELEMETRY=1")

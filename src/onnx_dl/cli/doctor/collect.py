@@ -1,4 +1,4 @@
-"""Collects the facts for :mod:`onnx_dl.cli.doctor.checks`: from the system, and from :mod:`onnx_dl.cli.doctor.trials`."""
+"""Collects the facts for :mod:`onnx_dl.cli.doctor.checks`, from the system and from trials."""
 
 from __future__ import annotations
 

@@ -41,19 +41,15 @@ def checklist(findings: Sequence[Finding]) -> RenderableType:
 
 def summary(findings: Sequence[Finding]) -> str:
     """``12 ok, 1 warning, no problem``."""
-    counts = _count(findings)
+    counts = collections.Counter(finding.mark for finding in findings)
     return ", ".join(_counted(counts[mark], mark) for mark in Mark)
 
 
 def has_problems(findings: Sequence[Finding]) -> bool:
     """Returns whether there is a finding that keeps models from being used as the settings say."""
-    return bool(_count(findings)[Mark.PROBLEM])
+    return any(finding.mark is Mark.PROBLEM for finding in findings)
 
 
 def _counted(count: int, mark: Mark) -> str:
     plural = "s" if count > 1 and mark is not Mark.OK else ""
     return f"{count or 'no'} {mark}{plural}"
-
-
-def _count(findings: Sequence[Finding]) -> collections.Counter[Mark]:
-    return collections.Counter(finding.mark for finding in findings)

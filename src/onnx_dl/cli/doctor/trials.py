@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -38,7 +38,9 @@ def run(trial: str, *arguments: str, timeout: float, python: str = "") -> TrialR
 
     ``timeout``: seconds after which it is killed, with all that it started.
     """
-    environ = _environ(os.environ, timeout)
+    limit = f"{timeout * 0.8:.3f}"  # in seconds: limits within the trial end before the trial is killed
+    limits = {"ONNX_DL_LOAD_TIMEOUT": limit, "ONNX_DL_START_TIMEOUT": limit}
+    environ = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", **limits}
     try:
         launch = boot.launch("trial", trial, *arguments, python=python, environ=environ)
         done = subprocess.run(
@@ -71,16 +73,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _environ(environ: Mapping[str, str], timeout: float) -> dict[str, str]:
-    return {
-        **environ,
-        "ORT_DISABLE_TELEMETRY": "1",
-        # Time limits within the trial end before the trial is killed.
-        "ONNX_DL_LOAD_TIMEOUT": f"{timeout * 0.8:.3f}",
-        "ONNX_DL_START_TIMEOUT": f"{timeout * 0.8:.3f}",
-    }
 
 
 def _text(output: bytes | None) -> str:

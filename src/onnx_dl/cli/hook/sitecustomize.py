@@ -2,8 +2,8 @@
 
 :mod:`onnx_dl.cli.run` puts this folder first on ``PYTHONPATH``, so that ``site`` imports this module instead
 of the user's own ``sitecustomize``.  It removes itself from the environment and from ``sys.path``, and
-imports the user's.  A finder remains: it calls :func:`onnx_dl.integrations.onnxruntime_patch.patch` at the end of the import of
-onnxruntime.  A program without onnxruntime imports nothing else of onnx-dl.
+imports the user's.  A finder remains: it calls :func:`onnx_dl.patch` at the end of the import of onnxruntime.
+A program without onnxruntime imports nothing else of onnx-dl.
 
 Uses only modules that ``site`` has imported before.
 """

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from onnx_dl.core.environment import ThreadAttributes
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.spec import ModelSpec
-from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.protocol.codec import Message
 from onnx_dl.supervisor.policy.cache_saves import SaveRequest
 from onnx_dl.supervisor.policy.requirements import Requirement
 
 
 class StartWorker(NamedTuple):
-    """Start a process that loads ``spec``; ``standing``: of the thread that asked for it."""
+    """Start a process that loads ``spec``; ``thread_attributes``: of the thread that asked for it."""
 
     worker_id: int
     spec: ModelSpec
-    standing: ThreadAttributes | None = None
+    thread_attributes: ThreadAttributes | None = None
 
 
 class SendToWorker(NamedTuple):

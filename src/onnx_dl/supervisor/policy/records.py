@@ -9,12 +9,12 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl.core.environment import ThreadAttributes
 from onnx_dl.core.lifecycle import LifecycleEvent, ModelState, transition
 from onnx_dl.core.parsing import KEEP
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelStatus, Usage
 from onnx_dl.core.terms import Terms
-from onnx_dl.core.thread_attributes import ThreadAttributes
 from onnx_dl.protocol import control
 from onnx_dl.protocol.failures import Failure
 from onnx_dl.supervisor.policy import requirements
@@ -112,7 +112,7 @@ class ModelRecord:
     """Least memory for the next load, after one that ran out of memory."""
     second_try: bool = False
     """Such a load is being repeated."""
-    standing: ThreadAttributes | None = None
+    thread_attributes: ThreadAttributes | None = None
     """Of the thread that asked last.  The next worker gets it."""
     named: dict[bytes, dict[str, ModelSpec]] = dataclasses.field(default_factory=dict)
     """For a group: its models by key, as each client, or the host, last named them."""
@@ -168,7 +168,7 @@ class ModelRecord:
     def join(self, client: bytes, ask: control.Acquire, others: Iterable[ModelSpec] = ()) -> None:
         """Notes what a client asks for: the model, the client's other models of the group, and ``others``,
         which the host's file names."""
-        self.standing = ask.standing
+        self.thread_attributes = ask.thread_attributes
         if ask.spec.group is None:
             return
         of_host = self.named.setdefault(HOST, {})

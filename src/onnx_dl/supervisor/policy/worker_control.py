@@ -29,7 +29,7 @@ class WorkerControl:
         for decision in decisions:
             match decision:
                 case BeginLoad(model, worker):
-                    self.outbox.add(StartWorker(worker.id, model.spec, model.standing))
+                    self.outbox.add(StartWorker(worker.id, model.spec, model.thread_attributes))
                     self.outbox.add(
                         self.announcements.event(EventType.LOADING, model, worker, worker.started)
                     )

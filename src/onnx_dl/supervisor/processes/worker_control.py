@@ -69,7 +69,7 @@ class WorkerControl:
         worker_id, spec = command.worker_id, command.spec
         identity = self.control.add_worker(worker_id)
         self.sampler.on_start(worker_id, spec)
-        conditions = StartConditions(spec.name, spec.pristine, command.standing, spec.environment)
+        conditions = StartConditions(spec.name, spec.pristine, command.thread_attributes, spec.environment)
         self.processes.spawn(worker_id, identity, self._blobs(spec), conditions)
 
     def start_failed(self, command: StartWorker, error: Exception) -> None:

@@ -9,8 +9,7 @@ import signal
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from onnx_dl.core.environment import NOTHING, Environment
-from onnx_dl.core.thread_attributes import ThreadAttributes
+from onnx_dl.core.environment import NOTHING, Environment, ThreadAttributes
 from onnx_dl.protocol import codec, template
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
@@ -64,13 +63,13 @@ class StartConditions(NamedTuple):
     """Properties with which a worker starts.
 
     ``model``: the name of its model; ``pristine``: its process must not have made a session of the engine
-    before; ``standing``: what it takes over from the thread that asked for it, None: from this process;
+    before; ``thread_attributes``: those of the thread that asked for it, None: this process's;
     ``environment``: its variables, added to those of this process.
     """
 
     model: str = ""
     pristine: bool = False
-    standing: ThreadAttributes | None = None
+    thread_attributes: ThreadAttributes | None = None
     environment: Environment = NOTHING
 
 
@@ -126,7 +125,7 @@ class WorkerProcess:
             control=control,
             blobs=list(self._blobs),
             pristine=self._conditions.pristine,
-            standing=self._conditions.standing,
+            thread_attributes=self._conditions.thread_attributes,
             environment=self._conditions.environment,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())

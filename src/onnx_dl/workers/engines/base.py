@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl.core import model_files
+from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
-from onnx_dl.errors import EngineError
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.load_cache.order import SaveOrder
+from onnx_dl.errors import EngineError, FilesChanging
+from onnx_dl.workers.load_cache.rules import SaveOrder
 
 Array = NDArray[np.generic]
 Callback = Callable[[], object]
@@ -28,6 +30,54 @@ Feed = dict[str, object]
 Options = dict[str, object] | None
 """RunOptions as plain data (:mod:`onnx_dl.ort.options`)."""
 Results = Sequence[object]
+
+_T = TypeVar("_T")
+_ATTEMPTS: Final = 3
+"""Loads of a model whose files change."""
+
+
+class CancelToken:
+    """Cancellation of one lane's present call, requested by its caller over another lane.
+
+    The lane's thread attaches a function that ends the call; any thread may cancel.  A request has the call's
+    number, so that one that comes after the end of the call cancels no other call.
+    """
+
+    __slots__ = ("_cancelled", "_end", "_lock", "_number")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number = 0
+        self._cancelled = -1
+        self._end: Callable[[], object] | None = None
+
+    def begin(self, number: int) -> None:
+        """Sets the number of the caller's request that begins now."""
+        self._number = number
+
+    def attach(self, end: Callable[[], object] | None) -> None:
+        """Sets the function that ends the present call, if any; calls it if that was cancelled before."""
+        with self._lock:
+            self._end = end
+            if end is not None and self._cancelled == self._number:
+                end()
+
+    def detach(self) -> None:
+        """Forgets that function: the call has ended."""
+        with self._lock:
+            self._end = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Tells whether the present call was cancelled."""
+        return self._cancelled == self._number
+
+    def cancel(self, number: int) -> None:
+        """Ends the request of this number, now or as soon as it begins."""
+        with self._lock:
+            self._cancelled = number
+            if self._end is not None and self._number == number:
+                self._end()
 
 
 class BoundRun(NamedTuple):
@@ -77,8 +127,7 @@ class Backend(Protocol):
         """
 
     def run(self, outputs: object, feed: Feed, options: Options, token: CancelToken) -> Results:
-        """Runs the model once.  Results must not share memory with ``feed``, which is valid until then
-        only."""
+        """Runs the model once.  Results must not share memory with ``feed``, which is valid until then."""
 
     def run_async(
         self, outputs: object, feed: Feed, options: Options, token: CancelToken, started: Callback
@@ -157,3 +206,35 @@ def origin(backend: Backend) -> Origin:
     """Returns the source of the model's load."""
     find: Callable[[], Origin] = getattr(backend, "origin", Origin)
     return find()
+
+
+def load_unchanged(
+    spec: ModelSpec, names: Callable[[], list[str]], make: Callable[[], _T]
+) -> tuple[_T, list[ReadFile]]:
+    """Returns the result of ``make``, and the files that it was made of, so that these describe it.
+
+    The files may be replaced meanwhile: each is looked at before and after.  If one has changed, the result
+    may be a mixture of old and new files, and is made once more.
+
+    Args:
+        names: returns the names of all files that ``make`` reads; called before each attempt.
+
+    Raises:
+        FilesChanging: they changed at each attempt.
+        Exception: what ``make`` raised.
+    """
+    for _ in range(_ATTEMPTS):
+        read = model_files.identities(spec.where, names())
+        try:
+            made = make()
+        except Exception:  # perhaps because it read old and new files
+            if (path := model_files.changed(spec.where, read)) is None:
+                raise
+        else:
+            if (path := model_files.changed(spec.where, read)) is None:
+                return made, read
+            del made
+    raise FilesChanging(
+        f"{path} was changed while {spec.name} was loaded, {_ATTEMPTS} times in a row. Load it after "
+        "it is written, or write it under another name and then rename it."
+    )

@@ -17,7 +17,7 @@ from onnx_dl.errors import EngineError
 from onnx_dl.protocol import failures
 from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend
-from onnx_dl.workers.load_cache.order import SaveOrder
+from onnx_dl.workers.load_cache.rules import SaveOrder
 
 
 class Group:

@@ -18,6 +18,7 @@ import functools
 import math
 import os
 import threading
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from typing import Any, Final, NamedTuple
@@ -28,10 +29,9 @@ from onnx_dl.core import mlir_signature
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.errors import EngineError
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines import stable_load
-from onnx_dl.workers.engines.base import Array, BoundRun, Callback, Feed, Options, Results
-from onnx_dl.workers.load_cache.order import SaveOrder
+from onnx_dl.workers.engines import base
+from onnx_dl.workers.engines.base import Array, BoundRun, Callback, CancelToken, Feed, Options, Results
+from onnx_dl.workers.load_cache.rules import SaveOrder
 
 _DEFAULT: Final = "run_main_graph"
 """Entry point of a model that was compiled without options for it."""
@@ -71,19 +71,6 @@ class EntryPoint(NamedTuple):
     inputs: Sequence[TensorSpec] | None
     """None: the signature cannot be parsed."""
     outputs: Sequence[TensorSpec] | None
-
-
-class LibraryMemory:
-    """Memory of the library, in the form in which numpy makes views of it."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> None:
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": dtype,
-            "version": 3,
-        }
 
 
 class Library:
@@ -201,7 +188,14 @@ class Library:
         if not address:
             raise EngineError(f"The model returned a tensor of shape {shape} without data.")
         strides = tuple(stride * dtype.itemsize for stride in self._om.omTensorGetStrides(tensor)[:rank])
-        return np.asarray(LibraryMemory(address, shape, strides, dtype.str))
+        view = {
+            "data": (address, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": dtype.str,
+            "version": 3,
+        }
+        return np.asarray(types.SimpleNamespace(__array_interface__=view))
 
     def destroy(self, lists: Iterable[int], tensors: Iterable[int]) -> None:
         """Frees each of them once, also if a model returned one of its inputs."""
@@ -220,7 +214,7 @@ class OnnxMlirBackend:
         self._name = spec.name
         path = os.path.abspath(os.path.join(spec.cwd, spec.path or ""))
         tag = spec.extra.get("tag", "")
-        self._library, self._files = stable_load.load(spec, lambda: [""], lambda: Library(path, tag))
+        self._library, self._files = base.load_unchanged(spec, lambda: [""], lambda: Library(path, tag))
         self._lock = threading.Lock()
 
     def describe(self) -> ModelDescription:
@@ -310,11 +304,7 @@ class OnnxMlirBackend:
 
 
 def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> OnnxMlirBackend:
-    """Loads a model.
-
-    Raises:
-        EngineError: the file is not a compiled model; the message says what it lacks.
-    """
+    """Loads a model; raises EngineError if the file is not a compiled model."""
     return OnnxMlirBackend(spec)
 
 

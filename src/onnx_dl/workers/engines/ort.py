@@ -6,23 +6,23 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, TypeGuard, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
 import onnxruntime
 
-from onnx_dl.core import file_identity, model_files, settings
-from onnx_dl.core.file_identity import ReadFile
+from onnx_dl.core import model_files, settings
+from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.ort.options import make_run_options
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines import ort_session, shared_model, stable_load
+from onnx_dl.workers.engines import base, ort_session
 from onnx_dl.workers.engines.base import (
     Array,
     BoundRun,
     Callback,
+    CancelToken,
     Feed,
     NotInCache,
     Options,
@@ -33,7 +33,7 @@ from onnx_dl.workers.engines.base import (
 from onnx_dl.workers.engines.ort_methods import SessionMethods
 from onnx_dl.workers.engines.ort_session import LoadedSession
 from onnx_dl.workers.load_cache import rules
-from onnx_dl.workers.load_cache.order import SaveOrder
+from onnx_dl.workers.load_cache.rules import SaveOrder
 from onnx_dl.workers.load_cache.store import CacheEntry, folder, open_cache
 
 _T = TypeVar("_T")
@@ -46,12 +46,7 @@ class OnnxRuntimeBackend:
     """One ``onnxruntime.InferenceSession``."""
 
     def __init__(self, spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> None:
-        """Loads the model; ``mapped``: from the load cache only.
-
-        Raises:
-            NotInCache: ``mapped``, and the load cache does not have it.
-            Exception: onnxruntime's.
-        """
+        """Loads the model; ``mapped``: from the load cache, or raises NotInCache."""
         caching = settings.settings().cache == "on"
         self._spec = rules.with_engine_caches(spec, folder()) if caching else spec
         self._cached: CacheEntry | None = None
@@ -81,9 +76,9 @@ class OnnxRuntimeBackend:
         def load() -> LoadedSession:
             if blob is None:
                 return LoadedSession(spec, None, memory())
-            return shared_model.load_from_memory(spec, blob, memory)
+            return ort_session.load_from_memory(spec, blob, memory)
 
-        loaded, self._files = stable_load.load(spec, lambda: stable_load.names_of(spec, blob), load)
+        loaded, self._files = base.load_unchanged(spec, lambda: ort_session.files_of(spec, blob), load)
         return loaded
 
     def _load_cached(self) -> LoadedSession | None:
@@ -104,7 +99,7 @@ class OnnxRuntimeBackend:
 
     def _differs(self, entry: CacheEntry) -> bool:
         """Tells whether an entry was made of other files than those that the model would be read from now."""
-        return file_identity.changed(self._spec.where, entry.meta.description.files) is not None
+        return model_files.changed(self._spec.where, entry.meta.description.files) is not None
 
     def origin(self) -> Origin:
         return Origin(self._key or "", self._cached is not None)
@@ -116,7 +111,8 @@ class OnnxRuntimeBackend:
             return []
         # In a folder that the user named, files of the temporary folder are cached, too.
         is_passing = not settings.settings().cache_dir and rules.is_temporary(self._spec)
-        nbytes = _bytes_of(self._spec, blobs)
+        blob = self._spec.blob
+        nbytes = model_files.bytes_of(self._spec.where("")) if blob is None else os.fstat(blobs[blob]).st_size
         is_small = nbytes < rules.SMALLEST
         if is_small or is_passing or open_cache().is_refused(self._key):
             return []
@@ -164,7 +160,10 @@ class OnnxRuntimeBackend:
 
     def bind(self, outputs: object, feed: Feed, results: Sequence[Array]) -> BoundRun | None:
         names = self._names(outputs)
-        inputs = {name: array for name, array in feed.items() if _is_numeric(array)}
+        arrays = {name: value for name, value in feed.items() if isinstance(value, np.ndarray)}
+        inputs = {
+            n: array for n, array in arrays.items() if array.dtype.kind in "biuf" and array.dtype.isnative
+        }
         unique = len(set(names)) == len(names) == len(results)
         if not (self._bindable and len(inputs) == len(feed) and unique):
             return None
@@ -222,13 +221,8 @@ def _with_options(call: Callable[[onnxruntime.RunOptions], _T], options: Options
         token.detach()
 
 
-def _is_numeric(value: object) -> TypeGuard[Array]:
-    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.isnative
-
-
 def _terminated(value: object) -> object:
-    """Appends a NUL to items of byte string arrays: onnxruntime reads up to one, even beyond the item's
-    end."""
+    """Appends a NUL to items of byte string arrays: onnxruntime reads up to one, even beyond their end."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "S":
         return value.astype(f"S{value.dtype.itemsize + 1}")
     return value
@@ -240,12 +234,6 @@ def _canceller(run_options: onnxruntime.RunOptions) -> Callback:
 
 def _build() -> str:
     return f"{onnxruntime.__version__} {onnxruntime.get_build_info()}"
-
-
-def _bytes_of(spec: ModelSpec, blobs: Mapping[str, int]) -> int:
-    if spec.blob is not None:
-        return os.fstat(blobs[spec.blob]).st_size
-    return model_files.bytes_of(os.path.join(spec.cwd, spec.path or ""))
 
 
 def _key_of(spec: ModelSpec) -> str | None:

@@ -10,11 +10,8 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, OrtValueVector
 
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.workers.cancellation import CancelToken
-from onnx_dl.workers.engines.base import Array, Feed, Options
+from onnx_dl.workers.engines.base import Array, CancelToken, Feed, Options
 
-_STRING: Final = 8
-"""ONNX's number of the element type."""
 _FORWARDED: Final = "end_profiling get_tuning_results release_captured_graph set_ep_dynamic_options".split()
 
 RunWithOptions = Callable[[Callable[[onnxruntime.RunOptions], object], Options, CancelToken], object]
@@ -33,12 +30,7 @@ class SessionMethods:
         self._run = run
 
     def __call__(self, method: str, args: list[object], token: CancelToken) -> object:
-        """Calls a method.
-
-        Raises:
-            AttributeError: there is no such method.
-            Exception: onnxruntime's.
-        """
+        """Calls a method; raises AttributeError if there is no such method."""
         if method in _FORWARDED:
             return getattr(self._session, method)(*args)
         if method in _WITH_OPTIONS:
@@ -141,6 +133,8 @@ _OTHERS: Final[Mapping[str, Callable[..., object]]] = {
 
 def _make_value(place: _Place) -> OrtValue:
     element_type, shape = place
-    if element_type == _STRING:  # bound for an output that is no text: onnxruntime has to refuse it
+    if (
+        element_type == onnx_builder.STRING
+    ):  # bound for an output that is no text: onnxruntime has to refuse it
         return onnx_builder.text(np.full(shape, "", object))
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type)._get_c_value()

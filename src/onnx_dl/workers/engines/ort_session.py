@@ -1,34 +1,39 @@
-"""Makes an ``onnxruntime.InferenceSession`` as the application would, and describes it."""
+"""Makes an ``onnxruntime.InferenceSession`` as the application would, and describes it.
+
+onnxruntime copies a model's bytes before it reads them, and so does Python; a file is read piece by piece.
+Bytes of a caller lie in memory that has a path under /proc, and are read there.  They are copied where a path
+could change the meaning (files beside the model, formats known by the file name, names in profiles), and
+where there is no /proc.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import msgspec
 import onnxruntime
 
-from onnx_dl.core import load_output
+from onnx_dl.core import load_output, model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.ort import options as plain_options
 from onnx_dl.ort import recordings
+from onnx_dl.ort.metadata import ModelMetadata
 from onnx_dl.ort.options import decode_refused, make_providers
 from onnx_dl.ort.ortvalues import Bytes
 from onnx_dl.system import resources
-from onnx_dl.tensors import live_initializers
+from onnx_dl.tensors import live_initializers, segment
 
-META_FIELDS: Final = (
-    "custom_metadata_map",
-    "description",
-    "domain",
-    "graph_description",
-    "graph_name",
-    "producer_name",
-    "version",
-)
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_PATHLESS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
+"""Providers that do not use the path of a model."""
+_ABOUT_FILES: Final = ("compile", "context", "external", "file", "folder", "format", "ort_model")
+"""Parts of the names of session config entries that onnxruntime combines with the path."""
 
 
 class LoadedSession:
@@ -123,6 +128,78 @@ def _preload_cuda(spec: ModelSpec) -> None:
             preload()
 
 
+def load_from_memory(spec: ModelSpec, blob: int, memory: Callable[[], int | None]) -> LoadedSession:
+    """Loads a model that lies in the memory of a descriptor.
+
+    Args:
+        memory: makes a descriptor of the arrays that the options name, for each attempt.
+
+    Raises:
+        Exception: what onnxruntime raises for bytes.
+    """
+    path = segment.path_of(blob)
+    if is_like_a_file(spec) and _is_plain(blob) and _is_there(path, blob):
+        try:
+            return LoadedSession(msgspec.structs.replace(spec, path=path, blob=None), None, memory())
+        except Exception as error:
+            if path not in str(error):  # else it is an error of reading a file; for bytes its text differs
+                raise
+    return LoadedSession(spec, segment.thaw(blob), memory())
+
+
+def files_of(spec: ModelSpec, blob: int | None = None) -> list[str]:
+    """Returns the names of all files that onnxruntime reads for it: its own, external data, libraries.
+
+    ``blob``: descriptor of the model, if it is given as bytes.
+    """
+    beside: list[str] = []
+    model = spec.where("") if blob is None else blob
+    with contextlib.suppress(OSError, ValueError):  # the load raises the proper error
+        beside = model_files.external_files(model)
+    return [*([""] if blob is None else []), *beside, *_libraries(spec)]
+
+
+def _libraries(spec: ModelSpec) -> list[str]:
+    """Returns paths of operator and provider libraries, without those that the system's loader finds."""
+    named = [
+        arg
+        for name, args, kwargs in (spec.options or {}).get("calls", [])
+        if name == "register_custom_ops_library"
+        for arg in (*args, *kwargs.values())
+    ]
+    found = [*named, *spec.surroundings.get("libraries", {}).values()]
+    return [path for path in found if isinstance(path, str) and os.path.isabs(path)]
+
+
+def is_like_a_file(spec: ModelSpec) -> bool:
+    """Tells whether options and providers mean the same for bytes and for a file with them."""
+    options = spec.options or {}
+    return (
+        not any(part in key for key in options.get("config", {}) for part in _ABOUT_FILES)
+        and not any("provider" in name for name, *_ in options.get("calls", []))
+        and not options.get("enable_profiling")
+        and not options.get("optimized_model_filepath")
+        and set(spec.extra) <= {"enable_fallback", "tuple"}
+        and not spec.surroundings.get("environment")  # ORT_LOAD_CONFIG_FROM_MODEL
+        and {*spec.provider_names} <= set(_PATHLESS)
+    )
+
+
+def _is_plain(blob: int) -> bool:
+    """Tells whether it is an ONNX model without external data."""
+    try:
+        return not model_files.external_files(blob)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_there(path: str, blob: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(blob))
+    except OSError:  # /proc is missing or incomplete
+        return False
+
+
 def describe(loaded: LoadedSession) -> ModelDescription:
     """Returns the session's metadata."""
     session = loaded.session
@@ -131,7 +208,7 @@ def describe(loaded: LoadedSession) -> ModelDescription:
         inputs=_tensor_specs(session.get_inputs()),
         outputs=_tensor_specs(session.get_outputs()),
         overridable_initializers=_tensor_specs(session.get_overridable_initializers()),
-        modelmeta={name: getattr(meta, name) for name in META_FIELDS},
+        modelmeta={field.name: getattr(meta, field.name) for field in dataclasses.fields(ModelMetadata)},
         providers=session.get_providers(),
         provider_options=session.get_provider_options(),
         options=_options_of(loaded),

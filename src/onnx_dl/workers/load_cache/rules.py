@@ -1,4 +1,4 @@
-"""Rules of the load cache: which models it takes, and under which key.  Files: :mod:`onnx_dl.workers.load_cache.store`.
+"""Rules of the load cache: which models it takes, and under which key; the order to save one.
 
 A model is cached as onnxruntime saves it: optimized, with its weights in a file and prepacked for this CPU.
 That form depends on everything that is in the key.  A model whose saved form could behave differently
@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from onnx_dl.core.spec import ModelSpec, model_identity, model_key
+from onnx_dl.core.status import ModelDescription
 
 SMALLEST: Final = 8 << 20
 """Bytes of weights below which a saved form does not save enough time."""
@@ -46,6 +47,18 @@ _ENGINE_CACHES: Final[dict[str, dict[str, str]]] = {
     "CoreMLExecutionProvider": {"ModelCacheDirectory": "{folder}"},
 }
 """Options of providers that compile models, from onnxruntime's documentation of each provider."""
+
+
+class SaveOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is worth saving; sent as JSON from the worker to :mod:`onnx_dl.workers.saver`."""
+
+    key: str
+    onnxruntime: str
+    """Version and build."""
+    spec: ModelSpec
+    description: ModelDescription
+    nbytes: int
+    """Size of the model's files, or of its bytes."""
 
 
 def is_cacheable(spec: ModelSpec) -> bool:

@@ -2,7 +2,7 @@
 
 An entry is a folder with a model in the form that loads fastest, its weights and their metadata.  It is
 written under another name, renamed when it is complete, and never changed after that: workers map its
-weights.  Covers files only; :mod:`onnx_dl.workers.load_cache.rules` has rules and keys, :mod:`onnx_dl.workers.saver`
+weights.  Covers files only; :mod:`onnx_dl.workers.load_cache.rules` has keys, :mod:`onnx_dl.workers.saver`
 makes entries.  Reading never raises for a disk error: a cache that cannot be read is an empty one.
 """
 

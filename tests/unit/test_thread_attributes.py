@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onnx_dl.concurrency.background import Background
-from onnx_dl.core.thread_attributes import ThreadAttributes
+from onnx_dl.core.environment import ThreadAttributes
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, template
 from onnx_dl.system import thread_attributes
@@ -55,6 +55,8 @@ def test_what_cannot_be_stays() -> None:
     "wrong", [{"nice": 20}, {"umask": -1}, {"processors": b"\1" * 1025}, {"priority": 100}, {"policy": -1}]
 )
 def test_what_is_sent_is_checked(wrong: dict[str, Any]) -> None:
-    message = template.Spawn(worker_id=1, identity=b"", control="", standing=ThreadAttributes(**wrong))
+    message = template.Spawn(
+        worker_id=1, identity=b"", control="", thread_attributes=ThreadAttributes(**wrong)
+    )
     with pytest.raises(ProtocolError):
         template.on_template(codec.encode(message))
