@@ -19,7 +19,7 @@ from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.worker_output import WorkerOutput
 from onnx_dl.protocol import control
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.supervisor.policy import idle_shutdown
+from onnx_dl.supervisor import lifetime
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import HostEntry
 from onnx_dl.transport.running_hosts import RunningHost
@@ -31,7 +31,7 @@ from tests.waiting import DEADLINE, eventually
 pytestmark = pytest.mark.slow
 
 NEXT = f"protocol version {PROTOCOL_VERSION + 1}"
-AFTER_A_LOOK = idle_shutdown.LOOK_EVERY + DEADLINE
+AFTER_A_LOOK = lifetime.LOOK_EVERY + DEADLINE
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,7 @@ _BEFORE_5 = [
     ("transport/rendezvous.py", "and record.protocol == self.protocol", ""),
     ("transport/rendezvous.py", "protocol=self.protocol,\n            package=__version__,", ""),
     ("transport/rendezvous.py", "            started=uptime(),\n", ""),
-    (
-        "supervisor/lifetime.py",
-        "look=functools.partial(running_hosts.reason_to_leave, self._place)",
-        "look=lambda: None",
-    ),
+    ("supervisor/lifetime.py", "running_hosts.reason_to_leave(self._place)", "None"),
 ]
 """What versions before 5 lack, as (file, text, text in its place): a version in names and records, and a host
 that looks for its follower."""

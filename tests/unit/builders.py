@@ -19,7 +19,7 @@ from onnx_dl.supervisor.policy.commands import (
     StartWorker,
 )
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.tensors.arena import Arena, Mappings
 from onnx_dl.tensors.segment import create
 
@@ -171,7 +171,7 @@ class Rig:
 
     def crash(self, now: float, worker_id: int, status: int = 11) -> list[Command]:
         """A worker that was started dies while it loads."""
-        return self.scheduler.on_exited(worker_id, decode(status), "", now)
+        return self.scheduler.on_exited(worker_id, exit_status(status), "", now)
 
 
 # --- arenas ----------------------------------------------------------------------------------------------

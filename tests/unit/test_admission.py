@@ -17,7 +17,7 @@ from onnx_dl.supervisor.policy.commands import ForgetPeak, Remember, StartWorker
 from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, B, acquire, events, failed, kill, order, ready, starts, told
 
@@ -58,7 +58,7 @@ def test_an_idle_model_makes_way(scheduler: Scheduler) -> None:
     assert scheduler.on_tick(10.0, {1: idle(80, 1.0)}) == [order(1, m.DrainIfIdle())]
     assert not starts(scheduler.on_draining(1, usage(80), 10.0, "evicted"))
     assert not starts(scheduler.on_drained(1, usage(80), 10.0))
-    commands = scheduler.on_exited(1, decode(0), "", 10.1)  # only a worker that is reaped has made room
+    commands = scheduler.on_exited(1, exit_status(0), "", 10.1)  # only a worker that is reaped has made room
     assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b"]
     assert not scheduler.wants_look(99.0)
 
@@ -149,7 +149,7 @@ def test_who_came_first_is_served_first(scheduler: Scheduler) -> None:
     commands = scheduler.on_release(A, 1, 3.0)  # who used it has gone: it drains
     assert order(1, m.Drain()) in commands
     scheduler.on_drained(1, usage(80), 3.0)
-    commands = scheduler.on_exited(1, decode(0), "", 3.0)
+    commands = scheduler.on_exited(1, exit_status(0), "", 3.0)
     assert [c.spec.key for c in commands if isinstance(c, StartWorker)] == ["b", "c"]
 
 
@@ -165,7 +165,7 @@ def test_what_was_measured_counts_the_next_time(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 95, 0.0)
     scheduler.on_draining(1, usage(95), 1.0)
     scheduler.on_drained(1, usage(95), 1.0)
-    scheduler.on_exited(1, decode(0), "", 1.0)
+    scheduler.on_exited(1, exit_status(0), "", 1.0)
     load(scheduler, "b", 2, 10, 2.0, pin=True)
     assert not [c for c in scheduler.on_acquire(A, acquire(3, 3, key="a"), 3.0) if isinstance(c, StartWorker)]
 
@@ -300,7 +300,7 @@ def leave(scheduler: Scheduler, worker_id: int, last: Usage, now: float, runs: i
     """A worker that was ready drains and is reaped."""
     scheduler.on_draining(worker_id, last, now)
     scheduler.on_drained(worker_id, last, now)
-    return scheduler.on_exited(worker_id, decode(0), "", now, runs=runs)
+    return scheduler.on_exited(worker_id, exit_status(0), "", now, runs=runs)
 
 
 def remembered(commands: list) -> list[Requirement]:
@@ -374,14 +374,14 @@ def test_what_a_life_told_is_remembered_at_its_end(scheduler: Scheduler) -> None
 def test_a_crash_tells_nothing_of_the_last_runs(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 30, 0.0)
     scheduler.on_measured(1, Sample(peaked(30, 70), Reading(runs=1)), 1.0)
-    (need,) = remembered(scheduler.on_exited(1, decode(signal.SIGSEGV), "", 2.0, runs=5))
+    (need,) = remembered(scheduler.on_exited(1, exit_status(signal.SIGSEGV), "", 2.0, runs=5))
     assert need.peak.ram == 70 * MB
 
 
 def test_what_earlier_hosts_measured_counts_at_the_first_load() -> None:
     known = {"a": Requirement(load=Peak(90 * MB), steady=MemoryAmount(10 * MB), peak=MemoryAmount(10 * MB))}
     settings = msgspec.structs.replace(SETTINGS, memory_limit=100 * MB)
-    scheduler = Scheduler(settings, known=known)
+    scheduler = Scheduler(settings, known=known.get)
     load(scheduler, "b", 1, 20, 0.0)
     assert not starts(scheduler.on_acquire(A, acquire(2, 2, key="a"), 1.0))
     scheduler = Scheduler(settings)
@@ -398,7 +398,7 @@ def roomy(request: pytest.FixtureRequest) -> Scheduler:
     return Scheduler(msgspec.structs.replace(SETTINGS, memory_limit=request.param, room_timeout=30.0))
 
 
-KILLED = decode(signal.SIGKILL)
+KILLED = exit_status(signal.SIGKILL)
 
 
 def test_a_load_that_ran_out_of_memory_is_tried_once_more_when_others_are_gone(roomy: Scheduler) -> None:
@@ -417,7 +417,7 @@ def test_a_load_that_ran_out_of_memory_is_tried_once_more_when_others_are_gone(r
     roomy.on_draining(1, usage(30), 2.01, "evicted")
     assert roomy.on_tick(2.05, {2: busy, 3: idle(30, 0.5)}) == []  # until it is reaped
     roomy.on_drained(1, usage(30), 2.06)
-    commands = roomy.on_exited(1, decode(0), "", 2.07)
+    commands = roomy.on_exited(1, exit_status(0), "", 2.07)
     commands += roomy.on_tick(2.1, {2: busy, 3: idle(30, 0.5)})
     assert [c.spec.key for c in starts(commands)] == ["m"]
     roomy.on_spawned(5, 105)
@@ -427,10 +427,10 @@ def test_a_load_that_ran_out_of_memory_is_tried_once_more_when_others_are_gone(r
 def test_the_second_time_it_is_answered(roomy: Scheduler) -> None:
     roomy.on_acquire(A, acquire(1), 0.0)
     roomy.on_load_failed(failed(1, MemoryError("std::bad_alloc")), 1.0)
-    assert not told(roomy.on_exited(1, decode(0), "", 1.0), m.Denied)
+    assert not told(roomy.on_exited(1, exit_status(0), "", 1.0), m.Denied)
     assert starts(roomy.on_tick(1.0, {}))
     roomy.on_load_failed(failed(2, MemoryError("std::bad_alloc")), 2.0)
-    commands = roomy.on_exited(2, decode(0), "", 2.0)
+    commands = roomy.on_exited(2, exit_status(0), "", 2.0)
     (message,) = told(commands, m.Denied)
     assert isinstance(failures.rebuild(message.failure), MemoryError)
     assert not starts(commands)
@@ -467,7 +467,7 @@ def test_who_asks_meanwhile_waits_too(roomy: Scheduler) -> None:
 @pytest.mark.parametrize("status", [int(signal.SIGSEGV), 70 << 8])
 def test_other_deaths_are_answered_at_once(roomy: Scheduler, status: int) -> None:
     roomy.on_acquire(A, acquire(1), 0.0)
-    assert told(roomy.on_exited(1, decode(status), "", 1.0), m.Denied)
+    assert told(roomy.on_exited(1, exit_status(status), "", 1.0), m.Denied)
 
 
 def test_a_load_that_we_ended_is_answered_at_once(roomy: Scheduler) -> None:
@@ -582,7 +582,7 @@ def test_models_that_push_each_other_out_are_told_of() -> None:
             scheduler.on_tick(now, {worker_id - 1: idle(80, now - 1.0)})
             scheduler.on_draining(worker_id - 1, usage(80), now, "evicted")
             scheduler.on_drained(worker_id - 1, usage(80), now)
-            scheduler.on_exited(worker_id - 1, decode(0), "", now)
+            scheduler.on_exited(worker_id - 1, exit_status(0), "", now)
         scheduler.on_spawned(worker_id, 100 + worker_id)
         commands = scheduler.on_ready(ready(worker_id), usage(80), now + 1.0)
         told_of += [event for event in events(commands) if event.type == "thrash"]

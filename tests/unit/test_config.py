@@ -15,6 +15,7 @@ from onnx_dl.core.parsing import parse_ttl
 from onnx_dl.core.settings import Settings, settings
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.system import resources
+from onnx_dl.transport.sockets import fresh_address
 
 ACCEPTED = [
     (-1, -1.0),

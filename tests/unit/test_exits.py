@@ -8,12 +8,12 @@ import pytest
 
 from onnx_dl.errors import CapacityError, MemoryLimitExceeded, SharedMemoryError
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.policy.exit_reasons import memory_exceeded, ran_out_of_memory, worker_died
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.policy.outcomes import memory_exceeded, ran_out_of_memory, worker_died
+from onnx_dl.supervisor.processes.worker_process import exit_status
 
 
 def died(status: int, stderr: str = "", reason: str = "crash", loading: bool = False):
-    return worker_died("m.onnx", 42, decode(status), stderr, reason=reason, loading=loading)
+    return worker_died("m.onnx", 42, exit_status(status), stderr, reason=reason, loading=loading)
 
 
 @pytest.mark.parametrize("code", [0, 1, 70, 255])
@@ -87,7 +87,7 @@ def test_ends_that_were_asked_for():
     ids=repr,
 )
 def test_loads_that_say_that_memory_ran_out(error: Exception, expected: bool) -> None:
-    assert ran_out_of_memory(failures.describe(error), decode(0), "") is expected
+    assert ran_out_of_memory(failures.describe(error), exit_status(0), "") is expected
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,13 @@ def test_loads_that_say_that_memory_ran_out(error: Exception, expected: bool) ->
     ],
 )
 def test_loads_that_died(status: int, stderr: str, expected: bool) -> None:
-    assert ran_out_of_memory(None, decode(status), stderr) is expected
+    assert ran_out_of_memory(None, exit_status(status), stderr) is expected
 
 
 def test_too_much_memory():
-    error = memory_exceeded("m.onnx", 42, decode(75 << 8), "line 1\n", limit=150_000_000, used=163_400_000)
+    error = memory_exceeded(
+        "m.onnx", 42, exit_status(75 << 8), "line 1\n", limit=150_000_000, used=163_400_000
+    )
     assert type(error) is MemoryLimitExceeded
     assert str(error) == (
         "The worker of m.onnx (pid 42) ended itself during a run: it had 163.4 MB of its own, and "

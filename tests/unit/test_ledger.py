@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnx_dl.core.status import Usage
-from onnx_dl.supervisor.policy.ledger import Ledger
+from onnx_dl.supervisor.policy.fleet import Ledger
 from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
 
 

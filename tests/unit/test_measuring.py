@@ -16,19 +16,19 @@ from onnx_dl.supervisor.policy.commands import EndSaver, KillWorker, Remember, S
 from onnx_dl.supervisor.policy.measuring import LoadToWeigh, Sample
 from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, events, kill, ready, starts, told
 from tests.unit.test_admission import ask, busy, denied, idle, leave, load, peaked, remembered, taken, usage
 
 MB = 1 << 20
-KILLED = decode(signal.SIGKILL)
+KILLED = exit_status(signal.SIGKILL)
 
 
 def host(limit: int | None = 300, known: dict[str, Requirement] | None = None, **more: Any) -> Scheduler:
     nbytes = None if limit is None else limit * MB
     settings = msgspec.structs.replace(SETTINGS, memory_limit=nbytes, room_timeout=30.0)
-    return Scheduler(settings, known=known, **more)
+    return Scheduler(settings, known=(known or {}).get, **more)
 
 
 def begin(scheduler: Scheduler, worker_id: int, mb: int, now: float = 0.0, **terms: Any) -> None:
@@ -215,7 +215,7 @@ def test_where_it_is_no_more_it_loads_plainly_if_it_fits() -> None:
     assert taken(scheduler, 0.0) == 120
     gone = m.WorkerFailed(worker_id=1, failure=failures.describe(ValueError("gone")), unsaved=True)
     scheduler.on_load_failed(gone, 0.1)
-    commands = scheduler.on_exited(1, decode(0), "", 0.2)
+    commands = scheduler.on_exited(1, exit_status(0), "", 0.2)
     assert [start.worker_id for start in starts(commands)] == [2] and not told(commands, m.Denied)
     assert taken(scheduler, 0.2) == 200
     scheduler.on_spawned(2, 102)

@@ -11,7 +11,7 @@ from onnx_dl.errors import SupervisorError
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.unit.builders import USAGE, A, B, Rig, acquire, kill, ready, starts, told, unload
 
 BUG = failures.describe(SupervisorError("a bug"))
@@ -39,7 +39,7 @@ def test_a_worker_that_something_is_wrong_with_is_ended(is_ready: bool) -> None:
     if is_ready:
         rig.scheduler.on_ready(ready(1), USAGE, 1.0)
     assert rig.scheduler.on_broken(1, BUG) == [kill(1)]
-    commands = rig.scheduler.on_exited(1, decode(9), "", 2.0)
+    commands = rig.scheduler.on_exited(1, exit_status(9), "", 2.0)
     assert states(rig.scheduler) == {"m": ModelState.FAILED, "other": ModelState.LOADING}
     assert [denied.failure.args for denied in told(commands, m.Denied)] == ([] if is_ready else [["a bug"]])
     assert is_legal(rig.scheduler)
@@ -85,7 +85,7 @@ def test_the_last_worker_of_a_host_that_closes() -> None:
     rig.loading()
     rig.scheduler.on_shutdown(A, m.Shutdown(ticket=3), 1.0)
     assert [bye.ticket for bye in told(rig.scheduler.on_lost(1, BUG, 2.0), m.Bye)] == [3]
-    assert rig.scheduler.finished
+    assert rig.scheduler.shutdown.finished
 
 
 def test_a_client_whose_end_could_not_be_taken_in() -> None:
@@ -136,7 +136,7 @@ def test_whatever_breaks_the_state_is_legal_and_nobody_waits_in_vain(seed: int) 
                     commands += scheduler.on_broken(worker_id, BUG)
                 case 2:
                     commands += scheduler.on_broken(worker_id, BUG)
-                    commands += scheduler.on_exited(worker_id, decode(9), "", now)
+                    commands += scheduler.on_exited(worker_id, exit_status(9), "", now)
                 case 3:
                     commands += scheduler.on_lost(worker_id, BUG, now)
                 case 4:

@@ -77,14 +77,14 @@ def test_only_what_changed_is_news() -> None:
 
 
 def test_what_this_host_measured_counts_before_what_others_did() -> None:
-    history = RequirementHistory({"a": need(1, 1, 1), "b": need(2, 2, 2)})
+    history = RequirementHistory({"a": need(1, 1, 1), "b": need(2, 2, 2)}.get)
     history.note("a", need(9, 9, 9))
     assert (history.of("a"), history.of("b")) == (need(9, 9, 9), need(2, 2, 2))
     assert history.of("c") is None
 
 
 def test_news_is_told_once() -> None:
-    history = RequirementHistory({"a": need(10, 10, 10)})
+    history = RequirementHistory({"a": need(10, 10, 10)}.get)
     history.note("a", need(10, 10, 10))
     assert history.to_store("a", 5.0) is None  # the store has it
     history.note("a", need(20, 10, 20))
@@ -95,7 +95,7 @@ def test_news_is_told_once() -> None:
 
 
 def test_a_host_that_sees_many_models_does_not_grow_for_ever() -> None:
-    history = RequirementHistory({})
+    history = RequirementHistory({}.get)
     for i in range(5000):
         history.note(str(i), need(i, i, i))
     assert history.of("0") is None and history.of("4999") is not None

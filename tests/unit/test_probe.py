@@ -109,7 +109,7 @@ def test_a_figure_of_the_driver_is_no_estimate(monkeypatch: pytest.MonkeyPatch) 
     probe.loaded(os.getpid())
     usage = probe.measure(os.getpid())
     assert (usage.gpu, usage.gpu_estimated) == (7, False)
-    assert probe.gpu_left(os.getpid()) == 7 and probe.gpu_left(1) is None
+    assert probe.gpu_bytes(os.getpid()) == 7 and probe.gpu_bytes(1) is None
 
 
 def test_without_a_gpu_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:

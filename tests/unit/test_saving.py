@@ -14,14 +14,14 @@ from onnx_dl.supervisor.policy.commands import Command, EndSaver, StartSaver
 from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, MemoryAmount
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading
 from tests.unit.builders import SETTINGS, A, acquire, order, starts
 from tests.unit.test_admission import MB, idle, load, usage
 
 LIMIT = 500 * MB
 ALL = MemoryAmount(UNLIMITED, UNLIMITED)
-SHORT = decode(os.EX_TEMPFAIL << 8)
+SHORT = exit_status(os.EX_TEMPFAIL << 8)
 """The wait status of a saver that may not take what it needs."""
 
 
@@ -157,7 +157,7 @@ def test_a_save_begins_after_a_look_and_counts(scheduler: Scheduler) -> None:
     assert scheduler.next_deadline() == 1.0
     assert saved(look(scheduler, 1.0, w1=idle(60, 0.5))) == ["a"]
     assert scheduler.in_use(1.0).ram == NEED + 60 * MB
-    assert scheduler.on_saver_ended(decode(0), 2.0) == []
+    assert scheduler.on_saver_ended(exit_status(0), 2.0) == []
     assert scheduler.in_use(2.0).ram == 60 * MB
     assert not scheduler.wants_look(99.0)
 
@@ -168,7 +168,7 @@ def test_what_workers_have_grown_by_counts_before_it(scheduler: Scheduler) -> No
     scheduler.on_saveable(saveable(), 1.0)
     assert not saved(look(scheduler, 1.0, w1=idle(LIMIT // MB - NEED // MB + 1, 0.5)))
     assert scheduler.next_deadline() is None  # nobody is asked again and again
-    scheduler.on_exited(1, decode(0), "", 2.0)
+    scheduler.on_exited(1, exit_status(0), "", 2.0)
     assert saved(look(scheduler, 2.0)) == ["a"]
 
 
@@ -179,7 +179,7 @@ def test_a_worker_that_grows_ends_it(scheduler: Scheduler) -> None:
     assert look(scheduler, 1.2, w1=idle(50, 0.5)) == []
     assert look(scheduler, 1.4, w1=idle(300, 0.5)) == [EndSaver()]
     assert look(scheduler, 1.6, w1=idle(300, 0.5)) == []
-    scheduler.on_saver_ended(decode(9), 1.7)
+    scheduler.on_saver_ended(exit_status(9), 1.7)
     assert not saved(look(scheduler, 1.7, w1=idle(300, 0.5)))
     assert scheduler.in_use(1.8).ram == 300 * MB
 
@@ -192,11 +192,11 @@ def test_a_load_that_needs_its_room_ends_it_and_evicts_nobody(scheduler: Schedul
     assert scheduler.on_acquire(A, ask, 5.0) == [EndSaver()]
     assert scheduler.on_tick(5.0, {1: idle(50, 0.5)}) == []
     assert scheduler.in_use(5.1).ram == NEED + 50 * MB  # until it is gone
-    commands = scheduler.on_saver_ended(decode(9), 5.2)
+    commands = scheduler.on_saver_ended(exit_status(9), 5.2)
     assert [start.spec.key for start in starts(commands)] == ["b"]
     assert scheduler.in_use(5.2).ram <= LIMIT
     look(scheduler, 5.2, w1=idle(50, 0.5))  # the wish waits again; b takes too much
-    scheduler.on_exited(2, decode(0), "", 6.0)
+    scheduler.on_exited(2, exit_status(0), "", 6.0)
     assert saved(look(scheduler, 6.0, w1=idle(50, 0.5))) == ["a"]
 
 
@@ -251,7 +251,7 @@ def test_without_a_limit_it_is_one_at_a_time_all_the_same() -> None:
         scheduler.on_saveable(saveable(key, 10_000), 1.0)
     assert saved(look(scheduler, 1.0)) == ["a"]
     assert saved(look(scheduler, 1.2)) == []
-    scheduler.on_saver_ended(decode(0), 2.0)
+    scheduler.on_saver_ended(exit_status(0), 2.0)
     assert saved(look(scheduler, 2.0)) == ["b"]
 
 
@@ -270,6 +270,6 @@ def test_closing_ends_it(scheduler: Scheduler, how: str) -> None:
     scheduler.on_saveable(saveable(), 1.0)
     look(scheduler, 1.0, w1=Sample(usage(50)))
     assert EndSaver() in getattr(scheduler, how)(2.0)
-    scheduler.on_saver_ended(decode(9), 2.1)
+    scheduler.on_saver_ended(exit_status(9), 2.1)
     scheduler.on_saveable(saveable("b"), 2.2)
     assert not scheduler.wants_look(9.9)

@@ -17,7 +17,7 @@ from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.commands import Emit, SendToClient, SendToWorker, StartWorker
 from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.requirements import NOTHING
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.unit.builders import (
     DESCRIPTION,
     SETTINGS,
@@ -41,7 +41,7 @@ from tests.unit.builders import (
     unloaded,
 )
 
-SEGV, KILLED = decode(signal.SIGSEGV), decode(signal.SIGKILL)
+SEGV, KILLED = exit_status(signal.SIGSEGV), exit_status(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_worker_has_the_standing_of_who_asked_last(rig):
         ][: 2 - ticket]
     s.on_spawned(1, 101)
     (again,) = [
-        c for c in s.on_exited(1, decode(9), "", 6.0) + s.on_tick(60.0, {}) if isinstance(c, StartWorker)
+        c for c in s.on_exited(1, exit_status(9), "", 6.0) + s.on_tick(60.0, {}) if isinstance(c, StartWorker)
     ]
     assert again.thread_attributes == ThreadAttributes(nice=5)
 
@@ -100,7 +100,7 @@ def test_a_worker_that_is_faster_than_the_template_loads_when_its_process_is_kno
 
 
 def test_started_worker_is_told_its_warm_up(rig):
-    rig.scheduler.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
+    rig.scheduler.facts.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
     rig.scheduler.on_acquire(A, acquire(1), 0.0)
     rig.scheduler.on_spawned(1, 101)
     (said,) = rig.scheduler.on_started(1)
@@ -346,7 +346,7 @@ def test_unload_of_a_ready_model_drains_ends_reaps_then_answers(rig):
     ]
     last = Usage(rss=9_000_000, private=8_000_000, gpu=77)
     assert s.on_drained(1, last, 4.0) == [order(1, m.Exit())]
-    assert s.on_exited(1, decode(0), "", 5.0) == [
+    assert s.on_exited(1, exit_status(0), "", 5.0) == [
         event(4, "unloaded", 5.0, usage=last, reason="request", seconds=4.0, freed=8_000_000),
         unloaded(A, 2),
     ]
@@ -384,7 +384,7 @@ def test_acquire_while_draining_waits_and_the_exit_loads_again(rig):
     s = rig.scheduler
     assert s.on_acquire(A, acquire(7, ttl=9.0), 2.5) == []
     s.on_drained(1, USAGE, 3.0)
-    assert s.on_exited(1, decode(0), "", 4.0) == [
+    assert s.on_exited(1, exit_status(0), "", 4.0) == [
         event(4, "unloaded", 4.0, usage=USAGE, reason="request", seconds=3.0, freed=USAGE.private),
         unloaded(B, 50),
         start(2),
@@ -409,7 +409,7 @@ def test_ttl_drain_then_unload(rig):
     assert s.on_draining(1, USAGE, 4.0) == [event(3, "draining", 4.0, usage=USAGE, reason="ttl")]
     assert s.on_unload(A, unload(2), 4.1) == []
     assert s.on_drained(1, USAGE, 4.2) == [order(1, m.Exit())]
-    assert s.on_exited(1, decode(0), "", 4.5) == [
+    assert s.on_exited(1, exit_status(0), "", 4.5) == [
         event(4, "unloaded", 4.5, usage=USAGE, reason="ttl", seconds=3.5, freed=USAGE.private),
         unloaded(A, 2),
     ]
@@ -421,14 +421,14 @@ def test_unload_then_ttl_drain_keeps_the_first_reason(rig):
     s.on_unload(A, unload(2), 4.0)
     assert s.on_draining(1, USAGE, 4.1) == []
     s.on_drained(1, USAGE, 4.2)
-    assert [e.reason for e in events(s.on_exited(1, decode(0), "", 4.5))] == ["request"]
+    assert [e.reason for e in events(s.on_exited(1, exit_status(0), "", 4.5))] == ["request"]
 
 
 def test_facts_of_unknown_or_reaped_workers_are_dropped(rig):
     rig.draining()
     s = rig.scheduler
     s.on_drained(1, USAGE, 3.0)
-    s.on_exited(1, decode(0), "", 4.0)
+    s.on_exited(1, exit_status(0), "", 4.0)
     s.on_acquire(A, acquire(9), 5.0)
     before = s.snapshot(5.0)
     for stale in (1, 77):
@@ -440,7 +440,7 @@ def test_facts_of_unknown_or_reaped_workers_are_dropped(rig):
         assert s.on_drained(stale, USAGE, 6.0) == []
         assert s.on_measured(stale, Sample(USAGE), 6.0) == []
         assert s.on_spawn_failed(stale, "no", 6.0) == []
-        assert s.on_exited(stale, decode(0), "", 6.0) == []
+        assert s.on_exited(stale, exit_status(0), "", 6.0) == []
     assert s.snapshot(5.0) == before
     assert s.fleet.ledger.of(1) == s.fleet.ledger.of(77) == Usage()
 
@@ -458,7 +458,7 @@ def test_engine_refusal_reaches_the_waiters_as_it_was(rig):
     rig.loading()
     s = rig.scheduler
     assert s.on_load_failed(failed(), 1.0) == [order(1, m.Exit())]
-    commands = s.on_exited(1, decode(0), "", 1.0)
+    commands = s.on_exited(1, exit_status(0), "", 1.0)
     assert commands[0] == event(2, "failed", 1.0, detail="not a model", retry_after=0.0)
     error = denial(commands)
     assert type(error) is ValueError
@@ -631,7 +631,7 @@ def test_fate_of_a_clean_drain_is_none_before_and_after_the_exit(rig):
     assert s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1)) == []
     s.on_drained(1, USAGE, 3.0)
     assert s.on_ask_outcome(B, m.AskOutcome(ticket=6, worker_id=1)) == []
-    assert told(s.on_exited(1, decode(0), "", 4.0), m.Outcome) == [
+    assert told(s.on_exited(1, exit_status(0), "", 4.0), m.Outcome) == [
         m.Outcome(ticket=5, failure=None),
         m.Outcome(ticket=6, failure=None),
     ]
@@ -665,7 +665,10 @@ def test_fate_of_exit_code_and_of_forced_unload(rig):
     rig.ready()
     s = rig.scheduler
     died = fate(
-        [*s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1)), *s.on_exited(1, decode(3 << 8), "", 3.0)]
+        [
+            *s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1)),
+            *s.on_exited(1, exit_status(3 << 8), "", 3.0),
+        ]
     )
     assert (died.exit_code, died.signal) == (3, None)
     s.on_acquire(A, acquire(2), 3.0)
@@ -687,7 +690,7 @@ def test_fate_of_a_worker_that_had_too_much_memory(rig, draining):
     if draining:
         s.on_draining(1, USAGE, 2.0, "recycled")
     s.on_ask_outcome(A, m.AskOutcome(ticket=5, worker_id=1))
-    commands = s.on_exited(1, decode(75 << 8), "", 3.0, exceeded=1234)
+    commands = s.on_exited(1, exit_status(75 << 8), "", 3.0, exceeded=1234)
     error = fate(commands)
     assert type(error) is MemoryLimitExceeded
     assert (error.limit, error.used, error.pid, error.retry_after) == (1000, 1234, 101, 0.0)
@@ -731,16 +734,16 @@ def test_shutdown_kills_all_and_says_bye_when_the_last_is_reaped(rig):
         event(5, "draining", 3.0, worker_id=2, key="n", pid=None, reason="exit"),
         kill(2),
     ]
-    assert not s.finished
+    assert not s.shutdown.finished
     assert told(s.on_exited(1, KILLED, "", 3.1), m.Bye) == []
-    assert not s.finished
+    assert not s.shutdown.finished
     assert s.on_exited(2, KILLED, "", 3.2)[-1] == SendToClient(A, m.Bye(ticket=9))
-    assert s.finished
+    assert s.shutdown.finished
 
 
 def test_shutdown_with_nothing_loaded_says_bye_at_once(rig):
     assert rig.scheduler.on_shutdown(A, m.Shutdown(ticket=9), 0.0) == [SendToClient(A, m.Bye(ticket=9))]
-    assert rig.scheduler.finished
+    assert rig.scheduler.shutdown.finished
 
 
 def test_every_shutdown_is_answered_once(rig):
@@ -756,15 +759,15 @@ def test_abandoned_ends_all_and_tells_nobody(rig):
     rig.ready()
     s = rig.scheduler
     assert s.on_abandoned(2.0) == [event(3, "draining", 2.0, usage=USAGE, reason="exit"), kill(1)]
-    assert not s.finished
+    assert not s.shutdown.finished
     assert [e.reason for e in events(s.on_exited(1, KILLED, "", 3.0))] == ["exit"]
-    assert s.finished
+    assert s.shutdown.finished
 
 
 def test_fresh_scheduler_is_not_finished(rig):
-    assert not rig.scheduler.finished
+    assert not rig.scheduler.shutdown.finished
     rig.ready()
-    assert not rig.scheduler.finished
+    assert not rig.scheduler.shutdown.finished
 
 
 @pytest.mark.parametrize("state", ["nothing", "ready"])
@@ -777,7 +780,7 @@ def test_nothing_is_started_after_a_shutdown(rig, state):
     if state == "ready":
         commands += s.on_exited(1, KILLED, "", 3.0)
     assert starts(commands) == []
-    assert s.finished
+    assert s.shutdown.finished
     assert len(told(commands, m.Denied)) == 1
 
 
@@ -819,7 +822,7 @@ def test_snapshot_in_each_state(rig):
     assert status.usage == Usage(5, 4, 3)
     s.on_unload(A, unload(3), 3.0)
     assert s.snapshot(3.0)[0].state is ModelState.DRAINING
-    s.on_exited(1, decode(0), "", 4.0)
+    s.on_exited(1, exit_status(0), "", 4.0)
     assert s.snapshot(4.0) == []
     for worker_id in (2, 3):
         s.on_acquire(A, acquire(4), 5.0)
@@ -835,7 +838,7 @@ def test_pids_of_live_workers(rig):
     assert s.pids() == {}
     s.on_spawned(1, 101)
     assert s.pids() == {1: 101}
-    s.on_exited(1, decode(0), "", 1.0)
+    s.on_exited(1, exit_status(0), "", 1.0)
     assert s.pids() == {}
 
 
@@ -847,16 +850,16 @@ def test_events_are_numbered_without_gaps_over_all_models(rig):
         seen += events(s.on_ready(ready(n), USAGE, float(n)))
         seen += events(s.on_unload(A, unload(n, key=key), float(n)))
     for n in (2, 1, 3):
-        seen += events(s.on_exited(n, decode(0), "", 9.0))
+        seen += events(s.on_exited(n, exit_status(0), "", 9.0))
     assert [e.seq for e in seen] == list(range(1, 13))
-    assert s.seq == 12
+    assert s.announcements.seq == 12
     assert [e.type for e in seen if e.key == "b"] == ["loading", "ready", "draining", "unloaded"]
 
 
 def test_unloaded_is_never_said_before_the_exit(rig):
     commands = rig.draining() + rig.scheduler.on_drained(1, USAGE, 3.0) + rig.scheduler.on_tick(99.0)
     assert "unloaded" not in [e.type for e in events(commands)]
-    assert [e.type for e in events(rig.scheduler.on_exited(1, decode(0), "", 100.0))] == ["unloaded"]
+    assert [e.type for e in events(rig.scheduler.on_exited(1, exit_status(0), "", 100.0))] == ["unloaded"]
 
 
 def test_event_without_a_gpu_and_with_one(rig):

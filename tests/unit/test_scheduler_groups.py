@@ -13,7 +13,7 @@ from onnx_dl.core.terms import Terms
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.policy.commands import Command
 from onnx_dl.supervisor.policy.records import HOST
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.unit.builders import SETTINGS, USAGE, A, B, Rig, failed, ready, spec, starts, told
 
 
@@ -62,7 +62,7 @@ def test_who_comes_while_a_broken_one_loads_alone_gets_a_load_of_its_own(rig):
     assert begun(rig, s.on_acquire(A, ask(1, "bad"), 0.0)) == [["bad"]]
     s.on_acquire(B, ask(2, "good"), 0.1)
     s.on_load_failed(failed(), 0.2)
-    commands = s.on_exited(1, decode(0), "", 0.3)
+    commands = s.on_exited(1, exit_status(0), "", 0.3)
     assert tickets(commands, control.Denied) == [1]
     assert begun(rig, commands) == [["bad", "good"]]
     commands = s.on_ready(loaded("good", worker_id=2, broken=("bad",)), USAGE, 0.4)
@@ -74,7 +74,7 @@ def test_a_broken_one_that_backs_off_keeps_no_other_waiting(rig):
     for number in (1, 2):
         begun(rig, s.on_acquire(A, ask(number, "bad"), number))
         s.on_load_failed(failed(number), number + 0.1)
-        s.on_exited(number, decode(0), "", number + 0.2)
+        s.on_exited(number, exit_status(0), "", number + 0.2)
     assert tickets(s.on_acquire(A, ask(3, "bad"), 2.3), control.Denied) == [3]
     assert begun(rig, s.on_acquire(B, ask(4, "good"), 2.4)) == [["bad", "good"]]
 
@@ -109,7 +109,7 @@ def test_of_several_that_the_host_loads_each_has_its_say(rig, order):
 def replaced(rig: Rig, commands: list[Command], number: int = 1) -> list[list[str]]:
     """The members of the worker that comes after this one, which has drained."""
     rig.scheduler.on_drained(number, USAGE, 5.0)
-    return begun(rig, commands + rig.scheduler.on_exited(number, decode(0), "", 5.1))
+    return begun(rig, commands + rig.scheduler.on_exited(number, exit_status(0), "", 5.1))
 
 
 def test_models_of_two_clients_stay_together_whoever_asks_next(rig):
@@ -183,8 +183,8 @@ def test_an_eager_member_that_the_file_loses_while_it_loads_holds_nothing(rig):
     s.on_configured(SETTINGS, {"b": kept}, {"group:g": [member("b")]}, 0.2)
     s.on_client_gone(A, 0.3)
     s.on_configured(SETTINGS, {}, {}, 0.4)
-    assert starts(s.on_exited(1, decode(9), "", 0.5)) == []
-    assert s.snapshot(0.5) == [] and not s.holds_any
+    assert starts(s.on_exited(1, exit_status(9), "", 0.5)) == []
+    assert s.snapshot(0.5) == [] and not s.leases.holds_any
 
 
 def test_the_host_lets_go_of_a_member_that_its_file_named_after_the_load(rig):
@@ -193,6 +193,6 @@ def test_the_host_lets_go_of_a_member_that_its_file_named_after_the_load(rig):
     s.on_ready(loaded("b"), USAGE, 0.1)
     s.on_configured(SETTINGS, {"b": kept}, {"group:g": [member("b")]}, 0.2)
     s.on_client_gone(A, 0.3)
-    assert s.holds_any
+    assert s.leases.holds_any
     s.on_configured(SETTINGS, {}, {}, 0.4)
-    assert not s.holds_any
+    assert not s.leases.holds_any

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.supervisor.policy.idle_shutdown import LOOK_EVERY, IdleExit
+from onnx_dl.supervisor.lifetime import LOOK_EVERY, HostRole, Lifetime
+from onnx_dl.transport import running_hosts
+from onnx_dl.transport.rendezvous import HostEntry
 
 LINGER = 60.0
 EXPECTED = 30.0
@@ -15,16 +17,20 @@ class Host:
     """A host at a time that tests set, and what it finds when it looks."""
 
     def __init__(self, *, kept: bool = False) -> None:
-        self.solitude = IdleExit(LINGER, EXPECTED, managed=kept)
+        role = HostRole(HostEntry("unused"), foreground=kept)
+        self.lifetime = Lifetime(role, LINGER, EXPECTED)
         self.found: str | None = None
         self.looks: list[float] = []
 
     def ends_at(self, now: float, *, clients: bool = False, models: bool = False) -> float | None:
-        def look() -> str | None:
+        def look(_: HostEntry) -> str | None:
             self.looks.append(now)
             return self.found
 
-        return self.solitude.ends_at(now, clients=clients, models=models, look=look)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(running_hosts, "reason_to_leave", look)
+            self.lifetime.update(now, clients=clients, models=models)
+        return self.lifetime.ends_at
 
 
 def test_it_waits_for_its_first_client_and_lingers_after_the_last() -> None:
@@ -39,7 +45,7 @@ def test_it_waits_for_its_first_client_and_lingers_after_the_last() -> None:
 def test_a_client_that_was_there_between_two_questions_counts() -> None:
     host = Host()
     host.ends_at(1.0)
-    host.solitude.on_client()
+    host.lifetime.on_client()
     assert host.ends_at(2.0) == 2.0 + LINGER
 
 
@@ -59,22 +65,22 @@ def test_one_that_is_followed_ends_when_its_clients_have_gone(models: bool, kept
     assert host.ends_at(2.0, clients=True, models=models) is None
     assert not host.looks  # nobody asks while there are clients
     assert host.ends_at(3.0, models=models) == 3.0
-    assert host.solitude.follower == "another follows"
+    assert host.lifetime.replaced_because == "another follows"
 
 
 def test_it_looks_at_once_and_from_time_to_time() -> None:
     host = Host()
-    assert host.solitude.look_at is None
+    assert host.lifetime.look_at is None
     host.ends_at(1.0, clients=True)
-    assert host.solitude.look_at is None
+    assert host.lifetime.look_at is None
     host.ends_at(2.0)
     host.ends_at(3.0)
     assert host.looks == [2.0]
-    assert host.solitude.look_at == 2.0 + LOOK_EVERY
+    assert host.lifetime.look_at == 2.0 + LOOK_EVERY
     host.found = "another follows"
     assert host.ends_at(2.0 + LOOK_EVERY) == 2.0 + LOOK_EVERY
     host.ends_at(8.0, clients=True)  # one came at the last moment
-    assert host.solitude.look_at is host.solitude.follower is None
+    assert host.lifetime.look_at is host.lifetime.replaced_because is None
     host.ends_at(9.0)
     assert host.looks == [2.0, 2.0 + LOOK_EVERY, 9.0]
 

@@ -31,7 +31,7 @@ from onnx_dl.protocol.control import (
 )
 from onnx_dl.supervisor import loop as loops
 from onnx_dl.supervisor.loop import Supervisor
-from onnx_dl.supervisor.relay import MOST_UNREAD
+from onnx_dl.supervisor.outlet import MOST_UNREAD
 from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.gauges import Reading
 from onnx_dl.transport.sockets import Channel, fresh_address
@@ -376,7 +376,7 @@ def test_an_application_that_is_gone_before_it_connected(rig: Rig) -> None:
     read_end, write_end = os.pipe()
     rig.supervisor._lifetime.application = read_end
     os.write(write_end, b"gone")
-    rig.until(lambda: rig.scheduler.finished)
+    rig.until(lambda: rig.scheduler.shutdown.finished)
     assert rig.supervisor._lifetime.application is None
     os.close(write_end)
 

@@ -10,8 +10,8 @@ import pytest
 from onnx_dl import OnnxDLError, ProcessesExhausted
 from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import failures
-from onnx_dl.supervisor.policy import exit_reasons
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.policy import outcomes
+from onnx_dl.supervisor.processes.worker_process import exit_status
 
 
 def refused(self: threading.Thread) -> None:
@@ -47,7 +47,7 @@ def test_an_error_of_somebody_else_has_a_note() -> None:
 
 def test_a_worker_that_ended_for_want_of_one() -> None:
     status = 71 << 8
-    assert exit_reasons.lacked_a_process(decode(status)) and not exit_reasons.lacked_a_process(
-        decode(70 << 8)
+    assert outcomes.lacked_a_process(exit_status(status)) and not outcomes.lacked_a_process(
+        exit_status(70 << 8)
     )
-    assert "m.onnx was not loaded. Why." in str(exit_reasons.no_process("m.onnx", "noise\nWhy.\n\n"))
+    assert "m.onnx was not loaded. Why." in str(outcomes.no_process("m.onnx", "noise\nWhy.\n\n"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_dl.supervisor.policy.thrashing import ReloadWatch
+from onnx_dl.supervisor.policy.announcements import ReloadWatch
 
 
 def reload(thrash: ReloadWatch, key: str, since: float, now: float) -> str | None:

@@ -61,7 +61,7 @@ def check(s: Scheduler, now: float, gone: set[bytes], open_: dict[int, tuple[byt
         for _, ask in model.waiters:
             waiting[ask.ticket] = waiting.get(ask.ticket, 0) + 1
     for ticket, (client, what) in open_.items():
-        assert s.outbox.tickets.is_open(client, ticket)
+        assert (client, ticket) in s.outbox.tickets
         if what == "acquire":
             assert waiting.get(ticket) == 1, f"who asked with ticket {ticket} is lost"
     assert len(s.outbox.tickets) == len(open_), "somebody is thought to wait who does not"
@@ -81,7 +81,7 @@ def _check_model(s: Scheduler, model: ModelRecord, gone: set[bytes]) -> None:
         assert not model.unloaders, "an unload that nobody will answer"
         if model.waiters:
             assert model.key in s.admission.pending, f"nobody sees to the load of {model.key}"
-        kept = model.waiters or model.state is ModelState.FAILED or s.closing
+        kept = model.waiters or model.state is ModelState.FAILED or s.shutdown.closing
         assert kept, f"{model.key} is kept for nobody"
     else:
         assert s.fleet.by_worker[worker.id] is model

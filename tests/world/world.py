@@ -32,7 +32,7 @@ from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.policy.requirements import Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes.exit_status import decode
+from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.unit.builders import SETTINGS, ready, spec
 from tests.world import truth
 from tests.world.workers import MB, FakeWorker
@@ -66,7 +66,7 @@ class World:
         self.saved: set[str] = set()
         self.known: dict[str, Requirement] = {}
         self.now = 1000.0
-        self.scheduler = Scheduler(self.settings, 1e6, memory, self.known, self.saved.__contains__)
+        self.scheduler = Scheduler(self.settings, 1e6, memory, self.known.get, self.saved.__contains__)
         self.workers: dict[int, FakeWorker] = {}
         self.saver: str | None = None
         """``runs`` or ``ends``."""
@@ -160,7 +160,7 @@ class World:
             return
         self.gone.discard(client)
         ticket = self.ask(client, "acquire")
-        self.scheduler.outbox.tickets.opened(client, ticket)
+        self.scheduler.outbox.tickets.add((client, ticket))
         message = m.Acquire(ticket=ticket, proxy=proxy, spec=model(key), terms=Terms(ttl=1.0))
         failure = failures.describe(ValueError("no descriptors"))
         self.do(self.scheduler.on_not_acquired(client, message, failure, self.now))
@@ -228,7 +228,7 @@ class World:
     def saver_ends(self, status: int) -> None:
         if self.saver is not None:
             self.saver = None
-            self.do(self.scheduler.on_saver_ended(decode(status), self.now))
+            self.do(self.scheduler.on_saver_ended(exit_status(status), self.now))
 
     def looks(self, fresh: bool) -> None:
         """As before what would change much."""
@@ -274,7 +274,9 @@ class World:
             self.events.current.pop(worker.spec.key, None)
             self.do(s.on_lost(worker.id, failures.describe(ValueError("a bug")), self.now))
         else:
-            self.do(s.on_exited(worker.id, decode(status), "", self.now, worker.exceeded, runs=worker.runs))
+            self.do(
+                s.on_exited(worker.id, exit_status(status), "", self.now, worker.exceeded, runs=worker.runs)
+            )
         for stale in (
             s.on_spawned(worker.id, 1),
             s.on_started(worker.id),
@@ -282,7 +284,7 @@ class World:
             s.on_draining(worker.id, Usage(rss=1, pss=1), self.now),
             s.on_drained(worker.id, Usage(), self.now),
             s.on_weighed(worker.id, 1, self.now),
-            s.on_exited(worker.id, decode(0), "", self.now),
+            s.on_exited(worker.id, exit_status(0), "", self.now),
         ):
             assert stale == [], "a word about who is gone changes nothing"
 
@@ -379,7 +381,7 @@ class World:
     def finish(self) -> None:
         """After :meth:`close`: all workers end, also those that hang, and all are answered."""
         begun = self.now
-        while not self.scheduler.finished:
+        while not self.scheduler.shutdown.finished:
             assert self.now - begun < TOO_LONG, "the host never ends"
             for worker in list(self.workers.values()):
                 while worker.received and not worker.hung and worker.state != "dead":

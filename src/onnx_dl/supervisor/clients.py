@@ -82,7 +82,7 @@ class Greeter:
     def greet(self, hello: control.ClientHello) -> control.Welcome | control.Refused | None:
         """The answer to a new client; None: none, because a closing host accepts no new clients.  The client
         then finds the next host."""
-        if self.scheduler.closing:
+        if self.scheduler.shutdown.closing:
             return None
         if not same_secret(hello.secret, self.secret):
             return control.Refused(reason="the secret is wrong")

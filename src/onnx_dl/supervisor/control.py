@@ -9,8 +9,8 @@ from typing import Final
 
 from onnx_dl.protocol import codec, control
 from onnx_dl.supervisor.clients import Client, Clients
+from onnx_dl.supervisor.outlet import MOST_UNREAD, Relay
 from onnx_dl.supervisor.processes.worker_processes import RESERVE
-from onnx_dl.supervisor.relay import MOST_UNREAD, Relay
 from onnx_dl.transport.router import Router
 
 _LINGER: Final = 0.5

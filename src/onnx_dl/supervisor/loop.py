@@ -1,43 +1,79 @@
 """The supervisor's only thread: polls descriptors, and hands what is ready to the part that owns it.
 
-The loop connects the parts.  :mod:`onnx_dl.supervisor.policy.scheduler` decides, the command queue carries out its
-commands, and a failure ends only what it concerns (:mod:`onnx_dl.supervisor.boundary`).
+The loop connects the parts.  :mod:`onnx_dl.supervisor.policy.scheduler` decides, the command queue carries
+out its commands, and a failure ends only what it concerns (:mod:`onnx_dl.supervisor.boundary`).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import signal
 import time
-from collections.abc import Container
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnx_dl.core.settings import Settings
 from onnx_dl.protocol import control as m
-from onnx_dl.supervisor import signals as signals_module
 from onnx_dl.supervisor.boundary import boundary, report
-from onnx_dl.supervisor.client_requests import ClientRequests
+from onnx_dl.supervisor.client_messages import ClientMessages
 from onnx_dl.supervisor.clients import Clients, Greeter
-from onnx_dl.supervisor.command_queue import CommandQueue
 from onnx_dl.supervisor.control import Control
-from onnx_dl.supervisor.lifetime import HostRole, Lifetime
+from onnx_dl.supervisor.lifetime import HostRole, Lifetime, SignalPipe, reaction_to
 from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.measure.sampler import Sampler
-from onnx_dl.supervisor.outlet import Outlet
+from onnx_dl.supervisor.outlet import Relay
 from onnx_dl.supervisor.policy import commands
-from onnx_dl.supervisor.policy.commands import Emit, SendToClient
+from onnx_dl.supervisor.policy.commands import Command, Emit, SendToClient
 from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_control import WorkerControl
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
-from onnx_dl.supervisor.relay import Relay
-from onnx_dl.supervisor.signals import SignalPipe
 from onnx_dl.system import resources
 from onnx_dl.transport import sockets
 
 if TYPE_CHECKING:
     from onnx_dl.supervisor.hostfile.applied import AppliedFile
     from onnx_dl.supervisor.metrics.endpoint import MetricsEndpoint
+
+_C = TypeVar("_C", bound=Command)
+
+
+class CommandQueue:
+    """Carries out commands in the order in which they were decided, also where one leads to others."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[type[object], Callable[[Any], object]] = {}
+        self._failed: dict[type[object], Callable[[Any, Exception], object]] = {}
+        self._waiting: collections.deque[Command] = collections.deque()
+        self._running = False
+
+    def on(
+        self,
+        kind: type[_C],
+        handler: Callable[[_C], object],
+        failed: Callable[[_C, Exception], object] = lambda command, error: None,
+    ) -> None:
+        """Registers the handler of a type of command.  ``failed`` is called if the handler raises."""
+        self._handlers[kind], self._failed[kind] = handler, failed
+
+    def run(self, commands: Iterable[Command]) -> None:
+        """Carries out commands after those that wait.  Called by a handler, it only queues them."""
+        self._waiting.extend(commands)
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._waiting:
+                self.perform(self._waiting.popleft())
+        finally:
+            self._running = False
+
+    def perform(self, command: Command) -> None:
+        """Carries out one command at once.  A failure is reported, and ends only what it concerns."""
+        kind = type(command)
+        with boundary(f"{kind.__name__} failed", lambda error: self._failed[kind](command, error)):
+            self._handlers[kind](command)
 
 
 class Supervisor:
@@ -67,11 +103,14 @@ class Supervisor:
         self._returns = False
         self._store = requirement_store.of(settings)
         epoch = time.time() - time.monotonic()
-        self._scheduler = Scheduler(settings, epoch, resources.memory(), self._store, self._store.is_saved)
-        self._lifetime = Lifetime(role, settings.linger, time.monotonic() + settings.start_timeout)
+        self._scheduler = Scheduler(
+            settings, epoch, resources.memory(), self._store.get, self._store.is_saved
+        )
+        expected_until = time.monotonic() + settings.start_timeout
+        self._lifetime = Lifetime(role, settings.linger, expected_until)
         greeter = Greeter(secret, self._scheduler, self._lifetime, role.is_shared)
         self._clients = Clients(f"{address}/lifeline", greeter.greet, self._client_gone)
-        stderr = stderr or Relay(Outlet(2))
+        stderr = stderr or Relay(2)
         self._control = Control(f"{address}/control", self._clients, stderr, is_shared=role.is_shared)
         self._commands = CommandQueue()
         run = self._commands.run
@@ -80,10 +119,10 @@ class Supervisor:
             self._scheduler, processes, self._control, self._clients, self._sampler, run
         )
         metrics_address = None if self._metrics_page is None else self._metrics_page.address
-        requests = ClientRequests(
+        messages = ClientMessages(
             self._scheduler, self._clients, self._sampler, role, self._file, metrics_address, run
         )
-        self._control.attach(self._workers.receive, requests.receive)
+        self._control.attach(self._workers.receive, messages.receive)
         processes.attach(f"{address}/control", self._workers, stderr.put)
         self._register_handlers()
         self._signals = SignalPipe(role.foreground)
@@ -93,7 +132,7 @@ class Supervisor:
         on(commands.StartWorker, workers.start, workers.start_failed)
         on(commands.SendToWorker, workers.send, workers.send_failed)
         on(commands.KillWorker, lambda command: self._processes.kill(command.worker_id))
-        on(SendToClient, self._tell_client, self._tell_client_failed)
+        on(SendToClient, self._tell_client, lambda command, _: self._clients.drop(command.client))
         on(commands.ForgetPeak, self._sampler.forget_peak)
         on(commands.Remember, lambda command: self._store.put(command.key, command.requirement))
         on(commands.StartSaver, workers.start_saver, lambda *_: workers.saver_ended(0))
@@ -107,8 +146,10 @@ class Supervisor:
         self._store.open()  # while the template still imports
         self._apply_file()
         self._processes.reap()  # a child may have ended before signals were caught
-        while not self._scheduler.finished:
-            self._update_lifetime()
+        while not self._scheduler.shutdown.finished:
+            if not self._scheduler.shutdown.closing:
+                clients, models = any(self._clients.identities()), self._scheduler.leases.holds_any
+                self._lifetime.update(time.monotonic(), clients=clients, models=models)
             self._handle(sockets.readable(self._sources(), self._timeout()))
             self._on_tick(time.monotonic())
             self._control.pass_on_stderr()
@@ -128,13 +169,12 @@ class Supervisor:
             self._processes.next_deadline(),
             self._clients.next_deadline(),
             self._control.router.next_deadline(),
-            self._lifetime.next_deadline(closing=self._scheduler.closing),
+            self._lifetime.next_deadline(closing=self._scheduler.shutdown.closing),
         )
         deadline = min((at for at in deadlines if at is not None), default=None)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _sources(self) -> list[int]:
-        """Descriptors to poll."""
         fds = [
             self._control.router.fileno(),
             self._signals.fileno(),
@@ -180,25 +220,26 @@ class Supervisor:
         now = time.monotonic()
         if signals - {signal.SIGCHLD}:
             self._sampler.refresh(now)  # killed workers cannot be measured afterwards
-        reaction = signals_module.reaction(signals, self._role, has_file=self._file is not None)
+        reaction = reaction_to(signals, self._role, has_file=self._file is not None)
         if reaction.reload:
             self._reload_file(asked=True)
         if reaction.end:
             self._returns = reaction.returns
-            at_once = not self._role.is_shared or self._scheduler.closing  # a second signal does not wait
+            at_once = (
+                not self._role.is_shared or self._scheduler.shutdown.closing
+            )  # a second signal does not wait
             scheduler = self._scheduler
             self._commands.run(scheduler.on_abandoned(now) if at_once else scheduler.on_stop(now))
-
-    def _update_lifetime(self) -> None:
-        if not self._scheduler.closing:
-            clients = any(self._clients.identities())
-            self._lifetime.update(time.monotonic(), clients=clients, models=self._scheduler.holds_any)
 
     # --- the host's file ----------------------------------------------------------------------------------
 
     def _reload_file(self, *, asked: bool) -> None:
         with boundary("the host's file"):  # on failure, the last good version stays in force
-            if self._file is not None and self._file.refresh(asked=asked) and not self._scheduler.closing:
+            if (
+                self._file is not None
+                and self._file.refresh(asked=asked)
+                and not self._scheduler.shutdown.closing
+            ):
                 self._apply_file()
 
     def _apply_file(self) -> None:
@@ -210,25 +251,19 @@ class Supervisor:
     def _tell_client(self, command: SendToClient) -> None:
         if command.client != HOST:
             self._control.send_to_client(command.client, command.message)
-        elif isinstance(command.message, m.Denied) and not self._scheduler.closing:
+        elif isinstance(command.message, m.Denied) and not self._scheduler.shutdown.closing:
             failure = command.message.failure
             report(f"an eager model did not load: {failure.args[0] if failure.args else failure.name}")
-
-    def _tell_client_failed(self, command: SendToClient, error: Exception) -> None:
-        if command.client != HOST:
-            self._clients.drop(command.client)
 
     def _client_gone(self, identity: bytes) -> None:
         self._control.router.forget(identity)
         now = time.monotonic()
-        with boundary(
-            "the end of a client",
-            lambda error: self._commands.run(self._scheduler.forget_client(identity)),
-        ):
+        run = self._commands.run
+        with boundary("the end of a client", lambda error: run(self._scheduler.forget_client(identity))):
             self._sampler.refresh(now)
-            self._commands.run(self._scheduler.on_client_gone(identity, now))
+            run(self._scheduler.on_client_gone(identity, now))
         if not self._role.is_shared and not any(self._clients.identities()):
-            self._commands.run(self._scheduler.on_abandoned(now))
+            run(self._scheduler.on_abandoned(now))
 
     def _publish(self, command: Emit) -> None:
         if self._role.foreground:

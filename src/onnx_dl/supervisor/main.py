@@ -21,9 +21,8 @@ import msgspec
 from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.supervisor.outlet import Outlet
+from onnx_dl.supervisor.outlet import Outlet, Relay
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
-from onnx_dl.supervisor.relay import Relay
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.tensors import segment
 from onnx_dl.transport import running_hosts
@@ -73,15 +72,16 @@ def main(at_home: bool = False) -> None:
         return
     starter = msgspec.json.decode(data, type=Starter)
     if starter.protocol != PROTOCOL_VERSION:  # the other fields may have another meaning
-        _report(
-            starter,
-            _REPLACED.format(ours=PROTOCOL_VERSION, theirs=running_hosts.protocol_text(starter.protocol)),
-        )
+        theirs = running_hosts.protocol_text(starter.protocol)
+        _report(starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=theirs))
         sys.exit(1)
     orders = msgspec.json.decode(data, type=Orders)
     if orders.host is not None and not at_home:
         _go_into_background(data)
-    _detach()
+    null = process_setup.open_null()  # in place of the application's stdin, whose directory is left, too
+    os.dup2(null, 0)
+    os.close(null)
+    os.chdir("/")
     try:
         place = None if orders.host is None else HostEntry(orders.host)
         if place is None or place.claim():
@@ -101,10 +101,13 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
     Raises:
         OnnxDLError: the settings ask for something that is not available.
     """
-    try:
-        application = _application(orders)
-    except ProcessLookupError:
-        return
+    application = None
+    if orders.host is None and orders.application is not None:
+        # Its lifeline is EOF when the application is gone, too, but only after it was connected.
+        try:
+            application = process_setup.watch_process(*orders.application)
+        except ProcessLookupError:  # it is gone already
+            return
     _take_in_orphans()
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # the log of the last host of this name
@@ -115,7 +118,7 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
     from onnx_dl.supervisor.lifetime import HostRole
     from onnx_dl.supervisor.loop import Supervisor
 
-    stdout, stderr = Outlet(1), Relay(Outlet(2))
+    stdout, stderr = Outlet(1), Relay(2)
     role = HostRole(place, orders.foreground, orders.explicit, application)
     supervisor = Supervisor(processes, orders.address, orders.secret, settings, role, stderr)
     if place is not None:
@@ -132,19 +135,6 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
     finally:
         for stream in (stdout, stderr):
             stream.finish(_LAST_WORDS)
-
-
-def _application(orders: Orders) -> int | None:
-    """A descriptor that is readable when the application of a private supervisor is gone.
-
-    Its lifeline is EOF then, too, but only after it was connected.
-
-    Raises:
-        ProcessLookupError: the application is gone already.
-    """
-    if orders.host is not None or orders.application is None:
-        return None
-    return process_setup.watch_process(*orders.application)
 
 
 def _report(starter: Starter, text: str) -> None:
@@ -167,14 +157,6 @@ def _go_into_background(orders: bytes) -> None:
         os.chdir("/")
         os.dup2(segment.freeze(orders), 0)
         os.execve(*boot.launch("supervisor", True, own_folder=True))
-
-
-def _detach() -> None:
-    """Closes the application's stdin and leaves its directory."""
-    null = process_setup.open_null()
-    os.dup2(null, 0)
-    os.close(null)
-    os.chdir("/")
 
 
 def _take_in_orphans() -> None:

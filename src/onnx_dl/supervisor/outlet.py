@@ -1,15 +1,27 @@
 """Writes to stdout and stderr without blocking the supervisor.
 
 A stopped terminal (Ctrl-S) and a pipe that nobody empties block the writer: here, a thread for nothing else.
+
+Text on stderr, of the supervisor and its workers, goes to the application of a private supervisor, which
+writes it to its present stderr: that may be another one than when the supervisor started.  The rest goes to
+the supervisor's own stderr: text that no application takes, because none is connected or reads, and all text
+of a shared host, whose stderr is its log.
 """
 
 from __future__ import annotations
 
 import collections
 import io
+import os
 import threading
+from collections.abc import Callable
+from typing import Final
 
+from onnx_dl.protocol import control as m
 from onnx_dl.system import small_files
+
+MOST_UNREAD: Final = 1 << 20
+"""Bytes that an application may leave unread before it is sent no more text."""
 
 
 class Outlet(io.TextIOBase):
@@ -80,3 +92,31 @@ class Outlet(io.TextIOBase):
                 return None
             dropped, self._dropped = self._dropped, 0
             return self._waiting.popleft(), dropped
+
+
+class Relay(Outlet):
+    """Replaces ``sys.stderr``.  Any thread may write; only the loop's thread pours."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._unsent: collections.deque[m.Wrote] = collections.deque()
+
+    def write(self, text: str) -> int:
+        self.put(m.Wrote(pid=os.getpid(), text=text.encode(errors="backslashreplace")))
+        return len(text)
+
+    def put(self, wrote: m.Wrote) -> None:
+        """Queues text for the next :meth:`pour`."""
+        self._unsent.append(wrote)
+
+    def pour(self, send: Callable[[m.Wrote], bool]) -> None:
+        """Passes on queued text to ``send`` or, where that returns false, to the supervisor's own stderr."""
+        while self._unsent:
+            wrote = self._unsent.popleft()
+            if not send(wrote) and wrote.text:
+                self.pass_on(wrote.text)
+
+    def finish(self, timeout: float) -> None:
+        """Writes the rest to the supervisor's own stderr; waits for so many seconds at most."""
+        self.pour(lambda wrote: False)
+        super().finish(timeout)

@@ -9,15 +9,14 @@ import msgspec
 
 from onnx_dl.core.model_files import bytes_of
 from onnx_dl.core.settings import Settings
-from onnx_dl.core.spec import ModelSpec, Warmup
-from onnx_dl.core.terms import Terms
+from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import ConfigError
 from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.boundary import report
-from onnx_dl.supervisor.command_queue import Run
 from onnx_dl.supervisor.hostfile import reader
 from onnx_dl.supervisor.hostfile.file_watch import FileWatch
 from onnx_dl.supervisor.hostfile.reader import Configured, HostFile
+from onnx_dl.supervisor.policy.commands import Run
 from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 
@@ -61,8 +60,10 @@ class AppliedFile:
     def apply(self, scheduler: Scheduler, prepare_load: Callable[[m.Acquire, float], None], run: Run) -> None:
         """Gives the scheduler the present content, and asks for the models that load with the host."""
         now = time.monotonic()
-        scheduler.warmups = self._warmups()
-        run(scheduler.on_configured(self.settings, self._terms(), self.grouped(), now))
+        models = self._file.models.values()
+        scheduler.facts.warmups = {model.spec.key: model.warmup for model in models if model.warmup}
+        terms = {model.spec.key: model.terms for model in models}
+        run(scheduler.on_configured(self.settings, terms, self.grouped(), now))
         for ask in self._eager():
             prepare_load(ask, now)
             run(scheduler.on_acquire(HOST, ask, now))
@@ -84,16 +85,10 @@ class AppliedFile:
     @property
     def settings(self) -> Settings:
         """The supervisor's settings, with those that the file changes."""
-        file = self._file
-        in_file = {
-            "memory_limit": file.memory_limit,
-            "gpu_memory_limit": file.gpu_memory_limit,
-            "room_timeout": file.room_timeout,
-            "load_timeout": file.load_timeout,
-            "metrics": file.metrics,
-        }
-        changed = {name for name, value in in_file.items() if value is not None} - set(self._explicit)
-        return msgspec.structs.replace(self._settings, **{name: in_file[name] for name in changed})
+        names = ("memory_limit", "gpu_memory_limit", "room_timeout", "load_timeout", "metrics")
+        in_file = {name: getattr(self._file, name) for name in names if name not in self._explicit}
+        given = {name: value for name, value in in_file.items() if value is not None}
+        return msgspec.structs.replace(self._settings, **given)
 
     def grouped(self) -> dict[str, list[ModelSpec]]:
         """The models of each group, by the key of the group."""
@@ -102,14 +97,6 @@ class AppliedFile:
             if model.spec.group is not None:
                 found.setdefault(model.spec.unit, []).append(model.spec)
         return found
-
-    def _terms(self) -> dict[str, Terms]:
-        """Terms on which the host itself holds loaded models, by the key of the model."""
-        return {model.spec.key: model.terms for model in self._file.models.values()}
-
-    def _warmups(self) -> dict[str, dict[str, Warmup]]:
-        """Inputs of the first run of models, before they are ready, by the key of the model."""
-        return {model.spec.key: model.warmup for model in self._file.models.values() if model.warmup}
 
     def _eager(self) -> Iterator[m.Acquire]:
         """Requests for the models that load with the host."""

@@ -11,10 +11,10 @@ import errno
 import os
 import stat
 import struct
-import sys
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from onnx_dl.supervisor.boundary import report
 from onnx_dl.system import small_files
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -132,11 +132,7 @@ class FileWatch:
 
     def _give_up(self, error: OSError) -> None:
         self.close()
-        print(
-            f"onnx-dl: changes of {self._path} go unnoticed: {error.strerror}. Send SIGHUP to have it read.",
-            file=sys.stderr,
-            flush=True,
-        )
+        report(f"changes of {self._path} go unnoticed: {error.strerror}. Send SIGHUP to have it read.")
 
 
 def _checked(result: int) -> int:

@@ -141,19 +141,16 @@ class _Checker:
         common = self._options(defaults.options, ("defaults",))
         models = {name: self._model(name, given, defaults, common) for name, given in table.models.items()}
         self._refuse_twins(list(models.values()))
+        if table.metrics:  # an empty one means no page, as in the environment
+            self._parsed(parsing.parse_address, table.metrics, ("metrics",))
         return HostFile(
             memory_limit=self._parsed(parsing.parse_size, table.memory_limit, ("memory_limit",)),
             gpu_memory_limit=self._parsed(parsing.parse_size, table.gpu_memory_limit, ("gpu_memory_limit",)),
             room_timeout=self._parsed(parsing.parse_time, table.room_timeout, ("room_timeout",)),
             load_timeout=self._parsed(parsing.parse_time, table.load_timeout, ("load_timeout",)),
-            metrics=self._metrics(table.metrics),
+            metrics=table.metrics,
             models=models,
         )
-
-    def _metrics(self, address: str | None) -> str | None:
-        if address:  # an empty one means no page, as in the environment
-            self._parsed(parsing.parse_address, address, ("metrics",))
-        return address
 
     def _model(
         self, name: str, raw: dict[str, Any], defaults: DefaultsTable, common: dict[str, Any]
@@ -178,7 +175,7 @@ class _Checker:
     def _spec(self, given: ModelTable, where: _Keys, providers: Any, common: dict[str, Any]) -> ModelSpec:
         how = {
             "options": _merged(common, self._options(given.options, where)),
-            "providers": None if providers is None else [_plain(item) for item in providers],
+            "providers": None if providers is None else list(map(_plain, providers)),
             "provider_options": self._provider_options(given, providers, where),
             "memory": None,
             "extra": {},
@@ -269,7 +266,7 @@ class _Checker:
 
 
 def _invalid_values(raw: dict[str, Any]) -> Iterator[tuple[_Keys, str]]:
-    """HostEntry and reason of values that no table may have, because later code cannot handle all of them.
+    """Place and reason of values that no table may have, because later code cannot handle all of them.
 
     Not recursive: the nesting may be too deep for that.
     """

@@ -57,7 +57,7 @@ class MemoryProbe:
             return Usage()
         if above is None:
             return Usage()
-        gpu = self._gpu_bytes(pid)
+        gpu = self.gpu_bytes(pid)
         estimate = self._estimates.get(pid) if gpu is None else None
         return Usage(
             rss=full.rss,
@@ -99,10 +99,6 @@ class MemoryProbe:
         """Memory of all GPUs in bytes."""
         return self._gpu_sum("total")
 
-    def gpu_left(self, pid: int) -> int | None:
-        """Bytes that an ended process still has on the GPUs; None: the driver does not list it any more."""
-        return self._gpu_bytes(pid)
-
     def _gpu_sum(self, field: str) -> int | None:
         """Sum over all devices of a field of NVML's: ``used`` or ``total``."""
         if not self._gpus:
@@ -115,7 +111,8 @@ class MemoryProbe:
                 total = (total or 0) + int(getattr(pynvml.nvmlDeviceGetMemoryInfo(gpu), field))
         return total
 
-    def _gpu_bytes(self, pid: int) -> int | None:
+    def gpu_bytes(self, pid: int) -> int | None:
+        """Bytes that a process, or one that has ended, has on the GPUs; None: the driver does not list it."""
         if not self._gpus:
             return None
         import pynvml

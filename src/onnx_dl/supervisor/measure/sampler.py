@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import Usage
 from onnx_dl.protocol import control as m
-from onnx_dl.supervisor.command_queue import Run
 from onnx_dl.supervisor.measure.memory_probe import MemoryProbe
 from onnx_dl.supervisor.metrics.counters import Figures, Metrics
-from onnx_dl.supervisor.policy.commands import ForgetPeak
+from onnx_dl.supervisor.policy.commands import ForgetPeak, Run
 from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.requirements import uses_gpu
 from onnx_dl.supervisor.policy.scheduler import Scheduler
@@ -73,8 +71,14 @@ class Sampler:
 
     def on_tick(self, now: float) -> None:
         """Gives the scheduler the figures that are due, and then the time."""
-        self._weigh_loads(now)
-        self._check_draining(now)
+        for load in self.scheduler.to_weigh(now):  # 20 µs each
+            nbytes = self._meter().weigh(load.pid, load.nbytes)
+            self.run(self.scheduler.on_weighed(load.worker_id, nbytes, now))
+        if draining := self.scheduler.to_check(now):
+            readings = self.processes.readings()
+            for worker_id in draining:
+                busy = readings.get(worker_id, Reading()).busy
+                self.run(self.scheduler.on_checked(worker_id, busy, now))
         seen = self._sample(now) if self.scheduler.wants_look(now) else {}
         self.run(self.scheduler.on_tick(now, seen))
 
@@ -92,21 +96,17 @@ class Sampler:
         if any(map(uses_gpu, (ask.spec, *ask.companions, *grouped))):
             self.scheduler.know_gpus(self._meter().gpu_total())
 
-    def readings(self) -> Mapping[int, Reading]:
-        """Current counters of every worker, by worker id."""
-        return self.processes.readings()
-
     def figures(self) -> Figures:
         """Measures everything for a scrape of the metrics."""
         now = time.monotonic()
         self.refresh(now, all_workers=True)
-        scheduler, readings = self.scheduler, self.readings()
+        scheduler, readings = self.scheduler, self.processes.readings()
         models = scheduler.snapshot(now, readings)
         return self.metrics.figures(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
     def _sample(self, now: float, *, all_workers: bool = False) -> dict[int, Sample]:
         """Reads every worker's counters, and measures those used since the last look (1 ms each), or all."""
-        readings = self.readings()
+        readings = self.processes.readings()
         seen = {}
         for worker_id in self.scheduler.pids():
             reading = readings.get(worker_id, Reading())
@@ -114,22 +114,8 @@ class Sampler:
             seen[worker_id] = Sample(self.measure(worker_id) if all_workers or is_used else None, reading)
             self._runs[worker_id] = reading.runs
         for worker_id, pid in self.scheduler.lingering_pids(now).items():
-            seen[worker_id] = Sample(Usage(gpu=self._meter().gpu_left(pid)))
+            seen[worker_id] = Sample(Usage(gpu=self._meter().gpu_bytes(pid)))
         return seen
-
-    def _weigh_loads(self, now: float) -> None:
-        """Measures loads under way (20 µs each)."""
-        for load in self.scheduler.to_weigh(now):
-            nbytes = self._meter().weigh(load.pid, load.nbytes)
-            self.run(self.scheduler.on_weighed(load.worker_id, nbytes, now))
-
-    def _check_draining(self, now: float) -> None:
-        """Reads whether draining workers are still busy."""
-        if due := self.scheduler.to_check(now):
-            readings = self.readings()
-            for worker_id in due:
-                busy = readings.get(worker_id, Reading()).busy
-                self.run(self.scheduler.on_checked(worker_id, busy, now))
 
     def _pid(self, worker_id: int) -> int | None:
         return self.scheduler.pids().get(worker_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -38,25 +39,22 @@ class Histogram:
         return Histogram(self.counts, self.total)
 
 
+@dataclasses.dataclass(eq=False)
 class ModelCounts:
     """Counts of one model since the supervisor started, or since they were dropped."""
 
-    def __init__(self) -> None:
-        self.loads = Histogram()
-        self.calls = Histogram()
-        """Calls of ended workers; in :class:`Figures`, of all workers."""
-        self.unloads: collections.Counter[str] = collections.Counter()
-        """Number of unloads by reason."""
-        self.failures = 0
-        self.freed = 0
-        """Bytes that ended workers gave back."""
+    loads: Histogram = dataclasses.field(default_factory=Histogram)
+    calls: Histogram = dataclasses.field(default_factory=Histogram)
+    """Calls of ended workers; in :class:`Figures`, of all workers."""
+    unloads: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """Number of unloads by reason."""
+    failures: int = 0
+    freed: int = 0
+    """Bytes that ended workers gave back."""
 
     def copy(self) -> ModelCounts:
-        twin = ModelCounts()
-        twin.loads, twin.calls = self.loads.copy(), self.calls.copy()
-        twin.unloads = self.unloads.copy()
-        twin.failures, twin.freed = self.failures, self.freed
-        return twin
+        loads, calls = self.loads.copy(), self.calls.copy()
+        return dataclasses.replace(self, loads=loads, calls=calls, unloads=self.unloads.copy())
 
 
 class Figures(NamedTuple):

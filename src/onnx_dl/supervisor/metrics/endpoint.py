@@ -55,7 +55,15 @@ class MetricsEndpoint:
         self._timeout = timeout
         self._waiting: queue.SimpleQueue[concurrent.futures.Future[Figures]] = queue.SimpleQueue()
         self._waker, self._stop = Waker(), Waker()
-        self._server = _listen(address, self._ask, timeout)
+        host, port = parse_address(address)
+        try:
+            self._server = _Server(host, port, self._ask, timeout)
+        except OSError as error:
+            raise SupervisorStartError(
+                f"Metrics cannot be served at {address} ({error.strerror}). Give another one, such as "
+                "127.0.0.1:9465, or end the process that listens there. With port 0 the system chooses a "
+                "port; a snapshot has it."
+            ) from error
         self._thread = threading.Thread(target=self._serve, name="onnx-dl-metrics", daemon=True)
         spawning.start(self._thread, "The page of metrics")
 
@@ -107,18 +115,6 @@ class MetricsEndpoint:
                 self._server.handle_request()
             self._server.cut_off()
             ready = dict(poll.poll(self._server.milliseconds()))
-
-
-def _listen(address: str, ask: Ask, timeout: float) -> _Server:
-    host, port = parse_address(address)
-    try:
-        return _Server(host, port, ask, timeout)
-    except OSError as error:
-        raise SupervisorStartError(
-            f"Metrics cannot be served at {address} ({error.strerror}). Give another one, such as "
-            "127.0.0.1:9465, or end the process that listens there. With port 0 the system chooses a port; "
-            "a snapshot has it."
-        ) from error
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

@@ -63,14 +63,6 @@ def cumulative(times: Histogram, ends: Sequence[int]) -> list[tuple[str, float]]
     return [*((repr(bound(end)), sums[end]) for end in ends), ("+Inf", sums[-1])]
 
 
-def _per_model(values: Callable[[ModelCounts], tuple[object, ...]]) -> Samples:
-    return lambda figures: (([model], *values(totals)) for model, totals in figures.totals.items())
-
-
-def _total(figure: Callable[[Figures], object]) -> Samples:
-    return lambda figures: [([], figure(figures))]
-
-
 def _unloads(figures: Figures) -> Iterator[tuple[list[str], int]]:
     for model, totals in figures.totals.items():
         for reason, count in totals.unloads.items():
@@ -97,20 +89,31 @@ def _states(figures: Figures) -> Iterator[tuple[list[str], int]]:
     return (([state], states.count(state)) for state in ModelState)
 
 
+def _per_model(
+    make: Callable[..., Metric], name: str, text: str, values: Callable[[ModelCounts], tuple[object, ...]]
+) -> Family:
+    def samples(figures: Figures) -> Iterator[tuple[object, ...]]:
+        return (([model], *values(totals)) for model, totals in figures.totals.items())
+
+    return Family(make, name, ("model",), text, samples)
+
+
+def _total(make: Callable[..., Metric], name: str, text: str, figure: Callable[[Figures], object]) -> Family:
+    return Family(make, name, (), text, lambda figures: [([], figure(figures))])
+
+
 FAMILIES: Final = (
-    Family(
+    _per_model(
         CounterMetricFamily,
         "onnx_dl_loads_total",
-        ("model",),
         "Loads after which the model was ready.",
-        _per_model(lambda totals: (sum(totals.loads.counts),)),
+        lambda totals: (sum(totals.loads.counts),),
     ),
-    Family(
+    _per_model(
         HistogramMetricFamily,
         "onnx_dl_load_seconds",
-        ("model",),
         "How long these loads took.",
-        _per_model(lambda totals: (cumulative(totals.loads, LOADS), totals.loads.total)),
+        lambda totals: (cumulative(totals.loads, LOADS), totals.loads.total),
     ),
     Family(
         CounterMetricFamily,
@@ -119,26 +122,23 @@ FAMILIES: Final = (
         "Workers that are gone: ttl, request, evicted, recycled, regrouped, crash or exit.",
         _unloads,
     ),
-    Family(
+    _per_model(
         CounterMetricFamily,
         "onnx_dl_failures_total",
-        ("model",),
         "Loads that failed and workers that died.",
-        _per_model(lambda totals: (totals.failures,)),
+        lambda totals: (totals.failures,),
     ),
-    Family(
+    _per_model(
         CounterMetricFamily,
         "onnx_dl_freed_bytes_total",
-        ("model",),
         "Memory that only the model's workers held and that they have given back to the system.",
-        _per_model(lambda totals: (totals.freed,)),
+        lambda totals: (totals.freed,),
     ),
-    Family(
+    _per_model(
         HistogramMetricFamily,
         "onnx_dl_call_seconds",
-        ("model",),
         "How long calls took in the model's workers, those that are gone included.",
-        _per_model(lambda totals: (cumulative(totals.calls, CALLS), totals.calls.total)),
+        lambda totals: (cumulative(totals.calls, CALLS), totals.calls.total),
     ),
     Family(
         GaugeMetricFamily,
@@ -161,33 +161,29 @@ FAMILIES: Final = (
         "Memory that all workers together may use; absent: there is no limit.",
         lambda figures: [] if figures.memory_limit is None else [([], figures.memory_limit)],
     ),
-    Family(
+    _total(
         GaugeMetricFamily,
         "onnx_dl_memory_in_use_bytes",
-        (),
         "Memory of all workers that counts in the limit: used or reserved.",
-        _total(lambda figures: figures.memory_in_use),
+        lambda figures: figures.memory_in_use,
     ),
-    Family(
+    _total(
         CounterMetricFamily,
         "onnx_dl_evictions_total",
-        (),
         "Models that were unloaded to make room for others.",
-        _total(lambda figures: figures.evictions),
+        lambda figures: figures.evictions,
     ),
-    Family(
+    _total(
         CounterMetricFamily,
         "onnx_dl_recycled_total",
-        (),
         "Workers that were replaced because of max_memory or max_runs.",
-        _total(lambda figures: figures.recycled),
+        lambda figures: figures.recycled,
     ),
-    Family(
+    _total(
         CounterMetricFamily,
         "onnx_dl_thrash_warnings_total",
-        (),
         "Warnings that models are loaded again and again because they do not fit together.",
-        _total(lambda figures: figures.thrash),
+        lambda figures: figures.thrash,
     ),
     Family(
         GaugeMetricFamily,
@@ -196,12 +192,11 @@ FAMILIES: Final = (
         "Models that are loaded, held or failing.",
         _states,
     ),
-    Family(
+    _total(
         InfoMetricFamily,
         "onnx_dl",
-        (),
         "The supervisor; written as onnx_dl_info.",
-        _total(lambda _: {"version": __version__}),
+        lambda _: {"version": __version__},
     ),
 )
 

@@ -1,8 +1,8 @@
 """Loads that wait for memory, and the workers that make way for them.
 
 When a load does not fit, the loop looks at all workers: what they hold, and since when they are idle.  The
-rules are :mod:`onnx_dl.supervisor.policy.eviction`'s.  A worker leaves only if it is still idle when the order reaches
-it, so no call is interrupted.  While a load waits, the loop looks every 50 ms.
+rules are :mod:`onnx_dl.supervisor.policy.eviction`'s.  A worker leaves only if it is still idle when the
+order reaches it, so no call is interrupted.  While a load waits, the loop looks every 50 ms.
 
 Loads wait in order.  Only the first one can time out.  It is refused then, the others are looked at, and the
 next one that has to wait is first from then on, for a second at least, so that others can make way.  So a
@@ -79,20 +79,18 @@ class Evict(NamedTuple):
 Decision = BeginLoad | DenyLoad | Evict | StartSaver | EndSaver
 
 
+@dataclasses.dataclass(eq=False)
 class Admission:
     """Decides when a pending load may begin."""
 
-    def __init__(
-        self, fleet: Fleet, limits: Limits, capacity: Capacity, weighing: LoadWeighing, saves: CacheSaves
-    ) -> None:
-        self._fleet = fleet
-        self._limits = limits
-        self._capacity = capacity
-        self._weighing = weighing
-        self._saves = saves
-        self.pending: dict[str, PendingLoad] = {}
-        """By key of the model, in order of arrival."""
-        self._look_at: float | None = None
+    _fleet: Fleet
+    _limits: Limits
+    _capacity: Capacity
+    _weighing: LoadWeighing
+    _saves: CacheSaves
+    pending: dict[str, PendingLoad] = dataclasses.field(default_factory=dict)
+    """By key of the model, in order of arrival."""
+    _look_at: float | None = None
 
     def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> Iterator[Decision]:
         """Adds a load, and begins it if there is memory."""
@@ -246,10 +244,6 @@ class Admission:
             _, evicted = eviction.decide(NOTHING, limit, in_use, leaving, candidates)
             yield from map(Evict, evicted or [candidate.worker_id for candidate in candidates])
 
-    def drop(self, model: ModelRecord) -> None:
-        """Removes a pending load."""
-        self.pending.pop(model.key, None)
-
     def drop_all(self) -> list[ModelRecord]:
         """Removes all pending loads, and asks for no look.  Returns the models that waited."""
         models = [self._fleet.models[key] for key in self.pending if key in self._fleet.models]
@@ -268,21 +262,12 @@ class Admission:
 
     def _candidates(self, idle: Mapping[int, float]) -> list[Candidate]:
         """Workers that may be evicted, of those that are idle."""
-        found = []
-        for worker_id, idle_for in idle.items():
-            model = self._fleet.by_worker.get(worker_id)
-            if (
-                model is None
-                or model.worker is None
-                or model.is_pinned
-                or model.state is not ModelState.READY
-            ):
-                continue
-            ready = model.worker.ready
-            seconds = ready.seconds if ready is not None else 0.0
-            held = self._fleet.ledger.counted(worker_id)
-            found.append(Candidate(worker_id, held, idle_for, seconds, model.priority))
-        return found
+        counted = self._fleet.ledger.counted
+        return [
+            Candidate(worker.id, counted(worker.id), idle[worker.id], worker.ready.seconds, model.priority)
+            for model, worker in self._fleet.workers()
+            if worker.id in idle and worker.ready and model.state is ModelState.READY and not model.is_pinned
+        ]
 
 
 def _is_due(at: float | None, now: float) -> bool:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+from typing import Final, NamedTuple
+
 import msgspec
 
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.supervisor.policy.commands import Emit
-from onnx_dl.supervisor.policy.ledger import Ledger
+from onnx_dl.supervisor.policy.fleet import Ledger
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
-from onnx_dl.supervisor.policy.thrashing import ReloadWatch
+
+_WINDOW: Final = 30.0
+_SHARE: Final = 0.1
+"""Share of the time.  Callers who wait less than this for reloads are not worth a warning."""
+_REMEMBERED: Final = 4096
 
 
 class Announcements:
@@ -56,9 +63,60 @@ class Announcements:
         """Announces a reaped worker, before the ledger gives back what it held."""
         if worker.reason == "evicted":
             self._reloads.evicted(model.key)
-        since = worker.ready_at if worker.ready_at is not None else worker.started
-        freed = self._ledger.of(worker.id).private
-        event, reason = EventType.UNLOADED, worker.reason
+        seconds = now - (worker.started if worker.ready_at is None else worker.ready_at)
+        freed, event, reason = self._ledger.of(worker.id).private, EventType.UNLOADED, worker.reason
         return self.event(
-            event, model, worker, now, reason=reason, seconds=now - since, freed=freed, detail=detail
+            event, model, worker, now, reason=reason, seconds=seconds, freed=freed, detail=detail
         )
+
+
+class _Reload(NamedTuple):
+    began: float
+    ended: float
+    model: str
+
+
+class ReloadWatch:
+    """Warns of models that evict each other: the host mostly reloads what it has just evicted.
+
+    Only evicted models count, so a TTL that is short on purpose causes no warning.
+    """
+
+    def __init__(self) -> None:
+        self._evicted: dict[str, None] = {}
+        self._reloads: collections.deque[_Reload] = collections.deque()
+        self._quiet_until = 0.0
+
+    def evicted(self, key: str) -> None:
+        """Notes that the model was evicted."""
+        self._evicted[key] = None
+        if len(self._evicted) > _REMEMBERED:
+            del self._evicted[next(iter(self._evicted))]
+
+    def loaded(self, key: str, model: str, since: float, now: float) -> str | None:
+        """Notes that the model is ready, for which callers have waited since ``since``.  Returns a warning,
+        at most one within 30 seconds, or None."""
+        if key not in self._evicted:
+            return None
+        del self._evicted[key]
+        self._reloads.append(_Reload(since, now, model))
+        while self._reloads[0].ended < now - _WINDOW:
+            self._reloads.popleft()
+        share = self._waited(now) / _WINDOW
+        if share <= _SHARE or now < self._quiet_until:
+            return None
+        self._quiet_until = now + _WINDOW
+        names = ", ".join(sorted({reload.model for reload in self._reloads}))
+        return (
+            f"{names} were loaded again {len(self._reloads)} times within {_WINDOW:.0f} s, {share:.0%} of "
+            "the time, after they had made way for others; raise memory_limit (or gpu_memory_limit), use "
+            "fewer models in turn, or pin some"
+        )
+
+    def _waited(self, now: float) -> float:
+        """Seconds of the window in which at least one reload was waited for."""
+        waited, reached = 0.0, now - _WINDOW
+        for reload in sorted(self._reloads):
+            waited += max(0.0, reload.ended - max(reload.began, reached))
+            reached = max(reached, reload.ended)
+        return waited

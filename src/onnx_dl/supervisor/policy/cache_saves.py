@@ -77,12 +77,8 @@ class CacheSaves:
             self.look_at = now
 
     def start(self, free: MemoryAmount, limit: MemoryAmount, now: float) -> SaveRequest | None:
-        """Returns the model whose saver is to be started now, if any.
-
-        Args:
-            free: memory that is free by a measurement of this moment.
-            limit: memory that there is.  Models that need more are dropped.
-        """
+        """Returns the model whose saver is to be started now, if any.  ``free`` was measured at this moment;
+        models that need more than ``limit`` are dropped."""
         self._requests = {key: each for key, each in self._requests.items() if each.need.fits(limit)}
         found = None
         if self._running is None:

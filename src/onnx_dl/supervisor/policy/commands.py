@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from onnx_dl.core.environment import ThreadAttributes
@@ -80,3 +81,6 @@ Command = (
     | StartSaver
     | EndSaver
 )
+
+Run = Callable[[Iterable[Command]], None]
+"""Carries out commands."""

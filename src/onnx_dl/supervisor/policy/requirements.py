@@ -1,14 +1,14 @@
 """Memory that models require: what was measured, and what that means for the next load.
 
-:mod:`onnx_dl.supervisor.measure.requirement_store` keeps the figures on disk, :mod:`onnx_dl.supervisor.policy.eviction` compares them with
-the limits.
+:mod:`onnx_dl.supervisor.measure.requirement_store` keeps the figures on disk,
+:mod:`onnx_dl.supervisor.policy.eviction` compares them with the limits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Annotated, Final, Protocol
+from collections.abc import Callable, Iterable
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -142,13 +142,8 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def loaded(known: Requirement | None, usage: Usage, entry: str = "", *, mapped: bool = False) -> Requirement:
-    """The requirement after a load.
-
-    Args:
-        usage: measured before the first run.
-        entry: key of the model in the load cache.
-        mapped: it was loaded from there.
-    """
+    """The requirement after a load.  ``usage`` was measured before the first run; ``entry``: key of the model
+    in the load cache; ``mapped``: it was loaded from there."""
     known = known or Requirement()
     steady, most = present(usage), highest(usage).ram
     return Requirement(
@@ -178,23 +173,18 @@ def decayed(known: Requirement, peak: MemoryAmount) -> Requirement:
     return msgspec.structs.replace(known, peak=known.peak.decayed(peak).maximum(known.steady))
 
 
-class RequirementSource(Protocol):
-    """Requirements that earlier hosts measured."""
-
-    def get(self, key: str, /) -> Requirement | None: ...
-
-
 class RequirementHistory:
     """Requirements by key, as this host measured them, or else as earlier hosts did."""
 
-    def __init__(self, known: RequirementSource) -> None:
+    def __init__(self, known: Callable[[str], Requirement | None]) -> None:
+        """``known``: returns what earlier hosts measured."""
         self._known = known
         self._measured: dict[str, Requirement] = {}
         self._stored: dict[str, Requirement] = {}
 
     def of(self, key: str) -> Requirement | None:
         """None: the model was never measured."""
-        return self._measured.get(key) or self._known.get(key)
+        return self._measured.get(key) or self._known(key)
 
     def note(self, key: str, requirement: Requirement) -> None:
         """Replaces what is known."""
@@ -211,7 +201,7 @@ class RequirementHistory:
         if requirement is None:
             return None
         requirement = msgspec.structs.replace(requirement, at=at)
-        if not requirement.differs(self._stored.get(key) or self._known.get(key)):
+        if not requirement.differs(self._stored.get(key) or self._known(key)):
             return None
         self._stored[key] = requirement
         return requirement

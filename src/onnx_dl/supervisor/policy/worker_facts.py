@@ -13,13 +13,11 @@ from onnx_dl.errors import LoadTimeout
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.capacity import Limits
-from onnx_dl.supervisor.policy.commands import Command
 from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
 from onnx_dl.supervisor.policy.measuring import Measurements, Sample
+from onnx_dl.supervisor.policy.orders import WorkerOrders
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
-from onnx_dl.supervisor.policy.tickets import Outbox
-from onnx_dl.supervisor.policy.worker_control import WorkerControl
 
 _SHORTEST_GRACE: Final = 1.0
 """Seconds that a worker has at least to say that it has drained."""
@@ -31,26 +29,23 @@ class WorkerFacts:
 
     fleet: Fleet
     limits: Limits
-    outbox: Outbox
-    control: WorkerControl
+    orders: WorkerOrders
     leases: Leases
     measurements: Measurements
     warmups: Mapping[str, dict[str, Warmup]] = dataclasses.field(default_factory=dict)
     """By key of the model: inputs of the run that a worker makes before it is ready."""
 
-    def on_spawned(self, worker_id: int, pid: int) -> list[Command]:
+    def on_spawned(self, worker_id: int, pid: int) -> None:
         """A worker has a process."""
         if found := self.fleet.find(worker_id):
             found[1].pid = pid
             self._order_load(*found)
-        return self.outbox.take()
 
-    def on_started(self, worker_id: int) -> list[Command]:
+    def on_started(self, worker_id: int) -> None:
         """A worker listens."""
         if found := self.fleet.find(worker_id):
             found[1].listens = True
             self._order_load(*found)
-        return self.outbox.take()
 
     def _order_load(self, model: ModelRecord, worker: WorkerRecord) -> None:
         """Has a worker load that listens.  It waits for its process id, which the template may tell later:
@@ -59,64 +54,59 @@ class WorkerFacts:
             worker.sent_ttl = model.ttl
             warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
             load = m.Load(spec=model.spec, ttl=worker.sent_ttl, warmups=warmups, mapped=worker.plan.mapped)
-            self.outbox.order(worker.id, load)
+            self.orders.outbox.order(worker.id, load)
 
-    def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> list[Command]:
+    def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> None:
         """A worker has loaded its model.  ``usage`` was measured before its first run."""
         found = self.fleet.find(ready.worker_id)
         if found is None or found[1].failure is not None:  # it was killed when this was on its way
-            return self.outbox.take()
+            return
         model, worker = found
-        self.outbox.extend(self.measurements.finish_load(model, worker, ready, usage, now))
+        self.orders.outbox.extend(self.measurements.finish_load(model, worker, ready, usage, now))
         if worker.failure is None:
             model.step(LifecycleEvent.WORKER_READY, now)
             worker.ready, worker.ready_at = ready, now
             if model.state is ModelState.DRAINING:
-                self.outbox.order(worker.id, m.Drain())
+                self.orders.outbox.order(worker.id, m.Drain())
             else:
                 self.leases.serve_waiters(model, worker, ready.seconds, now)
             # After the answers to waiters, because it is written to a disk.
-            self.outbox.extend(self.measurements.store(model, now))
-            self.control.admit(now)
-        return self.outbox.take()
+            self.orders.outbox.extend(self.measurements.store(model, now))
+            self.orders.admit(now)
 
-    def on_load_failed(self, failed: m.WorkerFailed, now: float) -> list[Command]:
+    def on_load_failed(self, failed: m.WorkerFailed, now: float) -> None:
         """The engine refused the model.  The worker is told to leave."""
         if found := self.fleet.find(failed.worker_id):
             worker = found[1]
             worker.failure, worker.unsaved = failed.failure, failed.unsaved
             self._order_exit(worker, now)
-        return self.outbox.take()
 
-    def on_draining(self, worker_id: int, usage: Usage, now: float, reason: str = "ttl") -> list[Command]:
+    def on_draining(self, worker_id: int, usage: Usage, now: float, reason: str = "ttl") -> None:
         """A worker accepts no new calls, because its TTL ran out or for another reason."""
         if found := self.fleet.find(worker_id):
             self.measurements.take_usage(*found, usage)
-            self.control.begin_drain(found[0], reason, now)
-        return self.outbox.take()
+            self.orders.begin_drain(found[0], reason, now)
 
-    def on_drained(self, worker_id: int, usage: Usage, now: float) -> list[Command]:
+    def on_drained(self, worker_id: int, usage: Usage, now: float) -> None:
         """A worker has finished all its calls."""
         if found := self.fleet.find(worker_id):
             self.measurements.take_usage(*found, usage)
             found[1].drained = True
             self._order_exit(found[1], now)
-        return self.outbox.take()
 
     def _order_exit(self, worker: WorkerRecord, now: float) -> None:
-        self.outbox.order(worker.id, m.Exit())
+        self.orders.outbox.order(worker.id, m.Exit())
         worker.kill_at = now + self.limits.settings.exit_grace
 
-    def on_measured(self, worker_id: int, sample: Sample, now: float) -> list[Command]:
+    def on_measured(self, worker_id: int, sample: Sample, now: float) -> None:
         """A worker was measured."""
-        self.outbox.extend(self.measurements.take_sample(worker_id, sample, now))
-        return self.outbox.take()
+        self.orders.outbox.extend(self.measurements.take_sample(worker_id, sample, now))
 
     def to_check(self, now: float) -> list[int]:
         """Draining workers for which :meth:`on_checked` is due."""
         return [worker.id for worker, at in self._checks() if at <= now]
 
-    def on_checked(self, worker_id: int, busy: int, now: float) -> list[Command]:
+    def on_checked(self, worker_id: int, busy: int, now: float) -> None:
         """A draining worker has so many calls and blocks under way.
 
         One without any that does not leave is stopped or hangs.  It is killed: no call is lost, and others
@@ -128,8 +118,7 @@ class WorkerFacts:
             worker.idle_since = None if busy else worker.idle_since or now
             worker.check_at = now + grace
             if worker.idle_since is not None and now >= worker.idle_since + grace:
-                self.outbox.add(worker.kill())
-        return self.outbox.take()
+                self.orders.outbox.add(worker.kill())
 
     def kill_overdue(self, now: float) -> None:
         """Kills workers that did not leave or did not load in time."""
@@ -144,7 +133,7 @@ class WorkerFacts:
                 )
                 worker.failure = failures.describe(error)
             worker.kill_at = None
-            self.outbox.add(worker.kill())
+            self.orders.outbox.add(worker.kill())
 
     def next_deadline(self) -> float | None:
         """When the next worker is to be checked or killed."""

@@ -1,7 +1,8 @@
-"""Workers that wait to be forked, and the template process that forks them.
+"""Workers that wait to be forked, and the template process that forks them (:mod:`onnx_dl.workers.template`).
 
 A template that dies, is silent for too long or sends nonsense is replaced.  All workers are children of this
-process, so they outlive it.
+process, so they outlive it.  The supervisor never waits for a template.  Only one request is under way at a
+time, so the socket always has room for it, and the time for an answer is limited.
 """
 
 from __future__ import annotations
@@ -9,16 +10,103 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-from collections.abc import Callable, Container
+import signal
+from collections.abc import Callable, Container, Iterator
 from typing import Final
 
+from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.processes.template_process import TemplateProcess
 from onnx_dl.supervisor.processes.worker_process import WorkerProcess
+from onnx_dl.system import boot
+from onnx_dl.transport.sockets import Channel
 
 _HURRY: Final = 1.0
 """Seconds that a template has to report a worker that is to be killed."""
+
+# Set before numpy and onnxruntime are imported, which read it.  OpenBLAS would start a pool of threads, and
+# onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share).  A process
+# with threads cannot fork safely.
+SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
+
+class TemplateProcess:
+    """One template, from its start until it is reaped or has become a worker."""
+
+    def __init__(self, mode: str, now: float, timeout: float) -> None:
+        """See :class:`SpawnQueue`."""
+        self.was_ready = False
+        self.became_worker = False
+        self.given_up = False
+        """All workers that waited for it have failed; later ones wait for the next template."""
+        self.asked: WorkerProcess | None = None
+        """The worker that it was asked for and has not reported."""
+        self.open = True
+        """True while more messages may arrive."""
+        self._timeout = timeout
+        self.deadline: float | None = now + timeout
+        """When it must have answered; None: nothing is asked."""
+        self.channel, theirs = Channel.pair()
+        try:
+            fd = theirs.fileno()
+            os.set_inheritable(fd, True)
+            launch = boot.launch("template", fd, mode, environ=os.environ | SINGLE_THREADED)
+            self.pid = os.posix_spawn(*launch)
+        except BaseException as error:
+            self.channel.close()
+            if isinstance(error, OSError) and spawning.is_shortage(error):
+                raise spawning.exhausted("The template process") from None
+            raise
+        finally:
+            theirs.close()
+
+    @property
+    def is_free(self) -> bool:
+        """True if it can be asked for a worker."""
+        return self.open and self.was_ready and self.asked is None
+
+    def ask(self, worker: WorkerProcess, control: str, now: float) -> None:
+        """Asks for a worker.
+
+        Raises:
+            BrokenPipeError: the template is gone.
+            OSError: the system refuses to send the request.
+        """
+        if not worker.request(self.channel, control):
+            raise BrokenPipeError("the template is gone")
+        self.asked, self.deadline = worker, now + self._timeout
+
+    def received(self) -> Iterator[object]:
+        """All messages that have arrived.  At EOF the template is closed."""
+        with contextlib.suppress(TimeoutError):
+            while self.open:
+                received = self.channel.receive(0)
+                if received is None:
+                    self.close()
+                else:
+                    yield m.on_template(received[0])
+
+    def answered(self) -> WorkerProcess | None:
+        """Takes the worker that the template was asked for, because the answer is there."""
+        worker, self.asked, self.deadline = self.asked, None, None
+        return worker
+
+    def hurry(self, deadline: float) -> None:
+        """Brings the deadline of the answer forward."""
+        self.deadline = deadline if self.deadline is None else min(deadline, self.deadline)
+
+    def close(self) -> None:
+        self.open = False
+        self.channel.close()
+
+    def kill(self) -> None:
+        """Sends SIGKILL.  It is a child that is not reaped, so its process id is not another's."""
+        self.deadline = None
+        os.kill(self.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        self.close()
+        self.kill()
 
 
 class SpawnQueue:
@@ -32,7 +120,8 @@ class SpawnQueue:
         on_spawned: Callable[[WorkerProcess, int], None],
         on_failed: Callable[[WorkerProcess, str], None],
     ) -> None:
-        """``timeout``: seconds in which a template answers, and becomes ready; ``now``: the clock.
+        """``mode``: ``fork`` or ``exec``; ``timeout``: seconds in which a template answers, and becomes
+        ready; ``now``: the clock.
 
         ``on_spawned`` is called with the process id of a worker, ``on_failed`` with the reason for none.
 
@@ -47,11 +136,10 @@ class SpawnQueue:
         self._on_spawned = on_spawned
         self._on_failed = on_failed
         self._waiting: collections.deque[WorkerProcess] = collections.deque()
-        self._template: TemplateProcess | None = self._new_template()
+        self._template: TemplateProcess | None = TemplateProcess(mode, now(), timeout)
         """The template of the next worker; it is replaced when it is reaped."""
 
     def sources(self) -> list[int]:
-        """Descriptors to poll, for :meth:`handle`."""
         template = self._template
         return [template.channel.fileno()] if template and template.open else []
 
@@ -69,7 +157,6 @@ class SpawnQueue:
             self._receive(self._template)
 
     def next_deadline(self) -> float | None:
-        """When :meth:`on_tick` has something to do; None: not before something happens."""
         return None if self._template is None else self._template.deadline
 
     def on_tick(self) -> None:
@@ -122,9 +209,6 @@ class SpawnQueue:
             os.waitpid(self._template.pid, 0)
             self._template = None
 
-    def _new_template(self) -> TemplateProcess:
-        return TemplateProcess(self._mode, self._now(), self._timeout)
-
     def _ask(self) -> None:
         """Asks a free template for the next worker."""
         if self._waiting and self._template is None:
@@ -146,7 +230,7 @@ class SpawnQueue:
         """Starts the next template; if that fails, so do all workers that wait."""
         self._template = None
         try:
-            self._template = self._new_template()
+            self._template = TemplateProcess(self._mode, self._now(), self._timeout)
         except OSError as error:
             self._fail_all(list(self._waiting), f"no template process could be started ({error})")
 
@@ -162,7 +246,7 @@ class SpawnQueue:
     def _handle_message(self, template: TemplateProcess, message: object) -> None:
         match message:
             case m.TemplateReady(forkable=forkable):
-                template.became_ready()
+                template.was_ready, template.deadline = True, None
                 if not forkable:
                     self._mode = "exec"
             case m.Spawned(pid=pid):

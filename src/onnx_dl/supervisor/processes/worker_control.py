@@ -23,13 +23,11 @@ from onnx_dl.protocol.control import (
 )
 from onnx_dl.supervisor.boundary import as_failure, boundary
 from onnx_dl.supervisor.clients import Clients
-from onnx_dl.supervisor.command_queue import Run
 from onnx_dl.supervisor.control import Control
 from onnx_dl.supervisor.measure.sampler import Sampler
-from onnx_dl.supervisor.policy.commands import Command, SendToWorker, StartSaver, StartWorker
+from onnx_dl.supervisor.policy.commands import Command, Run, SendToWorker, StartSaver, StartWorker
 from onnx_dl.supervisor.policy.scheduler import Scheduler
-from onnx_dl.supervisor.processes import exit_status
-from onnx_dl.supervisor.processes.worker_process import MOST_BLOBS, StartConditions
+from onnx_dl.supervisor.processes.worker_process import MOST_BLOBS, StartConditions, exit_status
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport.gauges import Reading
@@ -55,7 +53,7 @@ class WorkerControl:
         self._handlers: dict[type[codec.Message], Callable[[Any, float], list[Command]]] = {
             WorkerStarted: self._on_started,
             WorkerReady: self._on_ready,
-            Saveable: lambda message, now: scheduler.on_saveable(message, now),
+            Saveable: scheduler.on_saveable,
             WorkerFailed: self._on_load_failed,
             WorkerDraining: lambda message, now: scheduler.on_draining(
                 message.worker_id, measure(message.worker_id), now, message.reason
@@ -81,7 +79,10 @@ class WorkerControl:
         self.control.send_to_worker(command.worker_id, command.message)
 
     def send_failed(self, command: SendToWorker, error: Exception) -> None:
-        self.run(self.scheduler.on_broken(command.worker_id, as_failure(error)))
+        self._broken(command.worker_id, error)
+
+    def _broken(self, worker_id: int, error: Exception) -> None:
+        self.run(self.scheduler.on_broken(worker_id, as_failure(error)))
 
     def start_saver(self, command: StartSaver) -> None:
         wish = command.request
@@ -114,13 +115,13 @@ class WorkerControl:
             self._forget(worker_id, reading)
             now = time.monotonic()
             commands = self.scheduler.on_exited(
-                worker_id, exit_status.decode(status), stderr, now, reading.exceeded, runs=reading.runs
+                worker_id, exit_status(status), stderr, now, reading.exceeded, runs=reading.runs
             )
             self.run(commands)
 
     def saver_ended(self, status: int) -> None:
         with boundary("the end of a saver", self.search_failed):
-            self.run(self.scheduler.on_saver_ended(exit_status.decode(status), time.monotonic()))
+            self.run(self.scheduler.on_saver_ended(exit_status(status), time.monotonic()))
 
     def search_failed(self, error: Exception) -> None:
         """Answers all who wait for room: the search for it failed."""
@@ -131,10 +132,7 @@ class WorkerControl:
         self.control.forget_worker(worker_id)
 
     def _boundary(self, worker_id: int) -> contextlib.AbstractContextManager[None]:
-        return boundary(
-            f"worker {worker_id}",
-            lambda error: self.run(self.scheduler.on_broken(worker_id, as_failure(error))),
-        )
+        return boundary(f"worker {worker_id}", lambda error: self._broken(worker_id, error))
 
     def _end_boundary(self, worker_id: int) -> contextlib.AbstractContextManager[None]:
         return boundary(

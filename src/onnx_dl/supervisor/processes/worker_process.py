@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from onnx_dl.core.environment import NOTHING, Environment, ThreadAttributes
 from onnx_dl.protocol import codec, template
+from onnx_dl.supervisor.policy.outcomes import ExitStatus
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import MOST_DESCRIPTORS, Channel
@@ -97,7 +98,6 @@ class WorkerProcess:
         self.greeted = False
         """True if it is connected to the control socket."""
         self._pidfd: int | None = None
-        self._theirs: list[int] = []
         self._blobs: dict[str, int] = {}
         with contextlib.ExitStack() as undo:
             undo.callback(lambda: sockets.close_all(self._blobs.values()))
@@ -113,11 +113,7 @@ class WorkerProcess:
             undo.pop_all()
 
     def request(self, channel: Channel, control: str) -> bool:
-        """Asks a template for the process and hands over its descriptors; false: the template is gone.
-
-        Raises:
-            OSError: the system refuses to send the request.
-        """
+        """Asks a template for the process and hands over its descriptors; false: the template is gone."""
         assert self._lifeline_worker is not None
         message = template.Spawn(
             worker_id=self.worker_id,
@@ -178,3 +174,14 @@ class WorkerProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
         return self.stderr.text(), rest
+
+
+def exit_status(wait_status: int) -> ExitStatus:
+    """Decodes what ``waitpid`` returns."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code >= 0:
+        return ExitStatus(code)
+    name = f"signal {-code}"
+    with contextlib.suppress(ValueError):  # a real-time signal has no name
+        name = signal.Signals(-code).name
+    return ExitStatus(None, -code, name)

@@ -17,8 +17,7 @@ from onnx_dl.core.environment import Environment
 from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.boundary import boundary
 from onnx_dl.supervisor.processes.saver_process import SaverProcess
-from onnx_dl.supervisor.processes.spawn_queue import SpawnQueue
-from onnx_dl.supervisor.processes.template_process import SINGLE_THREADED
+from onnx_dl.supervisor.processes.spawn_queue import SINGLE_THREADED, SpawnQueue
 from onnx_dl.supervisor.processes.worker_process import COST, StartConditions, WorkerProcess
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport.gauges import Reading
@@ -46,13 +45,9 @@ class WorkerProcesses:
     """All worker processes, and the saver."""
 
     def __init__(self, mode: str, timeout: float, now: Callable[[], float], log: Path | None = None) -> None:
-        """Starts the first template.
+        """Starts the first template; ``mode``, ``timeout`` and ``now`` are as for :class:`.SpawnQueue`.
 
-        Args:
-            mode: ``fork`` or ``exec``.
-            timeout: seconds in which a template answers, and becomes ready.
-            now: the clock.
-            log: file to which the templates' stderr goes; its end is quoted where no worker could be started.
+        ``log``: file to which its stderr goes; its end is quoted where no worker could be started.
 
         Raises:
             OSError: the system has no process for a template, or no descriptors.
@@ -99,12 +94,8 @@ class WorkerProcesses:
         blobs: Mapping[str, int] = MappingProxyType({}),
         conditions: StartConditions = StartConditions(),  # noqa: B008 - is immutable
     ) -> None:
-        """Starts a worker process.
-
-        Args:
-            identity: the routing id of its control socket.
-            blobs: descriptors of the memory that its model is loaded from, by name.
-            conditions: the rest of what it starts with.
+        """Starts a worker process.  ``identity``: the routing id of its control socket; ``blobs``:
+        descriptors of the memory that its model is loaded from, by name.
 
         Raises:
             DescriptorsExhausted: it needs more descriptors than this process may have.

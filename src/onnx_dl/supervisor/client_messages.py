@@ -12,10 +12,9 @@ from onnx_dl.errors import ConfigError, ProtocolError
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.boundary import as_failure, boundary, report, report_failure
 from onnx_dl.supervisor.clients import Client, Clients
-from onnx_dl.supervisor.command_queue import Run
 from onnx_dl.supervisor.lifetime import HostRole
 from onnx_dl.supervisor.measure.sampler import Sampler
-from onnx_dl.supervisor.policy.commands import Command, SendToClient
+from onnx_dl.supervisor.policy.commands import Command, Run, SendToClient
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.system import descriptor_limits
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class ClientRequests:
+class ClientMessages:
     """Turns the messages of clients into facts for the scheduler, and answers questions.
 
     A failure in handling a message ends its client, except that a failed Acquire is answered by Denied.
@@ -103,10 +102,10 @@ class ClientRequests:
             self.sampler.refresh(now, all_workers=True)
         return control.Status(
             ticket=ask.ticket,
-            seq=self.scheduler.seq,
+            seq=self.scheduler.announcements.seq,
             supervisor_pid=os.getpid(),
             host=None if self.role.place is None else self.role.place.name,
-            models=self.scheduler.snapshot(now, self.sampler.readings()),
+            models=self.scheduler.snapshot(now, self.sampler.processes.readings()),
             memory_limit=self.scheduler.memory_limit,
             memory_in_use=self.scheduler.in_use(now).ram,
             metrics=self.metrics,

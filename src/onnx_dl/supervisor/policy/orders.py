@@ -1,4 +1,7 @@
-"""Orders to workers: loads that begin, TTLs, drains."""
+"""Orders to workers (loads that begin, TTLs, drains), and answers to clients.
+
+Both are commands, which stay in the outbox until the loop takes them.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,67 @@ from collections.abc import Iterable
 from onnx_dl.core.events import EventType
 from onnx_dl.core.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.core.spec import ModelSpec
+from onnx_dl.protocol import codec
 from onnx_dl.protocol import control as m
+from onnx_dl.protocol.failures import Failure
 from onnx_dl.supervisor.policy.admission import Admission, BeginLoad, Decision, DenyLoad, Evict
 from onnx_dl.supervisor.policy.announcements import Announcements
-from onnx_dl.supervisor.policy.commands import StartWorker
-from onnx_dl.supervisor.policy.records import ModelRecord
-from onnx_dl.supervisor.policy.tickets import Outbox
+from onnx_dl.supervisor.policy.commands import Command, SendToClient, SendToWorker, StartWorker
+from onnx_dl.supervisor.policy.records import HOST, ModelRecord
+
+Reply = m.Granted | m.Denied | m.Unloaded | m.Outcome | m.Bye
+
+
+@dataclasses.dataclass(eq=False)
+class Outbox:
+    """Commands in the order in which they were decided, until the loop takes them.
+
+    If a fact fails half way, what was decided before stays here, and goes out with the next fact.
+    """
+
+    tickets: set[tuple[bytes, int]] = dataclasses.field(default_factory=set)
+    """Open requests by client and ticket.  Each is answered once, or withdrawn by its client."""
+    _commands: list[Command] = dataclasses.field(default_factory=list)
+
+    def add(self, command: Command) -> None:
+        self._commands.append(command)
+
+    def extend(self, commands: Iterable[Command]) -> None:
+        """Adds commands one by one, so that those before an exception are kept."""
+        for command in commands:
+            self._commands.append(command)
+
+    def take(self) -> list[Command]:
+        """Removes and returns all commands."""
+        commands, self._commands = self._commands, []
+        return commands
+
+    def order(self, worker_id: int, message: codec.Message) -> None:
+        """Sends a message to a worker."""
+        self.add(SendToWorker(worker_id, message))
+
+    def answer(self, client: bytes, reply: Reply) -> None:
+        """Answers a request, unless it was withdrawn.  The host's own requests have no ticket."""
+        request = (client, reply.ticket)
+        if client == HOST or request in self.tickets:
+            self.tickets.discard(request)
+            self.add(SendToClient(client, reply))
+
+    def deny(self, client: bytes, ticket: int, failure: Failure) -> None:
+        """Answers an Acquire by a failure."""
+        self.answer(client, m.Denied(ticket=ticket, failure=failure))
+
+    def deny_all(self, waiters: Iterable[tuple[bytes, m.Acquire]], failure: Failure) -> None:
+        for client, ask in waiters:
+            self.deny(client, ask.ticket, failure)
+
+    def forget_client(self, client: bytes) -> None:
+        """Removes all requests of a client."""
+        self.tickets = {request for request in self.tickets if request[0] != client}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class WorkerControl:
+class WorkerOrders:
     """Carries out decisions about workers, as commands."""
 
     admission: Admission
@@ -30,16 +84,19 @@ class WorkerControl:
             match decision:
                 case BeginLoad(model, worker):
                     self.outbox.add(StartWorker(worker.id, model.spec, model.thread_attributes))
-                    self.outbox.add(
-                        self.announcements.event(EventType.LOADING, model, worker, worker.started)
-                    )
+                    event = self.announcements.event
+                    self.outbox.add(event(EventType.LOADING, model, worker, worker.started))
                 case DenyLoad(waiters, failure):
-                    for client, ask in waiters:
-                        self.outbox.deny(client, ask.ticket, failure)
+                    self.outbox.deny_all(waiters, failure)
                 case Evict(worker_id):
                     self.outbox.order(worker_id, m.DrainIfIdle())
                 case command:
                     self.outbox.add(command)
+
+    def on_stuck(self, failure: Failure) -> None:
+        """Admission failed: all pending loads are denied."""
+        for model in self.admission.drop_all():
+            self.outbox.deny_all(model.take_waiters(), failure)
 
     def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> None:
         """Loads the model as soon as there is memory."""
