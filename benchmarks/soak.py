@@ -27,7 +27,7 @@ os.environ.update(ORT_DISABLE_TELEMETRY="1", ONNX_DL_STABLE_AFTER="0", ONNX_DL_R
 
 import numpy as np
 import psutil
-from tests import fuzzing
+from tests.fuzz import steps
 
 from benchmarks.soak_calls import Caller, Ground, Ledger, environment
 from benchmarks.soak_faults import FAULTS, Injector
@@ -123,7 +123,7 @@ def _counted(counter: collections.Counter[str]) -> str:
 def _left(descriptors: int, threads: int, shared: set[str]) -> list[str]:
     """What is there that was not before, when all is closed."""
     gc.collect()
-    left = fuzzing.leftovers(descriptors)
+    left = steps.leftovers(descriptors)
     deadline = time.monotonic() + _LAST_THREAD
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)  # one that writes what workers said ends soon after its connection

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from tests import fuzz_calls, fuzz_variants, zoo
-from tests.fuzz_calls import Call
-from tests.fuzzing import Wrong
+from tests.fuzz import calls as fuzz_calls
+from tests.fuzz import model_variants
+from tests.fuzz.calls import Call
+from tests.fuzz.steps import Wrong
+from tests.support import zoo
 
 from onnx_dl import CapacityError, InferenceSessionProxy, ModelHost, OnnxDLError
 from onnx_dl.errors import RunTimeout, SupervisorDied, WorkerDied
@@ -30,7 +32,7 @@ KEPT: Final = 12
 """Results that each thread keeps and compares again."""
 HEAVY: Final = "heavy"
 """A model of 12 MiB, which the load cache takes."""
-_VARIANT: Final = fuzz_variants.Variant("layers", "external", "default")
+_VARIANT: Final = model_variants.Variant("layers", "external", "default")
 _DEATHS: Final = (WorkerDied, SupervisorDied)
 
 

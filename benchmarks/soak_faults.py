@@ -16,9 +16,11 @@ from typing import Any, Final
 
 import numpy as np
 import psutil
-from tests import fuzz_calls, fuzz_damage, fuzz_faults, zoo
-from tests.fuzzing import Wrong
-from tests.zoo import I64, build, constant, node, tensor
+from tests.fuzz import calls as fuzz_calls
+from tests.fuzz import faults, file_damage
+from tests.fuzz.steps import Wrong
+from tests.support import zoo
+from tests.support.zoo import I64, build, constant, node, tensor
 
 from benchmarks.soak_calls import DEATHS, HEAVY, NO_ROOM, Ground
 from onnx_dl import InferenceSessionProxy, OnnxDLError
@@ -228,8 +230,8 @@ def _fork(ground: Ground, rng: random.Random) -> Done:
     call = ground.any_call(rng)
     ground.ledger.fault("fork", None)
     proxy = ground.proxy(call.kind, rng)
-    pid = fuzz_faults.fork_child(lambda: fuzz_calls.answer(proxy, call, fuzz_calls.plainly))
-    fuzz_faults.await_child(pid, f"A child that calls {call.kind}")
+    pid = faults.fork_child(lambda: fuzz_calls.answer(proxy, call, fuzz_calls.plainly))
+    faults.await_child(pid, f"A child that calls {call.kind}")
     return None, None
 
 
@@ -250,7 +252,7 @@ def _damage(ground: Ground, rng: random.Random) -> Done:
         copy = ground.folder / "damaged"
         with contextlib.suppress(OSError):  # somebody else has removed it
             shutil.copytree(entry, copy)
-            fuzz_damage.OF_FILES[rng.choice(["cut", "flip", "zeros", "gone", "replaced"])](
+            file_damage.OF_FILES[rng.choice(["cut", "flip", "zeros", "gone", "replaced"])](
                 copy / file.name, rng
             )
             shutil.rmtree(entry)  # not in place: others have mapped it

@@ -19,8 +19,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["ONNX_DL_CACHE"] = "off"
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from tests.slow import identity_model
-from tests.waiting import DEADLINE, allowed, eventually
+from tests.support.slow import identity_model
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 # Programs that tests start begin as from a terminal, also where tests run under nohup or in the background.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

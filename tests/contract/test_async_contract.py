@@ -32,7 +32,7 @@ from tests.contract.both import (
     scaled,
     tensor,
 )
-from tests.waiting import DEADLINE
+from tests.support.waiting import DEADLINE
 
 A, B = ones(2, 3), ones(1, 3)
 FEED = {"a": A, "b": B}

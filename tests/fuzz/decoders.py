@@ -33,7 +33,7 @@ from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.load_cache.store import Cache, EntryMeta, seal_meta
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
-from tests.slow import identity_model
+from tests.support.slow import identity_model
 
 
 @dataclasses.dataclass

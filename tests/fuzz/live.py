@@ -31,8 +31,8 @@ from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
-from tests.slow import identity_model
-from tests.waiting import DEADLINE, eventually
+from tests.support.slow import identity_model
+from tests.support.waiting import DEADLINE, eventually
 
 _MIGHTY = (Shutdown, Unload, Acquire)
 """What ends a model or starts one, for whoever may ask."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.test_compatibility import functions_of
+from tests.session.test_compatibility import functions_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
 NAMED = re.findall(r"`((?:\w+/)*\w+\.py)::(\w+)`", PAGE)

@@ -12,7 +12,7 @@ from onnx_dl.core.status import ModelDescription, Usage
 from onnx_dl.protocol import codec, control, failures
 from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.transport.gauges import Reading
-from tests.unit.builders import ready
+from tests.support.builders import ready
 
 MB: Final = 1 << 20
 LOADS: Final = ("well", "badly", "for want of memory", "not at all", "without its entry", "partly")

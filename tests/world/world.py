@@ -33,7 +33,7 @@ from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.policy.requirements import Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
-from tests.unit.builders import SETTINGS, ready, spec
+from tests.support.builders import SETTINGS, ready, spec
 from tests.world import truth
 from tests.world.workers import MB, FakeWorker
 

@@ -4,7 +4,7 @@ A thread interrupts itself where Python runs a signal handler, a ``__del__``, a 
 or of the garbage collector: between any two steps of ours, and such code may use a model.  So every lock of
 an application's process is a :class:`Guard`, and every wait for another thread a :class:`Promise`.  They
 define what happens in a forked child, and when their own thread comes once more.
-``tests/unit/test_forking.py`` fails where another lock is used.
+``tests/unit/concurrency/test_forking.py`` fails where another lock is used.
 
 :func:`still` is for steps that a child must not find half done.
 """

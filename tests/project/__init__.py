@@ -1,0 +1,1 @@
+"""Tests of what is beside the package: examples, benchmarks, pages."""
