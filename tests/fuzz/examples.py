@@ -14,7 +14,8 @@ from onnx_dl.protocol import codec, control, failures, lane, template
 READERS = {
     name: getattr(template if name == "on_template" else lane if name.startswith("lane_") else control, name)
     for name in (
-        "from_client", "to_client", "from_worker", "to_worker", "on_lifeline", "on_template", "lane_request", "lane_reply",
+        "from_client", "to_client", "from_worker", "to_worker", "on_lifeline", "on_template",
+        "lane_request", "lane_reply",
     )
 }  # fmt: skip
 UNIONS = {

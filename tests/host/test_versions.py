@@ -17,7 +17,7 @@ import onnx_dl
 from onnx_dl import SupervisorError, SupervisorStartError
 from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.worker_output import WorkerOutput
-from onnx_dl.protocol import control
+from onnx_dl.protocol import codec
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor import lifetime
 from onnx_dl.transport import running_hosts
@@ -327,7 +327,7 @@ def test_a_client_of_another_version_is_refused_all_the_same(monkeypatch: pytest
     onnx_dl.connect("mine")
     record = HostEntry("mine").record()
     assert record is not None
-    monkeypatch.setattr(control, "PROTOCOL_VERSION", 99)
+    monkeypatch.setattr(codec, "PROTOCOL_VERSION", 99)
     with pytest.raises(
         SupervisorStartError, match=f"speaks protocol version {PROTOCOL_VERSION}, the client 99"
     ):

@@ -48,7 +48,7 @@ def test_blocks_of_python_compile(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_files_that_a_page_names_are_there(name: str) -> None:
-    """Modules and tests, by their paths from the root or from the package; words in capitals stand for others."""
+    """Modules and tests, by paths from the root or from the package; words in capitals stand for others."""
     named = set(re.findall(r"`((?:[\w.]+/)+[\w-]+\.py)`", PAGES[name].read_text()))
     roots = [ROOT, ROOT / "src", ROOT / "src" / "onnx_dl"]
     lost = {path for path in named if not any((root / path).exists() for root in roots)}

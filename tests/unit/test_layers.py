@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "host": {*BASE, "client", "session"},
     "integrations": {*BASE, "client.host_client", "session", "host"},
     "demo": {*BASE, "client.event_dispatch", "session", "host"},
-    "cli": {*BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host", "integrations", "demo"},
+    "cli": {
+        *BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host", "integrations", "demo",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 """Package to the packages and modules that it may import.  A package may import itself."""

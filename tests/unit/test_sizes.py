@@ -13,7 +13,7 @@ LONG_FILES: dict[str, str] = {}
 LARGE_CLASSES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 MANY_PARAMETERS = {
-    "session.inference_session.InferenceSessionProxy.__init__": "public constructor: onnxruntime's arguments and ours",
+    "session.inference_session.InferenceSessionProxy.__init__": "public constructor: onnxruntime's, and ours",
     "session.execution_session.ExecutionSession.__init__": "public constructor",
     "errors.WorkerDied.__init__": "public constructor: each argument is an attribute that callers read",
 }

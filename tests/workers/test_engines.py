@@ -1,4 +1,4 @@
-"""The seam for engines: a third one is one module in ``onnx_dl/workers/engines``, and a face if it shall have one."""
+"""The seam for engines: a third one is one module in ``onnx_dl/workers/engines``, and a face if it needs one."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Scaled(ModelProxy):
 def install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_left_behind: None
 ) -> Callable[[str, str], None]:
-    """Adds a module to ``onnx_dl/workers/engines`` of an onnx_dl that this host's processes import, and not we."""
+    """Adds a module to ``onnx_dl/workers/engines`` of an onnx_dl that only this host's processes import."""
     root = Path(onnx_dl.__file__).parent
     shutil.copytree(root, tmp_path / "site" / root.name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.syspath_prepend(tmp_path / "site")

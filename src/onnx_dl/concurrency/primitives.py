@@ -2,7 +2,7 @@
 
 ``gevent.monkey`` patches modules of the standard library, before or after this package is imported.  Threads
 of ours must be native, and their waits must stop only themselves.  So modules of an application's process
-take these names from here; ``tests/unit/concurrency/test_primitives.py`` fails where one does not.  They are bound once,
+take these names from here, which ``tests/unit/concurrency/test_primitives.py`` checks.  They are bound once,
 so they cost nothing.  Waits of callers are :mod:`onnx_dl.concurrency.waits`'s.
 """
 

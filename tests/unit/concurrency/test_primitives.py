@@ -174,7 +174,10 @@ def test_a_coroutine_that_nothing_we_know_runs() -> None:
 # --- with gevent -------------------------------------------------------------------------------------------
 
 PATCH = "from gevent import monkey; monkey.patch_all(); "
-IMPORT = "import onnx_dl.concurrency.primitives as c, onnx_dl.concurrency.background, onnx_dl.concurrency.waits as w; "
+IMPORT = (
+    "import onnx_dl.concurrency.primitives as c, onnx_dl.concurrency.background; "
+    "import onnx_dl.concurrency.waits as w; "
+)
 CHECK = """
 import gevent, threading, time, sys, queue
 from onnx_dl.concurrency.spawning import Thread

@@ -32,7 +32,8 @@ def test_free_counts_down() -> None:
 
 
 def test_counting_without_proc_tells_the_same() -> None:
-    code = "from onnx_dl.system import descriptor_limits as d; print(d._open(), sum(map(d.is_open, range(4096))))"
+    head = "from onnx_dl.system import descriptor_limits as d; "
+    code = head + "print(d._open(), sum(map(d.is_open, range(4096))))"
     assert len(set(told_by(code))) == 1
 
 

@@ -23,7 +23,8 @@ from tests.support.waiting import DEADLINE, eventually
 HEAD = (
     "import json, os, socket, sys, time; channel = socket.socket(fileno=json.loads(sys.argv[3])[0]); "
     "say = lambda text: channel.send(text); "
-    "from onnx_dl.protocol import codec, template; ready = codec.encode(template.TemplateReady(forkable=True)); "
+    "from onnx_dl.protocol import codec, template; "
+    "ready = codec.encode(template.TemplateReady(forkable=True)); "
 )
 MUTE = "time.sleep(600)"
 READY_AND_MUTE = "say(ready); time.sleep(600)"
