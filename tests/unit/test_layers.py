@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "integrations": {*BASE, "client.host_client", "session", "host"},
     "demo": {*BASE, "client.event_dispatch", "session", "host"},
     "cli": {
-        *BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host", "integrations", "demo",
+        *BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host",
+        "integrations", "demo",
     },
     "__main__": {"cli"},
 }  # fmt: skip

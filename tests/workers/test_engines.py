@@ -1,4 +1,4 @@
-"""The seam for engines: a third one is one module in ``onnx_dl/workers/engines``, and a face if it needs one."""
+"""The seam for engines: a third one is a module in ``onnx_dl/workers/engines``, and a face if need be."""
 
 from __future__ import annotations
 
