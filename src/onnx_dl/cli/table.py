@@ -79,7 +79,7 @@ class _Column(NamedTuple):
     title: str
     cell: Callable[[ModelStatus], str]
     worth: int
-    """If the terminal is too narrow, the column of least worth is left out first."""
+    """Leaves out the least important columns first if the terminal is too narrow."""
     right: bool = True
 
 

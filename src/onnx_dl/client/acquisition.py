@@ -48,7 +48,7 @@ class Lease:
         self.granted: m.Granted | None = None
         self.closed = False
         self.has_load_output = False
-        """Whether the prints and warnings of the load were repeated for this proxy."""
+        """True if the prints and warnings of the load were repeated for this proxy."""
 
     def send_ttl(self, connection: Connection) -> None:
         """Tells the supervisor the TTL that is in force from now on."""

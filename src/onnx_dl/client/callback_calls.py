@@ -76,7 +76,7 @@ class _Waiter:
         self.ended = False
         self._poll = primitives.poll()  # has no descriptor of its own, which a program might close
         self._calls: dict[int, _Call] = {}
-        """Those whose replies are waited for, by their descriptors."""
+        """Calls whose replies are waited for, by their descriptors."""
         self.thread = Thread(self._serve, "onnx-dl-callbacks")
 
     def _serve(self) -> None:
@@ -199,11 +199,11 @@ class Callback:
 
     @property
     def is_watched(self) -> bool:
-        """Whether the run's options may still end the call."""
+        """True if the run's options may still end the call."""
         return self.run_options is not None and not self._ended
 
     def wants_end(self) -> bool:
-        """Whether the run's options ask for its end, for the first time."""
+        """True if the run's options ask for its end, for the first time."""
         if not (self.is_watched and getattr(self.run_options, "terminate", False)):
             return False
         self._ended = True

@@ -341,7 +341,7 @@ _connections: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDi
 
 
 def _abandon_all() -> None:
-    """In a forked child: the parent's threads and sockets are not ours to use or to close."""
+    """Forgets the parent's threads and sockets in a forked child, which may not use or close them."""
     for ref in _connections.valuerefs():
         if (connection := ref()) is not None:
             connection.closed = True

@@ -51,10 +51,10 @@ class ControlLink:
         self.waker = Waker()
         self._outbox: primitives.SimpleQueue[bytes] = primitives.SimpleQueue()
         self.received_at = time.monotonic()
-        """When the last message came."""
+        """Time of the last message."""
 
     def is_ours(self) -> bool:
-        """Whether the program has not closed a descriptor."""
+        """True if the program has not closed a descriptor."""
         return self.lifeline.is_ours() and self.waker.is_ours() and self.control.is_ours()
 
     def post(self, message: codec.Message) -> None:

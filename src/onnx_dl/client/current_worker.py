@@ -31,7 +31,7 @@ class Holds:
 
     @property
     def are_mine(self) -> bool:
-        """Whether this thread, or greenlet, is in a block."""
+        """True if this thread, or greenlet, is in a block."""
         return waits.caller() in self._blocks
 
     def begin(self, pool: LanePool, deadline: Deadline | None) -> bool:

@@ -92,7 +92,7 @@ class EventBus:
 
     @property
     def is_publishing_here(self) -> bool:
-        """Whether this thread is calling listeners."""
+        """True if this thread is calling listeners."""
         return getattr(self._here, "publishing", False)
 
     def listen(self, callback: Listener) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""This application's side of one supervisor: its models, their memory, a snapshot, events.
+"""The application's side of one supervisor: its models, their memory, a snapshot, events.
 
 :mod:`onnx_dl.client.supervisor_link` connects; :mod:`onnx_dl.client.remote_model` makes one model's calls.
 """
@@ -63,7 +63,7 @@ class HostClient:
         self.link.starts = starts
 
     def forget(self) -> None:
-        """In a forked child: drops what is the parent's."""
+        """Drops the parent's state in a forked child."""
         self.link.disown()
         self._models.forget()
         self._reset(starts=self.link.starts)

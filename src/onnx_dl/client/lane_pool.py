@@ -34,7 +34,7 @@ class LanePool:
         """Name of the model, for messages."""
         self._over_zmq = over_zmq
         self.is_opened = False
-        """Whether a lane was ever opened to it."""
+        """True if a lane was ever opened to it."""
         self.is_gone = False
         self._idle: dict[str, collections.deque[ClientLane]] = {
             latency: collections.deque() for latency in LATENCIES

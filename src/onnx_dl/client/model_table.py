@@ -17,7 +17,7 @@ from onnx_dl.core.spec import ModelSpec
 from onnx_dl.errors import OnnxDLError
 
 BlobSources = Mapping[str, Callable[[], int]]
-"""For each blob of a model, by name: a function that opens a descriptor of its memory."""
+"""Functions that open a descriptor of a blob's memory, by the name of the blob."""
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
@@ -39,7 +39,7 @@ class ModelTable:
         self.forget()
 
     def forget(self) -> None:
-        """In a forked child: drops the parent's models.  Claims to groups stay: the child has them, too."""
+        """Drops the parent's models in a forked child.  Claims to groups stay: the child has them, too."""
         self._lock = Guard()
         self._handing_over = Guard()
         self._models: weakref.WeakValueDictionary[str, RemoteModel] = weakref.WeakValueDictionary()

@@ -21,7 +21,7 @@ from onnx_dl.tensors.call_plans import EngineValue
 from onnx_dl.transport.client_lane import ClientLane, Reply
 
 RETRY: Final = object()
-"""In place of a result: the call was not executed.  Make it again, on another lane."""
+"""Stands for a result: the call was not executed.  Make it again, on another lane."""
 
 _ANSWERS: Final = (int, m.SameResult, m.Result)
 _WITHOUT_RESULT: Final = (m.CallFailed, m.Draining, m.Forgotten)
@@ -72,7 +72,7 @@ class PendingCall:
         return self._settle(reply, None if watch is None else watch.deadline)
 
     def needs_host(self, reply: Reply) -> bool:
-        """Whether :meth:`conclude` asks the host how the worker ended, which may take a while."""
+        """True if :meth:`conclude` asks the host how the worker ended, which may take a while."""
         return not isinstance(reply, _ANSWERS + _WITHOUT_RESULT)
 
     def conclude(self, reply: Reply, deadline: Deadline | None = None) -> EngineValue:

@@ -42,11 +42,11 @@ class HostServices(NamedTuple):
     renew: Callable[[RemoteModel, Connection, Deadline | None], None]
     """Moves the model to the next host when the one of this connection is gone."""
     companions: Callable[[], Sequence[RemoteModel]]
-    """This application's models in the same group."""
+    """The application's models in the same group."""
     close_idle_lanes: Callable[[], bool]
     """Closes the idle lanes of all models; whether there were any."""
     is_shared: bool
-    """Whether the host is shared, so that callers need not know of its end."""
+    """True if the host is shared, so that callers need not know of its end."""
 
 
 class RemoteModel:
@@ -159,7 +159,7 @@ class RemoteModel:
         raise AssertionError("unreachable")
 
     def serves(self, lease: Lease) -> bool:
-        """Whether a proxy that has used the present worker may go on to."""
+        """True if a proxy that has used the present worker may go on to."""
         return self.worker.usable_by(lease) is not None and not self._acquisition.connection.closed
 
     def acquire(self, lease: Lease, deadline: Deadline | None = None) -> LanePool:

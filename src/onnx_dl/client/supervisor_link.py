@@ -60,7 +60,7 @@ class SupervisorLink:
         self._events = EventDispatcher(bus)
 
     def disown(self) -> None:
-        """In a forked child, which does not use this any more: its parent reaps the process."""
+        """Forgets the process in a forked child: its parent reaps the process."""
         if self._process is not None:
             self._process.returncode = 0  # subprocess must not warn of it
 

@@ -103,7 +103,7 @@ class WorkerOutput:
         self._put = self._dropped = 0
         self._written = self._reported = 0
         self._stuck = False
-        """Whether a caller has waited in vain since the last write."""
+        """True if a caller has waited in vain since the last write."""
 
     def put(self, piece: Wrote) -> None:
         """Queues a piece; does not wait.  In the connection's thread only."""

@@ -1,4 +1,4 @@
-"""How threads, greenlets and coroutines of an application wait, start, lock, fork and give up.
+"""Waits, starts, locks, forks and deadlines of an application's threads, greenlets and coroutines.
 
 Serves all packages above.  Must know nothing of models, messages or processes of ours.
 """

@@ -40,7 +40,7 @@ class Deadline:
 
     @classmethod
     def of(cls, timeout: float | None) -> Deadline | None:
-        """For a caller's ``timeout``; None if it has none."""
+        """Deadline of a caller's ``timeout``; None if it has none."""
         return None if timeout is None else cls(timeout)
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""What a model says of itself and how it fares, as plain data."""
+"""Description and status of a model, as plain data."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
     def changed(self, given: Mapping[str, object]) -> Terms:
-        """These terms with some of them replaced.  Raises like :meth:`parse`."""
+        """Returns terms with some of them replaced.  Raises like :meth:`parse`."""
         return Terms.parse(**{**msgspec.structs.asdict(self), **given})
 
 

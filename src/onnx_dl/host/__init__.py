@@ -1,4 +1,4 @@
-"""What a user does with a host: open models by name, hold them there, connect, warm up.
+"""A user's actions on a host: open models by name, hold them there, connect, warm up.
 
 Stands on ``client`` and ``session``.  Must know nothing of supervisor or workers but by messages.
 """

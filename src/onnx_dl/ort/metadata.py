@@ -31,7 +31,7 @@ class NodeArg:
 
     @property
     def type(self) -> str:
-        """For example ``tensor(float)``."""
+        """Type in onnxruntime's words, such as ``tensor(float)``."""
         return self._spec.type
 
     @property
@@ -107,7 +107,7 @@ class Description:
 
     @lazily
     def input_epdevices(self) -> list[onnxruntime.OrtEpDevice | None]:
-        """This process's devices that are the worker's; None where it has none."""
+        """The process's devices that are the worker's; None where it has none."""
         local = importlib.import_module("onnxruntime").get_ep_devices()
         known = [(recordings.device_identity(device), device) for device in local]
         return [

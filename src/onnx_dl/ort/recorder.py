@@ -61,9 +61,9 @@ class RecordedCall(NamedTuple):
 
 
 _calls: weakref.WeakKeyDictionary[object, list[RecordedCall]] = weakref.WeakKeyDictionary()
-"""By options that were made while calls are recorded."""
+"""Calls on options that were made while calls are recorded."""
 _late_calls: weakref.WeakKeyDictionary[object, list[RecordedCall]] = weakref.WeakKeyDictionary()
-"""By options that were made before that: their calls since then."""
+"""Calls since then on options that were made before."""
 adapter_files: Final[weakref.WeakKeyDictionary[object, str]] = weakref.WeakKeyDictionary()
 """Files by the LoraAdapter that was loaded from them."""
 global_calls: Final[list[RecordedCall]] = []

@@ -63,7 +63,7 @@ class Acquire(Message):
     spec: ModelSpec
     terms: Terms
     file_bytes: Count = 0
-    """Of the model's files; the first guess at what it needs."""
+    """Bytes of the model's files: the first estimate of its requirement."""
     for_host: bool = False
     """The host holds the model from now on, also after the client is gone."""
     companions: list[ModelSpec] = []

@@ -25,7 +25,7 @@ class Spawn(Message):
     thread_attributes: ThreadAttributes | None = None
     """Scheduling attributes of the worker; None: those of the supervisor."""
     environment: Environment = NOTHING
-    """If it has variables, the worker is a new interpreter that starts with them."""
+    """Variables with which the worker starts, as a new interpreter; empty: the template's."""
     version: int = PROTOCOL_VERSION
     """Protocol version of the supervisor.  The package may have been replaced on disk since it started."""
 

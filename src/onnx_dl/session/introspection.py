@@ -191,7 +191,7 @@ class SessionProxy(ModelProxy):
         return [AssignedSubgraph(*part) for part in self._invoke("get_provider_graph_assignment_info")]
 
     def get_profiling_start_time_ns(self) -> int:
-        """When profiling began, comparable to ``time.monotonic_ns()``; 0 if it is off."""
+        """Time when profiling began, comparable to ``time.monotonic_ns()``; 0 if it is off."""
         return int(self._metadata.read().details["profiling_start_time_ns"])
 
     def end_profiling(self) -> str:

@@ -98,7 +98,7 @@ class Pipeline:
 
     @lazily
     def _wires(self) -> list[dict[str, tuple[int, str]]]:
-        """For each stage, its inputs that earlier stages feed: stage and name of the output."""
+        """Inputs of each stage that earlier stages feed: stage and name of the output."""
         return [self._wire(index) for index in range(len(self._stages))]
 
     def _wire(self, index: int) -> dict[str, tuple[int, str]]:

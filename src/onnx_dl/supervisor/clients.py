@@ -39,7 +39,7 @@ class Client:
         self.blobs: dict[int, tuple[str, int]] = {}
         """Memory that models are loaded from: name and memfd, by the client's number for it."""
         self.is_short = False
-        """It handed over memory for which there was no descriptor."""
+        """True if it handed over memory for which there was no descriptor."""
         self.pid = lifeline.peer_pid()
         self.pidfd: int | None = None
         # A child that the application forked may keep the lifeline open; the pidfd shows its own end.
@@ -116,7 +116,7 @@ class Clients:
         return [self._door.fileno(), *(fd for client in self._clients for fd in client.sources())]
 
     def next_deadline(self) -> float | None:
-        """When :meth:`on_tick` has something to do; None: not before something happens."""
+        """Time when :meth:`on_tick` has something to do; None: not before something happens."""
         return self._door.next_deadline()
 
     def on_tick(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""For whom a supervisor runs, and when it ends: because of a signal, or because nobody uses it."""
+"""Role of a supervisor, and the time when it ends: by a signal, or because no client uses it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOOK_EVERY: Final = 5.0
 
 
 class HostRole(NamedTuple):
-    """For whom a supervisor runs, and how it was started."""
+    """Clients of a supervisor, and the way it was started."""
 
     place: HostEntry | None = None
     """Files by which applications find a shared host; None: it serves only one application."""
     foreground: bool = False
-    """It was started by hand: it stays without clients, and prints events on stdout."""
+    """True if it was started by hand: it stays without clients, and prints events on stdout."""
     explicit: Sequence[str] = ()
     """Names of settings that were given as arguments, which the host's file does not change."""
     application: int | None = None
@@ -44,11 +44,11 @@ class Lifetime:
         """``expected_until``: until when the first client, which may have started it, may come."""
         self.application = role.application
         self.ends_at: float | None = expected_until
-        """When to end if nothing changes; None: it stays."""
+        """Time to end if nothing changes; None: it stays."""
         self.look_at: float | None = None
-        """When to call :meth:`update` again; None: when clients come or go."""
+        """Time to call :meth:`update` again; None: when clients come or go."""
         self.replaced_because: str | None = None
-        """Why another host replaces this one; None: none does."""
+        """Reason why another host replaces this one; None: none does."""
         self._place = role.place
         self._stays = role.foreground
         self._linger = linger

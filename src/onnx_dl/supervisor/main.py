@@ -58,7 +58,7 @@ class Orders(Starter, frozen=True, kw_only=True):
     application: tuple[int, int | None] | None = None
     """Process id and start time of the application: its private supervisor ends with it."""
     foreground: bool = False
-    """It was started by hand: it stays without clients, and prints events on stdout."""
+    """True if it was started by hand: it stays without clients, and prints events on stdout."""
 
 
 def main(at_home: bool = False) -> None:

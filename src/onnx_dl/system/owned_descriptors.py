@@ -53,7 +53,7 @@ class Descriptor:
         return numbers[0] if numbers else -1
 
     def holds(self) -> bool:
-        """Whether the number is still that of this file, by a quick check."""
+        """True if the number is still that of this file, by a quick check."""
         try:
             if _get(self._numbers[0], _GET_MARK) == self._mark:
                 return True
@@ -70,7 +70,7 @@ class Descriptor:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it was not closed by its owner: the program closed it, or this is a forked child."""
+        """True if it was not closed by its owner: the program closed it, or this is a forked child."""
         return self._was_lost or (bool(self._numbers) and not self.holds())
 
     def duplicate(self) -> int | None:
@@ -134,7 +134,7 @@ def _marked(fd: int) -> int:
 
 
 def is_ours(fd: int) -> bool:
-    """Whether this number is now that of a descriptor of ours."""
+    """True if this number is now that of a descriptor of ours."""
     owners = [owner for ref in list(Descriptor._living.values()) if (owner := ref()) is not None]
     return any(owner.number == fd and owner.holds() for owner in owners)
 

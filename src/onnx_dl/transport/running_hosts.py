@@ -37,7 +37,7 @@ class RunningHost(msgspec.Struct, frozen=True, kw_only=True):
     started: float | None = None
     """Its start time, by :func:`uptime`; None: it has not written its record yet."""
     managed: bool = False
-    """It was started by ``onnx-dl supervise``."""
+    """True if it was started by ``onnx-dl supervise``."""
 
     @property
     def reachable(self) -> bool:

@@ -46,7 +46,7 @@ class Gate:
         self._closed = False
         self._expired = False
         self.reason = "ttl"
-        """Why the gate closed."""
+        """Reason why the gate closed."""
         self._armed = False
 
     def enter(self) -> bool:

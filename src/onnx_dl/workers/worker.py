@@ -63,7 +63,7 @@ class Worker:
         """Channels of callers that are gone and whose lanes are not closed yet."""
         self._lanes_lock = threading.Lock()
         self._tokens: dict[int, CancelToken] = {}
-        """By native id of the lane's thread."""
+        """Lanes by native id of their thread."""
         self._finished: queue.SimpleQueue[Channel] = queue.SimpleQueue()
         """Channels of lanes whose threads have ended."""
 

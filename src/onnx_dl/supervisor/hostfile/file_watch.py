@@ -26,7 +26,7 @@ _DELETE_SELF: Final = 0x400
 _MOVE_SELF: Final = 0x800
 _MASK: Final = _CLOSE_WRITE | _MOVED_TO | _CREATE | _DELETE_SELF | _MOVE_SELF
 _OVERFLOW: Final = -1
-"""In place of a watch: the kernel dropped events because its queue was full."""
+"""Stands for a watch: the kernel dropped events because its queue was full."""
 _HEADER: Final = struct.Struct("iIII")
 _CHUNK: Final = 1 << 16
 _MOST_LINKS: Final = 40
@@ -50,7 +50,7 @@ class FileWatch:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """If the system refuses inotify, says so on stderr and watches nothing."""
+        """Watches the file; if the system refuses inotify, says so on stderr and watches nothing."""
         self._path = os.path.abspath(path)
         self._folders: dict[int, _Folder] = {}
         """Folders by watch."""

@@ -20,7 +20,7 @@ _Threads = Annotated[
     Annotated[int, Meta(ge=0, le=4096)] | None, Meta(description="a number of threads from 0 to 4096")
 ]
 _Severity = Annotated[Annotated[int, Meta(ge=-1, le=4)] | None, Meta(description="a number from 0 to 4")]
-"""In onnxruntime, -1 stands for its default."""
+"""Number from -1 on; -1 stands for onnxruntime's default."""
 
 _Flag = Annotated[bool | None, Meta(description="true or false")]
 _Whole = Annotated[_Int32 | None, Meta(description="a whole number of 32 bits")]

@@ -1,4 +1,4 @@
-"""What workers hold: measured by psutil and NVML, sampled in time, kept on disk.
+"""Memory of workers: measured by psutil and NVML, sampled in time, kept on disk.
 
 Must not decide anything by it; ``policy`` does.
 """

@@ -1,4 +1,4 @@
-"""When workers start and end, and who gets memory: pure decisions.
+"""Decisions when workers start and end, and which load gets memory.  Pure.
 
 Facts and times go in, commands come out.  Must know no clock, descriptor, signal or process.
 """

@@ -48,10 +48,10 @@ class PendingLoad:
     alone: bool = False
     """Evict all idle models first: a load ran out of memory below the limit."""
     first_since: float | None = None
-    """Since when no other load is before it; None: one is, or it was not looked at yet."""
+    """Time since which no other load is before it; None: one is, or it was not looked at yet."""
 
     def ends(self, timeout: float) -> float:
-        """When it times out, now that it is the first."""
+        """Time when it times out, now that it is the first."""
         since = self.until if self.first_since is None else self.first_since + min(_CHANCE, timeout)
         return max(self.until, since)
 
@@ -89,7 +89,7 @@ class Admission:
     _weighing: LoadWeighing
     _saves: CacheSaves
     pending: dict[str, PendingLoad] = dataclasses.field(default_factory=dict)
-    """By key of the model, in order of arrival."""
+    """Pending loads by key of the model, in order of arrival."""
     _look_at: float | None = None
 
     def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> Iterator[Decision]:
@@ -191,7 +191,7 @@ class Admission:
         return self._limits.settings.room_timeout
 
     def wants_look(self, now: float) -> bool:
-        """Whether :meth:`look` is due, for which all workers are to be measured."""
+        """True if :meth:`look` is due, for which all workers are to be measured."""
         return _is_due(self._look_at, now) or _is_due(self._saves.look_at, now)
 
     def look_soon(self, now: float) -> None:
@@ -199,7 +199,7 @@ class Admission:
         self._look_at = now
 
     def next_deadline(self) -> float | None:
-        """When the next look is due, or the first load times out."""
+        """Time when the next look is due, or the first load times out."""
         ends = [load.ends(self._timeout) for load in self._first()]
         looks = [at for at in (self._look_at, self._saves.look_at) if at is not None]
         return min([*ends, *looks], default=None)

@@ -52,7 +52,7 @@ class CacheSaves:
         self._ending = False
         self._closed = False
         self.look_at: float | None = None
-        """When the loop is to measure all workers, because what they have grown by counts."""
+        """Time when the loop is to measure all workers, because their growth counts."""
 
     @property
     def taken(self) -> MemoryAmount:

@@ -22,7 +22,8 @@ from onnx_dl.supervisor.policy.requirements import (
 )
 
 _SHARE: Final = 0.8
-"""Of the memory of the machine, its cgroup or a GPU: the default limit.  The application needs some, too."""
+"""Share of the machine's, the cgroup's or a GPU's memory that is the default limit.  The application needs
+some, too."""
 
 
 class Limits:
@@ -61,7 +62,7 @@ class Capacity:
     saves: CacheSaves
     history: RequirementHistory
     is_saved: Callable[[str], bool]
-    """Whether the load cache has an entry of this key."""
+    """True if the load cache has an entry of this key."""
 
     def in_use(self, now: float) -> MemoryAmount:
         """Memory that counts towards the limits: of workers, the saver, and what the driver still holds."""
@@ -92,7 +93,7 @@ class Capacity:
         return more.minimum(self._unpinned()).maximum(need)
 
     def could_fit(self, need: MemoryAmount) -> bool:
-        """Whether so much is left beside pinned models when all others are gone."""
+        """True if so much is left beside pinned models when all others are gone."""
         return (need + self.fleet.pinned()).fits(self.limits.memory)
 
     def refusal(self, model: ModelRecord, plan: LoadPlan, now: float) -> CapacityError:

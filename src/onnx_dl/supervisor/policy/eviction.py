@@ -26,7 +26,7 @@ _TOLERANCE: Final = 1.05
 
 
 class Verdict(enum.Enum):
-    """What to do with a pending load."""
+    """Action for a pending load."""
 
     LOAD = enum.auto()
     WAIT = enum.auto()

@@ -112,7 +112,7 @@ class Fleet:
         return {worker.id: worker.pid for _, worker in self.workers() if worker.pid is not None}
 
     def is_loaded(self, key: str) -> bool:
-        """Whether the model has a worker, so that a use of it needs no more memory."""
+        """True if the model has a worker, so that a use of it needs no more memory."""
         model = self.models.get(key)
         return model is not None and model.worker is not None
 

@@ -23,13 +23,13 @@ class Leases:
     _fleet: Fleet
     _orders: WorkerOrders
     _host_terms: Mapping[str, Terms] = dataclasses.field(default_factory=dict)
-    """By key of the model."""
+    """Terms of the host itself, by key of the model."""
     _grouped: Mapping[str, Sequence[ModelSpec]] = dataclasses.field(default_factory=dict)
     """The models that the host's file has in each group, by key of the group."""
 
     @property
     def holds_any(self) -> bool:
-        """Whether the host itself holds a model or waits for one."""
+        """True if the host itself holds a model or waits for one."""
         return any(
             HOST_LEASE in model.leases or any(ask.for_host for _, ask in model.waiters)
             for model in self._fleet.models.values()

@@ -187,7 +187,7 @@ class LoadWeighing:
         ]
 
     def next_deadline(self) -> float | None:
-        """When the next load is due."""
+        """Time when the next load is due."""
         return min((at for _, at in self._scheduled()), default=None)
 
     def weigh(self, worker_id: int, nbytes: int, now: float) -> Iterator[Command]:
@@ -218,7 +218,7 @@ class LoadWeighing:
 
 
 def _counts(worker: WorkerRecord, usage: Usage) -> bool:
-    """Whether a measurement shows what the worker holds.  One that ends may have no memory any more."""
+    """True if a measurement shows what the worker holds.  One that ends may have no memory any more."""
     return usage.rss > 0 and not worker.is_ending
 
 

@@ -1,4 +1,4 @@
-"""How workers ended: the errors that explain it, remembered for callers that lost their worker."""
+"""Outcomes of workers: the errors that explain their ends, remembered for callers that lost their worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
 _REMEMBERED: Final = 256
 _EX_OSERR: Final = 71
 _EX_TEMPFAIL: Final = 75
-"""As in the module ``os``."""
+"""Status as in the module ``os``."""
 
 _HINTS: dict[str, str] = {
     "SIGKILL": "nobody inside asked for that: most likely the kernel ran out of memory, see dmesg",
@@ -35,7 +35,7 @@ _OUT_OF_MEMORY = (
 
 
 class ExitStatus(NamedTuple):
-    """How a process ended: by an exit code, or by a signal, and then ``code`` is None."""
+    """End of a process: by an exit code, or by a signal, and then ``code`` is None."""
 
     code: int | None = 0
     signal: int | None = None
@@ -80,7 +80,7 @@ def exit_failure(model: ModelRecord, worker: WorkerRecord, status: ExitStatus, s
 
 
 def ran_out_of_memory(failure: Failure | None, status: ExitStatus, stderr: str) -> bool:
-    """Whether a load that nobody ended failed for lack of memory, so that it may work with more of it.
+    """True if a load that nobody ended failed for lack of memory, so that it may work with more of it.
     ``failure``: of the worker; None: it died before it could report one."""
     if failure is None:
         aborted = status.signal_name == "SIGABRT" and _mentions_memory(stderr)
@@ -92,7 +92,7 @@ def ran_out_of_memory(failure: Failure | None, status: ExitStatus, stderr: str) 
 
 
 def wants_more_memory(status: ExitStatus) -> bool:
-    """Whether a saver ended because it may not take the memory that it needs."""
+    """True if a saver ended because it may not take the memory that it needs."""
     return status.code == _EX_TEMPFAIL
 
 
@@ -101,7 +101,7 @@ def _mentions_memory(text: str) -> bool:
 
 
 def lacked_a_process(status: ExitStatus) -> bool:
-    """Whether a worker ended because it could not have a thread or process."""
+    """True if a worker ended because it could not have a thread or process."""
     return status.code == _EX_OSERR
 
 

@@ -47,7 +47,7 @@ class WorkerRecord:
     sent_ttl: float = KEEP
     """The TTL that the worker was sent last."""
     failure: Failure | None = None
-    """Why it failed: as it said itself, or why it was ended."""
+    """Reason of its failure: as it said itself, or why it was ended."""
     drained: bool = False
     """All calls that it began are finished, and it begins no other."""
     kill_at: float | None = None
@@ -61,7 +61,7 @@ class WorkerRecord:
     peak: MemoryAmount = NOTHING
     """The most measured since its peak was last reset."""
     marked_at: float = 0.0
-    """When its peak was last reset."""
+    """Time when its peak was last reset."""
     marked_runs: int = 0
     """Number of its runs at that time."""
     outdated: bool = False
@@ -70,15 +70,15 @@ class WorkerRecord:
     """Bytes held when it ended itself for exceeding ``max_memory_hard``."""
     plan: LoadPlan = dataclasses.field(default_factory=LoadPlan)
     weigh_at: float | None = None
-    """When to measure its load; None: there is no limit, or the load is over."""
+    """Time to measure its load; None: there is no limit, or the load is over."""
     outgrew: bool = False
     """Its load was ended because it took more memory than there was."""
     unsaved: bool = False
-    """It was to load from the load cache, which no longer has its model."""
+    """True if it was to load from the load cache, which no longer has its model."""
 
     @property
     def is_ending(self) -> bool:
-        """Whether it was told to leave or was killed.  Its memory may be gone before it is reaped, so later
+        """True if it was told to leave or was killed.  Its memory may be gone before it is reaped, so later
         measurements do not count."""
         return self.killed or self.drained or self.failure is not None
 
@@ -102,20 +102,20 @@ class ModelRecord:
     unloaders: list[tuple[bytes, int]] = dataclasses.field(default_factory=list)
     """Client and ticket of each Unload that waits for the worker's end."""
     failures: int = 0
-    """In a row."""
+    """Failures in a row."""
     retry_at: float = 0.0
     last_failure: Failure | None = None
     loads: int = 0
     wanted_at: float = 0.0
-    """When the load that is pending or under way was first asked for."""
+    """Time when the load that is pending or under way was first requested."""
     at_least: MemoryAmount = NOTHING
     """Least memory for the next load, after one that ran out of memory."""
     second_try: bool = False
-    """Such a load is being repeated."""
+    """True while such a load is being repeated."""
     thread_attributes: ThreadAttributes | None = None
-    """Of the thread that asked last.  The next worker gets it."""
+    """Attributes of the thread that asked last.  The next worker gets them."""
     named: dict[bytes, dict[str, ModelSpec]] = dataclasses.field(default_factory=dict)
-    """For a group: its models by key, as each client, or the host, last named them."""
+    """Models of a group by key, as each client, or the host, last named them."""
     history: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
 
     def step(self, event: LifecycleEvent, now: float) -> None:
@@ -140,7 +140,7 @@ class ModelRecord:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether a lease forbids eviction."""
+        """True if a lease forbids eviction."""
         return any(terms.pin for terms in self.leases.values())
 
     def take_waiters(
@@ -189,7 +189,7 @@ class ModelRecord:
 
     @property
     def members(self) -> dict[str, ModelSpec]:
-        """For a group: by key, the models that somebody named or waits for."""
+        """Models of a group, by key, that a client named or waits for."""
         waiting = {ask.spec.key: ask.spec for _, ask in self.waiters if ask.spec.group is not None}
         return {key: spec for models in (*self.named.values(), waiting) for key, spec in models.items()}
 
@@ -210,7 +210,7 @@ class ModelRecord:
         )
 
     def serves(self, ask: control.Acquire) -> bool:
-        """Whether the present or last worker was started with the model that is asked for."""
+        """True if the present or last worker was started with the model that is asked for."""
         return not self.spec.members or any(member.key == ask.spec.key for member in self.spec.members)
 
     @property

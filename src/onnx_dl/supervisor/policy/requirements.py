@@ -105,11 +105,11 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
     """Measured memory of one model.  A figure that was never measured is 0."""
 
     load: Peak = Peak()
-    """Of plain loads."""
+    """Peak of plain loads."""
     mapped: Peak = Peak()
-    """Of loads from the load cache."""
+    """Peak of loads from the load cache."""
     steady: MemoryAmount = NOTHING
-    """When it is ready, before its first run."""
+    """Memory when it is ready, before its first run."""
     peak: MemoryAmount = NOTHING
     """The most in runs."""
     entry: Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")] = ""
@@ -119,11 +119,11 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether a load was ever measured to its end."""
+        """True if a load was ever measured to its end."""
         return self.steady != NOTHING
 
     def could_be(self, machine: MemoryAmount) -> bool:
-        """Whether a machine with so much memory can have measured this.  If not, it is another machine's, or
+        """True if a machine with so much memory can have measured this.  If not, it is another machine's, or
         damaged."""
         loads = MemoryAmount(max(self.load.nbytes, self.mapped.nbytes))
         return loads.maximum(self.steady).maximum(self.peak).fits(machine)
@@ -133,7 +133,7 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
         return self.peak.minimum(limit)
 
     def differs(self, stored: Requirement | None) -> bool:
-        """Whether it differs enough from what is stored, or that is old enough, to be stored again."""
+        """True if it differs enough from what is stored, or that is old enough, to be stored again."""
         if stored is None or self.at - stored.at > _STALE:
             return True
         near = self.steady.is_near(stored.steady) and self.peak.is_near(stored.peak)
@@ -196,7 +196,7 @@ class RequirementHistory:
             self._stored.pop(oldest, None)
 
     def to_store(self, key: str, at: float) -> Requirement | None:
-        """What is to be stored for the next host at this Unix time; None: it is stored already."""
+        """The figures to store for the next host at this Unix time; None: they are stored already."""
         requirement = self._measured.get(key)
         if requirement is None:
             return None
@@ -208,7 +208,7 @@ class RequirementHistory:
 
 
 def uses_gpu(spec: ModelSpec) -> bool:
-    """Whether the model asks for a provider that takes GPU memory."""
+    """True if the model asks for a provider that takes GPU memory."""
     names = (entry if isinstance(entry, str) else next(iter(entry), "") for entry in spec.providers or [])
     return any(name in _ON_GPUS for name in names) or any(map(uses_gpu, spec.members))
 

@@ -167,7 +167,7 @@ class Scheduler:
     # --- what is known ------------------------------------------------------------------------------------
 
     def next_deadline(self) -> float | None:
-        """When :meth:`on_tick` has something to do; None: not before the next fact."""
+        """Time when :meth:`on_tick` has something to do; None: not before the next fact."""
         deadlines = (
             self.facts.next_deadline(),
             self.weighing.next_deadline(),

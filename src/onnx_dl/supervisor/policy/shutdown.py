@@ -27,7 +27,7 @@ class Shutdown:
 
     @property
     def finished(self) -> bool:
-        """Whether the host is closing and every worker is reaped."""
+        """True if the host is closing and every worker is reaped."""
         return self.closing and not self._fleet.by_worker
 
     def on_shutdown(self, client: bytes, ask: m.Shutdown, now: float, *, gently: bool = False) -> None:

@@ -140,7 +140,7 @@ class WorkerExits:
 
 
 def _may_succeed_later(model: ModelRecord, worker: WorkerRecord, status: ExitStatus, stderr: str) -> bool:
-    """Whether a load failed that may succeed when other models have made way."""
+    """True if a load failed that may succeed when other models have made way."""
     if worker.ready is not None or model.second_try or not model.waiters:
         return False
     is_ours = worker.killed or worker.exceeded > 0

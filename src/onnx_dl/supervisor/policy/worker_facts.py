@@ -33,7 +33,7 @@ class WorkerFacts:
     leases: Leases
     measurements: Measurements
     warmups: Mapping[str, dict[str, Warmup]] = dataclasses.field(default_factory=dict)
-    """By key of the model: inputs of the run that a worker makes before it is ready."""
+    """Inputs of the run that a worker makes before it is ready, by key of the model."""
 
     def on_spawned(self, worker_id: int, pid: int) -> None:
         """A worker has a process."""
@@ -136,7 +136,7 @@ class WorkerFacts:
             self.orders.outbox.add(worker.kill())
 
     def next_deadline(self) -> float | None:
-        """When the next worker is to be checked or killed."""
+        """Time when the next worker is to be checked or killed."""
         kills = [at for _, worker in self.fleet.workers() if (at := self._kill_at(worker)) is not None]
         return min([*kills, *(at for _, at in self._checks())], default=None)
 

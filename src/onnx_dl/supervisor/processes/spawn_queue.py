@@ -45,7 +45,7 @@ class TemplateProcess:
         """True while more messages may arrive."""
         self._timeout = timeout
         self.deadline: float | None = now + timeout
-        """When it must have answered; None: nothing is asked."""
+        """Time when it must have answered; None: nothing is asked."""
         self.channel, theirs = Channel.pair()
         try:
             fd = theirs.fileno()

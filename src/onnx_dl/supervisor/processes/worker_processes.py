@@ -72,7 +72,7 @@ class WorkerProcesses:
         return fds + self._spawn_queue.sources()
 
     def next_deadline(self) -> float | None:
-        """When :meth:`on_tick` has something to do; None: not before something happens."""
+        """Time when :meth:`on_tick` has something to do; None: not before something happens."""
         return self._spawn_queue.next_deadline()
 
     def on_tick(self) -> None:
