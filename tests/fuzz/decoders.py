@@ -28,7 +28,7 @@ from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.tensors.values import Unpacker
 from onnx_dl.transport import zmtp
 from onnx_dl.transport.lane_socket import PACKET, LaneSocket
-from onnx_dl.transport.rendezvous import HostEntry, Record
+from onnx_dl.transport.rendezvous import HostEntry, HostRecord
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.load_cache.store import Cache, EntryMeta, seal_meta
 from tests.fuzz import descriptors, examples, mutation
@@ -246,7 +246,7 @@ def _zmtp(rng: random.Random) -> Target:
     ]
 
     def heard(pieces: list[bytes]) -> tuple[list[bytes], bool]:
-        reader, found = zmtp.Reader(), []
+        reader, found = zmtp.FrameReader(), []
         try:
             for piece in pieces:
                 found += reader.feed(piece)
@@ -257,7 +257,7 @@ def _zmtp(rng: random.Random) -> Target:
 
     def take(data: bytes) -> None:
         whole, fine = [], True
-        reader = zmtp.Reader()
+        reader = zmtp.FrameReader()
         try:
             whole.extend(reader.feed(data))
         except ProtocolError:
@@ -281,7 +281,9 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
         )
         for n in range(3)
     }
-    record = Record(address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0)
+    record = HostRecord(
+        address="a/b", secret="s" * 32, pid=os.getpid(), protocol=5, package="0.2", started=5.0
+    )
     place = HostEntry("fuzz", folder=folder)
     kept = Cache(folder / "cache", 1 << 30)
 
@@ -292,7 +294,7 @@ def _files(rng: random.Random, folder: Path) -> list[Target]:
     def read_record(data: bytes) -> None:
         place._record.write_bytes(data)
         found = place.record()
-        assert found is None or isinstance(found, Record)
+        assert found is None or isinstance(found, HostRecord)
 
     def read_meta(data: bytes) -> None:
         path = folder / "cache" / ("0" * 32)

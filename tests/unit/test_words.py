@@ -28,3 +28,13 @@ def texts(name: str) -> list[str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_begin_with_a_noun_or_a_verb(name: str) -> None:
     assert [text.split("\n")[0] for text in texts(name) if text.split(" ")[0].strip(":,.") in CLAUSES] == []
+
+
+def test_a_name_stands_for_one_class() -> None:
+    found = [
+        node.name.lstrip("_")
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert {name for name in found if found.count(name) > 1} == set()

@@ -32,7 +32,7 @@ _STYLES: Final = {
 }
 
 
-class _Sample(NamedTuple):
+class _MemoryAt(NamedTuple):
     at: float
     in_use: int
     pss: dict[tuple[str, str], int]
@@ -50,12 +50,12 @@ class History:
     """The last ``length`` samples."""
 
     def __init__(self, length: int) -> None:
-        self._samples: collections.deque[_Sample] = collections.deque(maxlen=length)
+        self._samples: collections.deque[_MemoryAt] = collections.deque(maxlen=length)
 
     def add(self, snapshot: Snapshot, now: float) -> None:
         """Adds a sample.  ``now``: seconds of any monotonic clock."""
         pss = {(status.model, status.key): status.usage.pss for status in snapshot.models}
-        self._samples.append(_Sample(now, snapshot.memory_in_use, pss))
+        self._samples.append(_MemoryAt(now, snapshot.memory_in_use, pss))
 
     @property
     def seconds(self) -> float:

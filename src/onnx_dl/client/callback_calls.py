@@ -34,18 +34,18 @@ from onnx_dl.transport.sockets import Waker
 _NAME: Final = "onnx-dl-callback"
 
 
-_waiter: _Waiter | None = None
+_waiter: _CallbackThread | None = None
 """The one that gets new calls."""
 
 
-def _hand_over(call: _Call) -> None:
+def _hand_over(call: _BackgroundCall) -> None:
     """Has the result passed to the callback, in another thread."""
     global _waiter
     waiter = _waiter
     if waiter is None or waiter.ended or waiter.thread.is_this or not waiter.waker.is_ours():
         # Two threads may come here at once: then there are two waiters, each with calls of its own.  A
         # callback that waits for the result of a call of its own must not wait for its own thread.
-        waiter = _Waiter()
+        waiter = _CallbackThread()
         waiter.coming.append(call)
         spawning.start(waiter.thread, "run_async()")
         _waiter = waiter  # not before it runs: a signal handler would wait for its own thread
@@ -60,22 +60,22 @@ def _hand_over(call: _Call) -> None:
             _hand_over(waiter.coming.popleft())
 
 
-def _forget(waiter: _Waiter | None) -> None:
+def _forget(waiter: _CallbackThread | None) -> None:
     global _waiter
     if _waiter is waiter:  # another one that has taken its place by now stays
         _waiter = None
 
 
-class _Waiter:
+class _CallbackThread:
     """The thread.  It ends when there is nothing to wait for.  No lock: the calls lie in a deque, from which
     a thread takes one in a single step."""
 
     def __init__(self) -> None:
-        self.coming: collections.deque[_Call] = collections.deque()
+        self.coming: collections.deque[_BackgroundCall] = collections.deque()
         self.waker = Waker()
         self.ended = False
         self._poll = primitives.poll()  # has no descriptor of its own, which a program might close
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _BackgroundCall] = {}
         """Calls whose replies are waited for, by their descriptors."""
         self.thread = Thread(self._serve, "onnx-dl-callbacks")
 
@@ -92,7 +92,7 @@ class _Waiter:
                 if call.look():
                     self._taken(fd).give_up()
 
-    def _taken(self, fd: int) -> _Call:
+    def _taken(self, fd: int) -> _BackgroundCall:
         self._poll.unregister(fd)
         return self._calls.pop(fd)
 
@@ -127,7 +127,7 @@ def _apart(work: Callable[[], object]) -> None:
         work()
 
 
-class _Call(NamedTuple):
+class _BackgroundCall(NamedTuple):
     pending: PendingCall
     callback: Callback
 
@@ -176,7 +176,7 @@ class _Call(NamedTuple):
                 return self._conclude(reply)
 
 
-def _until_next_look(calls: list[_Call]) -> float | None:
+def _until_next_look(calls: list[_BackgroundCall]) -> float | None:
     """Seconds until one of the calls must be looked at; None: not before a reply comes."""
     looks = [EVERY for call in calls if call.callback.is_watched]
     lefts = [call.callback.deadline.left() for call in calls if call.callback.deadline is not None]
@@ -246,7 +246,7 @@ def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callba
         try:
             reply = call.lane.exchange(call.request, None if deadline is None else deadline.left())
             if isinstance(reply, m.Started):
-                begun = _Call(call, callback)
+                begun = _BackgroundCall(call, callback)
                 if call.lane.reply_fd is None:
                     spawning.start(Thread(begun.wait, _NAME), "run_async()")
                 else:

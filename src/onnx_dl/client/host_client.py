@@ -20,7 +20,7 @@ from onnx_dl.client import launcher, supervisor_link
 from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.event_dispatch import EventBus, EventStream
-from onnx_dl.client.model_table import BlobSources, GroupMember, ModelTable, alive
+from onnx_dl.client.model_table import BlobSources, GroupMember, HostModels, alive
 from onnx_dl.client.remote_model import HostServices, RemoteModel, unload
 from onnx_dl.client.supervisor_link import FAREWELL, SupervisorLink
 from onnx_dl.concurrency.deadline import Deadline
@@ -45,7 +45,7 @@ class HostClient:
         self._settings = settings
         self._explicit = explicit
         self._bus = EventBus()
-        self._models = ModelTable()
+        self._models = HostModels()
         self._reset(starts=True)
         _hosts[id(self)] = self
 

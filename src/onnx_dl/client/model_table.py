@@ -31,7 +31,7 @@ class GroupMember(Protocol):
     def companion(self) -> RemoteModel | None: ...
 
 
-class ModelTable:
+class HostModels:
     """Models by key, held by weak references."""
 
     def __init__(self) -> None:

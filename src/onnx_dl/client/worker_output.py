@@ -46,7 +46,7 @@ _LEVELS: Final = {
 }
 
 
-class Record(NamedTuple):
+class LogLine(NamedTuple):
     """One line for the log."""
 
     level: int
@@ -60,7 +60,7 @@ class LineAssembler:
     def __init__(self) -> None:
         self._begun: dict[int, Wrote] = {}
 
-    def add(self, piece: Wrote) -> Iterator[Record]:
+    def add(self, piece: Wrote) -> Iterator[LogLine]:
         """The lines that this piece ends, without empty ones."""
         before = self._begun.pop(piece.worker_id, None)
         *lines, rest = ((before.text if before else b"") + piece.text).split(b"\n")
@@ -70,18 +70,18 @@ class LineAssembler:
             self._begun[piece.worker_id] = msgspec.structs.replace(piece, text=rest)
         return (record for line in lines if (record := _record(line, piece)).line)
 
-    def end(self) -> Iterator[Record]:
+    def end(self) -> Iterator[LogLine]:
         """The lines that no line break has ended."""
         for piece in list(self._begun.values()):
             yield from self.add(msgspec.structs.replace(piece, text=b"", last=True))
 
 
-def _record(line: bytes, piece: Wrote) -> Record:
+def _record(line: bytes, piece: Wrote) -> LogLine:
     """Removes colours; the level is onnxruntime's severity, if the line has one."""
     plain = _COLOUR.sub(b"", line).rstrip(b"\r")
     match = _SEVERITY.search(plain)
     level = _LEVELS[match[1]] if match else logging.INFO if piece.worker_id else logging.WARNING
-    return Record(level, plain.decode(errors="backslashreplace"), piece)
+    return LogLine(level, plain.decode(errors="backslashreplace"), piece)
 
 
 class WorkerOutput:
@@ -187,7 +187,7 @@ def _size(item: Wrote | None) -> int:
     return 1 if item is None else 1 + len(item.text)
 
 
-def _log(record: Record) -> None:
+def _log(record: LogLine) -> None:
     more = {"onnx_dl_model": record.piece.model, "onnx_dl_pid": record.piece.pid}
     try:
         logger.log(record.level, "%s", record.line, extra=more)

@@ -12,7 +12,7 @@ import time
 import psutil
 
 from onnx_dl.demo.assets import SMALL_MODELS, model_path
-from onnx_dl.demo.work import Outcome, churn, predict
+from onnx_dl.demo.work import WorkResult, churn, predict
 
 
 def main(large: str) -> None:
@@ -25,7 +25,7 @@ def main(large: str) -> None:
         _report("deleted")
 
 
-def _one(name: str, large: str) -> Outcome:
+def _one(name: str, large: str) -> WorkResult:
     import onnxruntime
 
     path = large if name == "large" else str(model_path(name))
@@ -38,6 +38,6 @@ def _one(name: str, large: str) -> Outcome:
     return outcome._replace(load=load)
 
 
-def _report(when: str, outcome: Outcome | None = None) -> None:
+def _report(when: str, outcome: WorkResult | None = None) -> None:
     line = {"when": when, "rss": psutil.Process().memory_info().rss}
     print(json.dumps(line | (outcome._asdict() if outcome else {})), flush=True)

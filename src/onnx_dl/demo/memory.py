@@ -11,7 +11,7 @@ import psutil
 _PERIOD: Final = 0.2  # reading private memory walks the page tables, which slows down a process that loads
 
 
-class Reading(NamedTuple):
+class MemorySample(NamedTuple):
     """Bytes at one moment; ``at`` in seconds since the start.
 
     ``application``: the resident set of this process; ``others``: the private memory of supervisor, template
@@ -27,7 +27,7 @@ class Recorder:
     """Records memory five times a second within its block."""
 
     def __init__(self) -> None:
-        self.readings: list[Reading] = []
+        self.readings: list[MemorySample] = []
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._me = psutil.Process()
@@ -45,10 +45,10 @@ class Recorder:
         while not self._stop.wait(_PERIOD):
             self.readings.append(self.read())
 
-    def read(self) -> Reading:
+    def read(self) -> MemorySample:
         """The present memory."""
         others = sum(map(_private_bytes, self._me.children(recursive=True)))
-        return Reading(time.monotonic() - self._started, self._me.memory_info().rss, others)
+        return MemorySample(time.monotonic() - self._started, self._me.memory_info().rss, others)
 
 
 def _private_bytes(process: psutil.Process) -> int:

@@ -17,8 +17,8 @@ from onnx_dl.client.event_dispatch import EventStream
 from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.core.text import sparkline
 from onnx_dl.demo.assets import make_large_model, model_path
-from onnx_dl.demo.memory import Reading, Recorder
-from onnx_dl.demo.work import Outcome, churn, predict
+from onnx_dl.demo.memory import MemorySample, Recorder
+from onnx_dl.demo.work import WorkResult, churn, predict
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.system import boot, installation
@@ -33,7 +33,7 @@ class Way(NamedTuple):
     before: int
     peak: int
     after: int
-    outcomes: list[Outcome]
+    outcomes: list[WorkResult]
 
 
 def demo() -> None:
@@ -67,7 +67,7 @@ def _make_large(folder: Path) -> Path:
     return make_large_model(folder, progress)
 
 
-def _through_onnx_dl(large: Path) -> tuple[Way, list[Reading], int]:
+def _through_onnx_dl(large: Path) -> tuple[Way, list[MemorySample], int]:
     started = time.time()
     events: list[ModelEvent] = []
     with ModelHost() as host, host.events() as stream, Recorder() as recorder:
@@ -92,7 +92,7 @@ def _proxy(name: str, large: Path, host: ModelHost) -> InferenceSessionProxy:
     return InferenceSessionProxy(path, providers=["CPUExecutionProvider"], ttl=TTLS[name], host=host)
 
 
-def _use(name: str, proxy: InferenceSessionProxy) -> Outcome:
+def _use(name: str, proxy: InferenceSessionProxy) -> WorkResult:
     # With ttl=0 each call would load the model.  The block holds it; it unloads at the end of the block.
     started = time.perf_counter()
     with proxy.session() as session:
@@ -118,7 +118,7 @@ def _in_process(large: Path) -> Way:
             report = json.loads(line)
             rss[report["when"]].append(report["rss"])
             if report["when"] == "loaded":
-                outcomes.append(Outcome(**{field: report[field] for field in Outcome._fields}))
+                outcomes.append(WorkResult(**{field: report[field] for field in WorkResult._fields}))
                 print(outcome_line(outcomes[-1], "in-process"), flush=True)
             elif report["when"] == "deleted":
                 print(f"           after del and gc.collect(): RSS {megabytes(report['rss'])}", flush=True)
@@ -134,7 +134,7 @@ def _title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def _show_memory(readings: Sequence[Reading]) -> None:
+def _show_memory(readings: Sequence[MemorySample]) -> None:
     top = max(reading.others for reading in readings)
     span = readings[-1].at
     print(f"\nMemory over {span:.1f} s; a full bar is {megabytes(top)}")
@@ -155,7 +155,7 @@ def event_line(event: ModelEvent, started: float) -> str:
     return f"  [{event.at - started:5.2f} s] {event.type:<8} {name:<8} {', '.join(facts)}"
 
 
-def outcome_line(outcome: Outcome, how: str) -> str:
+def outcome_line(outcome: WorkResult, how: str) -> str:
     """One line for the results of a model."""
     return f"{outcome.model:<8} ({how}): {outcome.quality}; {outcome.example}"
 

@@ -22,7 +22,7 @@ class Session(Protocol):
     def run(self, output_names: None, input_feed: dict[str, _Array]) -> list[Any]: ...
 
 
-class Outcome(NamedTuple):
+class WorkResult(NamedTuple):
     """The results of one model.
 
     ``quality``: the result on held-out samples in words; ``digest``: equal for equal outputs; ``warm``:
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     load: float = 0.0
 
 
-def predict(name: str, session: Session) -> Outcome:
+def predict(name: str, session: Session) -> WorkResult:
     """Runs all held-out samples of a small model, first in a batch and then one by one."""
     samples = load_samples()[name]
     feed = {samples.input_name: samples.inputs}
@@ -48,7 +48,7 @@ def predict(name: str, session: Session) -> Outcome:
         session.run(None, {samples.input_name: row[None]})
         warm.append(time.perf_counter() - started)
     predicted = np.asarray(outputs[0]).ravel()
-    return Outcome(
+    return WorkResult(
         model=name,
         quality=_quality(predicted, samples.targets),
         example=f"predicted {_label(predicted[0])}, true {_label(samples.targets[0])}",
@@ -57,7 +57,7 @@ def predict(name: str, session: Session) -> Outcome:
     )
 
 
-def churn(session: Session) -> Outcome:
+def churn(session: Session) -> WorkResult:
     """Runs the large model on batches of several sizes, which fragments the heap."""
     rng = np.random.default_rng(0)
     times, outputs = [], []
@@ -67,7 +67,7 @@ def churn(session: Session) -> Outcome:
         outputs.append(session.run(None, {"X": data})[0])
         times.append(time.perf_counter() - started)
     shape = "x".join(map(str, outputs[-1].shape))
-    return Outcome(
+    return WorkResult(
         model="large",
         quality=f"batches of {', '.join(map(str, LARGE_BATCHES))}",
         example=f"result {shape}, mean {outputs[-1].mean():+.5f}",

@@ -145,7 +145,7 @@ def _patch_binding(collection: ModuleType) -> None:
 _PATCHES: Final = {_C: _patch_native, _COLLECTION: _patch_binding}
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _ImportHook(importlib.abc.MetaPathFinder):
     """Has onnxruntime's modules patched as soon as they are imported."""
 
     def find_spec(
@@ -181,7 +181,7 @@ class _Loader(importlib.abc.Loader):
         return getattr(self._loader, name)
 
 
-_finder: Final = _Finder()
+_finder: Final = _ImportHook()
 
 
 def install() -> None:

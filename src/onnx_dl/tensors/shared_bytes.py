@@ -26,7 +26,7 @@ class _Inherited(Descriptor):
         self._pid = os.getpid()
 
 
-class Blob:
+class SharedBytes:
     """Constant bytes in shared memory, which is freed with its last user in any process."""
 
     def __init__(self, data: bytes | memoryview) -> None:
@@ -81,13 +81,13 @@ class Blob:
 _WHAT: Final = "A model that is given as bytes"
 _blobs: Final = segment.RecentDescriptors()
 """An application may hold more models than descriptors; older models are copied again when needed."""
-_known: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[str, SharedBytes] = weakref.WeakValueDictionary()
 
 
-def keep(name: str, data: bytes) -> Blob:
-    """Return the one blob of this name, with these bytes.  Raises like :class:`Blob`."""
+def keep(name: str, data: bytes) -> SharedBytes:
+    """Return the one blob of this name, with these bytes.  Raises like :class:`SharedBytes`."""
     if (known := _known.get(name)) is None:
-        known = _known[name] = Blob(data)  # two threads at the same moment get one each
+        known = _known[name] = SharedBytes(data)  # two threads at the same moment get one each
     return known
 
 

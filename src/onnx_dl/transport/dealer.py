@@ -35,7 +35,7 @@ class Dealer:
         self._descriptor = Descriptor(sock.fileno())
         self._sock = BorrowedSocket(sock)
         self._sock.setblocking(False)
-        self._reader = zmtp.Reader()
+        self._reader = zmtp.FrameReader()
         self._unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))
         self.gone = False
         """True if the router has ended the connection."""

@@ -49,7 +49,7 @@ def uptime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class HostRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Content of the JSON file of a host."""
 
     address: _Word
@@ -98,7 +98,7 @@ class HostEntry:
         self._lock = self.folder / f"{stem}.lock"
         self.log = self.folder / f"{stem}.log"
         """Stderr of a host that runs in the background."""
-        self.published: Record | None = None
+        self.published: HostRecord | None = None
         """The record that this process wrote."""
         self._held = -1
         """Descriptor of the lock file.  It must stay open: see :meth:`holder`."""
@@ -123,10 +123,10 @@ class HostEntry:
         finally:
             os.close(fd)
 
-    def record(self) -> Record | None:
+    def record(self) -> HostRecord | None:
         """The record of the host; None: there is none yet, or it is not valid."""
         try:
-            record = small_files.decoded(small_files.read(self._record, _LARGEST), Record)
+            record = small_files.decoded(small_files.read(self._record, _LARGEST), HostRecord)
         except OSError:
             return None
         # A file may have been copied or edited: its content may be that of another version.
@@ -180,7 +180,7 @@ class HostEntry:
 
     def publish(self, address: str, secret: str, *, managed: bool) -> None:
         """Writes the record, by which clients find this process.  Raises PlatformError if it cannot."""
-        self.published = Record(
+        self.published = HostRecord(
             address=address,
             secret=secret,
             pid=os.getpid(),

@@ -32,7 +32,7 @@ class _Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.reader = zmtp.Reader()
+        self.reader = zmtp.FrameReader()
         self.unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"ROUTER", Identity=b""))
         self.gone = False
 

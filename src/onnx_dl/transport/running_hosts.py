@@ -20,7 +20,7 @@ import msgspec
 
 from onnx_dl.errors import ConfigError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.transport.rendezvous import HostEntry, Record, runtime_folder, uptime
+from onnx_dl.transport.rendezvous import HostEntry, HostRecord, runtime_folder, uptime
 
 _LOCK: Final = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}?)(?:@(?P<protocol>[0-9]{1,9}))?\.lock")
 
@@ -87,7 +87,7 @@ def _running(entry: HostEntry) -> Iterator[RunningHost]:
                 yield RunningHost(name=entry.name, protocol=entry.protocol, pid=pid)
 
 
-def _described_by(entry: HostEntry, record: Record) -> RunningHost:
+def _described_by(entry: HostEntry, record: HostRecord) -> RunningHost:
     return RunningHost(
         name=entry.name,
         protocol=entry.protocol,

@@ -39,7 +39,7 @@ def ready(**properties: bytes) -> bytes:
     return frame(b"".join(parts), _COMMAND)
 
 
-class Reader:
+class FrameReader:
     """Decodes the bytes of one peer, in pieces of any size."""
 
     def __init__(self) -> None:

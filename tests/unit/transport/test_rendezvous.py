@@ -16,7 +16,7 @@ import onnx_dl
 from onnx_dl import ConfigError, PlatformError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.transport import rendezvous
-from onnx_dl.transport.rendezvous import HostEntry, Record, runtime_folder
+from onnx_dl.transport.rendezvous import HostEntry, HostRecord, runtime_folder
 
 ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder of another user")
 NOBODY = 65534
@@ -221,7 +221,7 @@ def test_a_record_before_5_says_no_version(folder: Path) -> None:
     fields = {"address": "address", "secret": "secret", "pid": 7, "kept": True}
     (folder / "a.json").write_text(json.dumps(fields))
     before = HostEntry("a", given(folder), protocol=None)
-    assert before.record() == Record(address="address", secret="secret", pid=7, managed=True)
+    assert before.record() == HostRecord(address="address", secret="secret", pid=7, managed=True)
     published = before.published_at()
     assert published is not None and abs(rendezvous.uptime() - published) < 60
     assert HostEntry("a", given(folder)).record() is None
@@ -230,7 +230,7 @@ def test_a_record_before_5_says_no_version(folder: Path) -> None:
 GOOD = {"address": "a", "secret": "s", "pid": 7, "protocol": PROTOCOL_VERSION}
 
 
-def record_of(folder: Path, content: bytes) -> Record | None:
+def record_of(folder: Path, content: bytes) -> HostRecord | None:
     (folder / f"a@{PROTOCOL_VERSION}.json").write_bytes(content)
     return HostEntry("a", given(folder)).record()
 

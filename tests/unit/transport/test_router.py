@@ -203,14 +203,14 @@ def test_pieces_of_any_size(size: int) -> None:
     said = [b"a", b"", bytes(300), b"z"]
     stream = zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=NAME)
     stream += b"".join(map(zmtp.frame, said))
-    reader = zmtp.Reader()
+    reader = zmtp.FrameReader()
     pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
     assert [data for piece in pieces for data in reader.feed(piece)] == said
     assert reader.identity == NAME
 
 
 def test_messages_of_several_frames_are_left_out() -> None:
-    reader = zmtp.Reader()
+    reader = zmtp.FrameReader()
     head = zmtp.GREETING + zmtp.ready(Identity=NAME)
     assert list(reader.feed(head + zmtp.frame(b"1", 1) + zmtp.frame(b"2") + zmtp.frame(b"3"))) == [b"3"]
     with pytest.raises(ProtocolError):

@@ -16,7 +16,7 @@ from onnx_dl.supervisor.policy.leases import Leases
 from onnx_dl.supervisor.policy.orders import WorkerOrders
 from onnx_dl.supervisor.policy.outcomes import Outcomes
 from onnx_dl.supervisor.policy.records import HOST
-from onnx_dl.supervisor.policy.shutdown import Shutdown
+from onnx_dl.supervisor.policy.shutdown import ShutdownState
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class ClientRequests:
     orders: WorkerOrders
     leases: Leases
     outcomes: Outcomes
-    shutdown: Shutdown
+    shutdown: ShutdownState
 
     def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> None:
         """A proxy needs its model."""

@@ -44,7 +44,7 @@ from onnx_dl.supervisor.policy.measuring import LoadWeighing, Measurements, Samp
 from onnx_dl.supervisor.policy.orders import Outbox, WorkerOrders
 from onnx_dl.supervisor.policy.outcomes import ExitStatus, Outcomes, wants_more_memory
 from onnx_dl.supervisor.policy.requirements import UNLIMITED, Requirement, RequirementHistory
-from onnx_dl.supervisor.policy.shutdown import Shutdown
+from onnx_dl.supervisor.policy.shutdown import ShutdownState
 from onnx_dl.supervisor.policy.worker_exits import WorkerExits
 from onnx_dl.supervisor.policy.worker_facts import WorkerFacts
 from onnx_dl.transport.gauges import Reading
@@ -82,7 +82,7 @@ class Scheduler:
         self.admission = Admission(fleet, limits, capacity, self.weighing, saves)
         self.announcements = Announcements(fleet.ledger, epoch)
         self.orders = orders = WorkerOrders(self.admission, self.announcements, outbox)
-        self.shutdown = shutdown = Shutdown(fleet, limits, saves, orders)
+        self.shutdown = shutdown = ShutdownState(fleet, limits, saves, orders)
         self.leases = leases = Leases(fleet, orders)
         self.facts = WorkerFacts(fleet, limits, orders, leases, measurements)
         exits = WorkerExits(fleet, limits, orders, leases, measurements, outcomes, shutdown)

@@ -14,7 +14,7 @@ from onnx_dl.supervisor.policy.orders import WorkerOrders
 
 
 @dataclasses.dataclass(eq=False)
-class Shutdown:
+class ShutdownState:
     """Knows whether the host is closing, and who asked for that."""
 
     _fleet: Fleet

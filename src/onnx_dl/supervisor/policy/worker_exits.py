@@ -21,7 +21,7 @@ from onnx_dl.supervisor.policy.measuring import Measurements
 from onnx_dl.supervisor.policy.orders import WorkerOrders
 from onnx_dl.supervisor.policy.outcomes import ExitStatus, Outcomes, exit_failure, ran_out_of_memory
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
-from onnx_dl.supervisor.policy.shutdown import Shutdown
+from onnx_dl.supervisor.policy.shutdown import ShutdownState
 
 _LONGEST_BACKOFF: Final = 60.0
 _HAVE_WORKERS: Final = (ModelState.LOADING, ModelState.READY, ModelState.DRAINING)
@@ -37,7 +37,7 @@ class WorkerExits:
     leases: Leases
     measurements: Measurements
     outcomes: Outcomes
-    shutdown: Shutdown
+    shutdown: ShutdownState
 
     def on_exited(
         self, worker_id: int, status: ExitStatus, stderr: str, now: float, exceeded: int = 0, *, runs: int = 0
