@@ -74,11 +74,11 @@ CLIENT: Final = (
     Point("onnx_dl.client.lane_pool", "LanePool", "take", None, LANE),
     Point("onnx_dl.tensors.call_codec", "CallCodec", "encode_call", None, PACKED),
     Point("onnx_dl.transport.doorbell", "CallerBell", "ring", RING),
-    Point("onnx_dl.transport.doorbell", "CallerBell", "wait", None, HEARD),
+    Point("onnx_dl.transport.call_channel", "CallerBellChannel", "next", None, HEARD),
     Point("onnx_dl.tensors.call_codec", "CallCodec", "decode", None, UNPACKED),
 )
 WORKER: Final = (
-    Point("onnx_dl.transport.doorbell", "WorkerBell", "wait", None, WOKEN),
+    Point("onnx_dl.transport.call_channel", "WorkerBellChannel", "next", None, WOKEN),
     Point("onnx_dl.workers.prepared_calls", "PreparedCalls", "replay_number", ASKED),
     Point(
         "onnx_dl.workers.prepared_calls", "PreparedCalls", "replay", ASKED

@@ -139,7 +139,7 @@ def test_signatures_are_the_librarys_own_text(add: ExecutionSession) -> None:
     )
     assert json.loads(add.output_signature()) == [{"type": "f32", "dims": [-1, "columns"], "name": "sum"}]
     assert add.entry_points() == ["run_main_graph"]
-    described = add._described()
+    described = add._handle.describe()
     assert [(spec.name, spec.type, spec.shape) for spec in described.inputs] == [
         ("a", "tensor(float)", [None, "columns"]),
         ("b", "tensor(float)", [None, "columns"]),
@@ -151,7 +151,7 @@ def test_signatures_are_the_librarys_own_text(add: ExecutionSession) -> None:
 
 def test_a_signature_that_is_no_json_is_told_and_not_checked(identity: ExecutionSession) -> None:
     assert '"type" : bf16' in identity.input_signature()
-    assert identity._described().inputs == []
+    assert identity._handle.describe().inputs == []
 
 
 def test_entry_points_share_a_worker(host: ModelHost, library: Compile) -> None:
