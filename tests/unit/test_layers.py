@@ -147,6 +147,18 @@ def test_nothing_is_imported_from_the_face(name: str) -> None:
     assert not {imported for imported in imports(name) if ours(imported) == "" or imported == "onnx_dl"}
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_imported_is_there(name: str) -> None:
+    """Also where the error of an import is suppressed, or the import is in a function that no test calls."""
+    wanted = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            wanted.add(node.module or "")
+    assert not {each for each in wanted if each.startswith("onnx_dl.") and each[8:] not in MODULES}
+
+
 def test_what_is_named_in_text_is_known() -> None:
     assert {name: named(name) for name in BY_NAME} == BY_NAME
 
