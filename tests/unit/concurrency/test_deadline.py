@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from onnx_dl.concurrency import deadline as module
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from tests.support.waiting import eventually
 
 
 class Clock:
@@ -79,8 +79,7 @@ def test_an_error_of_the_result_is_not_taken_for_a_late_one() -> None:
 
     background = Background(work, "work")
     background.begin()
-    while not background.done:
-        time.sleep(0.001)
+    eventually(lambda: background.done, "its work has ended")
     with pytest.raises(TimeoutError, match="its own"):
         background.wait(Deadline(0.0), "nothing")
 

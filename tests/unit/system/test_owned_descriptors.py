@@ -8,15 +8,8 @@ import socket
 
 import pytest
 
+from onnx_dl.system.descriptor_limits import is_open
 from onnx_dl.system.owned_descriptors import Descriptor
-
-
-def is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def opened(kind: str) -> int:
