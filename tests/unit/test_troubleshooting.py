@@ -1,4 +1,4 @@
-"""The page for people with an error: each public error has an entry, and each entry names an error that exists."""
+"""docs/troubleshooting.md: each public error has an entry, and each entry names an error that exists."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ENTRIES = set(re.findall(r"^\| `(\w+)`", PAGE.read_text(), re.MULTILINE))
 
 
 def test_each_public_error_has_an_entry() -> None:
-    assert PUBLIC - {errors.OnnxDLError.__name__} - ENTRIES == set()
+    assert not PUBLIC - {errors.OnnxDLError.__name__} - ENTRIES
 
 
 def test_each_entry_is_an_error_that_exists() -> None:
-    assert ENTRIES - PUBLIC == set()
+    assert not ENTRIES - PUBLIC
