@@ -13,7 +13,7 @@ from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError
 
 _PARSE: Final[dict[str, Callable[[object], object]]] = {
-    "ttl": lambda value: parsing.parse_ttl(parsing.plain_number(value)),
+    "ttl": parsing.parse_ttl,
     "latency": parsing.parse_latency,
     "environment": parse_environment,
     "eager": parsing.parse_switch,
