@@ -13,6 +13,7 @@ from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.waits import Mailbox
+from onnx_dl.core import keywords
 from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
 from onnx_dl.core.settings import settings
 from onnx_dl.core.status import ModelStatus
@@ -135,6 +136,7 @@ class ModelHost(HostClient):
             raise ConfigError(
                 f"{', '.join(sorted(strange))}: the host's file says how {named.spec.name!r} is loaded; "
                 "only ttl, latency, pin and priority may be given with a name."
+                + keywords.hint(sorted(strange), Terms.__struct_fields__)
             )
         return InferenceSessionProxy.of_spec(named.spec, named.terms.changed(kwargs), *args, host=self)
 

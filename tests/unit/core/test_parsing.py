@@ -225,7 +225,9 @@ def test_what_is_no_time(value):
         parsing.parse_span(value)
 
 
-@pytest.mark.parametrize(("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5", 5.0), ("5m", 300.0), (1_000_000, 1e6)])
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(0, 0.0), (1.5, 1.5), ("5", 5.0), ("5m", 300.0), (1_000_000, 1e6)]
+)
 def test_times(value, seconds):
     assert parsing.parse_time(value) == seconds
 
