@@ -8,6 +8,7 @@ from typing import Final
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _DIGEST: Final = 8
+_GROUP: Final = "group:"
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +23,13 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} m {rest} s" if rest else f"{minutes} m"
     return f"{minutes // 60} h {minutes % 60} m"
+
+
+def file_name(model: str) -> str:
+    """The name of a model without its folders: ``asr.onnx``, ``bytes:1f2e3d4c5b6a``, ``group speech``."""
+    if model.startswith(_GROUP):
+        return f"group {model.removeprefix(_GROUP)}"
+    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def short_names(models: Sequence[tuple[str, str]]) -> list[str]:

@@ -24,6 +24,7 @@ from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.outlet import Outlet, Relay
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.system import boot, frozen, process_setup
+from onnx_dl.system.process_title import set_title
 from onnx_dl.tensors import segment
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import HostEntry
@@ -78,6 +79,7 @@ def main(at_home: bool = False) -> None:
     orders = msgspec.json.decode(data, type=Orders)
     if orders.host is not None and not at_home:
         _go_into_background(data)
+    set_title("supervisor" if orders.host is None else f"supervisor of {orders.host}")
     null = process_setup.open_null()  # in place of the application's stdin, whose directory is left, too
     os.dup2(null, 0)
     os.close(null)
