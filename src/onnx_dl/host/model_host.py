@@ -18,6 +18,7 @@ from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
 from onnx_dl.core.settings import settings
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
+from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import ConfigError
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.proxy import ModelProxy
@@ -73,6 +74,21 @@ class ModelHost(HostClient):
         host = object.__new__(cls)
         HostClient.__init__(host, settings(), name=name)
         return host
+
+    def __repr__(self) -> str:
+        """Tells what this process knows; asks nobody, and never raises."""
+        if "link" not in vars(self):  # its constructor raised
+            return f"<{type(self).__name__}, not set up>"
+        connection = self.link.connection
+        is_there = connection is not None and connection.usable
+        parts = [
+            "private" if self.name is None else f"shared {self.name!r}",
+            f"supervisor pid {connection.supervisor_pid}" if connection and is_there else "not started",
+            f"{(count := self._models.count())} model{'' if count == 1 else 's'} used here",
+        ]
+        if (limit := self._settings.memory_limit) is not None:
+            parts.append(f"memory limit {format_bytes(limit)}")
+        return f"<{type(self).__name__} {', '.join(parts)}>"
 
     def preload(
         self,
