@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from onnx_dl import ConfigError, InferenceSessionProxy, ModelHost
-from onnx_dl.client.host_registry import shared_host
 from tests.support.sharing import Forked
 from tests.support.slow import identity_model
 
@@ -21,7 +20,7 @@ def test_a_host(nothing_is_left_behind: None) -> None:
         assert "private, not started, 0 models" in Forked(lambda: repr(host)).result()
     host.close()
     assert "not started" in repr(host)
-    assert "shared 'web', not started" in repr(shared_host("web", start=False))
+    assert "shared 'web', not started" in repr(ModelHost.of_name("web"))
 
 
 def test_one_whose_constructor_raised() -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _DIGEST: Final = 8
+_BYTES: Final = "bytes:"
 _GROUP: Final = "group:"
 
 
@@ -32,6 +33,11 @@ def file_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or model
 
 
+def is_path(model: str) -> bool:
+    """True for a model that was given as a path: neither as bytes nor a group."""
+    return not model.startswith((_GROUP, _BYTES))
+
+
 def short_names(models: Sequence[tuple[str, str]]) -> list[str]:
     """A short name for each (model, key): the file name, with as much of its folder as makes it unique.
 
@@ -53,8 +59,8 @@ def _shortest(path: str, paths: Sequence[str]) -> str:
 
 
 def _tail(model: str, parts: int) -> str:
-    if model.startswith("bytes:"):
-        return model[: len("bytes:") + _DIGEST]
+    if model.startswith(_BYTES):
+        return model[: len(_BYTES) + _DIGEST]
     return "/".join(model.split("/")[-parts:])
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
+import pytest
+
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Snapshot, Usage
+from onnx_dl.core.text import file_name
 
 
 def status(model: str = "/m/asr.onnx", **fields: Any) -> ModelStatus:
@@ -81,3 +84,12 @@ def test_one_model_in_one_line() -> None:
     assert str(status()) == "asr.onnx: ready, pid 4711, PSS 31.2 MB, ttl 60 s"
     gone = status(state=ModelState.UNLOADED, pid=None, ttl=-1.0, pinned=True)
     assert str(gone) == "asr.onnx: unloaded, stays, pinned"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("/m/asr.onnx", "asr.onnx"), ("asr.onnx", "asr.onnx"), ("bytes:1f2e", "bytes:1f2e"),
+     ("group:a/b", "group a/b"), ("group:speech#1f", "group speech#1f")],
+)  # fmt: skip
+def test_the_name_of_a_model_without_its_folders(model: str, name: str) -> None:
+    assert file_name(model) == name
