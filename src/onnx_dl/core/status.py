@@ -59,7 +59,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a snapshot.
+    """Status of one model in a snapshot; ``str()`` of it is one line.
 
     ``leases`` counts the proxies that hold the model; ``ttl`` is the TTL in force, in seconds (-1: stays);
     ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
