@@ -79,7 +79,6 @@ def main(at_home: bool = False) -> None:
     orders = msgspec.json.decode(data, type=Orders)
     if orders.host is not None and not at_home:
         _go_into_background(data)
-    set_title("supervisor" if orders.host is None else f"supervisor of {orders.host}")
     null = process_setup.open_null()  # in place of the application's stdin, whose directory is left, too
     os.dup2(null, 0)
     os.close(null)
@@ -126,6 +125,9 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
     if place is not None:
         place.publish(orders.address, orders.secret, managed=orders.foreground)
     _report(orders, "!")
+    if not orders.foreground:  # in the foreground, its command line says it
+        # After the report: the library imports logging, for which nobody should wait.
+        set_title("supervisor" if orders.host is None else f"supervisor of {orders.host}")
     sys.stdout, sys.stderr = stdout, stderr  # these never block
     try:
         if orders.foreground:
