@@ -102,7 +102,7 @@ def _template(ground: Ground, rng: random.Random) -> tuple[str | None, int | Non
     _, supervisor = _supervisor(ground, rng)
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(supervisor).children() if supervisor else []:
-            if child.name().startswith("onnx-dl-templat"):
+            if " ".join(child.cmdline()).startswith("onnx-dl: template"):
                 return None, child.pid
     return None, None
 

@@ -33,7 +33,7 @@ from tests.fuzz import steps as fuzzing
 from tests.fuzz.model_variants import PLAIN, VARIANTS, Variant
 from tests.fuzz.steps import Wrong
 from tests.support import zoo
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, is_process
 
 SAVED: Final = 120.0
 """Seconds that a save may take: savers run when nobody else wants to."""
@@ -110,7 +110,7 @@ class Library:
             supervisor = psutil.Process(self.saver.snapshot().supervisor_pid)
             for child in supervisor.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "saver" in child.cmdline():
+                    if is_process(child, "saver"):
                         found.append(child)
         return found
 

@@ -42,7 +42,7 @@ from onnx_dl.transport.rendezvous import HostEntry
 from tests.contract.both import CPU, scaled
 from tests.support.sharing import Forked, Kept, belonging, command, own_runtime
 from tests.support.slow import spin_model
-from tests.support.waiting import DEADLINE, allowed, eventually, is_gone, wait_for, worker_pid
+from tests.support.waiting import DEADLINE, allowed, eventually, is_gone, is_process, wait_for, worker_pid
 
 pytestmark = pytest.mark.slow
 
@@ -224,7 +224,7 @@ def test_started_exactly_once(turn: int, runtime: Path) -> None:
         found = []
         for process in belonging(runtime):
             with contextlib.suppress(psutil.Error):
-                if process.pid != pids[0] and "supervisor" in process.cmdline():
+                if process.pid != pids[0] and is_process(process, "supervisor"):
                     found.append(process)
         return found
 

@@ -26,7 +26,7 @@ from onnx_dl.transport.running_hosts import RunningHost
 from tests.contract.both import scaled
 from tests.support.sharing import Forked, belonging, command, own_runtime
 from tests.support.versions import Program, Version, made
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, eventually, is_process
 
 pytestmark = pytest.mark.slow
 
@@ -166,7 +166,7 @@ def supervisors(runtime: Path) -> set[int]:
     found = set()
     for process in belonging(runtime):
         with contextlib.suppress(psutil.Error):
-            if "supervisor" in process.cmdline():
+            if is_process(process, "supervisor"):
                 found.add(process.pid)
     return found
 

@@ -38,11 +38,11 @@ def address(host: ModelHost) -> tuple[str, int]:
 
 
 def scrape(host: ModelHost) -> Samples:
-    """Name and label values, by the labels' names, to value."""
+    """Name and label values (without the model's short name), by the labels' names, to value."""
     with urllib.request.urlopen("http://{}:{}/metrics".format(*address(host)), timeout=DEADLINE) as answer:
         text = answer.read().decode()
     return {
-        (s.name, *(label for _, label in sorted(s.labels.items()))): s.value
+        (s.name, *(value for label, value in sorted(s.labels.items()) if label != "model")): s.value
         for family in parse(text)
         for s in family.samples
     }

@@ -20,7 +20,7 @@ from onnx_dl.supervisor.policy import cache_saves
 from onnx_dl.workers.load_cache.store import Cache
 from tests.contract.both import F, node, tensor
 from tests.supervisor.test_capacity import MB, proxies, value, weighty
-from tests.support.waiting import eventually, is_gone
+from tests.support.waiting import eventually, is_gone, is_process
 from tests.workers.test_load_cache import no_saver_is_left, store
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def savers_of(supervisor: psutil.Process) -> list[psutil.Process]:
     found = []
     for process in supervisor.children():
         with contextlib.suppress(psutil.Error):
-            if "saver" in process.cmdline():
+            if is_process(process, "saver"):
                 found.append(process)
     return found
 

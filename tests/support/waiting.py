@@ -49,11 +49,18 @@ def template_of(host: ModelHost) -> psutil.Process:
     def is_there() -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(host.snapshot().supervisor_pid).children()
-            found[:] = [child for child in children if child.name().startswith("onnx-dl-templat")]
+            found[:] = [child for child in children if is_process(child, "template")]
         return len(found) == 1
 
     eventually(is_there, "a template")
     return found[0]
+
+
+def is_process(process: psutil.Process, kind: str) -> bool:
+    """Whether it is one of our processes: a supervisor, template, worker or saver.  Before it sets its title,
+    its arguments tell."""
+    arguments = process.cmdline()
+    return kind in arguments or " ".join(arguments).startswith(f"onnx-dl: {kind}")
 
 
 def is_gone(pid: int) -> bool:

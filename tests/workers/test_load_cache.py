@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.workers.load_cache.store import WEIGHTS, Cache
-from tests.support.waiting import eventually, worker_pid
+from tests.support.waiting import eventually, is_process, worker_pid
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def no_saver_is_left(host: ModelHost) -> None:
 
 def is_saver(process: psutil.Process) -> bool:
     try:
-        return "saver" in process.cmdline()
+        return is_process(process, "saver")
     except psutil.Error:
         return False
 

@@ -92,7 +92,7 @@ def test_a_cold_burst_of_32_threads_loads_once(host: ModelHost) -> None:
 def test_workers_are_forked_from_the_template(digits: InferenceSessionProxy, host: ModelHost) -> None:
     digits.run(None, FEED)
     worker, template = psutil.Process(worker_pid(host)), template_of(host)
-    assert worker.cmdline() == template.cmdline()
+    assert "digits.onnx" in worker.cmdline()[0] and "template" in template.cmdline()[0]  # titles
     assert worker.ppid() == template.ppid() == host.snapshot().supervisor_pid
 
 

@@ -249,7 +249,7 @@ def _events(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace) -> None:
     from onnx_dl.cli import hosts, models
 
-    ttl = None if arguments.ttl is None else parsing.parse_ttl(parsing.plain_number(arguments.ttl))
+    ttl = None if arguments.ttl is None else parsing.parse_ttl(arguments.ttl)
     pin = True if arguments.command == "pin" else None
     terms = {"ttl": ttl, "pin": pin, "priority": arguments.priority}
     with hosts.connected(_host(arguments), start=True) as host:

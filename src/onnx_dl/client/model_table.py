@@ -47,6 +47,10 @@ class HostModels:
     def get(self, key: str) -> RemoteModel | None:
         return self._models.get(key)
 
+    def count(self) -> int:
+        """The number of models that this application uses or has used and still holds."""
+        return len(self._models)
+
     def add(self, model: RemoteModel) -> RemoteModel:
         """The model of this key: this one, or the one that another thread added meanwhile."""
         with self._lock.alone():

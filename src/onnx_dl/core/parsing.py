@@ -6,7 +6,6 @@ than it describes; the message has the value, and what can be given.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import re
@@ -17,16 +16,21 @@ from onnx_dl.errors import ConfigError
 KEEP: Final = -1.0
 """TTL of a model that stays loaded until it is unloaded by request."""
 
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)\s*")
+_UNITS: Final = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION: Final = re.compile(r"\s*(?:(-\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*(ms|s|m|h)?)\s*", re.ASCII)
+"""Text of a time.  A negative number has no unit: it is not a time, but may have a meaning, as -1 has."""
 _TTL_MODES: Final = (
     "-1 (stay until unload() or close()), 0 (unload after each use), or a number of seconds without use "
-    'greater than 0, as int, float or text such as "90s" or "5m"'
+    'greater than 0, as int, float or text such as "90", "90s", "1.5h" or "5m" (units: ms, s, m, h)'
 )
 
 
 def parse_ttl(value: object) -> float:
-    """A TTL in seconds: -1.0, 0.0 or more."""
+    """A TTL in seconds: -1.0, 0.0 or more.
+
+    ``value``: a number, or text such as ``"-1"``, ``"0"``, ``"90"`` (seconds) or ``"5m"``.  This is the only
+    parser of TTLs: of proxies, hosts, patches, ``host.toml`` and the command line.
+    """
     seconds = _seconds(value)
     if seconds is None or not (seconds == KEEP or 0 <= seconds < math.inf):
         raise ConfigError(f"ttl={value!r} is not one of the three modes: {_TTL_MODES}.")
@@ -65,25 +69,19 @@ def parse_latency(value: object) -> str:
 
 def parse_span(value: object) -> float:
     """A time in seconds, greater than 0: a number, or text such as ``"2"``, ``"500ms"``, ``"5m"``."""
-    seconds = _seconds(plain_number(value))
+    seconds = _seconds(value)
     if seconds is None or not 0 < seconds < math.inf:
         raise ConfigError(f'{value!r} is not a time; write seconds, or for example "500ms" or "5m".')
     return seconds
 
 
-def plain_number(value: object) -> object:
-    """Converts text from a command line to a number if it is one; returns any other value unchanged."""
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
-
-
 def _seconds(value: object) -> float | None:
+    """The seconds of a number or a text, which may be negative; None: it is neither."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
-        return float(match[1]) * _UNITS[match[2]] if match else None
+        return float(match[1] or match[2]) * _UNITS[match[3]] if match else None
     if not isinstance(value, numbers.Real):  # numpy's numbers are
         return None
     try:

@@ -59,7 +59,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a snapshot.
+    """Status of one model in a snapshot; ``str()`` of it is one line.
 
     ``leases`` counts the proxies that hold the model; ``ttl`` is the TTL in force, in seconds (-1: stays);
     ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
@@ -87,9 +87,17 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     p50: float | None = None
     members: dict[str, str] = {}
 
+    def __str__(self) -> str:
+        from onnx_dl.core import snapshot_text
+
+        return snapshot_text.line(self)
+
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """All models at one moment.  Events with a larger ``seq`` came later."""
+    """All models at one moment.  Events with a larger ``seq`` came later.
+
+    ``print(snapshot)`` shows a table of 80 columns, and a notebook one of HTML.
+    """
 
     seq: int
     supervisor_pid: int | None
@@ -106,6 +114,17 @@ class Snapshot(msgspec.Struct, frozen=True):
     gpu_memory_limit: int | None = None
     """Like ``memory_limit``, for GPU memory; None: no limit, or nothing was to be loaded on a GPU so far."""
     gpu_memory_in_use: int = 0
+
+    def __str__(self) -> str:
+        from onnx_dl.core import snapshot_text
+
+        return snapshot_text.text(self)
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        from onnx_dl.core import snapshot_text
+
+        return snapshot_text.as_html(self)
 
 
 def to_plain(value: object) -> object:

@@ -8,6 +8,8 @@ from typing import Final
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _DIGEST: Final = 8
+_BYTES: Final = "bytes:"
+_GROUP: Final = "group:"
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +24,18 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} m {rest} s" if rest else f"{minutes} m"
     return f"{minutes // 60} h {minutes % 60} m"
+
+
+def file_name(model: str) -> str:
+    """The name of a model without its folders: ``asr.onnx``, ``bytes:1f2e3d4c5b6a``, ``group speech``."""
+    if model.startswith(_GROUP):
+        return f"group {model.removeprefix(_GROUP)}"
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def is_path(model: str) -> bool:
+    """True for a model that was given as a path: neither as bytes nor a group."""
+    return not model.startswith((_GROUP, _BYTES))
 
 
 def short_names(models: Sequence[tuple[str, str]]) -> list[str]:
@@ -45,8 +59,8 @@ def _shortest(path: str, paths: Sequence[str]) -> str:
 
 
 def _tail(model: str, parts: int) -> str:
-    if model.startswith("bytes:"):
-        return model[: len("bytes:") + _DIGEST]
+    if model.startswith(_BYTES):
+        return model[: len(_BYTES) + _DIGEST]
     return "/".join(model.split("/")[-parts:])
 
 

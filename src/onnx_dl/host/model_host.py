@@ -13,10 +13,12 @@ from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.waits import Mailbox
+from onnx_dl.core import keywords
 from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
 from onnx_dl.core.settings import settings
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
+from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import ConfigError
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.proxy import ModelProxy
@@ -72,6 +74,21 @@ class ModelHost(HostClient):
         host = object.__new__(cls)
         HostClient.__init__(host, settings(), name=name)
         return host
+
+    def __repr__(self) -> str:
+        """Tells what this process knows; asks nobody, and never raises."""
+        if "link" not in vars(self):  # its constructor raised
+            return f"<{type(self).__name__}, not set up>"
+        connection = self.link.connection
+        is_there = connection is not None and connection.usable
+        parts = [
+            "private" if self.name is None else f"shared {self.name!r}",
+            f"supervisor pid {connection.supervisor_pid}" if connection and is_there else "not started",
+            f"{(count := self._models.count())} model{'' if count == 1 else 's'} used here",
+        ]
+        if (limit := self._settings.memory_limit) is not None:
+            parts.append(f"memory limit {format_bytes(limit)}")
+        return f"<{type(self).__name__} {', '.join(parts)}>"
 
     def preload(
         self,
@@ -135,6 +152,7 @@ class ModelHost(HostClient):
             raise ConfigError(
                 f"{', '.join(sorted(strange))}: the host's file says how {named.spec.name!r} is loaded; "
                 "only ttl, latency, pin and priority may be given with a name."
+                + keywords.hint(sorted(strange), Terms.__struct_fields__)
             )
         return InferenceSessionProxy.of_spec(named.spec, named.terms.changed(kwargs), *args, host=self)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from onnx_dl.core import parsing
+from onnx_dl.core import keywords, parsing
 from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError
 
 _PARSE: Final[dict[str, Callable[[object], object]]] = {
-    "ttl": lambda value: parsing.parse_ttl(parsing.plain_number(value)),
+    "ttl": parsing.parse_ttl,
     "latency": parsing.parse_latency,
     "environment": parse_environment,
     "eager": parsing.parse_switch,
@@ -25,7 +25,10 @@ def checked(settings: Mapping[str, object], of: str) -> dict[str, object]:
     """Parses the settings of one model, or of all; ``of`` names them in errors.  Raises ConfigError for one
     that does not exist, or a value that is not allowed."""
     if strange := set(settings) - set(_PARSE):
-        raise ConfigError(f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}.")
+        raise ConfigError(
+            f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}."
+            + keywords.hint(sorted(strange), _PARSE)
+        )
     return {name: _PARSE[name](value) for name, value in settings.items()}
 
 

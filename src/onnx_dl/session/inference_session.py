@@ -6,10 +6,8 @@ and changes of providers in :mod:`onnx_dl.session.introspection`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -21,7 +19,7 @@ from onnx_dl.client.host_client import HostClient
 from onnx_dl.client.host_registry import default_host
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
-from onnx_dl.core import parsing
+from onnx_dl.core import keywords, parsing
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Feed, OrtObject, Providers, Value
 from onnx_dl.ort import options
@@ -69,7 +67,7 @@ class InferenceSessionProxy(OrtValueProxy):
             without forking.  Proxies of one file with different environments have different workers.
         eager: load the model now, so that errors are raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
-            others are ignored, as onnxruntime does.
+            others are ignored, as onnxruntime does, with a warning if a name is close to one of these.
 
     Raises:
         ValueError: a term or a limit is not allowed; the message names it.
@@ -107,7 +105,8 @@ class InferenceSessionProxy(OrtValueProxy):
         if model is _MISSING:
             raise TypeError("InferenceSessionProxy() needs a model: a path or the model's bytes")
         location = model_source.locate(model)
-        _warn_of_slips(kwargs)
+        if unknown := kwargs.keys() - model_source.KNOWN:
+            keywords.warn_of_slips(unknown, _keywords(), ("onnx_dl", "onnxruntime"))
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
         found = model_source.describe(location, sess_options, (providers, provider_options), kwargs, worker)
         self._set_up(ModelHandle(found, Terms.parse(ttl, latency, pin, priority), host or default_host()))
@@ -234,14 +233,10 @@ class InferenceSessionProxy(OrtValueProxy):
         return feed
 
 
-_OURS: Final = frozenset(inspect.signature(InferenceSessionProxy.__init__).parameters) - {"self", "kwargs"}
-
-
-def _warn_of_slips(kwargs: Mapping[str, object]) -> None:
-    """Warns of misspelled arguments of ours: onnxruntime ignores arguments that it does not know."""
-    for name in kwargs.keys() - model_source.KNOWN:
-        if near := difflib.get_close_matches(name, _OURS, 1, 0.75):
-            warnings.warn(f"{name} is no argument of a session; did you mean {near[0]}?", stacklevel=3)
+def _keywords() -> frozenset[str]:
+    """Names of all arguments of a session."""
+    ours = inspect.signature(InferenceSessionProxy).parameters.keys() - {"kwargs"}
+    return frozenset(ours | set(model_source.KNOWN))
 
 
 InferenceSession = InferenceSessionProxy

@@ -155,7 +155,13 @@ class ModelProxy:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._handle.spec.name}, ttl={self.ttl:g}>"
+        if (handle := vars(self).get("_handle")) is None:  # its constructor raised
+            return f"<{type(self).__name__}, not set up>"
+        if handle.lease.closed:
+            state = "closed"
+        else:
+            state = "loaded" if handle.in_use() is not None else "not known to be loaded"
+        return f"<{type(self).__name__} of {handle.spec.name}, ttl={handle.lease.terms.ttl:g}, {state}>"
 
     # --- copies -------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from onnx_dl.protocol.codec import PROTOCOL_VERSION
 from onnx_dl.supervisor.outlet import Outlet, Relay
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.system import boot, frozen, process_setup
+from onnx_dl.system.process_title import set_title
 from onnx_dl.tensors import segment
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import HostEntry
@@ -124,6 +125,9 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
     if place is not None:
         place.publish(orders.address, orders.secret, managed=orders.foreground)
     _report(orders, "!")
+    if not orders.foreground:  # in the foreground, its command line says it
+        # After the report: the library imports logging, for which nobody should wait.
+        set_title("supervisor" if orders.host is None else f"supervisor of {orders.host}")
     sys.stdout, sys.stderr = stdout, stderr  # these never block
     try:
         if orders.foreground:

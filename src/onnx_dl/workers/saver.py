@@ -22,9 +22,11 @@ import msgspec
 from onnx_dl.core import model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import TensorSpec
+from onnx_dl.core.text import file_name
 from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.process_setup import die_with_parent
+from onnx_dl.system.process_title import set_title
 from onnx_dl.tensors import segment
 from onnx_dl.workers.load_cache import rules
 from onnx_dl.workers.load_cache.rules import SaveOrder
@@ -75,6 +77,7 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
     process_setup.set_up_process()
     die_with_parent(supervisor)
     recorder.remove()
+    set_title("saver")
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     process_setup.raise_oom_score(_OOM_SCORE)
@@ -91,6 +94,7 @@ def main(order: int, blob: int, supervisor: int, memory: int) -> None:
 
 def _save(order: SaveOrder, blob: int, memory: int) -> None:
     spec = order.spec
+    set_title(f"saver {file_name(spec.name)}")
     os.chdir(spec.cwd)
     read = order.description.files
     if model_files.changed(spec.where, read) is not None:  # since the load: the next one is of another model

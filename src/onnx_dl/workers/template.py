@@ -32,7 +32,8 @@ from onnx_dl.ort import recorder
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.template import Spawn, Spawned, SpawnFailed, TemplateReady, on_template
 from onnx_dl.system import boot, frozen, process_setup, resources, thread_attributes
-from onnx_dl.system.process_setup import die_with_parent, name_process
+from onnx_dl.system.process_setup import die_with_parent
+from onnx_dl.system.process_title import set_title
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
@@ -143,7 +144,7 @@ class Template:
             os.dup2(stderr, 2)
             os.close(stderr)
             faulthandler.enable()  # a crash writes its stack to stderr
-            name_process(f"onnx-dl:{spawn.worker_id}")
+            set_title("worker")  # the model comes with the message that follows
             process_setup.raise_oom_score(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
@@ -198,7 +199,7 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     die_with_parent()
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the application handles it
-    name_process("onnx-dl-template")
+    set_title("template")
     channel = Channel.from_fd(channel_fd)
     warm = False
     with contextlib.suppress(Exception):  # a broken installation is an error of each load

@@ -20,9 +20,11 @@ import zmq
 
 from onnx_dl.concurrency import spawning
 from onnx_dl.core.spec import ModelSpec, blob_tag
+from onnx_dl.core.text import file_name
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import CallFailed
+from onnx_dl.system.process_title import set_title
 from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Handshakes
@@ -77,6 +79,7 @@ class Worker:
 
     def _load(self, load: control.Load) -> None:
         spec, started = load.spec, time.monotonic()
+        set_title(f"worker {file_name(spec.name)}")
         tagged = {name: self._blobs.get(blob_tag(name)) for name in spec.blobs}
         blobs = {name: fd for name, fd in tagged.items() if fd is not None}
         try:

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from onnx_dl.core import keywords
+
 _Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 _Scalar = bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | str
 _Name = Annotated[str, Meta(min_length=1)]
@@ -165,7 +167,9 @@ def culprit(raw: dict[str, Any], kind: type[Struct]) -> tuple[tuple[str, ...], s
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in raw:
         if name not in fields:
-            return (name,), f"is not a known key; known here are: {', '.join(fields)}"
+            near = keywords.nearest(name, fields)
+            meant = "" if near is None else f" (did you mean {near}?)"
+            return (name,), f"is not a known key{meant}; known here are: {', '.join(fields)}"
     for name, field in fields.items():
         if field.required and name not in raw:
             return (), f"has no {name}; give it {_allowed(field.type)}"

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus
+from onnx_dl.core.text import file_name, is_path
 from onnx_dl.core.version import __version__
 from onnx_dl.supervisor.metrics.counters import Figures, Histogram, ModelCounts
 from onnx_dl.transport.gauges import bound, bucket
@@ -34,6 +35,9 @@ def _doublings(first: int, last: int) -> list[int]:
     """Indexes of the buckets that end at 2^first, ..., 2^last nanoseconds; each power ends one."""
     return [bucket((1 << power) - 1) for power in range(first, last + 1)]
 
+
+_MODEL: Final = ("model", "path")
+"""Labels of a model."""
 
 CALLS: Final = _doublings(15, 36)
 """Buckets of calls: from 33 µs to 69 s."""
@@ -63,10 +67,19 @@ def cumulative(times: Histogram, ends: Sequence[int]) -> list[tuple[str, float]]
     return [*((repr(bound(end)), sums[end]) for end in ends), ("+Inf", sums[-1])]
 
 
+def _labels(model: str) -> list[str]:
+    """Values of the labels ``model``, the file's name, and ``path``, which tells files of one name apart.
+
+    A model given as bytes and a group have no path: their names are unique.
+    """
+    name = file_name(model)
+    return [name, model if is_path(model) else ""]
+
+
 def _unloads(figures: Figures) -> Iterator[tuple[list[str], int]]:
     for model, totals in figures.totals.items():
         for reason, count in totals.unloads.items():
-            yield [model, reason], count
+            yield [*_labels(model), reason], count
 
 
 def _by_model(figures: Figures, figure: Callable[[ModelStatus], int | None]) -> Iterator[tuple[str, int]]:
@@ -81,7 +94,7 @@ def _by_model(figures: Figures, figure: Callable[[ModelStatus], int | None]) -> 
 def _memory(figures: Figures) -> Iterator[tuple[list[str], int]]:
     for kind in ("rss", "pss", "private", "shared", "gpu"):
         for model, nbytes in _by_model(figures, operator.attrgetter(f"usage.{kind}")):
-            yield [model, kind], nbytes
+            yield [*_labels(model), kind], nbytes
 
 
 def _states(figures: Figures) -> Iterator[tuple[list[str], int]]:
@@ -93,9 +106,9 @@ def _per_model(
     make: Callable[..., Metric], name: str, text: str, values: Callable[[ModelCounts], tuple[object, ...]]
 ) -> Family:
     def samples(figures: Figures) -> Iterator[tuple[object, ...]]:
-        return (([model], *values(totals)) for model, totals in figures.totals.items())
+        return ((_labels(model), *values(totals)) for model, totals in figures.totals.items())
 
-    return Family(make, name, ("model",), text, samples)
+    return Family(make, name, _MODEL, text, samples)
 
 
 def _total(make: Callable[..., Metric], name: str, text: str, figure: Callable[[Figures], object]) -> Family:
@@ -106,65 +119,67 @@ FAMILIES: Final = (
     _per_model(
         CounterMetricFamily,
         "onnx_dl_loads_total",
-        "Loads after which the model was ready.",
+        "Successful loads: the model became ready.",
         lambda totals: (sum(totals.loads.counts),),
     ),
     _per_model(
         HistogramMetricFamily,
         "onnx_dl_load_seconds",
-        "How long these loads took.",
+        "Duration of successful loads in seconds.",
         lambda totals: (cumulative(totals.loads, LOADS), totals.loads.total),
     ),
     Family(
         CounterMetricFamily,
         "onnx_dl_unloads_total",
-        ("model", "reason"),
-        "Workers that are gone: ttl, request, evicted, recycled, regrouped, crash or exit.",
+        (*_MODEL, "reason"),
+        "Workers that ended, by reason: ttl, request, evicted, recycled, regrouped, crash or exit.",
         _unloads,
     ),
     _per_model(
         CounterMetricFamily,
         "onnx_dl_failures_total",
-        "Loads that failed and workers that died.",
+        "Loads that failed, and workers that crashed.",
         lambda totals: (totals.failures,),
     ),
     _per_model(
         CounterMetricFamily,
         "onnx_dl_freed_bytes_total",
-        "Memory that only the model's workers held and that they have given back to the system.",
+        "Private memory of ended workers, in bytes, now returned to the system.",
         lambda totals: (totals.freed,),
     ),
     _per_model(
         HistogramMetricFamily,
         "onnx_dl_call_seconds",
-        "How long calls took in the model's workers, those that are gone included.",
+        "Duration of calls in the workers, in seconds, including workers that have ended.",
         lambda totals: (cumulative(totals.calls, CALLS), totals.calls.total),
     ),
     Family(
         GaugeMetricFamily,
         "onnx_dl_calls_in_progress",
-        ("model",),
-        "Calls and session() blocks under way.",
-        lambda figures: (([model], busy) for model, busy in _by_model(figures, lambda status: status.busy)),
+        _MODEL,
+        "Calls and session() blocks in progress.",
+        lambda figures: (
+            (_labels(model), busy) for model, busy in _by_model(figures, lambda status: status.busy)
+        ),
     ),
     Family(
         GaugeMetricFamily,
         "onnx_dl_worker_memory_bytes",
-        ("model", "kind"),
-        "Memory of the model's workers: rss, pss, private, shared (for tensors), gpu (where there is one).",
+        (*_MODEL, "kind"),
+        "Memory of the model's workers in bytes, by kind: rss, pss, private, shared (for tensors) or gpu.",
         _memory,
     ),
     Family(
         GaugeMetricFamily,
         "onnx_dl_memory_limit_bytes",
         (),
-        "Memory that all workers together may use; absent: there is no limit.",
+        "Memory limit of all workers together, in bytes; absent if there is no limit.",
         lambda figures: [] if figures.memory_limit is None else [([], figures.memory_limit)],
     ),
     _total(
         GaugeMetricFamily,
         "onnx_dl_memory_in_use_bytes",
-        "Memory of all workers that counts in the limit: used or reserved.",
+        "Memory that counts in the limit, in bytes: used by workers or reserved for loads.",
         lambda figures: figures.memory_in_use,
     ),
     _total(
@@ -182,20 +197,20 @@ FAMILIES: Final = (
     _total(
         CounterMetricFamily,
         "onnx_dl_thrash_warnings_total",
-        "Warnings that models are loaded again and again because they do not fit together.",
+        "Warnings that models are reloaded often because they do not fit in the limit together.",
         lambda figures: figures.thrash,
     ),
     Family(
         GaugeMetricFamily,
         "onnx_dl_models",
         ("state",),
-        "Models that are loaded, held or failing.",
+        "Models that are loaded, held by a client or failing, by state.",
         _states,
     ),
     _total(
         InfoMetricFamily,
         "onnx_dl",
-        "The supervisor; written as onnx_dl_info.",
+        "Version of the supervisor.",
         lambda _: {"version": __version__},
     ),
 )

@@ -83,10 +83,11 @@ class Rig:
         return self.metrics.figures(models, self.live, limit, 400)
 
     def samples(self, *models: ModelStatus) -> dict[tuple[str, ...], float]:
-        """The text, parsed: name and label values, by the labels' names, to value."""
+        """The text, parsed: name and label values (without the model's short name), by the labels' names, to
+        value."""
         text, _ = render(self.figures(*models))
         return {
-            (s.name, *(value for _, value in sorted(s.labels.items()))): s.value
+            (s.name, *(value for label, value in sorted(s.labels.items()) if label != "model")): s.value
             for family in parse(text.decode())
             for s in family.samples
         }
@@ -194,6 +195,22 @@ def test_one_file_loaded_in_two_ways_is_one_model() -> None:
     assert samples["onnx_dl_models", "ready"] == 3
 
 
+def test_a_model_is_named_by_its_file_and_told_apart_by_its_path() -> None:
+    rig = Rig()
+    models = ("/a/asr.onnx", "/b/asr.onnx", "bytes:0123456789ab", "group:speech", "asr.onnx")
+    for worker_id, model in enumerate(models):
+        rig.load(worker_id, model)
+    text = render(rig.figures())[0].decode()
+    (loads,) = [family for family in parse(text) if family.name == "onnx_dl_loads"]
+    assert [(s.labels["model"], s.labels["path"]) for s in loads.samples] == [
+        ("asr.onnx", "/a/asr.onnx"),
+        ("asr.onnx", "/b/asr.onnx"),
+        ("bytes:0123456789ab", ""),
+        ("group speech", ""),
+        ("asr.onnx", "asr.onnx"),
+    ]
+
+
 def test_gpu_where_it_is_known() -> None:
     samples = Rig().samples(status(1, usage=Usage(rss=1, gpu=77)))
     assert samples["onnx_dl_worker_memory_bytes", "gpu", A] == 77
@@ -245,7 +262,7 @@ def test_openmetrics() -> None:
     text, content_type = render(rig.figures(status(1, B)), "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     families = {family.name: family for family in parse_open(text.decode())}
-    assert families["onnx_dl_loads"].samples[0].labels == {"model": B}
+    assert families["onnx_dl_loads"].samples[0].labels == {"model": B, "path": B}
 
 
 def test_the_page_tells_every_family() -> None:
@@ -334,7 +351,7 @@ def test_the_loop_answers(scrape: MetricsEndpoint, path: str) -> None:
     eventually(answered, "an answer")
     threads[0].join(DEADLINE)
     assert answers[0][0] == 200
-    assert f'onnx_dl_loads_total{{model="{A}"}} 1.0' in answers[0][1]
+    assert f'onnx_dl_loads_total{{model="a.onnx",path="{A}"}} 1.0' in answers[0][1]
 
 
 @pytest.mark.parametrize(
