@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from rich.cells import cell_len
@@ -11,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onnx_dl.core import snapshot_table
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.core.parsing import KEEP
+from onnx_dl.core.snapshot_table import COLUMNS, NONE, Column
 from onnx_dl.core.status import ModelStatus, Snapshot
 from onnx_dl.core.text import duration, format_bytes, short_names, sparkline
 
-_NONE: Final = "-"
 _GAP: Final = 2
 """Characters between two columns of a table."""
 _NAME: Final = 14
@@ -75,64 +74,16 @@ class History:
         ]
 
 
-class _Column(NamedTuple):
-    title: str
-    cell: Callable[[ModelStatus], str]
-    worth: int
-    """Leaves out the least important columns first if the terminal is too narrow."""
-    right: bool = True
-
-
-# --- cells -------------------------------------------------------------------------------------------------
-
-
-def _state(status: ModelStatus) -> str:
-    if status.state is ModelState.FAILED and status.retry_after > 0:
-        return f"failed, retry in {duration(status.retry_after)}"
-    return str(status.state)
-
-
-def _idle(status: ModelStatus) -> str:
-    if status.pid is None:
-        return _NONE
-    if status.idle is not None:
-        return duration(status.idle)
-    return "in use" if status.busy else "unused"
-
-
-def _ttl_left(status: ModelStatus) -> str:
-    if status.ttl is None or status.pid is None:
-        return _NONE
-    if status.ttl == KEEP:
-        return "stays"
-    return duration(max(0.0, status.ttl - (status.idle or 0.0)))
-
-
-def _bytes(count: int | None) -> str:
-    return format_bytes(count) if count else _NONE
-
-
-_COLUMNS: Final = (
-    _Column("STATE", _state, 9, right=False),
-    _Column("PID", lambda s: _NONE if s.pid is None else str(s.pid), 5),
-    _Column("IDLE", _idle, 6),
-    _Column("TTL LEFT", _ttl_left, 7),
-    _Column("LEASES", lambda s: str(s.leases), 0),
-    _Column("RSS", lambda s: _bytes(s.usage.rss), 3),
-    _Column("PSS", lambda s: _bytes(s.usage.pss), 8),
-    _Column("GPU", lambda s: _bytes(s.usage.gpu), 1),
-    _Column("RUNS", lambda s: str(s.runs), 4),
-    _Column("P50", lambda s: _NONE if s.p50 is None else duration(s.p50), 4),
-    _Column("PINNED", lambda s: "yes" if s.pinned else _NONE, 2, right=False),
-)
-
-
 # --- tables ------------------------------------------------------------------------------------------------
 
 
 def overview(snapshot: Snapshot, width: int) -> RenderableType:
     """The output of ``onnx-dl ps``: the host, its models, and their memory."""
-    return Group(Text(_title(snapshot), style="bold"), _models(snapshot, width), Text(memory_line(snapshot)))
+    return Group(
+        Text(snapshot_table.title(snapshot), style="bold"),
+        _models(snapshot, width),
+        Text(snapshot_table.memory_line(snapshot)),
+    )
 
 
 def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
@@ -140,23 +91,10 @@ def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
     return Group(overview(snapshot, width), Text(), *_over_time(snapshot, history, width))
 
 
-def memory_line(snapshot: Snapshot) -> str:
-    """``Memory: 312.4 MB in use of 2000.0 MB (16 %)``."""
-    used, limit = snapshot.memory_in_use, snapshot.memory_limit
-    if not limit:
-        return f"Memory: {format_bytes(used)} in use, no limit"
-    return f"Memory: {format_bytes(used)} in use of {format_bytes(limit)} ({used / limit * 100:.0f} %)"
-
-
-def _title(snapshot: Snapshot) -> str:
-    whose = f"Shared host {snapshot.host!r}" if snapshot.host else "Private host"
-    return f"{whose}, supervisor pid {snapshot.supervisor_pid}"
-
-
 def _models(snapshot: Snapshot, width: int) -> RenderableType:
     if not snapshot.models:
         return Text("No models.", style="dim")
-    names = short_names([(status.model, status.key) for status in snapshot.models])
+    names = snapshot_table.names(snapshot)
     columns = _fitting(snapshot.models, width - min(_NAME, max(map(cell_len, names))))
     left = width - sum(_width(column, snapshot.models) + _GAP for column in columns)
     table = _plain_table()
@@ -170,24 +108,26 @@ def _models(snapshot: Snapshot, width: int) -> RenderableType:
     return table
 
 
-def _fitting(models: list[ModelStatus], width: int) -> list[_Column]:
+def _fitting(models: list[ModelStatus], width: int) -> list[Column]:
     """The columns that fit beside the name, in order; columns without any value go first."""
 
-    def worth(column: _Column) -> tuple[bool, int]:
-        return any(column.cell(status) != _NONE for status in models), column.worth
+    def worth(column: Column) -> tuple[bool, int]:
+        return any(column.cell(status) != NONE for status in models), column.worth
 
-    shown = list(_COLUMNS)
+    shown = list(COLUMNS)
     while len(shown) > 1 and sum(_width(column, models) + _GAP for column in shown) > width:
         shown.remove(min(shown, key=worth))
     return shown
 
 
-def _width(column: _Column, models: list[ModelStatus]) -> int:
+def _width(column: Column, models: list[ModelStatus]) -> int:
     return max(cell_len(column.title), *(cell_len(column.cell(status)) for status in models))
 
 
-def _cell(column: _Column, status: ModelStatus) -> Text:
-    return Text(column.cell(status), style=_STYLES[status.state] if column.cell is _state else "")
+def _cell(column: Column, status: ModelStatus) -> Text:
+    return Text(
+        column.cell(status), style=_STYLES[status.state] if column.cell is snapshot_table.state else ""
+    )
 
 
 def _plain_table(*, header: bool = True) -> Table:
@@ -215,7 +155,7 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
 
 def _line(values: list[int], bars: int, top: int) -> tuple[Text, str, str]:
     line = Text(sparkline(values, min(bars, len(values)), top).rjust(bars), style="cyan")
-    return line, format_bytes(values[-1]) if values else _NONE, format_bytes(max(values, default=0))
+    return line, format_bytes(values[-1]) if values else NONE, format_bytes(max(values, default=0))
 
 
 def _scale(top: int, snapshot: Snapshot) -> str:

@@ -16,7 +16,7 @@ from onnx_dl.cli.hosts import check_alive, default_name
 from onnx_dl.cli.models import load_line
 from onnx_dl.cli.table import History
 from onnx_dl.client.launcher import no_host
-from onnx_dl.core import text
+from onnx_dl.core import snapshot_table, text
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.status import ModelStatus, Snapshot, Usage
 from onnx_dl.errors import SupervisorDied
@@ -62,20 +62,9 @@ def lines(picture: RenderableType, width: int = 120) -> list[str]:
 
 
 def cells(model: ModelStatus) -> dict[str, str]:
-    """What the table says of one model, by column: what stands where the title does."""
-    head, row = lines(table.overview(snapshot(model), 200), 200)[1:3]
-    titles = ["MODEL", *(column.title for column in table._COLUMNS)]
-    starts = {title: head.index(title) for title in titles}
-    ends = {title: starts[title] + len(title) for title in titles}
-    found = {}
-    for title in titles:
-        begin, end = starts[title], ends[title]
-        while begin > 1 and row[begin - 2 : begin].strip():
-            begin -= 1
-        while end < len(row) and row[end : end + 2].strip():
-            end += 1
-        found[title] = row[begin:end].strip()
-    return found
+    """What the table says of one model, by column."""
+    head, (row,) = snapshot_table.rows(snapshot(model))
+    return dict(zip(head, row, strict=True))
 
 
 # --- ps ----------------------------------------------------------------------------------------------------
@@ -129,7 +118,7 @@ def test_whose_host() -> None:
 
 
 def test_no_limit() -> None:
-    assert table.memory_line(snapshot(memory_limit=None)) == "Memory: 312.4 MB in use, no limit"
+    assert snapshot_table.memory_line(snapshot(memory_limit=None)) == "Memory: 312.4 MB in use, no limit"
 
 
 @pytest.mark.parametrize(
