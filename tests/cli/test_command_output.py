@@ -181,7 +181,7 @@ def read_all(fd: int) -> str:
 @pytest.mark.parametrize("command", ["ps", "top", "events", "load", "pin", "unload", "stop", "supervise"])
 def test_a_name_of_no_host(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([command, "--name" if command == "supervise" else "--host", name])
+        main([command, "--host", name])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and f"{name!r} is not a host name; use letters" in err
@@ -204,7 +204,7 @@ def test_a_host_serves_whatever_becomes_of_its_output(redirected: str) -> None:
     os.close(reader)
     command = ["bash", "-c", f'exec "$@" 8>&{writer} {redirected}', "bash", *COMMAND]
     with subprocess.Popen(
-        [*command, "supervise", "--name", "unheard"], pass_fds=[writer], stderr=subprocess.PIPE, text=True
+        [*command, "supervise", "--host", "unheard"], pass_fds=[writer], stderr=subprocess.PIPE, text=True
     ) as process:
         os.close(writer)
         try:

@@ -500,7 +500,7 @@ def test_doctor_with_settings_that_cannot_be(
 def supervised(tmp_path: Path, nothing_is_left_behind: None) -> Iterator[str]:
     """The name of a host that runs in a process of its own."""
     name = f"t{os.getpid()}-{tmp_path.name[-20:]}".lower()
-    command = [sys.executable, "-m", "onnx_dl.cli", "supervise", "--name", name]
+    command = [sys.executable, "-m", "onnx_dl.cli", "supervise", "--host", name]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             eventually(lambda: main(["ps", "--host", name]) == 0, "the host is found")
