@@ -33,10 +33,14 @@ TELLING = [
     ["--help"], ["--version"], ["ps"], ["cache", "ls"], ["ps", "--json"], ["ps", "--help"],
     ["load", DIGITS], ["pin", DIGITS], ["unload", "nothing"], ["cache", "clear"],
     ["run", "--help"], ["supervise", "--help"],
+    ["events"], ["completion", "bash"],
     ["events", "--help"], ["top", "--help"], ["stop", "--help"], ["demo", "--help"], ["doctor", "--help"],
 ]  # fmt: skip
 """What ends well and says something."""
-FAILING = {1: [["ps", "--host", "none"], ["stop", "--host", "none"], ["run"]], 2: [["nonsense"], ["events"]]}
+FAILING = {
+    1: [["ps", "--host", "none"], ["stop", "--host", "none"], ["run"]],
+    2: [["nonsense"], ["events", "-n", "few"]],
+}
 """What says nothing on stdout, by exit code."""
 COMMAND = [sys.executable, "-X", "dev", "-m", "onnx_dl"]
 FULL = "onnx-dl: [Errno 28] No space left on device\n"

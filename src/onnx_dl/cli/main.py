@@ -73,7 +73,7 @@ def _stop(arguments: argparse.Namespace) -> None:
 def _demo(_: argparse.Namespace) -> None:
     from onnx_dl.demo.show import demo
 
-    demo()
+    demo(output.console())
 
 
 def _cache(arguments: argparse.Namespace) -> None:
