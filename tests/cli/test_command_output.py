@@ -33,10 +33,14 @@ TELLING = [
     ["--help"], ["--version"], ["ps"], ["cache", "ls"], ["ps", "--json"], ["ps", "--help"],
     ["load", DIGITS], ["pin", DIGITS], ["unload", "nothing"], ["cache", "clear"],
     ["run", "--help"], ["supervise", "--help"],
+    ["events"], ["completion", "bash"],
     ["events", "--help"], ["top", "--help"], ["stop", "--help"], ["demo", "--help"], ["doctor", "--help"],
 ]  # fmt: skip
 """What ends well and says something."""
-FAILING = {1: [["ps", "--host", "none"], ["stop", "--host", "none"], ["run"]], 2: [["nonsense"], ["events"]]}
+FAILING = {
+    1: [["ps", "--host", "none"], ["stop", "--host", "none"], ["run"]],
+    2: [["nonsense"], ["events", "-n", "few"]],
+}
 """What says nothing on stdout, by exit code."""
 COMMAND = [sys.executable, "-X", "dev", "-m", "onnx_dl"]
 FULL = "onnx-dl: [Errno 28] No space left on device\n"
@@ -181,7 +185,7 @@ def read_all(fd: int) -> str:
 @pytest.mark.parametrize("command", ["ps", "top", "events", "load", "pin", "unload", "stop", "supervise"])
 def test_a_name_of_no_host(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([command, "--name" if command == "supervise" else "--host", name])
+        main([command, "--host", name])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and f"{name!r} is not a host name; use letters" in err
@@ -204,7 +208,7 @@ def test_a_host_serves_whatever_becomes_of_its_output(redirected: str) -> None:
     os.close(reader)
     command = ["bash", "-c", f'exec "$@" 8>&{writer} {redirected}', "bash", *COMMAND]
     with subprocess.Popen(
-        [*command, "supervise", "--name", "unheard"], pass_fds=[writer], stderr=subprocess.PIPE, text=True
+        [*command, "supervise", "--host", "unheard"], pass_fds=[writer], stderr=subprocess.PIPE, text=True
     ) as process:
         os.close(writer)
         try:

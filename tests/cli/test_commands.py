@@ -22,6 +22,7 @@ from onnx_dl.cli import hosts
 from onnx_dl.cli.doctor import trials
 from onnx_dl.cli.main import main
 from onnx_dl.cli.models import load
+from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.demo.assets import model_path
 from onnx_dl.errors import SupervisorStartError
@@ -146,7 +147,7 @@ def test_ps_touches_nothing(shared: Shared, capsys: pytest.CaptureFixture[str]) 
 
 def test_ps_of_a_host_that_has_just_ended(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", "--json"]) == 1
-    assert capsys.readouterr() == ("", "onnx-dl: The host has ended, and all its models.\n")
+    assert capsys.readouterr() == ("", "onnx-dl: The host has ended, and its models are unloaded.\n")
 
 
 # --- load, pin, unload -------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ with host.events() as loaded:
         pass
 
 class Shared:
-    snapshot, close = host.snapshot, lambda self: None
+    snapshot, recent_events, close = host.snapshot, host.recent_events, lambda self: None
     def events(self):
         stream = host.events()
         threading.Thread(target=goes_on, daemon=True).start()
@@ -278,7 +279,7 @@ def running() -> Iterator[Callable[..., Running]]:
 
 def test_events_as_lines_of_json(running: Callable[..., Running]) -> None:
     """Each is there as soon as it has happened, while the command goes on."""
-    command = running("events", "--follow", "--json")
+    command = running("events", "--follow", "--lines", "0", "--json")
     assert command.stdout is not None
     events = [json.loads(command.stdout.readline()) for _ in KINDS]
     assert [event["type"] for event in events] == KINDS
@@ -289,18 +290,18 @@ def test_events_as_lines_of_json(running: Callable[..., Running]) -> None:
 
 
 def test_events_as_text_for_a_time(running: Callable[..., Running]) -> None:
-    command = running("events", "--for", "1s")
+    command = running("events", "--for", "1s", "-n", "0")
     out, err = command.communicate(timeout=DEADLINE)
     assert (command.returncode, err) == (0, b"")
-    assert [line.split()[0] for line in out.decode().splitlines()] == KINDS
+    assert [line.split()[2] for line in out.decode().splitlines()] == KINDS
     assert f"unloaded {DIGITS}, reason request, " in out.decode()
 
 
 def test_a_reader_who_has_enough(running: Callable[..., Running]) -> None:
     """As with ``| head -1``: nothing more happens, and the command ends all the same."""
-    command = running("events", "--follow")
+    command = running("events", "--follow", "-n", "0")
     assert command.stdout is not None
-    assert [command.stdout.readline().split()[0].decode() for _ in KINDS] == KINDS
+    assert [command.stdout.readline().split()[2].decode() for _ in KINDS] == KINDS
     command.stdout.close()
     assert command.stderr is not None
     assert (command.wait(DEADLINE), command.stderr.read()) == (1, b"")
@@ -349,11 +350,30 @@ def test_characters_that_the_terminal_does_not_have(tmp_path: Path) -> None:
     assert found.stdout.endswith(f"{tmp_path}/?\n") and not found.stderr
 
 
-def test_events_wants_to_know_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_of_before(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
+    """The host keeps them, for commands that come later; the command ends by itself."""
+    shared.start()
+    assert main(["events"]) == 0
+    assert capsys.readouterr().out == "No events yet. Load a model with: onnx-dl load MODEL\n"
+    proxy = shared.open(DIGITS, ttl=3600)
+    proxy.load()
+    proxy.unload()
+    kinds = ["loading", "ready", "draining", "unloaded"]
+    assert main(["events"]) == main(["events", "-n", "2"]) == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == kinds + kinds[2:]
+    assert main(["events", "--json"]) == main(["events", "--json", "-n", "0"]) == 0
+    told = [msgspec.json.decode(line, type=ModelEvent) for line in capsys.readouterr().out.splitlines()]
+    assert told == shared.recent_events(4) and [event.type for event in told] == kinds
+    assert main(["events", "--for", "1ms"]) == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == kinds
+
+
+@pytest.mark.parametrize("number", ["-1", "few", "1.5"])
+def test_a_number_of_events_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["events"])
+        main(["events", f"--lines={number}"])
     assert ended.value.code == 2
-    assert "--follow --for" in capsys.readouterr().err
+    assert "is not a number of events" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])
@@ -500,7 +520,7 @@ def test_doctor_with_settings_that_cannot_be(
 def supervised(tmp_path: Path, nothing_is_left_behind: None) -> Iterator[str]:
     """The name of a host that runs in a process of its own."""
     name = f"t{os.getpid()}-{tmp_path.name[-20:]}".lower()
-    command = [sys.executable, "-m", "onnx_dl.cli", "supervise", "--name", name]
+    command = [sys.executable, "-m", "onnx_dl.cli", "supervise", "--host", name]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             eventually(lambda: main(["ps", "--host", name]) == 0, "the host is found")

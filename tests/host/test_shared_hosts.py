@@ -608,7 +608,7 @@ def test_adopted_again_and_again(path: str) -> None:
 
 def test_there_is_none_and_none_is_wanted(runtime: Path) -> None:
     with pytest.raises(
-        SupervisorError, match=r"No shared host named 'mine' runs.*onnx-dl supervise --name mine"
+        SupervisorError, match=r"No shared host named 'mine' runs.*onnx-dl supervise --host mine"
     ):
         onnx_dl.connect("mine", start=False)
     assert HostEntry("mine").holder() is None

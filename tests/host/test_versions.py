@@ -177,7 +177,7 @@ def supervisors(runtime: Path) -> set[int]:
 def supervise(version: Version) -> subprocess.Popen[str]:
     """``onnx-dl supervise`` of that version; returns when it can be reached."""
     process = subprocess.Popen(
-        command("supervise", "--name", "mine"), env=version.environment, stdout=subprocess.PIPE, text=True
+        command("supervise", "--host", "mine"), env=version.environment, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert f"pid {process.pid};" in process.stdout.readline()

@@ -58,8 +58,9 @@ def test_the_demo(tmp_path: Path) -> None:
     assert done.stdout.count("gave back") == 4
     for reason in ("reason ttl", "reason request"):
         assert reason in done.stdout
-    assert "left over" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 110
+    assert "left over" in done.stdout and "large, batch of 16 " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "\x1b" not in done.stdout
 
 
 def test_the_version() -> None:

@@ -140,7 +140,7 @@ class Kept:
     """``onnx-dl supervise``, as a service manager runs it."""
 
     def __init__(self, name: str = "default") -> None:
-        self._command = command("supervise", "--name", name)
+        self._command = command("supervise", "--host", name)
         self._place = HostEntry(name)
         self.start()
 

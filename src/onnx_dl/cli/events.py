@@ -1,8 +1,9 @@
-"""``onnx-dl events``: prints the events of a host as they happen."""
+"""``onnx-dl events``: prints the last events of a host, and new ones as they happen."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import os
 import select
@@ -20,12 +21,22 @@ from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import SupervisorDied
 from onnx_dl.host.model_host import ModelHost
 
+_FEW: Final = 10
+"""Past events that are shown before new ones."""
+_ALL: Final = 1_000_000
 _CHECK_INTERVAL: Final = 0.5
 """Seconds without an event after which host and reader are checked."""
 
 
-def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> None:
-    """Prints each event from now on as one line, for ``seconds``; None: until Ctrl-C.
+def events(
+    host: ModelHost, *, as_json: bool, lines: int | None = None, follows: bool, seconds: float | None = None
+) -> None:
+    """Prints the last events of a host, one per line, and new ones if ``follows``.
+
+    Args:
+        as_json: one JSON object per line, else the local time and the event's text.
+        lines: number of past events; None: a few if ``follows``, else all that the host keeps.
+        seconds: time after which ``follows`` ends; None: at Ctrl-C.
 
     Raises:
         SupervisorDied: the host has ended.
@@ -33,9 +44,22 @@ def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> N
     """
 
     def show(event: ModelEvent) -> None:
-        print_line(msgspec.json.encode(event).decode() if as_json else str(event))
+        print_line(msgspec.json.encode(event).decode() if as_json else event_line(event))
 
+    if not follows:
+        check_alive(host.snapshot())
+        past = host.recent_events(_ALL if lines is None else lines)
+        for event in past:
+            show(event)
+        if not past and lines != 0 and not as_json:
+            print_line("No events yet. Load a model with: onnx-dl load MODEL")
+        return
+    # The stream comes first, so that nothing is missed; events that are in both are shown once.
     with host.events() as stream, _watched(host) as has_ended:
+        past = host.recent_events(_FEW if lines is None else lines)
+        for event in past:
+            show(event)
+        shown = past[-1].seq if past else 0
 
         def check() -> None:
             if has_ended():
@@ -43,7 +67,13 @@ def events(host: ModelHost, *, as_json: bool, seconds: float | None = None) -> N
             if not has_reader(sys.stdout.fileno()):
                 raise BrokenPipeError
 
-        follow(stream, show, check, seconds)
+        follow(stream, lambda event: show(event) if event.seq > shown else None, check, seconds)
+
+
+def event_line(event: ModelEvent) -> str:
+    """Local time and text of an event."""
+    at = datetime.datetime.fromtimestamp(event.at).isoformat(" ", "seconds")
+    return f"{at}  {event}"
 
 
 def follow(

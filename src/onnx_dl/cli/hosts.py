@@ -42,7 +42,7 @@ def check_alive(snapshot: Snapshot) -> Snapshot:
         SupervisorDied: the host has ended.
     """
     if snapshot.supervisor_pid is None:
-        raise SupervisorDied("The host has ended, and all its models.")
+        raise SupervisorDied("The host has ended, and its models are unloaded.")
     return snapshot
 
 

@@ -10,8 +10,9 @@ import io
 import os
 import select
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,9 +43,23 @@ def run_guarded(command: Callable[[], int]) -> int:
 
 
 def print_error(error: object) -> None:
-    """Prints an error on stderr, if that can be written."""
+    """Prints an error on stderr, if that can be written; on a terminal, wraps lines between words."""
+    text = f"onnx-dl: {error}"
     with contextlib.suppress(OSError):
-        print(f"onnx-dl: {error}", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            columns, _ = _terminal(sys.stderr)
+            text = wrapped(
+                text, size_to_fill(os.environ.get("COLUMNS"), columns, _LEAST, 80) or columns or 80
+            )
+        print(text, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text whose lines have at most ``width`` characters; longer words, such as paths, stay whole."""
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 @contextlib.contextmanager
@@ -106,7 +121,7 @@ def console() -> Console:
     """A console for stdout: as wide as the terminal, or 100 columns."""
     from rich.console import Console
 
-    columns, lines = _terminal()
+    columns, lines = _terminal(sys.stdout)
     width = size_to_fill(os.environ.get("COLUMNS"), columns, _LEAST, 100 if columns is None else 80)
     height = size_to_fill(os.environ.get("LINES"), lines, _LOWEST, 25)
     return Console(width=width, height=height, highlight=False)
@@ -127,11 +142,11 @@ def size_to_fill(variable: str | None, terminal: int | None, least: int, default
     return None if variable is None else terminal
 
 
-def _terminal() -> tuple[int | None, int | None]:
-    """Columns and lines of the terminal; None: stdout is not a terminal; 0: not known."""
-    if not sys.stdout.isatty():
+def _terminal(stream: TextIO) -> tuple[int | None, int | None]:
+    """Columns and lines of the terminal; None: the stream is not a terminal; 0: not known."""
+    if not stream.isatty():
         return None, None
     try:
-        return os.get_terminal_size(sys.stdout.fileno())
+        return os.get_terminal_size(stream.fileno())
     except OSError:
         return 0, 0

@@ -59,25 +59,31 @@ def prepare(
     *,
     settings: Sequence[str] = (),
     memory_limit: str | None = None,
+    host: str | None = None,
     environ: Mapping[str, str] = os.environ,
     **patch: object,
 ) -> Replacement:
     """The program that runs ``python command…`` patched, with the options of the present interpreter.
 
-    ``settings``: in the form ``GLOB:NAME=VALUE``; ``memory_limit``: of the default host; ``patch``: arguments
-    of :func:`onnx_dl.patch`.
+    ``settings``: in the form ``GLOB:NAME=VALUE``; ``memory_limit``: of the default host; ``host``: name of
+    a shared host that becomes the default host; ``patch``: arguments of :func:`onnx_dl.patch`.
 
     Raises:
         ConfigError: there is no program, a setting is not valid, or Python would ignore our hook.
     """
     if not command:
-        raise ConfigError("onnx-dl run needs a program: a path, -m and the name of a module, or -c and code.")
+        raise ConfigError(
+            "run needs a program: a file, -m MODULE, -c CODE, or - for standard input. For example: "
+            "onnx-dl run app.py"
+        )
     options = python_options(sys.orig_argv[1:])
     _check_reachable([*options, *python_options(command)])
     changed = uncoerced(environ, utf8_mode=bool(sys.flags.utf8_mode))
     if memory_limit is not None:
         # By the environment: the default host is made at its first use, and again in forked children.
         changed["ONNX_DL_MEMORY_LIMIT"] = str(parse_size(memory_limit))
+    if host is not None:
+        changed["ONNX_DL_HOST"] = host
     orders = {"path": process_setup.search_path(), "patch": _checked(settings, patch)}
     return Replacement(
         sys.executable, [sys.executable, *options, *command], hooked(changed, json.dumps(orders))

@@ -52,18 +52,18 @@ def _become_host(entry: HostEntry) -> None:
             return
         holder = entry.holder()
     record = entry.record()
-    advice = f"onnx-dl stop --host {entry.name} ends it."
+    advice = f"To end it: onnx-dl stop --host {entry.name}"
     # holder() is not called again below: it would release the locks that this process has by then.
     if record is None or record.pid != holder or record.managed:
         raise SupervisorError(f"A host {entry.name!r} runs already (pid {holder}). {advice}")
     if not entry.claim_next():
         raise SupervisorError(
-            f"A host {entry.name!r} runs already (pid {holder}), and another onnx-dl supervise waits for its "
-            "end."
+            f"A host {entry.name!r} runs already (pid {holder}), and another onnx-dl supervise "
+            "already waits for its end."
         )
     print(
-        f"host {entry.name!r} runs in the background, pid {holder}; this one follows when its clients have "
-        f"gone. {advice}",
+        f"A host {entry.name!r} runs in the background (pid {holder}). This one waits until that host's "
+        f"clients have gone. {advice}",
         flush=True,
     )
     entry.await_turn()

@@ -22,6 +22,8 @@ _NAME: Final = 14
 """Least width of the model's name."""
 _LINE: Final = 60
 """Largest width of a sparkline."""
+_NO_MODELS: Final = "No models. Load one with: onnx-dl load MODEL"
+_NO_CALLS: Final = "No calls yet. RUNS and P50, the median time of a call, change with the first calls."
 _STYLES: Final = {
     ModelState.READY: "green",
     ModelState.LOADING: "yellow",
@@ -88,12 +90,17 @@ def overview(snapshot: Snapshot, width: int) -> RenderableType:
 
 def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
     """The screen of ``onnx-dl top``: the overview, and memory over time."""
-    return Group(overview(snapshot, width), Text(), *_over_time(snapshot, history, width))
+    if not history.models():
+        return overview(snapshot, width)
+    parts = [overview(snapshot, width)]
+    if snapshot.models and not any(status.runs for status in snapshot.models):
+        parts.append(Text(_NO_CALLS))
+    return Group(*parts, Text(), *_over_time(snapshot, history, width))
 
 
 def _models(snapshot: Snapshot, width: int) -> RenderableType:
     if not snapshot.models:
-        return Text("No models.", style="dim")
+        return Text(_NO_MODELS)
     names = snapshot_table.names(snapshot)
     columns = _fitting(snapshot.models, width - min(_NAME, max(map(cell_len, names))))
     left = width - sum(_width(column, snapshot.models) + _GAP for column in columns)
@@ -109,14 +116,10 @@ def _models(snapshot: Snapshot, width: int) -> RenderableType:
 
 
 def _fitting(models: list[ModelStatus], width: int) -> list[Column]:
-    """The columns that fit beside the name, in order; columns without any value go first."""
-
-    def worth(column: Column) -> tuple[bool, int]:
-        return any(column.cell(status) != NONE for status in models), column.worth
-
-    shown = list(COLUMNS)
+    """The columns that fit beside the name, in order, without those that have no value for any model."""
+    shown = [column for column in COLUMNS if any(column.cell(status) != NONE for status in models)]
     while len(shown) > 1 and sum(_width(column, models) + _GAP for column in shown) > width:
-        shown.remove(min(shown, key=worth))
+        shown.remove(min(shown, key=lambda column: column.worth))
     return shown
 
 
@@ -143,7 +146,7 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
     top = max([1, *(value for line in lines for value in line.values)])
     table = _plain_table()
     table.add_column("MEMORY", no_wrap=True, overflow="ellipsis", max_width=wide)
-    table.add_column(f"LAST {duration(history.seconds)}", no_wrap=True)
+    table.add_column(_span(history), no_wrap=True)
     table.add_column("NOW", justify="right", no_wrap=True)
     table.add_column("PEAK", justify="right", no_wrap=True)
     for name, line in zip(names, lines, strict=True):
@@ -151,6 +154,10 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
     limit = snapshot.memory_limit or max([1, *history.in_use])
     table.add_row(Text("all models", style="bold"), *_line(history.in_use, bars, limit))
     return [table, Text(_scale(top, snapshot), style="dim")]
+
+
+def _span(history: History) -> str:
+    return f"LAST {duration(history.seconds)}" if history.seconds else "OVER TIME"
 
 
 def _line(values: list[int], bars: int, top: int) -> tuple[Text, str, str]:

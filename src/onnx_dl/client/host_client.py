@@ -229,6 +229,19 @@ class HostClient:
         return self._bus.listen(callback)
 
 
+def recent_events(host: HostClient, limit: int) -> list[ModelEvent]:
+    """The last events of a host, oldest first; none if it has not started."""
+    try:
+        if (connection := host.link.present()) is None:
+            return []
+        answer: m.RecentEvents = connection.ask(lambda ticket: m.AskEvents(ticket=ticket, limit=limit))
+    except SupervisorDied:
+        if host.name is None:
+            raise
+        return recent_events(host, limit)  # there may be another
+    return answer.events
+
+
 _hosts: weakref.WeakValueDictionary[int, HostClient] = weakref.WeakValueDictionary()
 
 

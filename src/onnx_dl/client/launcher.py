@@ -121,7 +121,7 @@ def terminate(host: RunningHost) -> None:
 
 def no_host(name: str, others: Sequence[RunningHost] = ()) -> str:
     """The message if no host of this name and version runs; ``others``: hosts of other versions."""
-    supervise, load = ("", "") if name == DEFAULT_HOST else (f" --name {name}", f" --host {name}")
+    option = "" if name == DEFAULT_HOST else f" --host {name}"
     of_this = (
         f" for this version of onnx-dl ({running_hosts.protocol_text(PROTOCOL_VERSION)})" if others else ""
     )
@@ -129,9 +129,10 @@ def no_host(name: str, others: Sequence[RunningHost] = ()) -> str:
         f" There is one of another version: {running_hosts.describe(other)}." for other in others
     )
     return (
-        f"No shared host named {name!r} runs{of_this}.{listed} Start one with: onnx-dl supervise{supervise}, "
-        f"in the background with onnx_dl.connect({name!r}), or by loading a model into it: "
-        f"onnx-dl load MODEL{load}. --host or ONNX_DL_HOST names another."
+        f"No shared host named {name!r} runs{of_this}.{listed} Start one with onnx-dl supervise{option}, or "
+        f"load a model into it with onnx-dl load MODEL{option}, or run your program with ONNX_DL_HOST={name}"
+        ". A program without ONNX_DL_HOST has a private host, which commands cannot see. --host NAME chooses "
+        "another shared host."
     )
 
 

@@ -83,5 +83,5 @@ def _bar(value: float, top: float) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """``12345678`` as ``12.3 MB``."""
-    return f"{count / 1e6:.1f} MB"
+    """``12345678`` as ``12.3 MB``, ``20_220_800_000`` as ``20.2 GB``."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**10 else f"{count / 1e6:.1f} MB"

@@ -1,6 +1,7 @@
 """The demo's work with onnxruntime in one process, which :mod:`onnx_dl.demo.show` starts.
 
 Prints outcomes and memory, one JSON object per line.  After each model it calls ``del`` and ``gc.collect()``.
+In the end, when memory is measured, it compares the times of calls (:mod:`onnx_dl.demo.compare`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ def main(large: str) -> None:
         _report("loaded", outcome)
         gc.collect()
         _report("deleted")
+    from onnx_dl.demo.compare import compare
+
+    print(json.dumps({"when": "compared", "calls": compare(large)}), flush=True)
 
 
 def _one(name: str, large: str) -> WorkResult:
-    import onnxruntime
-
     path = large if name == "large" else str(model_path(name))
     started = time.perf_counter()
+    import onnxruntime  # takes time for the first model, as it does in the first worker
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     load = time.perf_counter() - started
     outcome = churn(session) if name == "large" else predict(name, session)

@@ -11,20 +11,37 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from onnx_dl.client.event_dispatch import EventStream
 from onnx_dl.core.events import EventType, ModelEvent
-from onnx_dl.core.text import sparkline
-from onnx_dl.demo.assets import make_large_model, model_path
+from onnx_dl.core.text import duration, sparkline
+from onnx_dl.demo.assets import LARGE_DATA_BYTES, make_large_model, model_path
+from onnx_dl.demo.compare import CallTimes
 from onnx_dl.demo.memory import MemorySample, Recorder
 from onnx_dl.demo.work import WorkResult, churn, predict
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.system import boot, installation
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 TTLS: Final = {"digits": -1.0, "wine": 2.0, "diabetes": 0.0, "large": 2.0}
 _DEADLINE: Final = 30.0
+_STYLES: Final = {
+    EventType.LOADING: "yellow",
+    EventType.READY: "green",
+    EventType.DRAINING: "dim",
+    EventType.UNLOADED: "cyan",
+    EventType.FAILED: "bold red",
+}
+_NOTES: Final = """\
+Memory is the resident set (RSS) of the application. In-process, onnxruntime's
+own code stays loaded; with onnx-dl the application does not import it.
+The first load of each includes the import of onnxruntime. Calls: medians on the
+same input; both take turns, so that load on this machine slows down both alike.
+A call to a worker costs some tens of microseconds, whatever the model takes."""
 
 
 class Way(NamedTuple):
@@ -36,49 +53,53 @@ class Way(NamedTuple):
     outcomes: list[WorkResult]
 
 
-def demo() -> None:
-    """Runs the demo; prints to stdout.
+def demo(console: Console) -> None:
+    """Runs the demo.
 
     Raises:
         InstallationError: there is no onnxruntime, or it is too old.
     """
     installation.check()
     with tempfile.TemporaryDirectory(prefix="onnx-dl-demo-") as folder:
-        large = _make_large(Path(folder))
-        _title("With onnx-dl: each model in a process of its own")
-        ours, readings, freed = _through_onnx_dl(large)
-        _show_memory(readings)
-        _title("The same in one process: onnxruntime, then del and gc.collect()")
-        theirs = _in_process(large)
-    _title("Side by side")
-    print("\n".join(table(ours, theirs, freed)))
-    print(
-        "\nIn-process, what is left over includes onnxruntime's own code; with onnx-dl the application never"
-    )
-    print("imports it. The first load with onnx-dl waits until the template has imported onnxruntime, once.")
+        large = _make_large(console, Path(folder))
+        _title(console, "With onnx-dl: each model in a worker process")
+        ours, readings, freed = _through_onnx_dl(console, large)
+        _show_memory(console, readings)
+        _title(console, "The same in-process: onnxruntime, then del and gc.collect()")
+        theirs, calls = _in_process(console, large)
+    _title(console, "Side by side")
+    for line in table(ours, theirs, freed, calls):
+        _print(console, line, "bold" if line == line.lstrip() else "")
+    _print(console, f"\n{_NOTES}", "dim")
 
 
-def _make_large(folder: Path) -> Path:
-    def progress(done: int, total: int) -> None:
-        if done == total or done * 4 // total != (done - total // 50) * 4 // total:
-            print(f"  {done / 1e6:5.0f} of {total / 1e6:.0f} MB", flush=True)
+def _make_large(console: Console, folder: Path) -> Path:
+    from rich.progress import Progress
 
-    print("Making a model of 210 MB (random weights) ...", flush=True)
-    return make_large_model(folder, progress)
+    text = f"Making a model of {megabytes(LARGE_DATA_BYTES)} with random weights"
+    if not console.is_terminal:
+        _print(console, f"{text} ...")
+        return make_large_model(folder)
+    with Progress(console=console) as progress:
+        task = progress.add_task(text, total=LARGE_DATA_BYTES)
+        return make_large_model(folder, lambda done, _: progress.update(task, completed=done))
 
 
-def _through_onnx_dl(large: Path) -> tuple[Way, list[MemorySample], int]:
+def _through_onnx_dl(console: Console, large: Path) -> tuple[Way, list[MemorySample], int]:
     started = time.time()
     events: list[ModelEvent] = []
+
+    def show(event: ModelEvent) -> None:
+        events.append(event)
+        _print(console, event_line(event, started), _STYLES.get(event.type, ""))
+
     with ModelHost() as host, host.events() as stream, Recorder() as recorder:
-        host.on_event(events.append)
-        host.on_event(lambda event: print(event_line(event, started), flush=True))
+        host.on_event(show)
         host.start()
         before = recorder.read().application
         proxies = {name: _proxy(name, large, host) for name in TTLS}
-        outcomes = [_use(name, proxy) for name, proxy in proxies.items()]
-        print("  ... waiting for the TTLs of wine and large to run out", flush=True)
-        _await_unloads(stream, len(TTLS) - 1)
+        outcomes = [_use(console, name, proxy) for name, proxy in proxies.items()]
+        _wait(console, stream, "Waiting for the TTLs of wine and large to run out", len(TTLS) - 1)
         proxies["digits"].unload()
         _await_unloads(stream, 1)
         after = recorder.read().application
@@ -92,15 +113,24 @@ def _proxy(name: str, large: Path, host: ModelHost) -> InferenceSessionProxy:
     return InferenceSessionProxy(path, providers=["CPUExecutionProvider"], ttl=TTLS[name], host=host)
 
 
-def _use(name: str, proxy: InferenceSessionProxy) -> WorkResult:
+def _use(console: Console, name: str, proxy: InferenceSessionProxy) -> WorkResult:
     # With ttl=0 each call would load the model.  The block holds it; it unloads at the end of the block.
     started = time.perf_counter()
     with proxy.session() as session:
         load = time.perf_counter() - started
         outcome = churn(session) if name == "large" else predict(name, session)
     outcome = outcome._replace(load=load)
-    print(outcome_line(outcome, f"ttl {TTLS[name]:g}"), flush=True)
+    _print(console, outcome_line(outcome, f"ttl {TTLS[name]:g}"))
     return outcome
+
+
+def _wait(console: Console, stream: EventStream, text: str, unloads: int) -> None:
+    if not console.is_terminal:
+        _print(console, f"  {text} ...")
+        _await_unloads(stream, unloads)
+        return
+    with console.status(f"{text} ..."):
+        _await_unloads(stream, unloads)
 
 
 def _await_unloads(stream: EventStream, count: int) -> None:
@@ -108,38 +138,51 @@ def _await_unloads(stream: EventStream, count: int) -> None:
         count -= stream.get(_DEADLINE).type == EventType.UNLOADED
 
 
-def _in_process(large: Path) -> Way:
+def _in_process(console: Console, large: Path) -> tuple[Way, list[CallTimes]]:
     launch = boot.launch("demo", str(large))
     rss: dict[str, list[int]] = {"before": [], "peak": [], "loaded": [], "deleted": []}
     outcomes = []
+    calls: list[CallTimes] = []
     with subprocess.Popen(launch.argv, env=launch.environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             report = json.loads(line)
+            if report["when"] == "compared":
+                calls = [CallTimes(*times) for times in report["calls"]]
+                continue
             rss[report["when"]].append(report["rss"])
             if report["when"] == "loaded":
                 outcomes.append(WorkResult(**{field: report[field] for field in WorkResult._fields}))
-                print(outcome_line(outcomes[-1], "in-process"), flush=True)
+                _print(console, outcome_line(outcomes[-1], "in-process"))
             elif report["when"] == "deleted":
-                print(f"           after del and gc.collect(): RSS {megabytes(report['rss'])}", flush=True)
+                _print(console, f"           after del and gc.collect(): RSS {megabytes(report['rss'])}")
+                if len(rss["deleted"]) == len(TTLS):
+                    _print(console, "\nComparing the times of calls ...")
     if process.returncode:
         raise SystemExit(f"the in-process part failed with exit code {process.returncode}")
-    return Way(rss["before"][0], max(rss["peak"]), rss["deleted"][-1], outcomes)
+    return Way(rss["before"][0], max(rss["peak"]), rss["deleted"][-1], outcomes), calls
 
 
 # --- text --------------------------------------------------------------------------------------------------
 
 
-def _title(text: str) -> None:
-    print(f"\n{text}\n{'-' * len(text)}", flush=True)
+def _print(console: Console, text: str, style: str = "") -> None:
+    console.print(text, style=style or None, markup=False, soft_wrap=True)
 
 
-def _show_memory(readings: Sequence[MemorySample]) -> None:
+def _title(console: Console, text: str) -> None:
+    _print(console, f"\n{text}\n{'-' * len(text)}", "bold")
+
+
+def _show_memory(console: Console, readings: Sequence[MemorySample]) -> None:
     top = max(reading.others for reading in readings)
     span = readings[-1].at
-    print(f"\nMemory over {span:.1f} s; a full bar is {megabytes(top)}")
-    print(f"  workers and supervisor |{sparkline([r.others for r in readings], 50, top)}|")
-    print(f"  application            |{sparkline([r.application for r in readings], 50, top)}|")
+    _print(console, f"\nMemory over {span:.1f} s; a full bar is {megabytes(top)}")
+    for name, values in (
+        ("workers and supervisor", [reading.others for reading in readings]),
+        ("application", [reading.application for reading in readings]),
+    ):
+        _print(console, f"  {name:<22} |{sparkline(values, 50, top)}|", "cyan")
 
 
 def event_line(event: ModelEvent, started: float) -> str:
@@ -152,7 +195,7 @@ def event_line(event: ModelEvent, started: float) -> str:
     if event.type is EventType.UNLOADED:
         facts.append(f"gave back {megabytes(event.freed or 0)}")
     name = Path(event.model).stem
-    return f"  [{event.at - started:5.2f} s] {event.type:<8} {name:<8} {', '.join(facts)}"
+    return f"  [{event.at - started:5.2f} s] {event.type:<8} {name:<8} {', '.join(facts)}".rstrip()
 
 
 def outcome_line(outcome: WorkResult, how: str) -> str:
@@ -165,23 +208,32 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.0f} MB"
 
 
-def table(ours: Way, theirs: Way, freed: int) -> list[str]:
-    """The figures of both ways side by side, as lines of text."""
+def table(ours: Way, theirs: Way, freed: int, calls: Sequence[CallTimes]) -> list[str]:
+    """The figures of both ways side by side, as lines of text; heads are not indented."""
     same = [a.digest == b.digest for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)]
-    rows = [
-        ("", "onnx-dl", "in-process"),
+    memory = [
         ("application before", megabytes(ours.before), megabytes(theirs.before)),
         ("application at its peak", megabytes(ours.peak), megabytes(theirs.peak)),
         ("application after", megabytes(ours.after), megabytes(theirs.after)),
         ("left over", megabytes(ours.after - ours.before), megabytes(theirs.after - theirs.before)),
         ("given back by workers", megabytes(freed), "-"),
-        ("results equal, bit for bit", f"{sum(same)} of {len(same)} models", ""),
     ]
-    for a, b in zip(ours.outcomes, theirs.outcomes, strict=True):
-        rows.append((f"{a.model}: load", _short(a.load), _short(b.load)))
-        rows.append((f"{a.model}: call, median", _short(a.warm), _short(b.warm)))
-    return [f"  {label:<34}{left:>16}{right:>16}" for label, left, right in rows]
+    loads = [
+        (a.model, duration(a.load), duration(b.load))
+        for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)
+    ]
+    medians = [
+        (f"{times.model}, batch of {times.batch}", duration(times.ours), duration(times.theirs))
+        for times in calls
+    ]
+    return [
+        *_rows("Memory", memory),
+        *_rows("Loads", loads),
+        *_rows("Calls, median", medians),
+        f"Results equal, bit for bit: {sum(same)} of {len(same)} models",
+    ]
 
 
-def _short(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} µs" if seconds < 0.001 else f"{seconds * 1e3:.1f} ms"
+def _rows(head: str, rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    lines = [f"  {label:<30}{left:>16}{right:>16}" for label, left, right in rows]
+    return [f"{head:<32}{'onnx-dl':>16}{'in-process':>16}", *lines, ""]

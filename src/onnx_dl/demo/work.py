@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
-import time
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,70 +11,60 @@ from numpy.typing import NDArray
 from onnx_dl.demo.assets import LARGE_WIDTH, load_samples
 
 LARGE_BATCHES = (1, 64, 512, 16)
-_Array = NDArray[Any]
+Array = NDArray[Any]
 
 
 class Session(Protocol):
     """The part of ``onnxruntime.InferenceSession`` that the work uses."""
 
-    def run(self, output_names: None, input_feed: dict[str, _Array]) -> list[Any]: ...
+    def run(self, output_names: None, input_feed: dict[str, Array]) -> list[Any]: ...
 
 
 class WorkResult(NamedTuple):
     """The results of one model.
 
-    ``quality``: the result on held-out samples in words; ``digest``: equal for equal outputs; ``warm``:
-    seconds of the median call; ``load``: seconds of the load, measured by the caller of :func:`predict`.
+    ``quality``: the result on held-out samples in words; ``digest``: equal for equal outputs; ``load``:
+    seconds of the load, measured by the caller of :func:`predict`.
     """
 
     model: str
     quality: str
     example: str
     digest: str
-    warm: float
     load: float = 0.0
 
 
 def predict(name: str, session: Session) -> WorkResult:
-    """Runs all held-out samples of a small model, first in a batch and then one by one."""
+    """Runs all held-out samples of a small model in one batch."""
     samples = load_samples()[name]
     feed = {samples.input_name: samples.inputs}
     outputs = session.run(None, feed)
-    warm = []
-    for row in samples.inputs:
-        started = time.perf_counter()
-        session.run(None, {samples.input_name: row[None]})
-        warm.append(time.perf_counter() - started)
     predicted = np.asarray(outputs[0]).ravel()
     return WorkResult(
         model=name,
         quality=_quality(predicted, samples.targets),
         example=f"predicted {_label(predicted[0])}, true {_label(samples.targets[0])}",
         digest=_digest(outputs),
-        warm=statistics.median(warm),
     )
 
 
 def churn(session: Session) -> WorkResult:
     """Runs the large model on batches of several sizes, which fragments the heap."""
     rng = np.random.default_rng(0)
-    times, outputs = [], []
+    outputs = []
     for batch in LARGE_BATCHES:
         data = rng.standard_normal((batch, LARGE_WIDTH), dtype=np.float32)
-        started = time.perf_counter()
         outputs.append(session.run(None, {"X": data})[0])
-        times.append(time.perf_counter() - started)
     shape = "x".join(map(str, outputs[-1].shape))
     return WorkResult(
         model="large",
         quality=f"batches of {', '.join(map(str, LARGE_BATCHES))}",
         example=f"result {shape}, mean {outputs[-1].mean():+.5f}",
         digest=_digest(outputs),
-        warm=statistics.median(times),
     )
 
 
-def _quality(predicted: _Array, targets: _Array) -> str:
+def _quality(predicted: Array, targets: Array) -> str:
     if targets.dtype.kind == "f":
         residual = ((targets - predicted) ** 2).sum() / ((targets - targets.mean()) ** 2).sum()
         return f"R2 {1 - residual:.2f} on {len(targets)} samples"

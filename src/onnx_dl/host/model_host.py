@@ -9,11 +9,12 @@ from typing import Any, Self
 
 import msgspec
 
-from onnx_dl.client.host_client import HostClient
+from onnx_dl.client.host_client import HostClient, recent_events
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.core import keywords
+from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
 from onnx_dl.core.settings import settings
 from onnx_dl.core.status import ModelStatus
@@ -183,6 +184,18 @@ class ModelHost(HostClient):
         given = {name: value for name, value in terms.items() if value is not None}
         with self.open(model, **given) as proxy:
             return proxy.adopt()
+
+    def recent_events(self, limit: int = 100) -> list[ModelEvent]:
+        """The last events of the host, oldest first; ``limit`` at most.
+
+        A host keeps its last 300 events, also those from before this application connected to it.  Empty
+        if the host has not started.  Starts and loads nothing.
+
+        Raises:
+            SupervisorDied: a private host has died.
+            SupervisorTimeout: the supervisor does not answer.
+        """
+        return recent_events(self, limit)
 
 
 def _load(

@@ -185,6 +185,20 @@ class Status(Message):
     gpu_memory_in_use: int = 0
 
 
+class AskEvents(Message):
+    """Ask for the last events, ``limit`` at most.  Answered by RecentEvents."""
+
+    ticket: int
+    limit: int
+
+
+class RecentEvents(Message):
+    """The last events that the supervisor has kept, oldest first.  Later ones come as Published."""
+
+    ticket: int
+    events: list[ModelEvent]
+
+
 class AskOutcome(Message):
     """Ask how this worker ended.  Answered by Outcome once it is reaped."""
 
@@ -327,10 +341,10 @@ class Exit(Message):
     """End the worker process."""
 
 
-Question = Acquire | AskModel | AskStatus | AskOutcome | Unload | Shutdown
+Question = Acquire | AskModel | AskStatus | AskEvents | AskOutcome | Unload | Shutdown
 """A request of a client that is answered."""
 FromClient = Question | Withdraw | DropBlob | Outdated | Release | SetTtl
-ToClient = Granted | Denied | Named | Unloaded | Status | Outcome | Bye | Published | Wrote
+ToClient = Granted | Denied | Named | Unloaded | Status | RecentEvents | Outcome | Bye | Published | Wrote
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
 ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused

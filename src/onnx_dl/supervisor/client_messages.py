@@ -50,6 +50,7 @@ class ClientMessages:
             control.AskOutcome: lambda _, name, ask, now: scheduler.on_ask_outcome(name, ask),
             control.Shutdown: self._shutdown,
             control.AskStatus: lambda _, name, ask, now: [SendToClient(name, self._status(ask, now))],
+            control.AskEvents: lambda _, name, ask, now: [SendToClient(name, self._recent_events(ask))],
             control.AskModel: lambda _, name, ask, now: [SendToClient(name, self._named(ask))],
             control.DropBlob: self._drop_blob,
         }
@@ -112,6 +113,9 @@ class ClientMessages:
             gpu_memory_limit=self.scheduler.gpu_memory_limit,
             gpu_memory_in_use=self.scheduler.in_use(now).gpu,
         )
+
+    def _recent_events(self, ask: control.AskEvents) -> control.RecentEvents:
+        return control.RecentEvents(ticket=ask.ticket, events=self.scheduler.announcements.recent(ask.limit))
 
     def _named(self, ask: control.AskModel) -> control.Named | control.Denied:
         try:

@@ -99,15 +99,16 @@ def test_a_narrow_terminal_loses_what_is_worth_least() -> None:
     assert head.split() == ["MODEL", "STATE", "PID", "IDLE", "TTL", "LEFT", "PSS", "P50"]
 
 
-def test_a_column_that_says_nothing_goes_before_one_that_does() -> None:
+def test_a_column_without_any_value_is_omitted() -> None:
     with_gpu = status(usage=Usage(rss=1, pss=1, gpu=5_000_000))
-    assert "GPU" not in lines(table.overview(snapshot(status()), 90), 90)[1]
+    assert "GPU" not in lines(table.overview(snapshot(status(p50=None)), 200), 200)[1]
+    assert "P50" not in lines(table.overview(snapshot(status(p50=None)), 200), 200)[1]
     assert "GPU" in lines(table.overview(snapshot(with_gpu), 90), 90)[1]
 
 
 def test_no_models() -> None:
     assert lines(table.overview(snapshot(memory_in_use=0), 120))[1:] == [
-        "No models.",
+        "No models. Load one with: onnx-dl load MODEL",
         "Memory: 0.0 MB in use of 2000.0 MB (0 %)",
     ]
 
@@ -200,6 +201,23 @@ def test_memory_over_time() -> None:
     assert seen[3] == "A full bar is 100.0 MB for one model, and the limit for all models."
 
 
+def test_top_before_the_first_load_and_the_first_call() -> None:
+    """It says what to do, and has no empty columns."""
+    history = History(10)
+    history.add(snapshot(memory_in_use=0), 1.0)
+    empty = lines(table.live(snapshot(memory_in_use=0), history, 80), 80)
+    assert empty[1:] == [
+        "No models. Load one with: onnx-dl load MODEL",
+        "Memory: 0.0 MB in use of 2000.0 MB (0 %)",
+    ]
+    uncalled = snapshot(status(runs=0, p50=None))
+    history = History(10)
+    history.add(uncalled, 1.0)
+    seen = lines(table.live(uncalled, history, 80), 80)
+    assert seen[1].split()[-1] == "RUNS" and "No calls yet." in seen[4]
+    assert any(line.startswith("MEMORY") and "OVER TIME" in line for line in seen)
+
+
 def test_a_model_that_is_gone_keeps_its_line_as_long_as_it_is_remembered() -> None:
     history = History(2)
     history.add(snapshot(with_pss(8)), 0.0)
@@ -277,15 +295,15 @@ def test_what_load_says() -> None:
 def test_which_host() -> None:
     assert default_name({}) == default_name({"ONNX_DL_HOST": ""}) == "default"
     assert default_name({"ONNX_DL_HOST": "batch"}) == "batch"
-    assert "onnx-dl supervise, " in no_host("default") and "load MODEL. " in no_host("default")
-    assert "onnx-dl supervise --name batch, " in no_host("batch")
-    assert "onnx-dl load MODEL --host batch. " in no_host("batch")
+    assert "onnx-dl supervise, " in no_host("default") and "load MODEL, " in no_host("default")
+    assert "onnx-dl supervise --host batch, " in no_host("batch")
+    assert "onnx-dl load MODEL --host batch, " in no_host("batch")
     other = RunningHost(name="batch", protocol=PROTOCOL_VERSION + 1, pid=7, package="9.9")
     ours = f"this version of onnx-dl (protocol version {PROTOCOL_VERSION})"
     assert no_host("batch", [other]).startswith(
         f"No shared host named 'batch' runs for {ours}. "
         f"There is one of another version: onnx-dl 9.9, protocol version {PROTOCOL_VERSION + 1}, pid 7. "
-        "Start one with: "
+        "Start one with onnx-dl "
     )
 
 

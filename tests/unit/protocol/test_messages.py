@@ -65,6 +65,8 @@ EXAMPLES = [
     control.Unloaded(ticket=1, was_loaded=False),
     control.AskStatus(ticket=1, measure=False),
     control.Status(ticket=1, seq=9, supervisor_pid=3, models=[STATUS]),
+    control.AskEvents(ticket=1, limit=20),
+    control.RecentEvents(ticket=1, events=[EVENT]),
     control.AskOutcome(ticket=1, worker_id=2),
     control.Outcome(ticket=1, failure=None),
     control.Shutdown(ticket=1),

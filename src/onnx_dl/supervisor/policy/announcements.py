@@ -16,10 +16,15 @@ _WINDOW: Final = 30.0
 _SHARE: Final = 0.1
 """Share of the time.  Callers who wait less than this for reloads are not worth a warning."""
 _REMEMBERED: Final = 4096
+KEPT: Final = 300
+"""Number of past events that a host keeps."""
 
 
 class Announcements:
-    """Numbers the events.  ``epoch`` is added to monotonic times to make Unix times."""
+    """Numbers the events, and keeps the last ones.
+
+    ``epoch`` is added to monotonic times to make Unix times.
+    """
 
     def __init__(self, ledger: Ledger, epoch: float) -> None:
         self._ledger = ledger
@@ -27,6 +32,7 @@ class Announcements:
         self._reloads = ReloadWatch()
         self.seq = 0
         """Number of the last event."""
+        self._kept: collections.deque[ModelEvent] = collections.deque(maxlen=KEPT)
 
     def event(
         self,
@@ -50,7 +56,13 @@ class Announcements:
             rss=usage.rss or None,
             gpu=usage.gpu,
         )
-        return Emit(msgspec.structs.replace(event, **fields))
+        event = msgspec.structs.replace(event, **fields)
+        self._kept.append(event)
+        return Emit(event)
+
+    def recent(self, limit: int) -> list[ModelEvent]:
+        """The last events, ``limit`` at most, oldest first."""
+        return list(self._kept)[-limit:] if limit > 0 else []
 
     def ready(self, model: ModelRecord, worker: WorkerRecord, seconds: float, now: float) -> list[Emit]:
         """``seconds``: duration of the load.  A second event warns of models that evict each other."""

@@ -174,7 +174,7 @@ def test_gpus() -> None:
         checks.gpu([], "NVML Shared Library Not Found", [CPU], "mend"),
         "none: NVML Shared Library Not Found",
     )
-    gave(Mark.OK, checks.gpu([H100], "", [CUDA, CPU], "mend"), "NVIDIA H100, 80000.0 MB, driver 550.1")
+    gave(Mark.OK, checks.gpu([H100], "", [CUDA, CPU], "mend"), "NVIDIA H100, 80.0 GB, driver 550.1")
     gave(Mark.WARNING, checks.gpu([H100], "", [CPU], "mend"), "cannot use it", "mend")
 
 
@@ -229,7 +229,7 @@ def test_workers_that_do_not_start() -> None:
 
 def test_load_cache(tmp_path: Path) -> None:
     gave(Mark.OK, checks.load_cache(Settings(cache="off"), tmp_path), "off")
-    gave(Mark.OK, checks.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 21474.8 MB")
+    gave(Mark.OK, checks.load_cache(Settings(), tmp_path / "later" / "made"), "0.0 MB of 21.5 GB")
     assert list(tmp_path.iterdir()) == []
     gave(Mark.WARNING, checks.load_cache(Settings(), Path("/proc/nothing")), "ONNX_DL_CACHE_DIR")
     (tmp_path / "file").touch()
