@@ -48,7 +48,8 @@ class ModelHost(HostClient):
                 ``ONNX_DL_CONFIG``.  It is read when the supervisor starts, and again whenever it changes.
                 The start fails if the file is not valid.
             worker_stderr: target of the lines that workers write on stderr.  ``"inherit"``: this
-                application's stderr; ``"log"``: the logger ``onnx_dl.worker``; None: ``ONNX_DL_WORKER_STDERR``.
+                application's stderr; ``"log"``: the logger ``onnx_dl.worker``; None:
+                ``ONNX_DL_WORKER_STDERR``.
 
         Raises:
             ConfigError: (a ValueError) an argument is not valid.
