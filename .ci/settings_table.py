@@ -1,4 +1,4 @@
-"""The table of settings in docs/settings.md: ``python .ci/settings_table.py`` writes it, ``--check`` compares.
+"""The table in docs/settings.md: ``python .ci/settings_table.py`` writes it, ``--check`` compares it.
 
 The text comes from the docstrings of ``onnx_dl.core.settings.Settings``.
 """

@@ -21,13 +21,13 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a host, from the environment.  Times are in seconds, sizes in bytes.
 
-    The docstrings of the fields become ``docs/settings.md`` (``.ci/settings_table.py``).  What follows "Default:"
-    goes into its own column.
+    The docstrings of the fields become ``docs/settings.md`` (``.ci/settings_table.py``).  What follows
+    "Default:" goes into its own column.
     """
 
     python: str = ""
-    """Path of the interpreter for onnx-dl's processes.  Default: one like the application's, or the application
-    itself if it is frozen."""
+    """Path of the interpreter for onnx-dl's processes.  Default: one like the application's, or the
+    application itself if it is frozen."""
     lane: str = "socket"
     """Transport of calls.  ``socket``: a Unix socket; ``zmq``: ZeroMQ, which control messages always use."""
     start: str = "fork"
@@ -42,12 +42,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Limit of the memory of all workers together.  Default: four fifths of the memory of the machine or its
     cgroup."""
     gpu_memory_limit: int | None = None
-    """Limit of the GPU memory of all workers together.  Default: four fifths of the memory of the GPUs, if NVML
-    reports it."""
+    """Limit of the GPU memory of all workers together.  Default: four fifths of the memory of the GPUs, if
+    NVML reports it."""
     room_timeout: _Seconds = 60.0
     """Time that a load waits until other models make room.  After that it raises ``CapacityError``."""
     host: str = ""
-    """Name of the shared host that serves this application.  Default: none, the application has its own host."""
+    """Name of the shared host that serves this application.  Default: none, it has its own host."""
     config: str = ""
     """Path of a file with the host's models and limits (``host.toml``).  Default: none."""
     linger: _Seconds = 60.0
@@ -66,7 +66,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Target of the lines that workers of a private host write on stderr.  ``inherit``: the application's
     stderr; ``log``: the logger ``onnx_dl.worker``."""
     metrics: str = ""
-    """Address at which the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``.  Default: none."""
+    """Address at which the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``.  Default:
+    none."""
 
 
 CHOICES: Final = {
@@ -80,7 +81,7 @@ SIZES: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
 ELSEWHERE: Final = {
     "ONNX_DL_RUNTIME_DIR": (
         "Folder of the files of shared hosts: addresses, secrets, logs.  Its mode must be 0700.  Default: "
-        "``onnx-dl`` in ``$XDG_RUNTIME_DIR``, or a folder of this user in the system's folder for temporary files."
+        "``onnx-dl`` in ``$XDG_RUNTIME_DIR``, or ``onnx-dl-UID`` in a folder for temporary files."
     ),
 }
 """Variables that are no field of :class:`Settings`, and what they mean."""
