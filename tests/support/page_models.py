@@ -19,10 +19,10 @@ def write(folder: Path) -> None:
     """Writes all of them there."""
     for name in AUDIO:
         (folder / f"{name}.onnx").write_bytes(_scores())
-    (folder / "detector.onnx").write_bytes(_detector())
+    (folder / "detector.onnx").write_bytes(detector())
     (folder / "vision").mkdir()
-    (folder / "vision" / "detector.onnx").write_bytes(_detector())
-    (folder / "reader.onnx").write_bytes(_reader())
+    (folder / "vision" / "detector.onnx").write_bytes(detector())
+    (folder / "reader.onnx").write_bytes(reader())
     for name in ("digits", "wine", "diabetes"):
         shutil.copy(ASSETS / f"{name}.onnx", folder)
     shutil.copy(ASSETS / "digits.onnx", folder / "model.onnx")
@@ -37,7 +37,7 @@ def _scores() -> bytes:
     )
 
 
-def _detector() -> bytes:
+def detector() -> bytes:
     """image (1, 3, height, width) -> boxes (n, 4) and crops (n, 3, 32, 100), with n = 4."""
     shapes = {"boxes_shape": [4, 4], "crops_shape": [4, 3, 32, 100]}
     return model(
@@ -52,7 +52,7 @@ def _detector() -> bytes:
     )
 
 
-def _reader() -> bytes:
+def reader() -> bytes:
     """x (n, 3, 32, 100) -> text (n,)."""
     return model(
         [

@@ -22,8 +22,8 @@ class Pipeline:
 
     Args:
         stages: proxies of one host, in order.
-        connect: for each stage after the first, a mapping from the names of its inputs to the names of outputs
-            of earlier stages.  With two stages it may be the one mapping, such as ``{"x": "crops"}``.  An
+        connect: for each stage after the first, a mapping from names of its inputs to names of outputs of
+            earlier stages.  With two stages it may be the one mapping, such as ``{"x": "crops"}``.  An
             input that is not named is connected to the output of the same name; of several, to the latest.
             If no name is equal, a single input is connected to the single output of the stage before.  All
             other inputs are inputs of the pipeline.
@@ -128,9 +128,9 @@ class Pipeline:
             wired[left[0]] = index - 1, before[0].name
         if not wired:
             raise ConfigError(
-                f"No output of an earlier stage has the name of an input of stage {index}. Name an output for an "
-                f"input, such as connect=[{{{(names or [''])[0]!r}: {before[0].name!r}}}]; stage {index} has the inputs "
-                f"{names}, and the stages before it have the outputs {sorted(offered)}."
+                f"No output of an earlier stage has the name of an input of stage {index}. Name an output for "
+                f"an input, such as connect=[{{{(names or [''])[0]!r}: {before[0].name!r}}}]; stage {index} has "
+                f"the inputs {names}, and the stages before it have the outputs {sorted(offered)}."
             )
         return wired
 
@@ -159,7 +159,7 @@ def pipeline(
 ) -> Pipeline:
     """Makes a :class:`Pipeline`, which has the arguments and the errors.
 
-    For example, ``pipeline(detector, reader, connect={"x": "crops"})`` feeds the detector's output ``crops`` to
-    the reader's input ``x``.
+    For example, ``pipeline(detector, reader, connect={"x": "crops"})`` feeds the detector's output ``crops``
+    to the reader's input ``x``.
     """
     return Pipeline(*stages, connect=connect)
