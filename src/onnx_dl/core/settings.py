@@ -31,7 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lane: str = "socket"
     """Transport of calls.  ``socket``: a Unix socket; ``zmq``: ZeroMQ, which control messages always use."""
     start: str = "fork"
-    """How workers start.  ``fork``: forked from a template process; ``exec``: each is a fresh interpreter."""
+    """Start of workers.  ``fork``: forked from a template process; ``exec``: each is a fresh interpreter."""
     load_timeout: _Seconds = 600.0
     """Time limit of a load.  A load that takes longer is ended, and raises ``LoadTimeout``."""
     start_timeout: _Seconds = 30.0
@@ -55,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stable_after: _Seconds = 10.0
     """Time after which a worker counts as stable.  If it dies later, the next load is not delayed."""
     cache: str = "on"
-    """Whether the load cache is used.  ``off``: it is neither read nor written."""
+    """Use of the load cache.  ``off``: it is neither read nor written."""
     cache_dir: str = ""
     """Folder of the load cache.  Default: ``onnx-dl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     cache_limit: int = 20 << 30

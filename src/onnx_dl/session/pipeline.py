@@ -128,9 +128,10 @@ class Pipeline:
             wired[left[0]] = index - 1, before[0].name
         if not wired:
             raise ConfigError(
-                f"No output of an earlier stage has the name of an input of stage {index}. Name an output for "
-                f"an input, such as connect=[{{{(names or [''])[0]!r}: {before[0].name!r}}}]; stage {index} has "
-                f"the inputs {names}, and the stages before it have the outputs {sorted(offered)}."
+                f"No output of an earlier stage has the name of an input of stage {index}. Name an output "
+                f"for an input, such as connect=[{{{(names or [''])[0]!r}: {before[0].name!r}}}]; "
+                f"stage {index} has the inputs {names}, and the stages before it have the outputs "
+                f"{sorted(offered)}."
             )
         return wired
 
