@@ -49,13 +49,13 @@ def default(field: str) -> str:
 
 
 def elsewhere(field: str) -> str:
-    """Other places where the same is set."""
+    """A sentence on other places where the same is set."""
     places = []
     if field in inspect.signature(ModelHost).parameters:
         places.append(f"`ModelHost({field}=)`")
     if field in HostTable.__struct_fields__:
         places.append(f"`{field}` in `host.toml`")
-    return ", ".join(places)
+    return f" Also {', '.join(places)}." if places else ""
 
 
 def split(text: str) -> tuple[str, str]:
@@ -69,15 +69,15 @@ def row(*cells: str) -> str:
 
 
 def table() -> str:
-    lines = row("variable", "value", "default", "meaning", "also") + row(*["---"] * 5)
+    lines = row("variable", "value", "default", "meaning") + row(*["---"] * 4)
     found = texts()
     for field in Settings.__struct_fields__:
         meaning, given = split(found[field])
         name = f"`ONNX_DL_{field.upper()}`"
-        lines += row(name, values(field), given or default(field), meaning, elsewhere(field))
+        lines += row(name, values(field), given or default(field), meaning + elsewhere(field))
     for name, text in settings.ELSEWHERE.items():
         meaning, given = split(" ".join(text.split()))
-        lines += row(f"`{name}`", "text", given, meaning, "")
+        lines += row(f"`{name}`", "text", given, meaning)
     internal = "".join(f"- `{name}`: {split(text)[0]}\n" for name, text in settings.INTERNAL.items())
     return f"\n{lines}\nonnx-dl sets these for its own processes. Do not set them:\n\n{internal}\n"
 
