@@ -21,13 +21,14 @@ WANTED = {
         "*/CHANGELOG.md",
         "*/tests/conftest.py",
         "*/docs/architecture.md",
+        "*/docs/conf.py",
         "*/src/onnx_dl/py.typed",
     ],
 }
 """Patterns that must be there, by suffix."""
 UNWANTED = {
     ".whl": ["tests/*", "benchmarks/*", "*.pyc", "examples/*"],
-    ".gz": ["*.pyc", "*/.git/*", "*/large.bin"],
+    ".gz": ["*.pyc", "*/.git/*", "*/large.bin", "*/_build/*"],
 }
 
 

@@ -34,6 +34,7 @@ from onnx_dl.errors import (
     SupervisorDied,
     SupervisorError,
     SupervisorStartError,
+    SupervisorTimeout,
     SupervisorUnreachable,
     UnloadTimeout,
     UnsupportedValueError,

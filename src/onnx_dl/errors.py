@@ -1,7 +1,6 @@
 """All errors that onnx-dl itself raises, with their attributes.
 
-:mod:`onnx_dl.protocol.failures` sends them to other processes.  Errors of onnxruntime are never wrapped:
-they arrive as onnxruntime's own classes with onnxruntime's own messages.
+Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classes with onnxruntime's messages.
 
 ::
 
@@ -83,7 +82,7 @@ class SharedMemoryError(OnnxDLError, MemoryError):
 
 class DescriptorsExhausted(OnnxDLError, OSError):
     """The application, or a process of onnx-dl, may have no more file descriptors.  Loaded models keep
-    working.  ``errno`` is EMFILE. :func:`onnx_dl.system.descriptor_limits.exhausted` makes one."""
+    working.  ``errno`` is EMFILE."""
 
     code = "descriptors-exhausted"
     errno = EMFILE
@@ -91,7 +90,7 @@ class DescriptorsExhausted(OnnxDLError, OSError):
 
 class ProcessesExhausted(OnnxDLError, OSError):
     """A process or thread cannot be started, because the system allows no more.  Loaded models keep working.
-    ``errno`` is EAGAIN. :func:`onnx_dl.concurrency.spawning.exhausted` makes one."""
+    ``errno`` is EAGAIN."""
 
     code = "processes-exhausted"
     errno = EAGAIN
@@ -150,8 +149,12 @@ class RunTimeout(OnnxDLError, TimeoutError):
 
 
 class RemoteError(OnnxDLError):
-    """A worker raised an exception of a class that this process does not have.  ``type_name`` is the
-    qualified name of the class, ``traceback`` the worker's traceback as text."""
+    """A worker raised an exception of a class that this process does not have.
+
+    Attributes:
+        type_name: qualified name of the class.
+        traceback: the worker's traceback as text.
+    """
 
     code = "remote"
 
@@ -230,8 +233,11 @@ class CapacityError(OnnxDLError, MemoryError):
 
 
 class WorkerError(OnnxDLError):
-    """A worker process failed.  ``retry_after``: seconds until the host tries this model again; 0 means at
-    once."""
+    """A worker process failed.
+
+    Attributes:
+        retry_after: seconds until the host loads this model again; 0 means at once.
+    """
 
     code = "worker"
 
@@ -275,8 +281,10 @@ class WorkerDied(WorkerError):
 class MemoryLimitExceeded(WorkerDied, MemoryError):
     """The worker ended itself during a run, because its own memory exceeded ``max_memory_hard``.
 
-    Attributes, in addition to those of :class:`WorkerDied`:
-        limit: bytes that it was allowed.
+    It has the attributes of :class:`WorkerDied`, and two more.
+
+    Attributes:
+        limit: bytes that the worker was allowed.
         used: bytes that it had when it noticed.
     """
 

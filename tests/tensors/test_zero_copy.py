@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnx_dl import ConfigError, InferenceSessionProxy, ModelHost, pipeline
+from tests.support import page_models
 from tests.support.waiting import worker_pid
 
 CPU = ["CPUExecutionProvider"]
@@ -215,9 +216,19 @@ def test_errors_of_a_pipeline(host: ModelHost, double: str, negate: str):
     with pytest.raises(ConfigError, match="one mapping for each"):
         pipeline(one, other, connect=[])
     with pytest.raises(ConfigError, match="names"):
-        pipeline(one, other, connect=[{"y": "nothing"}]).run(None, {"x": x})
+        pipeline(one, other, connect={"y": "nothing"}).run(None, {"x": x})
+    assert (pipeline(one, other, connect={"y": "y"}).run(None, {"x": x})[0] == -2).all()
     with pytest.raises(ConfigError, match="same host"):
         pipeline(one, InferenceSessionProxy(negate))
+
+
+def test_a_pipeline_whose_names_do_not_match_says_what_to_write(host: ModelHost) -> None:
+    detector, reader = host.open(page_models.detector()), host.open(page_models.reader())
+    with pytest.raises(ConfigError, match=r"connect=\[{'x': 'boxes'}\].*\['x'\].*\['boxes', 'crops'\]"):
+        pipeline(detector, reader).get_inputs()
+    image = np.ones((1, 3, 64, 64), np.float32)
+    (text,) = pipeline(detector, reader, connect={"x": "crops"}).run(None, {"image": image})
+    assert text.tolist() == ["1"] * 4
 
 
 def test_a_stage_that_is_unloaded_in_between_is_loaded_again(host: ModelHost, double: str, negate: str):

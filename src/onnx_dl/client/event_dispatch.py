@@ -22,9 +22,10 @@ _WARNINGS: Final = (EventType.THRASH, EventType.OUTDATED)
 
 
 class EventStream(Iterator[ModelEvent]):
-    """An iterator over events from the moment it was made; blocks until the next one or ``close()``.
+    """An iterator over the events since it was made.  It waits for the next event, or ``close()``.
 
-    It keeps at most ``limit`` events; beyond that the oldest are dropped, which shows as a gap in ``seq``.
+    It keeps 10,000 events that were not read yet.  Beyond that it drops the oldest, which shows as a gap in
+    the numbers ``seq``.
     """
 
     def __init__(self, bus: EventBus, limit: int) -> None:
@@ -43,8 +44,16 @@ class EventStream(Iterator[ModelEvent]):
             self._changed.put(None)
 
     def get(self, timeout: float | None = None) -> ModelEvent:
-        """The next event.  Raises TimeoutError after ``timeout`` seconds, StopIteration if the stream was
-        closed, and ReentrantUse in the thread that delivers events."""
+        """Waits for the next event.
+
+        Args:
+            timeout: seconds to wait; None: no limit.
+
+        Raises:
+            TimeoutError: ``timeout`` passed.
+            StopIteration: the stream is closed.
+            ReentrantUse: this is the thread that delivers events.
+        """
         deadline = Deadline(timeout)
         while True:
             with contextlib.suppress(IndexError):
@@ -66,7 +75,7 @@ class EventStream(Iterator[ModelEvent]):
         return self.get()
 
     def close(self) -> None:
-        """Ends the iteration once the events that already came are fetched."""
+        """Ends the iteration after the events that have already come."""
         self._bus.forget(self)
         self._closed = True
         self._wake()

@@ -80,8 +80,8 @@ class HostClient:
     def close(self) -> None:
         """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
 
-        A shared host stays, but lets go of all that this application holds.  Iterators from :meth:`events`
-        end after the last event.  A proxy of it that is used afterwards starts it again.
+        A shared host continues, without what this application held.  Iterators from :meth:`events` end after
+        the last event.  A proxy of this host that is used afterwards starts the host again.
         """
         self.link.close()
         self._buffers.trim()
@@ -90,8 +90,10 @@ class HostClient:
     def stop(self) -> None:
         """Ends the host and all its models, also for other applications; returns when it is gone.
 
-        Calls that run have a few seconds (``ONNX_DL_EXIT_GRACE``) to end.  Raises TimeoutError if the host is
-        still there after that.
+        Running calls have a few seconds (``ONNX_DL_EXIT_GRACE``) to end.
+
+        Raises:
+            TimeoutError: the host still runs after that.
         """
         pid = None if self.name is None else self.link.ask_to_end()
         self.close()
@@ -168,19 +170,20 @@ class HostClient:
         return answer
 
     def unload(self, model: str, *, force: bool = False, timeout: float | None = None) -> bool:
-        """Ends the workers of a model, for all its users, and returns when their memory is back.
+        """Ends the workers of a model, for all its users, and returns when their memory is free.
 
         Args:
-            model: its name as in :meth:`snapshot` or in the host's file, or its path; of a model in a group,
-                the group goes.
-            force: do not wait for calls that run; their callers get WorkerDied.
+            model: name of the model as in :meth:`snapshot` or in the host's file, or its path.  If the model
+                is in a group, the whole group is unloaded.
+            force: do not wait for running calls; their callers get WorkerDied.
+            timeout: seconds to wait for running calls; None: no limit.
 
         Returns:
-            Whether there was one.
+            True if the model was loaded.
 
         Raises:
-            UnloadTimeout: (a TimeoutError) calls still ran after ``timeout`` seconds; the unload happens when
-                they end.
+            UnloadTimeout: (a TimeoutError) calls still ran after ``timeout`` seconds; the model is unloaded
+                when they end.
             SupervisorTimeout: the supervisor does not answer.
         """
         if (connection := self.link.present()) is None:
@@ -196,7 +199,11 @@ class HostClient:
         return any(answer.was_loaded for answer in answers)
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-        """An array like ``numpy.empty``'s that any model of this host is fed without a copy.
+        """An array like ``numpy.empty``'s that models of this host read without a copy.
+
+        Args:
+            shape: as for ``numpy.empty``.
+            dtype: any dtype of fixed size.
 
         Raises:
             TypeError: the dtype has no fixed size.
@@ -209,7 +216,7 @@ class HostClient:
     # --- what happens -------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """All models, measured now.  Starts and loads nothing and touches no timer."""
+        """All models, measured now.  Starts nothing, loads nothing, and is not a use of a model."""
         try:
             if (connection := self.link.present()) is None:
                 return Snapshot(seq=0, supervisor_pid=None, models=[])
@@ -221,11 +228,18 @@ class HostClient:
         return Snapshot(**{field: getattr(status, field) for field in Snapshot.__struct_fields__})
 
     def events(self) -> EventStream:
-        """An iterator over events from now on; ``get(timeout)`` waits for one, ``close()`` ends it."""
+        """An iterator over the events from now on.
+
+        ``get(timeout)`` waits for one event, ``close()`` ends the iteration.
+        """
         return self._bus.stream()
 
     def on_event(self, callback: Callable[[ModelEvent], object]) -> Callable[[], None]:
-        """Calls ``callback`` with each event, in a thread of its own; returns a function that ends that."""
+        """Calls ``callback`` with each :class:`~onnx_dl.ModelEvent` from now on, in a thread of its own.
+
+        Returns:
+            A function that ends the calls.
+        """
         return self._bus.listen(callback)
 
 

@@ -42,7 +42,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         reason: why it is draining or unloaded: ``ttl``, ``request``, ``evicted``, ``recycled``,
             ``regrouped`` (a model joins its group), ``crash`` or ``exit``.
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
-        freed: unloaded: bytes that only this worker held, now returned to the system.
+        freed: unloaded: bytes that only this worker had, and that the system has again.
         detail: failed: what went wrong; outdated: the path of the file; thrash: which models, and how much
             of the time their loads took; unloaded: that its worker ended itself for its memory.
         retry_after: failed: seconds until the host will load the model again.

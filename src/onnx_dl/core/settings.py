@@ -19,56 +19,78 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of a host, from the environment.  Times are in seconds, sizes in bytes."""
+    """Settings of a host, from the environment.  Times are in seconds, sizes in bytes.
+
+    The docstrings of the fields become ``docs/settings.md`` (``.ci/settings_table.py``).  What follows
+    "Default:" goes into its own column.
+    """
 
     python: str = ""
-    """Interpreter of our processes.  Empty: one like the application's, or itself if it is frozen."""
+    """Path of the interpreter for onnx-dl's processes.  Default: one like the application's, or the
+    application itself if it is frozen."""
     lane: str = "socket"
-    """``socket``: calls go over a Unix socket, ZeroMQ carries control only; ``zmq``: calls use ZeroMQ too."""
+    """Transport of calls.  ``socket``: a Unix socket; ``zmq``: ZeroMQ, which control messages always use."""
     start: str = "fork"
-    """``fork``: workers are forked from a template process; ``exec``: each is a fresh interpreter."""
+    """Start of workers.  ``fork``: forked from a template process; ``exec``: each is a fresh interpreter."""
     load_timeout: _Seconds = 600.0
-    """Time limit of a load; a longer one is ended and raises LoadTimeout."""
+    """Time limit of a load.  A load that takes longer is ended, and raises ``LoadTimeout``."""
     start_timeout: _Seconds = 30.0
     """Time limit for the start of a supervisor, and for the answer to any single control message."""
     exit_grace: _Seconds = 5.0
     """Time that a drained worker has to exit before it is killed."""
     memory_limit: int | None = None
-    """Limit of all workers together.  None: four fifths of the memory of the machine or its cgroup."""
+    """Limit of the memory of all workers together.  Default: four fifths of the memory of the machine or its
+    cgroup."""
     gpu_memory_limit: int | None = None
-    """Limit of GPU memory of all workers together.  None: four fifths of the GPUs' memory, if NVML tells."""
+    """Limit of the GPU memory of all workers together.  Default: four fifths of the memory of the GPUs, if
+    NVML reports it."""
     room_timeout: _Seconds = 60.0
-    """Time that a load may wait until other models make room."""
+    """Time that a load waits until other models make room.  After that it raises ``CapacityError``."""
     host: str = ""
-    """Name of the shared host that serves this application.  Empty: a private host."""
+    """Name of the shared host that serves this application.  Default: none, it has its own host."""
     config: str = ""
-    """Path of a file that lists the host's models and limits; see docs/host-file.md."""
+    """Path of a file with the host's models and limits (``host.toml``).  Default: none."""
     linger: _Seconds = 60.0
-    """Time that a shared host in the background stays without clients and models."""
+    """Time after which a shared host in the background ends, if it has no clients and no models."""
     stable_after: _Seconds = 10.0
-    """A worker that was ready for longer does not count as one that keeps dying."""
+    """Time after which a worker counts as stable.  If it dies later, the next load is not delayed."""
     cache: str = "on"
-    """``off``: the load cache is neither read nor written."""
+    """Use of the load cache.  ``off``: it is neither read nor written."""
     cache_dir: str = ""
-    """Folder of the load cache.  Empty: ``onnx-dl`` in the user's cache folder."""
+    """Folder of the load cache.  Default: ``onnx-dl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     cache_limit: int = 20 << 30
-    """Size limit of the load cache; beyond it, the least recently used entries are removed."""
+    """Size limit of the load cache.  Beyond it, the entries that were not used for longest are removed."""
     cache_from: _Seconds = 0.15
     """Loads that take at least this long are saved in the load cache."""
     worker_stderr: str = "inherit"
-    """Target of stderr lines of a private host's workers.  ``inherit``: the application's stderr; ``log``:
-    the logger ``onnx_dl.worker``."""
+    """Target of the lines that workers of a private host write on stderr.  ``inherit``: the application's
+    stderr; ``log``: the logger ``onnx_dl.worker``."""
     metrics: str = ""
-    """Address at which the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``.  Empty: none."""
+    """Address at which the supervisor serves metrics over HTTP, such as ``127.0.0.1:9464``.  Default:
+    none."""
 
 
-_CHOICES: Final = {
+CHOICES: Final = {
     "start": ("fork", "exec"),
     "lane": ("socket", "zmq"),
     "cache": ("on", "off"),
     "worker_stderr": WORKER_STDERR,
 }
-_SIZE_FIELDS: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
+SIZES: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
+
+ELSEWHERE: Final = {
+    "ONNX_DL_RUNTIME_DIR": (
+        "Folder of the files of shared hosts: addresses, secrets, logs.  Its mode must be 0700.  Default: "
+        "``onnx-dl`` in ``$XDG_RUNTIME_DIR``, or ``onnx-dl-UID`` in a folder for temporary files."
+    ),
+}
+"""Variables that are no field of :class:`Settings`, and what they mean."""
+INTERNAL: Final = {
+    "ONNX_DL_FREEZE_SUPPORT": "``freeze_support()`` leaves here that it was called.",
+    "ONNX_DL_RUN": "``onnx-dl run`` hands its options to the program here.",
+    "ONNX_DL_RUN_PYTHONPATH": "``onnx-dl run`` keeps the program's ``PYTHONPATH`` here.",
+}
+"""Variables that onnx-dl sets for its own processes."""
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -86,9 +108,9 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def _parse_field(variable: str, field: str, text: str) -> str | int:
-    if text not in (choices := _CHOICES.get(field, (text,))):
+    if text not in (choices := CHOICES.get(field, (text,))):
         raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
-    if field in _SIZE_FIELDS:
+    if field in SIZES:
         return parse_size(text)
     if field == "config":
         return os.path.abspath(text)

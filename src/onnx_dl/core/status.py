@@ -40,13 +40,18 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Memory of one worker in bytes.
+    """Memory of one worker, in bytes.
 
-    ``private`` is held by this process only (USS); ``shared`` is held by its callers' lanes for tensors;
-    ``pss`` is resident memory in which pages that processes share count in part; ``peak`` is the kernel's
-    high-water mark: of the load when the model has just become ready, of runs after that (the mark is reset
-    when the model is ready, and from time to time).  ``gpu_estimated``: the driver has no figure for this
-    process; ``gpu`` is then the decrease of free device memory during the load.
+    Attributes:
+        rss: resident memory, including what it shares with other processes.
+        private: memory that only this process has (USS).
+        gpu: GPU memory; None without a GPU.
+        shared: memory for tensors that it shares with its callers.
+        pss: resident memory, in which a page of several processes counts in part.
+        peak: the highest ``rss`` according to the kernel.  Of the load, when the model has just become ready;
+            of runs, after that.  The kernel's mark is reset when the model is ready, and now and then.
+        gpu_estimated: True if the driver has no figure for this process.  ``gpu`` is then the decrease of
+            free device memory during the load.
     """
 
     rss: int = 0
@@ -59,13 +64,27 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Status of one model in a snapshot; ``str()`` of it is one line.
+    """One model of a :class:`Snapshot`; ``str()`` of it is one line.
 
-    ``leases`` counts the proxies that hold the model; ``ttl`` is the TTL in force, in seconds (-1: stays);
-    ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
-    ``session()`` blocks under way, ``idle`` is the seconds since its last use (None: in use, or not used
-    yet), ``runs`` counts the calls that it has answered, ``p50`` is the median of the seconds that they took;
-    ``members`` are the names of the models of a group, by key.
+    Attributes:
+        model: the model's path, ``bytes:<digest>``, or ``group:<name>`` of several in one worker.
+        key: identity of the model with its options and providers.
+        state: where the model is in its life.
+        worker_id: identity of the present worker; None without one.
+        pid: process id of the present worker; None without one.
+        leases: number of proxies that hold the model.
+        ttl: TTL in force, in seconds; -1: stays; None: there is no worker.
+        usage: memory of the present worker.
+        loads: number of workers that became ready.
+        failures: number of failures in a row.
+        retry_after: seconds until the host loads a failed model again; 0: at once.
+        pinned: True if the model is not evicted to make room for others.
+        priority: models of lower priority are evicted first.
+        busy: number of calls and ``session()`` blocks that the present worker serves now.
+        idle: seconds since the last use of the present worker; None: in use, or not used yet.
+        runs: number of calls that the present worker has answered.
+        p50: median duration of these calls, in seconds; None before the first.
+        members: names of the models of a group, by key.
     """
 
     model: str
@@ -94,25 +113,30 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """All models at one moment.  Events with a larger ``seq`` came later.
+    """All models of a host at one moment.  ``print(snapshot)`` shows a table, a notebook one of HTML.
 
-    ``print(snapshot)`` shows a table of 80 columns, and a notebook one of HTML.
+    Attributes:
+        seq: number of the last event before this moment; events with a larger number came later.
+        supervisor_pid: process id of the supervisor; None if none runs.
+        models: the host's models.
+        host: name of a shared host; None: a private one.
+        memory_limit: bytes that all workers together may take.
+        memory_in_use: bytes of ``memory_limit`` that are taken or reserved: the PSS of the workers, or what
+            they are known to take in runs if that is more; loads in progress; workers that are ending.
+        metrics: host and port where the supervisor serves metrics (``ONNX_DL_METRICS``); None: nowhere.
+        gpu_memory_limit: bytes of GPU memory that all workers together may take; None: no limit, or no model
+            was loaded on a GPU yet.
+        gpu_memory_in_use: bytes of ``gpu_memory_limit`` that are taken or reserved.
     """
 
     seq: int
     supervisor_pid: int | None
     models: list[ModelStatus]
     host: str | None = None
-    """Name of a shared host."""
     memory_limit: int | None = None
-    """Bytes that all workers together may take."""
     memory_in_use: int = 0
-    """Bytes of it that are taken or reserved: PSS of the workers or, if that is more, what they are known to
-    take in runs; loads in progress; workers that are ending."""
     metrics: str | None = None
-    """Host and port where the supervisor serves metrics (``ONNX_DL_METRICS``)."""
     gpu_memory_limit: int | None = None
-    """Like ``memory_limit``, for GPU memory; None: no limit, or nothing was to be loaded on a GPU so far."""
     gpu_memory_in_use: int = 0
 
     def __str__(self) -> str:

@@ -14,26 +14,28 @@ from onnx_dl.host.model_host import ModelHost
 
 
 def default_host() -> ModelHost:
-    """The host of every proxy that names no other: this application's own, or the shared one that
-    ``ONNX_DL_HOST`` names."""
+    """The host of all proxies that are made without ``host=``.
+
+    It is this application's own, or the shared host that ``ONNX_DL_HOST`` names.
+    """
     return _model_host(host_registry.default_host())
 
 
 def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
-    """A host that all applications of this user share: the one of this name, found or started.
+    """Connects to a host that all applications of this user share, and starts it if it does not run.
 
-    One that is started here runs in the background, with this application's ``ONNX_DL_*`` settings and its
-    Python environment, until it has had no client and no model for a minute (``ONNX_DL_LINGER``).  When it is
-    restarted, calls go on with the new one; only those that the old one had begun raise SupervisorDied.
+    A host that is started here runs in the background, with this application's ``ONNX_DL_*`` settings and
+    Python environment, until it has had no client and no model for a minute (``ONNX_DL_LINGER``).  If it is
+    restarted, calls continue at the new one; only calls that had begun at the old one raise SupervisorDied.
 
     Args:
-        name: None: what ``ONNX_DL_HOST`` says, or else ``"default"``.
-        start: whether to start it if there is none.
+        name: name of the host; None: the name in ``ONNX_DL_HOST``, or ``"default"``.
+        start: whether to start the host if it does not run.
 
     Raises:
-        ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
-        SupervisorError: there is none, and it is not to be started.
-        SupervisorStartError: it does not come up, or refuses us.
+        ConfigError: (a ValueError) the name is not valid.
+        SupervisorError: the host does not run, and ``start`` is False.
+        SupervisorStartError: the host did not start, or refused the connection.
     """
     if name is None:
         name = settings().host or DEFAULT_HOST
@@ -43,10 +45,12 @@ def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
 
 
 def warm_up() -> threading.Thread:
-    """Starts the default host's processes in the background, while the application is still busy.
+    """Starts the default host's processes in the background, for example while the program still imports.
 
-    The first use of a model then need not wait for them, and raises what went wrong.  Returns the thread,
-    for ``join()``.
+    The first use of a model then does not wait for them.  If they cannot start, that use raises the error.
+
+    Returns:
+        The thread that starts them, for ``join()``.
     """
     host = default_host()
 

@@ -26,11 +26,11 @@ from onnx_dl.session.proxy import ModelProxy
 
 
 class ModelHost(HostClient):
-    """One supervisor process and what this application has in it.
+    """One supervisor process, and what this application has in it.
 
-    Starts nothing until the first model is used or :meth:`start` is called.  Use it as a context manager, or
-    :meth:`close` it; the interpreter's exit closes it too.  One that several applications share comes from
-    :func:`connect`.
+    Nothing is started until the first model is used or :meth:`start` is called.  The end of a ``with`` block,
+    :meth:`close` and the exit of the interpreter end it.  :func:`connect` returns a host that several
+    applications share.
     """
 
     def __init__(
@@ -44,19 +44,18 @@ class ModelHost(HostClient):
         """
         Args:
             memory_limit: bytes that all workers together may take, as a number or as text such as ``"2GiB"``;
-                None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
-            gpu_memory_limit: the same of GPU memory (``ONNX_DL_GPU_MEMORY_LIMIT``); without it, four fifths
-                of what all GPUs have, if NVML tells it.
-            config: a file that says which models the host has and what they may take (docs/host-file.md);
-                None: what ``ONNX_DL_CONFIG`` says.  It is read when the supervisor starts, which raises if it
-                cannot be used, and again whenever it changes.
-            worker_stderr: where lines go that workers write on stderr: ``"inherit"``, to this application's
-                stderr as it is at that moment; ``"log"``, to the logger ``onnx_dl.worker``; None: what
-                ``ONNX_DL_WORKER_STDERR`` says.
+                None: ``ONNX_DL_MEMORY_LIMIT``, or four fifths of the memory of the machine or its cgroup.
+            gpu_memory_limit: the same for GPU memory; None: ``ONNX_DL_GPU_MEMORY_LIMIT``, or four fifths of
+                the memory of all GPUs, if NVML reports it.
+            config: path of a file with the host's models and limits (docs/host-file.md); None:
+                ``ONNX_DL_CONFIG``.  It is read when the supervisor starts, and again whenever it changes.
+                The start fails if the file is not valid.
+            worker_stderr: target of the lines that workers write on stderr.  ``"inherit"``: this
+                application's stderr; ``"log"``: the logger ``onnx_dl.worker``; None:
+                ``ONNX_DL_WORKER_STDERR``.
 
         Raises:
-            ValueError: (as :class:`~onnx_dl.errors.ConfigError`) one is no size, or ``worker_stderr`` neither
-                of its two.
+            ConfigError: (a ValueError) an argument is not valid.
         """
         limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
         given: dict[str, str | int] = {
@@ -102,12 +101,12 @@ class ModelHost(HostClient):
 
         Args:
             proxies: proxies of this host; each holds its model from then on, as after its first call.
-            progress: called in this thread as ``progress(proxy, ready, total)`` when one more is ready.
-            timeout: seconds for all of them; loads that take longer go on.
+            progress: is called in this thread as ``progress(proxy, ready, total)`` when a model is ready.
+            timeout: seconds for all loads together; loads that take longer continue.
 
         Raises:
-            ExceptionGroup: some did not load; it holds what each raised, LoadTimeout for one, with a note
-                that names the model.  The others are ready.
+            ExceptionGroup: some models did not load.  It has one error per model, such as LoadTimeout, with a
+                note that names the model.  The other models are ready.
         """
         waiting = list(proxies)
         failed: list[Exception] = []
@@ -138,13 +137,18 @@ class ModelHost(HostClient):
             raise ExceptionGroup(f"{len(failed)} of {len(waiting)} models did not load", failed)
 
     def open(self, model: str | bytes | os.PathLike[str], *args: Any, **kwargs: Any) -> InferenceSessionProxy:
-        """A proxy of a model in this host: :class:`~onnx_dl.InferenceSessionProxy` with its arguments, for
-        example ``host.open("a.onnx", ttl=60, pin=False, priority=0)``.
+        """Makes a proxy of a model in this host, for example ``host.open("a.onnx", ttl=60)``.
 
-        A name that is no file is looked up in the host's own (``host.toml``), which says how the model is
-        loaded; only ``ttl``, ``pin``, ``priority`` and ``latency`` may then be given, in its place.
+        Args:
+            model: path of a file, or the model as bytes; or the name of a model in the host's file
+                (``host.toml``), which then says how the model is loaded.
+            *args: as for :class:`~onnx_dl.InferenceSessionProxy`.
+            **kwargs: as for :class:`~onnx_dl.InferenceSessionProxy`; with a name only ``ttl``, ``pin``,
+                ``priority`` and ``latency``, which override the file's.
 
-        Raises: like the proxy's constructor.
+        Raises:
+            ConfigError: another argument was given with a name.
+            Exception: as :class:`~onnx_dl.InferenceSessionProxy`.
         """
         if not (self.has_names and isinstance(model, str) and not os.path.exists(model)):
             return InferenceSessionProxy(model, *args, host=self, **kwargs)
@@ -166,19 +170,21 @@ class ModelHost(HostClient):
         priority: int | None = None,
         environment: Mapping[str, str | None] | None = None,
     ) -> ModelStatus:
-        """Loads a model and has the host itself hold it, also when this application is gone.
+        """Loads a model that the host itself holds, also after this application has ended.
 
         Args:
-            model: a path, or a name in the host's file.
-            ttl: seconds without use after which it unloads all the same; -1: never; None: what the host's
-                file says of a name, else never.
-            pin, priority: as a proxy's; None: what the host's file says.
-            environment: as a proxy's, of a path.
+            model: path of a file, or the name of a model in the host's file.
+            ttl: seconds without use after which the model is unloaded; -1: never; None: as in the host's
+                file, or never.
+            pin: as for :class:`~onnx_dl.InferenceSessionProxy`; None: as in the host's file.
+            priority: as for :class:`~onnx_dl.InferenceSessionProxy`; None: as in the host's file.
+            environment: as for :class:`~onnx_dl.InferenceSessionProxy`; not with a name.
 
         Returns:
-            Its status.
+            The model's status.
 
-        Raises: like the model's first call.
+        Raises:
+            Exception: as the model's first call.
         """
         terms = {"ttl": ttl, "pin": pin, "priority": priority, "environment": environment or None}
         given = {name: value for name, value in terms.items() if value is not None}

@@ -42,9 +42,11 @@ class Unpatched(NamedTuple):
     """A session that lives in this process although :func:`patch` is in force."""
 
     model: str
+    """Path of the model, as it was given."""
     reason: str
+    """Reason why the model is in this process."""
     where: str
-    """File and line that made it, as far as it is known."""
+    """File and line that made the session, if known."""
 
     def __str__(self) -> str:
         return f"{self.model}: in-process, because {self.reason} ({self.where})"
@@ -104,8 +106,10 @@ def patch(
     """Has ``onnxruntime.InferenceSession`` open models in workers, in all code of this process.
 
     Args:
-        ttl, latency, eager, environment: as for :class:`~onnx_dl.InferenceSessionProxy`; but ``eager`` is
-            True, because packages may catch onnxruntime's errors where they make the session.
+        ttl: as for :class:`~onnx_dl.InferenceSessionProxy`.
+        latency: as for :class:`~onnx_dl.InferenceSessionProxy`.
+        eager: load a model when its session is made, because packages may catch onnxruntime's errors there.
+        environment: as for :class:`~onnx_dl.InferenceSessionProxy`.
         models: settings of single models by glob of path or file name, for example
             ``{"vad*.onnx": {"ttl": -1}, "tiny*": {"in_process": True}}``; of several that match, the later
             counts.
@@ -137,7 +141,7 @@ def unpatch() -> None:
 
 
 def unpatched_report() -> list[Unpatched]:
-    """Sessions that live in this process although they might not, with the reason."""
+    """Sessions that live in this process although a worker could have them, each with the reason."""
     onnxruntime = sys.modules.get("onnxruntime")
     if onnxruntime is None:
         return []

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 class NodeArg:
-    """An input, output or initializer of a model, like ``onnxruntime.NodeArg``; read-only.
-
-    ``shape`` holds an int for a fixed dimension, a name for a symbolic one and None for an unknown one.
-    """
+    """An input, output or initializer of a model, like ``onnxruntime.NodeArg``; read-only."""
 
     __slots__ = ("_spec",)
 
@@ -27,6 +24,7 @@ class NodeArg:
 
     @property
     def name(self) -> str:
+        """Name in the model, the key of a feed."""
         return self._spec.name
 
     @property
@@ -36,6 +34,7 @@ class NodeArg:
 
     @property
     def shape(self) -> list[int | str | None]:
+        """An int for a fixed dimension, a name for a symbolic one, None for an unknown one."""
         return list(self._spec.shape)
 
     def __str__(self) -> str:
@@ -67,13 +66,18 @@ class AssignedNode:
 
 
 class AssignedSubgraph:
-    """A subgraph that is assigned to an execution provider, like ``onnxruntime.OrtEpAssignedSubgraph``."""
+    """A subgraph that is assigned to an execution provider, like ``onnxruntime.OrtEpAssignedSubgraph``.
+
+    Attributes:
+        ep_name: name of the provider.
+    """
 
     def __init__(self, ep_name: str, nodes: list[list[str]]) -> None:
         self.ep_name = ep_name
         self._nodes = [AssignedNode(*node) for node in nodes]
 
     def get_nodes(self) -> list[AssignedNode]:
+        """The nodes of the subgraph."""
         return self._nodes
 
 

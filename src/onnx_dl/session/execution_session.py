@@ -36,19 +36,22 @@ class ExecutionSession(ModelProxy):
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
         host: the :class:`~onnx_dl.host.model_host.ModelHost` to use instead of the application's own.
         latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.
-        pin, priority: what makes room for others; see :class:`~onnx_dl.InferenceSessionProxy`.
-        max_memory, max_memory_hard, max_runs: when a worker is replaced between two runs, or ended during
-            one; see :class:`~onnx_dl.InferenceSessionProxy`.
+        pin: the model is not evicted to make room for others.
+        priority: models of lower priority are evicted first.
+        max_memory: bytes after a run above which the worker is replaced; see
+            :class:`~onnx_dl.InferenceSessionProxy`.
+        max_memory_hard: bytes above which the worker is ended during a run; see
+            :class:`~onnx_dl.InferenceSessionProxy`.
+        max_runs: number of runs after which the worker is replaced.
         group: models that name the same share one worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         environment: variables for this model's worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
-        eager: load the model now, so that what is wrong with it is raised here.
+        eager: load the model now, so that errors are raised here.
 
     Raises:
         FileNotFoundError: there is no such file.
         EngineError: it is no compiled model.  Unless ``eager``, that is found at first use.
-        ValueError: ``ttl`` is none of the three modes, ``latency`` neither of the two, a limit none, or a
-            variable cannot be set.
+        ConfigError: (a ValueError) an argument is not valid; the message names it.
     """
 
     def __init__(

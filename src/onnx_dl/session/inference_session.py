@@ -53,7 +53,7 @@ class InferenceSessionProxy(OrtValueProxy):
             for at most 0.3 ms before they sleep: two wake-ups fewer per call, two busy cores meanwhile.  For
             small inputs and results; with megabytes it can be slower.  ``"normal"``: no polling.
         pin: the model is not evicted to make room for others while this proxy holds it.
-        priority: of models that are idle, those of a lower one are evicted first.
+        priority: idle models of lower priority are evicted first.
         max_memory: bytes, or text such as ``"300MB"``: a worker with more private memory after a call is
             replaced before the next call.  Callers see no error.  Its peak is this limit and one run's need.
         max_memory_hard: bytes or text: a worker with more than that during a run is ended, and its callers
@@ -70,10 +70,10 @@ class InferenceSessionProxy(OrtValueProxy):
             others are ignored, as onnxruntime does, with a warning if a name is close to one of these.
 
     Raises:
-        ValueError: a term or a limit is not allowed; the message names it.
+        ConfigError: (a ValueError) an argument is not valid; the message names it.
         TypeError: the model is neither a path nor bytes.
-        ConfigError: an option cannot reach a worker, or a variable cannot be set; the message names it.
-        onnxruntime's NoSuchFile: there is no such file.  Unless ``eager``, a file that is not a model is
+        ConfigError: an option cannot be sent to a worker, or a variable cannot be set; the message names it.
+        NoSuchFile: (onnxruntime's) there is no such file.  Unless ``eager``, a file that is not a model is
             refused at first use.
     """
 
@@ -194,10 +194,15 @@ class InferenceSessionProxy(OrtValueProxy):
         *,
         timeout: float | None = None,
     ) -> None:
-        """Returns at once; ``callback(results, user_data, error)`` is called in a thread that all callbacks
-        share.  For coroutines there is :meth:`arun`.
+        """Starts one inference and returns at once.  Coroutines use :meth:`arun` instead.
 
         Args:
+            output_names: as for :meth:`run`.
+            input_feed: as for :meth:`run`.
+            callback: is called as ``callback(results, user_data, error)``, in a thread that all callbacks
+                share.  ``error`` is an empty text if the run succeeded.
+            user_data: any object, for the callback.
+            run_options: as for :meth:`run`.
             timeout: seconds after which the run is told to end, and the callback gets that error.
 
         Raises:

@@ -22,10 +22,11 @@ class Pipeline:
 
     Args:
         stages: proxies of one host, in order.
-        connect: for each stage after the first, the outputs of earlier stages by the names of its inputs.
-            Inputs that are not named there are connected by equal names (of several, the latest counts);
-            where no name is equal, a single input to the single output of the stage before.  All other
-            inputs are the pipeline's.
+        connect: for each stage after the first, a mapping from names of its inputs to names of outputs of
+            earlier stages.  With two stages it may be the one mapping, such as ``{"x": "crops"}``.  An
+            input that is not named is connected to the output of the same name; of several, to the latest.
+            If no name is equal, a single input is connected to the single output of the stage before.  All
+            other inputs are inputs of the pipeline.
 
     Raises:
         ConfigError: there is no stage, the stages are of different hosts, or ``connect`` has another length.
@@ -33,10 +34,14 @@ class Pipeline:
     """
 
     def __init__(
-        self, *stages: InferenceSessionProxy, connect: Sequence[Mapping[str, str]] | None = None
+        self,
+        *stages: InferenceSessionProxy,
+        connect: Sequence[Mapping[str, str]] | Mapping[str, str] | None = None,
     ) -> None:
         if not stages:
             raise ConfigError("A pipeline needs at least one model.")
+        if isinstance(connect, Mapping):
+            connect = [connect]
         if connect is not None and len(connect) != len(stages) - 1:
             raise ConfigError(
                 f"connect= needs one mapping for each of the {len(stages) - 1} stages after the first; "
@@ -123,8 +128,10 @@ class Pipeline:
             wired[left[0]] = index - 1, before[0].name
         if not wired:
             raise ConfigError(
-                f"No output of an earlier stage feeds stage {index}, whose inputs are {names}; name one "
-                f"in connect=. There are {sorted(offered)}."
+                f"No output of an earlier stage has the name of an input of stage {index}. Name an output "
+                f"for an input, such as connect=[{{{(names or [''])[0]!r}: {before[0].name!r}}}]; "
+                f"stage {index} has the inputs {names}, and the stages before it have the outputs "
+                f"{sorted(offered)}."
             )
         return wired
 
@@ -148,6 +155,12 @@ class Pipeline:
             raise ValueError(f"Invalid input name: {strange[0]}; the pipeline has {names}.")
 
 
-def pipeline(*stages: InferenceSessionProxy, connect: Sequence[Mapping[str, str]] | None = None) -> Pipeline:
-    """A :class:`Pipeline` of these stages."""
+def pipeline(
+    *stages: InferenceSessionProxy, connect: Sequence[Mapping[str, str]] | Mapping[str, str] | None = None
+) -> Pipeline:
+    """Makes a :class:`Pipeline`, which has the arguments and the errors.
+
+    For example, ``pipeline(detector, reader, connect={"x": "crops"})`` feeds the detector's output ``crops``
+    to the reader's input ``x``.
+    """
     return Pipeline(*stages, connect=connect)

@@ -27,7 +27,7 @@ from onnx_dl.tensors import segment, shared_bytes
 
 
 class ModelProxy:
-    """A model that lives in a process of its own.  All proxies of one :class:`ModelSpec` share it."""
+    """A model that lives in a process of its own.  All proxies of one ``ModelSpec`` share it."""
 
     _handle: ModelHandle
 
@@ -58,7 +58,7 @@ class ModelProxy:
 
     @property
     def is_loaded(self) -> bool:
-        """True if a worker has the model ready now.  Never loads it, and does not count as a use."""
+        """True if a worker has the model ready now.  Reading this never loads the model, and is not a use."""
         model = self._handle.host.known_model(self._handle.spec.key)
         status = model.status(measure=False) if model is not None else None
         if status is None or status.state is not ModelState.READY:

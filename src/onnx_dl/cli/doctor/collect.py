@@ -26,8 +26,6 @@ _BUDGET: Final = 9.0
 """Seconds for all trials together."""
 _IMPORT: Final = 5.0
 """Seconds of these for the import of onnxruntime, before providers are tried."""
-_NO_SETTINGS: Final = frozenset({"ONNX_DL_RUNTIME_DIR"})
-"""Variables that are read, but are not fields of Settings."""
 
 
 def examine() -> list[checks.Finding]:
@@ -80,7 +78,8 @@ def _settings(environ: Mapping[str, str]) -> tuple[settings.Settings, str]:
 
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """``ONNX_DL_*`` variables that nothing reads, each with a similar known name, or an empty text."""
-    known = {f"ONNX_DL_{field.upper()}" for field in settings.Settings.__struct_fields__} | _NO_SETTINGS
+    known = {f"ONNX_DL_{field.upper()}" for field in settings.Settings.__struct_fields__}
+    known |= settings.ELSEWHERE.keys() | settings.INTERNAL.keys()
     strange = sorted(name for name in environ if name.startswith("ONNX_DL_") and name not in known)
     return {name: "".join(difflib.get_close_matches(name, known, 1, 0.85)) for name in strange}
 
