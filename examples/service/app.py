@@ -192,7 +192,8 @@ async def readyz() -> dict[str, str]:
 
 @app.get("/models")
 def models() -> Response:
-    """The host's snapshot: models, states, memory. FastAPI calls `def` functions in a thread: this one waits."""
+    """The host's snapshot: models, states, memory."""
+    # Not `async def`: it waits for the host's answer, so FastAPI has to call it in a thread.
     return Response(msgspec.json.encode(HOST.snapshot()), media_type="application/json")
 
 

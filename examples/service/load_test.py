@@ -1,7 +1,7 @@
 """Send frames to the service from many clients at once; print latencies, throughput and memory.
 
-Usage: ``python load_test.py [--url URL] [--clients 8] [--requests 400] [--images 4]``. The exit code is 1 if a
-request failed or the memory limit did not hold.
+Usage: ``python load_test.py [--url URL] [--clients 8] [--requests 400] [--images 4]``. The exit code is 1 if
+a request failed or the memory limit did not hold.
 """
 
 import argparse

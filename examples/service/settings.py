@@ -17,10 +17,10 @@ class Settings:
     detector_model: str = str(MODELS / "detector.onnx")
     reader_model: str = str(MODELS / "reader.onnx")
     quality_model: str = str(MODELS / "quality.onnx")
-    detector_ttl: str = "-1"
+    detector_ttl: float = -1.0
     """Seconds without use after which a model is unloaded; -1: it stays."""
-    reader_ttl: str = "60"
-    quality_ttl: str = "0"
+    reader_ttl: float = 60.0
+    quality_ttl: float = 0.0
     """0: it is unloaded after each use."""
     timeout: float = 5.0
     """Seconds that one request may take once its images are here."""
