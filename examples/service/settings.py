@@ -24,15 +24,16 @@ class Settings:
     """0: it is unloaded after each use."""
     timeout: float = 5.0
     """Seconds that one request may take once its images are here."""
-    batch_size: int = 8
-    """Frames that the detector gets at once."""
+    batch_size: int = 4
+    """Frames that the detector gets at once. A run needs about 11 MB for each frame."""
     max_images: int = 32
     """Images of one request."""
     max_request_bytes: int = 32 * 1024 * 1024
     max_pixels: int = 25_000_000
     """Pixels of one image: a small file can hold a very large image."""
-    max_active: int = 4
-    """Requests that have their images in memory at a time; others wait for their turn."""
+    max_active: int = 2
+    """Requests that have their images in memory at a time; others wait for their turn. Together with
+    ``batch_size`` this bounds the memory that runs need."""
 
 
 def from_environment() -> Settings:
