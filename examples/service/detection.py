@@ -99,13 +99,16 @@ class Detector:
 
     async def detect(self, frames: Frames, deadline: Deadline) -> list[Found]:
         """Find and read the digits of all frames, in batches of ``batch_size``."""
-        size = self._settings.batch_size
         found: list[Found] = []
-        for start in range(0, len(frames.pixels), size):
-            part = slice(start, start + size)
+        for part in self._batches(frames):
             batch = Frames(frames.pixels[part], frames.fits[part], frames.decode[part])
             found += await self._detect_batch(batch, deadline)
         return found
+
+    def _batches(self, frames: Frames) -> list[slice]:
+        """Parts of ``batch_size`` frames: they bound the memory that one run needs."""
+        size = self._settings.batch_size
+        return [slice(start, start + size) for start in range(0, len(frames.pixels), size)]
 
     async def _detect_batch(self, frames: Frames, deadline: Deadline) -> list[Found]:
         began = time.perf_counter()
@@ -145,9 +148,15 @@ class Detector:
         return labels, probabilities.max(axis=1)
 
     async def quality(self, frames: Frames, deadline: Deadline) -> list[Quality]:
-        """Brightness, contrast and sharpness of each frame, by a model that is loaded for this call."""
-        columns = await self.quality_model.arun(None, {"frames": frames.pixels}, timeout=deadline.left())
-        return [Quality(*(round(float(value), 5) for value in row)) for row in zip(*columns, strict=True)]
+        """Brightness, contrast and sharpness of each frame. With ``ttl=0`` each batch loads the model."""
+        measured: list[Quality] = []
+        for part in self._batches(frames):
+            columns = await self.quality_model.arun(
+                None, {"frames": frames.pixels[part]}, timeout=deadline.left()
+            )
+            rows = zip(*columns, strict=True)
+            measured += [Quality(*(round(float(value), 5) for value in row)) for row in rows]
+        return measured
 
 
 def _milliseconds(began: float) -> float:
