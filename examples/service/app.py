@@ -135,7 +135,7 @@ async def turn(deadline: Deadline) -> AsyncIterator[float]:
 
 Images = Annotated[list[UploadFile], File(description="JPEG, PNG, WebP or BMP files")]
 Seconds = Annotated[
-    float, Query(gt=0, le=SETTINGS.timeout, description="least patient: the client's own limit")
+    float, Query(gt=0, le=SETTINGS.timeout, description="seconds that the client is willing to wait")
 ]
 
 
