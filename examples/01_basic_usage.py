@@ -1,4 +1,4 @@
-"""Load a model on first use, run it, unload it.  No `if __name__ == "__main__"` is needed."""
+"""Load a model on first use, run it, unload it. No `if __name__ == "__main__"` is needed."""
 
 from onnx_dl import InferenceSessionProxy
 from onnx_dl.demo.assets import load_samples, model_path

@@ -7,7 +7,7 @@ from onnx_dl import InferenceSessionProxy, default_host
 from onnx_dl.demo.assets import load_samples, model_path
 
 logging.basicConfig(format="%(message)s")
-logging.getLogger("onnx_dl").setLevel(logging.INFO)  # the events, on stderr
+logging.getLogger("onnx_dl").setLevel(logging.INFO)  # shows loads and unloads on stderr
 
 samples = load_samples()["wine"]
 proxies = [InferenceSessionProxy(model_path("wine"), ttl=60) for _ in range(4)]

@@ -1,6 +1,6 @@
-"""A program that knows onnxruntime only, with its models in workers.
+"""Run the models of a program that uses onnxruntime in workers.
 
-The same from the command line, without a word in the program:
+From the command line, this needs no change of the program:
 
     onnx-dl run --ttl 60 program.py
 """
@@ -13,7 +13,7 @@ from onnx_dl.demo.assets import load_samples, model_path
 
 
 class Classifier:
-    """What somebody else wrote, who never heard of onnx-dl."""
+    """Code that does not know onnx-dl."""
 
     def __init__(self, model: str) -> None:
         self.session = InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -24,9 +24,9 @@ class Classifier:
 
 if __name__ == "__main__":
     rows = load_samples()["wine"].inputs
-    at_home = Classifier(str(model_path("wine")))
+    in_process = Classifier(str(model_path("wine")))
     with onnx_dl.patch(ttl=60, models={"digits*": {"ttl": -1}}):
-        apart = Classifier(str(model_path("wine")))
-    print("equal results:", at_home(rows).tolist() == apart(rows).tolist())
+        in_worker = Classifier(str(model_path("wine")))
+    print("equal results:", in_process(rows).tolist() == in_worker(rows).tolist())
     for status in onnx_dl.default_host().snapshot().models:
         print(f"{status.model.rsplit('/', 1)[-1]} is {status.state.value} in process {status.pid}")

@@ -1,13 +1,13 @@
-"""More models than memory: idle ones make room for those that are called."""
+"""More models than memory: idle models are unloaded when another one needs the memory."""
 
 from onnx_dl import EventType, ModelHost
 from onnx_dl.demo.assets import load_samples, model_path
 
 NAMES = ("digits", "wine", "diabetes")
-gone = []
+unloaded = []
 
 with ModelHost(memory_limit="60MB") as host:  # two of the three fit
-    host.on_event(lambda event: gone.append(event) if event.type is EventType.UNLOADED else None)
+    host.on_event(lambda event: unloaded.append(event) if event.type is EventType.UNLOADED else None)
     proxies = {name: host.open(model_path(name)) for name in NAMES}
     for name in NAMES * 2:
         samples = load_samples()[name]
@@ -18,5 +18,5 @@ with ModelHost(memory_limit="60MB") as host:  # two of the three fit
             f"{name}: {now.memory_in_use / 1e6:.0f} of {now.memory_limit / 1e6:.0f} MB, {', '.join(loaded)}"
         )
 
-evicted = sum(event.reason == "evicted" for event in gone)
+evicted = sum(event.reason == "evicted" for event in unloaded)
 print(f"every call was answered, {evicted} times a model made room: {evicted > 0}")

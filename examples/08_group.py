@@ -3,7 +3,7 @@
 from onnx_dl import InferenceSessionProxy, default_host
 from onnx_dl.demo.assets import load_samples, model_path
 
-# Make the proxies first: the first call loads all models of the group that there are proxies of.
+# Make the proxies first: the first call loads each model of the group that has a proxy.
 proxies = {
     name: InferenceSessionProxy(model_path(name), group="demo", ttl=60)
     for name in ("digits", "wine", "diabetes")

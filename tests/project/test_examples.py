@@ -14,13 +14,15 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXPECTED = {
     "01_basic_usage.py": ["after the first use, loaded: True", "unloaded: True - loaded: False"],
-    "02_context_manager.py": ["inside of the block, loaded: True", "closed"],
+    "02_context_manager.py": ["in the block, loaded: True", "closed"],
     "03_drop_in_replacement.py": ["equal: True", "isinstance: True", "INVALID_ARGUMENT"],
     "04_shared_proxy.py": ["4 proxies", "loaded 1 time(s)"],
     "05_zero_copy.py": ["equal: True"],
     "06_patch.py": ["equal results: True", "wine.onnx is ready in process"],
     "07_memory_limit.py": ["every call was answered", "made room: True"],
     "08_group.py": ["group:demo: 3 models", "loaded 1 time(s)", "[False, False, False]"],
+    "09_asyncio.py": ["39 of 40 right", "no time left: RunTimeout"],
+    "10_shared_host.py": ["2 programs, loaded 1 time(s)"],
 }
 
 
@@ -31,13 +33,21 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=110,
         cwd=cwd,
-        env=os.environ | {"PYTHONWARNINGS": "error"},
+        # Shared hosts of a test are the test's own.
+        env=os.environ | {"PYTHONWARNINGS": "error", "ONNX_DL_RUNTIME_DIR": str(cwd)},
         check=False,
     )
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(EXPECTED) == sorted(path.name for path in EXAMPLES.glob("0*.py"))
+    assert sorted(EXPECTED) == sorted(path.name for path in EXAMPLES.glob("[0-9]*.py"))
+
+
+def test_the_page_lists_every_example() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    names = [path.name for path in EXAMPLES.iterdir() if path.name not in ("README.md", "__pycache__")]
+    assert [name for name in names if f"]({name})" not in page and f"]({name}/" not in page] == []
+    assert "pip install onnxruntime" not in page
 
 
 @pytest.mark.parametrize("name", EXPECTED)
