@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import select
 import time
 import weakref
@@ -22,6 +21,7 @@ from onnx_dl.concurrency.forking import Promise, refuse
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ProcessesExhausted, SupervisorDied, SupervisorTimeout
+from onnx_dl.linux_only import register_at_fork
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.control import AskStatus, Blob, Published, Wrote
 from onnx_dl.system.owned_descriptors import keep_for_ever
@@ -347,4 +347,4 @@ def _abandon_all() -> None:
             connection.closed = True
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+register_at_fork(after_in_child=_abandon_all)

@@ -15,7 +15,6 @@ import collections
 import contextlib
 import functools
 import importlib
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar, overload
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.waits import Wakers
 from onnx_dl.errors import ReentrantUse, SupervisorDied
+from onnx_dl.linux_only import register_at_fork
 
 _T = TypeVar("_T")
 
@@ -234,7 +234,7 @@ def _after_in_child() -> None:
 
 
 # Registered before the hooks that are built upon it, so that none of them finds a lock held in a child.
-os.register_at_fork(
+register_at_fork(
     before=functools.partial(_enter, _forking, _still),
     after_in_parent=functools.partial(_leave, _forking),
     after_in_child=_after_in_child,

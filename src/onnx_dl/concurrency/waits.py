@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from onnx_dl.concurrency import primitives
+from onnx_dl.linux_only import register_at_fork
 
 _T = TypeVar("_T")
 
@@ -119,7 +120,7 @@ def _after_fork() -> None:
             watcher.loop.run_callback(wake, None)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+register_at_fork(after_in_child=_after_fork)
 
 
 def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:

@@ -8,7 +8,6 @@ The two may run different versions of onnx-dl, if it was upgraded while the star
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import sys
@@ -18,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl import linux_only
 from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
@@ -161,4 +161,4 @@ def _go_into_background(orders: bytes) -> None:
 
 def _take_in_orphans() -> None:
     """Makes orphaned workers children of this process, so that it reaps them if the template dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    linux_only.libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

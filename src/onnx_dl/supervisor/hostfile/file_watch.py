@@ -14,10 +14,11 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from onnx_dl import linux_only
 from onnx_dl.supervisor.boundary import report
 from onnx_dl.system import small_files
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc: Final = linux_only.libc()
 # From <sys/inotify.h>.  Writing counts only when the file is closed: a half-written file is not read.
 _CLOSE_WRITE: Final = 0x008
 _MOVED_TO: Final = 0x080
