@@ -64,7 +64,8 @@ class InstallationError(OnnxDLError, ImportError):
 
 
 class PlatformError(OnnxDLError, OSError):
-    """The operating system lacks a feature that onnx-dl requires."""
+    """This operating system lacks a feature that the request needs: worker processes and shared hosts need
+    Linux 5.3 or newer, memory limits need ``/proc``."""
 
     code = "platform"
 

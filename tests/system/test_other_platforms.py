@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper, save
 from tests.support import on_other_platforms
 
 
-def run(platform: str, folder: Path, *steps: str) -> None:
+def run_here(module: str, platform: str, folder: Path, *steps: str) -> None:
+    """Runs steps of a module in a process that looks like ``platform``, with a model."""
     model = folder / "m.onnx"
     weights = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy"]
@@ -21,11 +22,12 @@ def run(platform: str, folder: Path, *steps: str) -> None:
         [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weights]
     )
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), model)
-    command = [sys.executable, "-m", on_other_platforms.__name__, platform, str(model), *steps]
+    command = [sys.executable, "-m", module, platform, str(model), *steps]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_parts(platform: str, tmp_path: Path) -> None:
-    run(platform, tmp_path, "import_all", "construct", "keep_bytes", "run_engine", "refuse")
+    module = on_other_platforms.__name__
+    run_here(module, platform, tmp_path, "import_all", "construct", "keep_bytes", "run_engine", "refuse")

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from onnx_dl.concurrency import primitives
 from onnx_dl.errors import SharedMemoryError
 
 _CHUNK: Final = 1 << 20
@@ -61,4 +62,4 @@ class TemporaryMapping:
         return os.dup(self._fd)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        primitives.close(self._fd)
