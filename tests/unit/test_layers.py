@@ -203,7 +203,7 @@ def test_a_package_says_what_it_is_for(name: str) -> None:
     assert len(TREES[name].body) == 1 or name == "integrations.__pyinstaller", "a package hands nothing on"
 
 
-@pytest.mark.parametrize("name", MODULES.keys() - {"linux_only"})
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"linux_only"}))
 def test_what_may_be_missing_elsewhere_comes_from_one_place(name: str) -> None:
     """Python has these modules on Linux, or on Unix, only: an import fails elsewhere.  So does the C library
     by this way, and a hook around forks."""
