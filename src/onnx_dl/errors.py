@@ -26,7 +26,7 @@ they arrive as onnxruntime's own classes with onnxruntime's own messages.
     │   ├── SupervisorStartError            the supervisor process did not start
     │   │   └── SupervisorUnreachable       there is no answer at its address
     │   ├── SupervisorDied                  it ended
-    │   ├── SupervisorTimeout (TimeoutError)   it lives but does not answer
+    │   ├── SupervisorTimeout (TimeoutError)   it is alive but does not answer
     │   └── HostClosing                     it is shutting down
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
@@ -64,8 +64,8 @@ class InstallationError(OnnxDLError, ImportError):
 
 
 class PlatformError(OnnxDLError, OSError):
-    """This operating system lacks a feature that the request needs: worker processes and shared hosts need
-    Linux 5.3 or newer, memory limits need ``/proc``."""
+    """The operating system lacks a feature that the request needs.  Worker processes and shared hosts need
+    Linux 5.3 or newer; memory limits need ``/proc``."""
 
     code = "platform"
 

@@ -19,7 +19,7 @@ from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.linux_only import soft_limit
 
 _ADVICE: Final = (
-    "Raise what limits processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
+    "Raise the limit of processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
     "of a container."
 )
 _SHORTAGE: Final = ("can't start new thread", "pthread_create failed, error code: 11")
@@ -81,7 +81,7 @@ def exhausted(what: str) -> ProcessesExhausted:
     limit = "" if soft is None else f" (ulimit -u is {soft})"
     return ProcessesExhausted(
         f"{what} needs a process or a thread, and the system has none left for this user{limit}. "
-        f"What is loaded goes on. {_ADVICE}"
+        f"Loaded models continue to work. {_ADVICE}"
     )
 
 

@@ -63,9 +63,9 @@ def refusal() -> str | None:
     if patcher is None or not getattr(patcher, "already_patched", None):
         return None
     return (
-        "eventlet has patched this program: its threads, locks and polls are not the system's any more, and "
-        "onnx-dl waits for other processes with these. Use gevent (gunicorn -k gevent), or threads (-k "
-        "gthread), or onnxruntime.InferenceSession."
+        "eventlet has patched this program and replaced the system's threads, locks and polls, which onnx-dl "
+        "needs to wait for other processes. Use gevent (gunicorn -k gevent), or threads (-k gthread), or "
+        "onnxruntime.InferenceSession."
     )
 
 

@@ -30,8 +30,8 @@ from onnx_dl.transport.rendezvous import HostEntry
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (
-    "onnx-dl was replaced on disk while this application ran: the application speaks {theirs}, "
-    "what is installed now speaks version {ours}. Restart the application."
+    "onnx-dl was replaced on disk while this application ran: the application uses {theirs}, "
+    "the installed one uses version {ours}. Restart the application."
 )
 _LAST_WORDS: Final = 0.5
 """Seconds to write the rest of stdout and stderr at the end."""

@@ -79,7 +79,7 @@ def _check_regular(found: os.stat_result) -> None:
 
 def dropped(nbytes: int) -> bytes:
     """The line that reports dropped bytes."""
-    return f"onnx-dl: {nbytes} bytes were not written: nobody reads this\n".encode()
+    return f"onnx-dl: {nbytes} bytes were not written, because nothing reads this\n".encode()
 
 
 def write(fd: int, data: bytes) -> None:

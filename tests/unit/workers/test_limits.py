@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
+from onnx_dl import linux_only
 from onnx_dl.workers import limits
 
 HOLE = """
 import ctypes, os
+from onnx_dl import linux_only
 from onnx_dl.workers import limits as memory
 
 def resident():
@@ -33,6 +35,7 @@ print(held - resident())
 
 CHILD = """
 import gc, os
+from onnx_dl import linux_only
 from onnx_dl.workers import limits as memory
 
 kept = [[i] for i in range(300_000)]
@@ -58,7 +61,7 @@ def test_trim_gives_back_what_lies_below_a_block_in_use() -> None:
 
 
 def test_trim_is_nothing_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_trim", None)
+    monkeypatch.setattr(limits, "_trim", linux_only.libc_function("no_such_function", otherwise=id))
     limits.trim_heap()
 
 

@@ -133,7 +133,10 @@ class FileWatch:
 
     def _give_up(self, error: OSError) -> None:
         self.close()
-        report(f"changes of {self._path} go unnoticed: {error.strerror}. Send SIGHUP to have it read.")
+        report(
+            f"changes of {self._path} are not noticed: {error.strerror}. "
+            "Send SIGHUP to make the host read it."
+        )
 
 
 def _checked(result: int) -> int:
