@@ -13,7 +13,6 @@ from onnx_dl.workers import limits
 
 HOLE = """
 import ctypes, os
-from onnx_dl import linux_only
 from onnx_dl.workers import limits as memory
 
 def resident():
@@ -35,7 +34,6 @@ print(held - resident())
 
 CHILD = """
 import gc, os
-from onnx_dl import linux_only
 from onnx_dl.workers import limits as memory
 
 kept = [[i] for i in range(300_000)]
