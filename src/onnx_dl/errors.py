@@ -25,7 +25,7 @@ Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classe
     │   ├── SupervisorStartError            the supervisor process did not start
     │   │   └── SupervisorUnreachable       there is no answer at its address
     │   ├── SupervisorDied                  it ended
-    │   ├── SupervisorTimeout (TimeoutError)   it lives but does not answer
+    │   ├── SupervisorTimeout (TimeoutError)   it is alive but does not answer
     │   └── HostClosing                     it is shutting down
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
@@ -63,7 +63,8 @@ class InstallationError(OnnxDLError, ImportError):
 
 
 class PlatformError(OnnxDLError, OSError):
-    """The operating system lacks a feature that onnx-dl requires."""
+    """The operating system lacks a feature that the request needs.  Worker processes and shared hosts need
+    Linux 5.3 or newer; memory limits need ``/proc``."""
 
     code = "platform"
 

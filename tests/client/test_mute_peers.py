@@ -103,7 +103,7 @@ def test_a_mute_supervisor_is_told_of(question: str, monkeypatch: pytest.MonkeyP
             "open by name": lambda: host.open("asr"),
             "unload at the host": lambda: host.unload("asr"),
         }
-        with at_most(2 * 0.4 + 1.5), pytest.raises(SupervisorTimeout, match="lives but did not answer"):
+        with at_most(2 * 0.4 + 1.5), pytest.raises(SupervisorTimeout, match="is alive but did not answer"):
             ask[question]()
 
 

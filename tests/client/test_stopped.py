@@ -230,9 +230,9 @@ def test_a_run_is_told_to_end_within_its_grace(stage: Stage) -> None:
 @SOCKET
 def test_the_load_goes_on_for_the_next_caller(stage: Stage) -> None:
     template_before_the_load(stage)
-    with pytest.raises(LoadTimeout, match="its load goes on"):
+    with pytest.raises(LoadTimeout, match="its load continues"):
         stage.proxy.load(timeout=0.1)
-    with pytest.raises(RunTimeout, match=r"longer than 0\.1 seconds.*the model to load, which goes on"):
+    with pytest.raises(RunTimeout, match=r"longer than 0\.1 seconds.*the model to load, which continues"):
         stage.proxy.run(None, X, timeout=0.1)
     stage.go_on()
     eventually(lambda: stage.proxy.is_loaded, "the load, which nobody waits for")
@@ -257,7 +257,7 @@ def test_what_nobody_waits_for_has_a_ttl(stage: Stage) -> None:
 @SOCKET
 def test_the_hosts_start_goes_on_for_the_next_caller(stage: Stage) -> None:
     stage.proxy = stage.open()
-    with pytest.raises(RunTimeout, match="the host to start, which goes on"):
+    with pytest.raises(RunTimeout, match="the host to start, which continues"):
         stage.proxy.run(None, X, timeout=0.001)
     launcher = stage.host.link._start
     assert launcher is not None

@@ -679,7 +679,7 @@ def test_a_python_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for program, reason in (("/bin/true", "exit status 0"), ("/none", "Cannot start '/none'")):
         monkeypatch.setenv("ONNX_DL_PYTHON", program)
         host_registry._shared.clear()
-        with pytest.raises(SupervisorStartError, match=f"The host 'mine' did not come up.*{reason}"):
+        with pytest.raises(SupervisorStartError, match=f"The host 'mine' did not start.*{reason}"):
             onnx_dl.connect("mine")
 
 
@@ -689,7 +689,7 @@ def test_a_host_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "python").write_text("#!/bin/sh\nsleep 100 &\nsleep 100\n")
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setenv("ONNX_DL_PYTHON", str(tmp_path / "python"))
-    with pytest.raises(SupervisorStartError, match="did not come up"):
+    with pytest.raises(SupervisorStartError, match="did not start"):
         onnx_dl.connect("mine")
 
 

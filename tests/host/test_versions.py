@@ -342,7 +342,7 @@ def test_the_package_is_replaced_under_a_program(shared: bool, tmp_path: Path, p
         version.speak(PROTOCOL_VERSION + 1)
         answer = program.ask("host" if shared else "use_own", *([] if shared else [path]))
         assert "SupervisorStartError: " in answer
-        assert f"the application speaks protocol version {PROTOCOL_VERSION}" in answer
+        assert f"the application uses protocol version {PROTOCOL_VERSION}" in answer
         assert "Restart the application" in answer
     assert not seen()
 

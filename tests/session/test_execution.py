@@ -271,7 +271,7 @@ def test_a_crash_ends_the_worker_only(host: ModelHost, library: Compile, add: Ex
     session = ExecutionSession(library("crash"), host=host)
     add.run([floats(*SHORT), floats(*SHORT)])
     assert session.run([np.zeros(1, np.float32)])[0] == 0
-    with pytest.raises(WorkerDied, match="loads the model afresh") as caught:
+    with pytest.raises(WorkerDied, match="loads the model again") as caught:
         session.run([np.ones(1, np.float32)])
     assert (caught.value.signal, caught.value.reason) == (signal.SIGSEGV, "crash")
     assert is_gone(caught.value.pid)

@@ -211,7 +211,7 @@ def test_a_bad_change_is_refused_and_the_old_one_stays(
         return "line 1: memory_limit" in "".join(said)
 
     eventually(refused, "stderr says so")
-    assert "What was in force before stays" in "".join(said)
+    assert "The earlier settings stay in force" in "".join(said)
     assert host.snapshot().memory_limit == 3 << 30
     assert value(host.open("negate")) == -5
     file.write_text('memory_limit = "5GiB"\n')
@@ -280,7 +280,7 @@ def test_a_host_goes_on_whatever_its_file_becomes(
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     said: list[str] = []
     eventually(lambda: said.append(capfd.readouterr().err) or told in "".join(said), "stderr says why not")
-    assert "What was in force before stays." in "".join(said)
+    assert "The earlier settings stay in force." in "".join(said)
     assert value(proxy) == -5 and statuses(host)["Neg.onnx"].ttl == 60
     file.write_text(NEG + "ttl = 90")
     eventually(lambda: statuses(host)["Neg.onnx"].ttl == 90, "the next one counts")

@@ -13,12 +13,13 @@ import pytest
 import onnx_dl
 
 ROOT = Path(onnx_dl.__file__).parent
-BASE = {"errors", "concurrency", "system", "core"}
+BASE = {"errors", "linux_only", "concurrency", "system", "core"}
 MAY_IMPORT = {
     "errors": set(),
-    "concurrency": {"errors"},
-    "core": {"errors"},
-    "system": {"errors", "concurrency", "core"},
+    "linux_only": {"errors"},
+    "concurrency": {"errors", "linux_only"},
+    "core": {"errors", "linux_only"},
+    "system": {"errors", "linux_only", "concurrency", "core"},
     "ort": {"errors", "concurrency", "core"},
     "protocol": {"errors", "core"},
     "tensors": {*BASE, "ort", "protocol"},
@@ -54,6 +55,11 @@ PURE = {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil
 ENGINE = {"workers.engines.ort", "workers.engines.ort_methods", "workers.engines.ort_session"}
 ZMQ = {"transport.zeromq", "transport.call_channel", "workers.worker"}
 MOST_AT_THE_TOP = 8
+ONLY_ON_UNIX = {
+    "fcntl", "resource", "termios", "pwd", "grp", "pty", "tty", "syslog", "posix", "readline", "curses",
+    "spwd", "crypt", "nis", "ossaudiodev", "_posixsubprocess", "_posixshmem",
+}  # fmt: skip
+"""Modules that CPython has on Linux, or on Unix, only."""
 
 
 def modules() -> dict[str, Path]:
@@ -197,6 +203,15 @@ def test_a_package_says_what_it_is_for(name: str) -> None:
     text = ast.get_docstring(TREES[name]) or ""
     assert 2 <= len(text.splitlines()) <= 4 or name in {"demo", "integrations.__pyinstaller"}
     assert len(TREES[name].body) == 1 or name == "integrations.__pyinstaller", "a package hands nothing on"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"linux_only"}))
+def test_what_may_be_missing_elsewhere_comes_from_one_place(name: str) -> None:
+    """Python has these modules on Linux, or on Unix, only: an import fails elsewhere.  So does the C library
+    by this way, and a hook around forks."""
+    assert not {module for module in outside(name) if module in ONLY_ON_UNIX}
+    text = ast.unparse(TREES[name])
+    assert "DLL(None)" not in text and "os.register_at_fork" not in text
 
 
 def test_only_these_import_zmq() -> None:

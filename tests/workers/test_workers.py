@@ -375,7 +375,7 @@ def test_a_worker_that_dies_in_a_call(spinner: Spinner, host: ModelHost, number:
     eventually(lambda: sum(psutil.Process(pid).cpu_times()[:2]) > RUNS, "the call runs")
     killed = time.monotonic()
     os.kill(pid, number)
-    with pytest.raises(WorkerDied, match="loads the model afresh") as caught:
+    with pytest.raises(WorkerDied, match="loads the model again") as caught:
         running.result(DEADLINE)
     assert time.monotonic() - killed < allowed(1)
     assert (caught.value.signal, caught.value.exit_code, caught.value.pid) == (number, None, pid)

@@ -72,7 +72,9 @@ def _stop(arguments: argparse.Namespace) -> None:
 
 def _demo(_: argparse.Namespace) -> None:
     from onnx_dl.demo.show import demo
+    from onnx_dl.system import resources
 
+    resources.check_platform()  # it compares a worker process with a session in-process
     demo(output.console())
 
 

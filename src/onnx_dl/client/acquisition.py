@@ -178,9 +178,9 @@ class Acquisition:
             raise
         except TimeoutError:
             raise LoadTimeout(
-                f"{self.spec.name} was not ready after {self._patience:g} seconds. Either its load takes "
-                "longer (ONNX_DL_LOAD_TIMEOUT), or its old worker must end before, and a call or session() "
-                "block is in it: do not use a model for the first time inside of a block that holds its "
+                f"{self.spec.name} was not ready after {self._patience:g} seconds. If its load takes "
+                "longer, raise ONNX_DL_LOAD_TIMEOUT. If a call or session() block still uses its old worker, "
+                "which must end first: do not use a model for the first time inside a session() block of its "
                 "group."
             ) from None
 

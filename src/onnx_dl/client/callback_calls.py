@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import os
 import select
 import sys
 import traceback
@@ -25,6 +24,7 @@ from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import ProtocolError
+from onnx_dl.linux_only import register_at_fork
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.call_plans import EngineValue
 from onnx_dl.transport import sockets
@@ -262,4 +262,4 @@ def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callba
             raise ProtocolError("A worker gave the result of a call in the background before it began it.")
 
 
-os.register_at_fork(after_in_child=lambda: _forget(_waiter))
+register_at_fork(after_in_child=lambda: _forget(_waiter))

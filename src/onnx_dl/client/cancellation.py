@@ -71,7 +71,7 @@ class CancelWatch:
         except TimeoutError:
             raise run_timeout(
                 self.deadline,
-                "was told to end, which it does when the model lets it; unload(force=True) ends it",
+                "was cancelled; it ends when the model allows that, or at once by unload(force=True)",
             ) from None
         if isinstance(reply, m.CallFailed):
             raise run_timeout(self.deadline, "was ended")
@@ -87,4 +87,4 @@ def run_timeout(deadline: Deadline | None, what: str) -> RunTimeout:
 
 def not_begun(deadline: Deadline | None, passed: DeadlinePassed) -> RunTimeout:
     """Error for a run whose deadline passed before it began."""
-    return run_timeout(deadline, f"had not begun: it waited for {passed.what}, which goes on")
+    return run_timeout(deadline, f"had not begun: it waited for {passed.what}, which continues")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import select
 import time
 import weakref
@@ -22,6 +21,7 @@ from onnx_dl.concurrency.forking import Promise, refuse
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ProcessesExhausted, SupervisorDied, SupervisorTimeout
+from onnx_dl.linux_only import register_at_fork
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.control import AskStatus, Blob, Published, Wrote
 from onnx_dl.system.owned_descriptors import keep_for_ever
@@ -29,12 +29,11 @@ from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.zeromq import Context
 
 _GONE: Final = (
-    "The onnx-dl supervisor process (pid {pid}) went away, and all models with it. "
-    "The next use starts a new one."
+    "The onnx-dl supervisor process (pid {pid}) ended, and all models with it. The next use starts a new one."
 )
 _LOST: Final = (
-    "This program closed descriptors of onnx-dl (os.closerange, or what makes a daemon of it), and with them "
-    "its connection to the supervisor process (pid {pid}). The next use makes a new one."
+    "This program closed file descriptors of onnx-dl (by os.closerange, or when it became a daemon). This "
+    "ended its connection to the supervisor process (pid {pid}). The next use opens a new one."
 )
 
 TIDY_EVERY: Final = 5.0
@@ -231,7 +230,7 @@ class Connection:
     def check_thread(self) -> None:
         """Raises ReentrantUse in the thread of this connection, where somebody's ``__del__`` may run."""
         if self._thread.is_this:
-            refuse("the one that takes in what the supervisor says")
+            refuse("the one that receives the supervisor's messages")
 
     def send(self, message: codec.Message) -> None:
         """Sends a notice.  May be called from finalizers: it takes no lock and does not wait."""
@@ -332,7 +331,7 @@ class Connection:
 
 def _silent(connection: Connection) -> SupervisorTimeout:
     return SupervisorTimeout(
-        f"The onnx-dl supervisor (pid {connection.supervisor_pid}) lives but did not answer within "
+        f"The onnx-dl supervisor (pid {connection.supervisor_pid}) is alive but did not answer within "
         f"{connection.timeout:g} seconds (ONNX_DL_START_TIMEOUT). It is stopped, or the machine is too busy."
     )
 
@@ -347,4 +346,4 @@ def _abandon_all() -> None:
             connection.closed = True
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+register_at_fork(after_in_child=_abandon_all)

@@ -106,10 +106,12 @@ def _await_welcome(lifeline: Channel, deadline: Deadline) -> str:
             received = lifeline.receive(deadline.step())
             break
         except TimeoutError:
-            deadline.check("the supervisor to greet us")
+            deadline.check("the supervisor's greeting")
     if received is None:
-        raise SupervisorUnreachable("The onnx-dl supervisor went away before it answered.")
+        raise SupervisorUnreachable("The onnx-dl supervisor ended before it answered.")
     answer = control.on_lifeline(received[0])
     if isinstance(answer, control.Welcome):
         return answer.build
-    raise SupervisorStartError(f"The onnx-dl supervisor refused us: {getattr(answer, 'reason', answer)}.")
+    raise SupervisorStartError(
+        f"The onnx-dl supervisor refused the connection: {getattr(answer, 'reason', answer)}."
+    )

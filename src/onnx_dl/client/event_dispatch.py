@@ -65,7 +65,7 @@ class EventStream(Iterator[ModelEvent]):
                 self._wake()  # others that wait
                 raise StopIteration
             if self._bus.is_publishing_here:
-                refuse("the one that brings events")
+                refuse("the one that delivers events")
             if deadline.passed:
                 raise TimeoutError(f"no model event within {deadline.timeout} seconds")
             with contextlib.suppress(primitives.Empty):

@@ -30,6 +30,7 @@ from onnx_dl.core.settings import Settings
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import Snapshot
 from onnx_dl.errors import ConfigError, SupervisorDied
+from onnx_dl.linux_only import register_at_fork
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.tensors.shared_arrays import SharedArrays
@@ -272,4 +273,4 @@ def _after_fork() -> None:
 
 
 atexit.register(_close_all)
-os.register_at_fork(after_in_child=_after_fork)
+register_at_fork(after_in_child=_after_fork)

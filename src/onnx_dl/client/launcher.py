@@ -78,8 +78,8 @@ def reach(
         if limit.passed or (holder is not None and answer.passed):
             raise SupervisorStartError(
                 f"The host {name!r} (pid {holder}) does not answer, or ends as soon as it is started; "
-                f"its log is {entry.log}. If it runs in a container or network namespace of its own, it "
-                "serves only applications there."
+                f"its log is {entry.log}. If it runs in another container or network namespace, only "
+                "applications there can reach it."
             )
         if absent:
             _start_shared(entry, settings, deadline)
@@ -95,7 +95,7 @@ def await_end(name: str, pid: int, patience: float, protocol: int | None = PROTO
     deadline = time.monotonic() + patience
     while entry.holder() == pid:
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"The host {name!r} (pid {pid}) still runs after {patience:g} seconds.")
+            raise TimeoutError(f"The host {name!r} (pid {pid}) is still running after {patience:g} seconds.")
         waits.pause(_POLL_INTERVAL)
 
 
@@ -104,7 +104,7 @@ def terminate(host: RunningHost) -> None:
 
     Raises:
         SupervisorError: the host has no process id here.
-        TimeoutError: it still runs after the time for running calls and some seconds.
+        TimeoutError: it is still running after the time for running calls and some seconds.
     """
     if not host.pid:
         raise SupervisorError(f"The host {host.name!r} runs in another container; end it from there.")
@@ -145,7 +145,7 @@ def _start_shared(entry: HostEntry, settings: Settings, deadline: Deadline) -> N
     except SupervisorStartError as error:
         last = entry.log.read_text(errors="replace")[-2000:].rstrip()
         end = f"\nThe end of {entry.log}:\n{last}" if last else ""
-        raise SupervisorStartError(f"The host {entry.name!r} did not come up. {error}{end}") from error
+        raise SupervisorStartError(f"The host {entry.name!r} did not start. {error}{end}") from error
     finally:
         primitives.close(log)
     waits.ended(process, settings.start_timeout)  # its child is the host, in the background
@@ -232,6 +232,6 @@ def _await_ready(process: subprocess.Popen[bytes], ready: int, limit: Deadline) 
     status = process.wait()
     raise SupervisorStartError(
         report.decode(errors="replace")
-        or f"The onnx-dl supervisor did not come up (exit status {status}); its stderr says why."
+        or f"The onnx-dl supervisor did not start (exit status {status}); its stderr has the reason."
         + frozen.advice()
     )

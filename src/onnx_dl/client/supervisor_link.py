@@ -157,7 +157,7 @@ class SupervisorLink:
             connection.close()
             raise SupervisorStartError(
                 f"The host {self.name!r} runs {connection.build}, this application has {ours}: results could "
-                "differ. Give connect() or ONNX_DL_HOST another name, and this application has another host."
+                "differ. Use another host: give connect() or ONNX_DL_HOST another name."
             )
         return connection
 

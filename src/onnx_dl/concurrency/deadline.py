@@ -18,7 +18,7 @@ class DeadlinePassed(TimeoutError):
     """A wait ended at its deadline.  ``what``: noun phrase for the thing that was waited for."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"timed out: it waited for {what}")
+        super().__init__(f"timed out while it waited for {what}")
         self.what = what
 
 

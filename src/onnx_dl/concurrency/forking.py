@@ -15,7 +15,6 @@ import collections
 import contextlib
 import functools
 import importlib
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar, overload
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.waits import Wakers
 from onnx_dl.errors import ReentrantUse, SupervisorDied
+from onnx_dl.linux_only import register_at_fork
 
 _T = TypeVar("_T")
 
@@ -40,8 +40,8 @@ _FORKED: Final = (
 def refuse(what: str) -> NoReturn:
     """Raises ReentrantUse.  ``what``: completes "This thread is ..."."""
     raise ReentrantUse(
-        f"This thread is {what}, and was interrupted there by a signal handler, a __del__ or a callback that "
-        "uses a model: it would wait for itself. Nothing was done. Do it later, or have another thread do it."
+        f"This thread is {what}. A signal handler, a __del__ or a callback interrupted it there and used a "
+        "model. It would wait for itself, so nothing was done. Use the model later, or in another thread."
     )
 
 
@@ -74,7 +74,7 @@ class Guard(primitives.RLock):  # type: ignore[misc]
                 by code that waits for this thread.
         """
         if self.is_mine or not self._is_free():
-            refuse("in the middle of a step that nobody else may see half done, or waits for one that is")
+            refuse("in a step that must not be interrupted, or waits for such a step of another thread")
         return self
 
     def _is_free(self) -> bool:
@@ -141,7 +141,7 @@ class Promise(Generic[_T]):
 
     def _wait(self, timeout: float | None) -> None:
         if self.giver == primitives.get_ident():
-            refuse("the one that others, and now it itself, wait for")
+            refuse("the one that must do the work that it would now wait for")
         if self._wakers.wait(self.done, timeout):
             return
         if self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
@@ -234,7 +234,7 @@ def _after_in_child() -> None:
 
 
 # Registered before the hooks that are built upon it, so that none of them finds a lock held in a child.
-os.register_at_fork(
+register_at_fork(
     before=functools.partial(_enter, _forking, _still),
     after_in_parent=functools.partial(_leave, _forking),
     after_in_child=_after_in_child,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -17,9 +16,10 @@ from typing import Final
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Promise
 from onnx_dl.errors import ProcessesExhausted
+from onnx_dl.linux_only import soft_limit
 
 _ADVICE: Final = (
-    "Raise what limits processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
+    "Raise the limit of processes and threads: ulimit -u of the user, TasksMax= of a service, the pids limit "
     "of a container."
 )
 _SHORTAGE: Final = ("can't start new thread", "pthread_create failed, error code: 11")
@@ -77,11 +77,11 @@ class Thread(primitives.Thread):
 
 def exhausted(what: str) -> ProcessesExhausted:
     """Error for ``what``, such as "A worker for m.onnx", that cannot be started."""
-    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    limit = "" if soft == resource.RLIM_INFINITY else f" (ulimit -u is {soft})"
+    soft = soft_limit("RLIMIT_NPROC")
+    limit = "" if soft is None else f" (ulimit -u is {soft})"
     return ProcessesExhausted(
         f"{what} needs a process or a thread, and the system has none left for this user{limit}. "
-        f"What is loaded goes on. {_ADVICE}"
+        f"Loaded models continue to work. {_ADVICE}"
     )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from onnx_dl.concurrency import primitives
+from onnx_dl.linux_only import register_at_fork
 
 _T = TypeVar("_T")
 
@@ -62,9 +63,9 @@ def refusal() -> str | None:
     if patcher is None or not getattr(patcher, "already_patched", None):
         return None
     return (
-        "eventlet has patched this program: its threads, locks and polls are not the system's any more, and "
-        "onnx-dl waits for other processes with these. Use gevent (gunicorn -k gevent), or threads (-k "
-        "gthread), or onnxruntime.InferenceSession."
+        "eventlet has patched this program and replaced the system's threads, locks and polls, which onnx-dl "
+        "needs to wait for other processes. Use gevent (gunicorn -k gevent), or threads (-k gthread), or "
+        "onnxruntime.InferenceSession."
     )
 
 
@@ -119,7 +120,7 @@ def _after_fork() -> None:
             watcher.loop.run_callback(wake, None)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+register_at_fork(after_in_child=_after_fork)
 
 
 def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:

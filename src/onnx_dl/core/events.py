@@ -69,7 +69,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         if self.type is EventType.OUTDATED:
             return (
                 f"{self.type} {self.model}, pid {self.pid}: {self.detail} has changed since it was loaded; "
-                "sessions that use it keep it until it is unloaded, new ones load what is there now"
+                "existing sessions keep the loaded version until it is unloaded, new ones load the new files"
             )
         parts = [f"{self.type} {self.model}"]
         if self.reason:

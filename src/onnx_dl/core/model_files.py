@@ -21,6 +21,8 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl import linux_only
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # The way to tensors: message -> field -> type of the message in it.
 _INSIDE: Final[dict[str, dict[int, str]]] = {
@@ -84,7 +86,7 @@ def _names(path: str | int, until: float | None) -> Iterator[str]:
         return
     with open(path, "rb", closefd=isinstance(path, str)) as file:
         # Not mapped: reading a page of a file that is truncated meanwhile would kill the process.
-        walk = _Walk(functools.partial(os.pread, file.fileno()), until)
+        walk = _Walk(functools.partial(linux_only.pread, file.fileno()), until)
         yield from walk.locations(0, size, "model", 0)
 
 

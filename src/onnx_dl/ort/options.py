@@ -121,7 +121,7 @@ def record_session_options(
     if options.has_providers() and not any("provider" in str(name) for name, *_ in found.calls):
         raise ConfigError(
             "add_provider() or add_provider_for_devices() of this SessionOptions was called before onnx_dl "
-            "was imported, and onnxruntime does not tell which provider it was. Import onnx_dl before it."
+            "was imported, and onnxruntime cannot report which provider it was. Import onnx_dl before it."
         )
     return plain | ({"calls": found.calls} if found.calls else {}), found
 

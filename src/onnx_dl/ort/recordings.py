@@ -32,7 +32,7 @@ _CONFIG: Final = ("add_session_config_entry", "add_run_config_entry")
 _PATHS: Final = ("register_custom_ops_library",)
 _LATE: Final = (
     "This {kind} was made before onnx_dl was imported. Calls of {methods} before the import are unknown to "
-    "the worker, because onnxruntime does not tell them. Import onnx_dl first, or make the object again."
+    "the worker, because onnxruntime cannot report them. Import onnx_dl first, or make the object again."
 )
 
 _Settings = dict[str, Any]
@@ -168,8 +168,9 @@ def check_process_settings(settings: _Settings, options: dict[str, Any] | None) 
     wanted = (options or {}).get("config", {}).get("session.use_env_allocators") == "1"
     if wanted and settings.get("allocators"):
         raise ConfigError(
-            "session.use_env_allocators asks for what create_and_register_allocator() registered in this "
-            "process, which its model's worker does not have. A worker holds one model: leave the entry out."
+            "session.use_env_allocators uses allocators that create_and_register_allocator() registered in "
+            "this process. The model's worker does not have them. Remove the entry: a worker has one model, "
+            "which has nothing to share an allocator with."
         )
 
 

@@ -116,8 +116,8 @@ class ModelHandle:
             now = model_files.identities(self.spec.where, [file.name for file in worker.description.files])
             self.spec = msgspec.structs.replace(self.spec, key=model_key(model.spec.key, now))
         raise FilesChanging(
-            f"{path} is not what the worker of {self.spec.name} has just read. Either it changes all the "
-            "time, or the host sees other files under the same paths than this process, as in a container."
+            f"{path} is not the file that the worker of {self.spec.name} has just read. Either the file "
+            "changes all the time, or the host sees other files at the same paths, as in a container."
         )
 
     def describe(self) -> ModelDescription:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import importlib
 import os
@@ -17,8 +16,8 @@ from onnx_dl.core.spec import ModelSpec, specify, working_directory
 from onnx_dl.core.terms import WORKER_FIELDS, WorkerOptions
 from onnx_dl.core.types import OrtObject, PlainDict, Providers
 from onnx_dl.ort import options, recordings
-from onnx_dl.system import installation, process_setup, resources
-from onnx_dl.tensors import segment, shared_bytes
+from onnx_dl.system import installation, process_setup
+from onnx_dl.tensors import shared_bytes
 from onnx_dl.tensors.live_initializers import LiveMemory
 
 KNOWN: Final = ("enable_fallback", "read_config_from_model", "disabled_optimizers")
@@ -127,8 +126,6 @@ def describe(
 
 def _kept(digest: str, data: bytes) -> Callable[[], int]:
     """A function that opens descriptors of these bytes, which the caller need not keep."""
-    if not resources.is_platform():  # the first use says so
-        return functools.partial(segment.freeze, data)
     process_setup.fill_standard_streams()
     return shared_bytes.keep(digest, data).descriptor
 

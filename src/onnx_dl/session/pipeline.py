@@ -118,8 +118,8 @@ class Pipeline:
         names = [node.name for node in self._stages[index].get_inputs()]
         if strange := [*(set(named) - set(names)), *(set(named.values()) - set(offered))]:
             raise ConfigError(
-                f"connect= names {sorted(strange)}; stage {index} has the inputs {names}, "
-                f"and the stages before it have the outputs {sorted(offered)}."
+                f"connect= names {sorted(strange)}, which do not exist. Stage {index} has the inputs "
+                f"{names}, and the stages before it have the outputs {sorted(offered)}."
             )
         wired = {name: offered[named.get(name, name)] for name in names if named.get(name, name) in offered}
         left = [name for name in names if name not in wired]

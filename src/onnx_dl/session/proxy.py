@@ -212,10 +212,10 @@ def _in_time(name: str, deadline: Deadline | None) -> Iterator[None]:
     try:
         yield
     except (DeadlinePassed, RunTimeout):
-        took = "before it was given up"
+        took = "before the wait was cancelled"
         if deadline is not None and deadline.timeout is not None:
             took = f"within {deadline.timeout:g} seconds"
-        raise LoadTimeout(f"{name} was not ready {took}; its load goes on.") from None
+        raise LoadTimeout(f"{name} was not ready {took}; its load continues.") from None
 
 
 def bytes_of(fd: int) -> bytes:

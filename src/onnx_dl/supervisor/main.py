@@ -8,7 +8,6 @@ The two may run different versions of onnx-dl, if it was upgraded while the star
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import sys
@@ -18,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl import linux_only
 from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
@@ -31,8 +31,8 @@ from onnx_dl.transport.rendezvous import HostEntry
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (
-    "onnx-dl was replaced on disk while this application ran: the application speaks {theirs}, "
-    "what is installed now speaks version {ours}. Restart the application."
+    "onnx-dl was replaced on disk while this application ran: the application uses {theirs}, "
+    "the installed one uses version {ours}. Restart the application."
 )
 _LAST_WORDS: Final = 0.5
 """Seconds to write the rest of stdout and stderr at the end."""
@@ -165,4 +165,4 @@ def _go_into_background(orders: bytes) -> None:
 
 def _take_in_orphans() -> None:
     """Makes orphaned workers children of this process, so that it reaps them if the template dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    linux_only.libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 from typing import Final
 
 from onnx_dl.errors import DescriptorsExhausted
+from onnx_dl.linux_only import resource, soft_limit
 
 MOST: Final = 65_536
 """The most that a process of ours asks for; more would only enlarge the kernel's table."""
@@ -27,8 +27,8 @@ def raise_limit() -> None:
 
 def limit() -> int:
     """The number of descriptors that this process may have."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MOST * 16 if soft == resource.RLIM_INFINITY else soft
+    soft = soft_limit("RLIMIT_NOFILE")
+    return MOST * 16 if soft is None else soft
 
 
 def free() -> int:

@@ -14,21 +14,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import itertools
 import os
 import weakref
 from typing import ClassVar, Final
 
 from onnx_dl.concurrency import primitives
+from onnx_dl.linux_only import linux_fcntl, register_at_fork
 
-_SET_MARK: Final = getattr(fcntl, "F_SETSIG", 10)
-_GET_MARK: Final = getattr(fcntl, "F_GETSIG", 11)
+_SET_MARK: Final = 10
+_GET_MARK: Final = 11
+"""F_SETSIG and F_GETSIG of Linux; not every build of Python has names for them."""
 _MARKS: Final = itertools.cycle(range(35, 65))
 """Signals that neither libc nor Python uses, in turn, because a new file may get an old number of ours."""
 _NONE: Final = -1
 
-_get = fcntl.fcntl
+_get: Final = linux_fcntl
 
 
 class Descriptor:
@@ -151,4 +152,4 @@ def _after_fork() -> None:
             descriptor.close_in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+register_at_fork(after_in_child=_after_fork)

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.system import descriptor_limits
 
-_KEPT: Final = {signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ}
+_KEPT: Final = linux_only.signals("SIGHUP", "SIGPIPE", "SIGXFSZ")
 """Signals that stay ignored if they are: by nohup, and by Python itself."""
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -138,6 +139,6 @@ def die_with_parent(parent: int | None = None) -> None:
 
     The signal comes when the *thread* that started this process ends, so parents use their main thread.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    linux_only.libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent not in (None, os.getppid()):
         os._exit(0)

@@ -9,7 +9,6 @@ https://docs.kernel.org/scheduler/sched-bwc.html, https://docs.kernel.org/admin-
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import stat
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency import waits
 from onnx_dl.errors import PlatformError
 
@@ -27,16 +27,17 @@ Read = Callable[[Path], float | None]
 
 
 def is_platform() -> bool:
-    """Returns whether onnx-dl can run on this operating system."""
+    """Returns whether models can have worker processes on this operating system; else they run in-process."""
     return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
 
 
 def check_platform() -> None:
-    """Raises :class:`~onnx_dl.errors.PlatformError` where onnx-dl cannot run."""
+    """Raises :class:`~onnx_dl.errors.PlatformError` where worker processes are impossible."""
     if not is_platform():
         raise PlatformError(
-            "onnx-dl needs Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); "
-            f"this is {sys.platform}. Use onnxruntime.InferenceSession here."
+            f"Worker processes need Linux 5.3 or newer (memfd, pidfd, abstract Unix sockets); this is "
+            f"{sys.platform}. By default, models run in-process here: leave out isolation=True and "
+            "ONNX_DL_ISOLATION=on."
         )
     if (why := waits.refusal()) is not None:
         raise PlatformError(why)
@@ -60,7 +61,7 @@ def has_one_thread() -> bool:
     with contextlib.suppress(OSError):
         return len(os.listdir("/proc/self/task")) == 1
     # unshare(CLONE_THREAD) has no effect in a process of one thread, and fails in others.
-    return bool(ctypes.CDLL(None).unshare(_CLONE_THREAD) == 0)
+    return bool(linux_only.libc().unshare(_CLONE_THREAD) == 0)
 
 
 def is_eventfd(fd: int) -> bool:
@@ -76,7 +77,7 @@ def is_eventfd(fd: int) -> bool:
 def processors(root: Path = Path("/")) -> int:
     """The number of usable processors, at least 1.  ``root``: the folder with ``proc`` and ``sys``."""
     quotas = [math.ceil(quota) for quota in _limits(root, "cpu", _cpu_v2, _cpu_v1)]
-    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+    return max(1, min([linux_only.usable_processors(), *quotas]))
 
 
 def fewer_processors() -> int | None:

@@ -17,11 +17,13 @@ from typing import BinaryIO, Final, TypeVar
 
 import msgspec
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency import waits
 from onnx_dl.system import owned_descriptors
 
 _T = TypeVar("_T")
 
+_FLAGS: Final = linux_only.flags(os, "O_RDONLY", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
 MOST_UNWRITTEN: Final = 1 << 20
 """Bytes that may wait to be written; more is dropped, and reported."""
 
@@ -36,7 +38,7 @@ def opened(path: str | os.PathLike[str]) -> BinaryIO:
         # Checked before it is opened, because opening a device may have effects.
         _check_regular(os.stat(path))
         # It may have been replaced since; without O_NONBLOCK, opening a FIFO would block.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, _FLAGS)
     except ValueError as error:  # the path has a NUL
         raise FileNotFoundError(errno.ENOENT, str(error), os.fspath(path)) from None
     file = open(fd, "rb")  # noqa: SIM115 - the caller closes it
@@ -77,7 +79,7 @@ def _check_regular(found: os.stat_result) -> None:
 
 def dropped(nbytes: int) -> bytes:
     """The line that reports dropped bytes."""
-    return f"onnx-dl: {nbytes} bytes were not written: nobody reads this\n".encode()
+    return f"onnx-dl: {nbytes} bytes were not written, because nothing reads this\n".encode()
 
 
 def write(fd: int, data: bytes) -> None:

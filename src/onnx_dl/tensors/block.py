@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency.forking import lazily
 from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.tensors import segment
@@ -51,9 +52,10 @@ def store_release_for(machine: str) -> Callable[[int], object] | None:
     """
     if machine in _KEEPS_ORDER:
         return None
-    unlock = ctypes.PyDLL(None).pthread_spin_unlock
+    unlock = linux_only.libc_function("pthread_spin_unlock", ctypes.PyDLL)
     unlock.argtypes = [ctypes.c_void_p]
-    return unlock
+    found: Callable[[int], object] = unlock
+    return found
 
 
 clear_word: Final = store_release_for(platform.machine())

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.block import align
-from onnx_dl.tensors.segment import Mapping
 
 _STEP = 1 << 20
 """Bytes of one comparison."""
@@ -47,7 +46,7 @@ class LiveMemory:
 
     def _add(self) -> None:
         """Add a segment.  Earlier ones are updated, too, because workers may have mapped them."""
-        self._mapping = Mapping(segment.create(max(self._size, 1)), max(self._size, 1))
+        self._mapping = segment.writable(segment.create(max(self._size, 1)), max(self._size, 1))
         whole = np.asarray(self._mapping)
         places = zip(self._arrays, self.places, strict=True)
         self._pairs += [(array, whole[place : place + array.nbytes]) for array, place in places]
@@ -76,4 +75,4 @@ class LiveMemory:
 
 def view(fd: int) -> NDArray[np.uint8]:
     """Return all bytes of a segment as an array that keeps the mapping.  Takes ownership of ``fd``."""
-    return np.asarray(Mapping(fd, os.fstat(fd).st_size))
+    return np.asarray(segment.writable(fd, os.fstat(fd).st_size))

@@ -17,6 +17,7 @@ import weakref
 from typing import ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from onnx_dl.concurrency import primitives
+from onnx_dl.linux_only import register_at_fork
 from onnx_dl.system.owned_descriptors import keep_for_ever
 from onnx_dl.tensors.segment import Mapping
 
@@ -138,4 +139,4 @@ def _after_in_child() -> None:
             primitives.close(fd)
 
 
-os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -5,6 +5,7 @@ A segment is a memfd.  It has no name, so it ends with its last owner, however t
 memory this fails here, instead of ending a process with SIGBUS at the first write.  For the same reason it is
 sealed against shrinking, and a segment that is not sealed or not allocated is not mapped: its maker could end
 the process that mapped it.  :mod:`onnx_dl.transport.sockets` sends descriptors to other processes.
+Elsewhere than on Linux it is a temporary file (:mod:`onnx_dl.tensors.temporary_memory`).
 """
 
 from __future__ import annotations
@@ -12,24 +13,31 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 import weakref
 from typing import Final, Protocol
 
+from onnx_dl import linux_only
 from onnx_dl.errors import SharedMemoryError
+from onnx_dl.linux_only import fcntl
 from onnx_dl.system.owned_descriptors import Descriptor
+from onnx_dl.tensors import temporary_memory
+from onnx_dl.tensors.temporary_memory import TemporaryMapping
 
-_PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
-_SHARED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE
+
+def _declare(libc: ctypes.CDLL) -> None:
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mremap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+
+
+_PROT: Final = linux_only.flags(mmap, "PROT_READ", "PROT_WRITE")
+_SHARED: Final = linux_only.flags(mmap, "MAP_SHARED", "MAP_POPULATE")
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mremap.restype = ctypes.c_void_p
-_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc: Final = linux_only.libc(_declare)
 _MAP_FIXED: Final = 0x10  # the same on all our machines; Python has no names for these two
 _MREMAP_TO: Final = 1 | 2
 _TAKEN: Final = "the program closed its descriptor."
@@ -38,6 +46,8 @@ _TAKEN: Final = "the program closed its descriptor."
 def create(size: int) -> int:
     """Create ``size`` bytes of zeroed shared memory; return the descriptor, which the caller closes.  Raises
     SharedMemoryError if the system has too little memory."""
+    if not linux_only.HAS_MEMFD:
+        return temporary_memory.create(size)
     fd = os.memfd_create("onnx-dl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         if size:
@@ -173,6 +183,11 @@ class Mapping:
         self.is_private = True
 
 
+def writable(fd: int, size: int) -> Mapping | TemporaryMapping:
+    """Map memory that :func:`create` has made.  Takes ownership of ``fd``; raises like :class:`Mapping`."""
+    return Mapping(fd, size) if linux_only.HAS_MEMFD else TemporaryMapping(fd, size)
+
+
 def map_privately(fd: int, size: int, address: int | None = None) -> int:
     """Map a segment read-only, for this process and its forks; return the address.  ``address``: replace the
     caller's mapping at this address.  Raises SharedMemoryError if it cannot be mapped."""
@@ -235,7 +250,7 @@ def freeze(data: bytes | memoryview) -> int:
         offset = 0
         with memoryview(data) as view:
             while offset < len(data):
-                offset += os.pwrite(fd, view[offset:], offset)
+                offset += linux_only.pwrite(fd, view[offset:], offset)
     except BaseException:  # Ctrl-C included
         os.close(fd)
         raise
@@ -246,7 +261,7 @@ def thaw(fd: int) -> bytes:
     """Return all bytes of a descriptor made by :func:`freeze`. Uses pread: all descriptors of this memory
     share one file position, and several processes may read at once."""
     size, parts, at = os.fstat(fd).st_size, [], 0
-    while part := os.pread(fd, size - at, at):
+    while part := linux_only.pread(fd, size - at, at):
         parts.append(part)
         at += len(part)
     return b"".join(parts)  # no copy if there is one part

@@ -11,6 +11,7 @@ import os
 import weakref
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.errors import SharedMemoryError
 from onnx_dl.system import descriptor_limits
 from onnx_dl.system.owned_descriptors import Descriptor
@@ -78,16 +79,32 @@ class SharedBytes:
             segment.unmap(address, self._size)
 
 
+class HeldBytes:
+    """Constant bytes on platforms without memfd: each descriptor is that of a new temporary file."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def descriptor(self) -> int:
+        """Return a descriptor of a copy, which the caller closes.  Raises like :class:`SharedBytes`."""
+        return _frozen(self._data)
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        return self._data
+
+
 _WHAT: Final = "A model that is given as bytes"
 _blobs: Final = segment.RecentDescriptors()
 """An application may hold more models than descriptors; older models are copied again when needed."""
-_known: weakref.WeakValueDictionary[str, SharedBytes] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[str, SharedBytes | HeldBytes] = weakref.WeakValueDictionary()
 
 
-def keep(name: str, data: bytes) -> SharedBytes:
+def keep(name: str, data: bytes) -> SharedBytes | HeldBytes:
     """Return the one blob of this name, with these bytes.  Raises like :class:`SharedBytes`."""
     if (known := _known.get(name)) is None:
-        known = _known[name] = SharedBytes(data)  # two threads at the same moment get one each
+        kind = SharedBytes if linux_only.HAS_MEMFD else HeldBytes
+        known = _known[name] = kind(data)  # two threads at the same moment get one each
     return known
 
 

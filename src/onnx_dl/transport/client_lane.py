@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import time
 from collections.abc import Callable
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
@@ -36,7 +36,7 @@ LARGE: Final = 1 << 20
 
 _TRIM_TIMEOUT: Final = 0.2
 
-_current_cpu: Final[Callable[[], int]] = getattr(ctypes.CDLL(None), "sched_getcpu", lambda: -1)
+_current_cpu: Final[Callable[[], int]] = linux_only.libc_function("sched_getcpu", otherwise=lambda: -1)
 
 
 class ClientLane(Lane[CallerChannel]):

@@ -11,6 +11,7 @@ import select
 import socket
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system.owned_descriptors import Descriptor
@@ -18,7 +19,7 @@ from onnx_dl.transport import sockets, zmtp
 from onnx_dl.transport.sockets import BorrowedSocket
 
 _CHUNK: Final = 1 << 18
-_NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_NO_SIGNAL: Final = linux_only.flags(socket, "MSG_NOSIGNAL")
 
 
 class Dealer:

@@ -12,7 +12,6 @@ abstract names: these are not limited in length by a path, and leave no files be
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import stat
@@ -27,8 +26,9 @@ import msgspec
 
 from onnx_dl.core.version import __version__
 from onnx_dl.errors import ConfigError, PlatformError
+from onnx_dl.linux_only import fcntl
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.system import small_files
+from onnx_dl.system import resources, small_files
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _FLOCK: Final = "hhqqi4x"
@@ -241,8 +241,9 @@ def runtime_folder(environ: Mapping[str, str] = os.environ) -> Path:
     for temporary files.
 
     Raises:
-        PlatformError: there is none, or other users can open it.
+        PlatformError: there is none, other users can open it, or this system has no worker processes.
     """
+    resources.check_platform()
     refused = []
     for path in _candidates(environ):
         try:

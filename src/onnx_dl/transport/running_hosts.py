@@ -159,7 +159,7 @@ def outlook(host: RunningHost, hosts: Iterable[RunningHost]) -> str:
     """One sentence on how long a host of another version will run; ``hosts``: all that run."""
     if host.protocol is None:
         return (
-            "It ends some time after its clients have gone, unless it holds models itself or is managed: "
+            "It ends some time after its last client has gone, unless it holds models itself or is managed: "
             f"onnx-dl stop --host {host.name} --all-versions ends it."
         )
     if successor(host, hosts) is not None:

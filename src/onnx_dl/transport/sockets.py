@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency import primitives, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
@@ -35,16 +36,16 @@ _FULL: Final = 0.005
 
 BACKLOG: Final = 4096
 """Connections that may wait to be accepted, within the system's limit; others are refused at once."""
-_FDS_SPACE: Final = socket.CMSG_SPACE(MOST_DESCRIPTORS * struct.calcsize("i"))
+_FDS_SPACE: Final = linux_only.function(socket, "CMSG_SPACE", int)(MOST_DESCRIPTORS * struct.calcsize("i"))
 _ZMQ_NEEDS: Final = 12
 """Descriptors of a context with its first socket, and a reserve for other threads."""
 _PEERCRED: Final = struct.Struct("3i")
 # Plain ints: combining members of the enum costs 5 µs each time.
-_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
-_TRUNCATED: Final = int(socket.MSG_CTRUNC)
-_NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_CLOEXEC: Final = linux_only.flags(socket, "MSG_CMSG_CLOEXEC")
+_TRUNCATED: Final = linux_only.flags(socket, "MSG_CTRUNC")
+_NO_SIGNAL: Final = linux_only.flags(socket, "MSG_NOSIGNAL")
 """An application may have restored the default of SIGPIPE, which would end it when a worker is gone."""
-_AT_ONCE: Final = int(socket.MSG_DONTWAIT)
+_AT_ONCE: Final = linux_only.flags(socket, "MSG_DONTWAIT")
 
 
 class BorrowedSocket(primitives.socket):

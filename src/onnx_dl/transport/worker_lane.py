@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import threading
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.errors import ProtocolError
+from onnx_dl.linux_only import fcntl
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system import resources
 from onnx_dl.tensors import packing

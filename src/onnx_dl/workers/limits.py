@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
+from onnx_dl import linux_only
 from onnx_dl.concurrency import spawning
 from onnx_dl.system import resources
 
@@ -22,8 +23,8 @@ EVERY: Final = 0.01
 """Seconds between two looks."""
 LINGER: Final = 20
 """Looks without a call before the thread sleeps: of calls in quick succession, only the first wakes it."""
-_trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Exists in glibc only."""
+_trim: Callable[[ctypes.c_size_t], object] = linux_only.libc_function("malloc_trim", otherwise=id)
+"""Exists in glibc only; elsewhere this has no effect."""
 
 
 class RecycleLimits:
@@ -131,8 +132,7 @@ def trim_heap() -> None:
     Parsing and prepacking a model leave a quarter to more than half of its size in free pages, which the heap
     would keep.  Takes about ten milliseconds for a model of 200 MB: too long to do after each call.
     """
-    if _trim is not None:
-        _trim(ctypes.c_size_t(0))
+    _trim(ctypes.c_size_t(0))
 
 
 def share_heap() -> None:

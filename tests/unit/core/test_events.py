@@ -161,5 +161,5 @@ def test_many_publishers_lose_nothing():
 def test_what_an_outdated_model_means_is_said():
     said = str(made(kind="outdated", pid=7, detail="/w.bin"))
     assert said.startswith(
-        "outdated m.onnx, pid 7: /w.bin has changed since it was loaded; sessions that use"
+        "outdated m.onnx, pid 7: /w.bin has changed since it was loaded; existing sessions keep"
     )

@@ -180,7 +180,9 @@ def test_settings_come_from_the_real_environment_by_default(monkeypatch):
 def test_platform(monkeypatch):
     resources.check_platform()
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(PlatformError, match=r"needs Linux .* this is darwin\. Use onnxruntime"):
+    with pytest.raises(
+        PlatformError, match=r"need Linux .* this is darwin\. By default, models run in-process"
+    ):
         resources.check_platform()
 
 

@@ -70,7 +70,7 @@ def kernel(system: str, release: str) -> Finding:
         "kernel",
         Mark.PROBLEM,
         f"{system} {release}",
-        "onnx-dl needs Linux 5.3 or newer; use onnxruntime.InferenceSession here.",
+        "Worker processes need Linux 5.3 or newer; by default, models run in-process here.",
     )
 
 

@@ -53,7 +53,7 @@ class AppliedFile:
         try:
             self._file = reader.read(self._path)
         except ConfigError as error:
-            report(f"{error} What was in force before stays.")
+            report(f"{error} The earlier settings stay in force.")
             return False
         return True
 

@@ -14,10 +14,11 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from onnx_dl import linux_only
 from onnx_dl.supervisor.boundary import report
 from onnx_dl.system import small_files
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc: Final = linux_only.libc()
 # From <sys/inotify.h>.  Writing counts only when the file is closed: a half-written file is not read.
 _CLOSE_WRITE: Final = 0x008
 _MOVED_TO: Final = 0x080
@@ -132,7 +133,10 @@ class FileWatch:
 
     def _give_up(self, error: OSError) -> None:
         self.close()
-        report(f"changes of {self._path} go unnoticed: {error.strerror}. Send SIGHUP to have it read.")
+        report(
+            f"changes of {self._path} are not noticed: {error.strerror}. "
+            "Send SIGHUP to make the host read it."
+        )
 
 
 def _checked(result: int) -> int:

@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> HostFile:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{file}, line {line}: this is not UTF-8, which TOML is written in.") from None
+        raise ConfigError(f"{file}, line {line}: this is not UTF-8, the encoding of TOML.") from None
     return parse(text, os.path.dirname(file), file)
 
 
@@ -98,7 +98,7 @@ def parse(text: str, base: str, file: str = "host.toml") -> HostFile:
         raw = tomllib.loads(text)
     except ValueError as error:
         place, reason = _place_of(error, text)
-        raise ConfigError(f"{file}, {place}: this is no TOML: {reason}.") from None
+        raise ConfigError(f"{file}, {place}: this is not valid TOML: {reason}.") from None
     return _Checker(text, os.path.abspath(base), file).host(raw)
 
 
@@ -227,9 +227,9 @@ class _Checker:
             self._refuse((*where, "dtype"), f"= {shown(given.dtype)} must be one of {', '.join(DTYPES)}")
         fill = ("" if given.dtype == "str" else 0) if given.fill is None else given.fill
         if not _holds(given.dtype, fill):
-            self._refuse((*where, "fill"), f"= {shown(fill)} is no value of the dtype {given.dtype}")
+            self._refuse((*where, "fill"), f"= {shown(fill)} is not a value of the dtype {given.dtype}")
         if math.prod(given.shape) > _MOST_ITEMS:
-            self._refuse((*where, "shape"), f"= {shown(given.shape)} has more items than fit any memory")
+            self._refuse((*where, "shape"), f"= {shown(given.shape)} has more items than memory can hold")
         return Warmup(given.dtype, tuple(given.shape), fill)
 
     def _options(self, table: dict[str, Any], where: _Keys) -> dict[str, Any]:

@@ -8,7 +8,6 @@ of a damaged file are used; the next write repairs the file.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Final
 import msgspec
 
 from onnx_dl.core.settings import Settings, cache_folder
+from onnx_dl.linux_only import fcntl
 from onnx_dl.supervisor.policy.requirements import Requirement
 from onnx_dl.system import installation, small_files
 

@@ -60,9 +60,9 @@ class MetricsEndpoint:
             self._server = _Server(host, port, self._ask, timeout)
         except OSError as error:
             raise SupervisorStartError(
-                f"Metrics cannot be served at {address} ({error.strerror}). Give another one, such as "
-                "127.0.0.1:9465, or end the process that listens there. With port 0 the system chooses a "
-                "port; a snapshot has it."
+                f"Metrics cannot be served at {address} ({error.strerror}). Use another address, such as "
+                "127.0.0.1:9465, or stop the process that listens there. With port 0 the system chooses a "
+                "port; snapshot() reports it."
             ) from error
         self._thread = threading.Thread(target=self._serve, name="onnx-dl-metrics", daemon=True)
         spawning.start(self._thread, "The page of metrics")

@@ -120,9 +120,9 @@ class ReloadWatch:
         self._quiet_until = now + _WINDOW
         names = ", ".join(sorted({reload.model for reload in self._reloads}))
         return (
-            f"{names} were loaded again {len(self._reloads)} times within {_WINDOW:.0f} s, {share:.0%} of "
-            "the time, after they had made way for others; raise memory_limit (or gpu_memory_limit), use "
-            "fewer models in turn, or pin some"
+            f"{names} were evicted for other models and loaded again {len(self._reloads)} times within "
+            f"{_WINDOW:.0f} s, which took {share:.0%} of that time; raise memory_limit (or "
+            "gpu_memory_limit), use fewer models at a time, or pin some"
         )
 
     def _waited(self, now: float) -> float:

@@ -189,7 +189,7 @@ def refusal(load: RefusedLoad, patience: float) -> CapacityError:
         text = f"{said}, which is more than pinned models leave of the limit of {limit} (they hold "
         text += f"{format_bytes(stays)}; {held}). Raise {option}, or pin fewer models."
     else:
-        text = f"{said}, which did not become free within {patience:g} seconds of the limit of {limit} "
+        text = f"{said}, which did not become free within {patience:g} seconds. The limit is {limit} "
         text += f"({held}). Raise {option}, pin fewer models, or give them shorter TTLs."
     return CapacityError(text, needed=needed, limit=most, in_use=taken, resource=resource, size=size)
 
@@ -198,7 +198,8 @@ def _needs(load: RefusedLoad, needed: int, size: int, kind: str) -> str:
     text = f"{'more than' if load.ended else 'about'} {format_bytes(needed)}"
     text += " of GPU memory" if kind == "gpu" else ""
     if load.ended and not size:
-        return f"{text} to load, where it was ended (its files have {format_bytes(load.file_bytes)})"
+        files = format_bytes(load.file_bytes)
+        return f"{text} to load (its worker was ended at this size; its files have {files})"
     if not 0 < size * _TOLERANCE < needed:
         return text
     return f"{text} to load (and {format_bytes(size)} once it is loaded)"

@@ -17,9 +17,9 @@ _EX_TEMPFAIL: Final = 75
 """Status as in the module ``os``."""
 
 _HINTS: dict[str, str] = {
-    "SIGKILL": "nobody inside asked for that: most likely the kernel ran out of memory, see dmesg",
-    "SIGSEGV": "native code touched memory that is not its own",
-    "SIGABRT": "native code gave up",
+    "SIGKILL": "onnx-dl did not send it: most likely the system ran out of memory, see dmesg",
+    "SIGSEGV": "native code accessed invalid memory",
+    "SIGABRT": "native code aborted",
     "SIGBUS": "a mapped file shrank, or shared memory ran out",
 }
 
@@ -118,7 +118,7 @@ def worker_died(
     when = "while it loaded" if loading else "before it answered"
     text = f"The worker of {model} (pid {pid}) ended {when}: {_how(status, reason)}."
     if reason == "crash":
-        text += " The next call loads the model afresh."
+        text += " The next call loads the model again."
     text += _last_lines(stderr)
     return WorkerDied(
         text, pid=pid, exit_code=status.code, signal=status.signal, stderr=stderr, reason=reason
@@ -130,9 +130,9 @@ def memory_exceeded(
 ) -> MemoryLimitExceeded:
     """Makes the error for a worker that ended itself because it had ``used`` bytes."""
     text = (
-        f"The worker of {model} (pid {pid}) ended itself during a run: it had {used / 1e6:.1f} MB of its "
-        f"own, and max_memory_hard allows {limit / 1e6:.1f} MB. Allow more, or feed it less at a time. "
-        f"The next call loads the model afresh.{_last_lines(stderr)}"
+        f"The worker of {model} (pid {pid}) ended itself during a run: its own memory was {used / 1e6:.1f} "
+        f"MB, and max_memory_hard is {limit / 1e6:.1f} MB. Raise max_memory_hard, or use smaller inputs. "
+        f"The next call loads the model again.{_last_lines(stderr)}"
     )
     code, number = status.code, status.signal
     return MemoryLimitExceeded(

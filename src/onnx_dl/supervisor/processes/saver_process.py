@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.system import boot
 from onnx_dl.tensors import segment
 
@@ -80,5 +80,5 @@ def _release_memory(pid: int) -> None:
     """
     with contextlib.suppress(OSError):
         fd = os.pidfd_open(pid)
-        ctypes.CDLL(None).syscall(_PROCESS_MRELEASE, fd, 0)
+        linux_only.libc().syscall(_PROCESS_MRELEASE, fd, 0)
         os.close(fd)

@@ -9,7 +9,6 @@ makes entries.  Reading never raises for a disk error: a cache that cannot be re
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
@@ -23,6 +22,7 @@ import msgspec
 
 from onnx_dl.core import settings
 from onnx_dl.core.status import ModelDescription
+from onnx_dl.linux_only import fcntl
 from onnx_dl.system import small_files
 
 MODEL: Final = "model.onnx"

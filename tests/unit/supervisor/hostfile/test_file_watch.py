@@ -281,5 +281,6 @@ def test_without_inotify(file):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == (
-        f"onnx-dl: changes of {file} go unnoticed: Too many open files. Send SIGHUP to have it read.\n"
+        f"onnx-dl: changes of {file} are not noticed: Too many open files. "
+        "Send SIGHUP to make the host read it.\n"
     )

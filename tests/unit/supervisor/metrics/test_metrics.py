@@ -484,7 +484,7 @@ def test_who_says_nothing_is_cut_off(scrape: MetricsEndpoint) -> None:
 
 def test_a_port_that_is_taken(scrape: MetricsEndpoint) -> None:
     with pytest.raises(
-        SupervisorStartError, match=rf"{scrape.address} \(Address already in use\)\. Give another"
+        SupervisorStartError, match=rf"{scrape.address} \(Address already in use\)\. Use another"
     ):
         MetricsEndpoint(scrape.address)
 

@@ -588,4 +588,7 @@ def test_models_that_push_each_other_out_are_told_of() -> None:
         told_of += [event for event in events(commands) if event.type == "thrash"]
     (event,) = told_of
     assert (event.model, event.worker_id) == ("b.onnx", 6)
-    assert "a.onnx, b.onnx were loaded again 4 times within 30 s, 13% of the time" in (event.detail or "")
+    assert (
+        "a.onnx, b.onnx were evicted for other models and loaded again 4 times within 30 s, which took 13% of"
+        in (event.detail or "")
+    )

@@ -249,7 +249,7 @@ def test_a_refusal_tells_which_memory(
             RefusedLoad(
                 "m", MemoryAmount(201 * MB), MemoryAmount(200 * MB), NOTHING, file_bytes=90 * MB, ended=True
             ),
-            "m needs more than 210.8 MB to load, where it was ended (its files have 94.4 MB), which is more",
+            "m needs more than 210.8 MB to load (its worker was ended at this size; its files have 94.4 MB)",
         ),
         (
             RefusedLoad(

@@ -102,7 +102,10 @@ def test_a_load_that_takes_more_than_there_is_is_ended_and_refused_with_both_num
     for error in (first, second, later):
         assert isinstance(error, CapacityError)
         assert (error.needed, error.limit) == (304 * MB + 1, 300 * MB)
-        assert "more than 318.8 MB to load, where it was ended (its files have 199.2 MB)" in str(error)
+        assert (
+            "more than 318.8 MB to load (its worker was ended at this size; its files have 199.2 MB)"
+            in str(error)
+        )
     assert starts(host(450, {"m": need}).on_acquire(A, ask(1, "m", 190), 0.0))
     (status,) = scheduler.snapshot(1.0)
     assert (status.failures, status.retry_after) == (0, 0.0)

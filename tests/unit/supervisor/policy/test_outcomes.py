@@ -27,8 +27,8 @@ def test_exit_code(code):
     ("number", "hint"),
     [
         (signal.SIGKILL, "ran out of memory"),
-        (signal.SIGSEGV, "native code touched memory"),
-        (signal.SIGABRT, "native code gave up"),
+        (signal.SIGSEGV, "native code accessed invalid memory"),
+        (signal.SIGABRT, "native code aborted"),
         (signal.SIGBUS, "shared memory ran out"),
         (signal.SIGTERM, "SIGTERM"),
     ],
@@ -51,7 +51,7 @@ def test_real_time_signal_has_a_number():
 def test_text():
     assert str(died(7 << 8, "line 1\nline 2\n")) == (
         "The worker of m.onnx (pid 42) ended before it answered: exit code 7. The next call loads the "
-        "model afresh. Its last lines on stderr:\nline 1\nline 2"
+        "model again. Its last lines on stderr:\nline 1\nline 2"
     )
     error = died(7 << 8, " \n", loading=True)
     assert "while it loaded" in str(error)
@@ -62,7 +62,7 @@ def test_text():
 def test_ends_that_were_asked_for():
     forced = died(signal.SIGKILL, reason="request")
     assert "unload(force=True) was called" in str(forced)
-    assert "memory" not in str(forced) and "afresh" not in str(forced)
+    assert "memory" not in str(forced) and "again" not in str(forced)
     assert forced.reason == "request"
     assert "its host shut down" in str(died(signal.SIGKILL, reason="exit"))
 
@@ -111,9 +111,9 @@ def test_too_much_memory():
     )
     assert type(error) is MemoryLimitExceeded
     assert str(error) == (
-        "The worker of m.onnx (pid 42) ended itself during a run: it had 163.4 MB of its own, and "
-        "max_memory_hard allows 150.0 MB. Allow more, or feed it less at a time. The next call loads the "
-        "model afresh. Its last lines on stderr:\nline 1"
+        "The worker of m.onnx (pid 42) ended itself during a run: its own memory was 163.4 MB, and "
+        "max_memory_hard is 150.0 MB. Raise max_memory_hard, or use smaller inputs. The next call loads the "
+        "model again. Its last lines on stderr:\nline 1"
     )
     assert (error.limit, error.used, error.pid, error.exit_code) == (150_000_000, 163_400_000, 42, 75)
     assert (error.signal, error.stderr, error.reason, error.retry_after) == (None, "line 1\n", "crash", 0.0)
