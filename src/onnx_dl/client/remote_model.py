@@ -72,6 +72,11 @@ class RemoteModel:
         """The connection to the present host."""
         return self._acquisition.connection
 
+    @property
+    def usable(self) -> bool:
+        """True if the connection to the host is there."""
+        return self._acquisition.connection.usable
+
     def run(
         self,
         lease: Lease,
@@ -180,6 +185,22 @@ class RemoteModel:
             lease.has_load_output = True
             load_output.repeat(answer.description.details.get("remarks"))
         return pool
+
+    def grant(self, lease: Lease, deadline: Deadline | None = None) -> control.Granted:
+        """The grant of a worker for this proxy.  Raises like :meth:`acquire`."""
+        return self.acquire(lease, deadline).granted
+
+    def leave_outdated(self, lease: Lease, granted: control.Granted, path: str) -> None:
+        """Gives up a worker that has read other contents of this file than are there now."""
+        self.worker.leave_outdated(lease, granted, path)
+
+    def set_ttl(self, lease: Lease) -> None:
+        """Tells the supervisor the TTL of the lease."""
+        lease.send_ttl(self.connection)
+
+    def release(self, lease: Lease) -> None:
+        """Gives up the worker until the next use."""
+        lease.release(self.connection)
 
     def _ask(
         self, lease: Lease, deadline: Deadline | None, *, for_host: bool = False

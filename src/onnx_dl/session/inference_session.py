@@ -19,6 +19,7 @@ from onnx_dl.client import callback_calls
 from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.client.host_registry import default_host
+from onnx_dl.client.served_model import RunArguments
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.core import parsing
@@ -173,13 +174,11 @@ class InferenceSessionProxy(OrtValueProxy):
         asynchronous = importing("onnx_dl.client.awaited_calls")
         feed, names = self._as_feed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
-        nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
         # The event loop must not wait for the start of a supervisor or for a load.
         result: list[Value] = await asynchronous.call(
             self._handle.in_use() or self._handle.model,
             self._handle.lease,
-            lambda lane: lane.codec.encode_call(names, feed, plain),
-            nbytes,
+            RunArguments(names, feed, plain),
             parsing.parse_timeout(timeout),
             run_options,
         )
@@ -214,7 +213,7 @@ class InferenceSessionProxy(OrtValueProxy):
             callback_calls.call_back(
                 self._handle.model(deadline),
                 self._handle.lease,
-                lambda lane: lane.codec.encode_call(names, feed, plain, background=True),
+                RunArguments(names, feed, plain),
                 callback_calls.Callback(callback, user_data, run_options, deadline, feed),
             )
         except DeadlinePassed as passed:
