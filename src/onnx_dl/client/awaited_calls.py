@@ -69,7 +69,8 @@ async def call(
 ) -> EngineValue:
     """One call, awaited.  Cancelling it ends the run.
 
-    ``find``: the model, or a function that finds it where the host must be started first; ``run_options``: an ``onnxruntime.RunOptions`` whose ``terminate`` another thread may set.
+    ``find``: the model, or a function that finds it where the host must be started first; ``run_options``: an
+    ``onnxruntime.RunOptions`` whose ``terminate`` another thread may set.
 
     Raises:
         RunTimeout: it took longer than ``timeout`` seconds, and was told to end.

@@ -44,8 +44,8 @@ class Outputs(Protocol):
 class ServedModel(Protocol):
     """One model, shared by all proxies of this application that name it.  Thread-safe.
 
-    A ``lease`` is the claim of one proxy.  Each method but :meth:`status`, :meth:`unload`, :meth:`set_ttl` and
-    :meth:`release` loads the model if need be, and raises the reason if that fails.
+    A ``lease`` is the claim of one proxy.  Each method but :meth:`status`, :meth:`unload`, :meth:`set_ttl`
+    and :meth:`release` loads the model if need be, and raises the reason if that fails.
     """
 
     spec: ModelSpec

@@ -27,6 +27,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """``socket``: calls go over a Unix socket, ZeroMQ carries control only; ``zmq``: calls use ZeroMQ too."""
     start: str = "fork"
     """``fork``: workers are forked from a template process; ``exec``: each is a fresh interpreter."""
+    isolation: str = "on"
+    """``off``: models run in the application's own process, unless a proxy says ``isolation=True``."""
     load_timeout: _Seconds = 600.0
     """Time limit of a load; a longer one is ended and raises LoadTimeout."""
     start_timeout: _Seconds = 30.0
@@ -64,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 _CHOICES: Final = {
     "start": ("fork", "exec"),
+    "isolation": ("on", "off"),
     "lane": ("socket", "zmq"),
     "cache": ("on", "off"),
     "worker_stderr": WORKER_STDERR,

@@ -65,7 +65,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     ``loads`` counts the workers that became ready.  Of the present worker: ``busy`` counts the calls and
     ``session()`` blocks under way, ``idle`` is the seconds since its last use (None: in use, or not used
     yet), ``runs`` counts the calls that it has answered, ``p50`` is the median of the seconds that they took;
-    ``members`` are the names of the models of a group, by key.
+    ``members`` are the names of the models of a group, by key; ``isolated`` is false if the model runs in the
+    application's own process (``pid``).
     """
 
     model: str
@@ -86,6 +87,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     runs: int = 0
     p50: float | None = None
     members: dict[str, str] = {}
+    isolated: bool = True
 
 
 class Snapshot(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.settings import DEFAULT_HOST, settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host.model_host import ModelHost
+from onnx_dl.system import resources
 
 
 def default_host() -> ModelHost:
@@ -32,11 +33,13 @@ def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
 
     Raises:
         ValueError: (as :class:`~onnx_dl.errors.ConfigError`) it is no name.
+        PlatformError: this system has no worker processes.
         SupervisorError: there is none, and it is not to be started.
         SupervisorStartError: it does not come up, or refuses us.
     """
     if name is None:
         name = settings().host or DEFAULT_HOST
+    resources.check_platform()
     host = _model_host(host_registry.shared_host(name, start=start))
     host.start()
     return host

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import msgspec
 
-from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.waits import Mailbox
@@ -18,12 +17,13 @@ from onnx_dl.core.settings import settings
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
 from onnx_dl.errors import ConfigError
+from onnx_dl.host.mixed_host import MixedHost
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.proxy import ModelProxy
 
 
-class ModelHost(HostClient):
-    """One supervisor process and what this application has in it.
+class ModelHost(MixedHost):
+    """One supervisor process and what this application has in it, and models in this process.
 
     Starts nothing until the first model is used or :meth:`start` is called.  Use it as a context manager, or
     :meth:`close` it; the interpreter's exit closes it too.  One that several applications share comes from
@@ -40,8 +40,9 @@ class ModelHost(HostClient):
     ) -> None:
         """
         Args:
-            memory_limit: bytes that all workers together may take, as a number or as text such as ``"2GiB"``;
-                None: what ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
+            memory_limit: bytes that all workers together may take, and as many for all models in this
+                process, as a number or as text such as ``"2GiB"``; None: what
+                ``ONNX_DL_MEMORY_LIMIT`` says, or four fifths of the machine's or its cgroup's.
             gpu_memory_limit: the same of GPU memory (``ONNX_DL_GPU_MEMORY_LIMIT``); without it, four fifths
                 of what all GPUs have, if NVML tells it.
             config: a file that says which models the host has and what they may take (docs/host-file.md);
@@ -70,7 +71,7 @@ class ModelHost(HostClient):
     def of_name(cls, name: str | None) -> Self:
         """The shared host of this name, or, for None, one of this application."""
         host = object.__new__(cls)
-        HostClient.__init__(host, settings(), name=name)
+        MixedHost.__init__(host, settings(), name=name)
         return host
 
     def preload(

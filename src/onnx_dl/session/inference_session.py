@@ -26,6 +26,7 @@ from onnx_dl.core import parsing
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Feed, OrtObject, Providers, Value
 from onnx_dl.ort import options
+from onnx_dl.session import isolation as isolated
 from onnx_dl.session import model_source
 from onnx_dl.session.inputs import USERS, check_owner, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.session.model_handle import ModelHandle
@@ -68,6 +69,9 @@ class InferenceSessionProxy(OrtValueProxy):
         environment: variables for this model's worker, such as ``{"OMP_NUM_THREADS": "4"}``; None as a value
             removes a variable.  They are set before its interpreter starts, so the load takes as long as
             without forking.  Proxies of one file with different environments have different workers.
+        isolation: False: the model runs in this process (docs/in-process.md); True: in a worker process, or
+            PlatformError at the first use; None: in a worker process, unless ``ONNX_DL_ISOLATION=off`` or the
+            system has none (macOS, Windows).
         eager: load the model now, so that errors are raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -98,6 +102,7 @@ class InferenceSessionProxy(OrtValueProxy):
         max_runs: int | None = None,
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
+        isolation: bool | None = None,
         eager: bool = False,
         **kwargs: object,
     ) -> None:
@@ -110,6 +115,7 @@ class InferenceSessionProxy(OrtValueProxy):
         location = model_source.locate(model)
         _warn_of_slips(kwargs)
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
+        worker = isolated.applied(worker, isolation)
         found = model_source.describe(location, sess_options, (providers, provider_options), kwargs, worker)
         self._set_up(ModelHandle(found, Terms.parse(ttl, latency, pin, priority), host or default_host()))
         self._sess_options_initial = sess_options

@@ -1,11 +1,10 @@
-"""Memory of a worker: the limits ``max_memory``, ``max_runs`` and ``max_memory_hard``, and a small heap.
+"""Memory of a worker: the limits ``max_memory``, ``max_runs`` and ``max_memory_hard``, and a heap to share.
 
 docs/performance.md has measurements of the heap, and what was tried and not kept.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import mmap
@@ -22,8 +21,6 @@ EVERY: Final = 0.01
 """Seconds between two looks."""
 LINGER: Final = 20
 """Looks without a call before the thread sleeps: of calls in quick succession, only the first wakes it."""
-_trim: Callable[[ctypes.c_size_t], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Exists in glibc only."""
 
 
 class RecycleLimits:
@@ -123,16 +120,6 @@ class Watchdog:
             self._called.wait()
         self.sleeps = False
         self._idle = 0
-
-
-def trim_heap() -> None:
-    """Returns the free pages of the heap to the system.
-
-    Parsing and prepacking a model leave a quarter to more than half of its size in free pages, which the heap
-    would keep.  Takes about ten milliseconds for a model of 200 MB: too long to do after each call.
-    """
-    if _trim is not None:
-        _trim(ctypes.c_size_t(0))
 
 
 def share_heap() -> None:

@@ -49,6 +49,7 @@ class Announcements:
             pid=worker.pid,
             rss=usage.rss or None,
             gpu=usage.gpu,
+            isolated=model.spec.isolation,
         )
         return Emit(msgspec.structs.replace(event, **fields))
 
