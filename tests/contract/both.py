@@ -1,8 +1,8 @@
 """The classes under one contract, the models they are tried with, and how they are compared.
 
 Every test of this folder takes ``make``, which builds sessions of one of the two classes: what holds for
-``onnxruntime.InferenceSession`` (the parameter "onnxruntime" proves it) has to hold for the proxy, whose model
-is in a worker ("proxy") or in this process ("inprocess").
+``onnxruntime.InferenceSession`` (the parameter "onnxruntime" proves it) has to hold for the proxy,
+whose model is in a worker ("proxy") or in this process ("inprocess").
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.cancellation import EVERY, GRACE, CancelWatch, run_timeout
 from onnx_dl.client.pending_call import RETRY, PendingCall
 from onnx_dl.client.remote_model import RemoteModel
-from onnx_dl.client.served_model import RunArguments, ServedModel
+from onnx_dl.client.served_model import BeginsRuns, RunArguments, ServedModel
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.spawning import Thread
@@ -244,15 +244,8 @@ def call_back(model: ServedModel, lease: Lease, arguments: RunArguments, callbac
         _begin(model, lease, arguments, callback)
         return
     watch = CancelWatch(callback.run_options, callback.deadline)
-
-    def run() -> None:
-        try:
-            result, error = model.run(lease, *arguments, watch), ""
-        except Exception as failed:
-            result, error = [], str(failed)
-        callback.send(result, error)
-
-    spawning.start(Thread(run, _NAME), "run_async()")
+    assert isinstance(model, BeginsRuns)
+    model.begin(lease, arguments, watch, callback.send)
 
 
 def _begin(model: RemoteModel, lease: Lease, arguments: RunArguments, callback: Callback) -> None:

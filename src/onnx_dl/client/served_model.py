@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.cancellation import CancelWatch
@@ -29,6 +29,10 @@ class RunArguments(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all inputs that have a size."""
         return sum(getattr(value, "nbytes", 0) for value in self.feed.values())
+
+
+Done = Callable[[EngineValue, str], object]
+"""Gets the results of a run in the background, and the text of its error."""
 
 
 class Outputs(Protocol):
@@ -111,6 +115,14 @@ class ServedModel(Protocol):
 
     def status(self, *, measure: bool = True) -> ModelStatus | None:
         """The model's status; None if the host does not know the model."""
+
+
+@runtime_checkable
+class BeginsRuns(Protocol):
+    """A model that begins runs in the background by itself, not over lanes."""
+
+    def begin(self, lease: Lease, arguments: RunArguments, watch: CancelWatch, done: Done) -> None:
+        """Begins an inference as ``run_async`` does, and returns.  Raises errors found before it runs."""
 
 
 FindModel = Callable[[Deadline], ServedModel]

@@ -100,7 +100,7 @@ class Driver:
         return ticket, promise
 
     def forget(self, ticket: int) -> None:
-        """Nobody waits for this answer any more."""
+        """Forgets a request whose answer is not waited for any more."""
         self._asked.pop(ticket, None)
 
     def look(self) -> list[ModelStatus]:

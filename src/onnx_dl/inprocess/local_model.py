@@ -10,9 +10,11 @@ from typing import NamedTuple, TypeVar
 
 from onnx_dl.client.acquisition import LOAD_MARGIN, Lease
 from onnx_dl.client.cancellation import CancelWatch
-from onnx_dl.concurrency import waits
+from onnx_dl.client.served_model import Done, RunArguments
+from onnx_dl.concurrency import spawning, waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import Promise, refuse
+from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core import load_output, model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, ModelStatus
@@ -22,6 +24,7 @@ from onnx_dl.inprocess.local_worker import NOT_EXECUTED, BlobSources, LocalWorke
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.tensors.call_plans import EngineValue, Feed
+from onnx_dl.workers.engines.base import Backend, CancelToken
 
 _T = TypeVar("_T")
 
@@ -93,7 +96,30 @@ class LocalModel:
             RunTimeout, DeadlinePassed: the deadline of ``watch`` passed during the run, or before it.
             Exception: what the engine raised.
         """
-        return self._perform(lease, lambda backend, token: backend.run(outputs, feed, options, token), watch)
+        fed = _unscoped(feed)
+        return self._perform(lease, lambda backend, token: backend.run(outputs, fed, options, token), watch)
+
+    def begin(self, lease: Lease, arguments: RunArguments, watch: CancelWatch, done: Done) -> None:
+        """Begins an inference as ``run_async`` does, and returns.  Raises errors found before it runs."""
+        started: Promise[None] = Promise()
+
+        outputs, fed, options = arguments.outputs, _unscoped(arguments.feed), arguments.options
+
+        def work(backend: Backend, token: CancelToken) -> EngineValue:
+            return backend.run_async(outputs, fed, options, token, lambda: started.set_result(None))
+
+        def run() -> None:
+            try:
+                result, error = self._perform(lease, work, watch), ""
+            except Exception as failed:
+                if not started.done():
+                    started.set_exception(failed)
+                    return
+                result, error = [], str(failed)
+            done(result, error)
+
+        spawning.start(Thread(run, "onnx-dl-callback"), "run_async()")
+        started.result()
 
     def keep(
         self, lease: Lease, outputs: EngineValue, feed: Feed, options: dict[str, EngineValue] | None
@@ -103,7 +129,8 @@ class LocalModel:
     def invoke(
         self, lease: Lease, method: str, *args: EngineValue, watch: CancelWatch | None = None
     ) -> EngineValue:
-        return self._perform(lease, lambda backend, token: backend.invoke(method, list(args), token), watch)
+        given = [_unscoped(arg) if type(arg) is dict else arg for arg in args]
+        return self._perform(lease, lambda backend, token: backend.invoke(method, given, token), watch)
 
     def _perform(
         self,
@@ -309,6 +336,15 @@ class LocalModel:
 
     def status(self, *, measure: bool = True) -> ModelStatus | None:
         return next((status for status in self._driver().look() if status.key == self.spec.unit), None)
+
+
+def _unscoped(feed: Feed) -> dict[str, object]:
+    """The feed for the session itself.  An OrtValue of this proxy's own names the proxy as its session, which
+    was checked."""
+    return {
+        name: value if getattr(value, "_session", None) is None else type(value)(value._get_c_value(), value)
+        for name, value in feed.items()
+    }
 
 
 def unload(driver: Driver, key: str, name: str, *, force: bool, deadline: Deadline | None) -> bool:

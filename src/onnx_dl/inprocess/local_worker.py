@@ -19,6 +19,7 @@ from onnx_dl.concurrency import spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import Guard, Promise, importing
 from onnx_dl.concurrency.spawning import Thread
+from onnx_dl.core import own_sessions
 from onnx_dl.core.spec import ModelSpec, working_directory
 from onnx_dl.core.status import ModelDescription, Usage, to_plain
 from onnx_dl.errors import WorkerDied
@@ -201,7 +202,7 @@ def prepare(engine: str) -> None:
 def load(spec: ModelSpec, sources: BlobSources) -> Backend:
     """Loads the model in this thread.  Raises like ``engines.base.load``."""
     engines = importing("onnx_dl.workers.engines.base")
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened, own_sessions.making():
         blobs = {
             name: opened.enter_context(_descriptor(sources[name])) for name in spec.blobs if name in sources
         }
