@@ -21,31 +21,28 @@ def machine_bytes() -> int:
 class GrowthMeter:
     """Shares the growth of the process among its loads.
 
-    Loads may overlap.  What one of them has booked does not count for the others, so that the figures of all
-    add up to the growth.  What the application itself allocates meanwhile counts, too.
+    Loads may overlap.  Growth that one of them has booked does not count for the others, so that the figures
+    of all add up to the growth.  What the application itself allocates meanwhile counts, too.
     """
 
     def __init__(self) -> None:
         self._begun: dict[int, int] = {}
-        """Resident bytes at the begin of each load, less what was booked until then."""
-        self._booked = 0
+        """Resident bytes at the begin of each load, and what others have booked since."""
 
     def begin(self, load: int, resident: int) -> None:
         """A load begins at this many resident bytes."""
-        self._begun[load] = resident - self._booked
+        self._begun[load] = resident
 
     def growth(self, load: int, resident: int) -> int:
         """Bytes of a load so far."""
-        return max(0, resident - self._booked - self._begun.get(load, resident - self._booked))
+        return max(0, resident - self._begun.get(load, resident))
 
     def end(self, load: int, resident: int) -> int:
         """Books the bytes of a load that has ended, and returns them."""
-        grown = self.growth(load, resident)
-        self._begun.pop(load, None)
-        self._booked += grown
-        if not self._begun:
-            self._booked = 0
-        return grown
+        begun = self._begun.pop(load, resident)
+        for other, since in list(self._begun.items()):
+            self._begun[other] = since + max(0, resident - max(begun, since))
+        return max(0, resident - begun)
 
 
 def usage_of(grown: int, file_bytes: int) -> Usage:
