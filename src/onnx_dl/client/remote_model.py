@@ -14,6 +14,7 @@ from onnx_dl.client.connection import Connection
 from onnx_dl.client.current_worker import CurrentWorker
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.client.pending_call import NO_DESCRIPTOR, RETRY, PendingCall, RetainedOutputs
+from onnx_dl.client.remote_claims import RemoteClaims
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import refuse
@@ -49,7 +50,7 @@ class HostServices(NamedTuple):
     """True if the host is shared, so that callers need not know of its end."""
 
 
-class RemoteModel:
+class RemoteModel(RemoteClaims):
     """One model, shared by all proxies of this application that name it."""
 
     def __init__(
@@ -63,19 +64,9 @@ class RemoteModel:
         """``blobs``: memory that the model is loaded from."""
         self.spec = spec
         self.description: ModelDescription | None = None
-        self.worker = CurrentWorker(spec.name, over_zmq=settings.lane == "zmq")
         self._host = host
-        self._acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
-
-    @property
-    def connection(self) -> Connection:
-        """The connection to the present host."""
-        return self._acquisition.connection
-
-    @property
-    def usable(self) -> bool:
-        """True if the connection to the host is there."""
-        return self._acquisition.connection.usable
+        acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
+        super().__init__(acquisition, CurrentWorker(spec.name, over_zmq=settings.lane == "zmq"))
 
     def run(
         self,
@@ -189,18 +180,6 @@ class RemoteModel:
     def grant(self, lease: Lease, deadline: Deadline | None = None) -> control.Granted:
         """The grant of a worker for this proxy.  Raises like :meth:`acquire`."""
         return self.acquire(lease, deadline).granted
-
-    def leave_outdated(self, lease: Lease, granted: control.Granted, path: str) -> None:
-        """Gives up a worker that has read other contents of this file than are there now."""
-        self.worker.leave_outdated(lease, granted, path)
-
-    def set_ttl(self, lease: Lease) -> None:
-        """Tells the supervisor the TTL of the lease."""
-        lease.send_ttl(self.connection)
-
-    def release(self, lease: Lease) -> None:
-        """Gives up the worker until the next use."""
-        lease.release(self.connection)
 
     def _ask(
         self, lease: Lease, deadline: Deadline | None, *, for_host: bool = False

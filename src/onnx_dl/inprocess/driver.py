@@ -23,7 +23,8 @@ from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.settings import Settings
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.errors import ProcessesExhausted
-from onnx_dl.inprocess import local_worker
+from onnx_dl.inprocess import loads
+from onnx_dl.inprocess.loads import LoadOutcome
 from onnx_dl.inprocess.local_worker import BlobSources, LocalWorker
 from onnx_dl.inprocess.memory import GrowthMeter, machine_bytes, resident_bytes, usage_of
 from onnx_dl.protocol import control as m
@@ -41,7 +42,6 @@ from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.outcomes import ExitStatus
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.system import heap, resources
-from onnx_dl.workers.engines.base import Backend
 
 logger = logging.getLogger("onnx_dl")
 
@@ -287,56 +287,27 @@ class Driver:
     def _begin_load(self, worker: LocalWorker, ttl: float) -> None:
         files = self._sources(worker.spec.key)
         worker.file_bytes = files.nbytes
-        thread = Thread(self._load, "onnx-dl-load", (worker, ttl, files.blobs))
+
+        def ended(outcome: LoadOutcome) -> None:
+            self._facts.put(lambda now: self._load_ended(worker, outcome, ttl, now))
+
         try:
-            spawning.start(thread, f"The load of {worker.spec.name}")
+            loads.start(worker, files.blobs, self._meter, ended)
         except ProcessesExhausted as error:
             self.workers.pop(worker.id, None)
             reason, failure = str(error), failures.describe(error)
             self._run(lambda now: self._scheduler.on_spawn_failed(worker.id, reason, now, failure))
 
-    def _load(self, worker: LocalWorker, ttl: float, sources: BlobSources) -> None:
-        """Runs in a thread of its own."""
-        began = time.monotonic()
-        try:
-            local_worker.prepare(worker.spec.engine)  # what the library itself takes is not the model's
-            self._meter.begin(worker.id, resident_bytes())
-            backend = local_worker.load(worker.spec, sources)
-            description = local_worker.described(backend)
-            heap.trim_heap()
-        except Exception as error:
-            spawning.note_shortage(error)
-            failed = m.WorkerFailed(worker_id=worker.id, failure=failures.describe(error))
-            self._facts.put(lambda now: self._load_failed(worker, failed, now))
-            return
-        ready = m.WorkerReady(
-            worker_id=worker.id,
-            address="",
-            secret="",
-            description=description,
-            seconds=time.monotonic() - began,
-        )
-        found = [backend]
-        del backend
-        self._facts.put(lambda now: self._loaded(worker, found, ttl, ready, now))
-
-    def _loaded(
-        self, worker: LocalWorker, found: list[Backend], ttl: float, ready: m.WorkerReady, now: float
-    ) -> list[Command]:
-        """``found``: has the engine's model, which is taken out: the fact may be kept longer."""
+    def _load_ended(self, worker: LocalWorker, outcome: LoadOutcome, ttl: float, now: float) -> list[Command]:
         grown = self._meter.end(worker.id, resident_bytes())
-        backend = found.pop()
+        backend = outcome.backend.pop() if outcome.backend else None
         if worker.killed:
             del backend
             self._finish(worker)
             return []
+        if backend is None or isinstance(outcome.message, m.WorkerFailed):
+            assert isinstance(outcome.message, m.WorkerFailed)
+            return self._scheduler.on_load_failed(outcome.message, now)
         worker.begin(backend, ttl, now)
         worker.usage = usage_of(grown, worker.file_bytes)
-        return self._scheduler.on_ready(ready, worker.usage, now)
-
-    def _load_failed(self, worker: LocalWorker, failed: m.WorkerFailed, now: float) -> list[Command]:
-        self._meter.end(worker.id, resident_bytes())
-        if worker.killed:
-            self._finish(worker)
-            return []
-        return self._scheduler.on_load_failed(failed, now)
+        return self._scheduler.on_ready(outcome.message, worker.usage, now)

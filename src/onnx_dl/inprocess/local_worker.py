@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from onnx_dl.client.cancellation import CancelWatch
-from onnx_dl.concurrency import spawning
+from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import Guard, Promise, importing
 from onnx_dl.concurrency.spawning import Thread
@@ -77,7 +77,7 @@ class LocalWorker:
         self.spec = spec
         self.gauges = Gauges()
         self.granted: Granted | None = None
-        """What the first lease was granted: it stands for this load in all leases."""
+        """The grant of the first lease.  It stands for this load in all leases."""
         self.usage = Usage()
         self.file_bytes = 0
         self.drained = False
@@ -216,7 +216,7 @@ def _descriptor(make: Callable[[], int]) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        primitives.close(fd)
 
 
 def _from_here(spec: ModelSpec) -> ModelSpec:
