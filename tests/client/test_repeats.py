@@ -247,7 +247,7 @@ proxy = InferenceSessionProxy({str(model_path("digits"))!r})
 feed = {{"pixels": np.zeros((1, 64), np.float32)}}
 proxy.run(None, feed)
 os.kill(default_host().snapshot().models[0].pid, 9)
-while proxy._handle.remote.worker.pool is not None: time.sleep(0.001)
+while proxy._handle.served.worker.pool is not None: time.sleep(0.001)
 proxy.run(None, feed)
 print("lives")
 """
@@ -313,7 +313,7 @@ def test_lanes_of_a_burst_are_closed(tidy_soon: None, host: ModelHost, both: str
     worker = psutil.Process(worker_pid(host))
     threads = worker.num_threads()
     eventually(
-        lambda: sum(map(len, proxy._handle.remote.worker.pool._idle.values())) == 1, "one lane is left"
+        lambda: sum(map(len, proxy._handle.served.worker.pool._idle.values())) == 1, "one lane is left"
     )
     if threads > worker.num_threads():  # as many as there were lanes at once, which the scheduler decides
         eventually(lambda: worker.num_threads() < threads, "their threads end")

@@ -1,7 +1,8 @@
-"""The two classes under one contract, the models they are tried with, and how they are compared.
+"""The classes under one contract, the models they are tried with, and how they are compared.
 
 Every test of this folder takes ``make``, which builds sessions of one of the two classes: what holds for
-``onnxruntime.InferenceSession`` (the parameter "onnxruntime" proves it) has to hold for the proxy.
+``onnxruntime.InferenceSession`` (the parameter "onnxruntime" proves it) has to hold for the proxy,
+whose model is in a worker ("proxy") or in this process ("inprocess").
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as C
 from onnx_dl import InferenceSessionProxy, ModelHost
 
 CPU = ["CPUExecutionProvider"]
-KINDS = ["onnxruntime", "proxy"]
+KINDS = ["onnxruntime", "proxy", "inprocess"]
 F, I64, STR = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
 Fail, InvalidArgument = C.Fail, C.InvalidArgument
@@ -48,7 +49,8 @@ class Make:
         return onnxruntime.InferenceSession if self.kind == "onnxruntime" else self._proxy
 
     def _proxy(self, *args: Any, **kw: Any) -> Any:
-        return InferenceSessionProxy(*args, host=self._host, eager=True, **kw)
+        more = {} if self.kind == "proxy" else {"isolation": False}
+        return InferenceSessionProxy(*args, host=self._host, eager=True, **more, **kw)
 
     def __call__(self, source: Any, sess_options: Any = None, providers: Any = CPU, **kw: Any) -> Any:
         session = self.cls(source, sess_options, providers=providers, **kw)

@@ -18,7 +18,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def make(kind: str, module_host: ModelHost, nothing_is_left_behind: None) -> Make:
     """A factory of sessions: ``make(source, sess_options=None, providers=CPU, **kw)``."""
-    return Make(kind, module_host if kind == "proxy" else None)
+    return Make(kind, None if kind == "onnxruntime" else module_host)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

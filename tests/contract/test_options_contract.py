@@ -114,8 +114,8 @@ own = onnxruntime.SessionOptions()
 shared = onnxruntime.SessionOptions()
 shared.use_per_session_threads = False
 from onnx_dl import InferenceSessionProxy
-cls = {"onnxruntime": onnxruntime.InferenceSession, "proxy": InferenceSessionProxy}[KIND]
-how = {} if KIND == "onnxruntime" else {"eager": True}
+cls = onnxruntime.InferenceSession if KIND == "onnxruntime" else InferenceSessionProxy
+how = {"onnxruntime": {}, "proxy": {"eager": True}, "inprocess": {"eager": True, "isolation": False}}[KIND]
 for options in (None, own, shared):
     try:
         session = cls(scaled(), options, providers=CPU, **how)

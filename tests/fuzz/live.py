@@ -126,8 +126,8 @@ class WellBehaved:
 
     def granted(self) -> Granted:
         """What it was told of its worker."""
-        assert self.proxy._handle.remote is not None
-        pool = self.proxy._handle.remote.worker.pool
+        assert self.proxy._handle.served is not None
+        pool = self.proxy._handle.served.worker.pool
         assert pool is not None
         return pool.granted
 

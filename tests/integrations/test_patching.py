@@ -150,11 +150,12 @@ def test_a_model_that_is_to_stay(host: ModelHost, path: str, caplog: pytest.LogC
     ):
         session = InferenceSession(path, providers=CPU)
         assert session.run(*TWICE)[0][0, 0] == 2
-        assert not models(host)
+        assert [status.isolated for status in host.snapshot().models] == [False]
         told = onnx_dl.unpatched_report()[-1]
         assert (told.model, told.reason) == (path, "its settings say so")
         assert __file__ in told.where
         assert str(told) in caplog.text
+        assert InferenceSession(path, providers=CPU).unload()  # it has a proxy's methods
 
 
 def test_options_that_cannot_travel(host: ModelHost, path: str) -> None:

@@ -33,7 +33,11 @@ MAY_IMPORT = {
     },
     "workers": {*BASE, "ort", "protocol", "tensors", "transport"},
     "session": {*BASE, "ort", "tensors", "client"},
-    "host": {*BASE, "client", "session"},
+    "inprocess": {
+        *BASE, "protocol", "tensors", "transport.gauges", "client", "supervisor.policy", "workers.gate",
+        "workers.engines",
+    },
+    "host": {*BASE, "client", "session", "inprocess"},
     "integrations": {*BASE, "client.host_client", "session", "host"},
     "demo": {*BASE, "client.event_dispatch", "session", "host"},
     "cli": {
@@ -230,7 +234,8 @@ def test_metrics_cost_nothing_where_nobody_wants_them() -> None:
 @pytest.mark.parametrize("library", ["psutil", "pynvml"])
 def test_only_the_probe_measures(library: str) -> None:
     users = {name for name in MODULES if library in outside(name)}
-    assert {name for name in users if not name.startswith("demo")} == {"supervisor.measure.memory_probe"}
+    users = {name for name in users if not name.startswith("demo")}
+    assert users <= {"supervisor.measure.memory_probe", "inprocess.memory"}
 
 
 def test_engine_is_imported_eagerly_by_its_backend_only() -> None:

@@ -17,12 +17,14 @@ from typing import Final, NamedTuple, TypeVar
 from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.cancellation import CancelWatch, run_timeout
 from onnx_dl.client.pending_call import RETRY, PendingCall
-from onnx_dl.client.remote_model import Encode, RemoteModel
+from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.client.served_model import FindModel, RunArguments, ServedModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.event_loops import EventLoops, present
 from onnx_dl.system.thread_attributes import on_behalf
+from onnx_dl.tensors.call_codec import Request
 from onnx_dl.tensors.call_plans import EngineValue
-from onnx_dl.transport.client_lane import Reply
+from onnx_dl.transport.client_lane import ClientLane, Reply
 
 _AT_ONCE: Final = 32
 """Calls of one model that one event loop has under way; each takes a lane and a thread of the worker."""
@@ -32,7 +34,7 @@ _LARGE: Final = 1 << 20
 _T = TypeVar("_T")
 _Semaphore = AbstractAsyncContextManager[object]
 
-_semaphores: weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[RemoteModel, _Semaphore]] = (
+_semaphores: weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[ServedModel, _Semaphore]] = (
     weakref.WeakKeyDictionary()
 )
 """One of each event loop for each model."""
@@ -59,17 +61,16 @@ async def _in_thread(loop: EventLoops, work: Callable[[], _T]) -> _T:
 
 
 async def call(
-    find: Callable[[Deadline], RemoteModel] | RemoteModel,
+    find: FindModel | ServedModel,
     lease: Lease,
-    encode: Encode,
-    nbytes: int,
+    arguments: RunArguments,
     timeout: float | None,
     run_options: object,
 ) -> EngineValue:
     """One call, awaited.  Cancelling it ends the run.
 
-    ``find``: the model, or a function that finds it where the host must be started first; ``nbytes``: of the
-    inputs; ``run_options``: an ``onnxruntime.RunOptions`` whose ``terminate`` another thread may set.
+    ``find``: the model, or a function that finds it where the host must be started first; ``run_options``: an
+    ``onnxruntime.RunOptions`` whose ``terminate`` another thread may set.
 
     Raises:
         RunTimeout: it took longer than ``timeout`` seconds, and was told to end.
@@ -80,12 +81,13 @@ async def call(
     with deadline_of(timeout) as deadline:
         try:
             async with loop.timeout(timeout):
-                model = find
-                if not isinstance(model, RemoteModel):
-                    model = await _in_thread(loop, functools.partial(model, deadline))
+                model = await _in_thread(loop, functools.partial(find, deadline)) if callable(find) else find
                 async with _semaphore(loop, model):
-                    awaited = _AwaitedCall(loop, model, lease, encode, run_options, deadline)
-                    return await awaited.result(nbytes)
+                    if isinstance(model, RemoteModel):
+                        awaited = _AwaitedCall(loop, model, lease, arguments, run_options, deadline)
+                        return await awaited.result()
+                    watch = CancelWatch(run_options, deadline)
+                    return await _in_thread(loop, lambda: model.run(lease, *arguments, watch))
         except TimeoutError as error:
             # Others are the end of a load's time, or the supervisor's, and not the caller's.
             if timeout is None or type(error) not in (TimeoutError, DeadlinePassed):
@@ -93,7 +95,7 @@ async def call(
             raise run_timeout(deadline, "was told to end") from None
 
 
-def _semaphore(loop: EventLoops, model: RemoteModel) -> _Semaphore:
+def _semaphore(loop: EventLoops, model: ServedModel) -> _Semaphore:
     key = loop.key()
     if (of_loop := _semaphores.get(key)) is None:
         of_loop = _semaphores.setdefault(key, weakref.WeakKeyDictionary())
@@ -108,11 +110,15 @@ class _AwaitedCall(NamedTuple):
     loop: EventLoops
     model: RemoteModel
     lease: Lease
-    encode: Encode
+    arguments: RunArguments
     run_options: object
     deadline: Deadline
 
-    async def result(self, nbytes: int) -> EngineValue:
+    def encode(self, lane: ClientLane) -> Request:
+        return lane.codec.encode_call(*self.arguments)
+
+    async def result(self) -> EngineValue:
+        nbytes = self.arguments.nbytes
         while True:
             call = await self._prepare(nbytes)
             if call.lane.reply_fd is None or self.run_options is not None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from onnx_dl.client.acquisition import Lease
-from onnx_dl.client.cancellation import EVERY, GRACE, run_timeout
+from onnx_dl.client.cancellation import EVERY, GRACE, CancelWatch, run_timeout
 from onnx_dl.client.pending_call import RETRY, PendingCall
-from onnx_dl.client.remote_model import Encode, RemoteModel
+from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.client.served_model import BeginsRuns, RunArguments, ServedModel
 from onnx_dl.concurrency import primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.spawning import Thread
@@ -231,7 +232,7 @@ def _report(error: Exception) -> None:
     sys.unraisablehook(told)
 
 
-def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callback) -> None:
+def call_back(model: ServedModel, lease: Lease, arguments: RunArguments, callback: Callback) -> None:
     """Begins a call and returns; its results go to ``callback`` in another thread.
 
     Raises:
@@ -239,10 +240,21 @@ def call_back(model: RemoteModel, lease: Lease, encode: Encode, callback: Callba
         RunTimeout: the callback's deadline passed before the run began.
         Exception: the call was refused before that.
     """
+    if isinstance(model, RemoteModel):
+        _begin(model, lease, arguments, callback)
+        return
+    watch = CancelWatch(callback.run_options, callback.deadline)
+    assert isinstance(model, BeginsRuns)
+    model.begin(lease, arguments, watch, callback.send)
+
+
+def _begin(model: RemoteModel, lease: Lease, arguments: RunArguments, callback: Callback) -> None:
     deadline = callback.deadline
     model.connection.check_thread()
     while True:
-        call = model.prepare(lease, encode, deadline)
+        call = model.prepare(
+            lease, lambda lane: lane.codec.encode_call(*arguments, background=True), deadline
+        )
         try:
             reply = call.lane.exchange(call.request, None if deadline is None else deadline.left())
             if isinstance(reply, m.Started):

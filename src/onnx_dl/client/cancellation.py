@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.errors import RunTimeout
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.call_codec import Request
 from onnx_dl.transport.client_lane import ClientLane, Reply
+
+_R = TypeVar("_R")
 
 EVERY: Final = 0.003
 """Seconds between two looks."""
@@ -42,12 +44,22 @@ class CancelWatch:
         """Sends a request and waits for its reply.  Raises RunTimeout after the deadline; close the lane
         then, which may be in use for as long as the model computes."""
         lane.send(request)
+        return self.wait(lane.receive, terminate, lambda reply: isinstance(reply, m.CallFailed))
+
+    def wait(
+        self, receive: Callable[[float | None], _R], terminate: Terminate, failed: Callable[[_R], bool]
+    ) -> _R:
+        """Waits for a reply.  Raises RunTimeout after the deadline.
+
+        ``receive``: returns the reply, or raises TimeoutError after so many seconds; ``failed``: tells
+        whether a reply is an error.
+        """
         while True:
             try:
-                return lane.receive(self._step())
+                return receive(self._step())
             except TimeoutError:
                 if self.deadline is not None and self.deadline.passed:
-                    return self._end(lane, terminate)
+                    return self._end(receive, terminate, failed)
                 self._look(terminate)
 
     def _step(self) -> float | None:
@@ -62,18 +74,20 @@ class CancelWatch:
             self._was_ended = terminate(Deadline(GRACE, outer=self.deadline))
             self._end_at = time.monotonic() + _AGAIN
 
-    def _end(self, lane: ClientLane, terminate: Terminate) -> Reply:
+    def _end(
+        self, receive: Callable[[float | None], _R], terminate: Terminate, failed: Callable[[_R], bool]
+    ) -> _R:
         """Ends the run.  Returns its reply if that comes in time all the same."""
         grace = Deadline(GRACE)  # both waits below share it
         ended = self._was_ended or terminate(grace)
         try:
-            reply = lane.receive(grace.left() if ended else 0.0)
+            reply = receive(grace.left() if ended else 0.0)
         except TimeoutError:
             raise run_timeout(
                 self.deadline,
                 "was cancelled; it ends when the model allows that, or at once by unload(force=True)",
             ) from None
-        if isinstance(reply, m.CallFailed):
+        if failed(reply):
             raise run_timeout(self.deadline, "was ended")
         return reply
 

@@ -22,6 +22,7 @@ from onnx_dl.client.connection import Connection, ConnectionListener
 from onnx_dl.client.event_dispatch import EventBus, EventStream
 from onnx_dl.client.model_table import BlobSources, GroupMember, HostModels, alive
 from onnx_dl.client.remote_model import HostServices, RemoteModel, unload
+from onnx_dl.client.served_model import ServedModel
 from onnx_dl.client.supervisor_link import FAREWELL, SupervisorLink
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.events import ModelEvent
@@ -109,8 +110,8 @@ class HostClient:
 
     # --- models -------------------------------------------------------------------------------------------
 
-    def model(self, spec: ModelSpec, blobs: BlobSources, deadline: Deadline | None = None) -> RemoteModel:
-        """The one RemoteModel of this application for the spec.  Starts the supervisor if need be, and raises
+    def model(self, spec: ModelSpec, blobs: BlobSources, deadline: Deadline | None = None) -> ServedModel:
+        """The one model of this application for the spec.  Starts the supervisor if need be, and raises
         like :meth:`SupervisorLink.connect`."""
         connection = self.link.connect(deadline)
         if (model := self._models.get(spec.key)) is None:
@@ -138,8 +139,8 @@ class HostClient:
         failed.end()
         self._models.move(model, self.link.connect(deadline), blobs)
 
-    def known_model(self, key: str) -> RemoteModel | None:
-        """The RemoteModel if there is one and its supervisor lives.  Starts nothing."""
+    def known_model(self, key: str) -> ServedModel | None:
+        """The model if there is one and its supervisor lives.  Starts nothing."""
         model = self._models.get(key)
         return model if model is not None and model.connection.usable else None
 

@@ -5,6 +5,7 @@ Imports nothing heavy: ``import onnx_dl`` imports this and sets the function tha
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -39,11 +40,21 @@ def default_host() -> HostClient:
     global _default
     if (known := _default) is not None:
         return known
-    name = settings().host
+    name = _usable(settings().host)
     made = shared_host(name) if name else _make(None)
     with _guard().alone():
         known = _default = _default or made  # another thread may have been faster
     return known
+
+
+def _usable(name: str) -> str:
+    """The name of a shared host; empty where there are no shared hosts."""
+    from onnx_dl.system import resources
+
+    if name and not resources.is_platform():
+        warnings.warn(f"ONNX_DL_HOST={name} has no effect: this system has no shared hosts.", stacklevel=4)
+        return ""
+    return name
 
 
 def shared_host(name: str, *, start: bool = True) -> HostClient:

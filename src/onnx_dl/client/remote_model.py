@@ -14,6 +14,7 @@ from onnx_dl.client.connection import Connection
 from onnx_dl.client.current_worker import CurrentWorker
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.client.pending_call import NO_DESCRIPTOR, RETRY, PendingCall, RetainedOutputs
+from onnx_dl.client.remote_claims import RemoteClaims
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import refuse
@@ -49,7 +50,7 @@ class HostServices(NamedTuple):
     """True if the host is shared, so that callers need not know of its end."""
 
 
-class RemoteModel:
+class RemoteModel(RemoteClaims):
     """One model, shared by all proxies of this application that name it."""
 
     def __init__(
@@ -63,14 +64,9 @@ class RemoteModel:
         """``blobs``: memory that the model is loaded from."""
         self.spec = spec
         self.description: ModelDescription | None = None
-        self.worker = CurrentWorker(spec.name, over_zmq=settings.lane == "zmq")
         self._host = host
-        self._acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
-
-    @property
-    def connection(self) -> Connection:
-        """The connection to the present host."""
-        return self._acquisition.connection
+        acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
+        super().__init__(acquisition, CurrentWorker(spec.name, over_zmq=settings.lane == "zmq"))
 
     def run(
         self,
@@ -180,6 +176,10 @@ class RemoteModel:
             lease.has_load_output = True
             load_output.repeat(answer.description.details.get("remarks"))
         return pool
+
+    def grant(self, lease: Lease, deadline: Deadline | None = None) -> control.Granted:
+        """The grant of a worker for this proxy.  Raises like :meth:`acquire`."""
+        return self.acquire(lease, deadline).granted
 
     def _ask(
         self, lease: Lease, deadline: Deadline | None, *, for_host: bool = False

@@ -46,6 +46,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         detail: failed: what went wrong; outdated: the path of the file; thrash: which models, and how much
             of the time their loads took; unloaded: that its worker ended itself for its memory.
         retry_after: failed: seconds until the host will load the model again.
+        isolated: false if the model runs in the application's own process, which numbers its events itself.
     """
 
     seq: int
@@ -62,6 +63,7 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
     freed: int | None = None
     detail: str | None = None
     retry_after: float | None = None
+    isolated: bool = True
 
     def __str__(self) -> str:
         if self.type is EventType.THRASH:  # concerns several models

@@ -32,6 +32,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Transport of calls.  ``socket``: a Unix socket; ``zmq``: ZeroMQ, which control messages always use."""
     start: str = "fork"
     """Start of workers.  ``fork``: forked from a template process; ``exec``: each is a fresh interpreter."""
+    isolation: str = "on"
+    """Where models run.  ``on``: in worker processes; ``off``: in the application's own process,
+    unless a proxy says ``isolation=True``."""
     load_timeout: _Seconds = 600.0
     """Time limit of a load.  A load that takes longer is ended, and raises ``LoadTimeout``."""
     start_timeout: _Seconds = 30.0
@@ -72,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 CHOICES: Final = {
     "start": ("fork", "exec"),
+    "isolation": ("on", "off"),
     "lane": ("socket", "zmq"),
     "cache": ("on", "off"),
     "worker_stderr": WORKER_STDERR,

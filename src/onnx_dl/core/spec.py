@@ -56,6 +56,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     group: str | None = None
     members: list[ModelSpec] = []
     environment: Environment = NOTHING
+    isolation: bool = True
+    """False: the model runs in the application's own process."""
 
     @property
     def blobs(self) -> list[str]:

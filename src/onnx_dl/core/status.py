@@ -85,6 +85,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
         runs: number of calls that the present worker has answered.
         p50: median duration of these calls, in seconds; None before the first.
         members: names of the models of a group, by key.
+        isolated: False if the model runs in the application's own process, ``pid``.
     """
 
     model: str
@@ -105,6 +106,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     runs: int = 0
     p50: float | None = None
     members: dict[str, str] = {}
+    isolated: bool = True
 
     def __str__(self) -> str:
         from onnx_dl.core import snapshot_text

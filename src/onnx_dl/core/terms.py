@@ -56,6 +56,8 @@ class WorkerOptions(NamedTuple):
     limits: Allowances = Allowances()
     group: str | None = None
     environment: Environment = NOTHING
+    isolation: bool = True
+    """False: the model runs in the application's own process, which has none of the other options."""
 
     @classmethod
     def parse(
@@ -75,4 +77,5 @@ class WorkerOptions(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """Values for :data:`WORKER_FIELDS`."""
-        return dict(zip(WORKER_FIELDS, (*self.limits, self.group, self.environment), strict=True))
+        given = dict(zip(WORKER_FIELDS, (*self.limits, self.group, self.environment), strict=True))
+        return given if self.isolation else given | {"isolation": False}

@@ -11,6 +11,7 @@ from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.core.settings import DEFAULT_HOST, settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host.model_host import ModelHost
+from onnx_dl.system import resources
 
 
 def default_host() -> ModelHost:
@@ -34,11 +35,13 @@ def connect(name: str | None = None, *, start: bool = True) -> ModelHost:
 
     Raises:
         ConfigError: (a ValueError) the name is not valid.
+        PlatformError: this system has no worker processes.
         SupervisorError: the host does not run, and ``start`` is False.
         SupervisorStartError: the host did not start, or refused the connection.
     """
     if name is None:
         name = settings().host or DEFAULT_HOST
+    resources.check_platform()
     host = _model_host(host_registry.shared_host(name, start=start))
     host.start()
     return host

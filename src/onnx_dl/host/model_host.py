@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
-from onnx_dl.client.host_client import HostClient, recent_events
+from onnx_dl.client.host_client import recent_events
 from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.waits import Mailbox
@@ -21,12 +21,13 @@ from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
 from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import ConfigError
+from onnx_dl.host.mixed_host import MixedHost
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.proxy import ModelProxy
 
 
-class ModelHost(HostClient):
-    """One supervisor process, and what this application has in it.
+class ModelHost(MixedHost):
+    """One supervisor process, what this application has in it, and models in this process.
 
     Nothing is started until the first model is used or :meth:`start` is called.  The end of a ``with`` block,
     :meth:`close` and the exit of the interpreter end it.  :func:`connect` returns a host that several
@@ -43,8 +44,9 @@ class ModelHost(HostClient):
     ) -> None:
         """
         Args:
-            memory_limit: bytes that all workers together may take, as a number or as text such as ``"2GiB"``;
-                None: ``ONNX_DL_MEMORY_LIMIT``, or four fifths of the memory of the machine or its cgroup.
+            memory_limit: bytes that all workers together may take, and as many for all models in this
+                process, as a number or as text such as ``"2GiB"``; None: ``ONNX_DL_MEMORY_LIMIT``, or four
+                fifths of the memory of the machine or its cgroup.
             gpu_memory_limit: the same for GPU memory; None: ``ONNX_DL_GPU_MEMORY_LIMIT``, or four fifths of
                 the memory of all GPUs, if NVML reports it.
             config: path of a file with the host's models and limits (docs/host-file.md); None:
@@ -72,7 +74,7 @@ class ModelHost(HostClient):
     def of_name(cls, name: str | None) -> Self:
         """The shared host of this name, or, for None, one of this application."""
         host = object.__new__(cls)
-        HostClient.__init__(host, settings(), name=name)
+        MixedHost.__init__(host, settings(), name=name)
         return host
 
     def __repr__(self) -> str:

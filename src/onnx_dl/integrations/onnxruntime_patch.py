@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Guard, importing
+from onnx_dl.core import own_sessions
 from onnx_dl.core.types import OrtObject
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.integrations.patch_settings import checked
@@ -73,6 +74,10 @@ class Patch:
         self, settings: _Settings, args: tuple[OrtObject, ...], kwargs: _Settings
     ) -> InferenceSessionProxy:
         """Opens a proxy.  ``args``, ``kwargs``: of onnxruntime's own constructor."""
+
+        def wanted(name: str) -> bool:
+            return name != "environment" or settings.get("isolation") is not False
+
         source, sess_options, providers, provider_options = args
         return InferenceSessionProxy(
             source,
@@ -80,7 +85,7 @@ class Patch:
             providers,
             provider_options=provider_options,
             host=self._host,
-            **{name: value for name, value in settings.items() if name != "in_process"},
+            **{name: value for name, value in settings.items() if wanted(name)},
             **{name: value for name, value in kwargs.items() if name not in settings and name != "host"},
         )
 
@@ -111,8 +116,8 @@ def patch(
         eager: load a model when its session is made, because packages may catch onnxruntime's errors there.
         environment: as for :class:`~onnx_dl.InferenceSessionProxy`.
         models: settings of single models by glob of path or file name, for example
-            ``{"vad*.onnx": {"ttl": -1}, "tiny*": {"in_process": True}}``; of several that match, the later
-            counts.
+            ``{"vad*.onnx": {"ttl": -1}, "tiny*": {"isolation": False}}`` (or ``"in_process": True``; see
+            docs/in-process.md); of several that match, the later counts.
         host: the host to use instead of the application's own.
 
     Returns:
@@ -197,14 +202,17 @@ def _opening(original: _Init) -> _Init:
         **kwargs: OrtObject,
     ) -> None:
         args = (path_or_bytes, sess_options, providers, provider_options)
+        if own_sessions.are_made_here():
+            _known.add(self)
+            return original(self, *args, **kwargs)
         name = _name_of(path_or_bytes)
         patched = _active[-1]
         settings = patched.settings_of(name)
         try:
-            if not settings.get("in_process"):
-                self.__dict__[_PROXY] = patched.open(settings, args, kwargs)
-                return
-            reason = "its settings say so"
+            self.__dict__[_PROXY] = patched.open(settings, args, kwargs)
+            if settings.get("isolation") is False:
+                _note(Unpatched(name, "its settings say so", _caller()))
+            return None
         except (ConfigError, PlatformError) as error:
             reason = str(error)
         _note(Unpatched(name, reason, _caller()))
@@ -225,7 +233,8 @@ def _noting(original: _Init) -> _Init:
     def __init__(self: OrtObject, options: OrtObject, source: object, *args: object) -> None:
         original(self, options, source, *args)
         where = _caller()
-        if not getattr(_inside, "making", False) and "onnx_dl" not in where:
+        ours = getattr(_inside, "making", False) or own_sessions.are_made_here()
+        if not ours and "onnx_dl" not in where:
             _note(Unpatched(_name_of(source), "it was made with onnxruntime's native class", where))
 
     return __init__

@@ -18,6 +18,7 @@ _PARSE: Final[dict[str, Callable[[object], object]]] = {
     "environment": parse_environment,
     "eager": parsing.parse_switch,
     "in_process": parsing.parse_switch,
+    "isolation": parsing.parse_switch,
 }
 
 
@@ -29,7 +30,10 @@ def checked(settings: Mapping[str, object], of: str) -> dict[str, object]:
             f"{of} has no setting {sorted(strange)}; there are {sorted(_PARSE)}."
             + keywords.hint(sorted(strange), _PARSE)
         )
-    return {name: _PARSE[name](value) for name, value in settings.items()}
+    found = {name: _PARSE[name](value) for name, value in settings.items()}
+    if (in_process := found.pop("in_process", None)) is not None:  # its older name
+        found["isolation"] = False if in_process else None
+    return found
 
 
 def parse_models(texts: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -18,6 +18,7 @@ from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_dire
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Array, PlainDict
 from onnx_dl.errors import EngineError
+from onnx_dl.session import isolation as isolated
 from onnx_dl.session.model_handle import ModelHandle
 from onnx_dl.session.model_source import ModelSource
 from onnx_dl.session.proxy import ModelProxy
@@ -45,6 +46,7 @@ class ExecutionSession(ModelProxy):
         max_runs: number of runs after which the worker is replaced.
         group: models that name the same share one worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         environment: variables for this model's worker; see :class:`~onnx_dl.InferenceSessionProxy`.
+        isolation: False: the model runs in this process; see :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
         eager: load the model now, so that errors are raised here.
 
@@ -70,10 +72,12 @@ class ExecutionSession(ModelProxy):
         max_runs: int | None = None,
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
+        isolation: bool | None = None,
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
+        worker = isolated.applied(worker, isolation)
         spec = _spec_of(os.fspath(shared_lib_path), tag, worker)
         super().__init__(ModelSource(spec), Terms.parse(ttl, latency, pin, priority), host)
         self._entry_point = entry_point
@@ -158,7 +162,9 @@ def _spec_of(path: str, tag: str, worker: WorkerOptions) -> ModelSpec:
         )
     extra = {"tag": tag} if tag else {}
     return ModelSpec(
-        key=model_key(model_identity(path), "onnx_mlir", extra, *worker),
+        key=model_key(
+            model_identity(path), "onnx_mlir", extra, *(worker[:-1] if worker.isolation else worker)
+        ),
         name=path,
         cwd=working_directory(),
         engine="onnx_mlir",

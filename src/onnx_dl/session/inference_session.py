@@ -17,12 +17,14 @@ from onnx_dl.client import callback_calls
 from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.client.host_registry import default_host
+from onnx_dl.client.served_model import RunArguments
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.forking import importing
 from onnx_dl.core import keywords, parsing
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Feed, OrtObject, Providers, Value
 from onnx_dl.ort import options
+from onnx_dl.session import isolation as isolated
 from onnx_dl.session import model_source
 from onnx_dl.session.inputs import USERS, check_owner, names_of, plain_name, refuse_dtypes, sharing
 from onnx_dl.session.model_handle import ModelHandle
@@ -65,6 +67,9 @@ class InferenceSessionProxy(OrtValueProxy):
         environment: variables for this model's worker, such as ``{"OMP_NUM_THREADS": "4"}``; None as a value
             removes a variable.  They are set before its interpreter starts, so the load takes as long as
             without forking.  Proxies of one file with different environments have different workers.
+        isolation: False: the model runs in this process (docs/in-process.md); True: in a worker process, or
+            PlatformError at the first use; None: in a worker process, unless ``ONNX_DL_ISOLATION=off`` or the
+            system has none (macOS, Windows).
         eager: load the model now, so that errors are raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does, with a warning if a name is close to one of these.
@@ -95,6 +100,7 @@ class InferenceSessionProxy(OrtValueProxy):
         max_runs: int | None = None,
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
+        isolation: bool | None = None,
         eager: bool = False,
         **kwargs: object,
     ) -> None:
@@ -108,6 +114,7 @@ class InferenceSessionProxy(OrtValueProxy):
         if unknown := kwargs.keys() - model_source.KNOWN:
             keywords.warn_of_slips(unknown, _keywords(), ("onnx_dl", "onnxruntime"))
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
+        worker = isolated.applied(worker, isolation)
         found = model_source.describe(location, sess_options, (providers, provider_options), kwargs, worker)
         self._set_up(ModelHandle(found, Terms.parse(ttl, latency, pin, priority), host or default_host()))
         self._sess_options_initial = sess_options
@@ -172,13 +179,11 @@ class InferenceSessionProxy(OrtValueProxy):
         asynchronous = importing("onnx_dl.client.awaited_calls")
         feed, names = self._as_feed(input_feed), names_of(output_names)
         plain = options.read_run_options(run_options)
-        nbytes = sum(getattr(value, "nbytes", 0) for value in feed.values())
         # The event loop must not wait for the start of a supervisor or for a load.
         result: list[Value] = await asynchronous.call(
             self._handle.in_use() or self._handle.model,
             self._handle.lease,
-            lambda lane: lane.codec.encode_call(names, feed, plain),
-            nbytes,
+            RunArguments(names, feed, plain),
             parsing.parse_timeout(timeout),
             run_options,
         )
@@ -218,7 +223,7 @@ class InferenceSessionProxy(OrtValueProxy):
             callback_calls.call_back(
                 self._handle.model(deadline),
                 self._handle.lease,
-                lambda lane: lane.codec.encode_call(names, feed, plain, background=True),
+                RunArguments(names, feed, plain),
                 callback_calls.Callback(callback, user_data, run_options, deadline, feed),
             )
         except DeadlinePassed as passed:

@@ -38,7 +38,7 @@ class Metadata:
         if handle.is_gone:
             gone: Description = GONE
             return gone
-        idle = handle.remote is None or not handle.remote.connection.usable
+        idle = handle.served is None or not handle.served.usable
         if objects is not None and idle and not handle.lease.closed:
             return objects
         described = handle.describe()

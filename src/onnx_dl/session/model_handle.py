@@ -12,6 +12,7 @@ from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.client.model_table import BlobSources
 from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.client.served_model import ServedModel
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core import model_files
 from onnx_dl.core.spec import model_key
@@ -39,9 +40,9 @@ class ModelHandle:
         self.live = source.live
         self.is_gone = False
         """True if onnxruntime would have no native session: its providers could not be set."""
-        self.remote: RemoteModel | None = None
+        self.served: ServedModel | None = None
         self._blobs = source.blobs
-        self._used: RemoteModel | None = None
+        self._used: ServedModel | None = None
         """The model, once its worker was found to have read the files that are there."""
         host.join(self)
         # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
@@ -55,11 +56,11 @@ class ModelHandle:
         """Gives up the model and the memory that it was given as."""
         self.release()
         # The model in the client has the memory, too: it hands it to the next host.
-        self._blobs, self.remote, self._used = {}, None, None
+        self._blobs, self.served, self._used = {}, None, None
 
     def give_up_session(self) -> None:
         """Has every later use raise what onnxruntime raises without a native session."""
-        self.is_gone, self._used, self.remote = True, None, None
+        self.is_gone, self._used, self.served = True, None, None
 
     def copied(self) -> ModelHandle:
         """Another claim to the same model, on the same terms."""
@@ -77,15 +78,16 @@ class ModelHandle:
 
     def companion(self) -> RemoteModel | None:
         """The model, for others of its group to load it with them; None if this is closed."""
-        return None if self.lease.closed or self.is_gone else self.known()
+        model = None if self.lease.closed or self.is_gone else self.known()
+        return model if isinstance(model, RemoteModel) else None
 
     def set_ttl(self, ttl: object) -> None:
         """Changes the TTL, also at the supervisor.  Raises ConfigError if it is none of the three modes."""
         self.lease.terms = self.lease.terms.changed({"ttl": ttl})
         if (model := self.host.known_model(self.spec.key)) is not None:
-            self.lease.send_ttl(model.connection)
+            model.set_ttl(self.lease)
 
-    def model(self, deadline: Deadline | None = None) -> RemoteModel:
+    def model(self, deadline: Deadline | None = None) -> ServedModel:
         """The model, with a worker that this proxy may use: started and loaded if need be, and read from the
         files that are there now, unless this proxy has used it before.
 
@@ -96,24 +98,24 @@ class ModelHandle:
         """
         return self.in_use() or self._bind(deadline)
 
-    def in_use(self) -> RemoteModel | None:
+    def in_use(self) -> ServedModel | None:
         """The model, if this proxy uses its present worker already."""
         model, lease = self._used, self.lease
         if model is None or lease.closed or not model.serves(lease):
             return None
         return model
 
-    def _bind(self, deadline: Deadline | None) -> RemoteModel:
+    def _bind(self, deadline: Deadline | None) -> ServedModel:
         for _ in range(_MOST_VERSIONS):
             model = self.known(deadline)
-            worker = model.acquire(self.lease, deadline).granted
-            if (path := model_files.changed(self.spec.where, worker.description.files)) is None:
+            granted = model.grant(self.lease, deadline)
+            if (path := model_files.changed(self.spec.where, granted.description.files)) is None:
                 self._used = model
                 return model
-            model.worker.leave_outdated(self.lease, worker, path)
+            model.leave_outdated(self.lease, granted, path)
             # Proxies that use the worker keep it.  All that find the same files get the same new key; threads
             # of this proxy may come here at the same time, from the same key.
-            now = model_files.identities(self.spec.where, [file.name for file in worker.description.files])
+            now = model_files.identities(self.spec.where, [file.name for file in granted.description.files])
             self.spec = msgspec.structs.replace(self.spec, key=model_key(model.spec.key, now))
         raise FilesChanging(
             f"{path} is not the file that the worker of {self.spec.name} has just read. Either the file "
@@ -131,18 +133,18 @@ class ModelHandle:
             model = self.model()
         return model.describe(self.lease)
 
-    def known(self, deadline: Deadline | None = None) -> RemoteModel:
+    def known(self, deadline: Deadline | None = None) -> ServedModel:
         """The model as the client knows it, with the supervisor started if need be.  May raise
         DeadlinePassed."""
         if self.is_gone:
             raise AttributeError("'NoneType' object has no attribute 'run'")
-        blobs, spec, model = self._blobs, self.spec, self.remote
+        blobs, spec, model = self._blobs, self.spec, self.served
         if self.lease.closed:  # looked at last: close() takes the memory away after that
             raise self._is_closed()
-        if model is None or not model.connection.usable or model.spec.key != spec.key:
+        if model is None or not model.usable or model.spec.key != spec.key:
             if spec.engine == "ort":
                 installation.check(spec.provider_names)
-            model = self.remote = self.host.model(spec, blobs, deadline)
+            model = self.served = self.host.model(spec, blobs, deadline)
         return model
 
     def invoke(self, method: str, *args: object) -> Any:

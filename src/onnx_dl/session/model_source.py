@@ -135,6 +135,7 @@ def with_providers(spec: ModelSpec, providers: Providers, provider_options: Prov
     Raises like :func:`describe`."""
     extra = {name: value for name, value in spec.extra.items() if name in KNOWN} | {"enable_fallback": 0}
     kept = {name: getattr(spec, name) for name in ("options", "memory", "surroundings", *WORKER_FIELDS)}
+    kept |= {} if spec.isolation else {"isolation": False}
     return specify(spec.path, spec.blob, spec.cwd, kept | _providers(providers, provider_options, extra))
 
 

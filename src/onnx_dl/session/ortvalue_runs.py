@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from onnx_dl.client.cancellation import CancelWatch
-from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.client.served_model import ServedModel
 from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import options, ortvalues
@@ -147,7 +147,7 @@ class OrtValueProxy(SessionProxy):
         result: list[Value] = model.invoke(self._handle.lease, method, *args, plain, watch=watch)
         return result
 
-    def _refreshed(self) -> RemoteModel:
+    def _refreshed(self) -> ServedModel:
         """The model, with initializers as the application has them now."""
         if self._handle.live is not None:
             self._handle.live.refresh()

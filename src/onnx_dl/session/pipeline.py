@@ -50,6 +50,8 @@ class Pipeline:
         if len({id(stage._handle.host) for stage in stages}) > 1:
             raise ConfigError("All stages of a pipeline must be proxies of the same host.")
         self._stages = stages
+        self._stay = len({stage._handle.spec.isolation for stage in stages}) == 1
+        """True if results can stay where they are: all stages run in workers, or all in this process."""
         self._connect = [dict(names) for names in connect or [{}] * (len(stages) - 1)]
 
     def run(
@@ -80,6 +82,9 @@ class Pipeline:
             for index, stage in enumerate(self._stages[:-1]):
                 names = self._needed(index)
                 feed = stage._as_feed(self._feed(index, input_feed, computed))
+                if not self._stay:
+                    computed.append(dict(zip(names, stage.run(names, feed, run_options), strict=True)))
+                    continue
                 results = stage._handle.model().keep(stage._handle.lease, names, feed, plain)
                 kept.callback(results.release)
                 computed.append(dict(zip(names, results.values, strict=True)))

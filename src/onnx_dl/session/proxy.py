@@ -92,7 +92,7 @@ class ModelProxy:
         model = self._handle.model()
         model.adopt(self._handle.lease)
         if used is None:  # only the host holds the worker until this proxy makes a call
-            self._handle.lease.release(model.connection)
+            model.release(self._handle.lease)
         status = model.status()
         assert status is not None
         return status

@@ -8,7 +8,6 @@ application has them, because workers write files for it.  Imports nothing heavy
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys

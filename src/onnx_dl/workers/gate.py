@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from onnx_dl.core.parsing import KEEP
@@ -30,10 +31,16 @@ class Gate:
     """Counts calls in flight and session() blocks, and closes by TTL or on request."""
 
     def __init__(
-        self, ttl: float, now: float, wake: Callable[[], None], gauges: Gauges | None = None
+        self,
+        ttl: float,
+        now: float,
+        wake: Callable[[], None],
+        gauges: Gauges | None = None,
+        lock: AbstractContextManager[object] | None = None,
     ) -> None:
-        """``wake``: called without the lock when a thread changed what :meth:`judge` depends on."""
-        self._lock = threading.Lock()
+        """``wake``: called without the lock when a thread changed what :meth:`judge` depends on; ``lock``:
+        None: one that no thread may take twice."""
+        self._lock = lock or threading.Lock()
         self._gauges = gauges or Gauges()
         self._wake = wake
         self._ttl = ttl
@@ -84,7 +91,7 @@ class Gate:
     def unhold(self, now: float) -> None:
         """Ends a session() block."""
         with self._lock:
-            self._holds -= 1
+            self._holds = max(0, self._holds - 1)
             wake = self._used_at(now)
         if wake:
             self._wake()
@@ -107,6 +114,14 @@ class Gate:
         with self._lock:
             if not (self._closing or self._closed):
                 self._close("recycled")
+        self._wake()
+
+    def end(self, reason: str) -> None:
+        """Closes at once, also if session() blocks hold the model."""
+        with self._lock:
+            self._holds = 0
+            if not self._closed:
+                self._close(reason)
         self._wake()
 
     def _close(self, reason: str) -> None:

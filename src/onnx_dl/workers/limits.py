@@ -1,11 +1,10 @@
-"""Memory of a worker: the limits ``max_memory``, ``max_runs`` and ``max_memory_hard``, and a small heap.
+"""Memory of a worker: the limits ``max_memory``, ``max_runs`` and ``max_memory_hard``, and a heap to share.
 
 docs/performance.md has measurements of the heap, and what was tried and not kept.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import mmap
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from onnx_dl import linux_only
 from onnx_dl.concurrency import spawning
 from onnx_dl.system import resources
 
@@ -23,8 +21,6 @@ EVERY: Final = 0.01
 """Seconds between two looks."""
 LINGER: Final = 20
 """Looks without a call before the thread sleeps: of calls in quick succession, only the first wakes it."""
-_trim: Callable[[ctypes.c_size_t], object] = linux_only.libc_function("malloc_trim", otherwise=id)
-"""Exists in glibc only; elsewhere this has no effect."""
 
 
 class RecycleLimits:
@@ -124,15 +120,6 @@ class Watchdog:
             self._called.wait()
         self.sleeps = False
         self._idle = 0
-
-
-def trim_heap() -> None:
-    """Returns the free pages of the heap to the system.
-
-    Parsing and prepacking a model leave a quarter to more than half of its size in free pages, which the heap
-    would keep.  Takes about ten milliseconds for a model of 200 MB: too long to do after each call.
-    """
-    _trim(ctypes.c_size_t(0))
 
 
 def share_heap() -> None:

@@ -24,6 +24,7 @@ from onnx_dl.core.text import file_name
 from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import CallFailed
+from onnx_dl.system.heap import trim_heap
 from onnx_dl.system.process_title import set_title
 from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.gauges import Gauges
@@ -35,7 +36,7 @@ from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService
-from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog, trim_heap
+from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog
 from onnx_dl.workers.load_cache.rules import SaveOrder
 
 _RESERVE: Final = 16

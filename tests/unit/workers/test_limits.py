@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from onnx_dl import linux_only
-from onnx_dl.workers import limits
+from onnx_dl.system import heap
 
 HOLE = """
 import ctypes, os
-from onnx_dl.workers import limits as memory
+from onnx_dl.system import heap as memory
 
 def resident():
     with open("/proc/self/statm") as statm:
@@ -59,8 +59,8 @@ def test_trim_gives_back_what_lies_below_a_block_in_use() -> None:
 
 
 def test_trim_is_nothing_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_trim", linux_only.libc_function("no_such_function", otherwise=id))
-    limits.trim_heap()
+    monkeypatch.setattr(heap, "_trim", linux_only.libc_function("no_such_function", otherwise=id))
+    heap.trim_heap()
 
 
 def test_a_child_that_collects_garbage_copies_no_pages() -> None:

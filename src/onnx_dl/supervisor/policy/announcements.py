@@ -55,6 +55,7 @@ class Announcements:
             pid=worker.pid,
             rss=usage.rss or None,
             gpu=usage.gpu,
+            isolated=model.spec.isolation,
         )
         event = msgspec.structs.replace(event, **fields)
         self._kept.append(event)

@@ -254,6 +254,7 @@ class ModelRecord:
             runs=reading.runs,
             p50=reading.quantile(0.5),
             members={member.key: member.name for member in self.spec.members if member.key not in failed},
+            isolated=self.spec.isolation,
         )
 
 

@@ -46,9 +46,10 @@ class LoadedSession:
             Exception: onnxruntime's; its attribute ``remarks`` is what was printed before.
         """
         self.keys = list((spec.options or {}).get("config", {}))
-        recordings.apply_process_settings(spec.surroundings, spec.environment)
-        _preload_cuda(spec)
-        _create_thread_pools(spec)
+        if spec.isolation:  # else these are the application's, in this process already
+            recordings.apply_process_settings(spec.surroundings, spec.environment)
+            _preload_cuda(spec)
+            _create_thread_pools(spec)
         options = None
         self._kept: list[object] = []
         if spec.options is not None:
@@ -62,7 +63,9 @@ class LoadedSession:
         self.as_set = {name: (spec.options or {})[name] for name in _OF_POOLS} if _uses_pools(spec) else {}
         """Options that are described as the caller set them, though the session has others."""
         extra = {name: value for name, value in spec.extra.items() if name not in (_GIVEN, "tuple")}
-        with load_output.captured() as self.remarks:
+        # In the application, prints and warnings of other threads would be captured, too.
+        nothing: contextlib.nullcontext[load_output.Remarks] = contextlib.nullcontext([])
+        with load_output.captured() if spec.isolation else nothing as self.remarks:
             self.session = onnxruntime.InferenceSession(
                 spec.path if data is None else data, options, *_providers(spec), **extra
             )
@@ -91,7 +94,8 @@ def _providers(spec: ModelSpec) -> tuple[object, object]:
 
 def _uses_pools(spec: ModelSpec) -> bool:
     """Tells whether the model uses the threads that the application made for all its models."""
-    return _POOLS in spec.surroundings and (spec.options or {}).get("use_per_session_threads") is False
+    wanted = (spec.options or {}).get("use_per_session_threads") is False
+    return spec.isolation and _POOLS in spec.surroundings and wanted
 
 
 def _create_thread_pools(spec: ModelSpec) -> None:

@@ -1,0 +1,60 @@
+"""Decides for one model whether it runs in a worker process or in this one, and tells what that means."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Final
+
+from onnx_dl.core.settings import settings
+from onnx_dl.core.terms import WorkerOptions
+from onnx_dl.errors import ConfigError
+from onnx_dl.system import resources
+
+logger = logging.getLogger("onnx_dl")
+
+_MISSING: Final = (
+    "A crash in native code ends this program. An unloaded model gives back what the allocator returns. "
+    "max_memory, max_memory_hard, max_runs, group, environment and shared hosts have no effect. "
+    "See docs/in-process.md."
+)
+_told: list[None] = []
+
+
+def applied(worker: WorkerOptions, isolation: object) -> WorkerOptions:
+    """The options with the decision.  Says once per process why models run in-process, unless that was asked
+    for by name.
+
+    Args:
+        isolation: True, False, or None: as ``ONNX_DL_ISOLATION`` and the platform say.
+
+    Raises:
+        ConfigError: it is none of these; or False together with options that need a worker process.
+    """
+    if isolation not in (None, True, False):
+        raise ConfigError(f"isolation={isolation!r} is none of True, False and None.")
+    if isolation is None:
+        if resources.is_platform() and settings().isolation == "on":
+            return worker
+        _tell_once()
+    elif isolation:
+        return worker
+    elif worker != WorkerOptions():
+        given = ", ".join(name for name, value in worker.fields().items() if value)
+        raise ConfigError(
+            f"isolation=False has the model run in this process, where {given} can have no effect. Leave one "
+            "of them out."
+        )
+    return WorkerOptions(isolation=False)
+
+
+def _tell_once() -> None:
+    if _told:
+        return
+    _told.append(None)
+    if resources.is_platform():
+        logger.warning("ONNX_DL_ISOLATION=off: models run in this process. %s", _MISSING)
+        return
+    text = f"onnx-dl isolates models on Linux only; on {sys.platform} they run in this process. {_MISSING}"
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
