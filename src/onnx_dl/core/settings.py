@@ -33,7 +33,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start: str = "fork"
     """Start of workers.  ``fork``: forked from a template process; ``exec``: each is a fresh interpreter."""
     isolation: str = "on"
-    """Where models run.  ``on``: in worker processes; ``off``: in the application's own process,
+    """Process of the models.  ``on``: worker processes; ``off``: the application's own process,
     unless a proxy says ``isolation=True``."""
     load_timeout: _Seconds = 600.0
     """Time limit of a load.  A load that takes longer is ended, and raises ``LoadTimeout``."""
