@@ -63,7 +63,9 @@ class RemoteModel:
         """``blobs``: memory that the model is loaded from."""
         self.spec = spec
         self.description: ModelDescription | None = None
-        self.worker = CurrentWorker(spec.name, over_zmq=settings.lane == "zmq")
+        # A sandboxed worker cannot connect to the sockets that lanes over ZeroMQ need.
+        over_zmq = settings.lane == "zmq" and not spec.sandbox
+        self.worker = CurrentWorker(spec.name, over_zmq=over_zmq)
         self._host = host
         self._acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
 

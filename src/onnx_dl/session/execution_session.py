@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.core import mlir_signature
+from onnx_dl.core import digests, mlir_signature
 from onnx_dl.core.parsing import parse_timeout
-from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_directory
+from onnx_dl.core.spec import ModelSpec, model_identity, model_key, without_trust, working_directory
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Array, PlainDict
 from onnx_dl.errors import EngineError
@@ -41,6 +41,8 @@ class ExecutionSession(ModelProxy):
             one; see :class:`~onnx_dl.InferenceSessionProxy`.
         group: models that name the same share one worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         environment: variables for this model's worker; see :class:`~onnx_dl.InferenceSessionProxy`.
+        sha256, sandbox: only this file, and a worker with few rights; see
+            :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
         eager: load the model now, so that what is wrong with it is raised here.
 
@@ -67,10 +69,13 @@ class ExecutionSession(ModelProxy):
         max_runs: int | None = None,
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
+        sha256: str | Mapping[str, str] | None = None,
+        sandbox: bool = False,
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
+        worker = worker.with_trust(sha256, sandbox)
         spec = _spec_of(os.fspath(shared_lib_path), tag, worker)
         super().__init__(ModelSource(spec), Terms.parse(ttl, latency, pin, priority), host)
         self._entry_point = entry_point
@@ -154,12 +159,22 @@ def _spec_of(path: str, tag: str, worker: WorkerOptions) -> ModelSpec:
             errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
         )
     extra = {"tag": tag} if tag else {}
+    how = worker.fields() | {"sha256": digests.of_model(worker.sha256, path)}
+    trust = without_trust({name: how[name] for name in ("sha256", "sandbox")})
     return ModelSpec(
-        key=model_key(model_identity(path), "onnx_mlir", extra, *worker),
+        key=model_key(
+            model_identity(path),
+            "onnx_mlir",
+            extra,
+            worker.limits,
+            worker.group,
+            worker.environment,
+            *([trust] if trust else []),
+        ),
         name=path,
         cwd=working_directory(),
         engine="onnx_mlir",
         path=path,
         extra=extra,
-        **worker.fields(),
+        **how,
     )

@@ -67,6 +67,11 @@ class InferenceSessionProxy(OrtValueProxy):
         environment: variables for this model's worker, such as ``{"OMP_NUM_THREADS": "4"}``; None as a value
             removes a variable.  They are set before its interpreter starts, so the load takes as long as
             without forking.  Proxies of one file with different environments have different workers.
+        sha256: 64 hexadecimal digits of the model's file or bytes; another file is refused.  A model with
+            external data needs a dict that has a digest for each file, by its name relative to the model's
+            folder.  Checked at each load (docs/security.md).
+        sandbox: the model's worker has no network, no write access to files, and reads only its model and the
+            installation (docs/security.md).  Linux with Landlock and seccomp.  The load cache is not used.
         eager: load the model now, so that errors are raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does.
@@ -75,6 +80,8 @@ class InferenceSessionProxy(OrtValueProxy):
         ValueError: a term or a limit is not allowed; the message names it.
         TypeError: the model is neither a path nor bytes.
         ConfigError: an option cannot reach a worker, or a variable cannot be set; the message names it.
+        ModelDigestMismatch: a file is another than ``sha256`` says; at the load.
+        SandboxUnavailable: the system has no sandbox; at the load.
         onnxruntime's NoSuchFile: there is no such file.  Unless ``eager``, a file that is not a model is
             refused at first use.
     """
@@ -97,6 +104,8 @@ class InferenceSessionProxy(OrtValueProxy):
         max_runs: int | None = None,
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
+        sha256: str | Mapping[str, str] | None = None,
+        sandbox: bool = False,
         eager: bool = False,
         **kwargs: object,
     ) -> None:
@@ -109,6 +118,7 @@ class InferenceSessionProxy(OrtValueProxy):
         location = model_source.locate(model)
         _warn_of_slips(kwargs)
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
+        worker = worker.with_trust(sha256, sandbox)
         found = model_source.describe(location, sess_options, (providers, provider_options), kwargs, worker)
         self._set_up(ModelHandle(found, Terms.parse(ttl, latency, pin, priority), host or default_host()))
         self._sess_options_initial = sess_options

@@ -20,7 +20,7 @@ import zmq
 
 from onnx_dl.concurrency import spawning
 from onnx_dl.core.spec import ModelSpec, blob_tag
-from onnx_dl.errors import ProcessesExhausted
+from onnx_dl.errors import ProcessesExhausted, SandboxUnavailable
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import CallFailed
 from onnx_dl.transport import sockets, zeromq
@@ -28,7 +28,7 @@ from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers import warmup
+from onnx_dl.workers import sandbox, warmup
 from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
@@ -45,9 +45,19 @@ _GREETING_TIMEOUT: Final = 1.0
 class Worker:
     """One model in this process."""
 
-    def __init__(self, spawn: template.Spawn, lifeline: int, gauges: Gauges, blobs: list[int]) -> None:
+    def __init__(
+        self,
+        spawn: template.Spawn,
+        lifeline: int,
+        gauges: Gauges,
+        blobs: list[int],
+        refusal: Exception | None = None,
+    ) -> None:
+        """``refusal``: the reason for which it must not load its model."""
         self._id = spawn.worker_id
         self._gauges = gauges
+        self._refusal = refusal
+        self._is_sandboxed = spawn.sandbox is not None
         self._lifeline = Channel.from_fd(lifeline)
         self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
         """Descriptors by :func:`onnx_dl.core.spec.blob_tag`."""
@@ -80,6 +90,7 @@ class Worker:
         tagged = {name: self._blobs.get(blob_tag(name)) for name in spec.blobs}
         blobs = {name: fd for name, fd in tagged.items() if fd is not None}
         try:
+            door = self._open_door(spec)
             if not spec.members:  # each member of a group has a folder of its own
                 backends.enter(spec.cwd)
             backend = backends.load(spec, blobs, mapped=load.mapped)
@@ -90,8 +101,6 @@ class Worker:
             ready = time.monotonic()
             self._gate = Gate(load.ttl, ready, self._waker.wake, self._gauges)
             self._set_limits(spec)
-            # A rejected caller sees EOF.
-            door = Handshakes(self._address, _RESERVE, lambda channel, why: None)
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
             unsaved = isinstance(error, NotInCache)
@@ -115,6 +124,23 @@ class Worker:
         sockets.close_all(self._blobs.values())
         with contextlib.closing(door):
             self._run(door, backend)
+
+    def _open_door(self, spec: ModelSpec) -> Handshakes:
+        """Listens for callers, before a sandbox takes sockets away.
+
+        Raises:
+            SandboxUnavailable: there is to be a sandbox, and the system lacks something.
+            OSError: this process may have no more descriptors.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        if spec.sandbox and not self._is_sandboxed:
+            raise SandboxUnavailable("The worker was started without a sandbox.")
+        # A rejected caller sees EOF.
+        door = Handshakes(self._address, _RESERVE, lambda channel, why: None)
+        if spec.sandbox:
+            sandbox.lock()
+        return door
 
     def _propose(self, order: SaveOrder) -> None:
         """Tells the supervisor that the model is worth saving."""
