@@ -36,8 +36,8 @@ from onnx_dl.system.process_setup import die_with_parent, name_process
 from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
-from onnx_dl.workers import sandbox
 from onnx_dl.workers.limits import share_heap
+from onnx_dl.workers.sandbox import rights
 from onnx_dl.workers.worker import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
@@ -182,7 +182,7 @@ def _confined(spawn: Spawn, blobs: list[int]) -> Exception | None:
     """Restricts this process to what a sandboxed worker may do; returns the error if that is not possible."""
     if spawn.sandbox is not None:
         try:
-            sandbox.confine(spawn.sandbox, dict(zip(spawn.blobs, blobs, strict=True)))
+            rights.confine(spawn.sandbox, dict(zip(spawn.blobs, blobs, strict=True)))
         except Exception as error:  # the worker sends it to those that wait for the model
             return error
     return None

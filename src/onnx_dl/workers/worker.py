@@ -28,13 +28,14 @@ from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers import sandbox, warmup
+from onnx_dl.workers import warmup
 from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService
 from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog, trim_heap
 from onnx_dl.workers.load_cache.rules import SaveOrder
+from onnx_dl.workers.sandbox import rights
 
 _RESERVE: Final = 16
 """Descriptors kept free for the model and for lanes that are open."""
@@ -57,7 +58,7 @@ class Worker:
         self._id = spawn.worker_id
         self._gauges = gauges
         self._refusal = refusal
-        self._is_sandboxed = spawn.sandbox is not None
+        self._is_confined = spawn.sandbox is not None
         self._lifeline = Channel.from_fd(lifeline)
         self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
         """Descriptors by :func:`onnx_dl.core.spec.blob_tag`."""
@@ -90,7 +91,11 @@ class Worker:
         tagged = {name: self._blobs.get(blob_tag(name)) for name in spec.blobs}
         blobs = {name: fd for name, fd in tagged.items() if fd is not None}
         try:
-            door = self._open_door(spec)
+            if self._refusal is not None:
+                raise self._refusal
+            if spec.sandbox and not self._is_confined:
+                raise SandboxUnavailable("The worker was started without a sandbox.")
+            door = _open_door(self._address, spec.sandbox)
             if not spec.members:  # each member of a group has a folder of its own
                 backends.enter(spec.cwd)
             backend = backends.load(spec, blobs, mapped=load.mapped)
@@ -124,23 +129,6 @@ class Worker:
         sockets.close_all(self._blobs.values())
         with contextlib.closing(door):
             self._run(door, backend)
-
-    def _open_door(self, spec: ModelSpec) -> Handshakes:
-        """Listens for callers, before a sandbox takes sockets away.
-
-        Raises:
-            SandboxUnavailable: there is to be a sandbox, and the system lacks something.
-            OSError: this process may have no more descriptors.
-        """
-        if self._refusal is not None:
-            raise self._refusal
-        if spec.sandbox and not self._is_sandboxed:
-            raise SandboxUnavailable("The worker was started without a sandbox.")
-        # A rejected caller sees EOF.
-        door = Handshakes(self._address, _RESERVE, lambda channel, why: None)
-        if spec.sandbox:
-            sandbox.lock()
-        return door
 
     def _propose(self, order: SaveOrder) -> None:
         """Tells the supervisor that the model is worth saving."""
@@ -296,6 +284,14 @@ class Worker:
             _exit()
         message: control.ToWorker = control.to_worker(self._control.recv())
         return message
+
+
+def _open_door(address: str, is_sandboxed: bool) -> Handshakes:
+    """Listens for callers, before a sandbox takes sockets away."""
+    door = Handshakes(address, _RESERVE, lambda channel, why: None)  # a rejected caller sees EOF
+    if is_sandboxed:
+        rights.lock()
+    return door
 
 
 def _reject_lane(channel: Channel, error: Exception) -> None:

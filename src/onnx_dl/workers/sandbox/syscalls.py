@@ -29,7 +29,7 @@ execve 59 221, execveat 322 281, fork 57 -, vfork 58 -, ptrace 101 117, process_
 process_vm_writev 311 271, kcmp 312 272, pidfd_open 434 434, pidfd_getfd 438 438
 pidfd_send_signal 424 424, tkill 200 130, process_madvise 440 440, process_mrelease 448 448
 migrate_pages 256 238, move_pages 279 239, setpriority 141 140, ioprio_set 251 30
-sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274
+sched_setparam 142 118, sched_setattr 314 274
 # files: Landlock does not cover modes, owners, times and attributes
 chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55, lchown 94 -
 fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14
@@ -63,7 +63,7 @@ clone3 435 435, openat2 437 437, io_uring_setup 425 425, io_uring_enter 426 426,
 """
 _CHECKED: Final = """
 clone 56 220, kill 62 129, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240
-prlimit64 302 261, fcntl 72 25, ioctl 16 29, open 2 -, openat 257 56
+prlimit64 302 261, fcntl 72 25, ioctl 16 29, open 2 -, openat 257 56, sched_setscheduler 144 119
 """
 
 

@@ -19,7 +19,8 @@ from typing import Final
 from onnx_dl.core import model_files
 from onnx_dl.core.spec import Confinement
 from onnx_dl.errors import SandboxUnavailable
-from onnx_dl.system import capabilities, landlock, resources, seccomp
+from onnx_dl.system import resources
+from onnx_dl.workers.sandbox import capabilities, landlock, seccomp
 
 _SYSTEM: Final = (
     "/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store", "/sys",

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from onnx_dl.errors import SandboxUnavailable
-from onnx_dl.system import syscalls
+from onnx_dl.workers.sandbox import syscalls
 
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _TSYNC: Final = 1
 _NUMBER: Final = {"x86_64": 317, "aarch64": 277}
-"""Of the system call seccomp()."""
+"""Numbers of the system call seccomp()."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW: Final = 0x7FFF0000
@@ -63,10 +63,12 @@ def _not(index: int, values: tuple[int, ...]) -> list[Instruction]:
     return [_argument(index), *tests, _ALLOWED]
 
 
-def program(machine: syscalls.Machine, pid: int, *, truncation: bool) -> list[Instruction]:
+def program(machine: syscalls.Machine, pid: int, policy: int, *, truncation: bool) -> list[Instruction]:
     """Returns the filter for the process ``pid``.
 
-    ``truncation``: refuse to open files with O_TRUNC, for kernels where Landlock does not.
+    Args:
+        policy: its scheduling policy, which threads may set again, as those of libzmq do.
+        truncation: refuse to open files with O_TRUNC, for kernels where Landlock does not.
     """
     truncating = (_ANY_BIT, 0, 1, _O_TRUNC)
     rules: Mapping[str, list[Instruction]] = {
@@ -78,6 +80,7 @@ def program(machine: syscalls.Machine, pid: int, *, truncation: bool) -> list[In
         "prlimit64": _only(0, (0, pid)),
         "fcntl": _not(1, _OWNERS),
         "ioctl": _not(1, _CONTROLS),
+        "sched_setscheduler": _only(1, (policy,)),
         "open": [_argument(1), truncating, _REFUSED, _ALLOWED] if truncation else [],
         "openat": [_argument(2), truncating, _REFUSED, _ALLOWED] if truncation else [],
     }
@@ -113,7 +116,7 @@ def install(*, truncation: bool) -> None:
     name = os.uname().machine
     if machine is None:
         raise SandboxUnavailable(f"sandbox=True knows the system calls of x86-64 and aarch64, not of {name}.")
-    steps = program(machine, os.getpid(), truncation=truncation)
+    steps = program(machine, os.getpid(), os.sched_getscheduler(0), truncation=truncation)
     packed = b"".join(struct.pack("HBBI", *step) for step in steps)
     given = _Program(len(steps), packed)
     libc = ctypes.CDLL(None, use_errno=True)
