@@ -12,7 +12,6 @@ import contextlib
 import glob
 import os
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -91,13 +90,12 @@ def _leave_streams() -> None:
 
 def _installation() -> Iterator[str]:
     """Yields folders and files of Python, its packages, and libraries."""
-    yield from (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    yield os.path.dirname(os.__file__)  # without sysconfig, which takes 2 MB
     for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix):  # conda keeps libraries there
         yield from (os.path.join(prefix, name) for name in ("lib", "lib64", "DLLs"))
     if (unpacked := getattr(sys, "_MEIPASS", None)) is not None:  # an application of PyInstaller
         yield str(unpacked)
-    for variable in ("LD_LIBRARY_PATH",):
-        yield from filter(os.path.isabs, os.environ.get(variable, "").split(":"))
+    yield from filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
     for module in list(sys.modules.values()):
         if (path := _home_of(module)) is not None:
             yield path
