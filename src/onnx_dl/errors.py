@@ -8,6 +8,7 @@ Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classe
     ├── ConfigError (ValueError)            a setting or argument is invalid
     ├── InstallationError (ImportError)     onnxruntime is missing or damaged
     ├── PlatformError (OSError)             this operating system lacks a required feature
+    │   └── SandboxUnavailable              it lacks one that sandbox=True requires
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
     ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
@@ -16,6 +17,7 @@ Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classe
     ├── ReentrantUse (RuntimeError)         a thread would wait for itself
     ├── EngineError (RuntimeError)          an engine without own exceptions (onnx-mlir) failed
     ├── FilesChanging (RuntimeError)        the files of a model changed during each load
+    ├── ModelDigestMismatch (ValueError)    a file of a model is not the one that sha256= names
     ├── ProtocolError                       a peer violated the protocol
     ├── InvalidTransition                   a model's state does not allow the event
     ├── UnloadTimeout (TimeoutError)        unload() stopped waiting for running calls
@@ -67,6 +69,13 @@ class PlatformError(OnnxDLError, OSError):
     Linux 5.3 or newer; memory limits need ``/proc``."""
 
     code = "platform"
+
+
+class SandboxUnavailable(PlatformError):
+    """The kernel, or the container, does not offer what ``sandbox=True`` requires; the message says what.
+    The model was not loaded."""
+
+    code = "sandbox-unavailable"
 
 
 class ProxyClosedError(OnnxDLError, RuntimeError):
@@ -122,6 +131,25 @@ class FilesChanging(OnnxDLError, RuntimeError):
     this process."""
 
     code = "files-changing"
+
+
+class ModelDigestMismatch(OnnxDLError, ValueError):
+    """A file of a model has another SHA-256 than ``sha256=`` says, or the argument has none for it.
+    The model was not loaded.
+
+    Attributes:
+        path: the file; a name, if the model was given as bytes.
+        expected: 64 hexadecimal digits; empty: none was given for this file.
+        actual: those of the file; empty: it was not read, or does not exist.
+    """
+
+    code = "model-digest-mismatch"
+
+    def __init__(self, message: str, path: str = "", expected: str = "", actual: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.expected = expected
+        self.actual = actual
 
 
 class ProtocolError(OnnxDLError):

@@ -66,7 +66,9 @@ class RemoteModel(RemoteClaims):
         self.description: ModelDescription | None = None
         self._host = host
         acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
-        super().__init__(acquisition, CurrentWorker(spec.name, over_zmq=settings.lane == "zmq"))
+        # A sandboxed worker cannot connect to the sockets that lanes over ZeroMQ need.
+        over_zmq = settings.lane == "zmq" and not spec.sandbox
+        super().__init__(acquisition, CurrentWorker(spec.name, over_zmq=over_zmq))
 
     def run(
         self,

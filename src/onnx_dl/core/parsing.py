@@ -119,6 +119,13 @@ def parse_group(value: object) -> str | None:
     raise ConfigError(f"group={value!r} is not a group name; give text that is not empty, or None.")
 
 
+def parse_sandbox(value: object) -> bool:
+    """True or False."""
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"sandbox={value!r} is neither True nor False.")
+
+
 _SWITCH: Final = dict.fromkeys(("1", "yes", "true", "on"), True) | dict.fromkeys(
     ("0", "no", "false", "off"), False
 )

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from onnx_dl.core import digests
 from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ConfigError
@@ -35,7 +36,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``surroundings`` are settings of the whole process (:mod:`onnx_dl.ort.recorder`).  A worker with more than
     ``max_memory`` bytes of its own after a call, or after ``max_runs`` calls, is replaced; one with more than
     ``max_memory_hard`` during a call ends itself.  Models of the same ``group`` share one worker, whose own
-    spec (:func:`group_spec`) has them as ``members``.  The worker starts with the ``environment``.
+    spec (:func:`group_spec`) has them as ``members``.  The worker starts with the ``environment``, loads only
+    files with the digests ``sha256`` (:mod:`onnx_dl.core.digests`), and has no more rights than it needs if
+    ``sandbox`` is true.
     """
 
     key: str
@@ -58,6 +61,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     environment: Environment = NOTHING
     isolation: bool = True
     """False: the model runs in the application's own process."""
+    sha256: dict[str, str] = {}
+    sandbox: bool = False
 
     @property
     def blobs(self) -> list[str]:
@@ -93,7 +98,46 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The key for which a worker is started: of this model, or of its group and its environment."""
         if self.group is None:
             return self.key
-        return f"group:{self.group}#{self.environment.tag}" if self.environment else f"group:{self.group}"
+        variables = f"#{self.environment.tag}" if self.environment else ""
+        return f"group:{self.group}{'#sandbox' if self.sandbox else ''}{variables}"
+
+    @property
+    def libraries(self) -> list[str]:
+        """Paths of operator and provider libraries, without those that the system's loader finds."""
+        named = [
+            argument
+            for name, args, kwargs in (self.options or {}).get("calls", [])
+            if name == "register_custom_ops_library"
+            for argument in (*args, *kwargs.values())
+        ]
+        found = [*named, *self.surroundings.get("libraries", {}).values()]
+        return [path for path in found if isinstance(path, str) and os.path.isabs(path)]
+
+    def confinement(self) -> Confinement | None:
+        """The rights of the worker of this model, or of a group; None: those of the user."""
+        if not self.sandbox:
+            return None
+        models = self.members or [self]
+        return Confinement(
+            models=[model.where("") for model in models if model.blob is None],
+            blobs={blob_tag(model.blob): model.where("") for model in models if model.blob is not None},
+            files=sorted({path for model in models for path in model.libraries}),
+            devices=any({*model.provider_names} - {"CPUExecutionProvider"} for model in models),
+        )
+
+
+class Confinement(msgspec.Struct, frozen=True, kw_only=True):
+    """Rights of a sandboxed worker.
+
+    ``models``: paths of the models that it may read, with their external data; ``blobs``: the folder of
+    external data of each model that was given as bytes, by its tag (:func:`blob_tag`); ``files``: paths of
+    more files; ``devices``: it may use accelerators.
+    """
+
+    models: list[str] = []
+    blobs: dict[str, str] = {}
+    files: list[str] = []
+    devices: bool = False
 
 
 def blob_tag(name: str) -> str:
@@ -121,6 +165,7 @@ def group_spec(members: Sequence[ModelSpec]) -> ModelSpec:
         max_memory_hard=max(hard, default=None),
         max_runs=min(runs, default=None),
         environment=first.environment,
+        sandbox=first.sandbox,
     )
 
 
@@ -160,7 +205,7 @@ def specify(path: str | None, blob: str | None, cwd: str, how: PlainFields) -> M
     data of a model given as bytes lies, or a file that onnxruntime writes.
 
     Raises:
-        ConfigError: the path is not UTF-8.
+        ConfigError: the path is not UTF-8, or ``sha256`` has no digest for the model itself.
         OSError: the file cannot be looked at.
     """
     try:
@@ -170,14 +215,21 @@ def specify(path: str | None, blob: str | None, cwd: str, how: PlainFields) -> M
             f"The path {path!r} is not valid UTF-8; onnxruntime could not open it either. Rename the file."
         ) from None
     what = model_identity(os.path.join(cwd, path)) if path else blob
+    how = how | {"sha256": digests.of_model(how.get("sha256", {}), path)}
     return ModelSpec(
-        key=model_key(what, how, cwd if path is None or _names_files(how) else ""),
+        key=model_key(what, without_trust(how), cwd if path is None or _names_files(how) else ""),
         name=path or f"bytes:{str(blob)[:12]}",
         cwd=cwd,
         path=path,
         blob=blob,
         **how,
     )
+
+
+def without_trust(how: PlainFields) -> PlainFields:
+    """The fields for a key: without ``sha256`` and ``sandbox`` where these are not given, so that the keys of
+    other models stay as they were."""
+    return {name: value for name, value in how.items() if value or name not in ("sha256", "sandbox")}
 
 
 def _names_files(how: PlainFields) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
 
-from onnx_dl.core import environment, parsing
+from onnx_dl.core import digests, environment, parsing
 from onnx_dl.core.environment import NOTHING, Environment
 from onnx_dl.core.parsing import Allowances
 
@@ -46,7 +47,7 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
         return Terms.parse(**{**msgspec.structs.asdict(self), **given})
 
 
-WORKER_FIELDS = (*Allowances._fields, "group", "environment")
+WORKER_FIELDS = (*Allowances._fields, "group", "environment", "sha256", "sandbox")
 """Fields of :class:`~onnx_dl.core.spec.ModelSpec` that :class:`WorkerOptions` sets."""
 
 
@@ -56,8 +57,10 @@ class WorkerOptions(NamedTuple):
     limits: Allowances = Allowances()
     group: str | None = None
     environment: Environment = NOTHING
+    sha256: Mapping[str, str] = MappingProxyType({})
+    sandbox: bool = False
     isolation: bool = True
-    """False: the model runs in the application's own process, which has none of the other options."""
+    """False: the model runs in the application's own process, which has none of the others but ``sha256``."""
 
     @classmethod
     def parse(
@@ -75,7 +78,12 @@ class WorkerOptions(NamedTuple):
             environment.parse(variables),
         )
 
+    def with_trust(self, sha256: object, sandbox: object) -> Self:
+        """Adds ``sha256`` and ``sandbox`` of a user's arguments.  Raises ConfigError: one is not allowed."""
+        return self._replace(sha256=digests.parse(sha256), sandbox=parsing.parse_sandbox(sandbox))
+
     def fields(self) -> dict[str, Any]:
         """Values for :data:`WORKER_FIELDS`."""
-        given = dict(zip(WORKER_FIELDS, (*self.limits, self.group, self.environment), strict=True))
-        return given if self.isolation else given | {"isolation": False}
+        given = (*self.limits, self.group, self.environment, dict(self.sha256), self.sandbox)
+        found = dict(zip(WORKER_FIELDS, given, strict=True))
+        return found if self.isolation else found | {"isolation": False}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from onnx_dl.core import keywords, parsing
+from onnx_dl.core import digests, keywords, parsing
 from onnx_dl.core.environment import parse as parse_environment
 from onnx_dl.errors import ConfigError
 
@@ -16,6 +16,8 @@ _PARSE: Final[dict[str, Callable[[object], object]]] = {
     "ttl": parsing.parse_ttl,
     "latency": parsing.parse_latency,
     "environment": parse_environment,
+    "sha256": digests.parse,
+    "sandbox": parsing.parse_switch,
     "eager": parsing.parse_switch,
     "in_process": parsing.parse_switch,
     "isolation": parsing.parse_switch,

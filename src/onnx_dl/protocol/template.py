@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onnx_dl.core.environment import NOTHING, Environment, ThreadAttributes
+from onnx_dl.core.spec import Confinement
 from onnx_dl.protocol.codec import PROTOCOL_VERSION, Message, Reader
 
 # Supervisor <-> template over a Unix socket.
@@ -26,6 +27,8 @@ class Spawn(Message):
     """Scheduling attributes of the worker; None: those of the supervisor."""
     environment: Environment = NOTHING
     """Variables with which the worker starts, as a new interpreter; empty: the template's."""
+    sandbox: Confinement | None = None
+    """Rights that the worker keeps before it loads a model; None: all."""
     version: int = PROTOCOL_VERSION
     """Protocol version of the supervisor.  The package may have been replaced on disk since it started."""
 

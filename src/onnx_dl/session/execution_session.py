@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from onnx_dl.client.cancellation import CancelWatch, not_begun
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.core import mlir_signature
+from onnx_dl.core import digests, mlir_signature
 from onnx_dl.core.parsing import parse_timeout
-from onnx_dl.core.spec import ModelSpec, model_identity, model_key, working_directory
+from onnx_dl.core.spec import ModelSpec, model_identity, model_key, without_trust, working_directory
 from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.core.types import Array, PlainDict
 from onnx_dl.errors import EngineError
@@ -47,6 +47,8 @@ class ExecutionSession(ModelProxy):
         group: models that name the same share one worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         environment: variables for this model's worker; see :class:`~onnx_dl.InferenceSessionProxy`.
         isolation: False: the model runs in this process; see :class:`~onnx_dl.InferenceSessionProxy`.
+        sha256: digest of the only file that is accepted; see :class:`~onnx_dl.InferenceSessionProxy`.
+        sandbox: the worker has no network and few rights; see :class:`~onnx_dl.InferenceSessionProxy`.
         entry_point: the entry point to run; None: ``run_main_graph``, or the only one that there is.
         eager: load the model now, so that errors are raised here.
 
@@ -73,11 +75,13 @@ class ExecutionSession(ModelProxy):
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
         isolation: bool | None = None,
+        sha256: str | Mapping[str, str] | None = None,
+        sandbox: bool = False,
         entry_point: str | None = None,
         eager: bool = False,
     ) -> None:
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
-        worker = isolated.applied(worker, isolation)
+        worker = isolated.applied(worker.with_trust(sha256, sandbox), isolation)
         spec = _spec_of(os.fspath(shared_lib_path), tag, worker)
         super().__init__(ModelSource(spec), Terms.parse(ttl, latency, pin, priority), host)
         self._entry_point = entry_point
@@ -161,14 +165,22 @@ def _spec_of(path: str, tag: str, worker: WorkerOptions) -> ModelSpec:
             errno.ENOENT, "There is no compiled model here (onnx-mlir --EmitLib writes one)", path
         )
     extra = {"tag": tag} if tag else {}
+    how = worker.fields() | {"sha256": digests.of_model(worker.sha256, path)}
+    trust = without_trust({name: how[name] for name in ("sha256", "sandbox", "isolation") if name in how})
     return ModelSpec(
         key=model_key(
-            model_identity(path), "onnx_mlir", extra, *(worker[:-1] if worker.isolation else worker)
+            model_identity(path),
+            "onnx_mlir",
+            extra,
+            worker.limits,
+            worker.group,
+            worker.environment,
+            *([trust] if trust else []),
         ),
         name=path,
         cwd=working_directory(),
         engine="onnx_mlir",
         path=path,
         extra=extra,
-        **worker.fields(),
+        **how,
     )

@@ -70,6 +70,11 @@ class InferenceSessionProxy(OrtValueProxy):
         isolation: False: the model runs in this process (docs/in-process.md); True: in a worker process, or
             PlatformError at the first use; None: in a worker process, unless ``ONNX_DL_ISOLATION=off`` or the
             system has none (macOS, Windows).
+        sha256: 64 hexadecimal digits of the model's file or bytes; another file is refused.  A model with
+            external data needs a dict that has a digest for each file, by its name relative to the model's
+            folder.  Checked at each load (docs/security.md).
+        sandbox: the model's worker has no network, no write access to files, and reads only its model and the
+            installation (docs/security.md).  Linux with Landlock and seccomp.  The load cache is not used.
         eager: load the model now, so that errors are raised here, as onnxruntime does.
         **kwargs: ``enable_fallback``, ``read_config_from_model`` and ``disabled_optimizers`` are passed on;
             others are ignored, as onnxruntime does, with a warning if a name is close to one of these.
@@ -78,6 +83,8 @@ class InferenceSessionProxy(OrtValueProxy):
         ConfigError: (a ValueError) an argument is not valid; the message names it.
         TypeError: the model is neither a path nor bytes.
         ConfigError: an option cannot be sent to a worker, or a variable cannot be set; the message names it.
+        ModelDigestMismatch: a file is not the one that ``sha256`` says; raised at the load.
+        SandboxUnavailable: the system has no sandbox; raised at the load.
         NoSuchFile: (onnxruntime's) there is no such file.  Unless ``eager``, a file that is not a model is
             refused at first use.
     """
@@ -101,6 +108,8 @@ class InferenceSessionProxy(OrtValueProxy):
         group: str | None = None,
         environment: Mapping[str, str | None] | None = None,
         isolation: bool | None = None,
+        sha256: str | Mapping[str, str] | None = None,
+        sandbox: bool = False,
         eager: bool = False,
         **kwargs: object,
     ) -> None:
@@ -114,7 +123,7 @@ class InferenceSessionProxy(OrtValueProxy):
         if unknown := kwargs.keys() - model_source.KNOWN:
             keywords.warn_of_slips(unknown, _keywords(), ("onnx_dl", "onnxruntime"))
         worker = WorkerOptions.parse(max_memory, max_memory_hard, max_runs, group, environment)
-        worker = isolated.applied(worker, isolation)
+        worker = isolated.applied(worker.with_trust(sha256, sandbox), isolation)
         found = model_source.describe(location, sess_options, (providers, provider_options), kwargs, worker)
         self._set_up(ModelHandle(found, Terms.parse(ttl, latency, pin, priority), host or default_host()))
         self._sess_options_initial = sess_options

@@ -9,7 +9,7 @@ from typing import Final
 
 from onnx_dl.core.settings import settings
 from onnx_dl.core.terms import WorkerOptions
-from onnx_dl.errors import ConfigError
+from onnx_dl.errors import ConfigError, SandboxUnavailable
 from onnx_dl.system import resources
 
 logger = logging.getLogger("onnx_dl")
@@ -20,6 +20,7 @@ _MISSING: Final = (
     "See docs/in-process.md."
 )
 _told: list[None] = []
+_NO_OPTIONS: Final = WorkerOptions()
 
 
 def applied(worker: WorkerOptions, isolation: object) -> WorkerOptions:
@@ -37,16 +38,26 @@ def applied(worker: WorkerOptions, isolation: object) -> WorkerOptions:
     if isolation is None:
         if resources.is_platform() and settings().isolation == "on":
             return worker
+        if worker.sandbox:
+            raise SandboxUnavailable(
+                f"sandbox=True needs a worker process. {_reason()} The model was not loaded."
+            )
         _tell_once()
     elif isolation:
         return worker
-    elif worker != WorkerOptions():
-        given = ", ".join(name for name, value in worker.fields().items() if value)
+    elif worker._replace(sha256=_NO_OPTIONS.sha256) != _NO_OPTIONS:
+        given = ", ".join(name for name, value in worker.fields().items() if value and name != "sha256")
         raise ConfigError(
             f"isolation=False has the model run in this process, where {given} can have no effect. Leave one "
             "of them out."
         )
-    return WorkerOptions(isolation=False)
+    return WorkerOptions(isolation=False, sha256=worker.sha256)
+
+
+def _reason() -> str:
+    if resources.is_platform():
+        return "ONNX_DL_ISOLATION=off: models run in this process."
+    return f"onnx-dl isolates models on Linux only; on {sys.platform} they run in this process."
 
 
 def _tell_once() -> None:
@@ -54,7 +65,6 @@ def _tell_once() -> None:
         return
     _told.append(None)
     if resources.is_platform():
-        logger.warning("ONNX_DL_ISOLATION=off: models run in this process. %s", _MISSING)
+        logger.warning("%s %s", _reason(), _MISSING)
         return
-    text = f"onnx-dl isolates models on Linux only; on {sys.platform} they run in this process. {_MISSING}"
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+    warnings.warn(f"{_reason()} {_MISSING}", RuntimeWarning, stacklevel=4)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from onnx_dl.core import model_files
+from onnx_dl.core import digests, model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import TensorSpec
 from onnx_dl.core.text import file_name
@@ -99,6 +99,12 @@ def _save(order: SaveOrder, blob: int, memory: int) -> None:
     read = order.description.files
     if model_files.changed(spec.where, read) is not None:  # since the load: the next one is of another model
         return
+    names = [*([] if spec.blob is None else [""]), *(file.name for file in read)]
+
+    def where(name: str) -> str | int:
+        return spec.where(name) if name or spec.blob is None else blob
+
+    stamps = digests.check(spec.sha256, names, where)  # or raises: such a model is not saved
     store = open_cache()
     found = store.find(order.key)
     if memory > _free_memory() or (found is not None and found.meta.description.files == read):
@@ -110,6 +116,7 @@ def _save(order: SaveOrder, blob: int, memory: int) -> None:
             store.refuse(order.key)
             return
         unchanged = model_files.changed(spec.where, read) is None
+        unchanged = unchanged and stamps == digests.stamps(spec.sha256, names, where)
         if unchanged and rules.key_of(spec, order.onnxruntime) == order.key:
             meta = EntryMeta(
                 key=order.key,

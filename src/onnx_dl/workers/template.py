@@ -38,6 +38,7 @@ from onnx_dl.transport import sockets
 from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.limits import share_heap
+from onnx_dl.workers.sandbox import rights
 from onnx_dl.workers.worker import Worker
 
 # y = Identity(x), float32[1]: 65 bytes of ModelProto.
@@ -147,7 +148,7 @@ class Template:
             set_title("worker")  # the model comes with the message that follows
             process_setup.raise_oom_score(_OOM_SCORE)
             self._die_with_supervisor(middle)
-            Worker(spawn, lifeline, Page(page).gauges, blobs).serve()
+            Worker(spawn, lifeline, Page(page).gauges, blobs, _confined(spawn, blobs)).serve()
         except ProcessesExhausted as error:  # the worker could not yet send it to the supervisor
             print(error, file=sys.stderr, flush=True)
             os._exit(os.EX_OSERR)
@@ -176,6 +177,16 @@ class Template:
     def _send(self, message: codec.Message) -> None:
         if not self._channel.send(codec.encode(message)):
             os._exit(0)
+
+
+def _confined(spawn: Spawn, blobs: list[int]) -> Exception | None:
+    """Restricts this process to what a sandboxed worker may do; returns the error if that is not possible."""
+    if spawn.sandbox is not None:
+        try:
+            rights.confine(spawn.sandbox, dict(zip(spawn.blobs, blobs, strict=True)))
+        except Exception as error:  # the worker sends it to those that wait for the model
+            return error
+    return None
 
 
 def _describe(error: OSError) -> str:

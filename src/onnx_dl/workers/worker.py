@@ -21,7 +21,7 @@ import zmq
 from onnx_dl.concurrency import spawning
 from onnx_dl.core.spec import ModelSpec, blob_tag
 from onnx_dl.core.text import file_name
-from onnx_dl.errors import ProcessesExhausted
+from onnx_dl.errors import ProcessesExhausted, SandboxUnavailable
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import CallFailed
 from onnx_dl.system.heap import trim_heap
@@ -38,6 +38,7 @@ from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService
 from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog
 from onnx_dl.workers.load_cache.rules import SaveOrder
+from onnx_dl.workers.sandbox import rights
 
 _RESERVE: Final = 16
 """Descriptors kept free for the model and for lanes that are open."""
@@ -48,9 +49,19 @@ _GREETING_TIMEOUT: Final = 1.0
 class Worker:
     """One model in this process."""
 
-    def __init__(self, spawn: template.Spawn, lifeline: int, gauges: Gauges, blobs: list[int]) -> None:
+    def __init__(
+        self,
+        spawn: template.Spawn,
+        lifeline: int,
+        gauges: Gauges,
+        blobs: list[int],
+        refusal: Exception | None = None,
+    ) -> None:
+        """``refusal``: the reason for which it must not load its model."""
         self._id = spawn.worker_id
         self._gauges = gauges
+        self._refusal = refusal
+        self._is_confined = spawn.sandbox is not None
         self._lifeline = Channel.from_fd(lifeline)
         self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
         """Descriptors by :func:`onnx_dl.core.spec.blob_tag`."""
@@ -84,6 +95,11 @@ class Worker:
         tagged = {name: self._blobs.get(blob_tag(name)) for name in spec.blobs}
         blobs = {name: fd for name, fd in tagged.items() if fd is not None}
         try:
+            if self._refusal is not None:
+                raise self._refusal
+            if spec.sandbox and not self._is_confined:
+                raise SandboxUnavailable("The worker was started without a sandbox.")
+            door = _open_door(self._address, spec.sandbox)
             if not spec.members:  # each member of a group has a folder of its own
                 backends.enter(spec.cwd)
             backend = backends.load(spec, blobs, mapped=load.mapped)
@@ -94,8 +110,6 @@ class Worker:
             ready = time.monotonic()
             self._gate = Gate(load.ttl, ready, self._waker.wake, self._gauges)
             self._set_limits(spec)
-            # A rejected caller sees EOF.
-            door = Handshakes(self._address, _RESERVE, lambda channel, why: None)
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
             unsaved = isinstance(error, NotInCache)
@@ -274,6 +288,14 @@ class Worker:
             _exit()
         message: control.ToWorker = control.to_worker(self._control.recv())
         return message
+
+
+def _open_door(address: str, is_sandboxed: bool) -> Handshakes:
+    """Listens for callers, before a sandbox takes sockets away."""
+    door = Handshakes(address, _RESERVE, lambda channel, why: None)  # a rejected caller sees EOF
+    if is_sandboxed:
+        rights.lock()
+    return door
 
 
 def _reject_lane(channel: Channel, error: Exception) -> None:

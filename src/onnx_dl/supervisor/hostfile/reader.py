@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import msgspec
 from msgspec import Struct
 
-from onnx_dl.core import environment, parsing
+from onnx_dl.core import digests, environment, parsing
 from onnx_dl.core.environment import Environment
 from onnx_dl.core.spec import ModelSpec, Warmup, specify
 from onnx_dl.core.terms import Terms
@@ -183,6 +183,8 @@ class _Checker:
             **self._allowances(given, where),
             "group": self._parsed(parsing.parse_group, given.group or None, (*where, "group")),
             "environment": self._environment(given, where),
+            "sha256": self._digests(given, where),
+            "sandbox": bool(given.sandbox),
         }
         path = os.path.join(self._base, os.path.expanduser(given.path))
         if not os.path.isfile(path):
@@ -198,6 +200,12 @@ class _Checker:
             return environment.parse(given.environment)
         except ConfigError as error:
             self._refuse((*where, "environment"), f"cannot be: {str(error).removesuffix('.')}")
+
+    def _digests(self, given: ModelTable, where: _Keys) -> dict[str, str]:
+        try:
+            return digests.of_model(digests.parse(given.sha256), os.path.basename(given.path))
+        except ConfigError as error:
+            self._refuse((*where, "sha256"), f"cannot be: {str(error).removesuffix('.')}")
 
     def _allowances(self, given: ModelTable, where: _Keys) -> dict[str, int | None]:
         for name in ("max_memory", "max_memory_hard"):

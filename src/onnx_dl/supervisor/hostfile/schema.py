@@ -148,6 +148,11 @@ class ModelTable(DefaultsTable, frozen=True, kw_only=True, forbid_unknown_fields
     environment: Annotated[
         dict[str, str], Meta(description='a table of text, such as { OMP_NUM_THREADS = "4" }')
     ] = {}
+    sha256: Annotated[
+        str | dict[str, str] | None,
+        Meta(description="64 hexadecimal digits in quotes, or a table of them by the names of files"),
+    ] = None
+    sandbox: _Flag = None
 
 
 class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

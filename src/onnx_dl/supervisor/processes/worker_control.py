@@ -67,7 +67,9 @@ class WorkerControl:
         worker_id, spec = command.worker_id, command.spec
         identity = self.control.add_worker(worker_id)
         self.sampler.on_start(worker_id, spec)
-        conditions = StartConditions(spec.name, spec.pristine, command.thread_attributes, spec.environment)
+        conditions = StartConditions(
+            spec.name, spec.pristine, command.thread_attributes, spec.environment, spec.confinement()
+        )
         self.processes.spawn(worker_id, identity, self._blobs(spec), conditions)
 
     def start_failed(self, command: StartWorker, error: Exception) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from onnx_dl.core.environment import NOTHING, Environment, ThreadAttributes
+from onnx_dl.core.spec import Confinement
 from onnx_dl.protocol import codec, template
 from onnx_dl.supervisor.policy.outcomes import ExitStatus
 from onnx_dl.transport import sockets
@@ -65,13 +66,15 @@ class StartConditions(NamedTuple):
 
     ``model``: the name of its model; ``pristine``: its process must not have made a session of the engine
     before; ``thread_attributes``: those of the thread that asked for it, None: this process's;
-    ``environment``: its variables, added to those of this process.
+    ``environment``: its variables, added to those of this process; ``sandbox``: rights that it keeps, None:
+    all.
     """
 
     model: str = ""
     pristine: bool = False
     thread_attributes: ThreadAttributes | None = None
     environment: Environment = NOTHING
+    sandbox: Confinement | None = None
 
 
 class WorkerProcess:
@@ -123,6 +126,7 @@ class WorkerProcess:
             pristine=self._conditions.pristine,
             thread_attributes=self._conditions.thread_attributes,
             environment=self._conditions.environment,
+            sandbox=self._conditions.sandbox,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
         sent = channel.send(codec.encode(message), fds)

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.core import model_files
+from onnx_dl.core import digests, model_files
 from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
@@ -208,8 +208,14 @@ def origin(backend: Backend) -> Origin:
     return find()
 
 
+def places(spec: ModelSpec, blob: int | None) -> Callable[[str], str | int]:
+    """Returns a function from the names of a model's files to their paths.  ``blob``: the descriptor of a
+    model given as bytes, whose name is empty."""
+    return lambda name: spec.where(name) if name or blob is None else blob
+
+
 def load_unchanged(
-    spec: ModelSpec, names: Callable[[], list[str]], make: Callable[[], _T]
+    spec: ModelSpec, names: Callable[[], list[str]], make: Callable[[], _T], blob: int | None = None
 ) -> tuple[_T, list[ReadFile]]:
     """Returns the result of ``make``, and the files that it was made of, so that these describe it.
 
@@ -218,21 +224,29 @@ def load_unchanged(
 
     Args:
         names: returns the names of all files that ``make`` reads; called before each attempt.
+        blob: descriptor of a model given as bytes.
 
     Raises:
+        ModelDigestMismatch: a file is not the one that ``sha256`` says.
         FilesChanging: they changed at each attempt.
         Exception: what ``make`` raised.
     """
+    where = places(spec, blob)
     for _ in range(_ATTEMPTS):
-        read = model_files.identities(spec.where, names())
+        found = names()
+        read = model_files.identities(spec.where, found)
+        checked = found if blob is None else ["", *found]
         try:
+            stamps = digests.check(spec.sha256, checked, where)
             made = make()
         except Exception:  # perhaps because it read old and new files
             if (path := model_files.changed(spec.where, read)) is None:
                 raise
         else:
-            if (path := model_files.changed(spec.where, read)) is None:
+            path = model_files.changed(spec.where, read)
+            if path is None and stamps == digests.stamps(spec.sha256, checked, where):
                 return made, read
+            path = path or spec.where("")
             del made
     raise FilesChanging(
         f"{path} was changed while {spec.name} was loaded, {_ATTEMPTS} times in a row. Load it after "

@@ -214,7 +214,9 @@ class OnnxMlirBackend:
         self._name = spec.name
         path = os.path.abspath(os.path.join(spec.cwd, spec.path or ""))
         tag = spec.extra.get("tag", "")
-        self._library, self._files = base.load_unchanged(spec, lambda: [""], lambda: Library(path, tag))
+        self._library, self._files = base.load_unchanged(
+            spec, lambda: ["", *_constants(path)], lambda: Library(path, tag)
+        )
         self._lock = threading.Lock()
 
     def describe(self) -> ModelDescription:
@@ -306,6 +308,12 @@ class OnnxMlirBackend:
 def open_model(spec: ModelSpec, blobs: Mapping[str, int]) -> OnnxMlirBackend:
     """Loads a model; raises EngineError if the file is not a compiled model."""
     return OnnxMlirBackend(spec)
+
+
+def _constants(path: str) -> list[str]:
+    """Returns the name of the file that ``onnx-mlir --store-constants-to-file`` writes, if there is one."""
+    found = f"{os.path.splitext(path)[0]}.constants.bin"
+    return [os.path.basename(found)] if os.path.exists(found) else []
 
 
 def _copy_into(results: Sequence[Array], found: list[Array]) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import onnxruntime
 
-from onnx_dl.core import model_files, settings
+from onnx_dl.core import digests, model_files, settings
 from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
@@ -47,12 +47,13 @@ class OnnxRuntimeBackend:
 
     def __init__(self, spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> None:
         """Loads the model; ``mapped``: from the load cache, or raises NotInCache."""
-        caching = settings.settings().cache == "on"
+        # A saver has all rights, and caches of providers are written: not for a model that is not trusted.
+        caching = settings.settings().cache == "on" and not spec.sandbox
         self._spec = rules.with_engine_caches(spec, folder()) if caching else spec
         self._cached: CacheEntry | None = None
         self._key = _key_of(spec) if caching else None
         self._files: list[ReadFile] = []
-        loaded = self._load_cached()
+        loaded = self._load_cached(None if spec.blob is None else blobs[spec.blob])
         if loaded is None and mapped:
             raise NotInCache(f"The load cache no longer has {spec.name} in a usable form.")
         self._loaded = loaded or self._load(blobs)
@@ -78,21 +79,30 @@ class OnnxRuntimeBackend:
                 return LoadedSession(spec, None, memory())
             return ort_session.load_from_memory(spec, blob, memory)
 
-        loaded, self._files = base.load_unchanged(spec, lambda: ort_session.files_of(spec, blob), load)
+        loaded, self._files = base.load_unchanged(spec, lambda: ort_session.files_of(spec, blob), load, blob)
         return loaded
 
-    def _load_cached(self) -> LoadedSession | None:
-        """Loads the saved form; None if there is none that can be used."""
+    def _load_cached(self, blob: int | None) -> LoadedSession | None:
+        """Loads the saved form; None if there is none that can be used.
+
+        Raises:
+            ModelDigestMismatch: the files that it was made of are not those that ``sha256`` says.
+        """
         store = open_cache()
         entry = store.find(self._key) if self._key is not None else None
         if entry is None or self._differs(entry):
             return None
+        names = [*([] if blob is None else [""]), *(file.name for file in entry.meta.description.files)]
+        given, where = self._spec.sha256, base.places(self._spec, blob)
+        stamps = digests.check(given, names, where)
         try:
             session = LoadedSession(rules.loading(self._spec, entry.model), None)
         except Exception:  # a plain load follows, which raises if the model itself is at fault
             store.discard(entry.key)
             return None
-        if self._differs(entry):  # changed during the load: a plain load reads the files that are there now
+        if self._differs(entry) or stamps != digests.stamps(
+            given, names, where
+        ):  # changed during the load: a plain load reads the files that are there now
             return None
         self._cached = entry
         return session

@@ -160,19 +160,7 @@ def files_of(spec: ModelSpec, blob: int | None = None) -> list[str]:
     model = spec.where("") if blob is None else blob
     with contextlib.suppress(OSError, ValueError):  # the load raises the proper error
         beside = model_files.external_files(model)
-    return [*([""] if blob is None else []), *beside, *_libraries(spec)]
-
-
-def _libraries(spec: ModelSpec) -> list[str]:
-    """Returns paths of operator and provider libraries, without those that the system's loader finds."""
-    named = [
-        arg
-        for name, args, kwargs in (spec.options or {}).get("calls", [])
-        if name == "register_custom_ops_library"
-        for arg in (*args, *kwargs.values())
-    ]
-    found = [*named, *spec.surroundings.get("libraries", {}).values()]
-    return [path for path in found if isinstance(path, str) and os.path.isabs(path)]
+    return [*([""] if blob is None else []), *beside, *spec.libraries]
 
 
 def is_like_a_file(spec: ModelSpec) -> bool:

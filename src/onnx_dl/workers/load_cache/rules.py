@@ -66,7 +66,8 @@ def is_cacheable(spec: ModelSpec) -> bool:
     options = spec.options or {}
     keys: Mapping[str, str] = options.get("config", {})
     return (
-        not (spec.path or "").endswith(".ort")
+        not spec.sandbox
+        and not (spec.path or "").endswith(".ort")
         and set(spec.extra) <= {"enable_fallback", "tuple"}
         and "calls" not in options
         and not spec.surroundings.get("libraries")
@@ -98,7 +99,8 @@ def key_of(spec: ModelSpec, onnxruntime: str) -> str:
         spec.surroundings,
         spec.environment,
     )
-    return model_key(identity, *how, onnxruntime, _cpu())
+    digests = (spec.sha256,) if spec.sha256 else ()
+    return model_key(identity, *how, onnxruntime, _cpu(), *digests)
 
 
 @functools.cache
