@@ -33,6 +33,10 @@ class LocalClaims:
         """The load that was granted last."""
         self.blocks = HeldBlocks()
 
+    def forget(self) -> None:
+        """Drops the parent's load in a forked child, where its session has no threads."""
+        self.worker, self.blocks = None, HeldBlocks()
+
     @property
     def usable(self) -> bool:
         return True

@@ -29,7 +29,7 @@ class LocalHost:
         """``bus``: events of models go there."""
         self._settings = settings
         self._bus = bus
-        self._forget_models()
+        self._models: weakref.WeakValueDictionary[str, LocalModel] = weakref.WeakValueDictionary()
         self._driver = self._make_driver()
 
     def _make_driver(self) -> Driver:
@@ -41,13 +41,13 @@ class LocalHost:
 
         return Driver(self._settings, self._bus, files)
 
-    def _forget_models(self) -> None:
-        self._models: weakref.WeakValueDictionary[str, LocalModel] = weakref.WeakValueDictionary()
-
     def forget(self) -> None:
         """Drops the parent's models in a forked child."""
         _of_parents.append(self._driver)
-        self._forget_models()
+        known = [model for ref in self._models.valuerefs() if (model := ref()) is not None]
+        for model in known:
+            model.forget()
+        self._models = weakref.WeakValueDictionary({model.spec.key: model for model in known})
         self._driver = self._make_driver()
 
     def close(self) -> None:
