@@ -71,6 +71,7 @@ SHOWN = {
     "project/changelog": "CHANGELOG.md",
     "project/contributing": "CONTRIBUTING.md",
     "project/examples": "examples/README.md",
+    "project/service": "examples/service/README.md",
 }
 """Pages that show a file from outside of this folder, where the page has the line PLACE."""
 PLACE = re.compile(r"^<!-- The site shows .* here\. -->$", re.MULTILINE)
