@@ -225,10 +225,10 @@ def test_supervise_follows_a_host_in_the_background(path: str) -> None:
     waiting = subprocess.Popen(command("supervise"), stdout=subprocess.PIPE, text=True)
     assert waiting.stdout is not None
     said = waiting.stdout.readline()
-    assert f"runs in the background, pid {background};" in said and "onnx-dl stop --host default" in said
+    assert f"runs in the background (pid {background})" in said and "onnx-dl stop --host default" in said
     second = subprocess.run(command("supervise"), capture_output=True, text=True, timeout=60)
     assert (second.returncode, second.stdout) == (1, "")
-    assert "another onnx-dl supervise waits for its end" in second.stderr
+    assert "another onnx-dl supervise already waits for its end" in second.stderr
     assert host.snapshot().supervisor_pid == background
     host.close()
     assert waiting.stdout.readline().startswith(f"host 'default' runs, pid {waiting.pid};")

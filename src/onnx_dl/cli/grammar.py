@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
         prog="onnx-dl", usage="onnx-dl [-h] [--version] COMMAND ...", **_help(WHOLE)
     )
     whole.add_argument("--version", action="version", version=f"onnx-dl {__version__}")
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND [ARGUMENT ...]", title="commands")
+    commands = whole.add_subparsers(
+        prog="onnx-dl", dest="command", metavar="COMMAND [ARGUMENT ...]", title="commands"
+    )
     _add(commands, "demo")
     _add_run(commands)
     _add_load(_add(commands, "load"))

@@ -39,7 +39,7 @@ COMMANDS: Final = {
         "onnx-dl demo",
     ),
     "run": HelpText(
-        "run a Python program with its models in worker processes",
+        "run a program with its models in worker processes",
         "Runs a program as python does. Each onnxruntime.InferenceSession in it becomes a\n"
         "proxy: its model runs in a worker process. The program needs no change. Options\n"
         "of onnx-dl come first. PROGRAM is what follows python on a command line: a file,\n"
@@ -69,8 +69,8 @@ COMMANDS: Final = {
     ),
     "events": HelpText(
         "print the last events of a shared host",
-        "Prints the last events of a shared host, such as loads and unloads, one per line,\n"
-        "and ends. With --follow it goes on with new events.",
+        "Prints the last events of a shared host, such as loads and unloads, one per\n"
+        "line, and ends. With --follow it goes on with new events.",
         "onnx-dl events                 # all events that the host keeps: the last 300\n"
         "onnx-dl events -n 20           # the last 20\n"
         "onnx-dl events --follow        # the last 10, then new ones\n"
@@ -103,14 +103,14 @@ COMMANDS: Final = {
     ),
     "cache": HelpText(
         "list or clear the load cache",
-        "The load cache has models on disk in the form that loads fastest. onnx-dl fills it\n"
-        "by itself; ONNX_DL_CACHE=off turns it off.",
+        "The load cache has models on disk in the form that loads fastest. onnx-dl fills\n"
+        "it by itself. ONNX_DL_CACHE=off turns it off.",
         "onnx-dl cache ls\nonnx-dl cache clear",
     ),
     "doctor": HelpText(
         "check the installation",
-        "Checks Python, onnxruntime and its providers, GPU, limits, hosts and the start of\n"
-        "workers, and says what to do. The exit code is 1 if there is a problem.",
+        "Checks Python, onnxruntime and its providers, GPU, limits, hosts and the start\n"
+        "of workers, and says what to do. The exit code is 1 if there is a problem.",
         "onnx-dl doctor\nonnx-dl doctor --json",
     ),
     "completion": HelpText(

@@ -18,12 +18,13 @@ from onnx_dl.core.text import duration, format_bytes, short_names, sparkline
 
 _GAP: Final = 2
 """Characters between two columns of a table."""
-_NAME: Final = 14
-"""Least width of the model's name."""
+_NAME: Final = 24
+"""Width of the model's name for which columns are omitted."""
+_LEAST_NAME: Final = 14
 _LINE: Final = 60
 """Largest width of a sparkline."""
 _NO_MODELS: Final = "No models. Load one with: onnx-dl load MODEL"
-_NO_CALLS: Final = "No calls yet. RUNS and P50, the median time of a call, change with the first calls."
+_NO_CALLS: Final = "No calls yet. RUNS will count the calls of each model."
 _STYLES: Final = {
     ModelState.READY: "green",
     ModelState.LOADING: "yellow",
@@ -111,7 +112,7 @@ def _models(snapshot: Snapshot, width: int) -> RenderableType:
             column.title, no_wrap=True, overflow="ellipsis", justify="right" if column.right else "left"
         )
     for name, status in zip(names, snapshot.models, strict=True):
-        table.add_row(Text(name), *(_cell(column, status) for column in columns))
+        table.add_row(Text(shortened(name, max(1, left))), *(_cell(column, status) for column in columns))
     return table
 
 
@@ -125,6 +126,17 @@ def _fitting(models: list[ModelStatus], width: int) -> list[Column]:
 
 def _width(column: Column, models: list[ModelStatus]) -> int:
     return max(cell_len(column.title), *(cell_len(column.cell(status)) for status in models))
+
+
+def shortened(name: str, width: int) -> str:
+    """A name without its middle if it is too wide: names of similar models differ at the end."""
+    if cell_len(name) <= width:
+        return name
+    tail = max(0, (width - 1) * 2 // 3)
+    head = width - 1 - tail
+    while head + tail and cell_len(name[:head] + name[len(name) - tail :]) > width - 1:  # wide characters
+        head, tail = (head - 1, tail) if head else (head, tail - 1)
+    return f"{name[:head]}…{name[len(name) - tail :]}"
 
 
 def _cell(column: Column, status: ModelStatus) -> Text:
@@ -141,7 +153,7 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
     lines = history.models()
     names = short_names([(line.model, line.key) for line in lines])
     wide = max([len("all models"), *map(cell_len, names)])
-    wide = min(wide, max(_NAME, width // 4))
+    wide = min(wide, max(_LEAST_NAME, width // 3))
     bars = max(1, min(_LINE, width - wide - 2 * len("12345.6 MB") - 3 * _GAP))
     top = max([1, *(value for line in lines for value in line.values)])
     table = _plain_table()
@@ -150,7 +162,7 @@ def _over_time(snapshot: Snapshot, history: History, width: int) -> list[Rendera
     table.add_column("NOW", justify="right", no_wrap=True)
     table.add_column("PEAK", justify="right", no_wrap=True)
     for name, line in zip(names, lines, strict=True):
-        table.add_row(Text(name), *_line(line.values, bars, top))
+        table.add_row(Text(shortened(name, wide)), *_line(line.values, bars, top))
     limit = snapshot.memory_limit or max([1, *history.in_use])
     table.add_row(Text("all models", style="bold"), *_line(history.in_use, bars, limit))
     return [table, Text(_scale(top, snapshot), style="dim")]

@@ -22,8 +22,10 @@ _SLICES: Final = 8
 _SMALL_CALLS: Final = 50
 _LARGE_CALLS: Final = 2
 _WARM_CALLS: Final = 1
-"""Calls at the start of a slice that are not counted: threads of the other side may still be spinning."""
-_ENOUGH: Final = 1.5
+"""Calls at the start of a slice that are not counted."""
+_PAUSE: Final = 0.02
+"""Seconds between slices.  onnxruntime's threads spin for a while after a call, which disturbs the other."""
+_ENOUGH: Final = 2.5
 """Seconds after which no more slices are begun."""
 
 
@@ -65,6 +67,7 @@ def medians(
     feed: dict[str, Array],
     calls: int,
     clock: Callable[[], float] = time.perf_counter,
+    pause: Callable[[float], object] = time.sleep,
 ) -> tuple[float, float]:
     """Seconds of the median call of each, from slices of ``calls`` calls in turns; two slices at least."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -72,7 +75,9 @@ def medians(
     for number in range(_SLICES):
         if number > 1 and clock() - begun > _ENOUGH:
             break
-        for session, kept in zip((ours, theirs), times, strict=True):
+        for side in (0, 1) if number % 2 else (1, 0):  # neither is always the first
+            session, kept = (ours, theirs)[side], times[side]
+            pause(_PAUSE)
             for call in range(_WARM_CALLS + calls):
                 started = clock()
                 session.run(None, feed)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from onnx_dl.cli import run
-from onnx_dl.cli.output import size_to_fill
+from onnx_dl.cli.output import size_to_fill, wrapped
 from onnx_dl.errors import ConfigError
 
 
@@ -119,3 +119,15 @@ def test_a_locale_that_python_changed(utf8_mode: bool, more: dict[str, str], bef
 )  # fmt: skip
 def test_how_wide_a_table_is(told: str | None, terminal: int | None, expected: int | None) -> None:
     assert size_to_fill(told, terminal, 20, 100) == expected
+
+
+def test_the_host_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-mx", "run", "app.py"])
+    assert run.prepare(["app.py"], environ={"ONNX_DL_HOST": "a"}).environ["ONNX_DL_HOST"] == "a"
+    assert run.prepare(["app.py"], host="b", environ={"ONNX_DL_HOST": "a"}).environ["ONNX_DL_HOST"] == "b"
+    assert "ONNX_DL_HOST" not in run.prepare(["app.py"], environ={}).environ
+
+
+def test_errors_on_a_terminal_are_wrapped_between_words() -> None:
+    path = "/a/" + "b" * 40
+    assert wrapped(f"No file {path} is there.\nStart it.", 20) == f"No file\n{path}\nis there.\nStart it."

@@ -106,6 +106,14 @@ def test_a_column_without_any_value_is_omitted() -> None:
     assert "GPU" in lines(table.overview(snapshot(with_gpu), 90), 90)[1]
 
 
+def test_names_lose_their_middle() -> None:
+    """Names of similar models differ at the end."""
+    assert table.shortened("asr.onnx", 8) == "asr.onnx"
+    assert table.shortened("speech-large-1.onnx", 13) == "spee…e-1.onnx"
+    assert table.shortened("\u65e5\u672c\u8a9e\u8a9e.onnx", 9) == "\u65e5….onnx"
+    assert table.shortened("abc", 1) == "…"
+
+
 def test_no_models() -> None:
     assert lines(table.overview(snapshot(memory_in_use=0), 120))[1:] == [
         "No models. Load one with: onnx-dl load MODEL",

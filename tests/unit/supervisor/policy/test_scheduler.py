@@ -853,6 +853,8 @@ def test_events_are_numbered_without_gaps_over_all_models(rig):
         seen += events(s.on_exited(n, exit_status(0), "", 9.0))
     assert [e.seq for e in seen] == list(range(1, 13))
     assert s.announcements.seq == 12
+    assert s.announcements.recent(99) == seen and s.announcements.recent(2) == seen[-2:]
+    assert s.announcements.recent(0) == s.announcements.recent(-1) == []
     assert [e.type for e in seen if e.key == "b"] == ["loading", "ready", "draining", "unloaded"]
 
 
