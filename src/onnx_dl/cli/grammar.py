@@ -105,8 +105,8 @@ def _add_run(commands: _Commands) -> None:
     run.add_argument("--lazy", action="store_true", help="load a model at its first call, not earlier")
     run.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="GLOB:NAME=VALUE",
-        help="set ttl, latency, eager or in_process for models with such file names, for example "
-        "'vad*.onnx:ttl=-1'; can be given several times",
+        help="set ttl, latency, eager, isolation, sandbox or sha256 for models with such file names, for "
+        "example 'vad*.onnx:ttl=-1' or 'tiny*:isolation=off'; can be given several times",
     )  # fmt: skip
     _add_host(run, "a private host")
     # Only for help and completion: the words of the program never reach this parser.

@@ -85,7 +85,8 @@ class CancelWatch:
         except TimeoutError:
             raise run_timeout(
                 self.deadline,
-                "was cancelled; it ends when the model allows that, or at once by unload(force=True)",
+                "was cancelled, but has not ended yet: it ends when the model allows that. "
+                "In a worker process, unload(force=True) ends it at once",
             ) from None
         if failed(reply):
             raise run_timeout(self.deadline, "was ended")

@@ -243,6 +243,22 @@ def start(mode: str, tried: TrialResult) -> Finding:
     )
 
 
+def sandbox(landlock: int, seccomp: str) -> Finding:
+    """Shows whether ``sandbox=True`` works here.
+
+    ``landlock``: its version, 0: there is none; ``seccomp``: why filters cannot be used, empty: they can.
+    """
+    if landlock and not seccomp:
+        return Finding("sandbox", Mark.OK, f"Landlock version {landlock}, seccomp")
+    lacks = ([] if landlock else ["no Landlock"]) + ([f"no seccomp filters ({seccomp})"] if seccomp else [])
+    return Finding(
+        "sandbox",
+        Mark.OK,
+        f"not available: {', '.join(lacks)}; models with sandbox=True are not loaded",
+        "Linux 5.13 or newer with landlock in the kernel parameter lsm= has it." if not landlock else "",
+    )
+
+
 def load_cache(chosen: settings.Settings, root: Path) -> Finding:
     """Checks whether the load cache below ``root`` can be written."""
     if chosen.cache == "off":

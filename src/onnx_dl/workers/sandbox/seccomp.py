@@ -17,6 +17,7 @@ from onnx_dl.errors import SandboxUnavailable
 from onnx_dl.workers.sandbox import syscalls
 
 _SECCOMP_SET_MODE_FILTER: Final = 1
+_SECCOMP_GET_ACTION_AVAIL: Final = 2
 _TSYNC: Final = 1
 _NUMBER: Final = {"x86_64": 317, "aarch64": 277}
 """Numbers of the system call seccomp()."""
@@ -104,6 +105,23 @@ def program(machine: syscalls.Machine, pid: int, policy: int, *, truncation: boo
 
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def complaint() -> str:
+    """Returns why :func:`install` would fail, without doing anything; empty: it would not."""
+    name = os.uname().machine
+    if syscalls.machine() is None:
+        return f"no table of system calls for {name}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    action = ctypes.c_uint32(_FAIL)
+    if libc.syscall(
+        ctypes.c_long(_NUMBER[name]),
+        ctypes.c_long(_SECCOMP_GET_ACTION_AVAIL),
+        ctypes.c_long(0),
+        ctypes.byref(action),
+    ):
+        return os.strerror(ctypes.get_errno())
+    return ""
 
 
 def install(*, truncation: bool) -> None:

@@ -189,6 +189,14 @@ def test_memory() -> None:
     gave(Mark.WARNING, checks.memory(None, None, None), "ONNX_DL_MEMORY_LIMIT")
 
 
+def test_sandbox() -> None:
+    gave(Mark.OK, checks.sandbox(7, ""), "Landlock version 7, seccomp")
+    gave(Mark.OK, checks.sandbox(0, ""), "no Landlock", "sandbox=True", "lsm=")
+    gave(
+        Mark.OK, checks.sandbox(7, "Operation not permitted"), "no seccomp filters (Operation not permitted)"
+    )
+
+
 def test_shared_memory() -> None:
     gave(Mark.OK, checks.shared_memory(64_000_000), "64.0 MB", "memfds")
     gave(Mark.OK, checks.shared_memory(None), "is missing", "memfds")
