@@ -96,7 +96,7 @@ class CancelWatch:
 def run_timeout(deadline: Deadline | None, what: str) -> RunTimeout:
     """Error for a run that took too long; ``what``: what became of it."""
     timeout = None if deadline is None else deadline.timeout
-    took = "was given up" if timeout is None else f"took longer than {timeout:g} seconds"
+    took = "was given up" if timeout is None else f"took longer than {timeout:g} s"
     return RunTimeout(f"The run {took} and {what}.")
 
 

@@ -82,11 +82,12 @@ class ModelHost(MixedHost):
         if "link" not in vars(self):  # its constructor raised
             return f"<{type(self).__name__}, not set up>"
         connection = self.link.connection
+        count = self._models.count() + (0 if self._local is None else self._local.count())
         is_there = connection is not None and connection.usable
         parts = [
             "private" if self.name is None else f"shared {self.name!r}",
             f"supervisor pid {connection.supervisor_pid}" if connection and is_there else "not started",
-            f"{(count := self._models.count())} model{'' if count == 1 else 's'} used here",
+            f"{count} model{'' if count == 1 else 's'} used here",
         ]
         if (limit := self._settings.memory_limit) is not None:
             parts.append(f"memory limit {format_bytes(limit)}")

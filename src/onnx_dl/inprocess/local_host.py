@@ -61,6 +61,10 @@ class LocalHost:
             model = self._models.setdefault(spec.key, LocalModel(spec, blobs, lambda: self._driver))
         return model
 
+    def count(self) -> int:
+        """The number of models that this application uses or has used and still holds."""
+        return len(self._models)
+
     def known_model(self, key: str) -> LocalModel | None:
         return self._models.get(key)
 

@@ -141,6 +141,8 @@ def test_no_limit() -> None:
         ({"idle": 61.0}, "TTL LEFT", "0 µs"),
         ({"idle": None, "busy": 1}, "TTL LEFT", "1 m"),
         ({"ttl": -1.0}, "TTL LEFT", "stays"),
+        ({"ttl": 0.0, "idle": None}, "TTL LEFT", "after use"),
+        ({"isolated": False}, "STATE", "ready, in-process"),
         ({"ttl": None}, "TTL LEFT", "-"),
         ({"pinned": True}, "PINNED", "yes"),
         ({"usage": Usage(gpu=5_000_000)}, "GPU", "5.0 MB"),
