@@ -5,6 +5,7 @@ frames. The training script, the load test and the tests use this module. The se
 """
 
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,12 @@ def make_frames(digits: Digits, count: int, seed: int) -> list[Frame]:
     """Draw ``count`` frames."""
     generator = np.random.default_rng(seed)
     return [make_frame(digits, generator) for _ in range(count)]
+
+
+def as_input(frames: Sequence[Frame]) -> NDArray[np.float32]:
+    """Frames as the model takes them: [frames, 3, height, width], from 0 to 1."""
+    pixels = np.stack([frame.pixels for frame in frames]).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(pixels, np.float32) / np.float32(255)
 
 
 def encode(frame: Frame, form: str = "JPEG") -> bytes:
