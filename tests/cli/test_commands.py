@@ -200,7 +200,9 @@ def test_unloading(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert [asked for asked in shared.asked if asked[0] == "unload"] == [
         ("unload", DIGITS, False), ("unload", "other", True),
     ]  # fmt: skip
-    assert capsys.readouterr().out == f"unloaded {DIGITS}\nother was not loaded; onnx-dl ps lists what is\n"
+    assert (
+        capsys.readouterr().out == f"unloaded {DIGITS}\nother was not loaded; onnx-dl ps lists the models\n"
+    )
 
 
 # --- events and top, in processes of their own -------------------------------------------------------------

@@ -54,7 +54,7 @@ def load_line(status: ModelStatus) -> str:
 def unload(host: ModelHost, model: str, *, force: bool) -> None:
     """Unloads a model and prints whether it was loaded."""
     was_loaded = host.unload(model, force=force)
-    print_line(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists what is")
+    print_line(f"unloaded {model}" if was_loaded else f"{model} was not loaded; onnx-dl ps lists the models")
 
 
 def list_cached() -> None:
