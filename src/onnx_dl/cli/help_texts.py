@@ -70,7 +70,7 @@ COMMANDS: Final = {
     "events": HelpText(
         "print the last events of a shared host",
         "Prints the last events of a shared host, such as loads and unloads, one per line,\n"
-        "and ends. With --follow it goes on with new events.",
+        "and ends. With --follow it then prints new events.",
         "onnx-dl events                 # all events that the host keeps: the last 300\n"
         "onnx-dl events -n 20           # the last 20\n"
         "onnx-dl events --follow        # the last 10, then new ones\n"

@@ -83,7 +83,8 @@ class HostClient:
         """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
 
         A shared host continues, without the models that only this application held.  Iterators from
-        :meth:`events` end after the last event.  A proxy of this host that is used afterwards starts the host again.
+        :meth:`events` end after the last event.  A proxy of this host that is used afterwards starts the host
+        again.
         """
         self.link.close()
         self._buffers.trim()
