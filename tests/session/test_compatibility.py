@@ -64,7 +64,7 @@ NEWEST = pytest.mark.skipif(
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
-    if line.startswith("| ") and not line.startswith("| what |")
+    if line.startswith("| ") and not line.startswith("| name |")
 ]
 NAMED = re.findall(r"`((?:\w+/)*\w+\.py)::(\w+)`", PAGE)
 

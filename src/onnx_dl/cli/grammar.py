@@ -137,9 +137,9 @@ def _add_views(commands: _Commands) -> None:
     _add_json(events, "print each event as one JSON object on one line")
     until = events.add_mutually_exclusive_group()
     until.add_argument(
-        "-f", "--follow", action="store_true", help="go on with new events, until Ctrl-C or the host ends"
+        "-f", "--follow", action="store_true", help="then print new events, until Ctrl-C or the host ends"
     )
-    until.add_argument("--for", dest="seconds", metavar="TIME", help="go on with new events for this time")
+    until.add_argument("--for", dest="seconds", metavar="TIME", help="then print new events for this time")
     events.add_argument(
         "-n", "--lines", metavar="N", type=_count,
         help="number of past events to print (default: 10 with --follow or --for, else all that the host "

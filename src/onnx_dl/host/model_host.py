@@ -27,7 +27,7 @@ from onnx_dl.session.proxy import ModelProxy
 
 
 class ModelHost(MixedHost):
-    """One supervisor process, what this application has in it, and models in this process.
+    """One supervisor process with the models of this application, and models in this process.
 
     Nothing is started until the first model is used or :meth:`start` is called.  The end of a ``with`` block,
     :meth:`close` and the exit of the interpreter end it.  :func:`connect` returns a host that several
@@ -78,7 +78,7 @@ class ModelHost(MixedHost):
         return host
 
     def __repr__(self) -> str:
-        """Tells what this process knows; asks nobody, and never raises."""
+        """Uses only what this process knows: no message is sent, and no error is raised."""
         if "link" not in vars(self):  # its constructor raised
             return f"<{type(self).__name__}, not set up>"
         connection = self.link.connection

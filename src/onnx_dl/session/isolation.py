@@ -1,4 +1,4 @@
-"""Decides for one model whether it runs in a worker process or in this one, and tells what that means."""
+"""Decides for one model whether it runs in a worker process or in this one, and warns of the difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in a row: each one reads what the ones before it computed.
+"""Models in a row: each one reads results of the ones before it.
 
 Decides which output goes to which input.  The arrays between two models stay in shared memory: the next
 worker reads them where the one before wrote them, and the application neither copies nor maps them.

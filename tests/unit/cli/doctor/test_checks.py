@@ -143,7 +143,7 @@ LOG = (
 def test_a_provider_that_falls_back() -> None:
     tried = TrialResult({"providers": [CPU], "computes": True}, "", LOG)
     found = checks.provider(CUDA, tried, [H100])
-    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install what it needs")
+    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install its libraries")
     gave(Mark.WARNING, checks.provider(CUDA, tried, []), "Nothing to do without a device")
 
 
