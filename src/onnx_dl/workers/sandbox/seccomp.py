@@ -35,6 +35,9 @@ _CONTROLS: Final = (0x5412, 0x541C, 0x541D, 0x8901, 0x8902, 0x40086602, 0x401C58
 """ioctl: TIOCSTI, TIOCLINUX and TIOCCONS type into a terminal; FIOSETOWN and SIOCSPGRP are as F_SETOWN;
 FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR change a file that is open for reading."""
 
+_NOT_DUMPABLE: Final = (4,)
+"""prctl: PR_SET_DUMPABLE has /proc hide the process's memory from the supervisor, which limits it."""
+
 Instruction = tuple[int, int, int, int]
 """Operation, instructions to skip if true and if false, operand."""
 
@@ -81,6 +84,7 @@ def program(machine: syscalls.Machine, pid: int, policy: int, *, truncation: boo
         "prlimit64": _only(0, (0, pid)),
         "fcntl": _not(1, _OWNERS),
         "ioctl": _not(1, _CONTROLS),
+        "prctl": _not(0, _NOT_DUMPABLE),
         "sched_setscheduler": _only(1, (policy,)),
         "open": [_argument(1), truncating, _REFUSED, _ALLOWED] if truncation else [],
         "openat": [_argument(2), truncating, _REFUSED, _ALLOWED] if truncation else [],
