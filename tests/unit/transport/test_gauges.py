@@ -49,5 +49,5 @@ def test_a_worker_cannot_shorten_it() -> None:
     page = Page()
     with pytest.raises(PermissionError):
         os.ftruncate(page.fd, 0)
-    assert page.gauges.read() == Reading(histogram=(0,) * BUCKETS)
+    assert page.gauges.read().latencies == (0,) * BUCKETS
     page.close()
