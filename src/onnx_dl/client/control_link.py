@@ -112,6 +112,5 @@ def _await_welcome(lifeline: Channel, deadline: Deadline) -> str:
     answer = control.on_lifeline(received[0])
     if isinstance(answer, control.Welcome):
         return answer.build
-    raise SupervisorStartError(
-        f"The onnx-dl supervisor refused the connection: {getattr(answer, 'reason', answer)}."
-    )
+    reason = answer.reason if isinstance(answer, control.Refused) else str(answer)
+    raise SupervisorStartError(f"The onnx-dl supervisor refused the connection: {reason.rstrip('.')}.")

@@ -116,12 +116,15 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
 def _parse_field(variable: str, field: str, text: str) -> str | int:
     if text not in (choices := CHOICES.get(field, (text,))):
         raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
-    if field in SIZES:
-        return parse_size(text)
     if field == "config":
         return os.path.abspath(text)
-    if field == "metrics":
-        parse_address(text)
+    try:
+        if field in SIZES:
+            return parse_size(text)
+        if field == "metrics":
+            parse_address(text)
+    except ConfigError as error:
+        raise ConfigError(f"{variable}: {error}") from None
     try:
         msgspec.convert({field: text}, Settings, strict=False)
     except msgspec.ValidationError:

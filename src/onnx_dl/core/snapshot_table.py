@@ -61,8 +61,9 @@ def title(snapshot: Snapshot) -> str:
 def memory_line(snapshot: Snapshot) -> str:
     """The line below the table: ``Memory: 312.4 MB in use of 2000.0 MB (16 %)``."""
     used, limit = snapshot.memory_in_use, snapshot.memory_limit
-    if not limit:
-        return f"Memory: {format_bytes(used)} in use, no limit"
+    if not limit:  # the supervisor knows the limit: while none runs, there is nothing to say about it
+        known = "" if snapshot.supervisor_pid is None else ", no limit"
+        return f"Memory: {format_bytes(used)} in use{known}"
     return f"Memory: {format_bytes(used)} in use of {format_bytes(limit)} ({used / limit * 100:.0f} %)"
 
 

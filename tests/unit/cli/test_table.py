@@ -130,6 +130,11 @@ def test_no_limit() -> None:
     assert snapshot_table.memory_line(snapshot(memory_limit=None)) == "Memory: 312.4 MB in use, no limit"
 
 
+def test_a_host_that_does_not_run_says_nothing_of_its_limit() -> None:
+    idle = Snapshot(7, None, [])
+    assert snapshot_table.memory_line(idle) == "Memory: 0.0 MB in use"
+
+
 @pytest.mark.parametrize(
     ("fields", "title", "expected"),
     [
