@@ -154,7 +154,7 @@ def test_a_run_that_takes_too_much_is_ended(host: ModelHost) -> None:
     assert grow(proxy, SMALL) == RIGHT
     pid = worker_pid(host)
     with host.events() as events:
-        with pytest.raises(MemoryLimitExceeded, match=r"max_memory_hard allows 150\.0 MB") as caught:
+        with pytest.raises(MemoryLimitExceeded, match=r"max_memory_hard is 150\.0 MB") as caught:
             grow(proxy, LARGE)
         failed = wait_for(events, EventType.FAILED)
     error = caught.value

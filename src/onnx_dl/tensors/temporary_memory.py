@@ -6,12 +6,11 @@ descriptor and mapping: on Unix it has no name, and Windows deletes it when it i
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
 from typing import Final
-
-import numpy as np
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.errors import SharedMemoryError
@@ -51,7 +50,7 @@ class TemporaryMapping:
             self._memory = mmap.mmap(fd, size)
         except (OSError, ValueError) as error:
             raise SharedMemoryError(f"Cannot map {size} bytes of a temporary file: {error}.") from None
-        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
     @property
     def __array_interface__(self) -> dict[str, object]:

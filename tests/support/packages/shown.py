@@ -29,7 +29,7 @@ def show(work: Callable[[], tuple[Any, Any]]) -> None:
 
         models = onnx_dl.default_host().snapshot().models
         told["in process"] = [str(session) for session in onnx_dl.unpatched_report()]
-        told["in workers"] = len([model for model in models if model.pid is not None])
+        told["in workers"] = len([model for model in models if model.pid is not None and model.isolated])
     print(json.dumps(told))
 
 
