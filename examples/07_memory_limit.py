@@ -18,5 +18,5 @@ with ModelHost(memory_limit="60MB") as host:  # two of the three fit
             f"{name}: {now.memory_in_use / 1e6:.0f} of {now.memory_limit / 1e6:.0f} MB, {', '.join(loaded)}"
         )
 
-evicted = sum(event.reason == "evicted" for event in unloaded)
-print(f"every call was answered, {evicted} times a model made room: {evicted > 0}")
+evicted = [event.model.rsplit("/", 1)[-1] for event in unloaded if event.reason == "evicted"]
+print(f"every call was answered; {len(evicted)} evictions, the first of {evicted[0]}")

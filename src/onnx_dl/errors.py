@@ -8,7 +8,7 @@ Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classe
     ├── ConfigError (ValueError)            a setting or argument is invalid
     ├── InstallationError (ImportError)     onnxruntime is missing or damaged
     ├── PlatformError (OSError)             this operating system lacks a required feature
-    │   └── SandboxUnavailable              it lacks one that sandbox=True requires
+    │   └── SandboxUnavailable              the system lacks a feature that sandbox=True requires
     ├── ProxyClosedError (RuntimeError)     a proxy was used after close()
     ├── SharedMemoryError (MemoryError)     the system refused the memory for a tensor
     ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
@@ -26,9 +26,9 @@ Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classe
     ├── SupervisorError
     │   ├── SupervisorStartError            the supervisor process did not start
     │   │   └── SupervisorUnreachable       there is no answer at its address
-    │   ├── SupervisorDied                  it ended
-    │   ├── SupervisorTimeout (TimeoutError)   it is alive but does not answer
-    │   └── HostClosing                     it is shutting down
+    │   ├── SupervisorDied                  the supervisor process ended
+    │   ├── SupervisorTimeout (TimeoutError)   the supervisor is alive but does not answer
+    │   └── HostClosing                     the host is shutting down
     ├── CapacityError (MemoryError)         the memory limit has no room for the model
     └── WorkerError                         has ``retry_after``
         ├── WorkerDied                      the worker process ended during a call or a load
@@ -72,7 +72,7 @@ class PlatformError(OnnxDLError, OSError):
 
 
 class SandboxUnavailable(PlatformError):
-    """The kernel, or the container, does not offer what ``sandbox=True`` requires; the message says what.
+    """The kernel or the container lacks a feature that ``sandbox=True`` requires; the message names it.
     The model was not loaded."""
 
     code = "sandbox-unavailable"
@@ -200,7 +200,7 @@ class SupervisorError(OnnxDLError):
 
 
 class SupervisorStartError(SupervisorError):
-    """The supervisor process did not start; the message contains what it printed or how it ended."""
+    """The supervisor process did not start; the message has its output, or how it ended."""
 
     code = "supervisor-start"
 

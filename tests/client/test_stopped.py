@@ -232,7 +232,7 @@ def test_the_load_goes_on_for_the_next_caller(stage: Stage) -> None:
     template_before_the_load(stage)
     with pytest.raises(LoadTimeout, match="its load continues"):
         stage.proxy.load(timeout=0.1)
-    with pytest.raises(RunTimeout, match=r"longer than 0\.1 seconds.*the model to load, which continues"):
+    with pytest.raises(RunTimeout, match=r"longer than 0\.1 s .*the model to load, which continues"):
         stage.proxy.run(None, X, timeout=0.1)
     stage.go_on()
     eventually(lambda: stage.proxy.is_loaded, "the load, which nobody waits for")

@@ -23,6 +23,13 @@ def test_a_host(nothing_is_left_behind: None) -> None:
     assert "shared 'web', not started" in repr(ModelHost.of_name("web"))
 
 
+def test_a_host_without_a_worker(nothing_is_left_behind: None) -> None:
+    with ModelHost() as host, host.open(identity_model(), isolation=False) as proxy:
+        proxy.load()
+        assert repr(host) == "<ModelHost private, not started, 1 model used here>"
+        assert str(host.snapshot()).startswith("Private host, no supervisor\n")
+
+
 def test_one_whose_constructor_raised() -> None:
     assert repr(object.__new__(ModelHost)) == "<ModelHost, not set up>"
     assert "not set up" in repr(object.__new__(InferenceSessionProxy))

@@ -56,6 +56,27 @@ def test_no_process_is_started_and_all_is_told(here: Open, host: ModelHost, path
         assert (event.reason, event.pid, event.isolated) == ("request", os.getpid(), False)
 
 
+def test_blocks_nest_while_an_unload_waits_for_them(here: Open, path: str) -> None:
+    """As with a worker: blocks join, in all threads, and calls in them go on."""
+    proxy = here(path)
+    results: list[float] = []
+
+    def join() -> None:
+        with proxy.session(timeout=DEADLINE):
+            results.append(proxy.run(None, ONE)[0][0])
+
+    with proxy.session():
+        with pytest.raises(UnloadTimeout):
+            proxy.unload(timeout=0.01)
+        join()
+        other = threading.Thread(target=join)
+        other.start()
+        other.join(DEADLINE)
+        assert proxy.run(None, ONE, timeout=DEADLINE)[0][0] == 1
+        assert results == [1, 1]
+    eventually(lambda: not proxy.is_loaded, "the unload")
+
+
 def test_a_ttl_ends_it_and_a_session_block_holds_it(here: Open, host: ModelHost, path: str) -> None:
     with host.events() as events:
         proxy = here(path, ttl=0)

@@ -300,7 +300,7 @@ def test_a_timeout_gives_the_caller_back_its_time(host: ModelHost, library: Comp
     session = ExecutionSession(library("wait"), host=host)
     for _ in range(3 if repeated else 1):
         session.run([np.array(0)])
-    with pytest.raises(RunTimeout, match=r"longer than 0\.05 seconds.*unload\(force=True\)"):
+    with pytest.raises(RunTimeout, match=r"longer than 0\.05 s .*unload\(force=True\)"):
         session.run([np.array(3_600_000)], timeout=0.05)
     with pytest.raises(RunTimeout):  # it waits for the first, which nothing can stop
         session.run([np.array(0)], timeout=0.05)

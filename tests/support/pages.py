@@ -85,7 +85,7 @@ def commands(text: str) -> Iterable[list[str]]:
     for line in typed:
         if line[:1].isspace():  # a table, or output
             continue
-        for part in re.split(r" && | ; | \| | &$", line.split(" #")[0]):
+        for part in re.split(r" && | ; | \| | &$| > ", line.split(" #")[0]):
             if found := re.match(r"(?:\w+=\S* +)*onnx-dl +([a-z-].*)", part):
                 yield shlex.split(found[1])
 

@@ -215,6 +215,8 @@ def test_errors_of_a_pipeline(host: ModelHost, double: str, negate: str):
         pipeline()
     with pytest.raises(ConfigError, match="one mapping for each"):
         pipeline(one, other, connect=[])
+    with pytest.raises(ConfigError, match=r"builtins\.list. Give the sessions one by one"):
+        pipeline([one, other])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="names"):
         pipeline(one, other, connect={"y": "nothing"}).run(None, {"x": x})
     assert (pipeline(one, other, connect={"y": "y"}).run(None, {"x": x})[0] == -2).all()

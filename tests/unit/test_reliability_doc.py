@@ -12,7 +12,7 @@ NAMED = re.findall(r"`((?:\w+/)*\w+\.py)::(\w+)`", PAGE)
 
 
 def test_every_promise_names_a_test() -> None:
-    promised = PAGE.partition("## What is promised")[2].partition("\n## ")[0]
+    promised = PAGE.partition("## Promises")[2].partition("\n## ")[0]
     rows = [line for line in promised.splitlines() if line.startswith("| ") and "---" not in line]
     promises = [row for row in rows if row != "| promise | test |"]
     assert len(promises) > 20

@@ -105,8 +105,8 @@ def _add_run(commands: _Commands) -> None:
     run.add_argument("--lazy", action="store_true", help="load a model at its first call, not earlier")
     run.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="GLOB:NAME=VALUE",
-        help="set ttl, latency, eager or in_process for models with such file names, for example "
-        "'vad*.onnx:ttl=-1'; can be given several times",
+        help="set ttl, latency, eager, isolation, sandbox or sha256 for models with such file names, for "
+        "example 'vad*.onnx:ttl=-1' or 'tiny*:isolation=off'; can be given several times",
     )  # fmt: skip
     _add_host(run, "a private host")
     # Only for help and completion: the words of the program never reach this parser.
@@ -137,9 +137,9 @@ def _add_views(commands: _Commands) -> None:
     _add_json(events, "print each event as one JSON object on one line")
     until = events.add_mutually_exclusive_group()
     until.add_argument(
-        "-f", "--follow", action="store_true", help="go on with new events, until Ctrl-C or the host ends"
+        "-f", "--follow", action="store_true", help="then print new events, until Ctrl-C or the host ends"
     )
-    until.add_argument("--for", dest="seconds", metavar="TIME", help="go on with new events for this time")
+    until.add_argument("--for", dest="seconds", metavar="TIME", help="then print new events for this time")
     events.add_argument(
         "-n", "--lines", metavar="N", type=_count,
         help="number of past events to print (default: 10 with --follow or --for, else all that the host "

@@ -42,7 +42,7 @@ COMMANDS: Final = {
         "run a program with its models in worker processes",
         "Runs a program as python does. Each onnxruntime.InferenceSession in it becomes a\n"
         "proxy: its model runs in a worker process. The program needs no change. Options\n"
-        "of onnx-dl come first. PROGRAM is what follows python on a command line: a file,\n"
+        "of onnx-dl come first. PROGRAM is written as after python: a file,\n"
         "-m MODULE, -c CODE or -. All words after it are arguments of the program.",
         "onnx-dl run app.py --port 8000\n"
         "onnx-dl run --ttl 60 --set 'vad*.onnx:ttl=-1' app.py\n"
@@ -109,8 +109,9 @@ COMMANDS: Final = {
     ),
     "doctor": HelpText(
         "check the installation",
-        "Checks Python, onnxruntime and its providers, GPU, limits, hosts and the start\n"
-        "of workers, and says what to do. The exit code is 1 if there is a problem.",
+        "Checks Python, onnxruntime and its providers, GPU, limits, hosts, the start\n"
+        "of workers and the sandbox, and gives advice. The exit code is 1 if there is a\n"
+        "problem.",
         "onnx-dl doctor\nonnx-dl doctor --json",
     ),
     "completion": HelpText(

@@ -85,7 +85,8 @@ class CancelWatch:
         except TimeoutError:
             raise run_timeout(
                 self.deadline,
-                "was cancelled; it ends when the model allows that, or at once by unload(force=True)",
+                "was cancelled, but has not ended yet: it ends when the model allows that. "
+                "In a worker process, unload(force=True) ends it at once",
             ) from None
         if failed(reply):
             raise run_timeout(self.deadline, "was ended")
@@ -95,7 +96,7 @@ class CancelWatch:
 def run_timeout(deadline: Deadline | None, what: str) -> RunTimeout:
     """Error for a run that took too long; ``what``: what became of it."""
     timeout = None if deadline is None else deadline.timeout
-    took = "was given up" if timeout is None else f"took longer than {timeout:g} seconds"
+    took = "was given up" if timeout is None else f"took longer than {timeout:g} s"
     return RunTimeout(f"The run {took} and {what}.")
 
 

@@ -102,9 +102,11 @@ def _close_all(held: list[_Held]) -> None:
 class CurrentWorker:
     """The worker that serves a model now, and the ``session()`` blocks that hold it."""
 
-    def __init__(self, name: str, *, over_zmq: bool) -> None:
+    def __init__(self, name: str, *, over_zmq: bool, copies: bool) -> None:
+        """``copies``: see :class:`LanePool`."""
         self._name = name
         self._over_zmq = over_zmq
+        self._copies = copies
         self._last: LanePool | None = None
         """The worker that was granted last."""
         self.holds = Holds()
@@ -129,8 +131,10 @@ class CurrentWorker:
         pool = self.pool
         if pool is None or pool.granted.address != answer.address:
             # Two threads may come here at once with one answer each: the first then asks once more.
-            stale, pool = self._last, LanePool(answer, connection, self._name, over_zmq=self._over_zmq)
-            self._last = pool
+            stale = self._last
+            self._last = pool = LanePool(
+                answer, connection, self._name, over_zmq=self._over_zmq, copies=self._copies
+            )
             if stale is not None:
                 stale.retire()
         return pool

@@ -38,7 +38,7 @@ from onnx_dl.tensors.shared_arrays import SharedArrays
 
 
 class HostClient:
-    """One supervisor and what this application has in it.  Starts nothing until a model is used."""
+    """One supervisor with the models of this application.  Starts nothing until a model is used."""
 
     def __init__(self, settings: Settings, explicit: Sequence[str] = (), name: str | None = None) -> None:
         """``explicit``: settings that a host's file does not change; ``name``: of a host that several
@@ -82,8 +82,9 @@ class HostClient:
     def close(self) -> None:
         """Ends all workers and the supervisor, and waits until they are gone.  May be called twice.
 
-        A shared host continues, without what this application held.  Iterators from :meth:`events` end after
-        the last event.  A proxy of this host that is used afterwards starts the host again.
+        A shared host continues, without the models that only this application held.  Iterators from
+        :meth:`events` end after the last event.  A proxy of this host that is used afterwards starts the host
+        again.
         """
         self.link.close()
         self._buffers.trim()

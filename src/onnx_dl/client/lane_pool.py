@@ -25,14 +25,20 @@ class LanePool:
     """A worker, from its grant until it takes no more calls of ours, and the idle lanes to it."""
 
     def __init__(
-        self, granted: control.Granted, connection: Connection, name: str, *, over_zmq: bool
+        self, granted: control.Granted, connection: Connection, name: str, *, over_zmq: bool, copies: bool
     ) -> None:
-        """``connection``: to the host of the worker; the model may have moved to another host since."""
+        """
+        Args:
+            connection: to the host of the worker; the model may have moved to another host since.
+            copies: give the worker copies of arrays that lie in shared memory already.  A sandboxed one could
+                else write to results of other models, and read them later.
+        """
         self.granted = granted
         self.connection = connection
         self.name = name
         """Name of the model, for messages."""
         self._over_zmq = over_zmq
+        self._copies = copies
         self.is_opened = False
         """True if a lane was ever opened to it."""
         self.is_gone = False
@@ -82,9 +88,11 @@ class LanePool:
         opening = Deadline(self.connection.timeout, outer=deadline)
         try:
             context = self.connection.context if self._over_zmq else None
-            return ClientLane(context, self.granted, opening, latency=latency)
+            lane = ClientLane(context, self.granted, opening, latency=latency)
         except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again
+        lane.arena.adoptions.allowed = not self._copies
+        return lane
 
     def open_holding(self, deadline: Deadline | None) -> ClientLane | None:
         """Opens a lane that holds the worker; None if that drains or is gone."""

@@ -68,7 +68,7 @@ class RemoteModel(RemoteClaims):
         acquisition = Acquisition(spec, connection, settings, blobs, is_shared=host.is_shared)
         # A sandboxed worker cannot connect to the sockets that lanes over ZeroMQ need.
         over_zmq = settings.lane == "zmq" and not spec.sandbox
-        super().__init__(acquisition, CurrentWorker(spec.name, over_zmq=over_zmq))
+        super().__init__(acquisition, CurrentWorker(spec.name, over_zmq=over_zmq, copies=spec.sandbox))
 
     def run(
         self,

@@ -200,9 +200,16 @@ def still() -> Iterator[None]:
 
 
 def importing(name: str) -> ModuleType:
-    """Imports a module at its first use, while other threads may fork."""
+    """Imports a module at its first use, while other threads may fork.
+
+    Raises:
+        ReentrantUse: this thread was interrupted in the midst of importing it.
+    """
     with still():
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+    if getattr(module.__spec__, "_initializing", False):  # of this thread: for another's, Python waits
+        refuse(f"importing {name}")
+    return module
 
 
 def _enter(own: collections.deque[int], other: collections.deque[int]) -> None:

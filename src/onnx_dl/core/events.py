@@ -77,7 +77,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         if self.reason:
             parts.append(f"reason {self.reason}")
         if self.seconds is not None:
-            parts.append(f"{self.seconds:.3f} s")
+            how = "loaded for" if self.type is EventType.UNLOADED else "loaded in"
+            parts.append(f"{how} {self.seconds:.3f} s")
         if self.freed is not None:
             parts.append(f"gave back {format_bytes(self.freed)}")
         if self.rss is not None and self.freed is None:

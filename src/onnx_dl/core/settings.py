@@ -26,21 +26,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     python: str = ""
-    """Path of the interpreter for onnx-dl's processes.  Default: one like the application's, or the
-    application itself if it is frozen."""
+    """Path of the Python interpreter for onnx-dl's processes.  Default: the same version and environment as
+    the application's, or the application itself if it is frozen."""
     lane: str = "socket"
     """Transport of calls.  ``socket``: a Unix socket; ``zmq``: ZeroMQ, which control messages always use."""
     start: str = "fork"
     """Start of workers.  ``fork``: forked from a template process; ``exec``: each is a fresh interpreter."""
     isolation: str = "on"
-    """Process of the models.  ``on``: worker processes; ``off``: the application's own process,
-    unless a proxy says ``isolation=True``."""
+    """Process of the models.  ``on``: worker processes; ``off``: the application's own process, except for
+    models with ``isolation=True``."""
     load_timeout: _Seconds = 600.0
     """Time limit of a load.  A load that takes longer is ended, and raises ``LoadTimeout``."""
     start_timeout: _Seconds = 30.0
     """Time limit for the start of a supervisor, and for the answer to any single control message."""
     exit_grace: _Seconds = 5.0
-    """Time that a drained worker has to exit before it is killed."""
+    """Time that a worker has to exit after its last call; then it is killed.  Also the time that running
+    calls have when a shared host is stopped."""
     memory_limit: int | None = None
     """Limit of the memory of all workers together.  Default: four fifths of the memory of the machine or its
     cgroup."""
@@ -50,7 +51,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     room_timeout: _Seconds = 60.0
     """Time that a load waits until other models make room.  After that it raises ``CapacityError``."""
     host: str = ""
-    """Name of the shared host that serves this application.  Default: none, it has its own host."""
+    """Name of the shared host that serves this application.  Default: none; the application has its own
+    host."""
     config: str = ""
     """Path of a file with the host's models and limits (``host.toml``).  Default: none."""
     linger: _Seconds = 60.0
@@ -58,13 +60,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stable_after: _Seconds = 10.0
     """Time after which a worker counts as stable.  If it dies later, the next load is not delayed."""
     cache: str = "on"
-    """Use of the load cache.  ``off``: it is neither read nor written."""
+    """Use of the load cache.  ``off``: nothing is read from it or saved in it."""
     cache_dir: str = ""
     """Folder of the load cache.  Default: ``onnx-dl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     cache_limit: int = 20 << 30
-    """Size limit of the load cache.  Beyond it, the entries that were not used for longest are removed."""
+    """Size limit of the load cache.  Beyond it, the least recently used entries are removed."""
     cache_from: _Seconds = 0.15
-    """Loads that take at least this long are saved in the load cache."""
+    """Time that a load must take so that its model is saved in the load cache."""
     worker_stderr: str = "inherit"
     """Target of the lines that workers of a private host write on stderr.  ``inherit``: the application's
     stderr; ``log``: the logger ``onnx_dl.worker``."""
@@ -90,9 +92,9 @@ ELSEWHERE: Final = {
 }
 """Variables that are no field of :class:`Settings`, and what they mean."""
 INTERNAL: Final = {
-    "ONNX_DL_FREEZE_SUPPORT": "``freeze_support()`` leaves here that it was called.",
-    "ONNX_DL_RUN": "``onnx-dl run`` hands its options to the program here.",
-    "ONNX_DL_RUN_PYTHONPATH": "``onnx-dl run`` keeps the program's ``PYTHONPATH`` here.",
+    "ONNX_DL_FREEZE_SUPPORT": "A mark that ``freeze_support()`` was called.",
+    "ONNX_DL_RUN": "Options of ``onnx-dl run`` for the program that it starts.",
+    "ONNX_DL_RUN_PYTHONPATH": "The program's own ``PYTHONPATH``, while ``onnx-dl run`` starts it.",
 }
 """Variables that onnx-dl sets for its own processes."""
 

@@ -54,7 +54,7 @@ def title(snapshot: Snapshot) -> str:
     """The line above the table: which host it is."""
     whose = f"Shared host {snapshot.host!r}" if snapshot.host else "Private host"
     if snapshot.supervisor_pid is None:
-        return f"{whose}, not running"
+        return f"{whose}, {'no supervisor' if snapshot.models else 'not running'}"
     return f"{whose}, supervisor pid {snapshot.supervisor_pid}"
 
 
@@ -68,10 +68,13 @@ def memory_line(snapshot: Snapshot) -> str:
 
 
 def state(status: ModelStatus) -> str:
-    """The state of a model and, if it failed to load, the time until it is tried again."""
+    """The state of a model; if it failed to load, the time until it is tried again; if it has no worker
+    process, that it is in this one.
+    """
+    text = str(status.state)
     if status.state is ModelState.FAILED and status.retry_after > 0:
-        return f"failed, retry in {duration(status.retry_after)}"
-    return str(status.state)
+        text = f"failed, retry in {duration(status.retry_after)}"
+    return text if status.isolated else f"{text}, in-process"
 
 
 def _idle(status: ModelStatus) -> str:
@@ -87,6 +90,8 @@ def _ttl_left(status: ModelStatus) -> str:
         return NONE
     if status.ttl == KEEP:
         return "stays"
+    if status.ttl == 0:
+        return "after use"
     return duration(max(0.0, status.ttl - (status.idle or 0.0)))
 
 

@@ -66,8 +66,8 @@ class MixedHost(HostClient):
         """Ends all workers and the supervisor, unloads models in this process, and waits for that.  May be
         called twice.
 
-        A shared host stays, but lets go of all that this application holds.  Iterators from :meth:`events`
-        end after the last event.  A proxy of it that is used afterwards starts it again.
+        A shared host stays, but releases all models that this application holds.  Iterators from
+        :meth:`events` end after the last event.  A proxy of it that is used afterwards starts it again.
         """
         if self._local is not None:
             self._local.close()
@@ -79,21 +79,21 @@ class MixedHost(HostClient):
             self._local.forget()
 
     def unload(self, model: str, *, force: bool = False, timeout: float | None = None) -> bool:
-        """Ends the workers of a model, for all its users, and returns when their memory is back; so does it
-        with one in this process.
+        """Ends the workers of a model, for all its users, and returns when their memory is free.  A model
+        in this process is unloaded in the same way.
 
         Args:
-            model: its name as in :meth:`snapshot` or in the host's file, or its path; of a model in a group,
-                the group goes.
-            force: do not wait for calls that run; their callers get WorkerDied.  In this process, calls are
-                told to end.
+            model: its name as in :meth:`snapshot` or in the host's file, or its path.  For a model in a
+                group, the whole group is unloaded.
+            force: do not wait for running calls; their callers get WorkerDied.  In this process, running
+                calls are told to end.
 
         Returns:
             Whether there was one.
 
         Raises:
-            UnloadTimeout: (a TimeoutError) calls still ran after ``timeout`` seconds; the unload happens when
-                they end.
+            UnloadTimeout: (a TimeoutError) calls still ran after ``timeout`` seconds; the model is unloaded
+                when they end.
             SupervisorTimeout: the supervisor does not answer.
         """
         deadline, here = Deadline.of(parse_timeout(timeout)), False

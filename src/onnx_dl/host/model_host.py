@@ -27,7 +27,7 @@ from onnx_dl.session.proxy import ModelProxy
 
 
 class ModelHost(MixedHost):
-    """One supervisor process, what this application has in it, and models in this process.
+    """One supervisor process with the models of this application, and models in this process.
 
     Nothing is started until the first model is used or :meth:`start` is called.  The end of a ``with`` block,
     :meth:`close` and the exit of the interpreter end it.  :func:`connect` returns a host that several
@@ -78,15 +78,16 @@ class ModelHost(MixedHost):
         return host
 
     def __repr__(self) -> str:
-        """Tells what this process knows; asks nobody, and never raises."""
+        """Uses only what this process knows: no message is sent, and no error is raised."""
         if "link" not in vars(self):  # its constructor raised
             return f"<{type(self).__name__}, not set up>"
         connection = self.link.connection
+        count = self._models.count() + (0 if self._local is None else self._local.count())
         is_there = connection is not None and connection.usable
         parts = [
             "private" if self.name is None else f"shared {self.name!r}",
             f"supervisor pid {connection.supervisor_pid}" if connection and is_there else "not started",
-            f"{(count := self._models.count())} model{'' if count == 1 else 's'} used here",
+            f"{count} model{'' if count == 1 else 's'} used here",
         ]
         if (limit := self._settings.memory_limit) is not None:
             parts.append(f"memory limit {format_bytes(limit)}")

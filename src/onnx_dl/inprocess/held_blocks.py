@@ -32,8 +32,9 @@ class HeldBlocks:
         return any(block.caller == waits.caller() for block in list(self._blocks))
 
     def begin(self, worker: LocalWorker) -> bool:
-        """Begins a block.  False: the load takes none any more."""
-        if worker.gate is None or not worker.gate.hold():
+        """Begins a block.  False: the load takes none any more.  One that an unload waits for is joined: a
+        block in a block would else wait for the unload, which waits for it."""
+        if worker.gate is None or not worker.gate.hold(joins=True):
             return False
         self._blocks.append(HeldBlock(waits.caller(), worker))
         return True

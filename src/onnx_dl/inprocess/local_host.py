@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Set
 from types import MappingProxyType
-from typing import Final
 
 from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.event_dispatch import EventBus
@@ -16,10 +15,7 @@ from onnx_dl.core.status import ModelStatus
 from onnx_dl.inprocess.driver import CLIENT, Driver, ModelFiles
 from onnx_dl.inprocess.local_model import LocalModel, unload
 from onnx_dl.inprocess.local_worker import BlobSources
-
-_of_parents: Final[list[Driver]] = []
-"""Drivers of the parents of a forked child.  Never dropped: the end of a session waits for its threads, which
-the child does not have."""
+from onnx_dl.system.owned_descriptors import keep_for_ever
 
 
 class LocalHost:
@@ -42,8 +38,9 @@ class LocalHost:
         return Driver(self._settings, self._bus, files)
 
     def forget(self) -> None:
-        """Drops the parent's models in a forked child."""
-        _of_parents.append(self._driver)
+        """Drops the parent's models in a forked child.  Their sessions are never freed there, also not when
+        the interpreter ends: that would wait for threads which the child does not have, or call abort()."""
+        keep_for_ever(self._driver)
         known = [model for ref in self._models.valuerefs() if (model := ref()) is not None]
         for model in known:
             model.forget()
@@ -60,6 +57,10 @@ class LocalHost:
         if (model := self._models.get(spec.key)) is None:
             model = self._models.setdefault(spec.key, LocalModel(spec, blobs, lambda: self._driver))
         return model
+
+    def count(self) -> int:
+        """The number of models that this application uses or has used and still holds."""
+        return len(self._models)
 
     def known_model(self, key: str) -> LocalModel | None:
         return self._models.get(key)

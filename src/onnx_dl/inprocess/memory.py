@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-
+from onnx_dl.concurrency.forking import importing
 from onnx_dl.core.status import Usage
 
 
 def resident_bytes() -> int:
     """Resident memory of this process."""
-    psutil = importlib.import_module("psutil")  # takes 10 ms, which only in-process models need
+    psutil = importing("psutil")  # takes 10 ms, which only in-process models need
     return int(psutil.Process().memory_info().rss)
 
 
 def machine_bytes() -> int:
     """Memory of the machine."""
-    return int(importlib.import_module("psutil").virtual_memory().total)
+    return int(importing("psutil").virtual_memory().total)
 
 
 class GrowthMeter:

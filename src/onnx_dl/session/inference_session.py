@@ -70,9 +70,9 @@ class InferenceSessionProxy(OrtValueProxy):
         isolation: False: the model runs in this process (docs/in-process.md); True: in a worker process, or
             PlatformError at the first use; None: in a worker process, unless ``ONNX_DL_ISOLATION=off`` or the
             system has none (macOS, Windows).
-        sha256: 64 hexadecimal digits of the model's file or bytes; another file is refused.  A model with
-            external data needs a dict that has a digest for each file, by its name relative to the model's
-            folder.  Checked at each load (docs/security.md).
+        sha256: SHA-256 of the model's file or bytes, 64 hexadecimal digits; another file is refused.  A model
+            with external data needs a dict that has a digest for each file, by its name relative to the
+            model's folder.  Checked at each load (docs/security.md).
         sandbox: the model's worker has no network, no write access to files, and reads only its model and the
             installation (docs/security.md).  Linux with Landlock and seccomp.  The load cache is not used.
         eager: load the model now, so that errors are raised here, as onnxruntime does.

@@ -239,9 +239,9 @@ class SessionProxy(ModelProxy):
     # --- changes ------------------------------------------------------------------------------------------
 
     def set_providers(self, providers: Providers = None, provider_options: Providers = None) -> None:
-        """Loads the model anew with these providers.  Other proxies of it keep theirs.
+        """Loads the model again with these providers.  Its other proxies keep theirs.
 
-        Raises: what onnxruntime raises; the session is unusable then, until providers are set that work.
+        Raises: onnxruntime's own errors.  Then the session is unusable until working providers are set.
         """
         old = self._handle
         old.release()

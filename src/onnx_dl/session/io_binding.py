@@ -141,11 +141,11 @@ class IOBinding:
         shape: Sequence[int] | None = None,
         buffer_ptr: int | None = None,
     ) -> None:
-        """Binds an output to memory at an address, or, without one, to what a run allocates.
+        """Binds an output to memory at an address; without an address, the run allocates memory for it.
 
         Raises:
             ValueError: an address without element type or shape.
-            RuntimeError: with an address, there is no such output, or it is text, in onnxruntime's words.
+            RuntimeError: (onnxruntime's text) with an address, there is no such output, or it is text.
         """
         if buffer_ptr is None:
             _check_device(device_type, device_id)

@@ -1,4 +1,4 @@
-"""Decides for one model whether it runs in a worker process or in this one, and tells what that means."""
+"""Decides for one model whether it runs in a worker process or in this one, and warns of the difference."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from onnx_dl.system import resources
 logger = logging.getLogger("onnx_dl")
 
 _MISSING: Final = (
-    "A crash in native code ends this program. An unloaded model gives back what the allocator returns. "
-    "max_memory, max_memory_hard, max_runs, group, environment and shared hosts have no effect. "
-    "See docs/in-process.md."
+    "A crash in native code ends this program. unload() may not give back all memory. "
+    "max_memory, max_memory_hard, max_runs, group, environment and shared hosts have no effect."
 )
 _told: list[None] = []
 _NO_OPTIONS: Final = WorkerOptions()

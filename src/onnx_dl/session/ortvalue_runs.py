@@ -107,7 +107,7 @@ class OrtValueProxy(SessionProxy):
         return IOBinding(self)
 
     def run_with_iobinding(self, iobinding: IOBinding, run_options: OrtObject = None) -> None:
-        """One inference with what is bound; results go where outputs are bound.
+        """One inference with the bound inputs; results are written to the bound outputs.
 
         Raises:
             ValueError, RuntimeError: the binding is another session's, or onnxruntime refuses it.

@@ -1,4 +1,4 @@
-"""Models in a row: each one reads what the ones before it computed.
+"""Models in a row: each one reads results of the ones before it.
 
 Decides which output goes to which input.  The arrays between two models stay in shared memory: the next
 worker reads them where the one before wrote them, and the application neither copies nor maps them.
@@ -29,7 +29,8 @@ class Pipeline:
             other inputs are inputs of the pipeline.
 
     Raises:
-        ConfigError: there is no stage, the stages are of different hosts, or ``connect`` has another length.
+        ConfigError: there is no stage, a stage is not a session of onnx_dl, the stages are of different
+            hosts, or ``connect`` has another length.
             Names that do not exist are refused at first use, because that needs the models.
     """
 
@@ -40,6 +41,13 @@ class Pipeline:
     ) -> None:
         if not stages:
             raise ConfigError("A pipeline needs at least one model.")
+        for stage in stages:
+            if not hasattr(stage, "_handle"):  # a session that patch() made has one, and another class
+                raise ConfigError(
+                    "A stage of a pipeline is a session of onnx_dl; this is of the class "
+                    f"{type(stage).__module__}.{type(stage).__qualname__}. Give the sessions one by one: "
+                    "pipeline(first, second)."
+                )
         if isinstance(connect, Mapping):
             connect = [connect]
         if connect is not None and len(connect) != len(stages) - 1:
@@ -53,6 +61,9 @@ class Pipeline:
         self._stay = len({stage._handle.spec.isolation for stage in stages}) == 1
         """True if results can stay where they are: all stages run in workers, or all in this process."""
         self._connect = [dict(names) for names in connect or [{}] * (len(stages) - 1)]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {' -> '.join(map(repr, self._stages))}>"
 
     def run(
         self,

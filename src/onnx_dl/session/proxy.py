@@ -27,7 +27,7 @@ from onnx_dl.tensors import segment, shared_bytes
 
 
 class ModelProxy:
-    """A model that lives in a process of its own.  All proxies of one ``ModelSpec`` share it."""
+    """A model in a worker process, or in this process.  All proxies of one ``ModelSpec`` share it."""
 
     _handle: ModelHandle
 
@@ -45,9 +45,9 @@ class ModelProxy:
         self._handle.set_ttl(value)
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
-        """An array like ``numpy.empty``'s to build an input in, which then needs no copy.
+        """An array like ``numpy.empty``'s.  As an input, it is not copied.
 
-        That holds for contiguous parts of it of 64 KiB or more, too; smaller ones are copied.  Any model of
+        Contiguous parts of it of 64 KiB or more are not copied either; smaller parts are.  Any model of
         the same host takes it.  Do not write to it while a call with it runs.
 
         Raises:
@@ -75,7 +75,7 @@ class ModelProxy:
             timeout: seconds to wait; None: as long as the load may take (``ONNX_DL_LOAD_TIMEOUT``).
 
         Raises:
-            LoadTimeout: ``timeout`` passed; the load goes on for the next caller.
+            LoadTimeout: ``timeout`` passed; the load continues for the next caller.
             Exception: like the first call.
         """
         self.load_by(Deadline.of(parsing.parse_timeout(timeout)))
@@ -112,7 +112,7 @@ class ModelProxy:
             timeout: seconds that the block may take to begin.
 
         Raises:
-            LoadTimeout: ``timeout`` passed; the load goes on for the next caller.
+            LoadTimeout: ``timeout`` passed; the load continues for the next caller.
             Exception: like the first call.
         """
         deadline = Deadline.of(parsing.parse_timeout(timeout))
@@ -125,7 +125,7 @@ class ModelProxy:
             model.unhold()
 
     def unload(self, *, force: bool = False, timeout: float | None = None) -> bool:
-        """Ends the model's worker, for all its proxies, and waits until its memory is back.
+        """Ends the model's worker, for all its proxies, and waits until its memory is free.
 
         Running calls and ``session()`` blocks are waited for, unless ``force``: their callers then get
         :class:`~onnx_dl.errors.WorkerDied`.  The next use loads the model again.

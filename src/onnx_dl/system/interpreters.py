@@ -56,7 +56,7 @@ def find() -> str:
     raise SupervisorStartError(
         f"Found no interpreter of Python {_dotted(facts.version)} to start processes with "
         f"(sys.executable is {facts.executable!r}): set ONNX_DL_PYTHON to the path of one that can import "
-        "what this program imports."
+        "the packages of this program."
     )
 
 

@@ -14,8 +14,8 @@ alone.  ``/proc/PID/environ`` stays readable; with our arguments, there is room 
 def set_title(title: str) -> None:
     """Sets the title of this process, and the name of this thread to its first 15 bytes.
 
-    Call it in the main thread.  Without the library, or if it finds no room, the title stays as it is: a
-    title is of no use to the program.
+    Call it in the main thread.  Without the library, or without space for the title, the old title stays: the
+    program does not need it.
     """
     if not os.environ:  # the library looks for the arguments before the first variable
         return

@@ -38,6 +38,8 @@ class Adoptions:
         self._dead: collections.deque[weakref.ref[Mapping]] = collections.deque()
         """Filled by the thread in which the last holder drops a block."""
         self._turn = 0
+        self.allowed = True
+        """False: the peer is told about no blocks, because it is not trusted with others' data."""
         self.nbytes = 0
         """Bytes that the peer maps."""
 
@@ -69,7 +71,7 @@ class Adoptions:
             self._drop(ref)
 
     def _announced(self, block: Block) -> _Adopted | None:
-        if self._announcer.room <= 0 or not self._has_room():
+        if not self.allowed or self._announcer.room <= 0 or not self._has_room():
             return None
         fd = block.mapping.duplicate()
         if fd is None:

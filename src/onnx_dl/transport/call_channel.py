@@ -178,7 +178,7 @@ class ZmqChannel:
         if self._socket in ready:
             return self._socket.recv()
         if not ready:
-            raise TimeoutError("nobody answered in time")
+            raise TimeoutError("there was no answer in time")
         try:  # EOF on the Unix socket can overtake the peer's last message
             return self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:

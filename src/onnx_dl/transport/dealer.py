@@ -72,7 +72,11 @@ class Dealer:
     def _flush(self) -> None:
         try:
             while self._unsent and not self.gone and self.is_ours():
-                del self._unsent[: self._sock.send(memoryview(self._unsent)[:_CHUNK], _NO_SIGNAL)]
+                # Released at once: gc.get_objects() in another thread keeps the views that it finds, and
+                # bytes with views cannot be removed.
+                with memoryview(self._unsent) as unsent, unsent[:_CHUNK] as chunk:
+                    sent = self._sock.send(chunk, _NO_SIGNAL)
+                del self._unsent[:sent]
         except BlockingIOError:
             pass
         except OSError:

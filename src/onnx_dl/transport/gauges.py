@@ -11,6 +11,8 @@ import mmap
 import os
 from typing import Final, NamedTuple
 
+from onnx_dl.linux_only import fcntl
+
 _SIZE: Final = 4096
 _RUNS, _BUSY, _LAST_USED, _TOTAL, _EXCEEDED = range(5)
 _FIRST: Final = 8
@@ -117,8 +119,10 @@ class Page:
         made = None
         try:
             if fd is None:
-                fd = made = os.memfd_create("onnx-gauges", os.MFD_CLOEXEC)
+                fd = made = os.memfd_create("onnx-gauges", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.truncate(fd, _SIZE)
+                # A worker that shortened it would end the supervisor by SIGBUS.
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             self._page = mmap.mmap(fd, _SIZE)
         except OSError:
             if made is not None:

@@ -40,7 +40,8 @@ class _Peer:
         """Send as much as the peer takes now."""
         try:
             while self.unsent:
-                sent = self.sock.send(memoryview(self.unsent)[:_CHUNK], socket.MSG_NOSIGNAL)
+                with memoryview(self.unsent) as unsent, unsent[:_CHUNK] as chunk:
+                    sent = self.sock.send(chunk, socket.MSG_NOSIGNAL)
                 del self.unsent[:sent]
         except BlockingIOError:
             pass

@@ -79,10 +79,11 @@ class Gate:
         if wake:
             self._wake()
 
-    def hold(self) -> bool:
-        """Begins a session() block; false if the worker drains."""
+    def hold(self, *, joins: bool = False) -> bool:
+        """Begins a session() block; false if the worker drains.  ``joins``: one that waits for other blocks
+        to end before it drains takes this one, too, which may be in one of these."""
         with self._lock:
-            if self._closing or self._closed:
+            if self._closed or (self._closing and not (joins and self._holds)):
                 return False
             self._holds += 1
             self._gauges.under_way(self._in_flight + self._holds)

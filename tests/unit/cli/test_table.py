@@ -146,6 +146,8 @@ def test_a_host_that_does_not_run_says_nothing_of_its_limit() -> None:
         ({"idle": 61.0}, "TTL LEFT", "0 µs"),
         ({"idle": None, "busy": 1}, "TTL LEFT", "1 m"),
         ({"ttl": -1.0}, "TTL LEFT", "stays"),
+        ({"ttl": 0.0, "idle": None}, "TTL LEFT", "after use"),
+        ({"isolated": False}, "STATE", "ready, in-process"),
         ({"ttl": None}, "TTL LEFT", "-"),
         ({"pinned": True}, "PINNED", "yes"),
         ({"usage": Usage(gpu=5_000_000)}, "GPU", "5.0 MB"),

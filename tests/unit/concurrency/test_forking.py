@@ -9,6 +9,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,3 +301,16 @@ def test_what_is_lazy_is_computed_once_for_each() -> None:
     assert one.value is one.value is not two.value
     assert (one.times, two.times) == (1, 1)
     assert Computed.value.__doc__ == "Said once."
+
+
+def test_a_module_that_this_thread_imports_is_not_used_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that comes during the import, and uses a model."""
+    (tmp_path / "half_done.py").write_text(
+        "from onnx_dl.concurrency.forking import importing\n"
+        "from onnx_dl.errors import ReentrantUse\n"
+        "try:\n    importing('half_done')\nexcept ReentrantUse as error:\n    found = str(error)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "importing half_done" in f.importing("half_done").found

@@ -21,13 +21,13 @@ def made(seq: int = 1, kind: str = "loading", **fields) -> ModelEvent:
         (made(), "loading m.onnx"),
         (
             made(kind="ready", seconds=1.23456, rss=12_345_678, gpu=None, pid=7),
-            "ready m.onnx, 1.235 s, RSS 12.3 MB, pid 7",
+            "ready m.onnx, loaded in 1.235 s, RSS 12.3 MB, pid 7",
         ),
-        (made(kind="ready", seconds=0.0, gpu=5_000_000), "ready m.onnx, 0.000 s, GPU 5.0 MB"),
+        (made(kind="ready", seconds=0.0, gpu=5_000_000), "ready m.onnx, loaded in 0.000 s, GPU 5.0 MB"),
         (made(kind="draining", reason="ttl", pid=7), "draining m.onnx, reason ttl, pid 7"),
         (
             made(kind="unloaded", reason="request", seconds=2.0, freed=0, rss=9_000_000, pid=7),
-            "unloaded m.onnx, reason request, 2.000 s, gave back 0.0 MB, pid 7",
+            "unloaded m.onnx, reason request, loaded for 2.000 s, gave back 0.0 MB, pid 7",
         ),
         (made(kind="thrash", detail="a, b were loaded again"), "thrash: a, b were loaded again"),
         (made(kind="failed", detail="no such file"), "failed m.onnx, no such file"),

@@ -25,7 +25,7 @@ SECTIONS = {
     "Lane: client → worker": lane.LaneRequest,
     "Lane: worker → client": lane.LaneReply,
 }
-PARTS = "What messages are made of"
+PARTS = "Parts of messages"
 
 
 def chapters(text: str, level: int) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import socket
 import time
 
 import pytest
@@ -12,7 +14,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router
-from onnx_dl.transport.sockets import fresh_address
+from onnx_dl.transport.sockets import BorrowedSocket, fresh_address
 from tests.support.waiting import eventually
 
 LARGE = os.urandom(3 << 20)
@@ -50,6 +52,29 @@ def test_messages_of_any_size_go_both_ways(address: str) -> None:
     assert dealer.gone
     dealer.close()
     dealer.close()
+
+
+def test_views_that_somebody_keeps(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gc.get_objects()`` in another thread keeps the views that are alive during a send."""
+    kept: list[object] = []
+    real = socket.socket.send
+
+    def send(sock: socket.socket, data: memoryview, *flags: int) -> int:
+        kept.append(data)
+        kept.extend(found for found in gc.get_objects() if type(found) is memoryview)
+        return real(sock, data, *flags)
+
+    router = Router(address, 8, lambda name: True)
+    monkeypatch.setattr(BorrowedSocket, "send", send)
+    dealer = Dealer(address, b"me", Deadline(8))
+    there: list[tuple[bytes, bytes]] = []
+    eventually(lambda: router.receive(time.monotonic()) or dealer.receive() or dealer.is_let_in, "handshake")
+    dealer.send(b"first")
+    dealer.send(b"second")
+    eventually(lambda: there.extend(router.receive(time.monotonic())) or len(there) == 2, "the messages")
+    assert there == [(b"me", b"first"), (b"me", b"second")] and kept
+    dealer.close()
+    router.close(0.0)
 
 
 def test_one_that_is_sent_away_comes_again(address: str) -> None:

@@ -42,3 +42,12 @@ def test_what_is_written_is_read_through_the_other_mapping() -> None:
     assert reading.total == pytest.approx(0.054)
     assert 0.001 <= (reading.quantile(0.5) or 0) <= 0.00125
     assert 0.05 <= (reading.quantile(1.0) or 0) <= 0.0625
+
+
+def test_a_worker_cannot_shorten_it() -> None:
+    """The supervisor would get SIGBUS when it reads."""
+    page = Page()
+    with pytest.raises(PermissionError):
+        os.ftruncate(page.fd, 0)
+    assert page.gauges.read().latencies == (0,) * BUCKETS
+    page.close()

@@ -190,7 +190,7 @@ def provider(name: str, tried: TrialResult, found_gpus: Sequence[Gpu]) -> Findin
 def _without(name: str) -> str:
     if name == _CPU:
         return "Reinstall onnxruntime."
-    return f"Install what it needs, or remove {name} from providers=: models use the next one then."
+    return f"Install its libraries, or remove {name} from providers=: models then use the next one."
 
 
 def gpu(found: Sequence[Gpu], why_none: str, providers: Sequence[str], repair: str) -> Finding:
@@ -238,8 +238,24 @@ def start(mode: str, tried: TrialResult) -> Finding:
         "workers",
         Mark.WARNING,
         f"each is a fresh interpreter, because the template has more than one thread; {seconds}",
-        "Loads take 0.1 s longer. Find what starts threads when Python starts or onnxruntime is "
-        "imported: sitecustomize, .pth files, profilers.",
+        "Loads take 0.1 s longer. Some code starts threads when Python starts or onnxruntime is "
+        "imported: look at sitecustomize, .pth files, profilers.",
+    )
+
+
+def sandbox(landlock: int, seccomp: str) -> Finding:
+    """Shows whether ``sandbox=True`` works here.
+
+    ``landlock``: its version, 0: there is none; ``seccomp``: why filters cannot be used, empty: they can.
+    """
+    if landlock and not seccomp:
+        return Finding("sandbox", Mark.OK, f"Landlock version {landlock}, seccomp")
+    lacks = ([] if landlock else ["no Landlock"]) + ([f"no seccomp filters ({seccomp})"] if seccomp else [])
+    return Finding(
+        "sandbox",
+        Mark.OK,
+        f"not available: {', '.join(lacks)}; models with sandbox=True are not loaded",
+        "Linux 5.13 or newer with landlock in the kernel parameter lsm= has it." if not landlock else "",
     )
 
 

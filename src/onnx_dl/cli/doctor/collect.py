@@ -21,6 +21,7 @@ from onnx_dl.system import builds, installation, resources
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.running_hosts import RunningHost
 from onnx_dl.workers.load_cache import store
+from onnx_dl.workers.sandbox import landlock, seccomp
 
 _BUDGET: Final = 9.0
 """Seconds for all trials together."""
@@ -64,6 +65,7 @@ def examine() -> list[checks.Finding]:
             checks.shared_memory(_size_of(Path("/dev/shm"))),
             checks.telemetry(report.get("version"), os.environ),
             checks.start(chosen.start, starting.result()),
+            *([checks.sandbox(landlock.version(), seccomp.complaint())] if resources.is_platform() else []),
             *([] if complaint else [checks.load_cache(chosen, store.folder())]),
         ]
 

@@ -137,7 +137,11 @@ class Scheduler:
         return self.outbox.take()
 
     def on_saveable(self, ask: m.Saveable, now: float) -> list[Command]:
-        """A model is worth saving for the load cache."""
+        """A model is worth saving for the load cache.  A sandboxed worker is not believed: its model is never
+        saved, and the saver, which has no sandbox, would load what the worker names."""
+        found = self.fleet.find(ask.worker_id)
+        if found is None or found[0].spec.sandbox:
+            return []
         need = cache_saves.need(ask.nbytes)
         self.saves.request(SaveRequest(ask.key, ask.order, ask.blob, need, environment=ask.environment))
         self.orders.admit(now)

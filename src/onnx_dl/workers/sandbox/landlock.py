@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
+from onnx_dl import linux_only
 from onnx_dl.errors import SandboxUnavailable
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -34,7 +35,7 @@ _SIGNALS: Final = 0b10
 worker connects to the supervisor after this, and seccomp takes it away."""
 TRUNCATION_SINCE: Final = 3
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc: Final = linux_only.libc()
 
 
 def _call(number: int, *arguments: object) -> int:

@@ -17,6 +17,7 @@ from onnx_dl.errors import SandboxUnavailable
 from onnx_dl.workers.sandbox import syscalls
 
 _SECCOMP_SET_MODE_FILTER: Final = 1
+_SECCOMP_GET_ACTION_AVAIL: Final = 2
 _TSYNC: Final = 1
 _NUMBER: Final = {"x86_64": 317, "aarch64": 277}
 """Numbers of the system call seccomp()."""
@@ -33,6 +34,9 @@ _OWNERS: Final = (8, 15)
 _CONTROLS: Final = (0x5412, 0x541C, 0x541D, 0x8901, 0x8902, 0x40086602, 0x401C5820)
 """ioctl: TIOCSTI, TIOCLINUX and TIOCCONS type into a terminal; FIOSETOWN and SIOCSPGRP are as F_SETOWN;
 FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR change a file that is open for reading."""
+
+_NOT_DUMPABLE: Final = (4,)
+"""prctl: PR_SET_DUMPABLE has /proc hide the process's memory from the supervisor, which limits it."""
 
 Instruction = tuple[int, int, int, int]
 """Operation, instructions to skip if true and if false, operand."""
@@ -80,6 +84,7 @@ def program(machine: syscalls.Machine, pid: int, policy: int, *, truncation: boo
         "prlimit64": _only(0, (0, pid)),
         "fcntl": _not(1, _OWNERS),
         "ioctl": _not(1, _CONTROLS),
+        "prctl": _not(0, _NOT_DUMPABLE),
         "sched_setscheduler": _only(1, (policy,)),
         "open": [_argument(1), truncating, _REFUSED, _ALLOWED] if truncation else [],
         "openat": [_argument(2), truncating, _REFUSED, _ALLOWED] if truncation else [],
@@ -104,6 +109,23 @@ def program(machine: syscalls.Machine, pid: int, policy: int, *, truncation: boo
 
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def complaint() -> str:
+    """Returns why :func:`install` would fail, without doing anything; empty: it would not."""
+    name = os.uname().machine
+    if syscalls.machine() is None:
+        return f"no table of system calls for {name}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    action = ctypes.c_uint32(_FAIL)
+    if libc.syscall(
+        ctypes.c_long(_NUMBER[name]),
+        ctypes.c_long(_SECCOMP_GET_ACTION_AVAIL),
+        ctypes.c_long(0),
+        ctypes.byref(action),
+    ):
+        return os.strerror(ctypes.get_errno())
+    return ""
 
 
 def install(*, truncation: bool) -> None:

@@ -64,6 +64,7 @@ clone3 435 435, openat2 437 437, io_uring_setup 425 425, io_uring_enter 426 426,
 _CHECKED: Final = """
 clone 56 220, kill 62 129, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240
 prlimit64 302 261, fcntl 72 25, ioctl 16 29, open 2 -, openat 257 56, sched_setscheduler 144 119
+prctl 157 167
 """
 
 

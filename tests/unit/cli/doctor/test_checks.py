@@ -143,7 +143,7 @@ LOG = (
 def test_a_provider_that_falls_back() -> None:
     tried = TrialResult({"providers": [CPU], "computes": True}, "", LOG)
     found = checks.provider(CUDA, tried, [H100])
-    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install what it needs")
+    gave(Mark.WARNING, found, "falls back", "libcublasLt.so.13: cannot open", "Install its libraries")
     gave(Mark.WARNING, checks.provider(CUDA, tried, []), "Nothing to do without a device")
 
 
@@ -187,6 +187,14 @@ def test_memory() -> None:
     gave(Mark.OK, checks.memory(10**9, 4 * 10**9, 2), "1000.0 MB of 4000.0 MB, by cgroup v2")
     gave(Mark.OK, checks.memory(10**9, 10**9, 1, 8 * 10**8), "all 1000.0 MB", "host may take 800.0 MB")
     gave(Mark.WARNING, checks.memory(None, None, None), "ONNX_DL_MEMORY_LIMIT")
+
+
+def test_sandbox() -> None:
+    gave(Mark.OK, checks.sandbox(7, ""), "Landlock version 7, seccomp")
+    gave(Mark.OK, checks.sandbox(0, ""), "no Landlock", "sandbox=True", "lsm=")
+    gave(
+        Mark.OK, checks.sandbox(7, "Operation not permitted"), "no seccomp filters (Operation not permitted)"
+    )
 
 
 def test_shared_memory() -> None:

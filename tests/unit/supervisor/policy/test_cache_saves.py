@@ -151,6 +151,17 @@ def look(scheduler: Scheduler, now: float, **seen: Sample) -> list[Command]:
 NEED = cache_saves.need(100 * MB).ram
 
 
+def test_a_sandboxed_worker_is_not_believed(scheduler: Scheduler) -> None:
+    """The saver has no sandbox, and would load what the worker names, with its environment."""
+    ask = acquire(1, key="a")
+    ask = msgspec.structs.replace(ask, spec=msgspec.structs.replace(ask.spec, sandbox=True))
+    commands = scheduler.on_acquire(A, ask, 0.0)
+    (start,) = starts(commands)
+    scheduler.on_spawned(start.worker_id, 1)
+    assert scheduler.on_saveable(saveable(worker_id=start.worker_id), 1.0) == []
+    assert not scheduler.saves.start(ALL, ALL, 1.0) and scheduler.saves.look_at is None
+
+
 def test_a_save_begins_after_a_look_and_counts(scheduler: Scheduler) -> None:
     load(scheduler, "a", 1, 50, 0.0)
     assert scheduler.on_saveable(saveable(), 1.0) == []
@@ -247,8 +258,9 @@ def test_one_that_may_not_take_what_it_needs_gets_more(scheduler: Scheduler) -> 
 
 def test_without_a_limit_it_is_one_at_a_time_all_the_same() -> None:
     scheduler = Scheduler(SETTINGS)
-    for key in "ab":
-        scheduler.on_saveable(saveable(key, 10_000), 1.0)
+    for worker_id, key in enumerate("ab", 1):
+        load(scheduler, key, worker_id, 50, 0.0)
+        scheduler.on_saveable(saveable(key, 10_000, worker_id), 1.0)
     assert saved(look(scheduler, 1.0)) == ["a"]
     assert saved(look(scheduler, 1.2)) == []
     scheduler.on_saver_ended(exit_status(0), 2.0)
