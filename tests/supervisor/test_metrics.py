@@ -130,7 +130,7 @@ def test_a_port_that_is_taken(host: ModelHost, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ONNX_DL_METRICS", f"{name}:{port}")
     other = ModelHost()
     with pytest.raises(
-        SupervisorStartError, match=rf"{name}:{port} \(Address already in use\)\. Give another"
+        SupervisorStartError, match=rf"{name}:{port} \(Address already in use\)\. Use another"
     ):
         other.start()
     host.close()
