@@ -168,7 +168,7 @@ def test_addresses(text, address):
     "text", ["9464", ":9464", "host", "host:", "host:65536", "::1:9464", "a b:1", "http://h:1"]
 )
 def test_no_address(text):
-    with pytest.raises(ConfigError, match="^ONNX_DL_METRICS: .* write host:port"):
+    with pytest.raises(ConfigError, match=r"^ONNX_DL_METRICS: .* write host:port"):
         settings({"ONNX_DL_METRICS": text})
 
 
