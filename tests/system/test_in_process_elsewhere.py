@@ -53,7 +53,7 @@ def use(model: str) -> None:
         assert not by_path.is_loaded
         for proxy in (by_path, by_bytes, by_path):
             np.testing.assert_array_equal(proxy.run(None, {"x": x})[0], x)
-        assert any("in-process" in str(warning.message) for warning in caught)
+        assert any("run in this process" in str(warning.message) for warning in caught)
         assert by_path.is_loaded
         assert {status.pid for status in host.snapshot().models if status.pid} == {os.getpid()}
         await_event("ready", os.path.basename(model))

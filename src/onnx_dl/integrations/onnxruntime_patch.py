@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency import primitives
-from onnx_dl.concurrency.forking import Guard, importing
+from onnx_dl.concurrency.forking import Guard, still
 from onnx_dl.core import own_sessions
 from onnx_dl.core.types import OrtObject
 from onnx_dl.errors import ConfigError, PlatformError
@@ -174,7 +174,8 @@ _undo: list[Callable[[], None]] = []
 def _replace() -> None:
     if _undo:
         return
-    session_class = importing("onnxruntime").InferenceSession
+    with still():  # not importing(): onnx-dl run patches at the end of onnxruntime's own import
+        session_class = importlib.import_module("onnxruntime").InferenceSession
     native_class = importlib.import_module(_C).InferenceSession
     if "__getattr__" not in vars(session_class):
         _delegate(session_class)

@@ -174,11 +174,12 @@ def test_what_others_have_grown_by_is_not_taken_from_a_load() -> None:
 
 def test_a_saver_goes_first() -> None:
     scheduler = host(300)
-    scheduler.on_saveable(m.Saveable(worker_id=9, key="s", nbytes=1, blob=None, order=""), 0.0)
-    scheduler.on_tick(0.0, {})
-    saver = scheduler.in_use(0.0).ram // MB
+    begin(scheduler, 1, 50, 0.0)  # 142 by guess
+    before = scheduler.in_use(0.0).ram
+    scheduler.on_saveable(m.Saveable(worker_id=1, key="s", nbytes=1, blob=None, order=""), 0.1)
+    scheduler.on_tick(0.1, {})
+    saver = (scheduler.in_use(0.1).ram - before) // MB
     assert saver == 96
-    begin(scheduler, 1, 50, 0.1)  # 142 by guess
     assert weigh(scheduler, 1, 299 - saver, 0.2) == []
     assert weigh(scheduler, 1, 301 - saver, 0.3) == [EndSaver()]
     assert weigh(scheduler, 1, 299, 0.3) == []
