@@ -356,7 +356,7 @@ def test_a_model_that_changes_each_time_that_it_is_loaded(
         churning = threading.Thread(target=churn)
         churning.start()
         try:
-            with pytest.raises(FilesChanging, match=r"m\.data (was changed|is not what)"):
+            with pytest.raises(FilesChanging, match=r"m\.data (was changed|is not the file)"):
                 for _ in range(100):  # on a busy machine the other thread may be late for one load
                     proxy.load()
                     proxy.unload()

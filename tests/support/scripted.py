@@ -81,7 +81,9 @@ class Scripted:
         self._lifelines.close()
         self._lanes.close()
         self._control.close(0.0)
-        self._context.term()
+        self._context.destroy(
+            0
+        )  # also of a lane that came while this ended: term() would wait for it for ever
 
     # --- the thread ---------------------------------------------------------------------------------------
 
