@@ -34,9 +34,9 @@ def page(host: onnx_dl.ModelHost) -> bytes:
     HOST_UP.set(1 if theirs else 0)
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest() + theirs
-    registry = CollectorRegistry()  # several uvicorn workers: the sum of all
-    multiprocess.MultiProcessCollector(registry)
-    return generate_latest(registry) + theirs
+    all_workers = CollectorRegistry()  # several uvicorn workers: their sum
+    multiprocess.MultiProcessCollector(all_workers)
+    return generate_latest(all_workers) + theirs
 
 
 def _of_host(host: onnx_dl.ModelHost) -> bytes:

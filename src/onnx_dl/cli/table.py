@@ -7,31 +7,19 @@ from typing import Final, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from onnx_dl.core import snapshot_table
-from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.core.snapshot_table import COLUMNS, NONE, Column
-from onnx_dl.core.status import ModelStatus, Snapshot
-from onnx_dl.core.text import duration, format_bytes, short_names, sparkline
+from onnx_dl.core import snapshot_text
+from onnx_dl.core.snapshot_table import NONE
+from onnx_dl.core.snapshot_text import GAP, plain_table, shortened
+from onnx_dl.core.status import Snapshot
+from onnx_dl.core.text import duration, format_bytes, printable, short_names, sparkline
 
-_GAP: Final = 2
-"""Characters between two columns of a table."""
-_NAME: Final = 24
-"""Width of the model's name for which columns are omitted."""
 _LEAST_NAME: Final = 14
 _LINE: Final = 60
 """Largest width of a sparkline."""
 _NO_MODELS: Final = "No models. Load one with: onnx-dl load MODEL"
 _NO_CALLS: Final = "No calls yet. RUNS will count the calls of each model."
-_STYLES: Final = {
-    ModelState.READY: "green",
-    ModelState.LOADING: "yellow",
-    ModelState.DRAINING: "yellow",
-    ModelState.FAILED: "bold red",
-    ModelState.UNLOADED: "dim",
-}
 
 
 class _MemoryAt(NamedTuple):
@@ -82,11 +70,7 @@ class History:
 
 def overview(snapshot: Snapshot, width: int) -> RenderableType:
     """The output of ``onnx-dl ps``: the host, its models, and their memory."""
-    return Group(
-        Text(snapshot_table.title(snapshot), style="bold"),
-        _models(snapshot, width),
-        Text(snapshot_table.memory_line(snapshot)),
-    )
+    return snapshot_text.overview(snapshot, width, _NO_MODELS)
 
 
 def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
@@ -99,64 +83,14 @@ def live(snapshot: Snapshot, history: History, width: int) -> RenderableType:
     return Group(*parts, Text(), *_over_time(snapshot, history, width))
 
 
-def _models(snapshot: Snapshot, width: int) -> RenderableType:
-    if not snapshot.models:
-        return Text(_NO_MODELS)
-    names = snapshot_table.names(snapshot)
-    columns = _fitting(snapshot.models, width - min(_NAME, max(map(cell_len, names))))
-    left = width - sum(_width(column, snapshot.models) + _GAP for column in columns)
-    table = _plain_table()
-    table.add_column("MODEL", no_wrap=True, overflow="ellipsis", max_width=max(1, left))
-    for column in columns:
-        table.add_column(
-            column.title, no_wrap=True, overflow="ellipsis", justify="right" if column.right else "left"
-        )
-    for name, status in zip(names, snapshot.models, strict=True):
-        table.add_row(Text(shortened(name, max(1, left))), *(_cell(column, status) for column in columns))
-    return table
-
-
-def _fitting(models: list[ModelStatus], width: int) -> list[Column]:
-    """The columns that fit beside the name, in order, without those that have no value for any model."""
-    shown = [column for column in COLUMNS if any(column.cell(status) != NONE for status in models)]
-    while len(shown) > 1 and sum(_width(column, models) + _GAP for column in shown) > width:
-        shown.remove(min(shown, key=lambda column: column.worth))
-    return shown
-
-
-def _width(column: Column, models: list[ModelStatus]) -> int:
-    return max(cell_len(column.title), *(cell_len(column.cell(status)) for status in models))
-
-
-def shortened(name: str, width: int) -> str:
-    """A name without its middle if it is too wide: names of similar models differ at the end."""
-    if cell_len(name) <= width:
-        return name
-    tail = max(0, (width - 1) * 2 // 3)
-    head = width - 1 - tail
-    while head + tail and cell_len(name[:head] + name[len(name) - tail :]) > width - 1:  # wide characters
-        head, tail = (head - 1, tail) if head else (head, tail - 1)
-    return f"{name[:head]}…{name[len(name) - tail :]}"
-
-
-def _cell(column: Column, status: ModelStatus) -> Text:
-    return Text(
-        column.cell(status), style=_STYLES[status.state] if column.cell is snapshot_table.state else ""
-    )
-
-
-def _plain_table(*, header: bool = True) -> Table:
-    return Table(box=None, show_header=header, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
-
-
 def _over_time(snapshot: Snapshot, history: History, width: int) -> list[RenderableType]:
     lines = history.models()
-    names = short_names([(line.model, line.key) for line in lines])
+    names = [printable(name) for name in short_names([(line.model, line.key) for line in lines])]
     wide = max([len("all models"), *map(cell_len, names)])
     wide = min(wide, max(_LEAST_NAME, width // 3))
-    bars = max(1, min(_LINE, width - wide - 2 * len("12345.6 MB") - 3 * _GAP))
+    bars = max(1, min(_LINE, width - wide - 2 * len("12345.6 MB") - 3 * GAP))
     top = max([1, *(value for line in lines for value in line.values)])
-    table = _plain_table()
+    table = plain_table()
     table.add_column("MEMORY", no_wrap=True, overflow="ellipsis", max_width=wide)
     table.add_column(_span(history), no_wrap=True)
     table.add_column("NOW", justify="right", no_wrap=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.parsing import KEEP
-from onnx_dl.core.text import duration, format_bytes, short_names
+from onnx_dl.core.text import duration, format_bytes, printable, short_names
 
 if TYPE_CHECKING:
     from onnx_dl.core.status import ModelStatus, Snapshot
@@ -47,7 +47,8 @@ def rows(snapshot: Snapshot) -> tuple[list[str], list[list[str]]]:
 
 def names(snapshot: Snapshot) -> list[str]:
     """A short name for each model of the snapshot."""
-    return short_names([(status.model, status.key) for status in snapshot.models])
+    found = short_names([(status.model, status.key) for status in snapshot.models])
+    return [printable(name) for name in found]
 
 
 def title(snapshot: Snapshot) -> str:

@@ -33,6 +33,11 @@ def file_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or model
 
 
+def printable(text: str) -> str:
+    """Replaces characters that a terminal would obey, which a file's name may have, by question marks."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def is_path(model: str) -> bool:
     """True for a model that was given as a path: neither as bytes nor a group."""
     return not model.startswith((_GROUP, _BYTES))

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from onnx_dl.client.host_client import HostClient
-from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Guard, still
 from onnx_dl.core import own_sessions
 from onnx_dl.core.types import OrtObject
@@ -166,7 +165,6 @@ _lock: Final = Guard()
 _active: list[Patch] = []
 _noted: list[Unpatched] = []
 _known: weakref.WeakSet[OrtObject] = weakref.WeakSet()
-_inside: Final = primitives.local()
 _undo: list[Callable[[], None]] = []
 """Functions that restore the constructors.  Methods stay patched, for sessions that still have a proxy."""
 
@@ -220,11 +218,9 @@ def _opening(original: _Init) -> _Init:
             reason = str(error)
         _note(Unpatched(name, reason, _caller()))
         _known.add(self)
-        _inside.making = True
-        try:
+        with own_sessions.making():
             original(self, *args, **kwargs)
-        finally:
-            _inside.making = False
+        return None
 
     return __init__
 
@@ -236,8 +232,7 @@ def _noting(original: _Init) -> _Init:
     def __init__(self: OrtObject, options: OrtObject, source: object, *args: object) -> None:
         original(self, options, source, *args)
         where = _caller()
-        ours = getattr(_inside, "making", False) or own_sessions.are_made_here()
-        if not ours and "onnx_dl" not in where:
+        if not own_sessions.are_made_here() and "onnx_dl" not in where:
             _note(Unpatched(_name_of(source), "it was made with onnxruntime's native class", where))
 
     return __init__
