@@ -4,6 +4,9 @@ When a load does not fit, the loop looks at all workers: what they hold, and sin
 rules are :mod:`onnx_dl.supervisor.policy.eviction`'s.  A worker leaves only if it is still idle when the
 order reaches it, so no call is interrupted.  While a load waits, the loop looks every 50 ms.
 
+After a limit was lowered, the loop looks until the models fit it: a model that is busy, or was loaded a
+moment ago, leaves later.  This has a time of its own: the looks for loads end when no load waits any more.
+
 Loads wait in order.  Only the first one can time out.  It is refused then, the others are looked at, and the
 next one that has to wait is first from then on, for a second at least, so that others can make way.  So a
 load that fits is never refused because one before it did not fit.
@@ -31,6 +34,8 @@ from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
 from onnx_dl.supervisor.policy.requirements import NOTHING
 
 _LOOK_EVERY: Final = 0.05
+_SHRINK_EVERY: Final = 1.0
+"""Longest time in seconds between looks while no model can leave; they begin at 50 ms."""
 _RESIDENCY: Final = 0.5
 """Seconds that a worker stays at least, so that two models that do not fit together do not only load."""
 _RAISE: Final = 1.5
@@ -91,6 +96,10 @@ class Admission:
     pending: dict[str, PendingLoad] = dataclasses.field(default_factory=dict)
     """Pending loads by key of the model, in order of arrival."""
     _look_at: float | None = None
+    """Time of the next look for pending loads."""
+    _shrink_at: float | None = None
+    """Time of the next look for a lowered limit; None: the models fit it."""
+    _shrink_pause: float = _LOOK_EVERY
 
     def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> Iterator[Decision]:
         """Adds a load, and begins it if there is memory."""
@@ -192,17 +201,19 @@ class Admission:
 
     def wants_look(self, now: float) -> bool:
         """True if :meth:`look` is due, for which all workers are to be measured."""
-        return _is_due(self._look_at, now) or _is_due(self._saves.look_at, now)
+        return any(_is_due(at, now) for at in self._looks())
 
     def look_soon(self, now: float) -> None:
         """Asks for a look: the limits may have changed."""
-        self._look_at = now
+        self._shrink_at, self._shrink_pause = now, _LOOK_EVERY
 
     def next_deadline(self) -> float | None:
         """Time when the next look is due, or the first load times out."""
         ends = [load.ends(self._timeout) for load in self._first()]
-        looks = [at for at in (self._look_at, self._saves.look_at) if at is not None]
-        return min([*ends, *looks], default=None)
+        return min([*ends, *(at for at in self._looks() if at is not None)], default=None)
+
+    def _looks(self) -> tuple[float | None, ...]:
+        return self._look_at, self._shrink_at, self._saves.look_at
 
     def refuse_late(self, now: float) -> Iterator[Decision]:
         """Refuses the first load if it has timed out, then looks at all behind it before the next may."""
@@ -216,16 +227,16 @@ class Admission:
 
     def look(self, samples: Mapping[int, Sample], now: float) -> Iterator[Decision]:
         """Decides again after all workers were measured, and starts a saver if there is memory for it."""
+        idle = {
+            worker_id: max(0.0, now - reading.last_used)
+            for worker_id, (_, reading) in samples.items()
+            if reading.last_used and not reading.busy
+        }
         if _is_due(self._look_at, now):
             self._look_at = now + _LOOK_EVERY
-            idle = {
-                worker_id: max(0.0, now - reading.last_used)
-                for worker_id, (_, reading) in samples.items()
-                if reading.last_used and not reading.busy
-            }
             yield from self.admit(now, idle)
-            if self._look_at is None:
-                yield from self._shrink(idle, now)
+        if _is_due(self._shrink_at, now):
+            yield from self._shrink(idle, now)
         in_use = self._capacity.in_use(now)
         if not in_use.fits(self._limits.memory):
             yield from self.end_saver()
@@ -234,12 +245,17 @@ class Admission:
             yield StartSaver(request)
 
     def _shrink(self, idle: Mapping[int, float], now: float) -> Iterator[Decision]:
-        """Evicts idle models while more is in use than a lowered limit allows."""
+        """Evicts idle models while more is in use than a lowered limit allows, and asks for the next look."""
         limit = self._limits.memory
         if not self._capacity.in_use(now).fits(limit):
             yield from self.end_saver()
         in_use, leaving = self._capacity.in_use(now), self._capacity.leaving(now)
-        if not (in_use - leaving).fits(limit):
+        if in_use.fits(limit):
+            self._shrink_at = None
+            return
+        self._shrink_at = now + self._shrink_pause
+        self._shrink_pause = min(2 * self._shrink_pause, _SHRINK_EVERY)
+        if not self.pending and not (in_use - leaving).fits(limit):  # else loads decide what leaves
             candidates = self._candidates(idle)
             _, evicted = eviction.decide(NOTHING, limit, in_use, leaving, candidates)
             yield from map(Evict, evicted or [candidate.worker_id for candidate in candidates])
@@ -248,7 +264,7 @@ class Admission:
         """Removes all pending loads, and asks for no look.  Returns the models that waited."""
         models = [self._fleet.models[key] for key in self.pending if key in self._fleet.models]
         self.pending.clear()
-        self._look_at = self._saves.look_at = None
+        self._look_at = self._shrink_at = self._saves.look_at = None
         return models
 
     def _first(self) -> list[PendingLoad]:

@@ -592,3 +592,50 @@ def test_models_that_push_each_other_out_are_told_of() -> None:
         "a.onnx, b.onnx were evicted for other models and loaded again 4 times within 30 s, which took 13% of"
         in (event.detail or "")
     )
+
+
+# --- a limit that is lowered ------------------------------------------------------------------------------
+
+
+def lowered(scheduler: Scheduler, mb: int, now: float) -> None:
+    settings = msgspec.structs.replace(scheduler.limits.settings, memory_limit=mb * MB)
+    assert scheduler.on_configured(settings, {}, {}, now) == []
+
+
+def test_a_lowered_limit_waits_for_a_model_that_is_busy(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0)
+    lowered(scheduler, 50, 10.0)
+    busy = Sample(usage(80), Reading(busy=1, last_used=9.0))
+    pauses = []
+    at = 10.0
+    for _ in range(8):
+        assert scheduler.wants_look(at) and scheduler.on_tick(at, {1: busy}) == []
+        following = scheduler.next_deadline()
+        assert following is not None
+        pauses.append(following - at)
+        at = following
+    assert pauses == sorted(pauses) and pauses[0] == pytest.approx(0.05) and pauses[-1] == pytest.approx(1)
+    assert scheduler.on_tick(at, {1: idle(80, at)}) == [order(1, m.DrainIfIdle())]
+    scheduler.on_draining(1, usage(80), at, "evicted")
+    scheduler.on_exited(1, exit_status(0), "", at)
+    scheduler.on_tick(at + 1, {})
+    assert not scheduler.wants_look(at + 99)
+
+
+def test_nothing_makes_it_forget_a_lowered_limit(scheduler: Scheduler) -> None:
+    """Each of these facts decides about pending loads, and finds none."""
+    load(scheduler, "b", 2, 5, 0.0)
+    load(scheduler, "a", 1, 80, 0.0)
+    lowered(scheduler, 50, 10.0)
+    scheduler.on_exited(2, exit_status(-signal.SIGKILL), "", 10.0)
+    scheduler.on_client_gone(B, 10.0)
+    assert scheduler.on_tick(10.0, {1: idle(80, 9.0)}) == [order(1, m.DrainIfIdle())]
+
+
+def test_a_limit_that_is_raised_again_lets_models_stay(scheduler: Scheduler) -> None:
+    load(scheduler, "a", 1, 80, 0.0)
+    lowered(scheduler, 50, 10.0)
+    scheduler.on_tick(10.0, {1: Sample(usage(80))})
+    lowered(scheduler, 100, 10.02)
+    assert scheduler.on_tick(10.02, {1: idle(80, 10.01)}) == []
+    assert not scheduler.wants_look(99.0)
