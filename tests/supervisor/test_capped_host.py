@@ -117,31 +117,14 @@ def exercise(models: Sequence[str], host: ModelHost) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(models: list[str]) -> dict[str, Any]:
-    """What came of it without a cgroup."""
-    return exercise(models, ModelHost(memory_limit=LIMIT))
+    """What came of it: in a cgroup if one can be made, with the number of processes that the kernel ended."""
+    try:
+        return _in_a_group(models)
+    except pytest.skip.Exception as skipped:
+        return exercise(models, ModelHost(memory_limit=LIMIT)) | {"no group": str(skipped)}
 
 
-def _all_were_served(found: dict[str, Any]) -> None:
-    assert found["wrong"] == [] == found["left"]
-    assert found["workers"] > COUNT  # not all fit at once
-
-
-def _the_limit_held(found: dict[str, Any]) -> None:
-    assert found["readings"] > 20
-    assert 0 < found["in_use"] <= LIMIT
-    assert 0 < found["pss"] <= LIMIT
-
-
-def test_every_call_gets_its_result_and_no_worker_stays(found: dict[str, Any]) -> None:
-    _all_were_served(found)
-
-
-def test_the_limit_holds_at_every_moment(found: dict[str, Any]) -> None:
-    _the_limit_held(found)
-
-
-def test_the_kernel_ends_nobody_in_a_group_of_so_much_memory(models: list[str]) -> None:
-    """Application, supervisor, template and workers together stay below 600 MB, loads included."""
+def _in_a_group(models: list[str]) -> dict[str, Any]:
     with cgroups.memory_group(GROUP) as group:
         done = subprocess.run(
             [sys.executable, "-m", "tests.supervisor.test_capped_host", str(group), *models],
@@ -150,10 +133,26 @@ def test_the_kernel_ends_nobody_in_a_group_of_so_much_memory(models: list[str]) 
             text=True,
         )
         ended = cgroups.ended_by_kernel(group)
-    assert (done.returncode, ended) == (0, 0), done.stderr
-    result = json.loads(done.stdout)
-    _all_were_served(result)
-    _the_limit_held(result)
+    assert done.returncode == 0, f"The kernel ended {ended} processes. {done.stderr}"
+    return json.loads(done.stdout) | {"ended by the kernel": ended}
+
+
+def test_every_call_gets_its_result_and_no_worker_stays(found: dict[str, Any]) -> None:
+    assert found["wrong"] == [] == found["left"]
+    assert found["workers"] > COUNT  # not all fit at once
+
+
+def test_the_limit_holds_at_every_moment(found: dict[str, Any]) -> None:
+    assert found["readings"] > 20
+    assert 0 < found["in_use"] <= LIMIT
+    assert 0 < found["pss"] <= LIMIT
+
+
+def test_the_kernel_ends_nobody_in_a_group_of_so_much_memory(found: dict[str, Any]) -> None:
+    """Application, supervisor, template and workers together stay below 600 MB, loads included."""
+    if "no group" in found:
+        pytest.skip(found["no group"])
+    assert found["ended by the kernel"] == 0
 
 
 def test_what_can_never_fit_is_refused_while_others_go_on(
