@@ -135,7 +135,7 @@ class WellBehaved:
         while not self._stop.wait(0.001):
             x = np.full(1 + self.calls % 300, self.calls, np.float32)
             try:
-                (y,) = self.proxy.run(None, {"x": x}, timeout=30.0)
+                (y,) = self.proxy.run(None, {"x": x}, timeout=60.0)
             except Exception as error:
                 self.wrong = f"{type(error).__name__}: {error}"
                 return

@@ -23,7 +23,7 @@ feed = {{"pixels": np.zeros((1, 64), np.float32)}}
 proxy = onnx_dl.InferenceSessionProxy({str(model_path("digits"))!r})
 first = proxy.run(None, feed)[0].tolist()
 print("what the program prints" * 100, flush=True)
-unloaded = proxy.unload(timeout=20)
+unloaded = proxy.unload(timeout=60)
 again = proxy.run(None, feed)[0].tolist()
 (status,) = onnx_dl.default_host().snapshot().models
 told = dict(

@@ -20,6 +20,7 @@ from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import SupervisorDied
+from tests.support.waiting import DEADLINE
 from tests.unit.test_layers import MODULES
 
 # --- what is used ------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def in_child(work: Callable[[], bool]) -> bool:
             done: list[bool] = []
             thread = threading.Thread(target=lambda: done.append(work()), daemon=True)
             thread.start()
-            thread.join(10)
+            thread.join(DEADLINE)
             status = 0 if done == [True] else 1
         finally:
             os._exit(status)
@@ -131,7 +132,7 @@ class Elsewhere:
         self._inside, self._leave = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._be_inside, args=(context,))
         self._thread.start()
-        assert self._inside.wait(10)
+        assert self._inside.wait(DEADLINE)
 
     def _be_inside(self, context: Any) -> None:
         with context:
@@ -258,12 +259,12 @@ def test_what_interrupts_the_start_of_a_thread_starts_one(monkeypatch: pytest.Mo
     class Interrupted(Thread):
         def start(self) -> None:
             monkeypatch.undo()
-            assert background.wait(Deadline(10.0), "it") == 7  # as a signal handler would
+            assert background.wait(Deadline(DEADLINE), "it") == 7  # as a signal handler would
             super().start()
 
     background = Background(lambda deadline: 7, "work")
     monkeypatch.setattr("onnx_dl.concurrency.background.Thread", Interrupted)
-    assert background.wait(Deadline(10.0), "it") == 7
+    assert background.wait(Deadline(DEADLINE), "it") == 7
 
 
 def test_a_listener_does_not_wait_for_the_next_event() -> None:

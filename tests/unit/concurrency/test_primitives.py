@@ -18,6 +18,7 @@ from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.system.resources import check_platform
+from tests.support.waiting import DEADLINE
 from tests.unit.concurrency.test_forking import OURS
 from tests.unit.test_layers import MODULES
 
@@ -136,7 +137,7 @@ def test_without_gevent_all_is_pythons_own() -> None:
 def test_a_mailbox_gives_what_was_put_in_order() -> None:
     box: Mailbox[int] = Mailbox()
     threading.Thread(target=lambda: [box.put(number) for number in range(3)]).start()
-    assert [box.get(8), box.get(8), box.get(8)] == [0, 1, 2]
+    assert [box.get(DEADLINE) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(queue.Empty):
         box.get(0.001)
 
@@ -145,7 +146,7 @@ def test_a_thread_knows_itself() -> None:
     seen: list[bool] = []
     thread = Thread(lambda: seen.append(thread.is_this), "test")
     thread.start()
-    thread.join(8)
+    thread.join(DEADLINE)
     assert seen == [True]
     assert not thread.is_this
 
@@ -210,7 +211,7 @@ def put():
 thread = Thread(put, "put")
 thread.start()
 assert meanwhile(box.get) == 7
-thread.join(8)
+thread.join(60)
 assert not thread.is_alive()
 try:
     meanwhile(lambda: box.get(0.1))
@@ -223,7 +224,7 @@ meanwhile(asleep.join)
 meanwhile(lambda: w.pause(0.2))
 
 process = c.popen(["sleep", "0.2"])
-assert meanwhile(lambda: w.ended(process, 8)) and process.returncode == 0
+assert meanwhile(lambda: w.ended(process, 60)) and process.returncode == 0
 
 waiting = gevent.spawn(box.get)  # is killed, and the next one is not woken in vain
 gevent.sleep(0.01)
@@ -233,14 +234,14 @@ assert box.get() == 8
 with gevent.Timeout(0.05, False):
     box.get()
     raise AssertionError
-many = [gevent.spawn(box.get, 8) for _ in range(5)]
+many = [gevent.spawn(box.get, 60) for _ in range(5)]
 gevent.sleep(0.01)
 Thread(lambda: [box.put(i) for i in range(5)], "put").start()
 assert sorted(g.get() for g in many) == [0, 1, 2, 3, 4]
 assert len({w.caller(), *(g.get() for g in [gevent.spawn(w.caller) for _ in range(2)])}) >= 2
 failing = Thread(lambda: 1 / 0, "fails")
 failing.start()
-failing.join(8)
+failing.join(60)
 beating.kill()
 print("done")
 """

@@ -15,7 +15,7 @@ from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router
 from onnx_dl.transport.sockets import BorrowedSocket, fresh_address
-from tests.support.waiting import eventually
+from tests.support.waiting import DEADLINE, eventually
 
 LARGE = os.urandom(3 << 20)
 
@@ -27,7 +27,7 @@ def address() -> str:
 
 def test_messages_of_any_size_go_both_ways(address: str) -> None:
     router = Router(address, 8, lambda name: True)
-    dealer = Dealer(address, b"me", Deadline(8))
+    dealer = Dealer(address, b"me", Deadline(DEADLINE))
     heard: list[bytes] = []
     there: list[tuple[bytes, bytes]] = []
 
@@ -66,7 +66,7 @@ def test_views_that_somebody_keeps(address: str, monkeypatch: pytest.MonkeyPatch
 
     router = Router(address, 8, lambda name: True)
     monkeypatch.setattr(BorrowedSocket, "send", send)
-    dealer = Dealer(address, b"me", Deadline(8))
+    dealer = Dealer(address, b"me", Deadline(DEADLINE))
     there: list[tuple[bytes, bytes]] = []
     eventually(lambda: router.receive(time.monotonic()) or dealer.receive() or dealer.is_let_in, "handshake")
     dealer.send(b"first")
@@ -79,12 +79,12 @@ def test_views_that_somebody_keeps(address: str, monkeypatch: pytest.MonkeyPatch
 
 def test_one_that_is_sent_away_comes_again(address: str) -> None:
     router = Router(address, 1 << 30, lambda name: True)  # as if there were no descriptors
-    dealer = Dealer(address, b"me", Deadline(8))
+    dealer = Dealer(address, b"me", Deadline(DEADLINE))
     eventually(lambda: router.receive(time.monotonic()) or dealer.receive() or dealer.gone, "to be sent away")
     assert not dealer.is_let_in
     router.close(0.0)
     router = Router(address, 8, lambda name: True)
-    dealer.reconnect(Deadline(8))
+    dealer.reconnect(Deadline(DEADLINE))
     eventually(
         lambda: router.receive(time.monotonic()) or dealer.receive() or dealer.is_let_in, "to be let in"
     )
@@ -96,7 +96,7 @@ def test_with_libzmq(address: str) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.linger = 0
         router.bind(f"ipc://@{address}")
-        dealer = Dealer(address, b"me", Deadline(8))
+        dealer = Dealer(address, b"me", Deadline(DEADLINE))
         eventually(lambda: dealer.receive() or dealer.is_let_in, "the handshake")
         dealer.send(LARGE)
         eventually(lambda: dealer.receive() or router.poll(0), "a message")
@@ -110,12 +110,12 @@ def test_with_libzmq(address: str) -> None:
 
 def test_nobody_listens(address: str) -> None:
     with pytest.raises(OSError):
-        Dealer(address, b"me", Deadline(8))
+        Dealer(address, b"me", Deadline(DEADLINE))
 
 
 def test_a_number_that_is_the_programs(address: str) -> None:
     router = Router(address, 8, lambda name: True)
-    dealer = Dealer(address, b"me", Deadline(8))
+    dealer = Dealer(address, b"me", Deadline(DEADLINE))
     number = dealer.fileno()
     theirs = os.memfd_create("theirs")
     os.dup2(theirs, number)

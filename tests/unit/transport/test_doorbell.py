@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from onnx_dl.transport.doorbell import CallerBell, SpinBudget, WorkerBell
+from tests.support.waiting import DEADLINE
 
 
 @pytest.fixture(params=[False, True], ids=["sleeps", "polls"])
@@ -36,7 +37,7 @@ def test_a_sleeper_is_woken(bells):
     thread = threading.Thread(target=lambda: heard.append(worker.wait()))
     thread.start()
     caller.ring(3)
-    thread.join(8)
+    thread.join(DEADLINE)
     assert heard == [3]
 
 
@@ -46,7 +47,7 @@ def test_waits_have_a_deadline(bells):
         with pytest.raises(TimeoutError):
             end.wait(0.01)
     worker.ring(1)
-    assert caller.wait(8) == 1
+    assert caller.wait(DEADLINE) == 1
 
 
 def test_somebody_makes_the_descriptors_non_blocking(bells):
@@ -63,7 +64,7 @@ def test_somebody_makes_the_descriptors_non_blocking(bells):
     caller.ring(3)
     worker.ring(3)
     for thread in threads:
-        thread.join(8)
+        thread.join(DEADLINE)
     assert heard == [3, 3]
 
 
