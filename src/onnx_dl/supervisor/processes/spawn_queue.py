@@ -203,6 +203,20 @@ class SpawnQueue:
         self._ask()
         return True
 
+    @property
+    def has_spare(self) -> bool:
+        """True if a template is ready and has nothing to do."""
+        return not self._waiting and self._template is not None and self._template.is_free
+
+    def end_spare(self) -> None:
+        """Ends what waits here for the next worker.  That worker gets a new template.
+
+        A template that was asked for a worker, or starts because of one, is left alone.
+        """
+        if self.has_spare and (template := self._template) is not None:
+            template.given_up = True  # a worker that is added before it is reaped waits for the next one
+            template.end()
+
     def close(self) -> None:
         if self._template is not None:
             self._template.end()

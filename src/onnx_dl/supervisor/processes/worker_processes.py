@@ -41,6 +41,17 @@ class ProcessListener(Protocol):
     def saver_ended(self, status: int) -> None: ...
 
 
+class Spares(Protocol):
+    """Processes that are ready for the next worker."""
+
+    @property
+    def has_spare(self) -> bool:
+        """True if there is one that has nothing to do."""
+
+    def end_spare(self) -> None:
+        """Ends it.  The next :meth:`WorkerProcesses.spawn` starts a new one."""
+
+
 class WorkerProcesses:
     """All worker processes, and the saver."""
 
@@ -55,6 +66,7 @@ class WorkerProcesses:
         self._log = log
         self._workers: dict[int, WorkerProcess] = {}
         self._spawn_queue = SpawnQueue(mode, timeout, now, self._on_spawned, self._on_failed)
+        self.spares: Final[Spares] = self._spawn_queue
         self._saver: SaverProcess | None = None
 
     def attach(self, control: str, listener: ProcessListener, wrote: Callable[[m.Wrote], None]) -> None:
