@@ -22,7 +22,7 @@ from onnx_dl.protocol import lane as m
 from onnx_dl.tensors import arena, call_codec, call_plans, values
 from onnx_dl.tensors.adoptions import Adoptions
 from onnx_dl.tensors.call_codec import CallCodec
-from onnx_dl.transport import call_channel, doorbell, lane_socket, sockets
+from onnx_dl.transport import call_channel, doorbell, lane_socket, sockets, zmq_channel
 from onnx_dl.transport.client_lane import ClientLane
 from tests.contract.both import CPU, loop
 from tests.support.slow import identity_model
@@ -52,9 +52,9 @@ STEPS: list[tuple[Any, str]] = [
     (call_channel.CallerBellChannel, "send"),
     (call_channel.CallerBellChannel, "replay"),
     (doorbell.CallerBell, "ring"),
-    (call_channel.ZmqChannel, "send"),
+    (zmq_channel.ZmqChannel, "send"),
     (call_channel.CallerBellChannel, "next"),
-    (call_channel.ZmqChannel, "next"),
+    (zmq_channel.ZmqChannel, "next"),
     (lane_socket.LaneSocket, "next"),
     (ClientLane, "receive"),
     (CallCodec, "decode"),

@@ -54,9 +54,26 @@ def test_the_supervisor_carries_no_numbers(digits: InferenceSessionProxy, host: 
 
 
 def test_the_supervisor_imports_what_it_needs() -> None:
-    """No reader of host files, no server of metrics, unless they are asked for; no terminal, no database."""
-    unwanted = {"asyncio", "http", "numpy", "onnxruntime", "prometheus_client", "rich", "sqlite3", "tomllib"}
-    script = "import sys, onnx_dl.supervisor.main, onnx_dl.supervisor.loop; print(*sys.modules)"
+    """No reader of host files, no server of metrics, unless they are asked for; no terminal, no database, no
+    reader of packages, no temporary files."""
+    unwanted = {
+        *(
+            "asyncio",
+            "http",
+            "numpy",
+            "onnxruntime",
+            "prometheus_client",
+            "rich",
+            "sqlite3",
+            "tomllib",
+            "zmq",
+        ),
+        *("zmq", "email", "importlib.metadata", "importlib.resources", "pynvml", "tempfile"),
+    }
+    script = (
+        "import sys, onnx_dl.supervisor.main, onnx_dl.supervisor.loop; "
+        "from onnx_dl.supervisor.measure.memory_probe import MemoryProbe; MemoryProbe(); print(*sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "onnx_dl.supervisor.policy.scheduler" in found.split()
     assert not unwanted & set(found.split())

@@ -57,7 +57,7 @@ FOR_TYPES_ONLY = {name: {"core.status"} for name in ("core.snapshot_table", "cor
 """Imports that only type checkers see and that would close a circle: a snapshot prints itself as a table."""
 PURE = {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil", "threading"}
 ENGINE = {"workers.engines.ort", "workers.engines.ort_methods", "workers.engines.ort_session"}
-ZMQ = {"transport.zeromq", "transport.call_channel", "workers.worker"}
+ZMQ = {"transport.zeromq", "transport.zmq_channel", "workers.worker"}
 MOST_AT_THE_TOP = 8
 ONLY_ON_UNIX = {
     "fcntl", "resource", "termios", "pwd", "grp", "pty", "tty", "syslog", "posix", "readline", "curses",

@@ -11,11 +11,11 @@ import select
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from onnx_dl.client.control_link import ControlLink
 from onnx_dl.client.worker_output import WorkerOutput
-from onnx_dl.concurrency import primitives, spawning
+from onnx_dl.concurrency import forking, primitives, spawning
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.forking import Promise, refuse
 from onnx_dl.concurrency.spawning import Thread
@@ -25,8 +25,10 @@ from onnx_dl.linux_only import register_at_fork
 from onnx_dl.protocol import codec
 from onnx_dl.protocol.control import AskStatus, Blob, Published, Wrote
 from onnx_dl.system.owned_descriptors import keep_for_ever
-from onnx_dl.transport import sockets, zeromq
-from onnx_dl.transport.zeromq import Context
+from onnx_dl.transport import sockets
+
+if TYPE_CHECKING:
+    from onnx_dl.transport.zeromq import Context
 
 _GONE: Final = (
     "The onnx-dl supervisor process (pid {pid}) ended, and all models with it. The next use starts a new one."
@@ -132,7 +134,7 @@ class Connection:
         if self.closed:
             raise self._died()
         if (known := self._contexts.get(None)) is None:
-            made = zeromq.context()
+            made: Context = forking.importing("onnx_dl.transport.zeromq").context()
             known = self._contexts.setdefault(None, made)
             if known is not made:  # another thread was faster
                 made.term()

@@ -165,7 +165,8 @@ def start(
     ``host``: its name, None for a private one; ``explicit``: settings that the host's file does not change;
     ``output``: descriptor for its stdout and stderr, None for this process's.
     """
-    launch = boot.launch("supervisor", python=settings.python)
+    # A private supervisor forks its template before it has read its orders.
+    launch = boot.launch("supervisor", False, settings.start if host is None else "", python=settings.python)
     address, secret = fresh_address("host"), secrets.token_hex(16)
     orders = {
         "address": address,

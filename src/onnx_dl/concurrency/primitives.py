@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 _Anything = Any
 """An object of a module that is looked up by name."""
@@ -64,7 +66,8 @@ else:
 
 def popen(command: list[str], **how: _Anything) -> subprocess.Popen[bytes]:
     """Like ``subprocess.Popen``, also where gevent has patched that."""
-    module = _native_subprocess() if is_patched("subprocess") else subprocess
+    # Imported by its callers, but not by our own processes.
+    module = _native_subprocess() if is_patched("subprocess") else importlib.import_module("subprocess")
     process: subprocess.Popen[bytes] = module.Popen(command, **how)
     return process
 

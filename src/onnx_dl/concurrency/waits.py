@@ -11,14 +11,16 @@ import contextlib
 import math
 import os
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.linux_only import register_at_fork
+
+if TYPE_CHECKING:
+    import subprocess
 
 _T = TypeVar("_T")
 

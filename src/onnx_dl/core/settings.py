@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from onnx_dl.core.parsing import WORKER_STDERR, parse_address, parse_size
+from onnx_dl.core.parsing import WORKER_STDERR, parse_address, parse_size, parse_ttl
 from onnx_dl.errors import ConfigError
 
 DEFAULT_HOST: Final = "default"
@@ -57,6 +57,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Path of a file with the host's models and limits (``host.toml``).  Default: none."""
     linger: _Seconds = 60.0
     """Time after which a shared host in the background ends, if it has no clients and no models."""
+    template_ttl: Annotated[float, msgspec.Meta(ge=-1)] = 60.0
+    """Time after which the template ends, if no proxy is open that has used a model, and no model is loaded.
+    The next load starts another one, which takes longer.  ``-1``: never."""
     stable_after: _Seconds = 10.0
     """Time after which a worker counts as stable.  If it dies later, the next load is not delayed."""
     cache: str = "on"
@@ -105,7 +108,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     Raises:
         ConfigError: (a ValueError) the value of a variable is not valid.
     """
-    found: dict[str, str | int] = {}
+    found: dict[str, str | float] = {}
     for field in Settings.__struct_fields__:
         variable = f"ONNX_DL_{field.upper()}"
         if text := environ.get(variable):
@@ -113,7 +116,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     return msgspec.convert(found, Settings, strict=False)
 
 
-def _parse_field(variable: str, field: str, text: str) -> str | int:
+def _parse_field(variable: str, field: str, text: str) -> str | float:
     if text not in (choices := CHOICES.get(field, (text,))):
         raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
     if field == "config":
@@ -121,6 +124,8 @@ def _parse_field(variable: str, field: str, text: str) -> str | int:
     try:
         if field in SIZES:
             return parse_size(text)
+        if field == "template_ttl":
+            return parse_ttl(text)
         if field == "metrics":
             parse_address(text)
     except ConfigError as error:

@@ -9,7 +9,6 @@ processes record nothing (:func:`remove`).
 from __future__ import annotations
 
 import functools
-import importlib.abc
 import importlib.machinery
 import sys
 import weakref
@@ -145,8 +144,11 @@ def _patch_binding(collection: ModuleType) -> None:
 _PATCHES: Final = {_C: _patch_native, _COLLECTION: _patch_binding}
 
 
-class _ImportHook(importlib.abc.MetaPathFinder):
-    """Has onnxruntime's modules patched as soon as they are imported."""
+class _ImportHook:
+    """Has onnxruntime's modules patched as soon as they are imported.
+
+    Not an ``importlib.abc.MetaPathFinder``: that module takes every program 10 ms.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -163,7 +165,7 @@ class _ImportHook(importlib.abc.MetaPathFinder):
         return None
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """Loads a module with the loader that was found, and patches it."""
 
     def __init__(self, loader: Any) -> None:

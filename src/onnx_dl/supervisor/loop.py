@@ -29,6 +29,7 @@ from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_control import WorkerControl
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
+from onnx_dl.supervisor.template_ttl import TemplateTtl
 from onnx_dl.system import resources
 from onnx_dl.transport import sockets
 
@@ -108,6 +109,7 @@ class Supervisor:
         )
         expected_until = time.monotonic() + settings.start_timeout
         self._lifetime = Lifetime(role, settings.linger, expected_until)
+        self._template_ttl = TemplateTtl(settings.template_ttl)
         greeter = Greeter(secret, self._scheduler, self._lifetime, role.is_shared)
         self._clients = Clients(f"{address}/lifeline", greeter.greet, self._client_gone)
         stderr = stderr or Relay(2)
@@ -170,6 +172,7 @@ class Supervisor:
             self._clients.next_deadline(),
             self._control.router.next_deadline(),
             self._lifetime.next_deadline(closing=self._scheduler.shutdown.closing),
+            self._template_ttl.next_deadline(),
         )
         deadline = min((at for at in deadlines if at is not None), default=None)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -211,6 +214,10 @@ class Supervisor:
         self._control.router.on_tick(now)
         with boundary("the search for room", self._workers.search_failed):
             self._sampler.on_tick(now)
+        used, spare = self._scheduler.is_used, self._processes.spares.has_spare
+        self._template_ttl.update(now, used=used, spare=spare)
+        if self._template_ttl.is_over(now):
+            self._processes.spares.end_spare()
         if self._lifetime.is_over(now):
             if self._lifetime.replaced_because is not None:
                 _print(f"the host ends, because {self._lifetime.replaced_because}")

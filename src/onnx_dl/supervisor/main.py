@@ -13,7 +13,7 @@ import select
 import sys
 import time
 import traceback
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -21,13 +21,13 @@ from onnx_dl import linux_only
 from onnx_dl.core.settings import Settings
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.protocol.codec import PROTOCOL_VERSION
-from onnx_dl.supervisor.outlet import Outlet, Relay
-from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
+from onnx_dl.supervisor.processes.first_template import ForkedTemplate, fork_template
 from onnx_dl.system import boot, frozen, process_setup
 from onnx_dl.system.process_title import set_title
 from onnx_dl.tensors import segment
-from onnx_dl.transport import running_hosts
-from onnx_dl.transport.rendezvous import HostEntry
+
+if TYPE_CHECKING:
+    from onnx_dl.transport.rendezvous import HostEntry
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _REPLACED: Final = (
@@ -62,17 +62,23 @@ class Orders(Starter, frozen=True, kw_only=True):
     """True if it was started by hand: it stays without clients, and prints events on stdout."""
 
 
-def main(at_home: bool = False) -> None:
+def main(at_home: bool = False, template: str = "", *_: object) -> None:
     """Runs a supervisor until its last client is gone.
 
-    ``at_home``: this is a shared host that is in the background already.
+    Args:
+        at_home: this is a shared host that is in the background already.
+        template: mode of the template to start at once, see :func:`.fork_template`.
+        _: of a later version, whose application is told to restart.
     """
     process_setup.set_up_process()
+    first = fork_template(template)  # the imports below take place beside the template's
     data = sys.stdin.buffer.read()
     if not data:  # the application ended before it sent its orders
         return
     starter = msgspec.json.decode(data, type=Starter)
     if starter.protocol != PROTOCOL_VERSION:  # the other fields may have another meaning
+        from onnx_dl.transport import running_hosts
+
         theirs = running_hosts.protocol_text(starter.protocol)
         _report(starter, _REPLACED.format(ours=PROTOCOL_VERSION, theirs=theirs))
         sys.exit(1)
@@ -84,9 +90,9 @@ def main(at_home: bool = False) -> None:
     os.close(null)
     os.chdir("/")
     try:
-        place = None if orders.host is None else HostEntry(orders.host)
+        place = None if orders.host is None else _entry(orders.host)
         if place is None or place.claim():
-            serve(orders, place)
+            serve(orders, place, first)
         else:
             _report(orders, "-")
     except (OnnxDLError, OSError) as error:
@@ -94,10 +100,10 @@ def main(at_home: bool = False) -> None:
         sys.exit(1)
 
 
-def serve(orders: Orders, place: HostEntry | None) -> None:
+def serve(orders: Orders, place: HostEntry | None, first: ForkedTemplate | None = None) -> None:
     """Serves until the last client is gone.
 
-    ``place``: of a shared host; this process has claimed it.
+    ``place``: of a shared host; this process has claimed it.  ``first``: the first template, if it runs.
 
     Raises:
         OnnxDLError: the settings ask for something that is not available.
@@ -114,10 +120,13 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
         os.ftruncate(2, 0)  # the log of the last host of this name
     settings = orders.settings
     log = place.log if place is not None and not orders.foreground else None
-    processes = WorkerProcesses(settings.start, settings.start_timeout, time.monotonic, log)
+    from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
+
+    processes = WorkerProcesses(settings.start, settings.start_timeout, time.monotonic, log, first)
     # Imported while the template imports in its own process.
     from onnx_dl.supervisor.lifetime import HostRole
     from onnx_dl.supervisor.loop import Supervisor
+    from onnx_dl.supervisor.outlet import Outlet, Relay
 
     stdout, stderr = Outlet(1), Relay(2)
     role = HostRole(place, orders.foreground, orders.explicit, application)
@@ -139,6 +148,12 @@ def serve(orders: Orders, place: HostEntry | None) -> None:
     finally:
         for stream in (stdout, stderr):
             stream.finish(_LAST_WORDS)
+
+
+def _entry(host: str) -> HostEntry:
+    from onnx_dl.transport.rendezvous import HostEntry
+
+    return HostEntry(host)
 
 
 def _report(starter: Starter, text: str) -> None:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, NoReturn
 
-from onnx_dl.system import frozen, interpreters, process_setup
+from onnx_dl.system import descriptor_limits, frozen, interpreters, process_setup
 
 MARKER: Final = "--onnx-dl-process"
 
@@ -90,6 +90,21 @@ def enter(entry: str = "", arguments: str = "[]", *_: str) -> None:
             "replaced on disk while the application ran. Restart the application."
         )
     importlib.import_module(ENTRIES[entry]).main(*json.loads(arguments))
+
+
+def continue_as(entry: str, *arguments: str | int, environ: Mapping[str, str], keep: int) -> NoReturn:
+    """Turns a fork of a process of ours, which has one thread, into another process of ours.
+
+    Args:
+        arguments: of the entry's ``main``.
+        environ: variables that are added to its environment.
+        keep: the descriptor that it inherits.  Its stdin is at its end, and all others are closed.
+    """
+    os.dup2(process_setup.open_null(), 0)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, descriptor_limits.limit())
+    os.environ.update(environ)
+    _enter_for_good([entry, json.dumps(arguments)])
 
 
 def freeze_support() -> None:

@@ -16,14 +16,16 @@ import ctypes
 import mmap
 import os
 import weakref
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from onnx_dl import linux_only
 from onnx_dl.errors import SharedMemoryError
 from onnx_dl.linux_only import fcntl
 from onnx_dl.system.owned_descriptors import Descriptor
-from onnx_dl.tensors import temporary_memory
-from onnx_dl.tensors.temporary_memory import TemporaryMapping
+
+if TYPE_CHECKING or not linux_only.HAS_MEMFD:  # it imports tempfile, which costs 4 ms and 0.7 MB
+    from onnx_dl.tensors import temporary_memory
+    from onnx_dl.tensors.temporary_memory import TemporaryMapping
 
 
 def _declare(libc: ctypes.CDLL) -> None:

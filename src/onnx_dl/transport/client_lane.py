@@ -10,23 +10,24 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from onnx_dl import linux_only
-from onnx_dl.concurrency import waits
+from onnx_dl.concurrency import forking, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
 from onnx_dl.tensors.block import Block
 from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import CallPlan, EncodedCall
-from onnx_dl.transport import zeromq
 from onnx_dl.transport.affinity import Affinity, MeasuredAffinity, SeparateAffinity
-from onnx_dl.transport.call_channel import CallerBellChannel, CallerChannel, Lane, ZmqChannel
+from onnx_dl.transport.call_channel import CallerBellChannel, CallerChannel, Lane
 from onnx_dl.transport.doorbell import CallerBell, SpinBudget
 from onnx_dl.transport.lane_socket import LaneSocket
 from onnx_dl.transport.sockets import Channel, fresh_address, same_secret
-from onnx_dl.transport.zeromq import Context
+
+if TYPE_CHECKING:
+    from onnx_dl.transport.zeromq import Context
 
 Reply = codec.Message | int | None
 """A number stands for SameResult; None: the worker went."""
@@ -66,7 +67,8 @@ class ClientLane(Lane[CallerChannel]):
             if ctx is None or reply_to is None:
                 calls = CallerBellChannel(lane_socket, CallerBell(SpinBudget() if polls else None))
             else:
-                calls = ZmqChannel(lane_socket, zeromq.pair_listener(ctx, reply_to), is_caller=True)
+                over_zmq = forking.importing("onnx_dl.transport.zmq_channel")
+                calls = over_zmq.listening(lane_socket, ctx, reply_to)
         except BaseException:
             channel.close()
             raise

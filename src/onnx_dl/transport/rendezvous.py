@@ -16,7 +16,6 @@ import os
 import re
 import stat
 import struct
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -224,6 +223,8 @@ def _locked_by(fd: int, byte: int) -> int | None:
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file atomically: readers see the old content or all of the new."""
+    import tempfile  # only a host writes its record
+
     fd, name = tempfile.mkstemp(dir=path.parent)
     try:
         with open(fd, "wb") as file:

@@ -20,11 +20,12 @@ from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import MOST_MAPPED
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets, zeromq
-from onnx_dl.transport.call_channel import REPLAY, Lane, WorkerBellChannel, WorkerChannel, ZmqChannel
+from onnx_dl.transport.call_channel import REPLAY, Lane, WorkerBellChannel, WorkerChannel
 from onnx_dl.transport.doorbell import SpinBudget, WorkerBell
 from onnx_dl.transport.lane_socket import LaneSocket
 from onnx_dl.transport.sockets import Channel, same_secret
 from onnx_dl.transport.zeromq import Context
+from onnx_dl.transport.zmq_channel import ZmqChannel
 
 
 def _checked(hello: object, secret: str, fds: list[int]) -> lane.LaneHello:

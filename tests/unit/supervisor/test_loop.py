@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,7 @@ class Made:
         self.identities: dict[int, bytes] = {}
         self.killed: list[int] = []
         self.refuses: Exception | None = None
+        self.spares = types.SimpleNamespace(has_spare=False)
 
     def attach(self, control: str, witness: Any, wrote: Any) -> None:
         self.witness, self.wrote = witness, wrote

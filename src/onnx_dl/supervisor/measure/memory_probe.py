@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import sys
 import time
 from typing import Final, NamedTuple
 
@@ -25,7 +27,7 @@ class MemoryProbe:
     def __init__(self) -> None:
         self._gpus: list[object] = []
         with contextlib.suppress(Exception):  # no driver, library or permission: no figures
-            self._gpus = _nvml_devices()
+            self._gpus = _nvml_devices() if _has_nvml() else []
         self._used_before: dict[int, int] = {}
         self._estimates: dict[int, int] = {}
         self._shared: dict[int, tuple[float, int]] = {}
@@ -172,6 +174,16 @@ def _tensor_bytes(pid: int) -> int:
                 start, end = line.split(maxsplit=1)[0].split("-")
                 total += int(end, 16) - int(start, 16)
     return total
+
+
+def _has_nvml() -> bool:
+    """Returns whether the driver's library is there.  Importing pynvml to find that out costs 1.9 MB."""
+    if "pynvml" not in sys.modules:
+        try:
+            ctypes.CDLL("libnvidia-ml.so.1")  # as pynvml does
+        except OSError:
+            return False
+    return True
 
 
 def _nvml_devices() -> list[object]:

@@ -13,6 +13,7 @@ from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
+from onnx_dl.supervisor.policy.live_proxies import LiveProxies
 from onnx_dl.supervisor.policy.orders import WorkerOrders
 from onnx_dl.supervisor.policy.outcomes import Outcomes
 from onnx_dl.supervisor.policy.records import HOST
@@ -28,6 +29,7 @@ class ClientRequests:
     leases: Leases
     outcomes: Outcomes
     shutdown: ShutdownState
+    proxies: LiveProxies
 
     def on_acquire(self, client: bytes, ask: m.Acquire, now: float) -> None:
         """A proxy needs its model."""
@@ -36,6 +38,8 @@ class ClientRequests:
         if self.shutdown.closing:
             self.shutdown.refuse(client, ask)
             return
+        if client != HOST:
+            self.proxies.add(client, ask.proxy)
         model = self.leases.model_for(client, ask)
         if model.state is ModelState.READY and model.serves(ask):
             self.leases.grant(model, client, ask)
@@ -52,6 +56,7 @@ class ClientRequests:
 
     def on_release(self, client: bytes, proxy: int, now: float) -> None:
         """A proxy is closed or collected.  Another thread of it may still wait for the model."""
+        self.proxies.remove(client, proxy)
         for model in list(self.fleet.models.values()):
             waiting = model.take_waiters(lambda who, ask: (who, ask.proxy) == (client, proxy))
             for _, ask in waiting:
@@ -120,6 +125,7 @@ class ClientRequests:
     def on_client_gone(self, client: bytes, now: float) -> None:
         """A client's process ended, or it said goodbye: all that it held is released."""
         self.orders.outbox.forget_client(client)
+        self.proxies.forget_client(client)
         for model in list(self.fleet.models.values()):
             if model.forget_client(client):
                 self.leases.after_release(model, "exit", now)
@@ -130,6 +136,7 @@ class ClientRequests:
     def forget_client(self, client: bytes) -> None:
         """The end of a client could not be handled: what it held is released, and nothing else is done."""
         self.orders.outbox.forget_client(client)
+        self.proxies.forget_client(client)
         for model in self.fleet.models.values():
             model.forget_client(client)
 

@@ -10,6 +10,7 @@ measured requirements          :class:`~onnx_dl.supervisor.policy.requirements.R
 loads that wait for memory     :class:`~onnx_dl.supervisor.policy.admission.Admission`
 saves for the load cache       :class:`~onnx_dl.supervisor.policy.cache_saves.CacheSaves`
 the host's own leases          :class:`~onnx_dl.supervisor.policy.leases.Leases`
+proxies that are not closed    :class:`~onnx_dl.supervisor.policy.live_proxies.LiveProxies`
 numbers of events, reloads     :class:`~onnx_dl.supervisor.policy.announcements.Announcements`
 how workers ended              :class:`~onnx_dl.supervisor.policy.outcomes.Outcomes`
 the end of the host            :class:`~onnx_dl.supervisor.policy.shutdown.Shutdown`
@@ -40,6 +41,7 @@ from onnx_dl.supervisor.policy.client_requests import ClientRequests
 from onnx_dl.supervisor.policy.commands import Command
 from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
+from onnx_dl.supervisor.policy.live_proxies import LiveProxies
 from onnx_dl.supervisor.policy.measuring import LoadWeighing, Measurements, Sample
 from onnx_dl.supervisor.policy.orders import Outbox, WorkerOrders
 from onnx_dl.supervisor.policy.outcomes import ExitStatus, Outcomes, wants_more_memory
@@ -86,7 +88,8 @@ class Scheduler:
         self.leases = leases = Leases(fleet, orders)
         self.facts = WorkerFacts(fleet, limits, orders, leases, measurements)
         exits = WorkerExits(fleet, limits, orders, leases, measurements, outcomes, shutdown)
-        clients = ClientRequests(fleet, orders, leases, outcomes, shutdown)
+        self._proxies = LiveProxies()
+        clients = ClientRequests(fleet, orders, leases, outcomes, shutdown, self._proxies)
         self._route(clients, exits)
         # Questions of the loop.
         self.pids, self.is_loaded = fleet.pids, fleet.is_loaded
@@ -187,6 +190,12 @@ class Scheduler:
             model.status(self.fleet.ledger.of(model.worker.id) if model.worker else Usage(), now, readings)
             for model in self.fleet.models.values()
         ]
+
+    @property
+    def is_used(self) -> bool:
+        """True if a load may be wanted soon: a proxy that has used a model is open, or a model is loaded, or
+        is held or awaited by the host itself."""
+        return bool(self._proxies or self.fleet.by_worker) or self.leases.holds_any
 
     @property
     def memory_limit(self) -> int | None:

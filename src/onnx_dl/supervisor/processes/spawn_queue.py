@@ -17,6 +17,7 @@ from typing import Final
 from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.processes.first_template import SINGLE_THREADED, ForkedTemplate
 from onnx_dl.supervisor.processes.worker_process import WorkerProcess
 from onnx_dl.system import boot
 from onnx_dl.transport.sockets import Channel
@@ -24,17 +25,12 @@ from onnx_dl.transport.sockets import Channel
 _HURRY: Final = 1.0
 """Seconds that a template has to report a worker that is to be killed."""
 
-# Set before numpy and onnxruntime are imported, which read it.  OpenBLAS would start a pool of threads, and
-# onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share).  A process
-# with threads cannot fork safely.
-SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
-
 
 class TemplateProcess:
     """One template, from its start until it is reaped or has become a worker."""
 
-    def __init__(self, mode: str, now: float, timeout: float) -> None:
-        """See :class:`SpawnQueue`."""
+    def __init__(self, mode: str, now: float, timeout: float, forked: ForkedTemplate | None = None) -> None:
+        """See :class:`SpawnQueue`.  ``forked``: it has started already."""
         self.was_ready = False
         self.became_worker = False
         self.given_up = False
@@ -46,6 +42,9 @@ class TemplateProcess:
         self._timeout = timeout
         self.deadline: float | None = now + timeout
         """Time when it must have answered; None: nothing is asked."""
+        if forked is not None:
+            self.pid, self.channel = forked
+            return
         self.channel, theirs = Channel.pair()
         try:
             fd = theirs.fileno()
@@ -119,11 +118,13 @@ class SpawnQueue:
         now: Callable[[], float],
         on_spawned: Callable[[WorkerProcess, int], None],
         on_failed: Callable[[WorkerProcess, str], None],
+        first: ForkedTemplate | None = None,
     ) -> None:
         """``mode``: ``fork`` or ``exec``; ``timeout``: seconds in which a template answers, and becomes
         ready; ``now``: the clock.
 
         ``on_spawned`` is called with the process id of a worker, ``on_failed`` with the reason for none.
+        ``first``: the first template, if it has started already.
 
         Raises:
             OSError: the system has no process for a template, or no descriptors.
@@ -136,7 +137,7 @@ class SpawnQueue:
         self._on_spawned = on_spawned
         self._on_failed = on_failed
         self._waiting: collections.deque[WorkerProcess] = collections.deque()
-        self._template: TemplateProcess | None = TemplateProcess(mode, now(), timeout)
+        self._template: TemplateProcess | None = TemplateProcess(mode, now(), timeout, first)
         """The template of the next worker; it is replaced when it is reaped."""
 
     def sources(self) -> list[int]:
@@ -202,6 +203,20 @@ class SpawnQueue:
         self._fail_all(waiting, f"the template process ended with wait status {status}; its stderr says why")
         self._ask()
         return True
+
+    @property
+    def has_spare(self) -> bool:
+        """True if a template is ready and has nothing to do."""
+        return not self._waiting and self._template is not None and self._template.is_free
+
+    def end_spare(self) -> None:
+        """Ends what waits here for the next worker.  That worker gets a new template.
+
+        A template that was asked for a worker, or starts because of one, is left alone.
+        """
+        if self.has_spare and (template := self._template) is not None:
+            template.given_up = True  # a worker that is added before it is reaped waits for the next one
+            template.end()
 
     def close(self) -> None:
         if self._template is not None:

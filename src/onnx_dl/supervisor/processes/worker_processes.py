@@ -16,8 +16,9 @@ from typing import Final, Protocol
 from onnx_dl.core.environment import Environment
 from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.processes.first_template import SINGLE_THREADED, ForkedTemplate
 from onnx_dl.supervisor.processes.saver_process import SaverProcess
-from onnx_dl.supervisor.processes.spawn_queue import SINGLE_THREADED, SpawnQueue
+from onnx_dl.supervisor.processes.spawn_queue import SpawnQueue
 from onnx_dl.supervisor.processes.worker_process import COST, StartConditions, WorkerProcess
 from onnx_dl.system import descriptor_limits
 from onnx_dl.transport.gauges import Reading
@@ -41,11 +42,29 @@ class ProcessListener(Protocol):
     def saver_ended(self, status: int) -> None: ...
 
 
+class Spares(Protocol):
+    """Processes that are ready for the next worker."""
+
+    @property
+    def has_spare(self) -> bool:
+        """True if there is one that has nothing to do."""
+
+    def end_spare(self) -> None:
+        """Ends it.  The next :meth:`WorkerProcesses.spawn` starts a new one."""
+
+
 class WorkerProcesses:
     """All worker processes, and the saver."""
 
-    def __init__(self, mode: str, timeout: float, now: Callable[[], float], log: Path | None = None) -> None:
-        """Starts the first template; ``mode``, ``timeout`` and ``now`` are as for :class:`.SpawnQueue`.
+    def __init__(
+        self,
+        mode: str,
+        timeout: float,
+        now: Callable[[], float],
+        log: Path | None = None,
+        first: ForkedTemplate | None = None,
+    ) -> None:
+        """Starts the first template, or takes over ``first``.  Others are as for :class:`.SpawnQueue`.
 
         ``log``: file to which its stderr goes; its end is quoted where no worker could be started.
 
@@ -54,7 +73,8 @@ class WorkerProcesses:
         """
         self._log = log
         self._workers: dict[int, WorkerProcess] = {}
-        self._spawn_queue = SpawnQueue(mode, timeout, now, self._on_spawned, self._on_failed)
+        self._spawn_queue = SpawnQueue(mode, timeout, now, self._on_spawned, self._on_failed, first)
+        self.spares: Final[Spares] = self._spawn_queue
         self._saver: SaverProcess | None = None
 
     def attach(self, control: str, listener: ProcessListener, wrote: Callable[[m.Wrote], None]) -> None:

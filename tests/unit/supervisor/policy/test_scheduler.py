@@ -871,3 +871,28 @@ def test_event_without_a_gpu_and_with_one(rig):
     assert isinstance(emit, Emit)
     assert (emit.event.rss, emit.event.gpu, emit.event.at) == (10, 2048, 1_000_001.0)
     assert DESCRIPTION.inputs[0].name == "x"
+
+
+# --- whether a load may be wanted soon ---------------------------------------------------------------------
+
+
+def test_a_proxy_is_live_until_it_is_closed_also_while_its_model_is_unloaded(rig):
+    s = rig.scheduler
+    assert not s.is_used
+    rig.loading()
+    rig.ready()
+    rig.crash(9.0, 1)
+    assert s.is_used, "its lease ended with the worker"
+    s.on_release(A, 1, 10.0)
+    assert not s.is_used
+
+
+def test_proxies_of_a_client_that_is_gone_are_not_live(rig):
+    s = rig.scheduler
+    rig.loading()
+    rig.ready()
+    rig.crash(9.0, 1)
+    s.on_client_gone(B, 10.0)
+    assert s.is_used
+    s.on_client_gone(A, 10.0)
+    assert not s.is_used
