@@ -1,4 +1,5 @@
-"""Workers that wait to be forked, and the template process that forks them (:mod:`onnx_dl.workers.template`).
+"""Workers that wait to be forked, the template process that forks them (:mod:`onnx_dl.workers.template`), and
+the standby worker (:mod:`onnx_dl.supervisor.processes.standby`).
 
 A template that dies, is silent for too long or sends nonsense is replaced.  All workers are children of this
 process, so they outlive it.  The supervisor never waits for a template.  Only one request is under way at a
@@ -15,8 +16,10 @@ from collections.abc import Callable, Container, Iterator
 from typing import Final
 
 from onnx_dl.concurrency import spawning
+from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
+from onnx_dl.supervisor.processes.standby import Standby, StandbyTiming
 from onnx_dl.supervisor.processes.worker_process import WorkerProcess
 from onnx_dl.system import boot
 from onnx_dl.transport.sockets import Channel
@@ -110,7 +113,8 @@ class TemplateProcess:
 
 
 class SpawnQueue:
-    """Owner of the template.  It is started at once, because its imports take longest."""
+    """Owner of the template and of the standby worker.  The template is started at once, because its imports
+    take longest."""
 
     def __init__(
         self,
@@ -128,8 +132,9 @@ class SpawnQueue:
         Raises:
             OSError: the system has no process for a template, or no descriptors.
         """
-        self.control = ""
-        """Address of the supervisor's control socket, for the workers."""
+        self._control = ""
+        self.timing = StandbyTiming()
+        self._standby: Standby | None = None
         self._mode = mode
         self._timeout = timeout
         self._now = now
@@ -138,6 +143,20 @@ class SpawnQueue:
         self._waiting: collections.deque[WorkerProcess] = collections.deque()
         self._template: TemplateProcess | None = TemplateProcess(mode, now(), timeout)
         """The template of the next worker; it is replaced when it is reaped."""
+
+    def attach(
+        self,
+        control: str,
+        make_standby: Callable[[], WorkerProcess | None],
+        on_standby_gone: Callable[[int], None],
+    ) -> None:
+        """Sets the address of the control socket, for the workers; before the first :meth:`add`.
+
+        ``make_standby`` makes the object of a standby worker, None: there is no room for one;
+        ``on_standby_gone`` is called with its number if it is ended without a model.
+        """
+        self._control = control
+        self._make_standby, self._on_standby_gone = make_standby, on_standby_gone
 
     def sources(self) -> list[int]:
         template = self._template
@@ -157,9 +176,23 @@ class SpawnQueue:
             self._receive(self._template)
 
     def next_deadline(self) -> float | None:
-        return None if self._template is None else self._template.deadline
+        template, standby = self._template, self._standby
+        deadlines = [
+            None if template is None else template.deadline,
+            None if standby is None else standby.deadline,
+            self.timing.due() if self._can_make_standby() else None,
+        ]
+        return min((at for at in deadlines if at is not None), default=None)
 
     def on_tick(self) -> None:
+        """Makes a standby worker if it is time, and ends a process that has not answered in time."""
+        standby = self._standby
+        if standby is not None and standby.deadline is not None and self._now() >= standby.deadline:
+            self.end_standby()
+        self._ask()
+        self._end_silent_template()
+
+    def _end_silent_template(self) -> None:
         """Ends a template that has not answered in time.  It is reaped later, but no one waits for that."""
         template = self._template
         if template is None or template.deadline is None or self._now() < template.deadline:
@@ -174,8 +207,55 @@ class SpawnQueue:
         self._fail_all(self._take_waiting(template), f"{reason} (ONNX_DL_START_TIMEOUT is {self._timeout:g})")
 
     def add(self, worker: WorkerProcess) -> None:
+        """Gives a worker its process: the standby worker's, if it may have that, or one of the template."""
+        self.timing.load_begins(worker.worker_id, self._now())
+        standby = self._standby
+        if worker.conditions.may_be_late and standby is not None and standby.is_free:
+            if standby.ask(worker, self._now()):
+                return
+            self.end_standby()
         self._waiting.append(worker)
         self._ask()
+
+    def standby_reports(self, standby_id: int, worker_id: int) -> int | None:
+        """Handles a WorkerStarted of a standby worker; returns its process id if it has taken the place of
+        this worker, whose process it is from now on.
+
+        Raises:
+            ProtocolError: it was not asked to take this worker's place.
+        """
+        standby = self._standby
+        if standby is None or standby.process.worker_id != standby_id:
+            return None
+        if worker_id == standby_id:
+            standby.is_prepared = True
+            return None
+        worker = standby.taker
+        if worker is None or worker.worker_id != worker_id:
+            raise ProtocolError(f"a standby worker started as worker {worker_id}")
+        self._standby = None
+        worker.adopt(standby.process)
+        return worker.pid
+
+    def end_standby(self) -> None:
+        """Ends the standby worker.  A worker that waited for it gets its process from the template."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            self._on_standby_gone(standby.process.worker_id)
+            if (worker := standby.end()) is not None:
+                self._waiting.appendleft(worker)
+                self._ask()
+
+    def rest(self) -> None:
+        """Ends the template and the standby worker, because no load is expected soon; the next load starts
+        them anew.  Does nothing while a worker waits for its process."""
+        template, standby = self._template, self._standby
+        awaited = template is not None and (not template.was_ready or template.asked is not None)
+        if not (self._waiting or awaited or (standby is not None and standby.taker is not None)):
+            self.timing.made()
+            self.end_standby()
+            if template is not None:
+                template.end()
 
     def cancel(self, worker: WorkerProcess) -> bool:
         """Removes a worker that no template was asked for yet; false: a template was asked, and has little
@@ -183,19 +263,27 @@ class SpawnQueue:
         if worker in self._waiting:
             self._waiting.remove(worker)
             return True
+        if self._standby is not None and self._standby.taker is worker:
+            self._standby.taker = None
+            self.end_standby()
+            return True
         if self._template is not None and self._template.asked is worker:
             self._template.hurry(self._now() + _HURRY)
         return False
 
     def on_reaped(self, pid: int, status: int) -> bool:
-        """Handles the end of a child process; false: it was not the template.
+        """Handles the end of a child process; false: it was neither the template nor the standby worker.
 
         The worker that the template was asked for fails.  If the template was never ready, all that wait
         fail: the next template would probably fail, too, and be restarted for ever.
         """
         template = self._template
+        if self._standby is not None and self._standby.process.pid == pid:
+            self.end_standby()
+            return True
         if template is None or template.pid != pid:
             return False
+        self.end_standby()
         waiting = [] if template.given_up else self._take_waiting(template)
         template.close()
         self._template = None
@@ -204,6 +292,11 @@ class SpawnQueue:
         return True
 
     def close(self) -> None:
+        if self._standby is not None:
+            self._standby.end()
+            if (pid := self._standby.process.pid) is not None:
+                os.waitpid(pid, 0)
+            self._standby = None
         if self._template is not None:
             self._template.end()
             os.waitpid(self._template.pid, 0)
@@ -214,17 +307,37 @@ class SpawnQueue:
         if self._waiting and self._template is None:
             self._replace()
         template = self._template
-        if not self._waiting or template is None or not template.is_free:
+        if template is None or not template.is_free:
+            return
+        if not self._waiting:
+            self._ask_for_standby(template)
             return
         worker = self._waiting.popleft()
         try:
-            template.ask(worker, self.control, self._now())
+            template.ask(worker, self._control, self._now())
         except BrokenPipeError:
             self._waiting.appendleft(worker)  # for the next template, when this one is reaped
             template.close()
         except OSError as error:
             self._on_failed(worker, str(error))
             self._ask()
+
+    def _can_make_standby(self) -> bool:
+        template = self._template
+        return self._standby is None and self._mode == "fork" and template is not None and template.is_free
+
+    def _ask_for_standby(self, template: TemplateProcess) -> None:
+        """Asks a free template for a standby worker, if it is time for one."""
+        due = self.timing.due()
+        if due is None or self._now() < due or not self._can_make_standby():
+            return
+        self.timing.made()  # also if it fails: the next load may try again
+        if (process := self._make_standby()) is not None:
+            self._standby = Standby(process)
+            try:
+                template.ask(process, self._control, self._now())
+            except OSError:  # at the next load, the template tells what is wrong
+                self.end_standby()
 
     def _replace(self) -> None:
         """Starts the next template; if that fails, so do all workers that wait."""
@@ -253,18 +366,22 @@ class SpawnQueue:
                 self._spawned(template, pid)
             case m.SpawnFailed(reason=reason):
                 if (worker := template.answered()) is not None:
-                    self._on_failed(worker, reason)
+                    self._fail_all([worker], reason)
         self._ask()
 
     def _spawned(self, template: TemplateProcess, pid: int) -> None:
         if (worker := template.answered()) is None:
+            return
+        if worker.kill_requested and worker.conditions.standby:  # it was ended meanwhile
+            os.kill(pid, signal.SIGKILL)
             return
         worker.on_spawned(pid)
         if pid == template.pid:  # the template became the worker
             template.became_worker = True
             template.close()
             self._replace()
-        self._on_spawned(worker, pid)
+        if not worker.conditions.standby:
+            self._on_spawned(worker, pid)
 
     def _take_waiting(self, template: TemplateProcess) -> list[WorkerProcess]:
         asked = template.answered()
@@ -275,4 +392,7 @@ class SpawnQueue:
         for worker in workers:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(worker)
-            self._on_failed(worker, reason)
+            if not worker.conditions.standby:
+                self._on_failed(worker, reason)
+            elif self._standby is not None and self._standby.process is worker:
+                self.end_standby()

@@ -6,6 +6,7 @@ Which worker to start or kill is not decided here.  Used by the supervisor's one
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Callable, Container, Mapping
@@ -40,6 +41,11 @@ class ProcessListener(Protocol):
 
     def saver_ended(self, status: int) -> None: ...
 
+    def standby_starts(self, standby_id: int) -> bytes:
+        """Expects a standby worker; returns the routing id of its control socket."""
+
+    def standby_gone(self, standby_id: int) -> None: ...
+
 
 class WorkerProcesses:
     """All worker processes, and the saver."""
@@ -53,6 +59,8 @@ class WorkerProcesses:
             OSError: the system has no process for a template, or no descriptors.
         """
         self._log = log
+        self._now = now
+        self._standby_ids = itertools.count(-1, -1)
         self._workers: dict[int, WorkerProcess] = {}
         self._spawn_queue = SpawnQueue(mode, timeout, now, self._on_spawned, self._on_failed)
         self._saver: SaverProcess | None = None
@@ -62,7 +70,7 @@ class WorkerProcesses:
 
         ``wrote`` is called with what workers write on stderr.
         """
-        self._spawn_queue.control = control
+        self._spawn_queue.attach(control, self._make_standby, listener.standby_gone)
         self._listener = listener
         self._wrote = wrote
 
@@ -76,7 +84,7 @@ class WorkerProcesses:
         return self._spawn_queue.next_deadline()
 
     def on_tick(self) -> None:
-        """Ends a template that has not answered in time."""
+        """Makes a standby worker if it is time, and ends a process that has not answered in time."""
         self._spawn_queue.on_tick()
 
     def handle(self, ready: Container[object]) -> None:
@@ -101,11 +109,25 @@ class WorkerProcesses:
             DescriptorsExhausted: it needs more descriptors than this process may have.
             OSError: the system has no descriptors or memory left.
         """
-        owed = sum(worker.owed for worker in self._workers.values())
-        if descriptor_limits.free() - owed < COST + len(blobs) + RESERVE:
-            raise descriptor_limits.exhausted("A worker process")
+        if self._spare_descriptors() < COST + len(blobs):
+            self._spawn_queue.end_standby()
+            if self._spare_descriptors() < COST + len(blobs):
+                raise descriptor_limits.exhausted("A worker process")
         self._workers[worker_id] = worker = WorkerProcess(worker_id, identity, blobs, conditions)
         self._spawn_queue.add(worker)
+
+    def standby_reports(self, standby_id: int, worker_id: int) -> int | None:
+        """Handles a WorkerStarted of a standby worker; returns its process id if it has taken the place of
+        this worker."""
+        return self._spawn_queue.standby_reports(standby_id, worker_id)
+
+    def end_standby(self) -> None:
+        """Ends the standby worker; a load that waits for it is not concerned."""
+        self._spawn_queue.end_standby()
+
+    def load_ended(self, worker_id: int) -> None:
+        """Notes that a worker loads no longer: it is ready, has failed or is gone."""
+        self._spawn_queue.timing.load_ended(worker_id, self._now())
 
     def kill(self, worker_id: int) -> None:
         """Sends SIGKILL.  A worker that a template was asked for gets it as soon as it exists."""
@@ -164,6 +186,23 @@ class WorkerProcesses:
         if self._saver is not None:
             self._saver.kill()
 
+    def _spare_descriptors(self) -> int:
+        """Descriptors that no worker needs, beyond the reserve."""
+        owed = sum(worker.owed for worker in self._workers.values())
+        return descriptor_limits.free() - owed - RESERVE
+
+    def _make_standby(self) -> WorkerProcess | None:
+        """Makes the object of a standby worker; None: another worker would lack descriptors."""
+        if self._spare_descriptors() < 2 * COST:
+            return None
+        number = next(self._standby_ids)
+        identity = self._listener.standby_starts(number)
+        try:
+            return WorkerProcess(number, identity, {}, StartConditions(standby=True))
+        except OSError:
+            self._listener.standby_gone(number)
+            return None
+
     def _by_pid(self, pid: int) -> WorkerProcess | None:
         return next((worker for worker in self._workers.values() if worker.pid == pid), None)
 
@@ -176,6 +215,7 @@ class WorkerProcesses:
 
     def _on_failed(self, worker: WorkerProcess, reason: str) -> None:
         del self._workers[worker.worker_id]
+        self.load_ended(worker.worker_id)
         worker.release()
         if self._log is not None:  # the application does not see it
             with contextlib.suppress(OSError):
@@ -185,6 +225,7 @@ class WorkerProcesses:
 
     def _exited(self, worker: WorkerProcess, status: int) -> None:
         del self._workers[worker.worker_id]
+        self.load_ended(worker.worker_id)
         reading = worker.page.gauges.read()
         stderr, rest = worker.release()
         self._report_stderr(worker, rest, last=True)

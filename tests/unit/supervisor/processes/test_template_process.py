@@ -58,6 +58,11 @@ class Rig:
 
     def saver_ended(self, status: int) -> None: ...
 
+    def standby_starts(self, standby_id: int) -> bytes:
+        return b"standby"
+
+    def standby_gone(self, standby_id: int) -> None: ...
+
     # --- the loop ---
 
     def until(self, happened: Callable[[], object], what: str) -> None:
