@@ -1,4 +1,4 @@
-"""What a standby worker does before a model needs it.
+"""Work of a standby worker before a model needs it.
 
 It has its process, its connection to the supervisor and its listening socket, and it has loaded and run a
 throw-away model, so that the code and the heap of a load are in memory of its own.

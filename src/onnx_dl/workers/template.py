@@ -9,7 +9,7 @@ it, and the end of the template does not end workers.
 
 Fork is safe because this process has exactly one thread, checked after the imports, and has never opened a
 ZeroMQ context, touched CUDA or kept a session.  Its environment keeps libraries from starting threads
-(``SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.processes.spawn_queue`).  Knows nothing of models.
+(``SINGLE_THREADED`` in :mod:`onnx_dl.supervisor.processes.template_process`).  Knows nothing of models.
 """
 
 from __future__ import annotations

@@ -146,23 +146,10 @@ class Worker:
         )
         with contextlib.suppress(Exception):  # a failure of background work must not end a model in use
             for order in backend.ready(loaded - started, blobs):
-                self._propose(order)
+                self._send(_saveable(self._id, order))
         sockets.close_all(self._blobs.values())
         with contextlib.closing(door):
             self._run(door, backend)
-
-    def _propose(self, order: SaveOrder) -> None:
-        """Tells the supervisor that the model is worth saving."""
-        self._send(
-            control.Saveable(
-                worker_id=self._id,
-                key=order.key,
-                nbytes=order.nbytes,
-                blob=order.spec.blob,
-                order=msgspec.json.encode(order).decode(),
-                environment=order.spec.environment,
-            )
-        )
 
     def _set_limits(self, spec: ModelSpec) -> None:
         if spec.max_memory is not None or spec.max_runs is not None:
@@ -305,6 +292,18 @@ class Worker:
             _exit()
         message: control.ToWorker = control.to_worker(self._control.recv())
         return message
+
+
+def _saveable(worker_id: int, order: SaveOrder) -> control.Saveable:
+    """Tells the supervisor that the model is worth saving."""
+    return control.Saveable(
+        worker_id=worker_id,
+        key=order.key,
+        nbytes=order.nbytes,
+        blob=order.spec.blob,
+        order=msgspec.json.encode(order).decode(),
+        environment=order.spec.environment,
+    )
 
 
 def _open_door(address: str, is_sandboxed: bool) -> Handshakes:

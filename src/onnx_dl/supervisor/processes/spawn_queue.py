@@ -12,104 +12,17 @@ import collections
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from typing import Final
 
-from onnx_dl.concurrency import spawning
-from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.processes.standby import Standby, StandbyTiming
+from onnx_dl.supervisor.processes.standby import StandbyPlace
+from onnx_dl.supervisor.processes.template_process import TemplateProcess
 from onnx_dl.supervisor.processes.worker_process import WorkerProcess
-from onnx_dl.system import boot
-from onnx_dl.transport.sockets import Channel
 
 _HURRY: Final = 1.0
 """Seconds that a template has to report a worker that is to be killed."""
-
-# Set before numpy and onnxruntime are imported, which read it.  OpenBLAS would start a pool of threads, and
-# onnxruntime 1.29 and later a telemetry thread (with an SQLite file that all forks would share).  A process
-# with threads cannot fork safely.
-SINGLE_THREADED: Final = {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
-
-
-class TemplateProcess:
-    """One template, from its start until it is reaped or has become a worker."""
-
-    def __init__(self, mode: str, now: float, timeout: float) -> None:
-        """See :class:`SpawnQueue`."""
-        self.was_ready = False
-        self.became_worker = False
-        self.given_up = False
-        """All workers that waited for it have failed; later ones wait for the next template."""
-        self.asked: WorkerProcess | None = None
-        """The worker that it was asked for and has not reported."""
-        self.open = True
-        """True while more messages may arrive."""
-        self._timeout = timeout
-        self.deadline: float | None = now + timeout
-        """Time when it must have answered; None: nothing is asked."""
-        self.channel, theirs = Channel.pair()
-        try:
-            fd = theirs.fileno()
-            os.set_inheritable(fd, True)
-            launch = boot.launch("template", fd, mode, environ=os.environ | SINGLE_THREADED)
-            self.pid = os.posix_spawn(*launch)
-        except BaseException as error:
-            self.channel.close()
-            if isinstance(error, OSError) and spawning.is_shortage(error):
-                raise spawning.exhausted("The template process") from None
-            raise
-        finally:
-            theirs.close()
-
-    @property
-    def is_free(self) -> bool:
-        """True if it can be asked for a worker."""
-        return self.open and self.was_ready and self.asked is None
-
-    def ask(self, worker: WorkerProcess, control: str, now: float) -> None:
-        """Asks for a worker.
-
-        Raises:
-            BrokenPipeError: the template is gone.
-            OSError: the system refuses to send the request.
-        """
-        if not worker.request(self.channel, control):
-            raise BrokenPipeError("the template is gone")
-        self.asked, self.deadline = worker, now + self._timeout
-
-    def received(self) -> Iterator[object]:
-        """All messages that have arrived.  At EOF the template is closed."""
-        with contextlib.suppress(TimeoutError):
-            while self.open:
-                received = self.channel.receive(0)
-                if received is None:
-                    self.close()
-                else:
-                    yield m.on_template(received[0])
-
-    def answered(self) -> WorkerProcess | None:
-        """Takes the worker that the template was asked for, because the answer is there."""
-        worker, self.asked, self.deadline = self.asked, None, None
-        return worker
-
-    def hurry(self, deadline: float) -> None:
-        """Brings the deadline of the answer forward."""
-        self.deadline = deadline if self.deadline is None else min(deadline, self.deadline)
-
-    def close(self) -> None:
-        self.open = False
-        self.channel.close()
-
-    def kill(self) -> None:
-        """Sends SIGKILL.  It is a child that is not reaped, so its process id is not another's."""
-        self.deadline = None
-        os.kill(self.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        self.close()
-        self.kill()
 
 
 class SpawnQueue:
@@ -133,8 +46,7 @@ class SpawnQueue:
             OSError: the system has no process for a template, or no descriptors.
         """
         self._control = ""
-        self.timing = StandbyTiming()
-        self._standby: Standby | None = None
+        self.standby = StandbyPlace(now, is_possible=mode == "fork")
         self._mode = mode
         self._timeout = timeout
         self._now = now
@@ -152,11 +64,10 @@ class SpawnQueue:
     ) -> None:
         """Sets the address of the control socket, for the workers; before the first :meth:`add`.
 
-        ``make_standby`` makes the object of a standby worker, None: there is no room for one;
-        ``on_standby_gone`` is called with its number if it is ended without a model.
+        The others are as for :meth:`.StandbyPlace.attach`.
         """
         self._control = control
-        self._make_standby, self._on_standby_gone = make_standby, on_standby_gone
+        self.standby.attach(make_standby, on_standby_gone)
 
     def sources(self) -> list[int]:
         template = self._template
@@ -176,24 +87,19 @@ class SpawnQueue:
             self._receive(self._template)
 
     def next_deadline(self) -> float | None:
-        template, standby = self._template, self._standby
-        deadlines = [
-            None if template is None else template.deadline,
-            None if standby is None else standby.deadline,
-            self.timing.due() if self._can_make_standby() else None,
-        ]
+        template = None if self._template is None else self._template.deadline
+        can_make = self._template is not None and self._template.is_free
+        deadlines = [template, *self.standby.deadlines(can_make=can_make)]
         return min((at for at in deadlines if at is not None), default=None)
 
     def on_tick(self) -> None:
-        """Makes a standby worker if it is time, and ends a process that has not answered in time."""
-        standby = self._standby
-        if standby is not None and standby.deadline is not None and self._now() >= standby.deadline:
+        """Makes a standby worker if it is time, and ends processes that have not answered in time.
+
+        They are reaped later, but no one waits for that.
+        """
+        if self.standby.is_silent():
             self.end_standby()
         self._ask()
-        self._end_silent_template()
-
-    def _end_silent_template(self) -> None:
-        """Ends a template that has not answered in time.  It is reaped later, but no one waits for that."""
         template = self._template
         if template is None or template.deadline is None or self._now() < template.deadline:
             return
@@ -208,51 +114,24 @@ class SpawnQueue:
 
     def add(self, worker: WorkerProcess) -> None:
         """Gives a worker its process: the standby worker's, if it may have that, or one of the template."""
-        self.timing.load_begins(worker.worker_id, self._now())
-        standby = self._standby
-        if worker.conditions.may_be_late and standby is not None and standby.is_free:
-            if standby.ask(worker, self._now()):
-                return
-            self.end_standby()
-        self._waiting.append(worker)
-        self._ask()
-
-    def standby_reports(self, standby_id: int, worker_id: int) -> int | None:
-        """Handles a WorkerStarted of a standby worker; returns its process id if it has taken the place of
-        this worker, whose process it is from now on.
-
-        Raises:
-            ProtocolError: it was not asked to take this worker's place.
-        """
-        standby = self._standby
-        if standby is None or standby.process.worker_id != standby_id:
-            return None
-        if worker_id == standby_id:
-            standby.is_prepared = True
-            return None
-        worker = standby.taker
-        if worker is None or worker.worker_id != worker_id:
-            raise ProtocolError(f"a standby worker started as worker {worker_id}")
-        self._standby = None
-        worker.adopt(standby.process)
-        return worker.pid
+        self.standby.load_begins(worker.worker_id)
+        if not self.standby.offer(worker):
+            self._waiting.append(worker)
+            self._ask()
 
     def end_standby(self) -> None:
         """Ends the standby worker.  A worker that waited for it gets its process from the template."""
-        standby, self._standby = self._standby, None
-        if standby is not None:
-            self._on_standby_gone(standby.process.worker_id)
-            if (worker := standby.end()) is not None:
-                self._waiting.appendleft(worker)
-                self._ask()
+        if (worker := self.standby.end()) is not None:
+            self._waiting.appendleft(worker)
+            self._ask()
 
     def rest(self) -> None:
         """Ends the template and the standby worker, because no load is expected soon; the next load starts
         them anew.  Does nothing while a worker waits for its process."""
-        template, standby = self._template, self._standby
+        template = self._template
         awaited = template is not None and (not template.was_ready or template.asked is not None)
-        if not (self._waiting or awaited or (standby is not None and standby.taker is not None)):
-            self.timing.made()
+        if not (self._waiting or awaited or self.standby.is_awaited):
+            self.standby.forgo()
             self.end_standby()
             if template is not None:
                 template.end()
@@ -263,9 +142,8 @@ class SpawnQueue:
         if worker in self._waiting:
             self._waiting.remove(worker)
             return True
-        if self._standby is not None and self._standby.taker is worker:
-            self._standby.taker = None
-            self.end_standby()
+        if self.standby.waits(worker):
+            self.standby.end()
             return True
         if self._template is not None and self._template.asked is worker:
             self._template.hurry(self._now() + _HURRY)
@@ -278,7 +156,7 @@ class SpawnQueue:
         fail: the next template would probably fail, too, and be restarted for ever.
         """
         template = self._template
-        if self._standby is not None and self._standby.process.pid == pid:
+        if self.standby.is_process(pid):
             self.end_standby()
             return True
         if template is None or template.pid != pid:
@@ -292,11 +170,10 @@ class SpawnQueue:
         return True
 
     def close(self) -> None:
-        if self._standby is not None:
-            self._standby.end()
-            if (pid := self._standby.process.pid) is not None:
-                os.waitpid(pid, 0)
-            self._standby = None
+        pid = self.standby.pid()
+        self.standby.end()
+        if pid is not None:
+            os.waitpid(pid, 0)
         if self._template is not None:
             self._template.end()
             os.waitpid(self._template.pid, 0)
@@ -310,7 +187,11 @@ class SpawnQueue:
         if template is None or not template.is_free:
             return
         if not self._waiting:
-            self._ask_for_standby(template)
+            if (process := self.standby.make()) is not None:
+                try:
+                    template.ask(process, self._control, self._now())
+                except OSError:  # at the next load, the template tells what is wrong
+                    self.standby.end()
             return
         worker = self._waiting.popleft()
         try:
@@ -321,23 +202,6 @@ class SpawnQueue:
         except OSError as error:
             self._on_failed(worker, str(error))
             self._ask()
-
-    def _can_make_standby(self) -> bool:
-        template = self._template
-        return self._standby is None and self._mode == "fork" and template is not None and template.is_free
-
-    def _ask_for_standby(self, template: TemplateProcess) -> None:
-        """Asks a free template for a standby worker, if it is time for one."""
-        due = self.timing.due()
-        if due is None or self._now() < due or not self._can_make_standby():
-            return
-        self.timing.made()  # also if it fails: the next load may try again
-        if (process := self._make_standby()) is not None:
-            self._standby = Standby(process)
-            try:
-                template.ask(process, self._control, self._now())
-            except OSError:  # at the next load, the template tells what is wrong
-                self.end_standby()
 
     def _replace(self) -> None:
         """Starts the next template; if that fails, so do all workers that wait."""
@@ -362,6 +226,7 @@ class SpawnQueue:
                 template.was_ready, template.deadline = True, None
                 if not forkable:
                     self._mode = "exec"
+                    self.standby.is_possible = False
             case m.Spawned(pid=pid):
                 self._spawned(template, pid)
             case m.SpawnFailed(reason=reason):
@@ -394,5 +259,5 @@ class SpawnQueue:
                 self._waiting.remove(worker)
             if not worker.conditions.standby:
                 self._on_failed(worker, reason)
-            elif self._standby is not None and self._standby.process is worker:
-                self.end_standby()
+            elif not worker.kill_requested:  # else it was ended before
+                self.standby.end()

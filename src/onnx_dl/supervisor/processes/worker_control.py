@@ -121,12 +121,6 @@ class WorkerControl:
             )
             self.run(commands)
 
-    def standby_starts(self, standby_id: int) -> bytes:
-        return self.control.add_worker(standby_id)
-
-    def standby_gone(self, standby_id: int) -> None:
-        self.control.forget_worker(standby_id)
-
     def saver_ended(self, status: int) -> None:
         with boundary("the end of a saver", self.search_failed):
             self.run(self.scheduler.on_saver_ended(exit_status(status), time.monotonic()))
@@ -151,24 +145,12 @@ class WorkerControl:
     def receive(self, worker_id: int, data: bytes) -> None:
         """Handles one message of a worker."""
         if worker_id < 0:
-            self._receive_from_standby(worker_id, data)
+            _receive_from_standby(self, worker_id, data)
             return
         with self._boundary(worker_id):
             message = from_worker(data)
             if message.worker_id == worker_id:  # a worker may report about itself only
                 self.run(self._handlers[type(message)](message, time.monotonic()))
-
-    def _receive_from_standby(self, standby_id: int, data: bytes) -> None:
-        """Handles a message of a standby worker: it is prepared, or it has taken a worker's place."""
-        with boundary("the standby worker", lambda error: self.processes.end_standby()):
-            message = from_worker(data)
-            if not isinstance(message, WorkerStarted):
-                raise ProtocolError(f"a standby worker sent {type(message).__name__}")
-            pid = self.processes.standby_reports(standby_id, message.worker_id)
-            if pid is not None:
-                self.control.rename_worker(standby_id, message.worker_id)
-                self.spawned(message.worker_id, pid)
-                self.receive(message.worker_id, data)
 
     def _on_started(self, message: WorkerStarted, now: float) -> list[Command]:
         self.processes.greeted(message.worker_id)
@@ -176,13 +158,13 @@ class WorkerControl:
 
     def _on_ready(self, message: WorkerReady, now: float) -> list[Command]:
         self.processes.drain(message.worker_id)
-        self.processes.load_ended(message.worker_id)
+        self.processes.spawn_queue.standby.load_ended(message.worker_id)
         usage = self.sampler.on_loaded(message.worker_id)
         return self.scheduler.on_ready(message, usage, now)
 
     def _on_load_failed(self, message: WorkerFailed, now: float) -> list[Command]:
         self.processes.drain(message.worker_id)
-        self.processes.load_ended(message.worker_id)
+        self.processes.spawn_queue.standby.load_ended(message.worker_id)
         return self.scheduler.on_load_failed(message, now)
 
 
@@ -193,3 +175,16 @@ def _start_error(error: OSError) -> Exception:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return descriptor_limits.exhausted("A worker process")
     return WorkerDied(f"No worker process could be started: {error}.")
+
+
+def _receive_from_standby(workers: WorkerControl, standby_id: int, data: bytes) -> None:
+    """Handles a message of a standby worker: it is prepared, or it has taken a worker's place."""
+    with boundary("the standby worker", lambda error: workers.processes.spawn_queue.end_standby()):
+        message = from_worker(data)
+        if not isinstance(message, WorkerStarted):
+            raise ProtocolError(f"a standby worker sent {type(message).__name__}")
+        pid = workers.processes.spawn_queue.standby.reports(standby_id, message.worker_id)
+        if pid is not None:
+            workers.control.rename_worker(standby_id, message.worker_id)
+            workers.spawned(message.worker_id, pid)
+            workers.receive(message.worker_id, data)
