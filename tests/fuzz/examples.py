@@ -11,10 +11,11 @@ from msgspec import inspect
 
 from onnx_dl.protocol import codec, control, failures, lane, template
 
+_ON_TEMPLATE = ("on_template", "on_standby")
 READERS = {
-    name: getattr(template if name == "on_template" else lane if name.startswith("lane_") else control, name)
+    name: getattr(template if name in _ON_TEMPLATE else lane if name.startswith("lane_") else control, name)
     for name in (
-        "from_client", "to_client", "from_worker", "to_worker", "on_lifeline", "on_template",
+        "from_client", "to_client", "from_worker", "to_worker", "on_lifeline", *_ON_TEMPLATE,
         "lane_request", "lane_reply",
     )
 }  # fmt: skip
@@ -25,6 +26,7 @@ UNIONS = {
     "to_worker": control.ToWorker,
     "on_lifeline": control.OnLifeline,
     "on_template": template.OnTemplate,
+    "on_standby": template.Assign,
     "lane_request": lane.LaneRequest,
     "lane_reply": lane.LaneReply,
 }
@@ -32,7 +34,7 @@ UNIONS = {
 
 def frames(name: str, rng: random.Random) -> list[bytes]:
     """Some of each kind of message that this reader knows."""
-    kinds = typing.get_args(UNIONS[name])
+    kinds = typing.get_args(UNIONS[name]) or (UNIONS[name],)
     return [codec.encode(example(kind, rng)) for kind in kinds for _ in range(3)]
 
 

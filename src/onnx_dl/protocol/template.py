@@ -1,4 +1,4 @@
-"""Messages between the supervisor and the template."""
+"""Messages between the supervisor, the template, and a standby worker."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Spawn(Message):
     """Variables with which the worker starts, as a new interpreter; empty: the template's."""
     sandbox: Confinement | None = None
     """Rights that the worker keeps before it loads a model; None: all."""
+    standby: bool = False
+    """True: prepare everything but the model, and wait for an Assign on the lifeline."""
     version: int = PROTOCOL_VERSION
     """Protocol version of the supervisor.  The package may have been replaced on disk since it started."""
 
@@ -47,11 +49,24 @@ class SpawnFailed(Message):
     reason: str
 
 
+class Assign(Message):
+    """Take a worker's place, on a standby worker's lifeline.
+
+    The blobs of the model come along.  ``blobs`` and ``thread_attributes`` are as in :class:`Spawn`.
+    """
+
+    worker_id: int
+    blobs: list[str] = []
+    thread_attributes: ThreadAttributes | None = None
+
+
 class TemplateReady(Message):
     """Imports are done.  ``forkable`` is false if the process has threads and must not fork."""
 
     forkable: bool
 
+
+on_standby: Reader[Assign] = Reader(Assign)
 
 OnTemplate = Spawn | Spawned | SpawnFailed | TemplateReady
 on_template: Reader[Any] = Reader(OnTemplate)

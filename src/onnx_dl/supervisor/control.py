@@ -63,6 +63,12 @@ class Control:
         self._workers[identity] = worker_id
         return identity
 
+    def rename_worker(self, old: int, new: int) -> None:
+        """Takes the connection of one worker as that of another from now on."""
+        self.forget_worker(new)
+        identity = self._identities[new] = self._identities.pop(old)
+        self._workers[identity] = new
+
     def expects(self, worker_id: int) -> bool:
         return worker_id in self._identities
 

@@ -125,7 +125,7 @@ class Supervisor:
             self._scheduler, self._clients, self._sampler, role, self._file, metrics_address, run
         )
         self._control.attach(self._workers.receive, messages.receive)
-        processes.attach(f"{address}/control", self._workers, stderr.put)
+        processes.attach(f"{address}/control", self._workers, stderr.put, self._control)
         self._register_handlers()
         self._signals = SignalPipe(role.foreground)
 

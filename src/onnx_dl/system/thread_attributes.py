@@ -66,17 +66,36 @@ def apply(attributes: ThreadAttributes) -> None:
 
     Leaves out what the system refuses: a lower nice value needs a privilege, a processor may be offline.
     """
-    if attributes.processors:
-        with contextlib.suppress(OSError, OverflowError, ValueError):
-            os.sched_setaffinity(0, _bits(attributes.processors))
-    if attributes.policy is not None and attributes.policy != os.sched_getscheduler(0):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, attributes.policy, os.sched_param(attributes.priority))
-    if attributes.nice is not None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, attributes.nice)
+    _apply_to(0, attributes)
     if attributes.umask is not None:
         os.umask(attributes.umask)
+
+
+def apply_to_process(attributes: ThreadAttributes) -> None:
+    """Sets the attributes of all threads of this process, as :func:`apply` does of one.
+
+    Without /proc only those of this thread.
+    """
+    apply(attributes)
+    this = get_native_id()
+    with contextlib.suppress(OSError):
+        for thread in map(int, os.listdir("/proc/self/task")):
+            if thread != this:
+                _apply_to(thread, attributes)
+
+
+def _apply_to(thread: int, attributes: ThreadAttributes) -> None:
+    """Sets the attributes of a thread by its native id; 0: this one."""
+    if attributes.processors:
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            os.sched_setaffinity(thread, _bits(attributes.processors))
+    if attributes.policy is not None:
+        with contextlib.suppress(OSError):
+            if attributes.policy != os.sched_getscheduler(thread):
+                os.sched_setscheduler(thread, attributes.policy, os.sched_param(attributes.priority))
+    if attributes.nice is not None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, attributes.nice)
 
 
 def _umask() -> int | None:

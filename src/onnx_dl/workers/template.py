@@ -39,13 +39,8 @@ from onnx_dl.transport.gauges import Page
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.limits import share_heap
 from onnx_dl.workers.sandbox import rights
+from onnx_dl.workers.standby import THROW_AWAY
 from onnx_dl.workers.worker import Worker
-
-# y = Identity(x), float32[1]: 65 bytes of ModelProto.
-_THROW_AWAY: Final = (
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
-    b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-)
 
 _REPLACED: Final = (
     "onnx-dl was replaced on disk by a version with another protocol while the supervisor ran. "
@@ -145,7 +140,7 @@ class Template:
             os.dup2(stderr, 2)
             os.close(stderr)
             faulthandler.enable()  # a crash writes its stack to stderr
-            set_title("worker")  # the model comes with the message that follows
+            set_title("standby" if spawn.standby else "worker")  # the model comes with a later message
             process_setup.raise_oom_score(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs, _confined(spawn, blobs)).serve()
@@ -201,7 +196,7 @@ def _warm_up() -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    onnxruntime.InferenceSession(_THROW_AWAY, options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(THROW_AWAY, options, providers=["CPUExecutionProvider"])
 
 
 def main(channel_fd: int, mode: str) -> NoReturn:

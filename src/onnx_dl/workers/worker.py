@@ -24,6 +24,7 @@ from onnx_dl.core.text import file_name
 from onnx_dl.errors import ProcessesExhausted, SandboxUnavailable
 from onnx_dl.protocol import codec, control, failures, template
 from onnx_dl.protocol.lane import CallFailed
+from onnx_dl.system import thread_attributes
 from onnx_dl.system.heap import trim_heap
 from onnx_dl.system.process_title import set_title
 from onnx_dl.transport import sockets, zeromq
@@ -31,7 +32,7 @@ from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers import warmup
+from onnx_dl.workers import standby, warmup
 from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
@@ -61,6 +62,7 @@ class Worker:
         self._id = spawn.worker_id
         self._gauges = gauges
         self._refusal = refusal
+        self._is_standby = spawn.standby
         self._is_confined = spawn.sandbox is not None
         self._lifeline = Channel.from_fd(lifeline)
         self._blobs = dict(zip(spawn.blobs, blobs, strict=True))
@@ -83,13 +85,28 @@ class Worker:
 
     def serve(self) -> NoReturn:
         """Runs until the supervisor sends Exit or is gone; never returns."""
+        door = self._stand_by() if self._is_standby else None
         self._send(control.WorkerStarted(worker_id=self._id))
         message = self._receive()
         if isinstance(message, control.Load):
-            self._load(message)
+            self._load(message, door)
         _exit()
 
-    def _load(self, load: control.Load) -> None:
+    def _stand_by(self) -> Handshakes:
+        """Prepares all but the model, and waits until a model needs this process."""
+        standby.rehearse()
+        door = _open_door(self._address, is_sandboxed=False)
+        self._send(control.WorkerStarted(worker_id=self._id))
+        if (assigned := standby.await_assignment(self._lifeline)) is None:
+            _exit()
+        assign, self._blobs = assigned
+        self._id = assign.worker_id
+        if assign.thread_attributes is not None:  # libzmq's threads run already
+            thread_attributes.apply_to_process(assign.thread_attributes)
+        return door
+
+    def _load(self, load: control.Load, door: Handshakes | None) -> None:
+        """``door``: where it listens already."""
         spec, started = load.spec, time.monotonic()
         set_title(f"worker {file_name(spec.name)}")
         tagged = {name: self._blobs.get(blob_tag(name)) for name in spec.blobs}
@@ -99,7 +116,7 @@ class Worker:
                 raise self._refusal
             if spec.sandbox and not self._is_confined:
                 raise SandboxUnavailable("The worker was started without a sandbox.")
-            door = _open_door(self._address, spec.sandbox)
+            door = door or _open_door(self._address, spec.sandbox)
             if not spec.members:  # each member of a group has a folder of its own
                 backends.enter(spec.cwd)
             backend = backends.load(spec, blobs, mapped=load.mapped)
@@ -129,23 +146,10 @@ class Worker:
         )
         with contextlib.suppress(Exception):  # a failure of background work must not end a model in use
             for order in backend.ready(loaded - started, blobs):
-                self._propose(order)
+                self._send(_saveable(self._id, order))
         sockets.close_all(self._blobs.values())
         with contextlib.closing(door):
             self._run(door, backend)
-
-    def _propose(self, order: SaveOrder) -> None:
-        """Tells the supervisor that the model is worth saving."""
-        self._send(
-            control.Saveable(
-                worker_id=self._id,
-                key=order.key,
-                nbytes=order.nbytes,
-                blob=order.spec.blob,
-                order=msgspec.json.encode(order).decode(),
-                environment=order.spec.environment,
-            )
-        )
 
     def _set_limits(self, spec: ModelSpec) -> None:
         if spec.max_memory is not None or spec.max_runs is not None:
@@ -288,6 +292,18 @@ class Worker:
             _exit()
         message: control.ToWorker = control.to_worker(self._control.recv())
         return message
+
+
+def _saveable(worker_id: int, order: SaveOrder) -> control.Saveable:
+    """Tells the supervisor that the model is worth saving."""
+    return control.Saveable(
+        worker_id=worker_id,
+        key=order.key,
+        nbytes=order.nbytes,
+        blob=order.spec.blob,
+        order=msgspec.json.encode(order).decode(),
+        environment=order.spec.environment,
+    )
 
 
 def _open_door(address: str, is_sandboxed: bool) -> Handshakes:

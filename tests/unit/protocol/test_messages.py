@@ -94,6 +94,7 @@ EXAMPLES = [
         environment=ENVIRONMENT,
     ),
     template.Spawned(worker_id=1, pid=2),
+    template.Assign(worker_id=1, blobs=["b"], thread_attributes=ThreadAttributes(nice=3)),
     template.SpawnFailed(worker_id=1, reason="r"),
     template.TemplateReady(forkable=True),
     lane.LaneHello(version=1, secret="s", reply_to="r", poll=True),
@@ -126,13 +127,16 @@ READERS = {
     control.ToWorker: control.to_worker,
     control.OnLifeline: control.on_lifeline,
     template.OnTemplate: template.on_template,
+    template.Assign: template.on_standby,
     lane.LaneRequest: lane.lane_request,
     lane.LaneReply: lane.lane_reply,
 }
 
 
 def readers_of(message: codec.Message) -> list[codec.Reader]:
-    return [reader for union, reader in READERS.items() if type(message) in typing.get_args(union)]
+    return [
+        reader for union, reader in READERS.items() if type(message) in (typing.get_args(union) or (union,))
+    ]
 
 
 def name_of(message: object) -> str:

@@ -21,6 +21,7 @@ SECTIONS = {
     "Control: worker → supervisor": control.FromWorker,
     "Control: supervisor → worker": control.ToWorker,
     "Template: supervisor and template": template.OnTemplate,
+    "Standby: supervisor → standby worker": template.Assign,
     "Lane: both ways": lane.Envelope,
     "Lane: client → worker": lane.LaneRequest,
     "Lane: worker → client": lane.LaneReply,

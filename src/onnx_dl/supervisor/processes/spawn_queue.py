@@ -1,4 +1,5 @@
-"""Workers that wait to be forked, and the template process that forks them (:mod:`onnx_dl.workers.template`).
+"""Workers that wait to be forked, the template process that forks them (:mod:`onnx_dl.workers.template`), and
+the standby worker (:mod:`onnx_dl.supervisor.processes.standby`).
 
 A template that dies, is silent for too long or sends nonsense is replaced.  All workers are children of this
 process, so they outlive it.  The supervisor never waits for a template.  Only one request is under way at a
@@ -11,105 +12,23 @@ import collections
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from typing import Final
 
-from onnx_dl.concurrency import spawning
 from onnx_dl.protocol import template as m
 from onnx_dl.supervisor.boundary import boundary
-from onnx_dl.supervisor.processes.first_template import SINGLE_THREADED, ForkedTemplate
+from onnx_dl.supervisor.processes.first_template import ForkedTemplate
+from onnx_dl.supervisor.processes.standby import StandbyPlace
+from onnx_dl.supervisor.processes.template_process import TemplateProcess
 from onnx_dl.supervisor.processes.worker_process import WorkerProcess
-from onnx_dl.system import boot
-from onnx_dl.transport.sockets import Channel
 
 _HURRY: Final = 1.0
 """Seconds that a template has to report a worker that is to be killed."""
 
 
-class TemplateProcess:
-    """One template, from its start until it is reaped or has become a worker."""
-
-    def __init__(self, mode: str, now: float, timeout: float, forked: ForkedTemplate | None = None) -> None:
-        """See :class:`SpawnQueue`.  ``forked``: it has started already."""
-        self.was_ready = False
-        self.became_worker = False
-        self.given_up = False
-        """All workers that waited for it have failed; later ones wait for the next template."""
-        self.asked: WorkerProcess | None = None
-        """The worker that it was asked for and has not reported."""
-        self.open = True
-        """True while more messages may arrive."""
-        self._timeout = timeout
-        self.deadline: float | None = now + timeout
-        """Time when it must have answered; None: nothing is asked."""
-        if forked is not None:
-            self.pid, self.channel = forked
-            return
-        self.channel, theirs = Channel.pair()
-        try:
-            fd = theirs.fileno()
-            os.set_inheritable(fd, True)
-            launch = boot.launch("template", fd, mode, environ=os.environ | SINGLE_THREADED)
-            self.pid = os.posix_spawn(*launch)
-        except BaseException as error:
-            self.channel.close()
-            if isinstance(error, OSError) and spawning.is_shortage(error):
-                raise spawning.exhausted("The template process") from None
-            raise
-        finally:
-            theirs.close()
-
-    @property
-    def is_free(self) -> bool:
-        """True if it can be asked for a worker."""
-        return self.open and self.was_ready and self.asked is None
-
-    def ask(self, worker: WorkerProcess, control: str, now: float) -> None:
-        """Asks for a worker.
-
-        Raises:
-            BrokenPipeError: the template is gone.
-            OSError: the system refuses to send the request.
-        """
-        if not worker.request(self.channel, control):
-            raise BrokenPipeError("the template is gone")
-        self.asked, self.deadline = worker, now + self._timeout
-
-    def received(self) -> Iterator[object]:
-        """All messages that have arrived.  At EOF the template is closed."""
-        with contextlib.suppress(TimeoutError):
-            while self.open:
-                received = self.channel.receive(0)
-                if received is None:
-                    self.close()
-                else:
-                    yield m.on_template(received[0])
-
-    def answered(self) -> WorkerProcess | None:
-        """Takes the worker that the template was asked for, because the answer is there."""
-        worker, self.asked, self.deadline = self.asked, None, None
-        return worker
-
-    def hurry(self, deadline: float) -> None:
-        """Brings the deadline of the answer forward."""
-        self.deadline = deadline if self.deadline is None else min(deadline, self.deadline)
-
-    def close(self) -> None:
-        self.open = False
-        self.channel.close()
-
-    def kill(self) -> None:
-        """Sends SIGKILL.  It is a child that is not reaped, so its process id is not another's."""
-        self.deadline = None
-        os.kill(self.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        self.close()
-        self.kill()
-
-
 class SpawnQueue:
-    """Owner of the template.  It is started at once, because its imports take longest."""
+    """Owner of the template and of the standby worker.  The template is started at once, because its imports
+    take longest."""
 
     def __init__(
         self,
@@ -129,8 +48,8 @@ class SpawnQueue:
         Raises:
             OSError: the system has no process for a template, or no descriptors.
         """
-        self.control = ""
-        """Address of the supervisor's control socket, for the workers."""
+        self._control = ""
+        self.standby = StandbyPlace(now, is_possible=mode == "fork")
         self._mode = mode
         self._timeout = timeout
         self._now = now
@@ -139,6 +58,19 @@ class SpawnQueue:
         self._waiting: collections.deque[WorkerProcess] = collections.deque()
         self._template: TemplateProcess | None = TemplateProcess(mode, now(), timeout, first)
         """The template of the next worker; it is replaced when it is reaped."""
+
+    def attach(
+        self,
+        control: str,
+        make_standby: Callable[[], WorkerProcess | None],
+        on_standby_gone: Callable[[int], None],
+    ) -> None:
+        """Sets the address of the control socket, for the workers; before the first :meth:`add`.
+
+        The others are as for :meth:`.StandbyPlace.attach`.
+        """
+        self._control = control
+        self.standby.attach(make_standby, on_standby_gone)
 
     def sources(self) -> list[int]:
         template = self._template
@@ -158,10 +90,19 @@ class SpawnQueue:
             self._receive(self._template)
 
     def next_deadline(self) -> float | None:
-        return None if self._template is None else self._template.deadline
+        template = None if self._template is None else self._template.deadline
+        can_make = self._template is not None and self._template.is_free
+        deadlines = [template, *self.standby.deadlines(can_make=can_make)]
+        return min((at for at in deadlines if at is not None), default=None)
 
     def on_tick(self) -> None:
-        """Ends a template that has not answered in time.  It is reaped later, but no one waits for that."""
+        """Makes a standby worker if it is time, and ends processes that have not answered in time.
+
+        They are reaped later, but no one waits for that.
+        """
+        if self.standby.is_silent():
+            self.end_standby()
+        self._ask()
         template = self._template
         if template is None or template.deadline is None or self._now() < template.deadline:
             return
@@ -175,8 +116,17 @@ class SpawnQueue:
         self._fail_all(self._take_waiting(template), f"{reason} (ONNX_DL_START_TIMEOUT is {self._timeout:g})")
 
     def add(self, worker: WorkerProcess) -> None:
-        self._waiting.append(worker)
-        self._ask()
+        """Gives a worker its process: the standby worker's, if it may have that, or one of the template."""
+        self.standby.load_begins(worker.worker_id)
+        if not self.standby.offer(worker):
+            self._waiting.append(worker)
+            self._ask()
+
+    def end_standby(self) -> None:
+        """Ends the standby worker.  A worker that waited for it gets its process from the template."""
+        if (worker := self.standby.end()) is not None:
+            self._waiting.appendleft(worker)
+            self._ask()
 
     def cancel(self, worker: WorkerProcess) -> bool:
         """Removes a worker that no template was asked for yet; false: a template was asked, and has little
@@ -184,19 +134,26 @@ class SpawnQueue:
         if worker in self._waiting:
             self._waiting.remove(worker)
             return True
+        if self.standby.waits(worker):
+            self.standby.end()
+            return True
         if self._template is not None and self._template.asked is worker:
             self._template.hurry(self._now() + _HURRY)
         return False
 
     def on_reaped(self, pid: int, status: int) -> bool:
-        """Handles the end of a child process; false: it was not the template.
+        """Handles the end of a child process; false: it was neither the template nor the standby worker.
 
         The worker that the template was asked for fails.  If the template was never ready, all that wait
         fail: the next template would probably fail, too, and be restarted for ever.
         """
         template = self._template
+        if self.standby.is_process(pid):
+            self.end_standby()
+            return True
         if template is None or template.pid != pid:
             return False
+        self.end_standby()
         waiting = [] if template.given_up else self._take_waiting(template)
         template.close()
         self._template = None
@@ -206,19 +163,27 @@ class SpawnQueue:
 
     @property
     def has_spare(self) -> bool:
-        """True if a template is ready and has nothing to do."""
-        return not self._waiting and self._template is not None and self._template.is_free
+        """True if a template is ready, and neither it nor the standby worker has something to do."""
+        is_free = self._template is not None and self._template.is_free
+        return is_free and not self._waiting and not self.standby.is_awaited
 
     def end_spare(self) -> None:
-        """Ends what waits here for the next worker.  That worker gets a new template.
+        """Ends the template and the standby worker.  The next worker gets a new template.
 
-        A template that was asked for a worker, or starts because of one, is left alone.
+        A template that was asked for a worker, or starts because of one, is left alone, and so is a standby
+        worker that was asked to take a worker's place.
         """
         if self.has_spare and (template := self._template) is not None:
+            self.standby.forgo()
+            self.end_standby()
             template.given_up = True  # a worker that is added before it is reaped waits for the next one
             template.end()
 
     def close(self) -> None:
+        pid = self.standby.pid()
+        self.standby.end()
+        if pid is not None:
+            os.waitpid(pid, 0)
         if self._template is not None:
             self._template.end()
             os.waitpid(self._template.pid, 0)
@@ -229,11 +194,18 @@ class SpawnQueue:
         if self._waiting and self._template is None:
             self._replace()
         template = self._template
-        if not self._waiting or template is None or not template.is_free:
+        if template is None or not template.is_free:
+            return
+        if not self._waiting:
+            if (process := self.standby.make()) is not None:
+                try:
+                    template.ask(process, self._control, self._now())
+                except OSError:  # at the next load, the template tells what is wrong
+                    self.standby.end()
             return
         worker = self._waiting.popleft()
         try:
-            template.ask(worker, self.control, self._now())
+            template.ask(worker, self._control, self._now())
         except BrokenPipeError:
             self._waiting.appendleft(worker)  # for the next template, when this one is reaped
             template.close()
@@ -264,22 +236,27 @@ class SpawnQueue:
                 template.was_ready, template.deadline = True, None
                 if not forkable:
                     self._mode = "exec"
+                    self.standby.is_possible = False
             case m.Spawned(pid=pid):
                 self._spawned(template, pid)
             case m.SpawnFailed(reason=reason):
                 if (worker := template.answered()) is not None:
-                    self._on_failed(worker, reason)
+                    self._fail_all([worker], reason)
         self._ask()
 
     def _spawned(self, template: TemplateProcess, pid: int) -> None:
         if (worker := template.answered()) is None:
+            return
+        if worker.kill_requested and worker.conditions.standby:  # it was ended meanwhile
+            os.kill(pid, signal.SIGKILL)
             return
         worker.on_spawned(pid)
         if pid == template.pid:  # the template became the worker
             template.became_worker = True
             template.close()
             self._replace()
-        self._on_spawned(worker, pid)
+        if not worker.conditions.standby:
+            self._on_spawned(worker, pid)
 
     def _take_waiting(self, template: TemplateProcess) -> list[WorkerProcess]:
         asked = template.answered()
@@ -290,4 +267,7 @@ class SpawnQueue:
         for worker in workers:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(worker)
-            self._on_failed(worker, reason)
+            if not worker.conditions.standby:
+                self._on_failed(worker, reason)
+            elif not worker.kill_requested:  # else it was ended before
+                self.standby.end()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from onnx_dl.core.spec import ModelSpec, blob_tag
-from onnx_dl.errors import OnnxDLError, WorkerDied
+from onnx_dl.errors import OnnxDLError, ProtocolError, WorkerDied
 from onnx_dl.protocol import codec, failures
 from onnx_dl.protocol.control import (
     Saveable,
@@ -144,6 +144,9 @@ class WorkerControl:
 
     def receive(self, worker_id: int, data: bytes) -> None:
         """Handles one message of a worker."""
+        if worker_id < 0:
+            _receive_from_standby(self, worker_id, data)
+            return
         with self._boundary(worker_id):
             message = from_worker(data)
             if message.worker_id == worker_id:  # a worker may report about itself only
@@ -155,11 +158,13 @@ class WorkerControl:
 
     def _on_ready(self, message: WorkerReady, now: float) -> list[Command]:
         self.processes.drain(message.worker_id)
+        self.processes.spawn_queue.standby.load_ended(message.worker_id)
         usage = self.sampler.on_loaded(message.worker_id)
         return self.scheduler.on_ready(message, usage, now)
 
     def _on_load_failed(self, message: WorkerFailed, now: float) -> list[Command]:
         self.processes.drain(message.worker_id)
+        self.processes.spawn_queue.standby.load_ended(message.worker_id)
         return self.scheduler.on_load_failed(message, now)
 
 
@@ -170,3 +175,16 @@ def _start_error(error: OSError) -> Exception:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return descriptor_limits.exhausted("A worker process")
     return WorkerDied(f"No worker process could be started: {error}.")
+
+
+def _receive_from_standby(workers: WorkerControl, standby_id: int, data: bytes) -> None:
+    """Handles a message of a standby worker: it is prepared, or it has taken a worker's place."""
+    with boundary("the standby worker", lambda error: workers.processes.spawn_queue.end_standby()):
+        message = from_worker(data)
+        if not isinstance(message, WorkerStarted):
+            raise ProtocolError(f"a standby worker sent {type(message).__name__}")
+        pid = workers.processes.spawn_queue.standby.reports(standby_id, message.worker_id)
+        if pid is not None:
+            workers.control.rename_worker(standby_id, message.worker_id)
+            workers.spawned(message.worker_id, pid)
+            workers.receive(message.worker_id, data)

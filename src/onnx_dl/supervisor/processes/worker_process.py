@@ -75,6 +75,13 @@ class StartConditions(NamedTuple):
     thread_attributes: ThreadAttributes | None = None
     environment: Environment = NOTHING
     sandbox: Confinement | None = None
+    standby: bool = False
+    """True: it prepares all but the model, and takes another worker's place later."""
+
+    @property
+    def may_be_late(self) -> bool:
+        """True if a process may take them that has started without them."""
+        return not (self.pristine or self.environment or self.sandbox or self.standby)
 
 
 class WorkerProcess:
@@ -95,7 +102,7 @@ class WorkerProcess:
         self.worker_id = worker_id
         self.identity = identity
         self.model = conditions.model
-        self._conditions = conditions
+        self.conditions = conditions
         self.pid: int | None = None
         self.kill_requested = False
         self.greeted = False
@@ -123,16 +130,34 @@ class WorkerProcess:
             identity=self.identity,
             control=control,
             blobs=list(self._blobs),
-            pristine=self._conditions.pristine,
-            thread_attributes=self._conditions.thread_attributes,
-            environment=self._conditions.environment,
-            sandbox=self._conditions.sandbox,
+            pristine=self.conditions.pristine,
+            thread_attributes=self.conditions.thread_attributes,
+            environment=self.conditions.environment,
+            sandbox=self.conditions.sandbox,
+            standby=self.conditions.standby,
         )
         fds = (self._lifeline_worker.fileno(), self.stderr.write_end, self.page.fd, *self._blobs.values())
         sent = channel.send(codec.encode(message), fds)
         if sent:
             self._drop_ends()
         return sent
+
+    def assign(self, standby: WorkerProcess) -> bool:
+        """Asks a standby worker to take this one's place; false: it is gone, or does not read."""
+        attributes = self.conditions.thread_attributes
+        message = template.Assign(
+            worker_id=self.worker_id, blobs=list(self._blobs), thread_attributes=attributes
+        )
+        return standby._lifeline.post(codec.encode(message), tuple(self._blobs.values()))
+
+    def adopt(self, standby: WorkerProcess) -> None:
+        """Takes over the process and the descriptors of a standby worker that has taken this one's place."""
+        self._drop_ends()
+        self.stderr.close()
+        self.page.close()
+        self._lifeline.close()
+        self.stderr, self.page, self._lifeline = standby.stderr, standby.page, standby._lifeline
+        self.pid, self._pidfd = standby.pid, standby._pidfd
 
     @property
     def owed(self) -> int:

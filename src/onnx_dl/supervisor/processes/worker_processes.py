@@ -6,9 +6,10 @@ Which worker to start or kill is not decided here.  Used by the supervisor's one
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -53,6 +54,15 @@ class Spares(Protocol):
         """Ends it.  The next :meth:`WorkerProcesses.spawn` starts a new one."""
 
 
+class StandbyConnections(Protocol):
+    """The control connections of standby workers, by their numbers, which are negative."""
+
+    def add_worker(self, worker_id: int) -> bytes:
+        """Expects a worker; returns the routing id of its control socket."""
+
+    def forget_worker(self, worker_id: int) -> None: ...
+
+
 class WorkerProcesses:
     """All worker processes, and the saver."""
 
@@ -72,39 +82,55 @@ class WorkerProcesses:
             OSError: the system has no process for a template, or no descriptors.
         """
         self._log = log
+        self._now = now
+        self._standby_ids = itertools.count(-1, -1)
         self._workers: dict[int, WorkerProcess] = {}
-        self._spawn_queue = SpawnQueue(mode, timeout, now, self._on_spawned, self._on_failed, first)
-        self.spares: Final[Spares] = self._spawn_queue
+        self.spawn_queue = SpawnQueue(
+            mode,
+            timeout,
+            now,
+            lambda worker, pid: self._listener.spawned(worker.worker_id, pid),
+            self._on_failed,
+            first,
+        )
+        self.spares: Final[Spares] = self.spawn_queue
         self._saver: SaverProcess | None = None
 
-    def attach(self, control: str, listener: ProcessListener, wrote: Callable[[m.Wrote], None]) -> None:
+    def attach(
+        self,
+        control: str,
+        listener: ProcessListener,
+        wrote: Callable[[m.Wrote], None],
+        connections: StandbyConnections,
+    ) -> None:
         """Sets the address of the control socket, and the receivers; before the first spawn.
 
         ``wrote`` is called with what workers write on stderr.
         """
-        self._spawn_queue.control = control
+        self.spawn_queue.attach(control, self._make_standby, connections.forget_worker)
+        self._connections = connections
         self._listener = listener
         self._wrote = wrote
 
     def sources(self) -> list[int]:
         """Descriptors to poll, for :meth:`handle`."""
         fds = [worker.stderr.fileno() for worker in self._workers.values() if worker.stderr.open]
-        return fds + self._spawn_queue.sources()
+        return fds + self.spawn_queue.sources()
 
     def next_deadline(self) -> float | None:
         """Time when :meth:`on_tick` has something to do; None: not before something happens."""
-        return self._spawn_queue.next_deadline()
+        return self.spawn_queue.next_deadline()
 
     def on_tick(self) -> None:
-        """Ends a template that has not answered in time."""
-        self._spawn_queue.on_tick()
+        """Makes a standby worker if it is time, and ends a process that has not answered in time."""
+        self.spawn_queue.on_tick()
 
     def handle(self, ready: Container[object]) -> None:
         """Handles what has arrived on these descriptors."""
         for worker in self._workers.values():
             if worker.stderr.open and worker.stderr.fileno() in ready:
                 self.drain(worker.worker_id)
-        if self._spawn_queue.handle(ready):
+        if self.spawn_queue.handle(ready):
             self.reap()  # SIGCHLD may have come before
 
     def spawn(
@@ -121,17 +147,18 @@ class WorkerProcesses:
             DescriptorsExhausted: it needs more descriptors than this process may have.
             OSError: the system has no descriptors or memory left.
         """
-        owed = sum(worker.owed for worker in self._workers.values())
-        if descriptor_limits.free() - owed < COST + len(blobs) + RESERVE:
-            raise descriptor_limits.exhausted("A worker process")
+        if _spare_descriptors(self._workers.values()) < COST + len(blobs):
+            self.spawn_queue.end_standby()
+            if _spare_descriptors(self._workers.values()) < COST + len(blobs):
+                raise descriptor_limits.exhausted("A worker process")
         self._workers[worker_id] = worker = WorkerProcess(worker_id, identity, blobs, conditions)
-        self._spawn_queue.add(worker)
+        self.spawn_queue.add(worker)
 
     def kill(self, worker_id: int) -> None:
         """Sends SIGKILL.  A worker that a template was asked for gets it as soon as it exists."""
         if (worker := self._workers.get(worker_id)) is not None:
             worker.kill()
-            if self._spawn_queue.cancel(worker):
+            if self.spawn_queue.cancel(worker):
                 self._exited(worker, signal.SIGKILL)
 
     def greeted(self, worker_id: int) -> None:
@@ -155,11 +182,11 @@ class WorkerProcesses:
         """Collects every child that has ended; called after SIGCHLD."""
         while (pid := _ended_child()) is not None:
             if self._by_pid(pid) is None:
-                self._spawn_queue.receive()  # it may be a worker that the template has not reported yet
+                self.spawn_queue.receive()  # it may be a worker that the template has not reported yet
             status = os.waitpid(pid, 0)[1]
             if worker := self._by_pid(pid):
                 self._exited(worker, status)
-            elif not self._spawn_queue.on_reaped(pid, status) and self._saver is not None:
+            elif not self.spawn_queue.on_reaped(pid, status) and self._saver is not None:
                 self._saver.reaped(pid, status)
         if self._saver is not None and (status_of_saver := self._saver.ended()) is not None:
             self._saver = None
@@ -170,7 +197,7 @@ class WorkerProcesses:
         if self._saver is not None:
             self._saver.kill()
             self._saver.wait()
-        self._spawn_queue.close()
+        self.spawn_queue.close()
 
     def start_saver(self, order: str, blob: int | None, memory: int, environment: Environment) -> None:
         """Starts the process that saves a model; there is one at most.
@@ -184,6 +211,18 @@ class WorkerProcesses:
         if self._saver is not None:
             self._saver.kill()
 
+    def _make_standby(self) -> WorkerProcess | None:
+        """Makes the object of a standby worker; None: another worker would lack descriptors."""
+        if _spare_descriptors(self._workers.values()) < 2 * COST:
+            return None
+        number = next(self._standby_ids)
+        identity = self._connections.add_worker(number)
+        try:
+            return WorkerProcess(number, identity, {}, StartConditions(standby=True))
+        except OSError:
+            self._connections.forget_worker(number)
+            return None
+
     def _by_pid(self, pid: int) -> WorkerProcess | None:
         return next((worker for worker in self._workers.values() if worker.pid == pid), None)
 
@@ -191,11 +230,9 @@ class WorkerProcesses:
         pid = worker.pid or 0
         self._wrote(m.Wrote(worker_id=worker.worker_id, model=worker.model, pid=pid, text=text, last=last))
 
-    def _on_spawned(self, worker: WorkerProcess, pid: int) -> None:
-        self._listener.spawned(worker.worker_id, pid)
-
     def _on_failed(self, worker: WorkerProcess, reason: str) -> None:
         del self._workers[worker.worker_id]
+        self.spawn_queue.standby.load_ended(worker.worker_id)
         worker.release()
         if self._log is not None:  # the application does not see it
             with contextlib.suppress(OSError):
@@ -205,10 +242,16 @@ class WorkerProcesses:
 
     def _exited(self, worker: WorkerProcess, status: int) -> None:
         del self._workers[worker.worker_id]
+        self.spawn_queue.standby.load_ended(worker.worker_id)
         reading = worker.page.gauges.read()
         stderr, rest = worker.release()
         self._report_stderr(worker, rest, last=True)
         self._listener.exited(worker.worker_id, status, stderr, reading)
+
+
+def _spare_descriptors(workers: Iterable[WorkerProcess]) -> int:
+    """Descriptors that none of these will need, beyond the reserve."""
+    return descriptor_limits.free() - sum(worker.owed for worker in workers) - RESERVE
 
 
 def _ended_child() -> int | None:

@@ -42,7 +42,7 @@ class Rig:
         self.told: list[tuple[str, int, object]] = []
         monkeypatch.setattr(boot, "_BOOT", HEAD + program)
         self.processes = WorkerProcesses("fork", 30.0, lambda: self.now)
-        self.processes.attach("nowhere", self, lambda wrote: None)
+        self.processes.attach("nowhere", self, lambda wrote: None, self)
         monkeypatch.undo()
 
     # --- the witness ---
@@ -58,6 +58,11 @@ class Rig:
 
     def saver_ended(self, status: int) -> None: ...
 
+    def add_worker(self, worker_id: int) -> bytes:
+        return b"standby"
+
+    def forget_worker(self, worker_id: int) -> None: ...
+
     # --- the loop ---
 
     def until(self, happened: Callable[[], object], what: str) -> None:
@@ -71,11 +76,11 @@ class Rig:
         eventually(turn, what, 3 * DEADLINE)
 
     def template(self) -> psutil.Process:
-        assert self.processes._spawn_queue._template is not None
-        return psutil.Process(self.processes._spawn_queue._template.pid)
+        assert self.processes.spawn_queue._template is not None
+        return psutil.Process(self.processes.spawn_queue._template.pid)
 
     def ready(self) -> None:
-        queue = self.processes._spawn_queue
+        queue = self.processes.spawn_queue
         self.until(lambda: queue._template and queue._template.was_ready, "it is ready")
 
     def of(self, worker_id: int) -> list[tuple[str, object]]:
@@ -212,7 +217,7 @@ def test_a_worker_that_is_ended_while_nobody_answers(make: Callable[[str], Rig])
 
 def test_workers_outlive_the_template(make: Callable[[str], Rig]) -> None:
     rig = make(ENDS)
-    rig.until(lambda: rig.processes._spawn_queue._template is None, "the bad one is gone")
+    rig.until(lambda: rig.processes.spawn_queue._template is None, "the bad one is gone")
     works(rig, 1)
     ((_, pid),) = rig.of(1)
     template = rig.template()
