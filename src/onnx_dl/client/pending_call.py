@@ -67,7 +67,7 @@ class PendingCall:
             if isinstance(reply, _ANSWERS):
                 return self._result(reply, retain)
         except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
-            self._abandon(error)
+            self.abandon(error)
             raise
         return self._settle(reply, None if watch is None else watch.deadline)
 
@@ -82,7 +82,7 @@ class PendingCall:
         try:
             return self._result(reply, retain=False)
         except BaseException as error:
-            self._abandon(error)
+            self.abandon(error)
             raise
 
     def _result(self, reply: Answer, retain: bool) -> EngineValue:
@@ -110,7 +110,7 @@ class PendingCall:
             self._pool.check_end(deadline)
         return RETRY
 
-    def _abandon(self, error: BaseException) -> None:
+    def abandon(self, error: BaseException) -> None:
         """Closes the lane, and raises a better error if no descriptor is left."""
         self.lane.close()
         if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:

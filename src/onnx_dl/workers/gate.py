@@ -73,9 +73,7 @@ class Gate:
         """Ends a call.  ``took``: its seconds, if it counts as a run."""
         with self._lock:
             self._in_flight -= 1
-            if took is not None:
-                self._gauges.answered(took)
-            wake = self._used_at(now)
+            wake = self._used_at(now, took)
         if wake:
             self._wake()
 
@@ -149,13 +147,16 @@ class Gate:
             self._armed = wait is not None
             return GateDecision(expired, self._closed and not self._in_flight, wait)
 
-    def _used_at(self, now: float) -> bool:
+    def _used_at(self, now: float, took: float | None = None) -> bool:
         """Notes the end of a use; returns whether the main thread has to judge at once."""
         if now > self._last_used:
             self._last_used = now
         self._used = True
         busy = self._in_flight + self._holds
-        self._gauges.used(self._last_used, busy)
+        if took is None:
+            self._gauges.used(self._last_used, busy)
+        else:
+            self._gauges.answered(self._last_used, busy, took)
         # Not left to judge(): another call must not begin in between.
         if self._ttl == 0 or self._closing:
             self._close_if_due(now)

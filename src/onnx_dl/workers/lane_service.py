@@ -67,7 +67,7 @@ class LaneService:
                 continue
             if request is None:
                 return
-            self._token.begin(self._lane.request)
+            self._token.number = self._lane.request
             if (handler := uses.get(type(request))) is not None:
                 self._use_model(handler, request)
             elif (handler := others.get(type(request))) is not None:

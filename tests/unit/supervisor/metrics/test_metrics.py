@@ -36,7 +36,7 @@ def reading(*seconds: float, busy: int = 0) -> Reading:
     gauges = Gauges()
     gauges.under_way(busy)
     for each in seconds:
-        gauges.answered(each)
+        gauges.answered(0.0, busy, each)
     return gauges.read()
 
 
