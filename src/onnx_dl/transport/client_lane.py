@@ -18,7 +18,7 @@ from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
-from onnx_dl.tensors.block import Block
+from onnx_dl.tensors.block import ASKED, Block
 from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import CallPlan, EncodedCall
 from onnx_dl.transport import zeromq
@@ -131,21 +131,27 @@ class ClientLane(Lane[CallerChannel]):
         return self.receive(timeout)
 
     def repeat(self, number: int) -> Reply:
-        """Repeat the call of this plan.  Like :meth:`exchange`, in fewer steps."""
-        self._sent_at = time.perf_counter_ns()
-        self._requests += 1
-        if self._affinity is not None:
-            self._move_worker(self._affinity)
-        self._page.ask(self._requests)
-        self._was_sent = self._calls.replay(number)
-        return self.receive()
+        """Repeat the call of this plan: :meth:`send` and :meth:`receive` in fewer steps."""
+        self._sent_at = sent_at = time.perf_counter_ns()
+        self._requests = asked = self._requests + 1
+        affinity = self._affinity
+        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
+            self._move_worker(cores)
+        self._page.words[ASKED] = asked
+        reply = self._calls.repeat(number)
+        self.last_used = now = time.perf_counter_ns()
+        self._took = now - sent_at
+        if reply is None and self._page.begun != asked:
+            return lane.Draining()
+        return reply
 
     def send(self, request: Request) -> None:
         """Send a request.  After an exception, KeyboardInterrupt included, close the lane."""
         self._sent_at = time.perf_counter_ns()
         self._requests += 1
-        if self._affinity is not None:
-            self._move_worker(self._affinity)
+        affinity = self._affinity
+        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
+            self._move_worker(cores)
         self._page.ask(self._requests)
         if isinstance(request, CallPlan):
             self._was_sent = self._calls.replay(request.number)
@@ -180,11 +186,10 @@ class ClientLane(Lane[CallerChannel]):
             return None
         return SeparateAffinity(cores) if self.polls else MeasuredAffinity(cores)
 
-    def _move_worker(self, affinity: Affinity) -> None:
+    def _move_worker(self, cores: frozenset[int]) -> None:
         """Move the worker's thread to the cores where its replies come fastest."""
-        if cores := affinity.note(_current_cpu(), self._took):
-            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
-                os.sched_setaffinity(self._thread, cores)
+        with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
+            os.sched_setaffinity(self._thread, cores)
 
     def end_of_this(self) -> lane.Terminate:
         """Return the request, for another lane, that ends the present call of this one."""

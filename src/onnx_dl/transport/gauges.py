@@ -72,19 +72,17 @@ def _checked(seconds: float) -> float:
 class Gauges:
     """The counters in a page.  Without ``words`` they are private to this process."""
 
-    def __init__(self, words: list[int] | memoryview[int] | None = None) -> None:
-        self._words: list[int] | memoryview[int] = [0] * (_FIRST + BUCKETS) if words is None else words
-        self._numbers: list[float] | memoryview[float] = [0.0] * _FIRST
+    def __init__(self, words: memoryview[int] | None = None) -> None:
+        if words is None:
+            words = memoryview(bytearray(8 * (_FIRST + BUCKETS))).cast("Q")
+        self._words = words
+        self._numbers = words[:_FIRST].cast("B").cast("d")
         """The same words as floating-point numbers."""
-        if isinstance(words, memoryview):
-            self._numbers = words[:_FIRST].cast("B").cast("d")
+        self.busy = words[_BUSY : _BUSY + 1]
+        """One word: the number of running calls and blocks."""
         self._total = 0.0  # a new page has zeros, and reading it takes time
 
     # --- in the worker, one thread at a time --------------------------------------------------------------
-
-    def under_way(self, count: int) -> None:
-        """Set the number of running calls and blocks."""
-        self._words[_BUSY] = count
 
     def used(self, at: float, count: int) -> None:
         """Set the time of the last use, in monotonic seconds, and the number of running calls and blocks."""
@@ -105,8 +103,8 @@ class Gauges:
 
     def release(self) -> None:
         """Let go of the page, which cannot be closed before."""
-        if isinstance(self._numbers, memoryview):
-            self._numbers.release()
+        for view in (self._numbers, self.busy, self._words):
+            view.release()
 
     # --- in the supervisor --------------------------------------------------------------------------------
 
@@ -143,11 +141,9 @@ class Page:
                 os.close(made)
             raise
         self.fd = fd
-        self._words = memoryview(self._page).cast("Q")
-        self.gauges = Gauges(self._words)
+        self.gauges = Gauges(memoryview(self._page).cast("Q"))
 
     def close(self) -> None:
         self.gauges.release()
-        self._words.release()
         self._page.close()
         os.close(self.fd)
