@@ -17,7 +17,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 
-from benchmarks.floor import Floor
+from benchmarks.floor import GUARDED, Floor
 from benchmarks.models import Case, identity
 from benchmarks.others import OTHERS, make_session
 from benchmarks.report import ADDED, ALL_WAYS, Row
@@ -111,7 +111,7 @@ def _floors(case: Case, stack: contextlib.ExitStack) -> Iterator[Way]:
     results = make_session(case.model, case.threads).run(None, case.feed)
     kinds = [("pipe", False), ("pipe", True)]
     if case.nbytes <= SMALL:  # else it is not the wake-ups that count
-        kinds += [("socket", False), ("socket", True), ("spin", False)]
+        kinds += [("socket", False), ("socket", True), ("spin", False), (GUARDED, False), (GUARDED, True)]
     for how, one_core in kinds:
         floor = Floor(case.model, case.threads, case.feed, results, how, one_core=one_core)
         stack.callback(floor.close)

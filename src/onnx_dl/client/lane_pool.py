@@ -37,7 +37,7 @@ class LanePool:
         self.connection = connection
         self.name = name
         """Name of the model, for messages."""
-        self._over_zmq = over_zmq
+        self.over_zmq = over_zmq
         self._copies = copies
         self.is_opened = False
         """True if a lane was ever opened to it."""
@@ -88,7 +88,7 @@ class LanePool:
         """Opens a lane also to a worker that is retired; raises like :meth:`open`.  None: it is gone."""
         opening = Deadline(self.connection.timeout, outer=deadline)
         try:
-            context = self.connection.context if self._over_zmq else None
+            context = self.connection.context if self.over_zmq else None
             lane = ClientLane(context, self.granted, opening, latency=latency)
         except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again

@@ -13,7 +13,7 @@ from onnx_dl.client.cancellation import CancelWatch
 from onnx_dl.client.connection import Connection
 from onnx_dl.client.current_worker import CurrentWorker
 from onnx_dl.client.lane_pool import LanePool
-from onnx_dl.client.pending_call import NO_DESCRIPTOR, RETRY, PendingCall, RetainedOutputs
+from onnx_dl.client.pending_call import NO_DESCRIPTOR, RETRY, PendingCall, RetainedOutputs, abandon
 from onnx_dl.client.remote_claims import RemoteClaims
 from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
@@ -94,20 +94,17 @@ class RemoteModel(RemoteClaims):
         None: it was not executed, and must be made by :meth:`run`.  Raises like that.
         """
         pool = self.worker.usable_by(lease)
-        if pool is None or lease.closed or self._acquisition.connection.closed:
+        if pool is None or pool.over_zmq or lease.closed or self._acquisition.connection.closed:
             return None
         lanes = pool.idle[lease.terms.latency]
         try:
             lane = lanes.pop()
         except IndexError:
             return None
-        plan = lane.codec.plans.latest
-        if plan is None or (call := plan.repeated) is None or lane.over_zmq:
-            pool.put(lane)
-            return None
         pending = None
         try:
-            if not call.fill(outputs, feed, lane.arena):
+            plan = lane.codec.plans.latest
+            if plan is None or (call := plan.repeated) is None or not call.fill(outputs, feed, lane.arena):
                 pool.put(lane)
                 return None
             reply = lane.repeat(plan.number)
@@ -116,7 +113,7 @@ class RemoteModel(RemoteClaims):
             else:
                 results = call.results()
         except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
-            PendingCall(pool, lane, plan).abandon(error)
+            abandon(pool, lane, error)
             raise
         if pending is not None:
             result = pending.conclude(reply)

@@ -68,10 +68,7 @@ class RepeatedCall:
 
     def fill(self, outputs: Value, feed: Mapping[str, Value], arena: Arena) -> bool:
         """Copies the inputs to their places.  False: it is another call, or the places are gone; some inputs
-        may have been copied.
-
-        Compares dtypes by identity: numpy has one object for each usual dtype.  Others are another call.
-        """
+        may have been copied."""
         if outputs is not self._outputs and not (
             type(outputs) is list and outputs == self._outputs and _TEXT.issuperset(map(type, outputs))
         ):
@@ -82,7 +79,9 @@ class RepeatedCall:
         for (name, value), (known, dtype, shape, target) in zip(feed.items(), inputs, strict=True):
             if name is not known and not (type(name) is str and name == known):
                 return False
-            if type(value) is not np.ndarray or value.dtype is not dtype or value.shape != shape:
+            if type(value) is not np.ndarray or value.shape != shape:
+                return False
+            if value.dtype is not dtype and value.dtype != dtype:  # numpy has one object for most dtypes
                 return False
             if target is not None:
                 target[...] = value
