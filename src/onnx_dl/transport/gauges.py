@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from onnx_dl.linux_only import fcntl
 
 _SIZE: Final = 4096
-_BUSY, _LAST_USED, _TOTAL, _EXCEEDED = range(4)
+_BUSY, _LAST_USED, _TOTAL, _EXCEEDED = range(1, 5)
 """Indices of words.  The second and third are floating-point numbers."""
 _FIRST: Final = 8
 """Index of the first word of the histogram."""
