@@ -31,7 +31,7 @@ HEADER: Final = 64
 
 _REMEMBERED_VIEWS: Final = 64
 _MOST_DIMENSIONS: Final = 64  # numpy's own limit
-_HELD, _CLOCK, ASKED, BEGUN = range(4)  # 8-byte words of the header
+_HELD, _CLOCK, _ASKED, _BEGUN = range(4)  # 8-byte words of the header
 _FREE, _TAKEN, _GIVEN_AWAY = range(3)
 """Values of the first word.  They fit into its first four bytes, which :data:`clear_word`
 clears: all machines that onnxruntime supports on Linux are little-endian."""
@@ -91,8 +91,7 @@ class Block:
         return memoryview(self._bytes)[HEADER : HEADER + self.size]  # type: ignore[arg-type]
 
     @lazily
-    def words(self) -> memoryview[int]:
-        """The header."""
+    def _words(self) -> memoryview[int]:
         return memoryview(self._bytes[:HEADER]).cast("B").cast("Q")  # type: ignore[arg-type]
 
     @lazily
@@ -134,54 +133,54 @@ class Block:
 
     @property
     def is_taken(self) -> bool:
-        return bool(self.words[_HELD]) or self.mapping.is_private
+        return bool(self._words[_HELD]) or self.mapping.is_private
 
     def take(self) -> None:
         """Mark the block as held by the peer.  Called by the owner, before the peer gets to know it."""
-        self.words[_HELD] = _TAKEN
+        self._words[_HELD] = _TAKEN
 
     def release(self) -> None:
         """Give the block back to its owner, which may write to it at once.  Called by the holder."""
         if clear_word is None:
-            self.words[_HELD] = _FREE
+            self._words[_HELD] = _FREE
         else:
             clear_word(self.mapping.address + 8 * _HELD)
 
     @property
     def is_given_away(self) -> bool:
         """True if the block is never released, so that the owner may drop it."""
-        return self.words[_HELD] == _GIVEN_AWAY or self.mapping.is_private
+        return self._words[_HELD] == _GIVEN_AWAY or self.mapping.is_private
 
     def give_away(self) -> bool:
         """Make the block this process's own; its owner never gets it back.  The header becomes private, too,
         so nobody sees a later release.  False: that was not possible, and the block must not be released
         before it is."""
         if not self.mapping.is_private:
-            self.words[_HELD] = _GIVEN_AWAY
+            self._words[_HELD] = _GIVEN_AWAY
             self.mapping.make_private()
         return self.mapping.is_private
 
     @property
     def clock(self) -> int:
         """A time in monotonic nanoseconds that either side may leave for the other; 0 at first."""
-        return self.words[_CLOCK]
+        return self._words[_CLOCK]
 
     @clock.setter
     def clock(self, value: int) -> None:
-        self.words[_CLOCK] = value
+        self._words[_CLOCK] = value
 
     def ask(self, number: int) -> None:
         """Record that a call of this number will be sent."""
-        self.words[ASKED] = number
+        self._words[_ASKED] = number
 
     def begin(self) -> None:
         """Record that the last call is begun: if no reply comes, it may have been executed."""
-        self.words[BEGUN] = self.words[ASKED]
+        self._words[_BEGUN] = self._words[_ASKED]
 
     @property
     def begun(self) -> int:
         """Number of the last call that was begun."""
-        return self.words[BEGUN]
+        return self._words[_BEGUN]
 
     def offset_of(self, array: Array) -> int:
         """Return the byte in the payload at which an array of this block begins."""

@@ -18,7 +18,7 @@ from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
-from onnx_dl.tensors.block import ASKED, Block
+from onnx_dl.tensors.block import Block
 from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import CallPlan, EncodedCall
 from onnx_dl.transport import zeromq
@@ -132,33 +132,33 @@ class ClientLane(Lane[CallerChannel]):
 
     def repeat(self, number: int) -> Reply:
         """Repeat the call of this plan: :meth:`send` and :meth:`receive` in fewer steps."""
-        self._sent_at = sent_at = time.perf_counter_ns()
-        self._requests = asked = self._requests + 1
-        affinity = self._affinity
-        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
-            self._move_worker(cores)
-        self._page.words[ASKED] = asked
+        self._begin()
         reply = self._calls.repeat(number)
         self.last_used = now = time.perf_counter_ns()
-        self._took = now - sent_at
-        if reply is None and self._page.begun != asked:
+        self._took = now - self._sent_at
+        if reply is None and self._page.begun != self._requests:
             return lane.Draining()
         return reply
 
     def send(self, request: Request) -> None:
         """Send a request.  After an exception, KeyboardInterrupt included, close the lane."""
-        self._sent_at = time.perf_counter_ns()
-        self._requests += 1
-        affinity = self._affinity
-        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
-            self._move_worker(cores)
-        self._page.ask(self._requests)
+        self._begin()
         if isinstance(request, CallPlan):
             self._was_sent = self._calls.replay(request.number)
         else:
             self._was_sent = self._calls.send(
                 request.message if isinstance(request, EncodedCall) else request
             )
+
+    def _begin(self) -> None:
+        """Count a request, and move the worker's thread to the cores where its replies come fastest."""
+        self._sent_at = time.perf_counter_ns()
+        self._requests += 1
+        affinity = self._affinity
+        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
+            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
+                os.sched_setaffinity(self._thread, cores)
+        self._page.ask(self._requests)
 
     def receive(self, timeout: float | None = None) -> Reply:
         """Return the reply to the request that was sent last; None if the worker went without one.
@@ -185,11 +185,6 @@ class ClientLane(Lane[CallerChannel]):
         if len(cores) == 1:
             return None
         return SeparateAffinity(cores) if self.polls else MeasuredAffinity(cores)
-
-    def _move_worker(self, cores: frozenset[int]) -> None:
-        """Move the worker's thread to the cores where its replies come fastest."""
-        with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
-            os.sched_setaffinity(self._thread, cores)
 
     def end_of_this(self) -> lane.Terminate:
         """Return the request, for another lane, that ends the present call of this one."""

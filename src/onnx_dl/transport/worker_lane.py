@@ -18,7 +18,6 @@ from onnx_dl.protocol import codec, lane
 from onnx_dl.system import resources
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import MOST_MAPPED
-from onnx_dl.tensors.block import ASKED, BEGUN
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.call_channel import REPLAY, Lane, WorkerBellChannel, WorkerChannel, ZmqChannel
@@ -108,9 +107,8 @@ class WorkerLane(Lane[WorkerChannel]):
         self.request += 1
         self.is_answered = False
         request = self._calls.next()
-        if request is not None:  # as Block.begin() does
-            words = self._page.words
-            words[BEGUN] = words[ASKED]
+        if request is not None:
+            self._page.begin()
         return request - REPLAY if type(request) is int else request
 
     def unpack(self, value: lane.Value) -> Any:
