@@ -29,7 +29,7 @@ from benchmarks import (
     spinning,
     values,
 )
-from benchmarks.models import cases, voice_activity
+from benchmarks.models import cases, voice_activity, voice_shaped
 from benchmarks.report import Row
 
 ROUNDS, QUICK = 15, 3
@@ -53,6 +53,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
     return {
         **{key: lambda rounds, case=case: calls.measure(case, rounds) for key, case in CASES.items()},
         "vad": _stream,
+        "shaped": lambda rounds: calls.measure(voice_shaped(), rounds),
         "values": values.measure,
         "crowd": lambda rounds: [
             *crowd.measure(CASES["tiny"], 2000, rounds),

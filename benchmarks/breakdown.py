@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.calls import make_session, proxy_of
-from benchmarks.models import Case, cases, voice_activity
+from benchmarks.models import Case, cases, voice_activity, voice_shaped
 from benchmarks.report import number
 from benchmarks.stamps import CALL, CLIENT, HOOK, RETURNED, VARIABLE, Stamps, patch
 from benchmarks.timing import BASE, Times, Way
@@ -46,6 +46,8 @@ _KINDS: Final = (
     ("tiny", "low", False),
     ("vad", "normal", False),
     ("vad", "low", False),
+    ("shaped", "normal", False),
+    ("shaped", "low", False),
     ("5mb", "normal", False),
     ("5mb", "low", False),
     ("5mb", "normal", True),
@@ -168,7 +170,7 @@ def _calls(stamps: list[tuple[int, int]]) -> list[list[float]]:
 
 def _work(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder, _hosts(folder) as hosts:
-        known = {**cases(), "vad": voice_activity()}
+        known = {**cases(), "vad": voice_activity(), "shaped": voice_shaped()}
         kinds = [(case, *how) for key, *how in _KINDS if (case := known[key]) is not None]
         print(json.dumps([_kind(*kind, hosts, folder, rounds) for kind in kinds]))
 

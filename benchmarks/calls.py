@@ -17,7 +17,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 
-from benchmarks.floor import Floor
+from benchmarks.floor import GUARDED, Floor
 from benchmarks.models import Case, identity
 from benchmarks.others import OTHERS, make_session
 from benchmarks.report import ADDED, ALL_WAYS, Row
@@ -111,7 +111,7 @@ def _floors(case: Case, stack: contextlib.ExitStack) -> Iterator[Way]:
     results = make_session(case.model, case.threads).run(None, case.feed)
     kinds = [("pipe", False), ("pipe", True)]
     if case.nbytes <= SMALL:  # else it is not the wake-ups that count
-        kinds += [("socket", False), ("socket", True), ("spin", False)]
+        kinds += [("socket", False), ("socket", True), ("spin", False), (GUARDED, False), (GUARDED, True)]
     for how, one_core in kinds:
         floor = Floor(case.model, case.threads, case.feed, results, how, one_core=one_core)
         stack.callback(floor.close)
@@ -198,7 +198,9 @@ def _rows(case: Case, work: str, found: Times) -> list[Row]:
 def _limits(case: Case, copy: float) -> dict[str, float]:
     """What is asked, in added microseconds."""
     if case.key == "tiny":
-        return {OURS: 20.0, LOW: 10.0}
+        return {OURS: 12.0, LOW: 6.0}
+    if case.key == "shaped":
+        return {OURS: 18.0}
     return {OURS: 1.5 * copy + 25, ARENA: 40.0, CHAINED: 40.0} if case.key in ("5mb", "64mb") else {}
 
 

@@ -8,7 +8,9 @@ wake-up is cheapest (and nobody else may want that core); else the scheduler pla
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import fcntl
 import itertools
 import json
 import math
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -32,6 +35,9 @@ _LOOKS: Final = 50_000
 """How often a spinning child looks for the next call before it sleeps: it must burn no core in the turns of
 the other ways."""
 _CALL, _ASLEEP = 0, 1  # words of the first page
+GUARDED: Final = "guarded"
+_ASKED, _BEGUN, _BUSY, _LAST_USED, _TOTAL, _FIRST = range(2, 8)  # words of it, with guarantees
+_GET_MARK: Final = 11  # F_GETSIG
 
 Feed = dict[str, np.ndarray]
 
@@ -98,8 +104,44 @@ def _ends(how: str) -> tuple[int, int, int, int]:
     return read, write, there, back
 
 
+class GuardedLane(Lane):
+    """A pipe with one step for each guarantee that needs one, and with results that are the caller's own.
+
+    The caller compares the call with the last one, has the lane for itself, checks that both descriptors are
+    still its own (a program may have closed them), counts the call, and checks which call the answer is for.
+    The child notes that it has begun the call, counts it in and out under a lock (draining, TTL), lets other
+    threads end it (a token under a lock), and keeps the figures for ``ps`` (two clocks, a histogram).
+    """
+
+    def __init__(self, feed: Feed, results: Sequence[np.ndarray], how: str) -> None:
+        super().__init__(feed, results, how)
+        self._idle = collections.deque([self._write])
+        self._marks = [fcntl.fcntl(fd, _GET_MARK) for fd in (self._write, self._read)]
+        self._form = [(name, array.dtype, array.shape, self._inputs[name]) for name, array in feed.items()]
+        self._calls = self._took = 0
+
+    def run(self, feed: Feed) -> list[np.ndarray]:
+        write, read, words = self._idle.pop(), self._read, self._words
+        for (name, array), (known, dtype, shape, target) in zip(feed.items(), self._form, strict=True):
+            if name != known or array.dtype is not dtype or array.shape != shape:
+                raise ValueError("another call")
+            target[...] = array
+        began = time.perf_counter_ns()
+        if [fcntl.fcntl(write, _GET_MARK), fcntl.fcntl(read, _GET_MARK)] != self._marks:
+            raise RuntimeError("the descriptors are those of other files")
+        self._calls = call = self._calls + 1
+        words[_ASKED] = call
+        os.write(write, b"1")
+        if os.read(read, 1) != b"1" or words[_BEGUN] != call:
+            raise RuntimeError("the child of a floor ended")
+        results = [result.copy() for result in self._results]
+        self._took = time.perf_counter_ns() - began
+        self._idle.append(write)
+        return results
+
+
 class Floor:
-    """One child with one session, and a thread for each lane.  ``how``: pipe, socket or spin."""
+    """One child with one session, and a thread for each lane.  ``how``: pipe, socket, spin or guarded."""
 
     def __init__(
         self,
@@ -112,14 +154,15 @@ class Floor:
         one_core: bool = False,
         lanes: int = 1,
     ) -> None:
-        self.name = f"floor: bare {how}" + (", one core" if one_core else "")
+        kind = "pipe with guarantees" if how == GUARDED else f"bare {how}"
+        self.name = f"floor: {kind}" + (", one core" if one_core else "")
         self._one_core = one_core
         self._cores = os.sched_getaffinity(0)
         self._child: subprocess.Popen[bytes] | None = None
         self.lanes: list[Lane] = []
         try:
             for _ in range(lanes):
-                self.lanes.append(Lane(feed, results, how))
+                self.lanes.append((GuardedLane if how == GUARDED else Lane)(feed, results, how))
             self._spawn(model, [threads, how, list(feed), self.lanes[0].shapes])
             for lane in self.lanes:
                 lane.run(feed)
@@ -187,7 +230,7 @@ def _views(memory: int, shapes: Sequence[tuple[str, Sequence[int]]]) -> list[Any
         np.ndarray(tuple(shape), dtype, mapped, at)
         for (dtype, shape), at in zip(shapes, _offsets(shapes), strict=False)
     ]
-    return [memoryview(mapped)[:16].cast("Q"), *arrays]
+    return [memoryview(mapped)[:_PAGE].cast("Q"), *arrays]
 
 
 # --- the child -------------------------------------------------------------------------------------------
@@ -228,6 +271,8 @@ def _serve(
     words, *arrays = _views(memory, shapes)
     binding = _bind(session, names, arrays)
     os.write(write, b"1")
+    if how == GUARDED:
+        _serve_guarded(session, binding, words, read, write)
     while how == "spin":
         _look(words, read)
         session.run_with_iobinding(binding)
@@ -235,6 +280,32 @@ def _serve(
     while os.read(read, 1):
         session.run_with_iobinding(binding)
         os.write(write, b"1")
+
+
+def _serve_guarded(session: Any, binding: Any, words: memoryview, read: int, write: int) -> None:
+    """See :class:`GuardedLane`."""
+    gate, token, running, end = threading.Lock(), threading.Lock(), 0, None
+    while os.read(read, 1):
+        words[_BEGUN] = words[_ASKED]
+        with gate:
+            running += 1
+            words[_BUSY] = running
+        began = time.monotonic()
+        with token:
+            end = session
+        session.run_with_iobinding(binding)
+        with token:
+            end = None
+        os.write(write, b"1")
+        now = time.monotonic()
+        with gate:
+            running -= 1
+            took = int((now - began) * 1e9)
+            words[_BUSY] = running
+            words[_LAST_USED] = int(now * 1e9)
+            words[_TOTAL] += took
+            words[_FIRST + took.bit_length()] += 1
+    del end
 
 
 def _look(words: memoryview, read: int) -> None:

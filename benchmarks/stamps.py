@@ -76,6 +76,11 @@ CLIENT: Final = (
     Point("onnx_dl.transport.doorbell", "CallerBell", "ring", RING),
     Point("onnx_dl.transport.call_channel", "CallerBellChannel", "next", None, HEARD),
     Point("onnx_dl.tensors.call_codec", "CallCodec", "decode", None, UNPACKED),
+    # The same steps of a repeated call of small arrays.
+    Point("onnx_dl.client.remote_model", "RemoteModel", "repeat", READ),
+    Point("onnx_dl.tensors.repeated_call", "RepeatedCall", "fill", LANE, PACKED),
+    Point("onnx_dl.transport.call_channel", "CallerBellChannel", "repeat", None, HEARD),
+    Point("onnx_dl.tensors.repeated_call", "RepeatedCall", "results", None, UNPACKED),
 )
 WORKER: Final = (
     Point("onnx_dl.transport.call_channel", "WorkerBellChannel", "next", None, WOKEN),

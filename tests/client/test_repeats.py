@@ -312,9 +312,7 @@ def test_lanes_of_a_burst_are_closed(tidy_soon: None, host: ModelHost, both: str
         list(pool.map(work, range(8)))
     worker = psutil.Process(worker_pid(host))
     threads = worker.num_threads()
-    eventually(
-        lambda: sum(map(len, proxy._handle.served.worker.pool._idle.values())) == 1, "one lane is left"
-    )
+    eventually(lambda: sum(map(len, proxy._handle.served.worker.pool.idle.values())) == 1, "one lane is left")
     if threads > worker.num_threads():  # as many as there were lanes at once, which the scheduler decides
         eventually(lambda: worker.num_threads() < threads, "their threads end")
     assert (proxy.run(None, {"a": ones, "b": ones})[0] == 2).all()

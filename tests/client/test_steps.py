@@ -19,7 +19,7 @@ from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.client.pending_call import PendingCall
 from onnx_dl.protocol import lane as m
-from onnx_dl.tensors import arena, call_codec, call_plans, values
+from onnx_dl.tensors import arena, call_codec, call_plans, repeated_call, values
 from onnx_dl.tensors.adoptions import Adoptions
 from onnx_dl.tensors.call_codec import CallCodec
 from onnx_dl.transport import call_channel, doorbell, lane_socket, sockets, zmq_channel
@@ -59,7 +59,10 @@ STEPS: list[tuple[Any, str]] = [
     (ClientLane, "receive"),
     (CallCodec, "decode"),
     (CallCodec, "_learn"),
-    (CallCodec, "_readers_of"),
+    (CallCodec, "_prepare_reading"),
+    (repeated_call.RepeatedCall, "fill"),
+    (repeated_call.RepeatedCall, "results"),
+    (ClientLane, "repeat"),
     (values.Unpacker, "unpack"),
     (call_plans.CallPlans, "remember"),
     (PendingCall, "_result"),
@@ -161,7 +164,7 @@ def test_a_call_that_fails_at_any_step(proxy: InferenceSessionProxy, when: str) 
                 reached.add(name)
             for after in (x, shapes.new(), known, known_there, x):
                 right(proxy, after)
-    other_lane = {"replay", "ring"} if proxy._handle.model().worker._over_zmq else set()
+    other_lane = {"replay", "ring", "results", "repeat"} if proxy._handle.model().worker._over_zmq else set()
     assert {name for _, name in STEPS} - reached <= other_lane
 
 

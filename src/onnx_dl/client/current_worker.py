@@ -107,19 +107,19 @@ class CurrentWorker:
         self._name = name
         self._over_zmq = over_zmq
         self._copies = copies
-        self._last: LanePool | None = None
+        self.last: LanePool | None = None
         """The worker that was granted last."""
         self.holds = Holds()
 
     @property
     def pool(self) -> LanePool | None:
         """The lanes to the present worker."""
-        pool = self._last
+        pool = self.last
         return None if pool is None or pool.is_gone else pool
 
     def usable_by(self, lease: Lease) -> LanePool | None:
         """The lanes, if the proxy of this lease may use them."""
-        pool = self._last
+        pool = self.last
         if pool is None or pool.is_gone:
             return None
         # Inside of a session() block one uses the worker that it holds, also while that waits for the block
@@ -131,8 +131,8 @@ class CurrentWorker:
         pool = self.pool
         if pool is None or pool.granted.address != answer.address:
             # Two threads may come here at once with one answer each: the first then asks once more.
-            stale = self._last
-            self._last = pool = LanePool(
+            stale = self.last
+            self.last = pool = LanePool(
                 answer, connection, self._name, over_zmq=self._over_zmq, copies=self._copies
             )
             if stale is not None:
@@ -143,19 +143,19 @@ class CurrentWorker:
         """Gives up a worker that has read other contents of this file than are there now."""
         if lease.granted is granted:
             lease.granted = None
-        if self._last is not None:
-            self._last.connection.send(m.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
+        if self.last is not None:
+            self.last.connection.send(m.Outdated(proxy=lease.id, worker_id=granted.worker_id, path=path))
 
     def on_event(self, event: ModelEvent) -> None:
         """Gives back the memory that was shared with a worker that is gone."""
-        pool = self._last
+        pool = self.last
         gone = event.type in (EventType.UNLOADED, EventType.FAILED)
         if gone and pool is not None and pool.granted.worker_id == event.worker_id:
             pool.retire()
 
     def retire(self) -> None:
         """Marks the present worker as gone."""
-        if (pool := self._last) is not None:
+        if (pool := self.last) is not None:
             pool.retire()
 
     def leave(self) -> None:

@@ -37,19 +37,20 @@ class LanePool:
         self.connection = connection
         self.name = name
         """Name of the model, for messages."""
-        self._over_zmq = over_zmq
+        self.over_zmq = over_zmq
         self._copies = copies
         self.is_opened = False
         """True if a lane was ever opened to it."""
         self.is_gone = False
-        self._idle: dict[str, collections.deque[ClientLane]] = {
+        self.idle: dict[str, collections.deque[ClientLane]] = {
             latency: collections.deque() for latency in LATENCIES
         }
+        """The idle lanes of each kind, the one that was used last at the end."""
 
     def take(self, latency: str) -> ClientLane | None:
         """The lane of this kind that was used last; None: none is idle."""
         try:
-            lane = self._idle[latency].pop()
+            lane = self.idle[latency].pop()
         except IndexError:
             return None
         # With a bell, the exchange itself finds out that a call was never begun.
@@ -61,10 +62,10 @@ class LanePool:
 
     def put(self, lane: ClientLane) -> None:
         """Adds an idle lane.  Closes it if the worker is gone, or goes meanwhile."""
-        self._idle[lane.latency].append(lane)
+        self.idle[lane.latency].append(lane)
         if self.is_gone:
             self.close_idle()
-        elif lane.is_large or sum(map(len, self._idle.values())) > 1:
+        elif lane.note_size() or len(self.idle[lane.latency]) > 1:
             self.connection.arm()
 
     def open(self, latency: str, deadline: Deadline | None) -> ClientLane | None:
@@ -87,7 +88,7 @@ class LanePool:
         """Opens a lane also to a worker that is retired; raises like :meth:`open`.  None: it is gone."""
         opening = Deadline(self.connection.timeout, outer=deadline)
         try:
-            context = self.connection.context if self._over_zmq else None
+            context = self.connection.context if self.over_zmq else None
             lane = ClientLane(context, self.granted, opening, latency=latency)
         except (ConnectionError, FileNotFoundError, ProtocolError, SupervisorDied):
             return None  # other errors are ours, no descriptors left for one, and would only come again
@@ -128,7 +129,7 @@ class LanePool:
 
     def touch(self) -> None:
         """Writes the time of a use to an idle lane.  If none is idle, the model is in use anyway."""
-        for lanes in self._idle.values():
+        for lanes in self.idle.values():
             with contextlib.suppress(IndexError):
                 lanes[-1].touch()
                 return
@@ -141,7 +142,7 @@ class LanePool:
     def close_idle(self) -> bool:
         """Closes the idle lanes; whether there were any."""
         found = False
-        for lanes in self._idle.values():
+        for lanes in self.idle.values():
             with contextlib.suppress(IndexError):
                 while True:  # of several threads that do this at once, each lane goes to one
                     lanes.pop().close()
@@ -152,7 +153,7 @@ class LanePool:
         """Closes lanes that were idle for ``idle_for`` seconds, but the last one of each kind, which gives
         its memory back.  Returns whether more is to do later."""
         since = time.perf_counter_ns() - int(idle_for * 1e9)
-        kinds = [list(lanes) for lanes in self._idle.values()]
+        kinds = [list(lanes) for lanes in self.idle.values()]
         surplus = [lane for lanes in kinds for lane in lanes[:-1]]
         large = [lanes[-1] for lanes in kinds if lanes and lanes[-1].is_large]
         idle = [lane for lane in (*surplus, *large) if lane.last_used < since]
@@ -167,7 +168,7 @@ class LanePool:
     def _take_this(self, lane: ClientLane) -> bool:
         """Takes the lane if it is still idle."""
         try:
-            self._idle[lane.latency].remove(lane)
+            self.idle[lane.latency].remove(lane)
         except ValueError:
             return False
         return True

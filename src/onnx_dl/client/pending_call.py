@@ -40,6 +40,14 @@ class RetainedOutputs(NamedTuple):
         self.pool.put(self.lane)
 
 
+def abandon(pool: LanePool, lane: ClientLane, error: BaseException) -> None:
+    """Closes the lane of a call that failed with its reply still to come, and raises a better error if no
+    descriptor is left."""
+    lane.close()
+    if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+        raise descriptor_limits.exhausted(f"A call of {pool.name}") from error
+
+
 class PendingCall:
     """A request for a lane that nobody else uses.  The lane is free again when there is a result."""
 
@@ -67,7 +75,7 @@ class PendingCall:
             if isinstance(reply, _ANSWERS):
                 return self._result(reply, retain)
         except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
-            self._abandon(error)
+            abandon(self._pool, self.lane, error)
             raise
         return self._settle(reply, None if watch is None else watch.deadline)
 
@@ -82,7 +90,7 @@ class PendingCall:
         try:
             return self._result(reply, retain=False)
         except BaseException as error:
-            self._abandon(error)
+            abandon(self._pool, self.lane, error)
             raise
 
     def _result(self, reply: Answer, retain: bool) -> EngineValue:
@@ -109,12 +117,6 @@ class PendingCall:
         if not isinstance(reply, m.Draining):
             self._pool.check_end(deadline)
         return RETRY
-
-    def _abandon(self, error: BaseException) -> None:
-        """Closes the lane, and raises a better error if no descriptor is left."""
-        self.lane.close()
-        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
-            raise descriptor_limits.exhausted(f"A call of {self._pool.name}") from error
 
     def release(self) -> None:
         """Frees the lane of a request that was not sent."""

@@ -70,6 +70,9 @@ class ServedModel(Protocol):
     ) -> EngineValue:
         """One inference; arrays in the result are the caller's own."""
 
+    def repeat(self, lease: Lease, outputs: EngineValue, feed: Feed) -> list[EngineValue] | None:
+        """One inference like the last one, in fewer steps.  None: it was not executed; call :meth:`run`."""
+
     def keep(
         self, lease: Lease, outputs: EngineValue, feed: Feed, options: dict[str, EngineValue] | None
     ) -> Outputs:

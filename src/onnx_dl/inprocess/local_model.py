@@ -56,6 +56,9 @@ class LocalModel(LocalClaims):
         fed = _unscoped(feed)
         return self._perform(lease, lambda backend, token: backend.run(outputs, fed, options, token), watch)
 
+    def repeat(self, lease: Lease, outputs: EngineValue, feed: Feed) -> None:
+        """None: in this process each call takes the usual steps."""
+
     def begin(self, lease: Lease, arguments: RunArguments, watch: CancelWatch, done: Done) -> None:
         """Begins an inference as ``run_async`` does, and returns.  Raises errors found before it runs."""
         started: Promise[None] = Promise()

@@ -42,7 +42,7 @@ class ModelHandle:
         """True if onnxruntime would have no native session: its providers could not be set."""
         self.served: ServedModel | None = None
         self._blobs = source.blobs
-        self._used: ServedModel | None = None
+        self.used: ServedModel | None = None
         """The model, once its worker was found to have read the files that are there."""
         host.join(self)
         # The host by a weak reference: a callback registered there may hold this proxy, which would then hold
@@ -56,11 +56,11 @@ class ModelHandle:
         """Gives up the model and the memory that it was given as."""
         self.release()
         # The model in the client has the memory, too: it hands it to the next host.
-        self._blobs, self.served, self._used = {}, None, None
+        self._blobs, self.served, self.used = {}, None, None
 
     def give_up_session(self) -> None:
         """Has every later use raise what onnxruntime raises without a native session."""
-        self.is_gone, self._used, self.served = True, None, None
+        self.is_gone, self.used, self.served = True, None, None
 
     def copied(self) -> ModelHandle:
         """Another claim to the same model, on the same terms."""
@@ -100,7 +100,7 @@ class ModelHandle:
 
     def in_use(self) -> ServedModel | None:
         """The model, if this proxy uses its present worker already."""
-        model, lease = self._used, self.lease
+        model, lease = self.used, self.lease
         if model is None or lease.closed or not model.serves(lease):
             return None
         return model
@@ -110,7 +110,7 @@ class ModelHandle:
             model = self.known(deadline)
             granted = model.grant(self.lease, deadline)
             if (path := model_files.changed(self.spec.where, granted.description.files)) is None:
-                self._used = model
+                self.used = model
                 return model
             model.leave_outdated(self.lease, granted, path)
             # Proxies that use the worker keep it.  All that find the same files get the same new key; threads
@@ -128,7 +128,7 @@ class ModelHandle:
         model = self.known()
         known = model.description
         if known is None or (
-            model is not self._used and model_files.changed(self.spec.where, known.files) is not None
+            model is not self.used and model_files.changed(self.spec.where, known.files) is not None
         ):
             model = self.model()
         return model.describe(self.lease)

@@ -119,6 +119,19 @@ class Descriptor:
     _living: ClassVar[dict[int, weakref.ref[Descriptor]]] = {}
 
 
+def are_held(first: Descriptor, second: Descriptor) -> bool:
+    """True if both numbers are still those of their files: :meth:`Descriptor.holds` of both in one step."""
+    try:
+        if (
+            _get(first._numbers[0], _GET_MARK) == first._mark
+            and _get(second._numbers[0], _GET_MARK) == second._mark
+        ):
+            return True
+    except (IndexError, OSError):
+        return False
+    return first.holds() and second.holds()
+
+
 def _identity(fd: int) -> tuple[int, int]:
     found = os.fstat(fd)
     return found.st_dev, found.st_ino

@@ -5,7 +5,7 @@ Messages are sent by :mod:`onnx_dl.transport.client_lane`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -103,7 +103,7 @@ class CallCodec:
         return found, feed
 
     def _encode_new(
-        self, outputs: EngineValue, feed: Feed, moved: dict[str, m.Tensor], key: Hashable | None
+        self, outputs: EngineValue, feed: Feed, moved: dict[str, m.Tensor], key: tuple[object, ...] | None
     ) -> tuple[m.Call, CallPlan | None]:
         packer = Packer(self._arena, moved={id(feed[name]): tensor for name, tensor in moved.items()})
         packed_outputs, *values = packer.pack([as_it_is(outputs), *feed.values()])
@@ -127,7 +127,10 @@ class CallCodec:
             self._learn(plan, reply.value)
             return self._unpacker.unpack(reply.value)
         plan = _with_results(plan)
-        return [read() for read in plan.readers or self._readers_of(plan)]
+        if not plan.readers:
+            self._prepare_reading(plan)
+        self.plans.latest = None if plan.repeated is None else plan
+        return [read() for read in plan.readers]
 
     def references(self, request: Request, reply: Answer) -> list[EngineValue]:
         """Return the results of a call with ``keep``: arrays as references, valid for as long as nothing else
@@ -150,17 +153,19 @@ class CallCodec:
         if self._mappings.drops != self._drops:
             self._drops = self._mappings.drops
             self.plans.forget_results(self._mappings.has)
+        self.plans.latest = None
         if plan is not None:
-            plan.results, plan.readers = in_one_place(value), []
+            plan.forget_results()
+            plan.results = in_one_place(value)
             self.plans.remember(plan)
 
-    def _readers_of(self, plan: CallPlan) -> list[Callable[[], EngineValue]]:
-        """Makes the plan's readers.  Not before the first read, because looking at a block maps it."""
+    def _prepare_reading(self, plan: CallPlan) -> None:
+        """Not before the first read, because looking at a block maps it."""
         copy = self._unpacker.copies.copy
         plan.readers = [
             reader_of(value, self._mappings.block(value.block), copy) for value in plan.results or []
         ]
-        return plan.readers
+        plan.prepare_repeating(self._mappings.block)
 
 
 def _plan_of(request: Request) -> CallPlan | None:

@@ -13,7 +13,8 @@ the two tables has changed is closed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ from onnx_dl.protocol.lane import Call, Items, Packed, Replay, Tensor, Text, Val
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Array, Block, Reference
-from onnx_dl.tensors.values import Packer
+from onnx_dl.tensors.repeated_call import LARGEST, RepeatedCall
+from onnx_dl.tensors.values import VIEW_FROM, Packer
 
 MOST: Final = 64
 """Calls that one lane remembers.  The next one has number 0, which makes both ends forget all others."""
@@ -72,14 +74,14 @@ def can_repeat(feed: Feed) -> bool:
 class InputLayout:
     """Places in the scratch block of the inputs that a call copies."""
 
-    __slots__ = ("_nbytes", "_targets", "_texts", "block")
+    __slots__ = ("_texts", "block", "nbytes", "targets")
 
     def __init__(self, packer: Packer, feed: Feed, values: Sequence[Value]) -> None:
         """``values``: what ``packer`` has made of the feed."""
         self.block = block = packer.scratch
-        self._nbytes = packer.nbytes
+        self.nbytes = packer.nbytes
         """Size of the fixed part of the block; the bytes of texts follow it."""
-        self._targets: list[Array | None] = [
+        self.targets: list[Array | None] = [
             block.array(value.dtype, value.shape, value.offset)
             if block is not None and isinstance(value, Tensor) and value.block == block.number
             else None
@@ -92,18 +94,22 @@ class InputLayout:
         ]
         """Name of each text input, and the offset at which its place and length are written."""
 
+    @property
+    def has_texts(self) -> bool:
+        return bool(self._texts)
+
     def fill(self, feed: Feed, arena: Arena) -> bool:
         """Copies the inputs to their places; false if the arena does not have these places any more.  Raises
         UnicodeEncodeError for a text with surrogates."""
         if self._texts:
             return self._fill_with_texts(feed, arena)
-        if self._nbytes and arena.scratch(self._nbytes) is not self.block:
+        if self.nbytes and arena.scratch(self.nbytes) is not self.block:
             return False
         self._copy(feed)
         return True
 
     def _fill_with_texts(self, feed: Feed, arena: Arena) -> bool:
-        encoded, nbytes = [], self._nbytes
+        encoded, nbytes = [], self.nbytes
         for name, offset in self._texts:
             data = packing.encode_text(feed[name])
             encoded.append((offset, nbytes, data))
@@ -117,7 +123,7 @@ class InputLayout:
         return True
 
     def _copy(self, feed: Feed) -> None:
-        for target, value in zip(self._targets, feed.values(), strict=True):
+        for target, value in zip(self.targets, feed.values(), strict=True):
             if target is not None:
                 target[...] = value
 
@@ -126,7 +132,7 @@ class InputLayout:
 class CallPlan:
     """One call that repeats.  As a request, it repeats the call with nothing moved."""
 
-    key: Hashable
+    key: tuple[Any, ...]
     """See :func:`key_of`."""
     number: int
     inputs: InputLayout
@@ -136,6 +142,30 @@ class CallPlan:
     """Places of the last results, if the next ones may lie there too."""
     readers: list[Callable[[], EngineValue]] = dataclasses.field(default_factory=list)
     """One for each of these, made at the first read: returns the value that lies there now."""
+    repeated: RepeatedCall | None = None
+    """Made with the readers; None: the call takes the usual steps."""
+
+    def forget_results(self) -> None:
+        """Forgets where the results lie."""
+        self.results, self.readers, self.repeated = None, [], None
+
+    def prepare_repeating(self, block: Callable[[int], Block]) -> None:
+        """Sets :attr:`repeated`, but not for a call with text, with large arrays, which may lie in shared
+        memory, or with several results of one name, which share their memory.
+
+        ``block``: returns the worker's block of a number.
+        """
+        keep, outputs, moved, *parts = self.key
+        results = [value for value in self.results or [] if isinstance(value, Tensor)]
+        is_unique = outputs is None or len(set(outputs)) == len(outputs)
+        sizes = [d.itemsize * math.prod(shape) for d, shape in zip(parts[1::3], parts[2::3], strict=True)]
+        if keep or moved is not None or self.inputs.has_texts or max(sizes, default=0) >= VIEW_FROM:
+            return
+        if not (is_unique and results and results == self.results):
+            return
+        scratch = self.inputs.block, self.inputs.nbytes
+        made = RepeatedCall(self.key, self.inputs.targets, scratch, results, block(results[0].block))
+        self.repeated = made if made.nbytes <= LARGEST else None
 
 
 class EncodedCall(NamedTuple):
@@ -161,12 +191,14 @@ class CallPlans:
 
     def clear(self) -> None:
         """Forgets all calls."""
-        self._plans: dict[Hashable, CallPlan] = {}
+        self._plans: dict[tuple[object, ...] | None, CallPlan] = {}
+        self.latest: CallPlan | None = None
+        """The plan of the last call, if that can be made as a :class:`RepeatedCall`."""
         self._next = 0
         self._block: Block | None = None
         """The scratch block with the inputs of all of them."""
 
-    def get(self, key: Hashable) -> CallPlan | None:
+    def get(self, key: tuple[object, ...] | None) -> CallPlan | None:
         return self._plans.get(key)
 
     def next_number(self, block: Block | None) -> int:
@@ -180,7 +212,8 @@ class CallPlans:
         block of this number is still there."""
         for plan in self._plans.values():
             if plan.results and not all(has(value.block) for value in plan.results):
-                plan.results, plan.readers = None, []
+                plan.forget_results()
+                self.latest = None
 
     def remember(self, plan: CallPlan) -> None:
         """Adds a call that the worker has answered, and so remembers too."""

@@ -34,6 +34,9 @@ class ClosedChannel:
     def replay(self, number: int) -> bool:
         return False
 
+    def repeat(self, number: int) -> None:
+        return None
+
     def send_same(self) -> None:
         pass
 
@@ -60,6 +63,17 @@ class CallerBellChannel:
         """Send Replay of this plan with nothing moved."""
         self.number += 1
         return self.bell.ring(REPLAY + number)
+
+    def repeat(self, number: int) -> codec.Message | int | None:
+        """Do :meth:`replay` and :meth:`next` in one step; None if the peer is gone or nothing was sent."""
+        self.number = asked = self.number + 1
+        bell = self.bell
+        rung = bell.wait() if bell.ring(REPLAY + number) else None
+        if rung is None:
+            return None
+        if rung >> 1 != asked % _NUMBERS:
+            raise _wrong_reply(rung >> 1, asked)
+        return SAME if rung & SAME else self._lane_socket.next()
 
     def next(self, timeout: float | None = None) -> codec.Message | int | None:
         """Return the next message, or the number that stands for one; None if the peer is gone.

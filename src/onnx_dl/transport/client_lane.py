@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -37,7 +38,11 @@ LARGE: Final = 1 << 20
 
 _TRIM_TIMEOUT: Final = 0.2
 
-_current_cpu: Final[Callable[[], int]] = linux_only.libc_function("sched_getcpu", otherwise=lambda: -1)
+_current_cpu: Final[Callable[[], int]] = linux_only.libc_function(
+    "sched_getcpu",
+    ctypes.PyDLL,  # it never waits, and another thread would take the interpreter's lock
+    otherwise=lambda: -1,
+)
 
 
 class ClientLane(Lane[CallerChannel]):
@@ -86,6 +91,8 @@ class ClientLane(Lane[CallerChannel]):
         """True if the present request was sent, as far as is known."""
         self._sent_at = self._took = 0
         self.last_used = time.perf_counter_ns()
+        self.was_large = False
+        """:attr:`is_large` when that was looked at last.  A repeated call changes nothing in it."""
 
     def _greet(self, calls: CallerChannel, reply_to: str | None) -> Block:
         page = self.arena.page()  # travels with the greeting
@@ -125,19 +132,35 @@ class ClientLane(Lane[CallerChannel]):
         self.send(request)
         return self.receive(timeout)
 
+    def repeat(self, number: int) -> Reply:
+        """Repeat the call of this plan: :meth:`send` and :meth:`receive` in fewer steps."""
+        self._begin()
+        reply = self._calls.repeat(number)
+        self.last_used = now = time.perf_counter_ns()
+        self._took = now - self._sent_at
+        if reply is None and self._page.begun != self._requests:
+            return lane.Draining()
+        return reply
+
     def send(self, request: Request) -> None:
         """Send a request.  After an exception, KeyboardInterrupt included, close the lane."""
-        self._sent_at = time.perf_counter_ns()
-        self._requests += 1
-        if self._affinity is not None:
-            self._move_worker(self._affinity)
-        self._page.ask(self._requests)
+        self._begin()
         if isinstance(request, CallPlan):
             self._was_sent = self._calls.replay(request.number)
         else:
             self._was_sent = self._calls.send(
                 request.message if isinstance(request, EncodedCall) else request
             )
+
+    def _begin(self) -> None:
+        """Count a request, and move the worker's thread to the cores where its replies come fastest."""
+        self._sent_at = time.perf_counter_ns()
+        self._requests += 1
+        affinity = self._affinity
+        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
+            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
+                os.sched_setaffinity(self._thread, cores)
+        self._page.ask(self._requests)
 
     def receive(self, timeout: float | None = None) -> Reply:
         """Return the reply to the request that was sent last; None if the worker went without one.
@@ -165,12 +188,6 @@ class ClientLane(Lane[CallerChannel]):
             return None
         return SeparateAffinity(cores) if self.polls else MeasuredAffinity(cores)
 
-    def _move_worker(self, affinity: Affinity) -> None:
-        """Move the worker's thread to the cores where its replies come fastest."""
-        if cores := affinity.note(_current_cpu(), self._took):
-            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
-                os.sched_setaffinity(self._thread, cores)
-
     def end_of_this(self) -> lane.Terminate:
         """Return the request, for another lane, that ends the present call of this one."""
         return lane.Terminate(thread=self._thread, request=self._requests)
@@ -180,6 +197,11 @@ class ClientLane(Lane[CallerChannel]):
         """Readable when a reply is there; None if calls go over ZeroMQ."""
         calls = self._calls
         return calls.bell.fileno() if isinstance(calls, CallerBellChannel) else None
+
+    def note_size(self) -> bool:
+        """Set and return :attr:`was_large`."""
+        self.was_large = self.is_large
+        return self.was_large
 
     @property
     def is_large(self) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from onnx_dl.concurrency import primitives, waits
-from onnx_dl.system.owned_descriptors import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor, are_held
 
 _GONE: Final = 1 << 32
 """Greater than any number that a caller rings."""
@@ -130,8 +130,7 @@ class CallerBell:
         self._ring = Descriptor(self._eventfd)
         self._pipe, workers_end = os.pipe()
         self._reading, self._workers_end = Descriptor(self._pipe), Descriptor(workers_end)
-        self._rings_ours, self._reads_ours = self._ring.holds, self._reading.holds  # looked up at each call
-        self.wait = _Waiter(self._pipe, _read_pipe, self._reads_ours, spin).wait
+        self.wait = _Waiter(self._pipe, _read_pipe, self._reading.holds, spin).wait
 
     def descriptors(self) -> tuple[int, int]:
         """Return the descriptors of the worker's end, to be sent to it."""
@@ -144,7 +143,7 @@ class CallerBell:
     def ring(self, number: int) -> bool:
         """Wake the worker with a number from 1 on.  False: the program has closed this end, and the
         descriptors' numbers may be those of its own files."""
-        if not (self._rings_ours() and self._reads_ours()):
+        if not are_held(self._ring, self._reading):
             return False
         os.eventfd_write(self._eventfd, number)
         return True
@@ -168,8 +167,10 @@ class WorkerBell:
 
     def ring(self, number: int) -> bool:
         """Wake the caller with a number from 0 to 255.  Always true: the next wait shows if it is gone."""
-        with contextlib.suppress(BrokenPipeError):
+        try:  # noqa: SIM105  # contextlib.suppress() takes as long as the system call
             os.write(self._pipe, _BYTES[number])
+        except BrokenPipeError:
+            pass
         return True
 
     def hang_up(self) -> None:

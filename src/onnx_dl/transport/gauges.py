@@ -7,6 +7,7 @@ at a time and is written at once, so a reader needs no lock; two words may be of
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from typing import Final, NamedTuple
@@ -14,7 +15,8 @@ from typing import Final, NamedTuple
 from onnx_dl.linux_only import fcntl
 
 _SIZE: Final = 4096
-_RUNS, _BUSY, _LAST_USED, _TOTAL, _EXCEEDED = range(5)
+_BUSY, _LAST_USED, _TOTAL, _EXCEEDED = range(1, 5)
+"""Indices of words.  The second and third are floating-point numbers."""
 _FIRST: Final = 8
 """Index of the first word of the histogram."""
 _STEPS: Final = 4
@@ -62,50 +64,60 @@ def bound(index: int) -> float:
     return ((_STEPS + step + 1) << width) / 1e9
 
 
+def _checked(seconds: float) -> float:
+    """0.0 for what is no time: a worker may write anything, and nothing can be compared with NaN."""
+    return seconds if 0.0 <= seconds < math.inf else 0.0
+
+
 class Gauges:
     """The counters in a page.  Without ``words`` they are private to this process."""
 
-    def __init__(self, words: list[int] | memoryview[int] | None = None) -> None:
-        self._words: list[int] | memoryview[int] = [0] * (_FIRST + BUCKETS) if words is None else words
-        self._total = self._runs = 0  # a new page has zeros, and reading it takes time
+    def __init__(self, words: memoryview[int] | None = None) -> None:
+        if words is None:
+            words = memoryview(bytearray(8 * (_FIRST + BUCKETS))).cast("Q")
+        self._words = words
+        self._numbers = words[:_FIRST].cast("B").cast("d")
+        """The same words as floating-point numbers."""
+        self.busy = words[_BUSY : _BUSY + 1]
+        """One word: the number of running calls and blocks."""
+        self._total = 0.0  # a new page has zeros, and reading it takes time
 
     # --- in the worker, one thread at a time --------------------------------------------------------------
 
-    def under_way(self, count: int) -> None:
-        """Set the number of running calls and blocks."""
-        self._words[_BUSY] = count
-
     def used(self, at: float, count: int) -> None:
         """Set the time of the last use, in monotonic seconds, and the number of running calls and blocks."""
-        words = self._words
-        words[_LAST_USED] = int(at * 1e9)
-        words[_BUSY] = count
+        self._numbers[_LAST_USED] = at
+        self._words[_BUSY] = count
 
-    def answered(self, seconds: float) -> None:
-        """Count one call and its duration."""
-        nanoseconds = int(seconds * 1e9)
-        words = self._words
-        words[_FIRST + bucket(nanoseconds)] += 1
-        self._total += nanoseconds
-        self._runs += 1
-        words[_TOTAL] = self._total
-        words[_RUNS] = self._runs
+    def answered(self, at: float, count: int, seconds: float) -> None:
+        """Do what :meth:`used` does, and count one call and its duration."""
+        words, numbers = self._words, self._numbers
+        numbers[_LAST_USED] = at
+        words[_BUSY] = count
+        words[_FIRST + bucket(int(seconds * 1e9))] += 1
+        self._total = numbers[_TOTAL] = self._total + seconds
 
     def exceeded(self, nbytes: int) -> None:
         """Record that the worker ends itself because it has this many bytes."""
         self._words[_EXCEEDED] = nbytes
 
+    def release(self) -> None:
+        """Let go of the page, which cannot be closed before."""
+        for view in (self._numbers, self.busy, self._words):
+            view.release()
+
     # --- in the supervisor --------------------------------------------------------------------------------
 
     def read(self) -> Reading:
-        words = self._words
+        words, numbers = self._words, self._numbers
+        latencies = tuple(words[_FIRST : _FIRST + BUCKETS])
         return Reading(
-            words[_RUNS],
+            sum(latencies),
             words[_BUSY],
-            words[_LAST_USED] / 1e9,
-            words[_TOTAL] / 1e9,
+            _checked(numbers[_LAST_USED]),
+            _checked(numbers[_TOTAL]),
             words[_EXCEEDED],
-            tuple(words[_FIRST : _FIRST + BUCKETS]),
+            latencies,
         )
 
 
@@ -129,10 +141,9 @@ class Page:
                 os.close(made)
             raise
         self.fd = fd
-        self._words = memoryview(self._page).cast("Q")
-        self.gauges = Gauges(self._words)
+        self.gauges = Gauges(memoryview(self._page).cast("Q"))
 
     def close(self) -> None:
-        self._words.release()
+        self.gauges.release()
         self._page.close()
         os.close(self.fd)

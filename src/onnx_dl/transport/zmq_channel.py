@@ -106,6 +106,9 @@ class ZmqChannel:
     def replay(self, number: int) -> bool:
         return self.send(lane.Replay(plan=number))
 
+    def repeat(self, number: int) -> codec.Message | int | None:
+        return self.next() if self.replay(number) else None
+
     def send_same(self) -> None:
         self.send(lane.SameResult())
 

@@ -42,6 +42,7 @@ class Gate:
         None: one that no thread may take twice."""
         self._lock = lock or threading.Lock()
         self._gauges = gauges or Gauges()
+        self._busy = self._gauges.busy
         self._wake = wake
         self._ttl = ttl
         self._last_used = now
@@ -62,7 +63,7 @@ class Gate:
             if self._closed:
                 return False
             self._in_flight += 1
-            self._gauges.under_way(self._in_flight + self._holds)
+            self._busy[0] = self._in_flight + self._holds
             return True
 
     def in_flight(self) -> int:
@@ -73,9 +74,7 @@ class Gate:
         """Ends a call.  ``took``: its seconds, if it counts as a run."""
         with self._lock:
             self._in_flight -= 1
-            if took is not None:
-                self._gauges.answered(took)
-            wake = self._used_at(now)
+            wake = self._used_at(now, took)
         if wake:
             self._wake()
 
@@ -86,7 +85,7 @@ class Gate:
             if self._closed or (self._closing and not (joins and self._holds)):
                 return False
             self._holds += 1
-            self._gauges.under_way(self._in_flight + self._holds)
+            self._busy[0] = self._in_flight + self._holds
             return True
 
     def unhold(self, now: float) -> None:
@@ -106,7 +105,7 @@ class Gate:
     def close_if_idle(self) -> None:
         """Closes if nothing runs and no session() block holds the model."""
         with self._lock:
-            if not (self._busy() or not self._used or self._closing or self._closed):
+            if not (self._is_busy() or not self._used or self._closing or self._closed):
                 self._close("evicted")
         self._wake()
 
@@ -149,13 +148,16 @@ class Gate:
             self._armed = wait is not None
             return GateDecision(expired, self._closed and not self._in_flight, wait)
 
-    def _used_at(self, now: float) -> bool:
+    def _used_at(self, now: float, took: float | None = None) -> bool:
         """Notes the end of a use; returns whether the main thread has to judge at once."""
         if now > self._last_used:
             self._last_used = now
         self._used = True
         busy = self._in_flight + self._holds
-        self._gauges.used(self._last_used, busy)
+        if took is None:
+            self._gauges.used(self._last_used, busy)
+        else:
+            self._gauges.answered(self._last_used, busy, took)
         # Not left to judge(): another call must not begin in between.
         if self._ttl == 0 or self._closing:
             self._close_if_due(now)
@@ -164,7 +166,7 @@ class Gate:
         # The main thread sleeps until the TTL that it saw last runs out, so most calls need not wake it.
         return self._closing or self._closed or (self._ttl != KEEP and not self._armed)
 
-    def _busy(self) -> bool:
+    def _is_busy(self) -> bool:
         return bool(self._in_flight or self._holds)
 
     def _close_if_due(self, now: float) -> None:
@@ -172,10 +174,10 @@ class Gate:
             return
         if self._closing:
             self._closed = not self._holds
-        elif self._used and not self._busy() and self._ttl != KEEP:
+        elif self._used and not self._is_busy() and self._ttl != KEEP:
             self._closed = self._expired = now >= self._last_used + self._ttl
 
     def _wait(self, now: float) -> float | None:
-        if self._closed or self._closing or self._busy() or not self._used or self._ttl == KEEP:
+        if self._closed or self._closing or self._is_busy() or not self._used or self._ttl == KEEP:
             return None
         return max(0.0, self._last_used + self._ttl - now)

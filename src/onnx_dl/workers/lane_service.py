@@ -59,15 +59,16 @@ class LaneService:
             m.Unhold: self._unhold,
             m.Trim: self._trim,
         }
+        lane, token = self._lane, self._token
         while True:
             try:
-                request = self._lane.receive()
+                request = lane.receive()
             except (OnnxDLError, OSError) as error:  # a lane that is broken ends with the next receive()
                 self._fail(error)
                 continue
             if request is None:
                 return
-            self._token.begin(self._lane.request)
+            token.number = lane.request
             if (handler := uses.get(type(request))) is not None:
                 self._use_model(handler, request)
             elif (handler := others.get(type(request))) is not None:

@@ -34,6 +34,15 @@ class _PreparedRun(NamedTuple):
     """Empty: the reply is SameResult."""
 
 
+class _DirectRun(NamedTuple):
+    """A run whose results all lie in the scratch block, at less than ``nbytes``.  Its reply is SameResult."""
+
+    run: Callable[[], object]
+    cancel: Callable[[], object] | None
+    nbytes: int
+    scratch: Block
+
+
 class PreparedCall:
     """One call that repeats.  Its arrays are views of the caller's memory."""
 
@@ -59,6 +68,8 @@ class PreparedCall:
         self._scratch: Block | None = None
         self._nbytes = 0
         self._runs: dict[tuple[int, ...], _PreparedRun | None] = {}
+        self.direct: _DirectRun | None = None
+        """The run with all inputs and results in their places, if the call has no other."""
         self.form: ResultForm | None = None
         """Places of the results that were sent last, if others can take them."""
         self._rerun: Rerun | None = None
@@ -85,7 +96,12 @@ class PreparedCall:
         """Forgets all places, because memory that was in use before may be gone."""
         self._results.clear()
         self._runs.clear()
-        self.form = None
+        self.form = self.direct = None
+
+    def cannot_bind(self) -> None:
+        """Has the call run unbound from now on."""
+        self._can_bind = False
+        self.reset()
 
     def on_scratch(self, scratch: Block | None) -> None:
         """Forgets places in any other scratch block than the lane's present one: it would never be freed."""
@@ -163,6 +179,8 @@ class PreparedCall:
                     prepared.run()
                 finally:
                     token.detach()
+                if self._scratch is not None and not (places or self._texts or prepared.reply):
+                    self.direct = _DirectRun(prepared.run, prepared.cancel, self._nbytes, self._scratch)
                 return prepared
         except Exception:  # the unbound run raises the error, or finds results of other shapes
             self._can_bind = False
@@ -239,6 +257,29 @@ class PreparedCalls:
 
     def replay_number(self, number: int) -> None:
         """Like :meth:`replay`, with all inputs in their places."""
+        lane, call = self._lane, self._calls.get(number)
+        if (
+            call is None
+            or (direct := call.direct) is None
+            or self._drops != lane.mappings.drops
+            or lane.arena.scratch(direct.nbytes) is not direct.scratch
+        ):
+            self._replay_in_place(number)
+            return
+        token = self._token
+        token.attach(direct.cancel)
+        try:
+            direct.run()
+        except Exception:  # as in PreparedCall: the unbound run raises the error
+            call.cannot_bind()
+        finally:
+            token.detach()
+        if call.direct is None:
+            self._replay_in_place(number)
+        else:
+            lane.send_same()
+
+    def _replay_in_place(self, number: int) -> None:
         if (call := self._find(number)) is not None:
             self._run(call, call.feed_with(self._lane, {}), [])
 

@@ -32,7 +32,7 @@ def test_what_is_written_is_read_through_the_other_mapping() -> None:
     ours = Page()
     theirs = Page(os.dup(ours.fd))
     for milliseconds in (1, 1, 2, 50):
-        theirs.gauges.answered(milliseconds / 1000)
+        theirs.gauges.answered(1234.0, 3, milliseconds / 1000)
     theirs.gauges.used(1234.5, 2)
     theirs.gauges.exceeded(10**9)
     theirs.close()
@@ -51,3 +51,13 @@ def test_a_worker_cannot_shorten_it() -> None:
         os.ftruncate(page.fd, 0)
     assert page.gauges.read().latencies == (0,) * BUCKETS
     page.close()
+
+
+def test_a_worker_that_writes_no_times() -> None:
+    for wrong in (float("nan"), float("inf"), -1.0):
+        page = Page()
+        page.gauges.answered(wrong, 1, 0.001)
+        page.gauges.answered(wrong, 0, 0.002)
+        reading = page.gauges.read()
+        page.close()
+        assert (reading.runs, reading.last_used, reading.total) == (2, 0.0, pytest.approx(0.003))

@@ -61,7 +61,7 @@ def test_a_run_that_was_told_to_end_is_prepared_anew():
     """What told it would tell the next one, too."""
     repeat, backend, token = repeat_of(), Backend(), CancelToken()
     for number in range(4):
-        token.begin(number)
+        token.number = number
         if number == 2:
             token.cancel(2)
         repeat.run_unbound(backend, {}, token)  # type: ignore[arg-type]

@@ -43,23 +43,20 @@ class CancelToken:
     number, so that one that comes after the end of the call cancels no other call.
     """
 
-    __slots__ = ("_cancelled", "_end", "_lock", "_number")
+    __slots__ = ("_cancelled", "_end", "_lock", "number")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._number = 0
+        self.number = 0
+        """The number of the caller's request that is under way.  The lane's thread sets it."""
         self._cancelled = -1
         self._end: Callable[[], object] | None = None
-
-    def begin(self, number: int) -> None:
-        """Sets the number of the caller's request that begins now."""
-        self._number = number
 
     def attach(self, end: Callable[[], object] | None) -> None:
         """Sets the function that ends the present call, if any; calls it if that was cancelled before."""
         with self._lock:
             self._end = end
-            if end is not None and self._cancelled == self._number:
+            if end is not None and self._cancelled == self.number:
                 end()
 
     def detach(self) -> None:
@@ -70,13 +67,13 @@ class CancelToken:
     @property
     def is_cancelled(self) -> bool:
         """Tells whether the present call was cancelled."""
-        return self._cancelled == self._number
+        return self._cancelled == self.number
 
     def cancel(self, number: int) -> None:
         """Ends the request of this number, now or as soon as it begins."""
         with self._lock:
             self._cancelled = number
-            if self._end is not None and self._number == number:
+            if self._end is not None and self.number == number:
                 self._end()
 
 

@@ -34,9 +34,9 @@ A, B = "/models/a.onnx", 'odd "name"\\\n.onnx'
 def reading(*seconds: float, busy: int = 0) -> Reading:
     """What a worker tells that answered these calls."""
     gauges = Gauges()
-    gauges.under_way(busy)
+    gauges.busy[0] = busy
     for each in seconds:
-        gauges.answered(each)
+        gauges.answered(0.0, busy, each)
     return gauges.read()
 
 
