@@ -71,8 +71,8 @@ class CallerBellChannel:
         rung = bell.wait() if bell.ring(REPLAY + number) else None
         if rung is None:
             return None
-        if rung >> 1 != asked % _NUMBERS:
-            raise _wrong_reply(rung >> 1, asked)
+        if rung >> 1 != asked % NUMBERS:
+            raise wrong_reply(rung >> 1, asked)
         return SAME if rung & SAME else self._lane_socket.next()
 
     def next(self, timeout: float | None = None) -> codec.Message | int | None:
