@@ -17,13 +17,15 @@ from onnx_dl.concurrency import waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
+from onnx_dl.system import free_cores
 from onnx_dl.tensors.block import Block
 from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import CallPlan, EncodedCall
 from onnx_dl.transport import zeromq
-from onnx_dl.transport.affinity import Affinity, MeasuredAffinity, SeparateAffinity
+from onnx_dl.transport.adaptive_polling import AdaptivePolling, LastUse
+from onnx_dl.transport.affinity import Choice, MeasuredAffinity, SeparateAffinity, Way, Ways
 from onnx_dl.transport.call_channel import CallerBellChannel, CallerChannel, Lane, ZmqChannel
-from onnx_dl.transport.doorbell import CallerBell, SpinBudget
+from onnx_dl.transport.doorbell import CallerBell
 from onnx_dl.transport.lane_socket import LaneSocket
 from onnx_dl.transport.sockets import Channel, fresh_address, same_secret
 from onnx_dl.transport.zeromq import Context
@@ -39,6 +41,9 @@ _TRIM_TIMEOUT: Final = 0.2
 _current_cpu: Final[Callable[[], int]] = linux_only.libc_function("sched_getcpu", otherwise=lambda: -1)
 
 
+_last_use: Final = LastUse()
+
+
 class ClientLane(Lane[CallerChannel]):
     """The caller's end."""
 
@@ -47,8 +52,9 @@ class ClientLane(Lane[CallerChannel]):
     ) -> None:
         """Open a lane to the worker that was granted.
 
-        ``ctx``: calls go over ZeroMQ; None: over the Unix socket.  ``latency``: "low" polls (see
-        :class:`SpinBudget`), but not in a program with greenlets, which would wait meanwhile.
+        ``ctx``: calls go over ZeroMQ; None: over the Unix socket.  ``latency``: "low" polls, "auto" does so
+        while that pays (:mod:`onnx_dl.transport.adaptive_polling`); but neither in a program with greenlets,
+        which would wait meanwhile.
 
         Raises:
             DeadlinePassed: the worker did not answer in time.
@@ -58,26 +64,26 @@ class ClientLane(Lane[CallerChannel]):
         self.latency = latency
         channel = Channel.connect(granted.address, deadline)
         lane_socket = LaneSocket(channel, lane.lane_reply, keep_descriptors=True)
-        has_cores = len(os.sched_getaffinity(0)) > 1
-        polls = latency == "low" and ctx is None and not waits.are_cooperative() and has_cores
         reply_to = None if ctx is None else fresh_address("lane")
         calls: CallerChannel
         try:
             if ctx is None or reply_to is None:
-                calls = CallerBellChannel(lane_socket, CallerBell(SpinBudget() if polls else None))
+                calls = CallerBellChannel(lane_socket, CallerBell())
             else:
                 calls = ZmqChannel(lane_socket, zeromq.pair_listener(ctx, reply_to), is_caller=True)
         except BaseException:
             channel.close()
             raise
-        super().__init__(lane_socket, calls, polls=polls)
+        super().__init__(lane_socket, calls)
         try:
             self._page = self._greet(calls, reply_to)
             self._thread = self._await_opening(deadline)
         except BaseException:
             self.close()
             raise
-        self._affinity = None if self.over_zmq else self._new_affinity()
+        self._bell = calls.bell if isinstance(calls, CallerBellChannel) else None
+        self._way = Way(frozenset(), False)
+        self._choice = None if self._bell is None else self._new_choice()
         self.codec = CallCodec(self.arena, self.mappings)
         self._requests = 0
         self._was_sent = False
@@ -91,7 +97,6 @@ class ClientLane(Lane[CallerChannel]):
             version=codec.PROTOCOL_VERSION,
             secret=self.granted.secret,
             reply_to=reply_to,
-            poll=self.polls,
             model=self.granted.model,
         )
         bell = calls.bell if isinstance(calls, CallerBellChannel) else None
@@ -125,10 +130,13 @@ class ClientLane(Lane[CallerChannel]):
 
     def send(self, request: Request) -> None:
         """Send a request.  After an exception, KeyboardInterrupt included, close the lane."""
-        self._sent_at = time.perf_counter_ns()
+        self._sent_at = now = time.perf_counter_ns()
         self._requests += 1
-        if self._affinity is not None:
-            self._move_worker(self._affinity)
+        follows = _last_use.is_again(id(self))
+        if self._choice is not None:
+            way = self._choice.next(_current_cpu(), self._took, now - self.last_used, now, follows)
+            if way is not self._way:
+                self._go(way)
         self._page.ask(self._requests)
         if isinstance(request, CallPlan):
             self._was_sent = self._calls.replay(request.number)
@@ -153,7 +161,7 @@ class ClientLane(Lane[CallerChannel]):
             return lane.Draining()
         return reply
 
-    def _new_affinity(self) -> Affinity | None:
+    def _new_choice(self) -> Choice | None:
         """Return None where the system does not let us look, or there is only one core."""
         try:
             cores = frozenset(os.sched_getaffinity(self._thread))
@@ -161,13 +169,23 @@ class ClientLane(Lane[CallerChannel]):
             return None
         if len(cores) == 1:
             return None
-        return SeparateAffinity(cores) if self.polls else MeasuredAffinity(cores)
+        ways = Ways(cores)
+        self._way = ways.anywhere
+        may_poll = linux_only.usable_processors() > 1 and not waits.are_cooperative()
+        if self.latency == "low" and may_poll:
+            return SeparateAffinity(ways)
+        if self.latency == "auto" and may_poll:
+            return AdaptivePolling(ways, free_cores.have_one)
+        return MeasuredAffinity(ways)
 
-    def _move_worker(self, affinity: Affinity) -> None:
-        """Move the worker's thread to the cores where its replies come fastest."""
-        if cores := affinity.note(_current_cpu(), self._took):
+    def _go(self, way: Way) -> None:
+        """Move the worker's thread, and have both ends poll or sleep."""
+        if way.cores != self._way.cores:
             with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
-                os.sched_setaffinity(self._thread, cores)
+                os.sched_setaffinity(self._thread, way.cores)
+        if self._bell is not None:
+            self._bell.polls = way.polls
+        self._way = way
 
     def end_of_this(self) -> lane.Terminate:
         """Return the request, for another lane, that ends the present call of this one."""
@@ -176,8 +194,7 @@ class ClientLane(Lane[CallerChannel]):
     @property
     def reply_fd(self) -> int | None:
         """Readable when a reply is there; None if calls go over ZeroMQ."""
-        calls = self._calls
-        return calls.bell.fileno() if isinstance(calls, CallerBellChannel) else None
+        return None if self._bell is None else self._bell.fileno()
 
     @property
     def is_large(self) -> bool:

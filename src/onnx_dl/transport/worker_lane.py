@@ -7,7 +7,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,14 @@ from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import MOST_MAPPED
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets, zeromq
+from onnx_dl.transport.adaptive_polling import LastUse
 from onnx_dl.transport.call_channel import REPLAY, Lane, WorkerBellChannel, WorkerChannel, ZmqChannel
-from onnx_dl.transport.doorbell import SpinBudget, WorkerBell
+from onnx_dl.transport.doorbell import WorkerBell
 from onnx_dl.transport.lane_socket import LaneSocket
 from onnx_dl.transport.sockets import Channel, same_secret
 from onnx_dl.transport.zeromq import Context
+
+_last_use: Final = LastUse()
 
 
 def _checked(hello: object, secret: str, fds: list[int]) -> lane.LaneHello:
@@ -69,11 +72,11 @@ class WorkerLane(Lane[WorkerChannel]):
             raise
         calls: WorkerChannel
         if hello.reply_to is None:
-            self._bell = WorkerBell(fds, SpinBudget() if hello.poll else None)
+            self._bell = WorkerBell(fds)
             calls = WorkerBellChannel(lane_socket, self._bell)
         else:
             calls = ZmqChannel(lane_socket, zeromq.pair(ctx, hello.reply_to), is_caller=False)
-        super().__init__(lane_socket, calls, polls=hello.poll)
+        super().__init__(lane_socket, calls)
         self.channel = channel
         """The Unix socket to the caller."""
         self._page = page
@@ -109,6 +112,8 @@ class WorkerLane(Lane[WorkerChannel]):
         request = self._calls.next()
         if request is not None:
             self._page.begin()
+            if not (_last_use.is_again(self.thread) or self.over_zmq):
+                self._bell.rest()
         return request - REPLAY if type(request) is int else request
 
     def unpack(self, value: lane.Value) -> Any:
