@@ -27,6 +27,7 @@ from benchmarks import (
     reclaim,
     report,
     spinning,
+    streams,
     values,
 )
 from benchmarks.models import cases, voice_activity
@@ -53,6 +54,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
     return {
         **{key: lambda rounds, case=case: calls.measure(case, rounds) for key, case in CASES.items()},
         "vad": _stream,
+        "streams": streams.measure,
         "values": values.measure,
         "crowd": lambda rounds: [
             *crowd.measure(CASES["tiny"], 2000, rounds),

@@ -1,4 +1,4 @@
-"""Whether a thread that only polls takes a core from one that has work."""
+"""Free cores: whether a thread that only polls takes a core from one that has work."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ other end itself.  So both ends poll only under these rules:
    to run than there are cores, whoever they belong to.  They are counted before polling begins, during its
    first calls, once per block, and after a call that was held up.  A count may hit a moment, so it takes two
    in a row to end polling, or one after a call that was held up.
-4. **Not without a gain**: the median of the first block, and then the mean of each :data:`WINDOW` calls, must
-   be lower than calls took with sleeping.  The mean counts the calls that were held up, too.  Sleeping is
-   tried again for one block in a while, because the calls may have changed.
+4. **Not without a gain**: the median and the mean of each :data:`WINDOW` calls must be lower than they were
+   with sleeping.  The mean counts the calls that were held up, too.  The first block, in which caches are
+   cold, must not take twice as long.  Sleeping is tried again for one block in a while, because the calls may
+   have changed.
 5. **Back off**: where 3 or 4 ended polling, it may begin again after :data:`FIRST_PAUSE`, after each further
    failure twice as long, up to :data:`LONGEST_PAUSE`.  So callers that crowd each other seldom
    try, and as many of them poll as there are cores for.
@@ -52,7 +53,7 @@ _SETTLED: Final = 8 * WINDOW
 
 
 class LastUse:
-    """Which lane of this process was used last."""
+    """Note of the lane of this process that was used last."""
 
     def __init__(self) -> None:
         self._lane = 0
@@ -130,16 +131,18 @@ class AdaptivePolling:
 
     def _pays(self) -> bool:
         """Whether calls are faster than with sleeping, as far as this call shows."""
-        times, limit = self._times, _GAIN * (self._sleeping.usual or 0.0)
+        times, usual = self._times, self._sleeping.usual or 0.0
         if self._calls == BLOCK:
-            return statistics.median(times) < limit
+            median = statistics.median(times)
+            times.clear()
+            return median < 2 * usual
         if len(times) < WINDOW:
             return True
-        mean = statistics.fmean(times)
+        median, mean = statistics.median(times), statistics.fmean(times)
         times.clear()
         if self._calls >= _SETTLED:
             self._pause = FIRST_PAUSE
-        return mean < limit
+        return median < _GAIN * usual and mean < self._sleeping.mean
 
     def _back_off(self, now: int) -> None:
         self._polls = False

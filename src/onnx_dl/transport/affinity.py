@@ -20,6 +20,8 @@ RETRY: Final = 128
 
 _LONGEST: Final = 2e6
 """Nanoseconds of a call beside which a wake-up does not matter."""
+_WEIGHT: Final = 1 / 8
+"""Weight of a block in the mean."""
 _GAIN: Final = 0.9
 """Factor by which the other way must be faster."""
 
@@ -85,6 +87,8 @@ class MeasuredAffinity:
         self._near = False
         self._seen: dict[bool, float] = {}
         """Median duration of the last calls on the caller's core (True) and on all cores."""
+        self.mean = 0.0
+        """Mean duration of the last calls, in nanoseconds: also of those that were held up."""
         self._times: list[int] = []
         self._blocks = 0
 
@@ -97,6 +101,8 @@ class MeasuredAffinity:
         self._times.append(took)
         if len(self._times) == BLOCK:
             self._judge(statistics.median(self._times))
+            mean = statistics.fmean(self._times)
+            self.mean += (mean - self.mean) * (_WEIGHT if self.mean else 1.0)
             self._times.clear()
         return self._ways.near(cpu) if self._near else self._ways.anywhere
 

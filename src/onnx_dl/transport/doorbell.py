@@ -66,17 +66,30 @@ class _Waiter:
         self._fd = fd
         self._read = read
         self._is_ours = is_ours
-        self.polls = False
+        self._polls = False
         self._spin = SpinBudget()
         self._poll = primitives.poll()
         self._poll.register(fd, select.POLLIN)
-        if waits.are_cooperative():
+        self._is_cooperative = waits.are_cooperative()
+        if self._is_cooperative:
             os.set_blocking(fd, False)
+
+    @property
+    def polls(self) -> bool:
+        """True if the next wait begins with polling."""
+        return self._polls
+
+    @polls.setter
+    def polls(self, value: bool) -> None:
+        if value != self._polls and self._is_ours():
+            # One that sleeps spares a system call if its read may block.
+            os.set_blocking(self._fd, not value and not self._is_cooperative)
+            self._polls = value
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Return the number that the other end rang; None if it is gone.  Raises TimeoutError if nothing
         rang for ``timeout`` seconds."""
-        if self.polls:
+        if self._polls:
             return self._spin_and_wait(timeout)
         if timeout is not None:
             self._sleep(timeout)
@@ -102,15 +115,15 @@ class _Waiter:
     def _spin_and_wait(self, timeout: float | None) -> int | None:
         """Poll, and give the core away from time to time: a thread that has work, such as onnxruntime's,
         would otherwise wait until the scheduler takes the core from us."""
-        clock, poll = time.perf_counter, self._poll.poll
+        clock = time.perf_counter
         started = now = clock()
         deadline, next_yield = started + self._spin.seconds, started + _YIELD_EVERY
         try:
             while now < deadline:
-                if poll(0):
-                    with contextlib.suppress(BlockingIOError):  # it was ready for a moment only
-                        return self._read(self._fd)
-                now = clock()
+                try:
+                    return self._read(self._fd)
+                except BlockingIOError:
+                    now = clock()
                 if now >= next_yield:
                     os.sched_yield()
                     next_yield = now + _YIELD_EVERY
@@ -192,6 +205,11 @@ class WorkerBell:
         self._rests -= self._rests > 0
         self._waiter.polls = not self._rests
         return number - _POLL
+
+    @property
+    def polls(self) -> bool:
+        """True if the next wait begins with polling."""
+        return self._waiter.polls
 
     def rest(self) -> None:
         """Sleep for some numbers also if the caller polls: other lanes of this process are busy, too."""

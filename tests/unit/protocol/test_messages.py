@@ -96,7 +96,7 @@ EXAMPLES = [
     template.Spawned(worker_id=1, pid=2),
     template.SpawnFailed(worker_id=1, reason="r"),
     template.TemplateReady(forkable=True),
-    lane.LaneHello(version=1, secret="s", reply_to="r", poll=True),
+    lane.LaneHello(version=1, secret="s", reply_to="r"),
     lane.LaneOpen(secret="s", thread=7),
     lane.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
     lane.Call(
