@@ -10,8 +10,9 @@ other end itself.  So both ends poll only under these rules:
 2. **End at once** when a call does not follow quickly: silence, a long call, or another lane.
 3. **Not without a free core**: never if this process may use one core only, and not while more threads want
    to run than there are cores, whoever they belong to.  They are counted before polling begins, during its
-   first calls, once per block, and after a call that was held up.  A count may hit a moment, so it takes two
-   in a row to end polling, or one after a call that was held up.
+   first calls, once per block, and after a call that was held up.  A count may hit a moment, so it takes
+   four in a row to give up before it begins, and two to end it, or one after a call that was
+   held up.
 4. **Not without a gain**: the median and the mean of each :data:`WINDOW` calls must be lower than they were
    with sleeping.  The mean counts the calls that were held up, too.  The first block, in which caches are
    cold, must not take twice as long.  Sleeping is tried again for one block in a while, because the calls may
@@ -30,7 +31,7 @@ import statistics
 from collections.abc import Callable
 from typing import Final
 
-from onnx_dl.transport.affinity import BLOCK, RETRY, MeasuredAffinity, Way, Ways
+from onnx_dl.transport.affinity import BLOCK, RETRY, CallMode, CallModes, MeasuredAffinity
 from onnx_dl.transport.doorbell import LONGEST_SPIN
 
 QUICK: Final = 200_000
@@ -46,6 +47,9 @@ _GAIN: Final = 0.9
 """Factor by which calls must be faster with polling, which takes a second core."""
 _EARLY: Final = frozenset({2, 4, 8})
 """Calls of a new phase of polling at which threads are counted, besides the end of each block."""
+_REFUSALS: Final = 4
+_AGAIN: Final = 4
+"""Calls after which threads are counted again."""
 _STRIKES: Final = 2
 """Counts of too many threads in a row that end polling."""
 _SETTLED: Final = 8 * WINDOW
@@ -68,7 +72,7 @@ class AdaptivePolling:
     """Chooses between sleeping, in the ways of :class:`~onnx_dl.transport.affinity.MeasuredAffinity`, and
     polling.  The rules are above."""
 
-    def __init__(self, ways: Ways, has_free_core: Callable[[], bool]) -> None:
+    def __init__(self, ways: CallModes, has_free_core: Callable[[], bool]) -> None:
         """``has_free_core``: whether no more threads want to run than there are cores for, the calling one
         included.  Both ends of a lane that polls are among them."""
         self._ways = ways
@@ -79,14 +83,14 @@ class AdaptivePolling:
         """Calls in quick succession, up to the present one."""
         self._times: list[int] = []
         """Durations of the calls of the present window of polling."""
-        self._calls = self._strikes = 0
-        """Of the present phase of polling."""
+        self._calls = self._strikes = self._refusals = 0
+        """Counted since polling began."""
         self._pause = FIRST_PAUSE
         self._not_before = 0
         """Time from which on polling may begin again."""
 
-    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> Way:
-        """Return the way to make a call; see :class:`~onnx_dl.transport.affinity.Choice`."""
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
+        """Return the way to make a call; see :class:`~onnx_dl.transport.affinity.ModeChoice`."""
         if gap > QUICK or not follows:
             self._streak = 0
             self._polls = False
@@ -108,9 +112,14 @@ class AdaptivePolling:
             return
         if self._has_free_core():
             self._polls = True
-            self._calls = self._strikes = 0
+            self._calls = self._strikes = self._refusals = 0
             self._times.clear()
+            return
+        self._refusals += 1
+        if self._refusals < _REFUSALS:
+            self._streak = BLOCK - _AGAIN
         else:
+            self._refusals = 0
             self._back_off(now)
 
     def _note(self, took: int, now: int) -> None:
@@ -130,7 +139,7 @@ class AdaptivePolling:
         self._strikes = 0 if self._has_free_core() else self._strikes + weight
 
     def _pays(self) -> bool:
-        """Whether calls are faster than with sleeping, as far as this call shows."""
+        """Return whether calls are faster than with sleeping, as far as this call shows."""
         times, usual = self._times, self._sleeping.usual or 0.0
         if self._calls == BLOCK:
             median = statistics.median(times)

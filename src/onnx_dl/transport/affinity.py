@@ -26,37 +26,37 @@ _GAIN: Final = 0.9
 """Factor by which the other way must be faster."""
 
 
-class Way(NamedTuple):
+class CallMode(NamedTuple):
     """A way to make calls: the cores of the worker's thread, and whether both ends poll for each other."""
 
     cores: frozenset[int]
     polls: bool
 
 
-class Ways:
+class CallModes:
     """The ways to make calls to a thread that may run on ``allowed``, more than one core.  Equal ways are the
     same object."""
 
     def __init__(self, allowed: frozenset[int]) -> None:
-        self.anywhere = Way(allowed, False)
+        self.anywhere = CallMode(allowed, False)
         """The worker's thread runs where the scheduler likes, and both ends sleep."""
-        self._near = {cpu: Way(frozenset((cpu,)), False) for cpu in allowed}
-        self._apart = {cpu: Way(allowed - {cpu}, True) for cpu in allowed}
-        self.polling_anywhere = Way(allowed, True)
+        self._near = {cpu: CallMode(frozenset((cpu,)), False) for cpu in allowed}
+        self._apart = {cpu: CallMode(allowed - {cpu}, True) for cpu in allowed}
+        self.polling_anywhere = CallMode(allowed, True)
 
-    def near(self, cpu: int) -> Way:
+    def near(self, cpu: int) -> CallMode:
         """The worker's thread runs on the caller's core, if it may, and both ends sleep."""
         return self._near.get(cpu, self.anywhere)
 
-    def apart(self, cpu: int) -> Way:
+    def apart(self, cpu: int) -> CallMode:
         """Both ends poll.  The worker's thread keeps off the caller's core, which is busy meanwhile."""
         return self._apart.get(cpu, self.polling_anywhere)
 
 
-class Choice(Protocol):
+class ModeChoice(Protocol):
     """Chooses the way to make each call of a lane."""
 
-    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> Way:
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
         """Return the way to make a call.  Times are in nanoseconds.
 
         Args:
@@ -72,17 +72,17 @@ class SeparateAffinity:
     """Both ends always poll (``latency="low"``).  Calls that take longer than a caller polls are left to the
     scheduler."""
 
-    def __init__(self, ways: Ways) -> None:
+    def __init__(self, ways: CallModes) -> None:
         self._ways = ways
 
-    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> Way:
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
         return self._ways.polling_anywhere if took > LONGEST_SPIN * 1e9 else self._ways.apart(cpu)
 
 
 class MeasuredAffinity:
     """Both ends sleep (``latency="normal"``).  Tries the caller's core and all cores; keeps the faster."""
 
-    def __init__(self, ways: Ways) -> None:
+    def __init__(self, ways: CallModes) -> None:
         self._ways = ways
         self._near = False
         self._seen: dict[bool, float] = {}
@@ -97,7 +97,7 @@ class MeasuredAffinity:
         """Median duration, in nanoseconds, of the last calls in the faster way; None: not known."""
         return min(self._seen.values()) if len(self._seen) == 2 else None
 
-    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> Way:
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
         self._times.append(took)
         if len(self._times) == BLOCK:
             self._judge(statistics.median(self._times))

@@ -23,7 +23,7 @@ from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import CallPlan, EncodedCall
 from onnx_dl.transport import zeromq
 from onnx_dl.transport.adaptive_polling import AdaptivePolling, LastUse
-from onnx_dl.transport.affinity import Choice, MeasuredAffinity, SeparateAffinity, Way, Ways
+from onnx_dl.transport.affinity import CallMode, CallModes, MeasuredAffinity, ModeChoice, SeparateAffinity
 from onnx_dl.transport.call_channel import CallerBellChannel, CallerChannel, Lane, ZmqChannel
 from onnx_dl.transport.doorbell import CallerBell
 from onnx_dl.transport.lane_socket import LaneSocket
@@ -82,7 +82,7 @@ class ClientLane(Lane[CallerChannel]):
             self.close()
             raise
         self._bell = calls.bell if isinstance(calls, CallerBellChannel) else None
-        self._way = Way(frozenset(), False)
+        self._way = CallMode(frozenset(), False)
         self._choice = None if self._bell is None else self._new_choice()
         self.codec = CallCodec(self.arena, self.mappings)
         self._requests = 0
@@ -161,7 +161,7 @@ class ClientLane(Lane[CallerChannel]):
             return lane.Draining()
         return reply
 
-    def _new_choice(self) -> Choice | None:
+    def _new_choice(self) -> ModeChoice | None:
         """Return None where the system does not let us look, or there is only one core."""
         try:
             cores = frozenset(os.sched_getaffinity(self._thread))
@@ -169,7 +169,7 @@ class ClientLane(Lane[CallerChannel]):
             return None
         if len(cores) == 1:
             return None
-        ways = Ways(cores)
+        ways = CallModes(cores)
         self._way = ways.anywhere
         may_poll = linux_only.usable_processors() > 1 and not waits.are_cooperative()
         if self.latency == "low" and may_poll:
@@ -178,7 +178,7 @@ class ClientLane(Lane[CallerChannel]):
             return AdaptivePolling(ways, free_cores.have_one)
         return MeasuredAffinity(ways)
 
-    def _go(self, way: Way) -> None:
+    def _go(self, way: CallMode) -> None:
         """Move the worker's thread, and have both ends poll or sleep."""
         if way.cores != self._way.cores:
             with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile

@@ -8,6 +8,7 @@ meaning.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import select
@@ -57,14 +58,12 @@ class SpinBudget:
         self._usual += (min(waited, 2 * LONGEST_SPIN) - self._usual) * _WEIGHT
 
 
-class _Waiter:
+class _Waiter(abc.ABC):
     """Waits for numbers on one descriptor.  While ``polls``, it polls for a while before it sleeps."""
 
-    def __init__(self, fd: int, read: Callable[[int], int | None], is_ours: Callable[[], bool]) -> None:
-        """``read``: reads one number, None at the end.  ``is_ours``: whether the number of the descriptor
-        still belongs to it."""
+    def __init__(self, fd: int, is_ours: Callable[[], bool]) -> None:
+        """``is_ours``: whether the number of the descriptor still belongs to it."""
         self._fd = fd
-        self._read = read
         self._is_ours = is_ours
         self._polls = False
         self._spin = SpinBudget()
@@ -86,6 +85,10 @@ class _Waiter:
             os.set_blocking(self._fd, not value and not self._is_cooperative)
             self._polls = value
 
+    @abc.abstractmethod
+    def _read(self) -> int | None:
+        """Read one number; None at the end."""
+
     def wait(self, timeout: float | None = None) -> int | None:
         """Return the number that the other end rang; None if it is gone.  Raises TimeoutError if nothing
         rang for ``timeout`` seconds."""
@@ -96,7 +99,7 @@ class _Waiter:
             if not self._is_ours():
                 return None
         try:
-            return self._read(self._fd)
+            return self._read()
         except BlockingIOError:  # made non-blocking by uvloop, or by us for greenlets
             return self._wait_and_read(timeout)
 
@@ -106,7 +109,7 @@ class _Waiter:
             if not self._is_ours():
                 return None
             with contextlib.suppress(BlockingIOError):  # it was ready for a moment only
-                return self._read(self._fd)
+                return self._read()
 
     def _sleep(self, timeout: float | None) -> None:
         if not waits.polled(self._poll, self._fd, select.POLLIN, timeout):
@@ -121,7 +124,7 @@ class _Waiter:
         try:
             while now < deadline:
                 try:
-                    return self._read(self._fd)
+                    return self._read()
                 except BlockingIOError:
                     now = clock()
                 if now >= next_yield:
@@ -132,9 +135,31 @@ class _Waiter:
             self._spin.note(clock() - started)
 
 
-def _read_pipe(fd: int) -> int | None:
-    data = os.read(fd, 1)
-    return data[0] if data else None
+class _ReplyWaiter(_Waiter):
+    def _read(self) -> int | None:
+        data = os.read(self._fd, 1)
+        return data[0] if data else None
+
+
+class _RequestWaiter(_Waiter):
+    """Polls if the caller says so with the number before."""
+
+    _rests = 0
+
+    def _read(self) -> int | None:
+        number = os.eventfd_read(self._fd)
+        if number < _POLL:
+            self.polls = False
+            return number
+        if number >= _GONE:
+            return None
+        self._rests -= self._rests > 0
+        self.polls = not self._rests
+        return number - _POLL
+
+    def rest(self) -> None:
+        """Sleep for some numbers."""
+        self._rests, self.polls = _REST, False
 
 
 class CallerBell:
@@ -146,7 +171,7 @@ class CallerBell:
         self._pipe, workers_end = os.pipe()
         self._reading, self._workers_end = Descriptor(self._pipe), Descriptor(workers_end)
         self._rings_ours, self._reads_ours = self._ring.holds, self._reading.holds  # looked up at each call
-        self._waiter = _Waiter(self._pipe, _read_pipe, self._reads_ours)
+        self._waiter = _ReplyWaiter(self._pipe, self._reads_ours)
         self.wait = self._waiter.wait
         self._added = 0
 
@@ -191,20 +216,8 @@ class WorkerBell:
 
     def __init__(self, fds: list[int]) -> None:
         self._eventfd, self._pipe = fds
-        self._waiter = _Waiter(self._eventfd, self._read, lambda: True)
+        self._waiter = _RequestWaiter(self._eventfd, lambda: True)
         self.wait = self._waiter.wait
-        self._rests = 0
-
-    def _read(self, fd: int) -> int | None:
-        number = os.eventfd_read(fd)
-        if number < _POLL:
-            self._waiter.polls = False
-            return number
-        if number >= _GONE:
-            return None
-        self._rests -= self._rests > 0
-        self._waiter.polls = not self._rests
-        return number - _POLL
 
     @property
     def polls(self) -> bool:
@@ -213,7 +226,7 @@ class WorkerBell:
 
     def rest(self) -> None:
         """Sleep for some numbers also if the caller polls: other lanes of this process are busy, too."""
-        self._rests, self._waiter.polls = _REST, False
+        self._waiter.rest()
 
     def ring(self, number: int) -> bool:
         """Wake the caller with a number from 0 to 255.  Always true: the next wait shows if it is gone."""
