@@ -20,6 +20,7 @@ import psutil
 from onnx import helper, numpy_helper
 
 from benchmarks.calls import LOW, NORMAL, OURS, proxy_of
+from benchmarks.floor import Floor
 from benchmarks.models import make_model, voice_activity
 from benchmarks.others import make_session
 from benchmarks.report import Row
@@ -35,6 +36,40 @@ _WORDS: Final = 6
 
 Run = Callable[[dict[str, Any]], list[Any]]
 Make = Callable[[bytes], Run]
+
+
+class _Floors:
+    """Bare pipes to a child for each model, all on one core: what any worker costs that sleeps."""
+
+    name = "floor: bare pipes, one core"
+
+    def __init__(self) -> None:
+        self._floors: list[Floor] = []
+
+    def make(self, model: bytes) -> Run:
+        """A child is started at the first call, which shows the shapes."""
+        found: list[Floor] = []
+
+        def run(feed: dict[str, Any]) -> list[Any]:
+            if not found:
+                results = make_session(model, 1).run(None, feed)
+                found.append(Floor(model, 1, feed, results, "pipe", one_core=True))
+                self._floors += found
+            return found[0].run(feed)
+
+        return run
+
+    def begin(self) -> None:
+        for floor in self._floors:
+            floor.begin()
+
+    def end(self) -> None:
+        for floor in self._floors[:1]:
+            floor.end()
+
+    def close(self) -> None:
+        for floor in self._floors:
+            floor.close()
 
 
 def measure(rounds: int) -> list[Row]:
@@ -65,9 +100,13 @@ def _made_by(host: ModelHost, latency: str, stack: contextlib.ExitStack) -> Make
 def _compared(
     work: str, makers: dict[str, Make], stream: Callable[[Make], Callable[[], Any]], count: int, rounds: int
 ) -> list[Row]:
-    found = Times([Way(name, stream(make)) for name, make in makers.items()], count, rounds)
+    with contextlib.closing(_Floors()) as floors:
+        pipes = Way(floors.name, stream(floors.make), floors.begin, floors.end)
+        pipes.call()
+        found = Times([pipes, *(Way(name, stream(make)) for name, make in makers.items())], count, rounds)
     ratios = (
-        figure(work, f"{name}, p50 ratio", found.ratios(name), "x", p99=found.p99(name)) for name in KINDS
+        figure(work, f"{name}, p50 ratio", found.ratios(name), "x", p99=found.p99(name))
+        for name in (floors.name, *KINDS)
     )
     return [figure(work, BASE, found.by_round(BASE), "µs", p99=found.p99(BASE)), *ratios]
 
