@@ -27,6 +27,7 @@ from benchmarks import (
     reclaim,
     report,
     spinning,
+    streams,
     values,
 )
 from benchmarks.models import cases, voice_activity, voice_shaped
@@ -54,6 +55,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
         **{key: lambda rounds, case=case: calls.measure(case, rounds) for key, case in CASES.items()},
         "vad": _stream,
         "shaped": lambda rounds: calls.measure(voice_shaped(), rounds),
+        "streams": streams.measure,
         "values": values.measure,
         "crowd": lambda rounds: [
             *crowd.measure(CASES["tiny"], 2000, rounds),

@@ -45,6 +45,7 @@ _KINDS: Final = (
     ("tiny", "normal", False),
     ("tiny", "low", False),
     ("vad", "normal", False),
+    ("vad", "auto", False),
     ("vad", "low", False),
     ("shaped", "normal", False),
     ("shaped", "low", False),

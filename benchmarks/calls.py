@@ -26,7 +26,8 @@ from onnx_dl import InferenceSessionProxy, ModelHost
 
 PROVIDERS: Final = ["CPUExecutionProvider"]
 COPY: Final = "one copy of the input"
-OURS, LOW, ARENA, CHAINED = "onnx-dl", "onnx-dl, latency low", "onnx-dl, input in arena", "onnx-dl, chained"
+OURS, NORMAL, LOW = "onnx-dl", "onnx-dl, latency normal", "onnx-dl, latency low"
+ARENA, CHAINED = "onnx-dl, input in arena", "onnx-dl, chained"
 NO_COPY: Final = ", no copy"
 SMALL: Final = 64 << 10
 """Bytes of input below which the wake-ups are what counts, and above which a copy does."""
@@ -45,7 +46,7 @@ def options(threads: int) -> Any:
 
 
 def proxy_of(
-    model: bytes | str, host: ModelHost, *, threads: int = 2, latency: str = "normal", ttl: float = -1
+    model: bytes | str, host: ModelHost, *, threads: int = 2, latency: str = "auto", ttl: float = -1
 ) -> InferenceSessionProxy:
     return InferenceSessionProxy(
         model, options(threads), providers=PROVIDERS, host=host, latency=latency, ttl=ttl
@@ -121,7 +122,7 @@ def _floors(case: Case, stack: contextlib.ExitStack) -> Iterator[Way]:
 
 
 def _ours(case: Case, host: ModelHost, stack: contextlib.ExitStack) -> Iterator[Way]:
-    for name, latency in ((OURS, "normal"), (LOW, "low")):
+    for name, latency in ((OURS, "auto"), (NORMAL, "normal"), (LOW, "low")):
         yield Way(name, _caller(case, _running(_proxy(case.model, case, host, stack, latency))))
 
 
@@ -130,7 +131,7 @@ def _running(proxy: InferenceSessionProxy) -> Run:
 
 
 def _proxy(
-    model: bytes, case: Case, host: ModelHost, stack: contextlib.ExitStack, latency: str = "normal"
+    model: bytes, case: Case, host: ModelHost, stack: contextlib.ExitStack, latency: str = "auto"
 ) -> InferenceSessionProxy:
     return stack.enter_context(proxy_of(model, host, threads=case.threads, latency=latency))
 

@@ -69,7 +69,7 @@ def nonzero(tmp_path: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("latency", ["normal", "low"])
+@pytest.mark.parametrize("latency", ["auto", "normal", "low"])
 @pytest.mark.parametrize("size", [(1, 16), (200, 300)])
 def test_a_repeated_call_sees_new_bytes_each_time(
     host: ModelHost, both: str, latency: str, size: tuple[int, int]
@@ -171,7 +171,7 @@ def classifier(tmp_path: Path) -> str:
     return str(tmp_path / "classifier.onnx")
 
 
-@pytest.mark.parametrize("latency", ["normal", "low"])
+@pytest.mark.parametrize("latency", ["auto", "normal", "low"])
 def test_text_and_maps_are_new_each_time(host: ModelHost, classifier: str, latency: str):
     """As many rows and as long texts as chance has it, numbers of every kind; results stay the caller's."""
     proxy = InferenceSessionProxy(classifier, providers=CPU, host=host, latency=latency)
@@ -231,8 +231,8 @@ def test_a_worker_that_died_between_calls_is_replaced(host: ModelHost, both: str
     assert worker_pid(host) != pid
 
 
-def test_latency_is_one_of_two(both: str):
-    with pytest.raises(ConfigError, match='neither "normal" nor "low"'):
+def test_latency_is_one_of_three(both: str):
+    with pytest.raises(ConfigError, match='"auto", "normal" and "low"'):
         InferenceSessionProxy(both, latency="fast")
 
 

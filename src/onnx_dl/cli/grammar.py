@@ -98,9 +98,10 @@ def _add_run(commands: _Commands) -> None:
     _add_memory_limit(run)
     run.add_argument(
         "--latency",
-        default="normal",
+        default="auto",
         metavar="MODE",
-        help="normal or low; low makes small calls faster and uses more CPU time (default: normal)",
+        help="auto, normal or low: whether calls wait by polling, which makes small calls faster and uses "
+        "more CPU time (default: auto, where it pays and a core is free)",
     )
     run.add_argument("--lazy", action="store_true", help="load a model at its first call, not earlier")
     run.add_argument(

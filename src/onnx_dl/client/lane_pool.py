@@ -97,7 +97,7 @@ class LanePool:
 
     def open_holding(self, deadline: Deadline | None) -> ClientLane | None:
         """Opens a lane that holds the worker; None if that drains or is gone."""
-        while (lane := self.open("normal", deadline)) is None:
+        while (lane := self.open("auto", deadline)) is None:
             if self.is_gone:
                 return None
         try:

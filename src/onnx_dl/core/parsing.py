@@ -57,13 +57,13 @@ def parse_timeout(value: object) -> float | None:
     return None if seconds is None or seconds > 1e6 else seconds
 
 
-LATENCIES: Final = ("normal", "low")
+LATENCIES: Final = ("auto", "normal", "low")
 
 
 def parse_latency(value: object) -> str:
-    """``"normal"`` or ``"low"``."""
+    """``"auto"``, ``"normal"`` or ``"low"``."""
     if value not in LATENCIES:
-        raise ConfigError(f'latency={value!r} is neither "normal" nor "low".')
+        raise ConfigError(f'latency={value!r} is none of "auto", "normal" and "low".')
     return str(value)
 
 

@@ -25,16 +25,16 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     ttl: Ttl = parsing.KEEP
-    latency: str = "normal"
+    latency: str = "auto"
     pin: bool = False
     priority: int = 0
 
     @classmethod
     def parse(
-        cls, ttl: object = parsing.KEEP, latency: object = "normal", pin: object = False, priority: object = 0
+        cls, ttl: object = parsing.KEEP, latency: object = "auto", pin: object = False, priority: object = 0
     ) -> Self:
         """Makes terms of a user's arguments.  Raises ConfigError: ``ttl`` is none of the three modes,
-        ``latency`` or ``pin`` neither of its two, or ``priority`` no whole number."""
+        ``latency`` none of its three or ``pin`` neither of its two, or ``priority`` no whole number."""
         return cls(
             parsing.parse_ttl(ttl),
             parsing.parse_latency(latency),

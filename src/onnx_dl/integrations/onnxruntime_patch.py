@@ -101,7 +101,7 @@ class Patch:
 def patch(
     *,
     ttl: float | str = -1,
-    latency: str = "normal",
+    latency: str = "auto",
     eager: bool = True,
     environment: Mapping[str, str | None] | None = None,
     models: Mapping[str, Mapping[str, object]] | None = None,

@@ -66,14 +66,12 @@ class LaneHello(Message):
     """First message on a lane.
 
     ``reply_to``: ZeroMQ address at which the client receives replies; None: calls go over this socket.
-    ``poll``: both ends poll for messages for a moment before they sleep.  ``model``: key of the model, if the
-    worker has several.
+    ``model``: key of the model, if the worker has several.
     """
 
     version: int
     secret: str
     reply_to: str | None = None
-    poll: bool = False
     model: str = ""
 
 

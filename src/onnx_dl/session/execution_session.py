@@ -36,7 +36,7 @@ class ExecutionSession(ModelProxy):
         use_default_entry_point: for callers of onnx-mlir's own class; makes no difference here.
         ttl: seconds without use after which the worker ends; see :class:`~onnx_dl.InferenceSessionProxy`.
         host: the :class:`~onnx_dl.host.model_host.ModelHost` to use instead of the application's own.
-        latency: ``"low"`` or ``"normal"``; see :class:`~onnx_dl.InferenceSessionProxy`.
+        latency: ``"auto"``, ``"normal"`` or ``"low"``; see :class:`~onnx_dl.InferenceSessionProxy`.
         pin: the model is not evicted to make room for others.
         priority: models of lower priority are evicted first.
         max_memory: bytes after a run above which the worker is replaced; see
@@ -66,7 +66,7 @@ class ExecutionSession(ModelProxy):
         *,
         ttl: float | str = -1,
         host: HostClient | None = None,
-        latency: str = "normal",
+        latency: str = "auto",
         pin: bool = False,
         priority: int = 0,
         max_memory: int | str | None = None,

@@ -51,9 +51,10 @@ class InferenceSessionProxy(OrtValueProxy):
             for ``provider_options``.
         provider_options: one dict per provider.
         host: the :class:`~onnx_dl.host.model_host.ModelHost` to use instead of the application's own.
-        latency: ``"low"``: while calls follow each other within a fraction of a millisecond, both ends poll
-            for at most 0.3 ms before they sleep: two wake-ups fewer per call, two busy cores meanwhile.  For
-            small inputs and results; with megabytes it can be slower.  ``"normal"``: no polling.
+        latency: how the two ends of a call wait for each other.  ``"auto"``: they poll for at most 0.3 ms
+            before they sleep, but only while small calls follow each other at once on one connection, a core
+            is free, and it makes them faster.  ``"low"``: they always do, which takes two cores; for small
+            inputs and results.  ``"normal"``: they sleep.
         pin: the model is not evicted to make room for others while this proxy holds it.
         priority: idle models of lower priority are evicted first.
         max_memory: bytes, or text such as ``"300MB"``: a worker with more private memory after a call is
@@ -99,7 +100,7 @@ class InferenceSessionProxy(OrtValueProxy):
         *,
         path_or_bytes: str | bytes | os.PathLike[str] = _MISSING,  # type: ignore[assignment]
         host: HostClient | None = None,
-        latency: str = "normal",
+        latency: str = "auto",
         pin: bool = False,
         priority: int = 0,
         max_memory: int | str | None = None,

@@ -1,6 +1,6 @@
-"""Choice of the cores on which the worker's thread of a lane may run: on any, or on its caller's core.
+"""Choice of the cores on which the worker's thread of a lane may run: on any, on its caller's, or on others.
 
-A caller sleeps while its worker runs, so both can share a core.  A wake-up within a core costs 4 µs, one
+A caller that sleeps while its worker runs can share a core with it.  A wake-up within a core costs 4 µs, one
 across cores 20 to 40 µs (docs/performance.md).  But a thread that is bound to one core waits while another
 thread is busy there.  So both ways are tried, and the faster one for the caller is kept.  Only the worker's
 thread is moved, never the application's.  Pure: :mod:`onnx_dl.transport.client_lane` moves the thread.
@@ -9,7 +9,7 @@ thread is moved, never the application's.  Pure: :mod:`onnx_dl.transport.client_
 from __future__ import annotations
 
 import statistics
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 from onnx_dl.transport.doorbell import LONGEST_SPIN
 
@@ -20,50 +20,91 @@ RETRY: Final = 128
 
 _LONGEST: Final = 2e6
 """Nanoseconds of a call beside which a wake-up does not matter."""
+_WEIGHT: Final = 1 / 8
+"""Weight of a block in the mean."""
 _GAIN: Final = 0.9
 """Factor by which the other way must be faster."""
 
 
-class SeparateAffinity:
-    """Keeps the worker off the core of a caller that polls, which keeps that core busy while it waits.  Calls
-    that take longer than a caller polls are left to the scheduler.  ``allowed``: the cores that the worker
-    may run on, more than one."""
+class CallMode(NamedTuple):
+    """A way to make calls: the cores of the worker's thread, and whether both ends poll for each other."""
+
+    cores: frozenset[int]
+    polls: bool
+
+
+class CallModes:
+    """The ways to make calls to a thread that may run on ``allowed``, more than one core.  Equal ways are the
+    same object."""
 
     def __init__(self, allowed: frozenset[int]) -> None:
-        self._allowed = self._now = allowed
+        self.anywhere = CallMode(allowed, False)
+        """The worker's thread runs where the scheduler likes, and both ends sleep."""
+        self._near = {cpu: CallMode(frozenset((cpu,)), False) for cpu in allowed}
+        self._apart = {cpu: CallMode(allowed - {cpu}, True) for cpu in allowed}
+        self.polling_anywhere = CallMode(allowed, True)
 
-    def note(self, cpu: int, took: int) -> frozenset[int] | None:
-        """See :meth:`MeasuredAffinity.note`."""
-        wanted = self._allowed if took > LONGEST_SPIN * 1e9 else self._allowed - {cpu}
-        if wanted == self._now:
-            return None
-        self._now = wanted
-        return wanted
+    def near(self, cpu: int) -> CallMode:
+        """The worker's thread runs on the caller's core, if it may, and both ends sleep."""
+        return self._near.get(cpu, self.anywhere)
+
+    def apart(self, cpu: int) -> CallMode:
+        """Both ends poll.  The worker's thread keeps off the caller's core, which is busy meanwhile."""
+        return self._apart.get(cpu, self.polling_anywhere)
+
+
+class ModeChoice(Protocol):
+    """Chooses the way to make each call of a lane."""
+
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
+        """Return the way to make a call.  Times are in nanoseconds.
+
+        Args:
+            cpu: the core that the caller is on; -1: not known.
+            took: duration of the lane's last call, from its sending to its reply; 0: there was none.
+            gap: time since that reply.
+            now: the present time.
+            follows: this application has called on no other lane since that reply.
+        """
+
+
+class SeparateAffinity:
+    """Both ends always poll (``latency="low"``).  Calls that take longer than a caller polls are left to the
+    scheduler."""
+
+    def __init__(self, ways: CallModes) -> None:
+        self._ways = ways
+
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
+        return self._ways.polling_anywhere if took > LONGEST_SPIN * 1e9 else self._ways.apart(cpu)
 
 
 class MeasuredAffinity:
-    """Tries the caller's core and all cores, and keeps the faster.  ``allowed``: the worker's cores."""
+    """Both ends sleep (``latency="normal"``).  Tries the caller's core and all cores; keeps the faster."""
 
-    def __init__(self, allowed: frozenset[int]) -> None:
-        self._allowed = self._now = allowed
+    def __init__(self, ways: CallModes) -> None:
+        self._ways = ways
         self._near = False
         self._seen: dict[bool, float] = {}
         """Median duration of the last calls on the caller's core (True) and on all cores."""
+        self.mean = 0.0
+        """Mean duration of the last calls, in nanoseconds: also of those that were held up."""
         self._times: list[int] = []
         self._blocks = 0
 
-    def note(self, cpu: int, took: int) -> frozenset[int] | None:
-        """Record a call from core ``cpu`` whose predecessor took this many nanoseconds.  Return the cores to
-        run on from now on; None: no change."""
+    @property
+    def usual(self) -> float | None:
+        """Median duration, in nanoseconds, of the last calls in the faster way; None: not known."""
+        return min(self._seen.values()) if len(self._seen) == 2 else None
+
+    def next(self, cpu: int, took: int, gap: int, now: int, follows: bool) -> CallMode:
         self._times.append(took)
         if len(self._times) == BLOCK:
             self._judge(statistics.median(self._times))
+            mean = statistics.fmean(self._times)
+            self.mean += (mean - self.mean) * (_WEIGHT if self.mean else 1.0)
             self._times.clear()
-        wanted = frozenset((cpu,)) if self._near and cpu in self._allowed else self._allowed
-        if wanted == self._now:
-            return None
-        self._now = wanted
-        return wanted
+        return self._ways.near(cpu) if self._near else self._ways.anywhere
 
     def _judge(self, usual: float) -> None:
         self._seen[self._near] = usual
@@ -75,6 +116,3 @@ class MeasuredAffinity:
             self._near, self._blocks = not self._near, 0
         elif other < _GAIN * usual:
             self._near = not self._near
-
-
-Affinity = SeparateAffinity | MeasuredAffinity

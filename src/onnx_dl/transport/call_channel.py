@@ -132,12 +132,11 @@ class Lane(Generic[_Channel]):
     """One end, used by one thread at a time.  Calls go over the Unix socket with a bell that wakes the peer,
     or over a ZeroMQ socket beside it."""
 
-    def __init__(self, lane_socket: LaneSocket, calls: _Channel, *, polls: bool) -> None:
+    def __init__(self, lane_socket: LaneSocket, calls: _Channel) -> None:
         self._lane_socket = lane_socket
         self.arena = lane_socket.arena
         self.mappings = lane_socket.mappings
         self._calls: _Channel | ClosedChannel = calls
-        self.polls = polls
         self.over_zmq = calls.over_zmq
 
     def close_calls(self) -> None:

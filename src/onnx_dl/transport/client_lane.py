@@ -18,12 +18,14 @@ from onnx_dl.concurrency import forking, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, control, failures, lane
+from onnx_dl.system import free_cores
 from onnx_dl.tensors.block import Block
 from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import CallPlan, EncodedCall
-from onnx_dl.transport.affinity import Affinity, MeasuredAffinity, SeparateAffinity
+from onnx_dl.transport.adaptive_polling import AdaptivePolling, LastUse
+from onnx_dl.transport.affinity import CallMode, CallModes, MeasuredAffinity, ModeChoice, SeparateAffinity
 from onnx_dl.transport.call_channel import CallerBellChannel, CallerChannel, Lane
-from onnx_dl.transport.doorbell import CallerBell, SpinBudget
+from onnx_dl.transport.doorbell import CallerBell
 from onnx_dl.transport.lane_socket import LaneSocket
 from onnx_dl.transport.sockets import Channel, fresh_address, same_secret
 
@@ -45,6 +47,9 @@ _current_cpu: Final[Callable[[], int]] = linux_only.libc_function(
 )
 
 
+_last_use: Final = LastUse()
+
+
 class ClientLane(Lane[CallerChannel]):
     """The caller's end."""
 
@@ -53,8 +58,9 @@ class ClientLane(Lane[CallerChannel]):
     ) -> None:
         """Open a lane to the worker that was granted.
 
-        ``ctx``: calls go over ZeroMQ; None: over the Unix socket.  ``latency``: "low" polls (see
-        :class:`SpinBudget`), but not in a program with greenlets, which would wait meanwhile.
+        ``ctx``: calls go over ZeroMQ; None: over the Unix socket.  ``latency``: "low" polls, "auto" does so
+        while that pays (:mod:`onnx_dl.transport.adaptive_polling`); but neither in a program with greenlets,
+        which would wait meanwhile.
 
         Raises:
             DeadlinePassed: the worker did not answer in time.
@@ -64,27 +70,27 @@ class ClientLane(Lane[CallerChannel]):
         self.latency = latency
         channel = Channel.connect(granted.address, deadline)
         lane_socket = LaneSocket(channel, lane.lane_reply, keep_descriptors=True)
-        has_cores = len(os.sched_getaffinity(0)) > 1
-        polls = latency == "low" and ctx is None and not waits.are_cooperative() and has_cores
         reply_to = None if ctx is None else fresh_address("lane")
         calls: CallerChannel
         try:
             if ctx is None or reply_to is None:
-                calls = CallerBellChannel(lane_socket, CallerBell(SpinBudget() if polls else None))
+                calls = CallerBellChannel(lane_socket, CallerBell())
             else:
                 over_zmq = forking.importing("onnx_dl.transport.zmq_channel")
                 calls = over_zmq.listening(lane_socket, ctx, reply_to)
         except BaseException:
             channel.close()
             raise
-        super().__init__(lane_socket, calls, polls=polls)
+        super().__init__(lane_socket, calls)
         try:
             self._page = self._greet(calls, reply_to)
             self._thread = self._await_opening(deadline)
         except BaseException:
             self.close()
             raise
-        self._affinity = None if self.over_zmq else self._new_affinity()
+        self._bell = calls.bell if isinstance(calls, CallerBellChannel) else None
+        self._way = CallMode(frozenset(), False)
+        self._choice = None if self._bell is None else self._new_choice()
         self.codec = CallCodec(self.arena, self.mappings)
         self._requests = 0
         self._was_sent = False
@@ -100,7 +106,6 @@ class ClientLane(Lane[CallerChannel]):
             version=codec.PROTOCOL_VERSION,
             secret=self.granted.secret,
             reply_to=reply_to,
-            poll=self.polls,
             model=self.granted.model,
         )
         bell = calls.bell if isinstance(calls, CallerBellChannel) else None
@@ -153,13 +158,14 @@ class ClientLane(Lane[CallerChannel]):
             )
 
     def _begin(self) -> None:
-        """Count a request, and move the worker's thread to the cores where its replies come fastest."""
-        self._sent_at = time.perf_counter_ns()
+        """Count a request, and choose where the worker's thread runs and whether both ends poll."""
+        self._sent_at = now = time.perf_counter_ns()
         self._requests += 1
-        affinity = self._affinity
-        if affinity is not None and (cores := affinity.note(_current_cpu(), self._took)):
-            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
-                os.sched_setaffinity(self._thread, cores)
+        follows = _last_use.is_again(id(self))
+        if self._choice is not None:
+            way = self._choice.next(_current_cpu(), self._took, now - self.last_used, now, follows)
+            if way is not self._way:
+                self._go(way)
         self._page.ask(self._requests)
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -178,7 +184,7 @@ class ClientLane(Lane[CallerChannel]):
             return lane.Draining()
         return reply
 
-    def _new_affinity(self) -> Affinity | None:
+    def _new_choice(self) -> ModeChoice | None:
         """Return None where the system does not let us look, or there is only one core."""
         try:
             cores = frozenset(os.sched_getaffinity(self._thread))
@@ -186,7 +192,23 @@ class ClientLane(Lane[CallerChannel]):
             return None
         if len(cores) == 1:
             return None
-        return SeparateAffinity(cores) if self.polls else MeasuredAffinity(cores)
+        ways = CallModes(cores)
+        self._way = ways.anywhere
+        may_poll = linux_only.usable_processors() > 1 and not waits.are_cooperative()
+        if self.latency == "low" and may_poll:
+            return SeparateAffinity(ways)
+        if self.latency == "auto" and may_poll:
+            return AdaptivePolling(ways, free_cores.have_one)
+        return MeasuredAffinity(ways)
+
+    def _go(self, way: CallMode) -> None:
+        """Move the worker's thread, and have both ends poll or sleep."""
+        if way.cores != self._way.cores:
+            with contextlib.suppress(OSError):  # it is gone, or a core was taken away meanwhile
+                os.sched_setaffinity(self._thread, way.cores)
+        if self._bell is not None:
+            self._bell.polls = way.polls
+        self._way = way
 
     def end_of_this(self) -> lane.Terminate:
         """Return the request, for another lane, that ends the present call of this one."""
@@ -195,8 +217,7 @@ class ClientLane(Lane[CallerChannel]):
     @property
     def reply_fd(self) -> int | None:
         """Readable when a reply is there; None if calls go over ZeroMQ."""
-        calls = self._calls
-        return calls.bell.fileno() if isinstance(calls, CallerBellChannel) else None
+        return None if self._bell is None else self._bell.fileno()
 
     def note_size(self) -> bool:
         """Set and return :attr:`was_large`."""

@@ -8,6 +8,7 @@ meaning.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import select
@@ -18,8 +19,12 @@ from typing import Final
 from onnx_dl.concurrency import primitives, waits
 from onnx_dl.system.owned_descriptors import Descriptor, are_held
 
+_POLL: Final = 1 << 31
+"""Added to a caller's number: the worker is to poll for the next one.  Greater than any other number."""
 _GONE: Final = 1 << 32
 """Greater than any number that a caller rings."""
+_REST: Final = 16
+"""Numbers for which a worker sleeps that another lane has disturbed."""
 
 _BYTES: Final = [bytes([number]) for number in range(256)]
 
@@ -29,12 +34,14 @@ LONGEST_SPIN: Final = 300e-6
 _WORTH: Final = 0.8 * LONGEST_SPIN
 """Usual wait from which on polling stops.  Far above the waits of one that polls: the waits of a sleeper are
 longer by two wake-ups, and must not keep it asleep."""
+_YIELD_EVERY: Final = 20e-6
+"""Seconds after which one that polls lets other threads have its core."""
 _MARGIN: Final = 20e-6
 _WEIGHT: Final = 1 / 8
 
 
 class SpinBudget:
-    """Time for which a caller with ``latency="low"`` polls before it sleeps: twice the usual wait, at most
+    """Time for which one that polls does so before it sleeps: twice the usual wait, at most
     :data:`LONGEST_SPIN`, and none if messages take so long that sleeping is as good.  Pure."""
 
     def __init__(self) -> None:
@@ -51,38 +58,48 @@ class SpinBudget:
         self._usual += (min(waited, 2 * LONGEST_SPIN) - self._usual) * _WEIGHT
 
 
-class _Waiter:
-    """Waits for numbers on one descriptor.  With ``spin`` it polls for a while before it sleeps."""
+class _Waiter(abc.ABC):
+    """Waits for numbers on one descriptor.  While ``polls``, it polls for a while before it sleeps."""
 
-    def __init__(
-        self,
-        fd: int,
-        read: Callable[[int], int | None],
-        is_ours: Callable[[], bool],
-        spin: SpinBudget | None,
-    ) -> None:
-        """``read``: reads one number, None at the end.  ``is_ours``: whether the number of the descriptor
-        still belongs to it."""
+    def __init__(self, fd: int, is_ours: Callable[[], bool]) -> None:
+        """``is_ours``: whether the number of the descriptor still belongs to it."""
         self._fd = fd
-        self._read = read
         self._is_ours = is_ours
-        self._spin = spin
+        self._polls = False
+        self._spin = SpinBudget()
         self._poll = primitives.poll()
         self._poll.register(fd, select.POLLIN)
-        if spin is not None or waits.are_cooperative():
+        self._is_cooperative = waits.are_cooperative()
+        if self._is_cooperative:
             os.set_blocking(fd, False)
+
+    @property
+    def polls(self) -> bool:
+        """True if the next wait begins with polling."""
+        return self._polls
+
+    @polls.setter
+    def polls(self, value: bool) -> None:
+        if value != self._polls and self._is_ours():
+            # One that sleeps spares a system call if its read may block.
+            os.set_blocking(self._fd, not value and not self._is_cooperative)
+            self._polls = value
+
+    @abc.abstractmethod
+    def _read(self) -> int | None:
+        """Read one number; None at the end."""
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Return the number that the other end rang; None if it is gone.  Raises TimeoutError if nothing
         rang for ``timeout`` seconds."""
-        if self._spin is not None:
-            return self._spin_and_wait(self._spin, timeout)
+        if self._polls:
+            return self._spin_and_wait(timeout)
         if timeout is not None:
             self._sleep(timeout)
             if not self._is_ours():
                 return None
         try:
-            return self._read(self._fd)
+            return self._read()
         except BlockingIOError:  # made non-blocking by uvloop, or by us for greenlets
             return self._wait_and_read(timeout)
 
@@ -92,45 +109,80 @@ class _Waiter:
             if not self._is_ours():
                 return None
             with contextlib.suppress(BlockingIOError):  # it was ready for a moment only
-                return self._read(self._fd)
+                return self._read()
 
     def _sleep(self, timeout: float | None) -> None:
         if not waits.polled(self._poll, self._fd, select.POLLIN, timeout):
             raise TimeoutError("the bell did not ring in time")
 
-    def _spin_and_wait(self, spin: SpinBudget, timeout: float | None) -> int | None:
-        started = time.perf_counter()
-        deadline = started + spin.seconds
+    def _spin_and_wait(self, timeout: float | None) -> int | None:
+        """Poll, and give the core away from time to time: a thread that has work, such as onnxruntime's,
+        would otherwise wait until the scheduler takes the core from us."""
+        clock = time.perf_counter
+        started = now = clock()
+        deadline, next_yield = started + self._spin.seconds, started + _YIELD_EVERY
         try:
-            while time.perf_counter() < deadline:
+            while now < deadline:
                 try:
-                    return self._read(self._fd)
+                    return self._read()
                 except BlockingIOError:
-                    continue
+                    now = clock()
+                if now >= next_yield:
+                    os.sched_yield()
+                    next_yield = now + _YIELD_EVERY
             return self._wait_and_read(timeout)
         finally:
-            spin.note(time.perf_counter() - started)
+            self._spin.note(clock() - started)
 
 
-def _read_pipe(fd: int) -> int | None:
-    data = os.read(fd, 1)
-    return data[0] if data else None
+class _ReplyWaiter(_Waiter):
+    def _read(self) -> int | None:
+        data = os.read(self._fd, 1)
+        return data[0] if data else None
 
 
-def _read_eventfd(fd: int) -> int | None:
-    number = os.eventfd_read(fd)
-    return number if number < _GONE else None
+class _RequestWaiter(_Waiter):
+    """Polls if the caller says so with the number before."""
+
+    _rests = 0
+
+    def _read(self) -> int | None:
+        number = os.eventfd_read(self._fd)
+        if number < _POLL:
+            self.polls = False
+            return number
+        if number >= _GONE:
+            return None
+        self._rests -= self._rests > 0
+        self.polls = not self._rests
+        return number - _POLL
+
+    def rest(self) -> None:
+        """Sleep for some numbers."""
+        self._rests, self.polls = _REST, False
 
 
 class CallerBell:
     """The caller's end."""
 
-    def __init__(self, spin: SpinBudget | None) -> None:
+    def __init__(self) -> None:
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
         self._ring = Descriptor(self._eventfd)
         self._pipe, workers_end = os.pipe()
         self._reading, self._workers_end = Descriptor(self._pipe), Descriptor(workers_end)
-        self.wait = _Waiter(self._pipe, _read_pipe, self._reading.holds, spin).wait
+        self._waiter = _ReplyWaiter(self._pipe, self._reading.holds)
+        self.wait = self._waiter.wait
+        self._added = 0
+
+    @property
+    def polls(self) -> bool:
+        """True if both ends poll for each other, from the next number on."""
+        return self._waiter.polls
+
+    @polls.setter
+    def polls(self, value: bool) -> None:
+        self._waiter.polls = value
+        self._added = _POLL if value else 0
 
     def descriptors(self) -> tuple[int, int]:
         """Return the descriptors of the worker's end, to be sent to it."""
@@ -145,7 +197,7 @@ class CallerBell:
         descriptors' numbers may be those of its own files."""
         if not are_held(self._ring, self._reading):
             return False
-        os.eventfd_write(self._eventfd, number)
+        os.eventfd_write(self._eventfd, number + self._added)
         return True
 
     def fileno(self) -> int:
@@ -161,9 +213,19 @@ class CallerBell:
 class WorkerBell:
     """The worker's end, made of the descriptors that the caller has sent."""
 
-    def __init__(self, fds: list[int], spin: SpinBudget | None) -> None:
+    def __init__(self, fds: list[int]) -> None:
         self._eventfd, self._pipe = fds
-        self.wait = _Waiter(self._eventfd, _read_eventfd, lambda: True, spin).wait
+        self._waiter = _RequestWaiter(self._eventfd, lambda: True)
+        self.wait = self._waiter.wait
+
+    @property
+    def polls(self) -> bool:
+        """True if the next wait begins with polling."""
+        return self._waiter.polls
+
+    def rest(self) -> None:
+        """Sleep for some numbers also if the caller polls: other lanes of this process are busy, too."""
+        self._waiter.rest()
 
     def ring(self, number: int) -> bool:
         """Wake the caller with a number from 0 to 255.  Always true: the next wait shows if it is gone."""

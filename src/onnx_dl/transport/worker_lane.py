@@ -7,7 +7,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,15 @@ from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import MOST_MAPPED
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets, zeromq
+from onnx_dl.transport.adaptive_polling import LastUse
 from onnx_dl.transport.call_channel import REPLAY, Lane, WorkerBellChannel, WorkerChannel
-from onnx_dl.transport.doorbell import SpinBudget, WorkerBell
+from onnx_dl.transport.doorbell import WorkerBell
 from onnx_dl.transport.lane_socket import LaneSocket
 from onnx_dl.transport.sockets import Channel, same_secret
 from onnx_dl.transport.zeromq import Context
 from onnx_dl.transport.zmq_channel import ZmqChannel
+
+_last_use: Final = LastUse()
 
 
 def _checked(hello: object, secret: str, fds: list[int]) -> lane.LaneHello:
@@ -70,11 +73,11 @@ class WorkerLane(Lane[WorkerChannel]):
             raise
         calls: WorkerChannel
         if hello.reply_to is None:
-            self._bell = WorkerBell(fds, SpinBudget() if hello.poll else None)
+            self._bell = WorkerBell(fds)
             calls = WorkerBellChannel(lane_socket, self._bell)
         else:
             calls = ZmqChannel(lane_socket, zeromq.pair(ctx, hello.reply_to), is_caller=False)
-        super().__init__(lane_socket, calls, polls=hello.poll)
+        super().__init__(lane_socket, calls)
         self.channel = channel
         """The Unix socket to the caller."""
         self._page = page
@@ -110,6 +113,8 @@ class WorkerLane(Lane[WorkerChannel]):
         request = self._calls.next()
         if request is not None:
             self._page.begin()
+            if not (_last_use.is_again(self.thread) or self.over_zmq):
+                self._bell.rest()
         return request - REPLAY if type(request) is int else request
 
     def unpack(self, value: lane.Value) -> Any:

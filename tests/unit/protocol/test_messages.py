@@ -97,7 +97,7 @@ EXAMPLES = [
     template.Assign(worker_id=1, blobs=["b"], thread_attributes=ThreadAttributes(nice=3)),
     template.SpawnFailed(worker_id=1, reason="r"),
     template.TemplateReady(forkable=True),
-    lane.LaneHello(version=1, secret="s", reply_to="r", poll=True),
+    lane.LaneHello(version=1, secret="s", reply_to="r"),
     lane.LaneOpen(secret="s", thread=7),
     lane.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
     lane.Call(

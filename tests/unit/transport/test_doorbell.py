@@ -7,14 +7,15 @@ import threading
 
 import pytest
 
-from onnx_dl.transport.doorbell import CallerBell, SpinBudget, WorkerBell
+from onnx_dl.transport.doorbell import CallerBell, WorkerBell
 from tests.support.waiting import DEADLINE
 
 
 @pytest.fixture(params=[False, True], ids=["sleeps", "polls"])
 def bells(request: pytest.FixtureRequest):
-    caller = CallerBell(SpinBudget() if request.param else None)
-    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], SpinBudget() if request.param else None)
+    caller = CallerBell()
+    caller.polls = request.param
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()])
     caller.handed_over()
     yield caller, worker
     caller.close()
@@ -29,6 +30,23 @@ def test_numbers_arrive(bells):
     for number in (0, 1, 255):
         worker.ring(number)
         assert caller.wait() == number
+
+
+def test_the_worker_polls_as_its_caller_does_unless_other_lanes_are_busy(bells):
+    caller, worker = bells
+    polls: list[bool] = []
+    for wanted, disturbed in ((True, False), (False, False), (True, True), (True, False)):
+        caller.polls = wanted
+        caller.ring(2)
+        assert worker.wait() == 2
+        if disturbed:
+            worker.rest()
+        polls.append(worker.polls)
+    assert polls == [True, False, False, False], "it rests for some numbers"
+    for _ in range(16):
+        caller.ring(2)
+        worker.wait()
+    assert worker.polls
 
 
 def test_a_sleeper_is_woken(bells):
@@ -76,8 +94,8 @@ def test_a_caller_that_was_hung_up_on(bells):
 
 
 def test_a_worker_that_is_gone():
-    caller = CallerBell(None)
-    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], None)
+    caller = CallerBell()
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()])
     caller.handed_over()
     worker.ring(1)
     worker.close()
@@ -88,8 +106,8 @@ def test_a_worker_that_is_gone():
 
 
 def test_a_caller_that_is_gone_is_no_error_for_the_worker():
-    caller = CallerBell(None)
-    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()], None)
+    caller = CallerBell()
+    worker = WorkerBell([os.dup(fd) for fd in caller.descriptors()])
     caller.handed_over()
     caller.close()
     worker.ring(1)
