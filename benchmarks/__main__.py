@@ -23,6 +23,7 @@ from benchmarks import (
     caps,
     cold,
     crowd,
+    crowd_of_models,
     memory,
     reclaim,
     report,
@@ -61,6 +62,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
             *crowd.measure(CASES["tiny"], 2000, rounds),
             *crowd.measure(CASES["conv"], 6, rounds),
         ],
+        "crowd_of_models": lambda rounds: crowd_of_models.measure(rounds // 2 or 1, 1 if quick else 4),
         "cold": lambda rounds: cold.small(CASES["tiny"], rounds),
         "large": lambda rounds: cold.large(rounds // 2),
         "memory": lambda rounds: [

@@ -53,7 +53,7 @@ def _corner() -> bytes:
     return make_model([node], {"x": [1, 3, 640, 640]}, {"y": [1, 3, 480, 480]}, bounds)
 
 
-def _convolutions(layers: int = 9, channels: int = 32) -> bytes:
+def convolutions(layers: int = 9, channels: int = 32) -> bytes:
     """An image to a vector: 1x3x224x224 (0.6 MB), a strided convolution, more of them, a global average."""
     rng = np.random.default_rng(0)
     nodes, weights = [], []
@@ -84,7 +84,7 @@ def cases() -> dict[str, Case]:
         Case("tiny", "tiny Add, 1x16", _add([1, 16]), data(1, 16), 400, 1),
         Case("5mb", "5 MB in, 3 MB out", _corner(), data(1, 3, 640, 640), 40, 2),
         Case("64mb", "64 MB in, 64 MB out", _add([16, 1024, 1024]), data(16, 1024, 1024), 5, 2),
-        Case("conv", "convolution stack", _convolutions(), data(1, 3, 224, 224), 20, 2),
+        Case("conv", "convolution stack", convolutions(), data(1, 3, 224, 224), 20, 2),
     )
     return {case.key: case for case in made}
 

@@ -1,8 +1,8 @@
 """What idle processes take of the processor, and what onnxruntime's spinning threads do.
 
-A session's threads look for more work for a while after each run before they sleep.  Two workers of one
-model, one with that and one without, take turns in short blocks; processor time is that of all threads of
-the worker.
+A session's threads look for more work for a while after each run before they sleep; workers bound that while
+by default.  Three workers of one model, with the bound, without it and without spinning, take turns in short
+blocks; processor time is that of all threads of the worker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from benchmarks.timing import figure, percentile
 from onnx_dl import InferenceSessionProxy, ModelHost
 
 ENTRY: Final = "session.intra_op.allow_spinning"
-SPINNING, STILL = "spinning (the default)", f'{ENTRY} = "0"'
+WAYS: Final = {"spinning, bounded (the default)": None, f'{ENTRY} = "1"': "1", f'{ENTRY} = "0"': "0"}
+"""What each way sets; "1" is how onnxruntime spins by itself."""
+BOUNDED, UNBOUNDED, STILL = WAYS
 _RATE: Final = 30.0
 """Calls per second, as of a camera."""
 
@@ -41,7 +43,7 @@ def idle(cases: dict[str, Case], seconds: float) -> list[Row]:
     """Each process for itself, once its models were used; by what the kernel has counted."""
     with ModelHost() as host, contextlib.ExitStack() as stack:
         for case in cases.values():
-            proxy = stack.enter_context(_proxy(case, host, spins=True))
+            proxy = stack.enter_context(_proxy(case, host, None))
             for _ in range(20):
                 proxy.run(None, case.feed)
         time.sleep(2)  # threads spin for a while, and idle lanes give memory back five seconds after
@@ -61,12 +63,9 @@ def idle(cases: dict[str, Case], seconds: float) -> list[Row]:
 
 
 def measure(case: Case, rounds: int) -> list[Row]:
-    """Calls at a steady rate, and calls that follow each other, with and without spinning."""
+    """Calls at a steady rate, and calls that follow each other."""
     with ModelHost() as host, contextlib.ExitStack() as stack:
-        ways = {
-            name: stack.enter_context(_proxy(case, host, spins=name == SPINNING))
-            for name in (SPINNING, STILL)
-        }
+        ways = {name: stack.enter_context(_proxy(case, host, entry)) for name, entry in WAYS.items()}
         pids = {}
         for name, proxy in ways.items():
             proxy.run(None, case.feed)
@@ -77,11 +76,11 @@ def measure(case: Case, rounds: int) -> list[Row]:
         ]
 
 
-def _proxy(case: Case, host: ModelHost, *, spins: bool) -> InferenceSessionProxy:
+def _proxy(case: Case, host: ModelHost, entry: str | None) -> InferenceSessionProxy:
     """With as many threads as onnxruntime takes by itself."""
     made = options(0)
-    if not spins:
-        made.add_session_config_entry(ENTRY, "0")
+    if entry is not None:
+        made.add_session_config_entry(ENTRY, entry)
     return InferenceSessionProxy(case.model, made, providers=PROVIDERS, host=host)
 
 
@@ -101,10 +100,13 @@ def _rows(
             made = steady(call, psutil.Process(pids[name]), count, every)
             if turn:
                 found[name].append(made)
-    pairs = zip(found[STILL], found[SPINNING], strict=True)
+    ratios = {
+        name: [mine.latency / base.latency for mine, base in zip(found[name], found[UNBOUNDED], strict=True)]
+        for name in (BOUNDED, STILL)
+    }
     return [
         *(figure(work, name, [block.latency for block in blocks], "µs") for name, blocks in found.items()),
-        figure(work, "without by with, latency", [a.latency / b.latency for a, b in pairs], "x"),
+        *(figure(work, f"{name}, latency by unbounded", values, "x") for name, values in ratios.items()),
         *(
             figure(work, f"{name}, worker", [block.share for block in blocks], "% core")
             for name, blocks in found.items()

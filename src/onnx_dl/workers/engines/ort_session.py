@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -28,6 +28,7 @@ from onnx_dl.ort.options import decode_refused, make_providers
 from onnx_dl.ort.ortvalues import Bytes
 from onnx_dl.system import resources
 from onnx_dl.tensors import live_initializers, segment
+from onnx_dl.workers.engines import thread_spinning
 
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 _PATHLESS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
@@ -57,9 +58,14 @@ class LoadedSession:
         count = None if options is not None and options.intra_op_num_threads else resources.fewer_processors()
         self.limits_threads = count is not None
         """True if the threads are set to the processors of this process: onnxruntime counts the machine's."""
-        if count is not None:
-            options = onnxruntime.SessionOptions() if options is None else options
-            options.intra_op_num_threads = count
+        # In the application's process, threads of a session spin as those of the application's own sessions.
+        config = (spec.options or {}).get("config", {})
+        self.added = thread_spinning.spin_entries(config) if spec.isolation else {}
+        """Session config entries that the caller did not set; they are not described."""
+        if options is None and (count is not None or self.added):
+            options = onnxruntime.SessionOptions()
+        if options is not None:
+            _adjust(options, count, self.added)
         self.as_set = {name: (spec.options or {})[name] for name in _OF_POOLS} if _uses_pools(spec) else {}
         """Options that are described as the caller set them, though the session has others."""
         extra = {name: value for name, value in spec.extra.items() if name not in (_GIVEN, "tuple")}
@@ -121,6 +127,14 @@ def _options(spec: ModelSpec, memory: Any) -> tuple[onnxruntime.SessionOptions, 
         return found
 
     return options, [memory, *recordings.replay(options, plain.get("calls", []), find)]
+
+
+def _adjust(options: onnxruntime.SessionOptions, threads: int | None, entries: Mapping[str, str]) -> None:
+    """Sets what the caller left open.  ``threads``: None: as they are."""
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
 
 
 def _preload_cuda(spec: ModelSpec) -> None:
@@ -218,6 +232,8 @@ def describe(loaded: LoadedSession) -> ModelDescription:
 
 def _options_of(loaded: LoadedSession) -> dict[str, object]:
     options = plain_options.read_session_options(loaded.session.get_session_options(), loaded.keys) or {}
+    for key in loaded.added:
+        options["config"].pop(key, None)
     return options | ({"intra_op_num_threads": 0} if loaded.limits_threads else {}) | loaded.as_set
 
 
