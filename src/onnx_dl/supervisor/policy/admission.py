@@ -39,9 +39,10 @@ _SHRINK_EVERY: Final = 1.0
 """Longest time in seconds between looks while no model can leave; they begin at 50 ms."""
 _RESIDENCY: Final = 2.0
 _RESIDENCY_MAX: Final = 0.5
-"""Least time that a worker stays, in durations of its own load, and in seconds; the smaller counts.  So of two
-models that are in use and do not fit together, each is there for longer than its load took, unless that was
-more than half a second."""
+"""Time for which a new worker stays while it is in use, in durations of its load, and in seconds; the smaller
+counts.  So two models that are in use and do not fit together do not only load."""
+_PAUSE: Final = 0.25
+"""Time without use, in durations of its load, after which a new worker is no longer in use."""
 _RAISE: Final = 1.5
 """Factor for the memory of a load that ran out of memory."""
 _CHANCE: Final = 1.0
@@ -166,10 +167,13 @@ class Admission:
             return False
         load.first_since = now if load.first_since is None else load.first_since
         # Wait for a worker that has just come, rather than evict one that is worth more.
-        if load.alone or not any(self._is_new(worker_id, now) for worker_id in evicted):
+        until = max((self._stays_until(each, (idle or {})[each], now) for each in evicted), default=now)
+        if load.alone or until <= now:
             yield from map(Evict, evicted)
         if self._look_at is None:
             self._look_at = now
+        elif until > now:
+            self._look_at = min(self._look_at, until)
         return True
 
     def _decide(
@@ -280,11 +284,12 @@ class Admission:
         """The load that is served next, if any."""
         return list(self.pending.values())[:1]
 
-    def _is_new(self, worker_id: int, now: float) -> bool:
+    def _stays_until(self, worker_id: int, idle_for: float, now: float) -> float:
+        """Time until which a worker is new and in use."""
         found = self._fleet.find(worker_id)
         assert found is not None and found[1].ready_at is not None
-        started, ready_at = found[1].started, found[1].ready_at
-        return now - ready_at < min(_RESIDENCY * (ready_at - started), _RESIDENCY_MAX)
+        ready_at, took = found[1].ready_at, found[1].ready_at - found[1].started
+        return min(ready_at + min(_RESIDENCY * took, _RESIDENCY_MAX), now - idle_for + _PAUSE * took)
 
     def _candidates(self, idle: Mapping[int, float]) -> list[Candidate]:
         """Workers that may be evicted, of those that are idle."""

@@ -81,13 +81,25 @@ def test_one_that_was_not_used_yet_stays(scheduler: Scheduler) -> None:
 
 @pytest.mark.parametrize(("took", "stays"), [(0.1, 0.2), (0.25, 0.5), (9.0, 0.5)])
 def test_one_that_has_just_come_stays_a_moment(scheduler: Scheduler, took: float, stays: float) -> None:
-    """Twice as long as its load took, and half a second at most."""
+    """While it is in use: twice as long as its load took, and half a second at most."""
     scheduler.on_acquire(A, acquire(1, 1, key="a"), 0.0)
     scheduler.on_ready(ready(1), usage(80), took)
-    early, late = took + stays - 0.01, took + stays + 0.05
+    early, late = took + stays - 0.01, took + stays
     scheduler.on_acquire(A, acquire(2, 2, key="b"), early)
-    assert scheduler.on_tick(early, {1: idle(80, took + 0.01)}) == []
-    assert scheduler.on_tick(late, {1: idle(80, took + 0.01)}) == [order(1, m.DrainIfIdle())]
+    assert scheduler.on_tick(early, {1: idle(80, early)}) == []
+    assert scheduler.next_deadline() == pytest.approx(late)
+    assert scheduler.on_tick(late, {1: idle(80, late)}) == [order(1, m.DrainIfIdle())]
+
+
+def test_one_that_has_just_come_and_is_used_no_more_leaves(scheduler: Scheduler) -> None:
+    """After a pause of a quarter of its load's duration."""
+    scheduler.on_acquire(A, acquire(1, 1, key="a"), 0.0)
+    scheduler.on_ready(ready(1), usage(80), 0.2)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 0.22)
+    assert scheduler.on_tick(0.22, {1: idle(80, 0.21)}) == []
+    at = scheduler.next_deadline()
+    assert at == pytest.approx(0.26)
+    assert scheduler.on_tick(0.261, {1: idle(80, 0.21)}) == [order(1, m.DrainIfIdle())]
 
 
 def test_the_model_that_is_used_more_often_stays(scheduler: Scheduler) -> None:
