@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 
 from onnx_dl.supervisor.policy import use_counts
+from onnx_dl.supervisor.policy.eviction import Candidate
+from onnx_dl.supervisor.policy.requirements import MemoryAmount
 from onnx_dl.supervisor.policy.use_counts import UseCounts
 
 
@@ -46,3 +51,50 @@ def test_the_models_used_least_recently_are_forgotten(monkeypatch: pytest.Monkey
         counts.note_load(key, float(at))
     assert counts.of("a") > 2.0  # "b" is forgotten
     assert counts.of("b") == 1.0 and counts.of("c") == 1.0
+
+
+def share_of_hits(order: Sequence[int], room: int, *, counted: bool) -> float:
+    """Share of requests that find their model loaded, where equal models make way by their rank."""
+    counts, used_at, hits = UseCounts(), dict[int, float](), 0
+    loaded: set[int] = set()
+    for now, model in enumerate(order, start=1):
+        at = float(now)
+        if model in loaded:
+            hits += 1
+        else:
+            for each in loaded:
+                counts.note_use(str(each), used_at[each])
+            ranks = {
+                each: Candidate(
+                    each,
+                    MemoryAmount(1),
+                    idle_for=at - used_at[each],
+                    seconds=1.0,
+                    uses=counts.of(str(each)) if counted else 1.0,
+                ).rank(MemoryAmount(1))
+                for each in loaded
+            }
+            if len(loaded) == room:
+                loaded.remove(min(loaded, key=ranks.__getitem__))
+            counts.note_load(str(model), at)
+            loaded.add(model)
+        used_at[model] = at + 0.5
+    return hits / len(order)
+
+
+def zipf(seed: int) -> list[int]:
+    weights = [each**-1.1 for each in range(1, 9)]
+    return random.Random(seed).choices(range(8), weights, k=300)
+
+
+def test_counts_find_the_popular_models() -> None:
+    """Requests for eight models by Zipf's law: the least recently used one goes, or the least often used."""
+    for room in (2, 3):
+        traces = [zipf(seed) for seed in range(10)]
+        gains = [share_of_hits(t, room, counted=True) - share_of_hits(t, room, counted=False) for t in traces]
+        assert min(gains) > 0.0 and sum(gains) / len(gains) > 0.05
+
+
+def test_models_that_became_popular_replace_those_that_were() -> None:
+    order = [*([0, 1, 2] * 30), *([5, 6, 7] * 30)]
+    assert share_of_hits(order, 3, counted=True) > 0.75
