@@ -112,8 +112,8 @@ def test_models_that_push_each_other_out_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "onnx_dl")
-    paths = [weighty(tmp_path / f"m{i}.onnx", 20, i) for i in range(2)]
-    with ModelHost(memory_limit=90 * MB) as host:
+    paths = [weighty(tmp_path / f"m{i}.onnx", 30, i) for i in range(2)]
+    with ModelHost(memory_limit=70 * MB) as host:
         told: list[ModelEvent] = []
         host.on_event(lambda event: told.append(event) if event.type is EventType.THRASH else None)
         proxies = [host.open(path, providers=CPU) for path in paths]
