@@ -126,9 +126,9 @@ class Snapshot(msgspec.Struct, frozen=True):
         models: the host's models.
         host: name of a shared host; None: a private one.
         memory_limit: bytes that all workers together may take.
-        memory_in_use: bytes of ``memory_limit`` that are taken or reserved: the PSS of the workers without what
-            they inherited, or what they are known to take in runs if that is more; loads in progress; workers
-            that are ending.
+        memory_in_use: bytes of ``memory_limit`` that are taken or reserved: the PSS of the workers without
+            what they inherited, or what they are known to take in runs if that is more; loads in progress;
+            workers that are ending.
         metrics: host and port where the supervisor serves metrics (``ONNX_DL_METRICS``); None: nowhere.
         gpu_memory_limit: bytes of GPU memory that all workers together may take; None: no limit, or no model
             was loaded on a GPU yet.
