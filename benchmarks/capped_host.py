@@ -1,11 +1,13 @@
 """Eight models of 150 MB for a cap of 500 MB: the memory that is taken, and how long a request waits.
 
-``python -m benchmarks.capped_host [--rounds N] [--quick] [--json FILE] [--png FILE]``
+``python -m benchmarks.capped_host [--rounds N] [--requests N] [--ways WAY ...] [--quick] [--json FILE]
+[--png FILE]``
 
 Each way (:mod:`benchmarks.capped_ways`) serves the same 300 requests in a fresh process.  Memory is PSS,
 summed over that process and all its descendants; a thread of this process, which is none of them, reads it
-from ``/proc/<pid>/smaps_rollup`` and pauses for 10 ms between two readings.  The pass over all models that
-fills the load cache is not measured.
+from ``/proc/<pid>/smaps_rollup`` and pauses for 10 ms between two readings.  Workers alone count as they do
+for the limit: without the pages that they share with the template since they were forked.  The pass over all
+models that fills the load cache is not measured.
 """
 
 from __future__ import annotations
@@ -57,11 +59,18 @@ WAYS: Final = {
 }
 
 
+class Held(NamedTuple):
+    """Memory of a process in bytes; ``own``: the part that it did not inherit by a fork."""
+
+    pss: int = 0
+    own: int = 0
+
+
 class Meter:
-    """PSS in bytes of a process and all its descendants, by process id, over time."""
+    """Memory of a process and all its descendants, by process id, over time."""
 
     def __init__(self, pid: int) -> None:
-        self.points: list[tuple[float, dict[int, int]]] = []
+        self.points: list[tuple[float, dict[int, Held]]] = []
         """The time is when it was read, by ``time.monotonic()``, which all processes share."""
         self._root = psutil.Process(pid)
         self._stop = threading.Event()
@@ -72,7 +81,7 @@ class Meter:
         while not self._stop.wait(_PAUSE):
             with contextlib.suppress(psutil.Error):  # it has just ended
                 family = [self._root, *self._root.children(recursive=True)]
-                by_pid = {process.pid: _pss(process.pid) for process in family}
+                by_pid = {process.pid: _held(process.pid) for process in family}
                 self.points.append((time.monotonic(), by_pid))
 
     def stop(self) -> None:
@@ -80,13 +89,16 @@ class Meter:
         self._thread.join()
 
 
-def _pss(pid: int) -> int:
-    """0 if the process has ended."""
+def _held(pid: int) -> Held:
+    """Zeros if the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+        _, *lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (OSError, ValueError):
+        return Held()
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    pss, private = found["Pss"], found["Private_Clean"] + found["Private_Dirty"]
+    inherited = min(found.get("Pss_Anon", 0) - found["Private_Dirty"], pss - private)
+    return Held(pss, pss - max(0, inherited))
 
 
 def _serve(way: str, folder: Path, setup: Setup) -> dict[str, Any]:
@@ -125,13 +137,17 @@ def _found(way: str, told: dict[str, Any], meter: Meter) -> dict[str, Any]:
         "trace": ended - began,
         "waited_for_loads": sum(wait for wait, loaded in waits if loaded),
         "loading": sum(told["loads"]),
-        "peak": max(sum(by_pid.values()) for _, by_pid in during),
-        "peak_workers": max(sum(by_pid[pid] for pid in by_pid.keys() & workers) for _, by_pid in during),
+        "peak": max(_sum(by_pid) for _, by_pid in during),
+        "peak_workers": max(sum(by_pid[pid].own for pid in by_pid.keys() & workers) for _, by_pid in during),
         "pause": statistics.median(b[0] - a[0] for a, b in itertools.pairwise(during)),
-        "points": [(at - began, sum(by_pid.values())) for at, by_pid in during],
+        "points": [(at - began, _sum(by_pid)) for at, by_pid in during],
         "starts": told["starts"],
         "seconds": told["seconds"],
     }
+
+
+def _sum(by_pid: dict[int, Held]) -> int:
+    return sum(held.pss for held in by_pid.values())
 
 
 # --- what is asked for -----------------------------------------------------------------------------------
@@ -188,7 +204,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """A line for each way: the median over the rounds, and below it the least and the most."""
     lines = [f"{'':<45}" + "".join(f"{head:>13}" for head in _COLUMNS)]
     for way, (_, name, _) in WAYS.items():
-        mine = [r for r in results if r["way"] == way]
+        if not (mine := [r for r in results if r["way"] == way]):
+            continue
         columns = [[value(r) for r in mine] for value in _COLUMNS.values()]
         lines.append(f"{name:<45}" + "".join(f"{_middle(column):>13}" for column in columns))
         if len(mine) > 1:
@@ -231,7 +248,9 @@ def draw(results: Sequence[dict[str, Any]], setup: Setup, target: Path) -> None:
         1, 2, figsize=(11, 4.8), dpi=110, width_ratios=(3, 2), layout="constrained"
     )
     for way, color in _COLORS.items():
-        mine = next(r for r in results if r["way"] == way)
+        mine = next((r for r in results if r["way"] == way), None)
+        if mine is None:
+            continue
         look = {"color": color, "linewidth": 1.2, "linestyle": "--" if WAYS[way].cached else "-"}
         _draw_memory(memory, mine, look)
         shares = [100 * (i + 0.5) / mine["requests"] for i in range(mine["requests"])]
@@ -273,6 +292,8 @@ def _finish(memory: Any, waits: Any, setup: Setup) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--requests", type=int, default=Setup().requests, help="the first N of the trace")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--quick", action="store_true", help="small models, few requests: does it run?")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
@@ -283,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(work(how, folder, Setup(*json.loads(setup)))))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and end the child
-    setup = QUICK if arguments.quick else Setup()
-    results = measure(setup, arguments.rounds)
+    setup = QUICK if arguments.quick else Setup(requests=arguments.requests)
+    results = measure(setup, arguments.rounds, arguments.ways)
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -23,7 +24,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from tests.support.slow import identity_model
-from tests.support.waiting import DEADLINE, allowed, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually, is_process
 
 # Here, too; pytest keeps what it compiles for the next of its processes.
 sys.dont_write_bytecode = False
@@ -54,10 +55,21 @@ def _belongings() -> dict[str, set[object]]:
     return {
         "threads": {t.name for t in threading.enumerate() if t.name.startswith("onnx-dl")},
         "descriptors": set(fds.items()),
-        "children": {p.pid for p in psutil.Process().children(recursive=True)},
+        "children": _children(),
         # Other programs come and go there, too; these are the names that Python or we would give.
         "shared memory": {name for name in os.listdir("/dev/shm") if "onnx" in name or "psm_" in name},
     }
+
+
+def _children() -> set[object]:
+    """Process ids of all descendants but templates and standby workers: a host has these or not, and if a test
+    leaves a host, that counts."""
+    found: set[object] = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not (is_process(process, "template") or is_process(process, "standby")):
+                found.add(process.pid)
+    return found
 
 
 def _left(before: dict[str, set[object]]) -> dict[str, set[object]]:

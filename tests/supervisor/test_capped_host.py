@@ -51,10 +51,11 @@ def _write(paths: Sequence[str], one: Path) -> None:
 
 
 class Watch:
-    """The most that a host says is in use, and that its workers take by the kernel's account: bytes."""
+    """The most that a host says is in use, and that its workers have for themselves by the kernel's account:
+    bytes.  What they have of the template is the template's."""
 
     def __init__(self, host: ModelHost) -> None:
-        self.in_use = self.pss = self.readings = 0
+        self.in_use = self.taken = self.readings = 0
         self.pids: set[int] = set()
         self._host = host
         self._stop = threading.Event()
@@ -65,7 +66,7 @@ class Watch:
             snapshot = self._host.snapshot()
             pids = {status.pid for status in snapshot.models if status.pid is not None}
             self.in_use = max(self.in_use, snapshot.memory_in_use)
-            self.pss = max(self.pss, sum(map(_pss, pids)))
+            self.taken = max(self.taken, sum(map(_private, pids)))
             self.pids |= pids
             self.readings += 1
 
@@ -78,9 +79,9 @@ class Watch:
         self._thread.join()
 
 
-def _pss(pid: int) -> int:
+def _private(pid: int) -> int:
     with contextlib.suppress(psutil.Error):
-        return int(psutil.Process(pid).memory_full_info().pss)
+        return int(psutil.Process(pid).memory_full_info().uss)
     return 0
 
 
@@ -108,7 +109,7 @@ def exercise(models: Sequence[str], host: ModelHost) -> dict[str, Any]:
     return {
         "wrong": wrong,
         "in_use": watch.in_use,
-        "pss": watch.pss,
+        "taken": watch.taken,
         "readings": watch.readings,
         "left": [pid for pid in watch.pids if not is_gone(pid)],
         "workers": len(watch.pids),
@@ -145,7 +146,7 @@ def test_every_call_gets_its_result_and_no_worker_stays(found: dict[str, Any]) -
 def test_the_limit_holds_at_every_moment(found: dict[str, Any]) -> None:
     assert found["readings"] > 20
     assert 0 < found["in_use"] <= LIMIT
-    assert 0 < found["pss"] <= LIMIT
+    assert 0 < found["taken"] <= LIMIT
 
 
 def test_the_kernel_ends_nobody_in_a_group_of_so_much_memory(found: dict[str, Any]) -> None:

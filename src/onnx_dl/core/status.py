@@ -52,6 +52,8 @@ class Usage(msgspec.Struct, frozen=True):
             of runs, after that.  The kernel's mark is reset when the model is ready, and now and then.
         gpu_estimated: True if the driver has no figure for this process.  ``gpu`` is then the decrease of
             free device memory during the load.
+        inherited: the part of ``pss`` in pages that the worker got when it was forked from the template, and
+            has not written to.  They are the template's memory, and do not count in ``memory_limit``.
     """
 
     rss: int = 0
@@ -61,6 +63,7 @@ class Usage(msgspec.Struct, frozen=True):
     pss: int = 0
     peak: int = 0
     gpu_estimated: bool = False
+    inherited: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,8 +126,9 @@ class Snapshot(msgspec.Struct, frozen=True):
         models: the host's models.
         host: name of a shared host; None: a private one.
         memory_limit: bytes that all workers together may take.
-        memory_in_use: bytes of ``memory_limit`` that are taken or reserved: the PSS of the workers, or what
-            they are known to take in runs if that is more; loads in progress; workers that are ending.
+        memory_in_use: bytes of ``memory_limit`` that are taken or reserved: the PSS of the workers without
+            what they inherited, or what they are known to take in runs if that is more; loads in progress;
+            workers that are ending.
         metrics: host and port where the supervisor serves metrics (``ONNX_DL_METRICS``); None: nowhere.
         gpu_memory_limit: bytes of GPU memory that all workers together may take; None: no limit, or no model
             was loaded on a GPU yet.

@@ -1,15 +1,18 @@
-"""Measures the memory of processes and GPUs: the only importer of psutil and NVML."""
+"""Measures the memory of processes and GPUs: the only importer of psutil and NVML.
+
+The kernel's sums (``/proc/PID/smaps_rollup``) are read here, because psutil leaves out the one of anonymous
+pages.  psutil adds up all mappings where a system has no such file (gVisor).
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import mmap
 import sys
 import time
 from typing import Final, NamedTuple
-
-import psutil
 
 from onnx_dl.core.status import Usage
 
@@ -52,27 +55,28 @@ class MemoryProbe:
     def measure(self, pid: int) -> Usage:
         """Memory of a process in bytes; zeros if it is gone or exits: then figures are wrong."""
         try:
-            full = psutil.Process(pid).memory_full_info()
+            held = _resident(pid)
             shared = _tensor_bytes(pid)
             above = _above_present(pid)
-        except (psutil.Error, OSError):
+        except OSError:
             return Usage()
         if above is None:
             return Usage()
         gpu = self.gpu_bytes(pid)
         estimate = self._estimates.get(pid) if gpu is None else None
         return Usage(
-            rss=full.rss,
-            private=full.uss,
+            rss=held.rss,
+            private=held.private,
             gpu=estimate if gpu is None else gpu,
             shared=shared,
-            pss=full.pss,
-            peak=full.pss + above,
+            pss=held.pss,
+            peak=held.pss + above,
             gpu_estimated=estimate is not None,
+            inherited=held.inherited,
         )
 
     def weigh(self, pid: int, most: int) -> int:
-        """Bytes that a process holds; an estimate if that is at most ``most``.
+        """Bytes that a process holds and did not inherit; an estimate if that is at most ``most``.
 
         Resident bytes are cheap (20 µs), but count shared memory in full.  Only if they exceed ``most``, PSS
         is read (1 ms per 500 MB, while the process gets no new pages); the difference is used for 0.05 s.
@@ -84,12 +88,13 @@ class MemoryProbe:
             about = resident - (shared if time.monotonic() - at < _KNOWN_FOR else 0)
             if about <= most:
                 return about
-            pss = int(psutil.Process(pid).memory_full_info().pss)
-        except (psutil.Error, OSError):  # it is gone
+            held = _resident(pid)
+        except OSError:  # it is gone
             self._shared.pop(pid, None)
             return 0
-        self._shared[pid] = time.monotonic(), max(0, resident - pss)
-        return pss
+        own = held.pss - held.inherited
+        self._shared[pid] = time.monotonic(), max(0, resident - own)
+        return own
 
     def forget_peak(self, pid: int) -> None:
         """Resets the peak of a process that has loaded; has no effect where the kernel refuses it."""
@@ -126,6 +131,48 @@ class MemoryProbe:
                     if process.pid == pid and process.usedGpuMemory is not None:
                         used = (used or 0) + process.usedGpuMemory
         return used
+
+
+class _Resident(NamedTuple):
+    """Resident memory of a process in bytes, as :class:`.Usage` has it."""
+
+    rss: int
+    private: int
+    pss: int
+    inherited: int = 0
+
+
+def _resident(pid: int) -> _Resident:
+    """Sums over all mappings of a process.
+
+    Anonymous pages are shared by forks only.  So what a worker's anonymous PSS exceeds its private pages by
+    is its part of pages that are still the template's.  Dirty pages that are private are anonymous, or of a
+    file or of shared memory: with these, the result is too small, never too large.
+
+    Raises:
+        OSError: the process is gone.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as rollup:
+            next(rollup, None)  # the range of addresses
+            fields = (line.split() for line in rollup)
+            found = collections.Counter({name: int(kilobytes) * 1024 for name, kilobytes, *_ in fields})
+    except FileNotFoundError:
+        return _added_up(pid)
+    private, pss = found["Private_Clean:"] + found["Private_Dirty:"], found["Pss:"]
+    inherited = min(found["Pss_Anon:"] - found["Private_Dirty:"], pss - private)
+    return _Resident(found["Rss:"], private, pss, max(0, inherited))
+
+
+def _added_up(pid: int) -> _Resident:
+    """The same without what is inherited, where the kernel has no sums."""
+    import psutil
+
+    try:
+        full = psutil.Process(pid).memory_full_info()
+    except psutil.Error as error:
+        raise ProcessLookupError(str(error)) from error
+    return _Resident(full.rss, full.uss, full.pss)
 
 
 def _above_present(pid: int) -> int | None:

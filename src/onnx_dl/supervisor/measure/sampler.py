@@ -53,6 +53,17 @@ class Sampler:
             self._meter().loaded(pid)
         return self.measure(worker_id)
 
+    def on_leaving(self, worker_id: int) -> Usage:
+        """Measures a worker that drains; zeros if it had no run since it was last measured.
+
+        A load waits for the end of an evicted worker, which was measured for the decision to evict it.
+        """
+        reading = self.processes.readings().get(worker_id, Reading())
+        if not reading.busy and self._runs.get(worker_id) == reading.runs:
+            return Usage()
+        self._runs[worker_id] = reading.runs
+        return self.measure(worker_id)
+
     def measure(self, worker_id: int) -> Usage:
         pid = self._pid(worker_id)
         return Usage() if pid is None else self._meter().measure(pid)

@@ -32,12 +32,17 @@ from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.measuring import LoadWeighing, Sample
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
 from onnx_dl.supervisor.policy.requirements import NOTHING
+from onnx_dl.supervisor.policy.use_counts import UseCounts
 
 _LOOK_EVERY: Final = 0.05
 _SHRINK_EVERY: Final = 1.0
 """Longest time in seconds between looks while no model can leave; they begin at 50 ms."""
-_RESIDENCY: Final = 0.5
-"""Seconds that a worker stays at least, so that two models that do not fit together do not only load."""
+_RESIDENCY: Final = 2.0
+_RESIDENCY_MAX: Final = 0.5
+"""Time for which a new worker stays while it is in use, in durations of its load, and in seconds; the smaller
+counts.  So two models that are in use and do not fit together do not only load."""
+_PAUSE: Final = 0.25
+"""Time without use, in durations of its load, after which a new worker is no longer in use."""
 _RAISE: Final = 1.5
 """Factor for the memory of a load that ran out of memory."""
 _CHANCE: Final = 1.0
@@ -95,6 +100,7 @@ class Admission:
     _saves: CacheSaves
     pending: dict[str, PendingLoad] = dataclasses.field(default_factory=dict)
     """Pending loads by key of the model, in order of arrival."""
+    _uses: UseCounts = dataclasses.field(default_factory=UseCounts)
     _look_at: float | None = None
     """Time of the next look for pending loads."""
     _shrink_at: float | None = None
@@ -156,14 +162,18 @@ class Admission:
             del self.pending[model.key]
             worker = self._fleet.start_worker(model, load.spec, now)
             self._weighing.begin(worker, plan, now)
+            self._uses.note_load(model.key, now)
             yield BeginLoad(model, worker)
             return False
         load.first_since = now if load.first_since is None else load.first_since
         # Wait for a worker that has just come, rather than evict one that is worth more.
-        if load.alone or not any(self._is_new(worker_id, now) for worker_id in evicted):
+        until = max((self._stays_until(each, (idle or {})[each], now) for each in evicted), default=now)
+        if load.alone or until <= now:
             yield from map(Evict, evicted)
         if self._look_at is None:
             self._look_at = now
+        elif until > now:
+            self._look_at = min(self._look_at, until)
         return True
 
     def _decide(
@@ -232,6 +242,9 @@ class Admission:
             for worker_id, (_, reading) in samples.items()
             if reading.last_used and not reading.busy
         }
+        for model, worker in self._fleet.workers():
+            if (sample := samples.get(worker.id)) is not None and sample.reading.last_used:
+                self._uses.note_use(model.key, sample.reading.last_used)
         if _is_due(self._look_at, now):
             self._look_at = now + _LOOK_EVERY
             yield from self.admit(now, idle)
@@ -271,16 +284,25 @@ class Admission:
         """The load that is served next, if any."""
         return list(self.pending.values())[:1]
 
-    def _is_new(self, worker_id: int, now: float) -> bool:
+    def _stays_until(self, worker_id: int, idle_for: float, now: float) -> float:
+        """Time until which a worker is new and in use."""
         found = self._fleet.find(worker_id)
         assert found is not None and found[1].ready_at is not None
-        return now - found[1].ready_at < _RESIDENCY
+        ready_at, took = found[1].ready_at, found[1].ready_at - found[1].started
+        return min(ready_at + min(_RESIDENCY * took, _RESIDENCY_MAX), now - idle_for + _PAUSE * took)
 
     def _candidates(self, idle: Mapping[int, float]) -> list[Candidate]:
         """Workers that may be evicted, of those that are idle."""
-        counted = self._fleet.ledger.counted
+        counted, uses = self._fleet.ledger.counted, self._uses.of
         return [
-            Candidate(worker.id, counted(worker.id), idle[worker.id], worker.ready.seconds, model.priority)
+            Candidate(
+                worker_id=worker.id,
+                held=counted(worker.id),
+                idle_for=idle[worker.id],
+                seconds=worker.ready.seconds,
+                priority=model.priority,
+                uses=uses(model.key),
+            )
             for model, worker in self._fleet.workers()
             if worker.id in idle and worker.ready and model.state is ModelState.READY and not model.is_pinned
         ]

@@ -6,6 +6,7 @@ Bytes of RAM are proportional set sizes, so that pages that workers share count 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -21,6 +22,8 @@ GPU_BASE: Final = 300 << 20
 """Bytes of a CUDA context with its libraries, before there is a model."""
 GPU_GROWTH: Final = 1.5
 """GPU memory of a model that was never measured, in sizes of its files: its weights, and a run."""
+_FORGOTTEN_AFTER: Final = 60.0
+"""Seconds without use in which the uses of a model lose 63 % of their weight."""
 _TOLERANCE: Final = 1.05
 """Factor within which two measurements of a load count as the same."""
 
@@ -43,12 +46,14 @@ class Candidate(NamedTuple):
     seconds: float
     """Duration of its load."""
     priority: int = 0
+    uses: float = 1.0
+    """Number of its uses lately, see :class:`~onnx_dl.supervisor.policy.use_counts.UseCounts`."""
 
-    def rank(self, missing: MemoryAmount) -> tuple[float, float]:
-        """Order of eviction, lowest first: by priority, then by the seconds of a reload per missing byte that
-        it frees, divided by its seconds without use."""
-        freed = max(self.frees(missing), 1)
-        return self.priority, max(self.seconds, 0.01) / (freed * max(self.idle_for, 0.001))
+    def rank(self, missing: MemoryAmount) -> tuple[float, float, float]:
+        """Order of eviction, lowest first: by priority, then by the seconds of reloads to expect per missing
+        byte that it frees, then by its time without use."""
+        expected = max(self.seconds, 0.01) * self.uses * math.exp(-self.idle_for / _FORGOTTEN_AFTER)
+        return self.priority, expected / max(self.frees(missing), 1), -self.idle_for
 
     def frees(self, missing: MemoryAmount) -> int:
         """Bytes that it frees of the kinds that are missing."""
@@ -97,11 +102,11 @@ def plan(known: Requirement | None, guessed: Guess, left: MemoryAmount, *, saved
         saved: the load cache has the model.
     """
     known = known or Requirement()
-    plain = _plan_one(known, known.load, guessed, left)
     if not saved or not (known.mapped.is_measured or known.is_loaded):
-        return plain
-    mapped = _plan_one(known, known.mapped, Guess(known.steady, known.steady), left)._replace(mapped=True)
-    return mapped if known.mapped.is_measured or not plain.need.fits(left) else plain
+        return _plan_one(known, known.load, guessed, left)
+    # Its weights are mapped, never copied.  So a load that was never measured needs what the model held when
+    # it was loaded from its own file; if that is too little, the load is ended and repeated with more.
+    return _plan_one(known, known.mapped, Guess(known.steady, known.steady), left)._replace(mapped=True)
 
 
 def _plan_one(known: Requirement, peak: Peak, guessed: Guess, left: MemoryAmount) -> LoadPlan:

@@ -71,13 +71,13 @@ NOTHING: Final = MemoryAmount()
 
 
 def present(usage: Usage) -> MemoryAmount:
-    """Memory that a worker takes now."""
-    return MemoryAmount(usage.pss, usage.gpu or 0)
+    """Memory that a worker takes now, without what is the template's."""
+    return MemoryAmount(usage.pss - usage.inherited, usage.gpu or 0)
 
 
 def highest(usage: Usage) -> MemoryAmount:
     """The most that a worker took since its peak was reset."""
-    return MemoryAmount(max(usage.peak, usage.pss), usage.gpu or 0)
+    return MemoryAmount(max(usage.peak, usage.pss) - usage.inherited, usage.gpu or 0)
 
 
 class Peak(msgspec.Struct, frozen=True, array_like=True):

@@ -49,7 +49,7 @@ class WorkerControl:
     run: Run
 
     def __post_init__(self) -> None:
-        scheduler, measure = self.scheduler, self.sampler.measure
+        scheduler, measure = self.scheduler, self.sampler.on_leaving
         self._handlers: dict[type[codec.Message], Callable[[Any, float], list[Command]]] = {
             WorkerStarted: self._on_started,
             WorkerReady: self._on_ready,

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import types
+from typing import IO
 
 import pytest
 
 from onnx_dl.core.status import Usage
+from onnx_dl.supervisor.measure import memory_probe
 from onnx_dl.supervisor.measure.memory_probe import Gpu, MemoryProbe, gpus
 from onnx_dl.tensors import segment
+from tests.support.waiting import eventually
 
 
 def fake_nvml(used: dict[int, int | None]) -> types.ModuleType:
@@ -165,6 +168,51 @@ def test_a_forked_child_does_not_inherit_the_peak() -> None:
         assert parent.stdout is not None
         usage = MemoryProbe().measure(int(parent.stdout.readline()))
     assert usage.pss > 0 and usage.peak - usage.pss < 5 << 20
+
+
+INHERITS = """
+import os, sys
+block = bytearray(b"x") * (60 << 20)
+pid = os.fork()
+if pid:
+    print(pid, flush=True)
+else:
+    mine = bytearray(b"x") * (30 << 20)
+sys.stdin.readline()
+if pid:
+    os.waitpid(pid, 0)
+"""
+
+
+def test_what_a_fork_left_to_a_child_is_not_its_own() -> None:
+    """Half of the pages of each: they are parent's and child's.  What the child made is its own."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", INHERITS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        child, probe = int(parent.stdout.readline()), MemoryProbe()
+        eventually(lambda: probe.measure(child).private > 30 << 20, "the child has its own block")
+        usage, weight = probe.measure(child), probe.weigh(child, 0)
+    assert 30 << 20 <= usage.inherited < 36 << 20
+    assert usage.private <= usage.pss - usage.inherited < 36 << 20
+    assert weight < 36 << 20
+
+
+def test_a_kernel_without_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's figures then, and nothing is inherited."""
+
+    def no_sums(path: str, *args: str) -> IO[str]:
+        if path.endswith("smaps_rollup"):
+            raise FileNotFoundError(path)
+        return open(path, *args)
+
+    exact = MemoryProbe().measure(os.getpid())
+    monkeypatch.setattr(memory_probe, "open", no_sums, raising=False)
+    usage = MemoryProbe().measure(os.getpid())
+    assert usage.inherited == 0 and usage.rss > usage.pss >= usage.private > 1e6
+    assert usage.pss == pytest.approx(exact.pss, rel=0.1)
+    assert MemoryProbe().measure(1 << 30) == Usage()
 
 
 def test_gpus_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

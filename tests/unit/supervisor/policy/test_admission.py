@@ -79,11 +79,37 @@ def test_one_that_was_not_used_yet_stays(scheduler: Scheduler) -> None:
     assert scheduler.on_tick(10.0, {1: Sample(usage(80))}) == []
 
 
-def test_one_that_has_just_come_stays_a_moment(scheduler: Scheduler) -> None:
-    load(scheduler, "a", 1, 80, 10.0)
-    scheduler.on_acquire(A, acquire(2, 2, key="b"), 10.2)
-    assert scheduler.on_tick(10.2, {1: idle(80, 10.1)}) == []
-    assert scheduler.on_tick(10.5, {1: idle(80, 10.1)}) == [order(1, m.DrainIfIdle())]
+@pytest.mark.parametrize(("took", "stays"), [(0.1, 0.2), (0.25, 0.5), (9.0, 0.5)])
+def test_one_that_has_just_come_stays_a_moment(scheduler: Scheduler, took: float, stays: float) -> None:
+    """While it is in use: twice as long as its load took, and half a second at most."""
+    scheduler.on_acquire(A, acquire(1, 1, key="a"), 0.0)
+    scheduler.on_ready(ready(1), usage(80), took)
+    early, late = took + stays - 0.01, took + stays
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), early)
+    assert scheduler.on_tick(early, {1: idle(80, early)}) == []
+    assert scheduler.next_deadline() == pytest.approx(late)
+    assert scheduler.on_tick(late, {1: idle(80, late)}) == [order(1, m.DrainIfIdle())]
+
+
+def test_one_that_has_just_come_and_is_used_no_more_leaves(scheduler: Scheduler) -> None:
+    """After a pause of a quarter of its load's duration."""
+    scheduler.on_acquire(A, acquire(1, 1, key="a"), 0.0)
+    scheduler.on_ready(ready(1), usage(80), 0.2)
+    scheduler.on_acquire(A, acquire(2, 2, key="b"), 0.22)
+    assert scheduler.on_tick(0.22, {1: idle(80, 0.21)}) == []
+    at = scheduler.next_deadline()
+    assert at == pytest.approx(0.26)
+    assert scheduler.on_tick(0.261, {1: idle(80, 0.21)}) == [order(1, m.DrainIfIdle())]
+
+
+def test_the_model_that_is_used_more_often_stays(scheduler: Scheduler) -> None:
+    """Also if another one was used after it."""
+    load(scheduler, "a", 1, 40, 0.0)
+    load(scheduler, "b", 2, 40, 1.0)
+    scheduler.on_acquire(A, acquire(3, 3, key="c"), 10.0)
+    busy = {worker: Sample(usage(40), Reading(busy=1, last_used=at)) for worker, at in ((1, 9.0), (2, 1.5))}
+    assert scheduler.on_tick(10.0, busy) == []  # "a" was used after the last load, too
+    assert scheduler.on_tick(10.1, {1: idle(40, 10.01), 2: idle(40, 10.09)}) == [order(2, m.DrainIfIdle())]
 
 
 def test_one_that_is_idle_no_more_when_it_hears_of_it(scheduler: Scheduler) -> None:

@@ -24,9 +24,14 @@ MB = 1 << 20
 
 
 def idle(
-    worker_id: int, mb: int, idle_for: float = 1.0, seconds: float = 1.0, priority: int = 0
+    worker_id: int,
+    mb: int,
+    idle_for: float = 1.0,
+    seconds: float = 1.0,
+    priority: int = 0,
+    uses: float = 1.0,
 ) -> Candidate:
-    return Candidate(worker_id, MemoryAmount(mb * MB), idle_for, seconds, priority)
+    return Candidate(worker_id, MemoryAmount(mb * MB), idle_for, seconds, priority, uses)
 
 
 def gpu(worker_id: int, ram: int, vram: int, idle_for: float = 1.0) -> Candidate:
@@ -54,6 +59,9 @@ def gpu(worker_id: int, ram: int, vram: int, idle_for: float = 1.0) -> Candidate
         ),  # all of them are not: nobody goes for nothing
         (150, 400, 300, 0, [idle(1, 150, 5), idle(2, 150, 50)], (Verdict.EVICT, [2])),
         (150, 400, 300, 0, [idle(1, 150, 5, 9), idle(2, 150, 5, 1)], (Verdict.EVICT, [2])),
+        (150, 400, 300, 0, [idle(1, 150, 5, uses=3), idle(2, 150, 1)], (Verdict.EVICT, [2])),
+        (150, 400, 300, 0, [idle(1, 150, 300, uses=9), idle(2, 150, 1)], (Verdict.EVICT, [1])),  # long ago
+        (150, 400, 300, 0, [idle(1, 150, 1e6), idle(2, 150, 2e6, 9)], (Verdict.EVICT, [2])),
         (150, 400, 300, 0, [idle(1, 150, 500, 0.1, 1), idle(2, 150, 1, 9, 0)], (Verdict.EVICT, [2])),
         (
             150,
@@ -187,10 +195,10 @@ def known(load: int = 0, steady: int = 0, peak: int = 0, **more: Any) -> Require
         (known(300, 60, 70), GUESS, False, LoadPlan(MemoryAmount(300), True)),
         # Runs alone refuse nobody.
         (known(60, 50, 500), GUESS, False, LoadPlan(MemoryAmount(200), True)),
-        # From the load cache, where it takes less, or where nothing else would do.
+        # From the load cache, which takes what the model holds, also before the first such load.
         (known(180, 60, 70, mapped=Peak(90)), GUESS, True, LoadPlan(MemoryAmount(90), True, True)),
         (known(180, 60, 70, mapped=Peak(90)), GUESS, False, LoadPlan(MemoryAmount(180), True)),
-        (known(180, 60, 70), GUESS, True, LoadPlan(MemoryAmount(180), True)),
+        (known(180, 60, 70), GUESS, True, LoadPlan(MemoryAmount(70), False, True)),
         (known(300, 60, 70), GUESS, True, LoadPlan(MemoryAmount(70), False, True)),
         (known(300, 60, 70, mapped=Peak(90, True)), GUESS, True, LoadPlan(MemoryAmount(91), False, True)),
         (known(0, 60, 70, mapped=Peak(90)), GUESS, False, LoadPlan(MemoryAmount(150, 40))),
