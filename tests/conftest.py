@@ -62,8 +62,10 @@ def _belongings() -> dict[str, set[object]]:
 
 
 def _children() -> set[object]:
-    """Process ids of all descendants but templates and standby workers: a host has these or not, and if a test
-    leaves a host, that counts."""
+    """Process ids of all descendants but templates and standby workers, which a host has or has not.
+
+    If a test leaves one of these, it leaves a host, too, and that counts.
+    """
     found: set[object] = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
