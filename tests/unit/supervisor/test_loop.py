@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import zmq
@@ -46,8 +47,9 @@ class Made:
         self.identities: dict[int, bytes] = {}
         self.killed: list[int] = []
         self.refuses: Exception | None = None
+        self.spawn_queue = mock.Mock()
 
-    def attach(self, control: str, witness: Any, wrote: Any) -> None:
+    def attach(self, control: str, witness: Any, wrote: Any, connections: Any) -> None:
         self.witness, self.wrote = witness, wrote
 
     def spawn(self, worker_id: int, identity: bytes, blobs: Any, birth: Any) -> None:
