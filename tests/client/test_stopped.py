@@ -27,7 +27,7 @@ from tests.contract.both import CPU, loop
 from tests.contract.test_async_contract import ENDLESS
 from tests.support.mlir import compiler
 from tests.support.slow import identity_model
-from tests.support.waiting import DEADLINE, allowed, eventually, worker_pid
+from tests.support.waiting import DEADLINE, allowed, eventually, template_of, worker_pid
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +57,7 @@ class Stage:
         return psutil.Process(self.host.snapshot().supervisor_pid)
 
     def template(self) -> psutil.Process:
-        """The supervisor's child; workers are the template's."""
-        (found,) = self.supervisor().children()
-        return found
+        return template_of(self.host)
 
     def worker(self) -> psutil.Process:
         return psutil.Process(worker_pid(self.host))

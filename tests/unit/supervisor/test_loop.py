@@ -7,6 +7,7 @@ import time
 import types
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import zmq
@@ -48,8 +49,9 @@ class Made:
         self.killed: list[int] = []
         self.refuses: Exception | None = None
         self.spares = types.SimpleNamespace(has_spare=False)
+        self.spawn_queue = mock.Mock()
 
-    def attach(self, control: str, witness: Any, wrote: Any) -> None:
+    def attach(self, control: str, witness: Any, wrote: Any, connections: Any) -> None:
         self.witness, self.wrote = witness, wrote
 
     def spawn(self, worker_id: int, identity: bytes, blobs: Any, birth: Any) -> None:

@@ -17,6 +17,8 @@ PAUSE: Final = 0.05
 """Seconds without a load after which the next one is made: the first call after a load comes first."""
 LATEST: Final = 2.0
 """Seconds after which it is made, although loads are under way."""
+PREPARED: Final = 60.0
+"""Seconds that it has to be prepared; else it is ended, because it is stopped or hangs."""
 ANSWER: Final = 1.0
 """Seconds that it has to take a worker's place."""
 
@@ -56,13 +58,14 @@ class StandbyTiming:
 class Standby:
     """One standby worker, from the request for it until a worker has its process, or it is ended."""
 
-    def __init__(self, process: WorkerProcess) -> None:
+    def __init__(self, process: WorkerProcess, deadline: float) -> None:
+        """``deadline``: time when it must be prepared."""
         self.process = process
         self.is_prepared = False
         self.taker: WorkerProcess | None = None
         """The worker whose place it was asked to take."""
-        self.deadline: float | None = None
-        """Time when it must have answered."""
+        self.deadline: float | None = deadline
+        """Time when it must be prepared, or must have answered."""
 
     @property
     def is_free(self) -> bool:
@@ -140,7 +143,7 @@ class StandbyPlace:
             return None
         self._timing.made()  # also if it fails: the next load may try again
         process = self._make()
-        self._present = None if process is None else Standby(process)
+        self._present = None if process is None else Standby(process, self._now() + PREPARED)
         return process
 
     def offer(self, worker: WorkerProcess) -> bool:
@@ -164,7 +167,7 @@ class StandbyPlace:
         if present is None or present.process.worker_id != standby_id:
             return None
         if worker_id == standby_id:
-            present.is_prepared = True
+            present.is_prepared, present.deadline = True, None
             return None
         worker = present.taker
         if worker is None or worker.worker_id != worker_id:
