@@ -138,8 +138,12 @@ def idle(cases: dict[str, Case], seconds: float) -> list[Row]:
 
 
 def _alone(case: Case) -> float:
-    """MB of a supervisor whose model is unloaded and whose template has ended."""
-    with environment(ONNX_DL_TEMPLATE_TTL="0"), ModelHost() as host:
+    """MB of a supervisor whose model is unloaded and whose template has ended.  It has a folder of its own,
+    because it also holds what it knows of all models of this machine, which may be thousands."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(environment(ONNX_DL_TEMPLATE_TTL="0", ONNX_DL_CACHE_DIR=folder))
+        host = stack.enter_context(ModelHost())
         with proxy_of(case.model, host) as proxy:
             proxy.run(None, case.feed)
         deadline = time.monotonic() + 60
