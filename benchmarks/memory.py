@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from benchmarks.calls import OURS, proxy_of
-from benchmarks.cold import CACHED, HEAVY_FEED, PLAIN, caching_host, heavy_file, wait_for_cache
+from benchmarks.cold import CACHED, HEAVY_FEED, PLAIN, caching_host, environment, heavy_file, wait_for_cache
 from benchmarks.models import Case, heavy
 from benchmarks.reclaim import BATCHES
 from benchmarks.report import Row
@@ -126,6 +126,7 @@ def idle(cases: dict[str, Case], seconds: float) -> list[Row]:
         share = busy(_family(host), seconds)
     return [
         figure("before any model, PSS", "supervisor + template", [pss], "MB", limit=70),
+        figure("after the last model, USS", "supervisor alone", [_alone(cases["tiny"])], "MB", limit=15),
         figure(
             f"idle for {seconds:.0f} s, {len(cases)} models loaded",
             "all processes",
@@ -134,6 +135,24 @@ def idle(cases: dict[str, Case], seconds: float) -> list[Row]:
             limit=1,
         ),
     ]
+
+
+def _alone(case: Case) -> float:
+    """MB of a supervisor whose model is unloaded and whose template has ended.  It has a folder of its own,
+    because it also holds what it knows of all models of this machine, which may be thousands."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(environment(ONNX_DL_TEMPLATE_TTL="0", ONNX_DL_CACHE_DIR=folder))
+        host = stack.enter_context(ModelHost())
+        with proxy_of(case.model, host) as proxy:
+            proxy.run(None, case.feed)
+        deadline = time.monotonic() + 60
+        while len(family := _family(host)) > 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the template does not end")
+            time.sleep(0.1)
+        time.sleep(2)  # the last events are written
+        return float(family[0].memory_full_info().uss) / 1e6
 
 
 def _family(host: ModelHost) -> list[psutil.Process]:

@@ -120,13 +120,15 @@ def serve(orders: Orders, place: HostEntry | None, first: ForkedTemplate | None 
         os.ftruncate(2, 0)  # the log of the last host of this name
     settings = orders.settings
     log = place.log if place is not None and not orders.foreground else None
-    from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
+    with boot.without_collections():
+        from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 
     processes = WorkerProcesses(settings.start, settings.start_timeout, time.monotonic, log, first)
     # Imported while the template imports in its own process.
-    from onnx_dl.supervisor.lifetime import HostRole
-    from onnx_dl.supervisor.loop import Supervisor
-    from onnx_dl.supervisor.outlet import Outlet, Relay
+    with boot.without_collections():
+        from onnx_dl.supervisor.lifetime import HostRole
+        from onnx_dl.supervisor.loop import Supervisor
+        from onnx_dl.supervisor.outlet import Outlet, Relay
 
     stdout, stderr = Outlet(1), Relay(2)
     role = HostRole(place, orders.foreground, orders.explicit, application)

@@ -8,12 +8,14 @@ arguments.  Imports nothing heavy: this is the first module in every process of 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, NoReturn
 
 from onnx_dl.system import descriptor_limits, frozen, interpreters, process_setup
@@ -89,7 +91,19 @@ def enter(entry: str = "", arguments: str = "[]", *_: str) -> None:
             f"onnx-dl: this version has no process {entry!r} ({', '.join(ENTRIES)}): onnx-dl was "
             "replaced on disk while the application ran. Restart the application."
         )
-    importlib.import_module(ENTRIES[entry]).main(*json.loads(arguments))
+    with without_collections():
+        module = importlib.import_module(ENTRIES[entry])
+    module.main(*json.loads(arguments))
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Imports in a process of ours: the garbage collector finds nothing, but takes 5 % of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def continue_as(entry: str, *arguments: str | int, environ: Mapping[str, str], keep: int) -> NoReturn:

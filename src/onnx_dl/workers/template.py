@@ -208,7 +208,8 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     set_title("template")
     channel = Channel.from_fd(channel_fd)
     warm = False
-    with contextlib.suppress(Exception):  # a broken installation is an error of each load
+    # A broken installation is an error of each load.
+    with contextlib.suppress(Exception), boot.without_collections():
         import onnx_dl.workers.engines.ort  # noqa: F401  # with all that a worker needs: workers share the pages
 
         warm = mode == "fork" and resources.has_one_thread()
