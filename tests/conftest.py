@@ -44,6 +44,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Gives the collector back what was frozen: plugins that end now ask it who refers to what."""
+    gc.unfreeze()
+
+
 def _belongings() -> dict[str, set[object]]:
     """What this process has of what a test must not leave: threads, descriptors, children, shared memory."""
     fds = {}
