@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from onnx_dl.concurrency import primitives
 from onnx_dl.linux_only import usable_processors
 from onnx_dl.system import resources
 
@@ -22,7 +23,7 @@ def running_threads(path: str | Path = _LOAD) -> int | None:
         try:
             running = int(os.read(fd, 128).split()[3].split(b"/")[0])
         finally:
-            os.close(fd)
+            primitives.close(fd)
         return running or None
     return None
 

@@ -12,7 +12,7 @@ import collections
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from typing import Final
 
 from onnx_dl.protocol import template as m
@@ -113,7 +113,9 @@ class SpawnQueue:
         template.end()
         template.given_up = True
         reason = f"the template process (pid {template.pid}) did not {doing} in time and was ended"
-        self._fail_all(self._take_waiting(template), f"{reason} (ONNX_DL_START_TIMEOUT is {self._timeout:g})")
+        self._fail_all(
+            _waits_for(template, self._waiting), f"{reason} (ONNX_DL_START_TIMEOUT is {self._timeout:g})"
+        )
 
     def add(self, worker: WorkerProcess) -> None:
         """Gives a worker its process: the standby worker's, if it may have that, or one of the template."""
@@ -154,7 +156,7 @@ class SpawnQueue:
         if template is None or template.pid != pid:
             return False
         self.end_standby()
-        waiting = [] if template.given_up else self._take_waiting(template)
+        waiting = [] if template.given_up else _waits_for(template, self._waiting)
         template.close()
         self._template = None
         self._fail_all(waiting, f"the template process ended with wait status {status}; its stderr says why")
@@ -258,11 +260,6 @@ class SpawnQueue:
         if not worker.conditions.standby:
             self._on_spawned(worker, pid)
 
-    def _take_waiting(self, template: TemplateProcess) -> list[WorkerProcess]:
-        asked = template.answered()
-        waiting = [] if template.was_ready else list(self._waiting)
-        return waiting if asked is None else [asked, *waiting]
-
     def _fail_all(self, workers: list[WorkerProcess], reason: str) -> None:
         for worker in workers:
             with contextlib.suppress(ValueError):
@@ -271,3 +268,11 @@ class SpawnQueue:
                 self._on_failed(worker, reason)
             elif not worker.kill_requested:  # else it was ended before
                 self.standby.end()
+
+
+def _waits_for(template: TemplateProcess, waiting: Iterable[WorkerProcess]) -> list[WorkerProcess]:
+    """Takes the workers that cannot start if this template ends: the one that it was asked for, and all that
+    are ``waiting`` if it was never ready."""
+    asked = template.answered()
+    others = [] if template.was_ready else list(waiting)
+    return others if asked is None else [asked, *others]
