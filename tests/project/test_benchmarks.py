@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.breakdown import STEPS
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -46,9 +48,9 @@ def test_a_table_and_json_come_of_a_quick_run(tmp_path: Path) -> None:
 def test_every_step_of_a_call_is_found_by_the_breakdown(tmp_path: Path) -> None:
     table, found = _run(tmp_path, "breakdown")
     for kind in found["breakdown"]:
-        assert min(kind["steps"]) >= 0
-        assert sum(kind["steps"]) == pytest.approx(kind["with stamps"], rel=0.5)
-    assert "wake the worker" in table
+        assert len(kind["steps"]) == len(STEPS)
+        assert min(kind["steps"]) >= 0 < sum(kind["steps"])
+    assert all(step in table for step in STEPS)
 
 
 def test_a_capped_host_is_compared_with_the_other_ways(tmp_path: Path) -> None:
