@@ -6,7 +6,7 @@ from onnx_dl.demo.assets import load_samples, model_path
 NAMES = ("digits", "wine", "diabetes")
 unloaded = []
 
-with ModelHost(memory_limit="60MB") as host:  # two of the three fit
+with ModelHost(memory_limit="40MB") as host:  # two of the three fit
     host.on_event(lambda event: unloaded.append(event) if event.type is EventType.UNLOADED else None)
     proxies = {name: host.open(model_path(name)) for name in NAMES}
     for name in NAMES * 2:

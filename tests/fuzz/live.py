@@ -32,7 +32,7 @@ from onnx_dl.transport.lane_socket import PACKET
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.support.slow import identity_model
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, eventually, with_standby
 
 _MIGHTY = (Shutdown, Unload, Acquire)
 """What ends a model or starts one, for whoever may ask."""
@@ -51,6 +51,7 @@ def feed(frames: int, seed: int, only: str = "") -> Counter[str]:
         rogue.learn(client.granted())
         sockets = [each for each in rogue.sockets(rng) if only in each[0]]
         supervisor, worker = rogue.processes()
+        with_standby(supervisor)
         belongings = _belongings(supervisor, worker)
         while sum(counts.values()) < frames:
             name, say = rng.choice(sockets)

@@ -144,7 +144,8 @@ def ended(future: concurrent.futures.Future[Any], within: float) -> str:
 
 
 def belongings(supervisor: int) -> tuple[int, int]:
-    """What must not grow: descriptors of the supervisor, and the number of its children."""
+    """What must not grow: descriptors of the supervisor, and the number of its children.  It has most with a
+    standby worker (:func:`.with_standby`)."""
     process = psutil.Process(supervisor)
     return process.num_fds(), len(process.children())
 

@@ -68,6 +68,27 @@ def template_of(host: ModelHost) -> psutil.Process:
     return found[0]
 
 
+def with_standby(supervisor: int) -> psutil.Process:
+    """The supervisor's process, when it has all that it keeps: a standby worker that has connected, too.
+
+    It is made a moment after a load.
+    """
+    process = psutil.Process(supervisor)
+    counts: list[tuple[int, float]] = []
+
+    def is_settled() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(is_process(child, "standby") for child in process.children()):
+                now, at = process.num_fds(), time.monotonic()
+                if not counts or counts[-1][0] != now:
+                    counts.append((now, at))
+                return at - counts[-1][1] > 0.2
+        return False
+
+    eventually(is_settled, "a standby worker")
+    return process
+
+
 def is_process(process: psutil.Process, kind: str) -> bool:
     """Whether it is one of our processes: a supervisor, template, worker or saver.  Before it sets its title,
     its arguments tell."""

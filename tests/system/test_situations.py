@@ -29,7 +29,7 @@ from tests.supervisor.test_application_death import assert_gone, supervisors
 from tests.supervisor.test_capacity import MB, weighty
 from tests.support import cgroups
 from tests.support.small import plus
-from tests.support.waiting import allowed, eventually
+from tests.support.waiting import allowed, eventually, with_standby
 
 pytestmark = pytest.mark.slow
 
@@ -250,11 +250,12 @@ def test_50_cycles_of_a_large_model_leave_nothing(host: ModelHost, tmp_path: Pat
 
     for _ in range(5):
         cycle()
-    supervisor = psutil.Process(host.snapshot().supervisor_pid)
+    supervisor = with_standby(host.snapshot().supervisor_pid or 0)
     ours = psutil.Process()
     before = [_possessions(process) for process in (ours, supervisor)]
     for _ in range(50):
         cycle()
+    with_standby(supervisor.pid)
     after = [_possessions(process) for process in (ours, supervisor)]
     for (files, threads, private), (files_now, threads_now, private_now) in zip(before, after, strict=True):
         assert (files_now, threads_now) == (files, threads)
