@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, NoReturn
 
-from onnx_dl.system import descriptor_limits, frozen, interpreters, process_setup
+from onnx_dl.system import descriptor_limits, frozen, heap_tuning, interpreters, process_setup
 
 MARKER: Final = "--onnx-dl-process"
 
@@ -30,6 +30,9 @@ ENTRIES: Final = {
     "demo": "onnx_dl.demo.inprocess",
 }
 """Modules by the name of the entry; its function is ``main``."""
+
+_LOAD_MODELS: Final = frozenset({"supervisor", "template"})
+"""Entries of processes that become workers, or whose forks do."""
 
 _BOOT: Final = (
     "import json, sys; path, version = json.loads(sys.argv[1]); "
@@ -70,6 +73,8 @@ def launch(
             :func:`freeze_support`.
     """
     given = os.environ if environ is None else environ
+    if entry in _LOAD_MODELS:
+        given = heap_tuning.put_in(given)
     call = [entry, json.dumps(arguments)]
     if frozen.is_frozen() and not python:
         program = frozen.program(missed=not _entered and _call() is not None)
@@ -86,6 +91,7 @@ def enter(entry: str = "", arguments: str = "[]", *_: str) -> None:
     """Runs an entry, for which this process was started."""
     global _entered
     _entered = True
+    heap_tuning.take_out(os.environ)
     if entry not in ENTRIES:
         sys.exit(
             f"onnx-dl: this version has no process {entry!r} ({', '.join(ENTRIES)}): onnx-dl was "

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from onnx_dl import SupervisorStartError
-from onnx_dl.system import boot, frozen
+from onnx_dl.system import boot, frozen, heap_tuning
 from tests.unit.test_layers import HEAVY, loaded_by
 
 
@@ -31,7 +31,7 @@ def test_an_ordinary_program_starts_its_interpreter() -> None:
     launch = boot.launch("template", 7, "fork", environ={"A": "b"})
     assert launch.program == sys.executable
     assert (launch.argv[:2], launch.argv[-2:]) == ([sys.executable, "-P"], ["template", '[7, "fork"]'])
-    assert launch.environment == {"A": "b"}
+    assert launch.environment == heap_tuning.put_in({"A": "b"})
 
 
 def test_it_may_call_freeze_support() -> None:
@@ -85,7 +85,7 @@ def test_an_interpreter_that_was_chosen_has_its_own_path_and_libraries(
     launch = boot.launch("supervisor", python="/usr/bin/python3", environ=environ)
     assert launch.program == "/usr/bin/python3"
     assert json.loads(launch.argv[4])[0] is None
-    assert launch.environment == {"LD_LIBRARY_PATH": "/lib", "A": "b"}
+    assert launch.environment == heap_tuning.put_in({"LD_LIBRARY_PATH": "/lib", "A": "b"})
 
 
 def ended(*argv: str, code: str) -> subprocess.CompletedProcess[str]:
