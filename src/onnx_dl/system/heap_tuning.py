@@ -15,7 +15,7 @@ from typing import Final
 _VARIABLE: Final = "GLIBC_TUNABLES"
 _COUNT: Final = "glibc.malloc.tcache_count"
 _OURS: Final = f"{_COUNT}=0x3"
-"""In a notation that nobody else uses, so that :func:`take_out` finds it."""
+"""Setting in a notation that nobody else uses, so that :func:`take_out` finds it."""
 
 
 def put_in(environ: Mapping[str, str]) -> dict[str, str]:
