@@ -39,7 +39,7 @@ def have_one() -> bool:
 
     The threads are those of the whole machine.  So this is right where the process may use all cores, and too
     careful where it may use some, or has a quota: there, others that are busy elsewhere count, too.  False if
-    the threads cannot be counted.
+    the threads cannot be counted, or if this process may use the time of one core only.
     """
-    running = running_threads()
-    return running is not None and running <= min(_most_processors(), usable_processors())
+    running, cores = running_threads(), min(_most_processors(), usable_processors())
+    return cores > 1 and running is not None and running <= cores

@@ -127,8 +127,8 @@ def are_held(first: Descriptor, second: Descriptor) -> bool:
             and _get(second._numbers[0], _GET_MARK) == second._mark
         ):
             return True
-    except (IndexError, OSError):
-        return False
+    except (IndexError, OSError):  # it is closed, or there are no marks here
+        pass
     return first.holds() and second.holds()
 
 

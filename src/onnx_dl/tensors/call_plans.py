@@ -23,7 +23,7 @@ from onnx_dl.protocol.lane import Call, Items, Packed, Replay, Tensor, Text, Val
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Array, Block, Reference
-from onnx_dl.tensors.repeated_call import LARGEST, RepeatedCall
+from onnx_dl.tensors.repeated_call import LARGEST, MOST_DIMENSIONS, RepeatedCall
 from onnx_dl.tensors.values import VIEW_FROM, Packer
 
 MOST: Final = 64
@@ -162,6 +162,8 @@ class CallPlan:
         if keep or moved is not None or self.inputs.has_texts or max(sizes, default=0) >= VIEW_FROM:
             return
         if not (is_unique and results and results == self.results):
+            return
+        if any(len(value.shape) > MOST_DIMENSIONS for value in results):
             return
         scratch = self.inputs.block, self.inputs.nbytes
         made = RepeatedCall(self.key, self.inputs.targets, scratch, results, block(results[0].block))

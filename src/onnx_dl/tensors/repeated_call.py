@@ -17,6 +17,8 @@ from onnx_dl.protocol.lane import Tensor
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Array, Block, align
 
+MOST_DIMENSIONS: Final = 31
+"""Dimensions of a result: memory for several results has one more, and numpy 1.26 allows 32."""
 LARGEST: Final = 2048
 """Bytes of all results of a call.  A result that is kept keeps the memory of some calls."""
 _TEXT: Final = frozenset((str,))
@@ -70,21 +72,25 @@ class RepeatedCall:
         """Copies the inputs to their places.  False: it is another call, or the places are gone; some inputs
         may have been copied."""
         if outputs is not self._outputs and not (
-            type(outputs) is list and outputs == self._outputs and _TEXT.issuperset(map(type, outputs))
+            # Types first: other objects may refuse to be compared.
+            type(outputs) is list and _TEXT.issuperset(map(type, outputs)) and outputs == self._outputs
         ):
             return False
         inputs = self._inputs
         if len(feed) != len(inputs) or (self._nbytes and arena.scratch(self._nbytes) is not self._block):
             return False
-        for (name, value), (known, dtype, shape, target) in zip(feed.items(), inputs, strict=True):
-            if name is not known and not (type(name) is str and name == known):
-                return False
-            if type(value) is not np.ndarray or value.shape != shape:
-                return False
-            if value.dtype is not dtype and value.dtype != dtype:  # numpy has one object for most dtypes
-                return False
-            if target is not None:
-                target[...] = value
+        try:
+            for (name, value), (known, dtype, shape, target) in zip(feed.items(), inputs, strict=True):
+                if name is not known and not (type(name) is str and name == known):
+                    return False
+                if type(value) is not np.ndarray or value.shape != shape:
+                    return False
+                if value.dtype is not dtype and value.dtype != dtype:  # numpy has one object for most dtypes
+                    return False
+                if target is not None:
+                    target[...] = value
+        except RuntimeError:  # another thread has changed the feed: the usual way tells so
+            return False
         return True
 
     def results(self) -> list[Value]:

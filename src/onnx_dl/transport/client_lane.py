@@ -185,16 +185,17 @@ class ClientLane(Lane[CallerChannel]):
         return reply
 
     def _new_choice(self) -> ModeChoice | None:
-        """Return None where the system does not let us look, or there is only one core."""
-        try:
+        """Return None where there is no choice: the system tells no cores, or the worker has one."""
+        may_poll = linux_only.usable_processors() > 1 and not waits.are_cooperative()
+        cores: frozenset[int] = frozenset()
+        with contextlib.suppress(OSError):
             cores = frozenset(os.sched_getaffinity(self._thread))
-        except OSError:
-            return None
-        if len(cores) == 1:
+        if len(cores) < 2:
+            if self.latency == "low" and may_poll:
+                self._go(CallMode(self._way.cores, True))
             return None
         ways = CallModes(cores)
         self._way = ways.anywhere
-        may_poll = linux_only.usable_processors() > 1 and not waits.are_cooperative()
         if self.latency == "low" and may_poll:
             return SeparateAffinity(ways)
         if self.latency == "auto" and may_poll:

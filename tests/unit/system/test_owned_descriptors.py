@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from onnx_dl.system.descriptor_limits import is_open
-from onnx_dl.system.owned_descriptors import Descriptor
+from onnx_dl.system.owned_descriptors import Descriptor, are_held
 
 
 def opened(kind: str) -> int:
@@ -91,8 +91,11 @@ def test_without_marks_the_files_identity_decides(monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr("onnx_dl.system.owned_descriptors._get", refused)
-        descriptor = Descriptor(opened("memfd"))
+        descriptor, second = Descriptor(opened("memfd")), Descriptor(opened("memfd"))
         assert descriptor.holds()
+        assert are_held(descriptor, second)
+        second.close()
+        assert not are_held(descriptor, second)
         number, other = descriptor.number, opened("memfd")
         os.dup2(other, number)
         os.close(other)

@@ -123,3 +123,28 @@ def test_large_results_take_the_usual_steps(call: Call) -> None:
     call.plan.results = [Tensor("<f4", (600,), 1, 0)]
     call.plan.prepare_repeating(lambda number: Arena(NoPeer()).scratch(4000))
     assert call.plan.repeated is None
+
+
+def test_names_that_refuse_to_be_compared_are_left_to_the_usual_way() -> None:
+    call = Call(outputs=["y", "z", "w"])
+    assert not call.takes(FEED, [np.array(["y", "z"])] * 3)
+    assert call.takes(FEED, ["y", "z", "w"])
+
+
+def test_a_feed_that_changes_meanwhile_is_left_to_the_usual_way(call: Call) -> None:
+    class Changing(dict[str, Any]):
+        """Says what a dict says that another thread has changed."""
+
+        def items(self) -> Any:
+            yield from [("x", FEED["x"])]
+            raise RuntimeError("dictionary changed size during iteration")
+
+    assert not call.takes(Changing(FEED))
+
+
+def test_a_result_with_the_most_dimensions_is_left_to_the_usual_way() -> None:
+    call = Call()
+    call.plan.results = [Tensor("<f4", (1,) * 32, 1, 0)]
+    call.plan.repeated = None
+    call.plan.prepare_repeating(lambda number: call.block)
+    assert call.plan.repeated is None
