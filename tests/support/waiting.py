@@ -91,8 +91,11 @@ def with_standby(supervisor: int) -> psutil.Process:
 
 def is_process(process: psutil.Process, kind: str) -> bool:
     """Whether it is one of our processes: a supervisor, template, worker or saver.  Before it sets its title,
-    its arguments tell."""
-    arguments = process.cmdline()
+    its arguments tell.  One that has ended, and is perhaps not reaped yet, is none."""
+    try:
+        arguments = process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
     return kind in arguments or " ".join(arguments).startswith(f"onnx-dl: {kind}")
 
 

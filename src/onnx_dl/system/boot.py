@@ -123,6 +123,7 @@ def continue_as(entry: str, *arguments: str | int, environ: Mapping[str, str], k
     os.dup2(process_setup.open_null(), 0)
     os.closerange(3, keep)
     os.closerange(keep + 1, descriptor_limits.limit())
+    os.chdir("/")  # the application's directory may be unmounted meanwhile
     os.environ.update(environ)
     _enter_for_good([entry, json.dumps(arguments)])
 

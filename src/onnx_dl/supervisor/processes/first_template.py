@@ -47,7 +47,10 @@ def fork_template(mode: str) -> ForkedTemplate | None:
             fd = os.dup(theirs.fileno())  # a descriptor that has an owner is closed in a forked child
             try:
                 if (pid := os.fork()) == 0:
-                    boot.continue_as("template", fd, mode, environ=SINGLE_THREADED, keep=fd)
+                    try:
+                        boot.continue_as("template", fd, mode, environ=SINGLE_THREADED, keep=fd)
+                    finally:  # a child that went on would read the supervisor's orders
+                        os._exit(1)
             finally:
                 os.close(fd)
             return ForkedTemplate(pid, channel)

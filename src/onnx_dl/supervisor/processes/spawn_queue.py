@@ -185,7 +185,8 @@ class SpawnQueue:
         pid = self.standby.pid()
         self.standby.end()
         if pid is not None:
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):  # it was reaped before its process id was known
+                os.waitpid(pid, 0)
         if self._template is not None:
             self._template.end()
             os.waitpid(self._template.pid, 0)
@@ -250,7 +251,9 @@ class SpawnQueue:
         if (worker := template.answered()) is None:
             return
         if worker.kill_requested and worker.conditions.standby:  # it was ended meanwhile
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # it is reaped, and the number may be another's
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                os.kill(pid, signal.SIGKILL)
             return
         worker.on_spawned(pid)
         if pid == template.pid:  # the template became the worker

@@ -7,6 +7,7 @@ answer, the template is asked, as without one.  So its death, or a SIGSTOP, cost
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
@@ -72,11 +73,13 @@ class Standby:
         return self.is_prepared and self.process.pid is not None and self.taker is None
 
     def ask(self, worker: WorkerProcess, now: float) -> bool:
-        """Asks it to take a worker's place; false: it is gone."""
-        if not worker.assign(self.process):
-            return False
-        self.taker, self.deadline = worker, now + ANSWER
-        return True
+        """Asks it to take a worker's place; false: it is gone, or the system refuses to send the request."""
+        with contextlib.suppress(OSError):  # too many descriptors are on their way, for instance
+            if not worker.assign(self.process):
+                return False
+            self.taker, self.deadline = worker, now + ANSWER
+            return True
+        return False
 
     def end(self) -> WorkerProcess | None:
         """Kills it; it is reaped later.  Returns the worker that waited for its answer."""

@@ -166,9 +166,9 @@ class WorkerProcess:
 
     def on_spawned(self, pid: int) -> None:
         """Notes its process id; kills it if that was asked for before."""
-        self.pid = pid
         with contextlib.suppress(ProcessLookupError):  # already dead and reaped
             self._pidfd = os.pidfd_open(pid)
+        self.pid = pid  # only now: a process that cannot be killed is not waited for
         if self.kill_requested:
             self.kill()
 
