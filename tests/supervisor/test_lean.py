@@ -13,7 +13,7 @@ import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.demo.assets import model_path
-from tests.support.waiting import eventually, family, template_of, worker_pid
+from tests.support.waiting import eventually, family, template_of, with_standby, worker_pid
 
 FEED = {"pixels": np.linspace(0, 16, 128, dtype=np.float32).reshape(2, 64)}
 WINDOW = 0.3
@@ -85,8 +85,9 @@ def test_a_small_worker_has_little_of_its_own(digits: InferenceSessionProxy, hos
 
 def test_idle_processes_are_not_woken(digits: InferenceSessionProxy, host: ModelHost) -> None:
     supervisor = host.snapshot().supervisor_pid or 0
-    eventually(lambda: len(family(supervisor)) == 4, "supervisor, template, worker, standby worker")
+    with_standby(supervisor)
     pids = [process.pid for process in family(supervisor)]
+    assert len(pids) == 4  # supervisor, template, worker, standby worker
 
     def at_rest() -> bool:
         before = activity(pids)

@@ -72,6 +72,7 @@ def test_a_model_with_an_environment_does_without(rig: Rig) -> None:
 
 def test_it_ends_with_the_template_and_with_the_host(rig: Rig) -> None:
     standby = rig.standby()
+    assert template_of(rig.host).cwd() == standby.cwd() == "/", "no directory of the application is in use"
     template_of(rig.host).kill()
     eventually(lambda: is_gone(standby.pid), "it ends with the template")
     rig.reload()

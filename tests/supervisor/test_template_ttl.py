@@ -46,7 +46,6 @@ def test_it_stays_while_a_proxy_lives_and_the_next_load_starts_another(hasty: Mo
     proxy = InferenceSessionProxy(identity_model(), host=hasty)
     assert proxy.run(None, {"x": X})[0] == X
     template = template_of(hasty).pid
-    assert psutil.Process(template).cwd() == "/", "nobody's directory is in use"
     proxy.unload()
     assert proxy.run(None, {"x": X})[0] == X
     proxy.unload()
