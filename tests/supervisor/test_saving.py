@@ -117,12 +117,19 @@ def _stopped(supervisor: psutil.Process) -> list[psutil.Process]:
     """A saver that is at it and the process that it forked, stopped there; nobody yet: it is too early."""
     for saver in savers_of(supervisor):
         saver.suspend()
-        if forked := saver.children():
-            for process in forked:
-                process.suspend()
-            return [saver, *forked]
-        saver.resume()
+        family = [saver, *saver.children()]
+        for process in family[1:]:
+            process.suspend()
+        if len(family) > 1 and all(map(_is_at_it, family[1:])):
+            return family
+        for process in family:
+            process.resume()
     return []
+
+
+def _is_at_it(process: psutil.Process) -> bool:
+    """Whether it has worked since its fork.  One that is stopped before does not end with its parent yet."""
+    return sum(process.cpu_times()[:2]) > 0.02
 
 
 class Stopped(NamedTuple):
