@@ -214,10 +214,10 @@ class Supervisor:
         self._control.router.on_tick(now)
         with boundary("the search for room", self._workers.search_failed):
             self._sampler.on_tick(now)
-        used, spare = self._scheduler.is_used, self._processes.spares.has_spare
+        used, spare = self._scheduler.is_used, self._processes.spawn_queue.has_spare
         self._template_ttl.update(now, used=used, spare=spare)
         if self._template_ttl.is_over(now):
-            self._processes.spares.end_spare()
+            self._processes.spawn_queue.end_spare()
         if self._lifetime.is_over(now):
             if self._lifetime.replaced_because is not None:
                 _print(f"the host ends, because {self._lifetime.replaced_because}")

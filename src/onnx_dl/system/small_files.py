@@ -1,4 +1,5 @@
-"""Reads files of users and other programs, and writes to pipes and terminals that these may not read.
+"""Reads files of users and other programs, replaces files that other processes read, and writes to pipes and
+terminals that nobody may read.
 
 Files may have any content: the number of bytes read is limited, and a FIFO or a terminal blocks nobody.
 Writes go to a thread of their own, so that a stopped reader blocks nothing else: a supervisor's own lines
@@ -11,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import select
 import stat
+from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
 import msgspec
@@ -62,6 +65,22 @@ def read(path: str | os.PathLike[str], most: int) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes")
     return data
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file that only this user may read, atomically: readers see the old content or all of the new.
+
+    Whatever is there is replaced and not written to: writing to a FIFO would block.  Raises OSError.
+    """
+    unfinished = path.with_name(f".{path.name}-{secrets.token_hex(8)}")  # not by tempfile: it costs 0.7 MB
+    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
 
 
 def decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:

@@ -189,7 +189,7 @@ class HostEntry:
             started=uptime(),
         )
         try:
-            _replace(self._record, msgspec.json.encode(self.published))
+            small_files.replace(self._record, msgspec.json.encode(self.published))
         except OSError as error:
             raise _unusable(self._record, error) from error
 
@@ -219,20 +219,6 @@ def _locked_by(fd: int, byte: int) -> int | None:
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else int(pid)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file atomically: readers see the old content or all of the new."""
-    import tempfile  # only a host writes its record
-
-    fd, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def runtime_folder(environ: Mapping[str, str] = os.environ) -> Path:

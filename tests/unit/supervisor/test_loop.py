@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import types
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -48,8 +47,7 @@ class Made:
         self.identities: dict[int, bytes] = {}
         self.killed: list[int] = []
         self.refuses: Exception | None = None
-        self.spares = types.SimpleNamespace(has_spare=False)
-        self.spawn_queue = mock.Mock()
+        self.spawn_queue = mock.Mock(has_spare=False)
 
     def attach(self, control: str, witness: Any, wrote: Any, connections: Any) -> None:
         self.witness, self.wrote = witness, wrote

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,7 +77,7 @@ class RequirementStore:
             # The folder's lock, because the file is replaced.  Not waited for: it would delay loads.
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = sorted((self._read() | self._unwritten).items(), key=lambda item: item[1].at)
-            _replace(path, _encode(found[-_MOST:]))
+            small_files.replace(path, _encode(found[-_MOST:]))
             self._unwritten = {}
         finally:
             os.close(folder)
@@ -103,18 +102,6 @@ def _split(data: bytes) -> Iterator[tuple[str, msgspec.Raw]]:
     lines = [data] if whole is not None else (b"{%b}" % line.strip(b", \r") for line in data.split(b"\n"))
     for part in lines:
         yield from (small_files.decoded(part, dict[str, msgspec.Raw]) or {}).items()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}-{secrets.token_hex(8)}")  # not by tempfile: it costs 0.7 MB
-    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
 
 
 def of(settings: Settings) -> RequirementStore:

@@ -43,17 +43,6 @@ class ProcessListener(Protocol):
     def saver_ended(self, status: int) -> None: ...
 
 
-class Spares(Protocol):
-    """Processes that are ready for the next worker."""
-
-    @property
-    def has_spare(self) -> bool:
-        """True if there is one that has nothing to do."""
-
-    def end_spare(self) -> None:
-        """Ends it.  The next :meth:`WorkerProcesses.spawn` starts a new one."""
-
-
 class StandbyConnections(Protocol):
     """The control connections of standby workers, by their numbers, which are negative."""
 
@@ -82,7 +71,6 @@ class WorkerProcesses:
             OSError: the system has no process for a template, or no descriptors.
         """
         self._log = log
-        self._now = now
         self._standby_ids = itertools.count(-1, -1)
         self._workers: dict[int, WorkerProcess] = {}
         self.spawn_queue = SpawnQueue(
@@ -93,7 +81,6 @@ class WorkerProcesses:
             self._on_failed,
             first,
         )
-        self.spares: Final[Spares] = self.spawn_queue
         self._saver: SaverProcess | None = None
 
     def attach(

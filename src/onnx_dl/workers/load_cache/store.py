@@ -276,7 +276,7 @@ def _is_whole(entry: CacheEntry) -> bool:
         if any(_crc(entry.path / name) != crc for name, (_, crc) in entry.meta.files.items()):
             return False
         with contextlib.suppress(OSError):  # in a read-only cache, CRC-32 is checked each time
-            _put(mark, seal.encode())
+            small_files.replace(mark, seal.encode())
     except OSError:
         return False
     return True
@@ -286,17 +286,6 @@ def _holds(path: Path, data: bytes) -> bool:
     with contextlib.suppress(OSError):
         return small_files.read(path, len(data)) == data
     return False
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Replaces whatever is there: writing into a FIFO would block."""
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
-    fresh.write_bytes(data)
-    try:
-        os.replace(fresh, path)
-    except OSError:
-        fresh.unlink()
-        raise
 
 
 def _seal(stats: dict[str, os.stat_result]) -> str:
