@@ -216,7 +216,7 @@ class Weighed:
                 with contextlib.suppress(psutil.Error):
                     if status.pid is not None:
                         found = psutil.Process(status.pid).memory_full_info()
-                        self.most = max(self.most, found.pss)
+                        self.most = max(self.most, found.uss)
 
     def __enter__(self) -> Weighed:
         self._thread.start()

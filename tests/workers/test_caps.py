@@ -57,8 +57,9 @@ def test_a_leak_of_10_mb_per_run_under_a_cap_of_300(host: ModelHost, library: Co
     A leak only grows, so a worker has the most when nothing runs any more; that is when its memory is
     measured for the event of its end.  What of that is pages of files is known from its beginning.
     """
-    gone: list[ModelEvent] = []
-    host.on_event(lambda event: gone.append(event) if event.type is EventType.UNLOADED else None)
+    told: dict[EventType, list[ModelEvent]] = {kind: [] for kind in EventType}
+    host.on_event(lambda event: told[event.type].append(event))
+    gone = told[EventType.UNLOADED]
     session = ExecutionSession(library("leak"), host=host, max_memory="300MB")
     session.load()
     (fresh,) = host.snapshot().models
@@ -73,7 +74,8 @@ def test_a_leak_of_10_mb_per_run_under_a_cap_of_300(host: ModelHost, library: Co
         assert [right for found in pool.map(calls, range(threads)) for right in found] == [True] * 100
     with session.session():  # the last run may have been the one too many for its worker
         (status,) = host.snapshot().models
-    eventually(lambda: len(gone) == status.loads - 1, "all ends are told")
+    # Not by status.loads: a host forgets a model that is unloaded before its caller asks for it again.
+    eventually(lambda: len(gone) == len(told[EventType.READY]) - 1, "all ends are told")
     assert {event.reason for event in gone} == {"recycled"}
     runs_each = (CAP - at_first) // LEAK + 1
     assert 100 // (runs_each + threads) <= len(gone) <= 100 // (runs_each - 1)
