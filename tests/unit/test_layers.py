@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "host": {*BASE, "client", "session", "inprocess"},
     "integrations": {*BASE, "client.host_client", "session", "host"},
     "demo": {*BASE, "client.event_dispatch", "session", "host"},
+    "server": {*BASE, "ort", "tensors", "client", "session", "host", "demo"},
     "cli": {
         *BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host",
-        "integrations", "demo",
+        "integrations", "demo", "server",
     },
     "__main__": {"cli"},
 }  # fmt: skip
