@@ -36,7 +36,7 @@ from onnx_dl.server.v2.failures import (
     passed,
     too_many,
 )
-from onnx_dl.server.v2.messages import InferRequest, InferResponse, OutputTensor, RegionSlice
+from onnx_dl.server.v2.messages import InferRequest, InferResponse, InputTensor, OutputTensor, RegionSlice
 from onnx_dl.server.v2.operations import Operation, Scope
 
 TOKEN = "Bearer a-token"
@@ -51,16 +51,17 @@ CONFIG = {
 }  # fmt: skip
 
 
+def served(version: str) -> Served:
+    tensor = (TensorInfo("x", "FP32", (-1,)),)
+    return Served(
+        name="echo", version=version, path="", generation="", inputs=tensor, outputs=tensor, config=CONFIG
+    )
+
+
 class Models:
     def __init__(self) -> None:
-        tensor = (TensorInfo("x", "FP32", (-1,)),)
         self.table = ServedTable(
-            [
-                Served(
-                    name="echo", version=version, path="", generation="", inputs=tensor, outputs=tensor, config=CONFIG
-                )
-                for version in ("1", "3")
-            ],
+            [served(version) for version in ("1", "3")],
             [IndexRow("echo", "3", "READY"), IndexRow("gone", "1", "UNAVAILABLE", "unloaded")],
             True,
         )
@@ -108,8 +109,7 @@ class Inference:
             self._obey(request, cancel)
             regions = {output.name: output.region for output in request.outputs}
             outputs = [
-                self._output(tensor.name, tensor.datatype, tensor.shape, tensor.data, regions.get(tensor.name))
-                for tensor in request.inputs
+                self._output(tensor, tensor.data, regions.get(tensor.name)) for tensor in request.inputs
             ]
         finally:
             with self._lock:
@@ -133,9 +133,8 @@ class Inference:
                 raise cancelled()
             time.sleep(0.005)
 
-    def _output(
-        self, name: str, datatype: str, shape: tuple[int, ...], data: Any, region: RegionSlice | None
-    ) -> OutputTensor:
+    def _output(self, tensor: InputTensor, data: Any, region: RegionSlice | None) -> OutputTensor:
+        name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
         if isinstance(data, RegionSlice):
             data = memoryview(self.regions[data.region])[data.offset : data.offset + data.nbytes]
         if region is not None:

@@ -1,4 +1,4 @@
-"""What calls may take: places, bytes of answers that are not sent, and time to arrive."""
+"""Limits of what calls take: places, bytes of answers that are not sent, and time to arrive."""
 
 from __future__ import annotations
 

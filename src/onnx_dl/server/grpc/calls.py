@@ -18,7 +18,7 @@ class Wait(Protocol):
     def __call__(self, coroutine: Coroutine[Any, Any, T], /) -> T: ...
 
 
-class Call(NamedTuple):
+class UnaryCall(NamedTuple):
     """A call with one message and one answer."""
 
     operation: Operation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from onnx_dl.server.grpc.calls import Call, Wait
+from onnx_dl.server.grpc.calls import UnaryCall, Wait
 from onnx_dl.server.grpc.messages import Message, message
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, not_found
@@ -52,18 +52,18 @@ def _cuda_unregister(server: Server, request: Message, wait: Wait) -> Message:
 _SYSTEM: Final = "inference.SystemSharedMemory"
 _CUDA: Final = "inference.CudaSharedMemory"
 CALLS: Final = {
-    "SystemSharedMemoryStatus": Call(Operation.SHM_STATUS, message(f"{_SYSTEM}StatusRequest"), _status),
-    "SystemSharedMemoryRegister": Call(
+    "SystemSharedMemoryStatus": UnaryCall(Operation.SHM_STATUS, message(f"{_SYSTEM}StatusRequest"), _status),
+    "SystemSharedMemoryRegister": UnaryCall(
         Operation.SHM_REGISTER, message(f"{_SYSTEM}RegisterRequest"), _register
     ),
-    "SystemSharedMemoryUnregister": Call(
+    "SystemSharedMemoryUnregister": UnaryCall(
         Operation.SHM_UNREGISTER, message(f"{_SYSTEM}UnregisterRequest"), _unregister
     ),
-    "CudaSharedMemoryStatus": Call(Operation.SHM_STATUS, message(f"{_CUDA}StatusRequest"), _cuda_status),
-    "CudaSharedMemoryRegister": Call(
+    "CudaSharedMemoryStatus": UnaryCall(Operation.SHM_STATUS, message(f"{_CUDA}StatusRequest"), _cuda_status),
+    "CudaSharedMemoryRegister": UnaryCall(
         Operation.SHM_REGISTER, message(f"{_CUDA}RegisterRequest"), _cuda_register
     ),
-    "CudaSharedMemoryUnregister": Call(
+    "CudaSharedMemoryUnregister": UnaryCall(
         Operation.SHM_UNREGISTER, message(f"{_CUDA}UnregisterRequest"), _cuda_unregister
     ),
 }

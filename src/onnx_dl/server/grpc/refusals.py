@@ -1,4 +1,4 @@
-"""How a failure becomes the status of a call, and who the caller is."""
+"""The status of a call that failed, and the caller of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx_dl.server.v2.failures import RequestFailure, internal
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST: Final = 2000
-"""Characters of a status.  It travels in a header, and clients accept 8 KiB of headers."""
+"""Characters of a status, which travels in a header, and clients accept 8 KiB of headers."""
 _LOOPBACK: Final = re.compile(
     r"ipv4:127\.|ipv6:(\[|%5B)?(::1|::ffff:127\.[\d.]+)(\]|%5D)|unix", re.IGNORECASE
 )
@@ -42,7 +42,7 @@ def unexpected(method: str, error: Exception) -> RequestFailure:
 
 
 def caller_of(context: grpc.ServicerContext, *, has_certificates: bool) -> Caller:
-    """Who made the call.  ``has_certificates``: clients show certificates."""
+    """The one who made the call.  ``has_certificates``: clients show certificates."""
     authorization = None
     for key, value in context.invocation_metadata():
         if key == "authorization":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from onnx_dl.server.grpc.calls import Call, Wait
+from onnx_dl.server.grpc.calls import UnaryCall, Wait
 from onnx_dl.server.grpc.messages import Message, message
 from onnx_dl.server.grpc.requests import parameters_of
 from onnx_dl.server.interfaces import Server
@@ -43,11 +43,13 @@ def _check(request: Message) -> None:
 
 
 CALLS: Final = {
-    "RepositoryIndex": Call(Operation.REPOSITORY_INDEX, message("inference.RepositoryIndexRequest"), _index),
-    "RepositoryModelLoad": Call(
+    "RepositoryIndex": UnaryCall(
+        Operation.REPOSITORY_INDEX, message("inference.RepositoryIndexRequest"), _index
+    ),
+    "RepositoryModelLoad": UnaryCall(
         Operation.REPOSITORY_LOAD, message("inference.RepositoryModelLoadRequest"), _load
     ),
-    "RepositoryModelUnload": Call(
+    "RepositoryModelUnload": UnaryCall(
         Operation.REPOSITORY_UNLOAD, message("inference.RepositoryModelUnloadRequest"), _unload
     ),
 }

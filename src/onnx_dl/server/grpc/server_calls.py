@@ -6,7 +6,7 @@ from typing import Final
 
 from google.protobuf import json_format
 
-from onnx_dl.server.grpc.calls import Call, Wait
+from onnx_dl.server.grpc.calls import UnaryCall, Wait
 from onnx_dl.server.grpc.messages import POOL, Message, message
 from onnx_dl.server.interfaces import DurationCount, Server, TensorInfo, VersionStatistics
 from onnx_dl.server.v2.failures import RequestFailure
@@ -93,13 +93,17 @@ def _duration(duration: DurationCount) -> Message:
 
 
 CALLS: Final = {
-    "ServerLive": Call(Operation.SERVER_LIVE, message("inference.ServerLiveRequest"), _live),
-    "ServerReady": Call(Operation.SERVER_READY, message("inference.ServerReadyRequest"), _ready),
-    "ModelReady": Call(Operation.MODEL_READY, message("inference.ModelReadyRequest"), _model_ready),
-    "ServerMetadata": Call(Operation.SERVER_METADATA, message("inference.ServerMetadataRequest"), _metadata),
-    "ModelMetadata": Call(
+    "ServerLive": UnaryCall(Operation.SERVER_LIVE, message("inference.ServerLiveRequest"), _live),
+    "ServerReady": UnaryCall(Operation.SERVER_READY, message("inference.ServerReadyRequest"), _ready),
+    "ModelReady": UnaryCall(Operation.MODEL_READY, message("inference.ModelReadyRequest"), _model_ready),
+    "ServerMetadata": UnaryCall(
+        Operation.SERVER_METADATA, message("inference.ServerMetadataRequest"), _metadata
+    ),
+    "ModelMetadata": UnaryCall(
         Operation.MODEL_METADATA, message("inference.ModelMetadataRequest"), _model_metadata
     ),
-    "ModelConfig": Call(Operation.MODEL_CONFIG, message("inference.ModelConfigRequest"), _model_config),
-    "ModelStatistics": Call(Operation.STATISTICS, message("inference.ModelStatisticsRequest"), _statistics),
+    "ModelConfig": UnaryCall(Operation.MODEL_CONFIG, message("inference.ModelConfigRequest"), _model_config),
+    "ModelStatistics": UnaryCall(
+        Operation.STATISTICS, message("inference.ModelStatisticsRequest"), _statistics
+    ),
 }

@@ -26,7 +26,7 @@ from onnx_dl.server.grpc import (
     settings_calls,
 )
 from onnx_dl.server.grpc.bounds import Arrivals, Places
-from onnx_dl.server.grpc.calls import Call
+from onnx_dl.server.grpc.calls import UnaryCall
 from onnx_dl.server.grpc.messages import Message
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, invalid, passed, unavailable
@@ -35,7 +35,7 @@ from onnx_dl.server.v2.operations import Operation
 
 T = TypeVar("T")
 
-CALLS: Final[dict[str, Call]] = {
+CALLS: Final[dict[str, UnaryCall]] = {
     **server_calls.CALLS,
     **repository_calls.CALLS,
     **memory_calls.CALLS,
@@ -115,7 +115,7 @@ class InferenceService:
         place.owe(len(answer))
         return answer
 
-    def _call(self, call: Call, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    def _call(self, call: UnaryCall, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         self.admit(call.operation, context)
         place = self._others.take()
         if not context.add_callback(place.give_back):

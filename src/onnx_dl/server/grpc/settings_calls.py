@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from onnx_dl.server.grpc.calls import Call, Wait
+from onnx_dl.server.grpc.calls import UnaryCall, Wait
 from onnx_dl.server.grpc.messages import Message, message
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import invalid
@@ -14,7 +14,7 @@ _TRACE: Final = {
     "trace_level": "OFF", "trace_rate": "1000", "trace_count": "-1", "log_frequency": "0", "trace_file": "",
     "trace_mode": "triton",
 }  # fmt: skip
-"""What Triton answers when nothing is traced."""
+"""Triton's answer when nothing is traced."""
 _LOG: Final[dict[str, bool | int | str]] = {
     "log_file": "", "log_info": True, "log_warning": True, "log_error": True, "log_verbose_level": 0,
     "log_format": "default",
@@ -43,6 +43,6 @@ def _logging(server: Server, request: Message, wait: Wait) -> Message:
 
 
 CALLS: Final = {
-    "TraceSetting": Call(Operation.SETTINGS, message("inference.TraceSettingRequest"), _trace),
-    "LogSettings": Call(Operation.SETTINGS, message("inference.LogSettingsRequest"), _logging),
+    "TraceSetting": UnaryCall(Operation.SETTINGS, message("inference.TraceSettingRequest"), _trace),
+    "LogSettings": UnaryCall(Operation.SETTINGS, message("inference.LogSettingsRequest"), _logging),
 }

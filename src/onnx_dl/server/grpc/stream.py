@@ -32,7 +32,7 @@ _STATUS_HEADER: Final = "triton_grpc_error"
 
 
 class _Answer:
-    """What became of one request.  Exactly one of the two."""
+    """The outcome of one request: the bytes to send, and the failure that they tell of."""
 
     __slots__ = ("data", "failure")
 

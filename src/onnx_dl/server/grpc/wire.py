@@ -76,7 +76,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _value(data: bytes, at: int, kind: int, size: int) -> tuple[int, int]:
-    """Where the value of a field that begins at ``at`` begins and ends.  Raises WireError."""
+    """Begin and end of the value of a field, which begins at ``at``.  Raises WireError."""
     if kind == _VARINT:
         return at, read_varint(data, at)[1]
     if kind == _BYTES:
@@ -104,7 +104,7 @@ def varint(value: int) -> bytes:
 
 
 def head(number: int, length: int) -> bytes:
-    """What stands before ``length`` bytes that are the value of a field."""
+    """Tag and length of a field, before its value of ``length`` bytes."""
     return varint(number << 3 | _BYTES) + varint(length)
 
 
