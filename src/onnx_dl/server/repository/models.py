@@ -12,6 +12,7 @@ from typing import Final
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.server.interfaces import IndexRow, Served, ServedTable
 from onnx_dl.server.repository import specs
+from onnx_dl.server.repository.plan import is_same
 from onnx_dl.server.v2.failures import RequestFailure, invalid, not_found
 from onnx_dl.session.inference_session import InferenceSessionProxy
 
@@ -113,7 +114,7 @@ class ModelTable:
         :meth:`discard` if it is not to be served."""
         with self._lock:
             found = self._served.get(entry.name, {}).get(entry.version) or self._prepared.get(_place(entry))
-            if found is not None and _is_same(found.entry, entry):
+            if found is not None and is_same(found.entry, entry):
                 return found
             used = UsedModel(entry, self._host)
             replaced = self._prepared.pop(_place(entry), None)
@@ -126,7 +127,7 @@ class ModelTable:
         """Gives up a version that was prepared and is not in the table."""
         with self._lock:
             found = self._prepared.get(_place(entry))
-            if found is None or not _is_same(found.entry, entry):
+            if found is None or not is_same(found.entry, entry):
                 return
             del self._prepared[_place(entry)]
         found.retire()
@@ -185,12 +186,12 @@ class ModelTable:
     def _fitting(self, entry: Served, present: UsedModel | None) -> UsedModel:
         """The proxy for an entry: the present one, the prepared one, or one made now."""
         prepared = self._prepared.pop(_place(entry), None)
-        if present is not None and _is_same(present.entry, entry):
+        if present is not None and is_same(present.entry, entry):
             present.entry = entry
             if prepared is not None:
                 prepared.retire()
             return present
-        if prepared is not None and _is_same(prepared.entry, entry):
+        if prepared is not None and is_same(prepared.entry, entry):
             prepared.entry = entry
             return prepared
         if prepared is not None:
@@ -231,8 +232,3 @@ def _absent(name: str, version: str, rows: list[IndexRow]) -> RequestFailure:
 
 def _place(entry: Served) -> tuple[str, str]:
     return entry.name, entry.version
-
-
-def _is_same(one: Served, other: Served) -> bool:
-    """Whether one proxy serves both: the same content, loaded and held in the same way."""
-    return (one.path, one.generation, one.arguments) == (other.path, other.generation, other.arguments)
