@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, Final
 
+from onnx_dl.cli import serve_words
 from onnx_dl.cli.help_texts import COMMANDS, WHOLE, HelpText
 from onnx_dl.core.version import __version__
 from onnx_dl.errors import ConfigError
@@ -73,21 +74,16 @@ def _add_host(command: argparse.ArgumentParser, otherwise: str = "'default'") ->
     )  # fmt: skip
 
 
-def _add_file(command: argparse._ActionsContainer, *names: str, **more: object) -> None:
+def _add_file(command: argparse.ArgumentParser, *names: str, **more: object) -> None:
     """Adds an argument that shells complete with names of files."""
     command.add_argument(*names, **more).complete = _FILE  # type: ignore[arg-type, attr-defined]
-
-
-def _add_folder(command: argparse._ActionsContainer, *names: str, **more: object) -> None:
-    """Adds an argument that shells complete with names of folders."""
-    command.add_argument(*names, **more).complete = _FOLDER  # type: ignore[arg-type, attr-defined]
 
 
 def _add_json(command: argparse.ArgumentParser, about: str) -> None:
     command.add_argument("--json", action="store_true", help=about)
 
 
-def _add_memory_limit(command: argparse._ActionsContainer) -> None:
+def _add_memory_limit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory-limit", metavar="SIZE",
         help="memory that all models together may take, for example 2GiB "
@@ -135,123 +131,26 @@ def _add_supervise(commands: _Commands) -> None:
 
 def _add_serve(commands: _Commands) -> None:
     """Each option's ``dest`` is the name of its field in ``server.options``; None: it was not given."""
-    serve = _add(commands, "serve", argument_default=None)
-    models = serve.add_argument_group("models")
-    _add_folder(
-        models,
-        "--repository",
-        action="append",
-        metavar="DIR",
-        help="a folder of models in Triton's layout, NAME/VERSION/model.onnx; can be given several times",
-    )
-    _add_file(
-        models,
-        "--model",
-        action="append",
-        dest="models",
-        metavar="NAME=PATH",
-        help="serve this file by this name; can be given several times",
-    )
-    _add_file(
-        models,
-        "--config",
-        metavar="FILE",
-        help="a host.toml; its models are served, too, and its "
-        "table [serve] has the options that are not given here",
-    )
-    models.add_argument(
-        "--demo",
-        action="store_true",
-        default=None,
-        help="serve the models of onnx-dl demo, and print commands to try",
-    )
-    models.add_argument(
-        "--model-control",
-        choices=("none", "poll", "explicit"),
-        help="none: read the repository at the start; poll: follow its changes; explicit: clients load and "
-        "unload models (default: none)",
-    )
-    models.add_argument(
-        "--load-model",
-        action="append",
-        dest="load_models",
-        metavar="NAME",
-        help="with explicit: load this model at the start; '*': all; can be given several times",
-    )
-    models.add_argument("--poll-every", metavar="TIME", help="time between two looks with poll (default: 2)")
-    models.add_argument(
-        "--strict-readiness",
-        action="store_true",
-        default=None,
-        help="the server is ready only if all models are",
-    )
-    _add_addresses(serve.add_argument_group("addresses"))
-    _add_limits_of_serve(serve.add_argument_group("processes and limits"))
-    _add_rights_of_serve(serve.add_argument_group("who may do what"))
+    serve = _add(commands, "serve")
+    for title, options in serve_words.GROUPS.items():
+        group = serve.add_argument_group(title)
+        for word in options:
+            _add_word(group, word)
 
 
-def _add_addresses(sockets: argparse._ArgumentGroup) -> None:
-    where = {"metavar": "HOST:PORT"}
-    sockets.add_argument(
-        "--http", **where, help="HTTP; port 0: a free one, off: none (default: 127.0.0.1:8000)"
-    )
-    sockets.add_argument("--grpc", **where, help="gRPC, likewise (default: 127.0.0.1:8001)")
-    sockets.add_argument(
-        "--metrics", **where, help="/metrics at an address of its own, beside that of HTTP (default: off)"
-    )
-
-
-def _add_limits_of_serve(limits: argparse._ArgumentGroup) -> None:
-    limits.add_argument(
-        "--host",
-        metavar="NAME",
-        type=_host_name,
-        help="name of a shared host that runs the models, and stays (default: a host of the server's own)",
-    )
-    _add_memory_limit(limits)
-    limits.add_argument(
-        "--processes", metavar="N", type=_processes, help="processes that take requests, 1 to 64 (default: 1)"
-    )
-    limits.add_argument("--max-body", metavar="SIZE", help="bytes of one request (default: 1GiB)")
-    limits.add_argument(
-        "--max-queue-size",
-        metavar="N",
-        type=_count,
-        help="requests of one model that wait or run; more get 429 (default: 64 or more, by the model)",
-    )
-    limits.add_argument(
-        "--max-in-flight",
-        metavar="SIZE",
-        help="bytes of all requests that are read or run (default: a quarter of the memory limit)",
-    )
-    limits.add_argument(
-        "--drain-timeout", metavar="TIME", help="time that running requests have after SIGTERM (default: 30)"
-    )
-    limits.add_argument("--server-name", metavar="NAME", help="name in the metadata (default: onnx-dl)")
-
-
-def _add_rights_of_serve(rights: argparse._ArgumentGroup) -> None:
-    rights.add_argument(
-        "--client-shm",
-        choices=("off", "copy", "map"),
-        help="use of clients' shared memory: copy reads and writes it, map lets the worker use it in place, "
-        "where a client that truncates it ends the worker (default: off)",
-    )
-    _add_file(
-        rights,
-        "--token-file",
-        metavar="FILE",
-        help="tokens, one a line: NAME:SHA256:SCOPES; scopes are infer, control, shm, metrics, dashboard",
-    )
-    rights.add_argument(
-        "--insecure",
-        action="store_true",
-        default=None,
-        help="serve another address than loopback without tokens",
-    )
-    _add_file(rights, "--tls-cert", metavar="FILE", help="certificate of the server, PEM")
-    _add_file(rights, "--tls-key", metavar="FILE", help="its key, PEM")
-    _add_file(rights, "--tls-ca", metavar="FILE", help="clients must show a certificate of this CA, PEM")
+def _add_word(group: argparse._ArgumentGroup, word: serve_words.Word) -> None:
+    more: dict[str, Any] = {"help": word.help, "dest": word.field or word.option[2:].replace("-", "_")}
+    if word.metavar:
+        more |= {"metavar": word.metavar, "action": "append" if word.is_list else "store"}
+    elif word.choices:
+        more |= {"choices": word.choices}
+    else:
+        more |= {"action": "store_true", "default": None}
+    if (checks := {"host": _host_name, "processes": _processes, "max_queue_size": _count}).get(more["dest"]):
+        more["type"] = checks[more["dest"]]
+    argument = group.add_argument(word.option, **more)
+    if completion := {"FILE": _FILE, "NAME=PATH": _FILE, "DIR": _FOLDER}.get(word.metavar):
+        argument.complete = completion  # type: ignore[attr-defined]
 
 
 def _add_views(commands: _Commands) -> None:

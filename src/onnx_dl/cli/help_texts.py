@@ -58,8 +58,8 @@ COMMANDS: Final = {
     "serve": HelpText(
         "serve models over HTTP and gRPC to Triton's clients",
         "Serves models by the Open Inference Protocol, over HTTP and gRPC, until\n"
-        "Ctrl-C or SIGTERM; then it finishes the requests that run. A model loads at its\n"
-        "first request, and unloads after five minutes without one if nothing else is set.\n"
+        "Ctrl-C or SIGTERM; then it finishes the requests that run. A model loads at\n"
+        "its first request, and unloads after five minutes without one.\n"
         'Needs: pip install "onnx-dl[serve]"',
         "onnx-dl serve --demo\n"
         "onnx-dl serve --model digits=digits.onnx\n"
