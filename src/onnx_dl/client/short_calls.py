@@ -20,7 +20,6 @@ from onnx_dl.client.served_model import ServedModel
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.call_plans import CallPlan, EngineValue, Feed
-from onnx_dl.tensors.repeated_call import RepeatedCall
 from onnx_dl.transport.call_channel import SAME
 from onnx_dl.transport.client_lane import ClientLane, Reply
 
@@ -66,7 +65,6 @@ class ShortCall(NamedTuple):
     pool: LanePool
     lane: ClientLane
     plan: CallPlan
-    repeated: RepeatedCall
 
     @property
     def pending(self) -> PendingCall:
@@ -80,7 +78,8 @@ class ShortCall(NamedTuple):
             result = self.pending.conclude(reply)
             return None if result is RETRY else result
         try:
-            results = self.repeated.results()
+            assert self.plan.repeated is not None  # nobody else uses the lane
+            results = self.plan.repeated.results()
         except BaseException as error:
             abandon(pool, lane, error)
             raise
@@ -111,7 +110,7 @@ def begin(model: ServedModel | None, lease: Lease, outputs: EngineValue, feed: F
     except BaseException as error:  # KeyboardInterrupt included: the reply may be still to come
         abandon(pool, lane, error)
         raise
-    return ShortCall(pool, lane, plan, call)
+    return ShortCall(pool, lane, plan)
 
 
 def finish(call: ShortCall, deadline: Deadline) -> list[EngineValue] | None:
@@ -137,38 +136,33 @@ def finish(call: ShortCall, deadline: Deadline) -> list[EngineValue] | None:
 
 async def afinish(call: ShortCall, timeout: float | None, patience: Patience) -> list[EngineValue] | None:
     """:func:`finish`, awaited on asyncio.  Cancelling it ends the run."""
-    lane, seconds = call.lane, patience.seconds
     try:
-        reply = _received(lane, seconds, patience) if seconds else _LATER
-        if reply is _LATER:
-            async with asyncio.timeout(timeout):
-                reply = await _readable(lane)
+        reply = await _reply(call.lane, timeout, patience)
     except (asyncio.CancelledError, TimeoutError) as error:
         _abort(call)
         if isinstance(error, TimeoutError):
             raise run_timeout(Deadline(timeout), "was told to end") from None
         raise
     except BaseException as error:
-        abandon(call.pool, lane, error)
+        abandon(call.pool, call.lane, error)
         raise
     if reply != SAME and call.pending.needs_host(reply):
         return await asyncio.to_thread(call.conclude, reply)
     return call.conclude(reply)
 
 
-_LATER: Final = object()
-
-
-def _received(lane: ClientLane, seconds: float, patience: Patience) -> Reply | object:
-    """Return the reply; :data:`_LATER` if it does not come in time."""
-    began = time.perf_counter()
-    try:
-        reply = lane.receive(seconds)
-    except TimeoutError:
-        patience.note(None)
-        return _LATER
-    patience.note(time.perf_counter() - began)
-    return reply
+async def _reply(lane: ClientLane, timeout: float | None, patience: Patience) -> Reply:
+    if seconds := patience.seconds:
+        began = time.perf_counter()
+        try:
+            reply = lane.receive(seconds)
+        except TimeoutError:
+            patience.note(None)
+        else:
+            patience.note(time.perf_counter() - began)
+            return reply
+    async with asyncio.timeout(timeout):
+        return await _readable(lane)
 
 
 async def _readable(lane: ClientLane) -> Reply:
