@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import asyncio
 import collections
-import contextlib
 import os
 import socket
 import struct
@@ -65,8 +64,8 @@ class Link(Generic[_In]):
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     def send(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
-        """Sends a message with duplicates of these descriptors, as soon as there is room for it.  Does nothing
-        if the link is closed."""
+        """Sends a message with duplicates of these descriptors, as soon as there is room for it.  Does
+        nothing if the link is closed."""
         if not self.is_open:
             return
         body = msgspec.msgpack.encode(message)
@@ -153,10 +152,7 @@ class Link(Generic[_In]):
 
 
 class Tickets:
-    """Questions that wait for an answer, each with a future and a deadline.
-
-    ``T``: the class of answers.
-    """
+    """Questions that wait for an answer, each with a future.  All methods belong to the loop's thread."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, asyncio.Future[object]] = {}
@@ -165,10 +161,11 @@ class Tickets:
     def open(self) -> tuple[int, asyncio.Future[object]]:
         """A new ticket, and the future of its answer."""
         self._last += 1
-        future = asyncio.get_running_loop().create_future()
-        self._waiting[self._last] = future
-        future.add_done_callback(lambda _, ticket=self._last: self._waiting.pop(ticket, None))
-        return self._last, future
+        ticket = self._last
+        future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = future
+        future.add_done_callback(lambda _: self._waiting.pop(ticket, None))
+        return ticket, future
 
     def answer(self, ticket: int, message: object) -> None:
         """Sets the answer; an unknown ticket is ignored: its asker has given up."""
@@ -179,5 +176,4 @@ class Tickets:
         """Ends all waits."""
         for future in list(self._waiting.values()):
             if not future.done():
-                with contextlib.suppress(asyncio.InvalidStateError):
-                    future.set_exception(error)
+                future.set_exception(error)

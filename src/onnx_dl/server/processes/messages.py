@@ -16,13 +16,13 @@ from onnx_dl.server.v2.failures import Reason, RequestFailure
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
-    pass
+    """Base of all messages."""
 
 
 # --- owner → child -----------------------------------------------------------------------------------------
 
 
-class Begin(_Message):
+class Begin(_Message, frozen=True, kw_only=True, tag=True):
     """The first message to a child, with the descriptor of the page of limits.  Answered by Listening."""
 
     options: ServeOptions
@@ -31,34 +31,34 @@ class Begin(_Message):
     table: ServedTable
 
 
-class UseTable(_Message):
+class UseTable(_Message, frozen=True, kw_only=True, tag=True):
     """Serve this table from now on.  Answered by Taken."""
 
     ticket: int
     table: ServedTable
 
 
-class UseRegion(_Message):
+class UseRegion(_Message, frozen=True, kw_only=True, tag=True):
     """A region was registered; comes with its descriptor.  Answered by Taken."""
 
     ticket: int
     region: RegionStatus
 
 
-class DropRegions(_Message):
+class DropRegions(_Message, frozen=True, kw_only=True, tag=True):
     """A region was unregistered; None: all.  Answered by Taken."""
 
     ticket: int
     name: str | None
 
 
-class AskCounts(_Message):
+class AskCounts(_Message, frozen=True, kw_only=True, tag=True):
     """Asks for the statistics of this process, and whether it is alive.  Answered by Counts."""
 
     ticket: int
 
 
-class Answer(_Message):
+class Answer(_Message, frozen=True, kw_only=True, tag=True):
     """Answers Ask.  ``result`` is None, or the data that the operation returns."""
 
     ticket: int
@@ -69,7 +69,7 @@ class Answer(_Message):
     kind: str = ""
 
 
-class Refusal(_Message):
+class Refusal(_Message, frozen=True, kw_only=True, tag=True):
     """Answers Ask: the operation raised a RequestFailure, whose fields these are."""
 
     ticket: int
@@ -80,7 +80,7 @@ class Refusal(_Message):
     reason: Reason
 
 
-class Drain(_Message):
+class Drain(_Message, frozen=True, kw_only=True, tag=True):
     """Take no new requests, finish those that run within ``seconds``, and end.  Answered by its end."""
 
     seconds: float
@@ -89,30 +89,30 @@ class Drain(_Message):
 # --- child → owner -----------------------------------------------------------------------------------------
 
 
-class Listening(_Message):
+class Listening(_Message, frozen=True, kw_only=True, tag=True):
     """Answers Begin: the child takes requests at both addresses."""
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True, kw_only=True, tag=True):
     """Answers Begin: the child cannot serve, and ends."""
 
     text: str
 
 
-class Taken(_Message):
+class Taken(_Message, frozen=True, kw_only=True, tag=True):
     """Answers UseTable, UseRegion and DropRegions: the next request here sees it."""
 
     ticket: int
 
 
-class Counts(_Message):
+class Counts(_Message, frozen=True, kw_only=True, tag=True):
     """Answers AskCounts."""
 
     ticket: int
     statistics: list[VersionStatistics]
 
 
-class Ask(_Message):
+class Ask(_Message, frozen=True, kw_only=True, tag=True):
     """One call of a method of ``interfaces.Control``, by name.  Answered by Answer or Refusal."""
 
     ticket: int
