@@ -73,7 +73,7 @@ class Foreign(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
-    """Where a result is written: number of a foreign memory, byte offset in it, and the bytes that it has."""
+    """A place for a result: number of a foreign memory, byte offset in it, and the bytes that it has."""
 
     memory: int
     offset: int

@@ -136,7 +136,7 @@ class ForeignArray(NamedTuple):
 
 
 class ForeignPlace(NamedTuple):
-    """Where an output is written: ``nbytes`` bytes of a foreign memory from byte ``offset`` on."""
+    """A place for an output: ``nbytes`` bytes of a foreign memory from byte ``offset`` on."""
 
     memory: ForeignMemory
     offset: int

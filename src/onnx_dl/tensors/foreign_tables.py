@@ -43,7 +43,7 @@ class AnnouncedMemories:
         self._announcer = announcer
         self._next_number = next_number
         self._known: dict[int, _Known] = {}
-        """By serial number of the memory, ordered by the time of their last use."""
+        """Keyed by serial number of the memory, ordered by the time of their last use."""
         self._closed: collections.deque[int] = collections.deque()
         """Serial numbers of closed memories, known or not."""
         self._turn = 0

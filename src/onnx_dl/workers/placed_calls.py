@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from onnx_dl.errors import ForeignMemoryError
+from onnx_dl.errors import OnnxDLError, ProtocolError
 from onnx_dl.protocol import codec
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.arena import Arena, NoPeer
@@ -47,7 +47,7 @@ class _Input(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """Where a bound run writes a result."""
+    """An array that a bound run writes a result to."""
 
     array: Array
     place: m.Place
@@ -67,7 +67,7 @@ class _Bound(NamedTuple):
     inputs: list[Array]
     """Kept, because the engine knows their addresses only."""
     blocks: tuple[Block | None, Block | None]
-    """Of copied inputs and results."""
+    """Blocks of copied inputs and results."""
     reply: bytes
 
 
@@ -115,8 +115,18 @@ class PlacedCalls:
             ProtocolError: the request contradicts itself.
             Exception: the engine's.
         """
-        inputs = [self._input(name, value) for name, value in request.foreign]
-        arrays, block = self._read(inputs)
+        try:
+            inputs = [self._input(name, value) for name, value in request.foreign]
+            arrays, block = self._read(inputs)
+        except OnnxDLError:
+            raise
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            SyntaxError,
+        ) as error:  # numpy's, for what a peer made up
+            raise ProtocolError(f"An input contradicts itself: {error}.") from None
         key = None if request.feed else self._key_of(request, inputs)
         kind = None if key is None else self._kinds.get(key)
         if kind is not None and self._run_bound(kind, request, inputs, arrays, block):
@@ -135,10 +145,7 @@ class PlacedCalls:
 
     def _input(self, name: str, value: m.Foreign) -> _Input:
         memory = self._lane.memories.memory(value.memory)
-        try:
-            dtype = np.dtype(value.dtype)
-        except (TypeError, ValueError, SyntaxError):
-            raise ForeignMemoryError(f"There is no dtype {value.dtype!r}.") from None
+        dtype = np.dtype(value.dtype)
         nbytes = bytes_of(dtype, value.shape)
         memory.check(value.offset, nbytes)
         in_place = memory.is_mapped and nbytes > 0 and align(value.offset) == value.offset
