@@ -74,6 +74,17 @@ def run(
         raise not_begun(deadline, passed) from None
 
 
+def in_use(proxy: InferenceSessionProxy) -> bool:
+    """True if the proxy uses its present worker already, so that a run need not wait for a load."""
+    return proxy._handle.in_use() is not None
+
+
+def bind(proxy: InferenceSessionProxy, deadline: Deadline) -> None:
+    """Has the model loaded and used by the proxy.  Raises DeadlinePassed, and what a run raises before it
+    begins."""
+    proxy._handle.model(deadline)
+
+
 async def arun(
     proxy: InferenceSessionProxy,
     names: Sequence[str] | None,

@@ -9,7 +9,8 @@ from onnx_dl.server.options import ServeOptions
 def refusal(options: ServeOptions) -> str | None:
     """One sentence on why the server does not start; None: it may."""
     for option, address in _listeners(options).items():
-        if addresses.parsed(address) is None:
+        parts = addresses.parsed(address)
+        if parts is None or parts.port is None:
             return f"{option} {address}: this is no address. Use HOST:PORT, or [ADDRESS]:PORT for IPv6."
     if bool(options.tls_cert) != bool(options.tls_key):
         return "--tls-cert and --tls-key need each other."
