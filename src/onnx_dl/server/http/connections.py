@@ -1,0 +1,101 @@
+"""The connections of a listener: how many there are, and which of them take too long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Protocol
+
+from onnx_dl.server.http.limits import HEAD_BYTES, Limits, most_connections
+
+_LOOK_EVERY = 0.5
+
+
+class Kept(Protocol):
+    """A connection, as the list sees it."""
+
+    @property
+    def can_be_evicted(self) -> bool:
+        """True if nobody would miss it: it waits for a request."""
+
+    @property
+    def since(self) -> float:
+        """When it began to do what it does, on the loop's clock."""
+
+    def look(self, now: float) -> None:
+        """Ends the connection if it has taken too long."""
+
+    def drain(self) -> None:
+        """Ends the connection as soon as it has finished what was begun."""
+
+    def cut(self) -> None:
+        """Ends the connection now."""
+
+
+class Connections:
+    """All connections of a listener.  One timer looks at them."""
+
+    def __init__(self, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
+        self.limits = limits
+        self.scratch = memoryview(bytearray(HEAD_BYTES))
+        """Where any of them reads what it does not yet know the place of.  It is used up within one call."""
+        self.is_draining = False
+        self._most = most_connections(limits)
+        self._loop = loop
+        self._open: dict[Kept, None] = {}
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __iter__(self) -> Iterator[Kept]:
+        return iter(list(self._open))
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: Kept) -> bool:
+        """Note a new connection.  False: there are too many, and none can make room."""
+        if len(self._open) >= self._most:
+            waiting = (other for other in self._open if other.can_be_evicted)
+            oldest = min(waiting, key=lambda other: other.since, default=None)
+            if oldest is None:
+                return False
+            self.remove(oldest)
+            oldest.cut()
+        self._open[connection] = None
+        self._none_left.clear()
+        if self._timer is None:
+            self._timer = self._loop.call_later(_LOOK_EVERY, self._look)
+        return True
+
+    def remove(self, connection: Kept) -> None:
+        self._open.pop(connection, None)
+        if not self._open:
+            self._none_left.set()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        for connection in self:
+            connection.look(now)
+        self._timer = self._loop.call_later(_LOOK_EVERY, self._look) if self._open else None
+
+    def drain(self) -> None:
+        """End each connection as soon as it has finished what was begun."""
+        self.is_draining = True
+        for connection in self:
+            connection.drain()
+
+    async def wait_until_none(self, timeout: float | None) -> None:
+        """Returns when all have ended.  Raises TimeoutError after ``timeout`` seconds."""
+        await asyncio.wait_for(self._none_left.wait(), timeout)
+
+    def cut(self) -> None:
+        """End all connections now."""
+        for connection in self:
+            connection.cut()
+
+    def close(self) -> None:
+        """Stop looking at them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
