@@ -186,6 +186,8 @@ class Caller(NamedTuple):
     """True if it came over loopback."""
     certificate: str | None = None
     """Subject of the certificate that the client showed; None: it showed none."""
+    peer: str = ""
+    """The client's IP address, without the port: for the log of refused requests."""
 
 
 class Access(Protocol):
