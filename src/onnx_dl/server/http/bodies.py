@@ -8,11 +8,13 @@ copies those that are not aligned for their dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from onnx_dl.server.http import head
+from onnx_dl.server.http.chunked import ChunkDecoder
+from onnx_dl.server.http.head import Framing
 from onnx_dl.server.http.limits import STEPS, next_step
 
 _ALIGNED: Final = 64
@@ -29,40 +31,69 @@ def aligned(memory: memoryview, before: int, nbytes: int) -> memoryview:
     return memory[offset : offset + nbytes]
 
 
-class Buffer:
-    """Memory of a body of which at most ``length`` bytes come.  It grows by steps, and copies then."""
-
-    def __init__(self, length: int, header_length: int | None, allocate: Allocate) -> None:
-        """``header_length``: bytes before the first binary tensor; None or 0: alignment is of the begin."""
-        self._length = length
-        self._before = header_length or 0
-        self._allocate = allocate
-        self.filled = 0
-        """Bytes that have come."""
-        self._memory = memoryview(bytearray(min(length, STEPS[0])))
+class Body(Protocol):
+    """A body that arrives."""
 
     @property
-    def is_full(self) -> bool:
-        return self.filled == self._length
+    def filled(self) -> int:
+        """Bytes that have come."""
+
+    @property
+    def is_complete(self) -> bool: ...
+
+    def room(self) -> memoryview | None:
+        """Where the next bytes go; None: what comes must be looked at first, by :meth:`write`."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes were written to :meth:`room`.  Raises RequestFailure: 429."""
+
+    def write(self, data: memoryview) -> int:
+        """Take what belongs to the body; return how much that was.  Raises RequestFailure: 400, 413, 429."""
+
+    def take(self) -> memoryview:
+        """The body, when it is complete."""
+
+
+def open_body(framing: Framing, most: int, allocate: Allocate) -> Body:
+    """Memory for the body of a request.  ``most``: bytes of it."""
+    before = None if framing.encoding else framing.header_length
+    if framing.length is None:
+        return ChunkedBody(most, before, allocate)
+    return FixedBody(framing.length, before, allocate)
+
+
+class _Memory:
+    """Memory that grows as it is filled, to ``most`` bytes.  Growing copies."""
+
+    def __init__(
+        self, most: int, header_length: int | None, allocate: Allocate, larger: Callable[[int, int], int]
+    ) -> None:
+        """``header_length``: bytes before the first binary tensor; None or 0: the begin is aligned.
+        ``larger``: the next size, of ``most`` and the bytes that are there."""
+        self._most = most
+        self._before = header_length or 0
+        self._allocate = allocate
+        self._larger = larger
+        self.filled = 0
+        self._memory = memoryview(bytearray(min(most, STEPS[0])))
 
     def room(self) -> memoryview:
-        """Where the next bytes go; never empty before it is full."""
+        """Where the next bytes go; not empty before ``most`` are there."""
         return self._memory[self.filled :]
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes were written to :meth:`room`.
-
-        Raises:
-            RequestFailure: 429: there is no memory for more of the body.
-        """
+        """So many bytes were written to :meth:`room`.  Raises RequestFailure: 429: no memory."""
         self.filled += nbytes
-        if self.filled == len(self._memory) and self.filled < self._length:
-            self._grow()
+        if self.filled == len(self._memory) and self.filled < self._most:
+            size = self._larger(self._most, self.filled)
+            grown = aligned(self._allocate(size + _ALIGNED), self._before, size)
+            grown[: self.filled] = self._memory
+            self._memory = grown
 
-    def write(self, data: memoryview) -> int:
-        """Copy as much as belongs to the body; return how much that was.  Raises like :meth:`advance`."""
+    def copy(self, data: memoryview) -> int:
+        """Copy as much as there is room for in the end; return how much.  Raises like :meth:`advance`."""
         taken = 0
-        while taken < len(data) and not self.is_full:
+        while taken < len(data) and self.filled < self._most:
             room = self.room()
             step = min(len(room), len(data) - taken)
             room[:step] = data[taken : taken + step]
@@ -71,32 +102,73 @@ class Buffer:
         return taken
 
     def take(self) -> memoryview:
-        """The body, when it is there."""
-        body, self._memory = self._memory[: self.filled], memoryview(b"")
-        return body
-
-    def _grow(self) -> None:
-        size = self._larger()
-        grown = aligned(self._allocate(size + _ALIGNED), self._before, size)
-        grown[: self.filled] = self._memory
-        self._memory = grown
-
-    def _larger(self) -> int:
-        return next_step(self._length, self.filled)
+        """What is there.  This keeps no view of it."""
+        taken, self._memory = self._memory[: self.filled], memoryview(b"")
+        return taken
 
 
-class Gathered(Buffer):
-    """Memory of a body whose length is not known: chunked, or inflated."""
+class FixedBody:
+    """A body of ``length`` bytes."""
+
+    def __init__(self, length: int, header_length: int | None, allocate: Allocate) -> None:
+        self._length = length
+        self._memory = _Memory(length, header_length, allocate, next_step)
+        self.room = self._memory.room
+        self.advance = self._memory.advance
+        self.write = self._memory.copy
+        self.take = self._memory.take
+
+    @property
+    def filled(self) -> int:
+        return self._memory.filled
+
+    @property
+    def is_complete(self) -> bool:
+        return self._memory.filled == self._length
+
+
+class Gathered:
+    """Bytes whose number is not known before: of a chunked body, or inflated."""
 
     def __init__(self, most: int, header_length: int | None, allocate: Allocate) -> None:
-        super().__init__(most + 1, header_length, allocate)
         self._most = most
+        self._memory = _Memory(most + 1, header_length, allocate, _four_times)
+        self.take = self._memory.take
+
+    @property
+    def filled(self) -> int:
+        return self._memory.filled
 
     def put(self, data: memoryview) -> None:
         """Append.  Raises RequestFailure: 413: more than ``most`` bytes; 429."""
-        if self.filled + len(data) > self._most:
+        if self._memory.filled + len(data) > self._most:
             raise head.body_too_large(self._most)
-        self.write(data)
+        self._memory.copy(data)
 
-    def _larger(self) -> int:
-        return min(self._length, 4 * self.filled)
+
+def _four_times(most: int, filled: int) -> int:
+    return min(most, 4 * filled)
+
+
+class ChunkedBody:
+    """A body that comes in chunks."""
+
+    def __init__(self, most: int, header_length: int | None, allocate: Allocate) -> None:
+        self._gathered = Gathered(most, header_length, allocate)
+        self._decoder = ChunkDecoder(self._gathered.put)
+        self.take = self._gathered.take
+        self.write = self._decoder.feed
+
+    @property
+    def filled(self) -> int:
+        return self._gathered.filled
+
+    @property
+    def is_complete(self) -> bool:
+        return self._decoder.is_complete
+
+    def room(self) -> None:
+        return None
+
+    def advance(self, nbytes: int) -> None:
+        raise AssertionError("chunks are not read to their place")

@@ -15,21 +15,14 @@ class Kept(Protocol):
     """A connection, as the list sees it."""
 
     @property
-    def can_be_evicted(self) -> bool:
-        """True if nobody would miss it: it waits for a request."""
-
-    @property
-    def since(self) -> float:
-        """When it began to do what it does, on the loop's clock."""
+    def idle_since(self) -> float | None:
+        """Since when it has waited for a request, on the loop's clock; None: closing it would be noticed."""
 
     def look(self, now: float) -> None:
         """Ends the connection if it has taken too long."""
 
-    def drain(self) -> None:
-        """Ends the connection as soon as it has finished what was begun."""
-
-    def cut(self) -> None:
-        """Ends the connection now."""
+    def end(self, *, now: bool) -> None:
+        """Ends the connection: ``now``, or when it has finished what was begun."""
 
 
 class Connections:
@@ -56,12 +49,12 @@ class Connections:
     def add(self, connection: Kept) -> bool:
         """Note a new connection.  False: there are too many, and none can make room."""
         if len(self._open) >= self._most:
-            waiting = (other for other in self._open if other.can_be_evicted)
-            oldest = min(waiting, key=lambda other: other.since, default=None)
-            if oldest is None:
+            idle = [(since, other) for other in self._open if (since := other.idle_since) is not None]
+            if not idle:
                 return False
+            _, oldest = min(idle, key=lambda pair: pair[0])
             self.remove(oldest)
-            oldest.cut()
+            oldest.end(now=True)
         self._open[connection] = None
         self._none_left.clear()
         if self._timer is None:
@@ -83,7 +76,7 @@ class Connections:
         """End each connection as soon as it has finished what was begun."""
         self.is_draining = True
         for connection in self:
-            connection.drain()
+            connection.end(now=False)
 
     async def wait_until_none(self, timeout: float | None) -> None:
         """Returns when all have ended.  Raises TimeoutError after ``timeout`` seconds."""
@@ -92,7 +85,7 @@ class Connections:
     def cut(self) -> None:
         """End all connections now."""
         for connection in self:
-            connection.cut()
+            connection.end(now=True)
 
     def close(self) -> None:
         """Stop looking at them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final
+from typing import Final, NamedTuple
 
 from starlette.applications import Starlette
 
@@ -34,6 +34,19 @@ class NotAllowed(Exception):
         self.methods = methods
 
 
+class Admitted(NamedTuple):
+    """A request whose head was accepted.  ``most``: bytes of its body."""
+
+    head: Head
+    target: Target
+    framing: Framing
+    most: int
+
+    @property
+    def is_inference(self) -> bool:
+        return self.target.route.name == INFER
+
+
 class Handler:
     """Answers requests of all connections of a listener."""
 
@@ -42,8 +55,8 @@ class Handler:
         self._app = app
         self._metrics_only = metrics_only
 
-    def admit(self, head: Head, caller: Caller) -> tuple[Target, Framing]:
-        """Decide about a request of which only the head is there.
+    def admit(self, head: Head, caller: Caller) -> Admitted:
+        """Decide about a request of which only the head is there.  ``caller``: without what the head says.
 
         Raises:
             RequestFailure: it is refused, and its body not read.
@@ -59,11 +72,12 @@ class Handler:
         if server.is_draining and operation.scope is not Scope.HEALTH:
             raise unavailable("The server is shutting down.")
         server.access.check_browser(head.text(b"host"), head.text(b"origin"))
-        server.access.check(operation, caller)
+        server.access.check(operation, caller._replace(authorization=head.text(b"authorization")))
         if target.route.name != INFER:
-            return target, framing(head, OTHER_BODY, OTHER_BODY)
+            return Admitted(head, target, framing(head, OTHER_BODY, OTHER_BODY), OTHER_BODY)
         server.models.find(target.names["model"], target.names.get("version", ""))
-        return target, framing(head, server.options.max_body, JSON_BYTES)
+        most = server.options.max_body
+        return Admitted(head, target, framing(head, most, min(most, JSON_BYTES)), most)
 
     async def answer(self, request: Request) -> Answer:
         """Answer a request.  Raises nothing but CancelledError."""

@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple
 
 import httptools
 
-from onnx_dl.server.http.limits import HEAD_BYTES, HEADERS
+from onnx_dl.server.http.limits import HEAD_BYTES, HEADERS, SKIPPED
 from onnx_dl.server.v2.failures import RequestFailure, invalid, too_large
 
 Encoding = Literal["", "gzip", "deflate"]
@@ -153,6 +153,21 @@ def framing(head: Head, most: int, most_json: int) -> Framing:
     if expects is not None and expects.strip().lower() != b"100-continue":
         raise RequestFailure(417, "INVALID_ARGUMENT", "The only Expect here is 100-continue.")
     return Framing(length, encoding, header_length, expects is not None and version == "1.1")
+
+
+def skipped_length(head: Head | None) -> int | None:
+    """Bytes of a refused request's body that are read and dropped, so that the connection can be kept.
+
+    None: they are too many, or their number is not known.
+    """
+    if head is None:
+        return None
+    try:
+        sent = framing(head, SKIPPED, SKIPPED)
+    except RequestFailure:
+        return None
+    # Whoever waits for "100 Continue" may send the body, or the next request.
+    return sent.length if not sent.expects_continue else None
 
 
 def body_too_large(most: int) -> RequestFailure:

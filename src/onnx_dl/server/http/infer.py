@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -17,7 +17,7 @@ from onnx_dl.server.http.head import json_too_large
 from onnx_dl.server.http.limits import JSON_BYTES, JSON_DEPTH
 from onnx_dl.server.interfaces import Served, TensorInfo
 from onnx_dl.server.v2.datatypes import BYTES, SIZES
-from onnx_dl.server.v2.failures import RequestFailure, invalid
+from onnx_dl.server.v2.failures import invalid
 from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice, RequestedOutput
 
 
@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
 
 _DECODER: Final = msgspec.json.Decoder(_Request)
 _SHM: Final = "shared_memory_region"
-_SOURCES: Final = ("binary_data_size", _SHM)
+_SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
 
 
 def read_request(
@@ -116,7 +116,7 @@ class _Inputs:
             assert tensor.data is not None
             data = tensor.data
             if tensor.datatype in ("FP16", "BF16"):
-                raise invalid(f"{whose} is {tensor.datatype}, which JSON does not have.  Send it as binary data.")
+                raise invalid(f"{whose} is {tensor.datatype}, which JSON lacks.  Send binary data.")
         elif sources[0] == _SHM:
             data = _region(parameters, whose)
         else:
@@ -125,7 +125,7 @@ class _Inputs:
 
     def _binary(self, whose: str, nbytes: int) -> memoryview:
         if not self._has_binary:
-            raise invalid(f"{whose} is binary, so the request needs the header Inference-Header-Content-Length.")
+            raise invalid(f"{whose} is binary, and the header Inference-Header-Content-Length is missing.")
         begin, end = self._at, self._at + nbytes
         if end > len(self._body):
             raise invalid(
@@ -222,10 +222,8 @@ def _check_unique(kind: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def read_raw_request(
-    served: Served, version: str, body: memoryview
-) -> tuple[InferRequest, Wanted]:
-    """Read a body that is nothing but the bytes of the only input.  It is one row where the model has a batch.
+def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[InferRequest, Wanted]:
+    """Read a body that is nothing but the bytes of the only input: one row if the model has a batch.
 
     Raises:
         RequestFailure: 400: the model has more inputs, or the shape does not follow from the size.

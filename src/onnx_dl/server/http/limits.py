@@ -23,6 +23,8 @@ OTHER_BODY: Final = 1 << 20
 """Bytes of a body that is not of an inference."""
 WAITING_BYTES: Final = 64 << 10
 """Bytes of later requests that a connection keeps while one is answered."""
+SKIPPED: Final = 1 << 20
+"""Bytes of a refused body that are read so that the connection can be kept."""
 STEPS: Final = (64 << 10, 8 << 20, 128 << 20)
 """Bytes that a body gets at first, and when these are full."""
 _SLOWEST: Final = 2048

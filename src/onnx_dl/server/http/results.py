@@ -59,7 +59,7 @@ def binary_data(output: OutputTensor) -> Part:
 
 
 def _text_bytes(array: NDArray[Any]) -> bytes:
-    parts = []
+    parts: list[bytes] = []
     for item in array.ravel().tolist():
         data = item.encode() if isinstance(item, str) else bytes(item)
         parts += (struct.pack("<I", len(data)), data)
@@ -74,7 +74,9 @@ def json_data(output: OutputTensor) -> list[Any]:
         raise _not_json(output.name, f"is {output.datatype}, which JSON does not have")
     if output.datatype == BYTES:
         try:
-            return [item if isinstance(item, str) else bytes(item).decode() for item in array.ravel().tolist()]
+            return [
+                item if isinstance(item, str) else bytes(item).decode() for item in array.ravel().tolist()
+            ]
         except UnicodeDecodeError:
             raise _not_json(output.name, "has bytes that are not UTF-8") from None
     if array.dtype.kind == "f" and not np.isfinite(array).all():

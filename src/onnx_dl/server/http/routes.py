@@ -21,7 +21,6 @@ from onnx_dl.server.http.targets import INFER, ROUTES
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, invalid, not_found
 
-
 _Kind = TypeVar("_Kind")
 
 
@@ -192,6 +191,6 @@ def _named(request: Request) -> tuple[str, str]:
 
 
 async def _settings(request: Request, settings: dict[str, Any]) -> Response:
-    if request.method == "POST" and await _read(request, dict[str, Any]):
+    if request.method == "POST" and await _read(request, dict):
         raise invalid("These settings cannot be changed over the network.")
     return _json(settings)
