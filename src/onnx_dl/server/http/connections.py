@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from typing import Protocol
 
+from onnx_dl.linux_only import resource
 from onnx_dl.server.http.limits import HEAD_BYTES, Limits, most_connections
 
 _LOOK_EVERY = 0.5
@@ -33,7 +35,7 @@ class Connections:
         self.scratch = memoryview(bytearray(HEAD_BYTES))
         """Where any of them reads what it does not yet know the place of.  It is used up within one call."""
         self.is_draining = False
-        self._most = most_connections(limits)
+        self._most = most_connections(limits, _descriptors())
         self._loop = loop
         self._open: dict[Kept, None] = {}
         self._none_left = asyncio.Event()
@@ -92,3 +94,9 @@ class Connections:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _descriptors() -> int:
+    """Descriptors that this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

@@ -10,7 +10,6 @@ A client that is slow holds its own connection and little else:
 
 from __future__ import annotations
 
-import resource
 from typing import Final
 
 import msgspec
@@ -56,9 +55,6 @@ def is_too_slow(received: int, length: int, elapsed: float, limits: Limits) -> b
     return received < rate * (elapsed - limits.body_grace)
 
 
-def most_connections(limits: Limits) -> int:
+def most_connections(limits: Limits, descriptors: int) -> int:
     """Connections that are open at a time: half of the process's descriptors, 4,096 at most."""
-    if limits.connections:
-        return limits.connections
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 2))
+    return limits.connections or max(16, min(4096, descriptors // 2))

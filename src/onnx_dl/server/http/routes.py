@@ -191,6 +191,8 @@ def _named(request: Request) -> tuple[str, str]:
 
 
 async def _settings(request: Request, settings: dict[str, Any]) -> Response:
-    if request.method == "POST" and await _read(request, dict):
-        raise invalid("These settings cannot be changed over the network.")
+    if request.method == "POST":
+        changes: dict[str, Any] = await _read(request, dict[str, Any])
+        if changes:
+            raise invalid("These settings cannot be changed over the network.")
     return _json(settings)
