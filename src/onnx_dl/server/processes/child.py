@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
