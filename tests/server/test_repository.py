@@ -72,6 +72,13 @@ class Served:
     async def arun(self, name: str, version: str = "") -> tuple[str, float]:
         return await asyncio.to_thread(self.run, name, version)
 
+    def is_ready(self, name: str) -> bool:
+        try:
+            self.models.check_ready(name)
+        except RequestFailure:
+            return False
+        return True
+
     def loaded(self) -> set[str]:
         return {each.model for each in self.host.snapshot().models if each.state is ModelState.READY}
 
@@ -127,7 +134,7 @@ def test_what_is_there_is_ready_and_not_loaded(module_host: ModelHost, tmp_path:
         async with serving(module_host, tmp_path) as served:
             assert served.rows() == [("a", "3", "READY"), ("b", "7", "READY")]
             assert not served.loaded()
-            assert served.models.is_ready("a")
+            assert served.is_ready("a")
             await until(lambda: served.models.table.is_ready, "ready")
             entry = served.models.find("b")
             assert entry.max_batch_size == 4
@@ -157,7 +164,7 @@ def test_refusals_have_tritons_words(module_host: ModelHost, tmp_path: Path) -> 
                     served.models.find(name, version)
                 assert raised.value.http == status
                 assert str(raised.value).startswith(text)
-            assert not served.models.is_ready("broken")
+            assert not served.is_ready("broken")
             failure = await refused(served.repository.load("a", {}))
             assert (failure.http, failure.grpc) == (400, "UNAVAILABLE")
             assert "explicit model load / unload is not allowed if polling is enabled" in str(failure)
@@ -258,7 +265,7 @@ def test_explicit_loads_and_unloads(module_host: ModelHost, tmp_path: Path) -> N
             assert str(path) not in served.loaded()
             row = served.row("a", "1")
             assert (row.state, row.reason) == ("UNAVAILABLE", "unloaded")
-            assert not served.models.is_ready("a")
+            assert not served.is_ready("a")
             with pytest.raises(RequestFailure, match="has no available versions") as raised:
                 served.models.find("a")
             assert raised.value.http == 404
@@ -333,10 +340,10 @@ def test_the_failure_of_a_load_on_use_is_told(module_host: ModelHost, tmp_path: 
 
     async def scenario() -> None:
         async with serving(module_host, tmp_path) as served:
-            assert served.models.is_ready("bad")
+            assert served.is_ready("bad")
             with pytest.raises(Exception, match="NoSuchOperator"):
                 await served.arun("bad")
-            await until(lambda: not served.models.is_ready("bad"), "the failure in the index")
+            await until(lambda: not served.is_ready("bad"), "the failure in the index")
             assert "failed to load 'bad' version 1: " in served.row("bad", "1").reason
             assert served.models.find("bad").version == "1"  # the host may try again
 

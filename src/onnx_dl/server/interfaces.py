@@ -92,9 +92,9 @@ class Models(Protocol):
     def versions(self, name: str) -> list[str]:
         """Versions that are served, the newest last; empty: none."""
 
-    def is_ready(self, name: str, version: str = "") -> bool:
-        """Whether it can be inferred now: it is served, and no load of it has failed.  One that would load
-        on use is ready.  Raises RequestFailure (404, 400): there is no such model or version."""
+    def check_ready(self, name: str, version: str = "") -> None:
+        """Model readiness: raises RequestFailure if it cannot be inferred now, also where :meth:`find` has it:
+        its load has failed.  One that would load on use is ready."""
 
     @property
     def table(self) -> ServedTable: ...

@@ -165,20 +165,18 @@ class ModelTable:
         """Versions that are served, the newest last; empty: none."""
         return list(self._served.get(name, ()))
 
-    def is_ready(self, name: str, version: str = "") -> bool:
-        """Whether the version can be inferred now, as far as is known: it is served, and no load of it has
-        failed.  One that is not loaded is ready, because it loads on use.
+    def check_ready(self, name: str, version: str = "") -> None:
+        """Raises if the version cannot be inferred now, as far as is known.  One that is not loaded is ready,
+        because it loads on use.
 
         Raises:
-            RequestFailure: 404: there is no such model or version; 400: ``version`` is no number.
+            RequestFailure: like :meth:`find`; 503: its load has failed.
         """
-        try:
-            entry = self.find(name, version)
-        except RequestFailure as failure:
-            if failure.http in (400, 404) and not self._rows(name, version):
-                raise
-            return False
-        return all(row.state == "READY" for row in self._rows(name, entry.version))
+        entry = self.find(name, version)
+        for row in self._rows(name, entry.version):
+            if row.state != "READY":
+                text = f"Request for unknown model: '{name}' version {row.version} is not at ready state"
+                raise RequestFailure(503, "UNAVAILABLE", f"{text}: {row.reason}", reason="BACKEND")
 
     def _all(self) -> list[UsedModel]:
         return [used for versions in self._served.values() for used in versions.values()]
