@@ -25,6 +25,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
     datatype: str
     shape: tuple[int, ...]
     is_optional: bool = False
+    is_unranked: bool = False
+    """The model does not say how many sizes it has; ``shape`` is empty, and any shape may be given."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +81,7 @@ class ServedModel(Protocol):
 
 
 class Models(Protocol):
-    """What this process serves.  Thread-safe."""
+    """Models that this process serves.  Thread-safe."""
 
     def find(self, name: str, version: str = "") -> Served:
         """Raises RequestFailure (404, "Request for unknown model: ...") if it is not served."""
@@ -178,7 +180,7 @@ class Inference(Protocol):
 
 
 class Caller(NamedTuple):
-    """Who sent a request."""
+    """Sender of a request."""
 
     authorization: str | None
     """The value of ``Authorization``."""
@@ -191,7 +193,7 @@ class Caller(NamedTuple):
 
 
 class Access(Protocol):
-    """Who may do what.  Thread-safe."""
+    """Rights of callers.  Thread-safe."""
 
     def check(self, operation: Operation, caller: Caller) -> None:
         """Raises RequestFailure (401, 403) if the caller may not."""
