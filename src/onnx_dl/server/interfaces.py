@@ -93,7 +93,7 @@ class Models(Protocol):
         """Versions that are served, the newest last; empty: none."""
 
     def check_ready(self, name: str, version: str = "") -> None:
-        """Model readiness: raises RequestFailure if it cannot be inferred now, also where :meth:`find` has it:
+        """Model readiness: raises RequestFailure if it cannot be inferred now, even if :meth:`find` has it:
         its load has failed.  One that would load on use is ready."""
 
     @property
