@@ -16,16 +16,12 @@ _LEAD = 0.3
 
 
 class Ran(NamedTuple):
-    """What some clients did together.  ``times``: microseconds of all calls; ``seconds``: how long they
-    called; ``cpu``: seconds of all clients' processes."""
+    """What some clients did together.  ``times``: microseconds of all calls; ``per_second``: the sum of what
+    each client reached; ``cpu``: seconds of all clients' processes."""
 
     times: list[float]
-    seconds: float
+    per_second: float
     cpu: float
-
-    @property
-    def per_second(self) -> float:
-        return len(self.times) / self.seconds
 
 
 class Clients:
@@ -50,8 +46,8 @@ class Clients:
         arguments = {"key": _key(server, way, work), "seconds": seconds, "at": at, "most": most}
         told = self._ask("run", arguments, count)
         times = [one for answer in told for one in answer["times"]]
-        longest = max(sum(answer["times"]) for answer in told) / 1e6
-        return Ran(times, longest or seconds, sum(answer["cpu"] for answer in told))
+        per_second = sum(len(answer["times"]) * 1e6 / sum(answer["times"]) for answer in told)
+        return Ran(times, per_second, sum(answer["cpu"] for answer in told))
 
     def close(self, server: Server, way: str, work: Work, count: int) -> None:
         self._ask("close", {"key": _key(server, way, work)}, count)
