@@ -14,6 +14,8 @@ Errors of onnxruntime are never wrapped: they arrive as onnxruntime's own classe
     ├── DescriptorsExhausted (OSError)      a process may have no more file descriptors
     ├── ProcessesExhausted (OSError)        this user may have no more processes or threads
     ├── UnsupportedValueError (TypeError)   a value cannot be sent to a worker
+    ├── ForeignMemoryError (ValueError)     another process's shared memory lacks bytes that a call needs
+    │   └── PlaceTooSmall                   a result does not fit its place there
     ├── ReentrantUse (RuntimeError)         a thread would wait for itself
     ├── EngineError (RuntimeError)          an engine without own exceptions (onnx-mlir) failed
     ├── FilesChanging (RuntimeError)        the files of a model changed during each load
@@ -110,6 +112,31 @@ class UnsupportedValueError(OnnxDLError, TypeError):
     """A value of this kind cannot be sent to a worker."""
 
     code = "unsupported-value"
+
+
+class ForeignMemoryError(OnnxDLError, ValueError):
+    """Shared memory that another process has made does not have the bytes that a call needs, or cannot be
+    read or written.  Its maker may truncate it at any time."""
+
+    code = "foreign-memory"
+
+
+class PlaceTooSmall(ForeignMemoryError):
+    """A result has more bytes than its place.  Nothing was written.
+
+    Attributes:
+        output: name of the output; empty if that is not known.
+        needed: bytes of the result.
+        available: bytes of the place.
+    """
+
+    code = "place-too-small"
+
+    def __init__(self, message: str, *, output: str = "", needed: int = 0, available: int = 0) -> None:
+        super().__init__(message)
+        self.output = output
+        self.needed = needed
+        self.available = available
 
 
 class ReentrantUse(OnnxDLError, RuntimeError):

@@ -12,7 +12,7 @@ import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -147,6 +147,14 @@ def _pwrite(fd: int, data: bytes | memoryview, offset: int, /) -> int:
     return os.write(fd, data)
 
 
+def _preadv(fd: int, buffers: Sequence[memoryview], offset: int, /) -> int:
+    """Like ``os.preadv`` with one buffer."""
+    part = pread(fd, buffers[0].nbytes, offset)
+    buffers[0][: len(part)] = part
+    return len(part)
+
+
 HAS_MEMFD: Final = hasattr(os, "memfd_create")
 pread: Final[Callable[[int, int, int], bytes]] = function(os, "pread", _pread)
+preadv: Final[Callable[[int, Sequence[memoryview], int], int]] = function(os, "preadv", _preadv)
 pwrite: Final[Callable[[int, bytes | memoryview, int], int]] = function(os, "pwrite", _pwrite)

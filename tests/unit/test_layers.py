@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "transport": {*BASE, "protocol", "tensors"},
     "client": {
         *BASE, "protocol", "transport", "tensors.shared_arrays", "tensors.call_codec", "tensors.call_plans",
+        "tensors.foreign",
     },
     "supervisor": {
         *BASE, "transport", "tensors.segment",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "host": {*BASE, "client", "session", "inprocess"},
     "integrations": {*BASE, "client.host_client", "session", "host"},
     "demo": {*BASE, "client.event_dispatch", "session", "host"},
-    "server": {*BASE, "ort", "tensors", "client", "session", "host", "demo"},
+    "server": {*BASE, "ort", "protocol.failures", "tensors", "client", "session", "host", "demo"},
     "cli": {
         *BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host",
         "integrations", "demo", "server",

@@ -25,6 +25,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
     datatype: str
     shape: tuple[int, ...]
     is_optional: bool = False
+    is_unranked: bool = False
+    """The model does not say how many sizes it has; ``shape`` is empty, and any shape may be given."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,6 +188,8 @@ class Caller(NamedTuple):
     """True if it came over loopback."""
     certificate: str | None = None
     """Subject of the certificate that the client showed; None: it showed none."""
+    peer: str = ""
+    """The client's IP address, without the port: for the log of refused requests."""
 
 
 class Access(Protocol):
