@@ -74,9 +74,9 @@ class Server:
         self._loaded = list(loaded)
         self.repository = folder / "repository"
         self.repository.mkdir(parents=True)
-        self._fill(served)
+        self._write_repository(served)
 
-    def _fill(self, served: Sequence[Work]) -> None:
+    def _write_repository(self, served: Sequence[Work]) -> None:
         raise NotImplementedError
 
     def _command(self) -> list[str]:
@@ -161,7 +161,7 @@ class OnnxDl(Server):
     ways = ("HTTP", "HTTP + shm", "gRPC", "gRPC + shm", "JSON")
     _shm: ClassVar[str] = "copy"
 
-    def _fill(self, served: Sequence[Work]) -> None:
+    def _write_repository(self, served: Sequence[Work]) -> None:
         works.for_onnx_dl(self.repository, served)
 
     def _command(self) -> list[str]:
@@ -215,8 +215,10 @@ class Triton(Peer):
     module = "pytriton"
     ways = ("HTTP", "HTTP + shm", "gRPC", "gRPC + shm", "JSON")
 
-    def _fill(self, served: Sequence[Work]) -> None:
+    def _write_repository(self, served: Sequence[Work]) -> None:
         works.for_triton(self.repository, served)
+
+    def _write_backend(self) -> None:
         program = self._packages / "pytriton" / "tritonserver"
         backend = self._folder / "backends" / "python"
         shutil.copytree(program / "backends" / "python", backend)
@@ -225,6 +227,7 @@ class Triton(Peer):
         shutil.copy(program / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
 
     def _command(self) -> list[str]:
+        self._write_backend()
         ports = [_free_port() for _ in range(3)]
         self.http, self.grpc = (f"127.0.0.1:{port}" for port in ports[:2])
         command = [str(self._packages / "pytriton" / "tritonserver" / "bin" / "tritonserver")]
@@ -252,7 +255,7 @@ class MlServer(Peer):
     module = "mlserver"
     ways = ("gRPC", "JSON")
 
-    def _fill(self, served: Sequence[Work]) -> None:
+    def _write_repository(self, served: Sequence[Work]) -> None:
         works.for_mlserver(self.repository, served)
         shutil.copy(works.HERE / "mlserver_runtime.py", self.repository)
         ports = [_free_port() for _ in range(3)]
