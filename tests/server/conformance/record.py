@@ -36,8 +36,15 @@ def record(python: str) -> str:
             found = outcomes(server.http, server.grpc)
         finally:
             server.stop()
-        text = json.dumps(found, indent=1, sort_keys=True).replace(folder, "FOLDER")
-        return re.sub(r"\\n\\nAt:[^\"]*", "", text)
+    # A line each, so that a difference can be read.
+    lines = [
+        f'"{step}": {{\n'
+        + ",\n".join(f' "{key}": {json.dumps(told)}' for key, told in by_key.items())
+        + "\n}"
+        for step, by_key in found.items()
+    ]
+    text = ("{\n" + ",\n".join(lines) + "\n}").replace(folder, "FOLDER")
+    return re.sub(r"\\n\\nAt:[^\"]*", "", text)
 
 
 if __name__ == "__main__":
