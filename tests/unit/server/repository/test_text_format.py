@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from onnx_dl.server.repository import schema, text_format
 from onnx_dl.server.repository.text_format import Malformed, Node, Value, Word
+from tests.support.waiting import allowed
 
 CONFIG = """
 # A comment: "quotes" { and braces
@@ -193,7 +194,7 @@ def test_no_text_raises_anything_else(text: str) -> None:
 
 def test_damaged_configurations_raise_nothing_else() -> None:
     rng = random.Random(18)
-    for _ in range(3000):
+    for _ in range(1000):
         text = list(CONFIG)
         for _ in range(rng.randint(1, 8)):
             at = rng.randrange(len(text))
@@ -208,11 +209,11 @@ def test_damaged_configurations_raise_nothing_else() -> None:
     "piece", ["{", "a{", "a:[", "#", '"', "\\", "-", "a:1 ", "a:'x' 'y' ", "[a", "9", ".", "\n"]
 )
 def test_the_time_is_bounded_by_the_length(piece: str) -> None:
-    text = piece * (200_000 // len(piece))
+    text = piece * (50_000 // len(piece))
     began = time.perf_counter()
     with contextlib.suppress(Malformed):
         text_format.parse(text)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < allowed(2)
 
 
 def test_a_text_that_is_too_long_is_refused() -> None:
