@@ -10,6 +10,7 @@ from onnx_dl.errors import (
     ConfigError,
     DescriptorsExhausted,
     FilesChanging,
+    ForeignMemoryError,
     InstallationError,
     LoadTimeout,
     MemoryLimitExceeded,
@@ -66,6 +67,8 @@ def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> Req
         return error
     if is_loading or isinstance(error, _NOT_LOADED) or _engine_class(error) in _OF_LOADS:
         return _load_failure(error, model)
+    if isinstance(error, ForeignMemoryError):
+        return invalid(f"model '{model}' cannot use a region of shared memory: {error}")
     if isinstance(error, _NO_ROOM):
         return unavailable(f"model '{model}' cannot run now: {error}", _retry_after(error))
     if isinstance(error, WorkerDied):
