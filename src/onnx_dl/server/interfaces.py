@@ -25,6 +25,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
     datatype: str
     shape: tuple[int, ...]
     is_optional: bool = False
+    is_unranked: bool = False
+    """The model does not say how many sizes it has; ``shape`` is empty, and any shape may be given."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):

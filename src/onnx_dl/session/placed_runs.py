@@ -56,6 +56,17 @@ def run(
     return result if outputs is None or len(outputs) < 2 else sharing(outputs, result)
 
 
+def in_use(proxy: InferenceSessionProxy) -> bool:
+    """True if the proxy uses its present worker already, so that a run need not wait for a load."""
+    return proxy._handle.in_use() is not None
+
+
+def bind(proxy: InferenceSessionProxy, deadline: Deadline) -> None:
+    """Has the model loaded and used by the proxy.  Raises DeadlinePassed, and what a run raises before it
+    begins."""
+    proxy._handle.model(deadline)
+
+
 def _read_here(feed: Feed) -> Feed:
     """The feed with copies of what lies in foreign memory."""
     return {name: value.copy() if type(value) is ForeignArray else value for name, value in feed.items()}

@@ -1,0 +1,120 @@
+"""Limits of what calls take: places, bytes of answers that are not sent, and time to arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import grpc
+
+from onnx_dl.server.v2.failures import invalid, too_many
+
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks for messages that do not arrive."""
+
+
+class Places:
+    """How many calls of a kind may be open.  Thread-safe.
+
+    A call has its place until its answer has been sent, so that a client that does not read is bounded, too.
+    """
+
+    def __init__(self, most: int, what: str, most_unsent: int = 0) -> None:
+        """``what``: plural, for errors.  ``most_unsent``: bytes of answers, 0: no bound."""
+        self._most = most
+        self._what = what
+        self._most_unsent = most_unsent
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._unsent = 0
+
+    @property
+    def taken(self) -> int:
+        return self._taken
+
+    @property
+    def unsent(self) -> int:
+        return self._unsent
+
+    def take(self) -> Place:
+        """Raises RequestFailure (RESOURCE_EXHAUSTED) if there is none."""
+        with self._lock:
+            if self._taken >= self._most:
+                raise too_many(f"{self._most} {self._what} are open, the most at one time")
+            if self._most_unsent and self._unsent > self._most_unsent:
+                raise too_many(f"{self._unsent} bytes of answers wait for clients to read them")
+            self._taken += 1
+        return Place(self)
+
+    def _change(self, places: int, unsent: int) -> None:
+        with self._lock:
+            self._taken += places
+            self._unsent += unsent
+
+
+class Place:
+    """One of the places."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._unsent = 0
+        self._lock = threading.Lock()
+        self._is_given_back = False
+
+    def owe(self, nbytes: int) -> None:
+        """An answer of this size is handed over; it is sent when the place is given back."""
+        with self._lock:  # the call may end in another thread meanwhile
+            if not self._is_given_back:
+                self._unsent += nbytes
+                self._places._change(0, nbytes)
+
+    def give_back(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            if not self._is_given_back:
+                self._is_given_back = True
+                self._places._change(-1, -self._unsent)
+
+
+class Arrivals:
+    """Messages that are awaited.  A call whose message takes too long is cancelled: it keeps a thread.
+
+    Any thread may await a message; the loop looks at all of them once a second.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._awaited: dict[int, tuple[float, grpc.ServicerContext]] = {}
+        self._is_closed = False
+        loop.call_soon_threadsafe(self._look)
+
+    def first(self, messages: Iterator[bytes], context: grpc.ServicerContext, seconds: float) -> bytes:
+        """The call's only message, if it is there within ``seconds``.
+
+        Raises:
+            RequestFailure: 400: the client sent none.
+            grpc.RpcError: the call has ended.
+        """
+        key = id(context)
+        self._awaited[key] = (time.monotonic() + seconds, context)
+        try:
+            return next(messages)
+        except StopIteration:
+            raise invalid("the call has no message") from None
+        finally:
+            del self._awaited[key]
+
+    def close(self) -> None:
+        self._is_closed = True
+
+    def _look(self) -> None:
+        if self._is_closed:
+            return
+        now = time.monotonic()
+        for until, context in list(self._awaited.values()):
+            if until < now:
+                context.cancel()
+        self._loop.call_later(_LOOK_EVERY, self._look)

@@ -1,0 +1,62 @@
+"""Tensors that a request carries as numbers (``InferTensorContents``), in the protocol's binary form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from onnx_dl.server.grpc.messages import Message
+from onnx_dl.server.v2 import datatypes
+from onnx_dl.server.v2.failures import invalid
+
+_FIELDS: Final = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
+    "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents", "FP64": "fp64_contents",
+    datatypes.BYTES: "bytes_contents",
+}  # fmt: skip
+"""The field for each datatype.  FP16 and BF16 have none."""
+_AT_ONCE: Final = 1 << 16
+"""Numbers that become Python's objects at one time.  Between two steps other threads run."""
+
+
+def to_bytes(name: str, datatype: str, contents: Message) -> bytes:
+    """The items of a typed input in the binary form of its datatype.
+
+    Args:
+        name: of the input, for errors.
+        contents: an ``InferTensorContents``.
+
+    Raises:
+        RequestFailure: 400: the datatype has no typed form, numbers stand in a field of another datatype, or
+            a number does not fit.
+    """
+    field = _FIELDS.get(datatype)
+    if field is None:
+        if datatypes.is_known(datatype):
+            raise invalid(f"input '{name}' of {datatype} must be sent in raw_input_contents")
+        raise invalid(f"input '{name}' has the unknown datatype '{datatype}'")
+    for descriptor, _ in contents.ListFields():
+        if descriptor.name != field:
+            raise invalid(f"input '{name}' of {datatype} has {descriptor.name}; expected {field}")
+    items = getattr(contents, field)
+    if datatype == datatypes.BYTES:
+        return b"".join(part for item in items for part in (len(item).to_bytes(4, "little"), item))
+    return _numbers(name, datatype, items)
+
+
+def _numbers(name: str, datatype: str, items: Sequence[float]) -> bytes:
+    dtype = datatypes.to_numpy(datatype)
+    assert dtype is not None
+    array = np.empty(len(items), dtype.newbyteorder("<"))
+    for begin in range(0, len(items), _AT_ONCE):
+        part = items[begin : begin + _AT_ONCE]
+        try:
+            array[begin : begin + _AT_ONCE] = part
+        except OverflowError as error:
+            raise invalid(f"input '{name}' has a number that {datatype} does not have: {error}") from error
+    return array.tobytes()

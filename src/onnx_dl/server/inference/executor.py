@@ -1,0 +1,211 @@
+"""The one way of an inference from a request to its response.
+
+:meth:`Executor.infer` is for coroutines, :meth:`Executor.infer_blocking` for threads; all but the waits is
+the same, and is in :class:`_Course`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from onnx_dl.client.host_client import HostClient
+from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.core.types import Value
+from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
+from onnx_dl.server.inference import checks, outputs, runs
+from onnx_dl.server.inference.bodies import Bodies
+from onnx_dl.server.inference.failures import failure_of
+from onnx_dl.server.inference.limits import Limits
+from onnx_dl.server.inference.loads import Loads
+from onnx_dl.server.inference.preparation import Preparations, Prepared
+from onnx_dl.server.inference.statistics import Durations, Statistics
+from onnx_dl.server.interfaces import Models, Served, VersionStatistics
+from onnx_dl.server.v2.failures import RequestFailure, cancelled, internal, passed
+from onnx_dl.server.v2.messages import InferRequest, InferResponse
+from onnx_dl.session import placed_runs
+
+_ATTEMPTS: Final = 3
+"""Versions that are tried, one after the other, because each was replaced before its run began."""
+
+
+class Executor:
+    """Makes inferences.  Thread-safe."""
+
+    def __init__(
+        self, models: Models, regions: object, statistics: Statistics, limits: Limits, host: HostClient
+    ) -> None:
+        self._models = models
+        self.statistics = statistics
+        self.limits = limits
+        self.bodies = Bodies(host, limits)
+        self.preparations = Preparations(self.bodies.empty)
+        self._loads = Loads()
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """Writable memory for a request's body; of 64 KiB or more it lies in an arena block, and inputs in it
+        are not copied.  It is free again when no view of it is left, and its bytes are in flight until then.
+
+        Raises:
+            RequestFailure: 429: too many bytes are in flight.  503: the system has no memory.
+        """
+        return self.bodies.allocate(nbytes)
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""
+        for _ in range(_ATTEMPTS):
+            with (
+                self._models.use(request.model, request.version) as model,
+                _Course(self, model.entry, request) as inference,
+            ):
+                try:
+                    prepared = inference.prepare()
+                    if not placed_runs.in_use(model.proxy):
+                        await self._loads.wait(model.proxy, inference.left())
+                    inference.begin()
+                    results = await runs.arun(model.proxy, prepared, inference.left())
+                    return inference.respond(results)
+                except ProxyClosedError:
+                    continue
+                except asyncio.CancelledError:
+                    inference.fail(cancelled())
+                    raise
+                except Exception as error:
+                    raise inference.failure(error) from error
+        raise _was_replaced(request)
+
+    def infer_blocking(self, request: InferRequest, cancel: Deadline) -> InferResponse:
+        """The same for a thread.  ``cancel``: a movable deadline; :meth:`Deadline.end` ends the run."""
+        for _ in range(_ATTEMPTS):
+            with (
+                self._models.use(request.model, request.version) as model,
+                _Course(self, model.entry, request) as inference,
+            ):
+                try:
+                    prepared = inference.prepare()
+                    deadline = Deadline(inference.left(), outer=cancel)
+                    if not placed_runs.in_use(model.proxy):
+                        placed_runs.bind(model.proxy, deadline)
+                    inference.begin()
+                    results = runs.run(model.proxy, prepared, deadline)
+                    return inference.respond(results)
+                except ProxyClosedError:
+                    continue
+                except Exception as error:
+                    raise inference.failure(error, cancel) from error
+        raise _was_replaced(request)
+
+    def close(self) -> None:
+        """Wait for nothing more; running calls end by themselves."""
+        self._loads.close()
+
+
+class _Course:
+    """One request from its arrival to its response.  As a context, it counts the request out at the end,
+    whatever was raised."""
+
+    __slots__ = (
+        "_began", "_bound", "_column", "_counts", "_entry", "_executor", "_is_counted", "_nbytes",
+        "_prepared", "_ready", "_request", "_timeout",
+    )  # fmt: skip
+
+    def __init__(self, executor: Executor, entry: Served, request: InferRequest) -> None:
+        self._began = time.perf_counter_ns()
+        self._executor = executor
+        self._entry = entry
+        self._request = request
+        self._counts: VersionStatistics | None = None
+        self._column: int | None = None
+        self._nbytes = 0
+        self._timeout: float | None = None
+        self._is_counted = False
+        self._prepared: Prepared | None = None
+        self._ready = self._bound = 0
+
+    def __enter__(self) -> _Course:
+        return self
+
+    def prepare(self) -> Prepared:
+        """Count the request in, check it and return the arguments of its run.  Raises RequestFailure."""
+        executor, request, entry = self._executor, self._request, self._entry
+        self._counts = executor.statistics.begin(entry.name, entry.version)
+        self._column = executor.limits.enter(entry)
+        if request.nbytes and not executor.bodies.holds(request):
+            executor.limits.take_bytes(request.nbytes)
+            self._nbytes = request.nbytes
+        given = checks.check_parameters(request.parameters)
+        timeouts = [each for each in (given, request.timeout) if each is not None]
+        self._timeout = min(timeouts, default=None)
+        prepared = self._prepared = executor.preparations.prepare(entry, request)
+        self._ready = time.perf_counter_ns()
+        return prepared
+
+    def left(self) -> float | None:
+        """Seconds that are left to the caller; None: no limit.  Raises RequestFailure if there are none."""
+        if self._timeout is None:
+            return None
+        left = self._timeout - (time.perf_counter_ns() - self._began) / 1e9
+        if left <= 0:
+            raise self._passed()
+        return left
+
+    def begin(self) -> None:
+        """Note that the model is loaded, so that the run begins now."""
+        self._bound = time.perf_counter_ns()
+
+    def respond(self, results: list[Value]) -> InferResponse:
+        """Make the response of a run, and count it."""
+        ran = time.perf_counter_ns()
+        prepared, request, entry = self._prepared, self._request, self._entry
+        assert prepared is not None and self._counts is not None
+        tensors = [
+            outputs.tensor_of(prepared.signature, name, value)
+            for name, value in zip(prepared.names, results, strict=True)
+        ]
+        response = InferResponse(request.model, entry.version, request.id, tensors)
+        now = time.perf_counter_ns()
+        durations = Durations(
+            self._bound - self._ready, self._ready - self._began, ran - self._bound, now - ran
+        )
+        self._is_counted = True
+        self._executor.statistics.succeed(self._counts, prepared.rows, now - self._began, durations)
+        return response
+
+    def failure(self, error: Exception, cancel: Deadline | None = None) -> RequestFailure:
+        """Count an error, and return the failure that its caller gets."""
+        found = self._failure_of(error, cancel)
+        self.fail(found)
+        return found
+
+    def _failure_of(self, error: Exception, cancel: Deadline | None) -> RequestFailure:
+        if isinstance(error, RunTimeout | DeadlinePassed | LoadTimeout | TimeoutError):
+            if self._is_late():
+                return self._passed()
+            if cancel is not None and cancel.passed:
+                return cancelled() if cancel.timeout is None else self._passed()
+        return failure_of(error, self._entry.name, is_loading=self._ready > 0 and not self._bound)
+
+    def _is_late(self) -> bool:
+        return self._timeout is not None and time.perf_counter_ns() - self._began >= self._timeout * 1e9
+
+    def _passed(self) -> RequestFailure:
+        return passed(f"the request of model '{self._entry.name}' took longer than its timeout")
+
+    def fail(self, failure: RequestFailure) -> None:
+        """Count a failure."""
+        if self._counts is not None and not self._is_counted:
+            self._is_counted = True
+            self._executor.statistics.fail(self._counts, failure.reason, time.perf_counter_ns() - self._began)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._column is not None:
+            self._executor.limits.leave(self._column)
+        if self._nbytes:
+            self._executor.limits.free_bytes(self._nbytes)
+        if not self._is_counted:
+            self.fail(cancelled())
+
+
+def _was_replaced(request: InferRequest) -> RequestFailure:
+    return internal(f"model '{request.model}' was replaced again and again before the request could run")

@@ -1,0 +1,76 @@
+"""A request as the arguments of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from onnx_dl.core.types import Value
+from onnx_dl.server.inference import checks, inputs
+from onnx_dl.server.inference.checks import Signature
+from onnx_dl.server.inference.inputs import MakeEmpty
+from onnx_dl.server.interfaces import Served
+from onnx_dl.server.v2.messages import InferRequest, InputTensor
+
+
+class Prepared(NamedTuple):
+    """Arguments of one run.
+
+    Attributes:
+        signature: of the version.
+        names: of the outputs to compute, in order; empty: all, whose names are not known.
+        feed: a value by input name.
+        rows: of the batch, or 1.
+        types: number of ONNX's element type by input, for arrays whose dtype does not tell (BF16).
+    """
+
+    signature: Signature
+    names: list[str]
+    feed: dict[str, Value]
+    rows: int
+    types: dict[str, int]
+
+
+class Preparations:
+    """Signatures of the versions that are served, and what turns a request into the arguments of a run.
+    Thread-safe."""
+
+    def __init__(self, make_empty: MakeEmpty) -> None:
+        self._make_empty = make_empty
+        self._signatures: dict[tuple[str, str], tuple[Served, Signature]] = {}
+
+    def prepare(self, entry: Served, request: InferRequest) -> Prepared:
+        """Check a request and return the arguments of its run.
+
+        Raises:
+            RequestFailure: 400: the request is not valid.
+        """
+        signature = self.signature(entry)
+        rows = checks.check_inputs(signature, request.inputs)
+        names = checks.check_outputs(signature, request.outputs)
+        feed: dict[str, Value] = {}
+        types: dict[str, int] = {}
+        for tensor in request.inputs:
+            feed[tensor.name] = self._value(tensor)
+            if tensor.datatype == "BF16":
+                types[tensor.name] = BFLOAT16
+        return Prepared(signature, names, feed, rows, types)
+
+    def signature(self, entry: Served) -> Signature:
+        """Return the signature of a version, which is made once for each content of it."""
+        key = entry.name, entry.version
+        known = self._signatures.get(key)
+        if known is None or known[0] is not entry:
+            known = self._signatures[key] = entry, Signature(entry)
+        return known[1]
+
+    def _value(self, tensor: InputTensor) -> Value:
+        data = tensor.data
+        if type(data) is memoryview or type(data) is bytes:
+            return inputs.binary(tensor, data, self._make_empty)
+        if type(data) is list:
+            return inputs.from_json(tensor, data)
+        raise inputs.unreadable(tensor)
+
+
+BFLOAT16 = 16
+"""Number of ONNX's element type."""

@@ -1,0 +1,19 @@
+"""The run of a prepared request, in a thread or awaited."""
+
+from __future__ import annotations
+
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.core.types import Value
+from onnx_dl.server.inference.preparation import Prepared
+from onnx_dl.session import placed_runs
+from onnx_dl.session.inference_session import InferenceSessionProxy
+
+
+def run(proxy: InferenceSessionProxy, prepared: Prepared, deadline: Deadline) -> list[Value]:
+    """Return the results in the order of ``prepared.names``.  Raises like :func:`placed_runs.run`."""
+    return placed_runs.run(proxy, prepared.names or None, prepared.feed, {}, deadline)
+
+
+async def arun(proxy: InferenceSessionProxy, prepared: Prepared, timeout: float | None) -> list[Value]:
+    """:func:`run`, awaited.  Cancelling it ends the run."""
+    return await placed_runs.arun(proxy, prepared.names or None, prepared.feed, {}, timeout)
