@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "host": {*BASE, "client", "session", "inprocess"},
     "integrations": {*BASE, "client.host_client", "session", "host"},
     "demo": {*BASE, "client.event_dispatch", "session", "host"},
-    "server": {*BASE, "ort", "tensors", "client", "session", "host", "demo"},
+    "server": {*BASE, "ort", "protocol.failures", "tensors", "client", "session", "host", "demo"},
     "cli": {
         *BASE, "ort", "protocol", "transport", "client", "supervisor", "workers", "host",
         "integrations", "demo", "server",

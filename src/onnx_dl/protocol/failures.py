@@ -40,6 +40,15 @@ def describe(error: BaseException, **details: object) -> Failure:
     return Failure(family="other", name=name, args=[_text(error)], details=details, traceback=text)
 
 
+_keeps_engine_out = False
+
+
+def keep_engine_out() -> None:
+    """Have this process never import onnxruntime for an error: its classes become RemoteError from now on."""
+    global _keeps_engine_out
+    _keeps_engine_out = True
+
+
 def rebuild(failure: Failure) -> Exception:
     """Return the exception to raise.  Imports onnxruntime only for one of onnxruntime's classes."""
     error = _instance(failure)
@@ -65,6 +74,8 @@ def _instance(failure: Failure) -> Exception:
     if failure.family == "builtin":
         cls = getattr(builtins, failure.name, None)
     elif failure.family == "onnxruntime":
+        if _keeps_engine_out:
+            return _remote(msgspec.structs.replace(failure, name=f"{_C}.{failure.name}"))
         cls = getattr(importlib.import_module(_C), failure.name, None)
     else:
         cls = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from onnx_dl.client.short_calls import Patience
 from onnx_dl.server.interfaces import Served, TensorInfo
 from onnx_dl.server.v2 import datatypes
 from onnx_dl.server.v2.failures import RequestFailure, invalid
@@ -29,7 +30,17 @@ class Signature:
     ``is_known`` is False if neither is known: then onnxruntime alone decides.
     """
 
-    __slots__ = ("inputs", "is_known", "max_batch_size", "model", "names", "outputs", "required")
+    __slots__ = (
+        "has_bfloat16",
+        "inputs",
+        "is_known",
+        "max_batch_size",
+        "model",
+        "names",
+        "outputs",
+        "patience",
+        "required",
+    )
 
     def __init__(self, entry: Served) -> None:
         self.model = entry.name
@@ -39,6 +50,8 @@ class Signature:
         self.outputs = {info.name: info for info in entry.outputs}
         self.names = [info.name for info in entry.outputs]
         """Names of all outputs, in the model's order."""
+        self.has_bfloat16 = any(info.datatype == "BF16" for info in entry.outputs)
+        self.patience = Patience()
         self.is_known = bool(entry.inputs or entry.outputs)
 
 

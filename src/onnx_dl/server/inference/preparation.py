@@ -10,6 +10,7 @@ from onnx_dl.server.inference.checks import Signature
 from onnx_dl.server.inference.inputs import MakeEmpty
 from onnx_dl.server.interfaces import Served
 from onnx_dl.server.v2.messages import InferRequest, InputTensor
+from onnx_dl.session.typed_runs import BFLOAT16
 
 
 class Prepared(NamedTuple):
@@ -20,7 +21,7 @@ class Prepared(NamedTuple):
         names: of the outputs to compute, in order; empty: all, whose names are not known.
         feed: a value by input name.
         rows: of the batch, or 1.
-        types: number of ONNX's element type by input, for arrays whose dtype does not tell (BF16).
+        types: number of ONNX's element type by input or output, of those whose dtype does not tell (BF16).
     """
 
     signature: Signature
@@ -53,6 +54,8 @@ class Preparations:
             feed[tensor.name] = self._value(tensor)
             if tensor.datatype == "BF16":
                 types[tensor.name] = BFLOAT16
+        if signature.has_bfloat16:
+            types |= {name: BFLOAT16 for name in names if signature.outputs[name].datatype == "BF16"}
         return Prepared(signature, names, feed, rows, types)
 
     def signature(self, entry: Served) -> Signature:
@@ -70,7 +73,3 @@ class Preparations:
         if type(data) is list:
             return inputs.from_json(tensor, data)
         raise inputs.unreadable(tensor)
-
-
-BFLOAT16 = 16
-"""Number of ONNX's element type."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -96,6 +97,31 @@ class SessionMethods:
             for index, (name, *_) in enumerate(outputs)
         ]
 
+    def _run_with_types(
+        self,
+        outputs: list[str],
+        feed: Sequence[tuple[str, Array, int]],
+        options: onnxruntime.RunOptions,
+    ) -> list[object]:
+        """Runs with arrays of element types that numpy lacks, such as bfloat16.
+
+        Each input has the number of ONNX's element type, whose items have the size of the array's; 0: the
+        dtype tells it.  Such results are arrays of unsigned integers.
+        """
+        binding = self._session.io_binding()
+        for name, array, element_type in feed:
+            if element_type:
+                value = OrtValue.ortvalue_from_numpy_with_onnx_type(array, element_type)
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue(value))
+            elif array.dtype.hasobject:
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue(onnx_builder.text(array)))
+            else:
+                binding.bind_cpu_input(name, array)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding, options)
+        return [_array_of(value) for value in binding.get_outputs_as_ortvaluevector()]
+
     def _check_binding(self, name: str, value: Array) -> None:
         """Raises the error that binding this input raises."""
         self._session.io_binding().bind_cpu_input(name, value)
@@ -122,6 +148,7 @@ _WITH_OPTIONS: Final[Mapping[str, Callable[..., object]]] = {
     "run_with_ort_values": SessionMethods._run_with_ort_values,
     "run_with_ortvaluevector": SessionMethods._run_with_ortvaluevector,
     "run_with_iobinding": SessionMethods._run_with_iobinding,
+    "run_with_types": SessionMethods._run_with_types,
 }
 _OTHERS: Final[Mapping[str, Callable[..., object]]] = {
     "check_binding": SessionMethods._check_binding,
@@ -129,6 +156,17 @@ _OTHERS: Final[Mapping[str, Callable[..., object]]] = {
     "get_provider_graph_assignment_info": SessionMethods._get_provider_graph_assignment_info,
     "set_tuning_results": SessionMethods._set_tuning_results,
 }
+
+
+def _array_of(value: OrtValue) -> object:
+    """Returns a dense tensor as an array, of a type that numpy lacks as unsigned integers of its size."""
+    if (found := ortvalues.as_array(value, value)) is not None:
+        return found
+    if not value.is_tensor() or value.element_type() == onnx_builder.STRING:
+        return np.asarray(value.numpy(), object)
+    raw, shape = ortvalues.memory_of(value), value.shape()
+    size = raw.nbytes // math.prod(shape) if raw.nbytes else 2
+    return raw.view(f"u{size}").reshape(shape)
 
 
 def _make_value(place: _Place) -> OrtValue:
