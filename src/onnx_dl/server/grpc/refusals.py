@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from typing import Final, NoReturn
+from urllib.parse import unquote
 
 import grpc
 
@@ -48,7 +49,13 @@ def caller_of(context: grpc.ServicerContext, *, has_certificates: bool) -> Calle
         if key == "authorization":
             authorization = value if isinstance(value, str) else None
     subject = _subject(context) if has_certificates else None
-    return Caller(authorization, _LOOPBACK.match(context.peer()) is not None, subject)
+    peer = context.peer()
+    return Caller(authorization, _LOOPBACK.match(peer) is not None, subject, address_of(peer))
+
+
+def address_of(peer: str) -> str:
+    """The IP address in grpcio's name of a peer, such as ``ipv6:%5B::1%5D:50000``."""
+    return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
 def _subject(context: grpc.ServicerContext) -> str | None:

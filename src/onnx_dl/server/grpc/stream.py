@@ -114,6 +114,7 @@ class Stream:
         try:
             if self._is_over:
                 raise cancelled()
+            self._service.admit(Operation.INFER, self._context)  # the token may have been taken away since
             response = self._service.run(data, refusals.time_left(self._context), self._cancel)
             return _Answer(answers.encode_streamed(response))
         except RequestFailure as failure:
