@@ -1,4 +1,4 @@
-"""Who may do what, with a real server and real clients: tokens, pages of other sites, starts that are refused."""
+"""Who may do what, with a real server and real clients: tokens, other sites, refused starts."""
 
 from __future__ import annotations
 
