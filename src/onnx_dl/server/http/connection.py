@@ -1,0 +1,309 @@
+"""One connection: bytes to requests, answers to bytes.
+
+The body of a request is read into the memory that the inference is made from, and a result is sent from the
+memory that it was written to.  One request is answered at a time; what a client sends ahead waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import Final, cast
+
+from onnx_dl.server.http.answers import Answer, failed, not_allowed, rendered
+from onnx_dl.server.http.bodies import Body, open_body
+from onnx_dl.server.http.connections import Connections
+from onnx_dl.server.http.handler import Admitted, Handler, NotAllowed
+from onnx_dl.server.http.head import END, Head, head_too_large, parse_head, skipped_length
+from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
+from onnx_dl.server.http.peers import caller_of
+from onnx_dl.server.http.requests import Request
+from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
+
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_PATIENCE: Final = 1.0
+"""Seconds that a head may take before its connection is among those that make room for new ones."""
+
+
+class Phase(enum.Enum):
+    """What a connection does."""
+
+    HEAD = enum.auto()
+    """Waits for a head, or reads it."""
+    BODY = enum.auto()
+    RUN = enum.auto()
+    """The request is being answered."""
+    SEND = enum.auto()
+    """The client has not taken enough of the answer for the next request to be looked at."""
+    SKIP = enum.auto()
+    """Drops the rest of a body that was refused."""
+    LINGER = enum.auto()
+    """The last answer is on its way.  Drops what comes, until the client closes."""
+    CLOSED = enum.auto()
+
+
+class HttpConnection(asyncio.BufferedProtocol):
+    """A connection of a client."""
+
+    def __init__(self, handler: Handler, connections: Connections) -> None:
+        self._handler = handler
+        self._connections = connections
+        self._limits = connections.limits
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._phase = Phase.HEAD
+        self._since = self._loop.time()
+        """When the phase began; of a head: its first byte; of a body: its last; of an answer: when the client
+        last took some of it."""
+        self._waiting = b""
+        """What was read and is not looked at yet: part of a head, or later requests."""
+        self._has_served = False
+        self._ends = False
+        """No request is answered after this one."""
+        self._is_paused = False
+        """The client takes no more for now."""
+        self._unsent = 0
+        self._head: Head | None = None
+        self._admitted: Admitted | None = None
+        self._body: Body | None = None
+        self._began = 0.0
+        self._skip = 0
+        self._request: Request | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are no subclasses.
+        self._transport = cast("asyncio.Transport", transport)
+        self._caller = caller_of(transport)
+        if not self._connections.add(self):
+            self._ends = True
+            self._send(failed(unavailable("Too many connections are open.")))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._enter(Phase.CLOSED)
+        self._connections.remove(self)
+        self._body = self._admitted = None
+        if self._request is not None:
+            self._request.is_given_up = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def eof_received(self) -> bool:
+        """The client sends no more.  A run ends, because most clients that do this have gone; other
+        answers are still sent."""
+        is_run = self._phase is Phase.RUN and self._admitted is not None and self._admitted.is_inference
+        if self._phase in (Phase.RUN, Phase.SEND) and not is_run:
+            self._ends = True
+            return self._transport.can_write_eof()
+        if is_run:
+            self._transport.abort()
+        return False
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        if self._phase is Phase.SEND:
+            self._next()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._phase is Phase.BODY and self._body is not None and (room := self._body.room()) is not None:
+            return room
+        return self._connections.scratch
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._phase is Phase.BODY and self._body is not None and self._body.room() is not None:
+            self._take_body(None, nbytes)
+        else:
+            self._take(self._connections.scratch[:nbytes])
+
+    # Requests.
+
+    def _take(self, data: memoryview) -> None:
+        """Look at bytes, which are valid during the call."""
+        while len(data) and self._phase in (Phase.HEAD, Phase.BODY, Phase.SKIP):
+            if self._phase is Phase.HEAD:
+                data = self._take_head(data)
+            elif self._phase is Phase.BODY:
+                data = data[self._take_body(data, len(data)) :]
+            else:
+                taken = min(self._skip, len(data))
+                self._skip -= taken
+                data = data[taken:]
+                if not self._skip:
+                    self._next()
+        if len(data) and self._phase in (Phase.RUN, Phase.SEND):
+            self._waiting += data
+            if len(self._waiting) > WAITING_BYTES:
+                # From here on the client's end is not seen, either.
+                self._transport.pause_reading()
+
+    def _take_head(self, data: memoryview) -> memoryview:
+        """Look for the end of a head; return what follows it."""
+        waiting = (self._waiting + data).lstrip(b"\r\n")
+        if waiting and not self._waiting:
+            self._since = self._loop.time()
+        self._waiting = waiting
+        end = waiting.find(END)
+        if end > HEAD_BYTES or (end < 0 and len(waiting) > HEAD_BYTES):
+            self._head = None
+            self._send(failed(head_too_large()), is_read=False)
+        if end < 0:
+            return data[len(data) :]
+        self._waiting = b""
+        end += len(END)
+        self._head = None
+        try:
+            self._head = head = parse_head(waiting[:end])
+            self._admit(self._handler.admit(head, self._caller), has_more=end < len(waiting))
+        except NotAllowed as refusal:
+            self._send(not_allowed(refusal.methods), skip=skipped_length(self._head))
+        except RequestFailure as failure:
+            self._send(failed(failure), skip=skipped_length(self._head))
+        return memoryview(waiting)[end:]
+
+    def _admit(self, admitted: Admitted, *, has_more: bool) -> None:
+        """The head was accepted: read the body."""
+        self._admitted = admitted
+        self._began = self._loop.time()
+        self._enter(Phase.BODY)
+        self._body = open_body(admitted.framing, admitted.most, self._handler.server.inference.allocate)
+        if self._body.is_complete:
+            self._start()
+        elif admitted.framing.expects_continue and not has_more:
+            self._transport.write(_CONTINUE)
+
+    def _take_body(self, data: memoryview | None, nbytes: int) -> int:
+        """Take bytes of the body; return how many.  ``data`` None: they are in their place."""
+        assert self._body is not None
+        self._since = self._loop.time()
+        try:
+            if data is None:
+                self._body.advance(nbytes)
+            else:
+                nbytes = self._body.write(data)
+        except RequestFailure as failure:
+            self._body = None
+            self._send(failed(failure), is_read=False)
+            return nbytes
+        if self._body.is_complete:
+            self._start()
+        return nbytes
+
+    def _start(self) -> None:
+        """The request is there: answer it."""
+        assert self._admitted is not None and self._body is not None
+        head, target, framing = self._admitted.head, self._admitted.target, self._admitted.framing
+        body, self._body = self._body.take(), None
+        request = Request(head, target, body, framing.encoding, framing.header_length, self._began)
+        self._enter(Phase.RUN)
+        self._request = request
+        self._task = self._loop.create_task(self._run(request))
+
+    async def _run(self, request: Request) -> None:
+        try:
+            answer = await self._handler.answer(request)
+            self._task = self._request = None
+            if self._phase is Phase.RUN:
+                self._send(answer)
+        except BaseException:
+            # Whatever it was: the client must not wait for ever.
+            self._transport.abort()
+            raise
+
+    # Answers.
+
+    def _send(self, answer: Answer, *, skip: int | None = 0, is_read: bool = True) -> None:
+        """Send an answer.  ``skip``: bytes of the body that still come, and are dropped; None, or ``is_read``
+        False: it is not known where the next request would begin."""
+        head = self._head
+        if not is_read:
+            skip = None
+        keeps = (
+            head is not None and head.keeps_alive and skip is not None
+            and not self._ends and not self._connections.is_draining
+        )  # fmt: skip
+        version, method = ("1.1", "") if head is None else (head.version, head.method)
+        parts = rendered(answer, version=version, keeps_alive=keeps, is_head=method == "HEAD")
+        if len(parts) == 1:
+            self._transport.write(parts[0])
+        else:
+            self._transport.writelines(parts)
+        self._has_served = True
+        if keeps and skip:
+            self._skip = skip
+            self._enter(Phase.SKIP)
+        elif keeps:
+            self._next()
+        else:
+            self._enter(Phase.LINGER)
+            if skip == 0:
+                self._transport.close()
+            elif self._transport.can_write_eof():
+                # Closed at once, with bytes unread, the client's system would drop the answer.
+                self._transport.write_eof()
+
+    def _next(self) -> None:
+        """Look at the next request, if the client has taken the last answer."""
+        if self._is_paused:
+            self._enter(Phase.SEND)
+            self._unsent = self._transport.get_write_buffer_size()
+            return
+        self._enter(Phase.HEAD)
+        if self._ends or (self._connections.is_draining and not self._waiting):
+            self._enter(Phase.LINGER)
+            self._transport.close()
+        elif self._waiting:
+            waiting, self._waiting = self._waiting, b""
+            self._transport.resume_reading()
+            self._take(memoryview(waiting))
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._since = self._loop.time()
+
+    # What the list of connections calls.
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when it has waited for a request; None: closing it would be noticed."""
+        if self._phase is not Phase.HEAD or (self._waiting and self._loop.time() - self._since < _PATIENCE):
+            return None
+        return self._since
+
+    def look(self, now: float) -> None:
+        """End the connection if its client takes too long."""
+        waited, limits = now - self._since, self._limits
+        match self._phase:
+            case Phase.HEAD if self._waiting and waited > limits.head:
+                self._head = None
+                self._send(failed(passed("The request's head took too long.")))
+            case Phase.HEAD if not self._waiting and waited > (
+                limits.idle if self._has_served else limits.head
+            ):
+                self._transport.close()
+            case Phase.BODY if self._body is not None:
+                came, length = self._body.filled, self._admitted and self._admitted.framing.length
+                if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
+                    self._body = None
+                    self._send(failed(passed("The request's body took too long.")), is_read=False)
+            case Phase.SKIP if waited > limits.linger:
+                self._transport.abort()
+            case Phase.SEND | Phase.LINGER:
+                unsent = self._transport.get_write_buffer_size()
+                if unsent != self._unsent:
+                    self._unsent, self._since = unsent, now
+                elif waited > (limits.send_idle if unsent else limits.linger):
+                    self._transport.abort()
+
+    def end(self, *, now: bool) -> None:
+        """End the connection: ``now``, or when it has finished what was begun."""
+        if now:
+            self._transport.abort()
+        elif self._phase is Phase.HEAD and not self._waiting:
+            self._transport.close()
+        else:
+            self._ends = True

@@ -1,0 +1,133 @@
+"""What is done with a request: refused at its head, or answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final, NamedTuple
+
+from starlette.applications import Starlette
+
+from onnx_dl.server.http import compression, infer
+from onnx_dl.server.http.answers import Answer, failed
+from onnx_dl.server.http.asgi import call
+from onnx_dl.server.http.head import Framing, Head, framing
+from onnx_dl.server.http.limits import JSON_BYTES, OTHER_BODY
+from onnx_dl.server.http.requests import Request
+from onnx_dl.server.http.results import infer_answer
+from onnx_dl.server.http.targets import INFER, METRICS, Target, find_target
+from onnx_dl.server.interfaces import Caller, Server
+from onnx_dl.server.v2.failures import RequestFailure, internal, not_found, unavailable
+from onnx_dl.server.v2.operations import Scope
+
+logger = logging.getLogger("onnx_dl.server")
+
+_IN_THREAD: Final = 256 << 10
+"""Bytes from which an answer is compressed in a thread."""
+
+
+class NotAllowed(Exception):
+    """The path has other methods."""
+
+    def __init__(self, methods: list[str]) -> None:
+        super().__init__()
+        self.methods = methods
+
+
+class Admitted(NamedTuple):
+    """A request whose head was accepted.  ``most``: bytes of its body."""
+
+    head: Head
+    target: Target
+    framing: Framing
+    most: int
+
+    @property
+    def is_inference(self) -> bool:
+        return self.target.route.name == INFER
+
+
+class Handler:
+    """Answers requests of all connections of a listener."""
+
+    def __init__(self, server: Server, app: Starlette, *, metrics_only: bool = False) -> None:
+        self.server = server
+        self._app = app
+        self._metrics_only = metrics_only
+
+    def admit(self, head: Head, caller: Caller) -> Admitted:
+        """Decide about a request of which only the head is there.  ``caller``: without what the head says.
+
+        Raises:
+            RequestFailure: it is refused, and its body not read.
+            NotAllowed: the path has other methods.
+        """
+        server = self.server
+        target = find_target(head.target)
+        if target is None or (self._metrics_only and target.route.name != METRICS):
+            raise not_found("Not Found")
+        operation = target.route.operations.get(head.method)
+        if operation is None:
+            raise NotAllowed(list(target.route.operations))
+        if server.is_draining and operation.scope is not Scope.HEALTH:
+            raise unavailable("The server is shutting down.")
+        server.access.check_browser(head.text(b"host"), head.text(b"origin"))
+        server.access.check(operation, caller._replace(authorization=head.text(b"authorization")))
+        if target.route.name != INFER:
+            return Admitted(head, target, framing(head, OTHER_BODY, OTHER_BODY), OTHER_BODY)
+        server.models.find(target.names["model"], target.names.get("version", ""))
+        most = server.options.max_body
+        return Admitted(head, target, framing(head, most, min(most, JSON_BYTES)), most)
+
+    async def answer(self, request: Request) -> Answer:
+        """Answer a request.  Raises nothing but CancelledError."""
+        try:
+            if request.target.route.name == INFER:
+                return await self._infer(request)
+            if request.encoding:
+                await self._inflate(request, OTHER_BODY)
+            return await call(self._app, request)
+        except RequestFailure as failure:
+            return failed(failure)
+        except Exception:
+            logger.exception("A request failed: %s %r", request.head.method, request.head.target)
+            return failed(internal("The server failed.  Its log says why."))
+
+    async def _infer(self, request: Request) -> Answer:
+        headers = request.head.headers
+        timeout = infer.header_timeout(headers.get(b"x-request-timeout-ms"))
+        if request.encoding:
+            await self._inflate(request, self.server.options.max_body)
+        names = request.target.names
+        model, version = names["model"], names.get("version", "")
+        if request.header_length == 0:
+            served = self.server.models.find(model, version)
+            inference, wanted = infer.read_raw_request(served, version, request.body)
+        else:
+            inference, wanted = infer.read_request(model, version, request.body, request.header_length)
+        request.body = memoryview(b"")
+        timeout = infer.least(timeout, inference.timeout)
+        if timeout is not None:
+            # What the body took is gone.
+            waited = asyncio.get_running_loop().time() - request.began
+            inference.timeout = max(0.0, timeout - waited)
+        response = await self.server.inference.infer(inference)
+        answer = infer_answer(response, wanted)
+        encoding = compression.asked_encoding(headers.get(b"accept-encoding"))
+        if encoding and answer.nbytes > _IN_THREAD:
+            await asyncio.to_thread(compression.compress, answer, encoding)
+        elif encoding:
+            compression.compress(answer, encoding)
+        return answer
+
+    async def _inflate(self, request: Request, most: int) -> None:
+        """Replace the body by what it is a compressed form of."""
+        request.body = await asyncio.to_thread(
+            compression.inflate,
+            request.body,
+            request.encoding,
+            request.header_length,
+            most,
+            self.server.inference.allocate,
+            lambda: request.is_given_up,
+        )

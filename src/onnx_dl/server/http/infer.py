@@ -1,0 +1,258 @@
+"""Bodies of requests to infer, as inferences.  Pure.
+
+Source: the Open Inference Protocol, Triton's extensions of binary tensors, parameters and shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from onnx_dl.server.http.depth import check_depth
+from onnx_dl.server.http.head import json_too_large
+from onnx_dl.server.http.limits import JSON_BYTES, JSON_DEPTH
+from onnx_dl.server.interfaces import Served, TensorInfo
+from onnx_dl.server.v2.datatypes import BYTES, SIZES
+from onnx_dl.server.v2.failures import invalid
+from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice, RequestedOutput
+
+
+class _Tensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Tensor]
+    id: str = ""
+    outputs: list[_Output] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Wanted(NamedTuple):
+    """How the outputs go back.  ``by_name`` overrides ``is_binary``."""
+
+    is_binary: bool
+    by_name: dict[str, bool]
+
+    def binary(self, name: str) -> bool:
+        return self.by_name.get(name, self.is_binary)
+
+
+_DECODER: Final = msgspec.json.Decoder(_Request)
+_SHM: Final = "shared_memory_region"
+_SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
+
+
+def read_request(
+    model: str, version: str, body: memoryview, header_length: int | None
+) -> tuple[InferRequest, Wanted]:
+    """Read a body: JSON, and behind it the binary tensors, which are not copied.
+
+    Raises:
+        RequestFailure: 400; 413: too much JSON.
+    """
+    end = len(body) if header_length is None else header_length
+    if end > len(body):
+        raise invalid(f"Inference-Header-Content-Length is {end}, the body has {len(body)} bytes.")
+    if end > JSON_BYTES:
+        raise json_too_large(JSON_BYTES)
+    sent = _decode(bytes(body[:end]))
+    parameters = _parameters(sent.parameters, "The request")
+    reader = _Inputs(body, end, header_length is not None, model)
+    inputs = [reader.read(tensor) for tensor in sent.inputs]
+    reader.end()
+    is_binary = _flag(parameters, "binary_data_output", "The request")
+    outputs = [_requested(output, is_binary) for output in sent.outputs or ()]
+    _check_unique("input", [tensor.name for tensor in inputs])
+    _check_unique("output", [output.name for output in outputs])
+    request = InferRequest(
+        model, version, sent.id, inputs, outputs, parameters, _timeout(parameters), len(body)
+    )
+    return request, Wanted(is_binary, {output.name: output.is_binary for output in outputs})
+
+
+def _decode(json: bytes) -> _Request:
+    check_depth(json, JSON_DEPTH)
+    try:
+        return _DECODER.decode(json)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"The request is not valid: {error}") from None
+    except RecursionError:
+        raise invalid("The JSON of the request is nested too deeply.") from None
+
+
+class _Inputs:
+    """Reads inputs in the order in which they were sent, and their bytes behind the JSON."""
+
+    def __init__(self, body: memoryview, at: int, has_binary: bool, model: str) -> None:
+        self._body = body
+        self._at = at
+        self._has_binary = has_binary
+        self._model = model
+
+    def read(self, tensor: _Tensor) -> InputTensor:
+        whose = f"Input {tensor.name!r}"
+        parameters = _parameters(tensor.parameters, whose)
+        sources = [name for name in _SOURCES if name in parameters]
+        if tensor.data is not None:
+            sources.append("data")
+        if len(sources) != 1:
+            raise invalid(f"{whose} needs one of data, binary_data_size and shared_memory_region.")
+        data: memoryview | list[Any] | RegionSlice
+        if sources[0] == "data":
+            assert tensor.data is not None
+            data = tensor.data
+            if tensor.datatype in ("FP16", "BF16"):
+                raise invalid(f"{whose} is {tensor.datatype}, which JSON lacks.  Send binary data.")
+        elif sources[0] == _SHM:
+            data = _region(parameters, whose)
+        else:
+            data = self._binary(whose, _count(parameters, "binary_data_size", whose))
+        return InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data, parameters)
+
+    def _binary(self, whose: str, nbytes: int) -> memoryview:
+        if not self._has_binary:
+            raise invalid(f"{whose} is binary, and the header Inference-Header-Content-Length is missing.")
+        begin, end = self._at, self._at + nbytes
+        if end > len(self._body):
+            raise invalid(
+                f"{whose} has a binary_data_size of {nbytes}, and {len(self._body) - begin} bytes follow "
+                f"(model {self._model!r})."
+            )
+        self._at = end
+        return self._body[begin:end]
+
+    def end(self) -> None:
+        """Raises RequestFailure if bytes are left."""
+        if self._at != len(self._body):
+            raise invalid(
+                f"The body has {len(self._body) - self._at} bytes more than its inputs "
+                f"(model {self._model!r})."
+            )
+
+
+def _requested(output: _Output, is_binary: bool) -> RequestedOutput:
+    whose = f"Output {output.name!r}"
+    parameters = _parameters(output.parameters, whose)
+    if parameters.get("classification"):
+        raise invalid(f"{whose}: classification is not supported.")
+    region = _region(parameters, whose) if _SHM in parameters else None
+    binary = _flag(parameters, "binary_data", whose, is_binary and region is None)
+    if binary and region is not None:
+        raise invalid(f"{whose} has both shared_memory_region and binary_data.")
+    return RequestedOutput(output.name, region, binary, parameters)
+
+
+def _region(parameters: dict[str, Any], whose: str) -> RegionSlice:
+    name = parameters[_SHM]
+    if not isinstance(name, str):
+        raise invalid(f"{whose}: shared_memory_region is not text.")
+    if "shared_memory_byte_size" not in parameters:
+        raise invalid(f"{whose}: shared_memory_region needs shared_memory_byte_size.")
+    nbytes = _count(parameters, "shared_memory_byte_size", whose)
+    return RegionSlice(name, _count(parameters, "shared_memory_offset", whose), nbytes)
+
+
+def _parameters(sent: dict[str, Any] | None, whose: str) -> dict[str, Any]:
+    """Parameters are text, numbers and truth values."""
+    if not sent:
+        return {}
+    for name, value in sent.items():
+        if not isinstance(value, str | int | float):
+            raise invalid(f"{whose}: the parameter {name!r} is not text, a number, true or false.")
+        if name.startswith("triton_"):
+            raise invalid(f"{whose}: names of parameters that begin with triton_ are reserved.")
+    return sent
+
+
+def _flag(parameters: dict[str, Any], name: str, whose: str, default: bool = False) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise invalid(f"{whose}: {name} is not true or false.")
+    return value
+
+
+def _count(parameters: dict[str, Any], name: str, whose: str) -> int:
+    value = parameters.get(name, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise invalid(f"{whose}: {name} is not a number of bytes.")
+    return value
+
+
+def _timeout(parameters: dict[str, Any]) -> float | None:
+    """Seconds of the parameter ``timeout``, which has microseconds; 0 is none."""
+    value = parameters.get("timeout", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
+        raise invalid("The request: timeout is not a number of microseconds.")
+    return value / 1e6 if value else None
+
+
+def header_timeout(text: bytes | None) -> float | None:
+    """Seconds of the header ``X-Request-Timeout-Ms``; None: it was not sent."""
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 15 or not int(text):
+        raise invalid("X-Request-Timeout-Ms is not a number of milliseconds.")
+    return int(text) / 1e3
+
+
+def least(*timeouts: float | None) -> float | None:
+    """The shortest of some times; None: there is none."""
+    return min((timeout for timeout in timeouts if timeout is not None), default=None)
+
+
+def _check_unique(kind: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise invalid(f"The {kind} {name!r} was named twice.")
+        seen.add(name)
+
+
+def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[InferRequest, Wanted]:
+    """Read a body that is nothing but the bytes of the only input: one row if the model has a batch.
+
+    Raises:
+        RequestFailure: 400: the model has more inputs, or the shape does not follow from the size.
+    """
+    if len(served.inputs) != 1:
+        raise invalid(f"Model {served.name!r} has {len(served.inputs)} inputs; a raw request has one.")
+    (info,) = served.inputs
+    shape = raw_shape(info, len(body), has_batch=served.max_batch_size > 0)
+    data: memoryview | bytes = body
+    if info.datatype == BYTES:
+        data = struct.pack("<I", len(body)) + bytes(body)
+    tensor = InputTensor(info.name, info.datatype, shape, data)
+    request = InferRequest(served.name, version, "", [tensor], [], {}, None, len(body))
+    return request, Wanted(True, {})
+
+
+def raw_shape(info: TensorInfo, nbytes: int, *, has_batch: bool) -> tuple[int, ...]:
+    """The shape of an input of which only the size is known."""
+    shape = [1, *info.shape[1:]] if has_batch else list(info.shape)
+    free = [axis for axis, size in enumerate(shape) if size < 0]
+    if info.datatype == BYTES:
+        if [size if size >= 0 else 1 for size in shape[has_batch:]] != [1]:
+            raise invalid(f"A raw request needs an input of one text; {info.name!r} has another shape.")
+        return (1,) * len(shape)
+    if len(free) > 1:
+        raise invalid(f"The shape of {info.name!r} does not follow from the size of a raw request.")
+    row = math.prod(size for size in shape if size >= 0) * SIZES[info.datatype]
+    if free:
+        if not row or nbytes % row:
+            raise invalid(f"{nbytes} bytes are no {info.datatype} tensor of shape {info.shape}.")
+        shape[free[0]] = nbytes // row
+    return tuple(shape)

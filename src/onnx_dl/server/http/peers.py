@@ -1,0 +1,35 @@
+"""Who is at the other end of a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from typing import Any
+
+from onnx_dl.server.interfaces import Caller
+
+
+def caller_of(transport: asyncio.BaseTransport) -> Caller:
+    """The client of a connection, without what its requests say."""
+    peer = transport.get_extra_info("peername")
+    address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+    secured = transport.get_extra_info("ssl_object")
+    shown = None if secured is None else secured.getpeercert()
+    return Caller(None, is_loopback(address), subject(shown) if shown else None, address)
+
+
+def is_loopback(address: str) -> bool:
+    """True for addresses of this machine alone, also as IPv6 writes those of IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return parsed.is_loopback
+
+
+def subject(certificate: dict[str, Any]) -> str:
+    """The subject of a certificate in the form of Python's ``getpeercert``: ``commonName=x, ...``."""
+    names = (pair for group in certificate.get("subject", ()) for pair in group)
+    return ", ".join(f"{name}={value}" for name, value in names)
