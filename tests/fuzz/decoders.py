@@ -31,7 +31,7 @@ from onnx_dl.transport.lane_socket import PACKET, LaneSocket
 from onnx_dl.transport.rendezvous import HostEntry, HostRecord
 from onnx_dl.transport.sockets import Channel
 from onnx_dl.workers.load_cache.store import Cache, EntryMeta, seal_meta
-from tests.fuzz import descriptors, examples, mutation
+from tests.fuzz import descriptors, examples, mutation, placed
 from tests.fuzz.mutation import Mutator
 from tests.support.slow import identity_model
 
@@ -57,6 +57,7 @@ def all_of(rng: random.Random, stack: contextlib.ExitStack) -> list[Target]:
         _values(rng, copy=False),
         *_packed(rng),
         *(_lane_socket(rng, keep, stack) for keep in (False, True)),
+        _placed_calls(rng),
         _zmtp(rng),
         *_files(rng, folder),
         _host_file(rng, folder),
@@ -203,9 +204,16 @@ def _lane_socket(rng: random.Random, keep: bool, stack: contextlib.ExitStack) ->
     read, union = (lane.lane_reply, "lane_reply") if keep else (lane.lane_request, "lane_request")
     odd = stack.enter_context(contextlib.closing(descriptors.Odd()))
     corpus = [
-        codec.encode(lane.Envelope(shared=shared, dropped=dropped, message=msgspec.Raw(inside)))
+        codec.encode(
+            lane.Envelope(shared=shared, foreign=foreign, dropped=dropped, message=msgspec.Raw(inside))
+        )
         for inside in examples.frames(union, rng)
-        for shared, dropped in (([], []), ([(3, 4096)], []), ([(1, 0), (4, 65536)], [3, 9]))
+        for shared, foreign, dropped in (
+            ([], [], []),
+            ([(3, 4096)], [], []),
+            ([], [(7, 64, True)], [7]),
+            ([(1, 0), (4, 65536)], [(8, 4096, False)], [3, 9]),
+        )
     ] + [
         codec.encode(lane.Envelope(shared=[(5, 4096)], letter=(5, 40))),
         codec.encode(lane.Envelope(letter=(3, 0))),
@@ -217,7 +225,7 @@ def _lane_socket(rng: random.Random, keep: bool, stack: contextlib.ExitStack) ->
         while ends:
             ends.pop().close()
         ends.extend(Channel.pair())
-        ends.append(LaneSocket(ends[1], read, keep_descriptors=keep))
+        ends.append(LaneSocket(ends[1], read, keep_descriptors=keep, most_foreign=0 if keep else 4))
 
     def take(data: bytes) -> None:
         if not ends or ends[2].is_broken or rng.random() < 0.02:
@@ -232,6 +240,12 @@ def _lane_socket(rng: random.Random, keep: bool, stack: contextlib.ExitStack) ->
     stack.callback(lambda: ends and ends.pop())
     allowed = (ProtocolError, SharedMemoryError)
     return Target(f"handover, keep={keep}", mutation.msgpack(rng, corpus), take, allowed, 0.5)
+
+
+def _placed_calls(rng: random.Random) -> Target:
+    """Calls with inputs and places in foreign memory, as a worker gets them."""
+    calls = placed.PlacedCallsAlone(rng)
+    return Target("placed calls", mutation.msgpack(rng, calls.corpus()), calls.take, (OnnxDLError,))
 
 
 def _zmtp(rng: random.Random) -> Target:

@@ -41,7 +41,9 @@ def frames(name: str, rng: random.Random) -> list[bytes]:
 def example(kind: type[Any], rng: random.Random) -> Any:
     if kind is lane.Envelope:
         inside = codec.encode(lane.Result(value=lane.Plain(1)))
-        return lane.Envelope(shared=[(3, 65536)], dropped=[1], message=msgspec.Raw(inside))
+        return lane.Envelope(
+            shared=[(3, 65536)], foreign=[(4, 4096, True)], dropped=[1], message=msgspec.Raw(inside)
+        )
     return msgspec.convert(_made(inspect.type_info(kind), rng, 0), kind)
 
 

@@ -18,7 +18,7 @@ from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.cancellation import CancelWatch, run_timeout
 from onnx_dl.client.pending_call import RETRY, PendingCall
 from onnx_dl.client.remote_model import RemoteModel
-from onnx_dl.client.served_model import FindModel, RunArguments, ServedModel
+from onnx_dl.client.served_model import FindModel, PlacedArguments, RunArguments, ServedModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.event_loops import EventLoops, present
 from onnx_dl.system.thread_attributes import on_behalf
@@ -63,7 +63,7 @@ async def _in_thread(loop: EventLoops, work: Callable[[], _T]) -> _T:
 async def call(
     find: FindModel | ServedModel,
     lease: Lease,
-    arguments: RunArguments,
+    arguments: RunArguments | PlacedArguments,
     timeout: float | None,
     run_options: object,
 ) -> EngineValue:
@@ -87,6 +87,7 @@ async def call(
                         awaited = _AwaitedCall(loop, model, lease, arguments, run_options, deadline)
                         return await awaited.result()
                     watch = CancelWatch(run_options, deadline)
+                    assert isinstance(arguments, RunArguments)  # the others are for workers only
                     return await _in_thread(loop, lambda: model.run(lease, *arguments, watch))
         except TimeoutError as error:
             # Others are the end of a load's time, or the supervisor's, and not the caller's.
@@ -110,12 +111,12 @@ class _AwaitedCall(NamedTuple):
     loop: EventLoops
     model: RemoteModel
     lease: Lease
-    arguments: RunArguments
+    arguments: RunArguments | PlacedArguments
     run_options: object
     deadline: Deadline
 
     def encode(self, lane: ClientLane) -> Request:
-        return lane.codec.encode_call(*self.arguments)
+        return self.arguments.encode(lane.codec)
 
     async def result(self) -> EngineValue:
         nbytes = self.arguments.nbytes

@@ -23,7 +23,7 @@ from onnx_dl.transport.client_lane import ClientLane, Reply
 RETRY: Final = object()
 """Stands for a result: the call was not executed.  Make it again, on another lane."""
 
-_ANSWERS: Final = (int, m.SameResult, m.Result)
+_ANSWERS: Final = (int, m.SameResult, m.Result, m.PlacedResult)
 _WITHOUT_RESULT: Final = (m.CallFailed, m.Draining, m.Forgotten)
 NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 

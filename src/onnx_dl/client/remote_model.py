@@ -104,7 +104,12 @@ class RemoteModel(RemoteClaims):
         pending = None
         try:
             plan = lane.codec.plans.latest
-            if plan is None or (call := plan.repeated) is None or not call.fill(outputs, feed, lane.arena):
+            if (
+                plan is None
+                or (call := plan.repeated) is None
+                or lane.arena.memories.has_closed  # a number alone would not tell the worker
+                or not call.fill(outputs, feed, lane.arena)
+            ):
                 pool.put(lane)
                 return None
             reply = lane.repeat(plan.number)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from onnx_dl.client.acquisition import Lease
@@ -15,7 +15,9 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.protocol.control import Granted
+from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import EngineValue, Feed
+from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace
 
 
 class RunArguments(NamedTuple):
@@ -29,6 +31,45 @@ class RunArguments(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all inputs that have a size."""
         return sum(getattr(value, "nbytes", 0) for value in self.feed.values())
+
+    def encode(self, codec: CallCodec) -> Request:
+        """The request for a lane."""
+        return codec.encode_call(*self)
+
+
+class PlacedArguments(NamedTuple):
+    """Arguments of one run with inputs or results in foreign memory, for a worker that may have that."""
+
+    outputs: list[str]
+    feed: Feed
+    places: Mapping[str, ForeignPlace]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs that this process copies."""
+        here = (value for value in self.feed.values() if type(value) is not ForeignArray)
+        return sum(getattr(value, "nbytes", 0) for value in here)
+
+    @property
+    def foreign_bytes(self) -> int:
+        """Bytes of the inputs and places in foreign memory."""
+        inputs = (value.nbytes for value in self.feed.values() if type(value) is ForeignArray)
+        return sum(inputs) + sum(place.nbytes for place in self.places.values())
+
+    @property
+    def memories(self) -> int:
+        """Number of memories that the run names."""
+        inputs = {value.memory.serial for value in self.feed.values() if type(value) is ForeignArray}
+        return len(inputs | {place.memory.serial for place in self.places.values()})
+
+    def copied(self) -> RunArguments:
+        """The arguments with copies of what lies in foreign memory.  Raises like ``ForeignArray.copy``."""
+        feed = {n: value.copy() if type(value) is ForeignArray else value for n, value in self.feed.items()}
+        return RunArguments(self.outputs, feed, None)
+
+    def encode(self, codec: CallCodec) -> Request:
+        """The request for a lane.  Raises like :meth:`CallCodec.encode_placed`."""
+        return codec.encode_placed(*self)
 
 
 Done = Callable[[EngineValue, str], object]

@@ -103,7 +103,12 @@ def begin(model: ServedModel | None, lease: Lease, outputs: EngineValue, feed: F
         return None
     try:
         plan = lane.codec.plans.latest
-        if plan is None or (call := plan.repeated) is None or not call.fill(outputs, feed, lane.arena):
+        if (
+            plan is None
+            or (call := plan.repeated) is None
+            or lane.arena.memories.has_closed  # a number alone would not tell the worker
+            or not call.fill(outputs, feed, lane.arena)
+        ):
             pool.put(lane)
             return None
         lane.send(plan)

@@ -11,7 +11,7 @@ from msgspec import Meta
 from onnx_dl.core.status import to_plain
 from onnx_dl.errors import ProtocolError
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 _T = TypeVar("_T")
 

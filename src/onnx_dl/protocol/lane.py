@@ -62,6 +62,32 @@ class Plain(msgspec.Struct, frozen=True, tag="p", array_like=True):
 Value = Tensor | Text | Packed | Items | Plain
 
 
+class Foreign(msgspec.Struct, frozen=True, array_like=True):
+    """An input in memory that neither side has made: numpy dtype string, shape, number of the memory and byte
+    offset in it.  C-contiguous."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    memory: int
+    offset: int
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """A place for a result: number of a foreign memory, byte offset in it, and the bytes that it has."""
+
+    memory: int
+    offset: int
+    nbytes: int
+
+
+class WrittenResult(msgspec.Struct, frozen=True, array_like=True):
+    """A result that was written to its place: its index, numpy dtype string and shape."""
+
+    index: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class LaneHello(Message):
     """First message on a lane.
 
@@ -86,12 +112,14 @@ class LaneOpen(Message):
 class Envelope(Message, omit_defaults=True):
     """A message with news of blocks that its receiver needs first, or one that is too long for a packet.
 
-    ``shared``: number and size of new blocks; their memfds come first among the descriptors.  ``dropped``:
-    blocks that will not be used again.  ``letter``: block and length; the first bytes of that block are an
-    Envelope with the message.  That envelope has neither ``shared`` nor ``letter``.
+    ``shared``: number and size of new blocks; their memfds come first among the descriptors.  ``foreign``:
+    number and size of new foreign memories, and whether they may be mapped; their descriptors come next.
+    ``dropped``: blocks and memories that will not be used again.  ``letter``: block and length; the first
+    bytes of that block are an Envelope with the message.  That envelope has only ``dropped`` beside it.
     """
 
     shared: list[tuple[int, int]] = []
+    foreign: list[tuple[int, int, bool]] = []
     dropped: list[int] = []
     message: msgspec.Raw = msgspec.Raw()
     letter: tuple[int, int] | None = None
@@ -122,6 +150,19 @@ class Replay(Message):
 
     plan: int
     moved: list[tuple[int, Tensor]] = []
+
+
+class PlacedCall(Message):
+    """Run the model with inputs and results in foreign memory.
+
+    ``outputs``: names of all results.  ``feed``: the other inputs.  ``foreign``: inputs in foreign memory, by
+    name.  ``places``: places of results, by name.
+    """
+
+    outputs: list[str]
+    feed: list[tuple[str, Value]] = []
+    foreign: list[tuple[str, Foreign]] = []
+    places: list[tuple[str, Place]] = []
 
 
 class Invoke(Message):
@@ -160,6 +201,14 @@ class Result(Message):
     value: Value
 
 
+class PlacedResult(Message):
+    """The result of a PlacedCall.  ``value``: a list of the results that were not written to a place, in
+    order; ``written``: the others."""
+
+    value: Value
+    written: list[WrittenResult] = []
+
+
 class SameResult(Message):
     """The last Result of this plan, with new bytes in the same places."""
 
@@ -182,8 +231,12 @@ class Draining(Message):
     """Not executed: the worker accepts no new calls.  Acquire the model again."""
 
 
-LaneRequest = Call | Replay | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
-LaneReply = LaneOpen | Result | SameResult | Started | CallFailed | Forgotten | Draining | Envelope
+LaneRequest = (
+    Call | Replay | PlacedCall | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
+)
+LaneReply = (
+    LaneOpen | Result | PlacedResult | SameResult | Started | CallFailed | Forgotten | Draining | Envelope
+)
 
 lane_request: Reader[LaneRequest] = Reader(LaneRequest)
 lane_reply: Reader[LaneReply] = Reader(LaneReply)

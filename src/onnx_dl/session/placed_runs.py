@@ -3,22 +3,34 @@
 Differs from ``InferenceSessionProxy.run`` in three points: an input may be a
 :class:`~onnx_dl.tensors.foreign.ForeignArray`, a result may have a place there, and the deadline of a run is
 one that another thread may end.
+
+A worker gets the descriptor of the memory and reads and writes it itself.  This process does that where the
+data is small, where the model has no worker, where the worker is sandboxed and must not get at memory of
+others, and where one run names more memories than a lane has room for.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from onnx_dl.client import awaited_calls
 from onnx_dl.client.cancellation import CancelWatch, not_begun
-from onnx_dl.client.served_model import RunArguments
+from onnx_dl.client.pending_call import RETRY
+from onnx_dl.client.remote_model import RemoteModel
+from onnx_dl.client.served_model import PlacedArguments, RunArguments, ServedModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core.types import Feed, Value
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.inputs import names_of, sharing
+from onnx_dl.session.model_handle import ModelHandle
 from onnx_dl.tensors import foreign_results
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace
+from onnx_dl.tensors.foreign_tables import MOST_NAMED
+
+_SMALL: Final = 64 << 10
+"""Bytes below which two copies here take less time than telling the worker what to read and write."""
 
 
 def run(
@@ -33,27 +45,33 @@ def run(
     Args:
         names: of the outputs to compute; None: all.
         feed: a value per input name, as for ``InferenceSessionProxy.run``, or a ``ForeignArray``.
-        places: by output name, where results are written; they are ``Written`` in the returned list.
+        places: by output name, where results are written.  In the returned list, ``Written`` stands for a
+            result that was written.  A result that is not only bytes (text, a list) is returned as it is.
         deadline: all waits share it.  If it is movable, ``deadline.end()`` in another thread ends the run.
 
     Raises:
         RunTimeout: the deadline passed, or was ended.
-        ForeignMemoryError: an input or a place is not there; PlaceTooSmall: a result does not fit its place.
-        WorkerDied: the worker ended during the call, as by a memory that is mapped and was truncated.
+        PlaceTooSmall: a result does not fit its place.  Nothing was written; into memory that is mapped, the
+            engine may have written a part.
+        ForeignMemoryError: the memory of an input or a place is closed, or is not there any more.
+        WorkerDied: the worker ended during the call, as by memory that is mapped and was truncated.
         Exception: onnxruntime's own.
     """
     handle = proxy._handle
-    outputs = names_of(names)
+    arguments = _placed(proxy, names, feed, places)
     try:
         model = handle.model(deadline)
-        fed = _read_here(feed)
-        result: list[Value] = model.run(handle.lease, outputs, fed, None, CancelWatch(deadline=deadline))
+        watch = CancelWatch(deadline=deadline)
+        if isinstance(arguments, RunArguments):
+            return _in_order(arguments, model.run(handle.lease, *arguments, watch))
+        if isinstance(model, RemoteModel) and _goes_along(handle, arguments):
+            try:
+                return _run_there(model, handle, arguments, watch)
+            except BufferError:  # the lane has news of too many other blocks
+                pass
+        return _run_here(model, handle, arguments, watch)
     except DeadlinePassed as passed:
         raise not_begun(deadline, passed) from None
-    if places:
-        named = outputs or [node.name for node in proxy.get_outputs()]
-        return foreign_results.placed(named, result, places)
-    return result if outputs is None or len(outputs) < 2 else sharing(outputs, result)
 
 
 def in_use(proxy: InferenceSessionProxy) -> bool:
@@ -67,11 +85,6 @@ def bind(proxy: InferenceSessionProxy, deadline: Deadline) -> None:
     proxy._handle.model(deadline)
 
 
-def _read_here(feed: Feed) -> Feed:
-    """The feed with copies of what lies in foreign memory."""
-    return {name: value.copy() if type(value) is ForeignArray else value for name, value in feed.items()}
-
-
 async def arun(
     proxy: InferenceSessionProxy,
     names: Sequence[str] | None,
@@ -81,11 +94,65 @@ async def arun(
 ) -> list[Value]:
     """:func:`run` for asyncio and trio, without a thread per call.  Cancelling it ends the run; after
     ``timeout`` seconds it raises RunTimeout."""
-    if places or any(type(value) is ForeignArray for value in feed.values()):
-        return await awaited_calls.in_thread(functools.partial(run, proxy, names, feed, places), timeout)
     handle = proxy._handle
-    outputs = names_of(names)
-    result: list[Value] = await awaited_calls.call(
-        handle.in_use() or handle.model, handle.lease, RunArguments(outputs, feed, None), timeout, None
-    )
-    return result if outputs is None or len(outputs) < 2 else sharing(outputs, result)
+    # Names of all outputs may need a load, for which the loop must not wait.
+    arguments = _placed(proxy, names, feed, places) if names or not _is_placed(feed, places) else None
+    sent = arguments
+    if isinstance(arguments, PlacedArguments) and arguments.foreign_bytes < _SMALL:
+        sent = arguments.copied()
+    if isinstance(sent, RunArguments) or (sent is not None and _goes_along(handle, sent)):
+        find = handle.in_use() or handle.model
+        try:
+            result: list[Value] = await awaited_calls.call(find, handle.lease, sent, timeout, None)
+        except BufferError:  # as in run()
+            pass
+        else:
+            if isinstance(arguments, PlacedArguments) and isinstance(sent, RunArguments):
+                return foreign_results.placed(arguments.outputs, result, arguments.places)
+            return _in_order(sent, result)
+    return await awaited_calls.in_thread(functools.partial(run, proxy, names, feed, places), timeout)
+
+
+def _placed(
+    proxy: InferenceSessionProxy, names: Sequence[str] | None, feed: Feed, places: Mapping[str, ForeignPlace]
+) -> RunArguments | PlacedArguments:
+    """The arguments of a plain run if nothing lies in foreign memory."""
+    if not _is_placed(feed, places):
+        return RunArguments(names_of(names), feed, None)
+    named = list(names) if names else [node.name for node in proxy.get_outputs()]
+    return PlacedArguments(named, feed, {name: place for name, place in places.items() if name in named})
+
+
+def _is_placed(feed: Feed, places: Mapping[str, ForeignPlace]) -> bool:
+    return bool(places) or any(type(value) is ForeignArray for value in feed.values())
+
+
+def _goes_along(handle: ModelHandle, arguments: PlacedArguments) -> bool:
+    """True if the worker gets the descriptors."""
+    if not handle.spec.isolation or handle.spec.sandbox:
+        return False
+    return arguments.foreign_bytes >= _SMALL and arguments.memories <= MOST_NAMED
+
+
+def _run_there(
+    model: RemoteModel, handle: ModelHandle, arguments: PlacedArguments, watch: CancelWatch
+) -> list[Value]:
+    while True:
+        call = model.prepare(handle.lease, lambda lane: arguments.encode(lane.codec), watch.deadline)
+        result: list[Value] = call.perform(watch)
+        if result is not RETRY:
+            return result
+
+
+def _run_here(
+    model: ServedModel, handle: ModelHandle, arguments: PlacedArguments, watch: CancelWatch
+) -> list[Value]:
+    """Reads the inputs and writes the results in this process."""
+    results: list[Value] = model.run(handle.lease, *arguments.copied(), watch)
+    return foreign_results.placed(arguments.outputs, results, arguments.places)
+
+
+def _in_order(arguments: RunArguments | PlacedArguments, result: list[Value]) -> list[Value]:
+    """The results; those of a repeated name share their memory."""
+    names = arguments.outputs
+    return result if names is None or len(names) < 2 else sharing(names, result)

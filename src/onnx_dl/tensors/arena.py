@@ -21,6 +21,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.adoptions import Adoptions
 from onnx_dl.tensors.block import HEADER, Announcer, Block
+from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 
 SMALLEST: Final = 64 << 10
 IDLE_TURNS: Final = 32
@@ -49,6 +50,9 @@ class NoPeer:
     def shared(self, block: int, size: int, fd: int) -> None:
         os.close(fd)
 
+    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
+        os.close(fd)
+
     def dropped(self, block: int) -> None:
         pass
 
@@ -68,6 +72,8 @@ class Arena:
         self._blocks: list[Block] = []
         self.adoptions = Adoptions(announcer, self._numbers.__next__)
         """Blocks of other arenas, which keep them."""
+        self.memories = AnnouncedMemories(announcer, self._numbers.__next__)
+        """Memories of third processes."""
         self.nbytes = 0
         """Bytes of the blocks that this arena keeps."""
 
@@ -134,6 +140,7 @@ class Arena:
         self._scratch_peak = 0
         self._drop_free(lambda block: True)
         self.adoptions.drop_all()
+        self.memories.drop_all()
 
     def _next_turn(self) -> None:
         if self._turn % IDLE_TURNS == 0:

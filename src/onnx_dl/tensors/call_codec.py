@@ -5,7 +5,7 @@ Messages are sent by :mod:`onnx_dl.transport.client_lane`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from onnx_dl.tensors.call_plans import (
     can_repeat,
     key_of,
 )
+from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace, Written
+from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 
 Request = CallPlan | EncodedCall | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
-Answer = m.Result | m.SameResult | int
+Answer = m.Result | m.PlacedResult | m.SameResult | int
 """Reply of a request that was executed without an error; a number stands for SameResult."""
 
 
@@ -73,13 +75,42 @@ class CallCodec:
             except TypeError:  # names that cannot be hashed: onnxruntime raises its own error
                 plan = None
             if plan is not None and plan.inputs.fill(feed, self._arena):
-                if moved is None:
+                # A number alone carries no news of memories that were closed.
+                if moved is None and not self._arena.memories.drop_closed():
                     return plan
-                places = [(index, moved[name]) for index, name in plan.moved]
+                places = [(index, (moved or {})[name]) for index, name in plan.moved]
                 return EncodedCall(m.Replay(plan=plan.number, moved=places), plan)
         call, plan = self._encode_new(outputs, feed, moved or {}, key)
         call.options, call.keep, call.background = options, keep, background
         return EncodedCall(call, plan)
+
+    def encode_placed(
+        self, outputs: list[str], feed: Feed, places: Mapping[str, ForeignPlace]
+    ) -> EncodedCall:
+        """Encodes one inference with inputs or results in foreign memory.  Like :meth:`encode_call`, it
+        changes nothing that needs undoing.
+
+        Raises:
+            ForeignMemoryError: a memory is closed, or does not have these bytes.
+            BufferError: the call names too many memories.
+            Exception: like :meth:`Packer.pack`.
+        """
+        memories = self._arena.memories
+        memories.next_message()
+        foreign = [
+            (name, _foreign(value, memories)) for name, value in feed.items() if type(value) is ForeignArray
+        ]
+        found = [(name, _place(place, memories)) for name, place in places.items()]
+        copied = sum(array.nbytes for array in feed.values() if type(array) is ForeignArray)
+        memories.copied = max(memories.copied, copied + sum(place.nbytes for place in places.values()))
+        values_here = {name: value for name, value in feed.items() if type(value) is not ForeignArray}
+        moved, others = self._shared_inputs(values_here)
+        packer = Packer(self._arena, moved={id(others[name]): t for name, t in (moved or {}).items()})
+        values = packer.pack(others.values())
+        call = m.PlacedCall(
+            outputs=outputs, feed=list(zip(others, values, strict=True)), foreign=foreign, places=found
+        )
+        return EncodedCall(call, None)
 
     def _shared_inputs(self, given: Feed) -> tuple[dict[str, m.Tensor] | None, Feed]:
         """Find the large arrays that lie in shared memory already.  Return their places, and the feed, in
@@ -126,6 +157,9 @@ class CallCodec:
         if isinstance(reply, m.Result):
             self._learn(plan, reply.value)
             return self._unpacker.unpack(reply.value)
+        if isinstance(reply, m.PlacedResult):
+            self._learn(None, reply.value)
+            return _merged(self._unpacker.unpack(reply.value), reply.written)
         plan = _with_results(plan)
         if not plan.readers:
             self._prepare_reading(plan)
@@ -166,6 +200,24 @@ class CallCodec:
             reader_of(value, self._mappings.block(value.block), copy) for value in plan.results or []
         ]
         plan.prepare_repeating(self._mappings.block)
+
+
+def _foreign(array: ForeignArray, memories: AnnouncedMemories) -> m.Foreign:
+    array.memory.check(array.offset, array.nbytes)
+    return m.Foreign(array.dtype.str, array.shape, memories.number(array.memory), array.offset)
+
+
+def _place(place: ForeignPlace, memories: AnnouncedMemories) -> m.Place:
+    place.memory.check(place.offset, place.nbytes)
+    return m.Place(memories.number(place.memory), place.offset, place.nbytes)
+
+
+def _merged(values: EngineValue, written: Sequence[m.WrittenResult]) -> list[EngineValue]:
+    """Return the results in order: those that were written, and the others."""
+    results = list(values)
+    for one in written:
+        results.insert(one.index, Written(np.dtype(one.dtype), one.shape))
+    return results
 
 
 def _plan_of(request: Request) -> CallPlan | None:

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from onnx_dl.protocol.lane import Call, Items, Packed, Replay, Tensor, Text, Value
+from onnx_dl.protocol.lane import Call, Items, Packed, PlacedCall, Replay, Tensor, Text, Value
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Array, Block, Reference
@@ -173,7 +173,7 @@ class CallPlan:
 class EncodedCall(NamedTuple):
     """A call as a message, and its plan, which joins the lane's table when it is answered."""
 
-    message: Call | Replay
+    message: Call | Replay | PlacedCall
     plan: CallPlan | None
 
 

@@ -7,11 +7,12 @@ and only if it was opened for that.  :mod:`onnx_dl.tensors.foreign_lanes` announ
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import stat
-from collections.abc import Callable
-from typing import Final, NamedTuple
+import weakref
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +24,14 @@ from onnx_dl.tensors.block import Array
 
 _KINDS: Final = frozenset("biufc")
 """Kinds of dtypes whose arrays are nothing but their bytes."""
+_serials: Final = itertools.count(1)
+
+
+class Watcher(Protocol):
+    """One that knows a memory and must learn that it is closed."""
+
+    def memory_closed(self, serial: int) -> None:
+        """Called by any thread; takes no lock."""
 
 
 class ForeignMemory:
@@ -38,9 +47,11 @@ class ForeignMemory:
         Raises:
             ForeignMemoryError: it is no file of at least ``size`` bytes.  ``fd`` is closed.
         """
+        self.serial = next(_serials)
+        """A number that no other memory of this process has."""
         self.size = size
         self.is_mapped = is_mapped
-        self._on_close: list[Callable[[], object]] = []
+        self._watchers: dict[weakref.ref[Watcher], None] = {}  # a dict, because each change is atomic
         try:
             check_file(fd, size)
             self._descriptor = Descriptor(fd)
@@ -51,8 +62,9 @@ class ForeignMemory:
     def close(self) -> None:
         """Ends the use by later calls.  Those that have begun go on.  May be called twice."""
         self._descriptor.close()
-        for tell in self._on_close.copy():
-            tell()
+        for ref in list(self._watchers):
+            if (watcher := ref()) is not None:
+                watcher.memory_closed(self.serial)
 
     @property
     def is_closed(self) -> bool:
@@ -66,14 +78,14 @@ class ForeignMemory:
             raise ForeignMemoryError("The shared memory is not registered any more.")
         return fd
 
-    def on_close(self, tell: Callable[[], object]) -> None:
-        """Has :meth:`close` call ``tell``, in whichever thread that is."""
-        self._on_close.append(tell)
+    def watch(self, watcher: Watcher) -> None:
+        """Has :meth:`close` tell a watcher, in whichever thread that is, for as long as there is one."""
+        watchers = self._watchers
+        watchers[weakref.ref(watcher, lambda ref: watchers.pop(ref, None))] = None
 
-    def forget(self, tell: Callable[[], object]) -> None:
-        """Undoes :meth:`on_close`."""
-        if tell in self._on_close:
-            self._on_close.remove(tell)
+    def unwatch(self, watcher: Watcher) -> None:
+        """Undoes :meth:`watch`."""
+        self._watchers.pop(weakref.ref(watcher), None)
 
     def read(self, offset: int, target: memoryview) -> None:
         """Fills ``target``, a writable view of bytes, from byte ``offset`` on.  Raises ForeignMemoryError if
@@ -98,6 +110,10 @@ class ForeignMemory:
         """Raises ForeignMemoryError if it does not have these bytes."""
         check_slice(self.size, offset, nbytes)
 
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):  # its constructor may have raised
+            self.close()
+
 
 class ForeignArray(NamedTuple):
     """An input that lies in a foreign memory, C-contiguous from byte ``offset`` on."""
@@ -120,7 +136,7 @@ class ForeignArray(NamedTuple):
 
 
 class ForeignPlace(NamedTuple):
-    """Where an output is written: ``nbytes`` bytes of a foreign memory from byte ``offset`` on."""
+    """A place for an output: ``nbytes`` bytes of a foreign memory from byte ``offset`` on."""
 
     memory: ForeignMemory
     offset: int

@@ -197,8 +197,14 @@ def map_privately(fd: int, size: int, address: int | None = None) -> int:
     return _mapped(size, flags, fd, address, mmap.PROT_READ)
 
 
+def map_shared(fd: int, size: int) -> int:
+    """Map memory of another process, readable and writable; return the address.  Its pages are not asked for:
+    those of a hole would be made.  Raises SharedMemoryError if it cannot be mapped."""
+    return _mapped(size, linux_only.flags(mmap, "MAP_SHARED"), fd)
+
+
 def unmap(address: int, size: int) -> None:
-    """Unmap memory that :func:`map_privately` has mapped."""
+    """Unmap memory that :func:`map_privately` or :func:`map_shared` has mapped."""
     _libc.munmap(address, size)
 
 

@@ -228,7 +228,10 @@ class ClientLane(Lane[CallerChannel]):
     @property
     def is_large(self) -> bool:
         """True if both ends keep so much memory that it is worth giving back."""
-        own = self.arena.nbytes + self.arena.adoptions.nbytes
+        memories = self.arena.memories
+        if len(memories):  # the client of these may wait for their end
+            return True
+        own = self.arena.nbytes + self.arena.adoptions.nbytes + memories.copied
         return own + self.mappings.nbytes > LARGE
 
     def trim(self) -> bool:

@@ -21,6 +21,7 @@ from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import codec, lane
 from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.tensors.arena import Arena, Mappings
+from onnx_dl.tensors.foreign_tables import PeerMemories
 from onnx_dl.transport import sockets
 from onnx_dl.transport.sockets import Channel
 
@@ -38,38 +39,52 @@ class Notices:
     def __init__(self) -> None:
         self._shared: dict[int, tuple[int, Descriptor]] = {}
         """Size and descriptor, by number."""
+        self._foreign: dict[int, tuple[int, bool, Descriptor]] = {}
+        """Size, whether it is mapped, and descriptor, by number."""
         self.old: list[int] = []
         """Numbers of the dropped blocks."""
 
     def __bool__(self) -> bool:
-        return bool(self._shared or self.old)
+        return bool(self._shared or self.old or self._foreign)
 
     @property
     def room(self) -> int:
-        return MOST_NEW - len(self._shared)
+        return MOST_NEW - len(self._shared) - len(self._foreign)
 
     def shared(self, block: int, size: int, fd: int) -> None:
         self._shared[block] = size, Descriptor(fd)
 
+    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
+        self._foreign[memory] = size, is_mapped, Descriptor(fd)
+
     def dropped(self, block: int) -> None:
-        if (unsent := self._shared.pop(block, None)) is not None:  # the peer does not know it yet
-            unsent[1].close()
+        unsent = self._shared.pop(block, None) or self._foreign.pop(block, None)
+        if unsent is not None:  # the peer does not know it yet
+            unsent[-1].close()
         else:
             self.old.append(block)
 
-    def new(self) -> list[tuple[int, int]]:
-        """Return number and size of each new block."""
-        return [(number, size) for number, (size, _) in self._shared.items()]
+    def new(self) -> lane.Envelope:
+        """Return an envelope that announces all new blocks and memories."""
+        return lane.Envelope(
+            shared=[(number, size) for number, (size, _) in self._shared.items()],
+            foreign=[(number, size, mapped) for number, (size, mapped, _) in self._foreign.items()],
+        )
 
     def descriptors(self) -> list[int]:
-        """Return the descriptors of the new blocks."""
-        return [descriptor.number for _, descriptor in self._shared.values()]
+        """Return the descriptors of the new blocks, then those of the new memories."""
+        return [descriptor.number for descriptor in self._descriptors()]
+
+    def _descriptors(self) -> list[Descriptor]:
+        blocks = [descriptor for _, descriptor in self._shared.values()]
+        return blocks + [descriptor for _, _, descriptor in self._foreign.values()]
 
     def sent(self, dropped: int) -> None:
         """Forget what the peer knows now: all new blocks, and the first ``dropped`` dropped ones."""
-        for _, descriptor in self._shared.values():
+        for descriptor in self._descriptors():
             descriptor.close()
         self._shared.clear()
+        self._foreign.clear()
         del self.old[:dropped]
 
 
@@ -84,12 +99,16 @@ class LaneSocket:
         *,
         keep_descriptors: bool,
         most: float = math.inf,
+        most_foreign: int = 0,
     ) -> None:
-        """``keep_descriptors``, ``most``: see :class:`Mappings`."""
+        """``keep_descriptors``, ``most``: see :class:`Mappings`; ``most_foreign``: limit of the
+        peer's foreign memories."""
         self.channel = channel
         self._notices = Notices()
         self.arena = Arena(self._notices)
         self.mappings = Mappings(keep_descriptors=keep_descriptors, most=most)
+        self.memories = PeerMemories(most_foreign)
+        """The foreign memories that the peer has announced."""
         self.is_broken = False
         """True if news of the peer's blocks was lost: the lane cannot be used any more."""
         self._read = read
@@ -117,13 +136,16 @@ class LaneSocket:
 
     def _packet(self, data: bytes, dropped: list[int]) -> bytes:
         if len(data) < PACKET:
-            whole = lane.Envelope(shared=self._notices.new(), dropped=dropped, message=msgspec.Raw(data))
+            whole = self._notices.new()
+            whole.dropped, whole.message = dropped, msgspec.Raw(data)
             if len(packet := codec.encode(whole)) <= PACKET:
                 return packet
         text = codec.encode(lane.Envelope(dropped=dropped, message=msgspec.Raw(data)))
         block = self.arena.letter(len(text))  # may be new; blocks that it drops wait for the next message
         block.payload[: len(text)] = text
-        return codec.encode(lane.Envelope(shared=self._notices.new(), letter=(block.number, len(text))))
+        announced = self._notices.new()
+        announced.letter = block.number, len(text)
+        return codec.encode(announced)
 
     # --- receiving ----------------------------------------------------------------------------------------
 
@@ -181,13 +203,15 @@ class LaneSocket:
             raise
 
     def _map_blocks(self, envelope: lane.Envelope, fds: list[int]) -> list[int]:
-        """Map the announced blocks; return the other descriptors.  Removes those from ``fds`` that now have
-        an owner."""
-        if len(envelope.shared) > len(fds):
+        """Map the announced blocks, keep the announced memories; return the other descriptors.  Removes those
+        from ``fds`` that now have an owner."""
+        if len(envelope.shared) + len(envelope.foreign) > len(fds):
             raise ProtocolError("A message announces blocks without their descriptors.")
-        self.mappings.drop(envelope.dropped)
+        self._drop(envelope.dropped)
         for number, size in envelope.shared:
             self.mappings.add(number, size, fds.pop(0))
+        for number, size, is_mapped in envelope.foreign:
+            self.memories.add(number, size, is_mapped, fds.pop(0))
         return fds
 
     def _message_in(self, envelope: lane.Envelope) -> Any:
@@ -202,7 +226,12 @@ class LaneSocket:
         if not 0 <= nbytes <= block.size:
             raise ProtocolError(f"A message of {nbytes} bytes does not fit its block of {block.size} bytes.")
         letter = self._read(bytes(block.payload[:nbytes]))  # a copy: the peer could change what is read
-        if type(letter) is not lane.Envelope or letter.shared or letter.letter is not None:
+        if type(letter) is not lane.Envelope or letter.shared or letter.foreign or letter.letter:
             raise ProtocolError("A block that should contain a message contains something else.")
-        self.mappings.drop(letter.dropped)
+        self._drop(letter.dropped)
         return letter
+
+    def _drop(self, numbers: list[int]) -> None:
+        if numbers:
+            self.mappings.drop(numbers)
+            self.memories.drop(numbers)

@@ -18,6 +18,7 @@ from onnx_dl.protocol import codec, lane
 from onnx_dl.system import resources
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import MOST_MAPPED
+from onnx_dl.tensors.foreign_tables import MOST_KEPT, PeerMemories
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker
 from onnx_dl.transport import sockets, zeromq
 from onnx_dl.transport.adaptive_polling import LastUse
@@ -61,7 +62,9 @@ class WorkerLane(Lane[WorkerChannel]):
             ProtocolError: the caller does not know the secret or speaks another version.
             TimeoutError: the caller sent nothing for ``timeout`` seconds.
         """
-        lane_socket = LaneSocket(channel, lane.lane_request, keep_descriptors=False, most=MOST_MAPPED)
+        lane_socket = LaneSocket(
+            channel, lane.lane_request, keep_descriptors=False, most=MOST_MAPPED, most_foreign=MOST_KEPT
+        )
         greeting, fds = lane_socket.greeting(timeout)
         try:
             hello = _checked(greeting, secret, fds)
@@ -140,6 +143,22 @@ class WorkerLane(Lane[WorkerChannel]):
             packer.abandon()
             raise
         return packed
+
+    @property
+    def memories(self) -> PeerMemories:
+        """The foreign memories that the caller has announced."""
+        return self._lane_socket.memories
+
+    def reply_placed(self, values: list[object], written: list[lane.WrittenResult]) -> None:
+        """Send the results of a call with places: those that were not written, and where the others are.
+        Raises like :meth:`reply`."""
+        packer = Packer(self.arena, take_from=VIEW_FROM)
+        packed = lane.Items("list", packer.pack(values, from_engine=True))
+        try:
+            self.send(lane.PlacedResult(value=packed, written=written))
+        except BaseException:
+            packer.abandon()
+            raise
 
     def send(self, reply: lane.LaneReply | bytes) -> None:
         """Send a complete reply; encoded, if it is bytes."""

@@ -14,6 +14,7 @@ from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engines.base import Backend, CancelToken
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.limits import RecycleLimits, Watchdog
+from onnx_dl.workers.placed_calls import PlacedCalls
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
 
 _Handlers = Mapping[type, Callable[[Any], object]]
@@ -41,6 +42,7 @@ class LaneService:
         self._tokens = tokens
         self._token = tokens[threading.get_native_id()] = CancelToken()
         self._prepared = PreparedCalls(lane, backend, self._token)
+        self._placed = PlacedCalls(lane, backend, self._token)
         self._holds = 0
 
     def run(self) -> None:
@@ -50,6 +52,7 @@ class LaneService:
             int: self._prepared.replay_number,
             m.Replay: self._prepared.replay,
             m.Call: self._call,
+            m.PlacedCall: self._placed.call,
             m.Invoke: self._invoke,
             m.Touch: self._acknowledge,
         }
@@ -69,6 +72,8 @@ class LaneService:
             if request is None:
                 return
             token.number = lane.request
+            if type(request) is not int:  # a number brings no news of memories
+                self._placed.drop_unmapped()
             if (handler := uses.get(type(request))) is not None:
                 self._use_model(handler, request)
             elif (handler := others.get(type(request))) is not None:
@@ -153,6 +158,7 @@ class LaneService:
 
     def _trim(self, _: m.Trim) -> None:
         self._prepared.clear()
+        self._placed.trim()
         self._lane.arena.trim()
         self._lane.reply(None)
 

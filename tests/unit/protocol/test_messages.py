@@ -99,7 +99,9 @@ EXAMPLES = [
     template.TemplateReady(forkable=True),
     lane.LaneHello(version=1, secret="s", reply_to="r"),
     lane.LaneOpen(secret="s", thread=7),
-    lane.Envelope(shared=[(1, 2)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)),
+    lane.Envelope(
+        shared=[(1, 2)], foreign=[(6, 7, True)], dropped=[3], message=msgspec.Raw(b"\x01"), letter=(4, 5)
+    ),
     lane.Call(
         outputs=lane.Plain(None),
         feed=[("x", VALUE), (3, lane.Plain(1))],
@@ -107,6 +109,13 @@ EXAMPLES = [
         plan=3,
         moved=[1],
     ),
+    lane.PlacedCall(
+        outputs=["y"],
+        feed=[("x", VALUE)],
+        foreign=[("z", lane.Foreign("<f4", (2, 3), 1, 64))],
+        places=[("y", lane.Place(2, 0, 24))],
+    ),
+    lane.PlacedResult(value=VALUE, written=[lane.WrittenResult(0, "<f4", (2, 3))]),
     lane.Replay(plan=3, moved=[(1, lane.Tensor("<f4", (2, 3), 1, 64))]),
     lane.Invoke(method="end_profiling", args=[VALUE]),
     lane.Touch(),
