@@ -81,7 +81,7 @@ class ServedModel(Protocol):
 
 
 class Models(Protocol):
-    """What this process serves.  Thread-safe."""
+    """Models that this process serves.  Thread-safe."""
 
     def find(self, name: str, version: str = "") -> Served:
         """Raises RequestFailure (404, "Request for unknown model: ...") if it is not served."""
@@ -180,7 +180,7 @@ class Inference(Protocol):
 
 
 class Caller(NamedTuple):
-    """Who sent a request."""
+    """Sender of a request."""
 
     authorization: str | None
     """The value of ``Authorization``."""
@@ -193,7 +193,7 @@ class Caller(NamedTuple):
 
 
 class Access(Protocol):
-    """Who may do what.  Thread-safe."""
+    """Rights of callers.  Thread-safe."""
 
     def check(self, operation: Operation, caller: Caller) -> None:
         """Raises RequestFailure (401, 403) if the caller may not."""

@@ -110,6 +110,15 @@ class ForeignMemory:
         """Raises ForeignMemoryError if it does not have these bytes."""
         check_slice(self.size, offset, nbytes)
 
+    def check_now(self, offset: int, nbytes: int) -> None:
+        """Raises ForeignMemoryError if the file does not have these bytes now."""
+        self.check(offset, nbytes)
+        fd = self.duplicate()
+        try:
+            check_file(fd, offset + nbytes)
+        finally:
+            primitives.close(fd)
+
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):  # its constructor may have raised
             self.close()

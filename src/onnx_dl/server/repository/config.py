@@ -74,10 +74,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     max_batch_size: int = 0
     filename: str = ""
-    policy: dict[str, Any] = versions.DEFAULT
+    policy: dict[str, Any] = msgspec.field(default_factory=lambda: versions.DEFAULT)
     inputs: tuple[Declared, ...] = ()
     outputs: tuple[Declared, ...] = ()
-    arguments: dict[str, Any] = {"ttl": DEFAULT_TTL}
+    arguments: dict[str, Any] = msgspec.field(default_factory=lambda: {"ttl": DEFAULT_TTL})
     warmups: tuple[dict[str, Any], ...] = ()
     is_eager: bool = False
     max_queue_size: int = 0
