@@ -33,8 +33,9 @@ ROOT = Path(__file__).parents[2]
 MODEL = Path(onnx_dl.__file__).parent / "demo" / "assets" / "digits.onnx"
 SCOPES = [scope for scope in Scope if scope is not Scope.HEALTH]
 NAMES = {"model": "digits", "version": "1", "region": "r"}
+OTHER = NAMES | {"model": "other"}  # what is unloaded is withdrawn
 REQUESTS = [
-    (method, route.template.format(**NAMES), operation)
+    (method, route.template.format(**OTHER if "repository" in route.template else NAMES), operation)
     for route in ROUTES
     for method, operation in route.operations.items()
 ]
