@@ -80,6 +80,7 @@ def guarded(file: Path) -> Iterator[Serving]:
 @pytest.fixture(scope="module")
 def channel(guarded: Serving) -> Iterator[Any]:
     with grpc.insecure_channel(guarded.grpc) as opened:
+        grpc.channel_ready_future(opened).result(allowed(DEADLINE))
         yield opened
 
 
