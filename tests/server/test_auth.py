@@ -16,17 +16,16 @@ from typing import Any
 
 import pytest
 
-from tests.support.asking import asked, called, grpc, status
+from tests.support.asking import asked, called, closing, grpc, status
 from tests.support.serving import Serving, serving
 from tests.support.waiting import DEADLINE, allowed, eventually
 
 for needed in ("httptools", "starlette"):
     pytest.importorskip(needed, reason="needs the packages of the extra serve")
 
+import onnx_dl  # noqa: E402
 from onnx_dl.server.grpc.service import CALLS  # noqa: E402
 from onnx_dl.server.http.targets import ROUTES, find_target  # noqa: E402
-
-import onnx_dl  # noqa: E402
 from onnx_dl.server.v2.operations import Operation, Scope  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +175,7 @@ def test_clients_of_the_field_send_tokens(guarded: Serving) -> None:
         (tritonhttp, guarded.http, "Authorization"),
         (tritongrpc, guarded.grpc, "authorization"),
     ):
-        with contextlib.closing(module.InferenceServerClient(address)) as client:
+        with closing(module.InferenceServerClient(address)) as client:
             assert client.is_server_ready() and client.is_model_ready("digits")
             with pytest.raises(module.InferenceServerException, match="token"):
                 client.get_server_metadata()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import onnx_dl
-from tests.support.asking import asked, called, grpc
+from tests.support.asking import asked, called, closing, grpc
 from tests.support.serving import Serving, serving
 from tests.support.waiting import DEADLINE, allowed, eventually
 
@@ -101,13 +100,13 @@ def test_clients_of_the_field_show_certificates(mutual: Serving, authority: Auth
     client = tritonhttp.InferenceServerClient(
         mutual.http, ssl=True, ssl_options=options | {"keyfile": authority.path("client.pem")}
     )
-    with contextlib.closing(client):
+    with closing(client):
         assert client.is_server_ready() and client.get_server_metadata()
     client = tritongrpc.InferenceServerClient(
         mutual.grpc, ssl=True, root_certificates=authority.path("ca.pem"),
         private_key=authority.path("client.pem"), certificate_chain=authority.path("client.pem"),
     )  # fmt: skip
-    with contextlib.closing(client):
+    with closing(client):
         assert client.is_server_ready() and client.get_server_metadata()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ssl
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -59,3 +61,14 @@ def called(channel: Any, method: str, token: str | None) -> Any:
     except grpc.RpcError as error:
         return error.code()
     return grpc.StatusCode.OK
+
+
+@contextlib.contextmanager
+def closing(client: Any) -> Iterator[Any]:
+    """Closes a client of tritonclient, and the loop that gevent keeps for the thread of an HTTP client."""
+    try:
+        with contextlib.closing(client):
+            yield client
+    finally:
+        if (gevent := sys.modules.get("gevent")) is not None:
+            gevent.get_hub().destroy(destroy_loop=True)
