@@ -92,6 +92,10 @@ class Models(Protocol):
     def versions(self, name: str) -> list[str]:
         """Versions that are served, the newest last; empty: none."""
 
+    def check_ready(self, name: str, version: str = "") -> None:
+        """Model readiness: raises RequestFailure if it cannot be inferred now, even if :meth:`find` has it:
+        its load has failed.  One that would load on use is ready."""
+
     @property
     def table(self) -> ServedTable: ...
 
