@@ -22,7 +22,7 @@ from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.protocol.failures import keep_engine_out
 from onnx_dl.server import demo
-from onnx_dl.server.auth import access
+from onnx_dl.server.auth import access, start
 from onnx_dl.server.inference import limits
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.processes import host as hosts
@@ -58,6 +58,8 @@ def serve(options: ServeOptions) -> int:
     try:
         rights = access.open_access(options, logs.tell)
         check_addresses(options)
+        for sentence in start.warnings(options):
+            logs.tell(sentence)
         return run(_Serving(options, rights).serve())
     except access.AccessError as error:
         raise ConfigError(str(error)) from None
