@@ -44,7 +44,7 @@ _CUT: Final = 5.0
 def serve(options: ServeOptions) -> int:
     """Serves until a signal, and returns the exit code.  Belongs to the main thread.
 
-    Prints the addresses, one a line, then ``ready``.
+    Prints the addresses, one a line, then ``ready``: what loads at the start is loaded, or does not load.
 
     Raises:
         ConfigError: (a ValueError) the options do not allow a start.
@@ -166,6 +166,7 @@ class _Serving:
             )
         except OSError as error:
             raise ConfigError(str(error)) from None
+        await control.repository.has_started.wait()
         if options.demo:
             print(demo.commands(actual.http, host.name or ""), flush=True)
 
