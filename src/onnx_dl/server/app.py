@@ -22,7 +22,7 @@ from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.protocol.failures import keep_engine_out
 from onnx_dl.server import demo
-from onnx_dl.server.auth import access
+from onnx_dl.server.auth import access, start
 from onnx_dl.server.inference import limits
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.processes import host as hosts
@@ -45,7 +45,7 @@ _CUT: Final = 5.0
 def serve(options: ServeOptions) -> int:
     """Serves until a signal, and returns the exit code.  Belongs to the main thread.
 
-    Prints the addresses, one a line, then ``ready``.
+    Prints the addresses, one a line, then ``ready``: what loads at the start is loaded, or does not load.
 
     Raises:
         ConfigError: (a ValueError) the options do not allow a start.
@@ -59,6 +59,8 @@ def serve(options: ServeOptions) -> int:
     try:
         rights = access.open_access(options, logs.tell)
         check_addresses(options)
+        for sentence in start.warnings(options):
+            logs.tell(sentence)
         return run(_Serving(options, rights).serve())
     except access.AccessError as error:
         raise ConfigError(str(error)) from None
@@ -180,6 +182,7 @@ class _Serving:
             )
         except OSError as error:
             raise ConfigError(str(error)) from None
+        await control.repository.has_started.wait()
         if options.demo:
             is_open = not (options.tls_cert or options.token_file)
             print(demo.commands(actual.http if is_open else "", host.name or ""), flush=True)
