@@ -72,6 +72,9 @@ class Models:
                 return entry
         raise not_found(f"Request for unknown model: '{name}' is not found")
 
+    def check_ready(self, name: str, version: str = "") -> None:
+        self.find(name, version)
+
     def versions(self, name: str) -> list[str]:
         return [entry.version for entry in self.table.served if entry.name == name]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, Final
 
+from onnx_dl.cli import serve_words
 from onnx_dl.cli.help_texts import COMMANDS, WHOLE, HelpText
 from onnx_dl.core.version import __version__
 from onnx_dl.errors import ConfigError
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 SHELLS: Final = ("bash", "zsh", "tcsh")
 _FILE: Final = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-"""``shtab.FILE``, without an import of shtab for every command."""
+_FOLDER: Final = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}
+"""``shtab.FILE`` and ``shtab.DIRECTORY``, without an import of shtab for every command."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _add_unload(commands)
     _add_views(commands)
     _add_supervise(commands)
+    _add_serve(commands)
     stop = _add(commands, "stop")
     _add_host(stop)
     stop.add_argument(
@@ -126,6 +129,30 @@ def _add_supervise(commands: _Commands) -> None:
     )  # fmt: skip
 
 
+def _add_serve(commands: _Commands) -> None:
+    """Each option's ``dest`` is the name of its field in ``server.options``; None: it was not given."""
+    serve = _add(commands, "serve")
+    for title, options in serve_words.GROUPS.items():
+        group = serve.add_argument_group(title)
+        for word in options:
+            _add_word(group, word)
+
+
+def _add_word(group: argparse._ArgumentGroup, word: serve_words.Word) -> None:
+    more: dict[str, Any] = {"help": word.help, "dest": word.field or word.option[2:].replace("-", "_")}
+    if word.metavar:
+        more |= {"metavar": word.metavar, "action": "append" if word.is_list else "store"}
+    elif word.choices:
+        more |= {"choices": word.choices}
+    else:
+        more |= {"action": "store_true", "default": None}
+    if (checks := {"host": _host_name, "processes": _processes, "max_queue_size": _count}).get(more["dest"]):
+        more["type"] = checks[more["dest"]]
+    argument = group.add_argument(word.option, **more)
+    if completion := {"FILE": _FILE, "NAME=PATH": _FILE, "DIR": _FOLDER}.get(word.metavar):
+        argument.complete = completion  # type: ignore[attr-defined]
+
+
 def _add_views(commands: _Commands) -> None:
     ps = _add(commands, "ps")
     _add_host(ps)
@@ -192,5 +219,12 @@ def _host_name(text: str) -> str:
 def _count(text: str) -> int:
     """A number from 0 on, for argparse."""
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of events; give 0 or more.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of them; give 0 or more.")
+    return int(text)
+
+
+def _processes(text: str) -> int:
+    """A number of processes, for argparse."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 3 and 1 <= int(text) <= 64):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes; give 1 to 64.")
     return int(text)

@@ -55,6 +55,17 @@ COMMANDS: Final = {
         "onnx-dl supervise --memory-limit 4GiB\n"
         "onnx-dl supervise --host web --config host.toml --metrics 127.0.0.1:9464",
     ),
+    "serve": HelpText(
+        "serve models over HTTP and gRPC to Triton's clients",
+        "Serves models by the Open Inference Protocol, over HTTP and gRPC, until\n"
+        "Ctrl-C or SIGTERM; then it finishes the requests that run. A model loads at\n"
+        "its first request, and unloads after five minutes without one.\n"
+        'Needs: pip install "onnx-dl[serve]"',
+        "onnx-dl serve --demo\n"
+        "onnx-dl serve --model digits=digits.onnx\n"
+        "onnx-dl serve --repository models --memory-limit 4GiB\n"
+        "onnx-dl serve --config host.toml --http 0.0.0.0:8000 --token-file tokens",
+    ),
     "ps": HelpText(
         "list the models of a shared host",
         "Lists the models of a shared host with state, idle time, TTL, memory and calls.\n"

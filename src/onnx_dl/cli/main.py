@@ -64,6 +64,12 @@ def _supervise(arguments: argparse.Namespace) -> None:
     )
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from onnx_dl.cli.serve import serve
+
+    return serve({name: value for name, value in vars(arguments).items() if value is not None})
+
+
 def _stop(arguments: argparse.Namespace) -> None:
     from onnx_dl.cli import hosts
 
@@ -156,6 +162,7 @@ _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int | None]]] = {
     "top": _top,
     "events": _events,
     "supervise": _supervise,
+    "serve": _serve,
     "stop": _stop,
     "cache": _cache,
     "doctor": _doctor,

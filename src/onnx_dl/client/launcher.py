@@ -50,6 +50,7 @@ def reach(
     deadline: Deadline,
     *,
     may_start: bool,
+    explicit: Sequence[str] = (),
 ) -> _C:
     """Connects to the shared host of this name and returns the result of ``link``.
 
@@ -82,7 +83,7 @@ def reach(
                 "applications there can reach it."
             )
         if absent:
-            _start_shared(entry, settings, deadline)
+            _start_shared(entry, settings, deadline, explicit)
             answer = Deadline(settings.start_timeout, outer=deadline)
         else:
             waits.pause(_POLL_INTERVAL)  # another process is about to listen or to exit
@@ -136,12 +137,12 @@ def no_host(name: str, others: Sequence[RunningHost] = ()) -> str:
     )
 
 
-def _start_shared(entry: HostEntry, settings: Settings, deadline: Deadline) -> None:
+def _start_shared(entry: HostEntry, settings: Settings, deadline: Deadline, explicit: Sequence[str]) -> None:
     """Starts a host in the background; returns when it listens or another one does."""
     log = os.open(entry.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         # Not our stderr: a process that reads that to its end would wait for the end of the host.
-        process, *_ = start(settings, deadline, host=entry.name, output=log)
+        process, *_ = start(settings, deadline, host=entry.name, explicit=explicit, output=log)
     except SupervisorStartError as error:
         last = entry.log.read_text(errors="replace")[-2000:].rstrip()
         end = f"\nThe end of {entry.log}:\n{last}" if last else ""

@@ -123,7 +123,10 @@ class SupervisorLink:
         process: subprocess.Popen[bytes] | None = None
         link = functools.partial(self._link, events)
         if self.name is not None:
-            connection = launcher.reach(self.name, self.settings, link, deadline, may_start=this.may_start)
+            may_start, explicit = this.may_start, self._explicit
+            connection = launcher.reach(
+                self.name, self.settings, link, deadline, may_start=may_start, explicit=explicit
+            )
         else:
             process, address, secret = launcher.start(self.settings, deadline, explicit=self._explicit)
             try:

@@ -95,6 +95,7 @@ ELSEWHERE: Final = {
 }
 """Variables that are no field of :class:`Settings`, and what they mean."""
 INTERNAL: Final = {
+    "ONNX_DL_OWNER": "Process id and start time of the server whose host this is: the host ends with it.",
     "ONNX_DL_FREEZE_SUPPORT": "A mark that ``freeze_support()`` was called.",
     "ONNX_DL_RUN": "Options of ``onnx-dl run`` for the program that it starts.",
     "ONNX_DL_RUN_PYTHONPATH": "The program's own ``PYTHONPATH``, while ``onnx-dl run`` starts it.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -16,7 +16,7 @@ from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.core import keywords
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
-from onnx_dl.core.settings import settings
+from onnx_dl.core.settings import Settings, settings
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
 from onnx_dl.core.text import format_bytes
@@ -71,10 +71,14 @@ class ModelHost(MixedHost):
         super().__init__(msgspec.structs.replace(settings(), **given), explicit)
 
     @classmethod
-    def of_name(cls, name: str | None) -> Self:
-        """The shared host of this name, or, for None, one of this application."""
+    def of_name(cls, name: str | None, given: Settings | None = None, explicit: Sequence[str] = ()) -> Self:
+        """The shared host of this name, or, for None, one of this application.
+
+        ``given``: its settings if it is started; None: those of the environment.  ``explicit``: names of
+        settings that its file does not change.
+        """
         host = object.__new__(cls)
-        MixedHost.__init__(host, settings(), name=name)
+        MixedHost.__init__(host, given or settings(), explicit, name)
         return host
 
     def __repr__(self) -> str:

@@ -81,7 +81,7 @@ class ServedModel(Protocol):
 
 
 class Models(Protocol):
-    """What this process serves.  Thread-safe."""
+    """Models that this process serves.  Thread-safe."""
 
     def find(self, name: str, version: str = "") -> Served:
         """Raises RequestFailure (404, "Request for unknown model: ...") if it is not served."""
@@ -91,6 +91,10 @@ class Models(Protocol):
 
     def versions(self, name: str) -> list[str]:
         """Versions that are served, the newest last; empty: none."""
+
+    def check_ready(self, name: str, version: str = "") -> None:
+        """Model readiness: raises RequestFailure if it cannot be inferred now, even if :meth:`find` has it:
+        its load has failed.  One that would load on use is ready."""
 
     @property
     def table(self) -> ServedTable: ...
@@ -180,7 +184,7 @@ class Inference(Protocol):
 
 
 class Caller(NamedTuple):
-    """Who sent a request."""
+    """Sender of a request."""
 
     authorization: str | None
     """The value of ``Authorization``."""
@@ -193,7 +197,7 @@ class Caller(NamedTuple):
 
 
 class Access(Protocol):
-    """Who may do what.  Thread-safe."""
+    """Rights of callers.  Thread-safe."""
 
     def check(self, operation: Operation, caller: Caller) -> None:
         """Raises RequestFailure (401, 403) if the caller may not."""

@@ -6,8 +6,21 @@ from typing import Literal
 
 import msgspec
 
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.terms import Terms
+
 ModelControl = Literal["none", "poll", "explicit"]
 ClientShm = Literal["off", "copy", "map"]
+
+
+class FileModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of a ``host.toml``: a proxy of it is made by ``InferenceSessionProxy.of_spec(spec, terms)``, so
+    that it has the key, and the warm-up, of the model of that name in the host."""
+
+    name: str
+    spec: ModelSpec
+    terms: Terms
+    is_eager: bool = False
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +28,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         repository: folders in Triton's layout.
-        models: more models by name: paths of files.
+        models: more models by name: absolute paths of files.
+        file_models: the models of the ``host.toml`` that ``config`` names.
         http, grpc, metrics: addresses; empty: not served.
         host: name of the shared host that the server is a client of; empty: one of its own.
         config: path of a ``host.toml``; its models are served, too.
@@ -39,6 +53,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     repository: tuple[str, ...] = ()
     models: dict[str, str] = {}
+    file_models: tuple[FileModel, ...] = ()
     http: str = "127.0.0.1:8000"
     grpc: str = "127.0.0.1:8001"
     metrics: str = ""

@@ -25,7 +25,8 @@ class HostRole(NamedTuple):
     explicit: Sequence[str] = ()
     """Names of settings that were given as arguments, which the host's file does not change."""
     application: int | None = None
-    """Descriptor that is readable when the application of a private supervisor is gone."""
+    """Descriptor that is readable when the application of a private supervisor is gone, or the server whose
+    host this is."""
 
     @property
     def is_shared(self) -> bool:

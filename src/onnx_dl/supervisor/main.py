@@ -108,13 +108,12 @@ def serve(orders: Orders, place: HostEntry | None, first: ForkedTemplate | None 
     Raises:
         OnnxDLError: the settings ask for something that is not available.
     """
-    application = None
-    if orders.host is None and orders.application is not None:
+    owner = orders.application if orders.host is None else _owner()
+    try:
         # Its lifeline is EOF when the application is gone, too, but only after it was connected.
-        try:
-            application = process_setup.watch_process(*orders.application)
-        except ProcessLookupError:  # it is gone already
-            return
+        application = None if owner is None else process_setup.watch_process(*owner)
+    except ProcessLookupError:  # it is gone already
+        return
     _take_in_orphans()
     if place is not None and not orders.foreground:
         os.ftruncate(2, 0)  # the log of the last host of this name
@@ -150,6 +149,13 @@ def serve(orders: Orders, place: HostEntry | None, first: ForkedTemplate | None 
     finally:
         for stream in (stdout, stderr):
             stream.finish(_LAST_WORDS)
+
+
+def _owner() -> tuple[int, int | None] | None:
+    """Process id and start time of the program that a shared host ends with, even if the host holds models;
+    None: it ends when nobody uses it."""
+    pid, _, started = os.environ.pop("ONNX_DL_OWNER", "").partition(":")
+    return (int(pid), int(started)) if pid.isdecimal() and started.isdecimal() else None
 
 
 def _entry(host: str) -> HostEntry:

@@ -28,6 +28,7 @@ ENTRIES: Final = {
     "saver": "onnx_dl.workers.saver",
     "trial": "onnx_dl.cli.doctor.trials",
     "demo": "onnx_dl.demo.inprocess",
+    "front": "onnx_dl.server.processes.child",
 }
 """Modules by the name of the entry; its function is ``main``."""
 

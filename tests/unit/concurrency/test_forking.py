@@ -25,7 +25,7 @@ from tests.unit.test_layers import MODULES
 
 # --- what is used ------------------------------------------------------------------------------------------
 
-OURS = ("supervisor", "workers", "demo", "cli")
+OURS = ("supervisor", "workers", "demo", "cli", "server")
 """Run in processes of our own, or are programs: no user's code interrupts them, and nobody forks them."""
 LOCKS = {
     "threading": {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier", "Timer"},

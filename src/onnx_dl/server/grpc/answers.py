@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from onnx_dl.server.grpc import wire
 from onnx_dl.server.grpc.messages import Message, ModelInferResponse
+from onnx_dl.server.v2 import text
 from onnx_dl.server.v2.datatypes import BYTES
 from onnx_dl.server.v2.failures import internal
 from onnx_dl.server.v2.messages import InferResponse, OutputTensor
@@ -42,10 +43,10 @@ def encode_streamed(response: InferResponse) -> bytes:
     return b"".join((wire.head(_ANSWER, wire.nbytes(parts)), *parts))
 
 
-def encode_failed(text: str, request_id: str) -> bytes:
+def encode_failed(reason: str, request_id: str) -> bytes:
     """A ModelStreamInferResponse that says why a request failed."""
     answer = wire.field(_ID, request_id.encode()) if request_id else b""
-    return wire.field(_ERROR, text.encode() or b"failed") + wire.field(_ANSWER, answer)
+    return wire.field(_ERROR, reason.encode() or b"failed") + wire.field(_ANSWER, answer)
 
 
 def _parts(response: InferResponse, *, is_final: bool) -> list[bytes | memoryview]:
@@ -78,7 +79,7 @@ def raw(output: OutputTensor) -> memoryview | bytes:
     if array is None or array.size == 0:
         return b""
     if output.datatype == BYTES:
-        return b"".join(_item(item) for item in array.flat)
+        return text.encode(array)
     return _bytes(array).data
 
 
@@ -86,11 +87,6 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _item(item: str | bytes) -> bytes:
-    data = item.encode() if isinstance(item, str) else item
-    return len(data).to_bytes(4, "little") + data
 
 
 @functools.lru_cache(256)

@@ -17,7 +17,7 @@ _LOOK_EVERY: Final = 1.0
 
 
 class Places:
-    """How many calls of a kind may be open.  Thread-safe.
+    """A bound of calls of one kind that are open.  Thread-safe.
 
     A call has its place until its answer has been sent, so that a client that does not read is bounded, too.
     """

@@ -27,7 +27,7 @@ def _ready(server: Server, request: Message, wait: Wait) -> Message:
 
 def _model_ready(server: Server, request: Message, wait: Wait) -> Message:
     try:
-        server.models.find(request.name, request.version)
+        server.models.check_ready(request.name, request.version)
     except RequestFailure:
         is_ready = False
     else:

@@ -55,8 +55,9 @@ def _numbers(name: str, datatype: str, items: Sequence[float]) -> bytes:
     array = np.empty(len(items), dtype.newbyteorder("<"))
     for begin in range(0, len(items), _AT_ONCE):
         part = items[begin : begin + _AT_ONCE]
-        try:
-            array[begin : begin + _AT_ONCE] = part
-        except OverflowError as error:
-            raise invalid(f"input '{name}' has a number that {datatype} does not have: {error}") from error
+        if dtype.kind in "iu" and dtype.itemsize < 4:  # protobuf has no numbers of one and two bytes
+            limits = np.iinfo(dtype)
+            if min(part) < limits.min or max(part) > limits.max:
+                raise invalid(f"input '{name}' has a number that {datatype} does not have")
+        array[begin : begin + _AT_ONCE] = part
     return array.tobytes()

@@ -106,7 +106,6 @@ class Handler:
         else:
             inference, wanted = infer.read_request(model, version, request.body, request.header_length)
         request.body = memoryview(b"")
-        timeout = infer.least(timeout, inference.timeout)
         if timeout is not None:
             # What the body took is gone.
             waited = asyncio.get_running_loop().time() - request.began

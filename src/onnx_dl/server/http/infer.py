@@ -1,5 +1,8 @@
 """Bodies of requests to infer, as inferences.  Pure.
 
+Only what is of HTTP and JSON is checked here.  Names, types, shapes and the values of the protocol's
+parameters are checked where the inference is made.
+
 Source: the Open Inference Protocol, Triton's extensions of binary tensors, parameters and shared memory.
 """
 
@@ -7,7 +10,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -76,11 +78,7 @@ def read_request(
     reader.end()
     is_binary = _flag(parameters, "binary_data_output", "The request")
     outputs = [_requested(output, is_binary) for output in sent.outputs or ()]
-    _check_unique("input", [tensor.name for tensor in inputs])
-    _check_unique("output", [output.name for output in outputs])
-    request = InferRequest(
-        model, version, sent.id, inputs, outputs, parameters, _timeout(parameters), len(body)
-    )
+    request = InferRequest(model, version, sent.id, inputs, outputs, parameters, nbytes=len(body))
     return request, Wanted(is_binary, {output.name: output.is_binary for output in outputs})
 
 
@@ -115,8 +113,6 @@ class _Inputs:
         if sources[0] == "data":
             assert tensor.data is not None
             data = tensor.data
-            if tensor.datatype in ("FP16", "BF16"):
-                raise invalid(f"{whose} is {tensor.datatype}, which JSON lacks.  Send binary data.")
         elif sources[0] == _SHM:
             data = _region(parameters, whose)
         else:
@@ -147,8 +143,6 @@ class _Inputs:
 def _requested(output: _Output, is_binary: bool) -> RequestedOutput:
     whose = f"Output {output.name!r}"
     parameters = _parameters(output.parameters, whose)
-    if parameters.get("classification"):
-        raise invalid(f"{whose}: classification is not supported.")
     region = _region(parameters, whose) if _SHM in parameters else None
     binary = _flag(parameters, "binary_data", whose, is_binary and region is None)
     if binary and region is not None:
@@ -192,14 +186,6 @@ def _count(parameters: dict[str, Any], name: str, whose: str) -> int:
     return value
 
 
-def _timeout(parameters: dict[str, Any]) -> float | None:
-    """Seconds of the parameter ``timeout``, which has microseconds; 0 is none."""
-    value = parameters.get("timeout", 0)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-        raise invalid("The request: timeout is not a number of microseconds.")
-    return value / 1e6 if value else None
-
-
 def header_timeout(text: bytes | None) -> float | None:
     """Seconds of the header ``X-Request-Timeout-Ms``; None: it was not sent."""
     if text is None:
@@ -207,19 +193,6 @@ def header_timeout(text: bytes | None) -> float | None:
     if not text.isdigit() or len(text) > 15 or not int(text):
         raise invalid("X-Request-Timeout-Ms is not a number of milliseconds.")
     return int(text) / 1e3
-
-
-def least(*timeouts: float | None) -> float | None:
-    """The shortest of some times; None: there is none."""
-    return min((timeout for timeout in timeouts if timeout is not None), default=None)
-
-
-def _check_unique(kind: str, names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise invalid(f"The {kind} {name!r} was named twice.")
-        seen.add(name)
 
 
 def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[InferRequest, Wanted]:
@@ -236,7 +209,7 @@ def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[In
     if info.datatype == BYTES:
         data = struct.pack("<I", len(body)) + bytes(body)
     tensor = InputTensor(info.name, info.datatype, shape, data)
-    request = InferRequest(served.name, version, "", [tensor], [], {}, None, len(body))
+    request = InferRequest(served.name, version, "", [tensor], [], {}, nbytes=len(body))
     return request, Wanted(True, {})
 
 

@@ -98,7 +98,7 @@ class _Endpoints:
 
     async def model_ready(self, request: Request) -> Response:
         try:
-            self._server.models.find(*_named(request))
+            self._server.models.check_ready(*_named(request))
         except RequestFailure as failure:
             # Triton's status; clients that wait for a model take any other for the end.
             raise RequestFailure(400, failure.grpc, str(failure)) from None

@@ -53,6 +53,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         entries: versions that the policy selects and that can be served.
         broken: reasons of selected versions that cannot, by version.
         unread: versions among ``entries`` whose signature a load must tell, and what it completes.
+        files: states of the files of selected versions, so that another content is another candidate.
         warmups: what to run after a load, in Triton's JSON form.
         notes: what is told once in the log.
     """
@@ -64,6 +65,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     entries: tuple[Served, ...] = ()
     broken: dict[str, str] = {}
     unread: tuple[str, ...] = ()
+    files: tuple[model_files.Identity | None, ...] = ()
     warmups: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -163,6 +165,7 @@ class Catalog:
     ) -> Candidate:
         entries: list[Served] = []
         unread: list[str] = []
+        files = tuple(model_files.identity(path) for _, path in sorted(paths.items()))  # before they are read
         for number, path in sorted(paths.items()):
             try:
                 entry, is_read = self._entry(blank.name, number, path, found, source)
@@ -183,6 +186,7 @@ class Catalog:
             entries=tuple(entries),
             broken=broken,
             unread=tuple(unread),
+            files=files,
             warmups=found.warmups,
             notes=() if source is None else tuple(source.notes),
         )

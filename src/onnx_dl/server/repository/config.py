@@ -74,10 +74,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     max_batch_size: int = 0
     filename: str = ""
-    policy: dict[str, Any] = versions.DEFAULT
+    policy: dict[str, Any] = msgspec.field(default_factory=lambda: dict(versions.DEFAULT))
     inputs: tuple[Declared, ...] = ()
     outputs: tuple[Declared, ...] = ()
-    arguments: dict[str, Any] = {"ttl": DEFAULT_TTL}
+    arguments: dict[str, Any] = msgspec.field(default_factory=lambda: {"ttl": DEFAULT_TTL})
     warmups: tuple[dict[str, Any], ...] = ()
     is_eager: bool = False
     max_queue_size: int = 0
@@ -91,7 +91,9 @@ def understood(source: Source, model: str) -> Configuration:
     """
     _check_kind(source, model)
     for name, why in _REFUSED.items():
-        if name in source.plain and source.plain[name] not in ([], {}):
+        given = source.plain.get(name)
+        is_choice = name in ("sequence_batching", "ensemble_scheduling")  # also an empty one is a choice
+        if given or (is_choice and given is not None):
             source.refuse((name,), f"{name}: {why}")
     if source.get("model_transaction_policy", "decoupled"):
         source.refuse(("model_transaction_policy", "decoupled"), "decoupled models are not there")

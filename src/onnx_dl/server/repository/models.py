@@ -12,6 +12,7 @@ from typing import Final
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.server.interfaces import IndexRow, Served, ServedTable
 from onnx_dl.server.repository import specs
+from onnx_dl.server.repository.plan import is_same
 from onnx_dl.server.v2.failures import RequestFailure, invalid, not_found
 from onnx_dl.session.inference_session import InferenceSessionProxy
 
@@ -113,7 +114,7 @@ class ModelTable:
         :meth:`discard` if it is not to be served."""
         with self._lock:
             found = self._served.get(entry.name, {}).get(entry.version) or self._prepared.get(_place(entry))
-            if found is not None and _is_same(found.entry, entry):
+            if found is not None and is_same(found.entry, entry):
                 return found
             used = UsedModel(entry, self._host)
             replaced = self._prepared.pop(_place(entry), None)
@@ -126,7 +127,7 @@ class ModelTable:
         """Gives up a version that was prepared and is not in the table."""
         with self._lock:
             found = self._prepared.get(_place(entry))
-            if found is None or not _is_same(found.entry, entry):
+            if found is None or not is_same(found.entry, entry):
                 return
             del self._prepared[_place(entry)]
         found.retire()
@@ -164,20 +165,18 @@ class ModelTable:
         """Versions that are served, the newest last; empty: none."""
         return list(self._served.get(name, ()))
 
-    def is_ready(self, name: str, version: str = "") -> bool:
-        """Whether the version can be inferred now, as far as is known: it is served, and no load of it has
-        failed.  One that is not loaded is ready, because it loads on use.
+    def check_ready(self, name: str, version: str = "") -> None:
+        """Raises if the version cannot be inferred now, as far as is known.  One that is not loaded is ready,
+        because it loads on use.
 
         Raises:
-            RequestFailure: 404: there is no such model or version; 400: ``version`` is no number.
+            RequestFailure: like :meth:`find`; 503: its load has failed.
         """
-        try:
-            entry = self.find(name, version)
-        except RequestFailure as failure:
-            if failure.http in (400, 404) and not self._rows(name, version):
-                raise
-            return False
-        return all(row.state == "READY" for row in self._rows(name, entry.version))
+        entry = self.find(name, version)
+        for row in self._rows(name, entry.version):
+            if row.state != "READY":
+                text = f"Request for unknown model: '{name}' version {row.version} is not at ready state"
+                raise RequestFailure(503, "UNAVAILABLE", f"{text}: {row.reason}", reason="BACKEND")
 
     def _all(self) -> list[UsedModel]:
         return [used for versions in self._served.values() for used in versions.values()]
@@ -185,12 +184,12 @@ class ModelTable:
     def _fitting(self, entry: Served, present: UsedModel | None) -> UsedModel:
         """The proxy for an entry: the present one, the prepared one, or one made now."""
         prepared = self._prepared.pop(_place(entry), None)
-        if present is not None and _is_same(present.entry, entry):
+        if present is not None and is_same(present.entry, entry):
             present.entry = entry
             if prepared is not None:
                 prepared.retire()
             return present
-        if prepared is not None and _is_same(prepared.entry, entry):
+        if prepared is not None and is_same(prepared.entry, entry):
             prepared.entry = entry
             return prepared
         if prepared is not None:
@@ -231,8 +230,3 @@ def _absent(name: str, version: str, rows: list[IndexRow]) -> RequestFailure:
 
 def _place(entry: Served) -> tuple[str, str]:
     return entry.name, entry.version
-
-
-def _is_same(one: Served, other: Served) -> bool:
-    """Whether one proxy serves both: the same content, loaded and held in the same way."""
-    return (one.path, one.generation, one.arguments) == (other.path, other.generation, other.arguments)

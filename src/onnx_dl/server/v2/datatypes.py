@@ -35,7 +35,7 @@ ONNX: Final = {
     1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 8: BYTES, 9: "BOOL",
     10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64", 16: "BF16",
 }  # fmt: skip
-"""By the number of ONNX's ``TensorProto.DataType``."""
+"""Datatypes by the number of ONNX's ``TensorProto.DataType``."""
 
 
 def is_known(datatype: str) -> bool:

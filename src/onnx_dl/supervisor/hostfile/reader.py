@@ -28,6 +28,7 @@ from onnx_dl.supervisor.hostfile.schema import (
     HostTable,
     InputTable,
     ModelTable,
+    ServeTable,
     SessionTable,
     culprit,
     shown,
@@ -52,7 +53,8 @@ class Configured(Struct, frozen=True, kw_only=True):
 
 class HostFile(Struct, frozen=True, kw_only=True):
     """A checked file.  Sizes are in bytes, times in seconds; None: not given.  ``models`` is by name, in the
-    file's order."""
+    file's order.  ``serve`` has the given keys of ``[serve]``: paths are absolute, an address that is "off"
+    is empty."""
 
     memory_limit: int | None
     gpu_memory_limit: int | None
@@ -60,6 +62,7 @@ class HostFile(Struct, frozen=True, kw_only=True):
     load_timeout: float | None
     metrics: str | None
     models: dict[str, Configured]
+    serve: dict[str, Any] = {}
 
 
 def read(path: str | os.PathLike[str]) -> HostFile:
@@ -121,6 +124,11 @@ DTYPES: Final = ("bool", *_INTEGERS, *_FLOATS, "str")
 """Types of inputs for a warm-up."""
 _MOST_ITEMS: Final = 1 << 48
 _MOST_INT: Final = 2**64 - 1
+_ADDRESSES: Final = {"http", "grpc", "metrics"}
+_SIZES: Final = {"max_body", "max_in_flight"}
+_TIMES: Final = {"poll_every", "drain_timeout"}
+_PATHS: Final = {"token_file", "tls_cert", "tls_key", "tls_ca"}
+"""Keys of ``[serve]``, by what they are."""
 
 
 class _Checker:
@@ -150,7 +158,30 @@ class _Checker:
             load_timeout=self._parsed(parsing.parse_time, table.load_timeout, ("load_timeout",)),
             metrics=table.metrics,
             models=models,
+            serve=self._serve(self._table(ServeTable, table.serve, ("serve",))),
         )
+
+    def _serve(self, table: ServeTable) -> dict[str, Any]:
+        """The given options of ``[serve]``."""
+        found = {name: value for name, value in msgspec.structs.asdict(table).items() if value is not None}
+        for name in _ADDRESSES & found.keys():
+            if found[name] == "off":
+                found[name] = ""
+            else:
+                self._parsed(parsing.parse_address, found[name], ("serve", name))
+        for names, parse in ((_SIZES, parsing.parse_size), (_TIMES, parsing.parse_time)):
+            found |= {key: self._parsed(parse, found[key], ("serve", key)) for key in names & found.keys()}
+        for name in _PATHS & found.keys():
+            found[name] = self._path(found[name]) if found[name] else ""
+        if "repository" in found:
+            given = [found["repository"]] if isinstance(found["repository"], str) else found["repository"]
+            found["repository"] = [self._path(path) for path in given]
+        if found.get("poll_every") == 0:
+            self._refuse(("serve", "poll_every"), "= 0 must be a time greater than 0")
+        return found
+
+    def _path(self, given: str) -> str:
+        return os.path.normpath(os.path.join(self._base, os.path.expanduser(given)))
 
     def _model(
         self, name: str, raw: dict[str, Any], defaults: DefaultsTable, common: dict[str, Any]

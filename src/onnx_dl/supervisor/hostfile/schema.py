@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -155,6 +155,48 @@ class ModelTable(DefaultsTable, frozen=True, kw_only=True, forbid_unknown_fields
     sandbox: _Flag = None
 
 
+_Address = Annotated[str | None, Meta(description='"host:port", such as "127.0.0.1:8000", or "off"')]
+_Path = Annotated[str | None, Meta(description="a path, in quotes")]
+
+
+class ServeTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[serve]``: options of ``onnx-dl serve``; the supervisor itself has no use for them."""
+
+    repository: Annotated[
+        _Name | list[_Name] | None, Meta(description="the path of a folder, or a list of such paths")
+    ] = None
+    http: _Address = None
+    grpc: _Address = None
+    metrics: _Address = None
+    host: _Text = None
+    model_control: Annotated[
+        Literal["none", "poll", "explicit"] | None, Meta(description='"none", "poll" or "explicit"')
+    ] = None
+    load_models: Annotated[
+        list[str] | None, Meta(description='a list of names of models; ["*"]: all of them')
+    ] = None
+    poll_every: _Time = None
+    strict_readiness: _Flag = None
+    server_name: _Text = None
+    client_shm: Annotated[
+        Literal["off", "copy", "map"] | None, Meta(description='"off", "copy" or "map"')
+    ] = None
+    max_body: _Size = None
+    processes: Annotated[
+        Annotated[int, Meta(ge=1, le=64)] | None, Meta(description="a number of processes from 1 to 64")
+    ] = None
+    max_queue_size: Annotated[
+        Annotated[int, Meta(ge=0, le=10**6)] | None, Meta(description="a number of requests, 0 to 1000000")
+    ] = None
+    max_in_flight: _Size = None
+    drain_timeout: _Time = None
+    token_file: _Path = None
+    insecure: _Flag = None
+    tls_cert: _Path = None
+    tls_key: _Path = None
+    tls_ca: _Path = None
+
+
 class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -165,6 +207,7 @@ class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metrics: _Text = None
     defaults: Annotated[dict[str, Any], Meta(description="a table: [defaults]")] = {}
     models: Annotated[dict[str, dict[str, Any]], Meta(description="a table: [models.NAME]")] = {}
+    serve: Annotated[dict[str, Any], Meta(description="a table: [serve]")] = {}
 
 
 def culprit(raw: dict[str, Any], kind: type[Struct]) -> tuple[tuple[str, ...], str]:

@@ -473,6 +473,7 @@ def tables() -> dict[str, dict[str, str]]:
         ("The host", schema.HostTable),
         ("[defaults]", schema.DefaultsTable),
         ("[models.NAME]", schema.ModelTable),
+        ("[serve]", schema.ServeTable),
         ("options", schema.SessionTable),
         ("warmup", schema.InputTable),
     ],

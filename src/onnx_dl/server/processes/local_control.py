@@ -1,0 +1,94 @@
+"""Control in the first process: it carries out what concerns all processes, and has the others follow."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from onnx_dl.server.inference.statistics import merged
+from onnx_dl.server.interfaces import ModelState, RegionStatus, Served, ServedTable, VersionStatistics
+from onnx_dl.server.metrics import families
+from onnx_dl.server.processes import host
+from onnx_dl.server.processes.children import Children
+from onnx_dl.server.processes.front import Front
+from onnx_dl.server.repository import specs
+from onnx_dl.server.repository.repository import Repository
+
+
+class LocalControl:
+    """A ``Control`` (``server/interfaces.py``): the owner of registrations, of the repository, of statistics
+    and metrics.  All methods belong to the loop's thread."""
+
+    def __init__(self, front: Front, children: Children) -> None:
+        self._front = front
+        self._children = children
+        self._regions = asyncio.Lock()
+        """Held while a region comes or goes, so that all processes see that in one order."""
+        self.repository: Repository
+
+    async def publish(self, table: ServedTable) -> None:
+        """Has all processes serve this table, and returns when they do."""
+        self._front.table.apply(table)
+        await self._children.use_table(table)
+
+    async def load(self, name: str, parameters: dict[str, Any]) -> None:
+        await self.repository.load(name, parameters)
+
+    async def unload(self, name: str, parameters: dict[str, Any]) -> None:
+        await self.repository.unload(name, parameters)
+
+    async def register_region(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        async with self._regions:
+            self._front.regions.register(name, key, offset, byte_size)
+            await self._children.use_region(self._front.regions, name)
+
+    async def unregister_region(self, name: str | None) -> None:
+        async with self._regions:
+            self._front.regions.unregister(name)
+            await self._children.drop_regions(name)
+
+    async def region_status(self, name: str | None) -> list[RegionStatus]:
+        return self._front.regions.status(name)
+
+    async def statistics(self, name: str = "", version: str = "") -> list[VersionStatistics]:
+        return selected(await self._all_statistics(), self._served(name, version))
+
+    async def model_state(self, name: str, version: str = "") -> ModelState:
+        entry = self._front.models.find(name, version)
+        key = specs.spec_of(entry).key
+        snapshot = await host.snapshot_of(self._front.host)
+        state = ModelState(name=entry.name, version=entry.version, state="unloaded")
+        if snapshot is not None and (status := host.status_of(snapshot, key)) is not None:
+            state.state = status.state.value
+            state.ttl, state.idle_seconds = status.ttl, status.idle
+            state.pid, state.loads = status.pid, status.loads
+            state.memory = None if status.pid is None else status.usage.pss
+        state.last_unload = await host.last_unload(self._front.host, key)
+        return state
+
+    async def metrics(self) -> tuple[bytes, str]:
+        statistics = selected(await self._all_statistics(), self._served("", ""))
+        snapshot = await host.snapshot_of(self._front.host)
+        return families.render(statistics, snapshot, await host.page_of(snapshot), "")
+
+    async def _all_statistics(self) -> list[VersionStatistics]:
+        own = self._front.statistics.snapshot()
+        return merged([own, *await self._children.statistics()])
+
+    def _served(self, name: str, version: str) -> list[Served]:
+        """The versions that are meant.  Raises RequestFailure (404) if there is none."""
+        if version:
+            return [self._front.models.find(name, version)]
+        if name:
+            self._front.models.find(name)
+            return [each for each in self._front.models.table.served if each.name == name]
+        return self._front.models.table.served
+
+
+def selected(found: list[VersionStatistics], served: list[Served]) -> list[VersionStatistics]:
+    """The counts of these versions, in their order; 0 for those that had no request."""
+    counts = {(each.name, each.version): each for each in found}
+    return [
+        counts.get((entry.name, entry.version)) or VersionStatistics(name=entry.name, version=entry.version)
+        for entry in served
+    ]

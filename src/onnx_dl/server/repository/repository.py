@@ -1,0 +1,343 @@
+"""The owner of what is served: reads repositories, follows their changes, loads and unloads by request.
+
+All state belongs to the event loop's thread.  What becomes of a model is decided by :mod:`.plan`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+from onnx_dl.client.host_client import HostClient
+from onnx_dl.core.events import ModelEvent
+from onnx_dl.errors import ConfigError
+from onnx_dl.server.interfaces import Served, ServedTable
+from onnx_dl.server.options import ServeOptions
+from onnx_dl.server.repository import control_requests, loads, plan
+from onnx_dl.server.repository.catalog import Candidate, NamedModel
+from onnx_dl.server.repository.disk import SETTLED, Disk
+from onnx_dl.server.repository.health import Health
+from onnx_dl.server.repository.loads import Outcome, logger
+from onnx_dl.server.repository.models import UNLOADED, ModelTable
+from onnx_dl.server.repository.plan import Content, Plan, content
+from onnx_dl.server.repository.tables import Tables
+from onnx_dl.server.repository.wishes import Wishes
+
+_AT_A_TIME: Final = 4
+"""Models that load at a time at the start."""
+
+
+class Repository:
+    """What a server serves.
+
+    Args:
+        options: of the server.
+        host: the host that loads the models.
+        models: the table of this process.
+        publish: hands a table to all processes; awaited until they use it.
+        named: models that are served beside the repositories and ``options.models``, as of a host's file.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        host: HostClient,
+        models: ModelTable,
+        publish: Callable[[ServedTable], Awaitable[None]],
+        named: Sequence[NamedModel] = (),
+    ) -> None:
+        self._options = options
+        self._host = host
+        self._models = models
+        given = [
+            NamedModel(name=name, path=path, place=f"--model {name}={path}")
+            for name, path in options.models.items()
+        ]
+        alone = [*given, *named]
+        self._wishes = Wishes(options.model_control, {model.name for model in alone})
+        self._disk = Disk(options.repository, alone)
+        self._tables = Tables(models, publish, strict=options.strict_readiness)
+        self._health = Health()
+        self._candidates: dict[str, Candidate] = {}
+        """As they were when it was last decided about them."""
+        self._failures: dict[Content, str] = {}
+        """Reasons of contents that did not load, until their files change or a client loads them again."""
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop_listening: Callable[[], None] | None = None
+
+    # --- the whole ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Reads everything and publishes the first table; models that load at once do so in the background,
+        and :attr:`ServedTable.is_ready` tells when.
+
+        Raises:
+            ConfigError: a repository's folder cannot be listed, or a model that is to be loaded is not there.
+        """
+        try:
+            found = await self._disk.read({})
+        except OSError as error:
+            raise ConfigError(f"The repository {error.filename} cannot be read: {error.strerror}.") from None
+        self._wishes.begin(self._options.load_models, found)
+        loop = asyncio.get_running_loop()
+        self._stop_listening = self._host.on_event(functools.partial(_hand_over, loop, self._on_event))
+        for name, candidate in found.items():
+            self._disk.tell(candidate)
+            self._candidates[name] = candidate
+            self._tables.set(name, self._first_plan(candidate))
+        await self._tables.publish()
+        self._begin(self._load_first(list(found.values())))
+        if self._options.model_control != "none":
+            self._begin(self._follow())
+
+    async def close(self) -> None:
+        """Ends the watching and the loads that it waits for; models stay in their table."""
+        if self._stop_listening is not None:
+            self._stop_listening()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._disk.close()
+
+    async def _load_first(self, candidates: Sequence[Candidate]) -> None:
+        """Loads what is to be loaded at the start.  A model that does not load keeps no other away."""
+        at_a_time = asyncio.Semaphore(_AT_A_TIME)
+
+        async def one(candidate: Candidate) -> None:
+            async with at_a_time:
+                await self._adopt(candidate, must_load=True)
+
+        await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
+        self._tables.is_started = True
+        await self._tables.publish()
+
+    def _loads_at_start(self, candidate: Candidate) -> bool:
+        is_asked = self._wishes.is_loaded_first(candidate.name)
+        is_eager = any(entry.is_eager for entry in candidate.entries)
+        return self._wishes.is_served(candidate.name) and (is_asked or is_eager or bool(candidate.unread))
+
+    # --- what clients ask for -----------------------------------------------------------------------------
+
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Loads a model now, from the files that are there; returns when it is served.
+
+        Raises:
+            RequestFailure: 400: not with this model control, or a parameter is not valid; 404: there is no
+                such model; 503: a version does not load, with the reason; others may be served.
+        """
+        control_requests.check_control(self._options.model_control)
+        override = control_requests.config_of(name, parameters)
+        candidate = await self._disk.settled(name, override)
+        if candidate is None:
+            raise control_requests.unknown(name)
+        if candidate.problem:
+            raise control_requests.not_loaded(name, candidate.problem, is_clients=override is not None)
+        self._disk.tell(candidate)
+        failed = await self._adopt(candidate, must_load=True, override=override)
+        if failed or candidate.broken:
+            is_clients = override is not None and not failed
+            raise control_requests.load_failure(name, failed, candidate.broken, is_clients=is_clients)
+
+    async def unload(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Withdraws a model until it is loaded again, and frees its memory; with ``withdraw`` false it only
+        frees the memory.  Returns when that is free, or after 30 seconds of running calls.  A model that is
+        not there is unloaded already.
+
+        Raises:
+            RequestFailure: 400: not with this model control, or a parameter is not valid.
+        """
+        control_requests.check_control(self._options.model_control)
+        withdraws = control_requests.is_withdrawn(name, parameters)
+        if name not in self._candidates:
+            return
+        async with self._lock(name):
+            served = self._tables.served(name)
+            candidate = self._candidates.get(name)
+            withdraws = withdraws and candidate is not None
+            if withdraws and candidate is not None:
+                self._wishes.unload(name)
+                self._tables.set(name, plan.unloaded(candidate, UNLOADED, "UNLOADING" if served else None))
+                await self._tables.publish()
+            await asyncio.gather(*(loads.free_quietly(self._host, entry) for entry in served.values()))
+            if withdraws and candidate is not None:
+                self._tables.set(name, plan.unloaded(candidate, UNLOADED))
+                await self._tables.publish()
+
+    # --- one model ----------------------------------------------------------------------------------------
+
+    def _first_plan(self, candidate: Candidate) -> Plan:
+        """What is served of a model of which nothing is served yet, before anything is loaded for it."""
+        name = candidate.name
+        if not self._wishes.is_served(name):
+            return plan.unloaded(candidate, UNLOADED if name in self._wishes.unloaded else "")
+        must_load = self._wishes.is_loaded_first(name)
+        return plan.decide(candidate, {}, failures=self._failures, must_load=must_load)
+
+    async def _adopt(
+        self, candidate: Candidate, *, must_load: bool = False, override: str | None = None
+    ) -> list[Outcome]:
+        """Serves a model as it is on the disk now, with loads first where something is served already.
+
+        Args:
+            candidate: the model.
+            must_load: somebody asked for its load, so failures of earlier ones do not count.
+            override: a configuration that the candidate was read with.
+
+        Returns:
+            The loads that failed.
+        """
+        name = candidate.name
+        async with self._lock(name):
+            if must_load:
+                self._wishes.load(name, override)
+                self._failures = {at: why for at, why in self._failures.items() if at[0] != name}
+            self._candidates[name] = candidate
+            failed = await self._load_and_switch(candidate, must_load=must_load)
+            if any(outcome.is_passing for outcome in failed):
+                self._candidates.pop(name, None)  # so that the next look finds a change, and tries again
+            return failed
+
+    async def _load_and_switch(self, candidate: Candidate, *, must_load: bool) -> list[Outcome]:
+        name, present = candidate.name, self._tables.served(candidate.name)
+        loaded: set[Content] = set()
+        failures = dict(self._failures)
+        decide = functools.partial(plan.decide, present=present, must_load=must_load)
+        planned = decide(candidate, loaded=loaded, failures=failures)
+        self._tables.set(name, planned)
+        await self._tables.publish()
+        outcomes = await asyncio.gather(
+            *(loads.load(self._models, entry, candidate) for entry in planned.to_load)
+        )
+        ended = list(zip(planned.to_load, outcomes, strict=True))
+        for entry, outcome in ended:
+            self._note(entry, outcome, bool(present), loaded, failures)
+        if any(outcome.signature is not None for outcome in outcomes):
+            candidate = await self._completed(candidate, ended)
+        if ended:
+            self._tables.set(name, decide(candidate, loaded=loaded, failures=failures))
+            await self._tables.publish()
+        now = self._tables.served(name)
+        for entry, _ in ended:
+            if entry.version not in now or not plan.is_same(now[entry.version], entry):
+                self._models.discard(entry)
+        return [outcome for entry, outcome in ended if content(entry) not in loaded]
+
+    def _note(
+        self,
+        entry: Served,
+        outcome: Outcome,
+        is_replaced: bool,
+        loaded: set[Content],
+        failures: dict[Content, str],
+    ) -> None:
+        """Notes how a load ended.  ``is_replaced``: something is served of the model."""
+        at = content(entry)
+        if outcome.error is None:
+            loaded.add(at)
+            logger.info("Model '%s' version %s is loaded from %s", entry.name, entry.version, entry.path)
+        elif outcome.lacks_room and is_replaced:
+            loaded.add(at)
+            logger.warning(
+                "Model '%s' version %s: there is no memory for the new and the old one at the same time, so "
+                "it is replaced without a load first: %s",
+                *at[:2],
+                outcome.text,
+            )
+        else:
+            failures[at] = control_requests.reason_of_load(entry, outcome.text)
+            if not outcome.is_passing:
+                self._failures[at] = failures[at]
+            logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
+
+    async def _completed(self, candidate: Candidate, ended: Sequence[tuple[Served, Outcome]]) -> Candidate:
+        """The candidate with the signatures that the loads have told."""
+        for entry, outcome in ended:
+            if outcome.signature is not None:
+                await self._disk.learn(entry, outcome.signature)
+        again = await self._disk.read_one(candidate.name, self._wishes.overrides.get(candidate.name))
+        if again is None:
+            return candidate
+        self._candidates[candidate.name] = again
+        return again
+
+    # --- changes ------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Looks at the repositories now and then, and takes over what has changed."""
+        while True:
+            await asyncio.sleep(self._options.poll_every)
+            try:
+                await self.look()
+            except OSError as error:  # what is served stays: the folder may come back
+                self._disk.tell_once(f"The repository {error.filename} cannot be read: {error.strerror}.")
+            except Exception:
+                logger.exception("The repositories could not be followed")
+
+    async def look(self) -> None:
+        """Looks once, and returns when what has changed is taken over.  A model whose files change between
+        two looks waits for the next time.
+
+        Raises:
+            OSError: a repository's folder cannot be listed.
+        """
+        overrides = self._wishes.overrides
+        first = await self._disk.read(overrides)
+        changed = [name for name in first.keys() | self._candidates.keys() if self._differs(name, first)]
+        if not changed:
+            return
+        await asyncio.sleep(SETTLED)
+        second = await self._disk.read(overrides)
+        settled = [name for name in sorted(changed) if second.get(name) == first.get(name)]
+        await asyncio.gather(*(self._take_over(name, second.get(name)) for name in settled))
+
+    def _differs(self, name: str, found: Mapping[str, Candidate]) -> bool:
+        return self._wishes.is_followed(name) and found.get(name) != self._candidates.get(name)
+
+    async def _take_over(self, name: str, candidate: Candidate | None) -> None:
+        if candidate is not None:
+            self._disk.tell(candidate)
+            if self._wishes.is_served(name):
+                await self._adopt(candidate)
+                return
+        async with self._lock(name):
+            if candidate is None:
+                self._candidates.pop(name, None)
+                self._tables.forget(name)
+            else:
+                self._candidates[name] = candidate
+                self._tables.set(name, self._first_plan(candidate))
+            await self._tables.publish()
+
+    def _on_event(self, event: ModelEvent) -> None:
+        """Notes which models do not load, or do again."""
+        if self._health.note(event, self._tables.all()):
+            self._tables.failing = self._health.failing
+            self._begin(self._tables.publish())
+
+    # --- small things -------------------------------------------------------------------------------------
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """Held while a model's plan is carried out."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("The repository failed", exc_info=error)
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, call: Callable[[ModelEvent], None], event: ModelEvent
+) -> None:
+    """Has the loop's thread make a call.  Runs in the thread that delivers events."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(call, event)

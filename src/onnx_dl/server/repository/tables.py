@@ -1,0 +1,98 @@
+"""The table that is served, put together from the plans of all models, and its hand-over to all processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+import msgspec
+
+from onnx_dl.server.interfaces import IndexRow, Served, ServedTable
+from onnx_dl.server.repository.models import ModelTable
+from onnx_dl.server.repository.plan import Content, Plan, content
+
+
+class Tables:
+    """Owner of what is served now.  Belongs to the event loop's thread.
+
+    ``strict``: the table is ready only if all its rows are.
+    """
+
+    def __init__(
+        self, models: ModelTable, publish: Callable[[ServedTable], Awaitable[None]], *, strict: bool
+    ) -> None:
+        self._models = models
+        self._hand_out = publish
+        self._strict = strict
+        self._plans: dict[str, Plan] = {}
+        self._slots: dict[tuple[str, str], int] = {}
+        self._published: ServedTable | None = None
+        self._lock = asyncio.Lock()
+        self.is_started = False
+        """Eager models are loaded, or cannot be."""
+        self.failing: Mapping[Content, str] = {}
+        """Reasons of contents that are served and whose loads have failed."""
+
+    def set(self, name: str, planned: Plan) -> None:
+        """What the next table has of a model."""
+        self._plans[name] = planned
+
+    def forget(self, name: str) -> None:
+        """The next table has nothing of this model."""
+        self._plans.pop(name, None)
+
+    def served(self, name: str) -> dict[str, Served]:
+        """What is served of a model, by version."""
+        planned = self._plans.get(name)
+        return {} if planned is None else {entry.version: entry for entry in planned.served}
+
+    def all(self) -> Iterator[Served]:
+        """All that is served."""
+        for planned in self._plans.values():
+            yield from planned.served
+
+    async def publish(self) -> None:
+        """Has all processes serve the present plans, and returns when they do.  The proxies of what is no
+        longer served close after their last use."""
+        async with self._lock:  # tables reach the processes in one order
+            table = self._table()
+            if table == self._published:
+                return
+            self._models.apply(table)
+            await self._hand_out(table)
+            self._published = table
+            self._free_slots(table)
+
+    def _table(self) -> ServedTable:
+        plans = [self._plans[name] for name in sorted(self._plans)]
+        served = [
+            msgspec.structs.replace(entry, slot=self._slot(entry))
+            for planned in plans
+            for entry in planned.served
+        ]
+        reasons = {
+            (entry.name, entry.version): self.failing[content(entry)]
+            for entry in served
+            if content(entry) in self.failing
+        }
+        rows = [
+            IndexRow(row.name, row.version, "UNAVAILABLE", reasons[row.name, row.version])
+            if row.state == "READY" and (row.name, row.version) in reasons
+            else row
+            for planned in plans
+            for row in planned.rows
+        ]
+        is_ready = self.is_started and not (self._strict and any(row.state != "READY" for row in rows))
+        return ServedTable(served, rows, is_ready)
+
+    def _slot(self, entry: Served) -> int:
+        """The column of a version; contents that replace each other have the same."""
+        place = entry.name, entry.version
+        if place not in self._slots:
+            taken = set(self._slots.values())
+            self._slots[place] = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        return self._slots[place]
+
+    def _free_slots(self, table: ServedTable) -> None:
+        places = {(entry.name, entry.version) for entry in table.served}
+        self._slots = {place: slot for place, slot in self._slots.items() if place in places}

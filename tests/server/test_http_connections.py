@@ -1,0 +1,469 @@
+"""Connections of clients that behave badly, or unusually, on a stand-in for the server."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import socket
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.server.http.limits import Limits
+from onnx_dl.server.options import ServeOptions
+from tests.server.http_standin import HttpStandIn, listening
+from tests.server.raw_http import Reader, ask, binary_infer, infer, request
+from tests.server.standin import TOKEN
+from tests.support.waiting import DEADLINE, allowed, eventually
+
+HASTY = Limits(head=0.6, idle=1.5, body_idle=0.6, body_grace=0.6, send_idle=1.0, linger=0.6)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HttpStandIn]:
+    with listening() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[HttpStandIn]:
+    with listening(HASTY) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: HttpStandIn) -> Iterator[socket.socket]:
+    with server.connect() as connection:
+        yield connection
+
+
+def test_a_connection_serves_one_request_after_the_other(client: socket.socket) -> None:
+    reader = Reader(client)
+    for _ in range(3):
+        client.sendall(request("/v2"))
+        assert reader.reply().status == 200
+        client.sendall(infer())
+        assert json.loads(reader.reply().body)["outputs"][0]["data"] == [1.0, 2.0]
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_order(client: socket.socket) -> None:
+    client.sendall(b"".join(infer([float(number)]) + request("/nothing") for number in range(50)))
+    reader = Reader(client)
+    for number in range(50):
+        assert json.loads(reader.reply().body)["outputs"][0]["data"] == [float(number)]
+        assert reader.reply().status == 404
+
+
+def test_more_may_be_sent_ahead_than_is_kept(client: socket.socket, server: HttpStandIn) -> None:
+    requests = 2000
+    client.sendall(infer(parameters={"sleep": 0.3}))
+    eventually(lambda: server.inference.running == 1, "a run")
+    client.sendall(request("/v2/health/live") * requests)
+    reader = Reader(client)
+    assert [reader.reply().status for _ in range(requests + 1)] == [200] * (requests + 1)
+
+
+def test_a_request_may_come_byte_by_byte(client: socket.socket) -> None:
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in infer() + request("/v2"):
+        client.sendall(bytes([byte]))
+    reader = Reader(client)
+    assert [reader.reply().status for _ in range(2)] == [200, 200]
+
+
+def test_http_1_0(server: HttpStandIn) -> None:
+    with server.connect() as client:
+        reader = Reader(client)
+        client.sendall(b"GET /v2 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        assert reader.reply().headers["connection"] == "keep-alive"
+        client.sendall(b"GET /v2 HTTP/1.0\r\n\r\n")
+        assert reader.reply().headers["connection"] == "close" and reader.is_at_end()
+
+
+def test_head_has_no_body(client: socket.socket) -> None:
+    reader = Reader(client)
+    client.sendall(request("/v2", "HEAD") + request("/v2"))
+    first = reader.reply(has_body=False)
+    assert first.headers["content-length"] == str(len(reader.reply().body))
+
+
+def test_the_absolute_form_and_encoded_names(client: socket.socket) -> None:
+    assert ask(client, request("http://localhost:8000/v2/models/%65cho")).status == 200
+    assert ask(client, request("/v2/models/e%63ho/ready?a=b")).status == 200
+
+
+def test_close_is_obeyed(client: socket.socket) -> None:
+    client.sendall(request("/v2", Connection="close"))
+    reader = Reader(client)
+    assert reader.reply().headers["connection"] == "close" and reader.is_at_end()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (request("/v2", X="a" * 70_000), 431),
+        (request("/v2", **{f"X{number}": 1 for number in range(101)}), 431),
+        (b"GET " + b"/" * 70_000, 431),
+        (b"GET /v2 HTTP/2.0\r\n\r\n", 505),
+        (request("/v2/models/echo/infer", "POST", Content_Length=1, Transfer_Encoding="chunked"), 400),
+        (request("/v2/models/echo/infer", "POST", Transfer_Encoding="chunked") + b"zz\r\n", 400),
+        (request("/v2/models/echo/infer", "POST", Content_Length=(64 << 20) + 1), 413),
+        (request("/v2/repository/index", "POST", Content_Length=(1 << 20) + 1), 413),
+    ],
+)
+def test_a_request_whose_end_is_not_known_ends_the_connection(
+    server: HttpStandIn, sent: bytes, status: int
+) -> None:
+    with server.connect() as client:
+        client.sendall(sent)
+        reader = Reader(client)
+        reply = reader.reply()
+        assert reply.status == status and reply.error and reply.headers["connection"] == "close"
+        client.shutdown(socket.SHUT_WR)
+        assert reader.is_at_end()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "header"),
+    [
+        (request("/nothing", "POST", b"x" * 1000), 404, None),
+        (request("/v2", "DELETE"), 405, ("allow", "GET, HEAD")),
+        (request("/v2/models/echo/infer"), 405, ("allow", "POST")),
+        (infer(model="unknown"), 404, None),
+        (request("/v2/models/echo/versions/9/infer", "POST", b"{}"), 404, None),
+        (request("/v2/models/echo/infer", "POST", b""), 400, None),
+        (request("/v2/models/echo/infer", "POST", b"{"), 400, None),
+        (infer(parameters={"busy": True}), 429, ("retry-after", "3")),
+        (infer(X_Request_Timeout_Ms="soon"), 400, None),
+        (request("/v2/repository/index", "POST", b"[1]"), 400, None),
+        (request("/v2/repository/models/m/load", "POST", b"x"), 400, None),
+        (request("/v2/repository/models/unknown/load", "POST", b"{}"), 404, None),
+        (request("/v2/cudasharedmemory/region/r/register", "POST", b"{}"), 400, None),
+        (request("/v2/cudasharedmemory/region/r/status"), 404, None),
+        (request("/v2/logging", "POST", b'{"log_info": false}'), 400, None),
+        (request("/v2/health/ready", "GET", b"a body that nobody reads"), 200, None),
+    ],
+)
+def test_a_refusal_keeps_the_connection(
+    client: socket.socket, sent: bytes, status: int, header: tuple[str, str] | None
+) -> None:
+    reader = Reader(client)
+    client.sendall(sent)
+    reply = reader.reply()
+    assert reply.status == status and (status == 200 or reply.error)
+    assert header is None or reply.headers[header[0]] == header[1]
+    client.sendall(request("/v2"))
+    assert reader.reply().status == 200
+
+
+def test_a_fault_of_the_server_is_500_without_its_trace(
+    client: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = ask(client, infer(parameters={"crash": True}))
+    assert reply.status == 500 and b"ZeroDivision" not in reply.body and b"Traceback" not in reply.body
+    assert "ZeroDivisionError" in caplog.text
+    assert ask(client, request("/metrics")).status == 500
+    assert ask(client, infer()).status == 200
+
+
+def test_who_is_told_to_continue_continues(client: socket.socket) -> None:
+    head, body = binary_infer(100_000, Expect="100-continue")
+    client.sendall(head)
+    reader = Reader(client)
+    assert reader.reply().status == 100
+    client.sendall(body)
+    assert reader.reply().body.endswith(bytes(100_000))
+
+
+def test_who_would_be_refused_is_not_told_to_continue(server: HttpStandIn) -> None:
+    for sent in (
+        request("/v2/models/echo/infer", "POST", Content_Length=1 << 40, Expect="100-continue"),
+        request("/v2/models/no/infer", "POST", Content_Length=5, Expect="100-continue"),
+        request("/v2/models/echo/infer", "POST", Content_Length=5, Expect="else"),
+    ):
+        with server.connect() as client:
+            assert ask(client, sent).status in (404, 413, 417)
+
+
+def test_a_chunked_body(client: socket.socket) -> None:
+    head, body = binary_infer(200_000)
+    chunked = head.replace(b"Content-Length: %d\r\n" % len(body), b"Transfer-Encoding: chunked\r\n")
+    assert chunked != head
+    client.sendall(chunked)
+    for at in range(0, len(body), 30_000):
+        piece = body[at : at + 30_000]
+        client.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+    client.sendall(b"0\r\n\r\n" + request("/v2"))
+    reader = Reader(client)
+    assert reader.reply().body.endswith(bytes(200_000)) and reader.reply().status == 200
+
+
+def test_a_compressed_body_is_bounded(client: socket.socket) -> None:
+    bomb = gzip.compress(bytes(100 << 20))
+    reply = ask(client, request("/v2/models/echo/infer", "POST", bomb, Content_Encoding="gzip"))
+    assert reply.status == 413 and "67108864" in reply.error
+    assert ask(client, infer()).status == 200
+    small = gzip.compress(bytes(2 << 20))
+    assert ask(client, request("/v2/repository/index", "POST", small, Content_Encoding="gzip")).status == 413
+
+
+def test_a_large_body_lies_where_the_inference_wants_it(client: socket.socket, server: HttpStandIn) -> None:
+    server.inference.allocated.clear()
+    head, body = binary_infer(20 << 20)
+    client.sendall(head)
+    client.sendall(body)
+    reply = Reader(client).reply()
+    assert reply.status == 200 and reply.body.endswith(bytes(20 << 20))
+    data = server.inference.requests[-1].inputs[0].data
+    assert isinstance(data, memoryview)
+    assert np.frombuffer(data, np.uint8).__array_interface__["data"][0] % 64 == 0
+    assert len(server.inference.allocated) == 2 and server.inference.allocated[0] <= 9 << 20
+
+
+def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
+    server.inference.is_full = True
+    try:
+        with server.connect() as client:
+            head, body = binary_infer(20 << 20)
+            client.sendall(head)
+            client.sendall(body)
+            reply = Reader(client).reply()
+            assert reply.status == 429 and reply.headers["retry-after"] == "3"
+    finally:
+        server.inference.is_full = False
+
+
+def test_half_a_body_holds_little(server: HttpStandIn) -> None:
+    server.inference.allocated.clear()
+    head, body = binary_infer(60 << 20)
+    with server.connect() as client:
+        client.sendall(head + body[:60_000])
+        with server.connect() as other:
+            assert ask(other, infer()).status == 200
+        assert not server.inference.allocated
+
+
+def test_who_closes_ends_the_run(server: HttpStandIn) -> None:
+    for reset in (False, True):
+        server.inference.cancelled_at.clear()
+        client = server.connect()
+        client.sendall(infer(parameters={"sleep": 30}))
+        eventually(lambda: server.inference.running == 1, "a run")
+        if reset:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        closed = time.monotonic()
+        client.close()
+        eventually(lambda: server.inference.cancelled_at, "an end of the run")
+        assert server.inference.cancelled_at[0] - closed < allowed(0.2)
+        eventually(lambda: server.inference.running == 0, "no run")
+
+
+def test_who_sends_no_more_still_gets_answers_that_are_no_runs(server: HttpStandIn) -> None:
+    server.control.can_load.clear()
+    with server.connect() as client:
+        client.sendall(request("/v2/repository/models/m/load", "POST", b"{}"))
+        client.shutdown(socket.SHUT_WR)
+        server.control.can_load.set()
+        assert Reader(client).reply().status == 200
+
+
+def test_the_time_that_a_client_gives_is_what_is_left_of_it(
+    client: socket.socket, server: HttpStandIn
+) -> None:
+    assert ask(client, infer(X_Request_Timeout_Ms="60000")).status == 200
+    timeout = server.inference.requests[-1].timeout
+    assert timeout is not None and 60 - allowed(1) < timeout <= 60
+    assert ask(client, infer()).status == 200
+    assert server.inference.requests[-1].timeout is None
+
+
+def test_a_token_is_asked_for_before_the_body(server: HttpStandIn) -> None:
+    server.access.needs_token = True
+    try:
+        with server.connect() as client:
+            head, body = binary_infer(1 << 20)
+            assert ask(client, head + body).status == 403
+        with server.connect() as client:
+            head, body = binary_infer(1000, Authorization=TOKEN)
+            assert ask(client, head + body).status == 200
+            assert ask(client, request("/v2/health/live")).status == 200
+        caller = server.access.callers[-1][1]
+        assert caller.is_loopback and caller.peer == "127.0.0.1" and caller.certificate is None
+    finally:
+        server.access.needs_token = False
+
+
+def test_a_drained_listener_finishes_what_was_begun() -> None:
+    with listening() as server:
+        idle, running, reading = server.connect(), server.connect(), server.connect()
+        assert ask(idle, request()).status == 200
+        running.sendall(infer(parameters={"sleep": 0.5}))
+        head, body = binary_infer(100_000)
+        reading.sendall(head + body[:70_000])
+        eventually(lambda: server.inference.running == 1 and server.inference.allocated, "a run and a body")
+        server.is_draining = True
+        server.loop.call_soon_threadsafe(
+            lambda: server.loop.create_task(server.listener.drain(Deadline(allowed(DEADLINE))))
+        )
+        assert Reader(idle).is_at_end()
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+        reading.sendall(body[70_000:])
+        for client in (running, reading):
+            reader = Reader(client)
+            reply = reader.reply()
+            assert reply.status == 200 and reply.headers["connection"] == "close" and reader.is_at_end()
+            client.close()
+        idle.close()
+
+
+def test_what_is_not_finished_at_the_deadline_is_cut() -> None:
+    with listening() as server, server.connect() as client:
+        client.sendall(infer(parameters={"sleep": 30}))
+        eventually(lambda: server.inference.running == 1, "a run")
+        server.do(server.listener.drain(Deadline(0.1)))
+        assert Reader(client).is_at_end()
+        eventually(lambda: server.inference.running == 0, "no run")
+
+
+def test_new_requests_are_refused_while_draining(server: HttpStandIn) -> None:
+    server.is_draining = True
+    try:
+        with server.connect() as client:
+            reply = ask(client, infer())
+            assert reply.status == 503 and reply.headers["retry-after"] == "1"
+        with server.connect() as client:
+            assert ask(client, request("/v2/health/live")).status == 200
+            assert ask(client, request("/v2/health/ready")).status == 400
+    finally:
+        server.is_draining = False
+
+
+def test_a_listener_for_metrics_serves_nothing_else() -> None:
+    with listening(metrics_only=True) as server, server.connect() as client:
+        assert ask(client, request("/v2")).status == 404
+        assert ask(client, infer()).status == 404
+
+
+def test_a_slow_head_is_cut(hasty: HttpStandIn) -> None:
+    with hasty.connect() as client:
+        client.sendall(b"GET /v2 HT")
+        reader = Reader(client)
+        assert reader.reply().status == 408 and reader.is_at_end()
+
+
+def test_a_slow_head_is_cut_although_bytes_come(hasty: HttpStandIn) -> None:
+    with hasty.connect() as client:
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < allowed(DEADLINE):
+                client.sendall(b"a")
+                client.settimeout(0.05)
+                try:
+                    if client.recv(4096).startswith(b"HTTP/1.1 408"):
+                        raise ConnectionResetError
+                except TimeoutError:
+                    client.settimeout(allowed(DEADLINE))
+
+
+def test_who_sends_nothing_is_cut(hasty: HttpStandIn) -> None:
+    with hasty.connect() as client:
+        assert Reader(client).is_at_end()
+    with hasty.connect() as client:
+        assert ask(client, request()).status == 200
+        assert Reader(client).is_at_end()
+
+
+def test_a_slow_body_is_cut(hasty: HttpStandIn) -> None:
+    head, body = binary_infer(1 << 20)
+    with hasty.connect() as client:
+        client.sendall(head + body[:100_000])
+        reader = Reader(client)
+        assert reader.reply().status == 408 and reader.is_at_end()
+
+
+def test_who_does_not_read_is_cut(hasty: HttpStandIn) -> None:
+    head, body = binary_infer(30 << 20)
+    with hasty.connect() as client:
+        client.sendall(head)
+        client.sendall(body)
+        with pytest.raises(ConnectionError):
+            # The socket's own memory takes some MiB, and no more comes after the cut.
+            time.sleep(0)
+            eventually(lambda: not len(connections(hasty)), "no connection")
+            Reader(client).reply()
+
+
+def connections(server: HttpStandIn) -> list[object]:
+    """The open connections of a listener."""
+    return list(server.listener._connections or ())
+
+
+def test_an_idle_connection_makes_room_for_a_new_one() -> None:
+    with listening(Limits(connections=3)) as server:
+        clients = [server.connect() for _ in range(3)]
+        for client in clients:
+            assert ask(client, request()).status == 200
+        with server.connect() as newest:
+            assert ask(newest, request()).status == 200
+            assert Reader(clients[0]).is_at_end()
+            assert ask(clients[1], request()).status == 200
+        for client in clients:
+            client.close()
+
+
+def test_without_idle_connections_a_new_one_is_refused() -> None:
+    with listening(Limits(connections=2)) as server:
+        clients = [server.connect() for _ in range(2)]
+        for client in clients:
+            client.sendall(infer(parameters={"sleep": 30}))
+        eventually(lambda: server.inference.running == 2, "two runs")
+        with server.connect() as newest:
+            reader = Reader(newest)
+            assert reader.reply().status == 503 and reader.is_at_end()
+        for client in clients:
+            client.close()
+
+
+def test_any_bytes_get_an_answer_or_an_end(hasty: HttpStandIn) -> None:
+    """Damaged requests, cut and joined anywhere: the server neither fails nor keeps a connection."""
+    choice = random.Random(7)
+    head, body = binary_infer(300)
+    good = [infer(), request("/v2"), head + body, request("/v2/repository/index", "POST", b"{}")]
+    for _ in range(150):
+        data = bytearray(b"".join(choice.choices(good, k=3)))
+        for _ in range(choice.randrange(4)):
+            at = choice.randrange(len(data))
+            data[at : at + choice.randrange(3)] = choice.randbytes(choice.randrange(3))
+        with hasty.connect() as client:
+            client.sendall(data[: choice.randrange(1, len(data) + 1)])
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(1 << 16):
+                pass
+    with hasty.connect() as client:
+        assert ask(client, infer()).status == 200
+    eventually(lambda: not connections(hasty), "no connection")
+    assert hasty.inference.running == 0
+
+
+def test_it_works_on_asyncios_own_loop() -> None:
+    with listening(with_uvloop=False) as server, server.connect() as client:
+        head, body = binary_infer(9 << 20)
+        reader = Reader(client)
+        client.sendall(head)
+        client.sendall(body + infer())
+        assert reader.reply().body.endswith(bytes(9 << 20)) and reader.reply().status == 200
+
+
+def test_the_limit_of_bodies_is_an_option() -> None:
+    with listening(options=ServeOptions(max_body=1000)) as server, server.connect() as client:
+        head, body = binary_infer(2000)
+        reply = ask(client, head + body)
+        assert reply.status == 413 and "1000 bytes" in reply.error
