@@ -229,7 +229,7 @@ def test_only_these_import_zmq() -> None:
 
 def test_metrics_cost_nothing_where_nobody_wants_them() -> None:
     users = {name for name in MODULES if "prometheus_client" in outside(name)}
-    assert users == {"supervisor.metrics.families"}
+    assert users == {"supervisor.metrics.families", "server.metrics.families"}
     lazy = {"supervisor.metrics.endpoint", "supervisor.metrics.families"}
     for name in MODULES:
         if name != "supervisor.metrics.endpoint":
@@ -240,7 +240,7 @@ def test_metrics_cost_nothing_where_nobody_wants_them() -> None:
 def test_only_the_probe_measures(library: str) -> None:
     users = {name for name in MODULES if library in outside(name)}
     users = {name for name in users if not name.startswith("demo")}
-    assert users <= {"supervisor.measure.memory_probe", "inprocess.memory"}
+    assert users <= {"supervisor.measure.memory_probe", "inprocess.memory", "server.metrics.machine"}
 
 
 def test_engine_is_imported_eagerly_by_its_backend_only() -> None:

@@ -20,6 +20,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.parsing import parse_address
 from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.host.model_host import ModelHost
+from onnx_dl.protocol.failures import keep_engine_out
 from onnx_dl.server import demo
 from onnx_dl.server.auth import access
 from onnx_dl.server.inference import limits
@@ -50,6 +51,7 @@ def serve(options: ServeOptions) -> int:
         OnnxDLError: the host did not start.
     """
     logs.begin(is_first=True)
+    keep_engine_out()
     set_title("server")
     if options.demo:
         options = demo.with_models(options)

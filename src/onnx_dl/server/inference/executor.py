@@ -19,9 +19,11 @@ from onnx_dl.server.inference.bodies import Bodies
 from onnx_dl.server.inference.failures import failure_of
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.inference.loads import Loads
+from onnx_dl.server.inference.memory import RegionUses
 from onnx_dl.server.inference.preparation import Preparations, Prepared
 from onnx_dl.server.inference.statistics import Durations, Statistics
 from onnx_dl.server.interfaces import Models, Served, VersionStatistics
+from onnx_dl.server.shm.regions import Regions
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, internal, passed
 from onnx_dl.server.v2.messages import InferRequest, InferResponse
 from onnx_dl.session import placed_runs
@@ -34,9 +36,10 @@ class Executor:
     """Makes inferences.  Thread-safe."""
 
     def __init__(
-        self, models: Models, regions: object, statistics: Statistics, limits: Limits, host: HostClient
+        self, models: Models, regions: Regions, statistics: Statistics, limits: Limits, host: HostClient
     ) -> None:
         self._models = models
+        self.regions = regions
         self.statistics = statistics
         self.limits = limits
         self.bodies = Bodies(host, limits)
@@ -107,7 +110,7 @@ class _Course:
 
     __slots__ = (
         "_began", "_bound", "_column", "_counts", "_entry", "_executor", "_is_counted", "_nbytes",
-        "_prepared", "_ready", "_request", "_timeout",
+        "_prepared", "_ready", "_request", "_timeout", "_uses",
     )  # fmt: skip
 
     def __init__(self, executor: Executor, entry: Served, request: InferRequest) -> None:
@@ -117,6 +120,7 @@ class _Course:
         self._request = request
         self._counts: VersionStatistics | None = None
         self._column: int | None = None
+        self._uses = RegionUses(executor.regions)
         self._nbytes = 0
         self._timeout: float | None = None
         self._is_counted = False
@@ -137,7 +141,7 @@ class _Course:
         given = checks.check_parameters(request.parameters)
         timeouts = [each for each in (given, request.timeout) if each is not None]
         self._timeout = min(timeouts, default=None)
-        prepared = self._prepared = executor.preparations.prepare(entry, request)
+        prepared = self._prepared = executor.preparations.prepare(entry, request, self._uses)
         self._ready = time.perf_counter_ns()
         return prepared
 
@@ -160,7 +164,7 @@ class _Course:
         prepared, request, entry = self._prepared, self._request, self._entry
         assert prepared is not None and self._counts is not None
         tensors = [
-            outputs.tensor_of(prepared.signature, name, value)
+            outputs.tensor_of(prepared, name, value, request)
             for name, value in zip(prepared.names, results, strict=True)
         ]
         response = InferResponse(request.model, entry.version, request.id, tensors)
@@ -199,6 +203,7 @@ class _Course:
             self._executor.statistics.fail(self._counts, failure.reason, time.perf_counter_ns() - self._began)
 
     def __exit__(self, *exc: object) -> None:
+        self._uses.end()
         if self._column is not None:
             self._executor.limits.leave(self._column)
         if self._nbytes:

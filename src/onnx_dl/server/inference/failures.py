@@ -10,6 +10,7 @@ from onnx_dl.errors import (
     ConfigError,
     DescriptorsExhausted,
     FilesChanging,
+    ForeignMemoryError,
     InstallationError,
     LoadTimeout,
     MemoryLimitExceeded,
@@ -24,6 +25,7 @@ from onnx_dl.errors import (
     WorkerDied,
     WorkerError,
 )
+from onnx_dl.server.shm import regions
 from onnx_dl.server.v2.failures import RequestFailure, internal, invalid, unavailable
 
 _log: Final = logging.getLogger("onnx_dl.server")
@@ -66,6 +68,8 @@ def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> Req
         return error
     if is_loading or isinstance(error, _NOT_LOADED) or _engine_class(error) in _OF_LOADS:
         return _load_failure(error, model)
+    if isinstance(error, ForeignMemoryError):
+        return regions.failure_of(error)
     if isinstance(error, _NO_ROOM):
         return unavailable(f"model '{model}' cannot run now: {error}", _retry_after(error))
     if isinstance(error, WorkerDied):

@@ -126,7 +126,8 @@ def _numbers(tensor: InputTensor, flat: list[Any], dtype: np.dtype[Any]) -> Arra
         if dtype.kind in "iu":
             wide = np.array(flat, np.uint64 if dtype == np.uint64 else np.int64)
             made = wide.astype(dtype)
-            fits = np.array_equal(made, wide)
+            # numpy 1 makes a large number of a negative one.
+            fits = np.array_equal(made, wide) and (dtype != np.uint64 or min(flat, default=0) >= 0)
         else:
             with np.errstate(over="ignore"):
                 made = np.array(flat, dtype)

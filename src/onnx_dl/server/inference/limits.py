@@ -15,7 +15,7 @@ import threading
 from typing import Final
 
 from onnx_dl.server.interfaces import Served
-from onnx_dl.server.v2.failures import too_many
+from onnx_dl.server.v2.failures import too_large, too_many
 from onnx_dl.system import resources
 
 COLUMNS: Final = 1024
@@ -88,7 +88,7 @@ class Limits:
         """
         column = 1 + entry.slot % (COLUMNS - 1)
         bound = queue_bound(entry, self._max_queue_size)
-        self._add(column, 1)
+        self._add(column, 1, waits=True)
         if self._sum(column) > bound:
             self._add(column, -1)
             raise too_many(f"{bound} requests of model '{entry.name}' wait or run, and it takes no more")
@@ -104,7 +104,9 @@ class Limits:
         Raises:
             RequestFailure: 413: it alone is larger than the bound.  429: too many bytes are in flight.
         """
-        self._add(_BYTES, nbytes)
+        if nbytes > self.max_bytes:
+            raise too_large(f"a request of {nbytes} bytes is larger than the limit of {self.max_bytes}")
+        self._add(_BYTES, nbytes, waits=True)
         if (total := self._sum(_BYTES)) > self.max_bytes:
             self._add(_BYTES, -nbytes)
             raise too_many(
@@ -135,8 +137,8 @@ class Limits:
             return self._words[column]
         return sum(self._words[column::COLUMNS].tolist())
 
-    def _add(self, column: int, change: int) -> None:
-        """Add to a word of this process's row.
+    def _add(self, column: int, change: int, *, waits: bool = False) -> None:
+        """Add to a word of this process's row.  ``waits``: return when that is done.
 
         A finalizer may run between any two steps of a thread, also of one that has the lock.  So changes go
         to a deque first, and whoever has the lock makes them all; the loop closes the race in which a change
@@ -144,12 +146,10 @@ class Limits:
         """
         changes, words, first = self._changes, self._words, self._first
         changes.append((column, change))
-        while changes and self._lock.acquire(blocking=False):
+        while changes and self._lock.acquire(blocking=waits):
             try:
                 while changes:
                     column, change = changes.popleft()
                     words[first + column] += change
-            except IndexError:  # a finalizer of this thread made the last one
-                pass
             finally:
                 self._lock.release()

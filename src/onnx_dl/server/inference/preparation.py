@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from onnx_dl.core.types import Value
-from onnx_dl.server.inference import checks, inputs
+from onnx_dl.server.inference import checks, inputs, memory
 from onnx_dl.server.inference.checks import Signature
 from onnx_dl.server.inference.inputs import MakeEmpty
+from onnx_dl.server.inference.memory import RegionUses
 from onnx_dl.server.interfaces import Served
-from onnx_dl.server.v2.messages import InferRequest, InputTensor
+from onnx_dl.server.shm.regions import Region
+from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice
 from onnx_dl.session.typed_runs import BFLOAT16
+from onnx_dl.tensors.foreign import ForeignPlace
 
 
 class Prepared(NamedTuple):
@@ -21,6 +24,8 @@ class Prepared(NamedTuple):
         names: of the outputs to compute, in order; empty: all, whose names are not known.
         feed: a value by input name.
         rows: of the batch, or 1.
+        places: where the run itself writes results, by output.
+        copies: outputs that are written to their regions after the run.
         types: number of ONNX's element type by input or output, of those whose dtype does not tell (BF16).
     """
 
@@ -28,6 +33,8 @@ class Prepared(NamedTuple):
     names: list[str]
     feed: dict[str, Value]
     rows: int
+    places: dict[str, ForeignPlace]
+    copies: dict[str, tuple[RegionSlice, Region]]
     types: dict[str, int]
 
 
@@ -39,11 +46,14 @@ class Preparations:
         self._make_empty = make_empty
         self._signatures: dict[tuple[str, str], tuple[Served, Signature]] = {}
 
-    def prepare(self, entry: Served, request: InferRequest) -> Prepared:
+    def prepare(self, entry: Served, request: InferRequest, uses: RegionUses) -> Prepared:
         """Check a request and return the arguments of its run.
 
+        Args:
+            uses: gets the regions that the request names; the caller ends them after the run.
+
         Raises:
-            RequestFailure: 400: the request is not valid.
+            RequestFailure: 400: the request is not valid; 404: there is no such region; 403: there are none.
         """
         signature = self.signature(entry)
         rows = checks.check_inputs(signature, request.inputs)
@@ -51,12 +61,16 @@ class Preparations:
         feed: dict[str, Value] = {}
         types: dict[str, int] = {}
         for tensor in request.inputs:
-            feed[tensor.name] = self._value(tensor)
+            feed[tensor.name] = self._value(tensor, uses)
             if tensor.datatype == "BF16":
                 types[tensor.name] = BFLOAT16
         if signature.has_bfloat16:
             types |= {name: BFLOAT16 for name in names if signature.outputs[name].datatype == "BF16"}
-        return Prepared(signature, names, feed, rows, types)
+        prepared = Prepared(signature, names, feed, rows, {}, {}, types)
+        for output in request.outputs:
+            if output.region is not None:
+                _find_place(prepared, output.name, output.region, uses)
+        return prepared
 
     def signature(self, entry: Served) -> Signature:
         """Return the signature of a version, which is made once for each content of it."""
@@ -66,10 +80,23 @@ class Preparations:
             known = self._signatures[key] = entry, Signature(entry)
         return known[1]
 
-    def _value(self, tensor: InputTensor) -> Value:
+    def _value(self, tensor: InputTensor, uses: RegionUses) -> Value:
         data = tensor.data
         if type(data) is memoryview or type(data) is bytes:
             return inputs.binary(tensor, data, self._make_empty)
         if type(data) is list:
             return inputs.from_json(tensor, data)
+        if isinstance(data, RegionSlice):
+            return memory.input_value(tensor, data, uses.region(data.region), self._make_empty)
         raise inputs.unreadable(tensor)
+
+
+def _find_place(prepared: Prepared, name: str, where: RegionSlice, uses: RegionUses) -> None:
+    region = uses.region(where.region)
+    info = prepared.signature.outputs.get(name)
+    # A run with types that numpy lacks takes no places.
+    datatype = None if info is None or prepared.types else info.datatype
+    if (place := memory.output_place(datatype, where, region)) is None:
+        prepared.copies[name] = where, region
+    else:
+        prepared.places[name] = place

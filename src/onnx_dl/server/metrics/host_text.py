@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import urllib.parse
 from typing import Final
 
@@ -12,31 +12,42 @@ _MOST: Final = 32 << 20
 """Bytes of a page."""
 
 
-def fetch(address: str | None, accept: str, timeout: float = TIMEOUT) -> str:
-    """Return the page in the format that ``accept`` asks for; empty if there is none, or not in time.  Waits:
-    for a thread.
+async def fetch(address: str | None, accept: str, timeout: float = TIMEOUT) -> str:
+    """Return the page in the format that ``accept`` asks for; empty if there is none, or not in time.
 
     Args:
         address: "host:port", from ``Snapshot.metrics``; None: the host has no endpoint.
         accept: the scraper's header ``Accept``.
+        timeout: seconds for the whole page.
     """
-    if not address:
-        return ""
-    parts = urllib.parse.urlsplit(f"//{address}")
-    if parts.hostname is None or parts.port is None:
-        return ""
-    connection = http.client.HTTPConnection(_reachable(parts.hostname), parts.port, timeout=timeout)
     try:
-        connection.request("GET", "/metrics", headers={"Accept": accept} if accept else {})
-        response = connection.getresponse()
-        page = response.read(_MOST + 1)
-    except (OSError, http.client.HTTPException):
+        parts = urllib.parse.urlsplit(f"//{address or ''}")
+        if not parts.hostname or not parts.port or not (accept.isascii() and accept.isprintable()):
+            return ""
+        async with asyncio.timeout(timeout):
+            page = await _exchange(_reachable(parts.hostname), parts.port, accept)
+    except (OSError, ValueError, EOFError):
         return ""
+    head, _, body = page.partition(b"\r\n\r\n")
+    status = head.split(None, 2)[1:2]
+    return body.decode(errors="replace") if status == [b"200"] else ""
+
+
+async def _exchange(host: str, port: int, accept: str) -> bytes:
+    """Return the whole answer, which ends with the connection."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        name = f"[{host}]" if ":" in host else host
+        accepted = f"Accept: {accept}\r\n" if accept else ""
+        writer.write(f"GET /metrics HTTP/1.0\r\nHost: {name}:{port}\r\n{accepted}\r\n".encode())
+        parts, size = [], 0
+        while part := await reader.read(1 << 20):
+            parts.append(part)
+            if (size := size + len(part)) > _MOST:
+                raise EOFError("the page is too long")
+        return b"".join(parts)
     finally:
-        connection.close()
-    if response.status != 200 or len(page) > _MOST:
-        return ""
-    return page.decode(errors="replace")
+        writer.close()
 
 
 def _reachable(host: str) -> str:

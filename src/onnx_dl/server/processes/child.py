@@ -13,6 +13,7 @@ import msgspec
 
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import OnnxDLError
+from onnx_dl.protocol.failures import keep_engine_out
 from onnx_dl.server.auth import access
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.processes import host, logs
@@ -33,6 +34,7 @@ def main(fd: int, parent: int) -> None:
     process_setup.set_up_process()
     process_setup.die_with_parent(parent)
     logs.begin(is_first=False)
+    keep_engine_out()
     # The terminal sends Ctrl-C to all: the first process decides when to end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import urllib.request
 from typing import Final
 
 import msgspec
@@ -15,14 +14,13 @@ from onnx_dl.core.settings import Settings, settings
 from onnx_dl.core.status import ModelStatus, Snapshot
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.host.model_host import ModelHost
+from onnx_dl.server.metrics import host_text
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.system import process_setup
 
 _METRICS: Final = "127.0.0.1:0"
-_PAGE_TIMEOUT: Final = 2.0
 _EVENTS: Final = 300
 """Events that a host keeps."""
-_MOST_BYTES: Final = 64 << 20
 
 
 def own_name() -> str:
@@ -84,14 +82,4 @@ async def page_of(snapshot: Snapshot | None) -> str:
     """The text of the host's own metrics; empty: it serves none, or does not answer."""
     if snapshot is None or snapshot.metrics is None:
         return ""
-    with contextlib.suppress(OSError, ValueError):
-        return await asyncio.to_thread(_read, f"http://{snapshot.metrics}/metrics")
-    return ""
-
-
-def _read(url: str) -> str:
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        url, timeout=_PAGE_TIMEOUT
-    ) as page:
-        content: bytes = page.read(_MOST_BYTES)
-    return content.decode()
+    return await host_text.fetch(snapshot.metrics, "")
