@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import socket
 import subprocess
 import time
@@ -18,7 +19,7 @@ import pytest
 pytest.importorskip("tritonclient.http")
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from tritonclient.utils import InferenceServerException, shared_memory
+from tritonclient.utils import InferenceServerException
 
 from tests.server.http_models import TYPES, repository, values
 from tests.server.raw_http import Reader, request
@@ -204,24 +205,27 @@ def test_models_are_loaded_and_unloaded(client: Any) -> None:
 
 def test_shared_memory(client: Any) -> None:
     x = np.arange(50_000, dtype=np.float32)
-    region = shared_memory.create_shared_memory_region("http_region", "/odl_http_test", 2 * x.nbytes)
+    key = f"odl_http_{os.getpid()}"
+    # By hand: the client's own functions start a process of Python's that stays.
+    path = Path("/dev/shm") / key
+    path.write_bytes(x.tobytes() + bytes(x.nbytes))
+    path.chmod(0o600)
     try:
-        shared_memory.set_shared_memory_region(region, [x])
-        client.register_system_shared_memory("http_region", "/odl_http_test", 2 * x.nbytes)
-        assert client.get_system_shared_memory_status()[0]["name"] == "http_region"
+        client.register_system_shared_memory("region", f"/{key}", 2 * x.nbytes)
+        assert [row["name"] for row in client.get_system_shared_memory_status()] == ["region"]
         source = triton.InferInput("x", [x.size], "FP32")
-        source.set_shared_memory("http_region", x.nbytes)
+        source.set_shared_memory("region", x.nbytes)
         place = triton.InferRequestedOutput("y", binary_data=True)
-        place.set_shared_memory("http_region", x.nbytes, offset=x.nbytes)
+        place.set_shared_memory("region", x.nbytes, offset=x.nbytes)
         result = client.infer("identity", [source], outputs=[place])
         assert "parameters" not in result.get_output("y") and "data" not in result.get_output("y")
-        assert np.array_equal(
-            shared_memory.get_contents_as_numpy(region, np.float32, [2 * x.size])[x.size :], x
-        )
-        client.unregister_system_shared_memory("http_region")
+        assert np.array_equal(np.frombuffer(path.read_bytes(), np.float32)[x.size :], x)
+        client.unregister_system_shared_memory("region")
         assert client.get_system_shared_memory_status() == []
+        with pytest.raises(InferenceServerException, match="region"):
+            client.infer("identity", [source])
     finally:
-        shared_memory.destroy_shared_memory_region(region)
+        path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -356,7 +360,9 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serving,
         for part in made.cert_chain_pems:
             out.write(part.bytes())
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    (folder / "tokens").write_text(f"tester:{hashlib.sha256(b'a-secret-of-the-test').hexdigest()}:infer,control\n")
+    (folder / "tokens").write_text(
+        f"tester:{hashlib.sha256(b'a-secret-of-the-test').hexdigest()}:infer,control\n"
+    )
     (folder / "tokens").chmod(0o600)
 
     def client() -> Any:
