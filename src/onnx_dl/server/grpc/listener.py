@@ -55,6 +55,8 @@ class GrpcListener:
             else:
                 port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
+            server.start()  # one that never ran keeps its descriptors
+            server.stop(0).wait(_CLOSE_TIMEOUT)
             raise OSError(f"cannot listen on {address}: {error}") from error
         self._grpc = server
         server.start()

@@ -59,12 +59,12 @@ def address_of(peer: str) -> str:
 
 
 def _subject(context: grpc.ServicerContext) -> str | None:
-    """Subject of the certificate that the client showed."""
+    """Subject of the certificate that the client showed, or another of its names."""
     shown = context.auth_context()
-    for key in ("x509_subject", "x509_common_name"):
+    for key in ("x509_subject", "x509_common_name", "x509_subject_alternative_name"):
         if found := shown.get(key):
-            return b",".join(found).decode("utf-8", "replace")
-    return None
+            return b", ".join(found).decode("utf-8", "replace")
+    return "unnamed" if "x509_pem_cert" in shown else None
 
 
 def time_left(context: grpc.ServicerContext) -> float | None:

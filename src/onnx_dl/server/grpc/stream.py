@@ -79,7 +79,7 @@ class Stream:
         self._place.give_back()
 
     def drain(self) -> None:
-        """What was begun is answered, then the stream ends."""
+        """Ends the stream when what it has read is answered."""
         self._following.put(_Drained())
 
     def read(self, messages: Iterator[bytes]) -> None:

@@ -56,7 +56,7 @@ def _numbers(name: str, datatype: str, items: Sequence[float]) -> bytes:
     for begin in range(0, len(items), _AT_ONCE):
         part = items[begin : begin + _AT_ONCE]
         if dtype.kind in "iu" and dtype.itemsize < 4:  # protobuf has no numbers of one and two bytes
-            limits = np.iinfo(dtype)
+            limits = np.iinfo(dtype.name)
             if min(part) < limits.min or max(part) > limits.max:
                 raise invalid(f"input '{name}' has a number that {datatype} does not have")
         array[begin : begin + _AT_ONCE] = part
