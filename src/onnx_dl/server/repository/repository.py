@@ -65,9 +65,14 @@ class Repository:
         """As they were when it was last decided about them."""
         self._failures: dict[Content, str] = {}
         """Reasons of contents that did not load, until their files change or a client loads them again."""
+        self._again: set[str] = set()
+        """Names to be taken over at the next look, though their files are the same: a load has failed for a
+        reason that may pass."""
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop_listening: Callable[[], None] | None = None
+        self.has_started = asyncio.Event()
+        """What loads at the start is loaded, or does not load."""
 
     # --- the whole ----------------------------------------------------------------------------------------
 
@@ -114,6 +119,7 @@ class Repository:
         await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
         self._tables.is_started = True
         await self._tables.publish()
+        self.has_started.set()
 
     def _loads_at_start(self, candidate: Candidate) -> bool:
         is_asked = self._wishes.is_loaded_first(candidate.name)
@@ -137,7 +143,7 @@ class Repository:
         if candidate.problem:
             raise control_requests.not_loaded(name, candidate.problem, is_clients=override is not None)
         self._disk.tell(candidate)
-        failed = await self._adopt(candidate, must_load=True, override=override)
+        failed = await self._adopt(candidate, must_load=True, is_clients=True, override=override)
         if failed or candidate.broken:
             is_clients = override is not None and not failed
             raise control_requests.load_failure(name, failed, candidate.broken, is_clients=is_clients)
@@ -178,13 +184,19 @@ class Repository:
         return plan.decide(candidate, {}, failures=self._failures, must_load=must_load)
 
     async def _adopt(
-        self, candidate: Candidate, *, must_load: bool = False, override: str | None = None
+        self,
+        candidate: Candidate,
+        *,
+        must_load: bool = False,
+        is_clients: bool = False,
+        override: str | None = None,
     ) -> list[Outcome]:
         """Serves a model as it is on the disk now, with loads first where something is served already.
 
         Args:
             candidate: the model.
-            must_load: somebody asked for its load, so failures of earlier ones do not count.
+            must_load: it is loaded before it is served, and failures of earlier loads do not count.
+            is_clients: a client waits for the load, and gets its error.
             override: a configuration that the candidate was read with.
 
         Returns:
@@ -196,12 +208,15 @@ class Repository:
                 self._wishes.load(name, override)
                 self._failures = {at: why for at, why in self._failures.items() if at[0] != name}
             self._candidates[name] = candidate
-            failed = await self._load_and_switch(candidate, must_load=must_load)
+            self._again.discard(name)
+            failed = await self._load_and_switch(candidate, must_load=must_load, is_clients=is_clients)
             if any(outcome.is_passing for outcome in failed):
-                self._candidates.pop(name, None)  # so that the next look finds a change, and tries again
+                self._again.add(name)
             return failed
 
-    async def _load_and_switch(self, candidate: Candidate, *, must_load: bool) -> list[Outcome]:
+    async def _load_and_switch(
+        self, candidate: Candidate, *, must_load: bool, is_clients: bool
+    ) -> list[Outcome]:
         name, present = candidate.name, self._tables.served(candidate.name)
         loaded: set[Content] = set()
         failures = dict(self._failures)
@@ -214,7 +229,11 @@ class Repository:
         )
         ended = list(zip(planned.to_load, outcomes, strict=True))
         for entry, outcome in ended:
-            self._note(entry, outcome, bool(present), loaded, failures)
+            on_use = not (present or is_clients or entry.version in candidate.unread)
+            if self._is_served_after(entry, outcome, on_use=on_use, is_replaced=bool(present)):
+                loaded.add(content(entry))
+            else:
+                failures[content(entry)] = control_requests.reason_of_load(entry, outcome.text)
         if any(outcome.signature is not None for outcome in outcomes):
             candidate = await self._completed(candidate, ended)
         if ended:
@@ -226,32 +245,36 @@ class Repository:
                 self._models.discard(entry)
         return [outcome for entry, outcome in ended if content(entry) not in loaded]
 
-    def _note(
-        self,
-        entry: Served,
-        outcome: Outcome,
-        is_replaced: bool,
-        loaded: set[Content],
-        failures: dict[Content, str],
-    ) -> None:
-        """Notes how a load ended.  ``is_replaced``: something is served of the model."""
+    def _is_served_after(self, entry: Served, outcome: Outcome, *, on_use: bool, is_replaced: bool) -> bool:
+        """Whether a version is served after its load has ended like this, also where it failed.
+
+        Args:
+            entry: the version.
+            outcome: of its load.
+            on_use: it may as well be loaded by the first request, which may succeed.
+            is_replaced: something is served of the model.
+        """
         at = content(entry)
         if outcome.error is None:
-            loaded.add(at)
-            logger.info("Model '%s' version %s is loaded from %s", entry.name, entry.version, entry.path)
-        elif outcome.lacks_room and is_replaced:
-            loaded.add(at)
+            logger.info("Model '%s' version %s is loaded from %s", *at[:2], entry.path)
+            return True
+        if outcome.lacks_room and is_replaced:
             logger.warning(
                 "Model '%s' version %s: there is no memory for the new and the old one at the same time, so "
                 "it is replaced without a load first: %s",
                 *at[:2],
                 outcome.text,
             )
-        else:
-            failures[at] = control_requests.reason_of_load(entry, outcome.text)
-            if not outcome.is_passing:
-                self._failures[at] = failures[at]
-            logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
+            return True
+        logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
+        if not outcome.is_passing:
+            reason = control_requests.reason_of_load(entry, outcome.text)
+            if on_use:
+                self._health.mark(entry, reason)
+                self._tables.failing = self._health.failing
+            else:
+                self._failures[at] = reason
+        return on_use
 
     async def _completed(self, candidate: Candidate, ended: Sequence[tuple[Served, Outcome]]) -> Candidate:
         """The candidate with the signatures that the loads have told."""
@@ -271,31 +294,38 @@ class Repository:
         while True:
             await asyncio.sleep(self._options.poll_every)
             try:
-                await self.look()
+                for name, candidate in (await self._changes()).items():
+                    if not self._lock(name).locked():  # else it is looked at again when that has ended
+                        self._begin(self._take_over(name, candidate))
             except OSError as error:  # what is served stays: the folder may come back
                 self._disk.tell_once(f"The repository {error.filename} cannot be read: {error.strerror}.")
             except Exception:
                 logger.exception("The repositories could not be followed")
 
     async def look(self) -> None:
-        """Looks once, and returns when what has changed is taken over.  A model whose files change between
-        two looks waits for the next time.
+        """Looks once, and returns when what has changed is taken over.
 
         Raises:
             OSError: a repository's folder cannot be listed.
         """
+        changes = await self._changes()
+        await asyncio.gather(*(self._take_over(name, candidate) for name, candidate in changes.items()))
+
+    async def _changes(self) -> dict[str, Candidate | None]:
+        """What has changed, by name; None: it is gone.  A model whose files change between two looks is left
+        for the next time.  Raises OSError, as :meth:`look`."""
         overrides = self._wishes.overrides
         first = await self._disk.read(overrides)
         changed = [name for name in first.keys() | self._candidates.keys() if self._differs(name, first)]
         if not changed:
-            return
+            return {}
         await asyncio.sleep(SETTLED)
         second = await self._disk.read(overrides)
-        settled = [name for name in sorted(changed) if second.get(name) == first.get(name)]
-        await asyncio.gather(*(self._take_over(name, second.get(name)) for name in settled))
+        return {name: second.get(name) for name in sorted(changed) if second.get(name) == first.get(name)}
 
     def _differs(self, name: str, found: Mapping[str, Candidate]) -> bool:
-        return self._wishes.is_followed(name) and found.get(name) != self._candidates.get(name)
+        is_other = name in self._again or found.get(name) != self._candidates.get(name)
+        return is_other and self._wishes.is_followed(name)
 
     async def _take_over(self, name: str, candidate: Candidate | None) -> None:
         if candidate is not None:
