@@ -70,6 +70,8 @@ class Repository:
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._stop_listening: Callable[[], None] | None = None
+        self.has_started = asyncio.Event()
+        """What loads at the start is loaded, or does not load."""
 
     # --- the whole ----------------------------------------------------------------------------------------
 
@@ -116,6 +118,7 @@ class Repository:
         await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
         self._tables.is_started = True
         await self._tables.publish()
+        self.has_started.set()
 
     def _loads_at_start(self, candidate: Candidate) -> bool:
         is_asked = self._wishes.is_loaded_first(candidate.name)
