@@ -247,6 +247,17 @@ def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
         server.inference.is_full = False
 
 
+def test_a_request_with_too_large_a_head_is_not_carried_out(server: HttpStandIn) -> None:
+    """Its end is there when it is refused."""
+    server.inference.requests.clear()
+    with server.connect() as client:
+        client.sendall(infer(X="a" * 65_600))
+        assert Reader(client).reply().status == 431
+    with server.connect() as other:
+        assert ask(other, infer()).status == 200
+    assert len(server.inference.requests) == 1
+
+
 def test_half_a_body_holds_little(server: HttpStandIn) -> None:
     server.inference.allocated.clear()
     head, body = binary_infer(60 << 20)

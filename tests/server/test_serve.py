@@ -218,7 +218,7 @@ eager = true
         state = ask(server, "/v2/onnx_dl/models/ziffern").json
         assert (state["state"], state["ttl"], state["loads"]) == ("ready", 420.0, 1)  # that of the host
         assert re.search(r"^onnx_dl_memory_limit_bytes 7e\+08$", ask(server, "/metrics").body.decode(), re.M)
-        server.process.kill()  # a host that holds a model itself ends, too
+        server.end(signal.SIGKILL)  # a host that holds a model itself ends, too
 
 
 def test_the_command_lines_limit_is_the_hosts(tmp_path: Path) -> None:

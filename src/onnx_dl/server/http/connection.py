@@ -154,7 +154,9 @@ class HttpConnection(asyncio.BufferedProtocol):
         end = waiting.find(END)
         if end > HEAD_BYTES or (end < 0 and len(waiting) > HEAD_BYTES):
             self._head = None
+            self._waiting = b""
             self._send(failed(head_too_large()), is_read=False)
+            return data[len(data) :]
         if end < 0:
             return data[len(data) :]
         self._waiting = b""
