@@ -173,6 +173,13 @@ def test_a_fault_of_the_server_is_500_without_its_trace(
     assert ask(client, infer()).status == 200
 
 
+def test_a_fault_at_the_head_is_500_too(server: HttpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.access, "check", lambda *_: 1 / 0)
+    with server.connect() as client:
+        reply = ask(client, infer())
+        assert reply.status == 500 and b"ZeroDivision" not in reply.body
+
+
 def test_who_is_told_to_continue_continues(client: socket.socket) -> None:
     head, body = binary_infer(100_000, Expect="100-continue")
     client.sendall(head)
