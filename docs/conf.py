@@ -72,6 +72,7 @@ SHOWN = {
     "project/contributing": "CONTRIBUTING.md",
     "project/examples": "examples/README.md",
     "project/service": "examples/service/README.md",
+    "project/serving": "examples/serving/README.md",
 }
 """Pages that show a file from outside of this folder, where the page has the line PLACE."""
 PLACE = re.compile(r"^<!-- The site shows .* here\. -->$", re.MULTILINE)

@@ -186,8 +186,9 @@ class Client:
         gc.collect()
         time.sleep(max(0.0, at - time.monotonic()))
         cpu, times = time.process_time(), []
-        until, now = (at if at else time.monotonic()) + seconds, time.monotonic()
-        while now < until and len(times) < most:
+        now = time.monotonic()
+        until = now + seconds
+        while not times or (now < until and len(times) < most):
             call()
             ended = time.monotonic()
             times.append((ended - now) * 1e6)

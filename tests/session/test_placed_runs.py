@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.session import placed_runs
-from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, ForeignPlace, Written, as_bytes
 from tests.support.slow import identity_model, spin_model
 from tests.support.waiting import DEADLINE, allowed, eventually
 
@@ -81,21 +79,3 @@ def test_a_coroutine_has_its_time(spin: InferenceSessionProxy) -> None:
     with pytest.raises(RunTimeout):
         asyncio.run(placed_runs.arun(spin, None, FOR_EVER, {}, 0.1))
     assert is_free(spin)
-
-
-def memory(nbytes: int, *, is_mapped: bool = False) -> ForeignMemory:
-    """A file of shared memory that is not sealed, as those of other processes."""
-    fd = os.memfd_create("foreign")
-    os.ftruncate(fd, nbytes)
-    return ForeignMemory(fd, nbytes, is_mapped=is_mapped)
-
-
-def test_an_input_and_a_result_lie_in_foreign_memory(identity: InferenceSessionProxy) -> None:
-    foreign = memory(64)
-    foreign.write(0, as_bytes(X))
-    feed = {"x": ForeignArray(foreign, 0, X.dtype, X.shape)}
-    places = {"y": ForeignPlace(foreign, 32, 32)}
-    (y,) = placed_runs.run(identity, None, feed, places, Deadline(DEADLINE))
-    assert y == Written(X.dtype, X.shape)
-    assert (ForeignArray(foreign, 32, X.dtype, X.shape).copy() == X).all()
-    foreign.close()

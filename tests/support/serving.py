@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.support.sharing import belonging
 from tests.support.waiting import DEADLINE, allowed, eventually
 
-_ADDRESS = r"^{}: (?:https?://)?(\S+)$"
+_ADDRESS = r"^{}: (?:https?://)?([^/\s]+)"
 
 
 class Serving:

@@ -48,3 +48,31 @@ def identity_model() -> bytes:
     node = helper.make_node("Identity", ["x"], ["y"])
     ends = [_info("x", FLOAT, ["N"])], [_info("y", FLOAT, ["N"])]
     return _bytes(helper.make_graph([node], "identity", *ends))
+
+
+def late_model() -> bytes:
+    """y = 2 x, read after ``n`` turns of a loop; x: float32[N], n: int64 scalar."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Mul", ["state", "one"], ["next"]),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        "body",
+        [_info("turn", INT64, []), _info("go", BOOL, []), _info("state", FLOAT, [])],
+        [_info("go_on", BOOL, []), _info("next", FLOAT, [])],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Loop", ["n", "true", "two"], ["factor"], body=body),
+            helper.make_node("Mul", ["x", "factor"], ["y"]),
+        ],
+        "late",
+        [_info("x", FLOAT, ["N"]), _info("n", INT64, [])],
+        [_info("y", FLOAT, ["N"])],
+        [
+            numpy_helper.from_array(np.array(1, np.float32), "one"),
+            numpy_helper.from_array(np.array(2, np.float32), "two"),
+            numpy_helper.from_array(np.array(True), "true"),
+        ],
+    )
+    return _bytes(graph)

@@ -107,7 +107,7 @@ class RemoteModel(RemoteClaims):
             if (
                 plan is None
                 or (call := plan.repeated) is None
-                or lane.arena.memories.has_closed  # a number alone would not tell the worker
+                or lane.arena.memories.has_news  # a number alone would not tell the worker
                 or not call.fill(outputs, feed, lane.arena)
             ):
                 pool.put(lane)

@@ -22,7 +22,7 @@ from onnx_dl.errors import ConfigError, OnnxDLError
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.protocol.failures import keep_engine_out
 from onnx_dl.server import demo
-from onnx_dl.server.auth import access
+from onnx_dl.server.auth import access, start
 from onnx_dl.server.inference import limits
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.processes import host as hosts
@@ -33,6 +33,7 @@ from onnx_dl.server.processes.front import Addresses, Front, Listeners, backgrou
 from onnx_dl.server.processes.local_control import LocalControl
 from onnx_dl.server.processes.loops import run
 from onnx_dl.server.processes.remote_control import answered
+from onnx_dl.server.repository.catalog import NamedModel
 from onnx_dl.server.repository.repository import Repository
 from onnx_dl.system.process_title import set_title
 
@@ -44,7 +45,7 @@ _CUT: Final = 5.0
 def serve(options: ServeOptions) -> int:
     """Serves until a signal, and returns the exit code.  Belongs to the main thread.
 
-    Prints the addresses, one a line, then ``ready``.
+    Prints the addresses, one a line, then ``ready``: what loads at the start is loaded, or does not load.
 
     Raises:
         ConfigError: (a ValueError) the options do not allow a start.
@@ -58,9 +59,26 @@ def serve(options: ServeOptions) -> int:
     try:
         rights = access.open_access(options, logs.tell)
         check_addresses(options)
+        for sentence in start.warnings(options):
+            logs.tell(sentence)
         return run(_Serving(options, rights).serve())
     except access.AccessError as error:
         raise ConfigError(str(error)) from None
+
+
+def named(options: ServeOptions) -> list[NamedModel]:
+    """The models of the ``host.toml``."""
+    return [
+        NamedModel(
+            name=model.name,
+            path=model.spec.where(""),
+            place=f"{options.config}, models.{model.name}",
+            spec=model.spec,
+            terms=model.terms,
+            is_eager=model.is_eager,
+        )
+        for model in options.file_models
+    ]
 
 
 def check_addresses(options: ServeOptions) -> None:
@@ -145,7 +163,7 @@ class _Serving:
         closing.enter_context(background(asyncio.get_running_loop().create_task(keep_host(host))))
         self._children = children = Children(counts, page)
         control = LocalControl(front, children)
-        control.repository = Repository(options, host, front.table, control.publish)
+        control.repository = Repository(options, host, front.table, control.publish, named(options))
         front.control = control
         closing.push_async_callback(control.repository.close)
         closing.push_async_callback(children.close)
@@ -164,8 +182,10 @@ class _Serving:
             )
         except OSError as error:
             raise ConfigError(str(error)) from None
+        await control.repository.has_started.wait()
         if options.demo:
-            print(demo.commands(actual.http, host.name or ""), flush=True)
+            is_open = not (options.tls_cert or options.token_file)
+            print(demo.commands(actual.http if is_open else "", host.name or ""), flush=True)
 
     async def _open_host(self) -> ModelHost:
         """The host: one of this server's own, which ends with it, or the one that the user has named."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import sys
 
 import msgspec
@@ -20,16 +23,14 @@ def with_models(options: ServeOptions) -> ServeOptions:
 def commands(http: str, host: str) -> str:
     """Commands for a shell: is it ready, one inference, and the models in memory.  Each can be pasted.
 
-    ``http``: "host:port", empty if HTTP is off; ``host``: name of the shared host.
+    ``http``: "host:port", empty if HTTP cannot be used without more; ``host``: name of the shared host.
     """
-    lines = ["Try in another terminal:", ""]
+    lines = [f"{_command()} ps --host {host}"]
     if http:
-        lines += [
-            f"curl -i http://{http}/v2/health/ready",
-            f"curl http://{http}/v2/models/diabetes/infer -d '{_request()}'",
-        ]
-    lines += [f"{_command()} ps --host {host}", ""]
-    return "\n".join(lines)
+        ready = f"curl -i http://{http}/v2/health/ready"
+        infer = f"curl http://{http}/v2/models/diabetes/infer -d '{_request()}'"
+        lines = [ready, infer, *lines]
+    return "\n".join(["Try in another terminal:", *(f"  {line}" for line in lines)])
 
 
 def _request() -> str:
@@ -46,5 +47,8 @@ def _request() -> str:
 
 
 def _command() -> str:
-    """The command ``onnx-dl`` as it can be called from this installation."""
-    return f"{sys.executable} -m onnx_dl"
+    """The command ``onnx-dl`` of this installation."""
+    found = shutil.which("onnx-dl")
+    if found is not None and os.path.dirname(found) == os.path.dirname(sys.executable):
+        return "onnx-dl"
+    return f"{shlex.quote(sys.executable)} -m onnx_dl"

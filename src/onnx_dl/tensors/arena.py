@@ -46,6 +46,7 @@ class NoPeer:
     """Announcer of an arena whose blocks reach other processes by adoption only."""
 
     room = 1
+    has_drops = False
 
     def shared(self, block: int, size: int, fd: int) -> None:
         os.close(fd)

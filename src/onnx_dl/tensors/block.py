@@ -216,6 +216,10 @@ class Announcer(Protocol):
         """Number of new blocks that the next message can still announce.  Each takes one of the few
         descriptors of a packet."""
 
+    @property
+    def has_drops(self) -> bool:
+        """True if the peer does not know yet of a dropped block or memory."""
+
     def shared(self, block: int, size: int, fd: int) -> None:
         """Announce a new block.  Takes ownership of ``fd``; the peer maps it before the block is named."""
 

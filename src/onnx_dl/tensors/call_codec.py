@@ -66,6 +66,10 @@ class CallCodec:
 
         Raises: like :meth:`Packer.pack`.
         """
+        # A number alone carries no news of memories that were closed.
+        has_news = self._arena.memories.has_news
+        if has_news:
+            self._arena.memories.drop_closed()
         moved, feed = self._shared_inputs(feed)
         key = None
         if options is None and not background:
@@ -75,8 +79,7 @@ class CallCodec:
             except TypeError:  # names that cannot be hashed: onnxruntime raises its own error
                 plan = None
             if plan is not None and plan.inputs.fill(feed, self._arena):
-                # A number alone carries no news of memories that were closed.
-                if moved is None and not self._arena.memories.drop_closed():
+                if moved is None and not has_news:
                     return plan
                 places = [(index, (moved or {})[name]) for index, name in plan.moved]
                 return EncodedCall(m.Replay(plan=plan.number, moved=places), plan)

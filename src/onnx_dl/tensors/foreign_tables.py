@@ -54,9 +54,9 @@ class AnnouncedMemories:
         return len(self._known)
 
     @property
-    def has_closed(self) -> bool:
-        """True if the worker may have a memory that was closed."""
-        return bool(self._closed)
+    def has_news(self) -> bool:
+        """True if the worker must learn that a memory was closed, or a block dropped."""
+        return bool(self._closed) or self._announcer.has_drops
 
     def memory_closed(self, serial: int) -> None:
         """Has the next message drop this memory.  Called by any thread."""
@@ -79,12 +79,10 @@ class AnnouncedMemories:
         self._known[memory.serial] = known._replace(turn=self._turn)  # moves it to the end
         return known.number
 
-    def drop_closed(self) -> bool:
-        """Tell the worker to drop the memories that were closed; whether there were any."""
-        found = False
+    def drop_closed(self) -> None:
+        """Tell the worker to drop the memories that were closed."""
         while self._closed:
-            found = self._drop(self._closed.popleft()) or found
-        return found
+            self._drop(self._closed.popleft())
 
     def drop_all(self) -> None:
         """Tell the worker to drop all memories, and what it keeps for copies."""

@@ -51,6 +51,10 @@ class Notices:
     def room(self) -> int:
         return MOST_NEW - len(self._shared) - len(self._foreign)
 
+    @property
+    def has_drops(self) -> bool:
+        return bool(self.old)
+
     def shared(self, block: int, size: int, fd: int) -> None:
         self._shared[block] = size, Descriptor(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tests.server.conformance import plain
@@ -19,4 +20,5 @@ def outcomes(http: str, grpc: str, used: dict[str, set[str]] | None = None) -> d
         kit.close()
         if used is not None:
             used[kit.kind] = kit.used
-    return found
+    plainly: dict[str, Any] = json.loads(json.dumps(found))
+    return plainly

@@ -45,7 +45,7 @@ def _model_metadata(server: Server, request: Message, wait: Wait) -> Message:
     served = server.models.find(request.name, request.version)
     return _ModelMetadata(
         name=served.name,
-        versions=server.models.versions(served.name),
+        versions=[request.version] if request.version else server.models.versions(served.name),
         platform=served.platform,
         inputs=[_tensor(info) for info in served.inputs],
         outputs=[_tensor(info) for info in served.outputs],

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from onnx_dl.server.http.depth import check_depth
+from onnx_dl.server.http.depth import check_json
 from onnx_dl.server.http.head import json_too_large
 from onnx_dl.server.http.limits import JSON_BYTES, JSON_DEPTH
 from onnx_dl.server.interfaces import Served, TensorInfo
@@ -83,7 +83,7 @@ def read_request(
 
 
 def _decode(json: bytes) -> _Request:
-    check_depth(json, JSON_DEPTH)
+    check_json(json, JSON_DEPTH)
     try:
         return _DECODER.decode(json)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

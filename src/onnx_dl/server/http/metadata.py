@@ -37,7 +37,7 @@ def _tensor(info: TensorInfo) -> dict[str, Any]:
 def index(rows: Iterable[IndexRow], *, is_ready: bool) -> list[dict[str, Any]]:
     """Rows of the repository's index.  ``is_ready``: of models only that are ready."""
     return [
-        {name: value for name, value in msgspec.structs.asdict(row).items() if value or name != "version"}
+        {name: value for name, value in msgspec.structs.asdict(row).items() if value}
         for row in rows
         if row.state == "READY" or not is_ready
     ]

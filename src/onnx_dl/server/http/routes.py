@@ -112,7 +112,8 @@ class _Endpoints:
     async def metadata(self, request: Request) -> Response:
         name, version = _named(request)
         models = self._server.models
-        return _json(metadata.model_metadata(models.find(name, version), models.versions(name)))
+        versions = [version] if version else models.versions(name)
+        return _json(metadata.model_metadata(models.find(name, version), versions))
 
     async def config(self, request: Request) -> Response:
         return _json(self._server.models.find(*_named(request)).config)

@@ -22,6 +22,9 @@ from onnx_dl.server.repository.layout import Folder
 from onnx_dl.server.repository.signature import Signature, Unservable
 from onnx_dl.server.repository.source import Refused, Source
 
+FileStates = tuple[model_files.Identity | None, ...]
+"""States of a model's file and of its external data."""
+
 
 class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is served beside the repositories.
@@ -65,7 +68,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     entries: tuple[Served, ...] = ()
     broken: dict[str, str] = {}
     unread: tuple[str, ...] = ()
-    files: tuple[model_files.Identity | None, ...] = ()
+    files: tuple[FileStates, ...] = ()
     warmups: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -73,14 +76,22 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 class Catalog:
     """Reads candidates, and remembers the signatures of files that have not changed.
 
-    Used by one thread at a time.
+    Used by one thread at a time.  Raises ConfigError: a model's name cannot be part of a path.
     """
 
     def __init__(self, roots: Sequence[str], named: Sequence[NamedModel] = ()) -> None:
+        for model in named:
+            _check_name(model)
         self._roots = [os.path.abspath(root) for root in roots]
         self._named = list(named)
         self._signatures: dict[tuple[str, model_files.Identity], Signature | Unservable] = {}
         self._external: dict[tuple[str, model_files.Identity], tuple[str, ...]] = {}
+        self._configurations: dict[
+            str, tuple[tuple[str | None, str | None], Configuration, Source | None]
+        ] = {}
+        """By place: what was read, of which texts."""
+        self._last: dict[str, tuple[object, Candidate]] = {}
+        """By place: the last candidate, and all that it was made of."""
 
     def read(self, overrides: Mapping[str, str] | None = None) -> dict[str, Candidate]:
         """All candidates by name.
@@ -126,8 +137,7 @@ class Catalog:
         if folder.problem:
             return msgspec.structs.replace(blank, problem=folder.problem)
         try:
-            source = _source(folder.name, folder.config, folder.config_path, override)
-            found = Configuration() if source is None else config.understood(source, folder.name)
+            found, source = self._configuration(folder.name, folder.config, folder.config_path, override)
         except Refused as error:
             return msgspec.structs.replace(blank, problem=str(error))
         numbers = versions.selected(found.policy, folder.versions.keys())
@@ -145,8 +155,7 @@ class Catalog:
     def _of_file(self, model: NamedModel, override: str | None) -> Candidate:
         blank = Candidate(name=model.name, place=model.place, there=("1",))
         try:
-            source = _source(model.name, None, "", override)
-            found = Configuration() if source is None else config.understood(source, model.name)
+            found, source = self._configuration(model.name, None, model.place, override)
         except Refused as error:
             return msgspec.structs.replace(blank, problem=str(error))
         if model.spec is not None and model.terms is not None and source is None:
@@ -165,7 +174,11 @@ class Catalog:
     ) -> Candidate:
         entries: list[Served] = []
         unread: list[str] = []
-        files = tuple(model_files.identity(path) for _, path in sorted(paths.items()))  # before they are read
+        files = tuple(self._states(path) for _, path in sorted(paths.items()))  # before they are read
+        made_of = (blank, sorted(paths.items()), files, found, dict(broken))
+        last = self._last.get(blank.place)
+        if last is not None and last[0] == made_of and not last[1].unread:
+            return last[1]
         for number, path in sorted(paths.items()):
             try:
                 entry, is_read = self._entry(blank.name, number, path, found, source)
@@ -180,7 +193,7 @@ class Catalog:
                 if not is_read:
                     unread.append(entry.version)
         problem = "" if entries or broken else f"{blank.place} has none of the versions that its policy names"
-        return msgspec.structs.replace(
+        made = msgspec.structs.replace(
             blank,
             problem=problem,
             entries=tuple(entries),
@@ -188,8 +201,46 @@ class Catalog:
             unread=tuple(unread),
             files=files,
             warmups=found.warmups,
-            notes=() if source is None else tuple(source.notes),
+            notes=(*(() if source is None else source.notes), *self._left_out(entries, found)),
         )
+        self._last[blank.place] = made_of, made
+        return made
+
+    def _left_out(self, entries: Iterable[Served], found: Configuration) -> list[str]:
+        """What is told of outputs that the protocol has no words for, if the configuration names none."""
+        if found.outputs:
+            return []
+        return [
+            f"{entry.path}: {problem}; this output is left out"
+            for entry in entries
+            if (identity := model_files.identity(entry.path)) is not None
+            and (known := self._signature(entry.path, identity)) is not None
+            for problem in known.problems.values()
+        ]
+
+    def _configuration(
+        self, name: str, text: str | None, place: str, override: str | None
+    ) -> tuple[Configuration, Source | None]:
+        """What a configuration says.  Raises Refused."""
+        known = self._configurations.get(place)
+        if known is not None and known[0] == (text, override):
+            return known[1:]
+        source = _source(name, text, place, override)
+        found = Configuration() if source is None else config.understood(source, name)
+        self._configurations[place] = (text, override), found, source
+        return found, source
+
+    def _states(self, path: str) -> FileStates:
+        """The states of a model's file and of its external data; empty: there is no file."""
+        identity = model_files.identity(path)
+        if identity is None:
+            return ()
+        try:
+            names = self._external_files(path, identity)
+        except OSError:
+            names = ()
+        folder = os.path.dirname(path)
+        return identity, *(model_files.identity(os.path.join(folder, name)) for name in names)
 
     def _entry(
         self, name: str, number: int, path: str, found: Configuration, source: Source | None
@@ -250,8 +301,8 @@ class Catalog:
     def _forget(self, models: int) -> None:
         """Drops what is remembered of old contents, before it grows without end."""
         if len(self._signatures) > 1000 + 100 * models:
-            self._signatures.clear()
-            self._external.clear()
+            for known in (self._signatures, self._external, self._configurations, self._last):
+                known.clear()
 
 
 def _listed(root: str) -> list[Folder]:
@@ -282,3 +333,11 @@ def _add(found: dict[str, Candidate], candidate: Candidate) -> None:
     problem = f"there are two models of the name '{candidate.name}': {other.place} and {candidate.place}"
     there = tuple(sorted({*other.there, *candidate.there}, key=int))
     found[candidate.name] = Candidate(name=candidate.name, place=other.place, there=there, problem=problem)
+
+
+def _check_name(model: NamedModel) -> None:
+    name = model.name
+    if not name.strip() or not name.isprintable() or set(name) & set("/\\") or name in (".", ".."):
+        raise ConfigError(
+            f"{model.place}: {name[:80]!r} is not a name for a model: use printable text without / and \\."
+        )

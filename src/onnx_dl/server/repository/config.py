@@ -166,7 +166,7 @@ def _declared(source: Source, role: str) -> list[Declared]:
         if any(name == other.name for other in found):
             source.refuse(at, f"the {role} '{name[:80]}' is given twice")
         for field, why in _OF_INPUT.items():
-            if each.get(field):
+            if each.get(field, False) is not False:  # an empty reshape is one, too: to a scalar
                 source.refuse((*at, field), f"{role} '{name[:80]}': {why}")
         if each.get("format", "FORMAT_NONE") != "FORMAT_NONE":
             text = f"input '{name[:80]}': a format changes nothing here; give dims as the model has them"

@@ -8,6 +8,7 @@ from typing import Any, Final
 from onnx_dl.core import keywords
 from onnx_dl.server.interfaces import Served
 from onnx_dl.server.options import ModelControl
+from onnx_dl.server.repository.layout import MOST_CONFIG
 from onnx_dl.server.repository.loads import Outcome
 from onnx_dl.server.v2.failures import RequestFailure, invalid, not_found
 
@@ -43,6 +44,8 @@ def config_of(name: str, parameters: Mapping[str, Any]) -> str | None:
     config = parameters.get(_CONFIG)
     if config is not None and not isinstance(config, str):
         raise invalid(f"failed to load '{name}', the parameter config is JSON as text")
+    if config is not None and len(config) > MOST_CONFIG:
+        raise invalid(f"failed to load '{name}', the parameter config has more than {MOST_CONFIG} characters")
     return config
 
 

@@ -19,6 +19,10 @@ class Health:
         self.failing: dict[Content, str] = {}
         """Reasons by content."""
 
+    def mark(self, entry: Served, reason: str) -> None:
+        """Notes a load that failed."""
+        self.failing = self.failing | {content(entry): reason}
+
     def note(self, event: ModelEvent, served: Iterable[Served]) -> bool:
         """Notes an event.  True: what is failing has changed."""
         if event.type is EventType.READY:

@@ -113,9 +113,10 @@ class ModelTable:
         """A proxy of a version that the next table will have.  The caller loads it, and drops it by
         :meth:`discard` if it is not to be served."""
         with self._lock:
-            found = self._served.get(entry.name, {}).get(entry.version) or self._prepared.get(_place(entry))
-            if found is not None and is_same(found.entry, entry):
-                return found
+            served = self._served.get(entry.name, {}).get(entry.version)
+            for found in (served, self._prepared.get(_place(entry))):
+                if found is not None and is_same(found.entry, entry):
+                    return found
             used = UsedModel(entry, self._host)
             replaced = self._prepared.pop(_place(entry), None)
             self._prepared[_place(entry)] = used

@@ -14,7 +14,7 @@ from typing import Any, Final
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ConfigError
-from onnx_dl.server.interfaces import Served, ServedTable
+from onnx_dl.server.interfaces import ServedTable
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.repository import control_requests, loads, plan
 from onnx_dl.server.repository.catalog import Candidate, NamedModel
@@ -22,8 +22,9 @@ from onnx_dl.server.repository.disk import SETTLED, Disk
 from onnx_dl.server.repository.health import Health
 from onnx_dl.server.repository.loads import Outcome, logger
 from onnx_dl.server.repository.models import UNLOADED, ModelTable
-from onnx_dl.server.repository.plan import Content, Plan, content
+from onnx_dl.server.repository.plan import Plan
 from onnx_dl.server.repository.tables import Tables
+from onnx_dl.server.repository.takeover import Takeover
 from onnx_dl.server.repository.wishes import Wishes
 
 _AT_A_TIME: Final = 4
@@ -51,7 +52,6 @@ class Repository:
     ) -> None:
         self._options = options
         self._host = host
-        self._models = models
         given = [
             NamedModel(name=name, path=path, place=f"--model {name}={path}")
             for name, path in options.models.items()
@@ -59,15 +59,19 @@ class Repository:
         alone = [*given, *named]
         self._wishes = Wishes(options.model_control, {model.name for model in alone})
         self._disk = Disk(options.repository, alone)
-        self._tables = Tables(models, publish, strict=options.strict_readiness)
         self._health = Health()
+        self._tables = Tables(models, publish, self._health, strict=options.strict_readiness)
+        self._takeover = Takeover(models, self._tables, self._disk, self._health)
         self._candidates: dict[str, Candidate] = {}
         """As they were when it was last decided about them."""
-        self._failures: dict[Content, str] = {}
-        """Reasons of contents that did not load, until their files change or a client loads them again."""
+        self._again: set[str] = set()
+        """Names to be taken over at the next look, though their files are the same: a load has failed for a
+        reason that may pass."""
         self._locks: dict[str, asyncio.Lock] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._stop_listening: Callable[[], None] | None = None
+        self.has_started = asyncio.Event()
+        """What loads at the start is loaded, or does not load."""
 
     # --- the whole ----------------------------------------------------------------------------------------
 
@@ -114,6 +118,7 @@ class Repository:
         await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
         self._tables.is_started = True
         await self._tables.publish()
+        self.has_started.set()
 
     def _loads_at_start(self, candidate: Candidate) -> bool:
         is_asked = self._wishes.is_loaded_first(candidate.name)
@@ -137,7 +142,7 @@ class Repository:
         if candidate.problem:
             raise control_requests.not_loaded(name, candidate.problem, is_clients=override is not None)
         self._disk.tell(candidate)
-        failed = await self._adopt(candidate, must_load=True, override=override)
+        failed = await self._adopt(candidate, must_load=True, is_clients=True, override=override)
         if failed or candidate.broken:
             is_clients = override is not None and not failed
             raise control_requests.load_failure(name, failed, candidate.broken, is_clients=is_clients)
@@ -175,16 +180,22 @@ class Repository:
         if not self._wishes.is_served(name):
             return plan.unloaded(candidate, UNLOADED if name in self._wishes.unloaded else "")
         must_load = self._wishes.is_loaded_first(name)
-        return plan.decide(candidate, {}, failures=self._failures, must_load=must_load)
+        return plan.decide(candidate, {}, failures=self._takeover.failures, must_load=must_load)
 
     async def _adopt(
-        self, candidate: Candidate, *, must_load: bool = False, override: str | None = None
+        self,
+        candidate: Candidate,
+        *,
+        must_load: bool = False,
+        is_clients: bool = False,
+        override: str | None = None,
     ) -> list[Outcome]:
         """Serves a model as it is on the disk now, with loads first where something is served already.
 
         Args:
             candidate: the model.
-            must_load: somebody asked for its load, so failures of earlier ones do not count.
+            must_load: it is loaded before it is served, and failures of earlier loads do not count.
+            is_clients: a client waits for the load, and gets its error.
             override: a configuration that the candidate was read with.
 
         Returns:
@@ -194,75 +205,16 @@ class Repository:
         async with self._lock(name):
             if must_load:
                 self._wishes.load(name, override)
-                self._failures = {at: why for at, why in self._failures.items() if at[0] != name}
+                self._takeover.forget_failures(name)
             self._candidates[name] = candidate
-            failed = await self._load_and_switch(candidate, must_load=must_load)
-            if any(outcome.is_passing for outcome in failed):
-                self._candidates.pop(name, None)  # so that the next look finds a change, and tries again
-            return failed
-
-    async def _load_and_switch(self, candidate: Candidate, *, must_load: bool) -> list[Outcome]:
-        name, present = candidate.name, self._tables.served(candidate.name)
-        loaded: set[Content] = set()
-        failures = dict(self._failures)
-        decide = functools.partial(plan.decide, present=present, must_load=must_load)
-        planned = decide(candidate, loaded=loaded, failures=failures)
-        self._tables.set(name, planned)
-        await self._tables.publish()
-        outcomes = await asyncio.gather(
-            *(loads.load(self._models, entry, candidate) for entry in planned.to_load)
-        )
-        ended = list(zip(planned.to_load, outcomes, strict=True))
-        for entry, outcome in ended:
-            self._note(entry, outcome, bool(present), loaded, failures)
-        if any(outcome.signature is not None for outcome in outcomes):
-            candidate = await self._completed(candidate, ended)
-        if ended:
-            self._tables.set(name, decide(candidate, loaded=loaded, failures=failures))
-            await self._tables.publish()
-        now = self._tables.served(name)
-        for entry, _ in ended:
-            if entry.version not in now or not plan.is_same(now[entry.version], entry):
-                self._models.discard(entry)
-        return [outcome for entry, outcome in ended if content(entry) not in loaded]
-
-    def _note(
-        self,
-        entry: Served,
-        outcome: Outcome,
-        is_replaced: bool,
-        loaded: set[Content],
-        failures: dict[Content, str],
-    ) -> None:
-        """Notes how a load ended.  ``is_replaced``: something is served of the model."""
-        at = content(entry)
-        if outcome.error is None:
-            loaded.add(at)
-            logger.info("Model '%s' version %s is loaded from %s", entry.name, entry.version, entry.path)
-        elif outcome.lacks_room and is_replaced:
-            loaded.add(at)
-            logger.warning(
-                "Model '%s' version %s: there is no memory for the new and the old one at the same time, so "
-                "it is replaced without a load first: %s",
-                *at[:2],
-                outcome.text,
+            self._again.discard(name)
+            override = self._wishes.overrides.get(name)
+            self._candidates[name], failed = await self._takeover.switch(
+                candidate, override, must_load=must_load, is_clients=is_clients
             )
-        else:
-            failures[at] = control_requests.reason_of_load(entry, outcome.text)
-            if not outcome.is_passing:
-                self._failures[at] = failures[at]
-            logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
-
-    async def _completed(self, candidate: Candidate, ended: Sequence[tuple[Served, Outcome]]) -> Candidate:
-        """The candidate with the signatures that the loads have told."""
-        for entry, outcome in ended:
-            if outcome.signature is not None:
-                await self._disk.learn(entry, outcome.signature)
-        again = await self._disk.read_one(candidate.name, self._wishes.overrides.get(candidate.name))
-        if again is None:
-            return candidate
-        self._candidates[candidate.name] = again
-        return again
+            if any(outcome.is_passing for outcome in failed):
+                self._again.add(name)
+            return failed
 
     # --- changes ------------------------------------------------------------------------------------------
 
@@ -271,31 +223,38 @@ class Repository:
         while True:
             await asyncio.sleep(self._options.poll_every)
             try:
-                await self.look()
+                for name, candidate in (await self._changes()).items():
+                    if not self._lock(name).locked():  # else it is looked at again when that has ended
+                        self._begin(self._take_over(name, candidate))
             except OSError as error:  # what is served stays: the folder may come back
                 self._disk.tell_once(f"The repository {error.filename} cannot be read: {error.strerror}.")
             except Exception:
                 logger.exception("The repositories could not be followed")
 
     async def look(self) -> None:
-        """Looks once, and returns when what has changed is taken over.  A model whose files change between
-        two looks waits for the next time.
+        """Looks once, and returns when what has changed is taken over.
 
         Raises:
             OSError: a repository's folder cannot be listed.
         """
+        changes = await self._changes()
+        await asyncio.gather(*(self._take_over(name, candidate) for name, candidate in changes.items()))
+
+    async def _changes(self) -> dict[str, Candidate | None]:
+        """What has changed, by name; None: it is gone.  A model whose files change between two looks is left
+        for the next time.  Raises OSError, as :meth:`look`."""
         overrides = self._wishes.overrides
         first = await self._disk.read(overrides)
         changed = [name for name in first.keys() | self._candidates.keys() if self._differs(name, first)]
         if not changed:
-            return
+            return {}
         await asyncio.sleep(SETTLED)
         second = await self._disk.read(overrides)
-        settled = [name for name in sorted(changed) if second.get(name) == first.get(name)]
-        await asyncio.gather(*(self._take_over(name, second.get(name)) for name in settled))
+        return {name: second.get(name) for name in sorted(changed) if second.get(name) == first.get(name)}
 
     def _differs(self, name: str, found: Mapping[str, Candidate]) -> bool:
-        return self._wishes.is_followed(name) and found.get(name) != self._candidates.get(name)
+        is_other = name in self._again or found.get(name) != self._candidates.get(name)
+        return is_other and self._wishes.is_followed(name)
 
     async def _take_over(self, name: str, candidate: Candidate | None) -> None:
         if candidate is not None:
@@ -315,7 +274,6 @@ class Repository:
     def _on_event(self, event: ModelEvent) -> None:
         """Notes which models do not load, or do again."""
         if self._health.note(event, self._tables.all()):
-            self._tables.failing = self._health.failing
             self._begin(self._tables.publish())
 
     # --- small things -------------------------------------------------------------------------------------
@@ -324,12 +282,12 @@ class Repository:
         """Held while a model's plan is carried out."""
         return self._locks.setdefault(name, asyncio.Lock())
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("The repository failed", exc_info=error)

@@ -212,6 +212,7 @@ def _entry(node: Node, declared: str, at: Path, lines: dict[Path, int]) -> tuple
             raise Malformed(part.line, f"{part.name} is given twice")
         parts[part.name] = part
     key = str(_typed(parts["key"], key_kind, at, lines)) if "key" in parts else ""
+    lines.setdefault(at, node.line)
     lines[*at, key] = node.line
     if "value" in parts:
         return key, _typed(parts["value"], value_kind, (*at, key), lines)

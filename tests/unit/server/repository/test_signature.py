@@ -18,6 +18,7 @@ from onnx_dl.server.interfaces import TensorInfo
 from onnx_dl.server.repository import signature
 from onnx_dl.server.repository.signature import Signature, Unservable
 from tests.support import onnx_cases, zoo
+from tests.support.waiting import allowed
 
 
 def of_onnxruntime(path: Path) -> Signature:
@@ -77,8 +78,8 @@ def test_all_models_of_the_zoo(tmp_path: Path) -> None:
 
 def test_models_of_the_onnx_package(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    cases = onnx_cases.sample(300, 18)
-    assert len(cases) >= 250
+    cases = onnx_cases.sample(100, 18)
+    assert len(cases) >= 80
     for case in cases:
         path.write_bytes(case.blob)
         assert difference(path) is None, case.name
@@ -145,7 +146,7 @@ def test_gigabytes_of_weights_are_seeked_over(tmp_path: Path) -> None:
         file.write(values)
     began = time.perf_counter()
     found = signature.read(str(path))
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < allowed(0.5)
     assert [each.name for each in (*found.inputs, *found.outputs)] == ["x", "y"]
 
 
@@ -186,7 +187,7 @@ def test_damaged_models_never_raise_anything_else(tmp_path: Path) -> None:
     rng = np.random.default_rng(18)
     path = tmp_path / "m.onnx"
     blobs = [kind.data for kind in zoo.kinds().values() if len(kind.data) < 20_000]
-    for _ in range(1500):
+    for _ in range(400):
         data = bytearray(blobs[rng.integers(len(blobs))])
         for at in rng.integers(0, len(data), rng.integers(1, 6)):
             data[at] = rng.integers(256)
