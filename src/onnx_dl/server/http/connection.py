@@ -63,10 +63,14 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._is_paused = False
         """The client takes no more for now."""
         self._unsent = 0
+        """Bytes that the client had not taken at the last look."""
+        self._sending = 0
+        """Bytes of the answer."""
         self._head: Head | None = None
         self._admitted: Admitted | None = None
         self._body: Body | None = None
         self._began = 0.0
+        """When the head of the request was there, and then: when its answer began."""
         self._skip = 0
         self._request: Request | None = None
         self._task: asyncio.Task[None] | None = None
@@ -150,7 +154,9 @@ class HttpConnection(asyncio.BufferedProtocol):
         end = waiting.find(END)
         if end > HEAD_BYTES or (end < 0 and len(waiting) > HEAD_BYTES):
             self._head = None
+            self._waiting = b""
             self._send(failed(head_too_large()), is_read=False)
+            return data[len(data) :]
         if end < 0:
             return data[len(data) :]
         self._waiting = b""
@@ -163,6 +169,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._send(not_allowed(refusal.methods), skip=skipped_length(self._head))
         except RequestFailure as failure:
             self._send(failed(failure), skip=skipped_length(self._head))
+        except Exception:
+            self._send(self._handler.fault(waiting[:end]), is_read=False)
         return memoryview(waiting)[end:]
 
     def _admit(self, admitted: Admitted, *, has_more: bool) -> None:
@@ -233,6 +241,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         else:
             self._transport.writelines(parts)
         self._has_served = True
+        self._began = self._loop.time()
+        self._sending = sum(map(len, parts))
         if keeps and skip:
             self._skip = skip
             self._enter(Phase.SKIP)
@@ -269,10 +279,12 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it has waited for a request; None: closing it would be noticed."""
-        if self._phase is not Phase.HEAD or (self._waiting and self._loop.time() - self._since < _PATIENCE):
-            return None
-        return self._since
+        """Since when it has waited for its client; None: closing it would be noticed."""
+        is_patient = self._loop.time() - self._since > _PATIENCE
+        if self._phase is Phase.HEAD and (is_patient or not self._waiting):
+            return self._since
+        is_sent = self._phase is Phase.LINGER and not self._transport.get_write_buffer_size()
+        return self._since if is_sent and is_patient else None
 
     def look(self, now: float) -> None:
         """End the connection if its client takes too long."""
@@ -296,7 +308,10 @@ class HttpConnection(asyncio.BufferedProtocol):
                 unsent = self._transport.get_write_buffer_size()
                 if unsent != self._unsent:
                     self._unsent, self._since = unsent, now
-                elif waited > (limits.send_idle if unsent else limits.linger):
+                is_slow = unsent > 0 and is_too_slow(
+                    self._sending - unsent, self._sending, now - self._began, limits
+                )
+                if is_slow or now - self._since > (limits.send_idle if unsent else limits.linger):
                     self._transport.abort()
 
     def end(self, *, now: bool) -> None:

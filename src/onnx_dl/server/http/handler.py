@@ -90,8 +90,12 @@ class Handler:
         except RequestFailure as failure:
             return failed(failure)
         except Exception:
-            logger.exception("A request failed: %s %r", request.head.method, request.head.target)
-            return failed(internal("The server failed.  Its log says why."))
+            return self.fault(request.head.target)
+
+    def fault(self, request: bytes) -> Answer:
+        """The answer to a request at which the server itself failed.  The log has the exception."""
+        logger.exception("A request failed: %r", request[:200])
+        return failed(internal("The server failed.  Its log says why."))
 
     async def _infer(self, request: Request) -> Answer:
         headers = request.head.headers

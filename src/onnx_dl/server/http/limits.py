@@ -3,7 +3,7 @@
 A client that is slow holds its own connection and little else:
 
 - A head must be there ten seconds after its first byte, however the bytes trickle in.
-- A body takes memory in steps (64 KiB, 8 MiB, 128 MiB, all) as it arrives.  It is cut if nothing comes for
+- A body takes memory in steps (64 KiB, 1, 8, 64 MiB, all) as it arrives.  It is cut if nothing comes for
   ``body_idle`` seconds, or if its average falls below the rate that would need ``body_total`` seconds.
 - An answer is cut if the client takes none of it for ``send_idle`` seconds.
 """
@@ -24,7 +24,7 @@ WAITING_BYTES: Final = 64 << 10
 """Bytes of later requests that a connection keeps while one is answered."""
 SKIPPED: Final = 1 << 20
 """Bytes of a refused body that are read so that the connection can be kept."""
-STEPS: Final = (64 << 10, 8 << 20, 128 << 20)
+STEPS: Final = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
 """Bytes that a body gets at first, and when these are full."""
 _SLOWEST: Final = 2048
 """Bytes per second of a body, at least."""
