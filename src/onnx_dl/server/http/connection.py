@@ -16,6 +16,7 @@ from onnx_dl.server.http.connections import Connections
 from onnx_dl.server.http.handler import Admitted, Handler, NotAllowed
 from onnx_dl.server.http.head import END, Head, head_too_large, parse_head, skipped_length
 from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
+from onnx_dl.server.http.outgoing import Outgoing
 from onnx_dl.server.http.peers import caller_of
 from onnx_dl.server.http.requests import Request
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
@@ -60,17 +61,12 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._has_served = False
         self._ends = False
         """No request is answered after this one."""
-        self._is_paused = False
-        """The client takes no more for now."""
-        self._unsent = 0
-        """Bytes that the client had not taken at the last look."""
-        self._sending = 0
-        """Bytes of the answer."""
+        self._outgoing: Outgoing
         self._head: Head | None = None
         self._admitted: Admitted | None = None
         self._body: Body | None = None
         self._began = 0.0
-        """When the head of the request was there, and then: when its answer began."""
+        """When the head of the request was there."""
         self._skip = 0
         self._request: Request | None = None
         self._task: asyncio.Task[None] | None = None
@@ -80,6 +76,7 @@ class HttpConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses.
         self._transport = cast("asyncio.Transport", transport)
+        self._outgoing = Outgoing(self._transport, self._limits)
         self._caller = caller_of(transport)
         if not self._connections.add(self):
             self._ends = True
@@ -106,10 +103,10 @@ class HttpConnection(asyncio.BufferedProtocol):
         return False
 
     def pause_writing(self) -> None:
-        self._is_paused = True
+        self._outgoing.is_paused = True
 
     def resume_writing(self) -> None:
-        self._is_paused = False
+        self._outgoing.is_paused = False
         if self._phase is Phase.SEND:
             self._next()
 
@@ -236,13 +233,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         )  # fmt: skip
         version, method = ("1.1", "") if head is None else (head.version, head.method)
         parts = rendered(answer, version=version, keeps_alive=keeps, is_head=method == "HEAD")
-        if len(parts) == 1:
-            self._transport.write(parts[0])
-        else:
-            self._transport.writelines(parts)
+        self._outgoing.send(parts, self._loop.time())
         self._has_served = True
-        self._began = self._loop.time()
-        self._sending = sum(map(len, parts))
         if keeps and skip:
             self._skip = skip
             self._enter(Phase.SKIP)
@@ -258,9 +250,8 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _next(self) -> None:
         """Look at the next request, if the client has taken the last answer."""
-        if self._is_paused:
+        if self._outgoing.is_paused:
             self._enter(Phase.SEND)
-            self._unsent = self._transport.get_write_buffer_size()
             return
         self._enter(Phase.HEAD)
         if self._ends or (self._connections.is_draining and not self._waiting):
@@ -283,7 +274,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         is_patient = self._loop.time() - self._since > _PATIENCE
         if self._phase is Phase.HEAD and (is_patient or not self._waiting):
             return self._since
-        is_sent = self._phase is Phase.LINGER and not self._transport.get_write_buffer_size()
+        is_sent = self._phase is Phase.LINGER and not self._outgoing.unsent
         return self._since if is_sent and is_patient else None
 
     def look(self, now: float) -> None:
@@ -302,17 +293,10 @@ class HttpConnection(asyncio.BufferedProtocol):
                 if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
                     self._body = None
                     self._send(failed(passed("The request's body took too long.")), is_read=False)
-            case Phase.SKIP if waited > limits.linger:
+            case Phase.SEND | Phase.LINGER if self._outgoing.is_stuck(now):
                 self._transport.abort()
-            case Phase.SEND | Phase.LINGER:
-                unsent = self._transport.get_write_buffer_size()
-                if unsent != self._unsent:
-                    self._unsent, self._since = unsent, now
-                is_slow = unsent > 0 and is_too_slow(
-                    self._sending - unsent, self._sending, now - self._began, limits
-                )
-                if is_slow or now - self._since > (limits.send_idle if unsent else limits.linger):
-                    self._transport.abort()
+            case Phase.SKIP | Phase.LINGER if waited > limits.linger and not self._outgoing.unsent:
+                self._transport.abort()
 
     def end(self, *, now: bool) -> None:
         """End the connection: ``now``, or when it has finished what was begun."""
