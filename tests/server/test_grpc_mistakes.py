@@ -57,7 +57,7 @@ def test_unknown_methods_are_unimplemented(rig: Rig, path: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("data", [b"\xff", b"\x0a\x7f", b"\x0b" * 5000, b"\x00\x00"])
+@pytest.mark.parametrize("data", [b"\xff", b"\x0a\x7f", b"\x0b" * 5000, b"\x0c"])
 def test_wrong_bytes_are_an_invalid_argument(rig: Rig, name: str, data: bytes) -> None:
     code, text = failure(rig, name, data)
     assert code == "INVALID_ARGUMENT"
@@ -95,7 +95,7 @@ def test_what_a_compressed_message_becomes_is_limited(rig: Rig, algorithm: grpc.
     bomb = raw_request(np.zeros(32 << 20, np.float32))
     code, text = failure(rig, "ModelInfer", bomb, compression=algorithm)
     assert code == "RESOURCE_EXHAUSTED"
-    assert "larger than max" in text
+    assert text == "Decompressed message larger than max"  # older grpcio says how large it became
 
 
 def test_a_head_over_the_limit_is_refused(rig: Rig) -> None:

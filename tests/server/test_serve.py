@@ -234,7 +234,10 @@ def test_the_command_lines_limit_is_the_hosts(tmp_path: Path) -> None:
 class Slow:
     """A request that runs for so many turns, in a thread."""
 
-    def __init__(self, server: Serving, turns: int) -> None:
+    def __init__(self, server: Serving, turns: int, *, loads: bool = True) -> None:
+        """``loads``: the model is loaded before, by a short request."""
+        if loads:
+            assert Slow(server, 1, loads=False).wait().status == 200
         self.answer: Answer | None = None
         x = {"name": "x", "shape": [64, 64], "datatype": "FP32", "data": [0.0] * 4096}
         n = {"name": "n", "shape": [], "datatype": "INT64", "data": [turns]}
