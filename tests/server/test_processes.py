@@ -161,34 +161,35 @@ def test_children_that_die_or_hang_are_replaced(repository: Path) -> None:
     with serving("--repository", repository, "--processes", str(PROCESSES)) as server:
         statuses(server, "/v2/models/digits/infer", rows("digits"))
         eventually(lambda: age(children(server)[-1]) > 5.5, "children that have lived for a while")
-        # One that is killed: only connections that were in its hands are lost.
         stop = threading.Event()
         failed: list[int] = []
         threads = [threading.Thread(target=work, args=(server, stop, failed)) for _ in range(3)]
         for thread in threads:
             thread.start()
-        killed = children(server)[0]
+        killed, hanging = children(server)
         killed.send_signal(signal.SIGKILL)
         await_children(server, {killed.pid})
         stop.set()
         for thread in threads:
             thread.join(allowed(DEADLINE))
+        # Only connections that were in its hands, or waited for it, are lost.
         assert set(failed) <= {0} and len(failed) <= len(threads)
-        # What it had counted stays, and what it had running holds no place.
-        before = successes(server)
-        running = [Slow(server, 1 << 40, loads=not number) for number in range(4)]
-        with_runs = {child.pid for child in children(server)}
-        for child in children(server):
-            child.send_signal(signal.SIGKILL)
-        await_children(server, with_runs)
-        assert successes(server) >= before - TIMES  # all but those of its last second
-        left = sum(each.answer is None for each in running)  # in the first process, which lives
-        eventually(lambda: pending_count(server) == left, "no request of a dead child that is counted")
-        # One that hangs.
-        hanging = children(server)[0]
         hanging.suspend()
         await_children(server, {hanging.pid})
         assert statuses(server, "/v2/models/digits/infer", rows("digits")) == {200}
+
+
+def test_a_dead_childs_counts_stay_and_its_places_are_free(repository: Path) -> None:
+    with serving("--repository", repository, "--processes", "2") as server:
+        statuses(server, "/v2/models/digits/infer", rows("digits"))
+        before = successes(server)
+        running = [Slow(server, 1 << 40, loads=not number) for number in range(2)]
+        (child,) = children(server)
+        child.send_signal(signal.SIGKILL)
+        eventually(lambda: not child.is_running(), "its end")
+        left = sum(each.answer is None for each in running)
+        eventually(lambda: successes(server) >= before, "its counts")
+        eventually(lambda: pending_count(server) == left, "no request of a dead child that is counted")
         server.end(signal.SIGKILL)
         for each in running:
             each.wait()
