@@ -87,7 +87,7 @@ class Wire:
             self._tasks.append(asyncio.get_running_loop().create_task(self._answer(question)))
 
     async def _answer(self, question: Any) -> None:
-        answer: m.Answer | m.Refusal
+        answer: m.Done | m.Refusal
         try:
             answer = await answered(self._owner, question)  # type: ignore[arg-type]
         except RequestFailure as failure:
