@@ -71,6 +71,7 @@ def test_metadata(client: triton.InferenceServerClient) -> None:
         "inputs": [{"name": "x", "datatype": "FP32", "shape": ["-1"]}],
         "outputs": [{"name": "x", "datatype": "FP32", "shape": ["-1"]}],
     }  # fmt: skip
+    assert client.get_model_metadata("echo", "1").versions == ["1"]
     with pytest.raises(InferenceServerException, match="Request for unknown model") as caught:
         client.get_model_metadata("another")
     assert caught.value.status() == "StatusCode.NOT_FOUND"

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.server.http.limits import Limits
+from onnx_dl.server.http.limits import HttpLimits
 from onnx_dl.server.options import ServeOptions
 from tests.server.http_standin import HttpStandIn, listening
 from tests.server.raw_http import Reader, ask, binary_infer, infer, request
 from tests.server.standin import TOKEN
 from tests.support.waiting import DEADLINE, allowed, eventually
 
-HASTY = Limits(head=0.6, idle=1.5, body_idle=0.6, body_grace=0.6, send_idle=1.0, linger=0.6)
+HASTY = HttpLimits(head=0.6, idle=1.5, body_idle=0.6, body_grace=0.6, send_idle=1.0, linger=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,13 @@ def test_a_fault_of_the_server_is_500_without_its_trace(
     assert ask(client, infer()).status == 200
 
 
+def test_a_fault_at_the_head_is_500_too(server: HttpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.access, "check", lambda *_: 1 / 0)
+    with server.connect() as client:
+        reply = ask(client, infer())
+        assert reply.status == 500 and b"ZeroDivision" not in reply.body
+
+
 def test_who_is_told_to_continue_continues(client: socket.socket) -> None:
     head, body = binary_infer(100_000, Expect="100-continue")
     client.sendall(head)
@@ -224,7 +231,7 @@ def test_a_large_body_lies_where_the_inference_wants_it(client: socket.socket, s
     data = server.inference.requests[-1].inputs[0].data
     assert isinstance(data, memoryview)
     assert np.frombuffer(data, np.uint8).__array_interface__["data"][0] % 64 == 0
-    assert len(server.inference.allocated) == 2 and server.inference.allocated[0] <= 9 << 20
+    assert [nbytes >> 20 for nbytes in server.inference.allocated] == [1, 8, 20]
 
 
 def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
@@ -238,6 +245,17 @@ def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
             assert reply.status == 429 and reply.headers["retry-after"] == "3"
     finally:
         server.inference.is_full = False
+
+
+def test_a_request_with_too_large_a_head_is_not_carried_out(server: HttpStandIn) -> None:
+    """Its end is there when it is refused."""
+    server.inference.requests.clear()
+    with server.connect() as client:
+        client.sendall(infer(X="a" * 65_600))
+        assert Reader(client).reply().status == 431
+    with server.connect() as other:
+        assert ask(other, infer()).status == 200
+    assert len(server.inference.requests) == 1
 
 
 def test_half_a_body_holds_little(server: HttpStandIn) -> None:
@@ -407,7 +425,7 @@ def connections(server: HttpStandIn) -> list[object]:
 
 
 def test_an_idle_connection_makes_room_for_a_new_one() -> None:
-    with listening(Limits(connections=3)) as server:
+    with listening(HttpLimits(connections=3)) as server:
         clients = [server.connect() for _ in range(3)]
         for client in clients:
             assert ask(client, request()).status == 200
@@ -420,7 +438,7 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
 
 
 def test_without_idle_connections_a_new_one_is_refused() -> None:
-    with listening(Limits(connections=2)) as server:
+    with listening(HttpLimits(connections=2)) as server:
         clients = [server.connect() for _ in range(2)]
         for client in clients:
             client.sendall(infer(parameters={"sleep": 30}))

@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
-from onnx_dl import ModelHost
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.errors import ConfigError
+from onnx_dl.host.model_host import ModelHost
 from onnx_dl.server.interfaces import IndexRow, ServedTable
 from onnx_dl.server.options import ServeOptions
+from onnx_dl.server.repository.catalog import NamedModel
 from onnx_dl.server.repository.models import ModelTable
 from onnx_dl.server.repository.repository import Repository
 from onnx_dl.server.v2.failures import RequestFailure
@@ -47,11 +48,13 @@ def configure(root: Path, name: str, text: str) -> None:
 class Served:
     """A repository that runs in this loop, and the tables that it has handed out."""
 
-    def __init__(self, host: ModelHost, models: ModelTable, options: ServeOptions) -> None:
+    def __init__(
+        self, host: ModelHost, models: ModelTable, options: ServeOptions, named: Sequence[NamedModel]
+    ) -> None:
         self.host = host
         self.models = models
         self.published: list[ServedTable] = []
-        self.repository = Repository(options, host, models, self._publish)
+        self.repository = Repository(options, host, models, self._publish, named)
 
     async def _publish(self, table: ServedTable) -> None:
         self.published.append(table)
@@ -84,10 +87,12 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(host: ModelHost, *roots: Path, **options: Any) -> AsyncIterator[Served]:
+async def serving(
+    host: ModelHost, *roots: Path, named: Sequence[NamedModel] = (), **options: Any
+) -> AsyncIterator[Served]:
     given = {"poll_every": 3600.0, "repository": tuple(map(str, roots)), **options}
     models = ModelTable(host)
-    served = Served(host, models, ServeOptions(**given))
+    served = Served(host, models, ServeOptions(**given), named)
     await served.repository.start()
     try:
         yield served
@@ -531,3 +536,46 @@ def test_a_warm_up_runs_before_the_model_is_served(host: ModelHost, tmp_path: Pa
             assert await served.arun("b") == ("1", 2.0)
 
     in_loop(scenario)
+
+
+def test_without_memory_for_both_the_old_one_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests wait for the load then, and none fails."""
+    monkeypatch.setenv("ONNX_DL_ROOM_TIMEOUT", "1")
+    put(tmp_path, "a", 1, heavy(1, 5))
+    configure(tmp_path, "a", 'parameters { key: "onnx_dl.pin" value { string_value: "true" } }')
+
+    async def scenario(host: ModelHost) -> None:
+        async with serving(host, tmp_path, model_control="poll") as served:
+            async with Traffic(served, "a", threads=2) as traffic:
+                put(tmp_path, "a", 2, heavy(2, 5))
+                await served.repository.look()
+                assert served.rows() == [("a", "2", "READY")]
+                await traffic.more()
+                put(tmp_path, "a", 3, heavy(3, 25))  # it never fits
+                await served.repository.look()
+                assert served.rows() == [("a", "2", "READY"), ("a", "3", "UNAVAILABLE")]
+                assert "more than the limit" in served.row("a", "3").reason
+                await traffic.more()
+            assert not traffic.errors, traffic.errors[0]
+            assert set(traffic.results) == {("1", 1.0), ("2", 2.0)}
+        assert "there is no memory for the new and the old one at the same time" in caplog.text
+
+    with ModelHost(memory_limit="75MB") as host:
+        in_loop(lambda: scenario(host))
+
+
+def heavy(added: int, millions: int) -> bytes:
+    """A model with so many million weights, of which it needs one."""
+    weights = np.full(millions * 1_000_000, added, np.float32)
+    nodes = [
+        zoo.node("Mul", ["x", "zero"], ["zeros"]),
+        zoo.node("Cast", ["zeros"], ["places"], to=zoo.I64),
+        zoo.node("Gather", ["w", "places"], ["added"]),
+        zoo.node("Add", ["x", "added"], ["y"]),
+    ]
+    constants = [zoo.constant("w", weights), zoo.constant("zero", np.zeros(1, np.float32))]
+    ends = [zoo.tensor(name, shape=["n"]) for name in "xy"]
+    data: bytes = zoo.build(nodes, ends[:1], ends[1:], constants).SerializeToString()
+    return data

@@ -218,7 +218,7 @@ eager = true
         state = ask(server, "/v2/onnx_dl/models/ziffern").json
         assert (state["state"], state["ttl"], state["loads"]) == ("ready", 420.0, 1)  # that of the host
         assert re.search(r"^onnx_dl_memory_limit_bytes 7e\+08$", ask(server, "/metrics").body.decode(), re.M)
-        server.process.kill()  # a host that holds a model itself ends, too
+        server.end(signal.SIGKILL)  # a host that holds a model itself ends, too
 
 
 def test_the_command_lines_limit_is_the_hosts(tmp_path: Path) -> None:
@@ -234,7 +234,10 @@ def test_the_command_lines_limit_is_the_hosts(tmp_path: Path) -> None:
 class Slow:
     """A request that runs for so many turns, in a thread."""
 
-    def __init__(self, server: Serving, turns: int) -> None:
+    def __init__(self, server: Serving, turns: int, *, loads: bool = True) -> None:
+        """``loads``: the model is loaded before, by a short request."""
+        if loads:
+            assert Slow(server, 1, loads=False).wait().status == 200
         self.answer: Answer | None = None
         x = {"name": "x", "shape": [64, 64], "datatype": "FP32", "data": [0.0] * 4096}
         n = {"name": "n", "shape": [], "datatype": "INT64", "data": [turns]}

@@ -63,8 +63,10 @@ class _TidyTimer:
         now = time.monotonic()
         if now >= self._due:
             self._armed = False  # first: an arm() meanwhile must not be overlooked
-            self._armed = self._tidy() or self._armed
-            self._due = math.inf
+            is_left = self._tidy()
+            self._armed = is_left or self._armed
+            # What was used a moment ago is not left for as long again.
+            self._due = now + TIDY_EVERY / 2 if is_left else math.inf
         self._due = min(self._due, now + TIDY_EVERY) if self._armed else math.inf
         return None if self._due == math.inf else self._due - now
 

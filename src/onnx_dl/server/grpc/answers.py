@@ -27,6 +27,9 @@ _ERROR, _ANSWER = 1, 2
 _LARGEST: Final = 0x7FFFFFFF
 """Bytes of a message; protobuf has no larger ones."""
 
+_SMALL: Final = 4 << 10
+"""Bytes of an array that are copied sooner than a view of them is made."""
+
 
 def encode(response: InferResponse) -> bytes:
     """A ModelInferResponse.  Each tensor is copied once.
@@ -80,10 +83,13 @@ def raw(output: OutputTensor) -> memoryview | bytes:
         return b""
     if output.datatype == BYTES:
         return text.encode(array)
+    if array.nbytes < _SMALL and array.dtype.isnative:
+        return array.tobytes()
     return _bytes(array).data
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """A view of the array's bytes; a copy if they are not contiguous, or of the other byte order."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
-from onnx_dl.server.http.answers import Answer, Part
+from onnx_dl.server.http.answers import HttpAnswer, Part
 from onnx_dl.server.http.bodies import Allocate, Gathered
 from onnx_dl.server.http.head import Encoding
 from onnx_dl.server.v2.failures import cancelled, invalid
@@ -14,6 +14,8 @@ from onnx_dl.server.v2.failures import cancelled, invalid
 _BITS: Final = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 """``deflate`` in HTTP means the form of zlib."""
 _PIECE: Final = 256 << 10
+_MOST_STREAMS: Final = 1 << 15
+"""Streams of one body.  Each costs time, and some are 20 bytes long and empty."""
 _LEVEL: Final = 1
 """Tensors hardly become smaller at a higher level, and take far longer."""
 
@@ -33,31 +35,41 @@ def inflate(
         RequestFailure: 400: it is damaged; 413: it is larger; 429: there is no memory for it.
     """
     gathered = Gathered(most, header_length, allocate)
-    rest: memoryview | bytes = body
-    while rest:
-        rest = _inflate_one(rest, encoding, gathered, is_given_up)
+    at = streams = 0
+    while at < len(body):
+        streams += 1
+        if streams > _MOST_STREAMS:
+            raise invalid(f"The body has more than {_MOST_STREAMS} {encoding} streams.")
+        at = _inflate_one(body, at, encoding, gathered, is_given_up)
     return gathered.take()
 
 
 def _inflate_one(
-    data: memoryview | bytes, encoding: Encoding, gathered: Gathered, is_given_up: Callable[[], bool]
-) -> bytes:
-    """Inflate one stream; return what follows it: gzip may have several."""
+    body: memoryview, at: int, encoding: Encoding, gathered: Gathered, is_given_up: Callable[[], bool]
+) -> int:
+    """Inflate the stream at ``at``; return where it ends: gzip may have several.
+
+    The body is given to zlib in pieces, because zlib copies what it does not take.
+    """
     stream = zlib.decompressobj(_BITS[encoding])
+    given: memoryview | bytes = b""
     try:
         while not stream.eof:
             if is_given_up():
                 raise cancelled()
-            piece = stream.decompress(data, _PIECE)
-            data = stream.unconsumed_tail
-            if not piece and not data and not stream.eof:
+            if not given:
+                given = body[at : at + _PIECE]
+                at += len(given)
+            piece = stream.decompress(given, _PIECE)
+            if not piece and not given:
                 raise invalid(f"The body ends within its {encoding} stream.")
+            given = stream.unconsumed_tail
             gathered.put(memoryview(piece))
     except zlib.error as error:
         raise invalid(f"The body is not a valid {encoding} stream: {error}") from None
-    if stream.unused_data and encoding == "deflate":
+    if encoding == "deflate" and (stream.unused_data or at < len(body)):
         raise invalid("The body has bytes after its deflate stream.")
-    return stream.unused_data
+    return at - len(stream.unused_data)
 
 
 def asked_encoding(accept: bytes | None) -> Encoding:
@@ -74,7 +86,7 @@ def asked_encoding(accept: bytes | None) -> Encoding:
     return ""
 
 
-def compress(answer: Answer, encoding: Encoding) -> None:
+def compress(answer: HttpAnswer, encoding: Encoding) -> None:
     """Compress the parts of an answer."""
     stream = zlib.compressobj(_LEVEL, wbits=_BITS[encoding])
     parts: list[Part] = [piece for part in answer.parts if (piece := stream.compress(part))]

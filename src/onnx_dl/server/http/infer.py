@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from onnx_dl.server.http.depth import check_depth
+from onnx_dl.server.http.depth import check_json
 from onnx_dl.server.http.head import json_too_large
 from onnx_dl.server.http.limits import JSON_BYTES, JSON_DEPTH
 from onnx_dl.server.interfaces import Served, TensorInfo
@@ -36,7 +36,7 @@ class _Output(msgspec.Struct):
     parameters: dict[str, Any] | None = None
 
 
-class _Request(msgspec.Struct):
+class _Sent(msgspec.Struct):
     inputs: list[_Tensor]
     id: str = ""
     outputs: list[_Output] | None = None
@@ -44,7 +44,7 @@ class _Request(msgspec.Struct):
 
 
 class Wanted(NamedTuple):
-    """How the outputs go back.  ``by_name`` overrides ``is_binary``."""
+    """Forms in which the outputs go back.  ``by_name`` overrides ``is_binary``."""
 
     is_binary: bool
     by_name: dict[str, bool]
@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
         return self.by_name.get(name, self.is_binary)
 
 
-_DECODER: Final = msgspec.json.Decoder(_Request)
+_DECODER: Final = msgspec.json.Decoder(_Sent)
 _SHM: Final = "shared_memory_region"
 _SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
 
@@ -82,8 +82,8 @@ def read_request(
     return request, Wanted(is_binary, {output.name: output.is_binary for output in outputs})
 
 
-def _decode(json: bytes) -> _Request:
-    check_depth(json, JSON_DEPTH)
+def _decode(json: bytes) -> _Sent:
+    check_json(json, JSON_DEPTH)
     try:
         return _DECODER.decode(json)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

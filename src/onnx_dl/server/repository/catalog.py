@@ -201,10 +201,22 @@ class Catalog:
             unread=tuple(unread),
             files=files,
             warmups=found.warmups,
-            notes=() if source is None else tuple(source.notes),
+            notes=(*(() if source is None else source.notes), *self._left_out(entries, found)),
         )
         self._last[blank.place] = made_of, made
         return made
+
+    def _left_out(self, entries: Iterable[Served], found: Configuration) -> list[str]:
+        """What is told of outputs that the protocol has no words for, if the configuration names none."""
+        if found.outputs:
+            return []
+        return [
+            f"{entry.path}: {problem}; this output is left out"
+            for entry in entries
+            if (identity := model_files.identity(entry.path)) is not None
+            and (known := self._signature(entry.path, identity)) is not None
+            for problem in known.problems.values()
+        ]
 
     def _configuration(
         self, name: str, text: str | None, place: str, override: str | None

@@ -41,7 +41,7 @@ def complete(
     source = source or Source(f"model '{name}'", {})
     named = {each.name for each in configuration.outputs}
     for output, problem in signature.problems.items():
-        if not named or output in named:
+        if output in named or not signature.outputs:
             raise Unservable(problem)
     checker = _Checker(source, configuration.max_batch_size)
     checker.check_batch([*signature.inputs, *signature.outputs])

@@ -55,13 +55,14 @@ class Outcome:
 
     @property
     def lacks_room(self) -> bool:
-        """There is no memory for it beside what is loaded."""
-        return isinstance(self.error, CapacityError)
+        """There is no memory for it beside what is loaded; alone it would fit."""
+        error = self.error
+        return isinstance(error, CapacityError) and not (error.limit and error.needed > error.limit)
 
     @property
     def is_passing(self) -> bool:
         """The error may be gone the next time, with the same file."""
-        return isinstance(self.error, (*_PASSING, CapacityError))
+        return isinstance(self.error, _PASSING) or self.lacks_room
 
     @property
     def text(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from onnx_dl.client.host_client import HostClient
 from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ConfigError
-from onnx_dl.server.interfaces import Served, ServedTable
+from onnx_dl.server.interfaces import ServedTable
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.repository import control_requests, loads, plan
 from onnx_dl.server.repository.catalog import Candidate, NamedModel
@@ -22,8 +22,9 @@ from onnx_dl.server.repository.disk import SETTLED, Disk
 from onnx_dl.server.repository.health import Health
 from onnx_dl.server.repository.loads import Outcome, logger
 from onnx_dl.server.repository.models import UNLOADED, ModelTable
-from onnx_dl.server.repository.plan import Content, Plan, content
+from onnx_dl.server.repository.plan import Plan
 from onnx_dl.server.repository.tables import Tables
+from onnx_dl.server.repository.takeover import Takeover
 from onnx_dl.server.repository.wishes import Wishes
 
 _AT_A_TIME: Final = 4
@@ -51,7 +52,6 @@ class Repository:
     ) -> None:
         self._options = options
         self._host = host
-        self._models = models
         given = [
             NamedModel(name=name, path=path, place=f"--model {name}={path}")
             for name, path in options.models.items()
@@ -59,17 +59,16 @@ class Repository:
         alone = [*given, *named]
         self._wishes = Wishes(options.model_control, {model.name for model in alone})
         self._disk = Disk(options.repository, alone)
-        self._tables = Tables(models, publish, strict=options.strict_readiness)
         self._health = Health()
+        self._tables = Tables(models, publish, self._health, strict=options.strict_readiness)
+        self._takeover = Takeover(models, self._tables, self._disk, self._health)
         self._candidates: dict[str, Candidate] = {}
         """As they were when it was last decided about them."""
-        self._failures: dict[Content, str] = {}
-        """Reasons of contents that did not load, until their files change or a client loads them again."""
         self._again: set[str] = set()
         """Names to be taken over at the next look, though their files are the same: a load has failed for a
         reason that may pass."""
         self._locks: dict[str, asyncio.Lock] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._stop_listening: Callable[[], None] | None = None
         self.has_started = asyncio.Event()
         """What loads at the start is loaded, or does not load."""
@@ -181,7 +180,7 @@ class Repository:
         if not self._wishes.is_served(name):
             return plan.unloaded(candidate, UNLOADED if name in self._wishes.unloaded else "")
         must_load = self._wishes.is_loaded_first(name)
-        return plan.decide(candidate, {}, failures=self._failures, must_load=must_load)
+        return plan.decide(candidate, {}, failures=self._takeover.failures, must_load=must_load)
 
     async def _adopt(
         self,
@@ -206,86 +205,16 @@ class Repository:
         async with self._lock(name):
             if must_load:
                 self._wishes.load(name, override)
-                self._failures = {at: why for at, why in self._failures.items() if at[0] != name}
+                self._takeover.forget_failures(name)
             self._candidates[name] = candidate
             self._again.discard(name)
-            failed = await self._load_and_switch(candidate, must_load=must_load, is_clients=is_clients)
+            override = self._wishes.overrides.get(name)
+            self._candidates[name], failed = await self._takeover.switch(
+                candidate, override, must_load=must_load, is_clients=is_clients
+            )
             if any(outcome.is_passing for outcome in failed):
                 self._again.add(name)
             return failed
-
-    async def _load_and_switch(
-        self, candidate: Candidate, *, must_load: bool, is_clients: bool
-    ) -> list[Outcome]:
-        name, present = candidate.name, self._tables.served(candidate.name)
-        loaded: set[Content] = set()
-        failures = dict(self._failures)
-        decide = functools.partial(plan.decide, present=present, must_load=must_load)
-        planned = decide(candidate, loaded=loaded, failures=failures)
-        self._tables.set(name, planned)
-        await self._tables.publish()
-        outcomes = await asyncio.gather(
-            *(loads.load(self._models, entry, candidate) for entry in planned.to_load)
-        )
-        ended = list(zip(planned.to_load, outcomes, strict=True))
-        for entry, outcome in ended:
-            on_use = not (present or is_clients or entry.version in candidate.unread)
-            if self._is_served_after(entry, outcome, on_use=on_use, is_replaced=bool(present)):
-                loaded.add(content(entry))
-            else:
-                failures[content(entry)] = control_requests.reason_of_load(entry, outcome.text)
-        if any(outcome.signature is not None for outcome in outcomes):
-            candidate = await self._completed(candidate, ended)
-        if ended:
-            self._tables.set(name, decide(candidate, loaded=loaded, failures=failures))
-            await self._tables.publish()
-        now = self._tables.served(name)
-        for entry, _ in ended:
-            if entry.version not in now or not plan.is_same(now[entry.version], entry):
-                self._models.discard(entry)
-        return [outcome for entry, outcome in ended if content(entry) not in loaded]
-
-    def _is_served_after(self, entry: Served, outcome: Outcome, *, on_use: bool, is_replaced: bool) -> bool:
-        """Whether a version is served after its load has ended like this, also where it failed.
-
-        Args:
-            entry: the version.
-            outcome: of its load.
-            on_use: it may as well be loaded by the first request, which may succeed.
-            is_replaced: something is served of the model.
-        """
-        at = content(entry)
-        if outcome.error is None:
-            logger.info("Model '%s' version %s is loaded from %s", *at[:2], entry.path)
-            return True
-        if outcome.lacks_room and is_replaced:
-            logger.warning(
-                "Model '%s' version %s: there is no memory for the new and the old one at the same time, so "
-                "it is replaced without a load first: %s",
-                *at[:2],
-                outcome.text,
-            )
-            return True
-        logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
-        if not outcome.is_passing:
-            reason = control_requests.reason_of_load(entry, outcome.text)
-            if on_use:
-                self._health.mark(entry, reason)
-                self._tables.failing = self._health.failing
-            else:
-                self._failures[at] = reason
-        return on_use
-
-    async def _completed(self, candidate: Candidate, ended: Sequence[tuple[Served, Outcome]]) -> Candidate:
-        """The candidate with the signatures that the loads have told."""
-        for entry, outcome in ended:
-            if outcome.signature is not None:
-                await self._disk.learn(entry, outcome.signature)
-        again = await self._disk.read_one(candidate.name, self._wishes.overrides.get(candidate.name))
-        if again is None:
-            return candidate
-        self._candidates[candidate.name] = again
-        return again
 
     # --- changes ------------------------------------------------------------------------------------------
 
@@ -345,7 +274,6 @@ class Repository:
     def _on_event(self, event: ModelEvent) -> None:
         """Notes which models do not load, or do again."""
         if self._health.note(event, self._tables.all()):
-            self._tables.failing = self._health.failing
             self._begin(self._tables.publish())
 
     # --- small things -------------------------------------------------------------------------------------
@@ -354,12 +282,12 @@ class Repository:
         """Held while a model's plan is carried out."""
         return self._locks.setdefault(name, asyncio.Lock())
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("The repository failed", exc_info=error)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
 
 from onnx_dl.server.interfaces import IndexRow, Served, ServedTable
-from onnx_dl.server.repository.models import ModelTable
-from onnx_dl.server.repository.plan import Content, Plan, content
+from onnx_dl.server.repository.health import Health
+from onnx_dl.server.repository.models import ModelTable, UsedModel
+from onnx_dl.server.repository.plan import Plan, content
 
 
 class Tables:
@@ -19,10 +20,16 @@ class Tables:
     """
 
     def __init__(
-        self, models: ModelTable, publish: Callable[[ServedTable], Awaitable[None]], *, strict: bool
+        self,
+        models: ModelTable,
+        publish: Callable[[ServedTable], Awaitable[None]],
+        health: Health,
+        *,
+        strict: bool,
     ) -> None:
         self._models = models
         self._hand_out = publish
+        self._health = health
         self._strict = strict
         self._plans: dict[str, Plan] = {}
         self._slots: dict[tuple[str, str], int] = {}
@@ -30,8 +37,6 @@ class Tables:
         self._lock = asyncio.Lock()
         self.is_started = False
         """Eager models are loaded, or cannot be."""
-        self.failing: Mapping[Content, str] = {}
-        """Reasons of contents that are served and whose loads have failed."""
 
     def set(self, name: str, planned: Plan) -> None:
         """What the next table has of a model."""
@@ -51,17 +56,22 @@ class Tables:
         for planned in self._plans.values():
             yield from planned.served
 
-    async def publish(self) -> None:
+    async def publish(self) -> list[UsedModel]:
         """Has all processes serve the present plans, and returns when they do.  The proxies of what is no
-        longer served close after their last use."""
+        longer served close after their last use.
+
+        Returns:
+            What this process no longer serves; each has an event for its end.
+        """
         async with self._lock:  # tables reach the processes in one order
             table = self._table()
             if table == self._published:
-                return
-            self._models.apply(table)
+                return []
+            leaving = self._models.apply(table)
             await self._hand_out(table)
             self._published = table
             self._free_slots(table)
+            return leaving
 
     def _table(self) -> ServedTable:
         plans = [self._plans[name] for name in sorted(self._plans)]
@@ -70,10 +80,11 @@ class Tables:
             for planned in plans
             for entry in planned.served
         ]
+        failing = self._health.failing
         reasons = {
-            (entry.name, entry.version): self.failing[content(entry)]
+            (entry.name, entry.version): failing[content(entry)]
             for entry in served
-            if content(entry) in self.failing
+            if content(entry) in failing
         }
         rows = [
             IndexRow(row.name, row.version, "UNAVAILABLE", reasons[row.name, row.version])

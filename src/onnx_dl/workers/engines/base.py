@@ -205,6 +205,12 @@ def origin(backend: Backend) -> Origin:
     return find()
 
 
+def trim(backend: Backend) -> None:
+    """Has the engine return memory that no run uses to the system, if it can.  Runs may go on meanwhile."""
+    give_back: Callable[[], object] = getattr(backend, "trim", tuple)
+    give_back()
+
+
 def places(spec: ModelSpec, blob: int | None) -> Callable[[str], str | int]:
     """Returns a function from the names of a model's files to their paths.  ``blob``: the descriptor of a
     model given as bytes, whose name is empty."""

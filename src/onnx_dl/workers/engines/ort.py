@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -62,6 +63,7 @@ class OnnxRuntimeBackend:
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
         # Not tried with other providers: there, results come from other memory anyway.
         self._bindable = self._session.get_providers() == ["CPUExecutionProvider"]
+        self._has_arena = self._bindable and bool(self._session.get_session_options().enable_cpu_mem_arena)
         self._outputs = {node.name: node for node in self._session.get_outputs()}
         self._input_sizes = {size for node in self._session.get_inputs() for size in node.shape}
         ends = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
@@ -205,6 +207,20 @@ class OnnxRuntimeBackend:
     def _has_known_shape(self, name: str) -> bool:
         """Tells whether the shapes of the inputs decide the shape of this output."""
         return all(isinstance(size, int) or size in self._input_sizes for size in self._outputs[name].shape)
+
+    def trim(self) -> None:
+        """Returns memory of the session's arena that no run uses to the system.
+
+        onnxruntime does that only at the end of a run.  This one is told to end before its first node.
+        """
+        if not self._has_arena:
+            return
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        options.log_severity_level = _FATAL
+        options.terminate = True
+        with contextlib.suppress(Exception):  # that it was told to end; or it has no such arena
+            self._session._sess.run(list(self._outputs)[:1], {}, options)
 
     def invoke(self, method: str, args: list[object], token: CancelToken) -> object:
         return self._methods(method, args, token)

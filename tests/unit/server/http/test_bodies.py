@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_dl.server.http.bodies import Body, Gathered, open_body
+from onnx_dl.server.http.bodies import Gathered, IncomingBody, open_body
 from onnx_dl.server.http.head import Framing
 from onnx_dl.server.http.limits import STEPS
 from onnx_dl.server.v2.failures import RequestFailure, too_many
@@ -20,11 +20,11 @@ class Memory:
         return memoryview(bytearray(nbytes))
 
 
-def fixed(length: int, memory: Memory, header_length: int | None = None) -> Body:
+def fixed(length: int, memory: Memory, header_length: int | None = None) -> IncomingBody:
     return open_body(Framing(length, "", header_length, False), 1 << 30, memory.allocate)
 
 
-def fill(body: Body, data: bytes) -> None:
+def fill(body: IncomingBody, data: bytes) -> None:
     """Writes like a socket: as much as there is room for."""
     at = 0
     while at < len(data):
@@ -46,11 +46,11 @@ def test_a_small_body_asks_for_no_memory() -> None:
 def test_memory_is_asked_for_as_the_body_comes() -> None:
     memory = Memory()
     body = fixed(200 << 20, memory)
-    for step, so_far in zip(STEPS, ([], [STEPS[1]], [STEPS[1], STEPS[2]]), strict=True):
+    for number, step in enumerate(STEPS):
         fill(body, bytes(step - body.filled - 1))
-        assert [nbytes - nbytes % 4096 for nbytes in memory.asked] == so_far
+        assert [nbytes - nbytes % 4096 for nbytes in memory.asked] == list(STEPS[1 : number + 1])
         fill(body, b"x")
-    assert len(memory.asked) == 3 and not body.is_complete
+    assert len(memory.asked) == len(STEPS) and not body.is_complete
 
 
 def test_what_came_before_memory_was_asked_for_is_kept() -> None:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_dl.server.http.answers import Answer
+from onnx_dl.server.http.answers import HttpAnswer
 from onnx_dl.server.http.compression import asked_encoding, compress, inflate
 from onnx_dl.server.http.head import Encoding
 from onnx_dl.server.v2.failures import RequestFailure
@@ -36,6 +37,37 @@ def test_a_compressed_body_is_what_was_compressed(size: int) -> None:
 
 def test_gzip_may_have_several_members() -> None:
     assert inflated(gzip.compress(b"one") + gzip.compress(b"two"), "gzip") == b"onetwo"
+
+
+def test_very_many_members_are_refused() -> None:
+    empty = gzip.compress(b"", mtime=0)
+    assert inflated(empty * 10_000 + gzip.compress(b"x"), "gzip") == b"x"
+    assert refused(empty * 40_000, "gzip") == 400
+
+
+def test_zlib_gets_the_body_in_pieces() -> None:
+    """It copies what it has not taken: of a whole body that takes the square of the time."""
+    given: list[int] = []
+
+    class Stream:
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        def decompress(self, data: memoryview, most: int) -> bytes:
+            given.append(len(data))
+            piece: bytes = self._stream.decompress(data, most)
+            return piece
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._stream, name)
+
+    data = np.random.default_rng(1).bytes(MOST)
+    body = gzip.compress(data[: MOST // 2]) + gzip.compress(data[MOST // 2 :])
+    with pytest.MonkeyPatch.context() as patch:
+        real = zlib.decompressobj
+        patch.setattr(zlib, "decompressobj", lambda bits: Stream(real(bits)))
+        assert inflated(body, "gzip") == data
+    assert max(given) <= 256 << 10
 
 
 def test_a_bomb_is_refused_when_it_exceeds_the_limit() -> None:
@@ -106,7 +138,7 @@ def test_an_answer_is_compressed_for_who_asks_for_one_encoding(accept: bytes | N
 def test_a_compressed_answer_is_the_same_answer() -> None:
     array = np.arange(100_000, dtype=np.float32)
     for encoding, inverse in (("gzip", gzip.decompress), ("deflate", zlib.decompress)):
-        answer = Answer(200, [b"{json}", array.view(np.uint8).data])
+        answer = HttpAnswer(200, [b"{json}", array.view(np.uint8).data])
         compress(answer, encoding)
         assert inverse(b"".join(answer.parts)) == b"{json}" + array.tobytes()
         assert answer.headers == [(b"Content-Encoding", encoding.encode())]

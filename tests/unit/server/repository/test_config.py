@@ -333,8 +333,9 @@ def test_outputs_that_are_no_tensors_may_be_left_out() -> None:
         MODEL.outputs,
         problems={"p": "its output 'p' is a sequence: the protocol has tensors only"},
     )
+    assert complete("", classes).outputs == MODEL.outputs
     with pytest.raises(Unservable, match="its output 'p' is a sequence"):
-        complete("", classes)
+        complete("", Signature(MODEL.inputs, problems=classes.problems))
     with pytest.raises(Unservable, match="its output 'p' is a sequence"):
         complete('output { name: "p" }', classes)
     assert [each.name for each in complete('output { name: "y" }', classes).outputs] == ["y"]
