@@ -13,6 +13,8 @@ WANTED = {
         "onnx_dl/py.typed",
         "onnx_dl/__init__.py",
         "onnx_dl/demo/assets/*.onnx",
+        "onnx_dl/server/grpc/open_inference.desc",
+        "onnx_dl/server/grpc/LICENSES.txt",
         "*.dist-info/licenses/LICENSE",
     ],
     ".gz": [

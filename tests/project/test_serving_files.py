@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onnx_dl.cli.serve import options_of
 
 from onnx_dl.cli import grammar
+from onnx_dl.cli.serve import options_of
 from onnx_dl.server.auth import start
 from onnx_dl.server.options import ServeOptions
 

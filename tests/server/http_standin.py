@@ -15,7 +15,7 @@ import numpy as np
 import uvloop
 
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.server.http.limits import Limits
+from onnx_dl.server.http.limits import HttpLimits
 from onnx_dl.server.http.listener import HttpListener
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.v2 import datatypes
@@ -88,7 +88,7 @@ class HttpStandIn(standin.StandIn):
 
 @contextlib.contextmanager
 def listening(
-    limits: Limits | None = None,
+    limits: HttpLimits | None = None,
     options: ServeOptions | None = None,
     context: ssl.SSLContext | None = None,
     *,

@@ -6,17 +6,18 @@ import contextlib
 import hashlib
 import http.client
 import json
+import queue
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.asking import asked, called, closing, grpc, status
+from tests.support.asking import INFERENCE, asked, called, closing, grpc, status
 from tests.support.serving import Serving, serving
 from tests.support.waiting import DEADLINE, allowed, eventually
 
@@ -152,19 +153,36 @@ def test_the_tokens_follow_the_file(guarded: Serving, channel: Any, file: Path) 
 
     first, second = token_of(Scope.INFER), token_of("new")
     assert both(first) == (200, grpc.StatusCode.OK) and both(second) == (401, UNAUTHENTICATED)
-    replace(
-        file,
-        token_lines(*SCOPES).replace(
-            hashlib.sha256(first.encode()).hexdigest(), hashlib.sha256(second.encode()).hexdigest()
-        ),
-    )
-    eventually(lambda: both(second) == (200, grpc.StatusCode.OK), "the new token")
-    assert both(first) == (401, UNAUTHENTICATED)
+    with streaming(channel, first) as answered:
+        assert b"token" not in answered()
+        digests = [hashlib.sha256(token.encode()).hexdigest() for token in (first, second)]
+        replace(file, token_lines(*SCOPES).replace(*digests))
+        eventually(lambda: both(second) == (200, grpc.StatusCode.OK), "the new token")
+        assert both(first) == (401, UNAUTHENTICATED)
+        assert b"needs a token" in answered()
     replace(file, "nonsense\n")
     eventually(lambda: both(second) and f"{file}:1" in guarded.output(), "a line about the invalid file")
     assert both(second) == (200, grpc.StatusCode.OK)
     replace(file, token_lines(*SCOPES))
     eventually(lambda: both(first) == (200, grpc.StatusCode.OK), "the first token again")
+
+
+@contextlib.contextmanager
+def streaming(channel: Any, token: str) -> Iterator[Callable[[], bytes]]:
+    """A stream of inferences, of which each call sends an empty one and returns what comes back."""
+    sent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    call = channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer")(
+        iter(sent.get, None), timeout=allowed(DEADLINE), metadata=[("authorization", f"Bearer {token}")]
+    )
+
+    def answered() -> bytes:
+        sent.put(b"")
+        found: bytes = next(call)
+        return found
+
+    yield answered
+    sent.put(None)
+    assert list(call) == []
 
 
 def test_clients_of_the_field_send_tokens(guarded: Serving) -> None:

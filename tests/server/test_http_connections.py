@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.server.http.limits import Limits
+from onnx_dl.server.http.limits import HttpLimits
 from onnx_dl.server.options import ServeOptions
 from tests.server.http_standin import HttpStandIn, listening
 from tests.server.raw_http import Reader, ask, binary_infer, infer, request
 from tests.server.standin import TOKEN
 from tests.support.waiting import DEADLINE, allowed, eventually
 
-HASTY = Limits(head=0.6, idle=1.5, body_idle=0.6, body_grace=0.6, send_idle=1.0, linger=0.6)
+HASTY = HttpLimits(head=0.6, idle=1.5, body_idle=0.6, body_grace=0.6, send_idle=1.0, linger=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +425,7 @@ def connections(server: HttpStandIn) -> list[object]:
 
 
 def test_an_idle_connection_makes_room_for_a_new_one() -> None:
-    with listening(Limits(connections=3)) as server:
+    with listening(HttpLimits(connections=3)) as server:
         clients = [server.connect() for _ in range(3)]
         for client in clients:
             assert ask(client, request()).status == 200
@@ -438,7 +438,7 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
 
 
 def test_without_idle_connections_a_new_one_is_refused() -> None:
-    with listening(Limits(connections=2)) as server:
+    with listening(HttpLimits(connections=2)) as server:
         clients = [server.connect() for _ in range(2)]
         for client in clients:
             client.sendall(infer(parameters={"sleep": 30}))

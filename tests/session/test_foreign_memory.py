@@ -1,23 +1,16 @@
-"""Runs with inputs and results in memory of a third process, which may do with it what it likes."""
+"""Runs with inputs and results in memory of a third process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-import itertools
 import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import psutil
 import pytest
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from onnx_dl import (
@@ -26,23 +19,15 @@ from onnx_dl import (
     ModelHost,
     PlaceTooSmall,
     RunTimeout,
-    WorkerDied,
 )
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.session import placed_runs
 from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, ForeignPlace, Written, as_bytes
 from onnx_dl.tensors.foreign_tables import MOST_NAMED
 from onnx_dl.workers.sandbox import landlock
+from tests.support.foreign import F4, FOR_EVER, LARGE, SMALL, TURNS, X, file, held, pid_of, run
 from tests.support.slow import identity_model, late_model
-from tests.support.waiting import DEADLINE, eventually
-
-F4 = np.dtype(np.float32)
-LARGE = 1 << 16
-"""Items; more bytes than this process copies itself."""
-SMALL = 64
-X = np.arange(LARGE, dtype=np.float32)
-TURNS = np.array(3)
-FOR_EVER = np.array(1 << 50)
+from tests.support.waiting import DEADLINE
 
 
 @pytest.fixture(params=["copy", "map"])
@@ -54,42 +39,6 @@ def is_mapped(request: pytest.FixtureRequest) -> bool:
 def late(module_host: ModelHost) -> Iterator[InferenceSessionProxy]:
     with InferenceSessionProxy(late_model(), host=module_host) as session:
         yield session
-
-
-@contextlib.contextmanager
-def file(nbytes: int, *, is_mapped: bool) -> Iterator[tuple[ForeignMemory, int]]:
-    """A memory that is not sealed, and a descriptor of what its maker has."""
-    fd = os.memfd_create("foreign-test")
-    os.ftruncate(fd, nbytes)
-    with contextlib.closing(ForeignMemory(os.dup(fd), nbytes, is_mapped=is_mapped)) as memory:
-        try:
-            yield memory, fd
-        finally:
-            os.close(fd)
-
-
-def run(
-    session: InferenceSessionProxy, array: ForeignArray, place: ForeignPlace, turns: NDArray[np.int64] = TURNS
-) -> object:
-    feed = {"x": array, "n": turns}
-    (result,) = placed_runs.run(session, ["y"], feed, {"y": place}, Deadline(DEADLINE))
-    return result
-
-
-def pid_of(session: InferenceSessionProxy) -> int:
-    (pid,) = [s.pid for s in session._handle.host.snapshot().models if s.key == session._handle.spec.key]
-    assert pid is not None
-    return pid
-
-
-def held(pid: int) -> int:
-    """Descriptors and mappings of such memories in a process."""
-    found = 0
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found += "foreign-test" in os.readlink(f"/proc/{pid}/fd/{fd}")
-    with open(f"/proc/{pid}/maps") as maps:
-        return found + sum("foreign-test" in line for line in maps)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -203,49 +152,6 @@ def test_a_hole_has_zeros_and_gets_results(late: InferenceSessionProxy, is_mappe
         assert os.pread(fd, 8 * LARGE, 0) == bytes(8 * LARGE)
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE])
-def test_truncated_memory_is_an_error_of_the_call(
-    late: InferenceSessionProxy, is_mapped: bool, size: int
-) -> None:
-    nbytes = 4 * size
-    with file(2 * nbytes, is_mapped=is_mapped) as (memory, fd):
-        array, place = ForeignArray(memory, 0, F4, (size,)), ForeignPlace(memory, nbytes, nbytes)
-        for _ in range(2):
-            run(late, array, place)
-        pid = pid_of(late)
-        for left in (nbytes - 1, nbytes, 0):  # the input is short; the place is; both are
-            os.ftruncate(fd, left)
-            with pytest.raises(ForeignMemoryError):
-                run(late, array, place)
-            assert os.fstat(fd).st_size == left, "a write has lengthened the maker's file"
-        os.ftruncate(fd, 2 * nbytes)
-        assert run(late, array, place) == Written(F4, (size,))
-        assert pid_of(late) == pid
-
-
-def test_truncated_while_the_engine_runs(late: InferenceSessionProxy, is_mapped: bool) -> None:
-    """Mapped: the worker ends by SIGBUS, and the next call has another.  Copied: nothing happens."""
-    with file(8 * LARGE, is_mapped=is_mapped) as (memory, fd):
-        array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
-        run(late, array, place)
-        before = psutil.Process(pid_of(late)).cpu_times().user
-
-        def truncate() -> None:
-            process = psutil.Process(pid_of(late))
-            eventually(lambda: process.cpu_times().user > before + 0.05, "the run")
-            os.ftruncate(fd, 0)
-
-        thread = threading.Thread(target=truncate)
-        thread.start()
-        with pytest.raises(WorkerDied if is_mapped else ForeignMemoryError) as caught:
-            run(late, array, place, np.array(400_000))
-        thread.join(DEADLINE)
-        if is_mapped:
-            assert isinstance(caught.value, WorkerDied) and caught.value.signal == signal.SIGBUS
-        os.ftruncate(fd, 8 * LARGE)
-        assert run(late, array, place) == Written(F4, X.shape)
-
-
 def test_slices_beyond_their_memory_and_odd_dtypes(late: InferenceSessionProxy, is_mapped: bool) -> None:
     with file(8 * LARGE, is_mapped=is_mapped) as (memory, _):
         place = ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
@@ -307,61 +213,6 @@ def test_text_and_places_of_nothing(module_host: ModelHost) -> None:
         assert os.pread(fd, 4 * LARGE, 4 * LARGE) == bytes(as_bytes(X))
 
 
-def test_a_closed_memory_leaves_the_worker(late: InferenceSessionProxy, is_mapped: bool) -> None:
-    """With the next call of any kind; a call that repeats is usually only a number."""
-    plain = {"x": X[:8], "n": TURNS}
-    for _ in range(3):
-        late.run(None, plain)
-    for _ in range(2):
-        with file(8 * LARGE, is_mapped=is_mapped) as (memory, _):
-            array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
-            for _ in range(3):
-                run(late, array, place)
-            assert held(pid_of(late)) == 1 + is_mapped
-        with pytest.raises(ForeignMemoryError, match="not registered any more"):
-            run(late, array, place)
-        for _ in range(3):
-            assert (late.run(None, plain)[0] == 2 * X[:8]).all()
-        assert held(pid_of(late)) == 0
-    assert held(os.getpid()) == 0
-
-
-def test_a_memory_leaves_an_idle_worker(late: InferenceSessionProxy, is_mapped: bool) -> None:
-    with file(8 * LARGE, is_mapped=is_mapped) as (memory, _):
-        array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
-        for _ in range(3):
-            run(late, array, place)
-    assert held(pid_of(late)) == 1 + is_mapped
-    model = late._handle.in_use()
-    assert model is not None
-    pool = model.worker.pool  # type: ignore[attr-defined]
-    pool.tidy(0.0)  # what the connection does every few seconds
-    assert held(pid_of(late)) == 0
-
-
-def test_a_memory_that_nobody_closed(late: InferenceSessionProxy) -> None:
-    with file(8 * LARGE, is_mapped=False) as (_, fd):
-        memory = ForeignMemory(os.dup(fd), 8 * LARGE, is_mapped=False)
-        run(late, ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE))
-        assert held(pid_of(late)) == 1
-        del memory
-        late.run(None, {"x": X[:8], "n": TURNS})
-        assert held(pid_of(late)) == 0
-
-
-def test_many_memories_one_after_another(late: InferenceSessionProxy) -> None:
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(file(8 * LARGE, is_mapped=False)) for _ in range(MOST_NAMED + 8)]
-        for _ in range(2):
-            for memory, fd in files:
-                os.pwrite(fd, bytes(as_bytes(X)), 0)
-                run(late, ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE))
-                assert os.pread(fd, 4 * LARGE, 4 * LARGE) == bytes(as_bytes(2 * X))
-        assert held(pid_of(late)) == MOST_NAMED
-    late.run(None, {"x": X[:8], "n": TURNS})
-    assert held(pid_of(late)) == 0
-
-
 @pytest.mark.parametrize("count", [MOST_NAMED - 1, MOST_NAMED, MOST_NAMED + 1])
 def test_many_memories_in_one_call(module_host: ModelHost, count: int) -> None:
     names = [f"x{number}" for number in range(count)]
@@ -413,22 +264,6 @@ def test_awaited_runs(late: InferenceSessionProxy, is_mapped: bool) -> None:
             asyncio.run(work(memory, fd, size))
 
 
-def test_another_thread_ends_a_run(late: InferenceSessionProxy, is_mapped: bool) -> None:
-    with file(8 * LARGE, is_mapped=is_mapped) as (memory, _):
-        array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
-        feed = {"x": array, "n": FOR_EVER}
-        for _ in range(3):
-            run(late, array, place)
-        for _ in range(2):
-            deadline = Deadline(None, movable=True)
-            timer = threading.Timer(0.1, deadline.end)
-            timer.start()
-            with pytest.raises(RunTimeout):
-                placed_runs.run(late, ["y"], feed, {"y": place}, deadline)
-            timer.join(DEADLINE)
-            assert run(late, array, place) == Written(F4, X.shape)
-
-
 def test_one_memory_in_many_calls_at_once(late: InferenceSessionProxy, is_mapped: bool) -> None:
     count = 8
     with file(8 * LARGE * count, is_mapped=is_mapped) as (memory, fd):
@@ -448,42 +283,6 @@ def test_one_memory_in_many_calls_at_once(late: InferenceSessionProxy, is_mapped
         with ThreadPoolExecutor(count) as threads:
             list(threads.map(work, range(count)))
     late.run(None, {"x": X[:8], "n": TURNS})
-
-
-def test_closed_while_calls_use_it(late: InferenceSessionProxy) -> None:
-    """A call that has begun ends with its result; a later one is refused.  Nothing else comes of it."""
-    done = itertools.count()
-    for _ in range(10):
-        with file(8 * LARGE, is_mapped=False) as (memory, _):
-            array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
-
-            def work(array: ForeignArray = array, place: ForeignPlace = place) -> None:
-                with contextlib.suppress(ForeignMemoryError):
-                    while True:
-                        assert run(late, array, place) == Written(F4, X.shape)
-                        next(done)
-
-            threads = [threading.Thread(target=work) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            enough = next(done) + 20
-            eventually(lambda enough=enough: next(done) > enough, "some calls")
-        for thread in threads:
-            thread.join(DEADLINE)
-            assert not thread.is_alive()
-    for _ in range(8):  # on each lane
-        late.run(None, {"x": X[:8], "n": TURNS})
-    late._handle.in_use().worker.pool.tidy(0.0)  # type: ignore[union-attr]
-    pid = pid_of(late)
-    eventually(lambda: held(pid) == 0, "the end of the lanes that are not needed")
-
-
-def test_a_worker_that_was_unloaded(late: InferenceSessionProxy, is_mapped: bool) -> None:
-    with file(8 * LARGE, is_mapped=is_mapped) as (memory, _):
-        array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
-        for _ in range(3):
-            assert run(late, array, place) == Written(F4, X.shape)
-            late.unload()
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -518,33 +317,3 @@ def test_where_no_worker_may_have_it(
             run(session, array, place)
         if "sandbox" in how:
             assert held(pid_of(session)) == 0
-
-
-def test_memory_of_two_other_processes(late: InferenceSessionProxy, is_mapped: bool) -> None:
-    """Each makes a file, writes an input, and reads the result when it is told to."""
-    program = (
-        "import mmap, os, sys, numpy as np\n"
-        f"fd = os.memfd_create('foreign-test'); os.ftruncate(fd, {8 * LARGE}); view = mmap.mmap(fd, 0)\n"
-        f"x = np.frombuffer(view, 'f4', {LARGE}); x[:] = int(sys.argv[1])\n"
-        "print(fd, flush=True); sys.stdin.readline()\n"
-        f"print(set(np.frombuffer(view, 'f4', {LARGE}, {4 * LARGE})), flush=True)"
-    )
-    with contextlib.ExitStack() as stack:
-        made: list[tuple[subprocess.Popen[str], ForeignMemory]] = []
-        for number in (3, 4):
-            command = [sys.executable, "-c", program, str(number)]
-            process = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            )
-            assert process.stdout is not None
-            fd = os.open(f"/proc/{process.pid}/fd/{process.stdout.readline().strip()}", os.O_RDWR)
-            memory = stack.enter_context(
-                contextlib.closing(ForeignMemory(fd, 8 * LARGE, is_mapped=is_mapped))
-            )
-            made.append((process, memory))
-        for _, memory in made * 3:
-            run(late, ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE))
-        for number, (process, _) in zip((3, 4), made, strict=True):
-            told, _ = process.communicate("\n", DEADLINE)
-            assert told.strip() in (f"{{{2.0 * number}}}", f"{{np.float32({2.0 * number})}}")
-    late.run(None, {"x": X[:8], "n": TURNS})

@@ -44,9 +44,9 @@ def serve(given: Mapping[str, Any]) -> int:
     resources.check_platform()
     options = options_of(given)
     check_installed(_NEEDED)
-    from onnx_dl.server import app
+    from onnx_dl.server.app import serve as run
 
-    return app.serve(options)
+    return run(options)
 
 
 def check_installed(modules: Sequence[str]) -> None:

@@ -35,10 +35,11 @@ from onnx_dl.server.processes.loops import run
 from onnx_dl.server.processes.remote_control import answered
 from onnx_dl.server.repository.catalog import NamedModel
 from onnx_dl.server.repository.repository import Repository
+from onnx_dl.system import descriptor_limits
 from onnx_dl.system.process_title import set_title
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_CUT: Final = 5.0
+_CUT: Final = 15.0
 """Seconds after the time for draining until all is closed; then the process ends as it is."""
 
 
@@ -54,6 +55,7 @@ def serve(options: ServeOptions) -> int:
     logs.begin(is_first=True)
     keep_engine_out()
     set_title("server")
+    descriptor_limits.raise_limit()  # each connection has one; child processes inherit it
     if options.demo:
         options = demo.with_models(options)
     try:

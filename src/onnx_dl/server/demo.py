@@ -15,7 +15,7 @@ from onnx_dl.server.options import ServeOptions
 
 
 def with_models(options: ServeOptions) -> ServeOptions:
-    """These options, and the demo's models by their names; models that the user has given stay."""
+    """Adds to the options the demo's models by their names; models that the user has given stay."""
     models = {name: str(assets.model_path(name)) for name in assets.SMALL_MODELS}
     return msgspec.structs.replace(options, models=models | options.models)
 

@@ -1,4 +1,4 @@
-"""How the parts of the server see each other.  Plain data and protocols only.
+"""Contract of the parts of the server: plain data and protocols only.
 
 Both protocols (``http``, ``grpc``) need a :class:`Server` and nothing else.
 """

@@ -6,14 +6,16 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import grpc
 
-from onnx_dl.server.v2.failures import invalid, too_many
+from onnx_dl.server.v2.failures import RequestFailure, invalid, too_many
 
 _LOOK_EVERY: Final = 1.0
 """Seconds between two looks for messages that do not arrive."""
+_PATIENCE: Final = 0.25
+"""Seconds that a call without its message keeps its place while others want it."""
 
 
 class Places:
@@ -34,6 +36,10 @@ class Places:
     @property
     def taken(self) -> int:
         return self._taken
+
+    @property
+    def is_full(self) -> bool:
+        return self._taken >= self._most
 
     @property
     def unsent(self) -> int:
@@ -59,7 +65,7 @@ class Place:
     """One of the places."""
 
     def __init__(self, places: Places) -> None:
-        self._places = places
+        self.places: Final = places
         self._unsent = 0
         self._lock = threading.Lock()
         self._is_given_back = False
@@ -69,14 +75,23 @@ class Place:
         with self._lock:  # the call may end in another thread meanwhile
             if not self._is_given_back:
                 self._unsent += nbytes
-                self._places._change(0, nbytes)
+                self.places._change(0, nbytes)
 
     def give_back(self) -> None:
         """Idempotent."""
         with self._lock:
             if not self._is_given_back:
                 self._is_given_back = True
-                self._places._change(-1, -self._unsent)
+                self.places._change(-1, -self._unsent)
+
+
+class _Awaited(NamedTuple):
+    """A call whose message is awaited, by ``until`` at the latest."""
+
+    since: float
+    until: float
+    place: Place
+    context: grpc.ServicerContext
 
 
 class Arrivals:
@@ -87,25 +102,51 @@ class Arrivals:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._awaited: dict[int, tuple[float, grpc.ServicerContext]] = {}
+        self._awaited: dict[int, _Awaited] = {}
+        """Calls in the order in which they came."""
         self._is_closed = False
         loop.call_soon_threadsafe(self._look)
 
-    def first(self, messages: Iterator[bytes], context: grpc.ServicerContext, seconds: float) -> bytes:
+    def take(self, places: Places) -> Place:
+        """A place for a new call: a free one, or that of the call that has awaited its message longest, which
+        is cancelled.  Else whoever opens calls and sends nothing would keep all others out.
+
+        Raises RequestFailure (RESOURCE_EXHAUSTED).
+        """
+        try:
+            return places.take()
+        except RequestFailure:
+            if not (places.is_full and self._make_room(places)):
+                raise
+        return places.take()
+
+    def first(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext, place: Place, seconds: float
+    ) -> bytes:
         """The call's only message, if it is there within ``seconds``.
 
         Raises:
             RequestFailure: 400: the client sent none.
             grpc.RpcError: the call has ended.
         """
-        key = id(context)
-        self._awaited[key] = (time.monotonic() + seconds, context)
+        key, now = id(context), time.monotonic()
+        self._awaited[key] = _Awaited(now, now + seconds, place, context)
         try:
             return next(messages)
         except StopIteration:
             raise invalid("the call has no message") from None
         finally:
-            del self._awaited[key]
+            self._awaited.pop(key, None)
+
+    def _make_room(self, places: Places) -> bool:
+        latest = time.monotonic() - _PATIENCE
+        for key, awaited in list(self._awaited.items()):
+            is_idle = awaited.place.places is places and awaited.since < latest
+            if is_idle and self._awaited.pop(key, None) is not None:  # not by two threads
+                awaited.place.give_back()
+                awaited.context.cancel()
+                return True
+        return False
 
     def close(self) -> None:
         self._is_closed = True
@@ -114,7 +155,7 @@ class Arrivals:
         if self._is_closed:
             return
         now = time.monotonic()
-        for until, context in list(self._awaited.values()):
-            if until < now:
-                context.cancel()
+        for awaited in list(self._awaited.values()):
+            if awaited.until < now:
+                awaited.context.cancel()
         self._loop.call_later(_LOOK_EVERY, self._look)

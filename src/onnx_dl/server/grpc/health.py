@@ -87,7 +87,7 @@ class HealthService:
         over: Callable[[], None],
     ) -> Message:
         """The request, if there is a place for the call.  ``over`` is called when the call has ended."""
-        place = places.take()
+        place = self._arrivals.take(places)
 
         def ended() -> None:
             place.give_back()
@@ -97,7 +97,7 @@ class HealthService:
             ended()
             raise cancelled()
         try:
-            return _Request.FromString(self._arrivals.first(messages, context, _ARRIVES))
+            return _Request.FromString(self._arrivals.first(messages, context, place, _ARRIVES))
         except DecodeError as error:
             raise invalid(f"the message is not a HealthCheckRequest: {error}") from error
 

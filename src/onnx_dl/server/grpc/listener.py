@@ -114,6 +114,8 @@ def _options(max_body: int, *, reuse_port: bool) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", 64 << 10),
         ("grpc.max_concurrent_streams", 256),  # of one connection
         ("grpc.max_allowed_incoming_connections", 1024),
+        # Of TLS and HTTP/2.  By default two minutes, in which half a handshake keeps one of these places.
+        ("grpc.server_handshake_timeout_ms", 10_000),
         # A client that has gone without a word is noticed.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),

@@ -100,7 +100,7 @@ class InferenceService:
         if self._server.is_draining:
             raise unavailable("the server drains")
         cancel = Deadline(None, movable=True)
-        place = self.inferences.take()
+        place = self._arrivals.take(self.inferences)
 
         def over() -> None:
             cancel.end()
@@ -109,7 +109,7 @@ class InferenceService:
         if not context.add_callback(over):
             place.give_back()
             raise cancelled()
-        data = self._arrivals.first(messages, context, _INFER_ARRIVES)
+        data = self._arrivals.first(messages, context, place, _INFER_ARRIVES)
         response = self.run(data, refusals.time_left(context), cancel)
         answer = answers.encode(response)
         place.owe(len(answer))
@@ -117,11 +117,11 @@ class InferenceService:
 
     def _call(self, call: UnaryCall, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         self.admit(call.operation, context)
-        place = self._others.take()
+        place = self._arrivals.take(self._others)
         if not context.add_callback(place.give_back):
             place.give_back()
             raise cancelled()
-        data = self._arrivals.first(messages, context, _OTHER_ARRIVES)
+        data = self._arrivals.first(messages, context, place, _OTHER_ARRIVES)
         try:
             request = call.request.FromString(data)
         except DecodeError as error:

@@ -7,6 +7,7 @@ from typing import Final
 
 import numpy as np
 
+from onnx_dl.server.grpc import wire
 from onnx_dl.server.grpc.messages import Message
 from onnx_dl.server.v2 import datatypes
 from onnx_dl.server.v2.failures import invalid
@@ -20,11 +21,13 @@ _FIELDS: Final = {
     datatypes.BYTES: "bytes_contents",
 }  # fmt: skip
 """The field for each datatype.  FP16 and BF16 have none."""
+_SAME_BYTES: Final = frozenset(("BOOL", "FP32", "FP64"))
+"""Datatypes whose packed numbers are the tensor's bytes."""
 _AT_ONCE: Final = 1 << 16
 """Numbers that become Python's objects at one time.  Between two steps other threads run."""
 
 
-def to_bytes(name: str, datatype: str, contents: Message) -> bytes:
+def to_bytes(name: str, datatype: str, contents: Message) -> bytes | memoryview:
     """The items of a typed input in the binary form of its datatype.
 
     Args:
@@ -43,10 +46,24 @@ def to_bytes(name: str, datatype: str, contents: Message) -> bytes:
     for descriptor, _ in contents.ListFields():
         if descriptor.name != field:
             raise invalid(f"input '{name}' of {datatype} has {descriptor.name}; expected {field}")
+    if datatype in _SAME_BYTES:
+        return _packed(contents)
     items = getattr(contents, field)
     if datatype == datatypes.BYTES:
         return b"".join(part for item in items for part in (len(item).to_bytes(4, "little"), item))
     return _numbers(name, datatype, items)
+
+
+def _packed(contents: Message) -> bytes | memoryview:
+    """The packed numbers of the only field."""
+    contents.DiscardUnknownFields()
+    data: bytes = contents.SerializeToString()
+    if not data:
+        return b""
+    _, at = wire.read_varint(data, 0)
+    length, at = wire.read_varint(data, at)
+    assert at + length == len(data), "one field, and it is packed"
+    return memoryview(data)[at:]
 
 
 def _numbers(name: str, datatype: str, items: Sequence[float]) -> bytes:

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from onnx_dl.server.http.head import Head
 from onnx_dl.server.v2.failures import RequestFailure
 
 JSON: Final = b"application/json"
@@ -23,7 +24,7 @@ Part = bytes | memoryview
 
 
 @dataclasses.dataclass(slots=True)
-class Answer:
+class HttpAnswer:
     """``parts`` are sent as they lie in memory.  ``headers``: more than type and length."""
 
     status: int
@@ -37,11 +38,11 @@ class Answer:
         return sum(len(part) for part in self.parts)
 
 
-def json_answer(value: object, status: int = 200) -> Answer:
-    return Answer(status, (msgspec.json.encode(value),))
+def json_answer(value: object, status: int = 200) -> HttpAnswer:
+    return HttpAnswer(status, (msgspec.json.encode(value),))
 
 
-def failed(failure: RequestFailure) -> Answer:
+def failed(failure: RequestFailure) -> HttpAnswer:
     """The answer to a request that failed."""
     answer = json_answer({"error": str(failure)}, failure.http)
     if failure.retry_after is not None:
@@ -52,14 +53,14 @@ def failed(failure: RequestFailure) -> Answer:
     return answer
 
 
-def not_allowed(methods: Sequence[str]) -> Answer:
+def not_allowed(methods: Sequence[str]) -> HttpAnswer:
     answer = json_answer({"error": "Method Not Allowed"}, 405)
     answer.headers.append((b"Allow", ", ".join(methods).encode()))
     return answer
 
 
-def rendered(answer: Answer, *, version: str, keeps_alive: bool, is_head: bool) -> list[Part]:
-    """Return what goes to the socket, in order.  ``is_head``: the method was HEAD, so no body follows."""
+def rendered(answer: HttpAnswer, head: Head | None, *, keeps_alive: bool) -> list[Part]:
+    """Return what goes to the socket, in order.  ``head``: of the request; None: it was none."""
     nbytes = answer.nbytes
     if answer.status == 200:
         lines = [_OK, answer.kind]
@@ -69,10 +70,10 @@ def rendered(answer: Answer, *, version: str, keeps_alive: bool, is_head: bool) 
     lines.extend(b"\r\n%s: %s" % header for header in answer.headers)
     if not keeps_alive:
         lines.append(b"\r\nConnection: close")
-    elif version == "1.0":
+    elif head is not None and head.version == "1.0":
         lines.append(b"\r\nConnection: keep-alive")
     lines.append(b"\r\nContent-Length: %d\r\n\r\n" % nbytes)
-    if is_head:
+    if head is not None and head.method == "HEAD":
         return [b"".join(lines)]
     if nbytes <= JOINED:
         return [b"".join([*lines, *answer.parts])]

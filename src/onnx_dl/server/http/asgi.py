@@ -8,14 +8,14 @@ from urllib.parse import unquote
 
 from starlette.applications import Starlette
 
-from onnx_dl.server.http.answers import Answer
-from onnx_dl.server.http.requests import Request
+from onnx_dl.server.http.answers import HttpAnswer
+from onnx_dl.server.http.requests import HttpRequest
 
 _OWN = {b"content-type", b"content-length", b"connection", b"transfer-encoding"}
 """Headers that the connection writes itself."""
 
 
-async def call(app: Starlette, request: Request) -> Answer:
+async def call(app: Starlette, request: HttpRequest) -> HttpAnswer:
     """Return the application's answer.  Raises what the application raises without having answered."""
     conversation = _Conversation(bytes(request.body))
     try:
@@ -29,7 +29,7 @@ async def call(app: Starlette, request: Request) -> Answer:
     return conversation.answer
 
 
-def _scope(request: Request) -> dict[str, Any]:
+def _scope(request: HttpRequest) -> dict[str, Any]:
     path, _, query = request.head.target.partition(b"?")
     path = _path(path)
     return {
@@ -60,7 +60,7 @@ class _Conversation:
         self._kind = b"application/json"
         self._headers: list[tuple[bytes, bytes]] = []
         self._parts: list[bytes] = []
-        self.answer: Answer | None = None
+        self.answer: HttpAnswer | None = None
 
     async def receive(self) -> dict[str, Any]:
         body, self._body = self._body, None
@@ -79,4 +79,4 @@ class _Conversation:
             return
         self._parts.append(message.get("body", b""))
         if not message.get("more_body", False):
-            self.answer = Answer(self._status, self._parts, self._kind, self._headers)
+            self.answer = HttpAnswer(self._status, self._parts, self._kind, self._headers)

@@ -31,7 +31,7 @@ def aligned(memory: memoryview, before: int, nbytes: int) -> memoryview:
     return memory[offset : offset + nbytes]
 
 
-class Body(Protocol):
+class IncomingBody(Protocol):
     """A body that arrives."""
 
     @property
@@ -42,10 +42,10 @@ class Body(Protocol):
     def is_complete(self) -> bool: ...
 
     def room(self) -> memoryview | None:
-        """Where the next bytes go; None: what comes must be looked at first, by :meth:`write`."""
+        """Return the place of the next bytes; None: what comes must be looked at first, by :meth:`write`."""
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes were written to :meth:`room`.  Raises RequestFailure: 429."""
+        """Note that so many bytes were written to :meth:`room`.  Raises RequestFailure: 429."""
 
     def write(self, data: memoryview) -> int:
         """Take what belongs to the body; return how much that was.  Raises RequestFailure: 400, 413, 429."""
@@ -54,7 +54,7 @@ class Body(Protocol):
         """The body, when it is complete."""
 
 
-def open_body(framing: Framing, most: int, allocate: Allocate) -> Body:
+def open_body(framing: Framing, most: int, allocate: Allocate) -> IncomingBody:
     """Memory for the body of a request.  ``most``: bytes of it."""
     before = None if framing.encoding else framing.header_length
     if framing.length is None:
@@ -78,11 +78,11 @@ class _Memory:
         self._memory = memoryview(bytearray(min(most, STEPS[0])))
 
     def room(self) -> memoryview:
-        """Where the next bytes go; not empty before ``most`` are there."""
+        """Return the place of the next bytes; not empty before ``most`` are there."""
         return self._memory[self.filled :]
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes were written to :meth:`room`.  Raises RequestFailure: 429: no memory."""
+        """Note that so many bytes were written to :meth:`room`.  Raises RequestFailure: 429: no memory."""
         self.filled += nbytes
         if self.filled == len(self._memory) and self.filled < self._most:
             size = self._larger(self._most, self.filled)
@@ -102,7 +102,7 @@ class _Memory:
         return taken
 
     def take(self) -> memoryview:
-        """What is there.  This keeps no view of it."""
+        """Return what is there, and keep no view of it."""
         taken, self._memory = self._memory[: self.filled], memoryview(b"")
         return taken
 

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
-from onnx_dl.server.http.answers import Answer, Part
+from onnx_dl.server.http.answers import HttpAnswer, Part
 from onnx_dl.server.http.bodies import Allocate, Gathered
 from onnx_dl.server.http.head import Encoding
 from onnx_dl.server.v2.failures import cancelled, invalid
@@ -15,7 +15,7 @@ _BITS: Final = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 """``deflate`` in HTTP means the form of zlib."""
 _PIECE: Final = 256 << 10
 _MOST_STREAMS: Final = 1 << 15
-"""Of one body.  Each costs time, and some are 20 bytes long and empty."""
+"""Streams of one body.  Each costs time, and some are 20 bytes long and empty."""
 _LEVEL: Final = 1
 """Tensors hardly become smaller at a higher level, and take far longer."""
 
@@ -86,7 +86,7 @@ def asked_encoding(accept: bytes | None) -> Encoding:
     return ""
 
 
-def compress(answer: Answer, encoding: Encoding) -> None:
+def compress(answer: HttpAnswer, encoding: Encoding) -> None:
     """Compress the parts of an answer."""
     stream = zlib.compressobj(_LEVEL, wbits=_BITS[encoding])
     parts: list[Part] = [piece for part in answer.parts if (piece := stream.compress(part))]

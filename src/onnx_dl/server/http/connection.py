@@ -10,14 +10,15 @@ import asyncio
 import enum
 from typing import Final, cast
 
-from onnx_dl.server.http.answers import Answer, failed, not_allowed, rendered
-from onnx_dl.server.http.bodies import Body, open_body
+from onnx_dl.server.http.answers import HttpAnswer, failed, not_allowed, rendered
+from onnx_dl.server.http.bodies import IncomingBody, open_body
 from onnx_dl.server.http.connections import Connections
 from onnx_dl.server.http.handler import Admitted, Handler, NotAllowed
 from onnx_dl.server.http.head import END, Head, head_too_large, parse_head, skipped_length
 from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
+from onnx_dl.server.http.outgoing import Outgoing
 from onnx_dl.server.http.peers import caller_of
-from onnx_dl.server.http.requests import Request
+from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -26,7 +27,7 @@ _PATIENCE: Final = 1.0
 
 
 class Phase(enum.Enum):
-    """What a connection does."""
+    """Steps of a connection."""
 
     HEAD = enum.auto()
     """Waits for a head, or reads it."""
@@ -53,26 +54,20 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._phase = Phase.HEAD
         self._since = self._loop.time()
-        """When the phase began; of a head: its first byte; of a body: its last; of an answer: when the client
-        last took some of it."""
+        """Time when the phase began; of a head: its first byte; of a body: its last."""
         self._waiting = b""
-        """What was read and is not looked at yet: part of a head, or later requests."""
+        """Bytes that were read and are not looked at yet: part of a head, or later requests."""
         self._has_served = False
         self._ends = False
         """No request is answered after this one."""
-        self._is_paused = False
-        """The client takes no more for now."""
-        self._unsent = 0
-        """Bytes that the client had not taken at the last look."""
-        self._sending = 0
-        """Bytes of the answer."""
+        self._outgoing: Outgoing
         self._head: Head | None = None
         self._admitted: Admitted | None = None
-        self._body: Body | None = None
+        self._body: IncomingBody | None = None
         self._began = 0.0
-        """When the head of the request was there, and then: when its answer began."""
+        """Time when the head of the request was there."""
         self._skip = 0
-        self._request: Request | None = None
+        self._request: HttpRequest | None = None
         self._task: asyncio.Task[None] | None = None
 
     # What the transport calls.
@@ -80,9 +75,9 @@ class HttpConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses.
         self._transport = cast("asyncio.Transport", transport)
+        self._outgoing = Outgoing(self._transport, self._limits)
         self._caller = caller_of(transport)
         if not self._connections.add(self):
-            self._ends = True
             self._send(failed(unavailable("Too many connections are open.")))
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -98,18 +93,18 @@ class HttpConnection(asyncio.BufferedProtocol):
         """The client sends no more.  A run ends, because most clients that do this have gone; other
         answers are still sent."""
         is_run = self._phase is Phase.RUN and self._admitted is not None and self._admitted.is_inference
-        if self._phase in (Phase.RUN, Phase.SEND) and not is_run:
-            self._ends = True
-            return self._transport.can_write_eof()
         if is_run:
             self._transport.abort()
+        elif self._phase in (Phase.RUN, Phase.SEND):
+            self._ends = True
+            return self._transport.can_write_eof()
         return False
 
     def pause_writing(self) -> None:
-        self._is_paused = True
+        self._outgoing.is_paused = True
 
     def resume_writing(self) -> None:
-        self._is_paused = False
+        self._outgoing.is_paused = False
         if self._phase is Phase.SEND:
             self._next()
 
@@ -150,18 +145,16 @@ class HttpConnection(asyncio.BufferedProtocol):
         waiting = (self._waiting + data).lstrip(b"\r\n")
         if waiting and not self._waiting:
             self._since = self._loop.time()
-        self._waiting = waiting
+        self._waiting, self._head = waiting, None
         end = waiting.find(END)
         if end > HEAD_BYTES or (end < 0 and len(waiting) > HEAD_BYTES):
-            self._head = None
             self._waiting = b""
-            self._send(failed(head_too_large()), is_read=False)
+            self._send(failed(head_too_large()), skip=None)
             return data[len(data) :]
         if end < 0:
             return data[len(data) :]
         self._waiting = b""
         end += len(END)
-        self._head = None
         try:
             self._head = head = parse_head(waiting[:end])
             self._admit(self._handler.admit(head, self._caller), has_more=end < len(waiting))
@@ -170,7 +163,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         except RequestFailure as failure:
             self._send(failed(failure), skip=skipped_length(self._head))
         except Exception:
-            self._send(self._handler.fault(waiting[:end]), is_read=False)
+            self._send(self._handler.fault(waiting[:end]), skip=None)
         return memoryview(waiting)[end:]
 
     def _admit(self, admitted: Admitted, *, has_more: bool) -> None:
@@ -189,13 +182,13 @@ class HttpConnection(asyncio.BufferedProtocol):
         assert self._body is not None
         self._since = self._loop.time()
         try:
-            if data is None:
-                self._body.advance(nbytes)
-            else:
+            if data is not None:
                 nbytes = self._body.write(data)
+            else:
+                self._body.advance(nbytes)
         except RequestFailure as failure:
             self._body = None
-            self._send(failed(failure), is_read=False)
+            self._send(failed(failure), skip=None)
             return nbytes
         if self._body.is_complete:
             self._start()
@@ -204,14 +197,12 @@ class HttpConnection(asyncio.BufferedProtocol):
     def _start(self) -> None:
         """The request is there: answer it."""
         assert self._admitted is not None and self._body is not None
-        head, target, framing = self._admitted.head, self._admitted.target, self._admitted.framing
-        body, self._body = self._body.take(), None
-        request = Request(head, target, body, framing.encoding, framing.header_length, self._began)
+        self._request = request = self._admitted.request(self._body.take(), self._began)
+        self._body = None
         self._enter(Phase.RUN)
-        self._request = request
         self._task = self._loop.create_task(self._run(request))
 
-    async def _run(self, request: Request) -> None:
+    async def _run(self, request: HttpRequest) -> None:
         try:
             answer = await self._handler.answer(request)
             self._task = self._request = None
@@ -224,25 +215,14 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     # Answers.
 
-    def _send(self, answer: Answer, *, skip: int | None = 0, is_read: bool = True) -> None:
-        """Send an answer.  ``skip``: bytes of the body that still come, and are dropped; None, or ``is_read``
-        False: it is not known where the next request would begin."""
-        head = self._head
-        if not is_read:
-            skip = None
-        keeps = (
-            head is not None and head.keeps_alive and skip is not None
-            and not self._ends and not self._connections.is_draining
-        )  # fmt: skip
-        version, method = ("1.1", "") if head is None else (head.version, head.method)
-        parts = rendered(answer, version=version, keeps_alive=keeps, is_head=method == "HEAD")
-        if len(parts) == 1:
-            self._transport.write(parts[0])
-        else:
-            self._transport.writelines(parts)
+    def _send(self, answer: HttpAnswer, *, skip: int | None = 0) -> None:
+        """Send an answer.  ``skip``: bytes of the body that still come, and are dropped; None: where the next
+        request would begin is not known."""
+        ends = self._ends or self._connections.is_draining or skip is None
+        keeps = not ends and self._head is not None and self._head.keeps_alive
+        parts = rendered(answer, self._head, keeps_alive=keeps)
+        self._outgoing.send(parts, self._loop.time())
         self._has_served = True
-        self._began = self._loop.time()
-        self._sending = sum(map(len, parts))
         if keeps and skip:
             self._skip = skip
             self._enter(Phase.SKIP)
@@ -258,11 +238,9 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _next(self) -> None:
         """Look at the next request, if the client has taken the last answer."""
-        if self._is_paused:
-            self._enter(Phase.SEND)
-            self._unsent = self._transport.get_write_buffer_size()
+        self._enter(Phase.SEND if self._outgoing.is_paused else Phase.HEAD)
+        if self._phase is Phase.SEND:
             return
-        self._enter(Phase.HEAD)
         if self._ends or (self._connections.is_draining and not self._waiting):
             self._enter(Phase.LINGER)
             self._transport.close()
@@ -279,19 +257,19 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it has waited for its client; None: closing it would be noticed."""
-        is_patient = self._loop.time() - self._since > _PATIENCE
-        if self._phase is Phase.HEAD and (is_patient or not self._waiting):
-            return self._since
-        is_sent = self._phase is Phase.LINGER and not self._transport.get_write_buffer_size()
-        return self._since if is_sent and is_patient else None
+        """Time since when it has waited for its client; None: closing it would be noticed."""
+        match self._phase:
+            case Phase.HEAD if not self._waiting:
+                return self._since
+            case Phase.HEAD | Phase.LINGER if self._loop.time() - self._since > _PATIENCE:
+                return self._since if not self._outgoing.unsent else None
+        return None
 
     def look(self, now: float) -> None:
         """End the connection if its client takes too long."""
         waited, limits = now - self._since, self._limits
         match self._phase:
             case Phase.HEAD if self._waiting and waited > limits.head:
-                self._head = None
                 self._send(failed(passed("The request's head took too long.")))
             case Phase.HEAD if not self._waiting and waited > (
                 limits.idle if self._has_served else limits.head
@@ -301,18 +279,11 @@ class HttpConnection(asyncio.BufferedProtocol):
                 came, length = self._body.filled, self._admitted and self._admitted.framing.length
                 if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
                     self._body = None
-                    self._send(failed(passed("The request's body took too long.")), is_read=False)
-            case Phase.SKIP if waited > limits.linger:
+                    self._send(failed(passed("The request's body took too long.")), skip=None)
+            case Phase.SEND | Phase.LINGER if self._outgoing.is_stuck(now):
                 self._transport.abort()
-            case Phase.SEND | Phase.LINGER:
-                unsent = self._transport.get_write_buffer_size()
-                if unsent != self._unsent:
-                    self._unsent, self._since = unsent, now
-                is_slow = unsent > 0 and is_too_slow(
-                    self._sending - unsent, self._sending, now - self._began, limits
-                )
-                if is_slow or now - self._since > (limits.send_idle if unsent else limits.linger):
-                    self._transport.abort()
+            case Phase.SKIP | Phase.LINGER if waited > limits.linger and not self._outgoing.unsent:
+                self._transport.abort()
 
     def end(self, *, now: bool) -> None:
         """End the connection: ``now``, or when it has finished what was begun."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from onnx_dl.linux_only import resource
-from onnx_dl.server.http.limits import HEAD_BYTES, Limits, most_connections
+from onnx_dl.server.http.limits import HEAD_BYTES, HttpLimits, most_connections
 
 _LOOK_EVERY = 0.5
 
@@ -18,7 +18,7 @@ class Kept(Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it has waited for a request, on the loop's clock; None: closing it would be noticed."""
+        """Time since when it has waited for its client; None: closing it would be noticed."""
 
     def look(self, now: float) -> None:
         """Ends the connection if it has taken too long."""
@@ -30,10 +30,10 @@ class Kept(Protocol):
 class Connections:
     """All connections of a listener.  One timer looks at them."""
 
-    def __init__(self, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, limits: HttpLimits, loop: asyncio.AbstractEventLoop) -> None:
         self.limits = limits
         self.scratch = memoryview(bytearray(HEAD_BYTES))
-        """Where any of them reads what it does not yet know the place of.  It is used up within one call."""
+        """Memory for what any of them reads before it knows the place.  Used up within one call."""
         self.is_draining = False
         self._most = most_connections(limits, _descriptors())
         self._loop = loop

@@ -1,4 +1,4 @@
-"""How deep JSON is nested, and how much is in it: found before it is decoded.  Pure.
+"""Levels of JSON, and the number of its values, found before it is decoded.  Pure.
 
 Decoded, JSON takes more memory than its text: a list 60 bytes, a number or text up to 60.  So the number of
 values is limited, too: all of them are decoded in one step, in which the process does nothing else.

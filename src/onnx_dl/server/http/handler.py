@@ -1,4 +1,4 @@
-"""What is done with a request: refused at its head, or answered."""
+"""Decisions about requests at their heads, and their answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final, NamedTuple
 from starlette.applications import Starlette
 
 from onnx_dl.server.http import compression, infer
-from onnx_dl.server.http.answers import Answer, failed
+from onnx_dl.server.http.answers import HttpAnswer, failed
 from onnx_dl.server.http.asgi import call
 from onnx_dl.server.http.head import Framing, Head, framing
 from onnx_dl.server.http.limits import JSON_BYTES, OTHER_BODY
-from onnx_dl.server.http.requests import Request
+from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.http.results import infer_answer
 from onnx_dl.server.http.targets import INFER, METRICS, Target, find_target
 from onnx_dl.server.interfaces import Caller, Server
@@ -45,6 +45,11 @@ class Admitted(NamedTuple):
     @property
     def is_inference(self) -> bool:
         return self.target.route.name == INFER
+
+    def request(self, body: memoryview, began: float) -> HttpRequest:
+        """The request, when its body is there."""
+        encoding, header_length = self.framing.encoding, self.framing.header_length
+        return HttpRequest(self.head, self.target, body, encoding, header_length, began)
 
 
 class Handler:
@@ -79,8 +84,8 @@ class Handler:
         most = server.options.max_body
         return Admitted(head, target, framing(head, most, min(most, JSON_BYTES)), most)
 
-    async def answer(self, request: Request) -> Answer:
-        """Answer a request.  Raises nothing but CancelledError."""
+    async def answer(self, request: HttpRequest) -> HttpAnswer:
+        """HttpAnswer a request.  Raises nothing but CancelledError."""
         try:
             if request.target.route.name == INFER:
                 return await self._infer(request)
@@ -92,12 +97,12 @@ class Handler:
         except Exception:
             return self.fault(request.head.target)
 
-    def fault(self, request: bytes) -> Answer:
+    def fault(self, request: bytes) -> HttpAnswer:
         """The answer to a request at which the server itself failed.  The log has the exception."""
         logger.exception("A request failed: %r", request[:200])
         return failed(internal("The server failed.  Its log says why."))
 
-    async def _infer(self, request: Request) -> Answer:
+    async def _infer(self, request: HttpRequest) -> HttpAnswer:
         headers = request.head.headers
         timeout = infer.header_timeout(headers.get(b"x-request-timeout-ms"))
         if request.encoding:
@@ -123,7 +128,7 @@ class Handler:
             compression.compress(answer, encoding)
         return answer
 
-    async def _inflate(self, request: Request, most: int) -> None:
+    async def _inflate(self, request: HttpRequest, most: int) -> None:
         """Replace the body by what it is a compressed form of."""
         request.body = await asyncio.to_thread(
             compression.inflate,

@@ -47,7 +47,7 @@ class Head:
 
 
 class Framing(NamedTuple):
-    """How the body comes.  ``length`` in bytes; None: in chunks."""
+    """Form in which the body comes.  ``length`` in bytes; None: in chunks."""
 
     length: int | None
     encoding: Encoding
@@ -57,7 +57,7 @@ class Framing(NamedTuple):
 
 
 class _Parts:
-    """What httptools calls."""
+    """Receiver of what httptools finds."""
 
     __slots__ = ("headers", "is_complete", "messages", "names", "repeated", "target")
 
@@ -123,7 +123,7 @@ def head_too_large() -> RequestFailure:
 
 
 def framing(head: Head, most: int, most_json: int) -> Framing:
-    """How the body of a request comes.  ``most``: bytes of the body; ``most_json``: of JSON in it.
+    """Find how the body of a request comes.  ``most``: bytes of the body; ``most_json``: of JSON in it.
 
     Raises:
         RequestFailure: 400, 413, 415, 417 or 501.

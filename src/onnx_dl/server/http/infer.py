@@ -36,7 +36,7 @@ class _Output(msgspec.Struct):
     parameters: dict[str, Any] | None = None
 
 
-class _Request(msgspec.Struct):
+class _Sent(msgspec.Struct):
     inputs: list[_Tensor]
     id: str = ""
     outputs: list[_Output] | None = None
@@ -44,7 +44,7 @@ class _Request(msgspec.Struct):
 
 
 class Wanted(NamedTuple):
-    """How the outputs go back.  ``by_name`` overrides ``is_binary``."""
+    """Forms in which the outputs go back.  ``by_name`` overrides ``is_binary``."""
 
     is_binary: bool
     by_name: dict[str, bool]
@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
         return self.by_name.get(name, self.is_binary)
 
 
-_DECODER: Final = msgspec.json.Decoder(_Request)
+_DECODER: Final = msgspec.json.Decoder(_Sent)
 _SHM: Final = "shared_memory_region"
 _SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
 
@@ -82,7 +82,7 @@ def read_request(
     return request, Wanted(is_binary, {output.name: output.is_binary for output in outputs})
 
 
-def _decode(json: bytes) -> _Request:
+def _decode(json: bytes) -> _Sent:
     check_json(json, JSON_DEPTH)
     try:
         return _DECODER.decode(json)

@@ -1,4 +1,4 @@
-"""Limits of the HTTP listener, and the decisions that only need numbers.  Pure.
+"""HttpLimits of the HTTP listener, and the decisions that only need numbers.  Pure.
 
 A client that is slow holds its own connection and little else:
 
@@ -30,7 +30,7 @@ _SLOWEST: Final = 2048
 """Bytes per second of a body, at least."""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds, and a number of connections (0: what the descriptors of the process allow)."""
 
     head: float = 10.0
@@ -40,7 +40,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_total: float = 600.0
     send_idle: float = 30.0
     linger: float = 5.0
-    """For a client that still sends a body which was refused, so that it can read why."""
+    """Time for a client that still sends a body which was refused, so that it can read why."""
     connections: int = 0
 
 
@@ -49,12 +49,12 @@ def next_step(length: int, filled: int) -> int:
     return next((step for step in STEPS if filled < step < length), length)
 
 
-def is_too_slow(received: int, length: int, elapsed: float, limits: Limits) -> bool:
+def is_too_slow(received: int, length: int, elapsed: float, limits: HttpLimits) -> bool:
     """True if a body of ``length`` bytes comes so slowly that it is cut."""
     rate = max(_SLOWEST, length / limits.body_total)
     return received < rate * (elapsed - limits.body_grace)
 
 
-def most_connections(limits: Limits, descriptors: int) -> int:
+def most_connections(limits: HttpLimits, descriptors: int) -> int:
     """Connections that are open at a time: half of the process's descriptors, 4,096 at most."""
     return limits.connections or max(16, min(4096, descriptors // 2))

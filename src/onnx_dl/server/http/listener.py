@@ -12,7 +12,7 @@ from onnx_dl.core.parsing import parse_address
 from onnx_dl.server.http.connection import HttpConnection
 from onnx_dl.server.http.connections import Connections
 from onnx_dl.server.http.handler import Handler
-from onnx_dl.server.http.limits import Limits
+from onnx_dl.server.http.limits import HttpLimits
 from onnx_dl.server.http.routes import application
 from onnx_dl.server.interfaces import Server
 
@@ -24,9 +24,9 @@ _CLOSING: Final = 2.0
 class HttpListener:
     """Serves a :class:`~onnx_dl.server.interfaces.Server` over HTTP at one address."""
 
-    def __init__(self, server: Server, limits: Limits | None = None) -> None:
+    def __init__(self, server: Server, limits: HttpLimits | None = None) -> None:
         self._server = server
-        self._limits = limits or Limits()
+        self._limits = limits or HttpLimits()
         self._listening: asyncio.Server | None = None
         self._connections: Connections | None = None
 

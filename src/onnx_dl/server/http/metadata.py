@@ -1,4 +1,4 @@
-"""What the protocol's questions about models and the server are answered with, as plain data.  Pure."""
+"""Answers to the protocol's questions about models and the server, as plain data.  Pure."""
 
 from __future__ import annotations
 

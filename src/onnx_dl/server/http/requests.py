@@ -9,7 +9,7 @@ from onnx_dl.server.http.targets import Target
 
 
 @dataclasses.dataclass(slots=True)
-class Request:
+class HttpRequest:
     """``body`` as it was sent.  ``began``: when its head was there, on the loop's clock."""
 
     head: Head

@@ -9,14 +9,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.server.http.answers import BINARY, JSON, Answer, Part
+from onnx_dl.server.http.answers import BINARY, JSON, HttpAnswer, Part
 from onnx_dl.server.http.infer import Wanted
 from onnx_dl.server.v2.datatypes import BYTES
 from onnx_dl.server.v2.failures import RequestFailure, invalid
 from onnx_dl.server.v2.messages import InferResponse, OutputTensor
 
 
-def infer_answer(response: InferResponse, wanted: Wanted) -> Answer:
+def infer_answer(response: InferResponse, wanted: Wanted) -> HttpAnswer:
     """The answer with a result.  Arrays stay where they are until it is sent.
 
     Raises:
@@ -45,8 +45,8 @@ def infer_answer(response: InferResponse, wanted: Wanted) -> Answer:
     body["outputs"] = outputs
     parts[0] = json = msgspec.json.encode(body)
     if not is_binary:
-        return Answer(200, parts, JSON)
-    return Answer(200, parts, BINARY, [(b"Inference-Header-Content-Length", b"%d" % len(json))])
+        return HttpAnswer(200, parts, JSON)
+    return HttpAnswer(200, parts, BINARY, [(b"Inference-Header-Content-Length", b"%d" % len(json))])
 
 
 def binary_data(output: OutputTensor) -> Part:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from onnx_dl.server.http import metadata
-from onnx_dl.server.http.answers import Answer, failed, json_answer
+from onnx_dl.server.http.answers import HttpAnswer, failed, json_answer
 from onnx_dl.server.http.targets import INFER, ROUTES
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, invalid, not_found
@@ -32,7 +32,7 @@ class _Parameters(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-class _Region(msgspec.Struct):
+class _Registration(msgspec.Struct):
     key: str
     byte_size: int
     offset: int = 0
@@ -40,7 +40,7 @@ class _Region(msgspec.Struct):
 
 def application(server: Server) -> Starlette:
     """The application of a server."""
-    models, regions = _Endpoints(server), _Regions(server)
+    models, regions = _Endpoints(server), _SharedMemory(server)
     routes = [
         Route(
             route.template,
@@ -63,7 +63,7 @@ async def _refused(_: Request, error: Exception) -> Response:
     return _response(json_answer({"error": error.detail}, error.status_code))
 
 
-def _response(answer: Answer) -> Response:
+def _response(answer: HttpAnswer) -> Response:
     headers = {name.decode(): value.decode() for name, value in answer.headers}
     return Response(b"".join(answer.parts), answer.status, headers, answer.kind.decode())
 
@@ -154,7 +154,7 @@ class _Endpoints:
         return Response(text, media_type=None, headers={"content-type": kind})
 
 
-class _Regions:
+class _SharedMemory:
     """The endpoints of shared memory."""
 
     def __init__(self, server: Server) -> None:
@@ -164,7 +164,7 @@ class _Regions:
         return _json(await self._server.control.region_status(request.path_params.get("region")))
 
     async def system_register(self, request: Request) -> Response:
-        region = await _read(request, _Region)
+        region = await _read(request, _Registration)
         await self._server.control.register_region(
             request.path_params["region"], region.key, region.offset, region.byte_size
         )

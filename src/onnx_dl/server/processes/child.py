@@ -104,7 +104,7 @@ class _Child:
         match message:
             case m.Begin():
                 self._begun.set_result((message, fds[0]))
-            case m.Answer() | m.Refusal():
+            case m.Done() | m.Refusal():
                 self._control.on_answer(message)
             case m.Drain():
                 self._end(message.seconds)

@@ -28,7 +28,7 @@ _COUNTS_TIMEOUT: Final = 1.0
 """Seconds that a page of metrics waits for a child's counts; then those that it sent last are shown."""
 
 _Told = TypeVar("_Told", bound=msgspec.Struct)
-Answering = Callable[[m.Ask], Awaitable[m.Answer]]
+Answering = Callable[[m.Ask], Awaitable[m.Done]]
 """Carries out what a child asks for.  Raises RequestFailure."""
 
 

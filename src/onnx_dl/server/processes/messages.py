@@ -58,7 +58,7 @@ class AskCounts(_Message, frozen=True, kw_only=True, tag=True):
     ticket: int
 
 
-class Answer(_Message, frozen=True, kw_only=True, tag=True):
+class Done(_Message, frozen=True, kw_only=True, tag=True):
     """Answers Ask.  ``result`` is None, or the data that the operation returns."""
 
     ticket: int
@@ -113,14 +113,14 @@ class Counts(_Message, frozen=True, kw_only=True, tag=True):
 
 
 class Ask(_Message, frozen=True, kw_only=True, tag=True):
-    """One call of a method of ``interfaces.Control``, by name.  Answered by Answer or Refusal."""
+    """One call of a method of ``interfaces.Control``, by name.  Answered by Done or Refusal."""
 
     ticket: int
     operation: str
     arguments: list[Any] = []
 
 
-ToChild = Begin | UseTable | UseRegion | DropRegions | AskCounts | Answer | Refusal | Drain
+ToChild = Begin | UseTable | UseRegion | DropRegions | AskCounts | Done | Refusal | Drain
 ToOwner = Listening | Failed | Taken | Counts | Ask
 
 

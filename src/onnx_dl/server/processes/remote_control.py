@@ -25,7 +25,7 @@ class RemoteControl:
         self._timeout = timeout
         self._long = timeout + settings().load_timeout
 
-    def on_answer(self, message: m.Answer | m.Refusal) -> None:
+    def on_answer(self, message: m.Done | m.Refusal) -> None:
         """Takes an answer from the link."""
         self._tickets.answer(message.ticket, message)
 
@@ -56,7 +56,7 @@ class RemoteControl:
         answer = await self._ask("metrics", [])
         return answer.text, answer.kind
 
-    async def _ask(self, operation: str, arguments: list[Any], timeout: float | None = None) -> m.Answer:
+    async def _ask(self, operation: str, arguments: list[Any], timeout: float | None = None) -> m.Done:
         ticket, future = self._tickets.open()
         self._link.send(m.Ask(ticket=ticket, operation=operation, arguments=arguments))
         try:
@@ -68,24 +68,24 @@ class RemoteControl:
             future.cancel()
         if isinstance(answer, m.Refusal):
             raise m.failure_of(answer)
-        assert isinstance(answer, m.Answer)
+        assert isinstance(answer, m.Done)
         return answer
 
 
-async def answered(control: Control, question: m.Ask) -> m.Answer:
+async def answered(control: Control, question: m.Ask) -> m.Done:
     """The answer to a child's question, by the first process's control.  Raises RequestFailure."""
     ticket, given = question.ticket, question.arguments
     match question.operation:
         case "load" | "unload" | "register_region" | "unregister_region":
             await getattr(control, question.operation)(*given)
-            return m.Answer(ticket=ticket)
+            return m.Done(ticket=ticket)
         case "region_status":
-            return m.Answer(ticket=ticket, regions=await control.region_status(*given))
+            return m.Done(ticket=ticket, regions=await control.region_status(*given))
         case "statistics":
-            return m.Answer(ticket=ticket, statistics=await control.statistics(*given))
+            return m.Done(ticket=ticket, statistics=await control.statistics(*given))
         case "model_state":
-            return m.Answer(ticket=ticket, state=await control.model_state(*given))
+            return m.Done(ticket=ticket, state=await control.model_state(*given))
         case "metrics":
             text, kind = await control.metrics()
-            return m.Answer(ticket=ticket, text=text, kind=kind)
+            return m.Done(ticket=ticket, text=text, kind=kind)
     raise RequestFailure(500, "INTERNAL", f"There is no operation {question.operation!r}.")

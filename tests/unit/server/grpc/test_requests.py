@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_dl.server.grpc import requests, typed
+from onnx_dl.server.grpc import requests, typed, wire
 from onnx_dl.server.grpc.messages import Message, ModelInferRequest
 from onnx_dl.server.v2.failures import RequestFailure
 from onnx_dl.server.v2.messages import InferRequest, RegionSlice
@@ -135,6 +135,21 @@ def test_many_typed_numbers_are_all_there(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(typed, "_AT_ONCE", 7)
     items = list(range(100))
     assert data_of(with_input("INT32", (100,), contents={"int_contents": items})) == np.int32(items).tobytes()
+
+
+def test_unknown_fields_beside_typed_numbers_are_skipped() -> None:
+    message = with_input("FP64", (2,), contents={"fp64_contents": [1.5, -2.0]})
+    contents = message.inputs[0].contents
+    contents.MergeFromString(wire.field(99, b"unknown") + wire.field(1000, bytes(300)))
+    assert contents.SerializeToString() != contents.__class__(fp64_contents=[1.5, -2.0]).SerializeToString()
+    assert data_of(message) == np.float64([1.5, -2.0]).tobytes()
+
+
+def test_numbers_that_are_not_packed_are_read() -> None:
+    one_by_one = b"".join(wire.varint(6 << 3 | 5) + np.float32(n).tobytes() for n in (1, 2, 3))
+    message = with_input("FP32", (3,))
+    message.inputs[0].contents.MergeFromString(one_by_one)
+    assert data_of(message) == np.float32([1, 2, 3]).tobytes()
 
 
 def test_an_empty_typed_tensor_has_no_bytes() -> None:

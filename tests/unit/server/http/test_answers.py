@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_dl.server.http.answers import JOINED, Answer, failed, not_allowed, rendered
+from onnx_dl.server.http.answers import JOINED, HttpAnswer, failed, not_allowed, rendered
+from onnx_dl.server.http.head import Head
 from onnx_dl.server.v2 import failures
 
 
-def sent(answer: Answer, version: str = "1.1", *, keeps_alive: bool = True, is_head: bool = False) -> bytes:
-    return b"".join(rendered(answer, version=version, keeps_alive=keeps_alive, is_head=is_head))
+def asked(method: str = "GET", version: str = "1.1") -> Head:
+    return Head(method, b"/", version, {})
+
+
+def sent(answer: HttpAnswer, head: Head | None = None, *, keeps_alive: bool = True) -> bytes:
+    return b"".join(rendered(answer, head, keeps_alive=keeps_alive))
 
 
 def test_an_answer_is_a_head_and_its_parts() -> None:
-    assert sent(Answer(200, (b"{", b"}"), headers=[(b"X-Y", b"z")])) == (
+    assert sent(HttpAnswer(200, (b"{", b"}"), headers=[(b"X-Y", b"z")])) == (
         b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Y: z\r\nContent-Length: 2\r\n\r\n{}"
     )
 
@@ -21,20 +26,20 @@ def test_an_answer_is_a_head_and_its_parts() -> None:
     [("1.1", False, b"Connection: close"), ("1.0", True, b"Connection: keep-alive"), ("1.1", True, b"")],
 )
 def test_the_connection_is_named_where_it_must_be(version: str, keeps_alive: bool, line: bytes) -> None:
-    head = sent(Answer(404), version, keeps_alive=keeps_alive)
+    head = sent(HttpAnswer(404), asked(version=version), keeps_alive=keeps_alive)
     assert head.startswith(b"HTTP/1.1 404 Not Found\r\n") and (
         line in head if line else b"Connection" not in head
     )
 
 
 def test_the_answer_to_head_has_the_length_and_no_body() -> None:
-    head = sent(Answer(200, (b"12345",)), is_head=True)
+    head = sent(HttpAnswer(200, (b"12345",)), asked("HEAD"))
     assert head.endswith(b"Content-Length: 5\r\n\r\n")
 
 
 def test_large_parts_are_not_joined() -> None:
     large = memoryview(bytearray(JOINED + 1))
-    parts = rendered(Answer(200, (b"json", b"", large)), version="1.1", keeps_alive=True, is_head=False)
+    parts = rendered(HttpAnswer(200, (b"json", b"", large)), asked(), keeps_alive=True)
     assert len(parts) == 3 and parts[2] is large
 
 

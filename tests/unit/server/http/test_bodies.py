@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_dl.server.http.bodies import Body, Gathered, open_body
+from onnx_dl.server.http.bodies import Gathered, IncomingBody, open_body
 from onnx_dl.server.http.head import Framing
 from onnx_dl.server.http.limits import STEPS
 from onnx_dl.server.v2.failures import RequestFailure, too_many
@@ -20,11 +20,11 @@ class Memory:
         return memoryview(bytearray(nbytes))
 
 
-def fixed(length: int, memory: Memory, header_length: int | None = None) -> Body:
+def fixed(length: int, memory: Memory, header_length: int | None = None) -> IncomingBody:
     return open_body(Framing(length, "", header_length, False), 1 << 30, memory.allocate)
 
 
-def fill(body: Body, data: bytes) -> None:
+def fill(body: IncomingBody, data: bytes) -> None:
     """Writes like a socket: as much as there is room for."""
     at = 0
     while at < len(data):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_dl.server.http.answers import Answer
+from onnx_dl.server.http.answers import HttpAnswer
 from onnx_dl.server.http.compression import asked_encoding, compress, inflate
 from onnx_dl.server.http.head import Encoding
 from onnx_dl.server.v2.failures import RequestFailure
@@ -138,7 +138,7 @@ def test_an_answer_is_compressed_for_who_asks_for_one_encoding(accept: bytes | N
 def test_a_compressed_answer_is_the_same_answer() -> None:
     array = np.arange(100_000, dtype=np.float32)
     for encoding, inverse in (("gzip", gzip.decompress), ("deflate", zlib.decompress)):
-        answer = Answer(200, [b"{json}", array.view(np.uint8).data])
+        answer = HttpAnswer(200, [b"{json}", array.view(np.uint8).data])
         compress(answer, encoding)
         assert inverse(b"".join(answer.parts)) == b"{json}" + array.tobytes()
         assert answer.headers == [(b"Content-Encoding", encoding.encode())]

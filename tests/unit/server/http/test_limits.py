@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from onnx_dl.server.http.limits import STEPS, Limits, is_too_slow, most_connections, next_step
+from onnx_dl.server.http.limits import STEPS, HttpLimits, is_too_slow, most_connections, next_step
 from onnx_dl.server.http.peers import is_loopback, subject
 
 
@@ -40,13 +40,13 @@ def test_a_client_never_holds_more_than_a_multiple_of_what_it_sent() -> None:
     ],
 )
 def test_a_body_that_takes_too_long(received: int, length: int, elapsed: float, slow: bool) -> None:
-    assert is_too_slow(received, length, elapsed, Limits()) is slow
+    assert is_too_slow(received, length, elapsed, HttpLimits()) is slow
 
 
 def test_connections_leave_descriptors_for_the_rest() -> None:
-    assert most_connections(Limits(), 1024) == 512
-    assert most_connections(Limits(), 1 << 60) == 4096
-    assert most_connections(Limits(connections=7), 1024) == 7
+    assert most_connections(HttpLimits(), 1024) == 512
+    assert most_connections(HttpLimits(), 1 << 60) == 4096
+    assert most_connections(HttpLimits(connections=7), 1024) == 7
 
 
 @pytest.mark.parametrize(
