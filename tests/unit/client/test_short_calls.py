@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from onnx_dl.client.short_calls import Patience
 
 
@@ -26,7 +28,7 @@ def test_it_stops_when_they_do_not_and_tries_again_now_and_then() -> None:
             tries.append(number)
             patience.note(None)
     assert len(tries) in (3, 4)
-    assert {later - earlier for earlier, later in zip(tries, tries[1:], strict=False)} == {256}
+    assert {later - earlier for earlier, later in itertools.pairwise(tries)} == {256}
 
 
 def test_one_quick_reply_is_enough_to_go_on() -> None:
