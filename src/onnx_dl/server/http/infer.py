@@ -54,6 +54,8 @@ class Wanted(NamedTuple):
 
 
 _DECODER: Final = msgspec.json.Decoder(_Sent)
+_MOST_NAMED: Final = 4096
+"""Inputs, outputs, parameters of one request: each costs microseconds in which nothing else is done."""
 _SHM: Final = "shared_memory_region"
 _SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
 
@@ -85,11 +87,14 @@ def read_request(
 def _decode(json: bytes) -> _Sent:
     check_json(json, JSON_DEPTH)
     try:
-        return _DECODER.decode(json)
+        sent = _DECODER.decode(json)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The request is not valid: {error}") from None
     except RecursionError:
         raise invalid("The JSON of the request is nested too deeply.") from None
+    if max(len(sent.inputs), len(sent.outputs or ()), len(sent.parameters or ())) > _MOST_NAMED:
+        raise invalid(f"The request has more than {_MOST_NAMED} inputs, outputs or parameters.")
+    return sent
 
 
 class _Inputs:
