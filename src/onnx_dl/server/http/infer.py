@@ -57,6 +57,8 @@ class Wanted(NamedTuple):
 _KEPT_BYTES: Final = 1024
 """Bytes of JSON whose layout is kept, because the next request may have the same."""
 _DECODER: Final = msgspec.json.Decoder(_Sent)
+_MOST_NAMED: Final = 4096
+"""Inputs, outputs, parameters of one request: each costs microseconds in which nothing else is done."""
 _SHM: Final = "shared_memory_region"
 _SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
 
@@ -118,11 +120,14 @@ _kept_layout: Final = functools.lru_cache(128)(_layout)
 def _decode(json: bytes) -> _Sent:
     check_json(json, JSON_DEPTH)
     try:
-        return _DECODER.decode(json)
+        sent = _DECODER.decode(json)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The request is not valid: {error}") from None
     except RecursionError:
         raise invalid("The JSON of the request is nested too deeply.") from None
+    if max(len(sent.inputs), len(sent.outputs or ()), len(sent.parameters or ())) > _MOST_NAMED:
+        raise invalid(f"The request has more than {_MOST_NAMED} inputs, outputs or parameters.")
+    return sent
 
 
 class _Inputs:

@@ -187,6 +187,21 @@ def test_shapes_of_any_size_are_read_and_nothing_is_allocated_for_them() -> None
     assert request.inputs[0].shape == tuple(shape)
 
 
+@pytest.mark.parametrize("part", ["inputs", "outputs", "parameters"])
+def test_very_many_parts_are_refused(part: str) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1.0]}
+    for number in (4096, 4097):
+        many = {f"p{n}": n for n in range(number)} if part == "parameters" else [tensor] * number
+        if part == "outputs":
+            many = [{"name": "y"}] * number
+        sent = {"inputs": [tensor], part: many}
+        if number == 4096:
+            read(sent)
+        else:
+            with pytest.raises(RequestFailure, match="more than 4096"):
+                read(sent)
+
+
 def test_deep_json_is_refused() -> None:
     assert "nested" in refusal(b'{"inputs": ' + b"[" * 5000 + b"]" * 5000 + b"}")
     deep = '{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": %s1%s}]}'
