@@ -33,7 +33,7 @@ DIGITS = str(model_path("digits"))
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Serving]:
-    with serving("--demo") as server:
+    with serving("--demo", "--metrics", "127.0.0.1:0") as server:
         yield server
 
 
@@ -87,6 +87,7 @@ def test_the_addresses_come_first_and_ready_last(demo: Serving) -> None:
     lines = [line for line in demo.output().splitlines() if not line.startswith("onnx-dl:")]
     assert re.fullmatch(r"HTTP: http://127\.0\.0\.1:\d+", lines[0])
     assert re.fullmatch(r"gRPC: 127\.0\.0\.1:\d+", lines[1])
+    assert re.fullmatch(r"metrics: http://127\.0\.0\.1:\d+/metrics", lines[2])
     assert lines[-1] == "ready"
 
 
@@ -140,6 +141,16 @@ def test_metrics_have_the_servers_and_the_hosts_families(demo: Serving) -> None:
 
     assert count(after) == count(before) + 1
     assert re.search(r"^onnx_dl_\w+", after, re.MULTILINE)
+
+
+def test_the_address_of_metrics_serves_nothing_else(demo: Serving) -> None:
+    (address,) = re.findall(r"^metrics: (\S+)/metrics$", demo.output(), re.MULTILINE)
+    with urllib.request.urlopen(f"{address}/metrics", timeout=allowed(DEADLINE)) as page:
+        assert b"nv_inference_request_success" in page.read()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{address}/v2/models/digits", timeout=allowed(DEADLINE))
+    caught.value.close()
+    assert caught.value.code == 404
 
 
 def test_the_servers_process_has_no_onnxruntime(demo: Serving) -> None:
@@ -231,17 +242,22 @@ def test_the_command_lines_limit_is_the_hosts(tmp_path: Path) -> None:
 # --- how it ends ------------------------------------------------------------------------------------------
 
 
+def turns(count: int) -> dict[str, Any]:
+    """A request that runs for so many turns."""
+    x = {"name": "x", "shape": [64, 64], "datatype": "FP32", "data": [0.0] * 4096}
+    n = {"name": "n", "shape": [], "datatype": "INT64", "data": [count]}
+    return {"inputs": [x, n]}
+
+
 class Slow:
     """A request that runs for so many turns, in a thread."""
 
-    def __init__(self, server: Serving, turns: int, *, loads: bool = True) -> None:
+    def __init__(self, server: Serving, count: int, *, loads: bool = True) -> None:
         """``loads``: the model is loaded before, by a short request."""
         if loads:
             assert Slow(server, 1, loads=False).wait().status == 200
         self.answer: Answer | None = None
-        x = {"name": "x", "shape": [64, 64], "datatype": "FP32", "data": [0.0] * 4096}
-        n = {"name": "n", "shape": [], "datatype": "INT64", "data": [turns]}
-        self._thread = threading.Thread(target=self._ask, args=(server, {"inputs": [x, n]}))
+        self._thread = threading.Thread(target=self._ask, args=(server, turns(count)))
         self._thread.start()
         eventually(lambda: pending(server) or self.answer is not None, "a request that runs")
 

@@ -24,8 +24,10 @@ SKIPPED = (
     "onnx_dl.cli.__main__",
     "onnx_dl.cli.hook",
     "onnx_dl.integrations.__pyinstaller",
+    "onnx_dl.server.",
 )
-"""Programs and hooks: importing them runs them, or needs PyInstaller."""
+"""Programs and hooks: importing them runs them, or needs PyInstaller, or the extra ``serve``.  The command
+``onnx-dl serve`` itself is refused on other platforms before it imports the server."""
 
 
 def import_all(_: str) -> None:

@@ -39,7 +39,7 @@ from onnx_dl.system import descriptor_limits
 from onnx_dl.system.process_title import set_title
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_CUT: Final = 5.0
+_CUT: Final = 15.0
 """Seconds after the time for draining until all is closed; then the process ends as it is."""
 
 

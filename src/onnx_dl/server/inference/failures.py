@@ -21,6 +21,7 @@ from onnx_dl.errors import (
     ProxyClosedError,
     RemoteError,
     SharedMemoryError,
+    SupervisorDied,
     SupervisorError,
     WorkerDied,
     WorkerError,
@@ -70,9 +71,9 @@ def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> Req
         return _load_failure(error, model)
     if isinstance(error, ForeignMemoryError):
         return regions.failure_of(error)
-    if isinstance(error, _NO_ROOM):
+    if isinstance(error, _NO_ROOM) and not isinstance(error, SupervisorDied):
         return unavailable(f"model '{model}' cannot run now: {error}", _retry_after(error))
-    if isinstance(error, WorkerDied):
+    if isinstance(error, (WorkerDied, SupervisorDied)):  # in a run that had begun
         return internal(f"model '{model}' failed: {error}")
     if _engine_class(error) is not None:
         text = _text_of(error)

@@ -25,7 +25,7 @@ RAISED = [
     (errors.CapacityError("no room"), 503, "UNAVAILABLE", "BACKEND", 1.0),
     (errors.LoadTimeout("slow", retry_after=4.0), 503, "UNAVAILABLE", "BACKEND", 4.0),
     (errors.SharedMemoryError("full"), 503, "UNAVAILABLE", "BACKEND", 1.0),
-    (errors.SupervisorDied("died"), 503, "UNAVAILABLE", "BACKEND", 1.0),
+    (errors.SupervisorDied("died"), 500, "INTERNAL", "BACKEND", None),
     (errors.HostClosing("closing"), 503, "UNAVAILABLE", "BACKEND", 1.0),
     (errors.DescriptorsExhausted("none left"), 503, "UNAVAILABLE", "BACKEND", 1.0),
     (errors.ModelDigestMismatch("other"), 503, "UNAVAILABLE", "BACKEND", 1.0),
