@@ -58,6 +58,19 @@ def test_binary_tensors_are_views_of_the_body_in_order() -> None:
     assert a == b"Abc"
 
 
+def test_bodies_with_the_same_json_have_their_own_bytes() -> None:
+    tensor = {"name": "a", "shape": [3], "datatype": "UINT8", "parameters": {"binary_data_size": 3}}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    first, second = (
+        read_request("m", "", memoryview(text + data), len(text))[0] for data in (b"abc", b"xyz")
+    )
+    assert (first.inputs[0].data, second.inputs[0].data) == (b"abc", b"xyz")
+    assert first.inputs[0] is not second.inputs[0]
+    for longer in (text + b"abcd", text + b"ab"):  # not as many bytes as its JSON says
+        with pytest.raises(RequestFailure):
+            read_request("m", "", memoryview(longer), len(text))
+
+
 @pytest.mark.parametrize(
     ("everything", "own", "expected"),
     [
