@@ -343,6 +343,23 @@ def test_a_token_is_asked_for_before_the_body(server: HttpStandIn) -> None:
         server.access.needs_token = False
 
 
+def test_a_head_that_repeats_is_decided_again(server: HttpStandIn) -> None:
+    """It is parsed once only; what may have changed since is not kept."""
+    with server.connect() as client:
+        for _ in range(2):
+            assert ask(client, infer()).status == 200
+        server.access.needs_token = True
+        try:
+            assert ask(client, infer()).status == 403
+        finally:
+            server.access.needs_token = False
+        server.is_draining = True
+        try:
+            assert ask(client, infer()).status == 503
+        finally:
+            server.is_draining = False
+
+
 def test_a_drained_listener_finishes_what_was_begun() -> None:
     with listening() as server:
         idle, running, reading = server.connect(), server.connect(), server.connect()

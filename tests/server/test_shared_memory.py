@@ -43,11 +43,29 @@ def text_model() -> bytes:
     return bytes(model.SerializeToString())
 
 
+def mixed_model() -> bytes:
+    """y = b + x; bfloat16[N], float32[N]."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["b"], ["c"], to=TensorProto.FLOAT),
+            helper.make_node("Add", ["c", "x"], ["y"]),
+        ],
+        "mixed",
+        [
+            helper.make_tensor_value_info("b", TensorProto.BFLOAT16, ["N"]),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N"]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
 @pytest.fixture(scope="module", params=["copy", "map"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     resource_tracker.ensure_running()  # tritonclient's helper starts this process, and keeps it
     folder = tmp_path_factory.mktemp("models")
-    models = {"echo": identity_model(), "late": late_model(), "text": text_model()}
+    models = {"echo": identity_model(), "late": late_model(), "text": text_model(), "mixed": mixed_model()}
     arguments: list[str | Path] = ["--client-shm", request.param]
     if request.param == "copy":  # each process must know each region
         arguments += ["--processes", "2"]
@@ -243,6 +261,21 @@ def test_text_in_regions(client: Client) -> None:
         refused(infer)
 
 
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_a_type_that_numpy_lacks_beside_one_that_it_has(http: Client, size: int) -> None:
+    with both(http, 6 * size) as (given, out):
+        x = np.arange(size, dtype=np.float32)
+        halves = (np.full(size, 1.5, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        shm.set_shared_memory_region(given, [x, halves])
+        tensors = [http.module.InferInput("x", [size], "FP32"), http.module.InferInput("b", [size], "BF16")]
+        tensors[0].set_shared_memory("in", 4 * size)
+        tensors[1].set_shared_memory("in", 2 * size, offset=4 * size)
+        y = http.module.InferRequestedOutput("y")
+        y.set_shared_memory("out", 4 * size)
+        http.triton.infer("mixed", tensors, outputs=[y])
+        assert (shm.get_contents_as_numpy(out, np.float32, [size]) == x + 1.5).all()
+
+
 def test_names_and_keys(http: Client) -> None:
     triton = http.triton
     with region(http, "in", 64):
@@ -397,7 +430,7 @@ def test_a_client_that_dies(server: Serving) -> None:
         "os._exit(0)"
     )
     try:
-        command = [sys.executable, "-c", program, server.http, f"/{PREFIX}-in"]
+        command = [sys.executable, "-c", program, server.http, f"/{PREFIX}-dead"]
         subprocess.run(command, check=True, timeout=DEADLINE)
         with closing_client(server, "http") as client:
             assert client.triton.get_system_shared_memory_status()[0]["name"] == "in"
@@ -405,7 +438,7 @@ def test_a_client_that_dies(server: Serving) -> None:
             client.triton.unregister_system_shared_memory("in")
     finally:
         with contextlib.suppress(FileNotFoundError):  # Python's tracker of shared memory was faster
-            os.unlink(path("in"))
+            os.unlink(path("dead"))
 
 
 def test_nothing_is_left(server: Serving, http: Client) -> None:
