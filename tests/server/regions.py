@@ -24,7 +24,7 @@ from tests.support.waiting import is_process
 LARGE = 1_250_000
 """Items of float32: 5 MB."""
 SMALL = 64
-PREFIX = f"onnx-dl-test-{os.getpid()}"
+PREFIX = f"odl-test-{os.getpid()}"
 
 
 def text_model() -> bytes:
