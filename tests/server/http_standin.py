@@ -98,6 +98,8 @@ def listening(
     """A listener at a free port."""
     server = HttpStandIn(options)
     server.loop = loop = uvloop.new_event_loop() if with_uvloop else asyncio.new_event_loop()
+    faults: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: faults.append(context))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
@@ -109,6 +111,7 @@ def listening(
         server.address = server.do(start())
         yield server
         server.do(server.listener.close())
+        assert not faults
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -22,6 +22,8 @@ from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_REPEATED_BYTES: Final = 1024
+"""Bytes of a head that is kept, because the next one may be the same."""
 _PATIENCE: Final = 1.0
 """Seconds that a head may take before its connection is among those that make room for new ones."""
 
@@ -63,6 +65,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._outgoing: Outgoing
         self._head: Head | None = None
         self._admitted: Admitted | None = None
+        self._repeated: tuple[bytes, Admitted] | None = None
+        """The last head of an inference, as it was sent."""
         self._body: IncomingBody | None = None
         self._began = 0.0
         """Time when the head of the request was there."""
@@ -156,8 +160,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._waiting = b""
         end += len(END)
         try:
-            self._head = head = parse_head(waiting[:end])
-            self._admit(self._handler.admit(head, self._caller), has_more=end < len(waiting))
+            self._admit(self._decide(waiting[:end]), has_more=end < len(waiting))
         except NotAllowed as refusal:
             self._send(not_allowed(refusal.methods), skip=skipped_length(self._head))
         except RequestFailure as failure:
@@ -165,6 +168,19 @@ class HttpConnection(asyncio.BufferedProtocol):
         except Exception:
             self._send(self._handler.fault(waiting[:end]), skip=None)
         return memoryview(waiting)[end:]
+
+    def _decide(self, raw: bytes) -> Admitted:
+        """Accept a head.  One that repeats is not parsed again: clients send the same for each call."""
+        if self._repeated is not None and raw == self._repeated[0]:
+            admitted = self._repeated[1]
+            self._head = admitted.head
+            self._handler.admit_again(admitted, self._caller)
+            return admitted
+        self._head = head = parse_head(raw)
+        admitted = self._handler.admit(head, self._caller)
+        if admitted.is_inference and len(raw) <= _REPEATED_BYTES:
+            self._repeated = raw, admitted
+        return admitted
 
     def _admit(self, admitted: Admitted, *, has_more: bool) -> None:
         """The head was accepted: read the body."""
