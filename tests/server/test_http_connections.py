@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -234,6 +235,30 @@ def test_a_large_body_lies_where_the_inference_wants_it(client: socket.socket, s
     assert [nbytes >> 20 for nbytes in server.inference.allocated] == [1, 8, 20]
 
 
+def test_an_idle_connection_holds_neither_body_nor_result(
+    server: HttpStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory: list[weakref.ref[np.ndarray]] = []
+
+    def allocate(nbytes: int) -> memoryview:
+        array = np.empty(nbytes, np.uint8)
+        memory.append(weakref.ref(array))
+        return memoryview(array)
+
+    monkeypatch.setattr(server.inference, "allocate", allocate)
+    head, body = binary_infer(5 << 20)
+    bad, _ = binary_infer(5 << 20)
+    with server.connect() as client:
+        reader = Reader(client)
+        for sent in (head + body, bad + b"x" * len(body)):
+            client.sendall(sent)
+            assert reader.reply().status in (200, 400)
+            server.inference.requests.clear()
+            eventually(lambda: memory and not any(made() is not None for made in memory), "free memory")
+        client.sendall(request("/v2"))
+        assert reader.reply().status == 200
+
+
 def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
     server.inference.is_full = True
     try:
@@ -316,6 +341,23 @@ def test_a_token_is_asked_for_before_the_body(server: HttpStandIn) -> None:
         assert caller.is_loopback and caller.peer == "127.0.0.1" and caller.certificate is None
     finally:
         server.access.needs_token = False
+
+
+def test_a_head_that_repeats_is_decided_again(server: HttpStandIn) -> None:
+    """It is parsed once only; what may have changed since is not kept."""
+    with server.connect() as client:
+        for _ in range(2):
+            assert ask(client, infer()).status == 200
+        server.access.needs_token = True
+        try:
+            assert ask(client, infer()).status == 403
+        finally:
+            server.access.needs_token = False
+        server.is_draining = True
+        try:
+            assert ask(client, infer()).status == 503
+        finally:
+            server.is_draining = False
 
 
 def test_a_drained_listener_finishes_what_was_begun() -> None:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "transport": {*BASE, "protocol", "tensors"},
     "client": {
         *BASE, "protocol", "transport", "tensors.shared_arrays", "tensors.call_codec", "tensors.call_plans",
-        "tensors.foreign",
+        "tensors.foreign", "tensors.foreign_results",
     },
     "supervisor": {
         *BASE, "transport", "tensors.segment",

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from onnx_dl.client.acquisition import Lease
@@ -15,6 +15,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription, ModelStatus
 from onnx_dl.protocol.control import Granted
+from onnx_dl.tensors import foreign_results
 from onnx_dl.tensors.call_codec import CallCodec, Request
 from onnx_dl.tensors.call_plans import EngineValue, Feed
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace
@@ -66,6 +67,10 @@ class PlacedArguments(NamedTuple):
         """The arguments with copies of what lies in foreign memory.  Raises like ``ForeignArray.copy``."""
         feed = {n: value.copy() if type(value) is ForeignArray else value for n, value in self.feed.items()}
         return RunArguments(self.outputs, feed, None)
+
+    def written(self, results: Sequence[EngineValue]) -> list[EngineValue]:
+        """Writes results to their places and returns them.  Raises like ``foreign_results.placed``."""
+        return foreign_results.placed(self.outputs, results, self.places)
 
     def encode(self, codec: CallCodec) -> Request:
         """The request for a lane.  Raises like :meth:`CallCodec.encode_placed`."""

@@ -8,6 +8,7 @@ such calls usually take, if that is short: to have the loop wait takes longer th
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Final, NamedTuple
 
@@ -23,13 +24,15 @@ from onnx_dl.tensors.call_plans import CallPlan, EngineValue, Feed
 from onnx_dl.transport.call_channel import SAME
 from onnx_dl.transport.client_lane import ClientLane, Reply
 
-_LONGEST: Final = 1e-3
-"""Seconds that an event loop is kept waiting at most; the least that ``poll()`` can wait."""
+_LONGEST: Final = 1
+"""Milliseconds that an event loop is kept waiting at most; the least that ``poll()`` can wait."""
 _WORTH: Final = 150e-6
 """Usual duration of a call up to which that is done."""
 _AGAIN: Final = 256
 """Calls after which it is tried again with a model that was too slow for it."""
 _WEIGHT: Final = 1 / 8
+_EARLY: Final = 20
+"""Milliseconds for which a call is waited for before its deadline is looked at."""
 
 
 class Patience:
@@ -42,12 +45,12 @@ class Patience:
         self._left_out = 0
 
     @property
-    def seconds(self) -> float:
-        """Seconds to wait for the next call; 0.0: not at all."""
+    def milliseconds(self) -> int:
+        """Milliseconds to wait for the next call; 0: not at all."""
         if self._usual < _WORTH:
             return _LONGEST
         self._left_out += 1
-        return 0.0 if self._left_out % _AGAIN else _LONGEST
+        return 0 if self._left_out % _AGAIN else _LONGEST
 
     def note(self, took: float | None) -> None:
         """Record the duration of a call that was waited for; None: it took longer than that."""
@@ -127,12 +130,15 @@ def finish(call: ShortCall, deadline: Deadline) -> list[EngineValue] | None:
     """
     lane = call.lane
     try:
-        watch = CancelWatch(deadline=deadline)
-        reply = watch.wait(
-            lane.receive,
-            lambda grace: call.pending.cancel(grace),
-            lambda found: isinstance(found, m.CallFailed),
-        )
+        try:
+            left = None if deadline.timeout is None else deadline.left()
+            reply = lane.receive_early(_EARLY if left is None else min(_EARLY, math.ceil(left * 1000)))
+        except TimeoutError:
+            reply = CancelWatch(deadline=deadline).wait(
+                lane.receive,
+                lambda grace: call.pending.cancel(grace),
+                lambda found: isinstance(found, m.CallFailed),
+            )
     except BaseException as error:
         abandon(call.pool, lane, error)
         raise
@@ -157,10 +163,10 @@ async def afinish(call: ShortCall, timeout: float | None, patience: Patience) ->
 
 
 async def _reply(lane: ClientLane, timeout: float | None, patience: Patience) -> Reply:
-    if seconds := patience.seconds:
+    if milliseconds := patience.milliseconds:
         began = time.perf_counter()
         try:
-            reply = lane.receive(seconds)
+            reply = lane.receive_early(milliseconds)
         except TimeoutError:
             patience.note(None)
         else:

@@ -25,7 +25,6 @@ from onnx_dl.core.types import Feed, Value
 from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.inputs import names_of, sharing
 from onnx_dl.session.model_handle import ModelHandle
-from onnx_dl.tensors import foreign_results
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace
 from onnx_dl.tensors.foreign_tables import MOST_NAMED
 
@@ -74,6 +73,23 @@ def run(
         raise not_begun(deadline, passed) from None
 
 
+def small(names: Sequence[str], feed: Feed, places: Mapping[str, ForeignPlace]) -> PlacedArguments | None:
+    """The arguments of a run with so little in foreign memory that this process reads and writes it.
+
+    For a caller that makes such a run in another way: of the copied feed, and then ``.written(results)``.
+    None: nothing lies there, or more, or the names of the outputs are not known.
+    """
+    if not names or not _is_placed(feed, places):
+        return None
+    arguments = PlacedArguments(list(names), feed, places)
+    return arguments if arguments.foreign_bytes < _SMALL else None
+
+
+def copied(feed: Feed) -> Feed:
+    """A feed with copies of what lies in foreign memory.  Raises ForeignMemoryError if that is not there."""
+    return {name: value.copy() if type(value) is ForeignArray else value for name, value in feed.items()}
+
+
 def in_use(proxy: InferenceSessionProxy) -> bool:
     """True if the proxy uses its present worker already, so that a run need not wait for a load."""
     return proxy._handle.in_use() is not None
@@ -108,7 +124,7 @@ async def arun(
             pass
         else:
             if isinstance(arguments, PlacedArguments) and isinstance(sent, RunArguments):
-                return foreign_results.placed(arguments.outputs, result, arguments.places)
+                return arguments.written(result)
             return _in_order(sent, result)
     return await awaited_calls.in_thread(functools.partial(run, proxy, names, feed, places), timeout)
 
@@ -149,7 +165,7 @@ def _run_here(
 ) -> list[Value]:
     """Reads the inputs and writes the results in this process."""
     results: list[Value] = model.run(handle.lease, *arguments.copied(), watch)
-    return foreign_results.placed(arguments.outputs, results, arguments.places)
+    return arguments.written(results)
 
 
 def _in_order(arguments: RunArguments | PlacedArguments, result: list[Value]) -> list[Value]:

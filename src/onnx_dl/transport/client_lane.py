@@ -184,6 +184,13 @@ class ClientLane(Lane[CallerChannel]):
             return lane.Draining()
         return reply
 
+    def receive_early(self, milliseconds: int) -> Reply:
+        """Do :meth:`receive` with a timeout in fewer steps, in a program without greenlets."""
+        bell = self._bell
+        if bell is not None and not bell.polls and self._was_sent and not bell.sleep(milliseconds):
+            raise TimeoutError("there is no reply yet")
+        return self.receive(None if bell is not None and not bell.polls else milliseconds / 1000)
+
     def _new_choice(self) -> ModeChoice | None:
         """Return None where there is no choice: the system tells no cores, or the worker has one."""
         may_poll = linux_only.usable_processors() > 1 and not waits.are_cooperative()

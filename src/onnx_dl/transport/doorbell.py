@@ -69,6 +69,7 @@ class _Waiter(abc.ABC):
         self._spin = SpinBudget()
         self._poll = primitives.poll()
         self._poll.register(fd, select.POLLIN)
+        self.sleep = self._poll.poll
         self._is_cooperative = waits.are_cooperative()
         if self._is_cooperative:
             os.set_blocking(fd, False)
@@ -199,6 +200,11 @@ class CallerBell:
             return False
         os.eventfd_write(self._eventfd, number + self._added)
         return True
+
+    def sleep(self, milliseconds: int) -> bool:
+        """Sleep until the worker has rung or is gone; false after that time.  In few steps, and for a program
+        without greenlets."""
+        return bool(self._waiter.sleep(milliseconds))
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when the worker has rung or is gone."""

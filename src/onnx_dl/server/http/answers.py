@@ -17,6 +17,8 @@ JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"
 JOINED: Final = 16 << 10
 """Bytes up to which head and body are joined: one small write is quicker than a list of them."""
+_LONGEST: Final = 2000
+"""Characters of an error, as in gRPC."""
 _REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPStatus}
 _OK: Final = b"HTTP/1.1 200 OK\r\nContent-Type: "
 
@@ -43,8 +45,10 @@ def json_answer(value: object, status: int = 200) -> HttpAnswer:
 
 
 def failed(failure: RequestFailure) -> HttpAnswer:
-    """The answer to a request that failed."""
-    answer = json_answer({"error": str(failure)}, failure.http)
+    """The answer to a request that failed.  Texts repeat what the client sent, which may be long."""
+    text = str(failure)
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    answer = json_answer({"error": text}, failure.http)
     if failure.retry_after is not None:
         seconds = max(1, math.ceil(failure.retry_after))
         answer.headers.append((b"Retry-After", str(seconds).encode()))

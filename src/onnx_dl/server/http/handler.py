@@ -84,8 +84,20 @@ class Handler:
         most = server.options.max_body
         return Admitted(head, target, framing(head, most, min(most, JSON_BYTES)), most)
 
+    def admit_again(self, admitted: Admitted, caller: Caller) -> None:
+        """Decide about an inference whose head has the bytes of one that was admitted on the same connection:
+        only what may have changed since is looked at.  Raises RequestFailure."""
+        server, head, target = self.server, admitted.head, admitted.target
+        if server.is_draining:
+            raise unavailable("The server is shutting down.")
+        authorization = head.text(b"authorization")
+        if authorization is not None:
+            caller = caller._replace(authorization=authorization)
+        server.access.check(target.route.operations[head.method], caller)
+        server.models.find(target.names["model"], target.names.get("version", ""))
+
     async def answer(self, request: HttpRequest) -> HttpAnswer:
-        """HttpAnswer a request.  Raises nothing but CancelledError."""
+        """Answer a request.  Raises nothing but CancelledError."""
         try:
             if request.target.route.name == INFER:
                 return await self._infer(request)

@@ -8,6 +8,7 @@ Source: the Open Inference Protocol, Triton's extensions of binary tensors, para
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import Any, Final, NamedTuple
@@ -53,9 +54,31 @@ class Wanted(NamedTuple):
         return self.by_name.get(name, self.is_binary)
 
 
+_KEPT_BYTES: Final = 1024
+"""Bytes of JSON whose layout is kept, because the next request may have the same."""
 _DECODER: Final = msgspec.json.Decoder(_Sent)
+_MOST_NAMED: Final = 4096
+"""Inputs, outputs, parameters of one request: each costs microseconds in which nothing else is done."""
 _SHM: Final = "shared_memory_region"
 _SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
+
+
+class _Layout(NamedTuple):
+    """What the JSON of a request says.  ``inputs``: data of a slice are those bytes of the body.  Requests
+    share it: nobody changes it."""
+
+    id: str
+    inputs: list[tuple[str, str, tuple[int, ...], slice | list[Any] | RegionSlice, dict[str, Any]]]
+    outputs: list[RequestedOutput]
+    parameters: dict[str, Any]
+    wanted: Wanted
+
+    def request(self, model: str, version: str, body: memoryview) -> InferRequest:
+        inputs = [
+            InputTensor(name, datatype, shape, body[data] if type(data) is slice else data, parameters)
+            for name, datatype, shape, data, parameters in self.inputs
+        ]
+        return InferRequest(model, version, self.id, inputs, self.outputs, self.parameters, nbytes=len(body))
 
 
 def read_request(
@@ -71,37 +94,54 @@ def read_request(
         raise invalid(f"Inference-Header-Content-Length is {end}, the body has {len(body)} bytes.")
     if end > JSON_BYTES:
         raise json_too_large(JSON_BYTES)
-    sent = _decode(bytes(body[:end]))
+    is_kept = header_length is not None and end <= _KEPT_BYTES
+    read = _kept_layout if is_kept else _layout
+    layout = read(bytes(body[:end]), len(body), header_length is not None, model)
+    return layout.request(model, version, body), layout.wanted
+
+
+def _layout(json: bytes, nbytes: int, has_binary: bool, model: str) -> _Layout:
+    """The layout of a body of ``nbytes`` that begins with this JSON.  Raises RequestFailure."""
+    sent = _decode(json)
     parameters = _parameters(sent.parameters, "The request")
-    reader = _Inputs(body, end, header_length is not None, model)
+    reader = _Inputs(nbytes, len(json), has_binary, model)
     inputs = [reader.read(tensor) for tensor in sent.inputs]
     reader.end()
     is_binary = _flag(parameters, "binary_data_output", "The request")
     outputs = [_requested(output, is_binary) for output in sent.outputs or ()]
-    request = InferRequest(model, version, sent.id, inputs, outputs, parameters, nbytes=len(body))
-    return request, Wanted(is_binary, {output.name: output.is_binary for output in outputs})
+    wanted = Wanted(is_binary, {output.name: output.is_binary for output in outputs})
+    return _Layout(sent.id, inputs, outputs, parameters, wanted)
+
+
+_kept_layout: Final = functools.lru_cache(128)(_layout)
+"""Clients send the same JSON for each call, if the tensors are binary."""
 
 
 def _decode(json: bytes) -> _Sent:
     check_json(json, JSON_DEPTH)
     try:
-        return _DECODER.decode(json)
+        sent = _DECODER.decode(json)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The request is not valid: {error}") from None
     except RecursionError:
         raise invalid("The JSON of the request is nested too deeply.") from None
+    if max(len(sent.inputs), len(sent.outputs or ()), len(sent.parameters or ())) > _MOST_NAMED:
+        raise invalid(f"The request has more than {_MOST_NAMED} inputs, outputs or parameters.")
+    return sent
 
 
 class _Inputs:
-    """Reads inputs in the order in which they were sent, and their bytes behind the JSON."""
+    """Reads inputs in the order in which they were sent, and finds their bytes behind the JSON."""
 
-    def __init__(self, body: memoryview, at: int, has_binary: bool, model: str) -> None:
-        self._body = body
+    def __init__(self, nbytes: int, at: int, has_binary: bool, model: str) -> None:
+        self._nbytes = nbytes
         self._at = at
         self._has_binary = has_binary
         self._model = model
 
-    def read(self, tensor: _Tensor) -> InputTensor:
+    def read(
+        self, tensor: _Tensor
+    ) -> tuple[str, str, tuple[int, ...], slice | list[Any] | RegionSlice, dict[str, Any]]:
         whose = f"Input {tensor.name!r}"
         parameters = _parameters(tensor.parameters, whose)
         sources = [name for name in _SOURCES if name in parameters]
@@ -109,7 +149,7 @@ class _Inputs:
             sources.append("data")
         if len(sources) != 1:
             raise invalid(f"{whose} needs one of data, binary_data_size and shared_memory_region.")
-        data: memoryview | list[Any] | RegionSlice
+        data: slice | list[Any] | RegionSlice
         if sources[0] == "data":
             assert tensor.data is not None
             data = tensor.data
@@ -117,26 +157,25 @@ class _Inputs:
             data = _region(parameters, whose)
         else:
             data = self._binary(whose, _count(parameters, "binary_data_size", whose))
-        return InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data, parameters)
+        return tensor.name, tensor.datatype, tuple(tensor.shape), data, parameters
 
-    def _binary(self, whose: str, nbytes: int) -> memoryview:
+    def _binary(self, whose: str, nbytes: int) -> slice:
         if not self._has_binary:
             raise invalid(f"{whose} is binary, and the header Inference-Header-Content-Length is missing.")
         begin, end = self._at, self._at + nbytes
-        if end > len(self._body):
+        if end > self._nbytes:
             raise invalid(
-                f"{whose} has a binary_data_size of {nbytes}, and {len(self._body) - begin} bytes follow "
+                f"{whose} has a binary_data_size of {nbytes}, and {self._nbytes - begin} bytes follow "
                 f"(model {self._model!r})."
             )
         self._at = end
-        return self._body[begin:end]
+        return slice(begin, end)
 
     def end(self) -> None:
         """Raises RequestFailure if bytes are left."""
-        if self._at != len(self._body):
+        if self._at != self._nbytes:
             raise invalid(
-                f"The body has {len(self._body) - self._at} bytes more than its inputs "
-                f"(model {self._model!r})."
+                f"The body has {self._nbytes - self._at} bytes more than its inputs (model {self._model!r})."
             )
 
 

@@ -16,7 +16,7 @@ from onnx_dl.server.v2.messages import InferRequest
 
 Array = NDArray[np.uint8]
 
-_FREE_UP_TO: Final = 16 << 10
+FREE_UP_TO: Final = 16 << 10
 """Bytes of a request that are not worth counting: heads are bounded, and so are connections."""
 
 
@@ -43,7 +43,7 @@ class Bodies:
         Raises:
             RequestFailure: 429: too many bytes are in flight.  503: the system has no memory.
         """
-        if nbytes <= _FREE_UP_TO:
+        if nbytes <= FREE_UP_TO:
             return memoryview(bytearray(nbytes))
         return memoryview(self.empty(nbytes))  # type: ignore[arg-type]
 

@@ -31,6 +31,7 @@ class Signature:
     """
 
     __slots__ = (
+        "entry",
         "has_bfloat16",
         "inputs",
         "is_known",
@@ -43,6 +44,7 @@ class Signature:
     )
 
     def __init__(self, entry: Served) -> None:
+        self.entry = entry
         self.model = entry.name
         self.max_batch_size = entry.max_batch_size
         self.inputs = {info.name: info for info in entry.inputs}
@@ -122,6 +124,8 @@ def check_outputs(signature: Signature, outputs: Sequence[RequestedOutput]) -> l
         RequestFailure: 400: one is unknown, is there twice, or wants what is not built.
     """
     if not outputs:
+        if not signature.is_known:
+            raise invalid(f"the outputs of model '{signature.model}' are not known; name those to compute")
         return signature.names
     names: list[str] = []
     for output in outputs:

@@ -15,8 +15,8 @@ from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core.types import Value
 from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
 from onnx_dl.server.inference import checks, outputs, runs
-from onnx_dl.server.inference.bodies import Bodies
-from onnx_dl.server.inference.failures import failure_of
+from onnx_dl.server.inference.bodies import FREE_UP_TO, Bodies
+from onnx_dl.server.inference.failures import failure_of, own_failure
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.inference.loads import Loads
 from onnx_dl.server.inference.memory import RegionUses
@@ -25,7 +25,7 @@ from onnx_dl.server.inference.statistics import Durations, Statistics
 from onnx_dl.server.interfaces import Models, Served, VersionStatistics
 from onnx_dl.server.shm.regions import Regions
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, internal, passed
-from onnx_dl.server.v2.messages import InferRequest, InferResponse
+from onnx_dl.server.v2.messages import InferRequest, InferResponse, RegionSlice
 from onnx_dl.session import placed_runs
 
 _ATTEMPTS: Final = 3
@@ -87,7 +87,8 @@ class Executor:
             ):
                 try:
                     prepared = inference.prepare()
-                    deadline = Deadline(inference.left(), outer=cancel)
+                    left = inference.left()
+                    deadline = cancel if left is None else Deadline(left, outer=cancel)
                     if not placed_runs.in_use(model.proxy):
                         placed_runs.bind(model.proxy, deadline)
                     inference.begin()
@@ -108,24 +109,19 @@ class _Course:
     """One request from its arrival to its response.  As a context, it counts the request out at the end,
     whatever was raised."""
 
-    __slots__ = (
-        "_began", "_bound", "_column", "_counts", "_entry", "_executor", "_is_counted", "_nbytes",
-        "_prepared", "_ready", "_request", "_timeout", "_uses",
-    )  # fmt: skip
+    _counts: VersionStatistics | None = None
+    _column: int | None = None
+    _uses: RegionUses | None = None
+    _prepared: Prepared | None = None
+    _timeout: float | None = None
+    _is_counted = False
+    _nbytes = _ready = _bound = _ran = 0
 
     def __init__(self, executor: Executor, entry: Served, request: InferRequest) -> None:
         self._began = time.perf_counter_ns()
         self._executor = executor
         self._entry = entry
         self._request = request
-        self._counts: VersionStatistics | None = None
-        self._column: int | None = None
-        self._uses = RegionUses(executor.regions)
-        self._nbytes = 0
-        self._timeout: float | None = None
-        self._is_counted = False
-        self._prepared: Prepared | None = None
-        self._ready = self._bound = 0
 
     def __enter__(self) -> _Course:
         return self
@@ -135,12 +131,14 @@ class _Course:
         executor, request, entry = self._executor, self._request, self._entry
         self._counts = executor.statistics.begin(entry.name, entry.version)
         self._column = executor.limits.enter(entry)
-        if request.nbytes and not executor.bodies.holds(request):
+        if request.nbytes > FREE_UP_TO and not executor.bodies.holds(request):
             executor.limits.take_bytes(request.nbytes)
             self._nbytes = request.nbytes
-        given = checks.check_parameters(request.parameters)
-        timeouts = [each for each in (given, request.timeout) if each is not None]
-        self._timeout = min(timeouts, default=None)
+        self._timeout = request.timeout
+        if request.parameters and (given := checks.check_parameters(request.parameters)) is not None:
+            self._timeout = given if request.timeout is None else min(given, request.timeout)
+        if request.outputs or any(type(each.data) is RegionSlice for each in request.inputs):
+            self._uses = RegionUses(executor.regions)
         prepared = self._prepared = executor.preparations.prepare(entry, request, self._uses)
         self._ready = time.perf_counter_ns()
         return prepared
@@ -160,7 +158,7 @@ class _Course:
 
     def respond(self, results: list[Value]) -> InferResponse:
         """Make the response of a run, and count it."""
-        ran = time.perf_counter_ns()
+        ran = self._ran = time.perf_counter_ns()
         prepared, request, entry = self._prepared, self._request, self._entry
         assert prepared is not None and self._counts is not None
         tensors = [
@@ -188,7 +186,9 @@ class _Course:
                 return self._passed()
             if cancel is not None and cancel.passed:
                 return cancelled() if cancel.timeout is None else self._passed()
-        return failure_of(error, self._entry.name, is_loading=self._ready > 0 and not self._bound)
+        if not self._ready or self._ran:  # neither a load nor a run
+            return own_failure(error, self._entry.name)
+        return failure_of(error, self._entry.name, is_loading=not self._bound)
 
     def _is_late(self) -> bool:
         return self._timeout is not None and time.perf_counter_ns() - self._began >= self._timeout * 1e9
@@ -203,7 +203,8 @@ class _Course:
             self._executor.statistics.fail(self._counts, failure.reason, time.perf_counter_ns() - self._began)
 
     def __exit__(self, *exc: object) -> None:
-        self._uses.end()
+        if self._uses is not None:
+            self._uses.end()
         if self._column is not None:
             self._executor.limits.leave(self._column)
         if self._nbytes:

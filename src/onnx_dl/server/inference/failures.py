@@ -82,6 +82,15 @@ def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> Req
         return invalid(f"model '{model}' refused the request: {text}")
     if isinstance(error, OnnxDLError):
         return internal(f"model '{model}' failed: {error}")
+    return own_failure(error, model)
+
+
+def own_failure(error: Exception, model: str) -> RequestFailure:
+    """Return the failure for an error that is neither the engine's nor the core's."""
+    if isinstance(error, RequestFailure):
+        return error
+    if isinstance(error, MemoryError):
+        return unavailable(f"there is no memory for a request of model '{model}'")
     _log.error("A request for model %s failed", model, exc_info=error)
     return internal(f"model '{model}' failed: {type(error).__name__}")
 

@@ -75,6 +75,12 @@ _DTYPES: Final = {
 }
 
 
+def numpy_type(datatype: str) -> np.dtype[Any] | None:
+    """Return the dtype of a datatype's arrays here; None for text and unknown ones."""
+    known = _DTYPES.get(datatype)
+    return None if known is None else known[0]
+
+
 def _bytes_of(data: memoryview | bytes) -> Array:
     """Return the bytes as an array.  If they are a view of an array, so that it is known in which block they
     lie, then a view of that array."""

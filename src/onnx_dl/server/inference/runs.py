@@ -15,11 +15,14 @@ from onnx_dl.session.inference_session import InferenceSessionProxy
 def run(proxy: InferenceSessionProxy, prepared: Prepared, deadline: Deadline) -> list[Value]:
     """Return the results in the order of ``prepared.names``.  Raises like :func:`placed_runs.run`."""
     if prepared.types:
-        return typed_runs.run(proxy, prepared.names, prepared.feed, prepared.types, deadline)
-    if not prepared.places:
-        found = short_runs.run(proxy, prepared.names or None, prepared.feed, deadline)
+        feed = placed_runs.copied(prepared.feed)
+        return typed_runs.run(proxy, prepared.names, feed, prepared.types, deadline)
+    small = placed_runs.small(prepared.names, prepared.feed, prepared.places)
+    if small is not None or not prepared.places:
+        feed = prepared.feed if small is None else placed_runs.copied(prepared.feed)
+        found = short_runs.run(proxy, prepared.names or None, feed, deadline)
         if found is not None:
-            return found
+            return found if small is None else small.written(found)
     return placed_runs.run(proxy, prepared.names or None, prepared.feed, prepared.places, deadline)
 
 
@@ -27,10 +30,12 @@ async def arun(proxy: InferenceSessionProxy, prepared: Prepared, timeout: float 
     """:func:`run`, awaited.  Cancelling it ends the run."""
     if prepared.types:
         return await awaited_calls.in_thread(functools.partial(run, proxy, prepared), timeout)
-    if not prepared.places:
+    small = placed_runs.small(prepared.names, prepared.feed, prepared.places)
+    if small is not None or not prepared.places:
+        feed = prepared.feed if small is None else placed_runs.copied(prepared.feed)
         found = await short_runs.arun(
-            proxy, prepared.names or None, prepared.feed, timeout, prepared.signature.patience
+            proxy, prepared.names or None, feed, timeout, prepared.signature.patience
         )
         if found is not None:
-            return found
+            return found if small is None else small.written(found)
     return await placed_runs.arun(proxy, prepared.names or None, prepared.feed, prepared.places, timeout)

@@ -131,4 +131,4 @@ def _gpu(uuid: str, device: object) -> GpuFigures:
 
 
 MACHINE: Final = Machine()
-"""This machine, for the whole process: utilization is that since the last scrape."""
+"""Figures of this machine, for the whole process: utilization is that since the last scrape."""

@@ -62,3 +62,8 @@ def test_a_failure_says_what_helps(
 def test_other_methods_are_named() -> None:
     answer = not_allowed(["GET", "HEAD"])
     assert answer.status == 405 and answer.headers == [(b"Allow", b"GET, HEAD")]
+
+
+def test_a_long_error_is_cut() -> None:
+    answer = failed(failures.invalid("x" * 5_000_000))
+    assert 2000 < answer.nbytes < 2100 and bytes(answer.parts[0]).endswith(b' ..."}')

@@ -58,6 +58,19 @@ def test_binary_tensors_are_views_of_the_body_in_order() -> None:
     assert a == b"Abc"
 
 
+def test_bodies_with_the_same_json_have_their_own_bytes() -> None:
+    tensor = {"name": "a", "shape": [3], "datatype": "UINT8", "parameters": {"binary_data_size": 3}}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    first, second = (
+        read_request("m", "", memoryview(text + data), len(text))[0] for data in (b"abc", b"xyz")
+    )
+    assert (first.inputs[0].data, second.inputs[0].data) == (b"abc", b"xyz")
+    assert first.inputs[0] is not second.inputs[0]
+    for longer in (text + b"abcd", text + b"ab"):  # not as many bytes as its JSON says
+        with pytest.raises(RequestFailure):
+            read_request("m", "", memoryview(longer), len(text))
+
+
 @pytest.mark.parametrize(
     ("everything", "own", "expected"),
     [
@@ -172,6 +185,21 @@ def test_shapes_of_any_size_are_read_and_nothing_is_allocated_for_them() -> None
     shape = [1 << 33, 1 << 33, 10**40, -1]
     request, _ = read({"inputs": [{**X, "shape": shape}]})
     assert request.inputs[0].shape == tuple(shape)
+
+
+@pytest.mark.parametrize("part", ["inputs", "outputs", "parameters"])
+def test_very_many_parts_are_refused(part: str) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1.0]}
+    for number in (4096, 4097):
+        many = {f"p{n}": n for n in range(number)} if part == "parameters" else [tensor] * number
+        if part == "outputs":
+            many = [{"name": "y"}] * number
+        sent = {"inputs": [tensor], part: many}
+        if number == 4096:
+            read(sent)
+        else:
+            with pytest.raises(RequestFailure, match="more than 4096"):
+                read(sent)
 
 
 def test_deep_json_is_refused() -> None:
