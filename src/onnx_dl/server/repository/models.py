@@ -30,6 +30,8 @@ class UsedModel:
         self.proxy = InferenceSessionProxy.of_spec(
             specs.spec_of(entry), specs.terms(entry.arguments), host=host
         )
+        # Another process has loaded it, and its file may have been replaced by one that does not load.
+        self.proxy._handle.checks_files = not specs.is_whole_key(entry.generation)
         self._lock = threading.Lock()
         self._uses = 0
         self._is_retired = False

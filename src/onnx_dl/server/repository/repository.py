@@ -115,10 +115,12 @@ class Repository:
             async with at_a_time:
                 await self._adopt(candidate, must_load=True)
 
-        await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
-        self._tables.is_started = True
-        await self._tables.publish()
-        self.has_started.set()
+        try:
+            await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
+            self._tables.is_started = True
+            await self._tables.publish()
+        finally:  # a server that waits for this must not wait for ever
+            self.has_started.set()
 
     def _loads_at_start(self, candidate: Candidate) -> bool:
         is_asked = self._wishes.is_loaded_first(candidate.name)

@@ -86,6 +86,11 @@ def key_of(generation: str) -> str:
     return generation.partition(_SUFFIX)[0]
 
 
+def is_whole_key(generation: str) -> bool:
+    """Whether the key alone tells the content: there is no external data."""
+    return _SUFFIX not in generation
+
+
 def spec_of(entry: Served) -> ModelSpec:
     """The spec by which a process uses this version.  No file is looked at: it may have been replaced since,
     and then the worker of the file that was seen first is the right one."""
