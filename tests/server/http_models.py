@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -60,3 +61,12 @@ def values(kind: str, rows: int, columns: int) -> np.ndarray:
     if drawn.size:
         drawn.flat[0] = info.max
     return drawn
+
+
+def x_of(array: np.ndarray, *, binary: bool = True) -> list[Any]:
+    """The inputs of ``identity`` for Triton's client."""
+    from tritonclient.http import InferInput
+
+    made = InferInput("x", list(array.shape), "FP32")
+    made.set_data_from_numpy(array, binary_data=binary)
+    return [made]

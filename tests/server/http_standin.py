@@ -27,6 +27,9 @@ from tests.support.waiting import DEADLINE, allowed
 
 _Result = TypeVar("_Result")
 
+# libuv opens a pipe with the first loop of a process and keeps it: here, and not within a test that counts.
+uvloop.new_event_loop().close()
+
 
 class Inference(standin.Inference):
     """Echoes as a coroutine."""

@@ -1,10 +1,9 @@
-"""Connections of clients that behave badly, or unusually, on a stand-in for the server."""
+"""Requests that are unusual or wrong, byte by byte, on a stand-in for the server."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import random
 import socket
 import time
 import weakref
@@ -13,26 +12,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.server.http.limits import HttpLimits
-from onnx_dl.server.options import ServeOptions
 from tests.server.http_standin import HttpStandIn, listening
 from tests.server.raw_http import Reader, ask, binary_infer, infer, request
 from tests.server.standin import TOKEN
-from tests.support.waiting import DEADLINE, allowed, eventually
-
-HASTY = HttpLimits(head=0.6, idle=1.5, body_idle=0.6, body_grace=0.6, send_idle=1.0, linger=0.6)
+from tests.support.waiting import allowed, eventually
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[HttpStandIn]:
     with listening() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def hasty() -> Iterator[HttpStandIn]:
-    with listening(HASTY) as running:
         yield running
 
 
@@ -358,172 +346,3 @@ def test_a_head_that_repeats_is_decided_again(server: HttpStandIn) -> None:
             assert ask(client, infer()).status == 503
         finally:
             server.is_draining = False
-
-
-def test_a_drained_listener_finishes_what_was_begun() -> None:
-    with listening() as server:
-        idle, running, reading = server.connect(), server.connect(), server.connect()
-        assert ask(idle, request()).status == 200
-        running.sendall(infer(parameters={"sleep": 0.5}))
-        head, body = binary_infer(100_000)
-        reading.sendall(head + body[:70_000])
-        eventually(lambda: server.inference.running == 1 and server.inference.allocated, "a run and a body")
-        server.is_draining = True
-        server.loop.call_soon_threadsafe(
-            lambda: server.loop.create_task(server.listener.drain(Deadline(allowed(DEADLINE))))
-        )
-        assert Reader(idle).is_at_end()
-        with pytest.raises(ConnectionRefusedError):
-            server.connect()
-        reading.sendall(body[70_000:])
-        for client in (running, reading):
-            reader = Reader(client)
-            reply = reader.reply()
-            assert reply.status == 200 and reply.headers["connection"] == "close" and reader.is_at_end()
-            client.close()
-        idle.close()
-
-
-def test_what_is_not_finished_at_the_deadline_is_cut() -> None:
-    with listening() as server, server.connect() as client:
-        client.sendall(infer(parameters={"sleep": 30}))
-        eventually(lambda: server.inference.running == 1, "a run")
-        server.do(server.listener.drain(Deadline(0.1)))
-        assert Reader(client).is_at_end()
-        eventually(lambda: server.inference.running == 0, "no run")
-
-
-def test_new_requests_are_refused_while_draining(server: HttpStandIn) -> None:
-    server.is_draining = True
-    try:
-        with server.connect() as client:
-            reply = ask(client, infer())
-            assert reply.status == 503 and reply.headers["retry-after"] == "1"
-        with server.connect() as client:
-            assert ask(client, request("/v2/health/live")).status == 200
-            assert ask(client, request("/v2/health/ready")).status == 400
-    finally:
-        server.is_draining = False
-
-
-def test_a_listener_for_metrics_serves_nothing_else() -> None:
-    with listening(metrics_only=True) as server, server.connect() as client:
-        assert ask(client, request("/v2")).status == 404
-        assert ask(client, infer()).status == 404
-
-
-def test_a_slow_head_is_cut(hasty: HttpStandIn) -> None:
-    with hasty.connect() as client:
-        client.sendall(b"GET /v2 HT")
-        reader = Reader(client)
-        assert reader.reply().status == 408 and reader.is_at_end()
-
-
-def test_a_slow_head_is_cut_although_bytes_come(hasty: HttpStandIn) -> None:
-    with hasty.connect() as client:
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            while time.monotonic() - began < allowed(DEADLINE):
-                client.sendall(b"a")
-                client.settimeout(0.05)
-                try:
-                    if client.recv(4096).startswith(b"HTTP/1.1 408"):
-                        raise ConnectionResetError
-                except TimeoutError:
-                    client.settimeout(allowed(DEADLINE))
-
-
-def test_who_sends_nothing_is_cut(hasty: HttpStandIn) -> None:
-    with hasty.connect() as client:
-        assert Reader(client).is_at_end()
-    with hasty.connect() as client:
-        assert ask(client, request()).status == 200
-        assert Reader(client).is_at_end()
-
-
-def test_a_slow_body_is_cut(hasty: HttpStandIn) -> None:
-    head, body = binary_infer(1 << 20)
-    with hasty.connect() as client:
-        client.sendall(head + body[:100_000])
-        reader = Reader(client)
-        assert reader.reply().status == 408 and reader.is_at_end()
-
-
-def test_who_does_not_read_is_cut(hasty: HttpStandIn) -> None:
-    head, body = binary_infer(30 << 20)
-    with hasty.connect() as client:
-        client.sendall(head)
-        client.sendall(body)
-        with pytest.raises(ConnectionError):
-            # The socket's own memory takes some MiB, and no more comes after the cut.
-            time.sleep(0)
-            eventually(lambda: not len(connections(hasty)), "no connection")
-            Reader(client).reply()
-
-
-def connections(server: HttpStandIn) -> list[object]:
-    """The open connections of a listener."""
-    return list(server.listener._connections or ())
-
-
-def test_an_idle_connection_makes_room_for_a_new_one() -> None:
-    with listening(HttpLimits(connections=3)) as server:
-        clients = [server.connect() for _ in range(3)]
-        for client in clients:
-            assert ask(client, request()).status == 200
-        with server.connect() as newest:
-            assert ask(newest, request()).status == 200
-            assert Reader(clients[0]).is_at_end()
-            assert ask(clients[1], request()).status == 200
-        for client in clients:
-            client.close()
-
-
-def test_without_idle_connections_a_new_one_is_refused() -> None:
-    with listening(HttpLimits(connections=2)) as server:
-        clients = [server.connect() for _ in range(2)]
-        for client in clients:
-            client.sendall(infer(parameters={"sleep": 30}))
-        eventually(lambda: server.inference.running == 2, "two runs")
-        with server.connect() as newest:
-            reader = Reader(newest)
-            assert reader.reply().status == 503 and reader.is_at_end()
-        for client in clients:
-            client.close()
-
-
-def test_any_bytes_get_an_answer_or_an_end(hasty: HttpStandIn) -> None:
-    """Damaged requests, cut and joined anywhere: the server neither fails nor keeps a connection."""
-    choice = random.Random(7)
-    head, body = binary_infer(300)
-    good = [infer(), request("/v2"), head + body, request("/v2/repository/index", "POST", b"{}")]
-    for _ in range(150):
-        data = bytearray(b"".join(choice.choices(good, k=3)))
-        for _ in range(choice.randrange(4)):
-            at = choice.randrange(len(data))
-            data[at : at + choice.randrange(3)] = choice.randbytes(choice.randrange(3))
-        with hasty.connect() as client:
-            client.sendall(data[: choice.randrange(1, len(data) + 1)])
-            client.shutdown(socket.SHUT_WR)
-            while client.recv(1 << 16):
-                pass
-    with hasty.connect() as client:
-        assert ask(client, infer()).status == 200
-    eventually(lambda: not connections(hasty), "no connection")
-    assert hasty.inference.running == 0
-
-
-def test_it_works_on_asyncios_own_loop() -> None:
-    with listening(with_uvloop=False) as server, server.connect() as client:
-        head, body = binary_infer(9 << 20)
-        reader = Reader(client)
-        client.sendall(head)
-        client.sendall(body + infer())
-        assert reader.reply().body.endswith(bytes(9 << 20)) and reader.reply().status == 200
-
-
-def test_the_limit_of_bodies_is_an_option() -> None:
-    with listening(options=ServeOptions(max_body=1000)) as server, server.connect() as client:
-        head, body = binary_infer(2000)
-        reply = ask(client, head + body)
-        assert reply.status == 413 and "1000 bytes" in reply.error
