@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import ssl
 import threading
@@ -44,8 +45,10 @@ class Inference(standin.Inference):
         return memoryview(bytearray(nbytes))
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        seconds = request.parameters.pop("sleep", None)
+        seconds = request.parameters.get("sleep")
         if seconds is not None:
+            parameters = {name: value for name, value in request.parameters.items() if name != "sleep"}
+            request = dataclasses.replace(request, parameters=parameters)
             self.running += 1
             try:
                 await asyncio.sleep(seconds)
@@ -98,6 +101,8 @@ def listening(
     """A listener at a free port."""
     server = HttpStandIn(options)
     server.loop = loop = uvloop.new_event_loop() if with_uvloop else asyncio.new_event_loop()
+    faults: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: faults.append(context))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
@@ -109,6 +114,7 @@ def listening(
         server.address = server.do(start())
         yield server
         server.do(server.listener.close())
+        assert not faults
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -232,6 +233,30 @@ def test_a_large_body_lies_where_the_inference_wants_it(client: socket.socket, s
     assert isinstance(data, memoryview)
     assert np.frombuffer(data, np.uint8).__array_interface__["data"][0] % 64 == 0
     assert [nbytes >> 20 for nbytes in server.inference.allocated] == [1, 8, 20]
+
+
+def test_an_idle_connection_holds_neither_body_nor_result(
+    server: HttpStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory: list[weakref.ref[np.ndarray]] = []
+
+    def allocate(nbytes: int) -> memoryview:
+        array = np.empty(nbytes, np.uint8)
+        memory.append(weakref.ref(array))
+        return memoryview(array)
+
+    monkeypatch.setattr(server.inference, "allocate", allocate)
+    head, body = binary_infer(5 << 20)
+    bad, _ = binary_infer(5 << 20)
+    with server.connect() as client:
+        reader = Reader(client)
+        for sent in (head + body, bad + b"x" * len(body)):
+            client.sendall(sent)
+            assert reader.reply().status in (200, 400)
+            server.inference.requests.clear()
+            eventually(lambda: memory and not any(made() is not None for made in memory), "free memory")
+        client.sendall(request("/v2"))
+        assert reader.reply().status == 200
 
 
 def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:

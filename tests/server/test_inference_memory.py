@@ -27,7 +27,7 @@ Infer = Callable[[InferRequest], InferResponse]
 SIZE = 1 << 20
 BEGIN = 4096
 """Byte of the file at which the region begins."""
-KEY = f"/onnx-dl-test-{os.getpid()}"
+KEY = f"/odl-test-{os.getpid()}"
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-import tritonclient.grpc as grpcclient
 
 from onnx_dl.demo.assets import load_samples, model_path
 from tests.server.test_serve import Slow, ask, host_pid, infer, rows, turns
@@ -227,6 +226,7 @@ def test_the_host_dies_and_all_processes_go_on(many: Serving) -> None:
 
 def test_grpc_comes_to_all_processes_too(many: Serving) -> None:
     """Each client with a connection of its own."""
+    grpcclient = pytest.importorskip("tritonclient.grpc")
     before = successes(many)
     samples = load_samples()["digits"]
     given = grpcclient.InferInput(samples.input_name, [1, samples.inputs.shape[1]], "FP32")

@@ -158,6 +158,15 @@ def test_the_servers_process_has_no_onnxruntime(demo: Serving) -> None:
     assert "onnxruntime" not in Path(f"/proc/{demo.pid}/maps").read_text()
 
 
+def test_other_forms_of_addresses() -> None:
+    with serving("--model", f"digits={DIGITS}", "--http", "[::1]:0", "--grpc", "localhost:0") as server:
+        assert re.fullmatch(r"\[::1\]:\d+", server.http)
+        assert infer(server, "digits").status == 200
+        grpcclient = pytest.importorskip("tritonclient.grpc")
+        with grpcclient.InferenceServerClient(server.grpc) as client:
+            assert client.is_server_ready()
+
+
 # --- how it does not start --------------------------------------------------------------------------------
 
 
@@ -306,7 +315,7 @@ def test_what_runs_too_long_is_cut_off(slow: Path) -> None:
     with serving("--model", f"slow={slow}", "--drain-timeout", "500ms") as server:
         running = Slow(server, FOR_EVER)
         began = time.monotonic()
-        assert server.end() == 0
+        assert server.end(signal.SIGHUP) == 0
         assert time.monotonic() - began < allowed(8)
         assert running.wait().status != 200
 
@@ -325,7 +334,7 @@ def test_a_second_signal_ends_it_at_once(slow: Path) -> None:
 def test_a_signal_during_the_start(slow: Path) -> None:
     with serving("--model", f"slow={slow}", ready=False) as server:
         eventually(lambda: host_pid(server) or server.process.poll() is not None, "a host")
-        assert server.end() == 0, server.output()
+        assert server.end(signal.SIGINT) == 0, server.output()
 
 
 def test_a_killed_server_leaves_nothing(slow: Path) -> None:

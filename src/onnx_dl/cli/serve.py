@@ -18,7 +18,7 @@ from onnx_dl.server.options import FileModel, ServeOptions
 from onnx_dl.supervisor.hostfile import reader
 from onnx_dl.system import resources
 
-_NEEDED: Final = ("httptools", "starlette", "grpc", "google.protobuf")
+NEEDED: Final = ("httptools", "starlette", "grpc", "google.protobuf")
 """Modules of the extra ``serve`` without which the server does not start."""
 _ADDRESSES: Final = ("http", "grpc", "metrics")
 _PATHS: Final = ("token_file", "tls_cert", "tls_key", "tls_ca", "config")
@@ -43,7 +43,7 @@ def serve(given: Mapping[str, Any]) -> int:
     """
     resources.check_platform()
     options = options_of(given)
-    check_installed(_NEEDED)
+    check_installed(NEEDED)
     from onnx_dl.server.app import serve as run
 
     return run(options)
@@ -51,7 +51,7 @@ def serve(given: Mapping[str, Any]) -> int:
 
 def check_installed(modules: Sequence[str]) -> None:
     """Raises PlatformError if one of these modules is not installed."""
-    missing = [name for name in modules if not _is_installed(name)]
+    missing = [name for name in modules if not is_installed(name)]
     if missing:
         raise PlatformError(
             f"onnx-dl serve needs {' and '.join(missing)}, which this Python does not have. Run: "
@@ -151,7 +151,8 @@ def _is_name(name: str) -> bool:
     return bool(name.strip()) and is_plain
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """True if it can be imported; nothing is imported but the packages that it is in."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent package is missing

@@ -152,10 +152,11 @@ class _Serving:
     async def _start(self) -> None:
         options, closing = self._options, self._closing
         host = await self._open_host()
+        limit = (await asyncio.to_thread(host.snapshot)).memory_limit  # of the file, or of a named host
         page = limits.create_page(options.processes)
         closing.callback(os.close, page)
         counts = limits.Limits(
-            options.max_in_flight or limits.default_max_bytes(options.memory_limit),
+            options.max_in_flight or limits.default_max_bytes(limit),
             options.max_queue_size,
             fd=page,
             rows=options.processes,

@@ -97,8 +97,8 @@ class ChildProcess:
             ChildGone: it has ended, or was killed.
         """
         ticket, future = self._tickets.open()
-        self._link.send(make(ticket), fds)
         try:
+            self._link.send(make(ticket), fds)
             if not self._link.is_open:
                 raise ChildGone
             async with asyncio.timeout(ANSWER_TIMEOUT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from onnx_dl.server.inference.statistics import merged
@@ -13,6 +14,7 @@ from onnx_dl.server.processes.children import Children
 from onnx_dl.server.processes.front import Front
 from onnx_dl.server.repository import specs
 from onnx_dl.server.repository.repository import Repository
+from onnx_dl.server.v2.failures import unavailable
 
 
 class LocalControl:
@@ -22,14 +24,14 @@ class LocalControl:
     def __init__(self, front: Front, children: Children) -> None:
         self._front = front
         self._children = children
-        self._regions = asyncio.Lock()
+        self._order = asyncio.Lock()
         """Held while a region comes or goes, so that all processes see that in one order."""
         self.repository: Repository
 
     async def publish(self, table: ServedTable) -> None:
         """Has all processes serve this table, and returns when they do."""
         self._front.table.apply(table)
-        await self._children.use_table(table)
+        await _whole(self._children.use_table(table))
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
         await self.repository.load(name, parameters)
@@ -38,12 +40,23 @@ class LocalControl:
         await self.repository.unload(name, parameters)
 
     async def register_region(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        async with self._regions:
-            self._front.regions.register(name, key, offset, byte_size)
-            await self._children.use_region(self._front.regions, name)
+        await _whole(self._register(name, key, offset, byte_size))
 
     async def unregister_region(self, name: str | None) -> None:
-        async with self._regions:
+        await _whole(self._unregister(name))
+
+    async def _register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        async with self._order:
+            self._front.regions.register(name, key, offset, byte_size)
+            try:
+                await self._children.use_region(self._front.regions, name)
+            except OSError as error:
+                self._front.regions.unregister(name)
+                await self._children.drop_regions(name)
+                raise unavailable(f"The region cannot be given to all processes: {error}.") from None
+
+    async def _unregister(self, name: str | None) -> None:
+        async with self._order:
             self._front.regions.unregister(name)
             await self._children.drop_regions(name)
 
@@ -83,6 +96,11 @@ class LocalControl:
             self._front.models.find(name)
             return [each for each in self._front.models.table.served if each.name == name]
         return self._front.models.table.served
+
+
+async def _whole(work: Coroutine[None, None, None]) -> None:
+    """Carries it out to its end, even if the caller has gone: else processes would differ."""
+    await asyncio.shield(work)
 
 
 def selected(found: list[VersionStatistics], served: list[Served]) -> list[VersionStatistics]:

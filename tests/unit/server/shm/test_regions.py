@@ -26,7 +26,7 @@ def memfd(nbytes: int) -> int:
 
 @pytest.fixture
 def key() -> Iterator[str]:
-    name = f"onnx-dl-test-{os.getpid()}"
+    name = f"odl-test-{os.getpid()}"
     path = f"/dev/shm/{name}"
     with open(path, "wb") as file:
         file.truncate(4096)
