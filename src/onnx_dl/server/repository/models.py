@@ -68,7 +68,7 @@ class UsedModel:
 
 
 class ModelTable:
-    """What this process serves.  Implements :class:`~onnx_dl.server.interfaces.Models`.
+    """Versions that this process serves.  Implements :class:`~onnx_dl.server.interfaces.Models`.
 
     ``host``: the host that its proxies are clients of.
     """
@@ -78,7 +78,7 @@ class ModelTable:
         self._lock = threading.Lock()
         self._table = ServedTable()
         self._served: dict[str, dict[str, UsedModel]] = {}
-        """By name, then version, the newest version last.  Replaced as a whole, so readers take no lock."""
+        """Versions by name, the newest last.  Replaced as a whole, so readers take no lock."""
         self._prepared: dict[tuple[str, str], UsedModel] = {}
 
     @property
