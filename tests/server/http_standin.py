@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import ssl
 import threading
@@ -44,8 +45,10 @@ class Inference(standin.Inference):
         return memoryview(bytearray(nbytes))
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        seconds = request.parameters.pop("sleep", None)
+        seconds = request.parameters.get("sleep")
         if seconds is not None:
+            parameters = {name: value for name, value in request.parameters.items() if name != "sleep"}
+            request = dataclasses.replace(request, parameters=parameters)
             self.running += 1
             try:
                 await asyncio.sleep(seconds)

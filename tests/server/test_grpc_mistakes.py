@@ -36,7 +36,7 @@ def all_ends(rig: Rig) -> Iterator[None]:
     yield
     eventually(lambda: rig.server.inference.running == 0, "no run")
     eventually(lambda: rig.places.taken == 0 and rig.places.unsent == 0, "free places")
-    eventually(lambda: not rig.listener._arrivals._awaited, "no message that is awaited")
+    eventually(lambda: not rig.listener._service._arrivals._awaited, "no message that is awaited")
     assert rig.unary("ModelInfer", raw_request())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 
 pytest.importorskip("tritonclient.grpc")
@@ -104,6 +105,18 @@ def test_typed_contents(server: Serving) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary(f"/{INFERENCE}/ModelInfer")(request.SerializeToString(), timeout=DEADLINE)
         assert code_of(caught.value) == "INVALID_ARGUMENT"
+
+
+def test_large_messages_leave_no_memory(server: Serving, client: triton.InferenceServerClient) -> None:
+    def private() -> int:
+        used: int = psutil.Process(server.pid).memory_full_info().uss
+        return used
+
+    before = private()
+    tensor = an_input("x", np.ones(8 << 20, np.float32))
+    for _ in range(3):
+        assert client.infer("echo", [tensor]).as_numpy("y")[-1] == 1
+    eventually(lambda: private() < before + (16 << 20), "memory that is given back")
 
 
 def test_cancelling_a_call_frees_the_model(server: Serving, client: triton.InferenceServerClient) -> None:

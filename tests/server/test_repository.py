@@ -579,3 +579,24 @@ def heavy(added: int, millions: int) -> bytes:
     ends = [zoo.tensor(name, shape=["n"]) for name in "xy"]
     data: bytes = zoo.build(nodes, ends[:1], ends[1:], constants).SerializeToString()
     return data
+
+
+def test_another_process_uses_the_worker_though_its_file_is_broken_by_now(
+    host: ModelHost, tmp_path: Path
+) -> None:
+    """A second table stands for the process: it comes to the worker when the file has been replaced."""
+    path = put(tmp_path, "a", 1, plus(1))
+
+    async def scenario() -> None:
+        async with serving(host, tmp_path) as served:
+            assert await served.arun("a") == ("1", 1.0)
+            path.unlink()
+            path.write_bytes(b"no model")
+            second = ModelTable(host)
+            second.apply(served.models.table)
+            with second.use("a") as used:
+                (y,) = await used.proxy.arun(None, {"x": X})
+                assert y[0] - X[0] == 1.0
+            second.close()
+
+    in_loop(scenario)

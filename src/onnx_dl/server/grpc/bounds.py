@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ import grpc
 
 from onnx_dl.server.v2.failures import RequestFailure, invalid, too_many
 
-_LOOK_EVERY: Final = 1.0
-"""Seconds between two looks for messages that do not arrive."""
 _PATIENCE: Final = 0.25
 """Seconds that a call without its message keeps its place while others want it."""
 
@@ -97,15 +94,12 @@ class _Awaited(NamedTuple):
 class Arrivals:
     """Messages that are awaited.  A call whose message takes too long is cancelled: it keeps a thread.
 
-    Any thread may await a message; the loop looks at all of them once a second.
+    Any thread may await a message; :class:`Upkeep` looks at all of them.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._awaited: dict[int, _Awaited] = {}
         """Calls in the order in which they came."""
-        self._is_closed = False
-        loop.call_soon_threadsafe(self._look)
 
     def take(self, places: Places) -> Place:
         """A place for a new call: a free one, or that of the call that has awaited its message longest, which
@@ -148,14 +142,8 @@ class Arrivals:
                 return True
         return False
 
-    def close(self) -> None:
-        self._is_closed = True
-
-    def _look(self) -> None:
-        if self._is_closed:
-            return
-        now = time.monotonic()
+    def look(self, now: float) -> None:
+        """Cancels the calls whose time has passed."""
         for awaited in list(self._awaited.values()):
             if awaited.until < now:
                 awaited.context.cancel()
-        self._loop.call_later(_LOOK_EVERY, self._look)

@@ -15,6 +15,7 @@ from onnx_dl.server.grpc.health import MOST_WATCHERS, HealthService
 from onnx_dl.server.grpc.messages import HEALTH, INFERENCE
 from onnx_dl.server.grpc.service import CALLS, MOST_INFERENCES, MOST_OTHERS, InferenceService
 from onnx_dl.server.grpc.stream import MOST_STREAMS, Streams
+from onnx_dl.server.grpc.upkeep import FreePages, Upkeep
 from onnx_dl.server.interfaces import Server
 
 _LARGEST: Final = 0x7FFFFFFF
@@ -32,10 +33,11 @@ class GrpcListener:
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         self._max_body = min(server.options.max_body, _LARGEST)
-        self._arrivals = Arrivals(loop)
-        self._service = InferenceService(server, loop, self._arrivals)
+        arrivals, pages = Arrivals(), FreePages()
+        self._upkeep = Upkeep(loop, arrivals, pages)
+        self._service = InferenceService(server, loop, arrivals, pages)
         self._streams = Streams(self._service)
-        self._health = HealthService(server, self._arrivals)
+        self._health = HealthService(server, arrivals)
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "grpc call")
         self._grpc: grpc.Server | None = None
 
@@ -76,7 +78,7 @@ class GrpcListener:
 
     def close(self) -> None:
         """Cancels all calls, and returns when they have ended.  Idempotent."""
-        self._arrivals.close()
+        self._upkeep.close()
         self._streams.close()
         if self._grpc is not None:
             self._grpc.stop(0).wait(_CLOSE_TIMEOUT)

@@ -28,6 +28,7 @@ from onnx_dl.server.grpc import (
 from onnx_dl.server.grpc.bounds import Arrivals, Places
 from onnx_dl.server.grpc.calls import UnaryCall
 from onnx_dl.server.grpc.messages import Message
+from onnx_dl.server.grpc.upkeep import FreePages
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, invalid, passed, unavailable
 from onnx_dl.server.v2.messages import InferResponse
@@ -57,10 +58,13 @@ _LONGEST_WAIT: Final = 3600.0
 class InferenceService:
     """Answers calls in the threads of a grpcio server."""
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, arrivals: Arrivals) -> None:
+    def __init__(
+        self, server: Server, loop: asyncio.AbstractEventLoop, arrivals: Arrivals, pages: FreePages
+    ) -> None:
         self._server = server
         self._loop = loop
         self._arrivals = arrivals
+        self._pages = pages
         self._has_certificates = bool(server.options.tls_ca)
         self.inferences = Places(MOST_INFERENCES, "inferences", server.options.max_body)
         self._others = Places(MOST_OTHERS, "calls other than inferences")
@@ -78,9 +82,19 @@ class InferenceService:
         caller = refusals.caller_of(context, has_certificates=self._has_certificates)
         self._server.access.check(operation, caller)
 
-    def run(self, data: bytes, time_left: float | None, cancel: Deadline) -> InferResponse:
-        """One inference.  Raises RequestFailure."""
-        return self._server.inference.infer_blocking(requests.read(data, time_left), cancel)
+    def run(
+        self,
+        data: bytes,
+        time_left: float | None,
+        cancel: Deadline,
+        encode: Callable[[InferResponse], bytes],
+    ) -> bytes:
+        """One inference, from message to message.  Raises RequestFailure."""
+        self._pages.note(len(data))
+        response = self._server.inference.infer_blocking(requests.read(data, time_left), cancel)
+        answer = encode(response)
+        self._pages.note(len(answer))
+        return answer
 
     @staticmethod
     def _answered(name: str, context: grpc.ServicerContext, answer: Callable[[], bytes]) -> bytes:
@@ -110,8 +124,7 @@ class InferenceService:
             place.give_back()
             raise cancelled()
         data = self._arrivals.first(messages, context, place, _INFER_ARRIVES)
-        response = self.run(data, refusals.time_left(context), cancel)
-        answer = answers.encode(response)
+        answer = self.run(data, refusals.time_left(context), cancel, answers.encode)
         place.owe(len(answer))
         return answer
 

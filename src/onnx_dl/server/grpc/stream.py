@@ -115,8 +115,8 @@ class Stream:
             if self._is_over:
                 raise cancelled()
             self._service.admit(Operation.INFER, self._context)  # the token may have been taken away since
-            response = self._service.run(data, refusals.time_left(self._context), self._cancel)
-            return _Answer(answers.encode_streamed(response))
+            left = refusals.time_left(self._context)
+            return _Answer(self._service.run(data, left, self._cancel, answers.encode_streamed))
         except RequestFailure as failure:
             refused = failure
         except Exception as error:  # our fault fails this request, and no other

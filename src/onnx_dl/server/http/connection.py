@@ -14,7 +14,8 @@ from onnx_dl.server.http.answers import HttpAnswer, failed, not_allowed, rendere
 from onnx_dl.server.http.bodies import IncomingBody, open_body
 from onnx_dl.server.http.connections import Connections
 from onnx_dl.server.http.handler import Admitted, Handler, NotAllowed
-from onnx_dl.server.http.head import END, Head, head_too_large, parse_head, skipped_length
+from onnx_dl.server.http.head import END, head_too_large, skipped_length
+from onnx_dl.server.http.heads import Heads
 from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
 from onnx_dl.server.http.outgoing import Outgoing
 from onnx_dl.server.http.peers import caller_of
@@ -22,8 +23,6 @@ from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_REPEATED_BYTES: Final = 1024
-"""Bytes of a head that is kept, because the next one may be the same."""
 _PATIENCE: Final = 1.0
 """Seconds that a head may take before its connection is among those that make room for new ones."""
 
@@ -63,10 +62,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._ends = False
         """No request is answered after this one."""
         self._outgoing: Outgoing
-        self._head: Head | None = None
+        self._heads: Heads
         self._admitted: Admitted | None = None
-        self._repeated: tuple[bytes, Admitted] | None = None
-        """The last head of an inference, as it was sent."""
         self._body: IncomingBody | None = None
         self._began = 0.0
         """Time when the head of the request was there."""
@@ -80,7 +77,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         # uvloop's transports are no subclasses.
         self._transport = cast("asyncio.Transport", transport)
         self._outgoing = Outgoing(self._transport, self._limits)
-        self._caller = caller_of(transport)
+        self._heads = Heads(self._handler, caller_of(transport))
         if not self._connections.add(self):
             self._send(failed(unavailable("Too many connections are open.")))
 
@@ -149,7 +146,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         waiting = (self._waiting + data).lstrip(b"\r\n")
         if waiting and not self._waiting:
             self._since = self._loop.time()
-        self._waiting, self._head = waiting, None
+        self._waiting, self._heads.last = waiting, None
         end = waiting.find(END)
         if end > HEAD_BYTES or (end < 0 and len(waiting) > HEAD_BYTES):
             self._waiting = b""
@@ -160,27 +157,14 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._waiting = b""
         end += len(END)
         try:
-            self._admit(self._decide(waiting[:end]), has_more=end < len(waiting))
+            self._admit(self._heads.admit(waiting[:end]), has_more=end < len(waiting))
         except NotAllowed as refusal:
-            self._send(not_allowed(refusal.methods), skip=skipped_length(self._head))
+            self._send(not_allowed(refusal.methods), skip=skipped_length(self._heads.last))
         except RequestFailure as failure:
-            self._send(failed(failure), skip=skipped_length(self._head))
+            self._send(failed(failure), skip=skipped_length(self._heads.last))
         except Exception:
             self._send(self._handler.fault(waiting[:end]), skip=None)
         return memoryview(waiting)[end:]
-
-    def _decide(self, raw: bytes) -> Admitted:
-        """Accept a head.  One that repeats is not parsed again: clients send the same for each call."""
-        if self._repeated is not None and raw == self._repeated[0]:
-            admitted = self._repeated[1]
-            self._head = admitted.head
-            self._handler.admit_again(admitted, self._caller)
-            return admitted
-        self._head = head = parse_head(raw)
-        admitted = self._handler.admit(head, self._caller)
-        if admitted.is_inference and len(raw) <= _REPEATED_BYTES:
-            self._repeated = raw, admitted
-        return admitted
 
     def _admit(self, admitted: Admitted, *, has_more: bool) -> None:
         """The head was accepted: read the body."""
@@ -235,8 +219,9 @@ class HttpConnection(asyncio.BufferedProtocol):
         """Send an answer.  ``skip``: bytes of the body that still come, and are dropped; None: where the next
         request would begin is not known."""
         ends = self._ends or self._connections.is_draining or skip is None
-        keeps = not ends and self._head is not None and self._head.keeps_alive
-        parts = rendered(answer, self._head, keeps_alive=keeps)
+        head = self._heads.last
+        keeps = not ends and head is not None and head.keeps_alive
+        parts = rendered(answer, head, keeps_alive=keeps)
         self._outgoing.send(parts, self._loop.time())
         self._has_served = True
         if keeps and skip:

@@ -97,7 +97,7 @@ class Handler:
         server.models.find(target.names["model"], target.names.get("version", ""))
 
     async def answer(self, request: HttpRequest) -> HttpAnswer:
-        """HttpAnswer a request.  Raises nothing but CancelledError."""
+        """Answer a request.  Raises nothing but CancelledError."""
         try:
             if request.target.route.name == INFER:
                 return await self._infer(request)

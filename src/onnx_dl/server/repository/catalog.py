@@ -19,7 +19,7 @@ from onnx_dl.server.interfaces import Served
 from onnx_dl.server.repository import completion, config, layout, signature, specs, versions
 from onnx_dl.server.repository.config import Configuration
 from onnx_dl.server.repository.layout import Folder
-from onnx_dl.server.repository.signature import Signature, Unservable
+from onnx_dl.server.repository.signature import ModelSignature, Unservable
 from onnx_dl.server.repository.source import Refused, Source
 
 FileStates = tuple[model_files.Identity | None, ...]
@@ -84,14 +84,14 @@ class Catalog:
             _check_name(model)
         self._roots = [os.path.abspath(root) for root in roots]
         self._named = list(named)
-        self._signatures: dict[tuple[str, model_files.Identity], Signature | Unservable] = {}
+        self._signatures: dict[tuple[str, model_files.Identity], ModelSignature | Unservable] = {}
         self._external: dict[tuple[str, model_files.Identity], tuple[str, ...]] = {}
         self._configurations: dict[
             str, tuple[tuple[str | None, str | None], Configuration, Source | None]
         ] = {}
-        """By place: what was read, of which texts."""
+        """Configurations by place, with the texts that they were read from."""
         self._last: dict[str, tuple[object, Candidate]] = {}
-        """By place: the last candidate, and all that it was made of."""
+        """The last candidate by place, and all that it was made of."""
 
     def read(self, overrides: Mapping[str, str] | None = None) -> dict[str, Candidate]:
         """All candidates by name.
@@ -116,7 +116,7 @@ class Catalog:
         overrides = {} if override is None else {name: override}
         return self._candidates(folders, named, overrides).get(name)
 
-    def learn(self, entry: Served, found: Signature | Unservable) -> None:
+    def learn(self, entry: Served, found: ModelSignature | Unservable) -> None:
         """Remembers what a load has told about a file that cannot be read without one."""
         if (identity := model_files.identity(entry.path)) is not None:
             self._signatures[entry.path, identity] = found
@@ -207,7 +207,7 @@ class Catalog:
         return made
 
     def _left_out(self, entries: Iterable[Served], found: Configuration) -> list[str]:
-        """What is told of outputs that the protocol has no words for, if the configuration names none."""
+        """Notes on outputs that the protocol has no words for, if the configuration names none."""
         if found.outputs:
             return []
         return [
@@ -221,7 +221,7 @@ class Catalog:
     def _configuration(
         self, name: str, text: str | None, place: str, override: str | None
     ) -> tuple[Configuration, Source | None]:
-        """What a configuration says.  Raises Refused."""
+        """Reads a configuration, unless it is the last one of its place.  Raises Refused."""
         known = self._configurations.get(place)
         if known is not None and known[0] == (text, override):
             return known[1:]
@@ -257,7 +257,7 @@ class Catalog:
             raise Unservable(f"its external data {absent[0]} is not there")
         known = self._signature(path, identity)
         completed = completion.complete(
-            name, os.path.basename(path), known or Signature(), found if known else _blind(found), source
+            name, os.path.basename(path), known or ModelSignature(), found if known else _blind(found), source
         )
         entry = Served(
             name=name,
@@ -274,7 +274,7 @@ class Catalog:
         )
         return entry, known is not None
 
-    def _signature(self, path: str, identity: model_files.Identity) -> Signature | None:
+    def _signature(self, path: str, identity: model_files.Identity) -> ModelSignature | None:
         """The signature of a file; None: a load must tell it.  Raises Unservable, OSError."""
         found = self._signatures.get((path, identity))
         if found is None:

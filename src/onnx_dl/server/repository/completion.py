@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from onnx_dl.server.interfaces import TensorInfo
 from onnx_dl.server.repository.config import BACKEND, PLATFORM, Configuration, Declared
-from onnx_dl.server.repository.signature import Signature, Unservable
+from onnx_dl.server.repository.signature import ModelSignature, Unservable
 from onnx_dl.server.repository.source import Source
 
 
 class Completed(NamedTuple):
-    """What clients see: inputs and outputs with the batch, and the configuration."""
+    """The view of clients: inputs and outputs with the batch, and the configuration."""
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
@@ -23,7 +23,11 @@ class Completed(NamedTuple):
 
 
 def complete(
-    name: str, filename: str, signature: Signature, configuration: Configuration, source: Source | None = None
+    name: str,
+    filename: str,
+    signature: ModelSignature,
+    configuration: Configuration,
+    source: Source | None = None,
 ) -> Completed:
     """Compares a configuration with the model and completes it.
 
@@ -134,7 +138,7 @@ class _Checker:
 
 
 def _fits(own: tuple[int, ...], given: tuple[int, ...]) -> bool:
-    """Whether a shape is one of those that the model takes.  A scalar may be declared as [1], as Triton has
+    """True if a shape is one of those that the model takes.  A scalar may be declared as [1], as Triton has
     no other way to write it."""
     if not own and given == (1,):
         return True

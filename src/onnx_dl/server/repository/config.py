@@ -25,7 +25,7 @@ _PARAMETERS: Final = (
     "ttl", "pin", "priority", "latency", "max_memory", "max_memory_hard", "max_runs", "group", "eager",
     "sandbox",
 )  # fmt: skip
-"""What may follow ``onnx_dl.`` in the name of a parameter."""
+"""Names of our parameters, behind ``onnx_dl.``."""
 _REFUSED: Final = {
     "sequence_batching": "sequence batching is not there: requests of a sequence would be mixed",
     "ensemble_scheduling": "ensembles are not there",
@@ -60,7 +60,7 @@ class Declared(msgspec.Struct, frozen=True):
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):
-    """What a configuration says.
+    """Content of a configuration.
 
     Attributes:
         max_batch_size: 0: the model's own first size is no batch.

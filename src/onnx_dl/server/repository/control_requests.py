@@ -50,7 +50,7 @@ def config_of(name: str, parameters: Mapping[str, Any]) -> str | None:
 
 
 def is_withdrawn(name: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether an unload withdraws the model.  Raises RequestFailure (400)."""
+    """True if an unload withdraws the model.  Raises RequestFailure (400)."""
     for given, value in parameters.items():
         if given not in _UNLOAD:
             hint = keywords.hint([given], _UNLOAD)
@@ -87,5 +87,5 @@ def load_failure(
 
 
 def reason_of_load(entry: Served, text: str) -> str:
-    """Why a version is not served, for the index."""
+    """Reason of a version that is not served, for the index."""
     return f"failed to load '{entry.name}' version {entry.version}: {text}"

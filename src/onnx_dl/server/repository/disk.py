@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from onnx_dl.server.interfaces import Served
 from onnx_dl.server.repository.catalog import Candidate, Catalog, NamedModel
-from onnx_dl.server.repository.signature import Signature, Unservable
+from onnx_dl.server.repository.signature import ModelSignature, Unservable
 
 SETTLED: Final = 0.1
 """Seconds between two looks at files that have changed; a file that is still written differs."""
@@ -52,7 +52,7 @@ class Disk:
                         break
         return candidate
 
-    async def learn(self, entry: Served, found: Signature | Unservable) -> None:
+    async def learn(self, entry: Served, found: ModelSignature | Unservable) -> None:
         """Remembers what a load has told about a file that cannot be read without one."""
         await self._in_thread(functools.partial(self._catalog.learn, entry, found))
 

@@ -46,5 +46,5 @@ class Health:
 
 
 def _is_of(event: ModelEvent, entry: Served) -> bool:
-    """Whether the event is of the entry's own worker: that of a group says nothing of one model in it."""
+    """True if the event is of the entry's own worker: that of a group says nothing of one model in it."""
     return event.key == specs.key_of(entry.generation) and not entry.arguments.get("group")

@@ -25,7 +25,7 @@ from onnx_dl.server.interfaces import Served
 from onnx_dl.server.repository import signature, specs, warmup
 from onnx_dl.server.repository.catalog import Candidate
 from onnx_dl.server.repository.models import ModelTable, UsedModel
-from onnx_dl.server.repository.signature import Signature, Unservable
+from onnx_dl.server.repository.signature import ModelSignature, Unservable
 
 logger: Final = logging.getLogger("onnx_dl.server")
 UNLOAD_TIMEOUT: Final = 30.0
@@ -42,14 +42,14 @@ _PASSING: Final = (
 
 
 class Outcome:
-    """How a load ended.
+    """End of a load.
 
     Attributes:
         error: what it raised; None: the model is loaded.
         signature: what the worker told of a file that cannot be read without one.
     """
 
-    def __init__(self, error: Exception | None, found: Signature | Unservable | None = None) -> None:
+    def __init__(self, error: Exception | None, found: ModelSignature | Unservable | None = None) -> None:
         self.error = error
         self.signature = found
 
@@ -85,7 +85,7 @@ async def load(models: ModelTable, entry: Served, candidate: Candidate) -> Outco
         await used.proxy.aload()
     except Exception as error:
         return Outcome(error)
-    found: Signature | Unservable | None = None
+    found: ModelSignature | Unservable | None = None
     if entry.version in candidate.unread:
         try:
             found = await asyncio.to_thread(_described, used)
@@ -98,8 +98,8 @@ async def load(models: ModelTable, entry: Served, candidate: Candidate) -> Outco
     return Outcome(None, found)
 
 
-def _described(used: UsedModel) -> Signature:
-    """What the worker says of its model.  It is known from the load, so nothing is loaded for it."""
+def _described(used: UsedModel) -> ModelSignature:
+    """The signature in the worker's words.  It is known from the load, so nothing is loaded for it."""
     inputs, outputs = used.proxy.get_inputs(), used.proxy.get_outputs()
     return signature.of_description(
         ModelDescription(

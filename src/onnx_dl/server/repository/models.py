@@ -30,6 +30,8 @@ class UsedModel:
         self.proxy = InferenceSessionProxy.of_spec(
             specs.spec_of(entry), specs.terms(entry.arguments), host=host
         )
+        # Another process has loaded it, and its file may have been replaced by one that does not load.
+        self.proxy._handle.checks_files = not specs.is_whole_key(entry.generation)
         self._lock = threading.Lock()
         self._uses = 0
         self._is_retired = False
@@ -66,7 +68,7 @@ class UsedModel:
 
 
 class ModelTable:
-    """What this process serves.  Implements :class:`~onnx_dl.server.interfaces.Models`.
+    """Versions that this process serves.  Implements :class:`~onnx_dl.server.interfaces.Models`.
 
     ``host``: the host that its proxies are clients of.
     """
@@ -76,7 +78,7 @@ class ModelTable:
         self._lock = threading.Lock()
         self._table = ServedTable()
         self._served: dict[str, dict[str, UsedModel]] = {}
-        """By name, then version, the newest version last.  Replaced as a whole, so readers take no lock."""
+        """Versions by name, the newest last.  Replaced as a whole, so readers take no lock."""
         self._prepared: dict[tuple[str, str], UsedModel] = {}
 
     @property

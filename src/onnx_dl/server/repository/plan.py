@@ -1,4 +1,4 @@
-"""What becomes of one model when its files, or what is known of its loads, have changed.  Pure.
+"""Decisions on one model when its files, or what is known of its loads, have changed.  Pure.
 
 The rules: what worked keeps working until something newer is known to work; a file that does not load never
 replaces one that does; what nobody serves yet is served without a load.
@@ -27,7 +27,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def content(entry: Served) -> Content:
-    """What tells this entry's content from others."""
+    """Identity of this entry's content."""
     return entry.name, entry.version, entry.generation
 
 
@@ -39,7 +39,7 @@ def decide(
     failures: Mapping[Content, str] | None = None,
     must_load: bool = False,
 ) -> Plan:
-    """What is served of a model.
+    """Decides what is served of a model.
 
     Args:
         candidate: the model as it is on the disk.
@@ -97,7 +97,7 @@ def unloaded(candidate: Candidate, reason: str, state: str | None = None) -> Pla
 
 
 def is_same(one: Served, other: Served) -> bool:
-    """Whether one proxy serves both: the same content, loaded and held in the same way."""
+    """True if one proxy serves both: the same content, loaded and held in the same way."""
     return (one.path, one.generation, one.arguments) == (other.path, other.generation, other.arguments)
 
 

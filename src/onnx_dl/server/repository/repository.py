@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from onnx_dl.client.host_client import HostClient
@@ -25,6 +25,7 @@ from onnx_dl.server.repository.models import UNLOADED, ModelTable
 from onnx_dl.server.repository.plan import Plan
 from onnx_dl.server.repository.tables import Tables
 from onnx_dl.server.repository.takeover import Takeover
+from onnx_dl.server.repository.tasks import Tasks
 from onnx_dl.server.repository.wishes import Wishes
 
 _AT_A_TIME: Final = 4
@@ -32,7 +33,7 @@ _AT_A_TIME: Final = 4
 
 
 class Repository:
-    """What a server serves.
+    """Owner of what a server serves.
 
     Args:
         options: of the server.
@@ -63,15 +64,15 @@ class Repository:
         self._tables = Tables(models, publish, self._health, strict=options.strict_readiness)
         self._takeover = Takeover(models, self._tables, self._disk, self._health)
         self._candidates: dict[str, Candidate] = {}
-        """As they were when it was last decided about them."""
+        """Models as they were when it was last decided about them."""
         self._again: set[str] = set()
         """Names to be taken over at the next look, though their files are the same: a load has failed for a
         reason that may pass."""
         self._locks: dict[str, asyncio.Lock] = {}
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks = Tasks()
         self._stop_listening: Callable[[], None] | None = None
         self.has_started = asyncio.Event()
-        """What loads at the start is loaded, or does not load."""
+        """Set when what loads at the start is loaded, or does not load."""
 
     # --- the whole ----------------------------------------------------------------------------------------
 
@@ -94,17 +95,15 @@ class Repository:
             self._candidates[name] = candidate
             self._tables.set(name, self._first_plan(candidate))
         await self._tables.publish()
-        self._begin(self._load_first(list(found.values())))
+        self._tasks.begin(self._load_first(list(found.values())))
         if self._options.model_control != "none":
-            self._begin(self._follow())
+            self._tasks.begin(self._follow())
 
     async def close(self) -> None:
         """Ends the watching and the loads that it waits for; models stay in their table."""
         if self._stop_listening is not None:
             self._stop_listening()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         self._disk.close()
 
     async def _load_first(self, candidates: Sequence[Candidate]) -> None:
@@ -115,15 +114,12 @@ class Repository:
             async with at_a_time:
                 await self._adopt(candidate, must_load=True)
 
-        await asyncio.gather(*(one(each) for each in candidates if self._loads_at_start(each)))
-        self._tables.is_started = True
-        await self._tables.publish()
-        self.has_started.set()
-
-    def _loads_at_start(self, candidate: Candidate) -> bool:
-        is_asked = self._wishes.is_loaded_first(candidate.name)
-        is_eager = any(entry.is_eager for entry in candidate.entries)
-        return self._wishes.is_served(candidate.name) and (is_asked or is_eager or bool(candidate.unread))
+        try:
+            await asyncio.gather(*(one(each) for each in candidates if _loads_at_start(self._wishes, each)))
+            self._tables.is_started = True
+            await self._tables.publish()
+        finally:  # a server that waits for this must not wait for ever
+            self.has_started.set()
 
     # --- what clients ask for -----------------------------------------------------------------------------
 
@@ -161,21 +157,20 @@ class Repository:
             return
         async with self._lock(name):
             served = self._tables.served(name)
-            candidate = self._candidates.get(name)
-            withdraws = withdraws and candidate is not None
-            if withdraws and candidate is not None:
+            candidate = self._candidates.get(name) if withdraws else None
+            if candidate is not None:
                 self._wishes.unload(name)
                 self._tables.set(name, plan.unloaded(candidate, UNLOADED, "UNLOADING" if served else None))
                 await self._tables.publish()
             await asyncio.gather(*(loads.free_quietly(self._host, entry) for entry in served.values()))
-            if withdraws and candidate is not None:
+            if candidate is not None:
                 self._tables.set(name, plan.unloaded(candidate, UNLOADED))
                 await self._tables.publish()
 
     # --- one model ----------------------------------------------------------------------------------------
 
     def _first_plan(self, candidate: Candidate) -> Plan:
-        """What is served of a model of which nothing is served yet, before anything is loaded for it."""
+        """Decides what is served of a new model before anything is loaded for it."""
         name = candidate.name
         if not self._wishes.is_served(name):
             return plan.unloaded(candidate, UNLOADED if name in self._wishes.unloaded else "")
@@ -225,7 +220,7 @@ class Repository:
             try:
                 for name, candidate in (await self._changes()).items():
                     if not self._lock(name).locked():  # else it is looked at again when that has ended
-                        self._begin(self._take_over(name, candidate))
+                        self._tasks.begin(self._take_over(name, candidate))
             except OSError as error:  # what is served stays: the folder may come back
                 self._disk.tell_once(f"The repository {error.filename} cannot be read: {error.strerror}.")
             except Exception:
@@ -241,7 +236,7 @@ class Repository:
         await asyncio.gather(*(self._take_over(name, candidate) for name, candidate in changes.items()))
 
     async def _changes(self) -> dict[str, Candidate | None]:
-        """What has changed, by name; None: it is gone.  A model whose files change between two looks is left
+        """Changed models by name; None: it is gone.  A model whose files change between two looks is left
         for the next time.  Raises OSError, as :meth:`look`."""
         overrides = self._wishes.overrides
         first = await self._disk.read(overrides)
@@ -274,7 +269,7 @@ class Repository:
     def _on_event(self, event: ModelEvent) -> None:
         """Notes which models do not load, or do again."""
         if self._health.note(event, self._tables.all()):
-            self._begin(self._tables.publish())
+            self._tasks.begin(self._tables.publish())
 
     # --- small things -------------------------------------------------------------------------------------
 
@@ -282,15 +277,11 @@ class Repository:
         """Held while a model's plan is carried out."""
         return self._locks.setdefault(name, asyncio.Lock())
 
-    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[object]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("The repository failed", exc_info=error)
+def _loads_at_start(wishes: Wishes, candidate: Candidate) -> bool:
+    is_asked = wishes.is_loaded_first(candidate.name)
+    is_eager = any(entry.is_eager for entry in candidate.entries)
+    return wishes.is_served(candidate.name) and (is_asked or is_eager or bool(candidate.unread))
 
 
 def _hand_over(

@@ -36,7 +36,7 @@ ENUMS: Final[dict[str, tuple[str, ...]]] = {
         "CONTROL_SEQUENCE_START", "CONTROL_SEQUENCE_READY", "CONTROL_SEQUENCE_END", "CONTROL_SEQUENCE_CORRID",
     ),
 }  # fmt: skip
-"""By the number of the value."""
+"""Values by their numbers."""
 
 _QUEUE: Final = {
     "timeout_action": "TimeoutAction", "default_timeout_microseconds": "uint64",

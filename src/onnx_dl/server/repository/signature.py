@@ -39,7 +39,7 @@ class Unservable(ValueError):
     """The file is no model, or the protocol has no words for one of its inputs and outputs."""
 
 
-class Signature(msgspec.Struct, frozen=True):
+class ModelSignature(msgspec.Struct, frozen=True):
     """Inputs and outputs of a model.
 
     Attributes:
@@ -59,7 +59,7 @@ def is_ort_format(path: str) -> bool:
     return path.lower().endswith(".ort")
 
 
-def read(path: str) -> Signature:
+def read(path: str) -> ModelSignature:
     """The signature of an ONNX file.  External data is not opened.
 
     Raises:
@@ -77,11 +77,11 @@ def read(path: str) -> Signature:
             raise Unservable(f"it is not an ONNX model: {error}") from None
 
 
-def of_description(description: ModelDescription) -> Signature:
+def of_description(description: ModelDescription) -> ModelSignature:
     """The signature as a worker described it after a load.  Raises Unservable."""
     problems: dict[str, str] = {}
     outputs = [_tried(problems, spec.name, _described, spec, "output") for spec in description.outputs]
-    return Signature(
+    return ModelSignature(
         tuple(_described(spec, "input") for spec in description.inputs),
         tuple(each for each in outputs if each is not None),
         problems=problems,
@@ -91,7 +91,7 @@ def of_description(description: ModelDescription) -> Signature:
 def _tried(
     problems: dict[str, str], name: str, make: Callable[..., TensorInfo], *args: object
 ) -> TensorInfo | None:
-    """What ``make`` returns; None: it raised Unservable, which is noted."""
+    """The result of ``make``; None: it raised Unservable, which is noted."""
     try:
         return make(*args)
     except Unservable as error:
@@ -99,7 +99,7 @@ def _tried(
         return None
 
 
-def _model(reader: WireReader) -> Signature:
+def _model(reader: WireReader) -> ModelSignature:
     if not reader.size:
         raise NotAMessage("it is empty")
     graphs = [
@@ -123,7 +123,7 @@ def _model(reader: WireReader) -> Signature:
     named = [(name, field) for field in inputs if (name := _name(reader, field))]
     problems: dict[str, str] = {}
     found = [_tried(problems, _name(reader, field), _value, reader, field, "output") for field in outputs]
-    return Signature(
+    return ModelSignature(
         tuple(_value(reader, field, "input") for name, field in named if name not in known),
         tuple(each for each in found if each is not None),
         tuple(_value(reader, field, "input") for name, field in named if name in known),

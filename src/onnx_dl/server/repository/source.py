@@ -1,4 +1,4 @@
-"""Where a configuration comes from, and what is said about it: refusals with file and line, and notes."""
+"""Origin of a configuration, and what is said about it: refusals with file and line, and notes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a served version says about its worker, as plain data for other processes, and as a ModelSpec.
+"""Description of a served version's worker, as plain data for other processes, and as a ModelSpec.
 
 Knows neither onnxruntime nor the configuration's words.
 """
@@ -61,7 +61,7 @@ def arguments_of(spec: ModelSpec, terms: Terms) -> dict[str, Any]:
 
 
 def generation(path: str, arguments: dict[str, Any], external: tuple[object, ...] = ()) -> str:
-    """What tells this content of the file, with these arguments, from any other.
+    """Identity of this content of the file with these arguments.
 
     It begins with the key that every program gives to this model, so that all share one worker.
 
@@ -84,6 +84,11 @@ def generation(path: str, arguments: dict[str, Any], external: tuple[object, ...
 def key_of(generation: str) -> str:
     """The key of the model's worker."""
     return generation.partition(_SUFFIX)[0]
+
+
+def is_whole_key(generation: str) -> bool:
+    """True if the key alone tells the content: there is no external data."""
+    return _SUFFIX not in generation
 
 
 def spec_of(entry: Served) -> ModelSpec:

@@ -39,7 +39,7 @@ class Tables:
         """Eager models are loaded, or cannot be."""
 
     def set(self, name: str, planned: Plan) -> None:
-        """What the next table has of a model."""
+        """Sets what the next table has of a model."""
         self._plans[name] = planned
 
     def forget(self, name: str) -> None:
@@ -47,7 +47,7 @@ class Tables:
         self._plans.pop(name, None)
 
     def served(self, name: str) -> dict[str, Served]:
-        """What is served of a model, by version."""
+        """Served versions of a model."""
         planned = self._plans.get(name)
         return {} if planned is None else {entry.version: entry for entry in planned.served}
 

@@ -84,7 +84,7 @@ class Takeover:
         return candidate, [outcome for entry, outcome in ended if content(entry) not in loaded]
 
     def _is_served_after(self, entry: Served, outcome: Outcome, *, on_use: bool, is_replaced: bool) -> bool:
-        """Whether a version is served after its load has ended like this, also where it failed.
+        """True if a version is served after its load has ended like this, also where it failed.
 
         Args:
             entry: the version.

@@ -42,7 +42,7 @@ class Node(NamedTuple):
     line: int
 
 
-class _Token(NamedTuple):
+class _Lexeme(NamedTuple):
     kind: str
     text: str
     line: int
@@ -74,7 +74,7 @@ def parse(text: str) -> list[Node]:
     return _Parser(_tokens(text.removeprefix("\ufeff"))).message("", 0)
 
 
-def _tokens(text: str) -> list[_Token]:
+def _tokens(text: str) -> list[_Lexeme]:
     found = []
     line, at = 1, 0
     while at < len(text):
@@ -85,9 +85,9 @@ def _tokens(text: str) -> list[_Token]:
         if kind == "newline":
             line += 1
         elif kind != "space":
-            found.append(_Token(kind, match.group(), line))
+            found.append(_Lexeme(kind, match.group(), line))
         at = match.end()
-    found.append(_Token("end", "", line))
+    found.append(_Lexeme("end", "", line))
     return found
 
 
@@ -102,7 +102,7 @@ def _complaint(text: str, at: int) -> str:
 class _Parser:
     """One pass over the tokens."""
 
-    def __init__(self, tokens: list[_Token]) -> None:
+    def __init__(self, tokens: list[_Lexeme]) -> None:
         self._tokens = tokens
         self._at = 0
 
@@ -127,7 +127,7 @@ class _Parser:
             if self._next.kind == "mark" and self._next.text in ",;":
                 self._at += 1
 
-    def _field(self, name: _Token, depth: int, fields: list[Node]) -> None:
+    def _field(self, name: _Lexeme, depth: int, fields: list[Node]) -> None:
         has_colon = self._accept(":")
         if self._accept("["):
             if not has_colon and not self._opens():
@@ -171,10 +171,10 @@ class _Parser:
         return self._next.kind == "mark" and self._next.text in _CLOSING
 
     @property
-    def _next(self) -> _Token:
+    def _next(self) -> _Lexeme:
         return self._tokens[self._at]
 
-    def _take(self) -> _Token:
+    def _take(self) -> _Lexeme:
         token = self._tokens[self._at]
         if token.kind != "end":
             self._at += 1
@@ -187,7 +187,7 @@ class _Parser:
         return False
 
 
-def _number(token: _Token, sign: int) -> int | float:
+def _number(token: _Lexeme, sign: int) -> int | float:
     text = token.text
     try:
         if text[:2] in ("0x", "0X"):
@@ -203,7 +203,7 @@ def _number(token: _Token, sign: int) -> int | float:
         raise Malformed(token.line, f"{text[:40]!r} is not a number") from None
 
 
-def _unquoted(token: _Token) -> bytes:
+def _unquoted(token: _Lexeme) -> bytes:
     def plain(match: re.Match[bytes]) -> bytes:
         kind, value = match.lastgroup, match[match.lastgroup or 0]
         if kind == "plain":
@@ -222,5 +222,5 @@ def _unquoted(token: _Token) -> bytes:
     return _ESCAPE.sub(plain, data) if b"\\" in data else data
 
 
-def _shown(token: _Token) -> str:
+def _shown(token: _Lexeme) -> str:
     return "the end of the text" if token.kind == "end" else repr(token.text[:40])

@@ -41,7 +41,7 @@ def feed_of(given: dict[str, Any], entry: Served) -> dict[str, NDArray[Any]]:
 
 
 def runs_of(given: dict[str, Any]) -> int:
-    """How often a warm-up runs."""
+    """Number of runs of a warm-up."""
     count: int = given.get("count", 0)
     return min(MOST_RUNS, max(1, count))
 

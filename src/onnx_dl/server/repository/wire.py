@@ -14,7 +14,7 @@ _WINDOW: Final = 64 << 10
 """Bytes that are read at once, for short fields that follow each other."""
 _FAR: Final = 512
 """Bytes that are read at once behind a field that was longer than a window."""
-_MOST_FIELDS: Final = 20_000_000
+_MOST_FIELDS: Final = 3_000_000
 """Fields of one file; more take longer than anybody waits."""
 
 

@@ -9,7 +9,7 @@ from onnx_dl.server.options import ModelControl
 
 
 class Wishes:
-    """What clients want to be served.
+    """Names that clients want to be served.
 
     ``control``: of the server; ``always``: names that are served without a client's wish, until one unloads
     them.
@@ -56,15 +56,15 @@ class Wishes:
         self.overrides.pop(name, None)
 
     def is_served(self, name: str) -> bool:
-        """Whether the model is to be served."""
+        """True if the model is to be served."""
         if name in self.unloaded:
             return False
         return not self._is_explicit or name in self._loaded or name in self._always
 
     def is_loaded_first(self, name: str) -> bool:
-        """Whether the model is loaded before it is served, because somebody asked for its load."""
+        """True if the model is loaded before it is served, because somebody asked for its load."""
         return self._is_explicit and name in self._loaded
 
     def is_followed(self, name: str) -> bool:
-        """Whether changes of its files are taken over without a client's request."""
+        """True if changes of its files are taken over without a client's request."""
         return not (self._is_explicit and self.is_served(name))

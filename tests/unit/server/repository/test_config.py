@@ -9,11 +9,11 @@ import pytest
 from onnx_dl.server.interfaces import TensorInfo
 from onnx_dl.server.repository import completion, config
 from onnx_dl.server.repository.config import Configuration
-from onnx_dl.server.repository.signature import Signature, Unservable
+from onnx_dl.server.repository.signature import ModelSignature, Unservable
 from onnx_dl.server.repository.source import Refused, Source
 
 FILE = "/models/m/config.pbtxt"
-MODEL = Signature(
+MODEL = ModelSignature(
     (TensorInfo("x", "FP32", (-1, 3)), TensorInfo("s", "BYTES", (-1, 1))),
     (TensorInfo("y", "FP32", (-1, 2)), TensorInfo("z", "INT64", (-1,))),
     (TensorInfo("w", "FP32", (3,)),),
@@ -29,7 +29,7 @@ def parameter(name: str, value: str) -> str:
     return f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}\n'
 
 
-def complete(text: str, model: Signature = MODEL) -> completion.Completed:
+def complete(text: str, model: ModelSignature = MODEL) -> completion.Completed:
     found, source = understood(text)
     return completion.complete("m", "model.onnx", model, found, source)
 
@@ -317,25 +317,25 @@ def test_contradictions_are_refused_with_their_line(text: str, words: str) -> No
 
 
 def test_a_batch_needs_a_free_first_size() -> None:
-    fixed = Signature((TensorInfo("x", "FP32", (1, 3)),), (TensorInfo("y", "FP32", (-1,)),))
+    fixed = ModelSignature((TensorInfo("x", "FP32", (1, 3)),), (TensorInfo("y", "FP32", (-1,)),))
     with pytest.raises(Refused, match="the first dimension must be -1; but shape expected by the model"):
         complete("max_batch_size: 4", fixed)
-    scalar = Signature((TensorInfo("x", "FP32", (-1, 3)),), (TensorInfo("y", "FP32", ()),))
+    scalar = ModelSignature((TensorInfo("x", "FP32", (-1, 3)),), (TensorInfo("y", "FP32", ()),))
     with pytest.raises(Refused, match="at least 1 dimension"):
         complete("max_batch_size: 4", scalar)
-    unranked = Signature((TensorInfo("x", "FP32", (), is_unranked=True),), MODEL.outputs)
+    unranked = ModelSignature((TensorInfo("x", "FP32", (), is_unranked=True),), MODEL.outputs)
     assert complete("max_batch_size: 4", unranked).inputs[0].is_unranked
 
 
 def test_outputs_that_are_no_tensors_may_be_left_out() -> None:
-    classes = Signature(
+    classes = ModelSignature(
         MODEL.inputs,
         MODEL.outputs,
         problems={"p": "its output 'p' is a sequence: the protocol has tensors only"},
     )
     assert complete("", classes).outputs == MODEL.outputs
     with pytest.raises(Unservable, match="its output 'p' is a sequence"):
-        complete("", Signature(MODEL.inputs, problems=classes.problems))
+        complete("", ModelSignature(MODEL.inputs, problems=classes.problems))
     with pytest.raises(Unservable, match="its output 'p' is a sequence"):
         complete('output { name: "p" }', classes)
     assert [each.name for each in complete('output { name: "y" }', classes).outputs] == ["y"]

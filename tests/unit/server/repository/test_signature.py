@@ -16,12 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_dl.core.status import ModelDescription, TensorSpec
 from onnx_dl.server.interfaces import TensorInfo
 from onnx_dl.server.repository import signature
-from onnx_dl.server.repository.signature import Signature, Unservable
+from onnx_dl.server.repository.signature import ModelSignature, Unservable
 from tests.support import onnx_cases, zoo
 from tests.support.waiting import allowed
 
 
-def of_onnxruntime(path: Path) -> Signature:
+def of_onnxruntime(path: Path) -> ModelSignature:
     """What a session says of the file."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -36,7 +36,7 @@ def of_onnxruntime(path: Path) -> Signature:
     )
 
 
-def comparable(found: Signature, other: Signature) -> list[object]:
+def comparable(found: ModelSignature, other: ModelSignature) -> list[object]:
     """Names, datatypes and shapes; no shape where one of the two does not know it."""
     pairs = zip(found.outputs + found.inputs, other.outputs + other.inputs, strict=False)
     unranked = {mine.name for mine, _ in pairs if mine.is_unranked}
@@ -50,13 +50,13 @@ def comparable(found: Signature, other: Signature) -> list[object]:
 def difference(path: Path) -> str | None:
     """How the file's signature differs from the session's; None: it does not, or no session takes it."""
     try:
-        wanted: Signature | str = of_onnxruntime(path)
+        wanted: ModelSignature | str = of_onnxruntime(path)
     except Unservable:
         wanted = "unservable"
     except Exception:
         return None
     try:
-        found: Signature | str = signature.read(str(path))
+        found: ModelSignature | str = signature.read(str(path))
     except Unservable:
         found = "unservable"
     if isinstance(found, str) or isinstance(wanted, str):

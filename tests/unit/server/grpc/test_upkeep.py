@@ -1,0 +1,65 @@
+"""When pages of the heap are given back, and which calls are cancelled because they bring no message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnx_dl.server.grpc.bounds import Arrivals, Places
+from onnx_dl.server.grpc.upkeep import FreePages
+
+
+def test_large_messages_alone_make_a_trim_due() -> None:
+    pages = FreePages()
+    pages.note((1 << 20) - 1)
+    assert not pages.is_due(100.0)
+    pages.note(1 << 20)
+    assert pages.is_due(100.0)
+    assert not pages.is_due(200.0), "once for all messages before it"
+
+
+def test_trims_are_apart_and_none_is_forgotten() -> None:
+    pages = FreePages()
+    pages.note(1 << 20)
+    assert pages.is_due(100.0)
+    pages.note(1 << 30)
+    assert not pages.is_due(101.0)
+    assert pages.is_due(103.5)
+
+
+class Call:
+    """A call that somebody may cancel."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_a_call_is_cancelled_when_its_message_is_late() -> None:
+    arrivals, place = Arrivals(), Places(1, "calls").take()
+    early: Any = Call()
+    late: Any = Call()
+
+    def looking(now: float) -> Any:
+        """A message that comes after somebody has looked."""
+        arrivals.look(now)
+        yield b"here"
+
+    assert arrivals.first(looking(0.0), early, place, 10.0) == b"here"
+    assert not early.is_cancelled
+    assert arrivals.first(looking(1e12), late, place, 10.0) == b"here"
+    assert late.is_cancelled
+
+
+def test_places_are_given_back_once() -> None:
+    places = Places(2, "calls", most_unsent=10)
+    first, second = places.take(), places.take()
+    first.owe(11)
+    assert (places.taken, places.unsent) == (2, 11)
+    first.give_back()
+    first.give_back()
+    first.owe(5)  # the call had ended
+    assert (places.taken, places.unsent) == (1, 0)
+    second.give_back()
+    assert places.taken == 0
