@@ -88,7 +88,7 @@ def _memory(bench: Bench, clients: Clients, quick: bool) -> Iterator[Row]:
             continue
         work = works([memory.LARGE])[memory.LARGE]
         with contextlib.suppress(NotInstalled), bench.run(kind, [work], []) as server:
-            yield from memory.after_unload(server, clients, work, 2 if quick else 10, 2 if quick else 15)
+            yield from memory.after_unload(server, clients, work, 2 if quick else 5, 2 if quick else 8)
             for way in ("HTTP", "gRPC"):
                 yield from memory.after_requests(server, clients, work, way, 1 if quick else 10)
 

@@ -28,7 +28,7 @@ class Asked(NamedTuple):
 ASKED: Final[dict[str, dict[str, Asked]]] = {
     "tiny": {
         "HTTP": Asked(0.8, 1.0), "HTTP + shm": Asked(0.8, 1.0),
-        "gRPC": Asked(1.1, 1.0), "gRPC + shm": Asked(1.1, 1.0), "JSON": Asked(0.5),
+        "gRPC": Asked(1.1, 1.0), "gRPC + shm": Asked(1.1, 1.0), "JSON": Asked(),
     },
     "5mb": {
         "HTTP": Asked(0.5, 1.0), "HTTP + shm": Asked(0.7, 1.0),

@@ -51,6 +51,11 @@ def test_bash_completes_commands_options_and_files(script: Path, tmp_path: Path)
     assert completed(script, tmp_path, "onnx-dl", "load", "as") == {"asr.onnx"}
     assert completed(script, tmp_path, "onnx-dl", "run", "as") == {"asr.onnx"}
     assert completed(script, tmp_path, "onnx-dl", "supervise", "--config", "as") == {"asr.onnx"}
+    assert completed(script, tmp_path, "onnx-dl", "serve", "--rep") == {"--repository"}
+    assert completed(script, tmp_path, "onnx-dl", "serve", "--token-file", "as") == {"asr.onnx"}
+    assert completed(script, tmp_path, "onnx-dl", "serve", "--model-control", "p") == {"poll"}
+    (tmp_path / "assets").mkdir()
+    assert completed(script, tmp_path, "onnx-dl", "serve", "--repository", "as") == {"assets"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from onnx_dl.server.grpc.messages import HEALTH, INFERENCE
 from onnx_dl.server.options import ServeOptions
 from tests.server.grpc_rig import code_of, listening, raw_request
 from tests.server.standin import StandIn, running_loop
+from tests.support.serving import serving
+from tests.support.slow import identity_model
 from tests.support.waiting import DEADLINE, allowed, eventually
 
 trustme = pytest.importorskip("trustme")
@@ -144,6 +146,21 @@ def test_certificates_of_clients(files: dict[str, Path]) -> None:
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary(f"/{INFERENCE}/ModelInfer")(raw_request(), timeout=DEADLINE)
                 assert code_of(caught.value) == "UNAVAILABLE"
+
+
+def test_failed_handshakes_fill_no_log(files: dict[str, Path], tmp_path: Path) -> None:
+    (model := tmp_path / "model.onnx").write_bytes(identity_model())
+    with serving("--model", f"m={model}", "--tls-cert", files["cert"], "--tls-key", files["key"]) as server:
+        host, _, port = server.grpc.partition(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
+                connection.sendall(b"no handshake at all")
+                with contextlib.suppress(ConnectionResetError):
+                    while connection.recv(1 << 12):
+                        pass
+        with secure_channel(server.grpc, files) as channel:
+            assert channel.unary_unary(f"/{INFERENCE}/ServerLive")(b"", timeout=allowed(DEADLINE))
+        assert "andshake" not in server.output()
 
 
 def test_more_watchers_than_there_are_places_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

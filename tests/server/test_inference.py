@@ -196,7 +196,7 @@ def test_the_wait_for_a_load_is_time_in_the_queue(rig: InferenceRig, infer: Infe
         (request("gone"), "Request for unknown model: 'gone'", 404),
         (request("plus", version="9"), "Request for unknown model: 'plus' version 9", 404),
         (request("plus"), "missing required", 400),
-        (request("echoFP32", InputTensor("x", "FP32", (1 << 20, 1 << 20), bytes(16))), "byte size mismatch", 400),
+        (request("echoFP32", InputTensor("x", "FP32", (2**20, 2**20), bytes(16))), "byte size mismatch", 400),
         (request("plus", InputTensor("x", "FP32", (1, 4), [1.0])), "has 1 items", 400),
         (request("plus", InputTensor("x", "FP32", (65, 4), b"\0" * 1040)), "batch-size must be <= 64", 400),
         (request("picky", tensor("x", "FP32", np.zeros(4, np.float32))), "refused the request", 400),

@@ -44,6 +44,9 @@ def serve(given: Mapping[str, Any]) -> int:
     resources.check_platform()
     options = options_of(given)
     check_installed(NEEDED)
+    # grpcio reads it when it is imported.  By default it writes a line to stderr for each handshake that
+    # fails, and anyone who can connect can make them fail.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from onnx_dl.server.app import serve as run
 
     return run(options)

@@ -33,6 +33,7 @@ from onnx_dl.server.v2.failures import RequestFailure
 from onnx_dl.server.v2.operations import Operation, Scope
 
 _UNKNOWN: Final = "This needs a token that the server knows, as Authorization: Bearer TOKEN."
+_MOST_PASSED: Final = 64
 _NO_CERTIFICATE: Final = "This needs a certificate that the server trusts."
 
 
@@ -73,9 +74,14 @@ class RequestAccess:
         self._checks_origin = known is None
         self._checks_host = known is None and not options.insecure and not options.tls_ca
         self._names = _own_names(options)
+        self._is_open = known is None and not options.tls_ca
+        self._passed: set[tuple[str | None, str | None]] = set()
+        """Values of ``Host`` and ``Origin`` that may pass: few are sent again and again."""
 
     def check(self, operation: Operation, caller: Caller) -> None:
         """Raises RequestFailure: 401 without a known token, 403 if it lacks the scope."""
+        if self._is_open:
+            return
         scope = operation.scope
         if scope is Scope.HEALTH:
             return
@@ -100,6 +106,8 @@ class RequestAccess:
         the same site, but still sends the name.  Addresses cannot be pointed elsewhere.  Programs that are no
         browsers send no ``Origin``, and may leave ``Host`` out.
         """
+        if (host, origin) in self._passed:
+            return
         address = None if host is None else addresses.parsed(host)
         if self._checks_host and host is not None and not self._is_ours(address):
             raise RequestFailure(
@@ -113,6 +121,8 @@ class RequestAccess:
             and not (address and addresses.is_same(address, origin))
         ):
             raise failures.forbidden("Pages of other sites may not use this server.")
+        if len(self._passed) < _MOST_PASSED:
+            self._passed.add((host, origin))
 
     def _is_ours(self, address: Address | None) -> bool:
         if address is None:

@@ -64,7 +64,7 @@ _SOURCES: Final[tuple[str, ...]] = ("binary_data_size", _SHM)
 
 
 class _Layout(NamedTuple):
-    """What the JSON of a request says.  ``inputs``: data of a slice are those bytes of the body.  Requests
+    """Content of a request's JSON.  ``inputs``: data of a slice are those bytes of the body.  Requests
     share it: nobody changes it."""
 
     id: str

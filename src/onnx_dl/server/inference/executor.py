@@ -17,6 +17,7 @@ from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
 from onnx_dl.server.inference import checks, outputs, runs
 from onnx_dl.server.inference.bodies import FREE_UP_TO, Bodies
 from onnx_dl.server.inference.failures import failure_of, own_failure
+from onnx_dl.server.inference.heap import LARGE, HeapTrimmer
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.inference.loads import Loads
 from onnx_dl.server.inference.memory import RegionUses
@@ -44,6 +45,7 @@ class Executor:
         self.limits = limits
         self.bodies = Bodies(host, limits)
         self.preparations = Preparations(self.bodies.empty)
+        self.heap = HeapTrimmer()
         self._loads = Loads()
 
     def allocate(self, nbytes: int) -> memoryview:
@@ -103,6 +105,7 @@ class Executor:
     def close(self) -> None:
         """Wait for nothing more; running calls end by themselves."""
         self._loads.close()
+        self.heap.close()
 
 
 class _Course:
@@ -114,7 +117,7 @@ class _Course:
     _uses: RegionUses | None = None
     _prepared: Prepared | None = None
     _timeout: float | None = None
-    _is_counted = False
+    _is_counted = _is_large = False
     _nbytes = _ready = _bound = _ran = 0
 
     def __init__(self, executor: Executor, entry: Served, request: InferRequest) -> None:
@@ -131,9 +134,11 @@ class _Course:
         executor, request, entry = self._executor, self._request, self._entry
         self._counts = executor.statistics.begin(entry.name, entry.version)
         self._column = executor.limits.enter(entry)
-        if request.nbytes > FREE_UP_TO and not executor.bodies.holds(request):
-            executor.limits.take_bytes(request.nbytes)
-            self._nbytes = request.nbytes
+        if request.nbytes > FREE_UP_TO:
+            self._is_large = request.nbytes >= LARGE
+            if not executor.bodies.holds(request):
+                executor.limits.take_bytes(request.nbytes)
+                self._nbytes = request.nbytes
         self._timeout = request.timeout
         if request.parameters and (given := checks.check_parameters(request.parameters)) is not None:
             self._timeout = given if request.timeout is None else min(given, request.timeout)
@@ -165,6 +170,9 @@ class _Course:
             outputs.tensor_of(prepared, name, value, request)
             for name, value in zip(prepared.names, results, strict=True)
         ]
+        for tensor in tensors:
+            if tensor.array is not None and tensor.array.nbytes >= LARGE:
+                self._is_large = True
         response = InferResponse(request.model, entry.version, request.id, tensors)
         now = time.perf_counter_ns()
         durations = Durations(
@@ -205,6 +213,8 @@ class _Course:
     def __exit__(self, *exc: object) -> None:
         if self._uses is not None:
             self._uses.end()
+        if self._is_large:
+            self._executor.heap.note()
         if self._column is not None:
             self._executor.limits.leave(self._column)
         if self._nbytes:

@@ -22,6 +22,7 @@ from onnx_dl.server.processes.front import Addresses, Front, Listeners, backgrou
 from onnx_dl.server.processes.link import Link
 from onnx_dl.server.processes.loops import run
 from onnx_dl.server.processes.remote_control import RemoteControl
+from onnx_dl.server.v2.failures import RequestFailure
 from onnx_dl.system import process_setup
 from onnx_dl.system.process_title import set_title
 
@@ -119,7 +120,11 @@ class _Child:
                 front.table.apply(message.table)
                 self._link.send(m.Taken(ticket=message.ticket))
             case m.UseRegion():
-                front.regions.adopt(message.region, fds[0])
+                try:
+                    front.regions.adopt(message.region, fds[0])
+                except (OnnxDLError, RequestFailure, OSError) as error:
+                    # Its maker has truncated it since: no process can use it.
+                    logs.tell(f"region {message.region.name!r} is not used here: {error}")
                 self._link.send(m.Taken(ticket=message.ticket))
             case m.DropRegions():
                 front.regions.unregister(message.name)

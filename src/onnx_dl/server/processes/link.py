@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import asyncio
 import collections
+import logging
 import os
 import socket
 import struct
@@ -25,6 +26,7 @@ _MOST_DESCRIPTORS: Final = 16
 _SPACE: Final = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
 
 _In = TypeVar("_In")
+_log: Final = logging.getLogger("onnx_dl.server")
 
 
 class LinkError(Exception):
@@ -132,7 +134,11 @@ class Link(Generic[_In]):
         self._read += data
         try:
             self._take()
-        except (LinkError, msgspec.DecodeError):
+        except (LinkError, msgspec.DecodeError) as error:
+            _log.error("a message between processes of the server is not valid: %s", error)
+            self._end()
+        except Exception:  # of a handler: without an answer, the other side would wait for nothing
+            _log.exception("a message between processes of the server failed")
             self._end()
 
     def _take(self) -> None:

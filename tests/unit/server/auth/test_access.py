@@ -146,6 +146,15 @@ def test_pages_of_other_sites_are_refused() -> None:
     assert browser(access, None, "http://localhost:8000") == 403
 
 
+def test_what_passed_is_remembered_with_both_headers() -> None:
+    access = opened()
+    for number in range(1000):
+        assert browser(access, f"10.0.0.{number % 256}:{number}", None) == 200
+        assert browser(access, f"10.0.0.{number % 256}:{number}", "http://evil.org") == 403
+    assert browser(access, "evil.org", None) == browser(access, "evil.org", "http://evil.org") == 421
+    assert len(access._passed) == 64
+
+
 def test_the_name_that_is_listened_on_is_a_name_of_the_server() -> None:
     assert browser(opened(http="localhost:8000"), "localhost:8000") == 200
 

@@ -170,6 +170,18 @@ def test_what_is_no_message_ends_the_link(data: bytes) -> None:
     run_raw(test)
 
 
+def test_a_message_that_cannot_be_handled_ends_the_link(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(owner: End, child: End) -> None:
+        child.messages = asyncio.Queue(maxsize=1)
+        for ticket in range(3):  # the second finds no room
+            owner.link.send(m.AskCounts(ticket=ticket))
+        await child.end()
+        await owner.end()
+
+    run(test)
+    assert "QueueFull" in caplog.text
+
+
 def test_a_message_in_single_bytes() -> None:
     async def test(sock: socket.socket, child: End) -> None:
         body = msgspec.msgpack.encode(m.AskCounts(ticket=7))
