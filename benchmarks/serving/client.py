@@ -108,10 +108,14 @@ class Shared(Direct):
         return self.shm.get_contents_as_numpy(self.regions[1][1], np.float32, self.output_shape)
 
     def close(self) -> None:
-        for name, region in self.regions:
+        for name, _ in self.regions:
             self.client.unregister_system_shared_memory(name)
-            self.shm.destroy_shared_memory_region(region)
+        self.remove()
         super().close()
+
+    def remove(self) -> None:
+        for _, region in self.regions:
+            self.shm.destroy_shared_memory_region(region)
 
 
 class HttpShared(Shared, Http):
@@ -199,6 +203,12 @@ class Client:
         self._calls.pop(key).close()
         return {}
 
+    def end(self) -> None:
+        """Removes regions that are left; their servers may have gone."""
+        for call in self._calls.values():
+            if isinstance(call, Shared):
+                call.remove()
+
 
 def main() -> None:
     client = Client()
@@ -212,6 +222,7 @@ def main() -> None:
         except Exception as error:  # it is told, and measured no further
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
+    client.end()
 
 
 if __name__ == "__main__":
