@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_dl.concurrency import primitives
 from onnx_dl.errors import ProtocolError
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.block import Announcer
@@ -172,7 +173,7 @@ class PeerMemory:
         return self._mapped[offset : offset + nbytes]
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        primitives.close(self._fd)
 
 
 class PeerMemories:
