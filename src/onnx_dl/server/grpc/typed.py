@@ -9,7 +9,9 @@ import numpy as np
 
 from onnx_dl.server.grpc import wire
 from onnx_dl.server.grpc.messages import Message
+from onnx_dl.server.inference.checks import too_many_texts
 from onnx_dl.server.v2 import datatypes
+from onnx_dl.server.v2.bounds import MOST_TEXTS
 from onnx_dl.server.v2.failures import invalid
 
 _FIELDS: Final = {
@@ -50,6 +52,8 @@ def to_bytes(name: str, datatype: str, contents: Message) -> bytes | memoryview:
         return _packed(contents)
     items = getattr(contents, field)
     if datatype == datatypes.BYTES:
+        if len(items) > MOST_TEXTS:
+            raise too_many_texts(name)
         return b"".join(part for item in items for part in (len(item).to_bytes(4, "little"), item))
     return _numbers(name, datatype, items)
 
