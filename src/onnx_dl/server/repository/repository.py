@@ -8,21 +8,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from onnx_dl.client.host_client import HostClient
-from onnx_dl.core.events import ModelEvent
+from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.errors import ConfigError
 from onnx_dl.server.interfaces import ServedTable
 from onnx_dl.server.options import ServeOptions
-from onnx_dl.server.repository import control_requests, loads, plan
+from onnx_dl.server.repository import control_requests, health, loads, plan
 from onnx_dl.server.repository.catalog import Candidate, NamedModel
 from onnx_dl.server.repository.disk import SETTLED, Disk
 from onnx_dl.server.repository.health import Health
 from onnx_dl.server.repository.loads import Outcome, logger
 from onnx_dl.server.repository.models import UNLOADED, ModelTable
 from onnx_dl.server.repository.plan import Plan
+from onnx_dl.server.repository.retries import Retries
 from onnx_dl.server.repository.tables import Tables
 from onnx_dl.server.repository.takeover import Takeover
 from onnx_dl.server.repository.tasks import Tasks
@@ -65,9 +67,7 @@ class Repository:
         self._takeover = Takeover(models, self._tables, self._disk, self._health)
         self._candidates: dict[str, Candidate] = {}
         """Models as they were when it was last decided about them."""
-        self._again: set[str] = set()
-        """Names to be taken over at the next look, though their files are the same: a load has failed for a
-        reason that may pass."""
+        self._retries = Retries()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks = Tasks()
         self._stop_listening: Callable[[], None] | None = None
@@ -162,10 +162,12 @@ class Repository:
                 self._wishes.unload(name)
                 self._tables.set(name, plan.unloaded(candidate, UNLOADED, "UNLOADING" if served else None))
                 await self._tables.publish()
-            await asyncio.gather(*(loads.free_quietly(self._host, entry) for entry in served.values()))
-            if candidate is not None:
-                self._tables.set(name, plan.unloaded(candidate, UNLOADED))
-                await self._tables.publish()
+            try:
+                await asyncio.gather(*(loads.free_quietly(self._host, entry) for entry in served.values()))
+            finally:  # also if it is cancelled: else the index would say UNLOADING for ever
+                if candidate is not None:
+                    self._tables.set(name, plan.unloaded(candidate, UNLOADED))
+                    await self._tables.publish()
 
     # --- one model ----------------------------------------------------------------------------------------
 
@@ -201,15 +203,22 @@ class Repository:
             if must_load:
                 self._wishes.load(name, override)
                 self._takeover.forget_failures(name)
-            self._candidates[name] = candidate
-            self._again.discard(name)
-            override = self._wishes.overrides.get(name)
-            self._candidates[name], failed = await self._takeover.switch(
-                candidate, override, must_load=must_load, is_clients=is_clients
-            )
-            if any(outcome.is_passing for outcome in failed):
-                self._again.add(name)
-            return failed
+            return await self._switch(candidate, must_load=must_load, is_clients=is_clients)
+
+    async def _switch(
+        self, candidate: Candidate, *, must_load: bool = False, is_clients: bool = False
+    ) -> list[Outcome]:
+        """The part of :meth:`_adopt` that needs the model's lock."""
+        name = candidate.name
+        if candidate != self._candidates.get(name):
+            self._retries.forget(name)
+        self._candidates[name] = candidate
+        override = self._wishes.overrides.get(name)
+        self._candidates[name], failed = await self._takeover.switch(
+            candidate, override, must_load=must_load, is_clients=is_clients
+        )
+        self._retries.note(name, failed, time.monotonic())
+        return failed
 
     # --- changes ------------------------------------------------------------------------------------------
 
@@ -248,16 +257,19 @@ class Repository:
         return {name: second.get(name) for name in sorted(changed) if second.get(name) == first.get(name)}
 
     def _differs(self, name: str, found: Mapping[str, Candidate]) -> bool:
-        is_other = name in self._again or found.get(name) != self._candidates.get(name)
+        is_due = self._retries.is_due(name, time.monotonic())
+        is_other = is_due or found.get(name) != self._candidates.get(name)
         return is_other and self._wishes.is_followed(name)
 
     async def _take_over(self, name: str, candidate: Candidate | None) -> None:
         if candidate is not None:
             self._disk.tell(candidate)
-            if self._wishes.is_served(name):
-                await self._adopt(candidate)
-                return
         async with self._lock(name):
+            if not self._wishes.is_followed(name):  # a client has loaded it since it was read
+                return
+            if candidate is not None and self._wishes.is_served(name):
+                await self._switch(candidate)
+                return
             if candidate is None:
                 self._candidates.pop(name, None)
                 self._tables.forget(name)
@@ -268,8 +280,16 @@ class Repository:
 
     def _on_event(self, event: ModelEvent) -> None:
         """Notes which models do not load, or do again."""
-        if self._health.note(event, self._tables.all()):
+        if self._health.note(event, self._tables.all(), time.monotonic()):
             self._tasks.begin(self._tables.publish())
+        if event.type is EventType.FAILED:
+            self._tasks.begin(self._forget_failure(event))
+
+    async def _forget_failure(self, event: ModelEvent) -> None:
+        """Ends what the event has marked, when its time is over."""
+        await asyncio.sleep(health.lasts(event))
+        if self._health.end(time.monotonic()):
+            await self._tables.publish()
 
     # --- small things -------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from onnx_dl.server.repository.tables import Tables
 
 _MOST_CLOSING: Final = 30.0
 """Seconds that a replacement without memory for two waits for calls of the old one."""
+_GIVEN_UP: Final = "its load was given up; load it again"
 
 
 class Takeover:
@@ -52,36 +53,46 @@ class Takeover:
 
         Returns:
             The candidate, with what loads have told of it, and the loads that failed.
+
+        One that is cancelled leaves what was served, and no proxy of what was to come.
         """
         name, present = candidate.name, self._tables.served(candidate.name)
         loaded: set[Content] = set()
         failures = dict(self.failures)
         decide = functools.partial(plan.decide, present=present, must_load=must_load)
         planned = decide(candidate, loaded=loaded, failures=failures)
-        self._tables.set(name, planned)
-        await self._tables.publish()
-        outcomes = await asyncio.gather(
-            *(loads.load(self._models, entry, candidate) for entry in planned.to_load)
-        )
-        ended = list(zip(planned.to_load, outcomes, strict=True))
-        for entry, outcome in ended:
-            on_use = not (present or is_clients or entry.version in candidate.unread)
-            if self._is_served_after(entry, outcome, on_use=on_use, is_replaced=bool(present)):
-                loaded.add(content(entry))
-            else:
-                failures[content(entry)] = control_requests.reason_of_load(entry, outcome.text)
-        if any(outcome.signature is not None for outcome in outcomes):
-            candidate = await self._completed(candidate, override, ended)
-        if any(outcome.lacks_room for outcome in outcomes):
-            await self._unpin(name, present, planned)
-        if ended:
+        try:
+            self._tables.set(name, planned)
+            await self._tables.publish()
+            outcomes = await asyncio.gather(
+                *(loads.load(self._models, entry, candidate) for entry in planned.to_load)
+            )
+            ended = list(zip(planned.to_load, outcomes, strict=True))
+            for entry, outcome in ended:
+                on_use = not (present or is_clients or entry.version in candidate.unread)
+                if self._is_served_after(entry, outcome, on_use=on_use, is_replaced=bool(present)):
+                    loaded.add(content(entry))
+                else:
+                    failures[content(entry)] = control_requests.reason_of_load(entry, outcome.text)
+            if any(outcome.signature is not None for outcome in outcomes):
+                candidate = await self._completed(candidate, override, ended)
+            if any(outcome.lacks_room for outcome in outcomes):
+                await self._unpin(name, present, planned)
+            if ended:
+                self._tables.set(name, decide(candidate, loaded=loaded, failures=failures))
+                await self._tables.publish()
+            return candidate, [outcome for entry, outcome in ended if content(entry) not in loaded]
+        except BaseException:  # else the index would say for ever that it loads
+            for entry in planned.to_load:
+                failures.setdefault(content(entry), control_requests.reason_of_load(entry, _GIVEN_UP))
             self._tables.set(name, decide(candidate, loaded=loaded, failures=failures))
             await self._tables.publish()
-        now = self._tables.served(name)
-        for entry, _ in ended:
-            if entry.version not in now or not plan.is_same(now[entry.version], entry):
-                self._models.discard(entry)
-        return candidate, [outcome for entry, outcome in ended if content(entry) not in loaded]
+            raise
+        finally:
+            now = self._tables.served(name)
+            for entry in planned.to_load:
+                if entry.version not in now or not plan.is_same(now[entry.version], entry):
+                    self._models.discard(entry)
 
     def _is_served_after(self, entry: Served, outcome: Outcome, *, on_use: bool, is_replaced: bool) -> bool:
         """True if a version is served after its load has ended like this, also where it failed.
@@ -105,7 +116,7 @@ class Takeover:
             )
             return True
         logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
-        if not outcome.is_passing:
+        if not outcome.may_pass:
             reason = control_requests.reason_of_load(entry, outcome.text)
             if on_use:
                 self._health.mark(entry, reason)
