@@ -91,7 +91,8 @@ class InferenceService:
     ) -> bytes:
         """One inference, from message to message.  Raises RequestFailure."""
         self._pages.note(len(data))
-        response = self._server.inference.infer_blocking(requests.read(data, time_left), cancel)
+        request = requests.read(data, time_left, self._server.models.find)
+        response = self._server.inference.infer_blocking(request, cancel)
         answer = encode(response)
         self._pages.note(len(answer))
         return answer

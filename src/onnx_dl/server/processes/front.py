@@ -55,7 +55,9 @@ class Front:
         self.models: Models = self.table
         self.regions = Regions(options.client_shm)
         self.statistics = Statistics()
-        self.inference: Inference = Executor(self.models, self.regions, self.statistics, limits, host)
+        self.inference: Inference = Executor(
+            self.models, self.regions, self.statistics, limits, host, options.max_body
+        )
         self.is_draining = False
 
     @property
