@@ -27,7 +27,7 @@ class Health:
         self.failing: dict[Content, str] = {}
         """Reasons by content."""
         self._ends: dict[Content, float] = {}
-        """When the marks end that events have made."""
+        """Ends of the marks that events have made."""
 
     def mark(self, entry: Served, reason: str) -> None:
         """Notes a load that failed because of the file."""

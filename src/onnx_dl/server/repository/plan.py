@@ -77,12 +77,7 @@ def decide(
             rows[entry.version] = IndexRow(entry.name, entry.version, "READY", reason)
     for version, reason in candidate.broken.items():
         _keep(candidate.name, version, present.get(version), reason, served, rows)
-    # What was served before stays until what replaces it works: for a load also a version that was removed,
-    # as by one who goes back to the version before, because its worker has what is needed.
-    staying = set(present) if waits or candidate.broken else set()
-    if not waits:
-        staying &= set(candidate.there)
-    for version in staying - rows.keys():
+    for version in _staying(candidate, present, waits=waits) - rows.keys():
         served[version] = present[version]
         reason = "" if version in candidate.there else "it is served until another version is loaded"
         rows[version] = IndexRow(candidate.name, version, "READY", reason)
@@ -119,6 +114,17 @@ def _with_problem(candidate: Candidate, present: Mapping[str, Served]) -> Plan:
         for version in kept or candidate.there or ("",)
     ]
     return Plan(_sorted(kept), tuple(sorted(rows, key=_order)))
+
+
+def _staying(candidate: Candidate, present: Mapping[str, Served], *, waits: bool) -> set[str]:
+    """Versions that are served until what replaces them works.
+
+    ``waits``: for a load.  Then also one that was removed stays, as by a person who goes back to the version
+    before: its worker has what is needed.
+    """
+    if waits:
+        return set(present)
+    return set(present).intersection(candidate.there) if candidate.broken else set()
 
 
 def _keep(

@@ -6,20 +6,18 @@ All state belongs to the event loop's thread.  What becomes of a model is decide
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from onnx_dl.client.host_client import HostClient
-from onnx_dl.core.events import EventType, ModelEvent
 from onnx_dl.errors import ConfigError
 from onnx_dl.server.interfaces import ServedTable
 from onnx_dl.server.options import ServeOptions
-from onnx_dl.server.repository import control_requests, health, loads, plan
+from onnx_dl.server.repository import control_requests, loads, plan
 from onnx_dl.server.repository.catalog import Candidate, NamedModel
 from onnx_dl.server.repository.disk import SETTLED, Disk
+from onnx_dl.server.repository.events import Events
 from onnx_dl.server.repository.health import Health
 from onnx_dl.server.repository.loads import Outcome, logger
 from onnx_dl.server.repository.models import UNLOADED, ModelTable
@@ -62,15 +60,15 @@ class Repository:
         alone = [*given, *named]
         self._wishes = Wishes(options.model_control, {model.name for model in alone})
         self._disk = Disk(options.repository, alone)
-        self._health = Health()
-        self._tables = Tables(models, publish, self._health, strict=options.strict_readiness)
-        self._takeover = Takeover(models, self._tables, self._disk, self._health)
+        health = Health()
+        self._tables = Tables(models, publish, health, strict=options.strict_readiness)
+        self._takeover = Takeover(models, self._tables, self._disk, health)
         self._candidates: dict[str, Candidate] = {}
         """Models as they were when it was last decided about them."""
         self._retries = Retries()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks = Tasks()
-        self._stop_listening: Callable[[], None] | None = None
+        self._events = Events(health, self._tables, self._tasks)
         self.has_started = asyncio.Event()
         """Set when what loads at the start is loaded, or does not load."""
 
@@ -88,8 +86,7 @@ class Repository:
         except OSError as error:
             raise ConfigError(f"The repository {error.filename} cannot be read: {error.strerror}.") from None
         self._wishes.begin(self._options.load_models, found)
-        loop = asyncio.get_running_loop()
-        self._stop_listening = self._host.on_event(functools.partial(_hand_over, loop, self._on_event))
+        self._events.follow(self._host)
         for name, candidate in found.items():
             self._disk.tell(candidate)
             self._candidates[name] = candidate
@@ -101,8 +98,7 @@ class Repository:
 
     async def close(self) -> None:
         """Ends the watching and the loads that it waits for; models stay in their table."""
-        if self._stop_listening is not None:
-            self._stop_listening()
+        self._events.close()
         await self._tasks.cancel()
         self._disk.close()
 
@@ -278,19 +274,6 @@ class Repository:
                 self._tables.set(name, self._first_plan(candidate))
             await self._tables.publish()
 
-    def _on_event(self, event: ModelEvent) -> None:
-        """Notes which models do not load, or do again."""
-        if self._health.note(event, self._tables.all(), time.monotonic()):
-            self._tasks.begin(self._tables.publish())
-        if event.type is EventType.FAILED:
-            self._tasks.begin(self._forget_failure(event))
-
-    async def _forget_failure(self, event: ModelEvent) -> None:
-        """Ends what the event has marked, when its time is over."""
-        await asyncio.sleep(health.lasts(event))
-        if self._health.end(time.monotonic()):
-            await self._tables.publish()
-
     # --- small things -------------------------------------------------------------------------------------
 
     def _lock(self, name: str) -> asyncio.Lock:
@@ -302,11 +285,3 @@ def _loads_at_start(wishes: Wishes, candidate: Candidate) -> bool:
     is_asked = wishes.is_loaded_first(candidate.name)
     is_eager = any(entry.is_eager for entry in candidate.entries)
     return wishes.is_served(candidate.name) and (is_asked or is_eager or bool(candidate.unread))
-
-
-def _hand_over(
-    loop: asyncio.AbstractEventLoop, call: Callable[[ModelEvent], None], event: ModelEvent
-) -> None:
-    """Has the loop's thread make a call.  Runs in the thread that delivers events."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(call, event)

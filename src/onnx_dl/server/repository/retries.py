@@ -1,4 +1,4 @@
-"""When loads that failed for a reason that may pass are tried again.  Pure."""
+"""Repetition of loads that failed for a reason that may pass.  Pure."""
 
 from __future__ import annotations
 

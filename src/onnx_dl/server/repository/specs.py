@@ -72,7 +72,7 @@ def within(limits: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {name: limits[name] for name in _KEPT if limits.get(name)}
     sizes = {name: min(limits[name], given.get(name, limits[name])) for name in _SIZES if name in limits}
-    found = {**given, **kept, **sizes}
+    found = given | kept | sizes
     if "max_memory_hard" in found and "max_memory" in found:
         found["max_memory"] = min(found["max_memory"], found["max_memory_hard"])
     return found
