@@ -76,7 +76,7 @@ def check_inputs(signature: Signature, tensors: Sequence[InputTensor]) -> int:
         seen.add(name)
         check_shape(name, tensor.shape)
         if tensor.datatype == datatypes.BYTES and (texts := texts + element_count(tensor.shape)) > MOST_TEXTS:
-            raise too_many_texts(name)
+            raise _too_many_texts(name)
         if (info := known.get(name)) is None:
             if signature.is_known:
                 raise invalid(f"unexpected inference input '{name}' for model '{signature.model}'")
@@ -99,7 +99,7 @@ def check_inputs(signature: Signature, tensors: Sequence[InputTensor]) -> int:
     return 1 if batch is None else batch
 
 
-def too_many_texts(name: str) -> RequestFailure:
+def _too_many_texts(name: str) -> RequestFailure:
     """Return the failure for inputs of BYTES, up to ``name``, that have too many items."""
     return too_large(
         f"input '{name}' of BYTES: the request has more than {MOST_TEXTS} texts. Send several requests."

@@ -1,4 +1,4 @@
-"""How many items a request and its answer may have where each becomes an object of Python.
+"""Bounds of the items of a request and its answer, where each becomes an object of Python.
 
 Bytes alone do not bound that: an empty text has four, a number of JSON has two.  An object takes up to 60
 bytes, and a tenth of a microsecond to a microsecond.
