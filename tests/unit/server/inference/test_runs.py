@@ -32,6 +32,6 @@ def test_a_second_try_has_what_the_first_one_left(monkeypatch: pytest.MonkeyPatc
     prepared: Any = SimpleNamespace(
         types={}, names=["y"], feed={}, places={}, signature=SimpleNamespace(patience=None)
     )
-    asyncio.run(runs.arun(None, prepared, 5.0))  # type: ignore[arg-type]
+    asyncio.run(runs.arun(None, prepared, 5.0, None))  # type: ignore[arg-type]
     first, second = left
     assert first is not None and second is not None and second <= first <= 4.9
