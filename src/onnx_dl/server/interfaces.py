@@ -161,8 +161,9 @@ class Control(Protocol):
     async def region_status(self, name: str | None) -> list[RegionStatus]: ...
     async def statistics(self, name: str = "", version: str = "") -> list[VersionStatistics]: ...
     async def model_state(self, name: str, version: str = "") -> ModelState: ...
-    async def metrics(self) -> tuple[bytes, str]:
-        """The text of all families, and its content type."""
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        """The text of all families in the format that ``accept`` asks for, a header of that name, and its
+        content type."""
 
 
 class Inference(Protocol):
