@@ -17,8 +17,10 @@ pytest.importorskip("tritonclient.grpc")
 import tritonclient.grpc as triton
 
 from onnx_dl.concurrency.deadline import Deadline
-from onnx_dl.server.grpc import stream
+from onnx_dl.server.grpc import answers, stream
 from onnx_dl.server.grpc.requests import EMPTY_FINAL
+from onnx_dl.server.grpc.service import Arrived
+from onnx_dl.server.v2.failures import RequestFailure
 from tests.server.grpc_rig import Rig, code_of, listening, raw_request, streamed
 from tests.server.standin import TOKEN
 from tests.support.waiting import DEADLINE, allowed, eventually
@@ -115,6 +117,31 @@ def test_requests_run_side_by_side_and_are_answered_in_their_order(rig: Rig) -> 
     assert got == [str(index) for index in range(stream.MOST_AT_ONCE)]
     assert rig.server.inference.most_running == stream.MOST_AT_ONCE
     assert time.monotonic() - began < allowed(0.2 * stream.MOST_AT_ONCE)
+
+
+def test_slow_requests_of_some_streams_hold_up_no_other_stream(rig: Rig) -> None:
+    slow = [rig.stream([numbered(n, sleep=60.0) for n in range(stream.MOST_AT_ONCE)]) for _ in range(9)]
+    wanted = len(slow) * stream.MOST_AT_ONCE
+    eventually(lambda: rig.server.inference.running == wanted, "all slow requests run")
+    call = rig.stream([numbered(0), numbered(1, timeout=100_000, sleep=60.0)])
+    assert [streamed(answer).error_message for answer in call] == ["", "the deadline passed"]
+    for each in slow:
+        each.cancel()
+
+
+def test_the_deadline_of_a_request_counts_from_its_arrival(rig: Rig) -> None:
+    earlier = time.monotonic() - 5
+    for limited in (
+        Arrived(numbered(0, timeout=4_000_000), earlier, None),
+        Arrived(numbered(0), earlier, 4.0),
+    ):
+        with pytest.raises(RequestFailure) as caught:
+            rig.listener._service.run(limited, Deadline(None, movable=True), answers.encode)
+        assert caught.value.grpc == "DEADLINE_EXCEEDED"
+    arrived = Arrived(numbered(0, timeout=60_000_000), earlier, None)
+    rig.listener._service.run(arrived, Deadline(None, movable=True), answers.encode)
+    timeout = rig.server.inference.requests[-1].timeout
+    assert timeout is not None and 0 < timeout <= 55
 
 
 def test_a_client_that_does_not_read_is_held_up(rig: Rig) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.concurrency import primitives
-from onnx_dl.errors import ProtocolError
+from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.block import Announcer
 from onnx_dl.tensors.foreign import ForeignMemory, check_file, check_slice, read_into, write_from
@@ -141,13 +141,23 @@ class PeerMemory:
         wait."""
         self._fd = fd
         self.size = size
-        self.is_mapped = is_mapped
+        self._may_map = is_mapped
         found = os.fstat(fd)
         self.identity = found.st_dev, found.st_ino
         """Equal for two memories that are the same file."""
         self._mapped: NDArray[np.uint8] | None = None
         if not stat.S_ISREG(found.st_mode):
             raise ProtocolError("A caller sent a foreign memory that is not a regular file.")
+
+    @property
+    def is_mapped(self) -> bool:
+        """True if the engine may use the bytes in place: the caller allows it, and they can be mapped."""
+        if self._may_map and self._mapped is None:
+            try:
+                self._mapped = np.asarray(_SharedMapping(self._fd, self.size))
+            except SharedMemoryError:  # too little address space, or too many mappings: copies do as well
+                self._may_map = False
+        return self._may_map
 
     def read(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes at ``offset``.  Raises ForeignMemoryError if they are not there."""
@@ -166,10 +176,9 @@ class PeerMemory:
 
     def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return these bytes of the mapping.  Touching them ends this process with SIGBUS if the file is
-        truncated meanwhile.  Raises SharedMemoryError if it cannot be mapped."""
+        truncated meanwhile.  Only if :attr:`is_mapped`."""
         check_slice(self.size, offset, nbytes)
-        if self._mapped is None:
-            self._mapped = np.asarray(_SharedMapping(self._fd, self.size))
+        assert self.is_mapped and self._mapped is not None
         return self._mapped[offset : offset + nbytes]
 
     def __del__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from onnx_dl.errors import OnnxDLError, ProtocolError
+from onnx_dl.errors import EngineError, OnnxDLError, ProtocolError
 from onnx_dl.protocol import codec
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.arena import Arena, NoPeer
@@ -26,6 +26,8 @@ from onnx_dl.workers.engines.base import Backend, BoundRun, CancelToken, Feed
 
 _MOST_KINDS: Final = 32
 """Kinds of calls that are remembered."""
+_STEP: Final = 4 << 20
+"""Bytes of a result that are written before it is asked again whether the call was given up."""
 
 _Slice = tuple[PeerMemory, int, int]
 """A memory, an offset and a number of bytes."""
@@ -91,6 +93,8 @@ class PlacedCalls:
         self._token = token
         self._inputs, self._results = Arena(NoPeer()), Arena(NoPeer())
         """Memory for copies."""
+        self._reviewed: tuple[int, int] = 0, 0
+        """Numbers of the blocks for copies when bound runs were last reviewed."""
         self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._drops = 0
 
@@ -112,6 +116,7 @@ class PlacedCalls:
         Raises:
             ForeignMemoryError: a memory does not have the bytes; PlaceTooSmall: a result does not fit.
                 Nothing was written, unless a memory was truncated meanwhile.
+            EngineError: the call was given up.  Nothing is written from then on.
             ProtocolError: the request contradicts itself.
             Exception: the engine's.
         """
@@ -136,10 +141,26 @@ class PlacedCalls:
         results = self._backend.run(request.outputs, feed, None, self._token)
         written, others = self._write(request, results)
         self._lane.reply_placed(others, written)
+        self._drop_unused_blocks()
         if key is not None and kind is None:
             if len(self._kinds) >= _MOST_KINDS:
                 self._kinds.clear()
             self._kinds[key] = _Kind(_form_of(results))
+
+    def _drop_unused_blocks(self) -> None:
+        """Drops bound runs that use other blocks for copies than the present ones: these would never be
+        freed while the lane is in use."""
+        present = self._inputs.current_scratch, self._results.current_scratch
+        numbers = _number(present[0]), _number(present[1])
+        if numbers == self._reviewed:
+            return
+        self._reviewed = numbers
+        for kind in self._kinds.values():
+            if kind.bound is not None and any(
+                used is not None and used is not now
+                for used, now in zip(kind.bound.blocks, present, strict=True)
+            ):
+                kind.bound = None
 
     # --- inputs -------------------------------------------------------------------------------------------
 
@@ -187,9 +208,17 @@ class PlacedCalls:
             self._lane.memories.memory(place.memory).check(place.offset, place.nbytes)
             found.append((index, place, result))
         for _, place, array in found:
-            memory = self._lane.memories.memory(place.memory)
-            memory.write(place.offset, as_bytes(np.ascontiguousarray(array)))
+            self._put(place, np.ascontiguousarray(array))
         return [m.WrittenResult(index, a.dtype.str, a.shape) for index, _, a in found], others
+
+    def _put(self, place: m.Place, array: Array) -> None:
+        """Writes one result.  Raises EngineError if the call was given up: its caller may have closed the
+        memory since, and its maker may use the bytes for something else."""
+        memory, data = self._lane.memories.memory(place.memory), as_bytes(array)
+        for start in range(0, data.nbytes, _STEP):
+            if self._token.is_cancelled:
+                raise EngineError("The run was given up, so its results are not written.")
+            memory.write(place.offset + start, data[start : start + _STEP])
 
     # --- bound runs ---------------------------------------------------------------------------------------
 
@@ -225,9 +254,9 @@ class PlacedCalls:
             kind.bound = None
         for target in bound.targets:
             if not target.in_place:
-                memory = self._lane.memories.memory(target.place.memory)
-                memory.write(target.place.offset, as_bytes(target.array))
+                self._put(target.place, target.array)
         self._lane.send(bound.reply)
+        self._drop_unused_blocks()
         return True
 
     def _bound(
@@ -309,3 +338,7 @@ def _form_of(results: Sequence[object]) -> _Form | None:
     if len(arrays) != len(results) or not all(is_only_bytes(array.dtype) for array in arrays):
         return None
     return _Form([array.dtype for array in arrays], [array.shape for array in arrays])
+
+
+def _number(block: Block | None) -> int:
+    return 0 if block is None else block.number

@@ -41,18 +41,31 @@ def server_context(options: ServeOptions, tell: Callable[[str], None] | None = N
     """
     if not options.tls_cert:
         return None
-    followed = _followed(options, tell)
-    context = followed.current().context
-
-    def newest(
-        connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext
-    ) -> None:
-        current = followed.current().context
-        if current is not context:
-            connection.context = current
-
-    context.sni_callback = newest  # called in each handshake, also if the client names no server
+    context = _NewestContext(ssl.PROTOCOL_TLS_SERVER)
+    context.followed = _followed(options, tell)
+    context.followed.current()
     return context
+
+
+class _NewestContext(ssl.SSLContext):
+    """Context in whose place each connection gets that of the newest files, from its first byte on.
+
+    To replace a connection's context in its handshake would be too late: a session that a client resumes has
+    been found by then, and its certificate is not looked at again.
+    """
+
+    followed: Followed[Certificates]
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        newest = self.followed.current().context
+        return newest.wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
 
 def grpc_credentials(
@@ -111,6 +124,10 @@ def _read(options: ServeOptions) -> Certificates:
         raise FileError(f"{options.tls_cert}: {error.strerror}.") from None
     if options.tls_ca:
         _trust(context, options.tls_ca)
+        # Each connection shows its certificate.  Without tickets only TLS 1.2 resumes sessions, by their
+        # numbers, and those of a context end with it: when the files change.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
     return Certificates(chain, key, authorities, context)
 
 

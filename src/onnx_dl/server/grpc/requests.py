@@ -1,18 +1,27 @@
-"""A ModelInferRequest as an ``InferRequest``.  Pure."""
+"""A ModelInferRequest as an ``InferRequest``."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
 from onnx_dl.server.grpc import typed, wire
 from onnx_dl.server.grpc.messages import Message, ModelInferRequest
-from onnx_dl.server.v2.failures import RequestFailure, invalid
+from onnx_dl.server.v2.failures import RequestFailure, invalid, passed
 from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice, RequestedOutput
 
 LARGE: Final = 64 << 10
 """Bytes from which on copies of a request cost more than our own look at it."""
+_EXPENSIVE: Final = 1 << 20
+"""Bytes without raw tensors from which on requests are read one at a time: a parser's objects take up to 16
+times that, and Python's more."""
+_LONGEST_WAIT: Final = 60.0
+_MOST_SIZES: Final = 64
+"""Sizes of a shape, as in numpy."""
+_one_at_a_time: Final = threading.Lock()
 EMPTY_FINAL: Final = "triton_enable_empty_final_response"
 """The one parameter of the prefix ``triton_`` that clients may set.  Each of our answers is a final one, so
 there is nothing to enable."""
@@ -22,24 +31,53 @@ _SIZE: Final = "shared_memory_byte_size"
 _OFFSET: Final = "shared_memory_offset"
 
 
-def read(data: bytes, time_left: float | None) -> InferRequest:
+def read(
+    data: bytes, time_left: float | None, find: Callable[[str, str], object] | None = None
+) -> InferRequest:
     """The request in the bytes of a message.
 
     Args:
         time_left: seconds that the call has; None: no limit.
+        find: called with the model's name and version before memory is made for its inputs.  May raise.
 
     Raises:
         RequestFailure: 400: the bytes are no ModelInferRequest, or contradict themselves.
     """
+    request = _large(data, time_left, find) if len(data) >= LARGE else _read(data, None, time_left, find)
+    request.nbytes = len(data)
+    return request
+
+
+def _large(data: bytes, time_left: float | None, find: Callable[[str, str], object] | None) -> InferRequest:
     try:
-        if len(data) < LARGE:
-            message = ModelInferRequest.FromString(data)
-            raw = [memoryview(item) for item in message.raw_input_contents]
-        else:
-            rest, raw = wire.split(data)
-            message = ModelInferRequest.FromString(rest)
-    except (wire.WireError, DecodeError) as error:
-        raise invalid(f"the message is not a ModelInferRequest: {error}") from error
+        rest, raw = wire.split(data)
+    except wire.WireError as error:
+        raise _no_message(error) from error
+    if len(rest) <= _EXPENSIVE:
+        return _read(rest, raw, time_left, find)
+    if not _one_at_a_time.acquire(timeout=_LONGEST_WAIT if time_left is None else time_left):
+        raise passed("the call's deadline passed while other requests with large typed tensors were read")
+    try:
+        return _read(rest, raw, time_left, find)
+    finally:
+        _one_at_a_time.release()
+
+
+def _read(
+    data: bytes,
+    raw: list[memoryview] | None,
+    time_left: float | None,
+    find: Callable[[str, str], object] | None,
+) -> InferRequest:
+    """``raw``: what was taken out of ``data``; None: nothing was."""
+    try:
+        message = ModelInferRequest.FromString(data)
+    except DecodeError as error:
+        raise _no_message(error) from error
+    if find is not None:
+        find(message.model_name, message.model_version)
+    if raw is None:
+        raw = [memoryview(item) for item in message.raw_input_contents]
     parameters = parameters_of(message.parameters) if message.parameters else {}
     return InferRequest(
         message.model_name,
@@ -49,8 +87,11 @@ def read(data: bytes, time_left: float | None) -> InferRequest:
         [_output(output) for output in message.outputs],
         parameters,
         _timeout(parameters, time_left),
-        len(data),
     )
+
+
+def _no_message(error: Exception) -> RequestFailure:
+    return invalid(f"the message is not a ModelInferRequest: {error}")
 
 
 def parameters_of(values: Message) -> dict[str, Any]:
@@ -69,10 +110,11 @@ def parameters_of(values: Message) -> dict[str, Any]:
 
 
 def id_of(data: bytes) -> str:
-    """The ``id`` of a request that was refused, so that its client knows which; empty: it cannot be read."""
+    """The ``id`` of a request that was refused, so that its client knows which; empty: it cannot be read,
+    or only at great expense."""
     try:
         rest = data if len(data) < LARGE else wire.split(data)[0]
-        found: str = ModelInferRequest.FromString(rest).id
+        found: str = ModelInferRequest.FromString(rest).id if len(rest) <= _EXPENSIVE else ""
     except (wire.WireError, DecodeError):
         return ""
     return found
@@ -105,6 +147,8 @@ def _inputs(message: Message, raw: list[memoryview]) -> list[InputTensor]:
     used = 0
     for tensor in message.inputs:
         name = tensor.name
+        if len(tensor.shape) > _MOST_SIZES:
+            raise _about(message, name, f"more than {_MOST_SIZES} sizes in the shape of input")
         parameters = parameters_of(tensor.parameters) if tensor.parameters else {}
         has_contents = tensor.HasField("contents")
         data: memoryview | bytes | RegionSlice | None = _region(parameters, f"input '{name}'")
@@ -118,7 +162,7 @@ def _inputs(message: Message, raw: list[memoryview]) -> list[InputTensor]:
                 raise _about(
                     message, name, "contents field must not be specified when using raw_input_contents for"
                 )
-            data = typed.to_bytes(name, tensor.datatype, tensor.contents)
+            data = typed.to_bytes(name, tensor.datatype, tensor.shape, tensor.contents)
         else:
             data = next(following, None)
             used += 1

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -55,6 +56,15 @@ _LONGEST_WAIT: Final = 3600.0
 """Seconds for an operation on the server's loop; each has an earlier end of its own."""
 
 
+class Arrived(NamedTuple):
+    """A message that has arrived: when, on the monotonic clock, and the seconds that its call had then; None:
+    no limit."""
+
+    data: bytes
+    at: float
+    time_left: float | None
+
+
 class InferenceService:
     """Answers calls in the threads of a grpcio server."""
 
@@ -82,16 +92,16 @@ class InferenceService:
         caller = refusals.caller_of(context, has_certificates=self._has_certificates)
         self._server.access.check(operation, caller)
 
-    def run(
-        self,
-        data: bytes,
-        time_left: float | None,
-        cancel: Deadline,
-        encode: Callable[[InferResponse], bytes],
-    ) -> bytes:
-        """One inference, from message to message.  Raises RequestFailure."""
-        self._pages.note(len(data))
-        response = self._server.inference.infer_blocking(requests.read(data, time_left), cancel)
+    def run(self, arrived: Arrived, cancel: Deadline, encode: Callable[[InferResponse], bytes]) -> bytes:
+        """One inference, from message to message.  Its deadline counts from the message's arrival.  Raises
+        RequestFailure."""
+        self._pages.note(len(arrived.data))
+        request = requests.read(arrived.data, arrived.time_left, self._server.models.find)
+        if request.timeout is not None:
+            request.timeout -= time.monotonic() - arrived.at
+            if request.timeout <= 0:
+                raise passed("the request's deadline passed before it could run")
+        response = self._server.inference.infer_blocking(request, cancel)
         answer = encode(response)
         self._pages.note(len(answer))
         return answer
@@ -124,7 +134,8 @@ class InferenceService:
             place.give_back()
             raise cancelled()
         data = self._arrivals.first(messages, context, place, _INFER_ARRIVES)
-        answer = self.run(data, refusals.time_left(context), cancel, answers.encode)
+        arrived = Arrived(data, time.monotonic(), refusals.time_left(context))
+        answer = self.run(arrived, cancel, answers.encode)
         place.owe(len(answer))
         return answer
 

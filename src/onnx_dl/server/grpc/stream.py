@@ -1,8 +1,9 @@
 """ModelStreamInfer: requests of one stream run side by side, and are answered in their order.
 
-A stream has two threads, one that reads and one that sends, and runs in threads that all streams share.  It
-reads the next request only while fewer than ``MOST_AT_ONCE`` wait for their answers.  So the flow control of
-HTTP/2 holds up a client that sends without reading.
+A stream has two threads, one that reads and one that sends, and runs in threads that all streams share: so
+many that no run waits for one, because models have queues of their own, with bounds.  It reads the next
+request only while fewer than ``MOST_AT_ONCE`` wait for their answers.  So the flow control of HTTP/2 holds up
+a client that sends without reading.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -18,15 +20,15 @@ import grpc
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.server.grpc import answers, refusals, requests
 from onnx_dl.server.grpc.bounds import Place, Places
-from onnx_dl.server.grpc.service import InferenceService
+from onnx_dl.server.grpc.service import Arrived, InferenceService
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, unavailable
 from onnx_dl.server.v2.operations import Operation
 
 MOST_AT_ONCE: Final = 8
 """Requests of one stream that run, or whose answers wait."""
 MOST_STREAMS: Final = 128
-_THREADS: Final = 64
-"""Inferences of all streams that run at one time; others wait."""
+_THREADS: Final = MOST_STREAMS * MOST_AT_ONCE
+"""A thread starts when all others run."""
 _STATUS_HEADER: Final = "triton_grpc_error"
 """Metadata by which a client asks that a failed request ends the stream with its status."""
 
@@ -92,7 +94,8 @@ class Stream:
                 data = next(messages, None)
                 if data is None:
                     break
-                self._following.put(self._runs.submit(self._run, data))
+                arrived = Arrived(data, time.monotonic(), refusals.time_left(self._context))
+                self._following.put(self._runs.submit(self._run, arrived))
         except (grpc.RpcError, RuntimeError):  # the client has gone; the server ends
             pass
         finally:
@@ -109,20 +112,19 @@ class Stream:
             yield answer.data  # the next step comes when it has been sent
             self._free.release()
 
-    def _run(self, data: bytes) -> _Answer:
+    def _run(self, arrived: Arrived) -> _Answer:
         """An answer in any case."""
         try:
             if self._is_over:
                 raise cancelled()
             self._service.admit(Operation.INFER, self._context)  # the token may have been taken away since
-            left = refusals.time_left(self._context)
-            return _Answer(self._service.run(data, left, self._cancel, answers.encode_streamed))
+            return _Answer(self._service.run(arrived, self._cancel, answers.encode_streamed))
         except RequestFailure as failure:
             refused = failure
         except Exception as error:  # our fault fails this request, and no other
             refused = refusals.unexpected("ModelStreamInfer", error)
         text = refusals.text_of(refused)
-        return _Answer(answers.encode_failed(text, requests.id_of(data)), refused)
+        return _Answer(answers.encode_failed(text, requests.id_of(arrived.data)), refused)
 
 
 class Streams:

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnx_dl.server.grpc import wire
 from onnx_dl.server.grpc.messages import Message
+from onnx_dl.server.inference.checks import element_count
 from onnx_dl.server.v2 import datatypes
 from onnx_dl.server.v2.failures import invalid
 
@@ -25,9 +26,12 @@ _SAME_BYTES: Final = frozenset(("BOOL", "FP32", "FP64"))
 """Datatypes whose packed numbers are the tensor's bytes."""
 _AT_ONCE: Final = 1 << 16
 """Numbers that become Python's objects at one time.  Between two steps other threads run."""
+MOST_ITEMS: Final = 1_000_000
+"""Items of an input that become Python's objects.  A text takes one byte or two of a message, and a hundred
+here."""
 
 
-def to_bytes(name: str, datatype: str, contents: Message) -> bytes | memoryview:
+def to_bytes(name: str, datatype: str, shape: Sequence[int], contents: Message) -> bytes | memoryview:
     """The items of a typed input in the binary form of its datatype.
 
     Args:
@@ -35,8 +39,8 @@ def to_bytes(name: str, datatype: str, contents: Message) -> bytes | memoryview:
         contents: an ``InferTensorContents``.
 
     Raises:
-        RequestFailure: 400: the datatype has no typed form, numbers stand in a field of another datatype, or
-            a number does not fit.
+        RequestFailure: 400: the datatype has no typed form, numbers stand in a field of another datatype, a
+            number does not fit, or there are more or fewer items than the shape has, or too many.
     """
     field = _FIELDS.get(datatype)
     if field is None:
@@ -46,9 +50,18 @@ def to_bytes(name: str, datatype: str, contents: Message) -> bytes | memoryview:
     for descriptor, _ in contents.ListFields():
         if descriptor.name != field:
             raise invalid(f"input '{name}' of {datatype} has {descriptor.name}; expected {field}")
+    items = getattr(contents, field)
+    if min(shape, default=0) >= 0 and len(items) != (wanted := element_count(shape)):
+        raise invalid(
+            f"input '{name}' has {len(items)} items in {field}, and its shape {list(shape)} has {wanted}"
+        )
     if datatype in _SAME_BYTES:
         return _packed(contents)
-    items = getattr(contents, field)
+    if len(items) > MOST_ITEMS:
+        raise invalid(
+            f"input '{name}' has {len(items)} items in {field}, which takes {MOST_ITEMS}; "
+            "send raw_input_contents"
+        )
     if datatype == datatypes.BYTES:
         return b"".join(part for item in items for part in (len(item).to_bytes(4, "little"), item))
     return _numbers(name, datatype, items)

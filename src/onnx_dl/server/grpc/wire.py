@@ -16,7 +16,7 @@ RAW_INPUTS: Final = 7
 """Number of ``raw_input_contents`` in ModelInferRequest."""
 MOST_FIELDS: Final = 4096
 """Fields of a large request, without those within its fields.  More would keep this process busy."""
-MOST_REST: Final = 64 << 20
+MOST_REST: Final = 32 << 20
 """Bytes of a request that are not raw tensors.  A parser's objects take many times that."""
 
 _VARINT, _FIXED64, _BYTES, _GROUP, _FIXED32 = 0, 1, 2, 3, 5

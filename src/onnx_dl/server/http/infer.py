@@ -254,6 +254,11 @@ def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[In
 
 def raw_shape(info: TensorInfo, nbytes: int, *, has_batch: bool) -> tuple[int, ...]:
     """The shape of an input of which only the size is known."""
+    if info.is_unranked:
+        raise invalid(
+            f"The shape of {info.name!r} does not follow from the size of a raw request: the model does not "
+            "say how many dimensions it has."
+        )
     shape = [1, *info.shape[1:]] if has_batch else list(info.shape)
     free = [axis for axis, size in enumerate(shape) if size < 0]
     if info.datatype == BYTES:

@@ -79,9 +79,13 @@ def check_inputs(signature: Signature, tensors: Sequence[InputTensor]) -> int:
                 f"inference input '{name}' data-type is '{tensor.datatype}', but model "
                 f"'{signature.model}' expects '{info.datatype}'"
             )
-        if not fits(tensor.shape, info.shape):
+        if not (info.is_unranked or fits(tensor.shape, info.shape)):
             raise _wrong_shape(signature, info, tensor.shape)
         if signature.max_batch_size:
+            if not tensor.shape:
+                raise invalid(
+                    f"input '{name}' of model '{signature.model}' needs a first dimension: the batch"
+                )
             batch = _batch_of(signature, name, tensor.shape[0], batch)
     if not signature.required <= seen:
         raise _missing(signature, seen)

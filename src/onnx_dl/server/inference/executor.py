@@ -21,7 +21,7 @@ from onnx_dl.server.inference.heap import LARGE, HeapTrimmer
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.inference.loads import Loads
 from onnx_dl.server.inference.memory import RegionUses
-from onnx_dl.server.inference.preparation import Preparations, Prepared
+from onnx_dl.server.inference.preparation import MAX_BODY, Preparations, Prepared
 from onnx_dl.server.inference.statistics import Durations, Statistics
 from onnx_dl.server.interfaces import Models, Served, VersionStatistics
 from onnx_dl.server.shm.regions import Regions
@@ -37,14 +37,20 @@ class Executor:
     """Makes inferences.  Thread-safe."""
 
     def __init__(
-        self, models: Models, regions: Regions, statistics: Statistics, limits: Limits, host: HostClient
+        self,
+        models: Models,
+        regions: Regions,
+        statistics: Statistics,
+        limits: Limits,
+        host: HostClient,
+        max_body: int = MAX_BODY,
     ) -> None:
         self._models = models
         self.regions = regions
         self.statistics = statistics
         self.limits = limits
         self.bodies = Bodies(host, limits)
-        self.preparations = Preparations(self.bodies.empty)
+        self.preparations = Preparations(self.bodies.empty, max_body)
         self.heap = HeapTrimmer()
         self._loads = Loads()
 

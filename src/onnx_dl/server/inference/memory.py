@@ -13,12 +13,12 @@ import numpy as np
 
 from onnx_dl.core.types import Value
 from onnx_dl.server.inference import inputs
-from onnx_dl.server.inference.checks import element_count
+from onnx_dl.server.inference.checks import check_known, element_count
 from onnx_dl.server.inference.inputs import MakeEmpty
 from onnx_dl.server.shm.regions import Region, Regions
 from onnx_dl.server.v2 import datatypes, text
 from onnx_dl.server.v2.datatypes import BYTES
-from onnx_dl.server.v2.failures import internal, invalid
+from onnx_dl.server.v2.failures import internal, invalid, too_large
 from onnx_dl.server.v2.messages import InputTensor, OutputTensor, RegionSlice
 from onnx_dl.tensors.foreign import ForeignPlace, as_bytes
 
@@ -47,24 +47,50 @@ class RegionUses:
             self._stack.close()
 
 
-def input_value(tensor: InputTensor, where: RegionSlice, region: Region, make_empty: MakeEmpty) -> Value:
+def input_value(
+    tensor: InputTensor, where: RegionSlice, region: Region, make_empty: MakeEmpty, most: int
+) -> Value:
     """Return the value of an input in a region.
 
+    ``most``: bytes of an input that this process reads itself.
+
     Raises:
-        RequestFailure: 400: the region does not have these bytes, or they are no such tensor.
+        RequestFailure: 400: the region does not have these bytes, or they are no such tensor.  413: there are
+            more than ``most``, or than there may be in flight.  429: too many are in flight.
     """
+    _check_size(tensor, where)
     dtype = None if tensor.datatype in _HERE else datatypes.to_numpy(tensor.datatype)
     if dtype is None:
-        return inputs.binary(tensor, memoryview(region.read(where.offset, where.nbytes)), make_empty)
-    if (wanted := element_count(tensor.shape) * dtype.itemsize) != where.nbytes:
+        if where.nbytes > most:
+            raise too_large(
+                f"input '{tensor.name}' of {tensor.datatype} has {where.nbytes} bytes of region "
+                f"'{where.region}', and the most is {most}"
+            )
+
+        def allocate(nbytes: int) -> memoryview:
+            return make_empty(nbytes).data if nbytes else memoryview(b"")
+
+        return inputs.binary(tensor, region.read(where.offset, where.nbytes, allocate), make_empty)
+    if not where.nbytes:
+        region.check(where.offset, 0)
+        return np.empty(tensor.shape, dtype)
+    return region.array(where.offset, dtype, tensor.shape)
+
+
+def _check_size(tensor: InputTensor, where: RegionSlice) -> None:
+    """Raise RequestFailure (400) if a tensor of this shape does not have so many bytes."""
+    check_known(tensor.name, tensor.datatype)
+    count = element_count(tensor.shape)
+    if tensor.datatype == BYTES:
+        wanted, fits = f"at least {4 * count}", 4 * count <= where.nbytes
+    else:
+        size = count * datatypes.SIZES[tensor.datatype]
+        wanted, fits = str(size), size == where.nbytes
+    if not fits:
         raise invalid(
             f"input byte size mismatch for input '{tensor.name}'. Expected {wanted} bytes for shape "
             f"{list(tensor.shape)} of {tensor.datatype}, got {where.nbytes} bytes of region '{where.region}'"
         )
-    if not wanted:
-        region.check(where.offset, 0)
-        return np.empty(tensor.shape, dtype)
-    return region.array(where.offset, dtype, tensor.shape)
 
 
 def output_place(datatype: str | None, where: RegionSlice, region: Region) -> ForeignPlace | None:

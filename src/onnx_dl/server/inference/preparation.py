@@ -16,6 +16,7 @@ from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice
 from onnx_dl.session.typed_runs import BFLOAT16
 from onnx_dl.tensors.foreign import ForeignPlace
 
+MAX_BODY: Final = 1 << 30
 _NONE: Final[dict[str, Any]] = {}
 
 
@@ -45,8 +46,10 @@ class Preparations:
     """Signatures of the versions that are served, and what turns a request into the arguments of a run.
     Thread-safe."""
 
-    def __init__(self, make_empty: MakeEmpty) -> None:
+    def __init__(self, make_empty: MakeEmpty, max_body: int = MAX_BODY) -> None:
+        """``max_body``: bytes of an input in a region that this process reads itself, as it does a body."""
         self._make_empty = make_empty
+        self._max_body = max_body
         self._signatures: dict[tuple[str, str], Signature] = {}
         self._last: dict[tuple[str, str], RepeatedRequest | None] = {}
 
@@ -97,7 +100,9 @@ class Preparations:
         if type(data) is list:
             return inputs.from_json(tensor, data)
         if isinstance(data, RegionSlice) and uses is not None:
-            return memory.input_value(tensor, data, uses.region(data.region), self._make_empty)
+            return memory.input_value(
+                tensor, data, uses.region(data.region), self._make_empty, self._max_body
+            )
         raise inputs.unreadable(tensor)
 
 

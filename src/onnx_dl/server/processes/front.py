@@ -55,7 +55,7 @@ class Front:
         self.models: Models = self.table
         self.regions = Regions(options.client_shm)
         self.statistics = Statistics()
-        self._executor = Executor(self.models, self.regions, self.statistics, limits, host)
+        self._executor = Executor(self.models, self.regions, self.statistics, limits, host, options.max_body)
         self.inference: Inference = self._executor
         self.is_draining = False
 

@@ -6,6 +6,7 @@ A region that is unregistered while requests use it stays open until the last of
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
@@ -23,6 +24,10 @@ MOST: Final = 1024
 _LONGEST_NAME: Final = 1024
 _LARGEST: Final = (1 << 63) - 1
 """The largest offset in a file."""
+
+
+def _plain(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
 
 
 class Region:
@@ -76,14 +81,14 @@ class Region:
         self.check(offset, nbytes)
         return ForeignPlace(self.memory, self.status.offset + offset, nbytes)
 
-    def read(self, offset: int, nbytes: int) -> bytearray:
+    def read(self, offset: int, nbytes: int, allocate: Callable[[int], memoryview] = _plain) -> memoryview:
         """A copy of these bytes, for what is not read by a worker, such as text.  Raises RequestFailure (400)
-        if the region, or the file as it is now, does not have them."""
+        if the region, or the file as it is now, does not have them.  ``allocate``: makes memory for it."""
         self.check(offset, nbytes)
         try:
             self.memory.check_now(self.status.offset + offset, nbytes)  # before memory is taken for the copy
-            data = bytearray(nbytes)
-            self.memory.read(self.status.offset + offset, memoryview(data))
+            data = allocate(nbytes)
+            self.memory.read(self.status.offset + offset, data)
         except ForeignMemoryError as error:
             raise failure_of(error) from None
         return data

@@ -1,12 +1,10 @@
-"""Certificates of the listeners, over pairs of sockets."""
+"""Certificates of the listeners, in memory."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import ssl
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import pytest
 from onnx_dl.server.auth import followed, tls
 from onnx_dl.server.auth.access import AccessError
 from onnx_dl.server.options import ServeOptions
-from tests.support.waiting import DEADLINE, allowed
 
 trustme = pytest.importorskip("trustme")
 
@@ -53,25 +50,48 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
+class Channel:
+    """The server's side and the client's of one handshake, in memory.  Raises what the client sees."""
+
+    def __init__(
+        self,
+        server: ssl.SSLContext,
+        client: ssl.SSLContext,
+        name: str | None = "localhost",
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.near = client.wrap_bio(to_client, to_server, server_hostname=name, session=session)
+        self.far = server.wrap_bio(to_server, to_client, server_side=True)
+        refused: ssl.SSLError | None = None
+        steps: list[Callable[[], object]] = [
+            self.near.do_handshake,
+            self.far.do_handshake,
+            lambda: self.far.write(b"x"),
+        ]
+        while steps and refused is None:
+            for step in list(steps):
+                if step == steps[-1] and len(steps) > 1:  # the last is for when both are done
+                    break
+                try:
+                    step()
+                except ssl.SSLWantReadError:
+                    continue
+                except ssl.SSLError as error:
+                    if step == self.near.do_handshake:
+                        raise
+                    refused = error
+                    break
+                steps.remove(step)
+        if refused is not None and self.near.do_handshake in steps:
+            self.near.do_handshake()
+        if self.near.read(1) != b"x":
+            raise ConnectionResetError("the server closed the connection")
+
+
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None = "localhost") -> str | None:
     """One handshake: the protocol that was agreed on.  Raises what the client sees."""
-    near, far = socket.socketpair()
-    near.settimeout(allowed(DEADLINE))
-    far.settimeout(allowed(DEADLINE))
-
-    def serve() -> None:
-        with far, contextlib.suppress(OSError), server.wrap_socket(far, server_side=True) as secured:
-            secured.sendall(b"x")
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        with near, client.wrap_socket(near, server_hostname=name) as secured:
-            if secured.recv(1) != b"x":
-                raise ConnectionResetError("the server closed the connection")
-            return secured.selected_alpn_protocol()
-    finally:
-        thread.join(allowed(DEADLINE))
+    return Channel(server, client, name).near.selected_alpn_protocol()
 
 
 def test_without_files_there_is_no_tls() -> None:
@@ -133,6 +153,24 @@ def test_an_authority_that_was_taken_away_is_trusted_no_longer(
     trustme.CA().cert_pem.write_to_path(str(files.folder / "ca.pem"))
     with pytest.raises(OSError):
         handshake(server, known, None)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_does_not_outlive_the_authority_of_its_client(
+    files: Files, monkeypatch: pytest.MonkeyPatch, version: ssl.TLSVersion
+) -> None:
+    monkeypatch.setattr(followed, "LOOK_EVERY", 0.0)
+    server = tls.server_context(files.options(mutual=True))
+    assert server is not None
+    known = files.client()
+    known.maximum_version = version
+    files.authority.issue_cert("ann@example.org").configure_cert(known)
+    session = Channel(server, known).near.session
+    again = Channel(server, known, session=session)
+    assert again.far.getpeercert(), "a certificate in each connection"
+    trustme.CA().cert_pem.write_to_path(str(files.folder / "ca.pem"))
+    with pytest.raises(OSError):
+        Channel(server, known, session=session)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 
 from onnx_dl.server.grpc import requests, typed, wire
 from onnx_dl.server.grpc.messages import Message, ModelInferRequest
-from onnx_dl.server.v2.failures import RequestFailure
+from onnx_dl.server.v2.failures import RequestFailure, not_found
 from onnx_dl.server.v2.messages import InferRequest, RegionSlice
+from tests.support.waiting import DEADLINE
 
 PADDING = bytes(requests.LARGE)
 
@@ -166,12 +168,67 @@ def test_an_empty_typed_tensor_has_no_bytes() -> None:
         ("FP16", {"fp32_contents": [1.0]}, "must be sent in raw_input_contents"),
         ("BF16", {"fp32_contents": [1.0]}, "must be sent in raw_input_contents"),
         ("float", {"fp32_contents": [1.0]}, "unknown datatype 'float'"),
+        ("INT32", {"int_contents": [1, 2]}, "has 2 items in int_contents, and its shape [1] has 1"),
+        ("FP32", {"fp32_contents": [1.0, 2.0]}, "has 2 items in fp32_contents, and its shape [1] has 1"),
+        ("BYTES", {"bytes_contents": [b""] * 3}, "has 3 items in bytes_contents, and its shape [1] has 1"),
     ],
 )
 def test_typed_contents_that_do_not_fit_are_refused(
     datatype: str, contents: dict[str, list[float]], what: str
 ) -> None:
     assert what in refusal(with_input(datatype, (1,), contents=contents))
+
+
+@pytest.mark.parametrize(
+    ("datatype", "field", "item"), [("BYTES", "bytes_contents", b""), ("INT8", "int_contents", 1)]
+)
+def test_too_many_typed_items_are_refused(
+    monkeypatch: pytest.MonkeyPatch, datatype: str, field: str, item: Any
+) -> None:
+    assert typed.MOST_ITEMS <= 1_000_000
+    monkeypatch.setattr(typed, "MOST_ITEMS", 1000)
+    assert read(with_input(datatype, (1000,), contents={field: [item] * 1000})).inputs
+    message = with_input(datatype, (1001,), contents={field: [item] * 1001})
+    assert f"has 1001 items in {field}, which takes 1000; send raw_input_contents" in refusal(message)
+
+
+def test_many_empty_texts_make_no_objects() -> None:
+    tensor = wire.field(1, b"x") + wire.field(2, b"BYTES") + wire.field(5, b"\x42\0" * 1_200_000)
+    data = wire.field(5, tensor)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestFailure, match="1200000 items"):
+            requests.read(data, None)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_model_that_is_not_there_is_told_first() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def find(name: str, version: str) -> None:
+        asked.append((name, version))
+        raise not_found("there is none")
+
+    message = with_input("INT8", (1,), contents={"int_contents": [1000]})
+    message.model_version = "3"
+    with pytest.raises(RequestFailure, match="there is none"):
+        requests.read(message.SerializeToString(), None, find)
+    assert asked == [("m", "3")]
+
+
+def test_large_typed_tensors_are_read_one_at_a_time() -> None:
+    data = with_input("FP32", (1 << 19,), contents={"fp32_contents": [0.5] * (1 << 19)}).SerializeToString()
+    with requests._one_at_a_time, pytest.raises(RequestFailure) as caught:
+        requests.read(data, 0.01)
+    assert caught.value.http == 408
+    assert requests.read(data, 0.01 + DEADLINE).inputs[0].shape == (1 << 19,)
+
+
+def test_a_shape_of_very_many_sizes_is_refused() -> None:
+    message = with_input("FP32", (1,) * 65, contents={"fp32_contents": [1.0]})
+    assert "more than 64 sizes in the shape of input 'x'" in refusal(message)
 
 
 @pytest.mark.parametrize("is_large", [False, True])

@@ -302,3 +302,14 @@ def test_any_json_is_a_request_or_a_refusal(one: object, two: object, binary: by
             assert failure.http == 400 and str(failure)
         else:
             assert all(type(size) is int for tensor in request.inputs for size in tensor.shape)
+
+
+@pytest.mark.parametrize("has_batch", [False, True])
+@pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
+def test_a_raw_request_does_not_have_the_shape_of_an_input_of_unknown_rank(
+    datatype: str, has_batch: bool
+) -> None:
+    info = TensorInfo("x", datatype, (), is_unranked=True)
+    with pytest.raises(RequestFailure, match="does not say how many dimensions") as caught:
+        raw_shape(info, 4, has_batch=has_batch)
+    assert caught.value.http == 400

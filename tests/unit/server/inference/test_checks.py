@@ -129,3 +129,18 @@ def test_parameters() -> None:
         with pytest.raises(RequestFailure, match="parameter '") as caught:
             checks.check_parameters(parameters)
         assert caught.value.http == 400
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_an_input_of_unknown_rank_takes_any_shape(shape: tuple[int, ...]) -> None:
+    entry = served(0, TensorInfo("x", "FP32", (), is_unranked=True))
+    assert rows(entry, sent(shape=shape)) == 1
+
+
+def test_the_batch_of_an_input_of_unknown_rank() -> None:
+    entry = served(8, TensorInfo("x", "FP32", (), is_unranked=True))
+    assert rows(entry, sent(shape=(3,))) == 3
+    for shape, words in (((9, 2), "must be <= 8"), ((), "needs a first dimension")):
+        with pytest.raises(RequestFailure, match=words) as caught:
+            rows(entry, sent(shape=shape))
+        assert caught.value.http == 400
