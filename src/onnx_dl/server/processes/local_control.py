@@ -34,10 +34,10 @@ class LocalControl:
         await _whole(self._children.use_table(table))
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
-        await self.repository.load(name, parameters)
+        await _whole(self.repository.load(name, parameters))
 
     async def unload(self, name: str, parameters: dict[str, Any]) -> None:
-        await self.repository.unload(name, parameters)
+        await _whole(self.repository.unload(name, parameters))
 
     async def register_region(self, name: str, key: str, offset: int, byte_size: int) -> None:
         await _whole(self._register(name, key, offset, byte_size))
@@ -83,7 +83,9 @@ class LocalControl:
         accept = families.readable(accept)
         statistics = selected(await self._all_statistics(), self._served("", ""))
         snapshot = await host.snapshot_of(self._front.host)
-        return families.render(statistics, snapshot, await host.page_of(snapshot, accept), accept)
+        page = await host.page_of(snapshot, accept)
+        # A driver of GPUs may take its time.
+        return await asyncio.to_thread(families.render, statistics, snapshot, page, accept)
 
     async def _all_statistics(self) -> list[VersionStatistics]:
         own = self._front.statistics.snapshot()
@@ -100,7 +102,8 @@ class LocalControl:
 
 
 async def _whole(work: Coroutine[None, None, None]) -> None:
-    """Carries it out to its end, even if the caller has gone: else processes would differ."""
+    """Carries it out to its end, even if the caller has gone: else processes would differ, or a load would
+    stay half done."""
     await asyncio.shield(work)
 
 
