@@ -230,12 +230,14 @@ def test_answers_that_nobody_reads_are_bounded() -> None:
         data = raw_request(np.zeros(1 << 20, np.float32))
         calls = [infer(data, timeout=60) for _ in range(4)]
         eventually(lambda: rig.places.unsent > 8 << 20, "answers that wait")
+        assert rig.server.inference.owed == rig.places.unsent
         code, text = failure(rig, "ModelInfer", raw_request())
         assert code == "RESOURCE_EXHAUSTED"
         assert "wait for clients to read them" in text
         for call in calls:
             call.cancel()
         eventually(lambda: rig.places.unsent == 0, "no answer that waits")
+        assert rig.server.inference.owed == 0
         assert rig.unary("ModelInfer", raw_request())
         channel.close()
 

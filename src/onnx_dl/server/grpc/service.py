@@ -76,7 +76,8 @@ class InferenceService:
         self._arrivals = arrivals
         self._pages = pages
         self._has_certificates = bool(server.options.tls_ca)
-        self.inferences = Places(MOST_INFERENCES, "inferences", server.options.max_body)
+        self.inference = server.inference
+        self.inferences = Places(MOST_INFERENCES, "inferences", server.options.max_body, server.inference)
         self._others = Places(MOST_OTHERS, "calls other than inferences")
 
     def infer(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:

@@ -76,13 +76,15 @@ class HttpConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses.
         self._transport = cast("asyncio.Transport", transport)
-        self._outgoing = Outgoing(self._transport, self._limits)
+        self._outgoing = Outgoing(self._transport, self._limits, self._handler.server.inference)
+        self._outgoing.begin()
         self._heads = Heads(self._handler, caller_of(transport))
         if not self._connections.add(self):
             self._send(failed(unavailable("Too many connections are open.")))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._enter(Phase.CLOSED)
+        self._outgoing.lose()
         self._connections.remove(self)
         self._body = self._admitted = None
         if self._request is not None:
@@ -105,7 +107,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._outgoing.is_paused = True
 
     def resume_writing(self) -> None:
-        self._outgoing.is_paused = False
+        self._outgoing.resume()
         if self._phase is Phase.SEND:
             self._next()
 
@@ -232,7 +234,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         else:
             self._enter(Phase.LINGER)
             if skip == 0:
-                self._transport.close()
+                self._outgoing.close()
             elif self._transport.can_write_eof():
                 # Closed at once, with bytes unread, the client's system would drop the answer.
                 self._transport.write_eof()
