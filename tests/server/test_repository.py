@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -17,9 +17,15 @@ from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.errors import ConfigError
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.server.interfaces import IndexRow, ServedTable
+from onnx_dl.server.interfaces import Served as Entry
 from onnx_dl.server.options import ServeOptions
-from onnx_dl.server.repository.catalog import NamedModel
-from onnx_dl.server.repository.models import ModelTable
+from onnx_dl.server.processes.children import Children
+from onnx_dl.server.processes.front import Front
+from onnx_dl.server.processes.local_control import LocalControl
+from onnx_dl.server.repository import loads
+from onnx_dl.server.repository.catalog import Candidate, NamedModel
+from onnx_dl.server.repository.loads import Outcome
+from onnx_dl.server.repository.models import ModelTable, UsedModel
 from onnx_dl.server.repository.repository import Repository
 from onnx_dl.server.v2.failures import RequestFailure
 from tests.support import zoo
@@ -279,6 +285,120 @@ def test_explicit_loads_and_unloads(module_host: ModelHost, tmp_path: Path) -> N
             await served.repository.unload("nobody", {})
             await served.repository.load("a", {})
             assert await served.arun("a") == ("1", 1.0)
+
+    in_loop(scenario)
+
+
+async def left_alone(served: Served, work: Coroutine[Any, Any, None], state: str) -> None:
+    """Goes away when the index has this state, and returns when the work has ended."""
+    begun = len(served.published)
+    task = asyncio.create_task(work)
+    await until(lambda: len(served.published) > begun, "the first table")
+    assert [row.state for row in served.published[begun].rows] == [state]
+    task.cancel()
+    await until(lambda: len(served.published) > begun + 1, "the last table")
+
+
+def test_a_client_that_goes_away_leaves_no_half_load(module_host: ModelHost, tmp_path: Path) -> None:
+    put(tmp_path, "a", 1, plus(1))
+
+    async def scenario() -> None:
+        async with serving(module_host, tmp_path, model_control="explicit") as served:
+            control = LocalControl(cast(Front, None), cast(Children, None))
+            control.repository = served.repository
+            await served.repository.has_started.wait()
+            await left_alone(served, control.load("a", {}), "LOADING")
+            assert await served.arun("a") == ("1", 1.0)
+            await left_alone(served, control.unload("a", {}), "UNLOADING")
+            assert served.rows() == [("a", "1", "UNAVAILABLE")]
+
+    in_loop(scenario)
+
+
+def test_a_load_that_is_cancelled_leaves_what_was_served(
+    module_host: ModelHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a", 1, plus(1))
+    put(tmp_path, "b", 1, plus(2))
+    prepared: list[UsedModel] = []
+    begun = asyncio.Event()
+
+    async def endless(models: ModelTable, entry: Entry, candidate: Candidate) -> Outcome:
+        prepared.append(models.prepare(entry))
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def scenario() -> None:
+        async with serving(module_host, tmp_path, model_control="explicit", load_models=("a",)) as served:
+            await served.repository.has_started.wait()
+            put(tmp_path, "a", 1, plus(3))
+            with monkeypatch.context() as patched:
+                patched.setattr(loads, "load", endless)
+                for name in ("a", "b"):
+                    begun.clear()
+                    task = asyncio.create_task(served.repository.load(name, {}))
+                    await begun.wait()
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            assert all(used.gone.is_set() for used in prepared)
+            assert served.rows() == [("a", "1", "READY"), ("b", "1", "UNAVAILABLE")]
+            assert "its load was given up" in served.row("b", "1").reason
+            await served.repository.load("a", {})
+            await served.repository.load("b", {})
+            assert [await served.arun(name) for name in ("a", "b")] == [("1", 3.0), ("1", 2.0)]
+
+    in_loop(scenario)
+
+
+def test_a_look_undoes_no_load(module_host: ModelHost, tmp_path: Path) -> None:
+    """A client loads the model between the look at its files and the takeover."""
+    put(tmp_path, "a", 1, plus(1))
+
+    async def scenario() -> None:
+        async with serving(module_host, tmp_path, model_control="explicit") as served:
+            configure(tmp_path, "a", "max_batch_size: 8")
+            changes = await served.repository._changes()
+            assert changes.keys() == {"a"}
+            await served.repository.load("a", {"config": '{"max_batch_size": 16}'})
+            await served.repository._take_over("a", changes["a"])
+            assert served.models.find("a").max_batch_size == 16
+
+    in_loop(scenario)
+
+
+def test_strict_readiness_asks_for_wanted_models_only(module_host: ModelHost, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        put(tmp_path, name, 1, plus(1))
+
+    async def scenario() -> None:
+        options = {"model_control": "explicit", "strict_readiness": True, "load_models": ("a", "b")}
+        async with serving(module_host, tmp_path, **options) as served:
+            await served.repository.has_started.wait()
+            assert served.models.table.is_ready
+            await served.repository.unload("b", {})
+            assert served.models.table.is_ready
+            put(tmp_path, "c", 1, b"no model")
+            await refused(served.repository.load("c", {}))
+            assert not served.models.table.is_ready
+
+    in_loop(scenario)
+
+
+def test_going_back_to_the_version_before(host: ModelHost, tmp_path: Path) -> None:
+    put(tmp_path, "a", 1, plus(1))
+    new = put(tmp_path, "a", 2, plus(2))
+
+    async def scenario() -> None:
+        async with serving(host, tmp_path, model_control="poll") as served:
+            async with Traffic(served, "a", threads=2) as traffic:
+                new.unlink()
+                new.parent.rmdir()
+                await served.repository.look()
+                assert served.rows() == [("a", "1", "READY")]
+                await traffic.more()
+            assert not traffic.errors, traffic.errors[0]
+            assert set(traffic.results) == {("2", 2.0), ("1", 1.0)}
 
     in_loop(scenario)
 

@@ -34,10 +34,10 @@ class LocalControl:
         await _whole(self._children.use_table(table))
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
-        await self.repository.load(name, parameters)
+        await _whole(self.repository.load(name, parameters))
 
     async def unload(self, name: str, parameters: dict[str, Any]) -> None:
-        await self.repository.unload(name, parameters)
+        await _whole(self.repository.unload(name, parameters))
 
     async def register_region(self, name: str, key: str, offset: int, byte_size: int) -> None:
         await _whole(self._register(name, key, offset, byte_size))
@@ -99,7 +99,8 @@ class LocalControl:
 
 
 async def _whole(work: Coroutine[None, None, None]) -> None:
-    """Carries it out to its end, even if the caller has gone: else processes would differ."""
+    """Carries it out to its end, even if the caller has gone: else processes would differ, or a load would
+    stay half done."""
     await asyncio.shield(work)
 
 

@@ -52,6 +52,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         name: of the model.
         place: where it is, for messages.
         problem: why no version can be served; empty: some can.
+        is_unreadable: which versions are on the disk is not known.
         there: versions that are on the disk.
         entries: versions that the policy selects and that can be served.
         broken: reasons of selected versions that cannot, by version.
@@ -64,6 +65,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     place: str
     problem: str = ""
+    is_unreadable: bool = False
     there: tuple[str, ...] = ()
     entries: tuple[Served, ...] = ()
     broken: dict[str, str] = {}
@@ -135,7 +137,7 @@ class Catalog:
         there = tuple(str(number) for number in sorted(folder.versions))
         blank = Candidate(name=folder.name, place=folder.path, there=there)
         if folder.problem:
-            return msgspec.structs.replace(blank, problem=folder.problem)
+            return msgspec.structs.replace(blank, problem=folder.problem, is_unreadable=folder.is_unreadable)
         try:
             found, source = self._configuration(folder.name, folder.config, folder.config_path, override)
         except Refused as error:
@@ -158,7 +160,7 @@ class Catalog:
             found, source = self._configuration(model.name, None, model.place, override)
         except Refused as error:
             return msgspec.structs.replace(blank, problem=str(error))
-        if model.spec is not None and model.terms is not None and source is None:
+        if model.spec is not None and model.terms is not None:  # also where a load has a configuration
             found = msgspec.structs.replace(
                 found, arguments=specs.arguments_of(model.spec, model.terms), is_eager=model.is_eager
             )
@@ -175,10 +177,12 @@ class Catalog:
         entries: list[Served] = []
         unread: list[str] = []
         files = tuple(self._states(path) for _, path in sorted(paths.items()))  # before they are read
-        made_of = (blank, sorted(paths.items()), files, found, dict(broken))
+        plain = None if source is None else source.plain
+        made_of = (blank, sorted(paths.items()), files, found, plain, dict(broken))
         last = self._last.get(blank.place)
         if last is not None and last[0] == made_of and not last[1].unread:
             return last[1]
+        may_pass = False
         for number, path in sorted(paths.items()):
             try:
                 entry, is_read = self._entry(blank.name, number, path, found, source)
@@ -188,6 +192,7 @@ class Catalog:
                 broken[str(number)] = f"{path}: {error}"
             except OSError as error:
                 broken[str(number)] = f"{error.filename or path}: {error.strerror or error}"
+                may_pass = True
             else:
                 entries.append(entry)
                 if not is_read:
@@ -203,7 +208,8 @@ class Catalog:
             warmups=found.warmups,
             notes=(*(() if source is None else source.notes), *self._left_out(entries, found)),
         )
-        self._last[blank.place] = made_of, made
+        if not may_pass:  # else it is read again: the end of such an error does not show in a file's state
+            self._last[blank.place] = made_of, made
         return made
 
     def _left_out(self, entries: Iterable[Served], found: Configuration) -> list[str]:
@@ -227,6 +233,9 @@ class Catalog:
             return known[1:]
         source = _source(name, text, place, override)
         found = Configuration() if source is None else config.understood(source, name)
+        if override is not None and text is not None:
+            limits = config.understood(Source.of_text(text, place), name).arguments
+            found = msgspec.structs.replace(found, arguments=specs.within(limits, found.arguments))
         self._configurations[place] = (text, override), found, source
         return found, source
 

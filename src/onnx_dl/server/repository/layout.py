@@ -31,6 +31,7 @@ class Folder(msgspec.Struct, frozen=True):
         path: of the folder.
         config: text of config.pbtxt; None: there is none.
         problem: why the folder cannot be used; empty: it can.
+        is_unreadable: what is in the folder is not known.
         versions: by number: the names in the version's folder.
     """
 
@@ -38,6 +39,7 @@ class Folder(msgspec.Struct, frozen=True):
     path: str
     config: str | None = None
     problem: str = ""
+    is_unreadable: bool = False
     versions: dict[int, tuple[str, ...]] = {}
 
     @property
@@ -65,11 +67,13 @@ def read_model(root: str, name: str) -> Folder:
         found = {number: each for each in _folders(path) if (number := versions.number(each)) is not None}
         names = {number: _names(os.path.join(path, each)) for number, each in found.items()}
     except OSError as error:
-        return Folder(name, path, problem=f"{error.filename or path} cannot be read: {error.strerror}")
+        problem = f"{error.filename or path} cannot be read: {error.strerror}"
+        return Folder(name, path, problem=problem, is_unreadable=True)
     except UnicodeDecodeError:
-        return Folder(name, path, problem=f"{os.path.join(path, CONFIG)}:1: this is not UTF-8")
+        problem = f"{os.path.join(path, CONFIG)}:1: this is not UTF-8"
+        return Folder(name, path, problem=problem, is_unreadable=True)
     problem = "" if names else f"{path} has no folder of a version, such as {os.path.join(path, '1')}"
-    return Folder(name, path, config, problem, names)
+    return Folder(name, path, config, problem, versions=names)
 
 
 def model_file(folder: str, names: Collection[str], filename: str) -> str:

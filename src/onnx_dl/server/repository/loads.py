@@ -20,6 +20,7 @@ from onnx_dl.errors import (
     RemoteError,
     SharedMemoryError,
     SupervisorError,
+    WorkerError,
 )
 from onnx_dl.server.interfaces import Served
 from onnx_dl.server.repository import signature, specs, warmup
@@ -63,6 +64,12 @@ class Outcome:
     def is_passing(self) -> bool:
         """The error may be gone the next time, with the same file."""
         return isinstance(self.error, _PASSING) or self.lacks_room
+
+    @property
+    def may_pass(self) -> bool:
+        """The error may be gone later, with the same file: it is passing, or the worker died, took too long
+        or had too little memory, which may be due to the machine."""
+        return self.is_passing or isinstance(self.error, WorkerError)
 
     @property
     def text(self) -> str:

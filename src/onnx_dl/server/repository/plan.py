@@ -19,11 +19,12 @@ Content = tuple[str, str, str]
 
 class Plan(msgspec.Struct, frozen=True):
     """``served``: what is served from now on; ``rows``: of the index; ``to_load``: what must be loaded before
-    it is served, and then asked about again."""
+    it is served, and then asked about again; ``is_wanted``: somebody wants the model to be served."""
 
     served: tuple[Served, ...] = ()
     rows: tuple[IndexRow, ...] = ()
     to_load: tuple[Served, ...] = ()
+    is_wanted: bool = True
 
 
 def content(entry: Served) -> Content:
@@ -54,18 +55,18 @@ def decide(
     served: dict[str, Served] = {}
     rows: dict[str, IndexRow] = {}
     to_load: list[Served] = []
-    is_whole = not candidate.broken
+    waits = False
     for entry in candidate.entries:
         old = present.get(entry.version)
         is_kept = old is not None and is_same(old, entry)
         reason = "" if content(entry) in loaded else failures.get(content(entry), "")
         must = must_load or entry.version in candidate.unread or (bool(present) and not is_kept)
         if reason and (must or not is_kept):
-            is_whole = False
+            waits = True
             _keep(entry.name, entry.version, old, reason, served, rows)
         elif must and content(entry) not in loaded:
             to_load.append(entry)
-            is_whole = False
+            waits = True
             if old is not None:
                 served[entry.version] = old
                 rows[entry.version] = IndexRow(entry.name, entry.version, "READY")
@@ -76,10 +77,10 @@ def decide(
             rows[entry.version] = IndexRow(entry.name, entry.version, "READY", reason)
     for version, reason in candidate.broken.items():
         _keep(candidate.name, version, present.get(version), reason, served, rows)
-    if not is_whole:  # what was served before stays until what replaces it works
-        for version in present.keys() & set(candidate.there) - rows.keys():
-            served[version] = present[version]
-            rows[version] = IndexRow(candidate.name, version, "READY")
+    for version in _staying(candidate, present, waits=waits) - rows.keys():
+        served[version] = present[version]
+        reason = "" if version in candidate.there else "it is served until another version is loaded"
+        rows[version] = IndexRow(candidate.name, version, "READY", reason)
     return Plan(_sorted(served), tuple(sorted(rows.values(), key=_order)), tuple(to_load))
 
 
@@ -87,13 +88,13 @@ def unloaded(candidate: Candidate, reason: str, state: str | None = None) -> Pla
     """Nothing of the model is served, because a client has not asked for it, or no longer wants it.
     ``state``: None: UNAVAILABLE."""
     if candidate.problem:
-        return _with_problem(candidate, {})
+        return msgspec.structs.replace(_with_problem(candidate, {}), is_wanted=False)
     chosen = [*(entry.version for entry in candidate.entries), *candidate.broken]
     rows = [
         IndexRow(candidate.name, version, state or "UNAVAILABLE", candidate.broken.get(version, reason))
         for version in chosen
     ]
-    return Plan((), tuple(sorted(rows, key=_order)))
+    return Plan((), tuple(sorted(rows, key=_order)), is_wanted=False)
 
 
 def is_same(one: Served, other: Served) -> bool:
@@ -102,13 +103,28 @@ def is_same(one: Served, other: Served) -> bool:
 
 
 def _with_problem(candidate: Candidate, present: Mapping[str, Served]) -> Plan:
-    """The versions that were served and are still there stay."""
-    kept = {version: present[version] for version in present if version in candidate.there}
+    """The versions that were served and are still there, or may be, stay."""
+    kept = {
+        version: entry
+        for version, entry in present.items()
+        if candidate.is_unreadable or version in candidate.there
+    }
     rows = [
         IndexRow(candidate.name, version, "READY" if version in kept else "UNAVAILABLE", candidate.problem)
         for version in kept or candidate.there or ("",)
     ]
     return Plan(_sorted(kept), tuple(sorted(rows, key=_order)))
+
+
+def _staying(candidate: Candidate, present: Mapping[str, Served], *, waits: bool) -> set[str]:
+    """Versions that are served until what replaces them works.
+
+    ``waits``: for a load.  Then also one that was removed stays, as by a person who goes back to the version
+    before: its worker has what is needed.
+    """
+    if waits:
+        return set(present)
+    return set(present).intersection(candidate.there) if candidate.broken else set()
 
 
 def _keep(

@@ -6,23 +6,23 @@ All state belongs to the event loop's thread.  What becomes of a model is decide
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from onnx_dl.client.host_client import HostClient
-from onnx_dl.core.events import ModelEvent
 from onnx_dl.errors import ConfigError
 from onnx_dl.server.interfaces import ServedTable
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.repository import control_requests, loads, plan
 from onnx_dl.server.repository.catalog import Candidate, NamedModel
 from onnx_dl.server.repository.disk import SETTLED, Disk
+from onnx_dl.server.repository.events import Events
 from onnx_dl.server.repository.health import Health
 from onnx_dl.server.repository.loads import Outcome, logger
 from onnx_dl.server.repository.models import UNLOADED, ModelTable
 from onnx_dl.server.repository.plan import Plan
+from onnx_dl.server.repository.retries import Retries
 from onnx_dl.server.repository.tables import Tables
 from onnx_dl.server.repository.takeover import Takeover
 from onnx_dl.server.repository.tasks import Tasks
@@ -60,17 +60,15 @@ class Repository:
         alone = [*given, *named]
         self._wishes = Wishes(options.model_control, {model.name for model in alone})
         self._disk = Disk(options.repository, alone)
-        self._health = Health()
-        self._tables = Tables(models, publish, self._health, strict=options.strict_readiness)
-        self._takeover = Takeover(models, self._tables, self._disk, self._health)
+        health = Health()
+        self._tables = Tables(models, publish, health, strict=options.strict_readiness)
+        self._takeover = Takeover(models, self._tables, self._disk, health)
         self._candidates: dict[str, Candidate] = {}
         """Models as they were when it was last decided about them."""
-        self._again: set[str] = set()
-        """Names to be taken over at the next look, though their files are the same: a load has failed for a
-        reason that may pass."""
+        self._retries = Retries()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks = Tasks()
-        self._stop_listening: Callable[[], None] | None = None
+        self._events = Events(health, self._tables, self._tasks)
         self.has_started = asyncio.Event()
         """Set when what loads at the start is loaded, or does not load."""
 
@@ -88,8 +86,7 @@ class Repository:
         except OSError as error:
             raise ConfigError(f"The repository {error.filename} cannot be read: {error.strerror}.") from None
         self._wishes.begin(self._options.load_models, found)
-        loop = asyncio.get_running_loop()
-        self._stop_listening = self._host.on_event(functools.partial(_hand_over, loop, self._on_event))
+        self._events.follow(self._host)
         for name, candidate in found.items():
             self._disk.tell(candidate)
             self._candidates[name] = candidate
@@ -101,8 +98,7 @@ class Repository:
 
     async def close(self) -> None:
         """Ends the watching and the loads that it waits for; models stay in their table."""
-        if self._stop_listening is not None:
-            self._stop_listening()
+        self._events.close()
         await self._tasks.cancel()
         self._disk.close()
 
@@ -162,10 +158,12 @@ class Repository:
                 self._wishes.unload(name)
                 self._tables.set(name, plan.unloaded(candidate, UNLOADED, "UNLOADING" if served else None))
                 await self._tables.publish()
-            await asyncio.gather(*(loads.free_quietly(self._host, entry) for entry in served.values()))
-            if candidate is not None:
-                self._tables.set(name, plan.unloaded(candidate, UNLOADED))
-                await self._tables.publish()
+            try:
+                await asyncio.gather(*(loads.free_quietly(self._host, entry) for entry in served.values()))
+            finally:  # also if it is cancelled: else the index would say UNLOADING for ever
+                if candidate is not None:
+                    self._tables.set(name, plan.unloaded(candidate, UNLOADED))
+                    await self._tables.publish()
 
     # --- one model ----------------------------------------------------------------------------------------
 
@@ -201,15 +199,22 @@ class Repository:
             if must_load:
                 self._wishes.load(name, override)
                 self._takeover.forget_failures(name)
-            self._candidates[name] = candidate
-            self._again.discard(name)
-            override = self._wishes.overrides.get(name)
-            self._candidates[name], failed = await self._takeover.switch(
-                candidate, override, must_load=must_load, is_clients=is_clients
-            )
-            if any(outcome.is_passing for outcome in failed):
-                self._again.add(name)
-            return failed
+            return await self._switch(candidate, must_load=must_load, is_clients=is_clients)
+
+    async def _switch(
+        self, candidate: Candidate, *, must_load: bool = False, is_clients: bool = False
+    ) -> list[Outcome]:
+        """The part of :meth:`_adopt` that needs the model's lock."""
+        name = candidate.name
+        if candidate != self._candidates.get(name):
+            self._retries.forget(name)
+        self._candidates[name] = candidate
+        override = self._wishes.overrides.get(name)
+        self._candidates[name], failed = await self._takeover.switch(
+            candidate, override, must_load=must_load, is_clients=is_clients
+        )
+        self._retries.note(name, failed, time.monotonic())
+        return failed
 
     # --- changes ------------------------------------------------------------------------------------------
 
@@ -248,16 +253,19 @@ class Repository:
         return {name: second.get(name) for name in sorted(changed) if second.get(name) == first.get(name)}
 
     def _differs(self, name: str, found: Mapping[str, Candidate]) -> bool:
-        is_other = name in self._again or found.get(name) != self._candidates.get(name)
+        is_due = self._retries.is_due(name, time.monotonic())
+        is_other = is_due or found.get(name) != self._candidates.get(name)
         return is_other and self._wishes.is_followed(name)
 
     async def _take_over(self, name: str, candidate: Candidate | None) -> None:
         if candidate is not None:
             self._disk.tell(candidate)
-            if self._wishes.is_served(name):
-                await self._adopt(candidate)
-                return
         async with self._lock(name):
+            if not self._wishes.is_followed(name):  # a client has loaded it since it was read
+                return
+            if candidate is not None and self._wishes.is_served(name):
+                await self._switch(candidate)
+                return
             if candidate is None:
                 self._candidates.pop(name, None)
                 self._tables.forget(name)
@@ -265,11 +273,6 @@ class Repository:
                 self._candidates[name] = candidate
                 self._tables.set(name, self._first_plan(candidate))
             await self._tables.publish()
-
-    def _on_event(self, event: ModelEvent) -> None:
-        """Notes which models do not load, or do again."""
-        if self._health.note(event, self._tables.all()):
-            self._tasks.begin(self._tables.publish())
 
     # --- small things -------------------------------------------------------------------------------------
 
@@ -282,11 +285,3 @@ def _loads_at_start(wishes: Wishes, candidate: Candidate) -> bool:
     is_asked = wishes.is_loaded_first(candidate.name)
     is_eager = any(entry.is_eager for entry in candidate.entries)
     return wishes.is_served(candidate.name) and (is_asked or is_eager or bool(candidate.unread))
-
-
-def _hand_over(
-    loop: asyncio.AbstractEventLoop, call: Callable[[ModelEvent], None], event: ModelEvent
-) -> None:
-    """Has the loop's thread make a call.  Runs in the thread that delivers events."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(call, event)

@@ -19,6 +19,8 @@ from onnx_dl.server.interfaces import Served
 
 _TERMS: Final = ("ttl", "latency", "pin", "priority")
 _OF_ONNXRUNTIME: Final = ("options", "providers", "provider_options")
+_KEPT: Final = ("environment", "group", "providers", "provider_options", "sandbox", "sha256")
+_SIZES: Final = ("max_memory", "max_memory_hard", "max_runs")
 _SUFFIX: Final = "+"
 """Begins the part of a generation that tells the contents of external data apart."""
 
@@ -58,6 +60,22 @@ def arguments_of(spec: ModelSpec, terms: Terms) -> dict[str, Any]:
         "cwd": spec.cwd,
     }
     return {name: value for name, value in found.items() if value not in (None, {}, [])}
+
+
+def within(limits: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a configuration that came with a load, within what the file's own configuration sets: a
+    client drops and loosens none of that.
+
+    Args:
+        limits: arguments of the file's configuration.
+        given: arguments of the client's.
+    """
+    kept = {name: limits[name] for name in _KEPT if limits.get(name)}
+    sizes = {name: min(limits[name], given.get(name, limits[name])) for name in _SIZES if name in limits}
+    found = given | kept | sizes
+    if "max_memory_hard" in found and "max_memory" in found:
+        found["max_memory"] = min(found["max_memory"], found["max_memory_hard"])
+    return found
 
 
 def generation(path: str, arguments: dict[str, Any], external: tuple[object, ...] = ()) -> str:

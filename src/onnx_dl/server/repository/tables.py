@@ -16,7 +16,7 @@ from onnx_dl.server.repository.plan import Plan, content
 class Tables:
     """Owner of what is served now.  Belongs to the event loop's thread.
 
-    ``strict``: the table is ready only if all its rows are.
+    ``strict``: the table is ready only if all rows of wanted models are.
     """
 
     def __init__(
@@ -93,8 +93,9 @@ class Tables:
             for planned in plans
             for row in planned.rows
         ]
-        is_ready = self.is_started and not (self._strict and any(row.state != "READY" for row in rows))
-        return ServedTable(served, rows, is_ready)
+        wanted = {name for name, planned in self._plans.items() if planned.is_wanted}
+        is_lacking = any(row.state != "READY" for row in rows if row.name in wanted)
+        return ServedTable(served, rows, self.is_started and not (self._strict and is_lacking))
 
     def _slot(self, entry: Served) -> int:
         """The column of a version; contents that replace each other have the same."""

@@ -22,6 +22,7 @@ from onnx_dl.server.repository.tables import Tables
 
 _MOST_CLOSING: Final = 30.0
 """Seconds that a replacement without memory for two waits for calls of the old one."""
+_GIVEN_UP: Final = "its load was given up; load it again"
 
 
 class Takeover:
@@ -52,36 +53,51 @@ class Takeover:
 
         Returns:
             The candidate, with what loads have told of it, and the loads that failed.
+
+        One that is cancelled leaves what was served, and no proxy of what was to come.
         """
         name, present = candidate.name, self._tables.served(candidate.name)
         loaded: set[Content] = set()
         failures = dict(self.failures)
-        decide = functools.partial(plan.decide, present=present, must_load=must_load)
-        planned = decide(candidate, loaded=loaded, failures=failures)
-        self._tables.set(name, planned)
-        await self._tables.publish()
-        outcomes = await asyncio.gather(
-            *(loads.load(self._models, entry, candidate) for entry in planned.to_load)
+        decide = functools.partial(
+            plan.decide, present=present, loaded=loaded, failures=failures, must_load=must_load
         )
-        ended = list(zip(planned.to_load, outcomes, strict=True))
-        for entry, outcome in ended:
-            on_use = not (present or is_clients or entry.version in candidate.unread)
-            if self._is_served_after(entry, outcome, on_use=on_use, is_replaced=bool(present)):
-                loaded.add(content(entry))
-            else:
-                failures[content(entry)] = control_requests.reason_of_load(entry, outcome.text)
-        if any(outcome.signature is not None for outcome in outcomes):
-            candidate = await self._completed(candidate, override, ended)
-        if any(outcome.lacks_room for outcome in outcomes):
-            await self._unpin(name, present, planned)
-        if ended:
-            self._tables.set(name, decide(candidate, loaded=loaded, failures=failures))
+        planned = decide(candidate)
+        try:
+            self._tables.set(name, planned)
             await self._tables.publish()
+            ended = await self._load(planned.to_load, candidate)
+            for entry, outcome in ended:
+                on_use = not (present or is_clients or entry.version in candidate.unread)
+                if self._is_served_after(entry, outcome, on_use=on_use, is_replaced=bool(present)):
+                    loaded.add(content(entry))
+                else:
+                    failures[content(entry)] = control_requests.reason_of_load(entry, outcome.text)
+            candidate = await self._completed(candidate, override, ended)
+            if any(outcome.lacks_room for _, outcome in ended):
+                await self._unpin(name, present, planned)
+        except BaseException:  # else the index would say for ever that it loads
+            for entry in planned.to_load:
+                failures.setdefault(content(entry), control_requests.reason_of_load(entry, _GIVEN_UP))
+            raise
+        finally:
+            if planned.to_load:
+                self._tables.set(name, decide(candidate))
+                await self._tables.publish()
+            self._discard(name, planned.to_load)
+        return candidate, [outcome for entry, outcome in ended if content(entry) not in loaded]
+
+    async def _load(self, entries: Sequence[Served], candidate: Candidate) -> list[tuple[Served, Outcome]]:
+        """Loads all of them at the same time."""
+        outcomes = await asyncio.gather(*(loads.load(self._models, entry, candidate) for entry in entries))
+        return list(zip(entries, outcomes, strict=True))
+
+    def _discard(self, name: str, entries: Sequence[Served]) -> None:
+        """Gives up what was prepared of a model and is not served."""
         now = self._tables.served(name)
-        for entry, _ in ended:
+        for entry in entries:
             if entry.version not in now or not plan.is_same(now[entry.version], entry):
                 self._models.discard(entry)
-        return candidate, [outcome for entry, outcome in ended if content(entry) not in loaded]
 
     def _is_served_after(self, entry: Served, outcome: Outcome, *, on_use: bool, is_replaced: bool) -> bool:
         """True if a version is served after its load has ended like this, also where it failed.
@@ -105,7 +121,7 @@ class Takeover:
             )
             return True
         logger.error("Model '%s' version %s does not load: %s", *at[:2], outcome.text)
-        if not outcome.is_passing:
+        if not outcome.may_pass:
             reason = control_requests.reason_of_load(entry, outcome.text)
             if on_use:
                 self._health.mark(entry, reason)
@@ -117,6 +133,8 @@ class Takeover:
         self, candidate: Candidate, override: str | None, ended: Sequence[tuple[Served, Outcome]]
     ) -> Candidate:
         """The candidate with the signatures that the loads have told."""
+        if all(outcome.signature is None for _, outcome in ended):
+            return candidate
         for entry, outcome in ended:
             if outcome.signature is not None:
                 await self._disk.learn(entry, outcome.signature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from pathlib import Path
 from unittest.mock import patch
@@ -13,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from onnx_dl.core.environment import NOTHING
 from onnx_dl.core.spec import specify
-from onnx_dl.core.terms import Terms
+from onnx_dl.core.terms import Terms, WorkerOptions
 from onnx_dl.errors import ConfigError
 from onnx_dl.server.repository import layout, signature, specs
 from onnx_dl.server.repository.catalog import Catalog, NamedModel
@@ -134,6 +136,37 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, name: str) -> None:
     assert any(str(tmp_path / "a" / name) in text for text in (found.problem, *found.broken.values()))
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_an_error_that_passes_is_forgotten(tmp_path: Path, number: int) -> None:
+    """The file's state is the same before and after."""
+    put(tmp_path, "a", "1", plus(1))
+    catalog = Catalog([str(tmp_path)])
+    with patch.object(signature, "read", side_effect=OSError(number, os.strerror(number))):
+        assert os.strerror(number) in catalog.read()["a"].broken["1"]
+    assert [entry.version for entry in catalog.read()["a"].entries] == ["1"]
+
+
+def test_a_folder_that_cannot_be_read_may_have_versions(tmp_path: Path) -> None:
+    put(tmp_path, "a", "1", plus(1))
+    catalog = Catalog([str(tmp_path)])
+    with patch.object(layout, "_names", side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE))):
+        found = catalog.read()["a"]
+    assert (found.is_unreadable, os.strerror(errno.ESTALE) in found.problem) == (True, True)
+    (tmp_path / "b").mkdir()
+    assert not catalog.read()["b"].is_unreadable
+
+
+def test_another_text_is_another_configuration(tmp_path: Path) -> None:
+    """Also where what is understood of it is the same."""
+    put(tmp_path, "a", "1", plus(1))
+    config = tmp_path / "a" / "config.pbtxt"
+    catalog = Catalog([str(tmp_path)])
+    for value in ("x", "y"):
+        config.write_text(f'parameters {{ key: "mine" value {{ string_value: "{value}" }} }}')
+        (entry,) = catalog.read()["a"].entries
+        assert entry.config["parameters"] == {"mine": {"string_value": value}}
+
+
 def test_a_configuration_in_another_encoding(tmp_path: Path) -> None:
     put(tmp_path, "a", "1", plus(1))
     (tmp_path / "a" / "config.pbtxt").write_bytes(b'name: "\xff"')
@@ -175,6 +208,51 @@ def test_a_model_of_a_hosts_file_has_its_spec(tmp_path: Path) -> None:
     assert entry.arguments["ttl"] == 7
     assert specs.spec_of(entry) == spec
     assert specs.terms(entry.arguments) == Terms(7.0, pin=True)
+
+
+def test_a_client_takes_no_limit_off_a_model_of_a_hosts_file(tmp_path: Path) -> None:
+    path = put(tmp_path, "a", "1", plus(1))
+    options = WorkerOptions.parse(10**9, 2 * 10**9, 5, "g").with_trust({"model.onnx": "0" * 64}, True)
+    how = {
+        "options": None, "providers": ["CPUExecutionProvider"], "provider_options": None, "memory": None,
+        "extra": {}, "surroundings": {}, **options.fields(),
+    }  # fmt: skip
+    spec = specify(str(path), None, "/somewhere", how)
+    named = NamedModel(name="n", path=str(path), place="host.toml", spec=spec, terms=Terms(7.0, pin=True))
+    catalog = Catalog([], [named])
+    text = '{"parameters": {"onnx_dl.sandbox": {"string_value": "false"}}, "max_batch_size": 0}'
+    for override in ("{}", text):
+        found = catalog.read_one("n", override)
+        assert found is not None
+        (entry,) = found.entries
+        assert specs.spec_of(entry) == spec
+        assert specs.terms(entry.arguments) == Terms(7.0, pin=True)
+
+
+def test_a_client_takes_no_limit_off_a_configuration(tmp_path: Path) -> None:
+    put(tmp_path, "a", "1", plus(1))
+    given = {"sandbox": "true", "max_memory_hard": "2GB", "max_memory": "1GB", "max_runs": "5", "group": "g"}
+    lines = [
+        f'parameters {{ key: "onnx_dl.{name}" value {{ string_value: "{value}" }} }}'
+        for name, value in given.items()
+    ]
+    (tmp_path / "a" / "config.pbtxt").write_text("\n".join([*lines, "instance_group { kind: KIND_CPU }"]))
+    catalog = Catalog([str(tmp_path)])
+    limits = {
+        "sandbox": True, "max_memory_hard": 2 * 10**9, "max_memory": 10**9, "max_runs": 5, "group": "g",
+        "providers": ["CPUExecutionProvider"],
+    }  # fmt: skip
+    looser = {"sandbox": "false", "max_memory_hard": "9GB", "max_runs": "900", "group": "h", "ttl": "1"}
+    loose = {f"onnx_dl.{name}": {"string_value": value} for name, value in looser.items()}
+    for override, more in (
+        ({}, {"ttl": 300.0}),
+        ({"parameters": loose, "instance_group": [{"kind": "KIND_GPU"}]}, {"ttl": 1.0}),
+        ({"parameters": {"onnx_dl.max_memory_hard": {"string_value": "5MB"}}},
+         {"ttl": 300.0, "max_memory_hard": 5 * 10**6, "max_memory": 5 * 10**6}),
+    ):  # fmt: skip
+        found = catalog.read_one("a", json.dumps(override))
+        assert found is not None
+        assert found.entries[0].arguments == limits | more
 
 
 def test_a_repository_that_cannot_be_listed(tmp_path: Path) -> None:

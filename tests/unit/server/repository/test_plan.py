@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 
 from onnx_dl.core.events import EventType, ModelEvent
-from onnx_dl.errors import ConfigError
+from onnx_dl.errors import (
+    ConfigError,
+    FilesChanging,
+    LoadTimeout,
+    MemoryLimitExceeded,
+    RemoteError,
+    WorkerDied,
+)
 from onnx_dl.server.interfaces import Served
 from onnx_dl.server.repository import plan, versions
 from onnx_dl.server.repository.catalog import Candidate
-from onnx_dl.server.repository.health import Health
+from onnx_dl.server.repository.health import Health, lasts
+from onnx_dl.server.repository.loads import Outcome
 from onnx_dl.server.repository.plan import Plan, content
+from onnx_dl.server.repository.retries import Retries
 from onnx_dl.server.repository.wishes import Wishes
 
 
@@ -120,6 +129,32 @@ def test_a_version_that_is_deleted_goes_even_if_another_is_broken() -> None:
     assert (generations(planned), states(planned)) == ([], [("2", "UNAVAILABLE", True)])
 
 
+def test_a_version_that_is_removed_stays_until_the_one_before_is_loaded() -> None:
+    """One who goes back to the version before removes the newest one."""
+    back, before = candidate(entry(1)), present(entry(2))
+    planned = plan.decide(back, before)
+    assert (generations(planned), planned.to_load) == (["2a"], (entry(1),))
+    assert states(planned) == [("1", "LOADING", False), ("2", "READY", True)]
+    planned = plan.decide(back, before, failures={content(entry(1)): "it is bad"})
+    assert (generations(planned), planned.to_load) == (["2a"], ())
+    assert states(planned) == [("1", "UNAVAILABLE", True), ("2", "READY", True)]
+    planned = plan.decide(back, before, loaded={content(entry(1))})
+    assert (generations(planned), states(planned)) == (["1a"], [("1", "READY", False)])
+
+
+def test_a_folder_that_cannot_be_read_withdraws_nothing() -> None:
+    planned = plan.decide(candidate(problem="no right to read", is_unreadable=True), present(entry(1)))
+    assert (generations(planned), states(planned)) == (["1a"], [("1", "READY", True)])
+    planned = plan.decide(candidate(problem="no folder of a version"), present(entry(1)))
+    assert (generations(planned), states(planned)) == ([], [("", "UNAVAILABLE", True)])
+
+
+def test_nobody_wants_an_unloaded_model() -> None:
+    assert plan.decide(candidate(entry(1)), {}).is_wanted
+    for found in (candidate(entry(1), broken={"2": "no model"}), candidate(problem="no versions")):
+        assert not plan.unloaded(found, "").is_wanted
+
+
 def test_a_configuration_that_cannot_be_used_changes_nothing() -> None:
     planned = plan.decide(candidate(there=(1, 2), problem="config.pbtxt:1: x"), present(entry(1)))
     assert (generations(planned), states(planned)) == (["1a"], [("1", "READY", True)])
@@ -156,10 +191,11 @@ def test_something_is_always_served_that_was_there_and_did_not_fail() -> None:
                 plan.decide(found, before),
                 plan.decide(found, before, loaded=loaded, failures=failures),
             ):
+                is_failing = bool(failures) and planned.to_load == ()
                 case = f"{first=} {second=} {old=} {outcome=} {planned}"
                 served = {each.version for each in planned.served}
                 assert {row.version for row in planned.rows if row.state == "READY"} == served, case
-                assert not before or not first or served, case
+                assert not before or not (first or planned.to_load or is_failing) or served, case
                 for each in planned.served:
                     was_there = before.get(each.version) == each
                     assert was_there or not before or content(each) in loaded, case
@@ -237,29 +273,78 @@ def test_what_is_loaded_at_the_start() -> None:
 # --- health -----------------------------------------------------------------------------------------------
 
 
-def event(kind: EventType, key: str, detail: str | None = None) -> ModelEvent:
-    return ModelEvent(seq=1, type=kind, at=0.0, model="m", key=key, worker_id=1, detail=detail)
+def event(kind: EventType, key: str, detail: str | None = None, retry_after: float = 0.0) -> ModelEvent:
+    return ModelEvent(
+        seq=1, type=kind, at=0.0, model="m", key=key, worker_id=1, detail=detail, retry_after=retry_after
+    )
 
 
 def test_a_load_that_fails_is_known_until_one_succeeds() -> None:
     health, served = Health(), [entry(1), entry(2)]
-    assert health.note(event(EventType.FAILED, "1a", "no operator"), served)
+    assert health.note(event(EventType.FAILED, "1a", "no operator"), served, 0.0)
     assert health.failing == {content(entry(1)): "failed to load 'm' version 1: no operator"}
-    assert not health.note(event(EventType.FAILED, "1a", "no operator"), served)
-    assert health.note(event(EventType.READY, "1a"), served)
+    assert not health.note(event(EventType.FAILED, "1a", "no operator"), served, 0.0)
+    assert health.note(event(EventType.READY, "1a"), served, 0.0)
     assert not health.failing
 
 
 def test_a_worker_that_worked_and_died_changes_nothing() -> None:
     health, served = Health(), [entry(1)]
-    assert not health.note(event(EventType.READY, "1a"), served)
-    assert not health.note(event(EventType.FAILED, "1a", "killed"), served)
+    assert not health.note(event(EventType.READY, "1a"), served, 0.0)
+    assert not health.note(event(EventType.FAILED, "1a", "killed"), served, 0.0)
     assert not health.failing
 
 
 def test_events_of_others_change_nothing() -> None:
     health = Health()
-    assert not health.note(event(EventType.FAILED, "other"), [entry(1)])
-    assert not health.note(event(EventType.UNLOADED, "1a"), [entry(1)])
+    assert not health.note(event(EventType.FAILED, "other"), [entry(1)], 0.0)
+    assert not health.note(event(EventType.UNLOADED, "1a"), [entry(1)], 0.0)
     grouped = entry(1, arguments={"group": "g"})
-    assert not health.note(event(EventType.FAILED, "1a"), [grouped])
+    assert not health.note(event(EventType.FAILED, "1a"), [grouped], 0.0)
+
+
+def test_the_mark_of_a_failure_ends_when_the_host_may_load_again() -> None:
+    """It may be due to the machine, and without a request the model would never be loaded again."""
+    health, served = Health(), [entry(1), entry(2)]
+    failed = event(EventType.FAILED, "1a", "no processes", retry_after=4.0)
+    assert health.note(failed, served, 100.0)
+    assert lasts(failed) == 14
+    assert not health.note(failed, served, 105.0)  # it lasts longer, and the index says the same
+    assert not health.end(118.0)
+    assert health.failing
+    assert health.end(119.0)
+    assert not health.failing
+
+
+def test_the_mark_of_a_file_does_not_end() -> None:
+    health, served = Health(), [entry(1)]
+    health.mark(entry(1), "no operator")
+    assert not health.note(event(EventType.FAILED, "1a", "no operator"), served, 0.0)
+    assert not health.end(1e9)
+    assert health.failing == {content(entry(1)): "no operator"}
+
+
+# --- retries ----------------------------------------------------------------------------------------------
+
+
+def test_a_load_is_tried_again_later_and_later() -> None:
+    retries, died = Retries(), [Outcome(WorkerDied("killed"))]
+    now = 0.0
+    for wait in (10, 20, 40, 80, 160, 320, 600, 600):
+        retries.note("m", died, now)
+        assert not retries.is_due("m", now + wait - 1)
+        now += wait
+        assert retries.is_due("m", now)
+    retries.note("m", [], now)
+    assert not retries.is_due("m", 1e9)
+
+
+@pytest.mark.parametrize("error", [LoadTimeout("slow"), MemoryLimitExceeded("large"), WorkerDied("killed")])
+def test_what_is_tried_again(error: Exception) -> None:
+    retries = Retries()
+    retries.note("m", [Outcome(error)], 0.0)
+    assert (retries.is_due("m", 9.0), retries.is_due("m", 10.0)) == (False, True)
+    retries.note("m", [Outcome(FilesChanging("copied"))], 0.0)
+    assert retries.is_due("m", 0.0)
+    retries.note("m", [Outcome(RemoteError("Fail", "no operator", ""))], 0.0)
+    assert not retries.is_due("m", 1e9)
