@@ -285,6 +285,27 @@ def test_calls_without_a_message_keep_no_others_out(
             channel.close()
 
 
+def test_the_health_is_told_while_all_places_wait_for_loads(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = rig.listener._service._others
+    monkeypatch.setattr(others, "_most", 2)
+    rig.server.control.can_load.clear()
+    data = message("inference.RepositoryModelLoadRequest")(model_name="echo").SerializeToString()
+    try:
+        loads = [rig.sending("RepositoryModelLoad", [data]) for _ in range(2)]
+        eventually(lambda: others.taken == 2, "loads that wait")
+        eventually(lambda: not rig.listener._service._arrivals._awaited, "no message that is awaited")
+        assert failure(rig, "ServerMetadata", b"")[0] == "RESOURCE_EXHAUSTED"
+        ready = message("inference.ModelReadyRequest")(name="echo").SerializeToString()
+        for name, request in (("ServerLive", b""), ("ServerReady", b""), ("ModelReady", ready)):
+            assert rig.unary(name, request)
+    finally:
+        rig.server.control.can_load.set()
+    for load in loads:
+        load.result(DEADLINE)
+
+
 def test_operations_on_the_loop_do_not_hold_a_caller_that_has_gone(rig: Rig) -> None:
     rig.server.control.can_load.clear()
     data = message("inference.RepositoryModelLoadRequest")(model_name="echo").SerializeToString()

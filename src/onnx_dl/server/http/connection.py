@@ -18,13 +18,16 @@ from onnx_dl.server.http.head import END, head_too_large, skipped_length
 from onnx_dl.server.http.heads import Heads
 from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
 from onnx_dl.server.http.outgoing import Outgoing
-from onnx_dl.server.http.peers import caller_of
+from onnx_dl.server.http.peers import caller_of, has_gone
 from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _PATIENCE: Final = 1.0
 """Seconds that a head may take before its connection is among those that make room for new ones."""
+
+
+_LOOK_EVERY: Final = 0.1
 
 
 class Phase(enum.Enum):
@@ -70,6 +73,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._skip = 0
         self._request: HttpRequest | None = None
         self._task: asyncio.Task[None] | None = None
+
+        self._watching: asyncio.TimerHandle | None = None
 
     # What the transport calls.
 
@@ -140,8 +145,20 @@ class HttpConnection(asyncio.BufferedProtocol):
         if len(data) and self._phase in (Phase.RUN, Phase.SEND):
             self._waiting += data
             if len(self._waiting) > WAITING_BYTES:
-                # From here on the client's end is not seen, either.
+                # The client's end would not be seen from here on.
                 self._transport.pause_reading()
+                self._watch()
+
+    def _watch(self) -> None:
+        """While the socket is not read and an inference runs: end the run when the client has gone."""
+        if self._phase is not Phase.RUN or self._admitted is None or not self._admitted.is_inference:
+            return
+        if has_gone(self._transport.get_extra_info("socket").fileno()):
+            self._transport.abort()
+        else:
+            if self._watching is not None:
+                self._watching.cancel()
+            self._watching = self._loop.call_later(_LOOK_EVERY, self._watch)
 
     def _take_head(self, data: memoryview) -> memoryview:
         """Look for the end of a head; return what follows it."""
