@@ -82,7 +82,9 @@ class LocalControl:
     async def metrics(self) -> tuple[bytes, str]:
         statistics = selected(await self._all_statistics(), self._served("", ""))
         snapshot = await host.snapshot_of(self._front.host)
-        return families.render(statistics, snapshot, await host.page_of(snapshot), "")
+        page = await host.page_of(snapshot)
+        # A driver of GPUs may take its time.
+        return await asyncio.to_thread(families.render, statistics, snapshot, page, "")
 
     async def _all_statistics(self) -> list[VersionStatistics]:
         own = self._front.statistics.snapshot()
