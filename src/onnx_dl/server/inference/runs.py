@@ -32,12 +32,14 @@ async def arun(
     """:func:`run`, awaited.  Cancelling it ends the run."""
     if prepared.types:
         return await threads.run(functools.partial(run, proxy, prepared), timeout)
+    deadline = Deadline(timeout)
     small = placed_runs.small(prepared.names, prepared.feed, prepared.places)
     if small is not None or not prepared.places:
         feed = prepared.feed if small is None else placed_runs.copied(prepared.feed)
         found = await short_runs.arun(
-            proxy, prepared.names or None, feed, timeout, prepared.signature.patience
+            proxy, prepared.names or None, feed, deadline, prepared.signature.patience
         )
         if found is not None:
             return found if small is None else small.written(found)
-    return await placed_runs.arun(proxy, prepared.names or None, prepared.feed, prepared.places, timeout)
+    names, left = prepared.names or None, deadline.left()
+    return await placed_runs.arun(proxy, names, prepared.feed, prepared.places, left)
