@@ -206,12 +206,17 @@ class HttpConnection(asyncio.BufferedProtocol):
             else:
                 self._body.advance(nbytes)
         except RequestFailure as failure:
-            self._body = None
-            self._send(failed(failure), skip=None)
+            self._send(self._refused(failure), skip=None)
             return nbytes
         if self._body.is_complete:
             self._start()
         return nbytes
+
+    def _refused(self, failure: RequestFailure) -> HttpAnswer:
+        """The answer to a request whose body is not taken."""
+        self._body = None
+        assert self._admitted is not None
+        return self._handler.refused(self._admitted.target, failure)
 
     def _start(self) -> None:
         """The request is there: answer it."""
@@ -298,8 +303,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             case Phase.BODY if self._body is not None:
                 came, length = self._body.filled, self._admitted and self._admitted.framing.length
                 if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
-                    self._body = None
-                    self._send(failed(passed("The request's body took too long.")), skip=None)
+                    self._send(self._refused(passed("The request's body took too long.")), skip=None)
             case Phase.SEND | Phase.LINGER if self._outgoing.is_stuck(now):
                 self._transport.abort()
             case Phase.SKIP | Phase.LINGER if waited > limits.linger and not self._outgoing.unsent:
