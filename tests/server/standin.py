@@ -91,12 +91,21 @@ class Inference:
         self.ended: list[float] = []
         """When runs ended that were told to end."""
         self.running = 0
+        self.owed = 0
+        """Bytes of answers that wait."""
         self.most_running = 0
         self.regions: dict[str, bytearray] = {}
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> memoryview:
         return memoryview(bytearray(nbytes))
+
+    def owe(self, nbytes: int) -> None:
+        with self._lock:
+            self.owed += nbytes
+
+    def paid(self, nbytes: int) -> None:
+        self.owe(-nbytes)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         raise NotImplementedError
@@ -206,8 +215,10 @@ class Control:
     async def model_state(self, name: str, version: str = "") -> ModelState:
         raise NotImplementedError
 
-    async def metrics(self) -> tuple[bytes, str]:
-        raise NotImplementedError
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        if not accept:
+            raise NotImplementedError
+        return b"text", accept
 
 
 class Access:

@@ -158,8 +158,13 @@ def test_a_fault_of_the_server_is_500_without_its_trace(
     reply = ask(client, infer(parameters={"crash": True}))
     assert reply.status == 500 and b"ZeroDivision" not in reply.body and b"Traceback" not in reply.body
     assert "ZeroDivisionError" in caplog.text
-    assert ask(client, request("/metrics")).status == 500
+    assert ask(client, request("/metrics")).status == 500  # the stand-in has none without Accept
     assert ask(client, infer()).status == 200
+
+
+def test_a_page_of_metrics_is_in_the_format_that_is_asked_for(client: socket.socket) -> None:
+    reply = ask(client, request("/metrics", Accept="application/openmetrics-text"))
+    assert (reply.status, reply.headers["content-type"]) == (200, "application/openmetrics-text")
 
 
 def test_a_fault_at_the_head_is_500_too(server: HttpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +299,18 @@ def test_who_closes_ends_the_run(server: HttpStandIn) -> None:
         eventually(lambda: server.inference.cancelled_at, "an end of the run")
         assert server.inference.cancelled_at[0] - closed < allowed(0.2)
         eventually(lambda: server.inference.running == 0, "no run")
+
+
+def test_who_closes_ends_the_run_although_much_is_sent_ahead(server: HttpStandIn) -> None:
+    server.inference.cancelled_at.clear()
+    client = server.connect()
+    client.sendall(infer(parameters={"sleep": 30}) + request("/v2") * 4000)
+    eventually(lambda: server.inference.running == 1, "a run")
+    closed = time.monotonic()
+    client.close()
+    eventually(lambda: server.inference.cancelled_at, "an end of the run")
+    assert server.inference.cancelled_at[0] - closed < allowed(0.5)
+    eventually(lambda: server.inference.running == 0, "no run")
 
 
 def test_who_sends_no_more_still_gets_answers_that_are_no_runs(server: HttpStandIn) -> None:

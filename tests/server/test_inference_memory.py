@@ -6,6 +6,7 @@ import asyncio
 import gc
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from onnx_dl.server.v2.messages import InferRequest, InferResponse, InputTensor,
 from tests.conftest import _belongings as belongings
 from tests.conftest import _left as left
 from tests.support import inference_rig as rigs
-from tests.support.inference_rig import InferenceRig, only, request, tensor
-from tests.support.waiting import eventually
+from tests.support.inference_rig import InferenceRig, only, request, tensor, until
+from tests.support.waiting import DEADLINE, eventually
 
 Infer = Callable[[InferRequest], InferResponse]
 SIZE = 1 << 20
@@ -205,3 +206,61 @@ def test_memory_is_given_back_after_large_requests(
     assert rig.limits.bytes_in_flight == 0
     eventually(lambda: taken() < before + (8 << 20), "the end of what was for large requests")
     rig.infer(small)
+
+
+@pytest.mark.parametrize("is_in_region", [False, True])
+def test_an_event_loop_goes_on_while_many_texts_are_read(
+    rig: InferenceRig, shared: memoryview, monkeypatch: pytest.MonkeyPatch, is_in_region: bool
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    decode = text.decode
+
+    def slow(*arguments: Any) -> list[str]:
+        begun.set()
+        assert goes_on.wait(DEADLINE), "the event loop waited"
+        return decode(*arguments)
+
+    monkeypatch.setattr(text, "decode", slow)
+    data = bytes(4 * 20_000)
+    shared[: len(data)] = data
+    where = RegionSlice("r", 0, len(data)) if is_in_region else data
+
+    async def run() -> None:
+        wanted = request("echoBYTES", InputTensor("x", "BYTES", (1, 20_000), where))
+        running = asyncio.create_task(rig.executor.infer(wanted))
+        await until(begun.is_set, "the begin")
+        goes_on.set()
+        assert only(await running).shape == (1, 20_000)
+
+    asyncio.run(run())
+
+
+def test_a_caller_who_goes_while_his_texts_are_read_leaves_nothing(
+    rig: InferenceRig, shared: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> list[str]:
+        begun.set()
+        assert may_end.wait(DEADLINE)
+        return [""] * 20_000
+
+    monkeypatch.setattr(text, "decode", slow)
+    where = RegionSlice("r", 0, 4 * 20_000)
+
+    async def run() -> None:
+        wanted = request("echoBYTES", InputTensor("x", "BYTES", (1, 20_000), where))
+        running = asyncio.create_task(rig.executor.infer(wanted))
+        await until(begun.is_set, "the begin")
+        running.cancel()
+        rig.regions.unregister("r")
+        await asyncio.sleep(0)
+        assert not running.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(run())
+    gc.collect()
+    assert rig.limits.bytes_in_flight == 0
+    assert rig.limits.pending(rig.served["echoBYTES", "1"]) == 0

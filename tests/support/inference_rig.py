@@ -182,7 +182,7 @@ def request(
     timeout: float | None = None,
     parameters: dict[str, Any] | None = None,
 ) -> InferRequest:
-    wanted = [RequestedOutput(name, region) for name, region in (outputs or {}).items()]
+    wanted = [RequestedOutput(name, region, True) for name, region in (outputs or {}).items()]
     return InferRequest(model, version, "an id", list(inputs), wanted, parameters or {}, timeout)
 
 

@@ -73,12 +73,12 @@ class ShortCall(NamedTuple):
     def pending(self) -> PendingCall:
         return PendingCall(self.pool, self.lane, self.plan)
 
-    def conclude(self, reply: Reply) -> list[EngineValue] | None:
+    def conclude(self, reply: Reply, deadline: Deadline) -> list[EngineValue] | None:
         """Return the results; None: the call was not executed.  The lane is free again, or closed.  Raises
-        like :meth:`PendingCall.conclude`."""
+        like :meth:`PendingCall.conclude`, with which it waits for the host until the deadline."""
         pool, lane = self.pool, self.lane
         if reply != SAME:
-            result = self.pending.conclude(reply)
+            result = self.pending.conclude(reply, deadline)
             return None if result is RETRY else result
         try:
             assert self.plan.repeated is not None  # nobody else uses the lane
@@ -142,27 +142,27 @@ def finish(call: ShortCall, deadline: Deadline) -> list[EngineValue] | None:
     except BaseException as error:
         abandon(call.pool, lane, error)
         raise
-    return call.conclude(reply)
+    return call.conclude(reply, deadline)
 
 
-async def afinish(call: ShortCall, timeout: float | None, patience: Patience) -> list[EngineValue] | None:
+async def afinish(call: ShortCall, deadline: Deadline, patience: Patience) -> list[EngineValue] | None:
     """:func:`finish`, awaited on asyncio.  Cancelling it ends the run."""
     try:
-        reply = await _reply(call.lane, timeout, patience)
+        reply = await _reply(call.lane, deadline, patience)
     except (asyncio.CancelledError, TimeoutError) as error:
         _abort(call)
         if isinstance(error, TimeoutError):
-            raise run_timeout(Deadline(timeout), "was told to end") from None
+            raise run_timeout(deadline, "was told to end") from None
         raise
     except BaseException as error:
         abandon(call.pool, call.lane, error)
         raise
     if reply != SAME and call.pending.needs_host(reply):
-        return await asyncio.to_thread(call.conclude, reply)
-    return call.conclude(reply)
+        return await asyncio.to_thread(call.conclude, reply, deadline)
+    return call.conclude(reply, deadline)
 
 
-async def _reply(lane: ClientLane, timeout: float | None, patience: Patience) -> Reply:
+async def _reply(lane: ClientLane, deadline: Deadline, patience: Patience) -> Reply:
     if milliseconds := patience.milliseconds:
         began = time.perf_counter()
         try:
@@ -172,7 +172,7 @@ async def _reply(lane: ClientLane, timeout: float | None, patience: Patience) ->
         else:
             patience.note(time.perf_counter() - began)
             return reply
-    async with asyncio.timeout(timeout):
+    async with asyncio.timeout(deadline.left()):
         return await _readable(lane)
 
 

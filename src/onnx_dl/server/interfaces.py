@@ -163,8 +163,9 @@ class Control(Protocol):
     async def region_status(self, name: str | None) -> list[RegionStatus]: ...
     async def statistics(self, name: str = "", version: str = "") -> list[VersionStatistics]: ...
     async def model_state(self, name: str, version: str = "") -> ModelState: ...
-    async def metrics(self) -> tuple[bytes, str]:
-        """The text of all families, and its content type."""
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        """The text of all families in the format that ``accept`` asks for, a header of that name, and its
+        content type."""
 
 
 class Inference(Protocol):
@@ -177,6 +178,13 @@ class Inference(Protocol):
         Raises:
             RequestFailure: 429: too many bytes are in flight.
         """
+
+    def owe(self, nbytes: int) -> None:
+        """Count bytes of answers that wait for their clients.  They are in flight, too, and while that is too
+        much, inferences are refused (429)."""
+
+    def paid(self, nbytes: int) -> None:
+        """Count them out: they are sent, or their client is gone."""
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""

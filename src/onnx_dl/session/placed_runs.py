@@ -26,7 +26,7 @@ from onnx_dl.session.inference_session import InferenceSessionProxy
 from onnx_dl.session.inputs import names_of, sharing
 from onnx_dl.session.model_handle import ModelHandle
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace
-from onnx_dl.tensors.foreign_tables import MOST_NAMED
+from onnx_dl.tensors.foreign_tables import MOST_NAMED, TooManyMemories
 
 _SMALL: Final = 64 << 10
 """Bytes below which two copies here take less time than telling the worker what to read and write."""
@@ -57,16 +57,16 @@ def run(
         Exception: onnxruntime's own.
     """
     handle = proxy._handle
-    arguments = _placed(proxy, names, feed, places)
     try:
-        model = handle.model(deadline)
+        model = handle.model(deadline)  # first: names of all outputs are known after a load
+        arguments = _placed(proxy, names, feed, places)
         watch = CancelWatch(deadline=deadline)
         if isinstance(arguments, RunArguments):
             return _in_order(arguments, model.run(handle.lease, *arguments, watch))
         if isinstance(model, RemoteModel) and _goes_along(handle, arguments):
             try:
                 return _run_there(model, handle, arguments, watch)
-            except BufferError:  # the lane has news of too many other blocks
+            except TooManyMemories:  # nothing was sent
                 pass
         return _run_here(model, handle, arguments, watch)
     except DeadlinePassed as passed:
@@ -110,7 +110,7 @@ async def arun(
 ) -> list[Value]:
     """:func:`run` for asyncio and trio, without a thread per call.  Cancelling it ends the run; after
     ``timeout`` seconds it raises RunTimeout."""
-    handle = proxy._handle
+    handle, deadline = proxy._handle, Deadline(timeout)
     # Names of all outputs may need a load, for which the loop must not wait.
     arguments = _placed(proxy, names, feed, places) if names or not _is_placed(feed, places) else None
     sent = arguments
@@ -120,13 +120,13 @@ async def arun(
         find = handle.in_use() or handle.model
         try:
             result: list[Value] = await awaited_calls.call(find, handle.lease, sent, timeout, None)
-        except BufferError:  # as in run()
+        except TooManyMemories:  # as in run()
             pass
         else:
             if isinstance(arguments, PlacedArguments) and isinstance(sent, RunArguments):
                 return arguments.written(result)
             return _in_order(sent, result)
-    return await awaited_calls.in_thread(functools.partial(run, proxy, names, feed, places), timeout)
+    return await awaited_calls.in_thread(functools.partial(run, proxy, names, feed, places), deadline.left())
 
 
 def _placed(

@@ -25,11 +25,11 @@ async def arun(
     proxy: InferenceSessionProxy,
     names: Sequence[str] | None,
     feed: Feed,
-    timeout: float | None,
+    deadline: Deadline,
     patience: Patience,
 ) -> list[Value] | None:
     """:func:`run`, awaited on asyncio.  Cancelling it ends the run.  The loop itself waits for a moment if
     the model usually answers within that."""
     handle = proxy._handle
     call = short_calls.begin(handle.used, handle.lease, names, feed)
-    return None if call is None else await short_calls.afinish(call, timeout, patience)
+    return None if call is None else await short_calls.afinish(call, deadline, patience)

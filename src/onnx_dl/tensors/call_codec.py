@@ -5,7 +5,7 @@ Messages are sent by :mod:`onnx_dl.transport.client_lane`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from onnx_dl.tensors.call_plans import (
     can_repeat,
     key_of,
 )
-from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace, Written
+from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace, Written, bytes_of
 from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
@@ -95,7 +95,7 @@ class CallCodec:
 
         Raises:
             ForeignMemoryError: a memory is closed, or does not have these bytes.
-            BufferError: the call names too many memories.
+            TooManyMemories: the call names too many memories.
             Exception: like :meth:`Packer.pack`.
         """
         memories = self._arena.memories
@@ -162,7 +162,7 @@ class CallCodec:
             return self._unpacker.unpack(reply.value)
         if isinstance(reply, m.PlacedResult):
             self._learn(None, reply.value)
-            return _merged(self._unpacker.unpack(reply.value), reply.written)
+            return _merged(_placed_call(request).outputs, self._unpacker.unpack(reply.value), reply)
         plan = _with_results(plan)
         if not plan.readers:
             self._prepare_reading(plan)
@@ -215,12 +215,33 @@ def _place(place: ForeignPlace, memories: AnnouncedMemories) -> m.Place:
     return m.Place(memories.number(place.memory), place.offset, place.nbytes)
 
 
-def _merged(values: EngineValue, written: Sequence[m.WrittenResult]) -> list[EngineValue]:
-    """Return the results in order: those that were written, and the others."""
+def _merged(names: list[str], values: EngineValue, reply: m.PlacedResult) -> list[EngineValue]:
+    """Return the results in order: those that were written, and the others.  Raises ProtocolError if these
+    are not one for each name."""
+    indices = [one.index for one in reply.written]
+    is_complete = isinstance(values, list) and len(values) + len(indices) == len(names)
+    is_ordered = indices == sorted(set(indices)) and all(0 <= index < len(names) for index in indices)
+    if not (is_complete and is_ordered):
+        raise ProtocolError(f"A worker answered a call for {len(names)} results with others.")
     results = list(values)
-    for one in written:
-        results.insert(one.index, Written(np.dtype(one.dtype), one.shape))
+    for one in reply.written:
+        results.insert(one.index, _written(one))
     return results
+
+
+def _written(one: m.WrittenResult) -> Written:
+    try:
+        dtype = np.dtype(one.dtype)
+        bytes_of(dtype, one.shape)
+    except (TypeError, ValueError, SyntaxError) as error:  # numpy's, and ForeignMemoryError
+        raise ProtocolError(f"A worker wrote a result that cannot be: {error}.") from None
+    return Written(dtype, one.shape)
+
+
+def _placed_call(request: Request) -> m.PlacedCall:
+    if isinstance(request, EncodedCall) and isinstance(request.message, m.PlacedCall):
+        return request.message
+    raise ProtocolError("A worker answered another request like a call with places.")
 
 
 def _plan_of(request: Request) -> CallPlan | None:

@@ -29,6 +29,10 @@ MOST_KEPT: Final = 64
 """Memories that a worker keeps for one lane."""
 
 
+class TooManyMemories(Exception):
+    """A message names too many memories, or the lane has news of too many other blocks.  Nothing was sent."""
+
+
 class _Known(NamedTuple):
     number: int
     memory: weakref.ref[ForeignMemory]
@@ -73,7 +77,7 @@ class AnnouncedMemories:
 
         Raises:
             ForeignMemoryError: it is closed.
-            BufferError: this message cannot announce it.
+            TooManyMemories: this message cannot announce it.
             OSError: this process may have no more descriptors.
         """
         known = self._known.pop(memory.serial, None) or self._announced(memory)
@@ -94,7 +98,7 @@ class AnnouncedMemories:
 
     def _announced(self, memory: ForeignMemory) -> _Known:
         if self._announcer.room <= 0 or not self._has_room():
-            raise BufferError("too many memories for one message")
+            raise TooManyMemories
         memory.watch(self)  # first: so a close() in another thread is not overlooked
         fd = memory.duplicate()
         number = self._next_number()

@@ -11,7 +11,7 @@ from onnx_dl.errors import OnnxDLError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.transport.worker_lane import WorkerLane
-from onnx_dl.workers.engines import base
+from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines.base import Backend, CancelToken
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.limits import RecycleLimits, Watchdog
@@ -33,8 +33,10 @@ class LaneService:
         tokens: dict[int, CancelToken],
         limits: RecycleLimits | None,
         watchdog: Watchdog | None,
+        trims: EngineTrims,
     ) -> None:
         """``tokens``: of all lanes, by the native id of the lane's thread."""
+        self._trims = trims
         self._lane = lane
         self._limits = limits
         self._watchdog = watchdog
@@ -162,7 +164,7 @@ class LaneService:
         self._placed.trim()
         self._lane.arena.trim()
         self._lane.reply(None)
-        base.trim(self._backend)  # after the reply, because it takes a while
+        self._trims.ask(self._backend, time.monotonic())  # after the reply, because it takes a while
 
 
 def _name(name: object) -> Any:

@@ -33,6 +33,7 @@ from onnx_dl.transport.handshakes import Handshakes
 from onnx_dl.transport.sockets import Channel, Waker, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers import standby, warmup
+from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
@@ -126,6 +127,7 @@ class Worker:
             trim_heap()  # before WorkerReady, after which memory is measured
             ready = time.monotonic()
             self._gate = Gate(load.ttl, ready, self._waker.wake, self._gauges)
+            self._trims = EngineTrims(self._gate.in_flight, self._waker.wake)
             self._set_limits(spec)
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
@@ -179,7 +181,8 @@ class Worker:
                 drained = True
                 backend.close()
                 self._send(control.WorkerDrained(worker_id=self._id))
-            ready = zeromq.wait(poller, _timeout(decision.wait, door.next_deadline()))
+            self._trims.run_due(time.monotonic())
+            ready = zeromq.wait(poller, _timeout(decision.wait, door.next_deadline(), self._trims.next_at))
             self._waker.clear()
             if self._lifeline.fileno() in ready:
                 return
@@ -270,7 +273,9 @@ class Worker:
             if lane.channel in self._disconnected:  # it left after its greeting
                 lane.hang_up()
         model = backends.member(backend, lane.model)
-        service = LaneService(lane, self._gate, model, self._tokens, self._limits, self._watchdog)
+        service = LaneService(
+            lane, self._gate, model, self._tokens, self._limits, self._watchdog, self._trims
+        )
         try:
             service.run()
         finally:
@@ -322,10 +327,11 @@ def _reject_lane(channel: Channel, error: Exception) -> None:
         channel.send(codec.encode(CallFailed(failure=failures.describe(error))))
 
 
-def _timeout(wait: float | None, deadline: float | None) -> float | None:
-    """Returns the seconds until the earlier of the two: a duration and a monotonic time; None: no limit."""
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    return min((each for each in (wait, left) if each is not None), default=None)
+def _timeout(wait: float | None, *times: float | None) -> float | None:
+    """Returns the seconds until the earliest: a duration, and monotonic times; None: no limit."""
+    now = time.monotonic()
+    left = [max(0.0, at - now) for at in times if at is not None]
+    return min(left if wait is None else [wait, *left], default=None)
 
 
 def _exit() -> NoReturn:

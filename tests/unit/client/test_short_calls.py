@@ -1,10 +1,14 @@
-"""Time for which an event loop waits itself."""
+"""Time for which an event loop waits itself, and deadlines."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
-from onnx_dl.client.short_calls import Patience
+from onnx_dl.client import short_calls
+from onnx_dl.client.short_calls import Patience, ShortCall
+from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.transport.client_lane import Reply
 
 
 def test_it_waits_while_replies_come_at_once() -> None:
@@ -47,3 +51,37 @@ def test_one_slow_reply_among_quick_ones_is_forgiven() -> None:
         patience.note(20e-6)
     patience.note(None)
     assert patience.milliseconds == 1
+
+
+class Pool:
+    """Knows a worker that ended without an answer."""
+
+    def __init__(self) -> None:
+        self.asked: list[Deadline | None] = []
+
+    def retire(self) -> None:
+        pass
+
+    def check_end(self, deadline: Deadline | None) -> None:
+        self.asked.append(deadline)
+
+
+class Lane:
+    """Its worker is gone."""
+
+    reply_fd = 0
+
+    def close(self) -> None:
+        pass
+
+    def receive_early(self, milliseconds: int) -> Reply:
+        return None
+
+
+def test_the_question_how_a_worker_ended_has_the_deadline_of_the_call() -> None:
+    pool, lane = Pool(), Lane()
+    call = ShortCall(pool, lane, None)  # type: ignore[arg-type]
+    in_thread, awaited = Deadline(7), Deadline(8)
+    assert short_calls.finish(call, in_thread) is None
+    assert asyncio.run(short_calls.afinish(call, awaited, Patience())) is None
+    assert pool.asked == [in_thread, awaited]

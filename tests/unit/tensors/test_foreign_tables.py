@@ -16,6 +16,7 @@ from onnx_dl.tensors.foreign_tables import (
     AnnouncedMemories,
     PeerMemories,
     PeerMemory,
+    TooManyMemories,
     overlap,
 )
 
@@ -124,12 +125,12 @@ def test_one_message_has_room_for_so_many(known: AnnouncedMemories, told: Told) 
     known.next_message()
     for each in some[:-1]:
         known.number(each)
-    with pytest.raises(BufferError):
+    with pytest.raises(TooManyMemories):
         known.number(some[-1])
     assert not told.dropped_numbers
     told.room = 0
     known.next_message()
-    with pytest.raises(BufferError):
+    with pytest.raises(TooManyMemories):
         known.number(some[-1])
     for each in some:
         each.close()

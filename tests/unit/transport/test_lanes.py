@@ -49,6 +49,7 @@ from onnx_dl.transport.client_lane import ClientLane
 from onnx_dl.transport.gauges import Gauges
 from onnx_dl.transport.sockets import Channel, Listener, fresh_address
 from onnx_dl.transport.worker_lane import WorkerLane
+from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines.base import CancelToken, Rerun
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService
@@ -125,7 +126,8 @@ class Worker:
                 lane = WorkerLane(self.context, channel, SECRET, DEADLINE)
                 backend: Any = self.backend
                 backend.lane = lane
-                service = LaneService(lane, self.gate, backend, self.tokens, None, None)
+                trims = EngineTrims(self.gate.in_flight, lambda: None)
+                service = LaneService(lane, self.gate, backend, self.tokens, None, None, trims)
                 done = sockets.Waker()
                 watcher = threading.Thread(target=_watch, args=(channel, lane, done))
                 watcher.start()

@@ -10,11 +10,11 @@ from typing import Final
 
 import numpy as np
 
+from onnx_dl.server.v2.bounds import MOST_VALUES
 from onnx_dl.server.v2.failures import invalid, too_large
 
 MOST_LISTS: Final = 1 << 20
 """Lists and objects in one request."""
-MOST_VALUES: Final = 1 << 24
 _MARKS: Final = b'"[]{}'
 _NOT_MARKS: Final = bytes(code for code in range(256) if code not in _MARKS)
 _QUOTE: Final = ord('"')

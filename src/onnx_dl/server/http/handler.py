@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from typing import Final, NamedTuple
 
@@ -14,9 +15,10 @@ from onnx_dl.server.http.asgi import call
 from onnx_dl.server.http.head import Framing, Head, framing
 from onnx_dl.server.http.limits import JSON_BYTES, OTHER_BODY
 from onnx_dl.server.http.requests import HttpRequest
-from onnx_dl.server.http.results import infer_answer
+from onnx_dl.server.http.results import infer_answer, takes_long
 from onnx_dl.server.http.targets import INFER, METRICS, Target, find_target
 from onnx_dl.server.interfaces import Caller, Server
+from onnx_dl.server.v2.bounds import AT_ONCE_BYTES, AT_ONCE_COPIED
 from onnx_dl.server.v2.failures import RequestFailure, internal, not_found, unavailable
 from onnx_dl.server.v2.operations import Scope
 
@@ -123,16 +125,23 @@ class Handler:
         model, version = names["model"], names.get("version", "")
         if request.header_length == 0:
             served = self.server.models.find(model, version)
-            inference, wanted = infer.read_raw_request(served, version, request.body)
+            read = functools.partial(infer.read_raw_request, served, version, request.body)
+            is_long = len(request.body) > AT_ONCE_COPIED
         else:
-            inference, wanted = infer.read_request(model, version, request.body, request.header_length)
+            read = functools.partial(infer.read_request, model, version, request.body, request.header_length)
+            is_long = infer.json_length(request.body, request.header_length) > AT_ONCE_BYTES
+        inference, wanted = await asyncio.to_thread(read) if is_long else read()
+        del read  # it has the body
         request.body = memoryview(b"")
         if timeout is not None:
             # What the body took is gone.
             waited = asyncio.get_running_loop().time() - request.began
             inference.timeout = max(0.0, timeout - waited)
         response = await self.server.inference.infer(inference)
-        answer = infer_answer(response, wanted)
+        if takes_long(response, wanted):
+            answer = await asyncio.to_thread(infer_answer, response, wanted)
+        else:
+            answer = infer_answer(response, wanted)
         encoding = compression.asked_encoding(headers.get(b"accept-encoding"))
         if encoding and answer.nbytes > _IN_THREAD:
             await asyncio.to_thread(compression.compress, answer, encoding)

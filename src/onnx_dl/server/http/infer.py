@@ -78,7 +78,10 @@ class _Layout(NamedTuple):
             InputTensor(name, datatype, shape, body[data] if type(data) is slice else data, parameters)
             for name, datatype, shape, data, parameters in self.inputs
         ]
-        return InferRequest(model, version, self.id, inputs, self.outputs, self.parameters, nbytes=len(body))
+        return InferRequest(
+            model, version, self.id, inputs, self.outputs, self.parameters,
+            nbytes=len(body), is_binary=self.wanted.is_binary,
+        )  # fmt: skip
 
 
 def read_request(
@@ -89,7 +92,7 @@ def read_request(
     Raises:
         RequestFailure: 400; 413: too much JSON.
     """
-    end = len(body) if header_length is None else header_length
+    end = json_length(body, header_length)
     if end > len(body):
         raise invalid(f"Inference-Header-Content-Length is {end}, the body has {len(body)} bytes.")
     if end > JSON_BYTES:
@@ -98,6 +101,11 @@ def read_request(
     read = _kept_layout if is_kept else _layout
     layout = read(bytes(body[:end]), len(body), header_length is not None, model)
     return layout.request(model, version, body), layout.wanted
+
+
+def json_length(body: memoryview, header_length: int | None) -> int:
+    """Bytes of the JSON in a body; more than the body has if its head lies."""
+    return len(body) if header_length is None else header_length
 
 
 def _layout(json: bytes, nbytes: int, has_binary: bool, model: str) -> _Layout:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from onnx_dl.server.http.answers import BINARY, JSON, HttpAnswer, Part
 from onnx_dl.server.http.infer import Wanted
+from onnx_dl.server.v2.bounds import AT_ONCE_TEXTS, AT_ONCE_VALUES
 from onnx_dl.server.v2.datatypes import BYTES
-from onnx_dl.server.v2.failures import RequestFailure, invalid
+from onnx_dl.server.v2.json_outputs import check_output, not_json
 from onnx_dl.server.v2.messages import InferResponse, OutputTensor
 
 
@@ -49,6 +50,19 @@ def infer_answer(response: InferResponse, wanted: Wanted) -> HttpAnswer:
     return HttpAnswer(200, parts, BINARY, [(b"Inference-Header-Content-Length", b"%d" % len(json))])
 
 
+def takes_long(response: InferResponse, wanted: Wanted) -> bool:
+    """True if :func:`infer_answer` would keep an event loop waiting."""
+    values = texts = 0
+    for output in response.outputs:
+        if output.array is None:
+            continue
+        if output.datatype == BYTES:
+            texts += output.array.size
+        elif not wanted.binary(output.name):
+            values += output.array.size
+    return values > AT_ONCE_VALUES or texts > AT_ONCE_TEXTS
+
+
 def binary_data(output: OutputTensor) -> Part:
     """An output in the protocol's binary form: a view of its memory, but for text."""
     array = output.array
@@ -66,24 +80,27 @@ def _text_bytes(array: NDArray[Any]) -> bytes:
     return b"".join(parts)
 
 
-def json_data(output: OutputTensor) -> list[Any]:
-    """An output's items in JSON's types, flat.  Numbers read back equal."""
+def json_data(output: OutputTensor) -> list[Any] | msgspec.Raw:
+    """An output's items in JSON's types, flat; of many, their JSON.  Numbers read back equal."""
     array = output.array
     assert array is not None
-    if output.datatype in ("FP16", "BF16"):
-        raise _not_json(output.name, f"is {output.datatype}, which JSON does not have")
-    if output.datatype == BYTES:
-        try:
-            return [
-                item if isinstance(item, str) else bytes(item).decode() for item in array.ravel().tolist()
-            ]
-        except UnicodeDecodeError:
-            raise _not_json(output.name, "has bytes that are not UTF-8") from None
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise _not_json(output.name, "has values that are not finite")
-    items: list[Any] = array.ravel().tolist()
-    return items
+    check_output(output)
+    flat = array.ravel()
+    if flat.size <= AT_ONCE_VALUES:
+        return _items(output, flat)
+    # In steps: each is one of C, in which no other thread runs, and makes an object of each item.
+    parts = [
+        msgspec.json.encode(_items(output, flat[begin : begin + AT_ONCE_VALUES]))[1:-1]
+        for begin in range(0, flat.size, AT_ONCE_VALUES)
+    ]
+    return msgspec.Raw(b"[" + b",".join(parts) + b"]")
 
 
-def _not_json(name: str, why: str) -> RequestFailure:
-    return invalid(f"Output {name!r} {why}.  Ask for binary_data.")
+def _items(output: OutputTensor, flat: NDArray[Any]) -> list[Any]:
+    items: list[Any] = flat.tolist()
+    if output.datatype != BYTES:
+        return items
+    try:
+        return [item if isinstance(item, str) else bytes(item).decode() for item in items]
+    except UnicodeDecodeError:
+        raise not_json(output.name, "has bytes that are not UTF-8") from None

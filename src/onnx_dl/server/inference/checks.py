@@ -11,9 +11,10 @@ from typing import Final
 
 from onnx_dl.client.short_calls import Patience
 from onnx_dl.server.interfaces import Served, TensorInfo
-from onnx_dl.server.v2 import datatypes
-from onnx_dl.server.v2.failures import RequestFailure, invalid
-from onnx_dl.server.v2.messages import InputTensor, RequestedOutput
+from onnx_dl.server.v2 import datatypes, json_outputs
+from onnx_dl.server.v2.bounds import MOST_TEXTS
+from onnx_dl.server.v2.failures import RequestFailure, invalid, too_large
+from onnx_dl.server.v2.messages import InferRequest, InputTensor, RequestedOutput
 
 _SEQUENCES: Final = ("sequence_id", "sequence_start", "sequence_end")
 _MOST_DIMENSIONS: Final = 32
@@ -31,6 +32,7 @@ class Signature:
     """
 
     __slots__ = (
+        "binary_only",
         "entry",
         "has_bfloat16",
         "inputs",
@@ -53,6 +55,8 @@ class Signature:
         self.names = [info.name for info in entry.outputs]
         """Names of all outputs, in the model's order."""
         self.has_bfloat16 = any(info.datatype == "BF16" for info in entry.outputs)
+        self.binary_only = [info for info in entry.outputs if info.datatype in json_outputs.BINARY_ONLY]
+        """Outputs that JSON does not have."""
         self.patience = Patience()
         self.is_known = bool(entry.inputs or entry.outputs)
 
@@ -62,14 +66,17 @@ def check_inputs(signature: Signature, tensors: Sequence[InputTensor]) -> int:
 
     Raises:
         RequestFailure: 400: an input is unknown, missing or there twice, or has another datatype or shape.
+            413: there are too many texts.
     """
-    known, batch, seen = signature.inputs, None, set()
+    known, batch, seen, texts = signature.inputs, None, set(), 0
     for tensor in tensors:
         name = tensor.name
         if name in seen:
             raise invalid(f"input '{name}' already exists in request for model '{signature.model}'")
         seen.add(name)
         check_shape(name, tensor.shape)
+        if tensor.datatype == datatypes.BYTES and (texts := texts + element_count(tensor.shape)) > MOST_TEXTS:
+            raise _too_many_texts(name)
         if (info := known.get(name)) is None:
             if signature.is_known:
                 raise invalid(f"unexpected inference input '{name}' for model '{signature.model}'")
@@ -90,6 +97,13 @@ def check_inputs(signature: Signature, tensors: Sequence[InputTensor]) -> int:
     if not signature.required <= seen:
         raise _missing(signature, seen)
     return 1 if batch is None else batch
+
+
+def _too_many_texts(name: str) -> RequestFailure:
+    """Return the failure for inputs of BYTES, up to ``name``, that have too many items."""
+    return too_large(
+        f"input '{name}' of BYTES: the request has more than {MOST_TEXTS} texts. Send several requests."
+    )
 
 
 def check_shape(name: str, shape: Sequence[int]) -> None:
@@ -142,6 +156,21 @@ def check_outputs(signature: Signature, outputs: Sequence[RequestedOutput]) -> l
             raise invalid(f"output '{name}' asks for a classification, which this server does not have")
         names.append(name)
     return names
+
+
+def check_forms(signature: Signature, request: InferRequest) -> None:
+    """Raise RequestFailure (400) if the request wants an output in JSON that JSON does not have."""
+    if not signature.binary_only or (request.is_binary and not request.outputs):
+        return
+    named = {output.name: output for output in request.outputs}
+    for info in signature.binary_only:
+        if named:
+            output = named.get(info.name)
+            is_json = output is not None and not output.is_binary and output.region is None
+        else:
+            is_json = not request.is_binary
+        if is_json:
+            json_outputs.check_datatype(info.name, info.datatype)
 
 
 def check_parameters(parameters: Mapping[str, object]) -> float | None:

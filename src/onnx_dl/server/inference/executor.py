@@ -7,6 +7,7 @@ the same, and is in :class:`_Course`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from typing import Final
 
@@ -14,7 +15,7 @@ from onnx_dl.client.host_client import HostClient
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.core.types import Value
 from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
-from onnx_dl.server.inference import checks, outputs, runs
+from onnx_dl.server.inference import checks, long_steps, outputs, runs
 from onnx_dl.server.inference.bodies import FREE_UP_TO, Bodies
 from onnx_dl.server.inference.failures import failure_of, own_failure
 from onnx_dl.server.inference.heap import LARGE, HeapTrimmer
@@ -23,8 +24,10 @@ from onnx_dl.server.inference.loads import Loads
 from onnx_dl.server.inference.memory import RegionUses
 from onnx_dl.server.inference.preparation import MAX_BODY, Preparations, Prepared
 from onnx_dl.server.inference.statistics import Durations, Statistics
+from onnx_dl.server.inference.threads import Threads
 from onnx_dl.server.interfaces import Models, Served, VersionStatistics
 from onnx_dl.server.shm.regions import Regions
+from onnx_dl.server.v2 import json_outputs
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, internal, passed
 from onnx_dl.server.v2.messages import InferRequest, InferResponse, RegionSlice
 from onnx_dl.session import placed_runs
@@ -53,6 +56,7 @@ class Executor:
         self.preparations = Preparations(self.bodies.empty, max_body)
         self.heap = HeapTrimmer()
         self._loads = Loads()
+        self._threads = Threads()
 
     def allocate(self, nbytes: int) -> memoryview:
         """Writable memory for a request's body; of 64 KiB or more it lies in an arena block, and inputs in it
@@ -63,6 +67,15 @@ class Executor:
         """
         return self.bodies.allocate(nbytes)
 
+    def owe(self, nbytes: int) -> None:
+        """Count bytes of answers that wait for their clients.  They are in flight, too, and while that is too
+        much, inferences are refused (429)."""
+        self.limits.add_bytes(nbytes)
+
+    def paid(self, nbytes: int) -> None:
+        """Count them out: they are sent, or their client is gone."""
+        self.limits.free_bytes(nbytes)
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""
         for _ in range(_ATTEMPTS):
@@ -71,11 +84,17 @@ class Executor:
                 _Course(self, model.entry, request) as inference,
             ):
                 try:
-                    prepared = inference.prepare()
+                    inference.admit()
+                    if long_steps.has_long_inputs(request):
+                        prepared = await self._threads.step(inference.prepare)
+                    else:
+                        prepared = inference.prepare()
                     if not placed_runs.in_use(model.proxy):
                         await self._loads.wait(model.proxy, inference.left())
                     inference.begin()
-                    results = await runs.arun(model.proxy, prepared, inference.left())
+                    results = await runs.arun(model.proxy, prepared, inference.left(), self._threads)
+                    if long_steps.has_long_results(prepared, results):
+                        return await self._threads.step(functools.partial(inference.respond, results))
                     return inference.respond(results)
                 except ProxyClosedError:
                     continue
@@ -94,6 +113,7 @@ class Executor:
                 _Course(self, model.entry, request) as inference,
             ):
                 try:
+                    inference.admit()
                     prepared = inference.prepare()
                     left = inference.left()
                     deadline = cancel if left is None else Deadline(left, outer=cancel)
@@ -111,6 +131,7 @@ class Executor:
     def close(self) -> None:
         """Wait for nothing more; running calls end by themselves."""
         self._loads.close()
+        self._threads.close()
         self.heap.close()
 
 
@@ -135,16 +156,21 @@ class _Course:
     def __enter__(self) -> _Course:
         return self
 
-    def prepare(self) -> Prepared:
-        """Count the request in, check it and return the arguments of its run.  Raises RequestFailure."""
+    def admit(self) -> None:
+        """Count the request in.  Raises RequestFailure (413, 429)."""
         executor, request, entry = self._executor, self._request, self._entry
         self._counts = executor.statistics.begin(entry.name, entry.version)
         self._column = executor.limits.enter(entry)
+        executor.limits.check_bytes()
         if request.nbytes > FREE_UP_TO:
             self._is_large = request.nbytes >= LARGE
             if not executor.bodies.holds(request):
                 executor.limits.take_bytes(request.nbytes)
                 self._nbytes = request.nbytes
+
+    def prepare(self) -> Prepared:
+        """Check the request and return the arguments of its run.  Raises RequestFailure."""
+        executor, request, entry = self._executor, self._request, self._entry
         self._timeout = request.timeout
         if request.parameters and (given := checks.check_parameters(request.parameters)) is not None:
             self._timeout = given if request.timeout is None else min(given, request.timeout)
@@ -176,6 +202,7 @@ class _Course:
             outputs.tensor_of(prepared, name, value, request)
             for name, value in zip(prepared.names, results, strict=True)
         ]
+        json_outputs.check_outputs(request, tensors)
         for tensor in tensors:
             if tensor.array is not None and tensor.array.nbytes >= LARGE:
                 self._is_large = True

@@ -56,6 +56,8 @@ class InferRequest:
     parameters: dict[str, Any]
     timeout: float | None = None
     nbytes: int = 0
+    is_binary: bool = True
+    """Outputs that ``outputs`` does not name go back as bytes, not as JSON."""
 
 
 @dataclasses.dataclass(slots=True)

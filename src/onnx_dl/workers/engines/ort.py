@@ -211,9 +211,10 @@ class OnnxRuntimeBackend:
     def trim(self) -> None:
         """Returns memory of the session's arena that no run uses to the system.
 
-        onnxruntime does that only at the end of a run.  This one is told to end before its first node.
+        onnxruntime does that only at the end of a run.  This one is told to end before its first node.  The
+        arena keeps its first region: its default strategy is kNextPowerOfTwo, which shrinks only the others.
         """
-        if not self._has_arena:
+        if not self._has_arena or self._profiling:  # the user's profile would have this run
             return
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -10,10 +9,16 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, OrtValueVector
 
+from onnx_dl.errors import UnsupportedValueError
 from onnx_dl.ort import onnx_builder, ortvalues
 from onnx_dl.workers.engines.base import Array, CancelToken, Feed, Options
 
 _FORWARDED: Final = "end_profiling get_tuning_results release_captured_graph set_ep_dynamic_options".split()
+
+_SIZES: Final = {16: 2, 17: 1, 18: 1, 19: 1, 20: 1, 24: 1}
+"""Bytes of an item, by element type that numpy lacks: bfloat16, and the kinds of float8."""
+_PACKED: Final = frozenset(f"tensor({name})" for name in "uint4 int4 float4e2m1 uint2 int2".split())
+"""Types of which several items share a byte."""
 
 RunWithOptions = Callable[[Callable[[onnxruntime.RunOptions], object], Options, CancelToken], object]
 """Calls a function with an ``onnxruntime.RunOptions`` made of the plain one."""
@@ -107,7 +112,16 @@ class SessionMethods:
 
         Each input has the number of ONNX's element type, whose items have the size of the array's; 0: the
         dtype tells it.  Such results are arrays of unsigned integers.
+
+        Raises:
+            UnsupportedValueError: an output has items of less than a byte.  The model did not run.
         """
+        for node in self._session.get_outputs():
+            if node.name in outputs and node.type in _PACKED:
+                raise UnsupportedValueError(
+                    f"Output {node.name!r} is a {node.type}: several items share a byte, and an array cannot "
+                    "hold that. Do not ask for it, or add a Cast to the model."
+                )
         binding = self._session.io_binding()
         for name, array, element_type in feed:
             if element_type:
@@ -164,9 +178,9 @@ def _array_of(value: OrtValue) -> object:
         return found
     if not value.is_tensor() or value.element_type() == onnx_builder.STRING:
         return np.asarray(value.numpy(), object)
-    raw, shape = ortvalues.memory_of(value), value.shape()
-    size = raw.nbytes // math.prod(shape) if raw.nbytes else 2
-    return raw.view(f"u{size}").reshape(shape)
+    if (size := _SIZES.get(value.element_type())) is None:
+        raise UnsupportedValueError(f"A {value.data_type()} cannot be an array.")
+    return ortvalues.memory_of(value).view(f"u{size}").reshape(value.shape())
 
 
 def _make_value(place: _Place) -> OrtValue:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_dl.server.http.depth import MOST_LISTS, MOST_VALUES, check_json, shape
+from onnx_dl.server.http.depth import MOST_LISTS, check_json, shape
+from onnx_dl.server.v2.bounds import MOST_VALUES
 from onnx_dl.server.v2.failures import RequestFailure
 
 

@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from onnx_dl.server.http.infer import Wanted
-from onnx_dl.server.http.results import infer_answer
+from onnx_dl.server.http.results import infer_answer, takes_long
+from onnx_dl.server.v2.bounds import AT_ONCE_TEXTS, AT_ONCE_VALUES
 from onnx_dl.server.v2.failures import RequestFailure
 from onnx_dl.server.v2.messages import InferResponse, OutputTensor, RegionSlice
 
@@ -129,3 +130,24 @@ def test_outputs_of_both_forms_and_in_regions() -> None:
         {"name": "c", "datatype": "INT8", "shape": [1]},
         {"name": "b", "datatype": "INT8", "shape": [1], "parameters": {"binary_data_size": 1}},
     ]
+
+
+@pytest.mark.parametrize("more", [0, 1, AT_ONCE_VALUES, AT_ONCE_VALUES + 1])
+def test_many_items_are_those_of_few(more: int) -> None:
+    numbers = np.arange(AT_ONCE_VALUES + more, dtype=np.int32).reshape(1, -1)
+    assert answered("INT32", numbers) == numbers.ravel().tolist()
+    texts = np.array([f"é{number}" for number in numbers.ravel()], object)
+    assert answered("BYTES", texts) == texts.tolist()
+
+
+def test_what_would_keep_an_event_loop_waiting_is_known_before() -> None:
+    def is_long(datatype: str, size: int, wanted: Wanted) -> bool:
+        array = np.broadcast_to(np.array(None if datatype == "BYTES" else 0), (size,))
+        return takes_long(response(output(datatype, array), output(datatype, array, "z")), wanted)
+
+    half = AT_ONCE_VALUES // 2
+    assert not is_long("FP32", half, TEXT) and is_long("FP32", half + 1, TEXT)
+    assert not is_long("FP32", 1 << 40, BINARY)
+    half = AT_ONCE_TEXTS // 2
+    for wanted in (TEXT, BINARY):
+        assert not is_long("BYTES", half, wanted) and is_long("BYTES", half + 1, wanted)

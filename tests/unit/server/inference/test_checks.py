@@ -10,8 +10,9 @@ import pytest
 from onnx_dl.server.inference import checks
 from onnx_dl.server.inference.checks import Signature
 from onnx_dl.server.interfaces import Served, TensorInfo
+from onnx_dl.server.v2.bounds import MOST_TEXTS
 from onnx_dl.server.v2.failures import RequestFailure
-from onnx_dl.server.v2.messages import InputTensor, RequestedOutput
+from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice, RequestedOutput
 
 
 def served(max_batch_size: int = 0, *inputs: TensorInfo) -> Served:
@@ -144,3 +145,31 @@ def test_the_batch_of_an_input_of_unknown_rank() -> None:
         with pytest.raises(RequestFailure, match=words) as caught:
             rows(entry, sent(shape=shape))
         assert caught.value.http == 400
+
+
+def test_texts_are_bounded_by_their_shapes() -> None:
+    unknown = Served(name="m", version="1", path="", generation="")
+    half = MOST_TEXTS // 2
+    for shapes in ([(2, half + 1)], [(half,), (half + 1,)], [(1 << 62, 1 << 62)]):
+        with pytest.raises(RequestFailure, match="more than 4194304 texts") as caught:
+            rows(unknown, *(sent(f"x{n}", "BYTES", shape) for n, shape in enumerate(shapes)))
+        assert (caught.value.http, caught.value.grpc) == (413, "RESOURCE_EXHAUSTED")
+    assert rows(unknown, sent("x", "BYTES", (half,)), sent("y", "BYTES", (half,))) == 1
+
+
+def test_outputs_that_json_does_not_have_are_refused_before_the_run() -> None:
+    signature = Signature(served())
+
+    def check(*outputs: RequestedOutput, is_binary: bool) -> None:
+        checks.check_forms(signature, InferRequest("m", "", "", [], list(outputs), {}, is_binary=is_binary))
+
+    check(is_binary=True)
+    for is_binary in (True, False):
+        check(RequestedOutput("z", is_binary=True), is_binary=is_binary)
+        check(RequestedOutput("z", RegionSlice("r", 0, 2)), is_binary=is_binary)
+        check(RequestedOutput("y"), is_binary=is_binary)
+        with pytest.raises(RequestFailure, match="'z' is BF16, which JSON does not have") as caught:
+            check(RequestedOutput("z"), is_binary=is_binary)
+        assert caught.value.http == 400
+    with pytest.raises(RequestFailure, match="binary_data"):
+        check(is_binary=False)
