@@ -34,7 +34,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """One version of one model that is served: all that a process needs to make its proxy.
 
     ``config`` is the whole configuration in Triton's JSON form, completed.  ``generation`` tells contents of
-    the same path apart.  ``arguments`` are keywords of InferenceSessionProxy as plain data (ttl, pin,
+    the same path apart; ``identity`` is the file's (``core/model_files.py``).
+    ``arguments`` are keywords of InferenceSessionProxy as plain data (ttl, pin,
     priority, max_memory, group, providers and so on).
     """
 
@@ -42,6 +43,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     path: str
     generation: str
+    identity: tuple[int, int, int, int] | None = None
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
     platform: str = "onnxruntime_onnx"
