@@ -185,7 +185,6 @@ def test_the_wait_for_a_load_is_time_in_the_queue(rig: InferenceRig, infer: Infe
     after = rig.counts("plus")
     queue = after.queue.ns - before.queue.ns
     assert queue > 1_000_000  # no process starts in a millisecond
-    assert queue > after.compute_infer.ns - before.compute_infer.ns
 
 
 # --- mistakes of clients -----------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _take_body(self, data: memoryview | None, nbytes: int) -> int:
         """Take bytes of the body; return how many.  ``data`` None: they are in their place."""
-        assert self._body is not None
+        assert self._body is not None and self._admitted is not None
         self._since = self._loop.time()
         try:
             if data is not None:
@@ -206,17 +206,12 @@ class HttpConnection(asyncio.BufferedProtocol):
             else:
                 self._body.advance(nbytes)
         except RequestFailure as failure:
-            self._send(self._refused(failure), skip=None)
+            self._body = None
+            self._send(self._handler.refused(self._admitted.target, failure), skip=None)
             return nbytes
         if self._body.is_complete:
             self._start()
         return nbytes
-
-    def _refused(self, failure: RequestFailure) -> HttpAnswer:
-        """The answer to a request whose body is not taken."""
-        self._body = None
-        assert self._admitted is not None
-        return self._handler.refused(self._admitted.target, failure)
 
     def _start(self) -> None:
         """The request is there: answer it."""
@@ -300,10 +295,12 @@ class HttpConnection(asyncio.BufferedProtocol):
                 limits.idle if self._has_served else limits.head
             ):
                 self._transport.close()
-            case Phase.BODY if self._body is not None:
-                came, length = self._body.filled, self._admitted and self._admitted.framing.length
+            case Phase.BODY if self._body is not None and self._admitted is not None:
+                came, length = self._body.filled, self._admitted.framing.length
                 if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
-                    self._send(self._refused(passed("The request's body took too long.")), skip=None)
+                    self._body = None
+                    failure = passed("The request's body took too long.")
+                    self._send(self._handler.refused(self._admitted.target, failure), skip=None)
             case Phase.SEND | Phase.LINGER if self._outgoing.is_stuck(now):
                 self._transport.abort()
             case Phase.SKIP | Phase.LINGER if waited > limits.linger and not self._outgoing.unsent:
