@@ -117,7 +117,7 @@ def listening(
         server.address = server.do(start())
         yield server
         server.do(server.listener.close())
-        assert not faults
+        assert not faults, faults
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

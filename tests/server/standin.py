@@ -91,12 +91,21 @@ class Inference:
         self.ended: list[float] = []
         """When runs ended that were told to end."""
         self.running = 0
+        self.owed = 0
+        """Bytes of answers that wait."""
         self.most_running = 0
         self.regions: dict[str, bytearray] = {}
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> memoryview:
         return memoryview(bytearray(nbytes))
+
+    def owe(self, nbytes: int) -> None:
+        with self._lock:
+            self.owed += nbytes
+
+    def paid(self, nbytes: int) -> None:
+        self.owe(-nbytes)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         raise NotImplementedError

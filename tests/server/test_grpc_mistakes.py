@@ -230,12 +230,14 @@ def test_answers_that_nobody_reads_are_bounded() -> None:
         data = raw_request(np.zeros(1 << 20, np.float32))
         calls = [infer(data, timeout=60) for _ in range(4)]
         eventually(lambda: rig.places.unsent > 8 << 20, "answers that wait")
+        assert rig.server.inference.owed == rig.places.unsent
         code, text = failure(rig, "ModelInfer", raw_request())
         assert code == "RESOURCE_EXHAUSTED"
         assert "wait for clients to read them" in text
         for call in calls:
             call.cancel()
         eventually(lambda: rig.places.unsent == 0, "no answer that waits")
+        assert rig.server.inference.owed == 0
         assert rig.unary("ModelInfer", raw_request())
         channel.close()
 
@@ -281,6 +283,27 @@ def test_calls_without_a_message_keep_no_others_out(
         over.set()
         for channel in channels:
             channel.close()
+
+
+def test_the_health_is_told_while_all_places_wait_for_loads(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = rig.listener._service._others
+    monkeypatch.setattr(others, "_most", 2)
+    rig.server.control.can_load.clear()
+    data = message("inference.RepositoryModelLoadRequest")(model_name="echo").SerializeToString()
+    try:
+        loads = [rig.sending("RepositoryModelLoad", [data]) for _ in range(2)]
+        eventually(lambda: others.taken == 2, "loads that wait")
+        eventually(lambda: not rig.listener._service._arrivals._awaited, "no message that is awaited")
+        assert failure(rig, "ServerMetadata", b"")[0] == "RESOURCE_EXHAUSTED"
+        ready = message("inference.ModelReadyRequest")(name="echo").SerializeToString()
+        for name, request in (("ServerLive", b""), ("ServerReady", b""), ("ModelReady", ready)):
+            assert rig.unary(name, request)
+    finally:
+        rig.server.control.can_load.set()
+    for load in loads:
+        load.result(DEADLINE)
 
 
 def test_operations_on_the_loop_do_not_hold_a_caller_that_has_gone(rig: Rig) -> None:

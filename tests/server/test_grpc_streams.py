@@ -40,6 +40,7 @@ def all_ends(rig: Rig) -> Iterator[None]:
     yield
     eventually(lambda: rig.server.inference.running == 0, "no run")
     eventually(lambda: not rig.listener._streams._open, "no stream")
+    eventually(lambda: rig.server.inference.owed == 0, "no answer that waits")
 
 
 class Sender:
@@ -159,6 +160,7 @@ def test_a_client_that_does_not_read_is_held_up(rig: Rig) -> None:
     eventually(is_still, "a server that reads no further")
     assert counts[-1] < 100, "it read all that was sent"
     assert rig.server.inference.running == 0
+    assert rig.server.inference.owed >= (stream.MOST_AT_ONCE - 1) * answer.nbytes, "they are counted"
     sender.end()
     assert [streamed(data).infer_response.id for data in (first, *call)] == [str(n) for n in range(200)]
 

@@ -296,6 +296,18 @@ def test_who_closes_ends_the_run(server: HttpStandIn) -> None:
         eventually(lambda: server.inference.running == 0, "no run")
 
 
+def test_who_closes_ends_the_run_although_much_is_sent_ahead(server: HttpStandIn) -> None:
+    server.inference.cancelled_at.clear()
+    client = server.connect()
+    client.sendall(infer(parameters={"sleep": 30}) + request("/v2") * 4000)
+    eventually(lambda: server.inference.running == 1, "a run")
+    closed = time.monotonic()
+    client.close()
+    eventually(lambda: server.inference.cancelled_at, "an end of the run")
+    assert server.inference.cancelled_at[0] - closed < allowed(0.5)
+    eventually(lambda: server.inference.running == 0, "no run")
+
+
 def test_who_sends_no_more_still_gets_answers_that_are_no_runs(server: HttpStandIn) -> None:
     server.control.can_load.clear()
     with server.connect() as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 
@@ -130,6 +131,32 @@ def test_who_does_not_read_is_cut(hasty: HttpStandIn) -> None:
             time.sleep(0)
             eventually(lambda: not len(connections(hasty)), "no connection")
             Reader(client).reply()
+
+
+@pytest.mark.parametrize("with_uvloop", [True, False])
+@pytest.mark.parametrize("with_tls", [True, False])
+def test_answers_that_are_not_read_are_counted(with_tls: bool, with_uvloop: bool) -> None:
+    trustme = pytest.importorskip("trustme")
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    head, body = binary_infer(12 << 20)
+    with listening(context=context if with_tls else None, with_uvloop=with_uvloop) as server:
+
+        def connect() -> socket.socket:
+            made = server.connect()
+            return trusting.wrap_socket(made, server_hostname="localhost") if with_tls else made
+
+        with connect() as client, connect() as other:
+            for each in (client, other):
+                each.sendall(head + body)
+            eventually(lambda: server.inference.owed > 24 << 20, "answers that are counted")
+            reply = Reader(client).reply()
+            assert reply.status == 200 and reply.body.endswith(body[-(12 << 20) :])
+            eventually(lambda: server.inference.owed < 13 << 20, "one answer is sent")
+            assert ask(client, infer()).status == 200
+        eventually(lambda: server.inference.owed == 0, "no client")
 
 
 def connections(server: HttpStandIn) -> list[object]:

@@ -378,6 +378,18 @@ def test_bytes_beyond_the_bound_are_refused(rig: InferenceRig, tmp_path: Path) -
         assert small.limits.pending(entry) == 0
 
 
+def test_answers_that_wait_keep_new_inferences_out(rig: InferenceRig, infer: Infer) -> None:
+    infer(spinning(0))
+    rig.executor.owe(rig.limits.max_bytes + 1)
+    try:
+        with pytest.raises(RequestFailure) as caught:
+            infer(spinning(0))
+        assert caught.value.http == 429
+    finally:
+        rig.executor.paid(rig.limits.max_bytes + 1)
+    infer(spinning(0))
+
+
 # --- failures of ours --------------------------------------------------------------------------------------
 
 

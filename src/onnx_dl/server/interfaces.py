@@ -176,6 +176,13 @@ class Inference(Protocol):
             RequestFailure: 429: too many bytes are in flight.
         """
 
+    def owe(self, nbytes: int) -> None:
+        """Count bytes of answers that wait for their clients.  They are in flight, too, and while that is too
+        much, inferences are refused (429)."""
+
+    def paid(self, nbytes: int) -> None:
+        """Count them out: they are sent, or their client is gone."""
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""
 

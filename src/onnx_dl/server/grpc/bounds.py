@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 import grpc
 
+from onnx_dl.server.interfaces import Inference
 from onnx_dl.server.v2.failures import RequestFailure, invalid, too_many
 
 _PATIENCE: Final = 0.25
@@ -21,11 +22,15 @@ class Places:
     A call has its place until its answer has been sent, so that a client that does not read is bounded, too.
     """
 
-    def __init__(self, most: int, what: str, most_unsent: int = 0) -> None:
-        """``what``: plural, for errors.  ``most_unsent``: bytes of answers, 0: no bound."""
+    def __init__(
+        self, most: int, what: str, most_unsent: int = 0, inference: Inference | None = None
+    ) -> None:
+        """``what``: plural, for errors.  ``most_unsent``: bytes of answers, 0: no bound.  ``inference``:
+        counts these bytes, too; None: there are few."""
         self._most = most
         self._what = what
         self._most_unsent = most_unsent
+        self._inference = inference
         self._lock = threading.Lock()
         self._taken = 0
         self._unsent = 0
@@ -56,6 +61,10 @@ class Places:
         with self._lock:
             self._taken += places
             self._unsent += unsent
+        if self._inference is not None and unsent > 0:
+            self._inference.owe(unsent)
+        elif self._inference is not None and unsent < 0:
+            self._inference.paid(-unsent)
 
 
 class Place:
@@ -68,11 +77,18 @@ class Place:
         self._is_given_back = False
 
     def owe(self, nbytes: int) -> None:
-        """An answer of this size is handed over; it is sent when the place is given back."""
+        """An answer of this size waits.  It is sent when :meth:`paid` says so, or the place is given back."""
         with self._lock:  # the call may end in another thread meanwhile
             if not self._is_given_back:
                 self._unsent += nbytes
                 self.places._change(0, nbytes)
+
+    def paid(self, nbytes: int) -> None:
+        """So many bytes of answers are sent."""
+        with self._lock:
+            if not self._is_given_back:
+                self._unsent -= nbytes
+                self.places._change(0, -nbytes)
 
     def give_back(self) -> None:
         """Idempotent."""

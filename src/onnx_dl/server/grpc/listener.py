@@ -13,14 +13,14 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.server.grpc.bounds import Arrivals
 from onnx_dl.server.grpc.health import MOST_WATCHERS, HealthService
 from onnx_dl.server.grpc.messages import HEALTH, INFERENCE
-from onnx_dl.server.grpc.service import CALLS, MOST_INFERENCES, MOST_OTHERS, InferenceService
+from onnx_dl.server.grpc.service import CALLS, MOST_INFERENCES, MOST_LOOKS, MOST_OTHERS, InferenceService
 from onnx_dl.server.grpc.stream import MOST_STREAMS, Streams
 from onnx_dl.server.grpc.upkeep import FreePages, Upkeep
 from onnx_dl.server.interfaces import Server
 
 _LARGEST: Final = 0x7FFFFFFF
 """Bytes of a message of gRPC."""
-_THREADS: Final = MOST_INFERENCES + MOST_OTHERS + MOST_STREAMS + MOST_WATCHERS + 64
+_THREADS: Final = MOST_INFERENCES + MOST_OTHERS + MOST_LOOKS + MOST_STREAMS + MOST_WATCHERS + 64
 """So many that no call waits for a thread: places are refused, not waited for.  A thread starts when all
 others are taken."""
 _CLOSE_TIMEOUT: Final = 5.0

@@ -33,7 +33,7 @@ from onnx_dl.server.grpc.upkeep import FreePages
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, invalid, passed, unavailable
 from onnx_dl.server.v2.messages import InferResponse
-from onnx_dl.server.v2.operations import Operation
+from onnx_dl.server.v2.operations import Operation, Scope
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ MOST_INFERENCES: Final = 512
 """Inferences that are open, their answers' sending included.  Each has a thread.  Models have queues of their
 own, and these are far shorter."""
 MOST_OTHERS: Final = 64
+MOST_LOOKS: Final = 64
+"""Calls that ask for the health and the readiness.  They are apart from those that wait for loads."""
 _INFER_ARRIVES: Final = 300.0
 """Seconds in which a request for an inference must arrive: 1 GiB at 30 Mbit/s."""
 _OTHER_ARRIVES: Final = 10.0
@@ -76,8 +78,10 @@ class InferenceService:
         self._arrivals = arrivals
         self._pages = pages
         self._has_certificates = bool(server.options.tls_ca)
-        self.inferences = Places(MOST_INFERENCES, "inferences", server.options.max_body)
+        self.inference = server.inference
+        self.inferences = Places(MOST_INFERENCES, "inferences", server.options.max_body, server.inference)
         self._others = Places(MOST_OTHERS, "calls other than inferences")
+        self._looks = Places(MOST_LOOKS, "calls for the health")
 
     def infer(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """ModelInfer."""
@@ -141,7 +145,8 @@ class InferenceService:
 
     def _call(self, call: UnaryCall, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         self.admit(call.operation, context)
-        place = self._arrivals.take(self._others)
+        is_look = call.operation.scope is Scope.HEALTH
+        place = self._arrivals.take(self._looks if is_look else self._others)
         if not context.add_callback(place.give_back):
             place.give_back()
             raise cancelled()

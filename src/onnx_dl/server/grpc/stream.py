@@ -110,6 +110,7 @@ class Stream:
             if answer.failure is not None and self._ends_at_failure:
                 raise answer.failure
             yield answer.data  # the next step comes when it has been sent
+            self._place.paid(len(answer.data))
             self._free.release()
 
     def _run(self, arrived: Arrived) -> _Answer:
@@ -118,13 +119,17 @@ class Stream:
             if self._is_over:
                 raise cancelled()
             self._service.admit(Operation.INFER, self._context)  # the token may have been taken away since
-            return _Answer(self._service.run(arrived, self._cancel, answers.encode_streamed))
+            data = self._service.run(arrived, self._cancel, answers.encode_streamed)
+            self._place.owe(len(data))
+            return _Answer(data)
         except RequestFailure as failure:
             refused = failure
         except Exception as error:  # our fault fails this request, and no other
             refused = refusals.unexpected("ModelStreamInfer", error)
         text = refusals.text_of(refused)
-        return _Answer(answers.encode_failed(text, requests.id_of(arrived.data)), refused)
+        data = answers.encode_failed(text, requests.id_of(arrived.data))
+        self._place.owe(len(data))
+        return _Answer(data, refused)
 
 
 class Streams:
@@ -134,7 +139,7 @@ class Streams:
         self._service = service
         self._lock = threading.Lock()
         self._open: set[Stream] = set()
-        self._places = Places(MOST_STREAMS, "streams")
+        self._places = Places(MOST_STREAMS, "streams", inference=service.inference)
         self._is_draining = False
         self._runs = concurrent.futures.ThreadPoolExecutor(_THREADS, "grpc stream run")
         self._readers = concurrent.futures.ThreadPoolExecutor(MOST_STREAMS, "grpc stream reader")

@@ -18,13 +18,16 @@ from onnx_dl.server.http.head import END, head_too_large, skipped_length
 from onnx_dl.server.http.heads import Heads
 from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
 from onnx_dl.server.http.outgoing import Outgoing
-from onnx_dl.server.http.peers import caller_of
+from onnx_dl.server.http.peers import caller_of, has_gone
 from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _PATIENCE: Final = 1.0
 """Seconds that a head may take before its connection is among those that make room for new ones."""
+
+
+_LOOK_EVERY: Final = 0.1
 
 
 class Phase(enum.Enum):
@@ -71,18 +74,22 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._request: HttpRequest | None = None
         self._task: asyncio.Task[None] | None = None
 
+        self._watching: asyncio.TimerHandle | None = None
+
     # What the transport calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses.
         self._transport = cast("asyncio.Transport", transport)
-        self._outgoing = Outgoing(self._transport, self._limits)
+        self._outgoing = Outgoing(self._transport, self._limits, self._handler.server.inference)
+        self._outgoing.begin()
         self._heads = Heads(self._handler, caller_of(transport))
         if not self._connections.add(self):
             self._send(failed(unavailable("Too many connections are open.")))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._enter(Phase.CLOSED)
+        self._outgoing.lose()
         self._connections.remove(self)
         self._body = self._admitted = None
         if self._request is not None:
@@ -105,7 +112,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._outgoing.is_paused = True
 
     def resume_writing(self) -> None:
-        self._outgoing.is_paused = False
+        self._outgoing.resume()
         if self._phase is Phase.SEND:
             self._next()
 
@@ -138,8 +145,20 @@ class HttpConnection(asyncio.BufferedProtocol):
         if len(data) and self._phase in (Phase.RUN, Phase.SEND):
             self._waiting += data
             if len(self._waiting) > WAITING_BYTES:
-                # From here on the client's end is not seen, either.
+                # The client's end would not be seen from here on.
                 self._transport.pause_reading()
+                self._watch()
+
+    def _watch(self) -> None:
+        """While the socket is not read and an inference runs: end the run when the client has gone."""
+        if self._phase is not Phase.RUN or self._admitted is None or not self._admitted.is_inference:
+            return
+        if has_gone(self._transport.get_extra_info("socket").fileno()):
+            self._transport.abort()
+        else:
+            if self._watching is not None:
+                self._watching.cancel()
+            self._watching = self._loop.call_later(_LOOK_EVERY, self._watch)
 
     def _take_head(self, data: memoryview) -> memoryview:
         """Look for the end of a head; return what follows it."""
@@ -232,7 +251,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         else:
             self._enter(Phase.LINGER)
             if skip == 0:
-                self._transport.close()
+                self._outgoing.close()
             elif self._transport.can_write_eof():
                 # Closed at once, with bytes unread, the client's system would drop the answer.
                 self._transport.write_eof()

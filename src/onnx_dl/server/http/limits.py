@@ -24,6 +24,8 @@ WAITING_BYTES: Final = 64 << 10
 """Bytes of later requests that a connection keeps while one is answered."""
 SKIPPED: Final = 1 << 20
 """Bytes of a refused body that are read so that the connection can be kept."""
+UNCOUNTED: Final = 64 << 10
+"""Bytes of an answer up to which they are not counted as in flight while they wait for the client."""
 STEPS: Final = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
 """Bytes that a body gets at first, and when these are full."""
 _SLOWEST: Final = 2048

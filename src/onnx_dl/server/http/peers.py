@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import select
 from typing import Any
 
 from onnx_dl.server.interfaces import Caller
@@ -33,3 +34,10 @@ def subject(certificate: dict[str, Any]) -> str:
     """The subject of a certificate in the form of Python's ``getpeercert``: ``commonName=x, ...``."""
     names = (pair for group in certificate.get("subject", ()) for pair in group)
     return ", ".join(f"{name}={value}" for name, value in names)
+
+
+def has_gone(fd: int) -> bool:
+    """True if the other end of a TCP connection has closed its half, whatever is unread before that."""
+    looking = select.poll()
+    looking.register(fd, select.POLLRDHUP)  # errors and hang-ups are always told
+    return bool(looking.poll(0))

@@ -67,6 +67,15 @@ class Executor:
         """
         return self.bodies.allocate(nbytes)
 
+    def owe(self, nbytes: int) -> None:
+        """Count bytes of answers that wait for their clients.  They are in flight, too, and while that is too
+        much, inferences are refused (429)."""
+        self.limits.add_bytes(nbytes)
+
+    def paid(self, nbytes: int) -> None:
+        """Count them out: they are sent, or their client is gone."""
+        self.limits.free_bytes(nbytes)
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""
         for _ in range(_ATTEMPTS):
@@ -152,6 +161,7 @@ class _Course:
         executor, request, entry = self._executor, self._request, self._entry
         self._counts = executor.statistics.begin(entry.name, entry.version)
         self._column = executor.limits.enter(entry)
+        executor.limits.check_bytes()
         if request.nbytes > FREE_UP_TO:
             self._is_large = request.nbytes >= LARGE
             if not executor.bodies.holds(request):

@@ -114,6 +114,17 @@ class Limits:
                 f"{self.max_bytes}"
             )
 
+    def add_bytes(self, nbytes: int) -> None:
+        """Count bytes in that are there already, also beyond the bound: of an answer that is not read."""
+        self._add(_BYTES, nbytes)
+
+    def check_bytes(self) -> None:
+        """Raise RequestFailure (429) if more bytes are in flight than may be: clients do not read answers."""
+        if (total := self._sum(_BYTES)) > self.max_bytes:
+            raise too_many(
+                f"requests and answers of {total} bytes are in flight, and the limit is {self.max_bytes}"
+            )
+
     def free_bytes(self, nbytes: int) -> None:
         """Count them out.  Finalizers may call this: it waits for nothing."""
         self._add(_BYTES, -nbytes)

@@ -7,6 +7,7 @@ import pytest
 
 from onnx_dl.server.http.limits import HttpLimits
 from onnx_dl.server.http.outgoing import Outgoing
+from onnx_dl.server.interfaces import Inference
 
 LIMITS = HttpLimits(send_idle=30, body_grace=10, body_total=600)
 
@@ -17,6 +18,18 @@ class Transport:
     def __init__(self) -> None:
         self.unsent = 0
         self.sent: list[object] = []
+        self.is_tls = False
+        self.is_closed = False
+        self.limits: tuple[int, int] | None = None
+
+    def get_extra_info(self, name: str) -> object:
+        return self if name == "sslcontext" and self.is_tls else None
+
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
+        self.limits = high, low
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def get_write_buffer_size(self) -> int:
         return self.unsent
@@ -33,9 +46,32 @@ def transport() -> Transport:
     return Transport()
 
 
+class Counted:
+    """Counts bytes that are owed."""
+
+    owed = 0
+
+    def owe(self, nbytes: int) -> None:
+        self.owed += nbytes
+
+    def paid(self, nbytes: int) -> None:
+        self.owed -= nbytes
+
+
 @pytest.fixture
-def outgoing(transport: Transport) -> Outgoing:
-    return Outgoing(cast(asyncio.Transport, transport), LIMITS)
+def counted() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def outgoing(transport: Transport, counted: Counted) -> Outgoing:
+    return outgoing_of(transport, counted)
+
+
+def outgoing_of(transport: Transport, counted: Counted) -> Outgoing:
+    outgoing = Outgoing(cast(asyncio.Transport, transport), LIMITS, cast(Inference, counted))
+    outgoing.begin()
+    return outgoing
 
 
 def test_parts_are_sent_as_they_are(transport: Transport, outgoing: Outgoing) -> None:
@@ -74,3 +110,45 @@ def test_who_takes_a_little_now_and_then_is_stuck_too(transport: Transport, outg
 
 def test_nothing_that_was_sent_is_never_stuck(outgoing: Outgoing) -> None:
     assert not outgoing.is_stuck(1e9)
+
+
+def test_an_answer_is_counted_until_its_last_byte_is_sent(
+    transport: Transport, outgoing: Outgoing, counted: Counted
+) -> None:
+    assert transport.limits == (0, 0), "it pauses as soon as a byte waits"
+    outgoing.send([bytes(10), bytes(1 << 20)], 0)
+    assert counted.owed == 0, "all of it was taken at once"
+    transport.unsent = 1
+    outgoing.send([bytes(1000)], 0)
+    assert counted.owed == 0, "it is small"
+    outgoing.send([bytes(10), bytes(1 << 20)], 0)
+    assert counted.owed == (1 << 20) + 10
+    transport.unsent = 0
+    outgoing.resume()
+    outgoing.lose()
+    assert counted.owed == 0
+
+
+def test_an_answer_is_not_counted_when_its_client_is_gone(
+    transport: Transport, outgoing: Outgoing, counted: Counted
+) -> None:
+    transport.unsent = 1
+    outgoing.send([bytes(1 << 20)], 0)
+    outgoing.lose()
+    outgoing.lose()
+    assert counted.owed == 0
+
+
+def test_tls_gets_pieces_that_are_taken(transport: Transport, counted: Counted) -> None:
+    transport.is_tls = True
+    outgoing = outgoing_of(transport, counted)
+    assert transport.limits == (1, 0)
+    large = bytes(range(256)) * 4096
+    outgoing.is_paused = True
+    outgoing.send([b"head", large], 0)
+    outgoing.close()
+    assert not transport.sent and outgoing.unsent == counted.owed == len(large) + 4
+    outgoing.resume()
+    assert b"".join(transport.sent) == b"head" + large  # type: ignore[arg-type]
+    assert max(map(len, transport.sent)) <= 256 << 10  # type: ignore[arg-type]
+    assert counted.owed == 0 and transport.is_closed

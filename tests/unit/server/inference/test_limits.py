@@ -30,6 +30,18 @@ def served(slot: int = 0, max_queue_size: int = 0, max_batch_size: int = 0) -> S
     )  # fmt: skip
 
 
+def test_answers_that_wait_are_in_flight_and_keep_new_requests_out() -> None:
+    limits = Limits(100)
+    limits.take_bytes(60)
+    limits.check_bytes()
+    limits.add_bytes(50)
+    with pytest.raises(RequestFailure) as caught:
+        limits.check_bytes()
+    assert caught.value.http == 429
+    limits.free_bytes(50)
+    limits.check_bytes()
+
+
 def test_the_bound_of_a_queue() -> None:
     assert queue_bound(served(), 0) == 64
     assert queue_bound(served(max_batch_size=8), 0) == 64
