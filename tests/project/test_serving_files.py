@@ -15,6 +15,7 @@ import pytest
 
 from onnx_dl.cli import grammar
 from onnx_dl.cli.serve import options_of
+from onnx_dl.server.app import MOST_CLOSING
 from onnx_dl.server.auth import start
 from onnx_dl.server.options import ServeOptions
 
@@ -29,6 +30,8 @@ KUBERNETES = list(yaml.safe_load_all((FILES / "kubernetes.yaml").read_text()))
 KSERVE_OBJECTS = list(yaml.safe_load_all((FILES / "kserve.yaml").read_text()))
 DOCKERFILE = (FILES / "Dockerfile").read_text().replace("\\\n", " ")
 UNIT = (FILES / "onnx-dl-serve.service").read_text()
+POD_DEFAULT = 30
+"""Seconds that a pod has after SIGTERM, if it says nothing."""
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version().rpartition(".")[0]
 """Of Kubernetes: the oldest one that kubernetes.yaml names, and the newest one with a schema here."""
 
@@ -156,12 +159,22 @@ def test_ports_of_kserve_agree() -> None:
         )
 
 
-def test_the_time_to_drain_is_given() -> None:
-    needed = POD["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    needed += options("kubernetes.yaml").drain_timeout
-    assert POD["terminationGracePeriodSeconds"] > needed
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "kserve.yaml", "onnx-dl-serve.service"])
+def test_the_time_to_drain_is_given(name: str) -> None:
+    """Nobody kills the server before it would end by itself, at the latest."""
     (stop,) = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT, re.MULTILINE)
-    assert int(stop) > options("onnx-dl-serve.service").drain_timeout
+    sleep = POD["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    pods = [each["spec"]["predictor"] for each in KSERVE_OBJECTS[1:]]
+    given = {
+        "kubernetes.yaml": POD["terminationGracePeriodSeconds"] - sleep,
+        "kserve.yaml": min(pod.get("terminationGracePeriodSeconds", POD_DEFAULT) for pod in pods),
+        "onnx-dl-serve.service": int(stop),
+    }
+    assert given[name] >= options(name).drain_timeout + MOST_CLOSING
+
+
+def test_systemd_lets_the_server_end_its_workers() -> None:
+    assert "\nKillMode=mixed\n" in UNIT
 
 
 def test_nothing_runs_as_root() -> None:

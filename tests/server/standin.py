@@ -215,8 +215,10 @@ class Control:
     async def model_state(self, name: str, version: str = "") -> ModelState:
         raise NotImplementedError
 
-    async def metrics(self) -> tuple[bytes, str]:
-        raise NotImplementedError
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        if not accept:
+            raise NotImplementedError
+        return b"text", accept
 
 
 class Access:

@@ -158,8 +158,13 @@ def test_a_fault_of_the_server_is_500_without_its_trace(
     reply = ask(client, infer(parameters={"crash": True}))
     assert reply.status == 500 and b"ZeroDivision" not in reply.body and b"Traceback" not in reply.body
     assert "ZeroDivisionError" in caplog.text
-    assert ask(client, request("/metrics")).status == 500
+    assert ask(client, request("/metrics")).status == 500  # the stand-in has none without Accept
     assert ask(client, infer()).status == 200
+
+
+def test_a_page_of_metrics_is_in_the_format_that_is_asked_for(client: socket.socket) -> None:
+    reply = ask(client, request("/metrics", Accept="application/openmetrics-text"))
+    assert (reply.status, reply.headers["content-type"]) == (200, "application/openmetrics-text")
 
 
 def test_a_fault_at_the_head_is_500_too(server: HttpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.conftest import _belongings as belongings
 from tests.conftest import _left as left
 from tests.support import inference_rig as rigs
 from tests.support.inference_rig import InferenceRig, only, request, spinning, tensor, until
-from tests.support.waiting import allowed, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 SHAPES: list[tuple[int, ...]] = [(2, 3), (0, 3), (1, 0), (300, 300)]
 Infer = Callable[[InferRequest], InferResponse]
@@ -295,6 +296,64 @@ def test_a_coroutine_that_is_cancelled_ends_its_run_and_frees_its_place(
     before = rig.counts("spin")
     assert asyncio.run(main()) < allowed(0.2)
     assert rig.counts("spin").failures.get("CANCELED", 0) - before.failures.get("CANCELED", 0) == 1
+
+
+@pytest.fixture
+def busy_threads() -> Iterator[Callable[[], None]]:
+    """Has something else hold all default threads of the running event loop."""
+    may_end = threading.Event()
+    pool = ThreadPoolExecutor(1)
+
+    def hold() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(pool)
+        pool.submit(may_end.wait, DEADLINE)
+        # asyncio.run() would wait for it otherwise.
+        loop.call_later(DEADLINE / 2, may_end.set)
+
+    yield hold
+    may_end.set()
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_cancelled_run_ends_though_all_threads_of_the_loop_are_held(
+    rig: InferenceRig, busy_threads: Callable[[], None], is_warm: bool
+) -> None:
+    rig.infer(spinning(1))
+    if is_warm:
+        warm(rig)
+
+    async def main() -> float:
+        task = asyncio.create_task(rig.executor.infer(spinning()))
+        await until(lambda: rig.busy("spin"), "the run")
+        busy_threads()
+        began = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not rig.busy("spin"), "the end of the run")
+        took = time.monotonic() - began
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        return took
+
+    assert asyncio.run(main()) < allowed(0.5)
+
+
+def test_bfloat16_runs_though_all_threads_of_the_loop_are_held(
+    rig: InferenceRig, busy_threads: Callable[[], None]
+) -> None:
+    sent = filled("BF16", (2, 3))
+
+    async def main() -> None:
+        busy_threads()
+        async with asyncio.timeout(DEADLINE / 4):
+            response = await rig.executor.infer(request("echoBF16", tensor("x", "BF16", sent)))
+        assert np.array_equal(only(response).array, sent)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+
+    rig.infer(request("echoBF16", tensor("x", "BF16", sent)))
+    asyncio.run(main())
 
 
 def test_a_cancelled_wait_for_a_load_leaves_the_load_to_others(rig: InferenceRig) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from onnx_dl.core.lifecycle import ModelState
-from onnx_dl.errors import ConfigError
+from onnx_dl.errors import ConfigError, FilesChanging, WorkerDied
 from onnx_dl.host.model_host import ModelHost
 from onnx_dl.server.interfaces import IndexRow, ServedTable
 from onnx_dl.server.interfaces import Served as Entry
@@ -22,7 +22,7 @@ from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.processes.children import Children
 from onnx_dl.server.processes.front import Front
 from onnx_dl.server.processes.local_control import LocalControl
-from onnx_dl.server.repository import loads
+from onnx_dl.server.repository import loads, retries
 from onnx_dl.server.repository.catalog import Candidate, NamedModel
 from onnx_dl.server.repository.loads import Outcome
 from onnx_dl.server.repository.models import ModelTable, UsedModel
@@ -586,6 +586,30 @@ def test_what_does_not_load_never_replaces_what_does(host: ModelHost, tmp_path: 
     in_loop(scenario)
 
 
+def test_a_new_version_whose_worker_died_is_loaded_later(
+    host: ModelHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a", 1, plus(1))
+    monkeypatch.setattr(retries, "_FIRST", 0.0)
+
+    async def dies(models: ModelTable, entry: Entry, candidate: Candidate) -> Outcome:
+        models.prepare(entry)
+        return Outcome(WorkerDied("killed"))
+
+    async def scenario() -> None:
+        async with serving(host, tmp_path, model_control="poll") as served:
+            put(tmp_path, "a", 2, plus(2))
+            with monkeypatch.context() as patched:
+                patched.setattr(loads, "load", dies)
+                await served.repository.look()
+                await served.repository.look()
+            assert served.rows() == [("a", "1", "READY"), ("a", "2", "UNAVAILABLE")]
+            await served.repository.look()
+            assert served.rows() == [("a", "2", "READY")]
+
+    in_loop(scenario)
+
+
 def test_a_file_that_is_still_copied_is_waited_for(host: ModelHost, tmp_path: Path) -> None:
     put(tmp_path, "a", 1, plus(1))
     data = zoo.layers(64)
@@ -699,6 +723,33 @@ def heavy(added: int, millions: int) -> bytes:
     ends = [zoo.tensor(name, shape=["n"]) for name in "xy"]
     data: bytes = zoo.build(nodes, ends[:1], ends[1:], constants).SerializeToString()
     return data
+
+
+@pytest.mark.parametrize("control", ["none", "poll"])
+def test_a_file_that_is_overwritten_while_nobody_uses_it(
+    host: ModelHost, tmp_path: Path, control: str
+) -> None:
+    """Its content need not fit what is known of the model, so no request runs in it."""
+    path = put(tmp_path, "a", 1, plus(1))
+    before, data = path.stat(), path.read_bytes()
+
+    async def scenario() -> None:
+        async with serving(host, tmp_path, model_control=control) as served:
+            assert await served.arun("a") == ("1", 1.0)
+            await loads.free(host, served.models.find("a"))
+            path.write_bytes(plus(5))
+            for _ in range(2):
+                with pytest.raises(FilesChanging, match="load the model again"):
+                    await served.arun("a")
+            if control == "poll":
+                await served.repository.look()
+                assert await served.arun("a") == ("1", 5.0)
+                return
+            path.write_bytes(data)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert await served.arun("a") == ("1", 1.0)
+
+    in_loop(scenario)
 
 
 def test_another_process_uses_the_worker_though_its_file_is_broken_by_now(

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from onnx_dl.demo.assets import load_samples, model_path
 from tests.support.serving import Serving, serving
@@ -113,7 +114,8 @@ def test_every_model_of_the_demo_is_served(demo: Serving) -> None:
     assert infer(demo, "digits").json["outputs"][0]["data"] == [int(load_samples()["digits"].targets[0])]
     answer = infer(demo, "wine").json
     assert answer["outputs"][0]["data"] == [str(load_samples()["wine"].targets[0])]
-    assert "'output_probability' is a sequence" in demo.output()
+    (told,) = re.findall(r"'output_probability' is a sequence.*", demo.output())
+    assert told.endswith("; this output is left out")
     assert infer(demo, "nobody", rows("digits")).status == 404
 
 
@@ -141,6 +143,19 @@ def test_metrics_have_the_servers_and_the_hosts_families(demo: Serving) -> None:
 
     assert count(after) == count(before) + 1
     assert re.search(r"^onnx_dl_\w+", after, re.MULTILINE)
+
+
+def test_metrics_as_prometheus_asks_for_them(demo: Serving) -> None:
+    """In OpenMetrics, with the host's families, which come from another process."""
+    accept = (
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+        "text/plain;version=1.0.0;q=0.4,*/*;q=0.2"
+    )
+    request = urllib.request.Request(f"{demo.url}/metrics", headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=allowed(DEADLINE)) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+        families = {each.name for each in text_string_to_metric_families(answer.read().decode())}
+    assert {"nv_inference_request_success", "onnx_dl_loads"} <= families
 
 
 def test_the_address_of_metrics_serves_nothing_else(demo: Serving) -> None:

@@ -21,6 +21,7 @@ from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.client.served_model import FindModel, PlacedArguments, RunArguments, ServedModel
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
 from onnx_dl.concurrency.event_loops import EventLoops, present
+from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.system.thread_attributes import on_behalf
 from onnx_dl.tensors.call_codec import Request
 from onnx_dl.tensors.call_plans import EngineValue
@@ -173,7 +174,7 @@ class _AwaitedCall(NamedTuple):
         except self.loop.cancelled:
             try:  # nobody waits for the call any more
                 self.loop.aside(call.abort)
-            except RuntimeError:  # the loop's threads have ended: closing the lane ends the call, too
+            except (RuntimeError, ProcessesExhausted):  # closing the lane ends the call, too
                 lane.close()
             raise
         except BaseException:

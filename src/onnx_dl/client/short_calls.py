@@ -19,6 +19,8 @@ from onnx_dl.client.pending_call import RETRY, PendingCall, abandon
 from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.client.served_model import ServedModel
 from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.concurrency.errands import ABORTS
+from onnx_dl.errors import ProcessesExhausted
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.call_plans import CallPlan, EngineValue, Feed
 from onnx_dl.transport.call_channel import SAME
@@ -190,6 +192,6 @@ async def _readable(lane: ClientLane) -> Reply:
 def _abort(call: ShortCall) -> None:
     """End a call that nobody waits for any more."""
     try:
-        asyncio.get_running_loop().run_in_executor(None, call.pending.abort)
-    except RuntimeError:  # the loop's threads have ended: closing the lane ends the call, too
+        ABORTS.add(call.pending.abort)
+    except (RuntimeError, ProcessesExhausted):  # there is no thread: closing the lane ends the call, too
         call.lane.close()

@@ -34,7 +34,8 @@ class EventLoops(Protocol):
         """Runs ``work`` in a thread.  A coroutine that is cancelled does not wait for its end."""
 
     def aside(self, work: Callable[[], object]) -> None:
-        """Runs ``work`` in a thread without waiting; raises RuntimeError if the loop's threads have ended."""
+        """Runs brief ``work`` in a thread without waiting.  Raises RuntimeError at the interpreter's end, and
+        ProcessesExhausted if there is no thread."""
 
     def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[object]:
         """A block that is cancelled after ``seconds``, and then raises TimeoutError."""

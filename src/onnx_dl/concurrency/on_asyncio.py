@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from onnx_dl.concurrency.errands import ABORTS
 from onnx_dl.concurrency.event_loops import EventLoops
 
 _T = TypeVar("_T")
@@ -29,7 +30,7 @@ class _Asyncio:
         return await asyncio.to_thread(work)
 
     def aside(self, work: Callable[[], object]) -> None:
-        asyncio.get_running_loop().run_in_executor(None, work)
+        ABORTS.add(work)
 
     def timeout(self, seconds: float | None) -> asyncio.Timeout:
         return asyncio.timeout(seconds)

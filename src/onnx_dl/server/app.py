@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import Final, NoReturn
 
 import msgspec
@@ -39,7 +40,7 @@ from onnx_dl.system import descriptor_limits
 from onnx_dl.system.process_title import set_title
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_CUT: Final = 15.0
+MOST_CLOSING: Final = 15.0
 """Seconds after the time for draining until all is closed; then the process ends as it is."""
 
 
@@ -120,6 +121,7 @@ class _Serving:
         self._closing = contextlib.AsyncExitStack()
         self._front: Front
         self._listeners = Listeners()
+        self._listens = False
         self._children: Children
 
     async def serve(self) -> int:
@@ -133,14 +135,15 @@ class _Serving:
         async with self._closing:
             starting = loop.create_task(self._start())
             await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
+            if starting.done():
+                starting.result()
+                print("ready", flush=True)
+                await stopped
+            else:
                 starting.cancel()
                 await asyncio.wait([starting])
-                return 0
-            starting.result()
-            print("ready", flush=True)
-            await stopped
-            await self._drain()
+            if self._listens:  # also before it is ready: models that are there are served
+                await self._drain()
         return 0
 
     def _on_signal(self) -> None:
@@ -162,7 +165,7 @@ class _Serving:
             rows=options.processes,
         )
         self._front = front = Front(options, host, counts, self._rights)
-        closing.callback(front.table.close)
+        closing.callback(front.close)
         closing.enter_context(background(asyncio.get_running_loop().create_task(keep_host(host))))
         self._children = children = Children(counts, page)
         control = LocalControl(front, children)
@@ -176,6 +179,7 @@ class _Serving:
             actual = await self._listeners.start(front, wanted, reuse_port=options.processes > 1)
         except OSError as error:
             raise ConfigError(f"The server cannot listen: {error}.") from None
+        self._listens = True
         self._tell(actual)
         await control.repository.start()
         begin = functools.partial(self._begin, host.name or "", actual)
@@ -224,7 +228,7 @@ class _Serving:
     async def _drain(self) -> None:
         """Finishes what was begun, in all processes, within the time for it."""
         seconds = self._options.drain_timeout
-        asyncio.get_running_loop().call_later(seconds + _CUT, _end_now)
+        _end_later(seconds + MOST_CLOSING)
         self._front.is_draining = True
         await asyncio.gather(self._listeners.drain(Deadline(seconds)), self._children.drain(seconds))
 
@@ -235,6 +239,13 @@ def _close_host(host: ModelHost, *, is_own: bool) -> None:
         if is_own:
             host.stop()
     host.close()
+
+
+def _end_later(seconds: float) -> None:
+    """Ends this process after so many seconds, also if it only waits for threads then."""
+    timer = threading.Timer(seconds, _end_now)
+    timer.daemon = True
+    timer.start()
 
 
 def _end_now() -> NoReturn:

@@ -33,7 +33,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """One version of one model that is served: all that a process needs to make its proxy.
 
     ``config`` is the whole configuration in Triton's JSON form, completed.  ``generation`` tells contents of
-    the same path apart.  ``arguments`` are keywords of InferenceSessionProxy as plain data (ttl, pin,
+    the same path apart; ``identity`` is the file's (``core/model_files.py``).
+    ``arguments`` are keywords of InferenceSessionProxy as plain data (ttl, pin,
     priority, max_memory, group, providers and so on).
     """
 
@@ -41,6 +42,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     path: str
     generation: str
+    identity: tuple[int, int, int, int] | None = None
     inputs: tuple[TensorInfo, ...] = ()
     outputs: tuple[TensorInfo, ...] = ()
     platform: str = "onnxruntime_onnx"
@@ -161,8 +163,9 @@ class Control(Protocol):
     async def region_status(self, name: str | None) -> list[RegionStatus]: ...
     async def statistics(self, name: str = "", version: str = "") -> list[VersionStatistics]: ...
     async def model_state(self, name: str, version: str = "") -> ModelState: ...
-    async def metrics(self) -> tuple[bytes, str]:
-        """The text of all families, and its content type."""
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        """The text of all families in the format that ``accept`` asks for, a header of that name, and its
+        content type."""
 
 
 class Inference(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,7 @@ from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.client.served_model import ServedModel
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.core import model_files
+from onnx_dl.core.model_files import Identity, ReadFile
 from onnx_dl.core.spec import model_key
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.core.terms import Terms
@@ -40,9 +42,8 @@ class ModelHandle:
         self.live = source.live
         self.is_gone = False
         """True if onnxruntime would have no native session: its providers could not be set."""
-        self.checks_files = True
-        """False: a worker that is loaded has read the right files, also if they have changed since: the key
-        tells contents apart."""
+        self.seen: Identity | None = None
+        """The file of the model that is meant, also where it has been replaced since; None: what is there."""
         self.served: ServedModel | None = None
         self._blobs = source.blobs
         self.used: ServedModel | None = None
@@ -96,7 +97,7 @@ class ModelHandle:
 
         Raises:
             DeadlinePassed: that took longer.
-            FilesChanging: the files had changed after each load.
+            FilesChanging: the files had changed after each load, or since they were seen first.
             Exception: the load failed.
         """
         return self.in_use() or self._bind(deadline)
@@ -109,13 +110,15 @@ class ModelHandle:
         return model
 
     def _bind(self, deadline: Deadline | None) -> ServedModel:
+        self.used = None  # else other threads would use the new worker before its files are looked at
         for _ in range(_MOST_VERSIONS):
             model = self.known(deadline)
             granted = model.grant(self.lease, deadline)
-            files = granted.description.files if self.checks_files else ()
-            if (path := model_files.changed(self.spec.where, files)) is None:
+            if (path := self._changed(granted.description.files)) is None:
                 self.used = model
                 return model
+            if self.seen not in (None, model_files.identity(path)):
+                raise FilesChanging(f"{path} has changed since it was seen first; load the model again.")
             model.leave_outdated(self.lease, granted, path)
             # Proxies that use the worker keep it.  All that find the same files get the same new key; threads
             # of this proxy may come here at the same time, from the same key.
@@ -125,6 +128,13 @@ class ModelHandle:
             f"{path} is not the file that the worker of {self.spec.name} has just read. Either the file "
             "changes all the time, or the host sees other files at the same paths, as in a container."
         )
+
+    def _changed(self, read: Sequence[ReadFile]) -> str | None:
+        """The path of a file whose content is not the one that is meant; None: all are."""
+        if self.seen is None:
+            return model_files.changed(self.spec.where, read)
+        is_other = any(file.identity != self.seen for file in read if not file.name)
+        return self.spec.where("") if is_other else None
 
     def describe(self) -> ModelDescription:
         """The model's description, which is known or comes with a load; counts as a use.  The one by a worker

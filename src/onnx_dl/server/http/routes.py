@@ -149,8 +149,8 @@ class _Endpoints:
     async def logging(self, request: Request) -> Response:
         return await _settings(request, metadata.LOGGING)
 
-    async def metrics(self, _: Request) -> Response:
-        text, kind = await self._server.control.metrics()
+    async def metrics(self, request: Request) -> Response:
+        text, kind = await self._server.control.metrics(request.headers.get("accept", ""))
         return Response(text, media_type=None, headers={"content-type": kind})
 
 

@@ -123,6 +123,15 @@ def render(
     return (own + host_text).encode(), content_type
 
 
+def readable(accept: str) -> str:
+    """The header ``accept``; empty, which asks for the classic format, where it cannot be read."""
+    try:
+        choose_encoder(accept)
+    except (TypeError, ValueError):  # prometheus_client compares versions that are no numbers
+        return ""
+    return accept if accept.isascii() and accept.isprintable() else ""
+
+
 class _Families(Collector):
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families

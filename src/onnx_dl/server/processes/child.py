@@ -79,7 +79,7 @@ class _Child:
             front.is_draining = True
             await self._listeners.drain(Deadline(seconds))
         await self._listeners.close()
-        front.table.close()
+        front.close()
         await asyncio.to_thread(front.host.close)
         return 0
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import signal
 import socket
@@ -19,7 +20,8 @@ import msgspec
 from onnx_dl.server.interfaces import VersionStatistics
 from onnx_dl.server.processes import messages as m
 from onnx_dl.server.processes.link import Link, Tickets
-from onnx_dl.server.v2.failures import RequestFailure
+from onnx_dl.server.repository.waits import wait_in_thread
+from onnx_dl.server.v2.failures import RequestFailure, internal
 from onnx_dl.system import boot
 
 ANSWER_TIMEOUT: Final = 10.0
@@ -27,6 +29,7 @@ ANSWER_TIMEOUT: Final = 10.0
 _COUNTS_TIMEOUT: Final = 1.0
 """Seconds that a page of metrics waits for a child's counts; then those that it sent last are shown."""
 
+_log: Final = logging.getLogger("onnx_dl.server")
 _Told = TypeVar("_Told", bound=msgspec.Struct)
 Answering = Callable[[m.Ask], Awaitable[m.Done]]
 """Carries out what a child asks for.  Raises RequestFailure."""
@@ -110,12 +113,11 @@ class ChildProcess:
         finally:
             future.cancel()
 
-    async def count(self) -> list[VersionStatistics]:
-        """Asks for its counts; those that it sent last if it is slow.  The answer may come later."""
+    async def count(self) -> None:
+        """Asks for its counts, and returns when they are there, or if it is slow: they may come later."""
         asked = asyncio.ensure_future(self.told(lambda ticket: m.AskCounts(ticket=ticket)))
         asked.add_done_callback(self._note)
         await asyncio.wait([asked], timeout=_COUNTS_TIMEOUT)
-        return self.statistics
 
     def _note(self, asked: asyncio.Future[object]) -> None:
         answer = None if asked.cancelled() or asked.exception() is not None else asked.result()
@@ -131,11 +133,11 @@ class ChildProcess:
 
     async def ended(self, seconds: float) -> None:
         """Returns when it has ended by itself; kills it after so many seconds."""
-        waiting = asyncio.ensure_future(asyncio.to_thread(self._process.wait, seconds))
+        waiting = asyncio.ensure_future(wait_in_thread(self._process.wait, seconds))
         await asyncio.wait([waiting])
         if waiting.exception() is not None:
             self.kill()
-            await asyncio.to_thread(self._process.wait)
+            await wait_in_thread(self._process.wait)
 
     def _on_message(self, message: m.ToOwner, fds: list[int]) -> None:
         for fd in fds:  # none is expected
@@ -159,6 +161,9 @@ class ChildProcess:
             self._link.send(await self._answer(question))
         except RequestFailure as failure:
             self._link.send(m.refusal(question.ticket, failure))
+        except Exception:  # without an answer, the child's client would wait for its deadline
+            _log.exception("%s, asked for by a process of the server, failed", question.operation)
+            self._link.send(m.refusal(question.ticket, internal("The first process of the server failed.")))
 
     def _on_lost(self) -> None:
         if not self.listens.done():

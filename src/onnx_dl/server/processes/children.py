@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -13,7 +12,7 @@ import msgspec
 
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.inference.statistics import merged
-from onnx_dl.server.interfaces import ServedTable, VersionStatistics
+from onnx_dl.server.interfaces import RegionStatus, ServedTable, VersionStatistics
 from onnx_dl.server.processes import messages as m
 from onnx_dl.server.processes.child_process import Answering, ChildGone, ChildProcess
 from onnx_dl.server.shm.regions import Regions
@@ -60,10 +59,7 @@ class Children:
         started = [self._start(row) for row in range(1, count + 1)]
         for child in started:
             try:
-                async with asyncio.timeout(_START_TIMEOUT):
-                    await asyncio.shield(child.listens)
-            except TimeoutError:
-                raise OSError("A process of the server did not listen in time.") from None
+                await _listening(child)
             except ChildGone as error:
                 raise OSError(f"A process of the server did not start. {error}") from None
         if count:
@@ -94,7 +90,9 @@ class Children:
 
     async def statistics(self) -> list[list[VersionStatistics]]:
         """Counts of each child, and of those that have ended."""
-        return [*await self._counts(), self._gone]
+        await self._count()
+        # Only now, and without a pause: what a child counted that ended meanwhile is in ``_gone``.
+        return [*(child.statistics for child in self._living.values()), self._gone]
 
     async def drain(self, seconds: float) -> None:
         """Has all children finish their requests and end; kills those that do not, after so many seconds."""
@@ -123,13 +121,21 @@ class Children:
     def _start(self, row: int) -> ChildProcess:
         child = ChildProcess(row, self._answer, self._on_ended)
         self._living[row] = child
-        child.tell(self._begin(row), [self._page])
-        for status in self._regions.status(None):
-            with contextlib.suppress(OSError):
-                fd = self._regions.find(status.name).memory.duplicate()
-                child.tell(m.UseRegion(ticket=0, region=status), [fd])
-                os.close(fd)
+        try:
+            child.tell(self._begin(row), [self._page])
+            for status in self._regions.status(None):
+                self._give_region(child, status)
+        except Exception:
+            _log.exception("a process of the server cannot be told what to do; it is ended")
+            child.kill()  # and so replaced
         return child
+
+    def _give_region(self, child: ChildProcess, status: RegionStatus) -> None:
+        fd = self._regions.find(status.name).memory.duplicate()
+        try:
+            child.tell(m.UseRegion(ticket=0, region=status), [fd])
+        finally:
+            os.close(fd)
 
     def _on_ended(self, child: ChildProcess) -> None:
         if self._living.get(child.row) is child:
@@ -145,25 +151,42 @@ class Children:
         await child.ended(_LAST_WORDS)
         self._limits.clear(child.row)  # now: nothing writes there any more
         _log.warning("process %d of the server has ended; another one is started", child.pid)
-        while not self._is_ending:
+        while True:
             await asyncio.sleep(pause)
-            try:
-                self._start(child.row)
+            if self._is_ending:  # since the sleep began: it would not be told to end
                 return
+            try:
+                started = self._start(child.row)
+                break
             except OSError as error:
                 _log.warning("a process of the server cannot be started: %s", error)
                 pause = _LEAST_LIFE
+        try:
+            await _listening(started)
+        except ChildGone as error:
+            if not self._is_ending:
+                _log.warning("process %d of the server did not start. %s", started.pid, error)
+                started.kill()  # and so replaced, unless it has ended by itself
 
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
-            await self._counts()
+            await self._count()
 
-    async def _counts(self) -> list[list[VersionStatistics]]:
+    async def _count(self) -> None:
         listening = [child for child in self._living.values() if child.is_listening]
-        return await asyncio.gather(*(child.count() for child in listening))
+        await asyncio.gather(*(child.count() for child in listening))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _listening(child: ChildProcess) -> None:
+    """Returns when the child takes requests.  Raises ChildGone: it has ended, or took too long."""
+    try:
+        async with asyncio.timeout(_START_TIMEOUT):
+            await asyncio.shield(child.listens)
+    except TimeoutError:
+        raise ChildGone("It did not listen in time.") from None

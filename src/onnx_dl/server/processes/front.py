@@ -55,10 +55,14 @@ class Front:
         self.models: Models = self.table
         self.regions = Regions(options.client_shm)
         self.statistics = Statistics()
-        self.inference: Inference = Executor(
-            self.models, self.regions, self.statistics, limits, host, options.max_body
-        )
+        self._executor = Executor(self.models, self.regions, self.statistics, limits, host, options.max_body)
+        self.inference: Inference = self._executor
         self.is_draining = False
+
+    def close(self) -> None:
+        """Closes proxies, and ends threads that wait for work: the process would wait for their loads."""
+        self._executor.close()
+        self.table.close()
 
     @property
     def extensions(self) -> Sequence[str]:

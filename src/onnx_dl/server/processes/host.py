@@ -78,8 +78,9 @@ async def last_unload(host: ModelHost, key: str) -> str:
     return ""
 
 
-async def page_of(snapshot: Snapshot | None) -> str:
-    """The text of the host's own metrics; empty: it serves none, or does not answer."""
+async def page_of(snapshot: Snapshot | None, accept: str) -> str:
+    """The text of the host's own metrics, in the format that ``accept`` asks for; empty: it serves none, or
+    does not answer."""
     if snapshot is None or snapshot.metrics is None:
         return ""
-    return await host_text.fetch(snapshot.metrics, "")
+    return await host_text.fetch(snapshot.metrics, accept)

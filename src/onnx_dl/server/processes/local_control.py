@@ -79,12 +79,13 @@ class LocalControl:
         state.last_unload = await host.last_unload(self._front.host, key)
         return state
 
-    async def metrics(self) -> tuple[bytes, str]:
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        accept = families.readable(accept)
         statistics = selected(await self._all_statistics(), self._served("", ""))
         snapshot = await host.snapshot_of(self._front.host)
-        page = await host.page_of(snapshot)
+        page = await host.page_of(snapshot, accept)
         # A driver of GPUs may take its time.
-        return await asyncio.to_thread(families.render, statistics, snapshot, page, "")
+        return await asyncio.to_thread(families.render, statistics, snapshot, page, accept)
 
     async def _all_statistics(self) -> list[VersionStatistics]:
         own = self._front.statistics.snapshot()

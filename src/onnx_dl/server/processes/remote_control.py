@@ -52,8 +52,8 @@ class RemoteControl:
         assert state is not None
         return state
 
-    async def metrics(self) -> tuple[bytes, str]:
-        answer = await self._ask("metrics", [])
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        answer = await self._ask("metrics", [accept])
         return answer.text, answer.kind
 
     async def _ask(self, operation: str, arguments: list[Any], timeout: float | None = None) -> m.Done:
@@ -86,6 +86,6 @@ async def answered(control: Control, question: m.Ask) -> m.Done:
         case "model_state":
             return m.Done(ticket=ticket, state=await control.model_state(*given))
         case "metrics":
-            text, kind = await control.metrics()
+            text, kind = await control.metrics(*given)
             return m.Done(ticket=ticket, text=text, kind=kind)
     raise RequestFailure(500, "INTERNAL", f"There is no operation {question.operation!r}.")

@@ -273,6 +273,7 @@ class Catalog:
             version=str(number),
             path=path,
             generation=specs.generation(path, found.arguments, states),
+            identity=identity,
             inputs=completed.inputs,
             outputs=completed.outputs,
             max_batch_size=found.max_batch_size,

@@ -23,7 +23,7 @@ from onnx_dl.errors import (
     WorkerError,
 )
 from onnx_dl.server.interfaces import Served
-from onnx_dl.server.repository import signature, specs, warmup
+from onnx_dl.server.repository import signature, specs, waits, warmup
 from onnx_dl.server.repository.catalog import Candidate
 from onnx_dl.server.repository.models import ModelTable, UsedModel
 from onnx_dl.server.repository.signature import ModelSignature, Unservable
@@ -140,7 +140,7 @@ async def free(host: HostClient, entry: Served, timeout: float = UNLOAD_TIMEOUT)
         UnloadTimeout: calls still ran after ``timeout`` seconds; it ends after them.
         SupervisorError: the host does not answer.
     """
-    await asyncio.to_thread(_free, host, entry, timeout)
+    await waits.wait_in_thread(_free, host, entry, timeout)
 
 
 def _free(host: HostClient, entry: Served, timeout: float) -> None:

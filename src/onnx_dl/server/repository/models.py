@@ -30,8 +30,9 @@ class UsedModel:
         self.proxy = InferenceSessionProxy.of_spec(
             specs.spec_of(entry), specs.terms(entry.arguments), host=host
         )
-        # Another process has loaded it, and its file may have been replaced by one that does not load.
-        self.proxy._handle.checks_files = not specs.is_whole_key(entry.generation)
+        # A worker of that file is the right one, though the file may have been replaced by one that does not
+        # load.  A worker that has read another file would not fit the signature.
+        self.proxy._handle.seen = entry.identity if specs.is_whole_key(entry.generation) else None
         self._lock = threading.Lock()
         self._uses = 0
         self._is_retired = False

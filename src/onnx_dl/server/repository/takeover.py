@@ -11,7 +11,7 @@ import msgspec
 
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.server.interfaces import Served
-from onnx_dl.server.repository import control_requests, loads, plan
+from onnx_dl.server.repository import control_requests, loads, plan, waits
 from onnx_dl.server.repository.catalog import Candidate
 from onnx_dl.server.repository.disk import Disk
 from onnx_dl.server.repository.health import Health
@@ -148,7 +148,7 @@ class Takeover:
         old = tuple(msgspec.structs.replace(entry, arguments=_unpinned(entry)) for entry in planned.served)
         self._tables.set(name, Plan(old, planned.rows))
         leaving = await self._tables.publish()
-        await asyncio.to_thread(_await_end, leaving)
+        await waits.wait_in_thread(_await_end, leaving)
 
 
 def _unpinned(entry: Served) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_cla
 
 from onnx_dl.core.status import Snapshot
 from onnx_dl.server.interfaces import DurationCount, VersionStatistics
-from onnx_dl.server.metrics.families import render
+from onnx_dl.server.metrics.families import readable, render
 from onnx_dl.server.metrics.machine import GpuFigures, MachineFigures
 from onnx_dl.supervisor.metrics import families as hosts
 from onnx_dl.supervisor.metrics.counters import Figures
@@ -101,3 +101,23 @@ def test_this_machine_is_read() -> None:
     families = {each.name: each for each in parse_classic(page.decode())}
     assert families["nv_cpu_memory_total_bytes"].samples[0].value > 1 << 20
     assert 0 <= families["nv_cpu_utilization"].samples[0].value <= 1
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (OPEN, "application/openmetrics-text; version=1.0.0"),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8", "text/plain"),
+        ("application/openmetrics-text;version=one", "text/plain; version=0.0.4"),
+        ("text/plain;version=1.x", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text;version=1.0.0\xe9", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text;escaping=\xe9", "text/plain; version=0.0.4"),
+        (";=,=;,;version", "text/plain; version=0.0.4"),
+    ],
+)
+def test_any_header_has_a_page(accept: str, kind: str) -> None:
+    known = readable(accept)
+    page, content_type = render(STATISTICS, None, host_page(known), known, MACHINE)
+    assert content_type.startswith(kind)
+    parse = parse_open if "openmetrics" in kind else parse_classic
+    assert list(parse(page.decode()))

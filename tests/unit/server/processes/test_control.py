@@ -68,8 +68,8 @@ class Owner:
         self._note("model_state", name, version)
         return STATE
 
-    async def metrics(self) -> tuple[bytes, str]:
-        self._note("metrics")
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        self._note("metrics", accept)
         return b"text", "kind"
 
 
@@ -103,7 +103,7 @@ CALLS: list[tuple[Callable[[Any], Coroutine[Any, Any, Any]], tuple[Any, ...], An
     (lambda c: c.region_status("r"), ("region_status", "r"), [REGION]),
     (lambda c: c.statistics("m"), ("statistics", "m", ""), [COUNTS]),
     (lambda c: c.model_state("m", "1"), ("model_state", "m", "1"), STATE),
-    (lambda c: c.metrics(), ("metrics",), (b"text", "kind")),
+    (lambda c: c.metrics("text/plain"), ("metrics", "text/plain"), (b"text", "kind")),
 ]
 
 
