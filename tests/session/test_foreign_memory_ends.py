@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from onnx_dl import (
+    DescriptorsExhausted,
     ForeignMemoryError,
     InferenceSessionProxy,
     ModelHost,
@@ -25,7 +27,7 @@ from onnx_dl import (
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.session import placed_runs
 from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, ForeignPlace, Written, as_bytes
-from onnx_dl.tensors.foreign_tables import MOST_NAMED
+from onnx_dl.tensors.foreign_tables import MOST_NAMED, RESERVE
 from tests.support.foreign import F4, FOR_EVER, LARGE, SMALL, TURNS, X, file, held, pid_of, run
 from tests.support.slow import late_model
 from tests.support.waiting import DEADLINE, eventually
@@ -220,3 +222,24 @@ def test_memory_of_two_other_processes(late: InferenceSessionProxy, is_mapped: b
             told, _ = process.communicate("\n", DEADLINE)
             assert told.strip() in (f"{{{2.0 * number}}}", f"{{np.float32({2.0 * number})}}")
     late.run(None, {"x": X[:8], "n": TURNS})
+
+
+def test_a_worker_with_few_descriptors_left(late: InferenceSessionProxy, is_mapped: bool) -> None:
+    """It refuses the memory, and nothing else; when it has more again, the same memory is taken."""
+    late.run(None, {"x": X[:8], "n": TURNS})
+    pid = pid_of(late)
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    few = len(os.listdir(f"/proc/{pid}/fd")) + RESERVE // 2
+    with file(8 * LARGE, is_mapped=is_mapped) as (memory, _):
+        array, place = ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, limits[1]))
+        try:
+            for _ in range(2):
+                with pytest.raises(DescriptorsExhausted, match=str(pid)):
+                    run(late, array, place)
+                assert held(pid) == 0
+                assert (late.run(None, {"x": X[:8], "n": TURNS})[0] == 2 * X[:8]).all()
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        assert run(late, array, place) == Written(F4, X.shape)
+        assert pid_of(late) == pid

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from onnx_dl.client.cancellation import GRACE, CancelWatch
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
+from onnx_dl.errors import DescriptorsExhausted
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.system import descriptor_limits
@@ -106,8 +107,11 @@ class PendingCall:
         """Returns :data:`RETRY` if the request was not executed; the lane is free again, or closed."""
         match reply:
             case m.CallFailed(failure=failure):
+                error = failures.rebuild(failure)
+                if isinstance(error, DescriptorsExhausted):  # for a foreign memory, or it does no harm
+                    self.lane.arena.memories.announce_again()
                 self._pool.put(self.lane)
-                raise failures.rebuild(failure)
+                raise error
             case m.Forgotten():
                 self.lane.codec.plans.clear()
                 self._pool.put(self.lane)

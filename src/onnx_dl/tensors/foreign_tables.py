@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from onnx_dl.concurrency import primitives
 from onnx_dl.errors import ProtocolError, SharedMemoryError
+from onnx_dl.system import descriptor_limits
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.block import Announcer
 from onnx_dl.tensors.foreign import ForeignMemory, check_file, check_slice, read_into, write_from
@@ -27,6 +28,8 @@ MOST_NAMED: Final = 32
 ago."""
 MOST_KEPT: Final = 64
 """Memories that a worker keeps for one lane."""
+RESERVE: Final = 64
+"""Descriptors of a worker that memories of all lanes leave free: for lanes, their blocks, and the engine."""
 
 
 class TooManyMemories(Exception):
@@ -92,9 +95,13 @@ class AnnouncedMemories:
     def drop_all(self) -> None:
         """Tell the worker to drop all memories, and what it keeps for copies."""
         self._closed.clear()
+        self.announce_again()
+        self.copied = 0
+
+    def announce_again(self) -> None:
+        """Have the next message that names a memory announce it again, as if the worker knew none."""
         for serial in list(self._known):
             self._drop(serial)
-        self.copied = 0
 
     def _announced(self, memory: ForeignMemory) -> _Known:
         if self._announcer.room <= 0 or not self._has_room():
@@ -194,7 +201,8 @@ class PeerMemories:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._memories: dict[int, PeerMemory] = {}
+        self._memories: dict[int, PeerMemory | None] = {}
+        """None stands for one that this process had no descriptor for."""
         self.drops = 0
         """Number of memories that the caller has dropped so far."""
 
@@ -204,20 +212,35 @@ class PeerMemories:
         Raises:
             ProtocolError: it is no file, the number is in use, or there are too many.
         """
-        memory = PeerMemory(fd, size, is_mapped)
+        memory: PeerMemory | None = PeerMemory(fd, size, is_mapped)
         if number <= 0 or size < 0 or number in self._memories or len(self._memories) >= self._most:
             raise ProtocolError(f"Foreign memory {number} of {size} bytes cannot be announced.")
+        if descriptor_limits.free() < RESERVE:  # an error of the calls that name it, not of the lane
+            memory = None
         self._memories[number] = memory
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget these memories.  Arrays in them keep their mappings."""
         for number in numbers:
-            self.drops += self._memories.pop(number, None) is not None
+            if number in self._memories:
+                del self._memories[number]
+                self.drops += 1
 
     def memory(self, number: int) -> PeerMemory:
-        """Return a memory; raises ProtocolError if the caller did not announce it."""
-        if (memory := self._memories.get(number)) is None:
-            raise ProtocolError(f"A message names foreign memory {number}, which was never announced.")
+        """Return a memory.
+
+        Raises:
+            ProtocolError: the caller did not announce it.
+            DescriptorsExhausted: this process had too few descriptors left when it was announced.
+        """
+        try:
+            memory = self._memories[number]
+        except KeyError:
+            raise ProtocolError(
+                f"A message names foreign memory {number}, which was never announced."
+            ) from None
+        if memory is None:
+            raise descriptor_limits.exhausted("A memory of a third process")
         return memory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from onnx_dl.errors import OnnxDLError, SharedMemoryError
 from onnx_dl.protocol import failures
@@ -22,6 +22,14 @@ _Handlers = Mapping[type, Callable[[Any], object]]
 """Handlers by type of request."""
 
 
+class Upkeep(NamedTuple):
+    """What keeps a worker's memory and runs within bounds; all lanes share it."""
+
+    limits: RecycleLimits | None
+    watchdog: Watchdog | None
+    trims: EngineTrims
+
+
 class LaneService:
     """Answers the requests of one lane."""
 
@@ -31,15 +39,11 @@ class LaneService:
         gate: Gate,
         backend: Backend,
         tokens: dict[int, CancelToken],
-        limits: RecycleLimits | None,
-        watchdog: Watchdog | None,
-        trims: EngineTrims,
+        upkeep: Upkeep,
     ) -> None:
         """``tokens``: of all lanes, by the native id of the lane's thread."""
-        self._trims = trims
         self._lane = lane
-        self._limits = limits
-        self._watchdog = watchdog
+        self._limits, self._watchdog, self._trims = upkeep
         self._gate = gate
         self._backend = backend
         self._tokens = tokens

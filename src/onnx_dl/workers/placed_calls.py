@@ -118,8 +118,11 @@ class PlacedCalls:
                 Nothing was written, unless a memory was truncated meanwhile.
             EngineError: the call was given up.  Nothing is written from then on.
             ProtocolError: the request contradicts itself.
+            DescriptorsExhausted: this process had no descriptor for a memory.  The model did not run.
             Exception: the engine's.
         """
+        for _, place in request.places:  # not after the run
+            self._lane.memories.memory(place.memory)
         try:
             inputs = [self._input(name, value) for name, value in request.foreign]
             arrays, block = self._read(inputs)

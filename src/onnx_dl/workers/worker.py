@@ -37,7 +37,7 @@ from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, NotInCache
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.lane_service import LaneService
+from onnx_dl.workers.lane_service import LaneService, Upkeep
 from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog
 from onnx_dl.workers.load_cache.rules import SaveOrder
 from onnx_dl.workers.sandbox import rights
@@ -273,9 +273,8 @@ class Worker:
             if lane.channel in self._disconnected:  # it left after its greeting
                 lane.hang_up()
         model = backends.member(backend, lane.model)
-        service = LaneService(
-            lane, self._gate, model, self._tokens, self._limits, self._watchdog, self._trims
-        )
+        upkeep = Upkeep(self._limits, self._watchdog, self._trims)
+        service = LaneService(lane, self._gate, model, self._tokens, upkeep)
         try:
             service.run()
         finally:

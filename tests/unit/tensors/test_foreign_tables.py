@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from onnx_dl.errors import ForeignMemoryError, ProtocolError
+from onnx_dl.errors import DescriptorsExhausted, ForeignMemoryError, ProtocolError
+from onnx_dl.system import descriptor_limits
 from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, bytes_of, read_into, write_from
 from onnx_dl.tensors.foreign_tables import (
     MOST_NAMED,
+    RESERVE,
     AnnouncedMemories,
     PeerMemories,
     PeerMemory,
@@ -235,3 +237,23 @@ def test_what_cannot_be_read_or_written() -> None:
         read_into(only_written, 0, memoryview(bytearray(8)))
     for each in (fd, only_read, only_written):
         os.close(each)
+
+
+def test_a_memory_without_a_descriptor_is_an_error_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = RESERVE
+    monkeypatch.setattr(descriptor_limits, "free", lambda: free)
+    memories = PeerMemories(2)
+    memories.add(1, 64, False, memfd(64))
+    free -= 1
+    memories.add(2, 64, False, memfd(64))
+    assert memories.memory(1).size == 64
+    with pytest.raises(DescriptorsExhausted):
+        memories.memory(2)
+    with pytest.raises(ProtocolError):  # it counts
+        memories.add(3, 64, False, memfd(64))
+    with pytest.raises(ProtocolError):
+        memories.add(2, 64, False, memfd(64))
+    memories.drop([2])
+    free += 1
+    memories.add(3, 64, False, memfd(64))
+    assert memories.memory(3).size == 64 and memories.drops == 1

@@ -52,7 +52,7 @@ from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines.base import CancelToken, Rerun
 from onnx_dl.workers.gate import Gate
-from onnx_dl.workers.lane_service import LaneService
+from onnx_dl.workers.lane_service import LaneService, Upkeep
 from tests.support.builders import DESCRIPTION
 from tests.support.waiting import DEADLINE
 
@@ -126,8 +126,8 @@ class Worker:
                 lane = WorkerLane(self.context, channel, SECRET, DEADLINE)
                 backend: Any = self.backend
                 backend.lane = lane
-                trims = EngineTrims(self.gate.in_flight, lambda: None)
-                service = LaneService(lane, self.gate, backend, self.tokens, None, None, trims)
+                upkeep = Upkeep(None, None, EngineTrims(self.gate.in_flight, lambda: None))
+                service = LaneService(lane, self.gate, backend, self.tokens, upkeep)
                 done = sockets.Waker()
                 watcher = threading.Thread(target=_watch, args=(channel, lane, done))
                 watcher.start()

@@ -182,7 +182,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _take_body(self, data: memoryview | None, nbytes: int) -> int:
         """Take bytes of the body; return how many.  ``data`` None: they are in their place."""
-        assert self._body is not None
+        assert self._body is not None and self._admitted is not None
         self._since = self._loop.time()
         try:
             if data is not None:
@@ -191,7 +191,7 @@ class HttpConnection(asyncio.BufferedProtocol):
                 self._body.advance(nbytes)
         except RequestFailure as failure:
             self._body = None
-            self._send(failed(failure), skip=None)
+            self._send(self._handler.refused(self._admitted.target, failure), skip=None)
             return nbytes
         if self._body.is_complete:
             self._start()
@@ -276,11 +276,12 @@ class HttpConnection(asyncio.BufferedProtocol):
                 limits.idle if self._has_served else limits.head
             ):
                 self._transport.close()
-            case Phase.BODY if self._body is not None:
-                came, length = self._body.filled, self._admitted and self._admitted.framing.length
+            case Phase.BODY if self._body is not None and self._admitted is not None:
+                came, length = self._body.filled, self._admitted.framing.length
                 if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
                     self._body = None
-                    self._send(failed(passed("The request's body took too long.")), skip=None)
+                    failure = passed("The request's body took too long.")
+                    self._send(self._handler.refused(self._admitted.target, failure), skip=None)
             case Phase.SEND | Phase.LINGER if self._outgoing.is_stuck(now):
                 self._transport.abort()
             case Phase.SKIP | Phase.LINGER if waited > limits.linger and not self._outgoing.unsent:
