@@ -157,8 +157,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             return data[len(data) :]
         if end < 0:
             return data[len(data) :]
-        self._waiting = b""
-        end += len(END)
+        self._waiting, end = b"", end + len(END)
         try:
             self._admit(self._heads.admit(waiting[:end]), has_more=end < len(waiting))
         except NotAllowed as refusal:
