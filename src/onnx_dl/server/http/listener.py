@@ -81,6 +81,5 @@ class HttpListener:
             connections.cut()
             with contextlib.suppress(TimeoutError):
                 await connections.wait_until_none(_CLOSING)
-            if self._connections is connections:  # drain() and close() may both be here
-                self._connections = None
-                connections.close()
+            connections.close()
+            self._connections = None  # perhaps again: a drain may end at the same time
