@@ -95,6 +95,8 @@ class Inference:
         """Bytes of answers that wait."""
         self.most_running = 0
         self.regions: dict[str, bytearray] = {}
+        self.refusals: list[tuple[str, str, int, str]] = []
+        """Model, version, status and reason of requests that were refused."""
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> memoryview:
@@ -106,6 +108,9 @@ class Inference:
 
     def paid(self, nbytes: int) -> None:
         self.owe(-nbytes)
+
+    def refused(self, model: str, version: str, failure: RequestFailure) -> None:
+        self.refusals.append((model, version, failure.http, failure.reason))
 
     async def infer(self, request: InferRequest) -> InferResponse:
         raise NotImplementedError

@@ -367,3 +367,15 @@ def test_the_end_of_the_drain_cuts_runs() -> None:
         assert 0.2 < time.monotonic() - began < allowed(5)
         assert code_of(running.exception(allowed(DEADLINE))) in ("CANCELLED", "UNAVAILABLE")
         eventually(lambda: rig.server.inference.running == 0, "the end of the run")
+
+
+def test_inferences_that_are_refused_are_told_to_those_who_count(rig: Rig) -> None:
+    rig.server.inference.refusals.clear()
+    wrong = a_request()
+    wrong.inputs[0].datatype = "FP32"
+    wrong.inputs[0].contents.int_contents.append(1)
+    for data in (wrong.SerializeToString(), b"\xff", a_request(model="unknown").SerializeToString()):
+        failure(rig, "ModelInfer", data)
+    refusals = rig.server.inference.refusals
+    assert refusals[0] == ("echo", "", 400, "OTHER")
+    assert [(model, http) for model, _, http, _ in refusals[1:]] == [("unknown", 404)]

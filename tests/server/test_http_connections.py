@@ -254,6 +254,7 @@ def test_an_idle_connection_holds_neither_body_nor_result(
 
 def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
     server.inference.is_full = True
+    server.inference.refusals.clear()
     try:
         with server.connect() as client:
             head, body = binary_infer(20 << 20)
@@ -261,8 +262,27 @@ def test_a_body_that_has_no_room_is_told_so(server: HttpStandIn) -> None:
             client.sendall(body)
             reply = Reader(client).reply()
             assert reply.status == 429 and reply.headers["retry-after"] == "3"
+        assert server.inference.refusals == [("echo", "", 429, "REJECTED")]
     finally:
         server.inference.is_full = False
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "expected"),
+    [
+        ("/v2/models/echo/infer", b"{", [("echo", "", 400, "OTHER")]),
+        ("/v2/models/echo/versions/1/infer", b"{}", [("echo", "1", 400, "OTHER")]),
+        ("/v2/models/unknown/infer", b"{", []),
+        ("/v2/repository/index", b"{", []),
+    ],
+)
+def test_inferences_that_are_refused_are_told_to_those_who_count(
+    server: HttpStandIn, target: str, body: bytes, expected: list[object]
+) -> None:
+    server.inference.refusals.clear()
+    with server.connect() as client:
+        assert ask(client, request(target, "POST", body)).status in (400, 404)
+    assert server.inference.refusals == expected
 
 
 def test_a_request_with_too_large_a_head_is_not_carried_out(server: HttpStandIn) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.server.options import ServeOptions
+from onnx_dl.server.v2.failures import RequestFailure
 from onnx_dl.server.v2.messages import InferRequest, InferResponse
 from onnx_dl.server.v2.operations import Operation
 from onnx_dl.session.inference_session import InferenceSessionProxy
@@ -191,6 +192,10 @@ class Inference(Protocol):
 
     def infer_blocking(self, request: InferRequest, cancel: Deadline) -> InferResponse:
         """The same for a thread.  ``cancel``: a movable deadline; :meth:`Deadline.end` ends the run."""
+
+    def refused(self, model: str, version: str, failure: RequestFailure) -> None:
+        """Note that a request for a model was refused.  Counts it, unless :meth:`infer` has, or the model is
+        not known."""
 
 
 class Caller(NamedTuple):

@@ -44,6 +44,9 @@ class ModelHandle:
         """True if onnxruntime would have no native session: its providers could not be set."""
         self.seen: Identity | None = None
         """The file of the model that is meant, also where it has been replaced since; None: what is there."""
+        self.takes_any = False
+        """True: whatever file the worker of this key has read is the right one, so that all processes that
+        name the key have one worker."""
         self.served: ServedModel | None = None
         self._blobs = source.blobs
         self.used: ServedModel | None = None
@@ -131,6 +134,8 @@ class ModelHandle:
 
     def _changed(self, read: Sequence[ReadFile]) -> str | None:
         """The path of a file whose content is not the one that is meant; None: all are."""
+        if self.takes_any:
+            return None
         if self.seen is None:
             return model_files.changed(self.spec.where, read)
         is_other = any(file.identity != self.seen for file in read if not file.name)

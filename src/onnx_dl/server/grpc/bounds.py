@@ -14,6 +14,10 @@ from onnx_dl.server.v2.failures import RequestFailure, invalid, too_many
 
 _PATIENCE: Final = 0.25
 """Seconds that a call without its message keeps its place while others want it."""
+_SLOW: Final = 30.0
+"""Seconds from which on a call that awaits its message is a slow one."""
+MOST_SLOW: Final = 16
+"""Slow calls that may go on.  What has come of a message lies in grpcio, which does not tell how much."""
 
 
 class Places:
@@ -159,7 +163,12 @@ class Arrivals:
         return False
 
     def look(self, now: float) -> None:
-        """Cancels the calls whose time has passed."""
+        """Cancels the calls whose time has passed, and the slowest ones if there are too many."""
+        kept = []
         for awaited in list(self._awaited.values()):
             if awaited.until < now:
                 awaited.context.cancel()
+            elif awaited.since < now - _SLOW:
+                kept.append(awaited)
+        for awaited in kept[: max(0, len(kept) - MOST_SLOW)]:  # the order is that of their begin
+            awaited.context.cancel()

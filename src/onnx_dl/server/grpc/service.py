@@ -100,12 +100,23 @@ class InferenceService:
         """One inference, from message to message.  Its deadline counts from the message's arrival.  Raises
         RequestFailure."""
         self._pages.note(len(arrived.data))
-        request = requests.read(arrived.data, arrived.time_left, self._server.models.find)
-        if request.timeout is not None:
-            request.timeout -= time.monotonic() - arrived.at
-            if request.timeout <= 0:
-                raise passed("the request's deadline passed before it could run")
-        response = self._server.inference.infer_blocking(request, cancel)
+        named: list[tuple[str, str]] = []
+
+        def find(model: str, version: str) -> None:
+            named.append((model, version))
+            self._server.models.find(model, version)
+
+        try:
+            request = requests.read(arrived.data, arrived.time_left, find)
+            if request.timeout is not None:
+                request.timeout -= time.monotonic() - arrived.at
+                if request.timeout <= 0:
+                    raise passed("the request's deadline passed before it could run")
+            response = self._server.inference.infer_blocking(request, cancel)
+        except RequestFailure as failure:
+            for model, version in named:
+                self._server.inference.refused(model, version, failure)
+            raise
         answer = encode(response)
         self._pages.note(len(answer))
         return answer

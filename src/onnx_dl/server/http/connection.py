@@ -18,16 +18,13 @@ from onnx_dl.server.http.head import END, head_too_large, skipped_length
 from onnx_dl.server.http.heads import Heads
 from onnx_dl.server.http.limits import HEAD_BYTES, WAITING_BYTES, is_too_slow
 from onnx_dl.server.http.outgoing import Outgoing
-from onnx_dl.server.http.peers import caller_of, has_gone
+from onnx_dl.server.http.peers import Watch, caller_of
 from onnx_dl.server.http.requests import HttpRequest
 from onnx_dl.server.v2.failures import RequestFailure, passed, unavailable
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _PATIENCE: Final = 1.0
 """Seconds that a head may take before its connection is among those that make room for new ones."""
-
-
-_LOOK_EVERY: Final = 0.1
 
 
 class Phase(enum.Enum):
@@ -62,19 +59,16 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._waiting = b""
         """Bytes that were read and are not looked at yet: part of a head, or later requests."""
         self._has_served = False
-        self._ends = False
-        """No request is answered after this one."""
+        self._ends = False  # no request is answered after this one
         self._outgoing: Outgoing
         self._heads: Heads
         self._admitted: Admitted | None = None
         self._body: IncomingBody | None = None
-        self._began = 0.0
-        """Time when the head of the request was there."""
+        self._began = 0.0  # time when the head of the request was there
         self._skip = 0
         self._request: HttpRequest | None = None
         self._task: asyncio.Task[None] | None = None
-
-        self._watching: asyncio.TimerHandle | None = None
+        self._watch: Watch
 
     # What the transport calls.
 
@@ -83,6 +77,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         self._outgoing = Outgoing(self._transport, self._limits, self._handler.server.inference)
         self._outgoing.begin()
+        self._watch = Watch(self._transport, self._loop)
         self._heads = Heads(self._handler, caller_of(transport))
         if not self._connections.add(self):
             self._send(failed(unavailable("Too many connections are open.")))
@@ -145,20 +140,9 @@ class HttpConnection(asyncio.BufferedProtocol):
         if len(data) and self._phase in (Phase.RUN, Phase.SEND):
             self._waiting += data
             if len(self._waiting) > WAITING_BYTES:
-                # The client's end would not be seen from here on.
-                self._transport.pause_reading()
-                self._watch()
-
-    def _watch(self) -> None:
-        """While the socket is not read and an inference runs: end the run when the client has gone."""
-        if self._phase is not Phase.RUN or self._admitted is None or not self._admitted.is_inference:
-            return
-        if has_gone(self._transport.get_extra_info("socket").fileno()):
-            self._transport.abort()
-        else:
-            if self._watching is not None:
-                self._watching.cancel()
-            self._watching = self._loop.call_later(_LOOK_EVERY, self._watch)
+                self._transport.pause_reading()  # and so the client's end is not told
+                if self._phase is Phase.RUN and self._admitted and self._admitted.is_inference:
+                    self._watch.begin()
 
     def _take_head(self, data: memoryview) -> memoryview:
         """Look for the end of a head; return what follows it."""
@@ -173,8 +157,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             return data[len(data) :]
         if end < 0:
             return data[len(data) :]
-        self._waiting = b""
-        end += len(END)
+        self._waiting, end = b"", end + len(END)
         try:
             self._admit(self._heads.admit(waiting[:end]), has_more=end < len(waiting))
         except NotAllowed as refusal:
@@ -198,7 +181,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _take_body(self, data: memoryview | None, nbytes: int) -> int:
         """Take bytes of the body; return how many.  ``data`` None: they are in their place."""
-        assert self._body is not None
+        assert self._body is not None and self._admitted is not None
         self._since = self._loop.time()
         try:
             if data is not None:
@@ -207,7 +190,7 @@ class HttpConnection(asyncio.BufferedProtocol):
                 self._body.advance(nbytes)
         except RequestFailure as failure:
             self._body = None
-            self._send(failed(failure), skip=None)
+            self._send(self._handler.refused(self._admitted.target, failure), skip=None)
             return nbytes
         if self._body.is_complete:
             self._start()
@@ -250,11 +233,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._next()
         else:
             self._enter(Phase.LINGER)
-            if skip == 0:
-                self._outgoing.close()
-            elif self._transport.can_write_eof():
-                # Closed at once, with bytes unread, the client's system would drop the answer.
-                self._transport.write_eof()
+            self._outgoing.close(is_all_read=skip == 0)
 
     def _next(self) -> None:
         """Look at the next request, if the client has taken the last answer."""
@@ -271,6 +250,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
+        self._watch.end()
         self._since = self._loop.time()
 
     # What the list of connections calls.
@@ -295,11 +275,12 @@ class HttpConnection(asyncio.BufferedProtocol):
                 limits.idle if self._has_served else limits.head
             ):
                 self._transport.close()
-            case Phase.BODY if self._body is not None:
-                came, length = self._body.filled, self._admitted and self._admitted.framing.length
+            case Phase.BODY if self._body is not None and self._admitted is not None:
+                came, length = self._body.filled, self._admitted.framing.length
                 if waited > limits.body_idle or is_too_slow(came, length or came, now - self._began, limits):
                     self._body = None
-                    self._send(failed(passed("The request's body took too long.")), skip=None)
+                    failure = passed("The request's body took too long.")
+                    self._send(self._handler.refused(self._admitted.target, failure), skip=None)
             case Phase.SEND | Phase.LINGER if self._outgoing.is_stuck(now):
                 self._transport.abort()
             case Phase.SKIP | Phase.LINGER if waited > limits.linger and not self._outgoing.unsent:

@@ -107,9 +107,16 @@ class Handler:
                 await self._inflate(request, OTHER_BODY)
             return await call(self._app, request)
         except RequestFailure as failure:
-            return failed(failure)
+            return self.refused(request.target, failure)
         except Exception:
             return self.fault(request.head.target)
+
+    def refused(self, target: Target, failure: RequestFailure) -> HttpAnswer:
+        """The answer to a request that was admitted and then refused.  An inference is counted."""
+        if target.route.name == INFER:
+            names = target.names
+            self.server.inference.refused(names["model"], names.get("version", ""), failure)
+        return failed(failure)
 
     def fault(self, request: bytes) -> HttpAnswer:
         """The answer to a request at which the server itself failed.  The log has the exception."""

@@ -3,8 +3,9 @@
 A client that is slow holds its own connection and little else:
 
 - A head must be there ten seconds after its first byte, however the bytes trickle in.
-- A body takes memory in steps (64 KiB, 1, 8, 64 MiB, all) as it arrives.  It is cut if nothing comes for
-  ``body_idle`` seconds, or if its average falls below the rate that would need ``body_total`` seconds.
+- A body takes memory in steps (64 KiB, 1, 8, 64, 256 MiB, all) as it arrives.  It is cut if nothing comes for
+  ``body_idle`` seconds, or if its average falls below the rate that would need ``body_usual`` seconds.  A
+  large one may take longer at 1 MiB/s or more, ``body_total`` seconds at most.
 - An answer is cut if the client takes none of it for ``send_idle`` seconds.
 """
 
@@ -26,10 +27,13 @@ SKIPPED: Final = 1 << 20
 """Bytes of a refused body that are read so that the connection can be kept."""
 UNCOUNTED: Final = 64 << 10
 """Bytes of an answer up to which they are not counted as in flight while they wait for the client."""
-STEPS: Final = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
-"""Bytes that a body gets at first, and when these are full."""
+STEPS: Final = (64 << 10, 1 << 20, 8 << 20, 64 << 20, 256 << 20)
+"""Bytes that a body gets at first, and when these are full.  Each step copies; with smaller ones a body of
+5 MiB took ten times as long."""
 _SLOWEST: Final = 2048
 """Bytes per second of a body, at least."""
+_LARGE_RATE: Final = 1 << 20
+"""Bytes per second at which a large body may take longer than is usual."""
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +43,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     idle: float = 75.0
     body_idle: float = 20.0
     body_grace: float = 10.0
+    body_usual: float = 120.0
     body_total: float = 600.0
     send_idle: float = 30.0
     linger: float = 5.0
@@ -53,7 +58,7 @@ def next_step(length: int, filled: int) -> int:
 
 def is_too_slow(received: int, length: int, elapsed: float, limits: HttpLimits) -> bool:
     """True if a body of ``length`` bytes comes so slowly that it is cut."""
-    rate = max(_SLOWEST, length / limits.body_total)
+    rate = max(_SLOWEST, length / limits.body_total, min(length / limits.body_usual, _LARGE_RATE))
     return received < rate * (elapsed - limits.body_grace)
 
 

@@ -77,9 +77,9 @@ class HttpListener:
         if self._listening is not None:
             self._listening.close()
             self._listening = None
-        if self._connections is not None:
-            self._connections.cut()
+        if (connections := self._connections) is not None:
+            connections.cut()
             with contextlib.suppress(TimeoutError):
-                await self._connections.wait_until_none(_CLOSING)
-            self._connections.close()
-            self._connections = None
+                await connections.wait_until_none(_CLOSING)
+            connections.close()
+            self._connections = None  # perhaps again: a drain may end at the same time

@@ -30,7 +30,7 @@ class Outgoing:
         self.is_paused = False
         """The client takes no more for now."""
         self._pieces: collections.deque[Part] = collections.deque()
-        """What the transport has not got yet."""
+        """Parts that the transport has not got yet."""
         self._closes = False
         self._owed = 0
         """Bytes that are counted as in flight."""
@@ -77,10 +77,14 @@ class Outgoing:
         if not self.unsent:
             self._pay()
 
-    def close(self) -> None:
-        """Close the transport when all is sent."""
-        self._closes = True
-        self._feed()
+    def close(self, *, is_all_read: bool) -> None:
+        """Close the transport when all is sent, or only our half of it if not all is read: closed with bytes
+        unread, the client's system would drop the answer."""
+        if is_all_read:
+            self._closes = True
+            self._feed()
+        elif self._transport.can_write_eof():
+            self._transport.write_eof()
 
     def lose(self) -> None:
         """Note that the connection is lost."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import select
-from typing import Any
+from typing import Any, Final
 
 from onnx_dl.server.interfaces import Caller
+
+_LOOK_EVERY: Final = 0.1
+"""Seconds."""
 
 
 def caller_of(transport: asyncio.BaseTransport) -> Caller:
@@ -17,6 +20,29 @@ def caller_of(transport: asyncio.BaseTransport) -> Caller:
     secured = transport.get_extra_info("ssl_object")
     shown = None if secured is None else secured.getpeercert()
     return Caller(None, is_loopback(address), subject(shown) if shown else None, address)
+
+
+class Watch:
+    """Ends a connection whose client has gone, while its socket is not read."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._next: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Look now, and every 0.1 s until :meth:`end`."""
+        self.end()
+        if has_gone(self._transport.get_extra_info("socket").fileno()):
+            self._transport.abort()
+        else:
+            self._next = self._loop.call_later(_LOOK_EVERY, self.begin)
+
+    def end(self) -> None:
+        """Look no more."""
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
 
 
 def is_loopback(address: str) -> bool:

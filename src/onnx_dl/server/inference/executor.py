@@ -7,6 +7,7 @@ the same, and is in :class:`_Course`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from typing import Final
@@ -97,6 +98,7 @@ class Executor:
                         return await self._threads.step(functools.partial(inference.respond, results))
                     return inference.respond(results)
                 except ProxyClosedError:
+                    inference.withdraw()
                     continue
                 except asyncio.CancelledError:
                     inference.fail(cancelled())
@@ -123,10 +125,21 @@ class Executor:
                     results = runs.run(model.proxy, prepared, deadline)
                     return inference.respond(results)
                 except ProxyClosedError:
+                    inference.withdraw()
                     continue
                 except Exception as error:
                     raise inference.failure(error, cancel) from error
         raise _was_replaced(request)
+
+    def refused(self, model: str, version: str, failure: RequestFailure) -> None:
+        """Count a request that was refused before it became an inference.  Of others, and those of unknown
+        models, nothing is counted here."""
+        if failure.is_counted:
+            return
+        with contextlib.suppress(RequestFailure):
+            entry = self._models.find(model, version)
+            failure.is_counted = True
+            self.statistics.fail(self.statistics.begin(entry.name, entry.version), failure.reason, 0)
 
     def close(self) -> None:
         """Wait for nothing more; running calls end by themselves."""
@@ -239,9 +252,16 @@ class _Course:
 
     def fail(self, failure: RequestFailure) -> None:
         """Count a failure."""
+        failure.is_counted = True
         if self._counts is not None and not self._is_counted:
             self._is_counted = True
             self._executor.statistics.fail(self._counts, failure.reason, time.perf_counter_ns() - self._began)
+
+    def withdraw(self) -> None:
+        """Count nothing: the request is tried again."""
+        if self._counts is not None and not self._is_counted:
+            self._is_counted = True
+            self._executor.statistics.withdraw(self._counts)
 
     def __exit__(self, *exc: object) -> None:
         if self._uses is not None:

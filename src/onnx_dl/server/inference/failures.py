@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Final
 
 from onnx_dl.errors import (
@@ -57,7 +58,23 @@ _NO_ROOM: Final = (
     ProxyClosedError,
     MemoryError,
 )
-_OUT_OF_MEMORY: Final = ("std::bad_alloc", "failed to allocate memory", "out of memory")
+_OF_DATA: Final = frozenset(("InvalidArgument", "NotImplemented"))
+"""Classes of onnxruntime that say that it does not take these inputs."""
+_OF_NODES: Final = frozenset(("Fail", "RuntimeException"))
+"""Classes that may also say so, if a node failed."""
+_NODE_FAILED: Final = "Non-zero status code returned while running"
+_MISSING: Final = re.compile(r"Required inputs \(|Model requires \d+ inputs")
+"""Begins of the errors of class ValueError that onnxruntime raises for inputs."""
+_OUT_OF_MEMORY: Final = (
+    "std::bad_alloc",
+    "failed to allocate memory",
+    "out of memory",
+    "is smaller than requested bytes",
+)
+_OF_GPU: Final = re.compile(
+    r"\bCU(DA|DNN|BLAS|FFT|RAND|SPARSE)(_FE)? (failure|error)|\bCUDA_ERROR|\bcudaError|\bCU[A-Z]+_STATUS_"
+)
+"""Words for a GPU, its driver or libraries that failed.  Names of nodes and files may have "cuda", too."""
 
 
 def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> RequestFailure:
@@ -67,7 +84,8 @@ def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> Req
     """
     if isinstance(error, RequestFailure):
         return error
-    if is_loading or isinstance(error, _NOT_LOADED) or _engine_class(error) in _OF_LOADS:
+    name, text = _engine_class(error), _text_of(error)
+    if is_loading or isinstance(error, _NOT_LOADED) or (name in _OF_LOADS and _NODE_FAILED not in text):
         return _load_failure(error, model)
     if isinstance(error, ForeignMemoryError):
         return regions.failure_of(error)
@@ -75,14 +93,28 @@ def failure_of(error: Exception, model: str, *, is_loading: bool = False) -> Req
         return unavailable(f"model '{model}' cannot run now: {error}", _retry_after(error))
     if isinstance(error, (WorkerDied, SupervisorDied)):  # in a run that had begun
         return internal(f"model '{model}' failed: {error}")
-    if _engine_class(error) is not None:
-        text = _text_of(error)
-        if any(part in text.lower() for part in _OUT_OF_MEMORY):
-            return unavailable(f"model '{model}' has no memory for this request: {text}")
-        return invalid(f"model '{model}' refused the request: {text}")
+    if name is not None:
+        return _engine_failure(name, text, model)
+    if isinstance(error, ValueError) and _MISSING.match(text):
+        return _refused(text, model)
     if isinstance(error, OnnxDLError):
         return internal(f"model '{model}' failed: {error}")
     return own_failure(error, model)
+
+
+def _engine_failure(name: str, text: str, model: str) -> RequestFailure:
+    """Return the failure for an error of onnxruntime in a run.  ``name``: of its class."""
+    if any(part in text.lower() for part in _OUT_OF_MEMORY):
+        return unavailable(f"model '{model}' has no memory for this request: {text}")
+    is_of_data = name in _OF_DATA or (name in _OF_NODES and _NODE_FAILED in text)
+    if is_of_data and not _OF_GPU.search(text):
+        return _refused(text, model)
+    _log.error("A run of model %s failed: %s: %s", model, name, text)
+    return internal(f"model '{model}' failed: {text}")
+
+
+def _refused(text: str, model: str) -> RequestFailure:
+    return invalid(f"model '{model}' refused the request: {text}")
 
 
 def own_failure(error: Exception, model: str) -> RequestFailure:
@@ -100,14 +132,11 @@ def _load_failure(error: Exception, model: str) -> RequestFailure:
 
 
 def _engine_class(error: Exception) -> str | None:
-    """Return the name of onnxruntime's class, or of the builtin one that it raises; None: it is not
-    onnxruntime's."""
+    """Return the name of onnxruntime's class; None: it is not onnxruntime's."""
     if isinstance(error, RemoteError):
         module, _, name = error.type_name.rpartition(".")
         return name if module == _ENGINE else None
-    if type(error).__module__ == _ENGINE or type(error) in (RuntimeError, ValueError, TypeError):
-        return type(error).__name__
-    return None
+    return type(error).__name__ if type(error).__module__ == _ENGINE else None
 
 
 def _text_of(error: Exception) -> str:

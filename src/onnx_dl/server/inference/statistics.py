@@ -71,6 +71,11 @@ class Statistics:
             _add(counts.fail, total)
             counts.failures[reason] = counts.failures.get(reason, 0) + 1
 
+    def withdraw(self, counts: VersionStatistics) -> None:
+        """Undo :meth:`begin`: the request neither waits nor runs, and has not ended."""
+        with self._lock:
+            counts.pending -= 1
+
     def snapshot(self) -> list[VersionStatistics]:
         """Return a copy of all counts, sorted by name and version."""
         with self._lock:

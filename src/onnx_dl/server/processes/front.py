@@ -51,7 +51,7 @@ class Front:
         self.limits = limits
         self.access: Access = rights
         self.version = __version__
-        self.table = ModelTable(host)
+        self.table = ModelTable(host, takes_any=options.model_control == "none")
         self.models: Models = self.table
         self.regions = Regions(options.client_shm)
         self.statistics = Statistics()

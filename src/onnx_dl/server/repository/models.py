@@ -25,14 +25,16 @@ class UsedModel:
     """One version, its proxy, and the number of uses.  The proxy closes when the table has no place for it
     any more and the last use has ended."""
 
-    def __init__(self, entry: Served, host: HostClient) -> None:
+    def __init__(self, entry: Served, host: HostClient, *, takes_any: bool = False) -> None:
         self.entry = entry
         self.proxy = InferenceSessionProxy.of_spec(
             specs.spec_of(entry), specs.terms(entry.arguments), host=host
         )
         # A worker of that file is the right one, though the file may have been replaced by one that does not
         # load.  A worker that has read another file would not fit the signature.
-        self.proxy._handle.seen = entry.identity if specs.is_whole_key(entry.generation) else None
+        is_whole = specs.is_whole_key(entry.generation)
+        self.proxy._handle.seen = entry.identity if is_whole else None
+        self.proxy._handle.takes_any = takes_any and is_whole
         self._lock = threading.Lock()
         self._uses = 0
         self._is_retired = False
@@ -69,13 +71,17 @@ class UsedModel:
 
 
 class ModelTable:
-    """Versions that this process serves.  Implements :class:`~onnx_dl.server.interfaces.Models`.
+    """Versions that this process serves.  Implements :class:`~onnx_dl.server.interfaces.Models`."""
 
-    ``host``: the host that its proxies are clients of.
-    """
-
-    def __init__(self, host: HostClient) -> None:
+    def __init__(self, host: HostClient, *, takes_any: bool = False) -> None:
+        """
+        Args:
+            host: the host that its proxies are clients of.
+            takes_any: nobody follows the files, so a file that was overwritten while its model was not loaded
+                is loaded as it is.
+        """
         self._host = host
+        self._takes_any = takes_any
         self._lock = threading.Lock()
         self._table = ServedTable()
         self._served: dict[str, dict[str, UsedModel]] = {}
@@ -120,7 +126,7 @@ class ModelTable:
             for found in (served, self._prepared.get(_place(entry))):
                 if found is not None and is_same(found.entry, entry):
                     return found
-            used = UsedModel(entry, self._host)
+            used = self._new(entry)
             replaced = self._prepared.pop(_place(entry), None)
             self._prepared[_place(entry)] = used
         if replaced is not None:
@@ -198,7 +204,10 @@ class ModelTable:
             return prepared
         if prepared is not None:
             self._prepared[_place(entry)] = prepared  # for a later table
-        return UsedModel(entry, self._host)
+        return self._new(entry)
+
+    def _new(self, entry: Served) -> UsedModel:
+        return UsedModel(entry, self._host, takes_any=self._takes_any)
 
     def _find(self, name: str, version: str) -> UsedModel:
         versions = self._served.get(name)

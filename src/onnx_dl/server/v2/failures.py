@@ -19,7 +19,10 @@ class RequestFailure(Exception):
         grpc: name of the status code of gRPC, such as ``INVALID_ARGUMENT``.
         retry_after: seconds after which the client may try again; None: trying again does not help.
         reason: label for the metrics.
+        is_counted: the statistics of its model have it.
     """
+
+    is_counted = False
 
     def __init__(
         self,

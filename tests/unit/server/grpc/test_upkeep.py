@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from onnx_dl.server.grpc.bounds import Arrivals, Places
+from onnx_dl.server.grpc.bounds import MOST_SLOW, Arrivals, Places
 from onnx_dl.server.grpc.upkeep import FreePages
 
 
@@ -63,3 +64,23 @@ def test_places_are_given_back_once() -> None:
     assert (places.taken, places.unsent) == (1, 0)
     second.give_back()
     assert places.taken == 0
+
+
+def test_few_calls_are_awaited_for_long() -> None:
+    """Calls that all sent half a message: the oldest are cancelled, and none before it is slow."""
+    arrivals = Arrivals()
+    places = Places(100, "calls")
+    calls: list[Any] = [Call() for _ in range(MOST_SLOW + 3)]
+
+    def messages(index: int) -> Any:
+        """The message of this call, when those of all later calls have been awaited."""
+        if index + 1 < len(calls):
+            arrivals.first(messages(index + 1), calls[index + 1], places.take(), 300.0)
+        else:
+            arrivals.look(time.monotonic() + 29)
+            assert not any(call.is_cancelled for call in calls)
+            arrivals.look(time.monotonic() + 31)
+        yield b"here"
+
+    arrivals.first(messages(0), calls[0], places.take(), 300.0)
+    assert [call.is_cancelled for call in calls] == [True] * 3 + [False] * MOST_SLOW

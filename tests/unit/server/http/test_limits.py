@@ -16,7 +16,8 @@ from onnx_dl.server.http.peers import is_loopback, subject
         (9 << 20, 65536, 1 << 20),
         (9 << 20, 8 << 20, 9 << 20),
         (1 << 30, 8 << 20, 64 << 20),
-        (1 << 30, 64 << 20, 1 << 30),
+        (1 << 30, 64 << 20, 256 << 20),
+        (1 << 30, 256 << 20, 1 << 30),
     ],
 )
 def test_memory_of_a_body_grows_in_steps(length: int, filled: int, expected: int) -> None:
@@ -25,6 +26,7 @@ def test_memory_of_a_body_grows_in_steps(length: int, filled: int, expected: int
 
 def test_a_client_never_holds_more_than_a_multiple_of_what_it_sent() -> None:
     assert all(later <= 16 * earlier for earlier, later in itertools.pairwise(STEPS))
+    assert all(next_step(1 << 30, step) <= 4 * step for step in STEPS if step >= 64 << 20)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,13 @@ def test_a_client_never_holds_more_than_a_multiple_of_what_it_sent() -> None:
         (10, 1000, 20, True),
         (1 << 20, 1 << 30, 10.5, False),
         (1 << 20, 1 << 30, 12, True),
+        # A link of 1 Mbit/s.
+        (4 << 20, 5 << 20, 33, False),
+        # A body that holds 64 MiB for what it does not send.
+        (9 << 20, 64 << 20, 30, True),
+        (11 << 20, 64 << 20, 30, False),
+        (100 << 20, 500 << 20, 111, True),
+        (102 << 20, 500 << 20, 111, False),
         # A link of 16 Mbit/s.
         (100 << 20, 1 << 30, 52, False),
     ],

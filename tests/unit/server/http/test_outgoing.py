@@ -146,7 +146,7 @@ def test_tls_gets_pieces_that_are_taken(transport: Transport, counted: Counted) 
     large = bytes(range(256)) * 4096
     outgoing.is_paused = True
     outgoing.send([b"head", large], 0)
-    outgoing.close()
+    outgoing.close(is_all_read=True)
     assert not transport.sent and outgoing.unsent == counted.owed == len(large) + 4
     outgoing.resume()
     assert b"".join(transport.sent) == b"head" + large  # type: ignore[arg-type]
