@@ -23,7 +23,7 @@ _Handlers = Mapping[type, Callable[[Any], object]]
 
 
 class Upkeep(NamedTuple):
-    """Bounds of a worker's memory and runs, shared by all lanes."""
+    """Bounds of a worker's memory and runs, which all lanes share."""
 
     limits: RecycleLimits | None
     watchdog: Watchdog | None
