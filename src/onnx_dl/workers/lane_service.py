@@ -23,7 +23,7 @@ _Handlers = Mapping[type, Callable[[Any], object]]
 
 
 class Upkeep(NamedTuple):
-    """What keeps a worker's memory and runs within bounds; all lanes share it."""
+    """Bounds of a worker's memory and runs, which all lanes share."""
 
     limits: RecycleLimits | None
     watchdog: Watchdog | None
