@@ -374,7 +374,7 @@ def test_a_number_of_events_that_is_none(number: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as ended:
         main(["events", f"--lines={number}"])
     assert ended.value.code == 2
-    assert "is not a number of events" in capsys.readouterr().err
+    assert "is not a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])

@@ -259,6 +259,8 @@ def test_runs_of_a_stream_are_cut_at_the_end_of_the_drain() -> None:
         rig.listener.drain(Deadline(0.3))
         assert 0.2 < time.monotonic() - began < allowed(5)
         eventually(lambda: rig.server.inference.running == 0, "the end of the run")
+        # The end of the run may be told before the stream is cut.
         with pytest.raises(grpc.RpcError):
-            next(call)
+            while next(call).error_message:
+                pass
         sender.end()

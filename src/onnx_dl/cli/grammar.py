@@ -219,7 +219,7 @@ def _host_name(text: str) -> str:
 def _count(text: str) -> int:
     """A number from 0 on, for argparse."""
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of them; give 0 or more.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give 0 or more.")
     return int(text)
 
 
