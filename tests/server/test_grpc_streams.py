@@ -261,6 +261,6 @@ def test_runs_of_a_stream_are_cut_at_the_end_of_the_drain() -> None:
         eventually(lambda: rig.server.inference.running == 0, "the end of the run")
         # The end of the run may be told before the stream is cut.
         with pytest.raises(grpc.RpcError):
-            while next(call).error_message:
+            while streamed(next(call)).error_message:
                 pass
         sender.end()
