@@ -239,6 +239,24 @@ def test_a_timeout_is_the_clients_and_ends_the_run(rig: InferenceRig, infer: Inf
     eventually(lambda: not rig.busy("spin"), "the end of the run")
 
 
+class EarlyLoop(asyncio.SelectorEventLoop):
+    """An event loop whose timers fire early, as those of uvloop may by a millisecond."""
+
+    def call_at(self, when: float, *arguments: Any, **more: Any) -> asyncio.TimerHandle:
+        return super().call_at(when - 0.1, *arguments, **more)
+
+
+def test_a_timeout_that_ends_early_is_the_clients(rig: InferenceRig) -> None:
+    warm(rig)
+    with (
+        asyncio.Runner(loop_factory=EarlyLoop) as runner,
+        pytest.raises(RequestFailure, match="longer than its timeout") as caught,
+    ):
+        runner.run(rig.executor.infer(spinning(timeout=0.3)))
+    assert caught.value.http == 408
+    eventually(lambda: not rig.busy("spin"), "the end of the run")
+
+
 def test_the_parameter_timeout_counts_too(infer: Infer) -> None:
     wanted = spinning(timeout=60)
     wanted.parameters["timeout"] = 50_000
