@@ -57,7 +57,7 @@ class SavedForm(enum.Enum):
     """Form of a saved model.  The value: bytes below which it does not save enough time."""
 
     OPTIMIZED = 8 << 20
-    """By onnxruntime, for the CPU: optimized and prepacked."""
+    """Optimized and prepacked by onnxruntime, for the CPU."""
     EXTERNAL = 32 << 20
     """The model as it is, with its weights in another file, for CUDA.  A load of 512 MB takes 0.9 s less."""
 
