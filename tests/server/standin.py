@@ -94,6 +94,8 @@ class Inference:
         self.running = 0
         self.owed = 0
         """Bytes of answers that wait."""
+        self.sizes: list[int] = []
+        """Bytes of messages that were noted."""
         self.released: set[str] = set()
         self.regions: dict[str, bytearray] = {}
         self.refusals: list[tuple[str, str, int, str]] = []
@@ -109,6 +111,10 @@ class Inference:
 
     def paid(self, nbytes: int) -> None:
         self.owe(-nbytes)
+
+    def note_size(self, nbytes: int) -> None:
+        self.sizes.append(nbytes)
+        del self.sizes[:-100]
 
     def refused(self, model: str, version: str, failure: RequestFailure) -> None:
         self.refusals.append((model, version, failure.http, failure.reason))
