@@ -93,6 +93,8 @@ class Inference:
         self.running = 0
         self.owed = 0
         """Bytes of answers that wait."""
+        self.sizes: list[int] = []
+        """Bytes of messages that were noted."""
         self.most_running = 0
         self.regions: dict[str, bytearray] = {}
         self.refusals: list[tuple[str, str, int, str]] = []
@@ -108,6 +110,10 @@ class Inference:
 
     def paid(self, nbytes: int) -> None:
         self.owe(-nbytes)
+
+    def note_size(self, nbytes: int) -> None:
+        self.sizes.append(nbytes)
+        del self.sizes[:-100]
 
     def refused(self, model: str, version: str, failure: RequestFailure) -> None:
         self.refusals.append((model, version, failure.http, failure.reason))

@@ -61,7 +61,10 @@ BY_NAME = {
 FOR_TYPES_ONLY = {name: {"core.status"} for name in ("core.snapshot_table", "core.snapshot_text")}
 """Imports that only type checkers see and that would close a circle: a snapshot prints itself as a table."""
 PURE = {"time", "os", "socket", "zmq", "subprocess", "signal", "select", "psutil", "threading"}
-ENGINE = {"workers.engines.ort", "workers.engines.ort_methods", "workers.engines.ort_session"}
+ENGINE = {
+    "workers.engines.ort", "workers.engines.ort_bindings", "workers.engines.ort_methods",
+    "workers.engines.ort_session",
+}  # fmt: skip
 ZMQ = {"transport.zeromq", "transport.zmq_channel", "workers.worker"}
 MOST_AT_THE_TOP = 8
 ONLY_ON_UNIX = {

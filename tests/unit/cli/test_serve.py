@@ -46,6 +46,7 @@ def file(tmp_path: Path) -> Path:
 http = "127.0.0.1:9000"
 grpc = "off"
 repository = "models"
+memory_limit = "3GB"
 max_body = "2MB"
 drain_timeout = "1m"
 token_file = "tokens"
@@ -70,6 +71,7 @@ def test_the_file_alone(file: Path) -> None:
     found = options("--config", str(file))
     folder = str(file.parent)
     assert (found.http, found.grpc, found.max_body) == ("127.0.0.1:9000", "", 2_000_000)
+    assert found.memory_limit == 3_000_000_000
     assert (found.drain_timeout, found.strict_readiness) == (60.0, True)
     assert (found.repository, found.token_file) == ((f"{folder}/models",), f"{folder}/tokens")
     (model,) = found.file_models
@@ -161,8 +163,8 @@ def test_every_option_is_a_key_of_the_file_and_a_field() -> None:
         for word in group
     }
     assert words == FIELDS - {"file_models"}
-    # Models have a table each, and the host's own limit is a key of the whole file.
-    assert set(schema.ServeTable.__struct_fields__) == words - {"models", "config", "demo", "memory_limit"}
+    # Models have a table each.
+    assert set(schema.ServeTable.__struct_fields__) == words - {"models", "config", "demo"}
 
 
 def test_the_defaults_in_the_help_are_those_of_the_fields() -> None:

@@ -35,15 +35,17 @@ class Events:
 
     def _note(self, event: ModelEvent) -> None:
         """Notes which models do not load, or do again."""
-        if self._health.note(event, self._tables.all(), time.monotonic()):
+        now = time.monotonic()
+        if self._health.note(event, self._tables.all(), now):
             self._tasks.begin(self._tables.publish())
         if event.type is EventType.FAILED:
-            self._tasks.begin(self._end(event))
+            self._tasks.begin(self._end(event, now))
 
-    async def _end(self, event: ModelEvent) -> None:
-        """Ends what the event has marked, when its time is over."""
+    async def _end(self, event: ModelEvent, noted: float) -> None:
+        """Ends what the event has marked, when its time is over.  ``noted``: when that was."""
         await asyncio.sleep(lasts(event))
-        if self._health.end(time.monotonic()):
+        # uvloop counts whole milliseconds, so the sleep may end a moment early, and nobody would look again.
+        if self._health.end(max(time.monotonic(), noted + lasts(event))):
             await self._tables.publish()
 
 

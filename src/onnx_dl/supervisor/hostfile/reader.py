@@ -125,7 +125,7 @@ DTYPES: Final = ("bool", *_INTEGERS, *_FLOATS, "str")
 _MOST_ITEMS: Final = 1 << 48
 _MOST_INT: Final = 2**64 - 1
 _ADDRESSES: Final = {"http", "grpc", "metrics"}
-_SIZES: Final = {"max_body", "max_in_flight"}
+_SIZES: Final = {"memory_limit", "max_body", "max_in_flight"}
 _TIMES: Final = {"poll_every", "drain_timeout"}
 _PATHS: Final = {"token_file", "tls_cert", "tls_key", "tls_ca"}
 """Keys of ``[serve]``, by what they are."""

@@ -185,6 +185,8 @@ class ServeTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     client_shm: Annotated[
         Literal["off", "copy", "map"] | None, Meta(description='"off", "copy" or "map"')
     ] = None
+    memory_limit: _Size = None
+    """Limit of the server's own host; it overrides the file's."""
     max_body: _Size = None
     processes: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | None, Meta(description="a number of processes from 1 to 64")

@@ -18,7 +18,7 @@ from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.ort.options import make_run_options
-from onnx_dl.workers.engines import base, ort_session
+from onnx_dl.workers.engines import base, ort_bindings, ort_session
 from onnx_dl.workers.engines.base import (
     Array,
     BoundRun,
@@ -61,9 +61,12 @@ class OnnxRuntimeBackend:
         self._session = self._loaded.session
         self._methods = SessionMethods(self._session, _with_options)
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
-        # Not tried with other providers: there, results come from other memory anyway.
-        self._bindable = self._session.get_providers() == ["CPUExecutionProvider"]
-        self._has_arena = self._bindable and bool(self._session.get_session_options().enable_cpu_mem_arena)
+        in_use = self._session.get_providers(), self._session.get_provider_options()
+        self._binding_rule = ort_bindings.rule_of(*in_use)
+        self.cuda_device = ort_bindings.cuda_device(*in_use)
+        """Number of the GPU that the session uses by CUDA's provider; None: it uses none."""
+        is_on_cpu = in_use[0] == ["CPUExecutionProvider"]
+        self._has_arena = is_on_cpu and bool(self._session.get_session_options().enable_cpu_mem_arena)
         self._outputs = {node.name: node for node in self._session.get_outputs()}
         self._input_sizes = {size for node in self._session.get_inputs() for size in node.shape}
         ends = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
@@ -177,22 +180,20 @@ class OnnxRuntimeBackend:
             n: array for n, array in arrays.items() if array.dtype.kind in "biuf" and array.dtype.isnative
         }
         unique = len(set(names)) == len(names) == len(results)
-        if not (self._bindable and len(inputs) == len(feed) and unique):
+        rule = self._binding_rule
+        if rule is None or not (len(inputs) == len(feed) and unique):
+            return None
+        if rule.on_device and not all(map(self._has_certain_shape, names)):  # see ort_bindings
             return None
         if self._inputs & set(names):  # onnxruntime does not write these to where they are bound
             return None
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name, array in zip(names, results, strict=True):
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         options = onnxruntime.RunOptions()
         if not all(map(self._has_known_shape, names)):
             # A result of another shape than the last one is an error, which onnxruntime would log on stderr.
             options.log_severity_level = _FATAL
-        # Not the Python method: with RunOptions it asks for an entry that is not there, which costs 28 µs.
-        run = self._session._sess.run_with_iobinding
-        return BoundRun(functools.partial(run, binding._iobinding, options), _canceller(options))
+        places = dict(zip(names, results, strict=True))
+        run = ort_bindings.bound_run(self._session, rule, inputs, places, options)
+        return BoundRun(run, _canceller(options))
 
     def rerun(self, outputs: object) -> Rerun:
         names = self._names(outputs)
@@ -207,6 +208,9 @@ class OnnxRuntimeBackend:
     def _has_known_shape(self, name: str) -> bool:
         """Tells whether the shapes of the inputs decide the shape of this output."""
         return all(isinstance(size, int) or size in self._input_sizes for size in self._outputs[name].shape)
+
+    def _has_certain_shape(self, name: str) -> bool:
+        return ort_bindings.is_certain(self._outputs[name].shape, self._input_sizes)
 
     def trim(self) -> None:
         """Returns memory of the session's arena that no run uses to the system.

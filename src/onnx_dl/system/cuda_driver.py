@@ -1,0 +1,387 @@
+"""CUDA's driver in this process, by ctypes: the only module that names its functions.
+
+It is asked only where somebody else has loaded and started it: a process in which nobody uses CUDA never gets
+a context from here, and its forked children can use CUDA.  Each call makes the primary context of its device
+current in the calling thread, and the previous one again.  Devices have their ordinals in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Final, NamedTuple
+
+from onnx_dl import linux_only
+from onnx_dl.concurrency.forking import Guard, importing
+
+_LIBRARY: Final = "libcuda.so.1"
+_INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _DESTROYED = 1, 201, 500, 709
+"""CUDA_ERROR_INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _CONTEXT_IS_DESTROYED."""
+_MEMORY_TYPE, _BUFFER_ID, _IS_MANAGED, _ORDINAL = 2, 7, 8, 9
+"""CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _BUFFER_ID, _IS_MANAGED, _DEVICE_ORDINAL."""
+_ON_DEVICE: Final = 2
+"""CU_MEMORYTYPE_DEVICE."""
+_ENABLES_PEERS: Final = 1
+"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag with which a handle may be opened."""
+_AS_DESCRIPTOR: Final = 1
+"""CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR."""
+_AT_DEVICE, _READ_WRITE = 1, 3
+"""CU_MEM_LOCATION_TYPE_DEVICE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE."""
+_PORTABLE: Final = 1
+"""CU_MEMHOSTREGISTER_PORTABLE: pinned for all contexts."""
+
+
+class _Uuid(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_ubyte * 16)]
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_ubyte * 64)]
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location_type", c_int), ("location_id", c_int), ("flags", c_int)]
+
+
+_TYPES: Final = {
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuDeviceGetCount": (POINTER(c_int),),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetUuid": (POINTER(_Uuid), c_int),
+    "cuDeviceGetUuid_v2": (POINTER(_Uuid), c_int),
+    "cuDevicePrimaryCtxGetState": (c_int, POINTER(c_uint), POINTER(c_int)),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxPushCurrent_v2": (c_void_p,),
+    "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
+    "cuCtxSynchronize": (),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
+    "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
+    "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
+    "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
+    "cuIpcCloseMemHandle": (c_uint64,),
+    "cuMemRetainAllocationHandle": (POINTER(c_uint64), c_void_p),
+    "cuMemExportToShareableHandle": (c_void_p, c_uint64, c_int, c_uint64),
+    "cuMemImportFromShareableHandle": (POINTER(c_uint64), c_void_p, c_int),
+    "cuMemRelease": (c_uint64,),
+    "cuMemAddressReserve": (POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_uint64),
+    "cuMemAddressFree": (c_uint64, c_size_t),
+    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_uint64, c_uint64),
+    "cuMemUnmap": (c_uint64, c_size_t),
+    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(_Access), c_size_t),
+    "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
+    "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
+    "cuMemcpyDtoD_v2": (c_uint64, c_uint64, c_size_t),
+    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
+    "cuMemHostUnregister": (c_void_p,),
+}
+"""The functions that are called, with the types of their arguments (CUdeviceptr and handles: 64 bits)."""
+
+
+class DriverError(Exception):
+    """A call that the driver refused: ``code`` and ``function``."""
+
+    def __init__(self, code: int, function: str, name: str) -> None:
+        """``name``: what the driver calls the code."""
+        super().__init__(f"{function} failed: {name} ({code})")
+        self.code = code
+        self.function = function
+
+
+class DevicePointer(NamedTuple):
+    """An address on a device, with what the driver knows of it."""
+
+    device: int
+    buffer: int
+    """Unique for each allocation of this process, also where a later one has the same address."""
+    base: int
+    size: int
+    """Bytes of the allocation from ``base``; 0: the driver does not tell, and ``base`` is the address."""
+
+
+class Exported(NamedTuple):
+    """An allocation that another process may open.
+
+    ``kind``: "ipc", with a handle of 64 bytes and ``fd`` -1; or "fd", with a descriptor that whoever exports
+    must close.  An allocation that is opened as "fd" may be one of several behind a range of addresses.
+    """
+
+    kind: str
+    handle: bytes
+    fd: int
+
+
+class _Calls:
+    """The driver's functions; each raises DriverError."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {}
+        for name, types in _TYPES.items():
+            if (function := getattr(library, name, None)) is not None:
+                function.argtypes, function.restype = types, c_int
+                self._functions[name] = function
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._functions
+
+    def __call__(self, name: str, *arguments: object) -> None:
+        function = self._functions.get(name)
+        if code := _NOT_FOUND if function is None else function(*arguments):
+            raise self.error(code, name)
+
+    def error(self, code: int, function: str) -> DriverError:
+        name = c_char_p()
+        self._functions["cuGetErrorName"](code, byref(name))
+        return DriverError(code, function, (name.value or b"unknown").decode())
+
+
+class _Contexts:
+    """Devices of this process and their primary contexts: shared where others have made them, never made."""
+
+    def __init__(self, call: _Calls) -> None:
+        self._call = call
+        self._guard = Guard()
+        self._retained: dict[int, int] = {}
+        """Contexts by device, each retained once and until the process ends."""
+
+    def count(self) -> int:
+        count = c_int()
+        self._call("cuDeviceGetCount", byref(count))
+        return count.value
+
+    def handle(self, device: int) -> int:
+        """The CUdevice of an ordinal."""
+        handle = c_int()
+        self._call("cuDeviceGet", byref(handle), device)
+        return handle.value
+
+    def any_active(self) -> int | None:
+        """A device with an active primary context; None: there is none, also because nobody has started the
+        driver, or only the process that forked this one."""
+        with contextlib.suppress(DriverError):
+            return next((device for device in range(self.count()) if self._is_active(device)), None)
+        return None
+
+    @contextlib.contextmanager
+    def current(self, device: int) -> Iterator[None]:
+        """The device's primary context is this thread's, for the block."""
+        try:
+            self._call("cuCtxPushCurrent_v2", self._context(device))
+        except DriverError as error:
+            if error.code not in (_INVALID_CONTEXT, _DESTROYED):
+                raise
+            self._retained.pop(device, None)  # the application has reset the device
+            self._call("cuCtxPushCurrent_v2", self._context(device))
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+    def _context(self, device: int) -> int:
+        if (found := self._retained.get(device)) is not None:
+            return found
+        with self._guard:
+            if device not in self._retained:
+                if not self._is_active(device):
+                    raise self._call.error(_INVALID_CONTEXT, "cuDevicePrimaryCtxGetState")
+                context = c_void_p()
+                self._call("cuDevicePrimaryCtxRetain", byref(context), self.handle(device))
+                self._retained[device] = context.value or 0
+            return self._retained[device]
+
+    def _is_active(self, device: int) -> bool:
+        flags, active = c_uint(), c_int()
+        self._call("cuDevicePrimaryCtxGetState", self.handle(device), byref(flags), byref(active))
+        return bool(active.value)
+
+
+class CudaDriver:
+    """The driver that this process uses.  From any thread.  All methods raise DriverError."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._call = _Calls(library)
+        self._contexts = _Contexts(self._call)
+        self._current = self._contexts.current
+
+    def is_in_use(self) -> bool:
+        """True if this process has a primary context on a device."""
+        return self._contexts.any_active() is not None
+
+    # --- devices and addresses --------------------------------------------------------------------------
+
+    def pointer(self, address: int) -> DevicePointer | None:
+        """Describes an address on a device; None: it is the host's, or unknown to the driver.
+
+        Managed memory counts as the host's, which may touch it.
+        """
+        if (asked := self._contexts.any_active()) is None:
+            return None
+        with self._current(asked):
+            if self._attribute(_MEMORY_TYPE, address) != _ON_DEVICE or self._attribute(_IS_MANAGED, address):
+                return None
+            device, buffer = self._attribute(_ORDINAL, address), self._attribute(_BUFFER_ID, address)
+        if device is None or buffer is None:
+            return None
+        base, size = c_uint64(), c_size_t()
+        with contextlib.suppress(DriverError), self._current(device):
+            self._call("cuMemGetAddressRange_v2", byref(base), byref(size), address)
+            return DevicePointer(device, buffer, base.value, size.value)
+        return DevicePointer(device, buffer, address, 0)
+
+    def uuid(self, device: int) -> bytes:
+        """Returns the 16 bytes that name a device, or a MIG instance, in all processes."""
+        found = _Uuid()
+        known = "cuDeviceGetUuid_v2" in self._call
+        self._call(
+            "cuDeviceGetUuid_v2" if known else "cuDeviceGetUuid", byref(found), self._contexts.handle(device)
+        )
+        return bytes(found.data)
+
+    def device_of(self, uuid: bytes) -> int | None:
+        """Returns the device with this UUID; None: this process does not see it."""
+        return next((each for each in range(self._contexts.count()) if self.uuid(each) == uuid), None)
+
+    def synchronize(self, device: int) -> None:
+        """Waits until all work that this process has given to the device is done."""
+        with self._current(device):
+            self._call("cuCtxSynchronize")
+
+    # --- memory of other processes ----------------------------------------------------------------------
+
+    def export(self, pointer: DevicePointer) -> Exported:
+        """Makes the allocation of ``pointer`` known to other processes.
+
+        Where the driver has no handle for them (memory that was mapped by parts, such as torch's expandable
+        segments), it is a descriptor for the part at ``base``.  Memory of asynchronous pools has neither.
+        """
+        handle = _IpcHandle()
+        with self._current(pointer.device):
+            try:
+                self._call("cuIpcGetMemHandle", byref(handle), pointer.base)
+            except DriverError as refusal:
+                with contextlib.suppress(DriverError):
+                    return Exported("fd", b"", self._export_descriptor(pointer.base))
+                raise refusal
+        return Exported("ipc", bytes(handle.data), -1)
+
+    def _export_descriptor(self, base: int) -> int:
+        part, fd = c_uint64(), c_int(-1)
+        self._call("cuMemRetainAllocationHandle", byref(part), base)
+        try:
+            self._call("cuMemExportToShareableHandle", byref(fd), part, _AS_DESCRIPTOR, 0)
+        finally:
+            self._call("cuMemRelease", part)
+        return fd.value
+
+    def open(self, device: int, exported: Exported, size: int) -> int:
+        """Maps another process's allocation of ``size`` bytes; returns the address of its base here.
+
+        An allocation may be open once in a process.  Whoever owns it must not free it before :meth:`close`.
+        """
+        with self._current(device):
+            if exported.kind == "fd":
+                return self._open_descriptor(device, exported.fd, size)
+            address = c_uint64()
+            handle = _IpcHandle.from_buffer_copy(exported.handle)
+            self._call("cuIpcOpenMemHandle_v2", byref(address), handle, _ENABLES_PEERS)
+            return address.value
+
+    def _open_descriptor(self, device: int, fd: int, size: int) -> int:
+        part, address = c_uint64(), c_uint64()
+        with contextlib.ExitStack() as undone:
+            self._call("cuMemImportFromShareableHandle", byref(part), fd, _AS_DESCRIPTOR)
+            try:
+                self._call("cuMemAddressReserve", byref(address), size, 0, 0, 0)
+                undone.callback(self._call, "cuMemAddressFree", address, size)
+                self._call("cuMemMap", address, size, 0, part, 0)
+                undone.callback(self._call, "cuMemUnmap", address, size)
+            finally:
+                self._call("cuMemRelease", part)  # the mapping keeps the memory
+            access = _Access(_AT_DEVICE, self._contexts.handle(device), _READ_WRITE)
+            self._call("cuMemSetAccess", address, size, byref(access), 1)
+            undone.pop_all()
+        return address.value
+
+    def close(self, device: int, address: int, kind: str, size: int) -> None:
+        """Unmaps what :meth:`open` has returned for an allocation of this kind and size."""
+        with self._current(device):
+            if kind == "fd":
+                self._call("cuMemUnmap", address, size)
+                self._call("cuMemAddressFree", address, size)
+            else:
+                self._call("cuIpcCloseMemHandle", address)
+
+    # --- copies: what they write is there when they return, for all streams and processes ------------------
+
+    def copy_to_host(self, device: int, target: memoryview, address: int) -> None:
+        """Fills ``target``, which must be contiguous, from ``address``."""
+        if target.nbytes:
+            with self._current(device):
+                self._call("cuMemcpyDtoH_v2", _address(target), address, target.nbytes)
+
+    def copy_to_device(self, device: int, address: int, data: memoryview) -> None:
+        """Copies contiguous ``data`` to ``address``."""
+        if data.nbytes:
+            with self._current(device):
+                self._call("cuMemcpyHtoD_v2", address, _address(data), data.nbytes)
+                self._call("cuStreamSynchronize", None)
+
+    def copy_on_device(self, device: int, target: int, source: int, nbytes: int) -> None:
+        """Copies from address to address of one device."""
+        if nbytes:
+            with self._current(device):
+                self._call("cuMemcpyDtoD_v2", target, source, nbytes)
+                self._call("cuStreamSynchronize", None)
+
+    # --- memory of the host -----------------------------------------------------------------------------
+
+    def register_host(self, device: int, address: int, nbytes: int) -> None:
+        """Pins memory of the host, so that devices copy from it and to it at full speed."""
+        with self._current(device):
+            self._call("cuMemHostRegister_v2", address, nbytes, _PORTABLE)
+
+    def unregister_host(self, device: int, address: int) -> None:
+        """Takes :meth:`register_host` back; must come before the memory is unmapped."""
+        with self._current(device):
+            self._call("cuMemHostUnregister", address)
+
+    def _attribute(self, attribute: int, address: int) -> int | None:
+        """The attribute; None: the driver does not know the address.  It writes 1, 4 or 8 bytes."""
+        value = c_uint64()
+        try:
+            self._call("cuPointerGetAttribute", byref(value), attribute, address)
+        except DriverError as error:
+            if error.code != _INVALID_VALUE:
+                raise
+            return None
+        return value.value
+
+
+_found: tuple[int, CudaDriver] | None = None
+"""The driver in use, and the process that uses it: a forked child cannot."""
+
+
+def loaded() -> CudaDriver | None:
+    """Returns the driver if this process uses it: it is loaded, started, and has a context on a device.
+
+    Loads and starts nothing.  Takes about a microsecond where the driver is not loaded.
+    """
+    global _found
+    process = os.getpid()
+    if _found is not None and _found[0] == process:
+        return _found[1]
+    if (library := linux_only.library_if_loaded(_LIBRARY)) is not None:
+        driver = CudaDriver(library)
+        if driver.is_in_use():
+            _found = process, driver
+            return driver
+    return None
+
+
+def _address(view: memoryview) -> int:
+    return int(importing("numpy").frombuffer(view, "u1").__array_interface__["data"][0])

@@ -1,0 +1,110 @@
+"""Runs of a session whose inputs and results have fixed places in memory, by execution provider.
+
+A session on the CPU reads an input where it is bound, at each run.  One on a GPU copies it to the device when
+it is *bound*: a later run computes with that copy, whatever the memory has by then.  So its inputs are bound
+again at each run.  Both write results to where they are bound.  On the CPU, a result of another shape is an
+error; from a device, onnxruntime copies any result that has as many elements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import onnxruntime
+
+from onnx_dl.workers.engines.base import Array
+
+_CPU: Final = "CPUExecutionProvider"
+_CUDA: Final = "CUDAExecutionProvider"
+_OFF: Final = ("0", "", "false")
+
+ProviderOptions = Mapping[str, Mapping[str, str]]
+
+
+class BindingRule(NamedTuple):
+    """Way in which calls of a session are bound."""
+
+    on_device: bool
+    """True if inputs and results are copied to and from a device: inputs are bound again at each run, and the
+    shapes of results have to be known."""
+
+
+def rule_of(providers: Sequence[str], options: ProviderOptions) -> BindingRule | None:
+    """Returns the rule of a session with these providers in use; None: its calls are not bound.
+
+    Not tried with other providers.  A CUDA graph is captured with the addresses of a run, which its caller
+    has to give again.
+    """
+    if list(providers) == [_CPU]:
+        return BindingRule(on_device=False)
+    has_graph = options.get(_CUDA, {}).get("enable_cuda_graph", "0").lower() not in _OFF
+    if list(providers) == [_CUDA, _CPU] and not has_graph:
+        return BindingRule(on_device=True)
+    return None
+
+
+def is_certain(shape: Sequence[int | str | None], sizes: Collection[object]) -> bool:
+    """Tells whether the shapes of the inputs decide a result's ``shape``, as the model declares it.
+
+    Args:
+        sizes: in the shapes of all inputs.  One without a name tells nothing: two of these may differ.
+    """
+    return all(isinstance(size, int) or (size is not None and size in sizes) for size in shape)
+
+
+def cuda_device(providers: Sequence[str], options: ProviderOptions) -> int | None:
+    """Returns the number of the device that a session uses by CUDA's provider; None: it does not use that."""
+    if _CUDA not in providers:
+        return None
+    number = options.get(_CUDA, {}).get("device_id", "0")
+    return int(number) if number.isdecimal() else None
+
+
+def bound_run(
+    session: onnxruntime.InferenceSession,
+    rule: BindingRule,
+    inputs: Mapping[str, Array],
+    results: Mapping[str, Array],
+    options: onnxruntime.RunOptions,
+) -> Callable[[], object]:
+    """Returns a function that runs the session from ``inputs`` to ``results``, in their places.  These have
+    to outlive it.
+
+    Raises:
+        Exception: onnxruntime's.
+    """
+    binding = session.io_binding()
+    for name, array in results.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    # Not the Python method: with RunOptions it asks for an entry that is not there, which costs 28 µs.
+    run = functools.partial(session._sess.run_with_iobinding, binding._iobinding, options)
+    if rule.on_device:
+        return _binding_again(binding._iobinding, inputs, run)
+    for name, array in inputs.items():
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    return run
+
+
+def _binding_again(
+    binding: onnxruntime.IOBinding, inputs: Mapping[str, Array], run: Callable[[], object]
+) -> Callable[[], object]:
+    """Returns a run that binds its inputs before, and leaves no copy of them on the device."""
+    # Not the Python method, which makes the device anew: 2 µs for each input.
+    cpu = onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()
+    binds = [
+        functools.partial(binding.bind_input, name, cpu, a.dtype.type, a.shape, a.ctypes.data)
+        for name, a in inputs.items()
+    ]
+    clear = binding.clear_binding_inputs
+
+    def run_again() -> None:
+        try:
+            for bind in binds:
+                bind()
+            run()
+        finally:  # else each prepared call would keep its inputs on the device
+            clear()
+
+    return run_again

@@ -1,0 +1,445 @@
+"""CUDA's driver by ctypes, against the stand-in, in processes of their own: a library stays loaded."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from onnx_dl.system import cuda_driver
+from onnx_dl.system.cuda_driver import CudaDriver, DevicePointer, DriverError, Exported, loaded
+from tests.support import fake_cuda
+from tests.support.fake_cuda import FakeCuda
+from tests.support.waiting import DEADLINE
+
+WORDS = bytes(range(200))
+HANDLE_OF_NOBODY = Exported("ipc", bytes(64), -1)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_cuda.build(tmp_path_factory.mktemp("cuda"))
+
+
+Try = Callable[..., str]
+
+
+def run_apart(function: Callable[..., None], *arguments: object, **how: object) -> str:
+    """Calls a function of this file in another process; returns what it prints."""
+    code = f"from {__name__} import {function.__name__} as f; f(*{arguments!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE, check=False, **how
+    )  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+@pytest.fixture
+def apart(library: Path) -> Try:
+    """``apart(function, *arguments, IPC="refuse")``: calls a function of this file in a process that can find
+    the stand-in."""
+
+    def run(function: Callable[..., None], *arguments: object, **variables: str) -> str:
+        return run_apart(function, *arguments, env=fake_cuda.environment(library.parent, **variables))
+
+    return run
+
+
+def started() -> tuple[FakeCuda, CudaDriver]:
+    cuda = FakeCuda()
+    driver = loaded()
+    assert driver is not None
+    return cuda, driver
+
+
+# --- who uses it -------------------------------------------------------------------------------------------
+
+
+def test_only_one_module_names_functions_of_the_driver() -> None:
+    from tests.unit.test_layers import TREES  # not in the processes that the tests below start
+
+    def names(tree: ast.AST) -> set[str]:
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        return {text for text in texts if isinstance(text, str) and text[:2] == "cu" and text[2:3].isupper()}
+
+    assert {name for name, tree in TREES.items() if names(tree)} == {"system.cuda_driver"}
+
+
+def no_driver() -> None:
+    assert loaded() is None
+    maps = Path("/proc/self/maps").read_text()
+    assert "libcuda" not in maps
+    FakeCuda(is_started=False)
+    assert "libcuda" in Path("/proc/self/maps").read_text()
+
+
+def test_it_loads_nothing(apart: Try) -> None:
+    """Also where the library could be found."""
+    apart(no_driver)
+
+
+def not_started() -> None:
+    assert loaded() is None
+    cuda = FakeCuda(is_started=False)
+    assert loaded() is None
+    cuda.check(cuda.library.cuInit(0))
+    assert loaded() is None, "the driver is started, but no device has a context"
+    cuda.activate(0)
+    assert loaded() is not None
+    assert loaded() is loaded()
+    assert cuda.retained() == 1
+
+
+def test_it_starts_nothing(apart: Try) -> None:
+    apart(not_started)
+
+
+def forked() -> None:
+    _cuda, _driver = started()
+    if (child := os.fork()) == 0:
+        os._exit(0 if loaded() is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert loaded() is not None
+
+
+def test_a_forked_child_does_not_use_it(apart: Try) -> None:
+    apart(forked)
+
+
+def no_devices() -> None:
+    cuda = FakeCuda(is_started=False)
+    cuda.check(cuda.library.cuInit(0))
+    assert loaded() is None
+
+
+def test_without_devices(apart: Try) -> None:
+    apart(no_devices, DEVICES="0")
+
+
+def test_an_old_driver_lacks_functions() -> None:
+    class Old:
+        def __getattr__(self, name: str) -> object:
+            if name != "cuGetErrorName":
+                raise AttributeError(name)
+            return lambda code, name: 0
+
+    with pytest.raises(DriverError, match=r"cuDeviceGetCount failed: unknown \(500\)"):
+        CudaDriver(Old()).device_of(bytes(16))  # type: ignore[arg-type]
+
+
+# --- addresses and devices ---------------------------------------------------------------------------------
+
+
+def addresses() -> None:
+    cuda, driver = started()
+    address = cuda.allocate(1000)
+    pointer = driver.pointer(address + 999)
+    assert pointer is not None and pointer[0] == 0 and pointer[2:] == (address, 1000)
+    assert driver.pointer(address) == pointer
+    host = memoryview(bytearray(64))
+    at = cuda_driver._address(host)
+    assert driver.pointer(at) is None
+    driver.register_host(0, at, 64)
+    assert driver.pointer(at) is None, "pinned memory is the host's"
+    driver.unregister_host(0, at)
+    assert driver.pointer(cuda.allocate(64, is_managed=True)) is None
+    assert driver.pointer(0) is None
+    cuda.free(address)
+    assert driver.pointer(address) is None
+    again = driver.pointer(cuda.allocate(1000))
+    assert again is not None and again.buffer != pointer.buffer
+    assert (cuda.misuses, cuda.depth) == (0, 0)
+
+
+def test_addresses_of_devices_and_of_the_host(apart: Try) -> None:
+    apart(addresses)
+
+
+def two_devices() -> None:
+    cuda, driver = started()
+    assert cuda.retained(1) == 0
+    uuids = [driver.uuid(device) for device in (0, 1)]
+    assert len(set(uuids)) == 2 and {len(each) for each in uuids} == {16}
+    assert [driver.device_of(uuid) for uuid in uuids] == [0, 1]
+    assert driver.device_of(bytes(16)) is None
+    with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        driver.synchronize(1)
+    assert cuda.retained(1) == 0, "a device that nobody uses gets no context"
+    address = cuda.allocate(300, device=1)
+    pointer = driver.pointer(address + 8)
+    assert pointer is not None and (pointer.device, pointer.base, pointer.size) == (1, address, 300)
+    driver.copy_to_device(1, address, memoryview(WORDS))
+    assert cuda.read(address, 200) == WORDS
+    driver.synchronize(1)
+    assert cuda.misuses == 0
+
+
+def test_two_devices(apart: Try) -> None:
+    apart(two_devices, DEVICES="2")
+
+
+def first_of_another() -> None:
+    print(started()[1].uuid(0).hex())
+
+
+def test_a_device_has_one_uuid_in_all_processes(apart: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = apart(first_of_another, DEVICES="2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    second = apart(first_of_another, DEVICES="2")
+    assert first != second
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert apart(first_of_another, DEVICES="2") == first
+
+
+def reset() -> None:
+    cuda, driver = started()
+    driver.synchronize(0)
+    cuda.reset()
+    with pytest.raises(DriverError):
+        driver.synchronize(0)
+    cuda.activate(0)
+    driver.synchronize(0)
+    assert cuda.depth == 0
+
+
+def test_a_device_that_the_application_resets(apart: Try) -> None:
+    apart(reset)
+
+
+def contexts() -> None:
+    cuda, driver = started()
+    address = cuda.allocate(len(WORDS))
+    barrier = threading.Barrier(4)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            barrier.wait(DEADLINE)
+            for _ in range(50):
+                target = memoryview(bytearray(len(WORDS)))
+                driver.copy_to_device(0, address, memoryview(WORDS))
+                driver.copy_to_host(0, target, address)
+                assert (bytes(target), cuda.depth) == (WORDS, 0)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(DEADLINE)
+    assert (failed, cuda.misuses) == ([], 0)
+    assert cuda.retained() == 2, "the context is retained once"
+
+
+def test_threads_have_the_context_for_a_call_only(apart: Try) -> None:
+    apart(contexts)
+
+
+# --- copies ------------------------------------------------------------------------------------------------
+
+
+def copies() -> None:
+    cuda, driver = started()
+    source, target = cuda.allocate(1000), cuda.allocate(500)
+    driver.copy_to_device(0, source + 100, memoryview(WORDS))
+    driver.copy_on_device(0, target, source + 100, 200)
+    found = bytearray(200)
+    driver.copy_to_host(0, memoryview(found), target)
+    assert found == WORDS
+    for nothing in (memoryview(b""), memoryview(bytearray())):
+        driver.copy_to_device(0, source, nothing)
+        driver.copy_to_host(0, nothing, source)
+    driver.copy_on_device(0, target, source, 0)
+    assert cuda.misuses == 0
+    for attempt in (
+        lambda: driver.copy_on_device(0, target, source, 501),
+        lambda: driver.copy_to_device(0, target + 400, memoryview(WORDS)),
+        lambda: driver.copy_to_host(0, memoryview(bytearray(200)), target + 301),
+        lambda: driver.copy_to_host(0, memoryview(bytearray(8)), 4096),
+    ):
+        with pytest.raises(DriverError, match=r"cuMemcpy.* failed: CUDA_ERROR_INVALID_VALUE \(1\)") as caught:
+            attempt()
+        assert (caught.value.code, caught.value.function[:8]) == (1, "cuMemcpy")
+    assert cuda.depth == 0
+
+
+def test_copies(apart: Try) -> None:
+    apart(copies)
+
+
+def touched() -> None:
+    cuda, _driver = started()
+    address = cuda.allocate(64)
+    if (child := os.fork()) == 0:
+        import ctypes
+
+        ctypes.string_at(address, 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 0
+
+
+def test_a_host_that_touches_device_memory_ends(apart: Try) -> None:
+    """As on a GPU: else the stand-in would hide it."""
+    apart(touched)
+
+
+# --- other processes ---------------------------------------------------------------------------------------
+
+
+def owner() -> None:
+    cuda, driver = started()
+    address = cuda.allocate(5000)
+    cuda.write(address, WORDS)
+    pointer = driver.pointer(address + 700)
+    assert pointer is not None
+    exported = driver.export(pointer)
+    assert (exported.kind, len(exported.handle), exported.fd) == ("ipc", 64, -1)
+    run_apart(importer, tuple(exported), 5000, env=os.environ)
+    assert cuda.read(address + 200, 200) == WORDS
+    assert cuda.misuses == 0
+    with pytest.raises(DriverError) as caught:
+        driver.open(0, exported, 5000)  # a process cannot open what is its own
+    assert caught.value.function == "cuIpcOpenMemHandle_v2"
+    cuda.free(address)
+
+
+def importer(exported: tuple[str, bytes, int], size: int) -> None:
+    cuda, driver = started()
+    base = driver.open(0, Exported(*exported), size)
+    assert cuda.open_handles == 1
+    assert driver.pointer(base + 1) == DevicePointer(0, 1, base, size)
+    driver.copy_on_device(0, base + 200, base, 200)
+    assert cuda.misuses == 0
+    if exported[0] == "ipc":
+        with pytest.raises(DriverError) as caught:
+            driver.open(0, Exported(*exported), size)
+        assert caught.value.code == 208, "the stand-in opens an allocation once, so that openers must count"
+        with pytest.raises(DriverError):
+            driver.close(0, base + 1, "ipc", size)
+    driver.close(0, base, exported[0], size)
+    assert (cuda.open_handles, cuda.parts, cuda.depth) == (0, 0, 0)
+    with pytest.raises(DriverError):
+        driver.close(0, base, exported[0], size)
+    again = driver.open(0, Exported(*exported), size)
+    driver.close(0, again, exported[0], size)
+
+
+def test_an_allocation_in_another_process(apart: Try) -> None:
+    apart(owner)
+
+
+def owner_of_parts() -> None:
+    cuda, driver = started()
+    address = cuda.allocate(5000)
+    cuda.write(address, WORDS)
+    pointer = driver.pointer(address)
+    assert pointer is not None and pointer.size == 8192
+    exported = driver.export(pointer)
+    assert (exported.kind, exported.handle) == ("fd", b"")
+    assert (cuda.parts, cuda.misuses) == (0, 0)
+    assert not os.get_inheritable(exported.fd)
+    os.set_inheritable(exported.fd, True)
+    run_apart(importer, tuple(exported), 8192, env=os.environ, close_fds=False)
+    os.close(exported.fd)
+    assert cuda.read(address + 200, 200) == WORDS
+
+
+def test_a_part_of_a_range_in_another_process(apart: Try) -> None:
+    apart(owner_of_parts, IPC="expandable")
+
+
+def wrong_parts() -> None:
+    cuda, driver = started()
+    pointer = driver.pointer(cuda.allocate(4096))
+    assert pointer is not None
+    exported = driver.export(pointer)
+    for size in (8192, 100):
+        with pytest.raises(DriverError):
+            driver.open(0, exported, size)
+    assert (cuda.open_handles, cuda.parts, cuda.depth) == (0, 0, 0), "what was done is undone"
+    os.close(exported.fd)
+
+
+def test_a_part_that_cannot_be_mapped_is_left_as_it_was(apart: Try) -> None:
+    apart(wrong_parts, IPC="expandable")
+
+
+def refused() -> None:
+    cuda, driver = started()
+    pointer = driver.pointer(cuda.allocate(64))
+    assert pointer is not None
+    with pytest.raises(DriverError) as caught:
+        driver.export(pointer)
+    assert caught.value.function == "cuIpcGetMemHandle"
+    assert (cuda.misuses, cuda.depth, cuda.parts) == (0, 0, 0)
+
+
+def test_memory_that_cannot_be_exported(apart: Try) -> None:
+    apart(refused, IPC="refuse")
+
+
+def not_opened() -> None:
+    cuda, driver = started()
+    with pytest.raises(DriverError, match="CUDA_ERROR_MAP_FAILED"):
+        driver.open(0, HANDLE_OF_NOBODY, 64)
+    assert (cuda.open_handles, cuda.depth) == (0, 0)
+
+
+def test_a_handle_that_cannot_be_opened(apart: Try) -> None:
+    apart(not_opened, IPC="refuse-open")
+
+
+# --- memory of the host ------------------------------------------------------------------------------------
+
+
+def pins() -> None:
+    cuda, driver = started()
+    memory = bytearray(1 << 20)
+    at = cuda_driver._address(memoryview(memory))
+    driver.register_host(0, at, len(memory))
+    assert cuda.registered == 1
+    with pytest.raises(DriverError, match=r"cuMemHostRegister_v2 failed: .*ALREADY_REGISTERED \(712\)"):
+        driver.register_host(0, at + 4096, 100)
+    driver.unregister_host(0, at)
+    with pytest.raises(DriverError, match=r"NOT_REGISTERED \(713\)"):
+        driver.unregister_host(0, at)
+    assert (cuda.registered, cuda.depth) == (0, 0)
+
+
+def test_pinned_memory(apart: Try) -> None:
+    apart(pins)
+
+
+def no_pins() -> None:
+    cuda, driver = started()
+    with pytest.raises(DriverError, match="CUDA_ERROR_NOT_PERMITTED"):
+        driver.register_host(0, cuda_driver._address(memoryview(bytearray(100))), 100)
+    assert (cuda.registered, cuda.misuses) == (0, 0)
+
+
+def test_memory_that_cannot_be_pinned(apart: Try) -> None:
+    apart(no_pins, REGISTER="refuse")
+
+
+def logged() -> None:
+    cuda, driver = started()
+    driver.synchronize(0)
+    print(os.getpid(), cuda.allocate(64))
+
+
+def test_the_stand_in_tells_what_was_called(apart: Try, tmp_path: Path) -> None:
+    pid, address = map(int, apart(logged, LOG=str(tmp_path / "log")).split())
+    found = fake_cuda.calls(tmp_path / "log")
+    assert [each.function for each in found if each.function != "cuDevicePrimaryCtxRetain"] == [
+        "cuInit",
+        "cuCtxSynchronize",
+        "cuMemAlloc_v2",
+    ]
+    assert found[-1] == (pid, "cuMemAlloc_v2", 0, address, 64)
