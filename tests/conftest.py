@@ -54,9 +54,11 @@ def _belongings() -> dict[str, set[object]]:
     fds = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
-            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+            target = os.readlink(f"/proc/self/fd/{fd}")
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
+        if not target.startswith("/dev/nvidia"):  # CUDA's driver keeps these until the process ends
+            fds[fd] = target
     return {
         "threads": {t.name for t in threading.enumerate() if t.name.startswith("onnx-dl")},
         "descriptors": set(fds.items()),

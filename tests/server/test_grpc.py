@@ -211,6 +211,12 @@ def test_version_parameters_and_regions_reach_the_inference(
     assert rig.server.inference.regions["r"][:8] == np.float32([3, 4]).tobytes()
 
 
+def test_sizes_of_messages_are_noted(rig: Rig) -> None:
+    request = raw_request(np.zeros((1, 1000), np.float32))
+    answer = rig.unary("ModelInfer", request)
+    assert rig.server.inference.sizes[-2:] == [len(request), len(answer)]
+
+
 def test_failures_have_codes_and_texts(client: triton.InferenceServerClient, rig: Rig) -> None:
     tensor = an_input(np.float32([1]))
     with pytest.raises(InferenceServerException, match="Request for unknown model") as caught:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,17 +27,6 @@ from onnx_dl.workers.sandbox import landlock
 from tests.support.foreign import F4, FOR_EVER, LARGE, SMALL, TURNS, X, file, held, pid_of, run
 from tests.support.slow import identity_model, late_model
 from tests.support.waiting import DEADLINE
-
-
-@pytest.fixture(params=["copy", "map"])
-def is_mapped(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param == "map")
-
-
-@pytest.fixture
-def late(module_host: ModelHost) -> Iterator[InferenceSessionProxy]:
-    with InferenceSessionProxy(late_model(), host=module_host) as session:
-        yield session
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

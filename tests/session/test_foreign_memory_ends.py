@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import psutil
@@ -20,7 +19,6 @@ from onnx_dl import (
     DescriptorsExhausted,
     ForeignMemoryError,
     InferenceSessionProxy,
-    ModelHost,
     RunTimeout,
     WorkerDied,
 )
@@ -29,19 +27,7 @@ from onnx_dl.session import placed_runs
 from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, ForeignPlace, Written, as_bytes
 from onnx_dl.tensors.foreign_tables import MOST_NAMED, RESERVE
 from tests.support.foreign import F4, FOR_EVER, LARGE, SMALL, TURNS, X, file, held, pid_of, run
-from tests.support.slow import late_model
 from tests.support.waiting import DEADLINE, eventually
-
-
-@pytest.fixture(params=["copy", "map"])
-def is_mapped(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param == "map")
-
-
-@pytest.fixture
-def late(module_host: ModelHost) -> Iterator[InferenceSessionProxy]:
-    with InferenceSessionProxy(late_model(), host=module_host) as session:
-        yield session
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

@@ -103,20 +103,16 @@ class RemoteModel(RemoteClaims):
             return None
         pending = None
         try:
-            plan = lane.codec.plans.latest
-            if (
-                plan is None
-                or (call := plan.repeated) is None
-                or lane.arena.memories.has_news  # a number alone would not tell the worker
-                or not call.fill(outputs, feed, lane.arena)
-            ):
+            plan = lane.codec.repeated(outputs, feed)
+            if plan is None:
                 pool.put(lane)
                 return None
             reply = lane.repeat(plan.number)
             if reply != SAME:
                 pending = PendingCall(pool, lane, plan)
             else:
-                results = call.results()
+                assert plan.repeated is not None  # nobody else uses the lane
+                results = plan.repeated.results()
         except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
             abandon(pool, lane, error)
             raise

@@ -107,13 +107,8 @@ def begin(model: ServedModel | None, lease: Lease, outputs: EngineValue, feed: F
     if (lane := pool.take(lease.terms.latency)) is None:
         return None
     try:
-        plan = lane.codec.plans.latest
-        if (
-            plan is None
-            or (call := plan.repeated) is None
-            or lane.arena.memories.has_news  # a number alone would not tell the worker
-            or not call.fill(outputs, feed, lane.arena)
-        ):
+        plan = lane.codec.repeated(outputs, feed)
+        if plan is None:
             pool.put(lane)
             return None
         lane.send(plan)

@@ -187,6 +187,10 @@ class Inference(Protocol):
     def paid(self, nbytes: int) -> None:
         """Count them out: they are sent, or their client is gone."""
 
+    def note_size(self, nbytes: int) -> None:
+        """Take note of a message that comes or goes whose memory this process has allocated in pieces: after
+        large ones, the heap gives its free pages back."""
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""
 

@@ -49,6 +49,19 @@ class CallCodec:
         """Copies the arrays in ``values`` to shared memory; see :class:`Packer`."""
         return Packer(self._arena).pack(values)
 
+    def repeated(self, outputs: EngineValue, feed: Feed) -> CallPlan | None:
+        """Prepares a call like the last one by copying its inputs to their places.  Returns its plan, which
+        has :attr:`CallPlan.repeated`, as the request; None: it must be encoded by :meth:`encode_call`."""
+        plan = self.plans.latest
+        if (
+            plan is None
+            or (call := plan.repeated) is None
+            or self._arena.memories.has_news  # a number alone would not tell the worker
+            or not call.fill(outputs, feed, self._arena)
+        ):
+            return None
+        return plan
+
     def encode_call(
         self,
         outputs: EngineValue,

@@ -13,7 +13,7 @@ ORDER = [
     {"repository", "shm", "auth"},
     {"interfaces"},
     {"options"},
-    {"v2"},
+    {"v2", "shielded"},
 ]
 """From top to bottom.  A package imports itself and what is below it."""
 SERVER = sorted(name.removeprefix("server.") for name in MODULES if name.startswith("server."))

@@ -15,7 +15,7 @@ from onnx_dl.server.grpc.health import MOST_WATCHERS, HealthService
 from onnx_dl.server.grpc.messages import HEALTH, INFERENCE
 from onnx_dl.server.grpc.service import CALLS, MOST_INFERENCES, MOST_LOOKS, MOST_OTHERS, InferenceService
 from onnx_dl.server.grpc.stream import MOST_STREAMS, Streams
-from onnx_dl.server.grpc.upkeep import FreePages, Upkeep
+from onnx_dl.server.grpc.upkeep import Upkeep
 from onnx_dl.server.interfaces import Server
 
 _LARGEST: Final = 0x7FFFFFFF
@@ -33,9 +33,9 @@ class GrpcListener:
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         self._max_body = min(server.options.max_body, _LARGEST)
-        arrivals, pages = Arrivals(), FreePages()
-        self._upkeep = Upkeep(loop, arrivals, pages)
-        self._service = InferenceService(server, loop, arrivals, pages)
+        arrivals = Arrivals()
+        self._upkeep = Upkeep(loop, arrivals)
+        self._service = InferenceService(server, loop, arrivals)
         self._streams = Streams(self._service)
         self._health = HealthService(server, arrivals)
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "grpc call")

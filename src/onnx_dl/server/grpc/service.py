@@ -29,7 +29,6 @@ from onnx_dl.server.grpc import (
 from onnx_dl.server.grpc.bounds import Arrivals, Places
 from onnx_dl.server.grpc.calls import UnaryCall
 from onnx_dl.server.grpc.messages import Message
-from onnx_dl.server.grpc.upkeep import FreePages
 from onnx_dl.server.interfaces import Server
 from onnx_dl.server.v2.failures import RequestFailure, cancelled, invalid, passed, unavailable
 from onnx_dl.server.v2.messages import InferResponse
@@ -70,13 +69,10 @@ class Arrived(NamedTuple):
 class InferenceService:
     """Answers calls in the threads of a grpcio server."""
 
-    def __init__(
-        self, server: Server, loop: asyncio.AbstractEventLoop, arrivals: Arrivals, pages: FreePages
-    ) -> None:
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, arrivals: Arrivals) -> None:
         self._server = server
         self._loop = loop
         self._arrivals = arrivals
-        self._pages = pages
         self._has_certificates = bool(server.options.tls_ca)
         self.inference = server.inference
         self.inferences = Places(MOST_INFERENCES, "inferences", server.options.max_body, server.inference)
@@ -99,7 +95,7 @@ class InferenceService:
     def run(self, arrived: Arrived, cancel: Deadline, encode: Callable[[InferResponse], bytes]) -> bytes:
         """One inference, from message to message.  Its deadline counts from the message's arrival.  Raises
         RequestFailure."""
-        self._pages.note(len(arrived.data))
+        self.inference.note_size(len(arrived.data))
         named: list[tuple[str, str]] = []
 
         def find(model: str, version: str) -> None:
@@ -118,7 +114,7 @@ class InferenceService:
                 self._server.inference.refused(model, version, failure)
             raise
         answer = encode(response)
-        self._pages.note(len(answer))
+        self.inference.note_size(len(answer))
         return answer
 
     @staticmethod

@@ -10,7 +10,7 @@ import numpy as np
 from onnx_dl.server.grpc import wire
 from onnx_dl.server.grpc.messages import Message
 from onnx_dl.server.inference.checks import element_count
-from onnx_dl.server.v2 import datatypes
+from onnx_dl.server.v2 import datatypes, text
 from onnx_dl.server.v2.failures import invalid
 
 _FIELDS: Final = {
@@ -63,7 +63,7 @@ def to_bytes(name: str, datatype: str, shape: Sequence[int], contents: Message) 
             "send raw_input_contents"
         )
     if datatype == datatypes.BYTES:
-        return b"".join(part for item in items for part in (len(item).to_bytes(4, "little"), item))
+        return text.encode(items)
     return _numbers(name, datatype, items)
 
 

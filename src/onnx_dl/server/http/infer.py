@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -19,6 +18,7 @@ from onnx_dl.server.http.depth import check_json
 from onnx_dl.server.http.head import json_too_large
 from onnx_dl.server.http.limits import JSON_BYTES, JSON_DEPTH
 from onnx_dl.server.interfaces import Served, TensorInfo
+from onnx_dl.server.v2 import text
 from onnx_dl.server.v2.datatypes import BYTES, SIZES
 from onnx_dl.server.v2.failures import invalid
 from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice, RequestedOutput
@@ -233,13 +233,13 @@ def _count(parameters: dict[str, Any], name: str, whose: str) -> int:
     return value
 
 
-def header_timeout(text: bytes | None) -> float | None:
+def header_timeout(value: bytes | None) -> float | None:
     """Seconds of the header ``X-Request-Timeout-Ms``; None: it was not sent."""
-    if text is None:
+    if value is None:
         return None
-    if not text.isdigit() or len(text) > 15 or not int(text):
+    if not value.isdigit() or len(value) > 15 or not int(value):
         raise invalid("X-Request-Timeout-Ms is not a number of milliseconds.")
-    return int(text) / 1e3
+    return int(value) / 1e3
 
 
 def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[InferRequest, Wanted]:
@@ -254,7 +254,7 @@ def read_raw_request(served: Served, version: str, body: memoryview) -> tuple[In
     shape = raw_shape(info, len(body), has_batch=served.max_batch_size > 0)
     data: memoryview | bytes = body
     if info.datatype == BYTES:
-        data = struct.pack("<I", len(body)) + bytes(body)
+        data = text.encode([body])
     tensor = InputTensor(info.name, info.datatype, shape, data)
     request = InferRequest(served.name, version, "", [tensor], [], {}, nbytes=len(body))
     return request, Wanted(True, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnx_dl.server.http.answers import BINARY, JSON, HttpAnswer, Part
 from onnx_dl.server.http.infer import Wanted
+from onnx_dl.server.v2 import text
 from onnx_dl.server.v2.bounds import AT_ONCE_TEXTS, AT_ONCE_VALUES
 from onnx_dl.server.v2.datatypes import BYTES
 from onnx_dl.server.v2.json_outputs import check_output, not_json
@@ -68,16 +68,8 @@ def binary_data(output: OutputTensor) -> Part:
     array = output.array
     assert array is not None
     if output.datatype == BYTES:
-        return _text_bytes(array)
+        return text.encode(array)
     return array.reshape(-1).view(np.uint8).data
-
-
-def _text_bytes(array: NDArray[Any]) -> bytes:
-    parts: list[bytes] = []
-    for item in array.ravel().tolist():
-        data = item.encode() if isinstance(item, str) else bytes(item)
-        parts += (struct.pack("<I", len(data)), data)
-    return b"".join(parts)
 
 
 def json_data(output: OutputTensor) -> list[Any] | msgspec.Raw:

@@ -19,7 +19,7 @@ from onnx_dl.errors import LoadTimeout, ProxyClosedError, RunTimeout
 from onnx_dl.server.inference import checks, long_steps, outputs, runs
 from onnx_dl.server.inference.bodies import FREE_UP_TO, Bodies
 from onnx_dl.server.inference.failures import failure_of, own_failure
-from onnx_dl.server.inference.heap import LARGE, HeapTrimmer
+from onnx_dl.server.inference.heap import HeapTrimmer
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.inference.loads import Loads
 from onnx_dl.server.inference.memory import RegionUses
@@ -78,6 +78,11 @@ class Executor:
     def paid(self, nbytes: int) -> None:
         """Count them out: they are sent, or their client is gone."""
         self.limits.free_bytes(nbytes)
+
+    def note_size(self, nbytes: int) -> None:
+        """Take note of a message that comes or goes whose memory this process has allocated in pieces: after
+        large ones, the heap gives its free pages back."""
+        self.heap.note(nbytes)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """One inference.  Cancelling the coroutine ends the run.  Raises RequestFailure."""
@@ -159,8 +164,8 @@ class _Course:
     _uses: RegionUses | None = None
     _prepared: Prepared | None = None
     _timeout: float | None = None
-    _is_counted = _is_large = False
-    _nbytes = _ready = _bound = _ran = 0
+    _is_counted = False
+    _largest = _nbytes = _ready = _bound = _ran = 0
 
     def __init__(self, executor: Executor, entry: Served, request: InferRequest) -> None:
         self._began = time.perf_counter_ns()
@@ -178,7 +183,7 @@ class _Course:
         self._column = executor.limits.enter(entry)
         executor.limits.check_bytes()
         if request.nbytes > FREE_UP_TO:
-            self._is_large = request.nbytes >= LARGE
+            self._largest = request.nbytes
             if not executor.bodies.holds(request):
                 executor.limits.take_bytes(request.nbytes)
                 self._nbytes = request.nbytes
@@ -219,8 +224,8 @@ class _Course:
         ]
         json_outputs.check_outputs(request, tensors)
         for tensor in tensors:
-            if tensor.array is not None and tensor.array.nbytes >= LARGE:
-                self._is_large = True
+            if tensor.array is not None:
+                self._largest = max(self._largest, tensor.array.nbytes)
         response = InferResponse(request.model, entry.version, request.id, tensors)
         now = time.perf_counter_ns()
         durations = Durations(
@@ -271,8 +276,7 @@ class _Course:
     def __exit__(self, *exc: object) -> None:
         if self._uses is not None:
             self._uses.end()
-        if self._is_large:
-            self._executor.heap.note()
+        self._executor.heap.note(self._largest)
         if self._column is not None:
             self._executor.limits.leave(self._column)
         if self._nbytes:

@@ -8,6 +8,7 @@ import functools
 from typing import Final
 
 from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.server.shielded import shielded
 from onnx_dl.session import placed_runs
 from onnx_dl.session.inference_session import InferenceSessionProxy
 
@@ -36,7 +37,7 @@ class Loads:
             self._under_way[key] = load
             load.add_done_callback(functools.partial(self._end, key))
         async with asyncio.timeout(timeout):
-            await asyncio.shield(asyncio.wrap_future(load))
+            await shielded(asyncio.wrap_future(load))
 
     def _end(self, key: int, load: concurrent.futures.Future[None]) -> None:
         if self._under_way.get(key) is load:

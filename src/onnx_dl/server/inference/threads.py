@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 from onnx_dl.client.awaited_calls import deadline_of
 from onnx_dl.concurrency.deadline import Deadline
+from onnx_dl.server.shielded import shielded
 
 _T = TypeVar("_T")
 
@@ -35,7 +36,7 @@ class Threads:
         begun = self._steps.submit(work)
         awaited = asyncio.wrap_future(begun)
         try:
-            return await asyncio.shield(awaited)
+            return await shielded(awaited)
         except asyncio.CancelledError:
             begun.cancel()
             while not awaited.done():
@@ -43,8 +44,6 @@ class Threads:
                     await asyncio.wait([awaited])
                 except asyncio.CancelledError:  # once more, when the loop ends
                     continue
-            if not awaited.cancelled():
-                awaited.exception()  # nobody is there to be told
             raise
 
     async def run(self, work: Callable[[Deadline], _T], timeout: float | None) -> _T:

@@ -15,6 +15,7 @@ from onnx_dl.server.inference.statistics import merged
 from onnx_dl.server.interfaces import RegionStatus, ServedTable, VersionStatistics
 from onnx_dl.server.processes import messages as m
 from onnx_dl.server.processes.child_process import Answering, ChildGone, ChildProcess
+from onnx_dl.server.shielded import shielded
 from onnx_dl.server.shm.regions import Regions
 
 _LOOK_EVERY: Final = 1.0
@@ -187,6 +188,6 @@ async def _listening(child: ChildProcess) -> None:
     """Returns when the child takes requests.  Raises ChildGone: it has ended, or took too long."""
     try:
         async with asyncio.timeout(_START_TIMEOUT):
-            await asyncio.shield(child.listens)
+            await shielded(child.listens)
     except TimeoutError:
         raise ChildGone("It did not listen in time.") from None

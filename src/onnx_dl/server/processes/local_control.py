@@ -14,6 +14,7 @@ from onnx_dl.server.processes.children import Children
 from onnx_dl.server.processes.front import Front
 from onnx_dl.server.repository import specs
 from onnx_dl.server.repository.repository import Repository
+from onnx_dl.server.shielded import shielded
 from onnx_dl.server.v2.failures import unavailable
 
 
@@ -104,7 +105,7 @@ class LocalControl:
 async def _whole(work: Coroutine[None, None, None]) -> None:
     """Carries it out to its end, even if the caller has gone: else processes would differ, or a load would
     stay half done."""
-    await asyncio.shield(work)
+    await shielded(work)
 
 
 def selected(found: list[VersionStatistics], served: list[Served]) -> list[VersionStatistics]:

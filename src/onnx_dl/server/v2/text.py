@@ -4,7 +4,8 @@ and then its bytes, which are UTF-8 here."""
 from __future__ import annotations
 
 import struct
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +14,17 @@ _LENGTH: Final = struct.Struct("<I")
 _LONGEST: Final = (1 << 32) - 1
 
 
-def encode(array: NDArray[np.object_]) -> bytes:
-    """Return the binary form of an object array of ``str`` or ``bytes``.
+def encode(items: NDArray[Any] | Iterable[str | bytes | memoryview]) -> bytes:
+    """Return the binary form of an array of ``str`` or ``bytes``, or of its items; views are of bytes.
 
     Raises:
         OverflowError: an item has 4 GiB or more.
         UnicodeEncodeError: an item contains surrogates.
     """
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     pack = _LENGTH.pack
-    for item in array.reshape(-1).tolist():
-        data = item.encode() if type(item) is str else item
+    for item in items.reshape(-1).tolist() if isinstance(items, np.ndarray) else items:
+        data = item.encode() if isinstance(item, str) else item
         if len(data) > _LONGEST:
             raise OverflowError(f"a text of {len(data)} bytes is too long for a length of four bytes")
         parts.append(pack(len(data)))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from onnx_dl.server import app
+from onnx_dl.server.inference.heap import LARGE
 from onnx_dl.server.inference.limits import Limits
 from onnx_dl.server.options import ServeOptions
 from onnx_dl.server.processes.front import Addresses, Front
@@ -91,7 +92,7 @@ def test_a_signal_during_the_start_drains_what_is_served(
 def test_the_end_of_the_parts_ends_their_threads() -> None:
     before = set(threading.enumerate())
     front = Front(ServeOptions(), object(), Limits(), None)  # type: ignore[arg-type]
-    front.inference.heap.note()  # type: ignore[attr-defined]
+    front.inference.note_size(LARGE)
     assert [each.name for each in set(threading.enumerate()) - before] == ["onnx-dl-heap"]
     front.close()
     assert set(threading.enumerate()) <= before

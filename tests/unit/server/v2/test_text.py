@@ -22,6 +22,14 @@ def test_bytes_and_text_may_be_mixed_and_have_any_shape() -> None:
     assert text.encode(array) == b"\1\0\0\0a\1\0\0\0\xff\0\0\0\0\2\0\0\0\xc3\xa9"
 
 
+def test_items_are_encoded_as_their_array() -> None:
+    items = ["a", b"\xff", memoryview(b"xyz")[1:], ""]
+    expected = b"\1\0\0\0a\1\0\0\0\xff\2\0\0\0yz\0\0\0\0"
+    assert text.encode(items) == text.encode(iter(items)) == expected
+    assert text.encode(np.array([["a", "é"]])) == b"\1\0\0\0a\2\0\0\0\xc3\xa9"
+    assert text.encode([]) == b""
+
+
 def test_triton_encodes_the_same() -> None:
     serialize = pytest.importorskip("tritonclient.utils").serialize_byte_tensor
     array = np.array(["a", "é", "", "x" * 300], object)

@@ -1,4 +1,4 @@
-"""When pages of the heap are given back, and which calls are cancelled because they bring no message."""
+"""Places of calls, and which calls are cancelled because they bring no message."""
 
 from __future__ import annotations
 
@@ -6,25 +6,6 @@ import time
 from typing import Any
 
 from onnx_dl.server.grpc.bounds import MOST_SLOW, Arrivals, Places
-from onnx_dl.server.grpc.upkeep import FreePages
-
-
-def test_large_messages_alone_make_a_trim_due() -> None:
-    pages = FreePages()
-    pages.note((1 << 20) - 1)
-    assert not pages.is_due(100.0)
-    pages.note(1 << 20)
-    assert pages.is_due(100.0)
-    assert not pages.is_due(200.0), "once for all messages before it"
-
-
-def test_trims_are_apart_and_none_is_forgotten() -> None:
-    pages = FreePages()
-    pages.note(1 << 20)
-    assert pages.is_due(100.0)
-    pages.note(1 << 30)
-    assert not pages.is_due(101.0)
-    assert pages.is_due(103.5)
 
 
 class Call:

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.gpu``: onnx-dl beside onnxruntime in-process, both on one NVIDIA GPU."""
