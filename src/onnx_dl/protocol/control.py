@@ -183,6 +183,9 @@ class Status(Message):
     """Address of the metrics endpoint: host and port."""
     gpu_memory_limit: int | None = None
     gpu_memory_in_use: int = 0
+    gpu_memory_limits: dict[int, int] = {}
+    """Limit of each device that has one of its own, by its number."""
+    gpu_memory_in_use_on: dict[int, int] = {}
 
 
 class AskEvents(Message):

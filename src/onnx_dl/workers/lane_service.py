@@ -12,9 +12,11 @@ from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engine_trims import EngineTrims
+from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.limits import RecycleLimits, Watchdog
+from onnx_dl.workers.pinned_blocks import LanePins, PinnedBlocks
 from onnx_dl.workers.placed_calls import PlacedCalls
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
 
@@ -23,11 +25,12 @@ _Handlers = Mapping[type, Callable[[Any], object]]
 
 
 class Upkeep(NamedTuple):
-    """Bounds of a worker's memory and runs, which all lanes share."""
+    """State of a worker's memory and runs that all lanes share."""
 
     limits: RecycleLimits | None
     watchdog: Watchdog | None
     trims: EngineTrims
+    pinned: PinnedBlocks
 
 
 class LaneService:
@@ -43,12 +46,14 @@ class LaneService:
     ) -> None:
         """``tokens``: of all lanes, by the native id of the lane's thread."""
         self._lane = lane
-        self._limits, self._watchdog, self._trims = upkeep
+        self._limits, self._watchdog, self._trims, pinned = upkeep
         self._gate = gate
         self._backend = backend
         self._tokens = tokens
         self._token = tokens[threading.get_native_id()] = CancelToken()
-        self._prepared = PreparedCalls(lane, backend, self._token)
+        device = backends.cuda_device(backend)
+        self._pins = None if device is None else LanePins(pinned, device, lane.mappings)
+        self._prepared = PreparedCalls(lane, backend, self._token, self._pins)
         self._placed = PlacedCalls(lane, backend, self._token)
         self._holds = 0
 
@@ -59,7 +64,7 @@ class LaneService:
             int: self._prepared.replay_number,
             m.Replay: self._prepared.replay,
             m.Call: self._call,
-            m.PlacedCall: self._placed.call,
+            m.PlacedCall: self._placed.call if self._pins is None else self._place,
             m.Invoke: self._invoke,
             m.Touch: self._acknowledge,
         }
@@ -135,6 +140,15 @@ class LaneService:
         self._lane.reply(results, keep=call.keep)
         if call.plan is not None and prepared is not None:
             self._prepared.remember(call.plan, prepared)
+        if self._pins is not None:
+            self._pins.fed(call.feed)
+            self._pins.used((), [self._lane.arena.current_scratch])
+
+    def _place(self, call: m.PlacedCall) -> None:
+        self._placed.call(call)
+        if self._pins is not None:  # mapped memories are never pinned: their makers may truncate them
+            self._pins.fed(call.feed)
+            self._pins.used((), self._placed.blocks())
 
     def _invoke(self, request: m.Invoke) -> None:
         args = [self._lane.unpack(arg) for arg in request.args]

@@ -211,6 +211,12 @@ def trim(backend: Backend) -> None:
     give_back()
 
 
+def cuda_device(backend: Backend) -> int | None:
+    """Returns the number of the GPU that the engine uses by CUDA, in this process; None: it uses none."""
+    number: int | None = getattr(backend, "cuda_device", None)
+    return number
+
+
 def places(spec: ModelSpec, blob: int | None) -> Callable[[str], str | int]:
     """Returns a function from the names of a model's files to their paths.  ``blob``: the descriptor of a
     model given as bytes, whose name is empty."""

@@ -19,7 +19,8 @@ from onnx_dl.supervisor.policy.eviction import (
     plan,
     refusal,
 )
-from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, UNLIMITED, MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 
 MB = 1 << 20
 
