@@ -238,6 +238,19 @@ class Exporter:
 # --- in a process that takes one ----------------------------------------------------------------------------
 
 
+class DeviceLoans:
+    """Memory on devices that the two ends of a lane have lent each other."""
+
+    def __init__(self) -> None:
+        self.are_open = False
+        """True if the worker may have such memory open, or may keep results there."""
+
+    def receive(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
+        """Takes a result; see :func:`received`."""
+        self.are_open = True
+        return received(items)
+
+
 def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
     """Returns a copy, on the same device, of a tensor that a worker's run has allocated there.  Its memory is
     an OrtValue of this process.  Raises ValueError and TypeError like :func:`handle_from`."""
