@@ -31,8 +31,9 @@ class Cuda:
             "FAKE_CUDA_LOG": str(self.log),
         }
 
-    def proxy(self, host: ModelHost, **variables: str) -> InferenceSessionProxy:
-        return InferenceSessionProxy(zoo.plus(1), environment=self.environment | variables, host=host)
+    def proxy(self, host: ModelHost, model: bytes | None = None, **variables: str) -> InferenceSessionProxy:
+        data = zoo.plus(1) if model is None else model
+        return InferenceSessionProxy(data, environment=self.environment | variables, host=host)
 
     def calls(self, function: str) -> list[Call]:
         return [call for call in fake_cuda.calls(self.log) if call.function == function]
@@ -93,3 +94,15 @@ def test_where_the_driver_refuses_calls_run_as_without_pins(host: ModelHost, cud
     assert all(call.result for call in tried)
     assert len({call.address for call in tried}) == len(tried)  # no block is tried twice
     assert cuda.calls(UNPIN) == []
+
+
+@pytest.mark.parametrize("name", ["two", "layers", "found", "dtypes", "scalars", "text"])
+def test_calls_that_repeat_give_what_they_give_in_process(host: ModelHost, cuda: Cuda, name: str) -> None:
+    """Also calls whose inputs the session would not read again, and results whose shapes change."""
+    kind, rng = zoo.kinds()[name], np.random.default_rng(7)
+    proxy = cuda.proxy(host, kind.data)
+    for size in (5, 70_000):
+        for _ in range(6):
+            feed = kind.draw(rng, min(size, kind.most))
+            wanted = zoo.expected(name, None, feed)
+            assert zoo.difference(proxy.run(None, feed), wanted) is None
