@@ -37,6 +37,8 @@ def values(field: str) -> str:
         return " or ".join(f"`{choice}`" for choice in settings.CHOICES[field])
     if field in settings.SIZES:
         return "bytes, or text such as `2GiB`"
+    if field in settings.SIZES_BY_DEVICE:
+        return "bytes, text such as `2GiB`, or `0=6GiB,1=10GiB`"
     default = getattr(Settings(), field)
     return "seconds" if isinstance(default, float) else "text"
 

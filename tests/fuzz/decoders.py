@@ -22,7 +22,8 @@ from onnx_dl.protocol import codec, failures, lane
 from onnx_dl.supervisor.hostfile.reader import read as read_host_file
 from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.metrics.connections import is_allowed_host
-from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 from onnx_dl.tensors import packing, segment
 from onnx_dl.tensors.block import HEADER, Block
 from onnx_dl.tensors.values import Unpacker

@@ -38,8 +38,8 @@ class Inference(standin.Inference):
         super().__init__(models)
         self.allocated: list[int] = []
         self.is_full = False
-        self.cancelled_at: list[float] = []
-        """When runs were cancelled, on the monotonic clock."""
+        self.cancelled = 0
+        """Runs that were cancelled."""
 
     def allocate(self, nbytes: int) -> memoryview:
         if self.is_full:
@@ -48,18 +48,20 @@ class Inference(standin.Inference):
         return memoryview(bytearray(nbytes))
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        seconds = request.parameters.get("sleep")
-        if seconds is not None:
-            parameters = {name: value for name, value in request.parameters.items() if name != "sleep"}
-            request = dataclasses.replace(request, parameters=parameters)
+        began = time.monotonic()
+        if self._goes_on(request, began):
             self.running += 1
             try:
-                await asyncio.sleep(seconds)
+                while self._goes_on(request, began):
+                    await asyncio.sleep(0.005)
             except asyncio.CancelledError:
-                self.cancelled_at.append(time.monotonic())
+                self.cancelled += 1
                 raise
             finally:
                 self.running -= 1
+            kept = request.parameters.keys() - {"sleep", "hold"}
+            parameters = {name: request.parameters[name] for name in kept}
+            request = dataclasses.replace(request, parameters=parameters)
         return self.infer_blocking(request, Deadline(None, movable=True))
 
     def _output(self, tensor: InputTensor, data: Any, region: RegionSlice | None) -> OutputTensor:

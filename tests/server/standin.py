@@ -83,19 +83,20 @@ class Models:
 
 
 class Inference:
-    """Answers with the inputs.  Parameters say what happens: ``sleep`` seconds, ``fail``, ``busy``."""
+    """Answers with the inputs.  Parameters say what happens: ``fail``, ``busy``, ``sleep`` seconds, ``hold``:
+    the run goes on until that word is in ``released``."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
         self.requests: list[InferRequest] = []
-        self.ended: list[float] = []
-        """When runs ended that were told to end."""
+        self.ended = 0
+        """Runs that ended because they were told to end."""
         self.running = 0
         self.owed = 0
         """Bytes of answers that wait."""
         self.sizes: list[int] = []
         """Bytes of messages that were noted."""
-        self.most_running = 0
+        self.released: set[str] = set()
         self.regions: dict[str, bytearray] = {}
         self.refusals: list[tuple[str, str, int, str]] = []
         """Model, version, status and reason of requests that were refused."""
@@ -127,7 +128,6 @@ class Inference:
             self.requests.append(request)
             del self.requests[:-100]
             self.running += 1
-            self.most_running = max(self.most_running, self.running)
         try:
             self._obey(request, cancel)
             regions = {output.name: output.region for output in request.outputs}
@@ -146,15 +146,22 @@ class Inference:
             raise too_many("the queue is full", 2.5)
         if "crash" in request.parameters:
             raise ZeroDivisionError("a fault of ours")
-        until = time.monotonic() + request.parameters.get("sleep", 0.0)
+        began = time.monotonic()
         limit = None if request.timeout is None else time.monotonic() + request.timeout
-        while (now := time.monotonic()) < until:
+        while self._goes_on(request, began):
+            now = time.monotonic()
             if limit is not None and now > limit:
                 raise passed("the deadline passed")
             if cancel.passed:
-                self.ended.append(time.monotonic())
+                with self._lock:
+                    self.ended += 1
                 raise cancelled()
             time.sleep(0.005)
+
+    def _goes_on(self, request: InferRequest, began: float) -> bool:
+        """Whether a run that began at this time lasts."""
+        seconds, word = request.parameters.get("sleep", 0.0), request.parameters.get("hold")
+        return time.monotonic() < began + seconds or (word is not None and word not in self.released)
 
     def _output(self, tensor: InputTensor, data: Any, region: RegionSlice | None) -> OutputTensor:
         name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
@@ -186,14 +193,20 @@ class Control:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.regions: dict[str, RegionStatus] = {}
+        self.loading = 0
+        """Loads that wait for ``can_load``."""
         self.can_load = threading.Event()
         self.can_load.set()
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:
         if name == "unknown":
             raise not_found("failed to load 'unknown', no version is available")
-        while not self.can_load.is_set():
-            await asyncio.sleep(0.01)
+        self.loading += 1
+        try:
+            while not self.can_load.is_set():
+                await asyncio.sleep(0.01)
+        finally:
+            self.loading -= 1
         self.asked.append(("load", name, parameters))
 
     async def unload(self, name: str, parameters: dict[str, Any]) -> None:

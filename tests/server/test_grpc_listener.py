@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,9 +89,9 @@ def test_a_listener_that_never_started_ends() -> None:
 def test_a_listener_without_calls_drains_at_once() -> None:
     with listening() as rig:
         assert infer(rig.channel)
-        began = time.monotonic()
-        rig.listener.drain(Deadline(60))
-        assert time.monotonic() - began < allowed(2)
+        deadline = Deadline(10 * DEADLINE)
+        rig.listener.drain(deadline)
+        assert (left := deadline.left()) is not None and left > DEADLINE
 
 
 @pytest.fixture
@@ -178,6 +177,19 @@ def test_more_watchers_than_there_are_places_are_refused(monkeypatch: pytest.Mon
         assert next(watch(b"", timeout=60))
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end has closed it; what it sent before is dropped."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
 def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     options = listener._options
 
@@ -190,14 +202,7 @@ def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatc
         host, _, port = rig.address.partition(":")
         others = [socket.create_connection((host, int(port)), timeout=DEADLINE) for _ in range(8)]
         try:
-            closed = 0
-            for each in others:
-                each.settimeout(1)
-                with contextlib.suppress(TimeoutError, ConnectionResetError):
-                    while data := each.recv(1 << 16):
-                        del data
-                    closed += 1
-            assert closed >= 5
+            eventually(lambda: sum(map(is_closed, others)) >= 5, "the end of those that are too many")
             assert infer(rig.channel)
         finally:
             for each in others:

@@ -25,6 +25,9 @@ from tests.server.grpc_rig import Rig, code_of, listening, raw_request, streamed
 from tests.server.standin import TOKEN
 from tests.support.waiting import DEADLINE, allowed, eventually
 
+PASSED = "deadline passed"
+"""Words of both who may notice that first: the protocol, before the run, and the run."""
+
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
@@ -35,8 +38,7 @@ def rig() -> Iterator[Rig]:
 @pytest.fixture(autouse=True)
 def all_ends(rig: Rig) -> Iterator[None]:
     """What a test begins has ended when it ends: runs, streams, their places."""
-    rig.server.inference.most_running = 0
-    rig.server.inference.ended.clear()
+    rig.server.inference.ended = 0
     yield
     eventually(lambda: rig.server.inference.running == 0, "no run")
     eventually(lambda: not rig.listener._streams._open, "no stream")
@@ -112,12 +114,13 @@ def test_a_client_may_ask_for_the_status_of_a_failure(rig: Rig) -> None:
 
 
 def test_requests_run_side_by_side_and_are_answered_in_their_order(rig: Rig) -> None:
-    began = time.monotonic()
-    messages = [numbered(index, sleep=0.4 if index == 0 else 0.2) for index in range(stream.MOST_AT_ONCE)]
-    got = [streamed(answer).infer_response.id for answer in rig.stream(messages)]
-    assert got == [str(index) for index in range(stream.MOST_AT_ONCE)]
-    assert rig.server.inference.most_running == stream.MOST_AT_ONCE
-    assert time.monotonic() - began < allowed(0.2 * stream.MOST_AT_ONCE)
+    inference, numbers = rig.server.inference, range(stream.MOST_AT_ONCE)
+    call = rig.stream([numbered(index, hold="others" if index else "the first") for index in numbers])
+    eventually(lambda: inference.running == stream.MOST_AT_ONCE, "all run")
+    inference.released.add("others")
+    eventually(lambda: inference.running == 1, "the end of all but the first")
+    inference.released.add("the first")
+    assert [streamed(answer).infer_response.id for answer in call] == [str(index) for index in numbers]
 
 
 def test_slow_requests_of_some_streams_hold_up_no_other_stream(rig: Rig) -> None:
@@ -125,7 +128,8 @@ def test_slow_requests_of_some_streams_hold_up_no_other_stream(rig: Rig) -> None
     wanted = len(slow) * stream.MOST_AT_ONCE
     eventually(lambda: rig.server.inference.running == wanted, "all slow requests run")
     call = rig.stream([numbered(0), numbered(1, timeout=100_000, sleep=60.0)])
-    assert [streamed(answer).error_message for answer in call] == ["", "the deadline passed"]
+    first, second = (streamed(answer).error_message for answer in call)
+    assert first == "" and PASSED in second
     for each in slow:
         each.cancel()
 
@@ -153,14 +157,14 @@ def test_a_client_that_does_not_read_is_held_up(rig: Rig) -> None:
     counts: list[int] = []
 
     def is_still() -> bool:
-        """Nothing was read for a while."""
+        """Nothing was read for a while, and what was read has its answers, which are counted."""
         counts.append(int(rig.server.inference.requests[-1].id))
-        return len(counts) > 100 and counts[-1] == counts[-100]
+        is_answered = rig.server.inference.owed >= (stream.MOST_AT_ONCE - 1) * answer.nbytes
+        is_idle = is_answered and not rig.server.inference.running
+        return is_idle and len(counts) > 100 and counts[-1] == counts[-100]
 
     eventually(is_still, "a server that reads no further")
     assert counts[-1] < 100, "it read all that was sent"
-    assert rig.server.inference.running == 0
-    assert rig.server.inference.owed >= (stream.MOST_AT_ONCE - 1) * answer.nbytes, "they are counted"
     sender.end()
     assert [streamed(data).infer_response.id for data in (first, *call)] == [str(n) for n in range(200)]
 
@@ -169,19 +173,19 @@ def test_cancelling_a_stream_ends_all_its_runs(rig: Rig) -> None:
     sender = Sender(*(numbered(index, sleep=60.0) for index in range(20)))
     call = rig.stream(sender)
     eventually(lambda: rig.server.inference.running == stream.MOST_AT_ONCE, "runs")
-    cancelled = time.monotonic()
     call.cancel()
     eventually(lambda: rig.server.inference.running == 0, "the end of the runs")
-    assert rig.server.inference.ended[-1] - cancelled < allowed(0.2)
-    assert len(rig.server.inference.ended) == stream.MOST_AT_ONCE  # none of the others began
+    assert rig.server.inference.ended == stream.MOST_AT_ONCE  # none of the others began
     sender.end()
 
 
 def test_the_deadline_of_the_stream_is_that_of_its_requests(rig: Rig) -> None:
-    call = rig.stream([numbered(0), numbered(1, timeout=100_000, sleep=60.0)], timeout=2 * DEADLINE)
+    messages = [raw_request(id="of a stream"), numbered(1, timeout=100_000, sleep=60.0)]
+    call = rig.stream(messages, timeout=2 * DEADLINE)
     first, second = map(streamed, call)
-    assert (first.error_message, second.error_message) == ("", "the deadline passed")
-    assert rig.server.inference.requests[-2].timeout == pytest.approx(2 * DEADLINE, abs=DEADLINE)
+    assert first.error_message == "" and PASSED in second.error_message
+    (timeout,) = [each.timeout for each in rig.server.inference.requests if each.id == "of a stream"]
+    assert timeout is not None and 0 < timeout < 3 * DEADLINE  # on its way, gRPC rounds it up
 
 
 def test_a_stream_without_requests_and_one_with_a_break(rig: Rig) -> None:
@@ -234,19 +238,19 @@ def test_more_streams_than_there_are_places_are_refused(rig: Rig, monkeypatch: p
 
 def test_draining_answers_what_was_begun_and_ends_the_stream() -> None:
     with listening() as rig:
-        sender = Sender(numbered(0, sleep=0.3), numbered(1, sleep=0.3))
+        sender = Sender(numbered(0, hold="a drain"), numbered(1, hold="a drain"))
         call = rig.stream(sender)
         eventually(lambda: rig.server.inference.running == 2, "runs")
         draining = threading.Thread(target=rig.listener.drain, args=(Deadline(60),))
-        began = time.monotonic()
         draining.start()
+        eventually(lambda: rig.listener._streams._is_draining, "the drain")
+        rig.server.inference.released.add("a drain")
         assert [streamed(next(call)).infer_response.id for _ in range(2)] == ["0", "1"]
         with pytest.raises(grpc.RpcError) as caught:
             next(call)
         assert code_of(caught.value) == "UNAVAILABLE"
         draining.join(allowed(DEADLINE))
         assert not draining.is_alive()
-        assert time.monotonic() - began < allowed(5)
         sender.end()
 
 
@@ -257,7 +261,7 @@ def test_runs_of_a_stream_are_cut_at_the_end_of_the_drain() -> None:
         eventually(lambda: rig.server.inference.running == 1, "a run")
         began = time.monotonic()
         rig.listener.drain(Deadline(0.3))
-        assert 0.2 < time.monotonic() - began < allowed(5)
+        assert time.monotonic() - began > 0.2
         eventually(lambda: rig.server.inference.running == 0, "the end of the run")
         # The end of the run may be told before the stream is cut.
         with pytest.raises(grpc.RpcError):

@@ -253,6 +253,13 @@ def test_grpc_comes_to_all_processes_too(many: Serving) -> None:
 def test_a_drain_lets_all_processes_finish(repository: Path) -> None:
     with serving("--repository", repository, "--processes", "2") as server:
         running = [Slow(server, 20_000, loads=not number) for number in range(4)]
+
+        def begun() -> int:
+            """Requests that have come to the server, at least."""
+            answered = sum(each.answer is not None for each in running)
+            return answered + pending_count(server)
+
+        eventually(lambda: begun() >= len(running), "all requests")
         assert server.end() == 0
         assert {each.wait().status for each in running} == {200}
 

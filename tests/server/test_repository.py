@@ -497,7 +497,7 @@ class Traffic:
         self._stop = threading.Event()
         self.results: list[tuple[str, float]] = []
         self.errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._call) for _ in range(threads)]
+        self.threads = [threading.Thread(target=self._call) for _ in range(threads)]
 
     def _call(self) -> None:
         while not self._stop.is_set():
@@ -507,14 +507,14 @@ class Traffic:
                 self.errors.append(error)
 
     async def __aenter__(self) -> Traffic:
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
         await self.more()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._stop.set()
-        for thread in self._threads:
+        for thread in self.threads:
             await asyncio.to_thread(thread.join, allowed(DEADLINE))
 
     async def more(self, count: int = 20) -> None:
@@ -541,7 +541,8 @@ def test_ten_takeovers_without_one_failed_request(host: ModelHost, tmp_path: Pat
                     await served.repository.look()
                     assert served.models.find("a").version == wanted
                     await traffic.more()
-                    assert traffic.results[-1] == (wanted, float(added))
+                    # The last but one each of the others may be a call that had begun before.
+                    assert (wanted, float(added)) in traffic.results[-len(traffic.threads) :]
                     old = tmp_path / "a" / str(version - 2)
                     if version % 2 and old.exists():
                         (old / "model.onnx").unlink()
@@ -675,8 +676,8 @@ def test_a_warm_up_runs_before_the_model_is_served(host: ModelHost, tmp_path: Pa
     async def scenario() -> None:
         async with serving(host, tmp_path) as served:
             await until(lambda: served.models.table.is_ready, "ready")
-            (status,) = host.snapshot().models
-            assert status.runs == 3
+            # A run is counted a moment after its answer.
+            await until(lambda: [each.runs for each in host.snapshot().models] == [3], "three runs")
             assert await served.arun("b") == ("1", 2.0)
 
     in_loop(scenario)

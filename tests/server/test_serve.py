@@ -329,9 +329,7 @@ def status_in_drain(kept: socket.socket) -> bytes:
 def test_what_runs_too_long_is_cut_off(slow: Path) -> None:
     with serving("--model", f"slow={slow}", "--drain-timeout", "500ms") as server:
         running = Slow(server, FOR_EVER)
-        began = time.monotonic()
-        assert server.end(signal.SIGHUP) == 0
-        assert time.monotonic() - began < allowed(8)
+        assert server.end(signal.SIGHUP, DEADLINE) == 0
         assert running.wait().status != 200
 
 
@@ -340,9 +338,7 @@ def test_a_second_signal_ends_it_at_once(slow: Path) -> None:
         running = Slow(server, FOR_EVER)
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: ask(server, "/v2/health/ready").status != 200, "the drain")
-        began = time.monotonic()
-        assert server.end(signal.SIGINT) == 1
-        assert time.monotonic() - began < allowed(5)
+        assert server.end(signal.SIGINT, DEADLINE) == 1
         assert running.wait().status != 200
 
 

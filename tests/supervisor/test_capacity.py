@@ -341,6 +341,21 @@ def test_limits_are_told() -> None:
         ModelHost(gpu_memory_limit="much")
 
 
+def test_limits_of_devices_are_told(tmp_path: Path) -> None:
+    """What counts on which device is tests/unit/supervisor/policy/test_gpu_limits.py's."""
+    with ModelHost(gpu_memory_limit={0: "1GiB", 2: 5 * MB}) as host:
+        host.start()
+        snapshot = host.snapshot()
+        assert snapshot.gpu_memory_limits == {0: 1 << 30, 2: 5 * MB}
+        assert snapshot.gpu_memory_limit == (1 << 30) + 5 * MB
+        assert snapshot.gpu_memory_in_use_on == {}
+    file = tmp_path / "host.toml"
+    file.write_text('[gpu_memory_limit]\n1 = "2GiB"\n')
+    with ModelHost(config=file) as host:
+        host.start()
+        assert host.snapshot().gpu_memory_limits == {1: 2 << 30}
+
+
 def test_priority(limited: Any, models: list[str]) -> None:
     host = limited(130 * MB)
     important = proxies(models[:1], host, priority=5)[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.supervisor.policy.memory_amount import NOTHING
 from onnx_dl.supervisor.policy.records import HOST, ModelRecord
-from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 
 _NEXT = {
@@ -112,7 +112,7 @@ def _check_ledger(s: Scheduler, now: float) -> None:
 def check_promise(s: Scheduler, now: float) -> None:
     """A load or a save has just begun: with all that it was promised, nothing exceeds the limit."""
     used, limit = s.in_use(now), s.limits.memory
-    assert used.fits(MemoryAmount(limit.ram, limit.gpu)), f"{used} are promised of {limit}"
+    assert used.fits(limit), f"{used} are promised of {limit}"
 
 
 def check_time(s: Scheduler, now: float) -> None:

@@ -35,12 +35,13 @@ from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.support.builders import SETTINGS, ready, spec
 from tests.world import truth
-from tests.world.workers import MB, FakeWorker
+from tests.world.workers import GPU, MB, FakeWorker
 
 CLIENTS: Final = (b"client-p", b"client-q", b"client-r")
 MODELS: Final = ("a", "b", "c", "d", "g1", "g2")
 UNITS: Final = ("a", "b", "c", "d", "group:g")
 LIMITS: Final = (None, 60 * MB, 100 * MB, 130 * MB, 300 * MB)
+GPU_LIMITS: Final = {60 * MB: 400 * MB, 100 * MB: {0: 400 * MB}, 130 * MB: 400 * MB, 300 * MB: {0: 400 * MB}}
 ANSWERS: Final = {
     "acquire": (m.Granted, m.Denied),
     "unload": m.Unloaded,
@@ -53,7 +54,7 @@ TOO_LONG: Final = 2_000.0
 
 def model(key: str) -> ModelSpec:
     group = "g" if key.startswith("g") else None
-    return spec(key, group=group, providers=["CUDAExecutionProvider"] if key == "d" else None)
+    return spec(key, group=group, providers=["CUDAExecutionProvider"] if key in GPU else None)
 
 
 class World:
@@ -61,7 +62,7 @@ class World:
 
     def __init__(self, limit: int | None, memory: int | None) -> None:
         self.settings = msgspec.structs.replace(
-            SETTINGS, memory_limit=limit, gpu_memory_limit=400 * MB if limit else None, room_timeout=10.0
+            SETTINGS, memory_limit=limit, gpu_memory_limit=GPU_LIMITS.get(limit), room_timeout=10.0
         )
         self.saved: set[str] = set()
         self.known: dict[str, Requirement] = {}
@@ -206,7 +207,8 @@ class World:
 
     def configure(self, limit: int | None, held: int, eager: int, ttl: float) -> None:
         """``held``, ``eager``: bits, of models that its file names and wants."""
-        self.settings = msgspec.structs.replace(self.settings, memory_limit=limit)
+        gpu_limit = GPU_LIMITS.get(limit)
+        self.settings = msgspec.structs.replace(self.settings, memory_limit=limit, gpu_memory_limit=gpu_limit)
         named = [key for number, key in enumerate(MODELS) if held >> number & 1]
         terms = {key: Terms(ttl=ttl, pin=key == "a", priority=1) for key in named}
         grouped = {"group:g": [model(key) for key in named if key.startswith("g")]} if held >> 4 else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from onnx_dl.errors import ConfigError
@@ -176,6 +177,27 @@ def parse_size(value: object) -> int:
             f'{value!r} is not a size; write a number of bytes or, for example, "2GiB" or "500MB".'
         )
     return int(nbytes)
+
+
+def parse_gpu_limit(value: object) -> int | dict[int, int]:
+    """A size, or the size for each device by its number: a mapping, or text such as ``"0=6GiB,1=10GiB"``."""
+    if isinstance(value, str) and "=" in value:
+        parts = [part.partition("=") for part in value.split(",")]
+        value = {number.strip(): size for number, _, size in parts}
+        if len(value) < len(parts):
+            raise ConfigError("A device is named twice.")
+    if not isinstance(value, Mapping):
+        return parse_size(value)
+    if not value:
+        raise ConfigError("{} names no device; give sizes by number of the device, or one size for all.")
+    return {_parse_device(number): parse_size(size) for number, size in value.items()}
+
+
+def _parse_device(value: object) -> int:
+    """The number of a GPU, as an int or text."""
+    if not isinstance(value, bool) and re.fullmatch(r"\d{1,3}", str(value), re.ASCII):
+        return int(str(value))
+    raise ConfigError(f"{value!r} is not the number of a device; give CUDA's number, from 0 to 999.")
 
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})")

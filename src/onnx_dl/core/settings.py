@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from onnx_dl.core.parsing import WORKER_STDERR, parse_address, parse_size, parse_ttl
+from onnx_dl.core.parsing import WORKER_STDERR, parse_address, parse_gpu_limit, parse_size, parse_ttl
 from onnx_dl.errors import ConfigError
 
 DEFAULT_HOST: Final = "default"
@@ -45,9 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit: int | None = None
     """Limit of the memory of all workers together.  Default: four fifths of the memory of the machine or its
     cgroup."""
-    gpu_memory_limit: int | None = None
-    """Limit of the GPU memory of all workers together.  Default: four fifths of the memory of the GPUs, if
-    NVML reports it."""
+    gpu_memory_limit: int | dict[int, int] | None = None
+    """Limit of the GPU memory of all workers together, or of each GPU by its number.  Default: four fifths of
+    the memory of the GPUs, if NVML reports it."""
     room_timeout: _Seconds = 60.0
     """Time that a load waits until other models make room.  After that it raises ``CapacityError``."""
     host: str = ""
@@ -85,7 +85,8 @@ CHOICES: Final = {
     "cache": ("on", "off"),
     "worker_stderr": WORKER_STDERR,
 }
-SIZES: Final = frozenset({"memory_limit", "gpu_memory_limit", "cache_limit"})
+SIZES: Final = frozenset({"memory_limit", "cache_limit"})
+SIZES_BY_DEVICE: Final = frozenset({"gpu_memory_limit"})
 
 ELSEWHERE: Final = {
     "ONNX_DL_RUNTIME_DIR": (
@@ -109,7 +110,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     Raises:
         ConfigError: (a ValueError) the value of a variable is not valid.
     """
-    found: dict[str, str | float] = {}
+    found: dict[str, str | float | dict[int, int]] = {}
     for field in Settings.__struct_fields__:
         variable = f"ONNX_DL_{field.upper()}"
         if text := environ.get(variable):
@@ -117,7 +118,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     return msgspec.convert(found, Settings, strict=False)
 
 
-def _parse_field(variable: str, field: str, text: str) -> str | float:
+def _parse_field(variable: str, field: str, text: str) -> str | float | dict[int, int]:
     if text not in (choices := CHOICES.get(field, (text,))):
         raise ConfigError(f"{variable}={text!r} is not one of {', '.join(choices)}.")
     if field == "config":
@@ -125,6 +126,8 @@ def _parse_field(variable: str, field: str, text: str) -> str | float:
     try:
         if field in SIZES:
             return parse_size(text)
+        if field in SIZES_BY_DEVICE:
+            return parse_gpu_limit(text)
         if field == "template_ttl":
             return parse_ttl(text)
         if field == "metrics":

@@ -54,6 +54,8 @@ class Usage(msgspec.Struct, frozen=True):
             free device memory during the load.
         inherited: the part of ``pss`` in pages that the worker got when it was forked from the template, and
             has not written to.  They are the template's memory, and do not count in ``memory_limit``.
+        gpus: ``gpu`` by number of the device in the host's environment: on the devices that the model's
+            options name.
     """
 
     rss: int = 0
@@ -64,6 +66,7 @@ class Usage(msgspec.Struct, frozen=True):
     peak: int = 0
     gpu_estimated: bool = False
     inherited: int = 0
+    gpus: dict[int, int] = {}
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +136,9 @@ class Snapshot(msgspec.Struct, frozen=True):
         gpu_memory_limit: bytes of GPU memory that all workers together may take; None: no limit, or no model
             was loaded on a GPU yet.
         gpu_memory_in_use: bytes of ``gpu_memory_limit`` that are taken or reserved.
+        gpu_memory_limits: the limit of each device that has one of its own, by its number;
+            ``gpu_memory_limit`` is their sum.
+        gpu_memory_in_use_on: the part of ``gpu_memory_in_use`` on each device, by its number.
     """
 
     seq: int
@@ -144,6 +150,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     metrics: str | None = None
     gpu_memory_limit: int | None = None
     gpu_memory_in_use: int = 0
+    gpu_memory_limits: dict[int, int] = {}
+    gpu_memory_in_use_on: dict[int, int] = {}
 
     def __str__(self) -> str:
         from onnx_dl.core import snapshot_text

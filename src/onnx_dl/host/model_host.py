@@ -15,7 +15,7 @@ from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.waits import Mailbox
 from onnx_dl.core import keywords
 from onnx_dl.core.events import ModelEvent
-from onnx_dl.core.parsing import parse_size, parse_timeout, parse_worker_stderr
+from onnx_dl.core.parsing import parse_gpu_limit, parse_size, parse_timeout, parse_worker_stderr
 from onnx_dl.core.settings import Settings, settings
 from onnx_dl.core.status import ModelStatus
 from onnx_dl.core.terms import Terms
@@ -38,7 +38,7 @@ class ModelHost(MixedHost):
         self,
         *,
         memory_limit: int | str | None = None,
-        gpu_memory_limit: int | str | None = None,
+        gpu_memory_limit: int | str | Mapping[int, int | str] | None = None,
         config: str | os.PathLike[str] | None = None,
         worker_stderr: str | None = None,
     ) -> None:
@@ -47,8 +47,9 @@ class ModelHost(MixedHost):
             memory_limit: bytes that all workers together may take, and as many for all models in this
                 process, as a number or as text such as ``"2GiB"``; None: ``ONNX_DL_MEMORY_LIMIT``, or four
                 fifths of the memory of the machine or its cgroup.
-            gpu_memory_limit: the same for GPU memory; None: ``ONNX_DL_GPU_MEMORY_LIMIT``, or four fifths of
-                the memory of all GPUs, if NVML reports it.
+            gpu_memory_limit: the same for the memory of all GPUs together, or a limit for each GPU by its
+                number, such as ``{0: "6GiB", 1: "10GiB"}``; None: ``ONNX_DL_GPU_MEMORY_LIMIT``, or four
+                fifths of the memory of all GPUs, if NVML reports it.
             config: path of a file with the host's models and limits (docs/host-file.md); None:
                 ``ONNX_DL_CONFIG``.  It is read when the supervisor starts, and again whenever it changes.
                 The start fails if the file is not valid.
@@ -59,10 +60,11 @@ class ModelHost(MixedHost):
         Raises:
             ConfigError: (a ValueError) an argument is not valid.
         """
-        limits = {"memory_limit": memory_limit, "gpu_memory_limit": gpu_memory_limit}
-        given: dict[str, str | int] = {
-            name: parse_size(size) for name, size in limits.items() if size is not None
-        }
+        given: dict[str, str | int | dict[int, int]] = {}
+        if memory_limit is not None:
+            given["memory_limit"] = parse_size(memory_limit)
+        if gpu_memory_limit is not None:
+            given["gpu_memory_limit"] = parse_gpu_limit(gpu_memory_limit)
         explicit = list(given)
         if config is not None:
             given["config"] = os.path.abspath(config)

@@ -183,6 +183,9 @@ class Status(Message):
     """Address of the metrics endpoint: host and port."""
     gpu_memory_limit: int | None = None
     gpu_memory_in_use: int = 0
+    gpu_memory_limits: dict[int, int] = {}
+    """Limit of each device that has one of its own, by its number."""
+    gpu_memory_in_use_on: dict[int, int] = {}
 
 
 class AskEvents(Message):
@@ -287,7 +290,7 @@ class WorkerReady(Message):
 class Saveable(Message):
     """The model is worth saving in the load cache.
 
-    ``nbytes``: size of its files or of its blob.  ``blob``: name of the memory that it was loaded from.
+    ``nbytes``: bytes of it that a saver has in memory.  ``blob``: name of the memory that it was loaded from.
     ``order``: instructions (JSON) for the process that saves it.  ``environment``: variables of that process.
     """
 

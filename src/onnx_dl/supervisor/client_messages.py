@@ -101,6 +101,7 @@ class ClientMessages:
     def _status(self, ask: control.AskStatus, now: float) -> control.Status:
         if ask.measure:
             self.sampler.refresh(now, all_workers=True)
+        in_use = self.scheduler.in_use(now)
         return control.Status(
             ticket=ask.ticket,
             seq=self.scheduler.announcements.seq,
@@ -108,10 +109,12 @@ class ClientMessages:
             host=None if self.role.place is None else self.role.place.name,
             models=self.scheduler.snapshot(now, self.sampler.processes.readings()),
             memory_limit=self.scheduler.memory_limit,
-            memory_in_use=self.scheduler.in_use(now).ram,
+            memory_in_use=in_use.ram,
             metrics=self.metrics,
             gpu_memory_limit=self.scheduler.gpu_memory_limit,
-            gpu_memory_in_use=self.scheduler.in_use(now).gpu,
+            gpu_memory_in_use=in_use.gpu,
+            gpu_memory_limits=self.scheduler.limits.memory.devices,
+            gpu_memory_in_use_on=in_use.devices,
         )
 
     def _recent_events(self, ask: control.AskEvents) -> control.RecentEvents:

@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from onnx_dl import linux_only
@@ -71,7 +72,7 @@ class Mapping:
     Python's keeps a descriptor open for each mapping (optional since 3.13), and an application that keeps a
     thousand results would run out of descriptors."""
 
-    __slots__ = ("__weakref__", "_descriptor", "_place", "is_private", "size")
+    __slots__ = ("__weakref__", "_descriptor", "_place", "before_unmap", "is_private", "size")
 
     def __init__(self, fd: int, size: int) -> None:
         """Takes ownership of ``fd``, which is mapped at the first use.
@@ -84,6 +85,8 @@ class Mapping:
         self.size = size
         self.is_private = False
         """True if the memory is this process's own: no other process sees what is written here."""
+        self.before_unmap: Callable[[], object] | None = None
+        """Called before the memory goes, in any thread; takes no lock that its thread may hold."""
         _check(fd, size)
         self._descriptor = Descriptor(fd)
 
@@ -143,6 +146,8 @@ class Mapping:
         # A weak reference may still call close_descriptor(), which then maps nothing.
         address, self._place[None] = self._place.get(None), 0
         if address:
+            if self.before_unmap is not None:
+                self.before_unmap()
             _libc.munmap(address, self.size)
 
     def duplicate(self) -> int | None:

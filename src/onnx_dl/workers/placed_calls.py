@@ -29,6 +29,8 @@ _MOST_KINDS: Final = 32
 _STEP: Final = 4 << 20
 """Bytes of a result that are written before it is asked again whether the call was given up."""
 
+_Blocks = tuple[Block | None, Block | None]
+"""Blocks of copied inputs and results, if there are such."""
 _Slice = tuple[PeerMemory, int, int]
 """A memory, an offset and a number of bytes."""
 
@@ -68,8 +70,7 @@ class _Bound(NamedTuple):
     targets: list[_Target]
     inputs: list[Array]
     """Kept, because the engine knows their addresses only."""
-    blocks: tuple[Block | None, Block | None]
-    """Blocks of copied inputs and results."""
+    blocks: _Blocks
     reply: bytes
 
 
@@ -82,6 +83,12 @@ class _Kind:
         self.form = form
         """None: the call cannot run bound."""
         self.bound: _Bound | None = None
+
+    def keep_to(self, blocks: _Blocks) -> None:
+        """Drops the bound run if it uses another block for copies than these."""
+        used = (None, None) if self.bound is None else self.bound.blocks
+        if any(one is not None and one is not now for one, now in zip(used, blocks, strict=True)):
+            self.bound = None
 
 
 class PlacedCalls:
@@ -97,6 +104,10 @@ class PlacedCalls:
         """Numbers of the blocks for copies when bound runs were last reviewed."""
         self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._drops = 0
+
+    def blocks(self) -> _Blocks:
+        """Returns the present blocks for copies."""
+        return self._inputs.current_scratch, self._results.current_scratch
 
     def trim(self) -> None:
         """Gives the memory for copies back."""
@@ -153,17 +164,13 @@ class PlacedCalls:
     def _drop_unused_blocks(self) -> None:
         """Drops bound runs that use other blocks for copies than the present ones: these would never be
         freed while the lane is in use."""
-        present = self._inputs.current_scratch, self._results.current_scratch
+        present = self.blocks()
         numbers = _number(present[0]), _number(present[1])
         if numbers == self._reviewed:
             return
         self._reviewed = numbers
         for kind in self._kinds.values():
-            if kind.bound is not None and any(
-                used is not None and used is not now
-                for used, now in zip(kind.bound.blocks, present, strict=True)
-            ):
-                kind.bound = None
+            kind.keep_to(present)
 
     # --- inputs -------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import ResultForm, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engines.base import Backend, CancelToken, Feed, Rerun
+from onnx_dl.workers.pinned_blocks import LanePins
 
 _MOST_RUNS: Final = 16
 """Prepared runs of one call: one for each set of blocks that its large arrays use in turn."""
@@ -73,6 +74,7 @@ class PreparedCall:
         self.form: ResultForm | None = None
         """Places of the results that were sent last, if others can take them."""
         self._rerun: Rerun | None = None
+        self.pins: LanePins | None = None
 
     def feed_with(self, lane: WorkerLane, moved: Feed) -> Feed:
         """Returns the feed of the present call; ``moved``: inputs that lie in another place at each call."""
@@ -156,6 +158,8 @@ class PreparedCall:
                 else:
                     lane.send_same()
                 is_sent = True
+                if self.pins is not None:  # after the reply: its first time takes a while
+                    self.pins.used({*self.blocks, *key[::2]}, [*leased, self._scratch])
         finally:
             if not is_sent:  # the caller never learns of these blocks, so nobody else would free them
                 for block in leased:
@@ -220,8 +224,12 @@ class PreparedCall:
 class PreparedCalls:
     """The calls that one caller repeats, by number."""
 
-    def __init__(self, lane: WorkerLane, backend: Backend, token: CancelToken) -> None:
+    def __init__(
+        self, lane: WorkerLane, backend: Backend, token: CancelToken, pins: LanePins | None = None
+    ) -> None:
+        """``pins``: None: the session uses no GPU."""
         self._lane = lane
+        self._pins = pins
         self._token = token
         self._backend = backend
         self._calls: dict[int, PreparedCall] = {}
@@ -238,6 +246,7 @@ class PreparedCalls:
         if not number:
             self._calls.clear()
         self._calls[number] = call
+        call.pins = self._pins
 
     def clear(self) -> None:
         """Forgets all calls, as the caller did."""
@@ -302,6 +311,8 @@ class PreparedCalls:
             for other in self._calls.values():
                 other.on_scratch(scratch)
         call.learn(sent, self._lane)
+        if self._pins is not None:
+            self._pins.used({*call.blocks, *key[::2]}, [scratch])
 
     def drop_unmapped(self) -> None:
         """Drops what uses blocks that the caller dropped: their memory would never be freed."""

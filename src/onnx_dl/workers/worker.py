@@ -40,6 +40,7 @@ from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService, Upkeep
 from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog
 from onnx_dl.workers.load_cache.rules import SaveOrder
+from onnx_dl.workers.pinned_blocks import PinnedBlocks
 from onnx_dl.workers.sandbox import rights
 
 _RESERVE: Final = 16
@@ -75,6 +76,7 @@ class Worker:
         self._waker = Waker()
         self._limits: RecycleLimits | None = None
         self._watchdog: Watchdog | None = None
+        self._pinned = PinnedBlocks()
         self._lanes: set[WorkerLane] = set()
         self._disconnected: set[Channel] = set()
         """Channels of callers that are gone and whose lanes are not closed yet."""
@@ -273,7 +275,7 @@ class Worker:
             if lane.channel in self._disconnected:  # it left after its greeting
                 lane.hang_up()
         model = backends.member(backend, lane.model)
-        upkeep = Upkeep(self._limits, self._watchdog, self._trims)
+        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned)
         service = LaneService(lane, self._gate, model, self._tokens, upkeep)
         try:
             service.run()
@@ -303,7 +305,7 @@ def _saveable(worker_id: int, order: SaveOrder) -> control.Saveable:
     return control.Saveable(
         worker_id=worker_id,
         key=order.key,
-        nbytes=order.nbytes,
+        nbytes=order.in_memory,
         blob=order.spec.blob,
         order=msgspec.json.encode(order).decode(),
         environment=order.spec.environment,

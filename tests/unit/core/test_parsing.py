@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from onnx_dl.core import parsing
-from onnx_dl.core.parsing import parse_ttl
+from onnx_dl.core.parsing import parse_gpu_limit, parse_ttl
 from onnx_dl.core.settings import Settings, settings
 from onnx_dl.errors import ConfigError, PlatformError
 from onnx_dl.system import resources
@@ -130,6 +130,46 @@ def test_sizes_from_the_environment(name):
     assert getattr(settings({variable: "6GiB"}), name) == 6 << 30
     with pytest.raises(ConfigError, match="not a size"):
         settings({variable: "much"})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (5, 5),
+        ("6GiB", 6 << 30),
+        ("0=6GiB,1=10GiB", {0: 6 << 30, 1: 10 << 30}),
+        (" 3 = 500 ", {3: 500}),
+        ({0: "6GiB", "1": 7}, {0: 6 << 30, 1: 7}),
+    ],
+)
+def test_limits_of_gpus(given, expected):
+    assert parse_gpu_limit(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "names no device"),
+        ({-1: 5}, "-1 is not the number of a device"),
+        ({True: 5}, "True is not the number of a device"),
+        ({1000: 5}, "1000 is not the number of a device"),
+        ({"GPU-aa": 5}, "'GPU-aa' is not the number of a device"),
+        ("0=1GiB,0=2GiB", "named twice"),
+        ("0=1GiB,", "'' is not the number of a device"),
+        ("0=much", "'much' is not a size"),
+        ({0: 1.5}, "not a size"),
+        (1.5, "not a size"),
+    ],
+)
+def test_what_is_no_limit_of_gpus(given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_gpu_limit(given)
+
+
+def test_limits_of_gpus_from_the_environment():
+    assert settings({"ONNX_DL_GPU_MEMORY_LIMIT": "0=1GiB"}).gpu_memory_limit == {0: 1 << 30}
+    with pytest.raises(ConfigError, match=r"ONNX_DL_GPU_MEMORY_LIMIT: 'x' is not the number"):
+        settings({"ONNX_DL_GPU_MEMORY_LIMIT": "x=1GiB"})
 
 
 def test_empty_variable_is_no_variable():

@@ -26,8 +26,9 @@ from onnx_dl.system import boot
 
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds that a child has to take over what it is told; then it is killed, and another one started."""
-_COUNTS_TIMEOUT: Final = 1.0
-"""Seconds that a page of metrics waits for a child's counts; then those that it sent last are shown."""
+_COUNTS_TIMEOUT: Final = 3.0
+"""Seconds that a page of metrics waits for a child's counts; then those that it sent last are shown.  A
+machine may stand still for a second or two, and a scraper waits for ten."""
 
 _log: Final = logging.getLogger("onnx_dl.server")
 _Told = TypeVar("_Told", bound=msgspec.Struct)

@@ -57,7 +57,7 @@ class HostFile(Struct, frozen=True, kw_only=True):
     is empty."""
 
     memory_limit: int | None
-    gpu_memory_limit: int | None
+    gpu_memory_limit: int | dict[int, int] | None
     room_timeout: float | None
     load_timeout: float | None
     metrics: str | None
@@ -153,7 +153,9 @@ class _Checker:
             self._parsed(parsing.parse_address, table.metrics, ("metrics",))
         return HostFile(
             memory_limit=self._parsed(parsing.parse_size, table.memory_limit, ("memory_limit",)),
-            gpu_memory_limit=self._parsed(parsing.parse_size, table.gpu_memory_limit, ("gpu_memory_limit",)),
+            gpu_memory_limit=self._parsed(
+                parsing.parse_gpu_limit, table.gpu_memory_limit, ("gpu_memory_limit",)
+            ),
             room_timeout=self._parsed(parsing.parse_time, table.room_timeout, ("room_timeout",)),
             load_timeout=self._parsed(parsing.parse_time, table.load_timeout, ("load_timeout",)),
             metrics=table.metrics,

@@ -28,6 +28,10 @@ _Flag = Annotated[bool | None, Meta(description="true or false")]
 _Whole = Annotated[_Int32 | None, Meta(description="a whole number of 32 bits")]
 _Text = Annotated[str | None, Meta(description="text in quotes")]
 _Size = Annotated[int | str | None, Meta(description='a number of bytes, or text such as "2GiB"')]
+_GpuSize = Annotated[
+    int | str | dict[str, int | str] | None,
+    Meta(description='a number of bytes, text such as "2GiB", or a table of these by number of the device'),
+]
 _Time = Annotated[int | float | str | None, Meta(description='a number of seconds, or text such as "90s"')]
 _Ttl = Annotated[
     int | float | str | None, Meta(description='-1, 0, a number of seconds, or text such as "5m"')
@@ -203,7 +207,7 @@ class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
     memory_limit: _Size = None
-    gpu_memory_limit: _Size = None
+    gpu_memory_limit: _GpuSize = None
     room_timeout: _Time = None
     load_timeout: _Time = None
     metrics: _Text = None

@@ -10,11 +10,13 @@ import collections
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 import time
 from typing import Final, NamedTuple
 
 from onnx_dl.core.status import Usage
+from onnx_dl.supervisor.policy.gpu_devices import HostGpus, MachineGpu
 
 _KNOWN_FOR: Final = 0.05
 """Seconds for which the difference between resident bytes and PSS is taken as constant."""
@@ -31,21 +33,23 @@ class MemoryProbe:
         self._gpus: list[object] = []
         with contextlib.suppress(Exception):  # no driver, library or permission: no figures
             self._gpus = _nvml_devices() if _has_nvml() else []
-        self._used_before: dict[int, int] = {}
-        self._estimates: dict[int, int] = {}
+        self._known: HostGpus | None = None
+        self._used_before: dict[int, dict[int, int]] = {}
+        self._estimates: dict[int, dict[int, int]] = {}
+        """Growth of the used memory of each device, by process id."""
         self._shared: dict[int, tuple[float, int]] = {}
         """Time and difference of resident bytes and PSS, of processes that load."""
 
     def begin(self, pid: int) -> None:
         """Called before the process loads a model on a GPU."""
-        if (used := self._gpu_sum("used")) is not None:
+        if used := self._of_devices("used"):
             self._used_before[pid] = used
 
     def loaded(self, pid: int) -> None:
         """Called when the process has loaded it."""
-        before, used = self._used_before.pop(pid, None), self._gpu_sum("used")
-        if before is not None and used is not None:
-            self._estimates[pid] = max(0, used - before)
+        before, used = self._used_before.pop(pid, None), self._of_devices("used")
+        if before and used:
+            self._estimates[pid] = {gpu: nbytes - before.get(gpu, 0) for gpu, nbytes in used.items()}
 
     def end(self, pid: int) -> None:
         """Called when the process is gone."""
@@ -62,17 +66,19 @@ class MemoryProbe:
             return Usage()
         if above is None:
             return Usage()
-        gpu = self.gpu_bytes(pid)
-        estimate = self._estimates.get(pid) if gpu is None else None
+        told = self._told_of(pid)
+        estimate = None if told else self._estimates.get(pid)
+        by_device = told or estimate or {}
         return Usage(
             rss=held.rss,
             private=held.private,
-            gpu=estimate if gpu is None else gpu,
+            gpu=max(0, sum(by_device.values())) if told or estimate else None,
             shared=shared,
             pss=held.pss,
             peak=held.pss + above,
             gpu_estimated=estimate is not None,
             inherited=held.inherited,
+            gpus=self._numbered(by_device),
         )
 
     def weigh(self, pid: int, most: int) -> int:
@@ -104,32 +110,50 @@ class MemoryProbe:
 
     def gpu_total(self) -> int | None:
         """Memory of all GPUs in bytes."""
-        return self._gpu_sum("total")
+        found = self._of_devices("total")
+        return sum(found.values()) if found else None
 
-    def _gpu_sum(self, field: str) -> int | None:
-        """Sum over all devices of a field of NVML's: ``used`` or ``total``."""
-        if not self._gpus:
-            return None
-        import pynvml
+    def host_gpus(self) -> HostGpus:
+        """The machine's GPUs, and which of them this process and its children see."""
+        if self._known is None:
+            known: list[MachineGpu] = []
+            with contextlib.suppress(Exception):  # one of them does not tell: none is known
+                known = [_known(gpu) for gpu in self._gpus]
+            self._known = HostGpus.of(known, os.environ)
+        return self._known
 
-        total = None
-        for gpu in self._gpus:
-            with contextlib.suppress(pynvml.NVMLError):
-                total = (total or 0) + int(getattr(pynvml.nvmlDeviceGetMemoryInfo(gpu), field))
-        return total
+    def _numbered(self, figures: dict[int, int]) -> dict[int, int]:
+        """Figures by NVML's number as figures by the host's."""
+        found = self.host_gpus().by_number(figures) if figures else {}
+        return {number: nbytes for number, nbytes in found.items() if nbytes > 0}
+
+    def _of_devices(self, field: str) -> dict[int, int]:
+        """A field of NVML's for each device that tells it: ``used`` or ``total``."""
+        found: dict[int, int] = {}
+        if self._gpus:
+            import pynvml
+
+            for number, gpu in enumerate(self._gpus):
+                with contextlib.suppress(pynvml.NVMLError):
+                    found[number] = int(getattr(pynvml.nvmlDeviceGetMemoryInfo(gpu), field))
+        return found
 
     def gpu_bytes(self, pid: int) -> int | None:
         """Bytes that a process, or one that has ended, has on the GPUs; None: the driver does not list it."""
-        if not self._gpus:
-            return None
-        import pynvml
+        told = self._told_of(pid)
+        return sum(told.values()) if told else None
 
-        used = None
-        for gpu in self._gpus:
-            with contextlib.suppress(pynvml.NVMLError):
-                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu):
-                    if process.pid == pid and process.usedGpuMemory is not None:
-                        used = (used or 0) + process.usedGpuMemory
+    def _told_of(self, pid: int) -> dict[int, int]:
+        """Bytes of a process on each device for which the driver lists it with a figure."""
+        used: dict[int, int] = {}
+        if self._gpus:
+            import pynvml
+
+            for number, gpu in enumerate(self._gpus):
+                with contextlib.suppress(pynvml.NVMLError):
+                    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+                        if process.pid == pid and process.usedGpuMemory is not None:
+                            used[number] = used.get(number, 0) + process.usedGpuMemory
         return used
 
 
@@ -231,6 +255,13 @@ def _has_nvml() -> bool:
         except OSError:
             return False
     return True
+
+
+def _known(gpu: object) -> MachineGpu:
+    import pynvml
+
+    uuid, kind = pynvml.nvmlDeviceGetUUID(gpu), pynvml.nvmlDeviceGetName(gpu)
+    return MachineGpu(str(uuid), str(kind), int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total))
 
 
 def _nvml_devices() -> list[object]:

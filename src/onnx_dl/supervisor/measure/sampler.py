@@ -12,8 +12,8 @@ from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.measure.memory_probe import MemoryProbe
 from onnx_dl.supervisor.metrics.counters import Figures, Metrics
 from onnx_dl.supervisor.policy.commands import ForgetPeak, Run
+from onnx_dl.supervisor.policy.gpu_devices import uses_gpu
 from onnx_dl.supervisor.policy.measuring import Sample
-from onnx_dl.supervisor.policy.requirements import uses_gpu
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_processes import WorkerProcesses
 from onnx_dl.transport.gauges import Reading
@@ -105,7 +105,7 @@ class Sampler:
         self.refresh(now)
         grouped = self.file.grouped().get(ask.spec.unit, []) if self.file else []
         if any(map(uses_gpu, (ask.spec, *ask.companions, *grouped))):
-            self.scheduler.know_gpus(self._meter().gpu_total())
+            self.scheduler.know_gpus(self._meter().gpu_total(), self._meter().host_gpus())
 
     def figures(self) -> Figures:
         """Measures everything for a scrape of the metrics."""

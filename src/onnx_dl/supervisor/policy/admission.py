@@ -30,8 +30,8 @@ from onnx_dl.supervisor.policy.commands import EndSaver, StartSaver
 from onnx_dl.supervisor.policy.eviction import Candidate, LoadPlan, Verdict
 from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.measuring import LoadWeighing, Sample
+from onnx_dl.supervisor.policy.memory_amount import NOTHING
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
-from onnx_dl.supervisor.policy.requirements import NOTHING
 from onnx_dl.supervisor.policy.use_counts import UseCounts
 
 _LOOK_EVERY: Final = 0.05

@@ -11,7 +11,7 @@ from typing import Final
 
 from onnx_dl.core.environment import NOTHING as NO_VARIABLES
 from onnx_dl.core.environment import Environment
-from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, MemoryAmount
 
 BASE: Final = 96 << 20
 """Bytes of a saver without a model, and for a run."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, NamedTuple
 
 from onnx_dl.core.text import format_bytes
 from onnx_dl.errors import CapacityError
-from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 
 BASE: Final = 32 << 20
 """Bytes of a worker without a model: the first guess for a model that was never measured."""
@@ -57,7 +58,10 @@ class Candidate(NamedTuple):
 
     def frees(self, missing: MemoryAmount) -> int:
         """Bytes that it frees of the kinds that are missing."""
-        return (self.held.ram if missing.ram > 0 else 0) + (self.held.gpu if missing.gpu > 0 else 0)
+        ram = self.held.ram if missing.ram > 0 else 0
+        if missing.gpu > 0:
+            return ram + self.held.gpu
+        return ram + sum(self.held.on(number) for number, nbytes in missing.devices.items() if nbytes > 0)
 
 
 class Guess(NamedTuple):
@@ -67,10 +71,14 @@ class Guess(NamedTuple):
     likely: MemoryAmount
 
 
-def guess(file_bytes: int, on_gpu: bool = False) -> Guess:
-    """Estimates the memory of a model by the size of its files."""
+def guess(file_bytes: int, on_gpu: bool = False, devices: Collection[int] = ()) -> Guess:
+    """Estimates the memory of a model by the size of its files.
+
+    ``devices``: numbers of the GPUs that it uses; each may get all of it.
+    """
     gpu = GPU_BASE + int(GPU_GROWTH * file_bytes) if on_gpu else 0
-    return Guess(MemoryAmount(BASE + file_bytes), MemoryAmount(BASE + int(GROWTH * file_bytes), gpu))
+    likely = MemoryAmount(BASE + int(GROWTH * file_bytes), gpu, dict.fromkeys(devices, gpu))
+    return Guess(MemoryAmount(BASE + file_bytes), likely)
 
 
 class LoadPlan(NamedTuple):
@@ -105,8 +113,11 @@ def plan(known: Requirement | None, guessed: Guess, left: MemoryAmount, *, saved
     if not saved or not (known.mapped.is_measured or known.is_loaded):
         return _plan_one(known, known.load, guessed, left)
     # Its weights are mapped, never copied.  So a load that was never measured needs what the model held when
-    # it was loaded from its own file; if that is too little, the load is ended and repeated with more.
-    return _plan_one(known, known.mapped, Guess(known.steady, known.steady), left)._replace(mapped=True)
+    # it was loaded from its own file; if that is too little, the load is ended and repeated with more.  On a
+    # GPU it does not hold its weights in RAM, and they may all be mapped at once while they are copied.
+    passing = MemoryAmount(guessed.least.ram if known.steady.gpu else 0)
+    likely = known.steady + passing
+    return _plan_one(known, known.mapped, Guess(known.steady, likely), left)._replace(mapped=True)
 
 
 def _plan_one(known: Requirement, peak: Peak, guessed: Guess, left: MemoryAmount) -> LoadPlan:
@@ -136,19 +147,20 @@ def decide(
     """
     if (counted + need).fits(limit):
         return Verdict.LOAD, []
-    wanted = missing = counted + need - limit - leaving
+    wanted = missing = (counted + need).over(limit) - leaving
     chosen: list[Candidate] = []
     for candidate in sorted(idle, key=lambda c: c.rank(wanted)):
         if candidate.frees(missing):
             chosen.append(candidate)
             missing -= candidate.held
-    if not missing.fits(NOTHING):  # all of them together would not do, so none is evicted
+    if not missing.is_nothing:  # all of them together would not do, so none is evicted
         return Verdict.WAIT, []
     # Those chosen before a large one may not be needed any more.
     for candidate in sorted(chosen, key=lambda c: c.rank(wanted), reverse=True):
-        if (missing + candidate.held).fits(NOTHING):
+        without = missing - candidate.held.times(-1)  # a sum would have devices without a limit
+        if without.is_nothing:
             chosen.remove(candidate)
-            missing += candidate.held
+            missing = without
     return (Verdict.EVICT if chosen else Verdict.WAIT), [candidate.worker_id for candidate in chosen]
 
 
@@ -167,25 +179,29 @@ class RefusedLoad(NamedTuple):
     ended: bool = False
     """Its last load was ended, so it needs more than ``need``."""
 
-    @property
-    def resource(self) -> str:
-        """The kind of memory that it lacks most."""
-        for short in (self.need - self.limit, self.need + self.stays - self.limit):
-            if not short.fits(NOTHING):
-                return "memory" if short.ram > 0 else "gpu memory"
-        short = self.in_use + self.need - self.limit
-        return "memory" if short.ram > 0 or short.gpu <= 0 else "gpu memory"
+    def lacks(self) -> tuple[str, int | None]:
+        """The kind of memory that it lacks most; None: not of one device."""
+        for taken in (NOTHING, self.stays, self.in_use):
+            short = (self.need + taken).over(self.limit)
+            if short.ram > 0 or short.gpu > 0:
+                return "memory" if short.ram > 0 else "gpu memory", None
+            if not short.is_nothing:
+                return "gpu memory", max(short.devices, key=short.on)
+        return "memory", None
 
 
 def refusal(load: RefusedLoad, patience: float) -> CapacityError:
     """Makes the error for a refused load.  ``patience``: seconds that it waited, if it could fit at all."""
-    resource = load.resource
-    kind = "ram" if resource == "memory" else "gpu"
-    needed, most, taken, stays, size = (
-        getattr(amount, kind) for amount in (load.need, load.limit, load.in_use, load.stays, load.size)
-    )
+    resource, device = load.lacks()
+    amounts = (load.need, load.limit, load.in_use, load.stays, load.size)
+    if device is None:
+        kind, of = "ram" if resource == "memory" else "gpu", ""
+        needed, most, taken, stays, size = (getattr(amount, kind) for amount in amounts)
+    else:
+        kind, of = "gpu", f" on device {device}"
+        needed, most, taken, stays, size = (amount.on(device) for amount in amounts)
     option = f"{resource.replace(' ', '_')}_limit"
-    said = f"{load.name} needs {_needs(load, needed, size, kind)}"
+    said = f"{load.name} needs {_needs(load, needed, size, kind, of)}"
     limit, held = format_bytes(most), f"{format_bytes(taken)} are in use"
     if needed > most:
         text = f"{said}, which is more than the limit of {limit} ({held}). Raise {option}"
@@ -199,9 +215,9 @@ def refusal(load: RefusedLoad, patience: float) -> CapacityError:
     return CapacityError(text, needed=needed, limit=most, in_use=taken, resource=resource, size=size)
 
 
-def _needs(load: RefusedLoad, needed: int, size: int, kind: str) -> str:
+def _needs(load: RefusedLoad, needed: int, size: int, kind: str, of: str) -> str:
     text = f"{'more than' if load.ended else 'about'} {format_bytes(needed)}"
-    text += " of GPU memory" if kind == "gpu" else ""
+    text += f" of GPU memory{of}" if kind == "gpu" else ""
     if load.ended and not size:
         files = format_bytes(load.file_bytes)
         return f"{text} to load (its worker was ended at this size; its files have {files})"

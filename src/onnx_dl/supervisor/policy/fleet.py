@@ -9,8 +9,9 @@ from typing import Final, NamedTuple
 from onnx_dl.core.lifecycle import LifecycleEvent, ModelState
 from onnx_dl.core.spec import ModelSpec, group_spec
 from onnx_dl.core.status import Usage
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, MemoryAmount
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
-from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount, present
+from onnx_dl.supervisor.policy.requirements import present
 
 _LINGERING: Final = 2.0
 """Seconds within which a driver takes back the GPU memory of a process that ended: mostly 0.5 to 1.5."""
@@ -21,7 +22,7 @@ class _HeldGpu(NamedTuple):
 
     pid: int | None
     """None: the driver does not show the process."""
-    nbytes: int
+    held: MemoryAmount
     until: float
 
 
@@ -62,7 +63,8 @@ class Ledger:
         usage = self.of(worker_id)
         if usage.gpu:
             shown = None if usage.gpu_estimated else pid
-            self._held_gpu[worker_id] = _HeldGpu(shown, usage.gpu, now + _LINGERING)
+            held = MemoryAmount(0, usage.gpu, usage.gpus)
+            self._held_gpu[worker_id] = _HeldGpu(shown, held, now + _LINGERING)
 
     def release_gpu(self, worker_id: int) -> None:
         """Stops counting: the driver no longer shows the worker."""
@@ -76,7 +78,7 @@ class Ledger:
     def lingering(self, now: float) -> MemoryAmount:
         """GPU memory of reaped workers that may not be back yet."""
         self._expire(now)
-        return MemoryAmount(gpu=sum(held.nbytes for held in self._held_gpu.values()))
+        return sum((held.held for held in self._held_gpu.values()), NOTHING)
 
     def _expire(self, now: float) -> None:
         self._held_gpu = {worker_id: held for worker_id, held in self._held_gpu.items() if held.until > now}

@@ -20,15 +20,9 @@ from onnx_dl.supervisor.policy.capacity import Capacity, Limits
 from onnx_dl.supervisor.policy.commands import Command, EndSaver, ForgetPeak, Remember
 from onnx_dl.supervisor.policy.eviction import LoadPlan
 from onnx_dl.supervisor.policy.fleet import Fleet
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, UNLIMITED, MemoryAmount
 from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
-from onnx_dl.supervisor.policy.requirements import (
-    NOTHING,
-    UNLIMITED,
-    MemoryAmount,
-    Peak,
-    Requirement,
-    RequirementHistory,
-)
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement, RequirementHistory
 from onnx_dl.transport.gauges import Reading
 
 _DECAY_EVERY: Final = 30.0
@@ -85,6 +79,7 @@ class Measurements:
         """Books what a worker holds."""
         if not _counts(worker, usage):
             return
+        usage = self.capacity.placed(model, usage)
         self.fleet.ledger.book(worker.id, usage)
         known = self.capacity.requirement(model.requirement_key)
         if usage.pss and known is not None and worker.ready is not None:
@@ -99,6 +94,7 @@ class Measurements:
         worker.weigh_at, worker.marked_at = None, now
         if not _counts(worker, usage):
             return
+        usage = self.capacity.placed(model, usage)
         self.fleet.ledger.book(worker.id, usage)
         self.fleet.ledger.reserve(worker.id, NOTHING)
         if usage.pss:
@@ -157,6 +153,7 @@ class Measurements:
         return True
 
     def _note(self, model: ModelRecord, worker: WorkerRecord, requirement: Requirement) -> None:
+        requirement = requirement.placed(self.limits.gpus.numbers(model.spec))
         self.history.note(model.requirement_key, requirement)
         self.fleet.ledger.reserve(worker.id, requirement.in_use(self.limits.memory))
 

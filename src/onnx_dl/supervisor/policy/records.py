@@ -20,7 +20,7 @@ from onnx_dl.protocol.failures import Failure
 from onnx_dl.supervisor.policy import requirements
 from onnx_dl.supervisor.policy.commands import KillWorker
 from onnx_dl.supervisor.policy.eviction import LoadPlan
-from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, MemoryAmount
 from onnx_dl.transport.gauges import Reading
 
 LeaseId = tuple[bytes, int]

@@ -6,84 +6,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
-from onnx_dl.core.spec import ModelSpec, model_key
+from onnx_dl.core.spec import model_key
 from onnx_dl.core.status import Usage
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, Count, MemoryAmount, decay, near
 
-UNLIMITED: Final = 1 << 62
-"""Bytes: more than any machine has."""
-_CHANGE: Final = 0.05
-"""Share by which a figure has to change to be stored again."""
 _STALE: Final = 86_400.0
 """Seconds after which figures are stored again, so that those of models in use are not the oldest."""
 _REMEMBERED: Final = 4096
-_Count = Annotated[int, Meta(ge=0, le=1 << 50)]
-"""Bytes, as they may stand in a file."""
-_ON_GPUS: Final = (
-    "CUDAExecutionProvider",
-    "TensorrtExecutionProvider",
-    "NvTensorRTRTXExecutionProvider",
-    "ROCMExecutionProvider",
-    "MIGraphXExecutionProvider",
-    "DmlExecutionProvider",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryAmount:
-    """Bytes of the two kinds of memory that have limits."""
-
-    ram: _Count = 0
-    gpu: _Count = 0
-
-    def __add__(self, other: MemoryAmount) -> MemoryAmount:
-        return MemoryAmount(self.ram + other.ram, self.gpu + other.gpu)
-
-    def __sub__(self, other: MemoryAmount) -> MemoryAmount:
-        return MemoryAmount(self.ram - other.ram, self.gpu - other.gpu)
-
-    def maximum(self, other: MemoryAmount) -> MemoryAmount:
-        """The larger of each kind."""
-        return MemoryAmount(max(self.ram, other.ram), max(self.gpu, other.gpu))
-
-    def minimum(self, other: MemoryAmount) -> MemoryAmount:
-        """The smaller of each kind."""
-        return MemoryAmount(min(self.ram, other.ram), min(self.gpu, other.gpu))
-
-    def fits(self, limit: MemoryAmount) -> bool:
-        return self.ram <= limit.ram and self.gpu <= limit.gpu
-
-    def is_near(self, other: MemoryAmount) -> bool:
-        return _near(self.ram, other.ram) and _near(self.gpu, other.gpu)
-
-    def decayed(self, last: MemoryAmount) -> MemoryAmount:
-        """The figure after ``last`` was measured: it rises at once, and falls by half of the difference."""
-        return MemoryAmount(_decayed(self.ram, last.ram), _decayed(self.gpu, last.gpu))
-
-
-NOTHING: Final = MemoryAmount()
 
 
 def present(usage: Usage) -> MemoryAmount:
     """Memory that a worker takes now, without what is the template's."""
-    return MemoryAmount(usage.pss - usage.inherited, usage.gpu or 0)
+    return MemoryAmount(usage.pss - usage.inherited, usage.gpu or 0, usage.gpus)
 
 
 def highest(usage: Usage) -> MemoryAmount:
     """The most that a worker took since its peak was reset."""
-    return MemoryAmount(max(usage.peak, usage.pss) - usage.inherited, usage.gpu or 0)
+    return MemoryAmount(max(usage.peak, usage.pss) - usage.inherited, usage.gpu or 0, usage.gpus)
 
 
 class Peak(msgspec.Struct, frozen=True, array_like=True):
     """Peak memory of a model's loads of one kind; 0: there was none."""
 
-    nbytes: _Count = 0
+    nbytes: Count = 0
     ended: bool = False
     """The load was ended at this size, so it needs more."""
 
@@ -93,12 +44,12 @@ class Peak(msgspec.Struct, frozen=True, array_like=True):
 
     def after(self, nbytes: int) -> Peak:
         """The peak after one more load.  Small differences do not change it."""
-        if self.is_measured and _near(self.nbytes, nbytes):
+        if self.is_measured and near(self.nbytes, nbytes):
             return self
-        return Peak(_decayed(0 if self.ended else self.nbytes, nbytes))
+        return Peak(decay(0 if self.ended else self.nbytes, nbytes))
 
     def is_near(self, other: Peak) -> bool:
-        return self.ended == other.ended and _near(self.nbytes, other.nbytes)
+        return self.ended == other.ended and near(self.nbytes, other.nbytes)
 
 
 class Requirement(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +82,13 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
     def in_use(self, limit: MemoryAmount) -> MemoryAmount:
         """Memory that counts while it is ready, even if it takes less at the moment."""
         return self.peak.minimum(limit)
+
+    def placed(self, numbers: Collection[int]) -> Requirement:
+        """The figures of a model that uses these devices, see :meth:`.MemoryAmount.placed`."""
+        if not self.steady.gpu and not self.peak.gpu:
+            return self
+        steady, peak = self.steady.placed(numbers), self.peak.placed(numbers)
+        return msgspec.structs.replace(self, steady=steady, peak=peak)
 
     def differs(self, stored: Requirement | None) -> bool:
         """True if it differs enough from what is stored, or that is old enough, to be stored again."""
@@ -207,21 +165,7 @@ class RequirementHistory:
         return requirement
 
 
-def uses_gpu(spec: ModelSpec) -> bool:
-    """True if the model asks for a provider that takes GPU memory."""
-    names = (entry if isinstance(entry, str) else next(iter(entry), "") for entry in spec.providers or [])
-    return any(name in _ON_GPUS for name in names) or any(map(uses_gpu, spec.members))
-
-
 def requirement_key(key: str, members: Iterable[str]) -> str:
     """Key of a requirement.  That of a group depends on its members, not on its name."""
     keys = sorted(members)
     return model_key(key, *keys) if keys else key
-
-
-def _decayed(known: int, last: int) -> int:
-    return max(last, (known + last) // 2)
-
-
-def _near(one: int, other: int) -> bool:
-    return abs(one - other) <= _CHANGE * max(one, other)

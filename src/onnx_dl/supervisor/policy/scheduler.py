@@ -43,9 +43,10 @@ from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
 from onnx_dl.supervisor.policy.live_proxies import LiveProxies
 from onnx_dl.supervisor.policy.measuring import LoadWeighing, Measurements, Sample
+from onnx_dl.supervisor.policy.memory_amount import UNLIMITED
 from onnx_dl.supervisor.policy.orders import Outbox, WorkerOrders
 from onnx_dl.supervisor.policy.outcomes import ExitStatus, Outcomes, wants_more_memory
-from onnx_dl.supervisor.policy.requirements import UNLIMITED, Requirement, RequirementHistory
+from onnx_dl.supervisor.policy.requirements import Requirement, RequirementHistory
 from onnx_dl.supervisor.policy.shutdown import ShutdownState
 from onnx_dl.supervisor.policy.worker_exits import WorkerExits
 from onnx_dl.supervisor.policy.worker_facts import WorkerFacts
@@ -205,4 +206,4 @@ class Scheduler:
     @property
     def gpu_memory_limit(self) -> int | None:
         """GPU bytes that all workers together may take; None: there is no limit."""
-        return None if self.limits.memory.gpu == UNLIMITED else self.limits.memory.gpu
+        return self.limits.gpu

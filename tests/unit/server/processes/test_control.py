@@ -24,6 +24,7 @@ from onnx_dl.server.processes.front import extensions_of
 from onnx_dl.server.processes.local_control import selected
 from onnx_dl.server.processes.remote_control import RemoteControl, answered
 from onnx_dl.server.v2.failures import RequestFailure, invalid, unavailable
+from tests.support.waiting import DEADLINE
 
 REGION = RegionStatus("r", "/k", 4, 16)
 COUNTS = VersionStatistics(
@@ -76,9 +77,9 @@ class Owner:
 class Wire:
     """A link whose other end answers by a control, through the bytes of the messages; None: never."""
 
-    def __init__(self, owner: Owner | None) -> None:
+    def __init__(self, owner: Owner | None, timeout: float = DEADLINE) -> None:
         self._owner = owner
-        self.control = RemoteControl(self, timeout=0.05)  # type: ignore[arg-type]
+        self.control = RemoteControl(self, timeout)  # type: ignore[arg-type]
         self._tasks: list[asyncio.Task[None]] = []
 
     def send(self, message: msgspec.Struct) -> None:
@@ -130,7 +131,7 @@ def test_a_refusal_is_the_same_in_a_child(call: Any, failure: RequestFailure) ->
 
 def test_a_first_process_that_does_not_answer() -> None:
     async def test() -> None:
-        control = Wire(None).control
+        control = Wire(None, timeout=0.05).control
         with pytest.raises(RequestFailure, match="does not answer") as caught:
             await control.statistics()
         assert caught.value.http == 503 and not control._tickets._waiting

@@ -247,7 +247,11 @@ REFUSED = [
     ('metrics = "localhost:99999"', 1, "is not an address"),
     ("memory = 1", 1, "memory is not a known key; known here are: memory_limit, "),
     ('memory_limit = "much"', 1, 'memory_limit = "much" is not a size; write a number of bytes or'),
-    ("gpu_memory_limit = 1.5", 1, 'gpu_memory_limit = 1.5 must be a number of bytes, or text such as "2GiB"'),
+    (
+        "gpu_memory_limit = 1.5",
+        1,
+        'gpu_memory_limit = 1.5 must be a number of bytes, text such as "2GiB", or a table',
+    ),
     (f"memory_limit = {2**63}", 1, "is not a size"),
     (f'memory_limit = "{"9" * 400}"', 1, "is not a size"),
     ("\nroom_timeout = -1", 2, "room_timeout = -1 is not a time; write seconds from 0 to 1000000"),

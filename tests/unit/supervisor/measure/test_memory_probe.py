@@ -122,6 +122,41 @@ def test_without_a_gpu_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch
     assert MemoryProbe().gpu_total() is None
 
 
+def test_gpus_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML numbers all GPUs, CUDA those that the host sees."""
+    module, me = fake_nvml({}), os.getpid()
+    module.nvmlDeviceGetCount = lambda: 3
+    module.nvmlDeviceGetUUID = lambda gpu: f"GPU-{gpu}"
+    module.nvmlDeviceGetName = lambda gpu: "H100"
+    held = {0: 5, 1: 70, 2: 800}
+    module.nvmlDeviceGetComputeRunningProcesses = lambda gpu: [
+        types.SimpleNamespace(pid=me, usedGpuMemory=held[gpu])
+    ]
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    probe = MemoryProbe()
+    assert probe.host_gpus().sizes() == {0: 10_000, 1: 10_000}
+    usage = probe.measure(me)
+    assert (usage.gpu, usage.gpus) == (875, {0: 800, 1: 5})
+
+
+def test_an_estimate_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, me = fake_nvml({}), os.getpid()
+    module.nvmlDeviceGetCount = lambda: 2
+    module.nvmlDeviceGetUUID = lambda gpu: f"GPU-{gpu}"
+    module.nvmlDeviceGetName = lambda gpu: "H100"
+    used = [100, 200]
+    module.nvmlDeviceGetMemoryInfo = lambda gpu: types.SimpleNamespace(used=used[gpu], total=10_000)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    probe = MemoryProbe()
+    probe.begin(me)
+    used[:] = [90, 900]  # another process has given some back
+    probe.loaded(me)
+    usage = probe.measure(me)
+    assert (usage.gpu, usage.gpus, usage.gpu_estimated) == (690, {1: 700}, True)
+
+
 PEAKS = """
 import sys
 for size in (80, 30):

@@ -14,7 +14,8 @@ import pytest
 from onnx_dl.core.settings import Settings
 from onnx_dl.supervisor.measure import requirement_store
 from onnx_dl.supervisor.measure.requirement_store import RequirementStore
-from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 from onnx_dl.system import installation
 from tests.support.damage import damaged
 
@@ -47,7 +48,8 @@ def test_writers_do_not_undo_each_other(path: Path) -> None:
 FILL = """
 import sys
 from pathlib import Path
-from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 from onnx_dl.supervisor.measure.requirement_store import RequirementStore
 mine = RequirementStore(lambda: Path(sys.argv[1]))
 for i in range(50):

@@ -15,7 +15,8 @@ from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy import eviction
 from onnx_dl.supervisor.policy.commands import ForgetPeak, Remember, StartWorker
 from onnx_dl.supervisor.policy.measuring import Sample
-from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading
@@ -566,7 +567,7 @@ def test_gpu_memory_comes_back_later_than_its_process(gpus: Scheduler) -> None:
     gpus.on_spawned(1, 101)
     gpus.on_ready(ready(1), peaked(30, 30, gpu=800), 0.0)
     leave(gpus, 1, peaked(30, 30, gpu=800), 10.0)
-    assert gpus.in_use(10.0) == MemoryAmount(0, 800 * MB)
+    assert gpus.in_use(10.0) == MemoryAmount(0, 800 * MB, {0: 800 * MB})
     assert not starts(gpus.on_acquire(A, on_gpu(2, "b"), 10.0))
     assert gpus.lingering_pids(10.0) == {1: 101}
     assert not starts(gpus.on_tick(10.0, {1: Sample(Usage(gpu=800 * MB))}))

@@ -12,7 +12,7 @@ from onnx_dl.supervisor.policy import cache_saves
 from onnx_dl.supervisor.policy.cache_saves import CacheSaves, SaveRequest
 from onnx_dl.supervisor.policy.commands import Command, EndSaver, StartSaver
 from onnx_dl.supervisor.policy.measuring import Sample
-from onnx_dl.supervisor.policy.requirements import NOTHING, UNLIMITED, MemoryAmount
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, UNLIMITED, MemoryAmount
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx_dl.core.status import Usage
 from onnx_dl.supervisor.policy.fleet import Ledger
-from onnx_dl.supervisor.policy.requirements import NOTHING, MemoryAmount
+from onnx_dl.supervisor.policy.memory_amount import NOTHING, MemoryAmount
 
 
 def test_nothing_booked():

@@ -14,7 +14,8 @@ from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.commands import EndSaver, KillWorker, Remember, SendToWorker
 from onnx_dl.supervisor.policy.measuring import LoadToWeigh, Sample
-from onnx_dl.supervisor.policy.requirements import MemoryAmount, Peak, Requirement
+from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
+from onnx_dl.supervisor.policy.requirements import Peak, Requirement
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading

@@ -5,11 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from onnx_dl.core.spec import group_spec
 from onnx_dl.core.status import Usage
+from onnx_dl.supervisor.policy.memory_amount import UNLIMITED, MemoryAmount
 from onnx_dl.supervisor.policy.requirements import (
-    UNLIMITED,
-    MemoryAmount,
     Peak,
     Requirement,
     RequirementHistory,
@@ -18,9 +16,7 @@ from onnx_dl.supervisor.policy.requirements import (
     loaded,
     outgrown,
     requirement_key,
-    uses_gpu,
 )
-from tests.support.builders import spec
 
 MB = 1 << 20
 LIMIT = MemoryAmount(200 * MB, 100 * MB)
@@ -99,27 +95,6 @@ def test_a_host_that_sees_many_models_does_not_grow_for_ever() -> None:
     for i in range(5000):
         history.note(str(i), need(i, i, i))
     assert history.of("0") is None and history.of("4999") is not None
-
-
-@pytest.mark.parametrize(
-    ("providers", "expected"),
-    [
-        (None, False),
-        ([], False),
-        (["CPUExecutionProvider"], False),
-        (["CUDAExecutionProvider", "CPUExecutionProvider"], True),
-        ([("CUDAExecutionProvider", {"device_id": 1})], True),
-        ([["TensorrtExecutionProvider", {}], "CPUExecutionProvider"], True),
-        (["OpenVINOExecutionProvider", []], False),
-    ],
-)
-def test_who_uses_a_gpu(providers: list | None, expected: bool) -> None:
-    assert uses_gpu(spec(providers=providers)) is expected
-
-
-def test_a_group_uses_what_its_members_do() -> None:
-    cpu, cuda = spec("a", group="g"), spec("b", group="g", providers=["CUDAExecutionProvider"])
-    assert not uses_gpu(group_spec([cpu])) and uses_gpu(group_spec([cpu, cuda]))
 
 
 def test_a_group_is_known_by_its_members() -> None:

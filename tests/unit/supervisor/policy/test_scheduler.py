@@ -16,7 +16,7 @@ from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy.commands import Emit, SendToClient, SendToWorker, StartWorker
 from onnx_dl.supervisor.policy.measuring import Sample
-from onnx_dl.supervisor.policy.requirements import NOTHING
+from onnx_dl.supervisor.policy.memory_amount import NOTHING
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.support.builders import (
     DESCRIPTION,

@@ -9,7 +9,7 @@ import pytest
 
 from onnx_dl.supervisor.policy import use_counts
 from onnx_dl.supervisor.policy.eviction import Candidate
-from onnx_dl.supervisor.policy.requirements import MemoryAmount
+from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
 from onnx_dl.supervisor.policy.use_counts import UseCounts
 
 
