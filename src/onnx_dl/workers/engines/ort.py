@@ -63,6 +63,11 @@ class OnnxRuntimeBackend:
         self._refuse_unusable()
         self._session = self._loaded.session
         self._methods = SessionMethods(self._session, _with_options)
+        self.captures_graphs = any(
+            str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true")
+            for options in self._session.get_provider_options().values()
+        )
+        """True if memory that a run is bound to is used by later runs, whatever they are bound to."""
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
         in_use = self._session.get_providers(), self._session.get_provider_options()
         self._binding_rule = ort_bindings.rule_of(*in_use)
