@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,14 @@ def get_provider_options(_: object) -> dict[str, dict[str, str]]:
     return {"CUDAExecutionProvider": {"device_id": "0"}, "CPUExecutionProvider": {}}
 
 
+def get_input_memory_infos(self: Any) -> list[Any]:
+    kinds = SimpleNamespace(name="OrtArenaAllocator"), SimpleNamespace(name="DEFAULT")
+    return [
+        SimpleNamespace(name="Cuda", allocator_type=kinds[0], device_id=0, mem_type=kinds[1])
+        for _ in self.get_inputs()
+    ]
+
+
 def bind_input(self: Any, name: str, device: Any, dtype: Any, shape: Any, address: int) -> None:
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     copy = copies[id(self), name] = ctypes.create_string_buffer(ctypes.string_at(address, nbytes), nbytes + 1)
@@ -42,6 +51,7 @@ def clear_binding_inputs(self: Any) -> None:
     clear(self)
 
 
+onnxruntime.InferenceSession.get_input_memory_infos = get_input_memory_infos
 onnxruntime.InferenceSession.get_providers = get_providers
 onnxruntime.InferenceSession.get_provider_options = get_provider_options
 SessionIOBinding.bind_input, SessionIOBinding.clear_binding_inputs = bind_input, clear_binding_inputs
