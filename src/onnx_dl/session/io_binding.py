@@ -1,7 +1,8 @@
 """IOBinding across processes: inputs are read, and results written, where the application bound them.
 
 Has ``onnxruntime.IOBinding``'s methods.  Addresses are this process's: every run copies the inputs' memory to
-the worker and the results to where they are bound, so the application may change bound memory between runs.
+the worker and the results to where they are bound, so the application may change bound memory between runs
+(unless the session is on a GPU and copies inputs when they are bound: :mod:`onnx_dl.session.bound_inputs`).
 As in-process, memory that a run allocated for an output is bound to it from then on.  Memory on a GPU is
 never touched here: see :mod:`onnx_dl.session.device_memory`.
 """
@@ -21,7 +22,7 @@ from numpy.typing import DTypeLike
 from onnx_dl.core.types import Array, Feed, OrtObject, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.session import device_memory
+from onnx_dl.session import bound_inputs, device_memory
 from onnx_dl.session.bound_outputs import BoundOutput, write
 from onnx_dl.session.device_runs import DeviceRuns
 from onnx_dl.session.inputs import check_owner
@@ -45,6 +46,7 @@ class IOBinding:
         self._proxy = proxy
         self._session = proxy._sess
         self._inputs: Feed = {}
+        self._copies = bound_inputs.copies_for(proxy)
         self._outputs: dict[str, BoundOutput] = {}
         self._devices: DeviceRuns | None = None
         """Made when something that is not the host's is bound."""
@@ -63,18 +65,15 @@ class IOBinding:
     # --- inputs -------------------------------------------------------------------------------------------
 
     def bind_cpu_input(self, name: str, arr_on_cpu: Value) -> None:
-        """Binds an array, whose memory is read at every run.
+        """Binds an array, whose memory is read at every run, or now (:mod:`onnx_dl.session.bound_inputs`).
 
         Raises:
             RuntimeError: there is no such input, or it takes no tensors of numbers, in onnxruntime's words.
         """
-        array = arr_on_cpu
         known = any(node.name == name and node.type != "tensor(string)" for node in self._proxy.get_inputs())
-        if not (known and type(array) is np.ndarray and array.dtype.kind in _PLAIN):
-            self._proxy._invoke("check_binding", name, array)
-        if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
-            array = np.ascontiguousarray(array)  # onnxruntime copies such an array now, too
-        self._inputs[name] = array
+        if not (known and type(arr_on_cpu) is np.ndarray and arr_on_cpu.dtype.kind in _PLAIN):
+            self._proxy._invoke("check_binding", name, arr_on_cpu)
+        self._inputs[name] = self._copies.read(name, arr_on_cpu)
 
     def bind_input(
         self,
@@ -85,7 +84,7 @@ class IOBinding:
         shape: Sequence[int],
         buffer_ptr: int,
     ) -> None:
-        """Binds memory at an address, which is read at every run, as a tensor of this type and shape.
+        """Binds memory at an address, which is read like an array, as a tensor of this type and shape.
 
         Raises:
             RuntimeError: there is no such input, or the memory is said to hold text, in onnxruntime's words.
@@ -95,13 +94,14 @@ class IOBinding:
             raise RuntimeError(_NO_TEXT)
         value = self._value_at(device_type, device_id, element_type, shape, buffer_ptr)
         self._check_input(name)
-        self._inputs[name] = value if type(value) is DeviceTensor else self._live(value, None)
+        live = value if type(value) is DeviceTensor else self._live(value, None)
+        self._inputs[name] = self._copies.read(name, live)
 
     def bind_ortvalue_input(self, name: str, ortvalue: OrtObject) -> None:
-        """Binds an OrtValue, which is read at every run."""
+        """Binds an OrtValue, which is read like an array."""
         self._check_owner(ortvalue)
         self._check_input(name)
-        self._inputs[name] = self._live(ortvalue._ortvalue, ortvalue)
+        self._inputs[name] = self._copies.read(name, self._live(ortvalue._ortvalue, ortvalue))
 
     def _live(self, value: OrtObject, owner: object) -> Value:
         """A native OrtValue as an array in the same memory, if numpy has an array type for it, or as a tensor
@@ -131,6 +131,7 @@ class IOBinding:
 
     def clear_binding_inputs(self) -> None:
         self._inputs.clear()
+        self._copies.clear()
         self._devices = DeviceRuns.still(self._devices, (), self._outputs.values())
 
     # --- outputs ------------------------------------------------------------------------------------------
