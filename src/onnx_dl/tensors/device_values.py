@@ -84,7 +84,7 @@ class Handle(NamedTuple):
 
     def parts(self) -> Parts:
         """Returns it as a value of a message."""
-        return Parts("device", [Plain(item) for item in self])
+        return Parts("device", [Plain(list(self))])
 
     def exported(self) -> Exported:
         """Returns what the driver opens."""
@@ -106,7 +106,8 @@ def handle_from(items: Sequence[object]) -> Handle:
         ValueError, TypeError: it contradicts itself.  A peer is not trusted: a tensor that reaches beyond its
             allocation would be memory of others.
     """
-    found = Handle(*items)  # type: ignore[arg-type]
+    (plain,) = items
+    found = Handle(*plain)  # type: ignore[misc]
     kinds = [type(item) for item in found]
     if kinds != [int, list, bytes, int, str, bytes, int, int, int] or {*map(type, found.shape)} - {int}:
         raise ValueError("a handle of device memory has other items")
