@@ -27,6 +27,8 @@ CUDA: Final = "cuda"
 BY_HANDLE: Final = "by handle"
 """Place of a result that a worker allocates on a device and lends to the caller."""
 
+BOUND_RUN: Final = "bound_run"
+"""Method of a worker: a run with all inputs and outputs on devices, which is bound, and then made again."""
 SENDABLE: Final = "ipc"
 """Kind of the handles that are sent; others are descriptors, for which lanes have no place."""
 _MOST_KNOWN: Final = 64
