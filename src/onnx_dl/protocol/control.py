@@ -297,7 +297,7 @@ class WorkerReady(Message):
 class Saveable(Message):
     """The model is worth saving in the load cache.
 
-    ``nbytes``: size of its files or of its blob.  ``blob``: name of the memory that it was loaded from.
+    ``nbytes``: bytes of it that a saver has in memory.  ``blob``: name of the memory that it was loaded from.
     ``order``: instructions (JSON) for the process that saves it.  ``environment``: variables of that process.
     """
 

@@ -1,8 +1,9 @@
 """Saver process: saves one model for the load cache, in the background.
 
 The supervisor starts it after a slow load, with idle CPU priority; it ends with the supervisor.  onnxruntime
-writes the saved form, runs the model, and runs the saved form, which is kept only if both give the same bytes
-for the same inputs.  Each step is a process of its own, so that all need the memory of the largest only.
+writes the optimized form, runs the model, and runs the saved form, which is kept only if both give the same
+bytes for the same inputs.  Each step is a process of its own, so that all need the memory of the largest
+only.  The external form is written and compared without onnxruntime.  So a saver never uses a GPU.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from onnx_dl.core import digests, model_files
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import TensorSpec
 from onnx_dl.core.text import file_name
+from onnx_dl.core.wire import NotAMessage
 from onnx_dl.ort import recorder
 from onnx_dl.system import process_setup
 from onnx_dl.system.process_setup import die_with_parent
 from onnx_dl.system.process_title import set_title
 from onnx_dl.tensors import segment
-from onnx_dl.workers.load_cache import rules
-from onnx_dl.workers.load_cache.rules import SaveOrder
+from onnx_dl.workers.load_cache import external_form, rules
+from onnx_dl.workers.load_cache.rules import SavedForm, SaveOrder
 from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, EntryMeta, files_of, open_cache
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ _TIMEOUT: Final = 600.0
 """Seconds for each of the three steps; there may be little idle CPU time."""
 _INTERVAL: Final = 0.005
 """Seconds between two looks at the memory of a step."""
+_SAME: Final = b"same"
+"""Result of a step that wrote the external form of a model."""
 _OOM_SCORE: Final = 1000
 """The maximum: the kernel kills a saver before any other process."""
 
@@ -131,6 +135,9 @@ def _save(order: SaveOrder, blob: int, memory: int) -> None:
 def _write_and_check(order: SaveOrder, blob: int, path: Path, memory: int) -> bool:
     """Writes the saved form; returns whether it is right and not too large."""
     spec = order.spec
+    if rules.form_of(spec) is SavedForm.EXTERNAL:
+        source = blob if spec.path is None else os.open(spec.path, os.O_RDONLY)
+        return _run_step(lambda: _write_external(source, path), memory) == _SAME
     if spec.path is None:  # read through a path: as bytes it would take its size once more
         spec = msgspec.structs.replace(spec, path=segment.path_of(blob), blob=None)
     saving = rules.saving(spec, str(path / MODEL), WEIGHTS)
@@ -142,6 +149,16 @@ def _write_and_check(order: SaveOrder, blob: int, path: Path, memory: int) -> bo
         return False
     saved = _digests(rules.loading(spec, str(path / MODEL)), (plain.size,), memory)
     return saved is not None and plain.first == plain.second == saved.first  # some models are random
+
+
+def _write_external(source: int, path: Path) -> bytes:
+    model, weights = str(path / MODEL), str(path / WEIGHTS)
+    try:
+        moved = external_form.write(source, model, weights)
+        is_right = moved >= SavedForm.EXTERNAL.value and external_form.is_same(source, model, weights)
+    except NotAMessage:  # of more fields than are read, for example
+        is_right = False
+    return _SAME if is_right else b"other"
 
 
 def _free_memory() -> int:

@@ -306,7 +306,7 @@ def _saveable(worker_id: int, order: SaveOrder) -> control.Saveable:
     return control.Saveable(
         worker_id=worker_id,
         key=order.key,
-        nbytes=order.nbytes,
+        nbytes=order.in_memory,
         blob=order.spec.blob,
         order=msgspec.json.encode(order).decode(),
         environment=order.spec.environment,

@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 
 from onnx_dl.core.status import ModelDescription, TensorSpec
+from onnx_dl.core.wire import BYTES, Field, NotAMessage, WireReader
 from onnx_dl.server.interfaces import TensorInfo
-from onnx_dl.server.repository.wire import BYTES, Field, NotAMessage, WireReader
 from onnx_dl.server.v2 import datatypes
 from onnx_dl.system import small_files
 

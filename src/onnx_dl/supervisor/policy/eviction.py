@@ -113,8 +113,11 @@ def plan(known: Requirement | None, guessed: Guess, left: MemoryAmount, *, saved
     if not saved or not (known.mapped.is_measured or known.is_loaded):
         return _plan_one(known, known.load, guessed, left)
     # Its weights are mapped, never copied.  So a load that was never measured needs what the model held when
-    # it was loaded from its own file; if that is too little, the load is ended and repeated with more.
-    return _plan_one(known, known.mapped, Guess(known.steady, known.steady), left)._replace(mapped=True)
+    # it was loaded from its own file; if that is too little, the load is ended and repeated with more.  On a
+    # GPU it does not hold its weights in RAM, and they may all be mapped at once while they are copied.
+    passing = MemoryAmount(guessed.least.ram if known.steady.gpu else 0)
+    likely = known.steady + passing
+    return _plan_one(known, known.mapped, Guess(known.steady, likely), left)._replace(mapped=True)
 
 
 def _plan_one(known: Requirement, peak: Peak, guessed: Guess, left: MemoryAmount) -> LoadPlan:

@@ -34,7 +34,7 @@ from onnx_dl.workers.engines.base import (
 from onnx_dl.workers.engines.ort_methods import SessionMethods
 from onnx_dl.workers.engines.ort_session import LoadedSession
 from onnx_dl.workers.load_cache import rules
-from onnx_dl.workers.load_cache.rules import SaveOrder
+from onnx_dl.workers.load_cache.rules import SavedForm, SaveOrder
 from onnx_dl.workers.load_cache.store import CacheEntry, folder, open_cache
 
 _T = TypeVar("_T")
@@ -52,14 +52,22 @@ class OnnxRuntimeBackend:
         caching = settings.settings().cache == "on" and not spec.sandbox
         self._spec = rules.with_engine_caches(spec, folder()) if caching else spec
         self._cached: CacheEntry | None = None
-        self._key = _key_of(spec) if caching else None
+        self._form = rules.form_of(spec) if caching else None
+        self._key = None if self._form is None else _key_of(spec)
+        self._unusable: str | None = None
         self._files: list[ReadFile] = []
         loaded = self._load_cached(None if spec.blob is None else blobs[spec.blob])
         if loaded is None and mapped:
             raise NotInCache(f"The load cache no longer has {spec.name} in a usable form.")
         self._loaded = loaded or self._load(blobs)
+        self._refuse_unusable()
         self._session = self._loaded.session
         self._methods = SessionMethods(self._session, _with_options)
+        self.captures_graphs = any(
+            str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true")
+            for options in self._session.get_provider_options().values()
+        )
+        """True if memory that a run is bound to is used by later runs, whatever they are bound to."""
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
         in_use = self._session.get_providers(), self._session.get_provider_options()
         self._binding_rule = ort_bindings.rule_of(*in_use)
@@ -71,6 +79,7 @@ class OnnxRuntimeBackend:
         self._input_sizes = {size for node in self._session.get_inputs() for size in node.shape}
         ends = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
         self._inputs = {node.name for node in ends}
+        self._shapes = {node.name: node.shape for node in (*ends, *self._outputs.values())}
 
     def _load(self, blobs: Mapping[str, int]) -> LoadedSession:
         spec = self._spec
@@ -103,7 +112,10 @@ class OnnxRuntimeBackend:
         try:
             session = LoadedSession(rules.loading(self._spec, entry.model), None)
         except Exception:  # a plain load follows, which raises if the model itself is at fault
-            store.discard(entry.key)
+            if self._form is SavedForm.EXTERNAL:
+                self._unusable = entry.key
+            else:
+                store.discard(entry.key)
             return None
         if self._differs(entry) or stamps != digests.stamps(
             given, names, where
@@ -111,6 +123,14 @@ class OnnxRuntimeBackend:
             return None
         self._cached = entry
         return session
+
+    def _refuse_unusable(self) -> None:
+        """Removes an entry in the external form that did not load where the model itself did, for ever.  If
+        both fail, memory of the device ran out, for example, and the entry is not at fault."""
+        if self._unusable is not None:
+            open_cache().discard(self._unusable)
+            with contextlib.suppress(OSError):  # the cache may be read-only
+                open_cache().refuse(self._unusable)
 
     def _differs(self, entry: CacheEntry) -> bool:
         """Tells whether an entry was made of other files than those that the model would be read from now."""
@@ -120,15 +140,17 @@ class OnnxRuntimeBackend:
         return Origin(self._key or "", self._cached is not None)
 
     def ready(self, seconds: float, blobs: Mapping[str, int]) -> list[SaveOrder]:
-        slow = seconds >= settings.settings().cache_from
-        on_cpu = self._session.get_providers() == ["CPUExecutionProvider"]
-        if self._key is None or self._cached is not None or not (slow and on_cpu):
+        form, slow = self._form, seconds >= settings.settings().cache_from
+        if form is None or self._key is None or self._cached is not None or not slow:
+            return []
+        is_external = form is SavedForm.EXTERNAL and any(file.name for file in self._files)
+        if is_external or not form.serves(self._session.get_providers()):
             return []
         # In a folder that the user named, files of the temporary folder are cached, too.
         is_passing = not settings.settings().cache_dir and rules.is_temporary(self._spec)
         blob = self._spec.blob
         nbytes = model_files.bytes_of(self._spec.where("")) if blob is None else os.fstat(blobs[blob]).st_size
-        is_small = nbytes < rules.SMALLEST
+        is_small = nbytes < form.value
         if is_small or is_passing or open_cache().is_refused(self._key):
             return []
         build, description = _build(), self.describe()
@@ -139,9 +161,12 @@ class OnnxRuntimeBackend:
         ]
 
     def describe(self) -> ModelDescription:
-        if self._cached is not None:  # the saved form has other options and may lack metadata
-            return self._cached.meta.description
-        return msgspec.structs.replace(ort_session.describe(self._loaded), files=self._files)
+        files = self._files
+        if self._cached is not None:
+            if self._form is SavedForm.OPTIMIZED:  # it has other options and may lack metadata
+                return self._cached.meta.description
+            files = self._cached.meta.description.files
+        return msgspec.structs.replace(ort_session.describe(self._loaded), files=files)
 
     def run(self, outputs: object, feed: Feed, options: Options, token: CancelToken) -> Results:
         fed = {name: _terminated(value) for name, value in feed.items()}
@@ -183,15 +208,15 @@ class OnnxRuntimeBackend:
         rule = self._binding_rule
         if rule is None or not (len(inputs) == len(feed) and unique):
             return None
-        if rule.on_device and not all(map(self._has_certain_shape, names)):  # see ort_bindings
-            return None
         if self._inputs & set(names):  # onnxruntime does not write these to where they are bound
+            return None
+        places = dict(zip(names, results, strict=True))
+        if rule.on_device and not ort_bindings.are_certain(self._shapes, inputs, places):
             return None
         options = onnxruntime.RunOptions()
         if not all(map(self._has_known_shape, names)):
             # A result of another shape than the last one is an error, which onnxruntime would log on stderr.
             options.log_severity_level = _FATAL
-        places = dict(zip(names, results, strict=True))
         run = ort_bindings.bound_run(self._session, rule, inputs, places, options)
         return BoundRun(run, _canceller(options))
 
@@ -208,9 +233,6 @@ class OnnxRuntimeBackend:
     def _has_known_shape(self, name: str) -> bool:
         """Tells whether the shapes of the inputs decide the shape of this output."""
         return all(isinstance(size, int) or size in self._input_sizes for size in self._outputs[name].shape)
-
-    def _has_certain_shape(self, name: str) -> bool:
-        return ort_bindings.is_certain(self._outputs[name].shape, self._input_sizes)
 
     def trim(self) -> None:
         """Returns memory of the session's arena that no run uses to the system.
@@ -269,8 +291,6 @@ def _build() -> str:
 
 def _key_of(spec: ModelSpec) -> str | None:
     """Returns the model's key in the load cache; None: it is not cached."""
-    if not rules.is_cacheable(spec):
-        return None
     try:
         return rules.key_of(spec, _build())
     except OSError:  # onnxruntime raises its own error about the file

@@ -29,12 +29,11 @@ from onnx_dl.ort.ortvalues import Bytes
 from onnx_dl.system import resources
 from onnx_dl.tensors import live_initializers, segment
 from onnx_dl.workers.engines import thread_spinning
+from onnx_dl.workers.load_cache.rules import ABOUT_FILES
 
 _CUDA: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 _PATHLESS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Providers that do not use the path of a model."""
-_ABOUT_FILES: Final = ("compile", "context", "external", "file", "folder", "format", "ort_model")
-"""Parts of the names of session config entries that onnxruntime combines with the path."""
 
 
 class LoadedSession:
@@ -181,7 +180,7 @@ def is_like_a_file(spec: ModelSpec) -> bool:
     """Tells whether options and providers mean the same for bytes and for a file with them."""
     options = spec.options or {}
     return (
-        not any(part in key for key in options.get("config", {}) for part in _ABOUT_FILES)
+        not any(part in key for key in options.get("config", {}) for part in ABOUT_FILES)
         and not any("provider" in name for name, *_ in options.get("calls", []))
         and not options.get("enable_profiling")
         and not options.get("optimized_model_filepath")

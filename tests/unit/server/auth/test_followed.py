@@ -46,7 +46,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """As it is read in the moment in which it was written, however long that takes."""
+    monkeypatch.setattr("time.time_ns", lambda: 0)
     return World(tmp_path / "file", "one")
 
 

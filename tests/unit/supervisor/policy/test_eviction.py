@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from onnx_dl.supervisor.policy.eviction import (
@@ -207,6 +208,17 @@ def known(load: int = 0, steady: int = 0, peak: int = 0, **more: Any) -> Require
 )
 def test_terms(measured: Requirement | None, guessed: Guess, saved: bool, expected: LoadPlan) -> None:
     assert plan(measured, guessed, LEFT, saved=saved) == expected
+
+
+def test_weights_of_a_model_on_a_gpu_pass_through_memory_while_they_are_mapped() -> None:
+    """It does not hold them in RAM, so what it held when it was ready says nothing about its load."""
+    guessed = Guess(MemoryAmount(80), MemoryAmount(150, 40))
+    on_gpu = Requirement(load=Peak(170), steady=MemoryAmount(60, 30), peak=MemoryAmount(60, 30))
+    assert plan(on_gpu, guessed, LEFT, saved=True) == LoadPlan(MemoryAmount(140, 30), False, True)
+    large = Guess(MemoryAmount(500), MemoryAmount(900, 40))  # no reason to refuse it
+    assert plan(on_gpu, large, LEFT, saved=True) == LoadPlan(MemoryAmount(LEFT.ram, 30), False, True)
+    measured = msgspec.structs.replace(on_gpu, mapped=Peak(70))
+    assert plan(measured, guessed, LEFT, saved=True) == LoadPlan(MemoryAmount(70, 30), True, True)
 
 
 @pytest.mark.parametrize(("had", "needs"), [(120, 150), (160, 161), (205, 206)])

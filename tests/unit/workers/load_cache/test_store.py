@@ -1,4 +1,4 @@
-"""The load cache on disk, what may be in it, and what lies beside a model."""
+"""The load cache on disk, and what lies beside a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -18,9 +17,8 @@ from onnx_dl.core.model_files import bytes_of, external_files
 from onnx_dl.core.parsing import parse_size
 from onnx_dl.errors import ConfigError
 from onnx_dl.tensors import segment
-from onnx_dl.workers.load_cache import rules
 from onnx_dl.workers.load_cache.store import MODEL, WEIGHTS, Cache, EntryMeta, files_of, open_meta
-from tests.support.builders import DESCRIPTION, spec
+from tests.support.builders import DESCRIPTION
 
 LIMIT = 10_000
 
@@ -200,93 +198,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert main.main(["cache", "clear"]) == 0
     assert main.main(["cache", "ls"]) == 0
     assert "0 models" in capsys.readouterr().out
-
-
-# --- rules -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, True),
-        ({"options": {"config": {}, "enable_profiling": False, "intra_op_num_threads": 2}}, True),
-        ({"options": {"config": {"session.intra_op.allow_spinning": "0"}}}, True),
-        ({"providers": ["CPUExecutionProvider"]}, True),
-        ({"providers": [["CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"}]]}, True),
-        ({"extra": {"enable_fallback": 0}}, True),
-        ({"options": {"enable_profiling": True}}, False),
-        ({"options": {"optimized_model_filepath": "o.onnx"}}, False),
-        ({"options": {"config": {"session.disable_prepacking": "1"}}}, False),
-        ({"options": {"config": {"nobody.knows": "1"}}}, False),
-        ({"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}, False),
-        ({"extra": {"disabled_optimizers": ["ConstantFolding"]}}, False),
-    ],
-)
-def test_what_may_be_cached(fields: dict, expected: bool):
-    assert rules.is_cacheable(spec(**fields)) is expected
-
-
-def test_files_in_the_temporary_folder_will_hardly_be_there_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    inside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmp" / "a" / "m.onnx"))
-    beside = msgspec.structs.replace(spec(), path=str(tmp_path / "tmpfile.onnx"))
-    given = msgspec.structs.replace(spec(), path=None, blob="digest")
-    assert [rules.is_temporary(model) for model in (inside, beside, given)] == [True, False, False]
-
-
-def test_ort_files_are_loaded_as_they_are():
-    assert not rules.is_cacheable(msgspec.structs.replace(spec(), path="m.ort"))
-
-
-def test_key_tells_files_options_and_versions_apart(tmp_path: Path):
-    file = tmp_path / "m.onnx"
-    file.write_bytes(b"1")
-    model = msgspec.structs.replace(spec(), path=str(file))
-    key = rules.key_of(model, "1.31")
-    assert rules.key_of(model, "1.31") == key
-    other = msgspec.structs.replace(model, options={"config": {}, "intra_op_num_threads": 3})
-    assert len({key, rules.key_of(model, "1.32"), rules.key_of(other, "1.31")}) == 3
-    file.write_bytes(b"22")
-    assert rules.key_of(model, "1.31") != key
-
-
-def test_saved_form_is_loaded_with_the_users_options():
-    model = spec(options={"config": {"session.intra_op.allow_spinning": "0"}, "intra_op_num_threads": 3})
-    saving = rules.saving(model, "/c/model.onnx", "w.bin")
-    assert saving.options["optimized_model_filepath"] == "/c/model.onnx"
-    assert saving.options["config"]["session.intra_op.allow_spinning"] == "0"
-    loading = rules.loading(model, "/c/model.onnx")
-    assert loading.path == "/c/model.onnx"
-    assert loading.options == {**model.options, "graph_optimization_level": "ORT_DISABLE_ALL"}
-    assert "graph_optimization_level" not in model.options
-
-
-def test_providers_that_compile_keep_what_they_compiled(tmp_path: Path):
-    before = spec(
-        providers=[
-            "TensorrtExecutionProvider",
-            ["OpenVINOExecutionProvider", {"x": 1}],
-            "CPUExecutionProvider",
-        ]
-    )
-    after = rules.with_engine_caches(before, tmp_path).providers
-    assert after[0][1]["trt_engine_cache_enable"] == "True"
-    assert after[0][1]["trt_engine_cache_path"].startswith(str(tmp_path))
-    assert after[1][1]["x"] == 1 and after[1][1]["cache_dir"].startswith(str(tmp_path))
-    assert after[2] == ["CPUExecutionProvider", {}]
-
-
-def test_users_own_engine_cache_stays(tmp_path: Path):
-    for fields in (
-        {"providers": [["TensorrtExecutionProvider", {"trt_engine_cache_enable": "False"}]]},
-        {"providers": ["TensorrtExecutionProvider"], "provider_options": [{"trt_timing_cache_enable": "1"}]},
-        {"providers": ["CPUExecutionProvider"]},
-        {},
-    ):
-        before = spec(**fields)
-        assert rules.with_engine_caches(before, tmp_path) == before
 
 
 # --- files beside a model --------------------------------------------------------------------------------
