@@ -11,7 +11,6 @@ import numpy as np
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.protocol import lane as m
-from onnx_dl.tensors import device_values
 from onnx_dl.tensors.arena import Arena, Mappings
 from onnx_dl.tensors.block import Reference, home_of
 from onnx_dl.tensors.call_plans import (
@@ -24,6 +23,7 @@ from onnx_dl.tensors.call_plans import (
     can_repeat,
     key_of,
 )
+from onnx_dl.tensors.device_values import DeviceLoans
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace, Written, bytes_of
 from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
@@ -41,9 +41,9 @@ class CallCodec:
         """``arena``: the caller's blocks; ``mappings``: the worker's."""
         self._arena = arena
         self._mappings = mappings
-        self._unpacker = Unpacker(mappings.block, copy=True, device=self._receive)
-        self.names_devices = False
-        """True if the worker may have memory on a device open, or may keep results there."""
+        self.loans = DeviceLoans()
+        # Not a method of this object: it would be in a cycle, and its memory would wait for a collection.
+        self._unpacker = Unpacker(mappings.block, copy=True, device=self.loans.receive)
         self.plans = CallPlans()
         self._drops = 0
         """Number of blocks that the worker had dropped when the table was last reviewed."""
@@ -52,12 +52,8 @@ class CallCodec:
         """Copies the arrays in ``values`` to shared memory; see :class:`Packer`."""
         packer = Packer(self._arena)
         packed = packer.pack(values)
-        self.names_devices |= packer.names_devices
+        self.loans.are_open |= packer.names_devices
         return packed
-
-    def _receive(self, items: list[object]) -> object:
-        self.names_devices = True
-        return device_values.received(items)
 
     def repeated(self, outputs: EngineValue, feed: Feed) -> CallPlan | None:
         """Prepares a call like the last one by copying its inputs to their places.  Returns its plan, which

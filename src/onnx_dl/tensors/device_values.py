@@ -27,6 +27,10 @@ CUDA: Final = "cuda"
 BY_HANDLE: Final = "by handle"
 """Place of a result that a worker allocates on a device and lends to the caller."""
 
+SENDABLE: Final = "ipc"
+"""Kind of the handles that are sent; others are descriptors, for which lanes have no place."""
+_MOST_KNOWN: Final = 64
+
 _BITS: Final = {
     1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128,
     16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2,
@@ -104,8 +108,10 @@ def handle_from(items: Sequence[object]) -> Handle:
     """
     found = Handle(*items)  # type: ignore[arg-type]
     kinds = [type(item) for item in found]
-    if kinds != [int, list, bytes, int, str, bytes, int, int, int]:
+    if kinds != [int, list, bytes, int, str, bytes, int, int, int] or {*map(type, found.shape)} - {int}:
         raise ValueError("a handle of device memory has other items")
+    if found.kind != SENDABLE:
+        raise ValueError(f"handles of the kind {found.kind!r} are not sent")
     if found.nbytes != size_of(found.element_type, found.shape) or not found.nbytes:
         raise ValueError("a tensor on a device has another size than its shape says")
     if found.offset < 0 or found.offset + found.nbytes > found.size:
@@ -198,10 +204,6 @@ class Exporter:
         self._known: dict[tuple[int, int], Exported] = {}
         """Allocations by device and the driver's number."""
 
-    def clear(self) -> None:
-        """Forgets all allocations."""
-        self._known.clear()
-
     def handle(self, tensor: DeviceTensor) -> Handle | UnopenedTensor:
         """Returns the handle of a tensor, or why there is none.  Raises ValueError like :func:`locate`."""
         driver, found = locate(tensor)
@@ -211,9 +213,11 @@ class Exporter:
             known = self._known.get(key := (found.device, found.buffer))
             if known is None:
                 known = driver.export(found)
-                if known.kind != "ipc":
+                if known.kind != SENDABLE:
                     primitives.close(known.fd)
                     return UnopenedTensor("it lies in an expandable segment, which has no handle to send")
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()
                 self._known[key] = known
             uuid = driver.uuid(found.device)
         except DriverError as error:
@@ -232,6 +236,19 @@ class Exporter:
 
 
 # --- in a process that takes one ----------------------------------------------------------------------------
+
+
+class DeviceLoans:
+    """Memory on devices that the two ends of a lane have lent each other."""
+
+    def __init__(self) -> None:
+        self.are_open = False
+        """True if the worker may have such memory open, or may keep results there."""
+
+    def receive(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
+        """Takes a result; see :func:`received`."""
+        self.are_open = True
+        return received(items)
 
 
 def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:

@@ -46,13 +46,19 @@ class OpenAllocations:
         return len(self._open)
 
     def open(self, driver: CudaDriver, device: int, handle: Handle) -> tuple[_Key, int]:
-        """Counts a user of an allocation; returns its key and its address here.  Raises DriverError."""
+        """Counts a user of an allocation; returns its key and its address here.
+
+        Raises:
+            DriverError: it cannot be opened.
+            ValueError: it has another size than the caller says.
+        """
         key = _Key(device, handle.handle, handle.buffer)
         with self._lock:
             known = self._open.get(key)
             if known is None:
                 address = driver.open(device, handle.exported(), handle.size)
                 known = _Opened(address, handle.kind, handle.size, 0)
+                _check_size(driver, device, known)
             self._open[key] = known._replace(users=known.users + 1)
         return key, known.address
 
@@ -66,6 +72,14 @@ class OpenAllocations:
                 # UnopenedTensor where its owner has ended, and the driver with it: nothing is left to close.
                 with contextlib.suppress(DriverError):
                     driver.close(key.device, known.address, known.kind, known.size)
+
+
+def _check_size(driver: CudaDriver, device: int, opened: _Opened) -> None:
+    """Raises ValueError if the allocation is smaller than its owner says: the engine would go beyond it."""
+    found = driver.pointer(opened.address)
+    if found is not None and found.size and found.size < opened.size:
+        driver.close(device, opened.address, opened.kind, opened.size)
+        raise ValueError(f"an allocation of {found.size} bytes was announced with {opened.size}")
 
 
 _allocations: Final = OpenAllocations()
