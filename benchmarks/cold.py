@@ -90,8 +90,8 @@ def heavy_file() -> Iterator[Path]:
         yield path
 
 
-def _printed(code: str, path: str, bytecode: str | None = None) -> float:
-    """The number that a fresh interpreter prints which runs this code.
+def printed(code: str, path: str, bytecode: str | None = None) -> float:
+    """The number that a fresh interpreter prints last which runs this code.
 
     ``bytecode``: folder for compiled modules, for it and the processes that it starts.
     """
@@ -99,14 +99,14 @@ def _printed(code: str, path: str, bytecode: str | None = None) -> float:
     if bytecode is not None:
         environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode}
     done = subprocess.run([sys.executable, "-c", code, path], env=environ, stdout=subprocess.PIPE, check=True)
-    return float(done.stdout)
+    return float(done.stdout.split()[-1])  # libraries may have printed before
 
 
 def _fresh(path: str, count: int) -> list[float]:
     """Seconds of a fresh application's first call.  Modules are compiled, as where pip has installed them:
     from a checkout, in an environment that writes no bytecode, half of the time would be compilation."""
     with tempfile.TemporaryDirectory() as folder:
-        return [_printed(_FRESH, path, folder) for _ in range(count + 1)][1:]
+        return [printed(_FRESH, path, folder) for _ in range(count + 1)][1:]
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -163,7 +163,7 @@ def large(rounds: int) -> list[Row]:
             proxies[name].run(None, HEAVY_FEED)
         wait_for_cache(folder)
         for _ in range(max(3, rounds)):
-            found[BASE].append(_printed(_CREATE_AND_RUN, str(path)))
+            found[BASE].append(printed(_CREATE_AND_RUN, str(path)))
             for name, proxy in proxies.items():
                 found[name].append(_reload(proxy, HEAVY_FEED))
                 proxy.unload()

@@ -53,8 +53,8 @@ def _corner() -> bytes:
     return make_model([node], {"x": [1, 3, 640, 640]}, {"y": [1, 3, 480, 480]}, bounds)
 
 
-def convolutions(layers: int = 9, channels: int = 32) -> bytes:
-    """An image to a vector: 1x3x224x224 (0.6 MB), a strided convolution, more of them, a global average."""
+def convolutions(layers: int = 9, channels: int = 32, size: int = 224, batch: int = 1) -> bytes:
+    """Images to vectors: 1x3x224x224 (0.6 MB), a strided convolution, more of them, a global average."""
     rng = np.random.default_rng(0)
     nodes, weights = [], []
     for i in range(layers):
@@ -65,7 +65,7 @@ def convolutions(layers: int = 9, channels: int = 32) -> bytes:
         node = helper.make_node("Conv", [source, f"w{i}"], [f"t{i}"], pads=[1, 1, 1, 1], strides=strides)
         nodes.append(node)
     nodes.append(helper.make_node("GlobalAveragePool", [f"t{layers - 1}"], ["y"]))
-    return make_model(nodes, {"x": [1, 3, 224, 224]}, {"y": [1, channels, 1, 1]}, weights)
+    return make_model(nodes, {"x": [batch, 3, size, size]}, {"y": [batch, channels, 1, 1]}, weights)
 
 
 def identity(shape: tuple[int, ...]) -> bytes:

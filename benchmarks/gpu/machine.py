@@ -28,6 +28,11 @@ def why_not(tiny: bytes) -> str | None:
     return None
 
 
+def described() -> dict[str, Any]:
+    """The GPUs, for a report."""
+    return {"gpus": [f"{gpu.name}, {gpu.memory / 1e9:.0f} GB, driver {gpu.driver}" for gpu in gpus()]}
+
+
 def preload() -> None:
     """Finds CUDA's libraries in Python packages, as workers do."""
     import onnxruntime

@@ -140,3 +140,21 @@ def test_memory_that_was_pinned_does_not_stay(host: ModelHost) -> None:
         pid = worker_pid(host)
         proxy.unload()
         eventually(lambda pid=pid: is_gone(pid), "the worker ends")
+
+
+def test_two_models_by_turns_under_a_limit_of_the_device(host: ModelHost, alone: None) -> None:
+    case, other = CASES["conv"], CASES["5mb"]
+    before = machine.used()
+    with proxied(case.model, host) as proxy:
+        proxy.run(None, case.feed)
+        limit = (machine.used() - before) * 3 // 2  # room for one of them
+        proxy.unload()
+    with ModelHost(gpu_memory_limit={0: limit}) as limited:
+        proxies = [(each, proxied(each.model, limited)) for each in (case, other)]
+        for turn in range(3):
+            for each, proxy in proxies:
+                proxy.run(None, each.feed)
+                # What a model takes is known when it was loaded once.
+                assert turn == 0 or machine.used() - before <= limit
+        for _, proxy in proxies:
+            proxy.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Final
 
 import numpy as np
@@ -70,7 +71,9 @@ class TorchMemory:
     """The same of torch.  ``skipped``: bytes of its allocation before the tensor."""
 
     def __init__(self, array: np.ndarray, skipped: int = 0) -> None:
-        torch = pytest.importorskip("torch", reason="torch is not installed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch = pytest.importorskip("torch", reason="torch is not installed")
         if not torch.cuda.is_available():
             pytest.skip("this torch has no CUDA")
         whole = torch.zeros(skipped + array.nbytes, dtype=torch.uint8, device="cuda")

@@ -18,10 +18,12 @@ run = lambda x: proxy.run(None, {"x": x})[0]
 """
 
 
-def program(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs it behind :data:`HEAD`; it must end by itself, well, and without a word on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", HEAD + code], capture_output=True, text=True, timeout=120, check=False
-    )
+def program(code: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs it behind :data:`HEAD`; it must end by itself, well, and without a word on stderr.
+
+    ``environment``: instead of this process's.
+    """
+    command = [sys.executable, "-c", HEAD + code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr + done.stdout
     return done

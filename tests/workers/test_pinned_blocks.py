@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,51 +9,18 @@ import numpy as np
 import pytest
 
 from onnx_dl import InferenceSessionProxy, ModelHost
-from tests.support import cuda_worker, fake_cuda, zoo
-from tests.support.fake_cuda import Call
+from tests.support import zoo
+from tests.support.cuda_worker import PIN, UNPIN, Cuda
 from tests.support.waiting import eventually
 
-ROOT = Path(__file__).parents[2]
-PIN, UNPIN = "cuMemHostRegister_v2", "cuMemHostUnregister"
 MANY = 1 << 18
-
-
-class Cuda:
-    """What workers ask of the driver."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "log"
-        path = os.pathsep.join([*cuda_worker.__path__, str(ROOT), os.environ.get("PYTHONPATH", "")])
-        self.environment = {
-            "PYTHONPATH": path.rstrip(os.pathsep),
-            "LD_LIBRARY_PATH": str(fake_cuda.build(folder).parent),
-            "FAKE_CUDA_LOG": str(self.log),
-        }
-
-    def proxy(self, host: ModelHost, **variables: str) -> InferenceSessionProxy:
-        return InferenceSessionProxy(zoo.plus(1), environment=self.environment | variables, host=host)
-
-    def calls(self, function: str) -> list[Call]:
-        return [call for call in fake_cuda.calls(self.log) if call.function == function]
-
-    def pinned(self) -> set[int]:
-        """Addresses that are pinned now."""
-        found: set[int] = set()
-        for call in fake_cuda.calls(self.log):
-            if call.function == PIN and not call.result:
-                found.add(call.address)
-            elif call.function == UNPIN and not call.result:
-                found.remove(call.address)
-        return found
 
 
 @pytest.fixture
 def cuda(tmp_path: Path) -> Iterator[Cuda]:
     found = Cuda(tmp_path)
     yield found
-    known = {PIN, UNPIN}
-    assert [c for c in fake_cuda.calls(found.log) if c.function in known and c.result not in (0, 800)] == []
-    assert [c for c in fake_cuda.calls(found.log) if "after-unmap" in c.function] == []
+    assert found.wrong() == []
 
 
 def run(proxy: InferenceSessionProxy, size: int, times: int) -> None:
@@ -93,3 +59,15 @@ def test_where_the_driver_refuses_calls_run_as_without_pins(host: ModelHost, cud
     assert all(call.result for call in tried)
     assert len({call.address for call in tried}) == len(tried)  # no block is tried twice
     assert cuda.calls(UNPIN) == []
+
+
+@pytest.mark.parametrize("name", ["two", "layers", "found", "dtypes", "scalars", "text"])
+def test_calls_that_repeat_give_what_they_give_in_process(host: ModelHost, cuda: Cuda, name: str) -> None:
+    """Also calls whose inputs the session would not read again, and results whose shapes change."""
+    kind, rng = zoo.kinds()[name], np.random.default_rng(7)
+    proxy = cuda.proxy(host, kind.data)
+    for size in (5, 70_000):
+        for _ in range(6):
+            feed = kind.draw(rng, min(size, kind.most))
+            wanted = zoo.expected(name, None, feed)
+            assert zoo.difference(proxy.run(None, feed), wanted) is None

@@ -28,7 +28,7 @@ from onnx_dl.supervisor.policy import scheduler
 plain = scheduler.Scheduler.__init__
 def init(self, *args):
     plain(self, *args)
-    self.facts.warmups = msgspec.convert({warmups!r}, dict[str, dict[str, Warmup]])
+    self.orders.warmups = msgspec.convert({warmups!r}, dict[str, dict[str, Warmup]])
 scheduler.Scheduler.__init__ = init
 from onnx_dl.supervisor.main import main
 main()

@@ -122,6 +122,8 @@ def check_time(s: Scheduler, now: float) -> None:
     if s.admission.pending:
         assert at is not None, "somebody waits for room, and nobody will look"
     for model in s.fleet.by_worker.values():
+        if model.worker.waits and model.state is ModelState.LOADING:
+            assert model.key in s.admission.pending, "a process has started for a load that nobody wants"
         if model.worker.ready is None and model.worker.failure is None and not model.worker.killed:
             assert at is not None, "a load is under way that nobody will end"
 

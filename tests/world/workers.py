@@ -51,6 +51,8 @@ class FakeWorker:
             case control.Load(ttl=ttl, mapped=mapped):
                 assert self.state == "waiting", "Load comes once, and first"
                 self.state, self.ttl, self.mapped = "loading", ttl, mapped
+            case control.Prepare():
+                assert self.state == "waiting" and self.spec.key in GPU, "Prepare comes before Load"
             case control.Retime(ttl=ttl):
                 assert self.state not in ("waiting", "loading", "failed"), "Retime comes to a loaded model"
                 self.ttl = ttl

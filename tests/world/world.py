@@ -80,6 +80,8 @@ class World:
         self.events = truth.Events()
         self.closing = False
         self.transitions = 0
+        self.early: set[int] = set()
+        """Workers whose processes have started before their loads."""
         self.sound = True
         """False: something was found, and the rest is not looked at."""
 
@@ -91,8 +93,11 @@ class World:
         for command in commands:
             self.perform(command)
         assert not (self.closing and any(isinstance(c, StartWorker | StartSaver) for c in commands))
-        if any(isinstance(c, StartWorker | StartSaver) for c in commands):
+        early = {worker.id for _, worker in self.scheduler.fleet.workers() if worker.waits}
+        began = any(isinstance(c, StartWorker | StartSaver) for c in commands)
+        if began or self.early - early & self.workers.keys():
             truth.check_promise(self.scheduler, self.now)
+        self.early = early
         truth.check(self.scheduler, self.now, self.gone, self.open)
         self.sound = True
 

@@ -24,6 +24,13 @@ PlainOptions = dict[str, Any]
 Providers = list[object]
 """Names, or ``[name, options]``."""
 
+_ADDRESSES: Final = frozenset(
+    "user_compute_stream has_user_compute_stream gpu_external_alloc gpu_external_free "
+    "gpu_external_empty_cache".split()
+)
+"""Options of providers that are addresses in the process that gives them, or tell of one."""
+_UNSET: Final = ("", "0", 0, None, False)
+
 SESSION_FIELDS: Final = (
     "enable_cpu_mem_arena",
     "enable_mem_pattern",
@@ -207,6 +214,28 @@ def are_accepted(providers: object) -> bool:
         isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], dict)
         for pair in pairs
     )
+
+
+def check_addresses(*plain: object) -> None:
+    """Checks that providers and recorded calls, as plain data, name no address.
+
+    Raises:
+        ConfigError: an option of a provider is an address of this process.
+    """
+    for value in plain:
+        if isinstance(value, dict):
+            pairs = value["$dict"] if list(value) == ["$dict"] else value.items()
+            for name, setting in pairs:
+                if name in _ADDRESSES and setting not in _UNSET:
+                    raise ConfigError(
+                        f"The provider option {name}={setting!r} is an address of this process, or tells of "
+                        "one: it means nothing in the model's worker. Leave it out, or run the model in this "
+                        "process with isolation=False. Without it, a call waits for what this process has "
+                        "given to the GPU, and its results are there when it returns."
+                    )
+            check_addresses(*value.values())
+        elif isinstance(value, list | tuple):
+            check_addresses(*value)
 
 
 def encode_refused(value: object) -> object:

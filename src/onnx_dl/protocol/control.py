@@ -271,6 +271,13 @@ class Load(Message):
     mapped: bool = False
 
 
+class Prepare(Message):
+    """Load CUDA's libraries, and make its context on this device, while the load waits for memory.  Load
+    follows."""
+
+    device_id: Count
+
+
 class WorkerReady(Message):
     """The model is loaded.  Lanes may be opened at ``address`` with ``secret``.
 
@@ -349,7 +356,7 @@ Question = Acquire | AskModel | AskStatus | AskEvents | AskOutcome | Unload | Sh
 FromClient = Question | Withdraw | DropBlob | Outdated | Release | SetTtl
 ToClient = Granted | Denied | Named | Unloaded | Status | RecentEvents | Outcome | Bye | Published | Wrote
 FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
-ToWorker = Load | Retime | Drain | DrainIfIdle | Exit
+ToWorker = Prepare | Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 
 from_client: Reader[FromClient] = Reader(FromClient)

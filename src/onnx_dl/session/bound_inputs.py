@@ -6,17 +6,19 @@ when it is bound: what its memory has later is not seen before it is bound again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
 from onnx_dl.core.types import Array, OrtObject, Value
 from onnx_dl.ort import ortvalues
+from onnx_dl.tensors.device_values import DeviceTensor
 
 _DEVICES: Final = frozenset(
     ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 )
+_CPU: Final = "CPUExecutionProvider"
 _HOST: Final = "Cpu"
 """Name of the host's memory in onnxruntime."""
 
@@ -56,11 +58,14 @@ class InputCopies:
         self._copies: dict[str, Array] = {}
 
     def read(self, name: str, value: Value) -> Value:
-        """Returns the value that later runs get for an input that is bound to memory of the host: ``value``,
-        an array or a native OrtValue, or its present copy.
+        """Returns the value that later runs get for an input that is bound to ``value``: that, or a copy.
 
         The memory of the copy before is used again: its runs have ended.
         """
+        if type(value) is DeviceTensor:
+            return value
+        if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
+            return np.ascontiguousarray(value)  # onnxruntime copies such an array now, on the CPU, too
         if not self._is_read(name):
             return value
         if not isinstance(value, np.ndarray):
@@ -81,15 +86,19 @@ def _copy(value: OrtObject) -> OrtObject:
     parts = ortvalues.take_apart(value)
     if parts is None or parts.kind != "dense":
         return value
-    return ortvalues.put_together(parts.kind, parts.items, copy=True)
+    element_type, shape, data, *_ = parts.items  # and the device, which need not be the host
+    return ortvalues.put_together(parts.kind, [element_type, shape, data], copy=True)
 
 
 def copies_for(proxy: OrtObject) -> InputCopies:
     """Returns the copies of one binding to a session's proxy."""
 
     def is_read(name: str) -> bool:
-        details: Mapping[str, Sequence[Sequence[object]]] = proxy._metadata.read().details
-        names = [node.name for node in proxy.get_inputs()]
-        return reads_when_bound(name, names, details.get("input_memory_infos", ()), proxy.get_providers())
+        described = proxy._metadata.read()
+        if described.providers == [_CPU]:  # nearly always, and this is asked for each input
+            return False
+        names = [node.name for node in described.inputs]
+        infos = described.details.get("input_memory_infos", ())
+        return reads_when_bound(name, names, infos, described.providers)
 
     return InputCopies(is_read, proxy.empty)

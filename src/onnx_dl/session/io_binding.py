@@ -1,13 +1,15 @@
 """IOBinding across processes: inputs are read, and results written, where the application bound them.
 
 Has ``onnxruntime.IOBinding``'s methods.  Addresses are this process's: every run copies the inputs' memory to
-the worker and the results to where they are bound, so the application may change bound memory between runs.
-As in-process, memory that a run allocated for an output is bound to it from then on.
+the worker and the results to where they are bound, so the application may change bound memory between runs
+(unless the session is on a GPU and copies inputs when they are bound: :mod:`onnx_dl.session.bound_inputs`).
+As in-process, memory that a run allocated for an output is bound to it from then on.  Memory on a GPU is
+never touched here: see :mod:`onnx_dl.session.device_memory`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import importlib
 import math
 import sys
@@ -20,8 +22,13 @@ from numpy.typing import DTypeLike
 from onnx_dl.core.types import Array, Feed, OrtObject, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import onnx_builder, ortvalues
+from onnx_dl.session import bound_inputs, device_memory
+from onnx_dl.session.bound_outputs import BoundOutput, write
+from onnx_dl.session.device_runs import DeviceRuns
 from onnx_dl.session.inputs import check_owner
 from onnx_dl.session.introspection import SessionProxy
+from onnx_dl.tensors import device_values
+from onnx_dl.tensors.device_values import DeviceTensor
 
 _C: Final = "onnxruntime.capi.onnxruntime_pybind11_state"
 _PLAIN: Final = frozenset("biufc")
@@ -32,18 +39,6 @@ _ElementType = DTypeLike | int
 """A numpy type, or a number of onnx's TensorProto.DataType."""
 
 
-class _Output:
-    """Destination of one output.  ``value``: a native OrtValue that holds it, if there is one yet."""
-
-    def __init__(self, device: str, number: int, value: OrtObject = None, owner: object = None) -> None:
-        """``owner``: the Python object of a bound OrtValue, which may hold the array whose memory it uses."""
-        self.device = device
-        self.number = number
-        self.value = value
-        self.owner = owner
-        self.array = None if value is None else ortvalues.as_array(value, owner)
-
-
 class IOBinding:
     """``onnxruntime.IOBinding`` for a proxy.  Arrays are numpy's, values are ``OrtValue``."""
 
@@ -51,7 +46,10 @@ class IOBinding:
         self._proxy = proxy
         self._session = proxy._sess
         self._inputs: Feed = {}
-        self._outputs: dict[str, _Output] = {}
+        self._copies = bound_inputs.copies_for(proxy)
+        self._outputs: dict[str, BoundOutput] = {}
+        self._devices: DeviceRuns | None = None
+        """Made when something that is not the host's is bound."""
 
     @property
     def _iobinding(self) -> IOBinding:
@@ -67,18 +65,15 @@ class IOBinding:
     # --- inputs -------------------------------------------------------------------------------------------
 
     def bind_cpu_input(self, name: str, arr_on_cpu: Value) -> None:
-        """Binds an array, whose memory is read at every run.
+        """Binds an array, whose memory is read at every run, or now (:mod:`onnx_dl.session.bound_inputs`).
 
         Raises:
             RuntimeError: there is no such input, or it takes no tensors of numbers, in onnxruntime's words.
         """
-        array = arr_on_cpu
         known = any(node.name == name and node.type != "tensor(string)" for node in self._proxy.get_inputs())
-        if not (known and type(array) is np.ndarray and array.dtype.kind in _PLAIN):
-            self._proxy._invoke("check_binding", name, array)
-        if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
-            array = np.ascontiguousarray(array)  # onnxruntime copies such an array now, too
-        self._inputs[name] = array
+        if not (known and type(arr_on_cpu) is np.ndarray and arr_on_cpu.dtype.kind in _PLAIN):
+            self._proxy._invoke("check_binding", name, arr_on_cpu)
+        self._inputs[name] = self._copies.read(name, arr_on_cpu)
 
     def bind_input(
         self,
@@ -89,7 +84,7 @@ class IOBinding:
         shape: Sequence[int],
         buffer_ptr: int,
     ) -> None:
-        """Binds memory at an address, which is read at every run, as a tensor of this type and shape.
+        """Binds memory at an address, which is read like an array, as a tensor of this type and shape.
 
         Raises:
             RuntimeError: there is no such input, or the memory is said to hold text, in onnxruntime's words.
@@ -99,19 +94,26 @@ class IOBinding:
             raise RuntimeError(_NO_TEXT)
         value = self._value_at(device_type, device_id, element_type, shape, buffer_ptr)
         self._check_input(name)
-        self._inputs[name] = self._live(value, None)
+        live = value if type(value) is DeviceTensor else self._live(value, None)
+        self._inputs[name] = self._copies.read(name, live)
 
     def bind_ortvalue_input(self, name: str, ortvalue: OrtObject) -> None:
-        """Binds an OrtValue, which is read at every run."""
+        """Binds an OrtValue, which is read like an array."""
         self._check_owner(ortvalue)
         self._check_input(name)
-        self._inputs[name] = self._live(ortvalue._ortvalue, ortvalue)
+        self._inputs[name] = self._copies.read(name, self._live(ortvalue._ortvalue, ortvalue))
 
-    @staticmethod
-    def _live(value: OrtObject, owner: object) -> Value:
-        """A native OrtValue as an array in the same memory, if numpy has an array type for it."""
+    def _live(self, value: OrtObject, owner: object) -> Value:
+        """A native OrtValue as an array in the same memory, if numpy has an array type for it, or as a tensor
+        on a GPU."""
         array = ortvalues.as_array(value, owner)
+        if array is None and (tensor := device_memory.tensor_of(value, owner)) is not None:
+            self._use_devices()
+            return tensor
         return value if array is None else array
+
+    def _use_devices(self) -> None:
+        self._devices = self._devices or DeviceRuns(self._proxy._handle.spec)
 
     def _check_owner(self, ortvalue: OrtObject) -> None:
         if type(ortvalue).__name__ == "OrtValue" and not hasattr(ortvalue, "_session"):
@@ -129,6 +131,8 @@ class IOBinding:
 
     def clear_binding_inputs(self) -> None:
         self._inputs.clear()
+        self._copies.clear()
+        self._devices = DeviceRuns.still(self._devices, (), self._outputs.values())
 
     # --- outputs ------------------------------------------------------------------------------------------
 
@@ -149,7 +153,7 @@ class IOBinding:
         """
         if buffer_ptr is None:
             _check_device(device_type, device_id)
-            self._outputs[name] = _Output(device_type, device_id)
+            self._bind_output(name, BoundOutput(device_type, device_id))
             return
         if element_type is None or shape is None:
             raise ValueError(
@@ -161,22 +165,30 @@ class IOBinding:
             raise RuntimeError(f"Failed to find NodeArg with name: {name} in the def list")
         if kind == "tensor(string)":
             raise RuntimeError(_NO_TEXT)
-        self._outputs[name] = _Output(device_type, device_id, value)
+        self._bind_output(name, BoundOutput(device_type, device_id, value))
+
+    def _bind_output(self, name: str, output: BoundOutput) -> None:
+        if output.device != "cpu" or output.tensor is not None:
+            self._use_devices()
+        self._outputs[name] = output
 
     def _type_of(self, name: str) -> str | None:
         """The type of an output; None: there is none of this name."""
         return next((node.type for node in self._proxy.get_outputs() if node.name == name), None)
 
     def bind_ortvalue_output(self, name: str, ortvalue: OrtObject) -> None:
-        """Binds an output to an OrtValue's memory."""
+        """Binds an output to an OrtValue's memory.  Raises ValueError if that is on a device that is neither
+        the host nor a GPU of CUDA."""
         self._check_owner(ortvalue)
-        self._outputs[name] = _Output("cpu", 0, ortvalue._ortvalue, ortvalue)
+        device_memory.check_writable(ortvalue._ortvalue)
+        self._bind_output(name, BoundOutput("cpu", 0, ortvalue._ortvalue, ortvalue))
 
     def synchronize_outputs(self) -> None:
         """Does nothing: results are there when a run ends."""
 
     def clear_binding_outputs(self) -> None:
         self._outputs.clear()
+        self._devices = DeviceRuns.still(self._devices, self._inputs.values(), ())
 
     def get_outputs(self) -> list[OrtObject]:
         """The outputs of the last run as ``onnxruntime.OrtValue``, in the order in which they were bound.
@@ -199,15 +211,12 @@ class IOBinding:
         Raises:
             RuntimeError: there was no run yet; onnxruntime itself crashes then.
         """
-        if any(output.value is None for output in self._outputs.values()):
+        if not all(output.is_there for output in self._outputs.values()):
             raise RuntimeError("This IOBinding has no outputs yet: run_with_iobinding() comes first.")
-        return [_python(value) for value in self._results()]
+        return [output.to_python() for output in self._outputs.values()]
 
     def _results(self) -> list[OrtObject]:
-        return [
-            onnx_builder.nothing() if output.value is None else output.value
-            for output in self._outputs.values()
-        ]
+        return [output.native() for output in self._outputs.values()]
 
     # --- a run --------------------------------------------------------------------------------------------
 
@@ -219,19 +228,27 @@ class IOBinding:
         shape: Sequence[int],
         address: int,
     ) -> OrtObject:
-        """A native OrtValue over memory of this process.  For text, a new one, which no run may write to, as
-        in onnxruntime."""
+        """A native OrtValue over memory of this process, or a tensor on a GPU.  For text, a new OrtValue,
+        which no run may write to, as in onnxruntime."""
         onnxruntime = importlib.import_module("onnxruntime")
         _check_device(device_type, device_id)
         if _is_text(element_type):
             return onnx_builder.text(np.full(list(shape), "", object))
         number, nbytes = _element(onnxruntime, element_type, shape)
+        if device_type.lower() != "cpu":
+            tensor = device_memory.tensor_at(device_type, device_id, number, shape, address)
+            self._use_devices()
+            return tensor
+        device_values.check_host(address)
         lies_there = ortvalues.bytes_at(address, nbytes)
         return ortvalues.put_together("dense", [number, list(shape), lies_there], copy=False)
 
     def run_plainly(self, run: Callable[[list[str], Feed], list[Array]]) -> bool:
         """Runs the way of ``run()``, which is faster.  False if that did not do: :meth:`run` then raises what
         is wrong in the words of a binding."""
+        devices = self._devices
+        if devices is not None and devices.are_needed(self._inputs.values(), self._outputs.values()):
+            return False
         if not self._is_plain():
             return False
         try:
@@ -240,14 +257,10 @@ class IOBinding:
             raise  # not onnxruntime's: the other way would raise the same
         except Exception:
             return False
-        if not all(map(_fits, self._outputs.values(), results)):
+        if not all(map(BoundOutput.fits, self._outputs.values(), results)):
             return False
         for output, result in zip(self._outputs.values(), results, strict=True):
-            if output.array is None:
-                output.value = ortvalues.from_array(result)
-                output.array = ortvalues.as_array(output.value, output.value)
-            else:
-                output.array[...] = result
+            output.put(result)
         return True
 
     def _is_plain(self) -> bool:
@@ -262,24 +275,20 @@ class IOBinding:
             and all(given.get(name) in ortvalues.NUMERIC and name not in taken for name in self._outputs)
         )
 
-    def _place(self, name: str, value: OrtObject) -> list[object] | None:
-        """See :func:`place_of`.  The run refuses text where the model has none."""
-        if value is not None and value.is_tensor() and value.element_type() == _TEXT:
-            return None if self._type_of(name) == "tensor(string)" else [_TEXT, list(value.shape())]
-        return place_of(value)
-
     def run(self, call: Callable[[list[Value], list[Value]], list[Value]]) -> None:
         """Runs with any kind of value.  ``call`` takes inputs and outputs; it returns a result per output."""
-        inputs = [[name, value] for name, value in self._inputs.items()]
+        inputs: list[Value] = [[name, value] for name, value in self._inputs.items()]
         outputs: list[Value] = [
-            [name, output.device, output.number, self._place(name, output.value)]
+            [name, output.device, output.number, output.place(functools.partial(self._type_of, name))]
             for name, output in self._outputs.items()
         ]
-        for (name, device, number, place), result in zip(outputs, call(inputs, outputs), strict=True):
-            if place is not None and isinstance(result, np.ndarray):
-                _write(self._outputs[name].value, result)
-            else:
-                self._outputs[name] = _Output(device, number, result, result)
+        results = call(inputs, outputs) if self._devices is None else self._devices.run(call, inputs, outputs)
+        for (name, *_, place), result in zip(outputs, results, strict=True):
+            output = self._outputs[name]
+            if isinstance(place, list) and isinstance(result, np.ndarray):
+                write(output.value, result)
+            elif result is not None:
+                self._outputs[name] = BoundOutput(output.device, output.number, result, result)
 
 
 def _is_text(element_type: _ElementType) -> bool:
@@ -290,15 +299,6 @@ def _is_text(element_type: _ElementType) -> bool:
         return np.dtype(element_type).kind in "OSU"
     except TypeError:
         return False
-
-
-def _fits(output: _Output, result: Value) -> bool:
-    """True if the result fits the bound memory.  An output without a value takes any."""
-    if type(result) is not np.ndarray:
-        return False
-    if output.array is None:
-        return output.value is None
-    return bool(output.array.shape == result.shape and output.array.dtype == result.dtype)
 
 
 def _check_device(device_type: str, device_id: int) -> None:
@@ -318,31 +318,3 @@ def _element(onnxruntime: OrtObject, element_type: _ElementType, shape: Sequence
 def vector_class() -> OrtObject:
     """onnxruntime's OrtValueVector."""
     return importlib.import_module(_C).OrtValueVector
-
-
-def take_results(given: list[OrtObject], results: list[Value]) -> list[Value]:
-    """Writes results to the native OrtValues that were given for them; returns those that are left."""
-    for value, result in zip(given, results, strict=False):
-        _write(value, result)
-    return results[len(given) :]
-
-
-def _write(value: OrtObject, result: Array) -> None:
-    if result.nbytes:
-        ctypes.memmove(value.data_ptr(), result.ctypes.data, result.nbytes)
-
-
-def place_of(value: OrtObject) -> list[object] | None:
-    """Element type and shape of the memory that a result is written to; None: it is allocated."""
-    if value is None or not value.has_value() or not value.is_tensor() or value.element_type() == _TEXT:
-        return None
-    return [value.element_type(), list(value.shape())]
-
-
-def _python(value: OrtObject) -> Value:
-    parts = ortvalues.take_apart(value)
-    if parts is None or parts.kind == "absent":
-        return None
-    if parts.kind == "dense":
-        return value.numpy().copy()
-    return parts.items[-1] if parts.kind in ("text", "sequence", "maps") else value.as_sparse_tensor()

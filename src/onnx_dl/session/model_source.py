@@ -113,6 +113,8 @@ def describe(
         "surroundings": process_wide,
         **worker.fields(),
     }
+    if worker.isolation:
+        options.check_addresses(how)
     path, data = location
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     spec = specify(path, digest, working_directory(), how)
@@ -136,7 +138,10 @@ def with_providers(spec: ModelSpec, providers: Providers, provider_options: Prov
     extra = {name: value for name, value in spec.extra.items() if name in KNOWN} | {"enable_fallback": 0}
     kept = {name: getattr(spec, name) for name in ("options", "memory", "surroundings", *WORKER_FIELDS)}
     kept |= {} if spec.isolation else {"isolation": False}
-    return specify(spec.path, spec.blob, spec.cwd, kept | _providers(providers, provider_options, extra))
+    asked = _providers(providers, provider_options, extra)
+    if spec.isolation:
+        options.check_addresses(asked)
+    return specify(spec.path, spec.blob, spec.cwd, kept | asked)
 
 
 def _providers(providers: Providers, provider_options: Providers, extra: PlainDict) -> PlainDict:

@@ -16,9 +16,11 @@ from onnx_dl.client.served_model import ServedModel
 from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import options, ortvalues
+from onnx_dl.session.bound_outputs import place_of, take_results
+from onnx_dl.session.device_memory import check_writable
 from onnx_dl.session.inputs import are_names, check_names, check_owner, names_of, sharing
 from onnx_dl.session.introspection import SessionProxy
-from onnx_dl.session.io_binding import IOBinding, place_of, take_results, vector_class
+from onnx_dl.session.io_binding import IOBinding, vector_class
 
 
 class OrtValueProxy(SessionProxy):
@@ -88,6 +90,8 @@ class OrtValueProxy(SessionProxy):
                 "OrtValueVector for feeds and for fetches."
             )
         given = list(fetches)
+        for value in given:
+            check_writable(value)
         found = self._call(
             "run_with_ortvaluevector",
             list(feed_names),

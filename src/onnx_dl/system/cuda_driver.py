@@ -20,8 +20,8 @@ from onnx_dl.concurrency.forking import Guard, importing
 _LIBRARY: Final = "libcuda.so.1"
 _INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _DESTROYED = 1, 201, 500, 709
 """CUDA_ERROR_INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _CONTEXT_IS_DESTROYED."""
-_MEMORY_TYPE, _BUFFER_ID, _IS_MANAGED, _ORDINAL = 2, 7, 8, 9
-"""CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _BUFFER_ID, _IS_MANAGED, _DEVICE_ORDINAL."""
+_ATTRIBUTES: Final = (c_int * 4)(2, 8, 9, 7)
+"""CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _IS_MANAGED, _DEVICE_ORDINAL, _BUFFER_ID."""
 _ON_DEVICE: Final = 2
 """CU_MEMORYTYPE_DEVICE."""
 _ENABLES_PEERS: Final = 1
@@ -52,7 +52,6 @@ _TYPES: Final = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
-    "cuDeviceGetUuid": (POINTER(_Uuid), c_int),
     "cuDeviceGetUuid_v2": (POINTER(_Uuid), c_int),
     "cuDevicePrimaryCtxGetState": (c_int, POINTER(c_uint), POINTER(c_int)),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
@@ -60,7 +59,7 @@ _TYPES: Final = {
     "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
     "cuCtxSynchronize": (),
     "cuStreamSynchronize": (c_void_p,),
-    "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
+    "cuPointerGetAttributes": (c_uint, POINTER(c_int), POINTER(c_void_p), c_uint64),
     "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
@@ -126,9 +125,6 @@ class _Calls:
                 function.argtypes, function.restype = types, c_int
                 self._functions[name] = function
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._functions
-
     def __call__(self, name: str, *arguments: object) -> None:
         function = self._functions.get(name)
         if code := _NOT_FOUND if function is None else function(*arguments):
@@ -148,6 +144,7 @@ class _Contexts:
         self._guard = Guard()
         self._retained: dict[int, int] = {}
         """Contexts by device, each retained once and until the process ends."""
+        self._handles: dict[int, int] = {}
 
     def count(self) -> int:
         count = c_int()
@@ -156,14 +153,19 @@ class _Contexts:
 
     def handle(self, device: int) -> int:
         """The CUdevice of an ordinal."""
+        if (known := self._handles.get(device)) is not None:
+            return known
         handle = c_int()
         self._call("cuDeviceGet", byref(handle), device)
-        return handle.value
+        return self._handles.setdefault(device, handle.value)
 
     def any_active(self) -> int | None:
         """A device with an active primary context; None: there is none, also because nobody has started the
         driver, or only the process that forked this one."""
         with contextlib.suppress(DriverError):
+            for device in list(self._retained):  # that is quicker than to count
+                if self._is_active(device):
+                    return device
             return next((device for device in range(self.count()) if self._is_active(device)), None)
         return None
 
@@ -207,6 +209,7 @@ class CudaDriver:
         self._call = _Calls(library)
         self._contexts = _Contexts(self._call)
         self._current = self._contexts.current
+        self._uuids: dict[int, bytes] = {}
 
     def is_in_use(self) -> bool:
         """True if this process has a primary context on a device."""
@@ -222,25 +225,46 @@ class CudaDriver:
         if (asked := self._contexts.any_active()) is None:
             return None
         with self._current(asked):
-            if self._attribute(_MEMORY_TYPE, address) != _ON_DEVICE or self._attribute(_IS_MANAGED, address):
+            kind, is_managed, device, buffer = self._attributes(address)
+            if kind != _ON_DEVICE or is_managed:
                 return None
-            device, buffer = self._attribute(_ORDINAL, address), self._attribute(_BUFFER_ID, address)
-        if device is None or buffer is None:
-            return None
+            if device == asked:
+                return DevicePointer(device, buffer, *self._range(address))
+        try:
+            with self._current(device):
+                return DevicePointer(device, buffer, *self._range(address))
+        except DriverError:  # it belongs to a context that is no primary one
+            return DevicePointer(device, buffer, address, 0)
+
+    def _attributes(self, address: int) -> tuple[int, int, int, int]:
+        """Values of the attributes; zeros: the driver does not know the address."""
+        values = (c_uint64 * 4)()  # of which it writes 1, 4 or 8 bytes
+        first = ctypes.addressof(values)
+        targets = (c_void_p * 4)(first, first + 8, first + 16, first + 24)
+        try:
+            self._call("cuPointerGetAttributes", 4, _ATTRIBUTES, targets, address)
+        except DriverError as error:
+            if error.code not in (_INVALID_VALUE, _INVALID_CONTEXT):
+                raise
+            return 0, 0, 0, 0
+        kind, is_managed, device, buffer = values
+        return kind, is_managed, device, buffer
+
+    def _range(self, address: int) -> tuple[int, int]:
+        """Base and size of an allocation."""
         base, size = c_uint64(), c_size_t()
-        with contextlib.suppress(DriverError), self._current(device):
+        try:
             self._call("cuMemGetAddressRange_v2", byref(base), byref(size), address)
-            return DevicePointer(device, buffer, base.value, size.value)
-        return DevicePointer(device, buffer, address, 0)
+        except DriverError:
+            return address, 0
+        return base.value, size.value
 
     def uuid(self, device: int) -> bytes:
         """Returns the 16 bytes that name a device, or a MIG instance, in all processes."""
-        found = _Uuid()
-        known = "cuDeviceGetUuid_v2" in self._call
-        self._call(
-            "cuDeviceGetUuid_v2" if known else "cuDeviceGetUuid", byref(found), self._contexts.handle(device)
-        )
-        return bytes(found.data)
+        if (known := self._uuids.get(device)) is not None:
+            return known
+        self._call("cuDeviceGetUuid_v2", byref(found := _Uuid()), self._contexts.handle(device))
+        return self._uuids.setdefault(device, bytes(found.data))
 
     def device_of(self, uuid: bytes) -> int | None:
         """Returns the device with this UUID; None: this process does not see it."""
@@ -349,17 +373,6 @@ class CudaDriver:
         """Takes :meth:`register_host` back; must come before the memory is unmapped."""
         with self._current(device):
             self._call("cuMemHostUnregister", address)
-
-    def _attribute(self, attribute: int, address: int) -> int | None:
-        """The attribute; None: the driver does not know the address.  It writes 1, 4 or 8 bytes."""
-        value = c_uint64()
-        try:
-            self._call("cuPointerGetAttribute", byref(value), attribute, address)
-        except DriverError as error:
-            if error.code != _INVALID_VALUE:
-                raise
-            return None
-        return value.value
 
 
 _found: tuple[int, CudaDriver] | None = None

@@ -23,6 +23,7 @@ from onnx_dl.tensors.call_plans import (
     can_repeat,
     key_of,
 )
+from onnx_dl.tensors.device_values import DeviceLoans
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace, Written, bytes_of
 from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
@@ -40,14 +41,19 @@ class CallCodec:
         """``arena``: the caller's blocks; ``mappings``: the worker's."""
         self._arena = arena
         self._mappings = mappings
-        self._unpacker = Unpacker(mappings.block, copy=True)
+        self.loans = DeviceLoans()
+        # Not a method of this object: it would be in a cycle, and its memory would wait for a collection.
+        self._unpacker = Unpacker(mappings.block, copy=True, device=self.loans.receive)
         self.plans = CallPlans()
         self._drops = 0
         """Number of blocks that the worker had dropped when the table was last reviewed."""
 
     def pack(self, values: Iterable[EngineValue]) -> list[m.Value]:
         """Copies the arrays in ``values`` to shared memory; see :class:`Packer`."""
-        return Packer(self._arena).pack(values)
+        packer = Packer(self._arena)
+        packed = packer.pack(values)
+        self.loans.are_open |= packer.names_devices
+        return packed
 
     def repeated(self, outputs: EngineValue, feed: Feed) -> CallPlan | None:
         """Prepares a call like the last one by copying its inputs to their places.  Returns its plan, which

@@ -36,6 +36,8 @@ _LONG_LONG: Final = frozenset("qQ") if np.dtype("q").isnative else frozenset()
 _LIKE_TEXT: Final = (memoryview, bytearray, set, frozenset, range)
 """onnxruntime rejects these with the same message as text, which does not show their content."""
 
+DEVICE: Final = "device"
+"""Kind of a handle of memory on a device (:mod:`onnx_dl.tensors.device_values`)."""
 _CONTAINERS: Final = (list, dict)
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
 
@@ -76,6 +78,8 @@ class Packer:
         """The block with the small arrays."""
         self.nbytes = 0
         """Size of its first part, which depends on types and shapes only."""
+        self.names_devices = False
+        """True if a value names memory on a device."""
 
     def pack(self, values: Iterable[object], *, from_engine: bool = False) -> list[Value]:
         """Encode the values in order; their arrays are copied into shared memory.
@@ -129,6 +133,8 @@ class Packer:
         parts = value if type(value) is ort.Parts else ort.take_apart(value)
         if parts is None:
             raise RuntimeError(f"Unable to handle object of type {type(value)}")
+        if parts.kind == DEVICE:
+            self.names_devices = True
         return parts._replace(items=list(map(self._node, parts.items)))
 
     def _measure(self, node: _Node) -> None:
@@ -250,8 +256,16 @@ class Unpacker:
     """Decodes values; ``block`` returns the mapped block of a number.  ``copy``: arrays in scratch blocks are
     copied; else they are views that the next message overwrites."""
 
-    def __init__(self, block: Callable[[int], Block], *, copy: bool) -> None:
+    def __init__(
+        self,
+        block: Callable[[int], Block],
+        *,
+        copy: bool,
+        device: Callable[[list[Any]], object] | None = None,
+    ) -> None:
+        """``device`` returns the value of a handle of memory on a device; None: the peer may send none."""
         self._block = block
+        self.device = device
         self._copy = copy
         self.copies = AlignedCopies()
 
@@ -306,6 +320,8 @@ class Unpacker:
                 return dict(zip(items[::2], items[1::2], strict=True))
             case "scalar":
                 return items[0][()]
+            case "device" if self.device is not None:
+                return self.device(items)
         if value.kind in ort.KINDS:
             return ort.put_together(value.kind, items, copy=self._copy)
         raise ProtocolError(f"A container of kind {value.kind!r} is not part of the protocol.")

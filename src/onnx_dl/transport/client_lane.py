@@ -236,7 +236,7 @@ class ClientLane(Lane[CallerChannel]):
     def is_large(self) -> bool:
         """True if both ends keep so much memory that it is worth giving back."""
         memories = self.arena.memories
-        if len(memories):  # the client of these may wait for their end
+        if len(memories) or self.codec.loans.are_open:  # the owner of these may wait for their end
             return True
         own = self.arena.nbytes + self.arena.adoptions.nbytes + memories.copied
         return own + self.mappings.nbytes > LARGE
@@ -244,6 +244,7 @@ class ClientLane(Lane[CallerChannel]):
     def trim(self) -> bool:
         """Return the memory of both ends to the system.  False: there was no answer; close the lane."""
         self.codec.plans.clear()
+        self.codec.loans.are_open = False
         self.arena.trim()
         try:
             return isinstance(self.exchange(lane.Trim(), _TRIM_TIMEOUT), lane.Result)

@@ -120,6 +120,10 @@ class WorkerLane(Lane[WorkerChannel]):
                 self._bell.rest()
         return request - REPLAY if type(request) is int else request
 
+    def take_devices(self, open_handle: Callable[[list[Any]], object]) -> None:
+        """Have handles of memory on a device decoded by this function."""
+        self._unpacker.device = open_handle
+
     def unpack(self, value: lane.Value) -> Any:
         """Decode a value of a request.  Its arrays are views, valid until the reply is sent."""
         return self._unpacker.unpack(value)

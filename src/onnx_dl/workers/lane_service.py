@@ -11,9 +11,10 @@ from onnx_dl.errors import OnnxDLError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.transport.worker_lane import WorkerLane
+from onnx_dl.workers.device_memory import LaneDevices
 from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines import base as backends
-from onnx_dl.workers.engines.base import Backend, CancelToken
+from onnx_dl.workers.engines.base import Backend, CancelToken, DeviceResults
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.limits import RecycleLimits, Watchdog
 from onnx_dl.workers.pinned_blocks import LanePins, PinnedBlocks
@@ -55,6 +56,8 @@ class LaneService:
         self._pins = None if device is None else LanePins(pinned, device, lane.mappings)
         self._prepared = PreparedCalls(lane, backend, self._token, self._pins)
         self._placed = PlacedCalls(lane, backend, self._token)
+        self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend))
+        lane.take_devices(self._devices.open)
         self._holds = 0
 
     def run(self) -> None:
@@ -86,13 +89,16 @@ class LaneService:
             token.number = lane.request
             if type(request) is not int:  # a number brings no news of memories
                 self._placed.drop_unmapped()
+                if self._devices.is_used and type(request) is not m.Invoke:
+                    self._devices.begin()
             if (handler := uses.get(type(request))) is not None:
                 self._use_model(handler, request)
             elif (handler := others.get(type(request))) is not None:
                 handler(request)
 
     def release(self) -> None:
-        """Ends the session() blocks of a caller that is gone."""
+        """Ends the session() blocks of a caller that is gone, and gives its memory on devices back."""
+        self._devices.close()
         while self._holds:
             self._end_hold()
 
@@ -151,8 +157,16 @@ class LaneService:
             self._pins.used((), self._placed.blocks())
 
     def _invoke(self, request: m.Invoke) -> None:
+        devices = self._devices
         args = [self._lane.unpack(arg) for arg in request.args]
-        self._lane.reply(self._backend.invoke(request.method, args, self._token))
+        if devices.is_used:
+            devices.begin()
+        try:
+            result = self._backend.invoke(request.method, args, self._token)
+        finally:
+            if devices.is_used:  # also a run that failed may still write
+                devices.synchronize()
+        self._lane.reply(devices.lend(result) if type(result) is DeviceResults else result)
 
     def _acknowledge(self, _: object) -> None:
         self._lane.reply(None)

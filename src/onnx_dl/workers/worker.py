@@ -90,7 +90,8 @@ class Worker:
         """Runs until the supervisor sends Exit or is gone; never returns."""
         door = self._stand_by() if self._is_standby else None
         self._send(control.WorkerStarted(worker_id=self._id))
-        message = self._receive()
+        while isinstance(message := self._receive(), control.Prepare):
+            standby.prepare(message.device_id)
         if isinstance(message, control.Load):
             self._load(message, door)
         _exit()

@@ -41,7 +41,7 @@ enum {
     INVALID_CONTEXT = 201, MAP_FAILED_ = 205, ALREADY_MAPPED = 208, INVALID_HANDLE = 400,
     NOT_FOUND = 500, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713, NOT_PERMITTED = 800
 };
-enum { MOST = 4096, MOST_DEVICES = 16, DEEPEST = 32, PAGE = 4096, MAGIC = 0x46414B45 };
+enum { MOST = 1024, MOST_DEVICES = 16, DEEPEST = 32, PAGE = 4096, MAGIC = 0x46414B45 };
 enum { FREE, ALLOCATED, MANAGED, OPENED, RESERVED, MAPPED };
 
 /* The first page of each memfd, shared by all that have it open. */
@@ -348,21 +348,24 @@ API cuMemFree_v2(u64 address) {
     return told("cuMemFree_v2", SUCCESS, address, 0);
 }
 
-API cuPointerGetAttribute(void *data, int attribute, u64 address) {
-    CHECK_CONTEXT("cuPointerGetAttribute");
-    if (!data) return INVALID_VALUE;
+/* An address that the driver does not know has zeros. */
+API cuPointerGetAttributes(unsigned count, int *attributes, void **data, u64 address) {
+    static const char name[] = "cuPointerGetAttributes";
+    CHECK_CONTEXT(name);
+    if (!count || !attributes || !data) return misused(name, INVALID_VALUE, address, 0);
     LOCKED;
     Range *range = range_at(address, 0);
+    if (range && range->kind == RESERVED) range = NULL;
     int is_pinned = 0;
     for (int i = 0; i < MOST && !range; i++)
         is_pinned |= pinned[i].size && address >= pinned[i].address && address - pinned[i].address < pinned[i].size;
-    CUresult result = range || is_pinned ? SUCCESS : INVALID_VALUE;
-    if (!result)
-        switch (attribute) {
-        case 2: *(int *)data = is_pinned ? 1 : 2; break;
-        case 7: *(u64 *)data = range ? range->buffer : 0; break;
-        case 8: *(unsigned char *)data = range && range->kind == MANAGED; break;
-        case 9: *(int *)data = range ? range->device : 0; break;
+    CUresult result = SUCCESS;
+    for (unsigned i = 0; i < count; i++)
+        switch (attributes[i]) {
+        case 2: *(int *)data[i] = range ? 2 : is_pinned; break;
+        case 7: *(u64 *)data[i] = range ? range->buffer : 0; break;
+        case 8: *(unsigned char *)data[i] = range && range->kind == MANAGED; break;
+        case 9: *(int *)data[i] = range ? range->device : is_pinned ? 0 : -2; break;
         default: result = INVALID_VALUE;
         }
     UNLOCKED;

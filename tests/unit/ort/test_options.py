@@ -166,3 +166,26 @@ def test_providers(given, made):
 def test_providers_that_cannot_travel(bad):
     with pytest.raises(ConfigError, match=r"cannot hold a (object|set|bytes)"):
         options.read_providers(bad)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["CPUExecutionProvider", ("CUDAExecutionProvider", {"user_compute_stream": "94"})],
+        {
+            "calls": [
+                ["add_provider", ["CUDAExecutionProvider", {"$dict": [["gpu_external_alloc", "94"]]}], {}]
+            ]
+        },
+        [{"has_user_compute_stream": 1}],
+    ],
+    ids=str,
+)
+def test_addresses_of_this_process_are_refused_by_name(given: object) -> None:
+    with pytest.raises(ConfigError, match=r"(_stream|gpu_external_alloc)=.* is an address of this"):
+        options.check_addresses(given)
+
+
+def test_options_that_say_that_there_is_no_address() -> None:
+    unset = {"user_compute_stream": "0", "has_user_compute_stream": "0", "gpu_external_free": ""}
+    options.check_addresses([("CUDAExecutionProvider", unset | {"device_id": 1})], None)

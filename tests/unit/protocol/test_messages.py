@@ -74,6 +74,7 @@ EXAMPLES = [
     control.Published(event=EVENT),
     control.Wrote(pid=1, text=b"why\n", worker_id=2, model="m.onnx", last=True),
     control.WorkerStarted(worker_id=1),
+    control.Prepare(device_id=1),
     control.Load(spec=spec(), ttl=5.0, mapped=True),
     control.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
     control.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),

@@ -66,7 +66,11 @@ def test_a_copy_keeps_what_the_array_had_and_its_memory_is_used_again() -> None:
 def test_arrays_of_any_order_and_none_at_all() -> None:
     copies = InputCopies(lambda name: True, np.empty)
     array = np.arange(6, dtype=np.float64).reshape(2, 3).T
-    assert copies.read("x", array).tolist() == array.tolist()
+    copy = copies.read("x", array)
+    assert copy.tolist() == array.tolist()
+    assert copy.flags.c_contiguous
+    array[:] = 9
+    assert copy[0, 0] == 0
     assert copies.read("x", np.array(7.0)).tolist() == 7.0
     assert copies.read("x", np.zeros((0, 3))).shape == (0, 3)
 

@@ -61,7 +61,7 @@ class AppliedFile:
         """Gives the scheduler the present content, and asks for the models that load with the host."""
         now = time.monotonic()
         models = self._file.models.values()
-        scheduler.facts.warmups = {model.spec.key: model.warmup for model in models if model.warmup}
+        scheduler.orders.warmups = {model.spec.key: model.warmup for model in models if model.warmup}
         terms = {model.spec.key: model.terms for model in models}
         run(scheduler.on_configured(self.settings, terms, self.grouped(), now))
         for ask in self._eager():

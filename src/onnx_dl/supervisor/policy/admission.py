@@ -18,20 +18,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from onnx_dl.core.lifecycle import ModelState
 from onnx_dl.core.spec import ModelSpec
-from onnx_dl.protocol import control, failures
+from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy import eviction
 from onnx_dl.supervisor.policy.cache_saves import CacheSaves
 from onnx_dl.supervisor.policy.capacity import Capacity, Limits
 from onnx_dl.supervisor.policy.commands import EndSaver, StartSaver
+from onnx_dl.supervisor.policy.decisions import (
+    BeginLoad,
+    ContinueLoad,
+    Decision,
+    DenyLoad,
+    Evict,
+    WithdrawStart,
+)
+from onnx_dl.supervisor.policy.early_starts import EarlyStarts
 from onnx_dl.supervisor.policy.eviction import Candidate, LoadPlan, Verdict
 from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.measuring import LoadWeighing, Sample
 from onnx_dl.supervisor.policy.memory_amount import NOTHING
-from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
+from onnx_dl.supervisor.policy.records import ModelRecord
 from onnx_dl.supervisor.policy.use_counts import UseCounts
 
 _LOOK_EVERY: Final = 0.05
@@ -66,29 +75,6 @@ class PendingLoad:
         return max(self.until, since)
 
 
-class BeginLoad(NamedTuple):
-    """Start this worker."""
-
-    model: ModelRecord
-    worker: WorkerRecord
-
-
-class DenyLoad(NamedTuple):
-    """Tell those who waited for the load why it is refused."""
-
-    waiters: list[tuple[bytes, control.Acquire]]
-    failure: failures.Failure
-
-
-class Evict(NamedTuple):
-    """Have a worker drain if it is idle."""
-
-    worker_id: int
-
-
-Decision = BeginLoad | DenyLoad | Evict | StartSaver | EndSaver
-
-
 @dataclasses.dataclass(eq=False)
 class Admission:
     """Decides when a pending load may begin."""
@@ -98,6 +84,7 @@ class Admission:
     _capacity: Capacity
     _weighing: LoadWeighing
     _saves: CacheSaves
+    _early: EarlyStarts
     pending: dict[str, PendingLoad] = dataclasses.field(default_factory=dict)
     """Pending loads by key of the model, in order of arrival."""
     _uses: UseCounts = dataclasses.field(default_factory=UseCounts)
@@ -121,6 +108,7 @@ class Admission:
         are gone."""
         model.second_try = True
         model.at_least = self._capacity.raised(model, _RAISE)
+        self.pending.pop(model.key, None)
         self.pending = {model.key: PendingLoad(spec, now + self._timeout, alone)} | self.pending
         yield from self.admit(now)
 
@@ -130,7 +118,7 @@ class Admission:
         waits = False
         for key, load in list(self.pending.items()):
             model = self._fleet.models.get(key)
-            if model is None or not model.waiters or model.worker is not None:
+            if model is None or not model.waiters or (model.worker is not None and not model.worker.waits):
                 del self.pending[key]
             else:
                 waits = (yield from self._consider(model, load, idle, now, is_first=not waits)) or waits
@@ -150,20 +138,24 @@ class Admission:
         """Returns whether the load goes on waiting."""
         plan = self._capacity.plan(model)
         if not self._capacity.could_fit(plan.need):
-            yield self._refuse(model, load, plan, now)
+            yield from self._refuse(model, load, plan, now)
             return False
         if not is_first:
             load.first_since = None  # a load that is repeated goes before those that were first
+            yield from self._early.withdraw(model, now)
             return True
-        if load.alone or not (self._capacity.in_use(now) + plan.need).fits(self._limits.memory):
+        if model.worker is not None and model.state is not ModelState.LOADING:
+            return True  # an early start that was withdrawn has not ended yet
+        if load.alone or not (self._early.others(model, now) + plan.need).fits(self._limits.memory):
             yield from self.end_saver()
-        verdict, evicted = self._decide(load, plan, idle, now)
+        verdict, evicted = self._decide(model, load, plan, idle, now)
         if verdict is Verdict.LOAD:
             del self.pending[model.key]
-            worker = self._fleet.start_worker(model, load.spec, now)
+            early, worker = model.worker, model.worker or self._fleet.start_worker(model, load.spec, now)
+            worker.waits, worker.started = False, now
             self._weighing.begin(worker, plan, now)
             self._uses.note_load(model.key, now)
-            yield BeginLoad(model, worker)
+            yield BeginLoad(model, worker) if early is None else ContinueLoad(model, worker)
             return False
         load.first_since = now if load.first_since is None else load.first_since
         # Wait for a worker that has just come, rather than evict one that is worth more.
@@ -177,7 +169,12 @@ class Admission:
         return True
 
     def _decide(
-        self, load: PendingLoad, plan: LoadPlan, idle: Mapping[int, float] | None, now: float
+        self,
+        model: ModelRecord,
+        load: PendingLoad,
+        plan: LoadPlan,
+        idle: Mapping[int, float] | None,
+        now: float,
     ) -> tuple[Verdict, list[int]]:
         candidates, leaving = self._candidates(idle or {}), self._capacity.leaving(now)
         if load.alone:
@@ -186,10 +183,19 @@ class Admission:
             if idle is None or leaving != NOTHING or self._fleet.any_drains():
                 return Verdict.WAIT, []
         return eviction.decide(
-            plan.need, self._limits.memory, self._capacity.in_use(now), leaving, candidates
+            plan.need, self._limits.memory, self._early.others(model, now), leaving, candidates
         )
 
-    def _refuse(self, model: ModelRecord, load: PendingLoad, plan: LoadPlan, now: float) -> DenyLoad:
+    def start_early(self, now: float) -> Iterator[Decision]:
+        """Starts the process of the first load, if it fits beside a worker that is leaving."""
+        for key, load in list(self.pending.items())[:1]:
+            model = self._fleet.models.get(key)
+            if model is not None and not load.alone:
+                yield from self._early.begin(model, load.spec, now)
+
+    def _refuse(
+        self, model: ModelRecord, load: PendingLoad, plan: LoadPlan, now: float
+    ) -> Iterator[DenyLoad | WithdrawStart]:
         if load.alone and model.last_failure is not None:  # says more than that there is no memory
             failure = model.with_retry(model.last_failure, now)
         else:
@@ -198,7 +204,8 @@ class Admission:
         waiters = model.take_waiters()
         model.second_try, model.at_least = False, NOTHING
         self._fleet.forget_if_unused(model)
-        return DenyLoad(waiters, failure)
+        yield DenyLoad(waiters, failure)
+        yield from self._early.withdraw(model, now)
 
     def end_saver(self) -> Iterator[EndSaver]:
         """Ends the saver, which is the first to make way."""
@@ -232,7 +239,7 @@ class Admission:
             if (model := self._fleet.models.get(key)) is None:
                 del self.pending[key]
             else:
-                yield self._refuse(model, load, self._capacity.plan(model), now)
+                yield from self._refuse(model, load, self._capacity.plan(model), now)
             yield from self.admit(now)
 
     def look(self, samples: Mapping[int, Sample], now: float) -> Iterator[Decision]:
@@ -248,6 +255,7 @@ class Admission:
         if _is_due(self._look_at, now):
             self._look_at = now + _LOOK_EVERY
             yield from self.admit(now, idle)
+            yield from self.start_early(now)
         if _is_due(self._shrink_at, now):
             yield from self._shrink(idle, now)
         in_use = self._capacity.in_use(now)

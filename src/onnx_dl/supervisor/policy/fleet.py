@@ -148,6 +148,13 @@ class Fleet:
         draining = (w for w, model in self.by_worker.items() if model.state is ModelState.DRAINING)
         return sum(map(self.ledger.counted, draining), NOTHING)
 
+    def driver_tells(self, now: float) -> bool:
+        """True if the driver tells the GPU memory of a worker that is leaving, or has just left."""
+        if self.ledger.lingering_pids(now):
+            return True
+        leaving = (w for w, model in self.by_worker.items() if model.state is ModelState.DRAINING)
+        return any(usage.gpu and not usage.gpu_estimated for usage in map(self.ledger.of, leaving))
+
     def any_drains(self) -> bool:
         return any(model.state is ModelState.DRAINING for model in self.by_worker.values())
 

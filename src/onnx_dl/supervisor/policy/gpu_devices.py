@@ -53,7 +53,7 @@ class HostGpus(NamedTuple):
     def numbers(self, spec: ModelSpec) -> frozenset[int]:
         """Numbers of the GPUs that a model's options name; without those that the host does not see."""
         listed = spec.environment.variables.get(LIST, self.listed)
-        found = (self._number(ordinal, listed) for ordinal in _ordinals(spec))
+        found = (self._number(ordinal, listed) for ordinal in ordinals(spec))
         return frozenset(number for number in found if number is not None)
 
     def by_number(self, figures: Mapping[int, int]) -> dict[int, int]:
@@ -109,12 +109,12 @@ class HostGpus(NamedTuple):
 
 def uses_gpu(spec: ModelSpec) -> bool:
     """True if the model asks for a provider that takes GPU memory."""
-    return bool(_ordinals(spec))
+    return bool(ordinals(spec))
 
 
-def _ordinals(spec: ModelSpec) -> set[int]:
+def ordinals(spec: ModelSpec) -> set[int]:
     """Numbers of devices as the options of a model, or of all models of a group, name them."""
-    found = {number for member in spec.members for number in _ordinals(member)}
+    found = {number for member in spec.members for number in ordinals(member)}
     for place, entry in enumerate(spec.providers or []):
         name, options = (entry, {}) if isinstance(entry, str) else (*entry, "", {})[:2]
         if name in _ON_GPUS:

@@ -6,18 +6,27 @@ Both are commands, which stay in the outbox until the loop takes them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from onnx_dl.core.events import EventType
 from onnx_dl.core.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.spec import ModelSpec, Warmup
 from onnx_dl.protocol import codec
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol.failures import Failure
-from onnx_dl.supervisor.policy.admission import Admission, BeginLoad, Decision, DenyLoad, Evict
+from onnx_dl.supervisor.policy.admission import Admission
 from onnx_dl.supervisor.policy.announcements import Announcements
 from onnx_dl.supervisor.policy.commands import Command, SendToClient, SendToWorker, StartWorker
-from onnx_dl.supervisor.policy.records import HOST, ModelRecord
+from onnx_dl.supervisor.policy.decisions import (
+    BeginLoad,
+    ContinueLoad,
+    Decision,
+    DenyLoad,
+    Evict,
+    WithdrawStart,
+)
+from onnx_dl.supervisor.policy.gpu_devices import ordinals
+from onnx_dl.supervisor.policy.records import HOST, ModelRecord, WorkerRecord
 
 Reply = m.Granted | m.Denied | m.Unloaded | m.Outcome | m.Bye
 
@@ -70,13 +79,15 @@ class Outbox:
         self.tickets = {request for request in self.tickets if request[0] != client}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class WorkerOrders:
     """Carries out decisions about workers, as commands."""
 
     admission: Admission
     announcements: Announcements
     outbox: Outbox
+    warmups: Mapping[str, dict[str, Warmup]] = dataclasses.field(default_factory=dict)
+    """Inputs of the run that a worker makes before it is ready, by key of the model."""
 
     def carry_out(self, decisions: Iterable[Decision]) -> None:
         """Turns decisions of :class:`~onnx_dl.supervisor.policy.admission.Admission` into commands."""
@@ -86,6 +97,10 @@ class WorkerOrders:
                     self.outbox.add(StartWorker(worker.id, model.spec, model.thread_attributes))
                     event = self.announcements.event
                     self.outbox.add(event(EventType.LOADING, model, worker, worker.started))
+                case ContinueLoad(model, worker):
+                    self.order_load(model, worker)
+                case WithdrawStart(model, at):
+                    self.drain(model, "evicted", at)
                 case DenyLoad(waiters, failure):
                     self.outbox.deny_all(waiters, failure)
                 case Evict(worker_id):
@@ -97,6 +112,21 @@ class WorkerOrders:
         """Admission failed: all pending loads are denied."""
         for model in self.admission.drop_all():
             self.outbox.deny_all(model.take_waiters(), failure)
+            if model.worker is not None and not model.worker.killed:  # it has started early
+                self.outbox.add(model.worker.kill())
+
+    def order_load(self, model: ModelRecord, worker: WorkerRecord) -> None:
+        """Has a worker load that listens.  It waits for its process id, which the template may tell later:
+        without one, it cannot be measured or named."""
+        if not worker.listens or worker.pid is None:
+            return
+        if not worker.waits:
+            worker.sent_ttl = model.ttl
+            warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
+            load = m.Load(spec=model.spec, ttl=worker.sent_ttl, warmups=warmups, mapped=worker.plan.mapped)
+            self.outbox.order(worker.id, load)
+        elif worker.prepares:
+            self.outbox.order(worker.id, m.Prepare(device_id=min(ordinals(model.spec))))
 
     def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> None:
         """Loads the model as soon as there is memory."""
@@ -105,6 +135,10 @@ class WorkerOrders:
     def admit(self, now: float) -> None:
         """Begins pending loads that fit now."""
         self.carry_out(self.admission.admit(now))
+
+    def start_early(self, now: float) -> None:
+        """Starts the process of the first pending load if it fits beside a worker that is leaving."""
+        self.carry_out(self.admission.start_early(now))
 
     def retime(self, model: ModelRecord) -> None:
         """Sends the worker the TTL in force, if it changed."""

@@ -73,6 +73,10 @@ class WorkerRecord:
     """Time to measure its load; None: there is no limit, or the load is over."""
     outgrew: bool = False
     """Its load was ended because it took more memory than there was."""
+    waits: bool = False
+    """True if it has started early: its load is still pending."""
+    prepares: bool = False
+    """True if it makes a context on its GPU until then."""
     unsaved: bool = False
     """True if it was to load from the load cache, which no longer has its model."""
 

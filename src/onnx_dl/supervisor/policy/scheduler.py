@@ -39,6 +39,7 @@ from onnx_dl.supervisor.policy.cache_saves import CacheSaves, SaveRequest
 from onnx_dl.supervisor.policy.capacity import Capacity, Limits
 from onnx_dl.supervisor.policy.client_requests import ClientRequests
 from onnx_dl.supervisor.policy.commands import Command
+from onnx_dl.supervisor.policy.early_starts import EarlyStarts
 from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
 from onnx_dl.supervisor.policy.live_proxies import LiveProxies
@@ -82,7 +83,8 @@ class Scheduler:
         capacity = Capacity(fleet, limits, saves, history, is_saved)
         measurements = Measurements(fleet, limits, capacity, history, epoch)
         self.weighing = LoadWeighing(fleet, limits, capacity, measurements, saves)
-        self.admission = Admission(fleet, limits, capacity, self.weighing, saves)
+        early = EarlyStarts(fleet, limits, capacity)
+        self.admission = Admission(fleet, limits, capacity, self.weighing, saves, early)
         self.announcements = Announcements(fleet.ledger, epoch)
         self.orders = orders = WorkerOrders(self.admission, self.announcements, outbox)
         self.shutdown = shutdown = ShutdownState(fleet, limits, saves, orders)

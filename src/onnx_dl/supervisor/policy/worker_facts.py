@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Final
 
 from onnx_dl.core.lifecycle import LifecycleEvent, ModelState
-from onnx_dl.core.spec import Warmup
 from onnx_dl.core.status import Usage
 from onnx_dl.errors import LoadTimeout
 from onnx_dl.protocol import control as m
@@ -17,7 +16,7 @@ from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
 from onnx_dl.supervisor.policy.measuring import Measurements, Sample
 from onnx_dl.supervisor.policy.orders import WorkerOrders
-from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
+from onnx_dl.supervisor.policy.records import WorkerRecord
 
 _SHORTEST_GRACE: Final = 1.0
 """Seconds that a worker has at least to say that it has drained."""
@@ -32,29 +31,18 @@ class WorkerFacts:
     orders: WorkerOrders
     leases: Leases
     measurements: Measurements
-    warmups: Mapping[str, dict[str, Warmup]] = dataclasses.field(default_factory=dict)
-    """Inputs of the run that a worker makes before it is ready, by key of the model."""
 
     def on_spawned(self, worker_id: int, pid: int) -> None:
         """A worker has a process."""
         if found := self.fleet.find(worker_id):
             found[1].pid = pid
-            self._order_load(*found)
+            self.orders.order_load(*found)
 
     def on_started(self, worker_id: int) -> None:
         """A worker listens."""
         if found := self.fleet.find(worker_id):
             found[1].listens = True
-            self._order_load(*found)
-
-    def _order_load(self, model: ModelRecord, worker: WorkerRecord) -> None:
-        """Has a worker load that listens.  It waits for its process id, which the template may tell later:
-        without one, it cannot be measured or named."""
-        if worker.listens and worker.pid is not None:
-            worker.sent_ttl = model.ttl
-            warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
-            load = m.Load(spec=model.spec, ttl=worker.sent_ttl, warmups=warmups, mapped=worker.plan.mapped)
-            self.orders.outbox.order(worker.id, load)
+            self.orders.order_load(*found)
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> None:
         """A worker has loaded its model.  ``usage`` was measured before its first run."""
@@ -86,6 +74,7 @@ class WorkerFacts:
         if found := self.fleet.find(worker_id):
             self.measurements.take_usage(*found, usage)
             self.orders.begin_drain(found[0], reason, now)
+            self.orders.start_early(now)
 
     def on_drained(self, worker_id: int, usage: Usage, now: float) -> None:
         """A worker has finished all its calls."""
@@ -141,7 +130,7 @@ class WorkerFacts:
         return min([*kills, *(at for _, at in self._checks())], default=None)
 
     def _kill_at(self, worker: WorkerRecord) -> float | None:
-        if worker.kill_at is None and worker.ready is None and worker.failure is None:
+        if worker.kill_at is None and not (worker.ready or worker.failure or worker.waits):
             return worker.started + self.limits.settings.load_timeout
         return worker.kill_at
 

@@ -205,6 +205,15 @@ def origin(backend: Backend) -> Origin:
     return find()
 
 
+class DeviceResults(list[object]):
+    """Results of which some stay on a device: tensors, whose owners have the memory."""
+
+
+def captures_graphs(backend: Backend) -> bool:
+    """Tells whether later runs may use memory of an earlier one, because the engine has captured a graph."""
+    return bool(getattr(backend, "captures_graphs", False))
+
+
 def trim(backend: Backend) -> None:
     """Has the engine return memory that no run uses to the system, if it can.  Runs may go on meanwhile."""
     give_back: Callable[[], object] = getattr(backend, "trim", tuple)

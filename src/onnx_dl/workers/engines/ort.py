@@ -63,6 +63,11 @@ class OnnxRuntimeBackend:
         self._refuse_unusable()
         self._session = self._loaded.session
         self._methods = SessionMethods(self._session, _with_options)
+        self.captures_graphs = any(
+            str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true")
+            for options in self._session.get_provider_options().values()
+        )
+        """True if memory that a run is bound to is used by later runs, whatever they are bound to."""
         self._profiling = bool((spec.options or {}).get("enable_profiling"))
         in_use = self._session.get_providers(), self._session.get_provider_options()
         self._binding_rule = ort_bindings.rule_of(*in_use)
@@ -74,6 +79,7 @@ class OnnxRuntimeBackend:
         self._input_sizes = {size for node in self._session.get_inputs() for size in node.shape}
         ends = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
         self._inputs = {node.name for node in ends}
+        self._shapes = {node.name: node.shape for node in (*ends, *self._outputs.values())}
 
     def _load(self, blobs: Mapping[str, int]) -> LoadedSession:
         spec = self._spec
@@ -204,15 +210,15 @@ class OnnxRuntimeBackend:
         rule = self._binding_rule
         if rule is None or not (len(inputs) == len(feed) and unique):
             return None
-        if rule.on_device and not all(map(self._has_certain_shape, names)):  # see ort_bindings
-            return None
         if self._inputs & set(names):  # onnxruntime does not write these to where they are bound
+            return None
+        places = dict(zip(names, results, strict=True))
+        if rule.on_device and not ort_bindings.are_certain(self._shapes, inputs, places):
             return None
         options = onnxruntime.RunOptions()
         if not all(map(self._has_known_shape, names)):
             # A result of another shape than the last one is an error, which onnxruntime would log on stderr.
             options.log_severity_level = _FATAL
-        places = dict(zip(names, results, strict=True))
         run = ort_bindings.bound_run(self._session, rule, inputs, places, options)
         return BoundRun(run, _canceller(options))
 
@@ -229,9 +235,6 @@ class OnnxRuntimeBackend:
     def _has_known_shape(self, name: str) -> bool:
         """Tells whether the shapes of the inputs decide the shape of this output."""
         return all(isinstance(size, int) or size in self._input_sizes for size in self._outputs[name].shape)
-
-    def _has_certain_shape(self, name: str) -> bool:
-        return ort_bindings.is_certain(self._outputs[name].shape, self._input_sizes)
 
     def trim(self) -> None:
         """Returns memory of the session's arena that no run uses to the system.

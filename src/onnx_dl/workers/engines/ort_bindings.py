@@ -9,7 +9,7 @@ error; from a device, onnxruntime copies any result that has as many elements.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import onnxruntime
@@ -20,6 +20,7 @@ _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
 _OFF: Final = ("0", "", "false")
 
+Shape = Sequence[int | str | None]
 ProviderOptions = Mapping[str, Mapping[str, str]]
 
 
@@ -45,13 +46,21 @@ def rule_of(providers: Sequence[str], options: ProviderOptions) -> BindingRule |
     return None
 
 
-def is_certain(shape: Sequence[int | str | None], sizes: Collection[object]) -> bool:
-    """Tells whether the shapes of the inputs decide a result's ``shape``, as the model declares it.
+def are_certain(
+    declared: Mapping[str, Shape], inputs: Mapping[str, Array], results: Mapping[str, Array]
+) -> bool:
+    """Tells whether the shapes of the inputs decide those of the results, as the model declares them by name.
 
-    Args:
-        sizes: in the shapes of all inputs.  One without a name tells nothing: two of these may differ.
+    Sizes without a name tell nothing, and a shape that is not known looks like that of a scalar.
     """
-    return all(isinstance(size, int) or (size is not None and size in sizes) for size in shape)
+    sizes: dict[int | str | None, int] = {}
+    for name, array in inputs.items():
+        sizes |= zip(declared[name], array.shape, strict=False)
+    sizes.pop(None, None)
+    return all(
+        tuple(size if isinstance(size, int) else sizes.get(size) for size in declared[name]) == array.shape
+        for name, array in results.items()
+    )
 
 
 def cuda_device(providers: Sequence[str], options: ProviderOptions) -> int | None:

@@ -11,7 +11,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, OrtValueVector
 
 from onnx_dl.errors import UnsupportedValueError
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.workers.engines.base import Array, CancelToken, Feed, Options
+from onnx_dl.tensors.device_values import BY_HANDLE, CUDA, DeviceTensor, UnopenedTensor
+from onnx_dl.workers.engines.base import Array, CancelToken, DeviceResults, Feed, Options
 
 _FORWARDED: Final = "end_profiling get_tuning_results release_captured_graph set_ep_dynamic_options".split()
 
@@ -24,8 +25,9 @@ RunWithOptions = Callable[[Callable[[onnxruntime.RunOptions], object], Options, 
 """Calls a function with an ``onnxruntime.RunOptions`` made of the plain one."""
 _Place = tuple[int, list[int]]
 """Element type and shape of an OrtValue."""
-_Output = tuple[str, str, int, _Place | None]
-"""Name, device, its number, and the place if the memory is the caller's."""
+_Output = tuple[str, str, int, _Place | DeviceTensor | UnopenedTensor | str | None]
+"""Name, device, its number, and the place if the memory is the caller's; :data:`BY_HANDLE`: the run allocates
+it on that device, where it stays."""
 
 
 class SessionMethods:
@@ -75,32 +77,42 @@ class SessionMethods:
 
     def _run_with_iobinding(
         self,
-        inputs: Sequence[tuple[str, Array | OrtValue]],
+        inputs: Sequence[tuple[str, Array | OrtValue | DeviceTensor | UnopenedTensor]],
         outputs: Sequence[_Output],
         options: onnxruntime.RunOptions,
-    ) -> list[object]:
-        """Returns bytes for outputs whose memory is the caller's, and native OrtValues for others, also for
-        outputs that are inputs: onnxruntime does not write these to where they are bound."""
+    ) -> list[object] | str:
+        """Returns bytes for outputs whose memory is the caller's, None for those on a device, and native
+        OrtValues for others, also for outputs that are inputs: onnxruntime does not write these to where they
+        are bound.  Text: why memory on a device cannot be opened; the model did not run."""
+        places = [value for _, value in inputs] + [place for *_, place in outputs]
+        for place in places:
+            if type(place) is UnopenedTensor:
+                return place.reason
         binding = self._session.io_binding()
         for name, value in inputs:
-            if hasattr(value, "element_type"):
+            if isinstance(value, DeviceTensor):
+                binding.bind_input(name, *value.where)
+            elif hasattr(value, "element_type"):
                 binding.bind_ortvalue_input(name, onnxruntime.OrtValue(value))
             else:
                 binding.bind_cpu_input(name, value)
         given: dict[str, OrtValue] = {}
         for name, device, number, place in outputs:
-            if place is None:
+            if place is None or isinstance(place, str):
                 binding.bind_output(name, device, number)
-            else:
+            elif isinstance(place, DeviceTensor):
+                binding.bind_output(name, *place.where)
+            elif not isinstance(place, UnopenedTensor):
                 given[name] = _make_value(place)
                 binding.bind_ortvalue_output(name, onnxruntime.OrtValue(given[name]))
         self._session.run_with_iobinding(binding, options)
         found = binding.get_outputs_as_ortvaluevector()
         passed_on = {name for name, _ in inputs}
-        return [
-            ortvalues.memory_of(given[name]) if name in given and name not in passed_on else found[index]
-            for index, (name, *_) in enumerate(outputs)
+        results = [
+            _result(place, given.get(name), found[index]) if name not in passed_on else found[index]
+            for index, (name, _, _, place) in enumerate(outputs)
         ]
+        return DeviceResults(results) if BY_HANDLE in [place for *_, place in outputs] else results
 
     def _run_with_types(
         self,
@@ -170,6 +182,17 @@ _OTHERS: Final[Mapping[str, Callable[..., object]]] = {
     "get_provider_graph_assignment_info": SessionMethods._get_provider_graph_assignment_info,
     "set_tuning_results": SessionMethods._set_tuning_results,
 }
+
+
+def _result(place: object, given: OrtValue | None, found: OrtValue) -> object:
+    if given is not None:
+        return ortvalues.memory_of(given)
+    if isinstance(place, DeviceTensor):
+        return None
+    if place == BY_HANDLE and found.is_tensor() and found.device_name().lower() == CUDA:
+        where = (CUDA, 0, found.data_ptr(), found)
+        return DeviceTensor(found.element_type(), tuple(found.shape()), *where)
+    return found
 
 
 def _array_of(value: OrtValue) -> object:

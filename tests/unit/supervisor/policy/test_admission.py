@@ -13,7 +13,7 @@ from onnx_dl.errors import CapacityError, WorkerDied
 from onnx_dl.protocol import control as m
 from onnx_dl.protocol import failures
 from onnx_dl.supervisor.policy import eviction
-from onnx_dl.supervisor.policy.commands import ForgetPeak, Remember, StartWorker
+from onnx_dl.supervisor.policy.commands import ForgetPeak, Remember, SendToWorker, StartWorker
 from onnx_dl.supervisor.policy.measuring import Sample
 from onnx_dl.supervisor.policy.memory_amount import MemoryAmount
 from onnx_dl.supervisor.policy.requirements import Peak, Requirement
@@ -540,6 +540,10 @@ def on_gpu(ticket: int, key: str, mb: int = 0) -> m.Acquire:
     return msgspec.structs.replace(ask, spec=msgspec.structs.replace(ask.spec, providers=CUDA))
 
 
+def told_to_load(commands: list) -> list[m.Load]:
+    return [c.message for c in commands if isinstance(c, SendToWorker) and isinstance(c.message, m.Load)]
+
+
 @pytest.fixture
 def gpus() -> Scheduler:
     return Scheduler(msgspec.structs.replace(SETTINGS, gpu_memory_limit=1000 * MB, room_timeout=30.0))
@@ -570,8 +574,10 @@ def test_gpu_memory_comes_back_later_than_its_process(gpus: Scheduler) -> None:
     assert gpus.in_use(10.0) == MemoryAmount(0, 800 * MB, {0: 800 * MB})
     assert not starts(gpus.on_acquire(A, on_gpu(2, "b"), 10.0))
     assert gpus.lingering_pids(10.0) == {1: 101}
-    assert not starts(gpus.on_tick(10.0, {1: Sample(Usage(gpu=800 * MB))}))
-    assert starts(gpus.on_tick(10.05, {1: Sample(Usage())}))  # the driver shows it no more
+    gpus.on_tick(10.0, {1: Sample(Usage(gpu=800 * MB))})  # its process starts, see test_early_starts.py
+    gpus.on_spawned(2, 102)
+    assert not told_to_load(gpus.on_started(2))
+    assert told_to_load(gpus.on_tick(10.05, {1: Sample(Usage())}))  # the driver shows it no more
 
 
 def test_what_never_fits_on_the_gpu_is_told(gpus: Scheduler) -> None:

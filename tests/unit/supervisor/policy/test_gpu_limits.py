@@ -15,7 +15,7 @@ from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from onnx_dl.transport.gauges import Reading
 from tests.support.builders import SETTINGS, A, acquire, kill, order, ready, starts
-from tests.unit.supervisor.policy.test_admission import denied
+from tests.unit.supervisor.policy.test_admission import denied, told_to_load
 
 MB = 1 << 20
 LIMITS = {0: 1000 * MB, 1: 500 * MB}
@@ -69,7 +69,10 @@ def test_a_device_counts_until_the_driver_has_it_back(scheduler: Scheduler) -> N
     scheduler.on_drained(1, used(400), 10.0)
     assert not starts(scheduler.on_exited(1, exit_status(0), "", 10.0))
     assert scheduler.in_use(10.0).devices == {1: 400 * MB}
-    assert starts(scheduler.on_tick(10.05, {1: Sample(Usage())}))
+    scheduler.on_tick(10.0, {1: Sample(Usage(gpu=400 * MB))})  # its process starts, see test_early_starts.py
+    scheduler.on_spawned(2, 102)
+    assert not told_to_load(scheduler.on_started(2))
+    assert told_to_load(scheduler.on_tick(10.05, {1: Sample(Usage())}))
 
 
 def test_a_device_without_a_limit(scheduler: Scheduler) -> None:

@@ -100,7 +100,7 @@ def test_a_worker_that_is_faster_than_the_template_loads_when_its_process_is_kno
 
 
 def test_started_worker_is_told_its_warm_up(rig):
-    rig.scheduler.facts.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
+    rig.scheduler.orders.warmups = {"m": {"x": Warmup("float32", (1, 4))}, "n": {"x": Warmup("str", (), "a")}}
     rig.scheduler.on_acquire(A, acquire(1), 0.0)
     rig.scheduler.on_spawned(1, 101)
     (said,) = rig.scheduler.on_started(1)

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from onnx_dl.workers.engines import ort_bindings
-from onnx_dl.workers.engines.ort_bindings import BindingRule, bound_run, cuda_device, is_certain, rule_of
+from onnx_dl.workers.engines.ort_bindings import BindingRule, are_certain, bound_run, cuda_device, rule_of
 from tests.support import zoo
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -50,11 +50,23 @@ def test_the_device_of_a_session(providers: list[str], options: Any, device: int
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_known"),
-    [([], True), ([2, 3], True), (["n", 3], True), (["m", 3], False), ([None, 3], False)],
+    ("shape", "found", "is_known"),
+    [
+        ([], (), True),
+        ([5, 3], (5, 3), True),
+        (["n", 3], (2, 3), True),
+        (["n", "k"], (2, 4), True),
+        ([], (5,), False),  # a shape that is not known
+        (["m", 3], (2, 3), False),
+        ([None, 3], (2, 3), False),
+        (["n", 3], (3, 3), False),  # it is not as the model declares it
+        (["n", 3], (2, 3, 1), False),
+    ],
 )
-def test_a_shape_that_the_inputs_decide(shape: list[Any], is_known: bool) -> None:
-    assert is_certain(shape, {"n", None, 4}) is is_known
+def test_a_shape_that_the_inputs_decide(shape: list[Any], found: tuple[int, ...], is_known: bool) -> None:
+    declared = {"x": ["n", None, 4], "w": ["k"], "y": shape}
+    inputs = {"x": np.zeros((2, 2, 4)), "w": np.zeros(4)}
+    assert are_certain(declared, inputs, {"y": np.zeros(found)}) is is_known
 
 
 class Device:

@@ -1,0 +1,147 @@
+"""Runs with memory on a GPU.
+
+A model in a worker process gets handles of its allocations; where that is not possible, the driver copies,
+and inputs and results travel like all others.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import numpy as np
+
+from onnx_dl.core.spec import ModelSpec
+from onnx_dl.core.types import Value
+from onnx_dl.ort import device_ortvalues
+from onnx_dl.ort.ortvalues import Parts
+from onnx_dl.session.bound_outputs import BoundOutput
+from onnx_dl.system import cuda_driver
+from onnx_dl.tensors import device_values
+from onnx_dl.tensors.device_values import BY_HANDLE, CUDA, DeviceTensor, Exporter, UnopenedTensor
+
+Call = Callable[[list[Value], list[Value]], list[Value]]
+"""Runs with ``[name, value]`` of each input and ``[name, device, number, place]`` of each output; returns a
+result for each, or text: why the worker cannot open memory on a device."""
+
+_warned: Final[set[int]] = set()
+"""Ids of the process, a forked child's or its parent's, that has warned."""
+
+
+class DeviceRuns:
+    """Runs of one binding with memory on a GPU."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._is_local = not spec.isolation
+        """True if the model is in this process, and an address is all that it needs."""
+        # Its worker could write to what it has open.
+        self._refusal = "a sandboxed model gets copies only" if spec.sandbox else ""
+        """Reason for which there are no handles; empty: there are."""
+        self._exporter = Exporter()
+
+    @staticmethod
+    def still(
+        runs: DeviceRuns | None, inputs: Iterable[Value], outputs: Iterable[BoundOutput]
+    ) -> DeviceRuns | None:
+        """``runs`` if something is bound on a device; handles that nothing needs are forgotten."""
+        if any(type(value) is DeviceTensor for value in inputs):
+            return runs
+        return (
+            runs if any(output.device != "cpu" or output.tensor is not None for output in outputs) else None
+        )
+
+    def are_needed(self, inputs: Iterable[Value], outputs: Iterable[BoundOutput]) -> bool:
+        """True if a run has memory on a GPU.  Results that are to be there come to the host first, unless
+        this process uses CUDA already, or the model is in it."""
+        if any(type(value) is DeviceTensor for value in inputs):
+            return True
+        asked = [output for output in outputs if output.is_on_device]
+        if any(output.tensor is not None for output in asked):
+            return True
+        return bool(asked) and (self._is_local or cuda_driver.loaded() is not None)
+
+    def run(self, call: Call, inputs: list[Value], outputs: list[Value]) -> list[Value]:
+        """Returns a result per output; None for one that is written where it is bound.
+
+        Raises:
+            ValueError: the CUDA driver no longer knows memory that is bound.
+            DriverError: it cannot copy.
+            Exception: what the call raises.
+        """
+        if self._is_local:
+            return call(inputs, outputs)
+        self._synchronize(inputs, outputs)
+        given = [[name, self._sent(value)] for name, value in inputs]
+        results = call(given, [self._asked(*output) for output in outputs])
+        if reason := _refusal(results):
+            self._refusal = reason
+            _warn_once(reason)
+            return self.run(call, inputs, outputs)
+        return [
+            _put(place, result) if type(place) is DeviceTensor else result
+            for (*_, place), result in zip(outputs, results, strict=True)
+        ]
+
+    def _synchronize(self, inputs: list[Value], outputs: list[Value]) -> None:
+        """Waits until all that the application has begun on the devices is done: no stream of another process
+        waits for its streams."""
+        if (driver := cuda_driver.loaded()) is not None:
+            tensors = [place for *_, place in (*inputs, *outputs) if type(place) is DeviceTensor]
+            for device in {tensor.device_id for tensor in tensors}:
+                driver.synchronize(device)
+
+    def _handle(self, tensor: DeviceTensor) -> Parts | None:
+        if not tensor.nbytes or self._refusal:
+            return None
+        found = self._exporter.handle(tensor)
+        if isinstance(found, UnopenedTensor):
+            _warn_once(found.reason)
+            return None
+        return found.parts()
+
+    def _sent(self, value: Value) -> Value:
+        if type(value) is not DeviceTensor:
+            return value
+        copied = [value.element_type, list(value.shape)]
+        return self._handle(value) or Parts("dense", [*copied, device_values.to_host(value)])
+
+    def _asked(self, name: str, device: str, number: int, place: Value) -> list[Value]:
+        """Asks for a result.  One that the run allocates, and that cannot stay on the GPU, comes to the host,
+        and is moved when the application asks for it."""
+        if type(place) is DeviceTensor:
+            handle = self._handle(place)
+            return [name, "cpu", 0, handle or [place.element_type, list(place.shape)]]
+        if device != CUDA:
+            return [name, device, number, place]
+        stays = place is None and not self._refusal and device_ortvalues.can_allocate(number)
+        return [name, device, number, BY_HANDLE] if stays else [name, "cpu", 0, place]
+
+
+def _refusal(results: list[Value] | str) -> str:
+    """Reason for which a process cannot open a handle; empty: all could."""
+    if isinstance(results, str):
+        return results
+    return next((result.reason for result in results if type(result) is UnopenedTensor), "")
+
+
+def _put(place: DeviceTensor, result: Value) -> Value:
+    """Writes a result that came by value to the device; returns one that is not of this place."""
+    if not isinstance(result, np.ndarray):
+        return result
+    device_values.to_device(place, result.reshape(-1).view(np.uint8))
+    return None
+
+
+def _warn_once(reason: str) -> None:
+    """Warns that memory on a GPU is copied through main memory; once in each process."""
+    if os.getpid() in _warned:
+        return
+    _warned.add(os.getpid())
+    warnings.warn(
+        f"Tensors on the GPU are copied through main memory, because {reason}. "
+        "The results are the same; calls take longer.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,272 @@
+"""Tensors in the memory of a GPU.
+
+The host never reads or writes such memory.  The driver (:mod:`onnx_dl.system.cuda_driver`) copies it, or a
+handle of its allocation goes to another process, which opens it.  Nothing here loads a driver or makes a
+context: where the application has none, no address is a device's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_dl.concurrency import primitives
+from onnx_dl.ort import device_ortvalues
+from onnx_dl.ort.ortvalues import Parts
+from onnx_dl.protocol.lane import Plain
+from onnx_dl.system import cuda_driver
+from onnx_dl.system.cuda_driver import CudaDriver, DevicePointer, DriverError, Exported
+from onnx_dl.tensors.foreign import as_bytes
+
+CUDA: Final = "cuda"
+"""The one device type whose memory can be taken."""
+BY_HANDLE: Final = "by handle"
+"""Place of a result that a worker allocates on a device and lends to the caller."""
+
+SENDABLE: Final = "ipc"
+"""Kind of the handles that are sent; others are descriptors, for which lanes have no place."""
+_MOST_KNOWN: Final = 64
+
+_BITS: Final = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128,
+    16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2,
+}  # fmt: skip
+"""Bits of an item, by number of onnx's TensorProto.DataType; text has none."""
+
+
+class DeviceTensor(NamedTuple):
+    """A tensor that lies on a device: onnx's number of its element type, its shape, and where it is."""
+
+    element_type: int
+    shape: tuple[int, ...]
+    device_type: str
+    device_id: int
+    address: int
+    owner: object = None
+    """Keeps the memory alive; None: the caller does."""
+
+    @property
+    def nbytes(self) -> int:
+        return size_of(self.element_type, self.shape)
+
+    @property
+    def where(self) -> tuple[str, int, int, tuple[int, ...], int]:
+        """Arguments of IOBinding's methods after the name."""
+        return self.device_type, self.device_id, self.element_type, self.shape, self.address
+
+
+class UnopenedTensor(NamedTuple):
+    """Stands for a tensor that this process cannot open; it has to be copied."""
+
+    reason: str
+
+
+class Handle(NamedTuple):
+    """A tensor as another process may open it."""
+
+    element_type: int
+    shape: list[int]
+    uuid: bytes
+    """UUID of the device."""
+    buffer: int
+    """The driver's number of the allocation, unique in the exporting process."""
+    kind: str
+    handle: bytes
+    offset: int
+    """Offset of the tensor in its allocation."""
+    nbytes: int
+    size: int
+    """Bytes of the allocation."""
+
+    def parts(self) -> Parts:
+        """Returns it as a value of a message."""
+        return Parts("device", [Plain(item) for item in self])
+
+    def exported(self) -> Exported:
+        """Returns what the driver opens."""
+        return Exported(self.kind, self.handle, -1)
+
+
+def size_of(element_type: int, shape: Sequence[int]) -> int:
+    """Returns the bytes of a tensor.  Raises ValueError for a type or a shape that none can have."""
+    bits = _BITS.get(element_type)
+    if bits is None or min(shape, default=0) < 0:
+        raise ValueError(f"A tensor of element type {element_type} and shape {list(shape)} has no size.")
+    return (math.prod(shape) * bits + 7) // 8
+
+
+def handle_from(items: Sequence[object]) -> Handle:
+    """Returns the handle that a peer has sent.
+
+    Raises:
+        ValueError, TypeError: it contradicts itself.  A peer is not trusted: a tensor that reaches beyond its
+            allocation would be memory of others.
+    """
+    found = Handle(*items)  # type: ignore[arg-type]
+    kinds = [type(item) for item in found]
+    if kinds != [int, list, bytes, int, str, bytes, int, int, int] or {*map(type, found.shape)} - {int}:
+        raise ValueError("a handle of device memory has other items")
+    if found.kind != SENDABLE:
+        raise ValueError(f"handles of the kind {found.kind!r} are not sent")
+    if found.nbytes != size_of(found.element_type, found.shape) or not found.nbytes:
+        raise ValueError("a tensor on a device has another size than its shape says")
+    if found.offset < 0 or found.offset + found.nbytes > found.size:
+        raise ValueError("a tensor on a device reaches beyond its allocation")
+    return found
+
+
+# --- in the process that has the memory ---------------------------------------------------------------------
+
+
+def check_host(address: int) -> None:
+    """Raises ValueError if this address, which is said to be the host's, is a device's."""
+    driver = cuda_driver.loaded()
+    if driver is not None and (found := driver.pointer(address)) is not None:
+        raise ValueError(
+            f"{address:#x} is an address on the GPU {found.device}, not the host's. Bind it with "
+            f'device_type="cuda" and device_id={found.device}.'
+        )
+
+
+def device_of(address: int) -> int | None:
+    """Returns the GPU that has this address; None: it is the host's.
+
+    Raises:
+        ValueError: this process has no CUDA context.
+    """
+    driver = cuda_driver.loaded()
+    if driver is None:
+        raise ValueError(f"{address:#x} cannot be an address on a GPU: this process has no CUDA context.")
+    found = driver.pointer(address)
+    return None if found is None else found.device
+
+
+def locate(tensor: DeviceTensor) -> tuple[CudaDriver, DevicePointer]:
+    """Returns the driver and what it knows of the tensor's memory.
+
+    Raises:
+        ValueError: this process has no CUDA context, or there is not so much memory at the address.
+    """
+    driver = cuda_driver.loaded()
+    found = None if driver is None else driver.pointer(tensor.address)
+    if driver is None or found is None:
+        why = "this process has no CUDA context" if driver is None else "the CUDA driver does not know it"
+        raise ValueError(f"{tensor.address:#x} cannot be an address on a GPU: {why}.")
+    if found.size and tensor.address + tensor.nbytes > found.base + found.size:
+        raise ValueError(
+            f"A tensor of {tensor.nbytes} bytes at {tensor.address:#x} reaches beyond its allocation."
+        )
+    return driver, found
+
+
+def synchronize(tensor: DeviceTensor) -> None:
+    """Waits until all work of this process on the tensor's device is done.  Raises like :func:`to_host`."""
+    driver, found = locate(tensor)
+    driver.synchronize(found.device)
+
+
+def to_host(tensor: DeviceTensor) -> NDArray[np.uint8]:
+    """Returns a copy of the tensor's bytes.  Raises ValueError and DriverError."""
+    made = np.empty(tensor.nbytes, np.uint8)
+    if made.nbytes:
+        driver, found = locate(tensor)
+        driver.synchronize(found.device)  # another stream of the application may still write to it
+        driver.copy_to_host(found.device, as_bytes(made), tensor.address)
+    return made
+
+
+def to_device(tensor: DeviceTensor, data: NDArray[np.uint8]) -> None:
+    """Writes bytes to the tensor's memory.  Raises ValueError if they are not as many, and DriverError."""
+    if data.nbytes != tensor.nbytes:
+        raise ValueError(f"{data.nbytes} bytes do not fit a tensor of {tensor.nbytes} bytes on a GPU.")
+    if data.nbytes:
+        driver, found = locate(tensor)
+        driver.synchronize(found.device)  # another stream of the application may still use it
+        driver.copy_to_device(found.device, tensor.address, as_bytes(np.ascontiguousarray(data)))
+
+
+def copy(tensor: DeviceTensor, target: int) -> None:
+    """Copies the tensor to an address on its device.  Raises ValueError and DriverError."""
+    if tensor.nbytes:
+        driver, found = locate(tensor)
+        driver.copy_on_device(found.device, target, tensor.address, tensor.nbytes)
+
+
+class Exporter:
+    """Handles of the tensors that one binding names.  An allocation is exported once, and again if another
+    one came to its address."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Exported] = {}
+        """Allocations by device and the driver's number."""
+
+    def handle(self, tensor: DeviceTensor) -> Handle | UnopenedTensor:
+        """Returns the handle of a tensor, or why there is none.  Raises ValueError like :func:`locate`."""
+        driver, found = locate(tensor)
+        if not found.size:
+            return UnopenedTensor("the driver does not tell the allocation")
+        try:
+            known = self._known.get(key := (found.device, found.buffer))
+            if known is None:
+                known = driver.export(found)
+                if known.kind != SENDABLE:
+                    primitives.close(known.fd)
+                    return UnopenedTensor("it lies in an expandable segment, which has no handle to send")
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()
+                self._known[key] = known
+            uuid = driver.uuid(found.device)
+        except DriverError as error:
+            return UnopenedTensor(str(error))
+        return Handle(
+            tensor.element_type,
+            list(tensor.shape),
+            uuid,
+            found.buffer,
+            known.kind,
+            known.handle,
+            tensor.address - found.base,
+            tensor.nbytes,
+            found.size,
+        )
+
+
+# --- in a process that takes one ----------------------------------------------------------------------------
+
+
+class DeviceLoans:
+    """Memory on devices that the two ends of a lane have lent each other."""
+
+    def __init__(self) -> None:
+        self.are_open = False
+        """True if the worker may have such memory open, or may keep results there."""
+
+    def receive(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
+        """Takes a result; see :func:`received`."""
+        self.are_open = True
+        return received(items)
+
+
+def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
+    """Returns a copy, on the same device, of a tensor that a worker's run has allocated there.  Its memory is
+    an OrtValue of this process.  Raises ValueError and TypeError like :func:`handle_from`."""
+    handle = handle_from(items)
+    driver = cuda_driver.loaded()
+    device = None if driver is None else driver.device_of(handle.uuid)
+    if driver is None or device is None:
+        return UnopenedTensor("this process does not have the GPU of the result")
+    try:
+        made = device_ortvalues.allocated(handle.element_type, handle.shape, device)
+        base = driver.open(device, handle.exported(), handle.size)
+    except (DriverError, RuntimeError) as error:
+        return UnopenedTensor(str(error))
+    try:
+        driver.copy_on_device(device, made.data_ptr(), base + handle.offset, handle.nbytes)
+        driver.synchronize(device)  # the worker may use the memory again as soon as it is closed
+    finally:
+        driver.close(device, base, handle.kind, handle.size)
+    return DeviceTensor(handle.element_type, tuple(handle.shape), CUDA, device, made.data_ptr(), made)

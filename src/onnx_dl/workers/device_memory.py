@@ -1,0 +1,179 @@
+"""Memory on a GPU that callers lend to a worker, and results that it lends to them.
+
+A caller names an allocation by a handle.  It is open once in this process, however many lanes name it, and
+closed as soon as none does: its owner must not free it before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from onnx_dl.system import cuda_driver
+from onnx_dl.system.cuda_driver import CudaDriver, DriverError
+from onnx_dl.tensors import device_values
+from onnx_dl.tensors.device_values import CUDA, DeviceTensor, Exporter, Handle, UnopenedTensor, handle_from
+from onnx_dl.workers.engines.base import DeviceResults
+
+_NO_CONTEXT: Final = "the model's worker uses no GPU"
+
+
+class _Key(NamedTuple):
+    """Tells allocations apart.  One that came to the address of another has another number."""
+
+    device: int
+    handle: bytes
+    buffer: int
+
+
+class _Opened(NamedTuple):
+    address: int
+    kind: str
+    size: int
+    users: int
+
+
+class OpenAllocations:
+    """The allocations of other processes that this one has open.  Used by all lanes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[_Key, _Opened] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, driver: CudaDriver, device: int, handle: Handle) -> tuple[_Key, int]:
+        """Counts a user of an allocation; returns its key and its address here.
+
+        Raises:
+            DriverError: it cannot be opened.
+            ValueError: it has another size than the caller says.
+        """
+        key = _Key(device, handle.handle, handle.buffer)
+        with self._lock:
+            known = self._open.get(key)
+            if known is None:
+                address = driver.open(device, handle.exported(), handle.size)
+                known = _Opened(address, handle.kind, handle.size, 0)
+                _check_size(driver, device, known)
+            self._open[key] = known._replace(users=known.users + 1)
+        return key, known.address
+
+    def release(self, driver: CudaDriver, key: _Key) -> None:
+        """Counts a user less, and closes the allocation after the last one."""
+        with self._lock:
+            known = self._open.pop(key)
+            if known.users > 1:
+                self._open[key] = known._replace(users=known.users - 1)
+            else:
+                # UnopenedTensor where its owner has ended, and the driver with it: nothing is left to close.
+                with contextlib.suppress(DriverError):
+                    driver.close(key.device, known.address, known.kind, known.size)
+
+
+def _check_size(driver: CudaDriver, device: int, opened: _Opened) -> None:
+    """Raises ValueError if the allocation is smaller than its owner says: the engine would go beyond it."""
+    found = driver.pointer(opened.address)
+    if found is not None and found.size and found.size < opened.size:
+        driver.close(device, opened.address, opened.kind, opened.size)
+        raise ValueError(f"an allocation of {found.size} bytes was announced with {opened.size}")
+
+
+_allocations: Final = OpenAllocations()
+
+
+class LaneDevices:
+    """Memory that one caller has lent, and results that were lent to it."""
+
+    def __init__(
+        self,
+        *,
+        keeps_open: bool,
+        allocations: OpenAllocations = _allocations,
+        loaded: Callable[[], CudaDriver | None] = cuda_driver.loaded,
+    ) -> None:
+        """``keeps_open``: what was named once stays open, because the model has it in its CUDA graphs."""
+        self._keeps_open = keeps_open
+        self._allocations = allocations
+        self._loaded = loaded
+        self._named: dict[_Key, int] = {}
+        """Addresses of what is open for this lane."""
+        self._present: set[_Key] = set()
+        """Allocations that the present request names."""
+        self._lent: list[object] = []
+        """Owners of the results that the caller copies now."""
+        self._exporter = Exporter()
+
+    @property
+    def is_used(self) -> bool:
+        """True if something is open, or lent."""
+        return bool(self._named or self._lent)
+
+    def open(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
+        """Returns the tensor that a request names, at its address here.
+
+        Raises:
+            ValueError, TypeError: the caller made it up.
+        """
+        handle = handle_from(items)
+        driver = self._loaded()
+        if driver is None:
+            return UnopenedTensor(_NO_CONTEXT)
+        try:
+            device = driver.device_of(handle.uuid)
+            if device is None:
+                return UnopenedTensor("the model's worker does not have the GPU that they are on")
+            key = _Key(device, handle.handle, handle.buffer)
+            if key not in self._named:
+                key, self._named[key] = self._allocations.open(driver, device, handle)
+        except DriverError as error:
+            return UnopenedTensor(f"the model's worker cannot open them ({error})")
+        self._present.add(key)
+        shape = tuple(handle.shape)
+        return DeviceTensor(handle.element_type, shape, CUDA, device, self._named[key] + handle.offset)
+
+    def begin(self) -> None:
+        """Closes what the present request does not name, and gives up the results of the last one."""
+        self._lent.clear()
+        if not self._keeps_open:
+            self._close(self._named.keys() - self._present)
+        self._present.clear()
+
+    def synchronize(self) -> None:
+        """Waits until all work of this process on the devices of the present tensors is done."""
+        driver = self._loaded()
+        if driver is not None:
+            for device in {key.device for key in self._named}:
+                driver.synchronize(device)
+
+    def lend(self, results: DeviceResults) -> list[object]:
+        """Returns the results with handles in place of tensors; where there is no handle, the tensor's value,
+        which travels in main memory.  They stay until the next request."""
+        return [self._lent_one(value) if type(value) is DeviceTensor else value for value in results]
+
+    def _lent_one(self, tensor: DeviceTensor) -> object:
+        try:
+            found = self._exporter.handle(tensor) if tensor.nbytes else UnopenedTensor("it is empty")
+        except ValueError as error:
+            found = UnopenedTensor(str(error))
+        if isinstance(found, UnopenedTensor):
+            return tensor.owner
+        device_values.synchronize(tensor)  # the caller's streams do not wait for those of this process
+        self._lent.append(tensor.owner)
+        return found.parts()
+
+    def close(self) -> None:
+        """Closes and gives up everything, at the end of the lane."""
+        self._lent.clear()
+        if not self._keeps_open:
+            self._close(set(self._named))
+
+    def _close(self, keys: set[_Key]) -> None:
+        driver = self._loaded() if keys else None
+        for key in keys:
+            del self._named[key]
+            if driver is not None:
+                self._allocations.release(driver, key)

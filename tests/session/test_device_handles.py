@@ -1,0 +1,227 @@
+"""Memory on a GPU that goes to a worker by handle, and results that come back so.
+
+Against stand-ins for CUDA's driver and for a session with the CUDA provider.  None of this ran on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.session.test_device_memory import GPU
+from tests.support import cuda_sessions, fake_cuda
+from tests.support.programs import program
+
+HEAD = (
+    GPU
+    + """
+from sitecustomize import driver
+import warnings
+cuda = driver()
+told = []
+warnings.showwarning = lambda message, *_: told.append(str(message))
+warnings.simplefilter("always")
+"""
+)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def on_gpu(folder: Path, log: Path, code: str, **variables: str) -> list[fake_cuda.Call]:
+    """What the processes called."""
+    environment = fake_cuda.environment(folder, LOG=str(log), **variables)
+    paths = [str(Path(cuda_sessions.__path__[0])), os.environ.get("PYTHONPATH", "")]
+    program(HEAD + code, {**environment, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])})
+    return fake_cuda.calls(log)
+
+
+def counted(calls: list[fake_cuda.Call]) -> dict[str, int]:
+    found = [call.function for call in calls if not call.result]
+    return {name: found.count(name) for name in found}
+
+
+BOUND = """
+source, target = on_gpu(x), cuda.allocate(nbytes)
+binding.bind_input("x", "cuda", 0, np.float32, [6], source)
+binding.bind_output("y", "cuda", 0, np.float32, [6], target)
+
+def run(factor, binding=binding):
+    cuda.write(source, (x * factor).tobytes())
+    proxy.run_with_iobinding(binding)
+    assert floats(target) == (x * factor).tolist()
+"""
+OPEN, CLOSE, SYNCHRONIZE = "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle", "cuCtxSynchronize"
+COPIES = {"cuMemcpyDtoH_v2", "cuMemcpyHtoD_v2"}
+
+
+def test_an_allocation_is_opened_once_and_results_are_written_where_they_are_bound(
+    folder: Path, log: Path
+) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        BOUND
+        + """
+for factor in 1, 3, 5:
+    run(factor)
+assert binding.get_outputs()[0].data_ptr() == target
+assert told == [] and cuda.misuses == cuda.open_handles == 0
+""",
+    )
+    count = counted(calls)
+    assert (count[OPEN], count.keys() & COPIES) == (2, set())
+    opener = next(call.process for call in calls if call.function == OPEN)
+    waits = [call.process == opener for call in calls if call.function == SYNCHRONIZE]
+    assert waits == [False, True] * 3  # the application's before each request, the worker's before each reply
+
+
+def test_a_result_that_a_run_allocates_becomes_an_ortvalue_of_the_application(
+    folder: Path, log: Path
+) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        """
+binding.bind_ortvalue_input("x", ortvalue(source := on_gpu(x)))
+binding.bind_output("y", "cuda")
+proxy.run_with_iobinding(binding)
+(value,) = binding.get_outputs()
+assert value.device_name() == "cuda" and floats(value.data_ptr()) == x.tolist()
+cuda.write(source, (x + 1).tobytes())
+proxy.run_with_iobinding(binding)  # its memory is bound from then on
+assert floats(value.data_ptr()) == (x + 1).tolist()
+assert (binding.copy_outputs_to_cpu()[0] == x + 1).all()
+assert told == [] and cuda.misuses == cuda.open_handles == 0
+""",
+    )
+    assert counted(calls)["cuMemcpyDtoD_v2"] == 1
+
+
+@pytest.mark.parametrize("how", ["refuse", "expandable", "refuse-open"])
+def test_memory_without_a_handle_is_copied_and_that_is_told_once(folder: Path, log: Path, how: str) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        BOUND
+        + """
+for factor in 1, 3:
+    run(factor)
+other = proxy.io_binding()
+other.bind_ortvalue_input("x", ortvalue(source))
+other.bind_ortvalue_output("y", ortvalue(target))
+run(5, other)
+(text,) = told
+assert text.startswith("Tensors on the GPU are copied through main memory, because "), text
+assert cuda.misuses == 0
+""",
+        IPC=how,
+    )
+    assert counted(calls).keys() >= COPIES
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [("FAKE_CUDA_UUID", "does not have the GPU"), ("CUDA_VISIBLE_DEVICES", "uses no GPU")],
+)
+def test_a_worker_without_the_gpu_of_the_tensors_gets_copies(
+    folder: Path, log: Path, variable: str, reason: str
+) -> None:
+    on_gpu(
+        folder,
+        log,
+        f"""
+variables = {{{variable!r}: "another"}}
+there = InferenceSessionProxy(identity_model(), providers=["CPUExecutionProvider"], environment=variables)
+binding = there.io_binding()
+binding.bind_ortvalue_input("x", ortvalue(on_gpu(x)))
+binding.bind_ortvalue_output("y", ortvalue(target := cuda.allocate(nbytes)))
+for _ in range(2):
+    there.run_with_iobinding(binding)
+    assert floats(target) == x.tolist()
+(text,) = told
+assert {reason!r} in text, text
+""",
+    )
+
+
+def test_handles_are_closed_when_nothing_names_them(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        BOUND
+        + f"""
+from pathlib import Path
+from tests.support.fake_cuda import calls
+from tests.support.waiting import eventually
+closed = lambda: [call.result for call in calls(Path({str(log)!r})) if call.function == {CLOSE!r}]
+run(1)
+binding.bind_ortvalue_input("x", ortvalue(on_gpu(x)))
+proxy.run_with_iobinding(binding)
+assert closed() == [0]  # the first input
+binding.clear_binding_inputs()
+binding.clear_binding_outputs()
+proxy.run(None, {{"x": x}})
+assert closed() == [0, 0, 0]
+binding.bind_ortvalue_input("x", ortvalue(source))
+binding.bind_output("y")
+proxy.run_with_iobinding(binding)
+binding.clear_binding_inputs()
+eventually(lambda: len(closed()) == 4, "the handle of an idle lane is closed")
+assert told == [] and cuda.misuses == 0
+""",
+    )
+    count = counted(calls)
+    assert count[OPEN] == count[CLOSE] == 4
+
+
+def test_a_worker_that_was_killed_is_replaced_and_opens_the_memory_again(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        BOUND
+        + """
+run(1)
+from tests.support.waiting import worker_pid
+os.kill(worker_pid(default_host()), signal.SIGKILL)
+try:
+    run(2)
+except Exception as error:
+    assert type(error).__name__ == "WorkerDied", error
+run(3)
+assert told == [] and cuda.misuses == 0
+""",
+    )
+    assert counted(calls)[OPEN] == 4
+
+
+def test_threads_with_bindings_of_the_same_memory(folder: Path, log: Path) -> None:
+    on_gpu(
+        folder,
+        log,
+        """
+source = on_gpu(x)
+failed = []
+
+def work():
+    try:
+        mine, target = proxy.io_binding(), cuda.allocate(nbytes)
+        mine.bind_ortvalue_input("x", ortvalue(source))
+        mine.bind_ortvalue_output("y", ortvalue(target))
+        for _ in range(20):
+            cuda.write(target, bytes(nbytes))
+            proxy.run_with_iobinding(mine)
+            assert floats(target) == x.tolist()
+    except BaseException as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert failed == told == [] and cuda.misuses == 0
+""",
+    )

@@ -1,0 +1,69 @@
+"""A worker starts beside the one that is leaving: real processes; the figures of the GPU are made up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+
+from onnx_dl import EventType, InferenceSessionProxy, ModelHost
+from onnx_dl.system import boot
+from tests.contract.both import F, model, node, tensor
+
+_SUPERVISOR = """
+import json, os, sys
+sys.path[:] = json.loads(sys.argv[1])[0]
+from onnx_dl.protocol import control
+from onnx_dl.supervisor import control as connections
+from onnx_dl.supervisor.measure import sampler
+from onnx_dl.supervisor.measure.memory_probe import MemoryProbe
+
+class Probe(MemoryProbe):
+    loaded_ones = set()
+    def loaded(self, pid):
+        self.loaded_ones.add(pid)
+    def _told_of(self, pid):
+        is_there = pid in self.loaded_ones and os.path.exists(f"/proc/{pid}")
+        return {0: 1000 << 20} if is_there else {}
+
+def send(self, worker_id, message, plain=connections.Control.send_to_worker):
+    if isinstance(message, control.Prepare):
+        print("told to prepare", worker_id, file=sys.stderr, flush=True)
+    plain(self, worker_id, message)
+
+sampler.MemoryProbe = Probe
+connections.Control.send_to_worker = send
+from onnx_dl.supervisor.main import main
+main()
+"""
+CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def added(number: float) -> bytes:
+    """y = x + number."""
+    nodes = [node("Add", ["x", "number"], ["y"])]
+    values = [numpy_helper.from_array(np.array([number], np.float32), "number")]
+    return model(nodes, [tensor("x", F, [1])], [tensor("y", F, [1])], values)
+
+
+@pytest.mark.slow
+def test_models_take_turns_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each has 1000 MiB there.  One of them and a context fit, two do not."""
+    monkeypatch.setattr(boot, "_BOOT", _SUPERVISOR)
+    with ModelHost(gpu_memory_limit={0: 1800 << 20}) as host:
+        proxies = [InferenceSessionProxy(added(number), providers=CUDA, host=host) for number in (2.0, 3.0)]
+        for proxy in proxies:  # what a model needs is known from its first load on
+            proxy.load()
+            proxy.unload()
+        before = host.snapshot().seq
+        for turn in range(6):
+            (result,) = proxies[turn % 2].run(None, {"x": np.ones(1, np.float32)})
+            assert result == [3.0 + turn % 2]
+            assert host.snapshot().gpu_memory_in_use_on == {0: 1000 << 20}
+        seen = [event.type for event in host.recent_events() if event.seq > before]
+    seen = [kind for kind in seen if kind != EventType.THRASH]
+    warm = [EventType.DRAINING, EventType.LOADING, EventType.UNLOADED, EventType.READY]
+    assert seen == [EventType.LOADING, EventType.READY] + 5 * warm, "it starts early, and loads in its time"
+    assert "told to prepare" in capfd.readouterr().err  # a process that comes late loads at once
