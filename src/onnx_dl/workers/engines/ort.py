@@ -18,6 +18,7 @@ from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.ort.options import make_run_options
+from onnx_dl.tensors.device_values import DeviceTensor
 from onnx_dl.workers.engines import base, ort_bindings, ort_session
 from onnx_dl.workers.engines.base import (
     Array,
@@ -221,6 +222,11 @@ class OnnxRuntimeBackend:
             options.log_severity_level = _FATAL
         run = ort_bindings.bound_run(self._session, rule, inputs, places, options)
         return BoundRun(run, _canceller(options))
+
+    def bind_devices(
+        self, inputs: Sequence[tuple[str, DeviceTensor]], outputs: Sequence[tuple[str, DeviceTensor]]
+    ) -> BoundRun:
+        return ort_bindings.on_devices(self._session, inputs, outputs)
 
     def rerun(self, outputs: object) -> Rerun:
         names = self._names(outputs)
