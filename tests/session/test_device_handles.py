@@ -225,3 +225,61 @@ threads = [threading.Thread(target=work) for _ in range(3)]
 assert failed == told == [] and cuda.misuses == 0
 """,
     )
+
+
+def test_a_run_that_repeats_sees_new_inputs_and_new_memory(folder: Path, log: Path) -> None:
+    """A number stands for what is bound, which is bound anew if memory, shapes or the worker changed."""
+    on_gpu(
+        folder,
+        log,
+        BOUND
+        + """
+import onnxruntime
+for factor in range(4):
+    run(factor)
+other = proxy.io_binding()
+other.bind_ortvalue_input("x", ortvalue(source, (3,)))
+other.bind_ortvalue_output("y", ortvalue(mine := cuda.allocate(12), (3,)))
+for factor in range(1, 4):  # by turns on one lane, which has to open what the other one did not name
+    run(factor)
+    proxy.run_with_iobinding(other)
+    assert floats(mine, 3) == (x[:3] * factor).tolist()
+old = mine
+other.bind_ortvalue_output("y", ortvalue(mine := cuda.allocate(12), (3,)))
+proxy.run_with_iobinding(other)
+cuda.free(old)
+assert floats(mine, 3) == (x[:3] * 3).tolist()
+proxy.unload()
+run(5)
+binding.bind_input("x", "cuda", 0, np.int32, [6], source)
+try:
+    proxy.run_with_iobinding(binding)
+except Exception as error:
+    assert "Unexpected input data type" in str(error), error
+else:
+    raise AssertionError("integers were taken for numbers")
+binding.bind_input("x", "cuda", 0, np.float32, [6], source)
+run(6)
+stopped = onnxruntime.RunOptions()
+stopped.terminate = True
+try:
+    proxy.run_with_iobinding(binding, stopped)
+except Exception as error:
+    assert "terminate" in str(error), error
+run(7)
+assert told == [] and cuda.misuses == 0
+""",
+    )
+
+
+def test_memory_that_is_gone_is_an_error_and_not_a_crash(folder: Path, log: Path) -> None:
+    on_gpu(
+        folder,
+        log,
+        BOUND
+        + """
+run(1)
+cuda.free(target)
+assert "does not know it" in refused(proxy.run_with_iobinding, binding)
+""",
+    )

@@ -6,6 +6,7 @@ and inputs and results travel like all others.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,6 +27,11 @@ Call = Callable[[list[Value], list[Value]], list[Value]]
 """Runs with ``[name, value]`` of each input and ``[name, device, number, place]`` of each output; returns a
 result for each, or text: why the worker cannot open memory on a device."""
 
+BoundCall = Callable[..., str | None]
+"""Runs with a number and, unless it is known, ``[name, handle]`` of each input and of each output; returns
+None, or text if there was no run: empty if the number is not known."""
+
+_numbers: Final = itertools.count()
 _warned: Final[set[int]] = set()
 """Ids of the process, a forked child's or its parent's, that has warned."""
 
@@ -40,6 +46,9 @@ class DeviceRuns:
         self._refusal = "a sandboxed model gets copies only" if spec.sandbox else ""
         """Reason for which there are no handles; empty: there are."""
         self._exporter = Exporter()
+        self._bound: object = None
+        """Names and handles of the run that has :attr:`_number`."""
+        self._number = 0
 
     @staticmethod
     def still(
@@ -62,8 +71,12 @@ class DeviceRuns:
             return True
         return bool(asked) and (self._is_local or cuda_driver.loaded() is not None)
 
-    def run(self, call: Call, inputs: list[Value], outputs: list[Value]) -> list[Value]:
+    def run(
+        self, call: Call, inputs: list[Value], outputs: list[Value], bound_run: BoundCall | None
+    ) -> list[Value]:
         """Returns a result per output; None for one that is written where it is bound.
+
+        ``bound_run`` makes a run that may be named by a number later; None: this one may not.
 
         Raises:
             ValueError: the CUDA driver no longer knows memory that is bound.
@@ -73,16 +86,37 @@ class DeviceRuns:
         if self._is_local:
             return call(inputs, outputs)
         self._synchronize(inputs, outputs)
+        if bound_run is not None and self._run_bound(bound_run, inputs, outputs):
+            return [None] * len(outputs)
         given = [[name, self._sent(value)] for name, value in inputs]
         results = call(given, [self._asked(*output) for output in outputs])
         if reason := _refusal(results):
             self._refusal = reason
             _warn_once(reason)
-            return self.run(call, inputs, outputs)
+            return self.run(call, inputs, outputs, None)
         return [
             _put(place, result) if type(place) is DeviceTensor else result
             for (*_, place), result in zip(outputs, results, strict=True)
         ]
+
+    def _run_bound(self, run: BoundCall, inputs: list[Value], outputs: list[Value]) -> bool:
+        """Makes a run with everything on devices.  False: it is none, or a tensor has no handle."""
+        names = [name for name, *_ in (*inputs, *outputs)]
+        places = [place for *_, place in (*inputs, *outputs)]
+        if self._refusal or len(set(names)) < len(names) or not all(map(_has_handle, places)):
+            return False
+        found = [self._exporter.handle(tensor) for tensor in places]
+        handles = [handle for handle in found if not isinstance(handle, UnopenedTensor)]
+        if len(handles) < len(found):
+            return False
+        key = list(zip(names, handles, strict=True)), len(inputs)
+        if key == self._bound and run(self._number) is None:
+            return True
+        if key != self._bound:
+            self._bound, self._number = key, next(_numbers)
+        bound = [[name, handle.parts()] for name, handle in key[0]]
+        refusal = run(self._number, bound[: len(inputs)], bound[len(inputs) :])
+        return refusal is None
 
     def _synchronize(self, inputs: list[Value], outputs: list[Value]) -> None:
         """Waits until all that the application has begun on the devices is done: no stream of another process
@@ -117,6 +151,21 @@ class DeviceRuns:
             return [name, device, number, place]
         stays = place is None and not self._refusal and device_ortvalues.can_allocate(number)
         return [name, device, number, BY_HANDLE] if stays else [name, "cpu", 0, place]
+
+
+def perform(
+    runs: DeviceRuns | None,
+    call: Call,
+    inputs: list[Value],
+    outputs: list[Value],
+    bound_call: BoundCall | None,
+) -> list[Value]:
+    """Runs; see :meth:`DeviceRuns.run`.  ``runs`` is None where nothing is bound on a device."""
+    return call(inputs, outputs) if runs is None else runs.run(call, inputs, outputs, bound_call)
+
+
+def _has_handle(place: Value) -> bool:
+    return type(place) is DeviceTensor and place.nbytes > 0
 
 
 def _refusal(results: list[Value] | str) -> str:

@@ -22,9 +22,9 @@ from numpy.typing import DTypeLike
 from onnx_dl.core.types import Array, Feed, OrtObject, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.session import bound_inputs, device_memory
+from onnx_dl.session import bound_inputs, device_memory, device_runs
 from onnx_dl.session.bound_outputs import BoundOutput, write
-from onnx_dl.session.device_runs import DeviceRuns
+from onnx_dl.session.device_runs import BoundCall, Call, DeviceRuns
 from onnx_dl.session.inputs import check_owner
 from onnx_dl.session.introspection import SessionProxy
 from onnx_dl.tensors import device_values
@@ -275,14 +275,14 @@ class IOBinding:
             and all(given.get(name) in ortvalues.NUMERIC and name not in taken for name in self._outputs)
         )
 
-    def run(self, call: Callable[[list[Value], list[Value]], list[Value]]) -> None:
+    def run(self, call: Call, bound_call: BoundCall | None) -> None:
         """Runs with any kind of value.  ``call`` takes inputs and outputs; it returns a result per output."""
         inputs: list[Value] = [[name, value] for name, value in self._inputs.items()]
         outputs: list[Value] = [
             [name, output.device, output.number, output.place(functools.partial(self._type_of, name))]
             for name, output in self._outputs.items()
         ]
-        results = call(inputs, outputs) if self._devices is None else self._devices.run(call, inputs, outputs)
+        results = device_runs.perform(self._devices, call, inputs, outputs, bound_call)
         for (name, *_, place), result in zip(outputs, results, strict=True):
             output = self._outputs[name]
             if isinstance(place, list) and isinstance(result, np.ndarray):

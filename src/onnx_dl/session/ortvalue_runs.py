@@ -21,6 +21,7 @@ from onnx_dl.session.device_memory import check_writable
 from onnx_dl.session.inputs import are_names, check_names, check_owner, names_of, sharing
 from onnx_dl.session.introspection import SessionProxy
 from onnx_dl.session.io_binding import IOBinding, vector_class
+from onnx_dl.tensors.device_values import BOUND_RUN
 
 
 class OrtValueProxy(SessionProxy):
@@ -119,7 +120,10 @@ class OrtValueProxy(SessionProxy):
         if iobinding._session is not self._sess:
             raise ValueError("IOBinding must be used with the session that created it.")
         if run_options is not None or not iobinding.run_plainly(self._run_arrays):
-            iobinding.run(lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options))
+            iobinding.run(
+                lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options),
+                self._run_bound if run_options is None else None,
+            )
 
     def create_ortvalue_from_shape_and_type(
         self,
@@ -139,6 +143,10 @@ class OrtValueProxy(SessionProxy):
         )
         made._session = self._sess
         return made
+
+    def _run_bound(self, *args: object) -> str | None:
+        found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, *args)
+        return found
 
     def _run_arrays(self, names: list[str], feed: Feed) -> list[Array]:
         result: list[Array] = self._refreshed().run(self._handle.lease, names, feed, None)

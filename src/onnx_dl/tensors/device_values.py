@@ -27,6 +27,8 @@ CUDA: Final = "cuda"
 BY_HANDLE: Final = "by handle"
 """Place of a result that a worker allocates on a device and lends to the caller."""
 
+BOUND_RUN: Final = "bound_run"
+"""Method of a worker: a run with all inputs and outputs on devices, which is bound, and then made again."""
 SENDABLE: Final = "ipc"
 """Kind of the handles that are sent; others are descriptors, for which lanes have no place."""
 _MOST_KNOWN: Final = 64
@@ -84,7 +86,7 @@ class Handle(NamedTuple):
 
     def parts(self) -> Parts:
         """Returns it as a value of a message."""
-        return Parts("device", [Plain(item) for item in self])
+        return Parts("device", [Plain(list(self))])
 
     def exported(self) -> Exported:
         """Returns what the driver opens."""
@@ -106,7 +108,8 @@ def handle_from(items: Sequence[object]) -> Handle:
         ValueError, TypeError: it contradicts itself.  A peer is not trusted: a tensor that reaches beyond its
             allocation would be memory of others.
     """
-    found = Handle(*items)  # type: ignore[arg-type]
+    (plain,) = items
+    found = Handle(*plain)  # type: ignore[misc]
     kinds = [type(item) for item in found]
     if kinds != [int, list, bytes, int, str, bytes, int, int, int] or {*map(type, found.shape)} - {int}:
         raise ValueError("a handle of device memory has other items")

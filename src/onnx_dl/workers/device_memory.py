@@ -106,6 +106,16 @@ class LaneDevices:
         self._lent: list[object] = []
         """Owners of the results that the caller copies now."""
         self._exporter = Exporter()
+        self.uses: dict[int, set[_Key]] = {}
+        """Allocations that bound runs use, by number of the run; a run is gone with the first of them."""
+
+    def present(self) -> set[_Key]:
+        """Returns the allocations that the present request names."""
+        return set(self._present)
+
+    def name(self, keys: set[_Key]) -> None:
+        """Has the present request name these allocations, which are open."""
+        self._present |= keys
 
     @property
     def is_used(self) -> bool:
@@ -172,7 +182,10 @@ class LaneDevices:
             self._close(set(self._named))
 
     def _close(self, keys: set[_Key]) -> None:
-        driver = self._loaded() if keys else None
+        if not keys:
+            return
+        driver = self._loaded()
+        self.uses = {number: used for number, used in self.uses.items() if not used & keys}
         for key in keys:
             del self._named[key]
             if driver is not None:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from onnx_dl.errors import OnnxDLError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
+from onnx_dl.tensors.device_values import BOUND_RUN
 from onnx_dl.transport.worker_lane import WorkerLane
+from onnx_dl.workers.device_calls import DeviceCalls
 from onnx_dl.workers.device_memory import LaneDevices
 from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines import base as backends
@@ -58,6 +60,7 @@ class LaneService:
         self._placed = PlacedCalls(lane, backend, self._token)
         self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend))
         lane.take_devices(self._devices.open)
+        self._bound = DeviceCalls(lane, backend, self._token, self._devices)
         self._holds = 0
 
     def run(self) -> None:
@@ -159,6 +162,9 @@ class LaneService:
     def _invoke(self, request: m.Invoke) -> None:
         devices = self._devices
         args = [self._lane.unpack(arg) for arg in request.args]
+        if request.method == BOUND_RUN:
+            self._bound.call(*args)
+            return
         if devices.is_used:
             devices.begin()
         try:
@@ -193,6 +199,7 @@ class LaneService:
 
     def _trim(self, _: m.Trim) -> None:
         self._prepared.clear()
+        self._bound.clear()
         self._placed.trim()
         self._lane.arena.trim()
         self._lane.reply(None)

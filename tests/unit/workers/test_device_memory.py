@@ -65,7 +65,7 @@ def lane(driver: Driver | None, allocations: OpenAllocations, *, keeps_open: boo
 
 def test_two_tensors_of_an_allocation_open_it_once(driver: Driver, allocations: OpenAllocations) -> None:
     one = lane(driver, allocations)
-    first, second = one.open(HANDLE), one.open(HANDLE._replace(offset=512, shape=[6]))
+    first, second = one.open([HANDLE]), one.open([HANDLE._replace(offset=512, shape=[6])])
     assert first == DeviceTensor(1, (2, 3), "cuda", 3, 4096 + 256)
     assert second == DeviceTensor(1, (6,), "cuda", 3, 4096 + 512)
     assert driver.opened == 1 and one.is_used
@@ -81,7 +81,7 @@ def test_what_a_request_does_not_name_is_closed_before_it(
     other = HANDLE._replace(handle=b"i" * 64, buffer=8)
     for named in [HANDLE, other], [other], [], [other]:
         for handle in named:
-            one.open(handle)
+            one.open([handle])
         one.begin()
         assert set(driver.open_now.values()) == {handle.handle for handle in named}
     one.close()
@@ -92,16 +92,16 @@ def test_an_allocation_that_came_to_the_place_of_another_is_opened_again(
     driver: Driver, allocations: OpenAllocations
 ) -> None:
     one = lane(driver, allocations)
-    one.open(HANDLE)
+    one.open([HANDLE])
     one.begin()
     one.begin()
-    again = one.open(HANDLE._replace(buffer=8))
+    again = one.open([HANDLE._replace(buffer=8)])
     assert isinstance(again, DeviceTensor) and again.address == 8192 + 256
 
 
 def test_lanes_share_what_is_open(driver: Driver, allocations: OpenAllocations) -> None:
     one, two = lane(driver, allocations), lane(driver, allocations)
-    assert one.open(HANDLE) == two.open(HANDLE)
+    assert one.open([HANDLE]) == two.open([HANDLE])
     one.close()
     assert driver.opened == len(driver.open_now) == 1
     two.close()
@@ -110,22 +110,22 @@ def test_lanes_share_what_is_open(driver: Driver, allocations: OpenAllocations) 
 
 def test_a_model_with_cuda_graphs_keeps_what_it_had(driver: Driver, allocations: OpenAllocations) -> None:
     one = lane(driver, allocations, keeps_open=True)
-    first = one.open(HANDLE)
+    first = one.open([HANDLE])
     one.begin()
     one.begin()
     one.close()
-    assert lane(driver, allocations, keeps_open=True).open(HANDLE) == first
+    assert lane(driver, allocations, keeps_open=True).open([HANDLE]) == first
     assert driver.opened == len(driver.open_now) == 1
 
 
 def test_why_a_tensor_is_not_opened(driver: Driver, allocations: OpenAllocations) -> None:
-    unopened = lane(None, allocations).open(HANDLE)
+    unopened = lane(None, allocations).open([HANDLE])
     assert isinstance(unopened, UnopenedTensor) and "uses no GPU" in unopened.reason
     one = lane(driver, allocations)
-    unopened = one.open(HANDLE._replace(uuid=b"v" * 16))
+    unopened = one.open([HANDLE._replace(uuid=b"v" * 16)])
     assert isinstance(unopened, UnopenedTensor) and "does not have the GPU" in unopened.reason
     driver.refuses = True
-    unopened = one.open(HANDLE)
+    unopened = one.open([HANDLE])
     assert isinstance(unopened, UnopenedTensor) and "CUDA_ERROR_INVALID_CONTEXT" in unopened.reason
     assert not one.is_used and not len(allocations)
 
@@ -152,15 +152,19 @@ def test_why_a_tensor_is_not_opened(driver: Driver, allocations: OpenAllocations
 )
 def test_a_handle_that_contradicts_itself(changed: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
-        handle_from(HANDLE._replace(**changed))
-    with pytest.raises(TypeError):
-        handle_from(HANDLE[:-1])
+        handle_from([HANDLE._replace(**changed)])
+
+
+@pytest.mark.parametrize("items", [[], [None], [HANDLE[:-1]], [HANDLE, HANDLE], [5]], ids=str)
+def test_parts_that_are_no_handle(items: list[Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        handle_from(items)
 
 
 def test_an_allocation_that_is_smaller_than_was_said(driver: Driver, allocations: OpenAllocations) -> None:
     driver.size = 512
     with pytest.raises(ValueError, match="512 bytes was announced with 1024"):
-        lane(driver, allocations).open(HANDLE)
+        lane(driver, allocations).open([HANDLE])
     assert not driver.open_now and not len(allocations)
 
 
@@ -174,8 +178,8 @@ def test_a_result_without_a_handle_travels_as_its_value(driver: Driver, allocati
 
 
 def test_a_handle_travels_as_it_is() -> None:
-    assert HANDLE.parts() == Parts("device", [Plain(item) for item in HANDLE])
-    assert handle_from(list(HANDLE)) == HANDLE
+    assert HANDLE.parts() == Parts("device", [Plain(list(HANDLE))])
+    assert handle_from([list(HANDLE)]) == HANDLE
 
 
 def test_bytes_of_tensors() -> None:

@@ -205,6 +205,19 @@ def origin(backend: Backend) -> Origin:
     return find()
 
 
+def bind_devices(backend: Backend, inputs: Sequence[object], outputs: Sequence[object]) -> BoundRun:
+    """Returns a run that is bound to tensors on devices: pairs of a name and a tensor.
+
+    Raises:
+        EngineError: the engine has no such runs.
+        Exception: the engine's.
+    """
+    bind: Callable[..., BoundRun] | None = getattr(backend, "bind_devices", None)
+    if bind is None:
+        raise EngineError("This engine takes no memory on a device.")
+    return bind(inputs, outputs)
+
+
 class DeviceResults(list[object]):
     """Results of which some stay on a device: tensors, whose owners have the memory."""
 

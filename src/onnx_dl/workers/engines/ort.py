@@ -18,6 +18,7 @@ from onnx_dl.core.model_files import ReadFile
 from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.ort.options import make_run_options
+from onnx_dl.tensors.device_values import DeviceTensor
 from onnx_dl.workers.engines import base, ort_bindings, ort_session
 from onnx_dl.workers.engines.base import (
     Array,
@@ -126,11 +127,13 @@ class OnnxRuntimeBackend:
 
     def _refuse_unusable(self) -> None:
         """Removes an entry in the external form that did not load where the model itself did, for ever.  If
-        both fail, memory of the device ran out, for example, and the entry is not at fault."""
-        if self._unusable is not None:
-            open_cache().discard(self._unusable)
+        both fail, memory of the device ran out, for example, and the entry is not at fault.  Nor is one that
+        another process removed or damaged meanwhile."""
+        store = open_cache()
+        if self._unusable is not None and store.find(self._unusable) is not None:
+            store.discard(self._unusable)
             with contextlib.suppress(OSError):  # the cache may be read-only
-                open_cache().refuse(self._unusable)
+                store.refuse(self._unusable)
 
     def _differs(self, entry: CacheEntry) -> bool:
         """Tells whether an entry was made of other files than those that the model would be read from now."""
@@ -219,6 +222,11 @@ class OnnxRuntimeBackend:
             options.log_severity_level = _FATAL
         run = ort_bindings.bound_run(self._session, rule, inputs, places, options)
         return BoundRun(run, _canceller(options))
+
+    def bind_devices(
+        self, inputs: Sequence[tuple[str, DeviceTensor]], outputs: Sequence[tuple[str, DeviceTensor]]
+    ) -> BoundRun:
+        return ort_bindings.on_devices(self._session, inputs, outputs)
 
     def rerun(self, outputs: object) -> Rerun:
         names = self._names(outputs)

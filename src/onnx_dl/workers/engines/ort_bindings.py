@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 
 import onnxruntime
 
-from onnx_dl.workers.engines.base import Array
+from onnx_dl.tensors.device_values import DeviceTensor
+from onnx_dl.workers.engines.base import Array, BoundRun
 
 _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
@@ -117,3 +118,30 @@ def _binding_again(
             clear()
 
     return run_again
+
+
+def on_devices(
+    session: onnxruntime.InferenceSession,
+    inputs: Sequence[tuple[str, DeviceTensor]],
+    outputs: Sequence[tuple[str, DeviceTensor]],
+) -> BoundRun:
+    """Returns a run of the session with tensors on devices.
+
+    Inputs are bound again each time: one that a node on the CPU takes is copied when it is bound.
+
+    Raises:
+        Exception: onnxruntime's.
+    """
+    binding = session.io_binding()
+    for name, tensor in outputs:
+        binding.bind_output(name, *tensor.where)
+    binds = [functools.partial(binding.bind_input, name, *tensor.where) for name, tensor in inputs]
+    options = onnxruntime.RunOptions()
+    run = functools.partial(session._sess.run_with_iobinding, binding._iobinding, options)
+
+    def run_again() -> None:
+        for bind in binds:
+            bind()
+        run()
+
+    return BoundRun(run_again, functools.partial(setattr, options, "terminate", True))
