@@ -173,6 +173,26 @@ def test_an_entry_that_does_not_load_is_no_entry(
     assert not store.entries()
 
 
+def test_an_entry_that_is_removed_while_it_is_loaded_is_saved_again(
+    store: Cache,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cache was cleared, or had no room for it."""
+    monkeypatch.setenv("PYTHONPATH", str(PRETENDED), prepend=":")
+    path = make(tmp_path / "m.onnx")
+    with ModelHost() as host:
+        saved(path, host, store).close()
+    (entry,) = store.entries()
+    monkeypatch.setenv("PRETENDED_REFUSAL", entry.key)
+    monkeypatch.setenv("PRETENDED_REMOVAL", "1")
+    with ModelHost() as host, InferenceSessionProxy(path, options(), providers=CUDA, host=host) as proxy:
+        assert np.array_equal(proxy.run(None, {"x": X})[0], expected(path))
+        is_saved(store)
+        assert not store.is_refused(entry.key)
+        no_saver_is_left(host)
+
+
 def test_an_entry_stays_if_the_model_itself_does_not_load_either(
     store: Cache,  # noqa: F811
     tmp_path: Path,

@@ -18,7 +18,7 @@ MB: Final = 1 << 20
 LOADS: Final = ("well", "badly", "for want of memory", "not at all", "without its entry", "partly")
 """How a load ends."""
 SIZES: Final = {"a": 40 * MB, "b": 55 * MB, "c": 90 * MB, "d": 30 * MB, "group:g": 45 * MB}
-GPU: Final = {"c": 250 * MB, "d": 300 * MB}
+GPU: Final = {"c": 900 * MB, "d": 1000 * MB}
 
 
 class FakeWorker:

@@ -41,7 +41,13 @@ CLIENTS: Final = (b"client-p", b"client-q", b"client-r")
 MODELS: Final = ("a", "b", "c", "d", "g1", "g2")
 UNITS: Final = ("a", "b", "c", "d", "group:g")
 LIMITS: Final = (None, 60 * MB, 100 * MB, 130 * MB, 300 * MB)
-GPU_LIMITS: Final = {60 * MB: 400 * MB, 100 * MB: {0: 400 * MB}, 130 * MB: 400 * MB, 300 * MB: {0: 400 * MB}}
+GPU_LIMITS: Final = {
+    60 * MB: 1800 * MB,
+    100 * MB: {0: 1800 * MB},
+    130 * MB: 1800 * MB,
+    300 * MB: {0: 1800 * MB},
+}
+"""By limit of RAM: room for one model on a GPU, and for a context."""
 ANSWERS: Final = {
     "acquire": (m.Granted, m.Denied),
     "unload": m.Unloaded,

@@ -2,10 +2,11 @@
 
 There, each session says that it has the CUDA provider, so that what is decided for such sessions can be
 tested without a GPU.  It still runs on the CPU.  With ``PRETENDED_REFUSAL`` in the environment, no session is
-made of a model in a folder of this name.
+made of a model in a folder of this name; with ``PRETENDED_REMOVAL``, the folder is gone then.
 """
 
 import os
+import shutil
 import sys
 from importlib.machinery import PathFinder
 
@@ -34,6 +35,8 @@ def _patch(session):
     def init(self, model, *args, **kwargs):
         refused = os.environ.get("PRETENDED_REFUSAL")
         if refused and refused in str(model).split(os.sep):
+            if "PRETENDED_REMOVAL" in os.environ:
+                shutil.rmtree(os.path.dirname(model))
             raise RuntimeError("CUDA failure 2: out of memory")
         make(self, model, *args, **kwargs)
 

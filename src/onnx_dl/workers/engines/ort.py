@@ -127,11 +127,13 @@ class OnnxRuntimeBackend:
 
     def _refuse_unusable(self) -> None:
         """Removes an entry in the external form that did not load where the model itself did, for ever.  If
-        both fail, memory of the device ran out, for example, and the entry is not at fault."""
-        if self._unusable is not None:
-            open_cache().discard(self._unusable)
+        both fail, memory of the device ran out, for example, and the entry is not at fault.  Nor is one that
+        another process removed or damaged meanwhile."""
+        store = open_cache()
+        if self._unusable is not None and store.find(self._unusable) is not None:
+            store.discard(self._unusable)
             with contextlib.suppress(OSError):  # the cache may be read-only
-                open_cache().refuse(self._unusable)
+                store.refuse(self._unusable)
 
     def _differs(self, entry: CacheEntry) -> bool:
         """Tells whether an entry was made of other files than those that the model would be read from now."""
