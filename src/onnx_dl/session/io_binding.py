@@ -65,7 +65,7 @@ class IOBinding:
     # --- inputs -------------------------------------------------------------------------------------------
 
     def bind_cpu_input(self, name: str, arr_on_cpu: Value) -> None:
-        """Binds an array, whose memory is read at every run, or now (:mod:`onnx_dl.session.bound_inputs`).
+        """Binds an array, whose memory is read at every run, or now if the session has this input on a GPU.
 
         Raises:
             RuntimeError: there is no such input, or it takes no tensors of numbers, in onnxruntime's words.
