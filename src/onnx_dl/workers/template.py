@@ -54,7 +54,9 @@ _CALLED_LATE: Final = (
 
 _WORKER: Final = "worker"
 _OOM_SCORE: Final = 900
-"""Killed by the kernel before a larger application, because it can be loaded again, and after a saver."""
+"""Value for the template and its workers: the kernel ends them before a larger application, because models
+can be loaded again, and after a saver.  The template, too: memory of a process that was ended is free only
+after some milliseconds, and if another process needs memory meanwhile, the kernel ends a second one."""
 
 
 class Template:
@@ -141,7 +143,6 @@ class Template:
             os.close(stderr)
             faulthandler.enable()  # a crash writes its stack to stderr
             set_title("standby" if spawn.standby else "worker")  # the model comes with a later message
-            process_setup.raise_oom_score(_OOM_SCORE)
             self._die_with_supervisor(middle)
             Worker(spawn, lifeline, Page(page).gauges, blobs, _confined(spawn, blobs)).serve()
         except ProcessesExhausted as error:  # the worker could not yet send it to the supervisor
@@ -206,6 +207,7 @@ def main(channel_fd: int, mode: str) -> NoReturn:
     recorder.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the application handles it
     set_title("template")
+    process_setup.raise_oom_score(_OOM_SCORE)
     channel = Channel.from_fd(channel_fd)
     warm = False
     # A broken installation is an error of each load.
