@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib
 import os
 import sys
@@ -119,57 +118,13 @@ def libc_function(
 def library_if_loaded(name: str) -> ctypes.CDLL | None:
     """A shared library, by its file's name, that this process has loaded; None: it has not.  Loads nothing.
 
-    The C library looks through its folders for one that is not loaded, so that is asked again only when some
-    library was loaded since.
+    Takes about 30 µs for one that is not loaded: the C library looks through its folders.  To ask first
+    whether anything was loaded since (``dl_iterate_phdr``) would call Python with the C library's lock held,
+    and could deadlock with a thread that has Python's lock and loads a library.
     """
-    count = _libraries_loaded()
-    if count is None or _absent.get(name) != count:
-        with contextlib.suppress(OSError, AttributeError):
-            return ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
-        _absent[name] = count
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
     return None
-
-
-_absent: Final[dict[str, int | None]] = {}
-"""Libraries that were not loaded when this process had loaded so many."""
-
-
-class _LoadedObject(ctypes.Structure):
-    """The beginning of dl_phdr_info, dl_iterate_phdr(3)."""
-
-    _fields_ = [
-        ("address", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("headers", ctypes.c_void_p),
-        ("number_of_headers", ctypes.c_uint16),
-        ("loads", ctypes.c_ulonglong),
-    ]
-
-
-_VISITOR: Final = ctypes.PYFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(_LoadedObject), ctypes.c_size_t, ctypes.c_void_p
-)
-
-
-@functools.cache
-def _visit() -> _Function:
-    # The interpreter's lock is kept: a thread that loads a library with it would wait for this one's lock.
-    found = libc_function("dl_iterate_phdr", ctypes.PyDLL, lambda visitor, data: 0)
-    found.argtypes = [_VISITOR, ctypes.c_void_p]
-    return found
-
-
-def _libraries_loaded() -> int | None:
-    """The number of libraries that this process has ever loaded; None: unknown."""
-    found: list[int] = []
-
-    def first(loaded: _Function, size: int, data: int | None) -> int:
-        if size >= ctypes.sizeof(_LoadedObject):
-            found.append(loaded[0].loads)
-        return 1  # that is enough
-
-    _visit()(_VISITOR(first), None)
-    return found[0] if found else None
 
 
 def soft_limit(name: str) -> int | None:

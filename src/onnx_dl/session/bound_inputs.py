@@ -39,9 +39,11 @@ def reads_when_bound(
             It is not told of overridable initializers either.
         providers: in use.
     """
+    if _DEVICES.isdisjoint(providers):  # others may have memory of the host under another name
+        return False
     if name in inputs and len(memory_infos) == len(inputs):
         return memory_infos[inputs.index(name)][0] != _HOST
-    return not _DEVICES.isdisjoint(providers)
+    return True
 
 
 class InputCopies:

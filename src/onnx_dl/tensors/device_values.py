@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_dl.concurrency import primitives
+from onnx_dl.concurrency.forking import Guard
 from onnx_dl.ort import device_ortvalues
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.protocol.lane import Plain
@@ -241,6 +242,10 @@ class Exporter:
 # --- in a process that takes one ----------------------------------------------------------------------------
 
 
+_receiving: Final = Guard()
+"""Held while a result is open: those of two threads may lie in one allocation, which a process opens once."""
+
+
 class DeviceLoans:
     """Memory on devices that the two ends of a lane have lent each other."""
 
@@ -262,14 +267,15 @@ def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
     device = None if driver is None else driver.device_of(handle.uuid)
     if driver is None or device is None:
         return UnopenedTensor("this process does not have the GPU of the result")
-    try:
-        made = device_ortvalues.allocated(handle.element_type, handle.shape, device)
-        base = driver.open(device, handle.exported(), handle.size)
-    except (DriverError, RuntimeError) as error:
-        return UnopenedTensor(str(error))
-    try:
-        driver.copy_on_device(device, made.data_ptr(), base + handle.offset, handle.nbytes)
-        driver.synchronize(device)  # the worker may use the memory again as soon as it is closed
-    finally:
-        driver.close(device, base, handle.kind, handle.size)
+    with _receiving:
+        try:
+            made = device_ortvalues.allocated(handle.element_type, handle.shape, device)
+            base = driver.open(device, handle.exported(), handle.size)
+        except (DriverError, RuntimeError) as error:
+            return UnopenedTensor(str(error))
+        try:
+            driver.copy_on_device(device, made.data_ptr(), base + handle.offset, handle.nbytes)
+            driver.synchronize(device)  # the worker may use the memory again as soon as it is closed
+        finally:
+            driver.close(device, base, handle.kind, handle.size)
     return DeviceTensor(handle.element_type, tuple(handle.shape), CUDA, device, made.data_ptr(), made)

@@ -44,6 +44,7 @@ class DeviceCalls:
             run = base.bind_devices(self._backend, inputs, outputs)
             if len(self._runs) >= _MOST:
                 self._runs.clear()
+                devices.uses.clear()
             self._runs[number] = run
             devices.uses[number] = users
         if run is None:

@@ -138,6 +138,7 @@ class LaneDevices:
                 return UnopenedTensor("the model's worker does not have the GPU that they are on")
             key = _Key(device, handle.handle, handle.buffer)
             if key not in self._named:
+                self._close_replaced(key)
                 key, self._named[key] = self._allocations.open(driver, device, handle)
         except DriverError as error:
             return UnopenedTensor(f"the model's worker cannot open them ({error})")
@@ -174,6 +175,12 @@ class LaneDevices:
         device_values.synchronize(tensor)  # the caller's streams do not wait for those of this process
         self._lent.append(tensor.owner)
         return found.parts()
+
+    def _close_replaced(self, key: _Key) -> None:
+        """Closes an allocation that is gone, if another one came to its address: both have one handle."""
+        gone = {old for old in self._named if old[:2] == key[:2]}
+        self._present -= gone
+        self._close(gone)
 
     def close(self) -> None:
         """Closes and gives up everything, at the end of the lane."""

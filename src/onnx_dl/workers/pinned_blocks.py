@@ -140,10 +140,12 @@ class LanePins:
         self.used({value.block for _, value in values if isinstance(value, Tensor) and value.block})
 
     def used(self, numbers: Iterable[int], blocks: Iterable[Block | None] = ()) -> None:
-        """Counts a use of the caller's blocks of these numbers, and of blocks of this side; None is none."""
-        for number in numbers:
-            if self._mappings.has(number):
-                self._use(self._mappings.block(number))
-        for block in blocks:
-            if block is not None:
-                self._use(block)
+        """Counts a use of the caller's blocks of these numbers, and of blocks of this side; None is none.
+        Raises nothing: the call has its answer, and a second one would be taken for that of the next call."""
+        with contextlib.suppress(Exception):
+            for number in numbers:
+                if self._mappings.has(number):
+                    self._use(self._mappings.block(number))
+            for block in blocks:
+                if block is not None:
+                    self._use(block)

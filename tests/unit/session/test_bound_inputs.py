@@ -27,6 +27,7 @@ HOST, DEVICE = ["Cpu", "OrtArenaAllocator", 0, "DEFAULT"], ["Cuda", "OrtArenaAll
         ("x", [], ["TensorrtExecutionProvider", CUDA, CPU], True),
         ("x", [], ["OpenVINOExecutionProvider", CPU], False),
         ("x", [], [CPU], False),
+        ("x", [["XnnpackExecutionProvider", "", 0, ""], HOST], ["XnnpackExecutionProvider", CPU], False),
     ],
 )
 def test_inputs_that_are_read_when_they_are_bound(

@@ -99,6 +99,17 @@ def test_an_allocation_that_came_to_the_place_of_another_is_opened_again(
     assert isinstance(again, DeviceTensor) and again.address == 8192 + 256
 
 
+def test_it_is_opened_after_the_other_one_is_closed(driver: Driver, allocations: OpenAllocations) -> None:
+    """The next request names only the new one, and is decoded before what it does not name is closed."""
+    one = lane(driver, allocations)
+    one.open([HANDLE])
+    one.begin()
+    again = one.open([HANDLE._replace(buffer=8)])
+    assert isinstance(again, DeviceTensor) and again.address == 8192 + 256
+    one.begin()
+    assert list(driver.open_now) == [8192]
+
+
 def test_lanes_share_what_is_open(driver: Driver, allocations: OpenAllocations) -> None:
     one, two = lane(driver, allocations), lane(driver, allocations)
     assert one.open([HANDLE]) == two.open([HANDLE])

@@ -26,6 +26,8 @@ _ON_GPUS: Final = (
     "MIGraphXExecutionProvider",
     "DmlExecutionProvider",
 )
+_DIGITS: Final = 3
+"""Digits of the number of a device at most."""
 
 
 class MachineGpu(NamedTuple):
@@ -124,7 +126,7 @@ def ordinals(spec: ModelSpec) -> set[int]:
 
 
 def _device_id(*options: Any) -> int:
-    """The device of a provider; 0 if its options name none."""
+    """The device of a provider; 0 if its options name none, or none that there can be."""
     named = (str(each["device_id"]) for each in options if isinstance(each, Mapping) and "device_id" in each)
     text = next(named, "0").strip()
-    return int(text) if text.isascii() and text.isdecimal() else 0
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _DIGITS else 0

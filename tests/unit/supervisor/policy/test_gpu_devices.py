@@ -42,7 +42,9 @@ def test_a_group_uses_what_its_members_do() -> None:
     assert not uses_gpu(group_spec([cpu])) and uses_gpu(group_spec([cpu, cuda]))
 
 
-@pytest.mark.parametrize(("device", "expected"), [(None, 0), ("1", 1), (3, 3), ("?", 0), (-1, 0)])
+@pytest.mark.parametrize(
+    ("device", "expected"), [(None, 0), ("1", 1), (3, 3), ("?", 0), (-1, 0), (10**20, 0)]
+)
 def test_the_options_name_the_device(device: object, expected: int) -> None:
     assert HostGpus().numbers(cuda(device)) == {expected}
 
