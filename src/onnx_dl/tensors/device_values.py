@@ -8,6 +8,7 @@ context: where the application has none, no address is a device's.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -33,6 +34,8 @@ BOUND_RUN: Final = "bound_run"
 SENDABLE: Final = "ipc"
 """Kind of the handles that are sent; others are descriptors, for which lanes have no place."""
 _MOST_KNOWN: Final = 64
+_LOOK_EVERY: Final = 0.25
+"""Seconds for which a process that had no driver is taken to have none, where an address is only checked."""
 
 _BITS: Final = {
     1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128,
@@ -126,10 +129,18 @@ def handle_from(items: Sequence[object]) -> Handle:
 # --- in the process that has the memory ---------------------------------------------------------------------
 
 
+_no_driver_until = 0.0
+"""Monotonic time until which no driver is looked for again: that takes as long as two calls of a model."""
+
+
 def check_host(address: int) -> None:
     """Raises ValueError if this address, which is said to be the host's, is a device's."""
-    driver = cuda_driver.loaded()
-    if driver is not None and (found := driver.pointer(address)) is not None:
+    global _no_driver_until
+    if (now := time.monotonic()) < _no_driver_until:
+        return
+    if (driver := cuda_driver.loaded()) is None:
+        _no_driver_until = now + _LOOK_EVERY
+    elif (found := driver.pointer(address)) is not None:
         raise ValueError(
             f"{address:#x} is an address on the GPU {found.device}, not the host's. Bind it with "
             f'device_type="cuda" and device_id={found.device}.'
