@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -148,10 +147,7 @@ def _report(arguments: argparse.Namespace, rows: list[Row], found: dict[str, Any
         print(f"\n{reclaim.table(found['reclaim'])}")
     if "capped" in found:
         print(f"\n{capped_host.table(found['capped'])}")
-    found["rows"] = report.as_json(rows)
-    found["machine"]["load_average_after"] = os.getloadavg()[0]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    report.write(rows, found, arguments.json)
     if arguments.png:
         report.draw(rows, arguments.png)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -79,8 +80,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [row._asdict() | {"met": row.met} for row in rows]
+def write(rows: Sequence[Row], found: dict[str, Any], file: Path | None) -> None:
+    """Add the rows and the present load of the machine to ``found``; write it as JSON if there is a file."""
+    found["rows"] = [row._asdict() | {"met": row.met} for row in rows]
+    found["machine"]["load_average_after"] = os.getloadavg()[0]
+    if file:
+        file.write_text(json.dumps(found, indent=1))
 
 
 def machine() -> dict[str, Any]:

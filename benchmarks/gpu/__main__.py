@@ -100,10 +100,7 @@ def _measured(name: str, part: Callable[[int], list[Row]], rounds: int, began: f
 def _report(arguments: argparse.Namespace, rows: list[Row], found: dict[str, Any]) -> None:
     print(json.dumps(found["machine"]))
     print(report.table(rows))
-    found["rows"] = report.as_json(rows)
-    found["machine"]["load_average_after"] = os.getloadavg()[0]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    report.write(rows, found, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -129,10 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:  # what was measured before something failed was measured
         clients.stop()
         print(report.table(rows))
-        found["rows"] = report.as_json(rows)
-        found["machine"]["load_average_after"] = os.getloadavg()[0]
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1))
+        report.write(rows, found, arguments.json)
 
 
 if __name__ == "__main__":

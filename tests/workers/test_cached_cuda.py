@@ -71,6 +71,20 @@ def saved(path: str | bytes, host: ModelHost, store: Cache) -> InferenceSessionP
     return proxy
 
 
+def saved_before(
+    store: Cache,  # noqa: F811
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[str, str]:
+    """A model whose entry a host of before has made, and the key of that; sessions say that they use CUDA."""
+    monkeypatch.setenv("PYTHONPATH", str(PRETENDED), prepend=":")
+    path = make(folder / "m.onnx")
+    with ModelHost() as host:
+        saved(path, host, store).close()
+    (entry,) = store.entries()
+    return path, entry.key
+
+
 @pytest.mark.parametrize("form", ["path", "bytes"])
 def test_the_second_load_maps_the_weights(
     cuda_host: ModelHost,
@@ -159,16 +173,12 @@ def test_an_entry_that_does_not_load_is_no_entry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The model itself is loaded, and is not saved again: the next load would find the same."""
-    monkeypatch.setenv("PYTHONPATH", str(PRETENDED), prepend=":")
-    path = make(tmp_path / "m.onnx")
-    with ModelHost() as host:
-        saved(path, host, store).close()
-    (entry,) = store.entries()
-    monkeypatch.setenv("PRETENDED_REFUSAL", entry.key)
+    path, key = saved_before(store, tmp_path, monkeypatch)
+    monkeypatch.setenv("PRETENDED_REFUSAL", key)
     with ModelHost() as host, InferenceSessionProxy(path, options(), providers=CUDA, host=host) as proxy:
         assert np.array_equal(proxy.run(None, {"x": X})[0], expected(path))
         assert not is_mapped(host, store)
-        assert store.is_refused(entry.key) and not store.entries()
+        assert store.is_refused(key) and not store.entries()
         no_saver_is_left(host)
     assert not store.entries()
 
@@ -179,17 +189,13 @@ def test_an_entry_that_is_removed_while_it_is_loaded_is_saved_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The cache was cleared, or had no room for it."""
-    monkeypatch.setenv("PYTHONPATH", str(PRETENDED), prepend=":")
-    path = make(tmp_path / "m.onnx")
-    with ModelHost() as host:
-        saved(path, host, store).close()
-    (entry,) = store.entries()
-    monkeypatch.setenv("PRETENDED_REFUSAL", entry.key)
+    path, key = saved_before(store, tmp_path, monkeypatch)
+    monkeypatch.setenv("PRETENDED_REFUSAL", key)
     monkeypatch.setenv("PRETENDED_REMOVAL", "1")
     with ModelHost() as host, InferenceSessionProxy(path, options(), providers=CUDA, host=host) as proxy:
         assert np.array_equal(proxy.run(None, {"x": X})[0], expected(path))
         is_saved(store)
-        assert not store.is_refused(entry.key)
+        assert not store.is_refused(key)
         no_saver_is_left(host)
 
 
@@ -199,10 +205,7 @@ def test_an_entry_stays_if_the_model_itself_does_not_load_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For example, because the memory of the GPU ran out."""
-    monkeypatch.setenv("PYTHONPATH", str(PRETENDED), prepend=":")
-    path = make(tmp_path / "m.onnx")
-    with ModelHost() as host:
-        saved(path, host, store).close()
+    path, _ = saved_before(store, tmp_path, monkeypatch)
     monkeypatch.setenv("PRETENDED_REFUSAL", tmp_path.name)
     with ModelHost() as host, pytest.raises(Exception, match="out of memory"):
         InferenceSessionProxy(path, options(), providers=CUDA, host=host).load()
