@@ -13,12 +13,13 @@ from typing import Final, NamedTuple
 from onnx_dl.client.cancellation import GRACE, CancelWatch
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.errors import DescriptorsExhausted
+from onnx_dl.errors import DescriptorsExhausted, WorkerDied
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.system import descriptor_limits
 from onnx_dl.tensors.call_codec import Answer, Request
 from onnx_dl.tensors.call_plans import EngineValue
+from onnx_dl.tensors.device_values import UnopenedTensor
 from onnx_dl.transport.client_lane import ClientLane, Reply
 
 RETRY: Final = object()
@@ -69,16 +70,18 @@ class PendingCall:
             Exception: what the worker raised, or how it ended.
         """
         try:
-            if watch is None:
-                reply = self.lane.exchange(self.request)
-            else:
-                reply = watch.exchange(self.lane, self.request, self.cancel)
+            reply = self._exchange(self.request, watch)
             if isinstance(reply, _ANSWERS):
-                return self._result(reply, retain)
+                return self._result(reply, retain, watch)
         except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
             abandon(self._pool, self.lane, error)
             raise
         return self._settle(reply, None if watch is None else watch.deadline)
+
+    def _exchange(self, request: Request, watch: CancelWatch | None) -> Reply:
+        if watch is None:
+            return self.lane.exchange(request)
+        return watch.exchange(self.lane, request, self.cancel)
 
     def needs_host(self, reply: Reply) -> bool:
         """True if :meth:`conclude` asks the host how the worker ended, which may take a while."""
@@ -89,19 +92,48 @@ class PendingCall:
         if not isinstance(reply, _ANSWERS):
             return self._settle(reply, deadline)
         try:
-            return self._result(reply, retain=False)
+            return self._result(reply, False, None)
         except BaseException as error:
             abandon(self._pool, self.lane, error)
             raise
 
-    def _result(self, reply: Answer, retain: bool) -> EngineValue:
+    def _result(self, reply: Answer, retain: bool, watch: CancelWatch | None) -> EngineValue:
         """The result; the lane is free again.  If this fails, the ends of the lane know different things."""
         lane = self.lane
         if retain:
             return RetainedOutputs(self._pool, lane, lane.codec.references(self.request, reply))
         result = lane.codec.decode(self.request, reply)
+        if (unopened := lane.codec.loans.taken()) is not None:
+            result = self._with_values(result, unopened, watch)
         self._pool.put(lane)
         return result
+
+    def _with_values(
+        self, results: list[EngineValue], unopened: list[int], watch: CancelWatch | None
+    ) -> list[EngineValue]:
+        """Ends the loan of results.  Those that this process cannot open come by value: the model does not
+        run again for them.
+
+        Raises:
+            WorkerDied: the worker ended before it sent them.
+        """
+        reply = self._exchange(request := m.Taken(by_value=unopened), watch)
+        if isinstance(reply, m.CallFailed):
+            raise failures.rebuild(reply.failure)
+        if not isinstance(reply, m.Result):
+            self._pool.retire()
+            if unopened:
+                self._pool.check_end(None if watch is None else watch.deadline)
+                raise WorkerDied(
+                    f"The worker of {self._pool.name} ended before its results on a GPU were read.",
+                    pid=self._pool.granted.pid,
+                )
+            return results
+        values = iter(self.lane.codec.decode(request, reply))
+        return [
+            result._replace(value=next(values)) if type(result) is UnopenedTensor else result
+            for result in results
+        ]
 
     def _settle(self, reply: Reply, deadline: Deadline | None) -> object:
         """Returns :data:`RETRY` if the request was not executed; the lane is free again, or closed."""

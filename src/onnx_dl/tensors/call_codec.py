@@ -29,7 +29,7 @@ from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 
-Request = CallPlan | EncodedCall | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
+Request = CallPlan | EncodedCall | m.Invoke | m.Taken | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
 Answer = m.Result | m.PlacedResult | m.SameResult | int
 """Reply of a request that was executed without an error; a number stands for SameResult."""
 
