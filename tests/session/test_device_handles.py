@@ -102,6 +102,26 @@ assert told == [] and cuda.misuses == cuda.open_handles == 0
     assert counted(calls)["cuMemcpyDtoD_v2"] == 1
 
 
+def test_ortvalues_of_a_run_without_a_binding_go_by_handle(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        """
+value = ortvalue(source := on_gpu(x))
+for factor in 1, 3, 5:
+    cuda.write(source, (x * factor).tobytes())
+    (found,) = proxy.run_with_ort_values(None, {"x": value})
+    assert found.device_name() == "cpu" and (found.numpy() == x * factor).all()
+import onnxruntime
+options = onnxruntime.RunOptions()
+(found,) = proxy.run_with_ort_values(["y"], {"x": value}, options)
+assert type(found) is OrtValue and (found.numpy() == x * 5).all()
+assert told == [] and cuda.misuses == 0
+""",
+    )
+    assert counted(calls)[OPEN] == 1
+
+
 @pytest.mark.parametrize("how", ["refuse", "expandable", "refuse-open"])
 def test_memory_without_a_handle_is_copied_and_that_is_told_once(folder: Path, log: Path, how: str) -> None:
     calls = on_gpu(

@@ -1,11 +1,13 @@
 """Runs whose inputs and results are onnxruntime's OrtValues.
 
-Dense tensors of numbers go the way of ``run()``, which is faster.  Other values, and calls that fail there,
-go to the worker as OrtValues, so that errors are in onnxruntime's words.
+Dense tensors of numbers go the way of ``run()``, which is faster, or, if some are on a GPU, the way of a
+binding.  Other values, and calls that fail there, go to the worker as OrtValues, so that errors are in
+onnxruntime's words.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,11 +19,12 @@ from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import options, ortvalues
 from onnx_dl.session.bound_outputs import place_of, take_results
-from onnx_dl.session.device_memory import check_writable
+from onnx_dl.session.device_memory import check_writable, is_on, tensor_of
+from onnx_dl.session.device_runs import DeviceRuns
 from onnx_dl.session.inputs import are_names, check_names, check_owner, names_of, sharing
 from onnx_dl.session.introspection import SessionProxy
 from onnx_dl.session.io_binding import IOBinding, vector_class
-from onnx_dl.tensors.device_values import BOUND_RUN
+from onnx_dl.tensors.device_values import BOUND_RUN, CUDA
 
 
 class OrtValueProxy(SessionProxy):
@@ -50,19 +53,16 @@ class OrtValueProxy(SessionProxy):
         native = {name: value._get_c_value() for name, value in feed.items()}
         if run_options is None and (found := self._run_as_arrays(names, feed, native)) is not None:
             return found
+        if (found := self._run_from_gpu(names, feed, native, run_options)) is not None:
+            return found
         found = self._call("run_with_ort_values", names, feed, run_options=run_options)
         return list(found) if names is None else sharing(names, found)
 
     def _run_as_arrays(self, names: list[str] | None, feed: Feed, native: Feed) -> list[OrtObject] | None:
         """The way of ``run()``; None if it does not do."""
-        if names is not None and not (type(names) is list and are_names(names)):
-            return None
-        types = {node.name: node.type for node in self._metadata.read().outputs}
-        wanted = list(types) if names is None else names
+        wanted = self._numeric(names)
         arrays = {name: ortvalues.as_array(value, feed[name]) for name, value in native.items()}
-        if any(array is None for array in arrays.values()) or len(set(wanted)) != len(wanted):
-            return None
-        if not all(types.get(name) in ortvalues.NUMERIC for name in wanted):
+        if wanted is None or any(array is None for array in arrays.values()):
             return None
         try:
             results = self._run_arrays(wanted, arrays)
@@ -73,6 +73,42 @@ class OrtValueProxy(SessionProxy):
         if not all(type(result) is np.ndarray for result in results):  # sparse ones have the type of tensors
             return None
         return [ortvalues.put_together("OrtValue", [ortvalues.from_array(r)], copy=True) for r in results]
+
+    def _run_from_gpu(
+        self, names: list[str] | None, feed: Feed, native: Feed, run_options: OrtObject
+    ) -> list[OrtObject] | None:
+        """The way of a binding, which sends handles of inputs on a GPU; None if it does not do.  Results are
+        on the CPU, as in-process."""
+        wanted = self._numeric(names) if self._handle.spec.isolation else None
+        if wanted is None or not any(is_on(value, CUDA) for value in native.values()):
+            return None
+        inputs: list[Value] = [[name, _bindable(value, feed[name])] for name, value in native.items()]
+        outputs: list[Value] = [[name, "cpu", 0, None] for name in wanted]
+
+        def call(*bound: list[Value]) -> list[Value]:
+            return self._call("run_with_iobinding", *bound, run_options=run_options)
+
+        try:
+            results = self._gpu_runs.run(call, inputs, outputs, None)
+        except OnnxDLError:
+            raise  # not onnxruntime's: the other way would raise the same
+        except Exception:
+            return None
+        return [ortvalues.put_together("OrtValue", [result], copy=True) for result in results]
+
+    @functools.cached_property
+    def _gpu_runs(self) -> DeviceRuns:
+        return DeviceRuns(self._handle.spec)
+
+    def _numeric(self, names: list[str] | None) -> list[str] | None:
+        """The outputs that are asked for; None if some of them are no tensors of numbers, or none at all."""
+        if names is not None and not (type(names) is list and are_names(names)):
+            return None
+        types = {node.name: node.type for node in self._metadata.read().outputs}
+        wanted = list(types) if names is None else names
+        if len(set(wanted)) != len(wanted) or not all(types.get(n) in ortvalues.NUMERIC for n in wanted):
+            return None
+        return wanted
 
     def run_with_ortvaluevector(
         self,
@@ -164,3 +200,11 @@ class OrtValueProxy(SessionProxy):
         if self._handle.live is not None:
             self._handle.live.refresh()
         return self._handle.model()
+
+
+def _bindable(value: OrtObject, owner: object) -> Value:
+    """A native OrtValue as a binding takes it: a tensor on a GPU, an array, or itself."""
+    if (tensor := tensor_of(value, owner)) is not None:
+        return tensor
+    array = ortvalues.as_array(value, owner)
+    return value if array is None else array
