@@ -122,6 +122,38 @@ assert told == [] and cuda.misuses == 0
     assert counted(calls)[OPEN] == 1
 
 
+def test_vectors_of_ortvalues_go_by_handle(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        """
+import onnxruntime
+C = sys.modules["onnxruntime.capi.onnxruntime_pybind11_state"]
+
+def vector(*values):
+    made = C.OrtValueVector()
+    for value in values:
+        made.push_back(value._ortvalue)
+    return made
+
+def ran(feed, fetches, device):
+    device = onnxruntime.OrtDevice.make(device, 0)._get_c_device()
+    proxy.run_with_ortvaluevector(onnxruntime.RunOptions(), ["x"], vector(feed), ["y"], fetches, [device])
+    return fetches[0]
+
+feed, target = ortvalue(on_gpu(x)), cuda.allocate(nbytes)
+written = ran(feed, vector(ortvalue(target)), "cuda")
+assert written.data_ptr() == target and floats(target) == x.tolist()
+stays = ran(feed, vector(), "cuda")
+assert stays.device_name() == "Cuda" and floats(stays.data_ptr()) == x.tolist()
+comes = ran(feed, vector(), "cpu")
+assert comes.device_name() == "Cpu" and comes.numpy().tolist() == x.tolist()
+assert told == [] and cuda.misuses == 0
+""",
+    )
+    assert counted(calls).keys() & COPIES == set()
+
+
 @pytest.mark.parametrize("how", ["refuse", "expandable", "refuse-open"])
 def test_memory_without_a_handle_is_copied_and_that_is_told_once(folder: Path, log: Path, how: str) -> None:
     calls = on_gpu(

@@ -7,8 +7,8 @@ onnxruntime's words.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -18,13 +18,15 @@ from onnx_dl.client.served_model import ServedModel
 from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import options, ortvalues
-from onnx_dl.session.bound_outputs import place_of, take_results
-from onnx_dl.session.device_memory import check_writable, is_on, tensor_of
-from onnx_dl.session.device_runs import DeviceRuns
+from onnx_dl.session.bound_outputs import BoundOutput, place_of, take_results
+from onnx_dl.session.device_memory import check_writable, is_on
 from onnx_dl.session.inputs import are_names, check_names, check_owner, names_of, sharing
 from onnx_dl.session.introspection import SessionProxy
 from onnx_dl.session.io_binding import IOBinding, vector_class
 from onnx_dl.tensors.device_values import BOUND_RUN, CUDA
+
+_GPU: Final = 1
+"""``OrtDevice.device_type()`` of a GPU."""
 
 
 class OrtValueProxy(SessionProxy):
@@ -82,23 +84,25 @@ class OrtValueProxy(SessionProxy):
         wanted = self._numeric(names) if self._handle.spec.isolation else None
         if wanted is None or not any(is_on(value, CUDA) for value in native.values()):
             return None
-        inputs: list[Value] = [[name, _bindable(value, feed[name])] for name, value in native.items()]
-        outputs: list[Value] = [[name, "cpu", 0, None] for name in wanted]
+        outputs = {name: BoundOutput("cpu", 0) for name in wanted}
+        binding = self._run_values_bound(run_options, native, list(feed.values()), outputs)
+        return None if binding is None else binding.get_outputs()
 
-        def call(*bound: list[Value]) -> list[Value]:
-            return self._call("run_with_iobinding", *bound, run_options=run_options)
-
+    def _run_values_bound(
+        self, run_options: OrtObject, inputs: Feed, owners: Iterable[object], outputs: dict[str, BoundOutput]
+    ) -> IOBinding | None:
+        """Runs native OrtValues by a binding of their own, and returns it; None if onnxruntime refuses."""
+        binding = IOBinding(self)
+        binding.bind_for_one_run(inputs, owners, outputs)
         try:
-            results = self._gpu_runs.run(call, inputs, outputs, None)
+            binding.run(
+                lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options), None
+            )
         except OnnxDLError:
             raise  # not onnxruntime's: the other way would raise the same
         except Exception:
             return None
-        return [ortvalues.put_together("OrtValue", [result], copy=True) for result in results]
-
-    @functools.cached_property
-    def _gpu_runs(self) -> DeviceRuns:
-        return DeviceRuns(self._handle.spec)
+        return binding
 
     def _numeric(self, names: list[str] | None) -> list[str] | None:
         """The outputs that are asked for; None if some of them are no tensors of numbers, or none at all."""
@@ -129,17 +133,49 @@ class OrtValueProxy(SessionProxy):
         given = list(fetches)
         for value in given:
             check_writable(value)
-        found = self._call(
-            "run_with_ortvaluevector",
-            list(feed_names),
-            list(feeds),
-            list(fetch_names),
-            [place_of(value) for value in given],
-            len(fetch_devices),
-            run_options=run_options,
+        made = self._run_vectors_on_gpu(
+            run_options, list(feed_names), list(feeds), list(fetch_names), given, fetch_devices
         )
-        for value in take_results(given, found):
+        if made is None:
+            found = self._call(
+                "run_with_ortvaluevector",
+                list(feed_names),
+                list(feeds),
+                list(fetch_names),
+                [place_of(value) for value in given],
+                len(fetch_devices),
+                run_options=run_options,
+            )
+            made = take_results(given, found)
+        for value in made:
             fetches.push_back(value)
+
+    def _run_vectors_on_gpu(
+        self,
+        run_options: OrtObject,
+        names: list[str],
+        feeds: list[OrtObject],
+        wanted: list[str],
+        given: list[OrtObject],
+        devices: Sequence[OrtObject],
+    ) -> list[OrtObject] | None:
+        """Runs by a binding, and returns results that are not in ``given``; None if that does not do, or
+        nothing is on a GPU."""
+        on_gpu = [getattr(device, "device_type", int)() == _GPU for device in devices]
+        if not (self._handle.spec.isolation and (any(on_gpu) or any(is_on(v, CUDA) for v in feeds + given))):
+            return None
+        are_matched = len(names) == len(feeds) == len(set(names)) and len(given) in (0, len(wanted))
+        if not are_matched or self._numeric(wanted) is None or len(devices) != len(wanted):
+            return None
+        outputs = {
+            name: BoundOutput("cpu", 0, given[index])
+            if given
+            else BoundOutput(*(CUDA, devices[index].device_id()) if on_gpu[index] else ("cpu", 0))
+            for index, name in enumerate(wanted)
+        }
+        inputs = dict(zip(names, feeds, strict=True))
+        binding = self._run_values_bound(run_options, inputs, feeds, outputs)
+        return None if binding is None else list(binding.get_outputs_as_ortvaluevector())[len(given) :]
 
     def io_binding(self) -> IOBinding:
         """A binding of inputs and outputs to memory of this process."""
@@ -200,11 +236,3 @@ class OrtValueProxy(SessionProxy):
         if self._handle.live is not None:
             self._handle.live.refresh()
         return self._handle.model()
-
-
-def _bindable(value: OrtObject, owner: object) -> Value:
-    """A native OrtValue as a binding takes it: a tensor on a GPU, an array, or itself."""
-    if (tensor := tensor_of(value, owner)) is not None:
-        return tensor
-    array = ortvalues.as_array(value, owner)
-    return value if array is None else array
