@@ -13,7 +13,7 @@ import functools
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -102,6 +102,15 @@ class IOBinding:
         self._check_owner(ortvalue)
         self._check_input(name)
         self._inputs[name] = self._copies.read(name, self._live(ortvalue._ortvalue, ortvalue))
+
+    def bind_for_one_run(
+        self, inputs: Feed, owners: Iterable[object], outputs: dict[str, BoundOutput]
+    ) -> None:
+        """Binds native OrtValues, which are read when the run begins, whatever the session's device."""
+        for (name, value), owner in zip(inputs.items(), owners, strict=True):
+            self._inputs[name] = self._live(value, owner)
+        for name, output in outputs.items():
+            self._bind_output(name, output)
 
     def _live(self, value: OrtObject, owner: object) -> Value:
         """A native OrtValue as an array in the same memory, if numpy has an array type for it, or as a tensor

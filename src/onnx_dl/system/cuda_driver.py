@@ -12,10 +12,11 @@ import ctypes
 import os
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import Final, NamedTuple
+from typing import Final
 
 from onnx_dl import linux_only
 from onnx_dl.concurrency.forking import Guard, importing
+from onnx_dl.system.cuda_types import Access, DevicePointer, DriverError, Exported, IpcHandle, Uuid
 
 _LIBRARY: Final = "libcuda.so.1"
 _INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _DESTROYED = 1, 201, 500, 709
@@ -34,25 +35,11 @@ _PORTABLE: Final = 1
 """CU_MEMHOSTREGISTER_PORTABLE: pinned for all contexts."""
 
 
-class _Uuid(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_ubyte * 16)]
-
-
-class _IpcHandle(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_ubyte * 64)]
-
-
-class _Access(ctypes.Structure):
-    """CUmemAccessDesc."""
-
-    _fields_ = [("location_type", c_int), ("location_id", c_int), ("flags", c_int)]
-
-
 _TYPES: Final = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
-    "cuDeviceGetUuid_v2": (POINTER(_Uuid), c_int),
+    "cuDeviceGetUuid_v2": (POINTER(Uuid), c_int),
     "cuDevicePrimaryCtxGetState": (c_int, POINTER(c_uint), POINTER(c_int)),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxPushCurrent_v2": (c_void_p,),
@@ -61,8 +48,8 @@ _TYPES: Final = {
     "cuStreamSynchronize": (c_void_p,),
     "cuPointerGetAttributes": (c_uint, POINTER(c_int), POINTER(c_void_p), c_uint64),
     "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
-    "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
-    "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
+    "cuIpcGetMemHandle": (POINTER(IpcHandle), c_uint64),
+    "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_uint64,),
     "cuMemRetainAllocationHandle": (POINTER(c_uint64), c_void_p),
     "cuMemExportToShareableHandle": (c_void_p, c_uint64, c_int, c_uint64),
@@ -72,7 +59,7 @@ _TYPES: Final = {
     "cuMemAddressFree": (c_uint64, c_size_t),
     "cuMemMap": (c_uint64, c_size_t, c_size_t, c_uint64, c_uint64),
     "cuMemUnmap": (c_uint64, c_size_t),
-    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(_Access), c_size_t),
+    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(Access), c_size_t),
     "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
     "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
     "cuMemcpyDtoD_v2": (c_uint64, c_uint64, c_size_t),
@@ -80,39 +67,6 @@ _TYPES: Final = {
     "cuMemHostUnregister": (c_void_p,),
 }
 """The functions that are called, with the types of their arguments (CUdeviceptr and handles: 64 bits)."""
-
-
-class DriverError(Exception):
-    """A call that the driver refused: ``code`` and ``function``."""
-
-    def __init__(self, code: int, function: str, name: str) -> None:
-        """``name``: what the driver calls the code."""
-        super().__init__(f"{function} failed: {name} ({code})")
-        self.code = code
-        self.function = function
-
-
-class DevicePointer(NamedTuple):
-    """An address on a device, with what the driver knows of it."""
-
-    device: int
-    buffer: int
-    """Unique for each allocation of this process, also where a later one has the same address."""
-    base: int
-    size: int
-    """Bytes of the allocation from ``base``; 0: the driver does not tell, and ``base`` is the address."""
-
-
-class Exported(NamedTuple):
-    """An allocation that another process may open.
-
-    ``kind``: "ipc", with a handle of 64 bytes and ``fd`` -1; or "fd", with a descriptor that whoever exports
-    must close.  An allocation that is opened as "fd" may be one of several behind a range of addresses.
-    """
-
-    kind: str
-    handle: bytes
-    fd: int
 
 
 class _Calls:
@@ -263,7 +217,7 @@ class CudaDriver:
         """Returns the 16 bytes that name a device, or a MIG instance, in all processes."""
         if (known := self._uuids.get(device)) is not None:
             return known
-        self._call("cuDeviceGetUuid_v2", byref(found := _Uuid()), self._contexts.handle(device))
+        self._call("cuDeviceGetUuid_v2", byref(found := Uuid()), self._contexts.handle(device))
         return self._uuids.setdefault(device, bytes(found.data))
 
     def device_of(self, uuid: bytes) -> int | None:
@@ -283,7 +237,7 @@ class CudaDriver:
         Where the driver has no handle for them (memory that was mapped by parts, such as torch's expandable
         segments), it is a descriptor for the part at ``base``.  Memory of asynchronous pools has neither.
         """
-        handle = _IpcHandle()
+        handle = IpcHandle()
         with self._current(pointer.device):
             try:
                 self._call("cuIpcGetMemHandle", byref(handle), pointer.base)
@@ -311,7 +265,7 @@ class CudaDriver:
             if exported.kind == "fd":
                 return self._open_descriptor(device, exported.fd, size)
             address = c_uint64()
-            handle = _IpcHandle.from_buffer_copy(exported.handle)
+            handle = IpcHandle.from_buffer_copy(exported.handle)
             self._call("cuIpcOpenMemHandle_v2", byref(address), handle, _ENABLES_PEERS)
             return address.value
 
@@ -326,7 +280,7 @@ class CudaDriver:
                 undone.callback(self._call, "cuMemUnmap", address, size)
             finally:
                 self._call("cuMemRelease", part)  # the mapping keeps the memory
-            access = _Access(_AT_DEVICE, self._contexts.handle(device), _READ_WRITE)
+            access = Access(_AT_DEVICE, self._contexts.handle(device), _READ_WRITE)
             self._call("cuMemSetAccess", address, size, byref(access), 1)
             undone.pop_all()
         return address.value

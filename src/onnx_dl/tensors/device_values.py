@@ -21,7 +21,8 @@ from onnx_dl.ort import device_ortvalues
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.protocol.lane import Plain
 from onnx_dl.system import cuda_driver
-from onnx_dl.system.cuda_driver import CudaDriver, DevicePointer, DriverError, Exported
+from onnx_dl.system.cuda_driver import CudaDriver
+from onnx_dl.system.cuda_types import DevicePointer, DriverError, Exported
 from onnx_dl.tensors.foreign import as_bytes
 
 CUDA: Final = "cuda"

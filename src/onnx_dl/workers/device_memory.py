@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 from onnx_dl.errors import ProtocolError
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.system import cuda_driver
-from onnx_dl.system.cuda_driver import CudaDriver, DriverError
+from onnx_dl.system.cuda_driver import CudaDriver
+from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors import device_values
 from onnx_dl.tensors.device_values import CUDA, DeviceTensor, Exporter, Handle, UnopenedTensor, handle_from
 from onnx_dl.workers.engines.base import DeviceResults

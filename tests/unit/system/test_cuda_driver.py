@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from onnx_dl.system import cuda_driver
-from onnx_dl.system.cuda_driver import CudaDriver, DevicePointer, DriverError, Exported, loaded
+from onnx_dl.system.cuda_driver import CudaDriver, loaded
+from onnx_dl.system.cuda_types import DevicePointer, DriverError, Exported
 from tests.support import fake_cuda
 from tests.support.fake_cuda import FakeCuda
 from tests.support.waiting import DEADLINE
