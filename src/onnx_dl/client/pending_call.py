@@ -19,7 +19,6 @@ from onnx_dl.protocol import lane as m
 from onnx_dl.system import descriptor_limits
 from onnx_dl.tensors.call_codec import Answer, Request
 from onnx_dl.tensors.call_plans import EngineValue
-from onnx_dl.tensors.device_values import UnopenedTensor
 from onnx_dl.transport.client_lane import ClientLane, Reply
 
 RETRY: Final = object()
@@ -103,13 +102,13 @@ class PendingCall:
         if retain:
             return RetainedOutputs(self._pool, lane, lane.codec.references(self.request, reply))
         result = lane.codec.decode(self.request, reply)
-        if (unopened := lane.codec.loans.taken()) is not None:
-            result = self._with_values(result, unopened, watch)
+        if (taken := lane.codec.taken()) is not None:
+            result = self._with_values(result, taken, watch)
         self._pool.put(lane)
         return result
 
     def _with_values(
-        self, results: list[EngineValue], unopened: list[int], watch: CancelWatch | None
+        self, results: list[EngineValue], taken: m.Taken, watch: CancelWatch | None
     ) -> list[EngineValue]:
         """Ends the loan of results.  Those that this process cannot open come by value: the model does not
         run again for them.
@@ -117,23 +116,19 @@ class PendingCall:
         Raises:
             WorkerDied: the worker ended before it sent them.
         """
-        reply = self._exchange(request := m.Taken(by_value=unopened), watch)
+        reply = self._exchange(taken, watch)
         if isinstance(reply, m.CallFailed):
             raise failures.rebuild(reply.failure)
         if not isinstance(reply, m.Result):
             self._pool.retire()
-            if unopened:
+            if taken.by_value:
                 self._pool.check_end(None if watch is None else watch.deadline)
                 raise WorkerDied(
                     f"The worker of {self._pool.name} ended before its results on a GPU were read.",
                     pid=self._pool.granted.pid,
                 )
             return results
-        values = iter(self.lane.codec.decode(request, reply))
-        return [
-            result._replace(value=next(values)) if type(result) is UnopenedTensor else result
-            for result in results
-        ]
+        return self.lane.codec.with_values(results, taken, reply)
 
     def _settle(self, reply: Reply, deadline: Deadline | None) -> object:
         """Returns :data:`RETRY` if the request was not executed; the lane is free again, or closed."""
