@@ -127,14 +127,23 @@ class DeviceRuns:
             return [None] * len(outputs)
         given = [[name, self._sent(value)] for name, value in inputs]
         results = call(given, [self._asked(*output) for output in outputs])
-        if reason := _refusal(results):
-            self._refusal = reason
-            _warn_once(reason)
+        if isinstance(results, str):  # the model did not run
+            self._refuse(results)
             return self.run(call, inputs, outputs, None)
+        found = [self._value(result) if type(result) is UnopenedTensor else result for result in results]
         return [
             _put(place, result) if type(place) is DeviceTensor else result
-            for (*_, place), result in zip(outputs, results, strict=True)
+            for (*_, place), result in zip(outputs, found, strict=True)
         ]
+
+    def _value(self, result: UnopenedTensor) -> Value:
+        """The value of a result that this process cannot open; later runs are asked for values."""
+        self._refuse(result.reason)
+        return result.value
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        _warn_once(reason)
 
     def _run_bound(self, run: BoundCall, inputs: list[Value], outputs: list[Value]) -> bool:
         """Makes a run with everything on devices.  False: it is none, or a tensor has no handle."""
@@ -210,13 +219,6 @@ def perform(
 
 def _has_handle(place: Value) -> bool:
     return type(place) is DeviceTensor and place.nbytes > 0
-
-
-def _refusal(results: list[Value] | str) -> str:
-    """Reason for which a process cannot open a handle; empty: all could."""
-    if isinstance(results, str):
-        return results
-    return next((result.reason for result in results if type(result) is UnopenedTensor), "")
 
 
 def _put(place: DeviceTensor, result: Value) -> Value:

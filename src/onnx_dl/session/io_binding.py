@@ -13,7 +13,7 @@ import functools
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -101,6 +101,16 @@ class IOBinding:
         self._check_owner(ortvalue)
         self._check_input(name)
         self._bind_input(name, _live(ortvalue._ortvalue, ortvalue))
+
+    def bind_for_one_run(
+        self, inputs: Feed, owners: Iterable[object], outputs: dict[str, BoundOutput]
+    ) -> None:
+        """Binds native OrtValues, which are read when the run begins, whatever the session's device."""
+        for (name, value), owner in zip(inputs.items(), owners, strict=True):
+            self._inputs[name] = live = _live(value, owner)
+            self._changed(is_on_device=type(live) is DeviceTensor)
+        for name, output in outputs.items():
+            self._bind_output(name, output)
 
     def _bind_input(self, name: str, value: Value) -> None:
         self._inputs[name] = self._copies.read(name, value)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from onnx_dl.errors import OnnxDLError, SharedMemoryError
+from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.tensors.call_plans import DEVICE_RUNS
@@ -81,6 +81,7 @@ class LaneService:
             m.Hold: self._hold,
             m.Unhold: self._unhold,
             m.Trim: self._trim,
+            m.Taken: self._refuse_taken,
         }
         lane, token = self._lane, self._token
         while True:
@@ -178,6 +179,23 @@ class LaneService:
             if devices.is_used:  # also a run that failed may still write
                 devices.synchronize()
         self._lane.reply(devices.lend(result) if type(result) is DeviceResults else result)
+        if devices.has_lent:
+            self._await_taken()
+
+    def _await_taken(self) -> None:
+        """Keeps the lent results until their caller has them.  The call is in flight meanwhile: a worker that
+        ended would take them along, and the model would have to run again."""
+        request = self._lane.receive()
+        if request is None:
+            self._lane.give_up()  # the caller is gone; nothing tells that a second time
+            return
+        self._token.number = self._lane.request
+        if type(request) is not m.Taken:
+            raise ProtocolError("A caller sent a request instead of saying that it has its results.")
+        self._lane.reply(self._devices.take_back(request.by_value))
+
+    def _refuse_taken(self, _: m.Taken) -> None:
+        self._fail(ProtocolError("Nothing was lent."))
 
     def _acknowledge(self, _: object) -> None:
         self._lane.reply(None)
