@@ -20,6 +20,7 @@ from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, DeviceResults
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.limits import RecycleLimits, Watchdog
+from onnx_dl.workers.overlaps import Overlaps
 from onnx_dl.workers.pinned_blocks import LanePins, PinnedBlocks
 from onnx_dl.workers.placed_calls import PlacedCalls
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
@@ -35,6 +36,7 @@ class Upkeep(NamedTuple):
     watchdog: Watchdog | None
     trims: EngineTrims
     pinned: PinnedBlocks
+    overlaps: Overlaps
 
 
 class LaneService:
@@ -50,15 +52,16 @@ class LaneService:
     ) -> None:
         """``tokens``: of all lanes, by the native id of the lane's thread."""
         self._lane = lane
-        self._limits, self._watchdog, self._trims, pinned = upkeep
+        self._limits, self._watchdog, self._trims, pinned, overlaps = upkeep
         self._gate = gate
         self._backend = backend
         self._tokens = tokens
         self._token = tokens[threading.get_native_id()] = CancelToken()
         device = backends.cuda_device(backend)
         self._pins = None if device is None else LanePins(pinned, device, lane.mappings)
-        self._prepared = PreparedCalls(lane, backend, self._token, self._pins)
-        self._placed = PlacedCalls(lane, backend, self._token)
+        self._overlaps = None if device is None else overlaps
+        self._prepared = PreparedCalls(lane, backend, self._token, self._pins, self._overlaps)
+        self._placed = PlacedCalls(lane, backend, self._token, self._overlaps)
         self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend))
         lane.take_devices(self._devices.open)
         self._bound = DeviceCalls(lane, backend, self._token, self._devices)
@@ -120,10 +123,14 @@ class LaneService:
             self._watchdog.call_begins()
         began = time.monotonic()
         try:
+            if self._overlaps is not None:
+                self._overlaps.begin()
             handler(request)
         except Exception as error:  # errors of the engine are the caller's to handle
             self._fail(error)
         finally:
+            if self._overlaps is not None:
+                self._overlaps.end()
             is_run = type(request) is not m.Touch
             if is_run and self._limits is not None and self._limits.are_reached():
                 self._gate.retire()

@@ -53,6 +53,7 @@ from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines.base import CancelToken, Rerun
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService, Upkeep
+from onnx_dl.workers.overlaps import Overlaps
 from onnx_dl.workers.pinned_blocks import PinnedBlocks
 from tests.support.builders import DESCRIPTION
 from tests.support.waiting import DEADLINE
@@ -127,7 +128,9 @@ class Worker:
                 lane = WorkerLane(self.context, channel, SECRET, DEADLINE)
                 backend: Any = self.backend
                 backend.lane = lane
-                upkeep = Upkeep(None, None, EngineTrims(self.gate.in_flight, lambda: None), PinnedBlocks())
+                in_flight = self.gate.in_flight
+                trims = EngineTrims(in_flight, lambda: None)
+                upkeep = Upkeep(None, None, trims, PinnedBlocks(), Overlaps(in_flight))
                 service = LaneService(lane, self.gate, backend, self.tokens, upkeep)
                 done = sockets.Waker()
                 watcher = threading.Thread(target=_watch, args=(channel, lane, done))
