@@ -217,9 +217,11 @@ def test_a_run_is_told_to_end_within_its_grace(stage: Stage) -> None:
     """In the middle of a run that the worker cannot end."""
     stage.proxy = stage.open(loop())
     stage.proxy.load()
-    threading.Timer(0.2, lambda: stage.stop(stage.worker())).start()
+    timer = threading.Timer(0.2, stage.stop, [stage.worker()])
+    timer.start()
     with at_most(BOUND), pytest.raises(RunTimeout, match="took longer than"):
         stage.proxy.run(None, ENDLESS, timeout=TIMEOUT)
+    timer.join()
 
 
 # --- a load that a timeout cuts short ----------------------------------------------------------------------

@@ -442,9 +442,12 @@ def test_what_runs_ends_well_and_what_waits_goes_on(spinning: str, path: str) ->
     host = onnx_dl.connect("mine")
     slow, quick = host.open(spinning, providers=CPU), host.open(path, providers=CPU)
     slow.run(None, {"x": X, "n": np.array(1)})
-    seconds = time.perf_counter()
-    slow.run(None, {"x": X, "n": np.array(2000)})
-    turns = int(2000 * 1.0 / (time.perf_counter() - seconds))
+    took = []
+    for _ in range(3):
+        seconds = time.perf_counter()
+        slow.run(None, {"x": X, "n": np.array(2000)})
+        took.append(time.perf_counter() - seconds)
+    turns = int(2000 * 1.0 / min(took))
     before = supervisor_pid(host)
     running = Threads(lambda: slow.run(None, {"x": X, "n": np.array(turns)})[0].shape)
     begun(host)
@@ -459,7 +462,7 @@ def test_one_that_is_going_is_not_asked_again_and_again(
     spinning: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it lets a call end, whoever wants more waits for the next one."""
-    monkeypatch.setenv("ONNX_DL_EXIT_GRACE", "0.7")
+    monkeypatch.setenv("ONNX_DL_EXIT_GRACE", str(allowed(2.0)))  # for so long it is going
     host = onnx_dl.connect("mine")
     slow, quick = host.open(spinning, providers=CPU), host.open(path, providers=CPU)
     running = Threads(lambda: slow.run(None, {"x": X, "n": FOR_EVER}))

@@ -128,7 +128,7 @@ def test_clients_that_say_nothing_do_not_disturb(host: ModelHost) -> None:
         assert scrape(host)["onnx_dl_evictions_total",] == 0
         started = time.monotonic()
         host.close()
-        assert time.monotonic() - started < allowed(2.5)  # who says nothing may take 5 seconds for it
+        assert time.monotonic() - started < allowed(4)  # who says nothing may take 5 seconds for it
     finally:
         for connection in silent:
             connection.close()

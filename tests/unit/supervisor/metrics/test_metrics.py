@@ -311,7 +311,7 @@ def listening(patience: float, address: str = "127.0.0.1:0") -> Iterator[Metrics
 
 @pytest.fixture
 def scrape() -> Iterator[MetricsEndpoint]:
-    with listening(patience=0.3) as scrape:
+    with listening(DEADLINE) as scrape:
         yield scrape
 
 
@@ -362,9 +362,10 @@ def test_what_the_loop_is_not_asked_for(scrape: MetricsEndpoint, path: str, meth
     assert get(scrape, path, method)[0] == status
 
 
-def test_a_loop_that_does_not_answer(scrape: MetricsEndpoint) -> None:
-    assert get(scrape)[0] == 503
-    scrape.answer(lambda: pytest.fail("who gave up is not measured for"))
+def test_a_loop_that_does_not_answer() -> None:
+    with listening(1.0) as scrape:
+        assert get(scrape)[0] == 503
+        scrape.answer(lambda: pytest.fail("who gave up is not measured for"))
 
 
 def test_who_waits_together_is_measured_for_once() -> None:
@@ -475,11 +476,9 @@ def closed(connections: list[http.client.HTTPConnection]) -> list[Any]:
     return select.select([connection.sock for connection in connections], [], [], 0)[0]
 
 
-def test_who_says_nothing_is_cut_off(scrape: MetricsEndpoint) -> None:
-    silent = http.client.HTTPConnection(scrape.address, timeout=DEADLINE)
-    silent.connect()
-    assert silent.sock.recv(1) == b""
-    silent.close()
+def test_who_says_nothing_is_cut_off() -> None:
+    with listening(0.3) as scrape, contextlib.closing(connected(scrape)) as silent:
+        assert silent.sock.recv(1) == b""
 
 
 def test_a_port_that_is_taken(scrape: MetricsEndpoint) -> None:
