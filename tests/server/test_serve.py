@@ -305,7 +305,7 @@ def pending(server: Serving) -> bool:
 
 def test_a_drain_finishes_what_runs_and_refuses_what_comes(slow: Path) -> None:
     with serving("--model", f"slow={slow}") as server:
-        kept = socket.create_connection(tuple(server.http.split(":")), DEADLINE)
+        kept = socket.create_connection(tuple(server.http.split(":")), allowed(DEADLINE))
         running = Slow(server, SECONDS)
         server.process.send_signal(signal.SIGTERM)
         refused = status_in_drain(kept)

@@ -202,7 +202,7 @@ class Scene:
         gate.arrive()
         gate.order("exit")
         with contextlib.suppress(WorkerDied):
-            caller.result(DEADLINE)
+            caller.result(allowed(DEADLINE))
         self.gate = None
 
     def _import(self) -> None:
@@ -231,7 +231,7 @@ class Scene:
         self._run()
         with self.host.events() as events:
             self._unload()
-            while events.get(DEADLINE).type is not EventType.DRAINING:
+            while events.get(allowed(DEADLINE)).type is not EventType.DRAINING:
                 pass
 
     def _close(self) -> None:
