@@ -20,7 +20,6 @@ from onnx_dl.workers.engines import base as backends
 from onnx_dl.workers.engines.base import Backend, CancelToken, DeviceResults
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.limits import RecycleLimits, Watchdog
-from onnx_dl.workers.overlaps import Overlaps
 from onnx_dl.workers.pinned_blocks import LanePins, PinnedBlocks
 from onnx_dl.workers.placed_calls import PlacedCalls
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
@@ -36,7 +35,6 @@ class Upkeep(NamedTuple):
     watchdog: Watchdog | None
     trims: EngineTrims
     pinned: PinnedBlocks
-    overlaps: Overlaps
 
 
 class LaneService:
@@ -52,16 +50,17 @@ class LaneService:
     ) -> None:
         """``tokens``: of all lanes, by the native id of the lane's thread."""
         self._lane = lane
-        self._limits, self._watchdog, self._trims, pinned, overlaps = upkeep
+        self._limits, self._watchdog, self._trims, pinned = upkeep
         self._gate = gate
         self._backend = backend
         self._tokens = tokens
         self._token = tokens[threading.get_native_id()] = CancelToken()
         device = backends.cuda_device(backend)
         self._pins = None if device is None else LanePins(pinned, device, lane.mappings)
-        self._overlaps = None if device is None else overlaps
+        self._overlaps = None if device is None else gate.overlaps
         self._prepared = PreparedCalls(lane, backend, self._token, self._pins, self._overlaps)
-        self._placed = PlacedCalls(lane, backend, self._token, self._overlaps)
+        self._placed = PlacedCalls(lane, backend, self._token)
+        self._placed.overlaps = self._overlaps
         self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend))
         lane.take_devices(self._devices.open)
         self._bound = DeviceCalls(lane, backend, self._token, self._devices)

@@ -58,3 +58,8 @@ class Overlaps:
             with self._changed:
                 self._alone = None
                 self._changed.notify_all()
+
+
+def may_bind(overlaps: Overlaps | None) -> bool:
+    """Tells whether a call may be bound.  None: to a session that uses no GPU."""
+    return overlaps is None or overlaps.is_alone()

@@ -22,7 +22,7 @@ from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import ResultForm, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engines.base import Backend, CancelToken, Feed, Rerun
-from onnx_dl.workers.overlaps import Overlaps
+from onnx_dl.workers.overlaps import Overlaps, may_bind
 from onnx_dl.workers.pinned_blocks import LanePins
 
 _MOST_RUNS: Final = 16
@@ -279,7 +279,7 @@ class PreparedCalls:
             or (direct := call.direct) is None
             or self._drops != lane.mappings.drops
             or lane.arena.scratch(direct.nbytes) is not direct.scratch
-            or not self._may_bind()
+            or not may_bind(self._overlaps)
         ):
             self._replay_in_place(number)
             return
@@ -300,9 +300,6 @@ class PreparedCalls:
         if (call := self._find(number)) is not None:
             self._run(call, call.feed_with(self._lane, {}), [])
 
-    def _may_bind(self) -> bool:
-        return self._overlaps is None or self._overlaps.is_alone()
-
     def _find(self, number: int) -> PreparedCall | None:
         self.drop_unmapped()
         if (call := self._calls.get(number)) is None:
@@ -310,7 +307,7 @@ class PreparedCalls:
         return call
 
     def _run(self, call: PreparedCall, feed: Feed, key: list[int]) -> None:
-        if self._may_bind() and call.run(self._lane, self._backend, feed, key, self._token):
+        if may_bind(self._overlaps) and call.run(self._lane, self._backend, feed, key, self._token):
             return
         results = call.run_unbound(self._backend, feed, self._token)
         if call.form is not None and call.form.put(results, self._lane.arena):

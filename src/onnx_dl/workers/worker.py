@@ -40,7 +40,6 @@ from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService, Upkeep
 from onnx_dl.workers.limits import AnonymousMemory, RecycleLimits, Watchdog
 from onnx_dl.workers.load_cache.rules import SaveOrder
-from onnx_dl.workers.overlaps import Overlaps
 from onnx_dl.workers.pinned_blocks import PinnedBlocks
 from onnx_dl.workers.sandbox import rights
 
@@ -78,7 +77,6 @@ class Worker:
         self._limits: RecycleLimits | None = None
         self._watchdog: Watchdog | None = None
         self._pinned = PinnedBlocks()
-        self._overlaps = Overlaps(lambda: self._gate.in_flight())
         self._lanes: set[WorkerLane] = set()
         self._disconnected: set[Channel] = set()
         """Channels of callers that are gone and whose lanes are not closed yet."""
@@ -278,7 +276,7 @@ class Worker:
             if lane.channel in self._disconnected:  # it left after its greeting
                 lane.hang_up()
         model = backends.member(backend, lane.model)
-        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned, self._overlaps)
+        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned)
         service = LaneService(lane, self._gate, model, self._tokens, upkeep)
         try:
             service.run()

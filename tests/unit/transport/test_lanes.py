@@ -53,7 +53,6 @@ from onnx_dl.workers.engine_trims import EngineTrims
 from onnx_dl.workers.engines.base import CancelToken, Rerun
 from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService, Upkeep
-from onnx_dl.workers.overlaps import Overlaps
 from onnx_dl.workers.pinned_blocks import PinnedBlocks
 from tests.support.builders import DESCRIPTION
 from tests.support.waiting import DEADLINE, allowed
@@ -128,9 +127,7 @@ class Worker:
                 lane = WorkerLane(self.context, channel, SECRET, DEADLINE)
                 backend: Any = self.backend
                 backend.lane = lane
-                in_flight = self.gate.in_flight
-                trims = EngineTrims(in_flight, lambda: None)
-                upkeep = Upkeep(None, None, trims, PinnedBlocks(), Overlaps(in_flight))
+                upkeep = Upkeep(None, None, EngineTrims(self.gate.in_flight, lambda: None), PinnedBlocks())
                 service = LaneService(lane, self.gate, backend, self.tokens, upkeep)
                 done = sockets.Waker()
                 watcher = threading.Thread(target=_watch, args=(channel, lane, done))
