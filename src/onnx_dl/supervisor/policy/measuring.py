@@ -205,7 +205,7 @@ class LoadWeighing:
 
     def _scheduled(self) -> Iterator[tuple[WorkerRecord, float]]:
         for _, worker in self.fleet.workers():
-            if worker.weigh_at is not None and worker.pid and not worker.is_ending:
+            if worker.weigh_at is not None and worker.pid and not (worker.is_ending or worker.early):
                 yield worker, worker.weigh_at
 
     def _bound(self, worker: WorkerRecord, now: float, without: MemoryAmount = NOTHING) -> int:
