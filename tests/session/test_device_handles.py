@@ -102,6 +102,58 @@ assert told == [] and cuda.misuses == cuda.open_handles == 0
     assert counted(calls)["cuMemcpyDtoD_v2"] == 1
 
 
+def test_ortvalues_of_a_run_without_a_binding_go_by_handle(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        """
+value = ortvalue(source := on_gpu(x))
+for factor in 1, 3, 5:
+    cuda.write(source, (x * factor).tobytes())
+    (found,) = proxy.run_with_ort_values(None, {"x": value})
+    assert found.device_name() == "cpu" and (found.numpy() == x * factor).all()
+import onnxruntime
+options = onnxruntime.RunOptions()
+(found,) = proxy.run_with_ort_values(["y"], {"x": value}, options)
+assert type(found) is OrtValue and (found.numpy() == x * 5).all()
+assert told == [] and cuda.misuses == 0
+""",
+    )
+    assert counted(calls)[OPEN] == 1
+
+
+def test_vectors_of_ortvalues_go_by_handle(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        """
+import onnxruntime
+C = sys.modules["onnxruntime.capi.onnxruntime_pybind11_state"]
+
+def vector(*values):
+    made = C.OrtValueVector()
+    for value in values:
+        made.push_back(value._ortvalue)
+    return made
+
+def ran(feed, fetches, device):
+    device = onnxruntime.OrtDevice.make(device, 0)._get_c_device()
+    proxy.run_with_ortvaluevector(onnxruntime.RunOptions(), ["x"], vector(feed), ["y"], fetches, [device])
+    return fetches[0]
+
+feed, target = ortvalue(on_gpu(x)), cuda.allocate(nbytes)
+written = ran(feed, vector(ortvalue(target)), "cuda")
+assert written.data_ptr() == target and floats(target) == x.tolist()
+stays = ran(feed, vector(), "cuda")
+assert stays.device_name() == "Cuda" and floats(stays.data_ptr()) == x.tolist()
+comes = ran(feed, vector(), "cpu")
+assert comes.device_name() == "Cpu" and comes.numpy().tolist() == x.tolist()
+assert told == [] and cuda.misuses == 0
+""",
+    )
+    assert counted(calls).keys() & COPIES == set()
+
+
 @pytest.mark.parametrize("how", ["refuse", "expandable", "refuse-open"])
 def test_memory_without_a_handle_is_copied_and_that_is_told_once(folder: Path, log: Path, how: str) -> None:
     calls = on_gpu(

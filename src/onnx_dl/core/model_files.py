@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -22,8 +23,8 @@ from typing import Final
 import msgspec
 
 from onnx_dl import linux_only
+from onnx_dl.core.wire import BYTES, Field, NotAMessage, WireReader
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # The way to tensors: message -> field -> type of the message in it.
 _INSIDE: Final[dict[str, dict[int, str]]] = {
     "model": {7: "graph", 25: "function"},
@@ -39,16 +40,12 @@ _DEEPEST: Final = 100
 """Deepest nesting of messages; protobuf's own parsers refuse more."""
 _SEARCH_TIME: Final = 0.05
 """Seconds that an application searches a model; files that it has not found by then do not count."""
-_CLOCK_INTERVAL: Final = 64
-"""Fields between two checks of the clock."""
 _LONGEST_NAME: Final = 4096
 """Largest number of bytes of a path, on Linux."""
 _LOCATION: Final = b"location"
 """The key of the entry with the name of a tensor's file."""
 _SEARCHED: Final = 64 << 10
 """Largest number of bytes of a message that is searched for the key before its fields are read."""
-_WINDOW: Final = 4096
-"""Bytes that are read at once."""
 
 
 def bytes_of(path: str) -> int:
@@ -86,82 +83,36 @@ def _names(path: str | int, until: float | None) -> Iterator[str]:
         return
     with open(path, "rb", closefd=isinstance(path, str)) as file:
         # Not mapped: reading a page of a file that is truncated meanwhile would kill the process.
-        walk = _Walk(functools.partial(linux_only.pread, file.fileno()), until)
-        yield from walk.locations(0, size, "model", 0)
+        reader = WireReader(
+            functools.partial(linux_only.pread, file.fileno()), size, until=until, most_fields=sys.maxsize
+        )
+        try:
+            yield from _locations(reader, 0, size, "model", 0)
+        except NotAMessage as error:
+            raise ValueError(f"not a model: {error}") from None
 
 
-class _Walk:
-    """Walks through one model.  ``read(size, offset)``: returns that many bytes, or fewer at the end."""
+def _locations(reader: WireReader, start: int, end: int, kind: str, depth: int) -> Iterator[str]:
+    if depth > _DEEPEST:
+        raise ValueError(f"not a model: messages are nested deeper than {_DEEPEST}")
+    inside = _INSIDE[kind]
+    for field in reader.fields(start, end):
+        number, wire, _, first, last = field
+        if wire != BYTES or number not in inside:
+            continue
+        if inside[number] == "entry":
+            pair = {part.number: _text(reader, part) for part in reader.fields(first, last)}
+            if pair.get(1) == _LOCATION:
+                yield pair.get(2, b"").decode()
+        # A short message without the key is skipped.  That is so for most nodes.
+        elif last - first > _SEARCHED or _LOCATION in reader.data(field):
+            yield from _locations(reader, first, last, inside[number], depth + 1)
 
-    def __init__(self, read: Callable[[int, int], bytes], until: float | None) -> None:
-        self._read = read
-        self._until = until
-        self._fields_seen = 0
-        self._window = b""
-        self._window_at = 0
 
-    def locations(self, start: int, end: int, kind: str, depth: int) -> Iterator[str]:
-        if depth > _DEEPEST:
-            raise ValueError(f"not a model: messages are nested deeper than {_DEEPEST}")
-        inside = _INSIDE[kind]
-        for field, first, last in self._fields(start, end):
-            if inside.get(field) == "entry":
-                pair = {number: self._text(a, b) for number, a, b in self._fields(first, last)}
-                if pair.get(1) == _LOCATION:
-                    yield pair.get(2, b"").decode()
-            elif field in inside and self._may_name_file(first, last):
-                yield from self.locations(first, last, inside[field], depth + 1)
-
-    def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Number, start and end of every length-delimited field."""
-        while at < end:
-            self._count()
-            tag, at = self._varint(at)
-            wire = tag & 7
-            if not tag >> 3:
-                raise ValueError("not a model: a field without a number")
-            if wire == _BYTES:
-                size, at = self._varint(at)
-                if at + size > end:
-                    raise ValueError("not a model: a field is longer than its message")
-                yield tag >> 3, at, at + size
-                at += size
-            elif wire == _VARINT:
-                _, at = self._varint(at)
-            elif wire in (_FIXED64, _FIXED32):
-                at += 8 if wire == _FIXED64 else 4
-            else:
-                raise ValueError(f"not a model: wire type {wire}")
-
-    def _count(self) -> None:
-        self._fields_seen += 1
-        if self._until is None or self._fields_seen % _CLOCK_INTERVAL:
-            return
-        if time.monotonic() >= self._until:
-            raise ValueError("too large to be searched in this time")
-
-    def _may_name_file(self, first: int, last: int) -> bool:
-        """False if a short message does not contain the key.  That is so for most nodes."""
-        return last - first > _SEARCHED or _LOCATION in self._read(last - first, first)
-
-    def _text(self, first: int, last: int) -> bytes:
-        """The bytes, if they are short enough for a name."""
-        return self._read(last - first, first) if last - first <= _LONGEST_NAME else b""
-
-    def _varint(self, at: int) -> tuple[int, int]:
-        value = shift = 0
-        while shift <= 63:
-            offset = at - self._window_at
-            if not 0 <= offset < len(self._window):
-                self._window, self._window_at, offset = self._read(_WINDOW, at), at, 0
-                if not self._window:
-                    raise ValueError("not a model: unexpected end")
-            byte = self._window[offset]
-            value |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return value, at
-        raise ValueError("not a model: a number of more than 64 bits")
+def _text(reader: WireReader, field: Field) -> bytes:
+    """The bytes of a field, if they are short enough for a name."""
+    is_text = field.wire == BYTES and field.end - field.start <= _LONGEST_NAME
+    return reader.data(field) if is_text else b""
 
 
 # --- identities --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ fields.  The file may have any content.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
@@ -16,6 +17,8 @@ _FAR: Final = 512
 """Bytes that are read at once behind a field that was longer than a window."""
 _MOST_FIELDS: Final = 3_000_000
 """Fields of one file; more take longer than anybody waits."""
+_CLOCK_INTERVAL: Final = 64
+"""Fields between two looks at the clock."""
 
 
 class NotAMessage(ValueError):
@@ -34,11 +37,26 @@ class Field(NamedTuple):
 
 
 class WireReader:
-    """Reads one file of ``size`` bytes.  ``read(count, offset)`` returns that many bytes, or fewer at the
-    end, as ``os.pread`` does; it may raise OSError."""
+    """Reads one file of ``size`` bytes.
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+    Args:
+        read: ``read(count, offset)`` returns that many bytes, or fewer at the end, as ``os.pread`` does; it
+            may raise OSError.
+        until: monotonic time at which reading ends with :class:`NotAMessage`; None: there is none.
+        most_fields: fields after which it ends in this way.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], bytes],
+        size: int,
+        *,
+        until: float | None = None,
+        most_fields: int = _MOST_FIELDS,
+    ) -> None:
         self._read = read
+        self._until = until
+        self._most_fields = most_fields
         self.size = size
         self._window = b""
         self._at = 0
@@ -53,8 +71,8 @@ class WireReader:
         at = start
         while at < end:
             self._fields += 1
-            if self._fields > _MOST_FIELDS:
-                raise NotAMessage(f"it has more than {_MOST_FIELDS} fields")
+            if self._fields % _CLOCK_INTERVAL == 0:
+                self._check_limits()
             tag, at = self._varint(at)
             number, wire = tag >> 3, tag & 7
             if not number:
@@ -73,19 +91,28 @@ class WireReader:
                 raise NotAMessage("a field is longer than its message, or the file is cut off")
             yield Field(number, wire, value, first, at)
 
+    def data(self, field: Field) -> bytes:
+        """The bytes of a field; fewer if the file has become shorter."""
+        offset = field.start - self._at
+        end = offset + field.end - field.start
+        if offset >= 0 and end <= len(self._window):
+            return self._window[offset:end]
+        return self._read(field.end - field.start, field.start)
+
     def text(self, field: Field, most: int = 4096) -> str:
         """The text of a field, of at most this many bytes.  Raises NotAMessage."""
         if field.wire != BYTES or field.end - field.start > most:
             raise NotAMessage(f"field {field.number} is no text of at most {most} bytes")
-        offset = field.start - self._at
-        if offset >= 0 and offset + field.end - field.start <= len(self._window):
-            data = self._window[offset : offset + field.end - field.start]
-        else:
-            data = self._read(field.end - field.start, field.start)
         try:
-            return data.decode()
+            return self.data(field).decode()
         except UnicodeDecodeError:
             raise NotAMessage(f"field {field.number} is not UTF-8") from None
+
+    def _check_limits(self) -> None:
+        if self._fields > self._most_fields:
+            raise NotAMessage(f"it has more than {self._most_fields} fields")
+        if self._until is not None and time.monotonic() >= self._until:
+            raise NotAMessage("it is too large to be read in this time")
 
     def _varint(self, at: int) -> tuple[int, int]:
         """A number, and where the next byte is."""

@@ -172,6 +172,16 @@ class Invoke(Message):
     args: list[Value] = []
 
 
+class Taken(Message):
+    """Follows a Result with results that are lent, before anything else on this lane: the client has
+    copied them.
+
+    ``by_value``: those that it cannot open, by their order among the lent ones.  Its Result has their values.
+    """
+
+    by_value: list[int] = []
+
+
 class Terminate(Message):
     """Cancel the call that this thread of the worker executes, if it is still that request of its lane."""
 
@@ -196,7 +206,7 @@ class Trim(Message):
 
 
 class Result(Message):
-    """The return value of a Call, Replay, Invoke, Touch, Hold, Unhold, Trim or Terminate."""
+    """The return value of a Call, Replay, Invoke, Taken, Touch, Hold, Unhold, Trim or Terminate."""
 
     value: Value
 
@@ -232,7 +242,18 @@ class Draining(Message):
 
 
 LaneRequest = (
-    Call | Replay | PlacedCall | Invoke | Terminate | Touch | Hold | Unhold | Trim | LaneHello | Envelope
+    Call
+    | Replay
+    | PlacedCall
+    | Invoke
+    | Taken
+    | Terminate
+    | Touch
+    | Hold
+    | Unhold
+    | Trim
+    | LaneHello
+    | Envelope
 )
 LaneReply = (
     LaneOpen | Result | PlacedResult | SameResult | Started | CallFailed | Forgotten | Draining | Envelope

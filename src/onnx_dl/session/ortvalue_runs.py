@@ -1,27 +1,33 @@
 """Runs whose inputs and results are onnxruntime's OrtValues.
 
-Dense tensors of numbers go the way of ``run()``, which is faster.  Other values, and calls that fail there,
-go to the worker as OrtValues, so that errors are in onnxruntime's words.
+Dense tensors of numbers go the way of ``run()``, which is faster, or, if some are on a GPU, the way of a
+binding.  Other values, and calls that fail there, go to the worker as OrtValues, so that errors are in
+onnxruntime's words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from onnx_dl.client import numbered_runs
 from onnx_dl.client.cancellation import CancelWatch
 from onnx_dl.client.served_model import ServedModel
 from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
 from onnx_dl.errors import OnnxDLError
 from onnx_dl.ort import options, ortvalues
-from onnx_dl.session.bound_outputs import place_of, take_results
-from onnx_dl.session.device_memory import check_writable
+from onnx_dl.session.bound_outputs import BoundOutput, place_of, take_results
+from onnx_dl.session.device_memory import check_writable, is_on
 from onnx_dl.session.inputs import are_names, check_names, check_owner, names_of, sharing
 from onnx_dl.session.introspection import SessionProxy
 from onnx_dl.session.io_binding import IOBinding, vector_class
-from onnx_dl.tensors.device_values import BOUND_RUN
+from onnx_dl.tensors.device_values import BOUND_RUN, CUDA
+
+_GPU: Final = 1
+"""``OrtDevice.device_type()`` of a GPU."""
 
 
 class OrtValueProxy(SessionProxy):
@@ -50,19 +56,16 @@ class OrtValueProxy(SessionProxy):
         native = {name: value._get_c_value() for name, value in feed.items()}
         if run_options is None and (found := self._run_as_arrays(names, feed, native)) is not None:
             return found
+        if (found := self._run_from_gpu(names, feed, native, run_options)) is not None:
+            return found
         found = self._call("run_with_ort_values", names, feed, run_options=run_options)
         return list(found) if names is None else sharing(names, found)
 
     def _run_as_arrays(self, names: list[str] | None, feed: Feed, native: Feed) -> list[OrtObject] | None:
         """The way of ``run()``; None if it does not do."""
-        if names is not None and not (type(names) is list and are_names(names)):
-            return None
-        types = {node.name: node.type for node in self._metadata.read().outputs}
-        wanted = list(types) if names is None else names
+        wanted = self._numeric(names)
         arrays = {name: ortvalues.as_array(value, feed[name]) for name, value in native.items()}
-        if any(array is None for array in arrays.values()) or len(set(wanted)) != len(wanted):
-            return None
-        if not all(types.get(name) in ortvalues.NUMERIC for name in wanted):
+        if wanted is None or any(array is None for array in arrays.values()):
             return None
         try:
             results = self._run_arrays(wanted, arrays)
@@ -73,6 +76,44 @@ class OrtValueProxy(SessionProxy):
         if not all(type(result) is np.ndarray for result in results):  # sparse ones have the type of tensors
             return None
         return [ortvalues.put_together("OrtValue", [ortvalues.from_array(r)], copy=True) for r in results]
+
+    def _run_from_gpu(
+        self, names: list[str] | None, feed: Feed, native: Feed, run_options: OrtObject
+    ) -> list[OrtObject] | None:
+        """The way of a binding, which sends handles of inputs on a GPU; None if it does not do.  Results are
+        on the CPU, as in-process."""
+        wanted = self._numeric(names) if self._handle.spec.isolation else None
+        if wanted is None or not any(is_on(value, CUDA) for value in native.values()):
+            return None
+        outputs = {name: BoundOutput("cpu", 0) for name in wanted}
+        binding = self._run_values_bound(run_options, native, list(feed.values()), outputs)
+        return None if binding is None else binding.get_outputs()
+
+    def _run_values_bound(
+        self, run_options: OrtObject, inputs: Feed, owners: Iterable[object], outputs: dict[str, BoundOutput]
+    ) -> IOBinding | None:
+        """Runs native OrtValues by a binding of their own, and returns it; None if onnxruntime refuses."""
+        binding = IOBinding(self)
+        binding.bind_for_one_run(inputs, owners, outputs)
+        try:
+            binding.run(
+                lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options), None
+            )
+        except OnnxDLError:
+            raise  # not onnxruntime's: the other way would raise the same
+        except Exception:
+            return None
+        return binding
+
+    def _numeric(self, names: list[str] | None) -> list[str] | None:
+        """The outputs that are asked for; None if some of them are no tensors of numbers, or none at all."""
+        if names is not None and not (type(names) is list and are_names(names)):
+            return None
+        types = {node.name: node.type for node in self._metadata.read().outputs}
+        wanted = list(types) if names is None else names
+        if len(set(wanted)) != len(wanted) or not all(types.get(n) in ortvalues.NUMERIC for n in wanted):
+            return None
+        return wanted
 
     def run_with_ortvaluevector(
         self,
@@ -93,17 +134,49 @@ class OrtValueProxy(SessionProxy):
         given = list(fetches)
         for value in given:
             check_writable(value)
-        found = self._call(
-            "run_with_ortvaluevector",
-            list(feed_names),
-            list(feeds),
-            list(fetch_names),
-            [place_of(value) for value in given],
-            len(fetch_devices),
-            run_options=run_options,
+        made = self._run_vectors_on_gpu(
+            run_options, list(feed_names), list(feeds), list(fetch_names), given, fetch_devices
         )
-        for value in take_results(given, found):
+        if made is None:
+            found = self._call(
+                "run_with_ortvaluevector",
+                list(feed_names),
+                list(feeds),
+                list(fetch_names),
+                [place_of(value) for value in given],
+                len(fetch_devices),
+                run_options=run_options,
+            )
+            made = take_results(given, found)
+        for value in made:
             fetches.push_back(value)
+
+    def _run_vectors_on_gpu(
+        self,
+        run_options: OrtObject,
+        names: list[str],
+        feeds: list[OrtObject],
+        wanted: list[str],
+        given: list[OrtObject],
+        devices: Sequence[OrtObject],
+    ) -> list[OrtObject] | None:
+        """Runs by a binding, and returns results that are not in ``given``; None if that does not do, or
+        nothing is on a GPU."""
+        on_gpu = [getattr(device, "device_type", int)() == _GPU for device in devices]
+        if not (self._handle.spec.isolation and (any(on_gpu) or any(is_on(v, CUDA) for v in feeds + given))):
+            return None
+        are_matched = len(names) == len(feeds) == len(set(names)) and len(given) in (0, len(wanted))
+        if not are_matched or self._numeric(wanted) is None or len(devices) != len(wanted):
+            return None
+        outputs = {
+            name: BoundOutput("cpu", 0, given[index])
+            if given
+            else BoundOutput(*(CUDA, devices[index].device_id()) if on_gpu[index] else ("cpu", 0))
+            for index, name in enumerate(wanted)
+        }
+        inputs = dict(zip(names, feeds, strict=True))
+        binding = self._run_values_bound(run_options, inputs, feeds, outputs)
+        return None if binding is None else list(binding.get_outputs_as_ortvaluevector())[len(given) :]
 
     def io_binding(self) -> IOBinding:
         """A binding of inputs and outputs to memory of this process."""
@@ -119,6 +192,8 @@ class OrtValueProxy(SessionProxy):
         """
         if iobinding._session is not self._sess:
             raise ValueError("IOBinding must be used with the session that created it.")
+        if run_options is None and iobinding.run_again(self._repeat_bound):
+            return
         if run_options is not None or not iobinding.run_plainly(self._run_arrays):
             iobinding.run(
                 lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options),
@@ -143,6 +218,10 @@ class OrtValueProxy(SessionProxy):
         )
         made._session = self._sess
         return made
+
+    def _repeat_bound(self, number: int) -> bool:
+        handle = self._handle
+        return handle.live is None and numbered_runs.repeat(handle.used, handle.lease, number)
 
     def _run_bound(self, *args: object) -> str | None:
         found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, *args)

@@ -23,13 +23,13 @@ from onnx_dl.tensors.call_plans import (
     can_repeat,
     key_of,
 )
-from onnx_dl.tensors.device_values import DeviceLoans
+from onnx_dl.tensors.device_values import DeviceLoans, UnopenedTensor
 from onnx_dl.tensors.foreign import ForeignArray, ForeignPlace, Written, bytes_of
 from onnx_dl.tensors.foreign_tables import AnnouncedMemories
 from onnx_dl.tensors.result_forms import in_one_place, reader_of
 from onnx_dl.tensors.values import VIEW_FROM, Packer, Unpacker, as_it_is
 
-Request = CallPlan | EncodedCall | m.Invoke | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
+Request = CallPlan | EncodedCall | m.Invoke | m.Taken | m.Touch | m.Hold | m.Unhold | m.Terminate | m.Trim
 Answer = m.Result | m.PlacedResult | m.SameResult | int
 """Reply of a request that was executed without an error; a number stands for SameResult."""
 
@@ -187,6 +187,16 @@ class CallCodec:
             self._prepare_reading(plan)
         self.plans.latest = None if plan.repeated is None else plan
         return [read() for read in plan.readers]
+
+    def taken(self) -> m.Taken | None:
+        """Returns the request that ends the loan of the last results; None: none was lent."""
+        unopened = self.loans.taken()
+        return None if unopened is None else m.Taken(by_value=unopened)
+
+    def with_values(self, results: list[EngineValue], taken: m.Taken, reply: m.Result) -> list[EngineValue]:
+        """Returns the results, in which those that could not be opened have their values."""
+        values = iter(self.decode(taken, reply))
+        return [one._replace(value=next(values)) if type(one) is UnopenedTensor else one for one in results]
 
     def references(self, request: Request, reply: Answer) -> list[EngineValue]:
         """Return the results of a call with ``keep``: arrays as references, valid for as long as nothing else

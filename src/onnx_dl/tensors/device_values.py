@@ -21,7 +21,8 @@ from onnx_dl.ort import device_ortvalues
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.protocol.lane import Plain
 from onnx_dl.system import cuda_driver
-from onnx_dl.system.cuda_driver import CudaDriver, DevicePointer, DriverError, Exported
+from onnx_dl.system.cuda_driver import CudaDriver
+from onnx_dl.system.cuda_types import DevicePointer, DriverError, Exported
 from onnx_dl.tensors.foreign import as_bytes
 
 CUDA: Final = "cuda"
@@ -69,6 +70,8 @@ class UnopenedTensor(NamedTuple):
     """Stands for a tensor that this process cannot open; it has to be copied."""
 
     reason: str
+    value: object = None
+    """A result of a worker, which came by value."""
 
 
 class Handle(NamedTuple):
@@ -262,12 +265,21 @@ class DeviceLoans:
 
     def __init__(self) -> None:
         self.are_open = False
-        """True if the worker may have such memory open, or may keep results there."""
+        """True if the worker may have such memory open."""
+        self._received: list[DeviceTensor | UnopenedTensor] = []
 
     def receive(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
-        """Takes a result; see :func:`received`."""
+        """Takes a result that is lent; see :func:`received`."""
         self.are_open = True
-        return received(items)
+        self._received.append(found := received(items))
+        return found
+
+    def taken(self) -> list[int] | None:
+        """Returns the places, among the results that were received since, of those that this process cannot
+        open; None: none was received."""
+        found, self._received = self._received, []
+        unopened = [index for index, tensor in enumerate(found) if isinstance(tensor, UnopenedTensor)]
+        return unopened if found else None
 
 
 def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
@@ -287,6 +299,8 @@ def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
         try:
             driver.copy_on_device(device, made.data_ptr(), base + handle.offset, handle.nbytes)
             driver.synchronize(device)  # the worker may use the memory again as soon as it is closed
+        except DriverError as error:
+            return UnopenedTensor(str(error))
         finally:
             driver.close(device, base, handle.kind, handle.size)
     return DeviceTensor(handle.element_type, tuple(handle.shape), CUDA, device, made.data_ptr(), made)

@@ -11,8 +11,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+from onnx_dl.errors import ProtocolError
+from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.system import cuda_driver
-from onnx_dl.system.cuda_driver import CudaDriver, DriverError
+from onnx_dl.system.cuda_driver import CudaDriver
+from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors import device_values
 from onnx_dl.tensors.device_values import CUDA, DeviceTensor, Exporter, Handle, UnopenedTensor, handle_from
 from onnx_dl.workers.engines.base import DeviceResults
@@ -103,9 +106,11 @@ class LaneDevices:
         """Addresses of what is open for this lane."""
         self._present: set[_Key] = set()
         """Allocations that the present request names."""
-        self._lent: list[object] = []
-        """Owners of the results that the caller copies now."""
+        self._lent: list[DeviceTensor] = []
+        """Results that the caller copies now."""
         self._exporter = Exporter()
+        self._only: set[_Key] | None = None
+        """Allocations that :meth:`begin_with` was given, if nothing else was named or lent since."""
         self.uses: dict[int, set[_Key]] = {}
         """Allocations that bound runs use, by number of the run; a run is gone with the first of them."""
 
@@ -113,9 +118,12 @@ class LaneDevices:
         """Returns the allocations that the present request names."""
         return set(self._present)
 
-    def name(self, keys: set[_Key]) -> None:
-        """Has the present request name these allocations, which are open."""
-        self._present |= keys
+    def begin_with(self, keys: set[_Key]) -> None:
+        """Does :meth:`begin` for a request that names these allocations, which are open."""
+        if keys is not self._only:
+            self._present |= keys
+            self.begin()
+            self._only = keys
 
     @property
     def is_used(self) -> bool:
@@ -130,6 +138,7 @@ class LaneDevices:
         """
         handle = handle_from(items)
         driver = self._loaded()
+        self._only = None
         if driver is None:
             return UnopenedTensor(_NO_CONTEXT)
         try:
@@ -160,9 +169,14 @@ class LaneDevices:
             for device in {key.device for key in self._named}:
                 driver.synchronize(device)
 
+    @property
+    def has_lent(self) -> bool:
+        """True if the caller copies results now."""
+        return bool(self._lent)
+
     def lend(self, results: DeviceResults) -> list[object]:
         """Returns the results with handles in place of tensors; where there is no handle, the tensor's value,
-        which travels in main memory.  They stay until the next request."""
+        which travels in main memory.  They stay until :meth:`take_back`."""
         return [self._lent_one(value) if type(value) is DeviceTensor else value for value in results]
 
     def _lent_one(self, tensor: DeviceTensor) -> object:
@@ -173,8 +187,24 @@ class LaneDevices:
         if isinstance(found, UnopenedTensor):
             return tensor.owner
         device_values.synchronize(tensor)  # the caller's streams do not wait for those of this process
-        self._lent.append(tensor.owner)
+        self._lent.append(tensor)
+        self._only = None
         return found.parts()
+
+    def take_back(self, by_value: Sequence[int]) -> list[Parts]:
+        """Ends the loan of results; returns the values of those that the caller cannot open, by their order.
+
+        Raises:
+            ProtocolError: so many were not lent.
+            DriverError: one cannot be copied.
+        """
+        lent, self._lent = self._lent, []
+        if not {*by_value} <= {*range(len(lent))}:
+            raise ProtocolError("A caller asks for results that were not lent to it.")
+        return [
+            Parts("dense", [tensor.element_type, list(tensor.shape), device_values.to_host(tensor)])
+            for tensor in map(lent.__getitem__, by_value)
+        ]
 
     def _close_replaced(self, key: _Key) -> None:
         """Closes an allocation that is gone, if another one came to its address: both have one handle."""

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from onnx_dl.errors import OnnxDLError, SharedMemoryError
+from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
+from onnx_dl.tensors.call_plans import DEVICE_RUNS
 from onnx_dl.tensors.device_values import BOUND_RUN
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.device_calls import DeviceCalls
@@ -23,8 +24,8 @@ from onnx_dl.workers.pinned_blocks import LanePins, PinnedBlocks
 from onnx_dl.workers.placed_calls import PlacedCalls
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
 
-_Handlers = Mapping[type, Callable[[Any], object]]
-"""Handlers by type of request."""
+_Handlers = Mapping[object, Callable[[Any], object]]
+"""Handlers by type of request, and of runs that are bound to devices."""
 
 
 class Upkeep(NamedTuple):
@@ -68,6 +69,7 @@ class LaneService:
         # Tables of this frame: in the object, its bound methods would keep it, and its memory, in a cycle.
         uses: _Handlers = {
             int: self._prepared.replay_number,
+            BOUND_RUN: self._bound.repeat,
             m.Replay: self._prepared.replay,
             m.Call: self._call,
             m.PlacedCall: self._placed.call if self._pins is None else self._place,
@@ -79,6 +81,7 @@ class LaneService:
             m.Hold: self._hold,
             m.Unhold: self._unhold,
             m.Trim: self._trim,
+            m.Taken: self._refuse_taken,
         }
         lane, token = self._lane, self._token
         while True:
@@ -90,13 +93,16 @@ class LaneService:
             if request is None:
                 return
             token.number = lane.request
-            if type(request) is not int:  # a number brings no news of memories
+            kind: object = type(request)
+            if kind is not int:  # a number brings no news of memories
                 self._placed.drop_unmapped()
-                if self._devices.is_used and type(request) is not m.Invoke:
+                if self._devices.is_used and kind is not m.Invoke:
                     self._devices.begin()
-            if (handler := uses.get(type(request))) is not None:
+            elif request >= DEVICE_RUNS.start:
+                kind = BOUND_RUN
+            if (handler := uses.get(kind)) is not None:
                 self._use_model(handler, request)
-            elif (handler := others.get(type(request))) is not None:
+            elif (handler := others.get(kind)) is not None:
                 handler(request)
 
     def release(self) -> None:
@@ -173,6 +179,23 @@ class LaneService:
             if devices.is_used:  # also a run that failed may still write
                 devices.synchronize()
         self._lane.reply(devices.lend(result) if type(result) is DeviceResults else result)
+        if devices.has_lent:
+            self._await_taken()
+
+    def _await_taken(self) -> None:
+        """Keeps the lent results until their caller has them.  The call is in flight meanwhile: a worker that
+        ended would take them along, and the model would have to run again."""
+        request = self._lane.receive()
+        if request is None:
+            self._lane.give_up()  # the caller is gone; nothing tells that a second time
+            return
+        self._token.number = self._lane.request
+        if type(request) is not m.Taken:
+            raise ProtocolError("A caller sent a request instead of saying that it has its results.")
+        self._lane.reply(self._devices.take_back(request.by_value))
+
+    def _refuse_taken(self, _: m.Taken) -> None:
+        self._fail(ProtocolError("Nothing was lent."))
 
     def _acknowledge(self, _: object) -> None:
         self._lane.reply(None)

@@ -16,7 +16,8 @@ from typing import Final
 
 from onnx_dl.protocol.lane import Tensor, Value
 from onnx_dl.system import cuda_driver, resources
-from onnx_dl.system.cuda_driver import CudaDriver, DriverError
+from onnx_dl.system.cuda_driver import CudaDriver
+from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors.arena import Mappings
 from onnx_dl.tensors.block import Block
 

@@ -120,6 +120,7 @@ EXAMPLES = [
     lane.PlacedResult(value=VALUE, written=[lane.WrittenResult(0, "<f4", (2, 3))]),
     lane.Replay(plan=3, moved=[(1, lane.Tensor("<f4", (2, 3), 1, 64))]),
     lane.Invoke(method="end_profiling", args=[VALUE]),
+    lane.Taken(by_value=[0, 2]),
     lane.Touch(),
     lane.Hold(),
     lane.Unhold(),

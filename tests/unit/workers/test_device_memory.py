@@ -8,7 +8,7 @@ import pytest
 
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.protocol.lane import Plain
-from onnx_dl.system.cuda_driver import DevicePointer, DriverError
+from onnx_dl.system.cuda_types import DevicePointer, DriverError
 from onnx_dl.tensors.device_values import DeviceTensor, Handle, UnopenedTensor, handle_from, size_of
 from onnx_dl.workers.device_memory import LaneDevices, OpenAllocations
 from onnx_dl.workers.engines.base import DeviceResults

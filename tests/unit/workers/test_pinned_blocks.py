@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onnx_dl.protocol import lane as m
-from onnx_dl.system.cuda_driver import DriverError
+from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.block import Block
 from onnx_dl.workers.engines.base import BoundRun, CancelToken

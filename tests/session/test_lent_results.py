@@ -1,0 +1,90 @@
+"""Results that a run allocates on a GPU and that the application cannot open: the model does not run again.
+
+Against stand-ins for CUDA's driver and for a session with the CUDA provider.  None of this ran on a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.session.test_device_handles import OPEN, counted, log, on_gpu
+
+__all__ = ["log"]
+
+RANDOM = """
+import onnxruntime
+from tests.support import zoo
+ends = [zoo.tensor("x", zoo.F, ["n"])], [zoo.tensor("y", zoo.F, ["n"])]
+model = zoo._bytes([zoo.node("RandomUniformLike", ["x"], ["y"], seed=7.0)], *ends)
+expected = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+proxy = InferenceSessionProxy(model, providers=["CPUExecutionProvider"], max_runs=MOST)
+
+def bound():
+    made = proxy.io_binding()
+    made.bind_ortvalue_input("x", ortvalue(on_gpu(x)))
+    made.bind_output("y", "cuda")
+    return made
+
+def next_result():
+    return expected.run(None, {"x": x})[0].tolist()
+
+def on_host(binding):
+    return binding.copy_outputs_to_cpu()[0].tolist()
+"""
+
+
+@pytest.mark.parametrize("most_runs", ["None", "1"])
+def test_a_result_that_cannot_be_opened_comes_by_value(folder: Path, log: Path, most_runs: str) -> None:
+    """Also from a worker that would end after its run: the call is in flight until its caller has it."""
+    calls = on_gpu(
+        folder,
+        log,
+        RANDOM.replace("MOST", most_runs)
+        + f"""
+binding = bound()
+proxy.load()
+os.environ["FAKE_CUDA_IPC"] = "refuse-open"  # in this process, not in the worker
+proxy.run_with_iobinding(binding)
+assert on_host(binding) == next_result()
+(text,) = told
+assert text.startswith("Tensors on the GPU are copied through main memory, because "), text
+if {most_runs} != 1:
+    proxy.run_with_iobinding(binding)
+    assert on_host(binding) == next_result()
+(model,) = default_host().snapshot().models
+assert model.loads == 1 and cuda.misuses == 0
+""",
+    )
+    assert counted(calls)["cuMemcpyDtoH_v2"] >= 1
+
+
+def test_a_worker_that_dies_before_its_result_is_read_is_an_error(folder: Path, log: Path) -> None:
+    calls = on_gpu(
+        folder,
+        log,
+        RANDOM.replace("MOST", "None")
+        + """
+from onnx_dl.system.cuda_driver import CudaDriver, DriverError
+from tests.support.waiting import worker_pid
+opened = CudaDriver.open
+
+def die(self, *args):
+    os.kill(worker_pid(default_host()), signal.SIGKILL)
+    raise DriverError(201, "cuIpcOpenMemHandle_v2", "CUDA_ERROR_INVALID_CONTEXT")
+
+CudaDriver.open = die
+binding = bound()
+try:
+    proxy.run_with_iobinding(binding)
+except Exception as error:
+    assert type(error).__name__ == "WorkerDied", error
+else:
+    raise AssertionError("a result came from a worker that was killed")
+CudaDriver.open = opened
+proxy.run_with_iobinding(binding)
+assert on_host(binding) == next_result() and told == []
+""",
+    )
+    assert counted(calls)[OPEN] == 3  # two inputs and a result
