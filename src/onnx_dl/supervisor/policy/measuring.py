@@ -128,7 +128,9 @@ class Measurements:
             self._learn_runs(model, worker, runs, now)
         if worker.ready is not None:
             yield from self.store(model, now)
-        self.fleet.ledger.hold_gpu(worker.id, worker.pid, now)
+        # It may have made its context since it was measured.
+        promised = worker.early and worker.prepares and worker.pid is not None
+        self.fleet.ledger.hold_gpu(worker.id, worker.pid, now, promised=promised)
 
     def store(self, model: ModelRecord, now: float) -> Iterator[Command]:
         """Stores the requirement for the next host, if it has changed."""

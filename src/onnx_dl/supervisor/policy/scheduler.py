@@ -95,7 +95,7 @@ class Scheduler:
         clients = ClientRequests(fleet, orders, leases, outcomes, shutdown, self._proxies)
         self._route(clients, exits)
         # Questions of the loop.
-        self.pids, self.is_loaded = fleet.pids, fleet.is_loaded
+        self.pids, self.preparing, self.is_loaded = fleet.pids, fleet.preparing, fleet.is_loaded
         self.lingering_pids, self.to_check = fleet.ledger.lingering_pids, self.facts.to_check
         self.know_gpus, self.in_use = limits.know_gpus, capacity.in_use
         self.to_weigh, self.wants_look = self.weighing.to_weigh, self.admission.wants_look

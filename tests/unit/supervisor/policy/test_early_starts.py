@@ -170,7 +170,9 @@ def test_a_load_that_is_refused_ends_its_process(rig: Rig) -> None:
     assert denied(commands).resource == "gpu memory" and KillWorker(2) in commands
     assert rig.state is ModelState.DRAINING
     rig.scheduler.on_exited(2, KILLED, "", 40.2)
-    assert "b" not in rig.scheduler.fleet.models and rig.scheduler.in_use(40.2).gpu == 2000 * MB
+    assert "b" not in rig.scheduler.fleet.models
+    rig.scheduler.on_measured(2, Sample(Usage()), 40.3)
+    assert rig.scheduler.in_use(40.3).gpu == 2000 * MB
 
 
 def test_a_load_that_nobody_wants_any_more_ends_its_process(rig: Rig) -> None:
