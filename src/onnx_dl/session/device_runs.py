@@ -10,7 +10,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,17 @@ from onnx_dl.ort import device_ortvalues
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.session.bound_outputs import BoundOutput
 from onnx_dl.system import cuda_driver
+from onnx_dl.system.cuda_driver import CudaDriver
 from onnx_dl.tensors import device_values
-from onnx_dl.tensors.device_values import BY_HANDLE, CUDA, DeviceTensor, Exporter, UnopenedTensor
+from onnx_dl.tensors.call_plans import DEVICE_RUNS
+from onnx_dl.tensors.device_values import (
+    BY_HANDLE,
+    CUDA,
+    DeviceTensor,
+    Exporter,
+    Handle,
+    UnopenedTensor,
+)
 
 Call = Callable[[list[Value], list[Value]], list[Value]]
 """Runs with ``[name, value]`` of each input and ``[name, device, number, place]`` of each output; returns a
@@ -31,9 +40,19 @@ BoundCall = Callable[..., str | None]
 """Runs with a number and, unless it is known, ``[name, handle]`` of each input and of each output; returns
 None, or text if there was no run: empty if the number is not known."""
 
-_numbers: Final = itertools.count()
+_numbers: Final = itertools.count(DEVICE_RUNS.start)
 _warned: Final[set[int]] = set()
 """Ids of the process, a forked child's or its parent's, that has warned."""
+
+
+class _Kept(NamedTuple):
+    """The last run, if all that it has is on devices, and its worker has bound it."""
+
+    driver: CudaDriver
+    number: int
+    places: dict[int, list[tuple[int, int]]]
+    """Addresses by device, each with the driver's number of its allocation: as long as that is the same, the
+    handle that the worker has is the right one."""
 
 
 class DeviceRuns:
@@ -49,6 +68,7 @@ class DeviceRuns:
         self._bound: object = None
         """Names and handles of the run that has :attr:`_number`."""
         self._number = 0
+        self._kept: _Kept | None = None
 
     @staticmethod
     def still(
@@ -71,6 +91,22 @@ class DeviceRuns:
             return True
         return bool(asked) and (self._is_local or cuda_driver.loaded() is not None)
 
+    def forget(self) -> None:
+        """Forgets the last run, because something else is bound now."""
+        self._kept = None
+
+    def again(self, repeat: Callable[[int], bool]) -> bool:
+        """Makes the last run again, which nothing has changed since.  False: it was not made.
+
+        ``repeat``: makes the run of a number; false if it did not.  Raises what that raises.
+        """
+        if (kept := self._kept) is None or cuda_driver.loaded() is not kept.driver:
+            return False
+        for device, known in kept.places.items():
+            if not kept.driver.is_settled(device, known):
+                return False
+        return repeat(kept.number)
+
     def run(
         self, call: Call, inputs: list[Value], outputs: list[Value], bound_run: BoundCall | None
     ) -> list[Value]:
@@ -85,6 +121,7 @@ class DeviceRuns:
         """
         if self._is_local:
             return call(inputs, outputs)
+        self._kept = None
         self._synchronize(inputs, outputs)
         if bound_run is not None and self._run_bound(bound_run, inputs, outputs):
             return [None] * len(outputs)
@@ -119,13 +156,20 @@ class DeviceRuns:
         if len(handles) < len(found):
             return False
         key = list(zip(names, handles, strict=True)), len(inputs)
-        if key == self._bound and run(self._number) is None:
-            return True
-        if key != self._bound:
-            self._bound, self._number = key, next(_numbers)
-        bound = [[name, handle.parts()] for name, handle in key[0]]
-        refusal = run(self._number, bound[: len(inputs)], bound[len(inputs) :])
-        return refusal is None
+        if key != self._bound or run(self._number) is not None:
+            if key != self._bound:
+                self._bound, self._number = key, next(_numbers)
+            bound = [[name, handle.parts()] for name, handle in key[0]]
+            if run(self._number, bound[: len(inputs)], bound[len(inputs) :]) is not None:
+                return False
+        self._keep(places, handles)
+        return True
+
+    def _keep(self, tensors: list[DeviceTensor], handles: list[Handle]) -> None:
+        if (driver := cuda_driver.loaded()) is not None:
+            self._kept = kept = _Kept(driver, self._number, {})
+            for tensor, handle in zip(tensors, handles, strict=True):
+                kept.places.setdefault(tensor.device_id, []).append((tensor.address, handle.buffer))
 
     def _synchronize(self, inputs: list[Value], outputs: list[Value]) -> None:
         """Waits until all that the application has begun on the devices is done: no stream of another process

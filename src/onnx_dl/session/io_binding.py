@@ -73,7 +73,7 @@ class IOBinding:
         known = any(node.name == name and node.type != "tensor(string)" for node in self._proxy.get_inputs())
         if not (known and type(arr_on_cpu) is np.ndarray and arr_on_cpu.dtype.kind in _PLAIN):
             self._proxy._invoke("check_binding", name, arr_on_cpu)
-        self._inputs[name] = self._copies.read(name, arr_on_cpu)
+        self._bind_input(name, arr_on_cpu)
 
     def bind_input(
         self,
@@ -92,37 +92,36 @@ class IOBinding:
         _check_device(device_type, device_id)
         if _is_text(element_type):
             raise RuntimeError(_NO_TEXT)
-        value = self._value_at(device_type, device_id, element_type, shape, buffer_ptr)
+        value = _value_at(device_type, device_id, element_type, shape, buffer_ptr)
         self._check_input(name)
-        live = value if type(value) is DeviceTensor else self._live(value, None)
-        self._inputs[name] = self._copies.read(name, live)
+        self._bind_input(name, value if type(value) is DeviceTensor else _live(value, None))
 
     def bind_ortvalue_input(self, name: str, ortvalue: OrtObject) -> None:
         """Binds an OrtValue, which is read like an array."""
         self._check_owner(ortvalue)
         self._check_input(name)
-        self._inputs[name] = self._copies.read(name, self._live(ortvalue._ortvalue, ortvalue))
+        self._bind_input(name, _live(ortvalue._ortvalue, ortvalue))
 
     def bind_for_one_run(
         self, inputs: Feed, owners: Iterable[object], outputs: dict[str, BoundOutput]
     ) -> None:
         """Binds native OrtValues, which are read when the run begins, whatever the session's device."""
         for (name, value), owner in zip(inputs.items(), owners, strict=True):
-            self._inputs[name] = self._live(value, owner)
+            self._inputs[name] = live = _live(value, owner)
+            self._changed(is_on_device=type(live) is DeviceTensor)
         for name, output in outputs.items():
             self._bind_output(name, output)
 
-    def _live(self, value: OrtObject, owner: object) -> Value:
-        """A native OrtValue as an array in the same memory, if numpy has an array type for it, or as a tensor
-        on a GPU."""
-        array = ortvalues.as_array(value, owner)
-        if array is None and (tensor := device_memory.tensor_of(value, owner)) is not None:
-            self._use_devices()
-            return tensor
-        return value if array is None else array
+    def _bind_input(self, name: str, value: Value) -> None:
+        self._inputs[name] = self._copies.read(name, value)
+        self._changed(is_on_device=type(value) is DeviceTensor)
 
-    def _use_devices(self) -> None:
-        self._devices = self._devices or DeviceRuns(self._proxy._handle.spec)
+    def _changed(self, *, is_on_device: bool = False) -> None:
+        """Notes that something else is bound."""
+        if self._devices is not None:
+            self._devices.forget()
+        elif is_on_device:
+            self._devices = DeviceRuns(self._proxy._handle.spec)
 
     def _check_owner(self, ortvalue: OrtObject) -> None:
         if type(ortvalue).__name__ == "OrtValue" and not hasattr(ortvalue, "_session"):
@@ -142,6 +141,7 @@ class IOBinding:
         self._inputs.clear()
         self._copies.clear()
         self._devices = DeviceRuns.still(self._devices, (), self._outputs.values())
+        self._changed()
 
     # --- outputs ------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class IOBinding:
             raise ValueError(
                 "`element_type` and `shape` are to be provided if pre-allocated memory is provided"
             )
-        value = self._value_at(device_type, device_id, element_type, shape, buffer_ptr)
+        value = _value_at(device_type, device_id, element_type, shape, buffer_ptr)
         kind = self._type_of(name)
         if kind is None:
             raise RuntimeError(f"Failed to find NodeArg with name: {name} in the def list")
@@ -177,9 +177,8 @@ class IOBinding:
         self._bind_output(name, BoundOutput(device_type, device_id, value))
 
     def _bind_output(self, name: str, output: BoundOutput) -> None:
-        if output.device != "cpu" or output.tensor is not None:
-            self._use_devices()
         self._outputs[name] = output
+        self._changed(is_on_device=output.device != "cpu" or output.tensor is not None)
 
     def _type_of(self, name: str) -> str | None:
         """The type of an output; None: there is none of this name."""
@@ -198,6 +197,7 @@ class IOBinding:
     def clear_binding_outputs(self) -> None:
         self._outputs.clear()
         self._devices = DeviceRuns.still(self._devices, self._inputs.values(), ())
+        self._changed()
 
     def get_outputs(self) -> list[OrtObject]:
         """The outputs of the last run as ``onnxruntime.OrtValue``, in the order in which they were bound.
@@ -229,28 +229,9 @@ class IOBinding:
 
     # --- a run --------------------------------------------------------------------------------------------
 
-    def _value_at(
-        self,
-        device_type: str,
-        device_id: int,
-        element_type: _ElementType,
-        shape: Sequence[int],
-        address: int,
-    ) -> OrtObject:
-        """A native OrtValue over memory of this process, or a tensor on a GPU.  For text, a new OrtValue,
-        which no run may write to, as in onnxruntime."""
-        onnxruntime = importlib.import_module("onnxruntime")
-        _check_device(device_type, device_id)
-        if _is_text(element_type):
-            return onnx_builder.text(np.full(list(shape), "", object))
-        number, nbytes = _element(onnxruntime, element_type, shape)
-        if device_type.lower() != "cpu":
-            tensor = device_memory.tensor_at(device_type, device_id, number, shape, address)
-            self._use_devices()
-            return tensor
-        device_values.check_host(address)
-        lies_there = ortvalues.bytes_at(address, nbytes)
-        return ortvalues.put_together("dense", [number, list(shape), lies_there], copy=False)
+    def run_again(self, repeat: Callable[[int], bool]) -> bool:
+        """Runs as the last time, with all on devices; see :meth:`DeviceRuns.again`.  False: it did not."""
+        return self._devices is not None and self._devices.again(repeat)
 
     def run_plainly(self, run: Callable[[list[str], Feed], list[Array]]) -> bool:
         """Runs the way of ``run()``, which is faster.  False if that did not do: :meth:`run` then raises what
@@ -298,6 +279,36 @@ class IOBinding:
                 write(output.value, result)
             elif result is not None:
                 self._outputs[name] = BoundOutput(output.device, output.number, result, result)
+
+
+def _live(value: OrtObject, owner: object) -> Value:
+    """A native OrtValue as an array in the same memory, if numpy has an array type for it, or as a tensor on
+    a GPU."""
+    if (array := ortvalues.as_array(value, owner)) is not None:
+        return array
+    tensor = device_memory.tensor_of(value, owner)
+    return value if tensor is None else tensor
+
+
+def _value_at(
+    device_type: str,
+    device_id: int,
+    element_type: _ElementType,
+    shape: Sequence[int],
+    address: int,
+) -> OrtObject:
+    """A native OrtValue over memory of this process, or a tensor on a GPU.  For text, a new OrtValue,
+    which no run may write to, as in onnxruntime."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    _check_device(device_type, device_id)
+    if _is_text(element_type):
+        return onnx_builder.text(np.full(list(shape), "", object))
+    number, nbytes = _element(onnxruntime, element_type, shape)
+    if device_type.lower() != "cpu":
+        return device_memory.tensor_at(device_type, device_id, number, shape, address)
+    device_values.check_host(address)
+    lies_there = ortvalues.bytes_at(address, nbytes)
+    return ortvalues.put_together("dense", [number, list(shape), lies_there], copy=False)
 
 
 def _is_text(element_type: _ElementType) -> bool:

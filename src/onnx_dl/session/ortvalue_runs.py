@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import DTypeLike
 
+from onnx_dl.client import numbered_runs
 from onnx_dl.client.cancellation import CancelWatch
 from onnx_dl.client.served_model import ServedModel
 from onnx_dl.core.types import Array, Feed, OrtObject, PlainDict, Value
@@ -191,6 +192,8 @@ class OrtValueProxy(SessionProxy):
         """
         if iobinding._session is not self._sess:
             raise ValueError("IOBinding must be used with the session that created it.")
+        if run_options is None and iobinding.run_again(self._repeat_bound):
+            return
         if run_options is not None or not iobinding.run_plainly(self._run_arrays):
             iobinding.run(
                 lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options),
@@ -215,6 +218,10 @@ class OrtValueProxy(SessionProxy):
         )
         made._session = self._sess
         return made
+
+    def _repeat_bound(self, number: int) -> bool:
+        handle = self._handle
+        return handle.live is None and numbered_runs.repeat(handle.used, handle.lease, number)
 
     def _run_bound(self, *args: object) -> str | None:
         found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, *args)

@@ -1,4 +1,5 @@
-"""CUDA's driver in this process, by ctypes: the only module that names its functions.
+"""CUDA's driver in this process, by ctypes: no other module names its functions, but for their types
+(:mod:`onnx_dl.system.cuda_calls`).
 
 It is asked only where somebody else has loaded and started it: a process in which nobody uses CUDA never gets
 a context from here, and its forked children can use CUDA.  Each call makes the primary context of its device
@@ -7,22 +8,26 @@ current in the calling thread, and the previous one again.  Devices have their o
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from collections.abc import Iterable
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Final
 
 from onnx_dl import linux_only
 from onnx_dl.concurrency.forking import Guard, importing
+from onnx_dl.system.cuda_calls import Calls
 from onnx_dl.system.cuda_types import Access, DevicePointer, DriverError, Exported, IpcHandle, Uuid
 
 _LIBRARY: Final = "libcuda.so.1"
-_INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _DESTROYED = 1, 201, 500, 709
-"""CUDA_ERROR_INVALID_VALUE, _INVALID_CONTEXT, _NOT_FOUND, _CONTEXT_IS_DESTROYED."""
+_INVALID_VALUE, _INVALID_CONTEXT, _DESTROYED = 1, 201, 709
+"""CUDA_ERROR_INVALID_VALUE, _INVALID_CONTEXT, _CONTEXT_IS_DESTROYED."""
 _ATTRIBUTES: Final = (c_int * 4)(2, 8, 9, 7)
 """CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _IS_MANAGED, _DEVICE_ORDINAL, _BUFFER_ID."""
+_BUFFER_ID: Final = 7
+"""CU_POINTER_ATTRIBUTE_BUFFER_ID."""
 _ON_DEVICE: Final = 2
 """CU_MEMORYTYPE_DEVICE."""
 _ENABLES_PEERS: Final = 1
@@ -35,66 +40,14 @@ _PORTABLE: Final = 1
 """CU_MEMHOSTREGISTER_PORTABLE: pinned for all contexts."""
 
 
-_TYPES: Final = {
-    "cuGetErrorName": (c_int, POINTER(c_char_p)),
-    "cuDeviceGetCount": (POINTER(c_int),),
-    "cuDeviceGet": (POINTER(c_int), c_int),
-    "cuDeviceGetUuid_v2": (POINTER(Uuid), c_int),
-    "cuDevicePrimaryCtxGetState": (c_int, POINTER(c_uint), POINTER(c_int)),
-    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
-    "cuCtxPushCurrent_v2": (c_void_p,),
-    "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
-    "cuCtxSynchronize": (),
-    "cuStreamSynchronize": (c_void_p,),
-    "cuPointerGetAttributes": (c_uint, POINTER(c_int), POINTER(c_void_p), c_uint64),
-    "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
-    "cuIpcGetMemHandle": (POINTER(IpcHandle), c_uint64),
-    "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), IpcHandle, c_uint),
-    "cuIpcCloseMemHandle": (c_uint64,),
-    "cuMemRetainAllocationHandle": (POINTER(c_uint64), c_void_p),
-    "cuMemExportToShareableHandle": (c_void_p, c_uint64, c_int, c_uint64),
-    "cuMemImportFromShareableHandle": (POINTER(c_uint64), c_void_p, c_int),
-    "cuMemRelease": (c_uint64,),
-    "cuMemAddressReserve": (POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_uint64),
-    "cuMemAddressFree": (c_uint64, c_size_t),
-    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_uint64, c_uint64),
-    "cuMemUnmap": (c_uint64, c_size_t),
-    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(Access), c_size_t),
-    "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
-    "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
-    "cuMemcpyDtoD_v2": (c_uint64, c_uint64, c_size_t),
-    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
-    "cuMemHostUnregister": (c_void_p,),
-}
-"""The functions that are called, with the types of their arguments (CUdeviceptr and handles: 64 bits)."""
-
-
-class _Calls:
-    """The driver's functions; each raises DriverError."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions = {}
-        for name, types in _TYPES.items():
-            if (function := getattr(library, name, None)) is not None:
-                function.argtypes, function.restype = types, c_int
-                self._functions[name] = function
-
-    def __call__(self, name: str, *arguments: object) -> None:
-        function = self._functions.get(name)
-        if code := _NOT_FOUND if function is None else function(*arguments):
-            raise self.error(code, name)
-
-    def error(self, code: int, function: str) -> DriverError:
-        name = c_char_p()
-        self._functions["cuGetErrorName"](code, byref(name))
-        return DriverError(code, function, (name.value or b"unknown").decode())
-
-
 class _Contexts:
     """Devices of this process and their primary contexts: shared where others have made them, never made."""
 
-    def __init__(self, call: _Calls) -> None:
+    def __init__(self, call: Calls) -> None:
         self._call = call
+        self._push = call.plain("cuCtxPushCurrent_v2")
+        self._popped = byref(c_void_p())
+        """Memory for what nobody reads, of all threads."""
         self._guard = Guard()
         self._retained: dict[int, int] = {}
         """Contexts by device, each retained once and until the process ends."""
@@ -123,20 +76,28 @@ class _Contexts:
             return next((device for device in range(self.count()) if self._is_active(device)), None)
         return None
 
-    @contextlib.contextmanager
-    def current(self, device: int) -> Iterator[None]:
+    @property
+    def last(self) -> int | None:
+        """A device that this process has used; None: none yet, or the last one was reset."""
+        return next(iter(list(self._retained)), None)
+
+    def current(self, device: int) -> _CurrentContext:
         """The device's primary context is this thread's, for the block."""
-        try:
-            self._call("cuCtxPushCurrent_v2", self._context(device))
-        except DriverError as error:
-            if error.code not in (_INVALID_CONTEXT, _DESTROYED):
-                raise
+        return _CurrentContext(self, device)
+
+    def push(self, device: int) -> None:
+        """Makes the device's primary context this thread's, until :meth:`pop`."""
+        if (context := self._retained.get(device)) is None:
+            context = self._context(device)
+        if code := self._push(context):
+            if code not in (_INVALID_CONTEXT, _DESTROYED):
+                raise self._call.error(code, "cuCtxPushCurrent_v2")
             self._retained.pop(device, None)  # the application has reset the device
             self._call("cuCtxPushCurrent_v2", self._context(device))
-        try:
-            yield
-        finally:
-            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+    def pop(self) -> None:
+        """Makes the context before :meth:`push` this thread's again."""
+        self._call("cuCtxPopCurrent_v2", self._popped)
 
     def _context(self, device: int) -> int:
         if (found := self._retained.get(device)) is not None:
@@ -156,13 +117,33 @@ class _Contexts:
         return bool(active.value)
 
 
+class _CurrentContext:
+    """Context manager that a generator would make twice as slow."""
+
+    __slots__ = ("_contexts", "_device")
+
+    def __init__(self, contexts: _Contexts, device: int) -> None:
+        self._contexts = contexts
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._contexts.push(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        self._contexts.pop()
+
+
 class CudaDriver:
     """The driver that this process uses.  From any thread.  All methods raise DriverError."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._call = _Calls(library)
+        self._call = Calls(library)
         self._contexts = _Contexts(self._call)
         self._current = self._contexts.current
+        self._wait = self._call.plain("cuCtxSynchronize")
+        self._ask = self._call.plain("cuPointerGetAttribute")
+        self._numbers: collections.deque[c_uint64] = collections.deque()
+        """Memory for an answer, for whoever takes it: a thread may interrupt itself and ask, too."""
         self._uuids: dict[int, bytes] = {}
 
     def is_in_use(self) -> bool:
@@ -176,8 +157,15 @@ class CudaDriver:
 
         Managed memory counts as the host's, which may touch it.
         """
-        if (asked := self._contexts.any_active()) is None:
-            return None
+        if (used := self._contexts.last) is not None:
+            try:
+                return self._described(used, address)
+            except DriverError:  # the application may have reset it
+                pass
+        asked = self._contexts.any_active()
+        return None if asked is None else self._described(asked, address)
+
+    def _described(self, asked: int, address: int) -> DevicePointer | None:
         with self._current(asked):
             kind, is_managed, device, buffer = self._attributes(address)
             if kind != _ON_DEVICE or is_managed:
@@ -228,6 +216,31 @@ class CudaDriver:
         """Waits until all work that this process has given to the device is done."""
         with self._current(device):
             self._call("cuCtxSynchronize")
+
+    def is_settled(self, device: int, known: Iterable[tuple[int, int]]) -> bool:
+        """Does :meth:`synchronize`.  Tells whether at each address there is still the allocation that had
+        this number (:attr:`DevicePointer.buffer`); False also where the driver refuses, never an error."""
+        contexts = self._contexts
+        try:
+            number = self._numbers.pop()
+        except IndexError:
+            number = c_uint64()
+        try:
+            contexts.push(device)
+            try:
+                if self._wait():
+                    return False
+                ask, answer = self._ask, byref(number)
+                for address, buffer in known:
+                    if ask(answer, _BUFFER_ID, address) or number.value != buffer:
+                        return False
+                return True
+            finally:
+                contexts.pop()
+        except DriverError:
+            return False
+        finally:
+            self._numbers.append(number)
 
     # --- memory of other processes ----------------------------------------------------------------------
 

@@ -29,6 +29,10 @@ from onnx_dl.tensors.values import VIEW_FROM, Packer
 MOST: Final = 64
 """Calls that one lane remembers.  The next one has number 0, which makes both ends forget all others."""
 
+DEVICE_RUNS: Final = range(1 << 8, 1 << 30)
+"""Numbers of runs that are bound to memory on devices (:mod:`onnx_dl.workers.device_calls`).  A lane takes
+one in place of a call's."""
+
 EngineValue = Any
 """A value that an engine takes or returns; onnxruntime has no type for it."""
 Feed = Mapping[str, EngineValue]

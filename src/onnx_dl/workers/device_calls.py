@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from onnx_dl.protocol.lane import Forgotten
 from onnx_dl.tensors.device_values import DeviceTensor, UnopenedTensor
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.device_memory import LaneDevices
@@ -33,7 +34,7 @@ class DeviceCalls:
         ``inputs`` and ``outputs``: of a new number.  Raises what the engine raises.
         """
         devices = self._devices
-        run = self._again(number) if inputs is None else None
+        run = self._known(number) if inputs is None else None
         if inputs is not None:
             for _, tensor in (*inputs, *outputs):
                 if isinstance(tensor, UnopenedTensor):
@@ -50,25 +51,37 @@ class DeviceCalls:
         if run is None:
             self._lane.reply("")
             return
-        self._token.attach(run.cancel)
+        self._make(number, run)
+        self._lane.reply(None)
+
+    def repeat(self, number: int) -> None:
+        """Makes a run again that a number alone asks for, and replies; Forgotten if it is not known.  Raises
+        what the engine raises."""
+        if (run := self._known(number)) is None:
+            self._lane.send(Forgotten())
+            return
+        self._make(number, run)
+        self._lane.send_same()
+
+    def _make(self, number: int, run: BoundRun) -> None:
+        token = self._token
+        token.attach(run.cancel)
         try:
             run.run()
         finally:
-            self._token.detach()
-            if self._token.is_cancelled:  # it would end the next run, too
+            token.detach()
+            if token.is_cancelled:  # it would end the next run, too
                 self._runs.pop(number, None)
-            devices.synchronize()
-        self._lane.reply(None)
+            self._devices.synchronize()
 
-    def _again(self, number: int) -> BoundRun | None:
+    def _known(self, number: int) -> BoundRun | None:
         """Returns a bound run if all that it uses is open."""
-        users = self._devices.uses.get(number)
-        if users is None or number not in self._runs:
+        users, run = self._devices.uses.get(number), self._runs.get(number)
+        if users is None or run is None:
             self._runs.pop(number, None)
             return None
-        self._devices.name(users)
-        self._devices.begin()
-        return self._runs[number]
+        self._devices.begin_with(users)
+        return run
 
     def clear(self) -> None:
         """Forgets all runs."""

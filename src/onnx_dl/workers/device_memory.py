@@ -125,6 +125,8 @@ class LaneDevices:
         self._lent: list[DeviceTensor] = []
         """Results that the caller copies now."""
         self._exporter = Exporter()
+        self._only: set[_Key] | None = None
+        """Allocations that :meth:`begin_with` was given, if nothing else was named or lent since."""
         self.uses: dict[int, set[_Key]] = {}
         """Allocations that bound runs use, by number of the run; a run is gone with the first of them."""
 
@@ -132,9 +134,12 @@ class LaneDevices:
         """Returns the allocations that the present request names."""
         return set(self._present)
 
-    def name(self, keys: set[_Key]) -> None:
-        """Has the present request name these allocations, which are open."""
-        self._present |= keys
+    def begin_with(self, keys: set[_Key]) -> None:
+        """Does :meth:`begin` for a request that names these allocations, which are open."""
+        if keys is not self._only:
+            self._present |= keys
+            self.begin()
+            self._only = keys
 
     @property
     def is_used(self) -> bool:
@@ -149,6 +154,7 @@ class LaneDevices:
         """
         handle = handle_from(items)
         driver = self._loaded()
+        self._only = None
         if driver is None:
             return UnopenedTensor(_NO_CONTEXT)
         try:
@@ -199,6 +205,7 @@ class LaneDevices:
             return tensor.owner
         device_values.synchronize(tensor)  # the caller's streams do not wait for those of this process
         self._lent.append(tensor)
+        self._only = None
         return found.parts()
 
     def take_back(self, by_value: Sequence[int]) -> list[Parts]:

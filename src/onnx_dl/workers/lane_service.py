@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
+from onnx_dl.tensors.call_plans import DEVICE_RUNS
 from onnx_dl.tensors.device_values import BOUND_RUN
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.device_calls import DeviceCalls
@@ -25,8 +26,8 @@ from onnx_dl.workers.pinned_blocks import LanePins, PinnedBlocks
 from onnx_dl.workers.placed_calls import PlacedCalls
 from onnx_dl.workers.prepared_calls import PreparedCall, PreparedCalls
 
-_Handlers = Mapping[type, Callable[[Any], object]]
-"""Handlers by type of request."""
+_Handlers = Mapping[object, Callable[[Any], object]]
+"""Handlers by type of request, and of runs that are bound to devices."""
 
 
 class Upkeep(NamedTuple):
@@ -72,6 +73,7 @@ class LaneService:
         # Tables of this frame: in the object, its bound methods would keep it, and its memory, in a cycle.
         uses: _Handlers = {
             int: self._prepared.replay_number,
+            BOUND_RUN: self._bound.repeat,
             m.Replay: self._prepared.replay,
             m.Call: self._call,
             m.PlacedCall: self._placed.call if self._pins is None else self._place,
@@ -97,13 +99,16 @@ class LaneService:
             if request is None:
                 return
             token.number = lane.request
-            if type(request) is not int:  # a number brings no news of memories
+            kind: object = type(request)
+            if kind is not int:  # a number brings no news of memories
                 self._placed.drop_unmapped()
-                if self._devices.is_used and type(request) is not m.Invoke:
+                if self._devices.is_used and kind is not m.Invoke:
                     self._devices.begin()
-            if (handler := uses.get(type(request))) is not None:
+            elif request >= DEVICE_RUNS.start:
+                kind = BOUND_RUN
+            if (handler := uses.get(kind)) is not None:
                 self._use_model(handler, request)
-            elif (handler := others.get(type(request))) is not None:
+            elif (handler := others.get(kind)) is not None:
                 handler(request)
 
     def release(self) -> None:

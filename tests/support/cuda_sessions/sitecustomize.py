@@ -18,6 +18,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime.capi import onnxruntime_inference_collection as collection
 from onnxruntime.capi.onnxruntime_pybind11_state import InferenceSession as NativeSession
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice, SessionIOBinding
 
 from onnx_dl.ort import device_ortvalues
 from onnx_dl.tensors.device_values import size_of
@@ -25,8 +26,9 @@ from onnx_dl.workers.template import THROW_AWAY
 from tests.support.fake_cuda import FakeCuda
 
 Binding, Value = collection.IOBinding, collection.OrtValue
-bind_input, bind_output = Binding.bind_input, Binding.bind_output
+bind_input, bind_output = SessionIOBinding.bind_input, Binding.bind_output
 get_outputs = Binding.get_outputs_as_ortvaluevector
+cpu = onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()
 make_session = onnxruntime.InferenceSession.__init__
 of_shape_and_type = Value.ortvalue_from_shape_and_type.__func__
 
@@ -63,10 +65,11 @@ def on_device(element_type: int, shape: Any, device: int) -> Any:
     return device_ortvalues.over(element_type, shape, device, memory.address, memory)
 
 
-def bind_input_there(self: Any, name: str, device: str, number: int, kind: Any, shape: Any, at: int) -> None:
-    if device == "cuda":
-        device, number, at = "cpu", 0, view(kind, shape, at)
-    bind_input(self, name, device, number, kind, shape, at)
+def bind_input_there(self: Any, name: str, device: Any, *tensor: Any) -> None:
+    if tensor and device.device_type() == OrtDevice.cuda():
+        kind, shape, at = tensor
+        device, tensor = cpu, (kind, shape, view(kind, shape, at))
+    bind_input(self, name, device, *tensor)
 
 
 def bind_output_there(
@@ -144,7 +147,7 @@ if os.environ.get("FAKE_CUDA_GRAPHS"):
     NativeSession.run_with_iobinding, NativeSession.run = run_or_replay, run_without_graph
 
 onnxruntime.InferenceSession.__init__ = session_there
-Binding.bind_input, Binding.bind_output = bind_input_there, bind_output_there
+SessionIOBinding.bind_input, Binding.bind_output = bind_input_there, bind_output_there
 Binding.get_outputs_as_ortvaluevector = get_outputs_there
 Value.ortvalue_from_shape_and_type = classmethod(make)
 assert onnxruntime.OrtValue is Value

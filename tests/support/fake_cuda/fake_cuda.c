@@ -372,6 +372,19 @@ API cuPointerGetAttributes(unsigned count, int *attributes, void **data, u64 add
     return result;
 }
 
+/* Unlike the function above, this one refuses an address that the driver does not know. */
+API cuPointerGetAttribute(void *data, int attribute, u64 address) {
+    static const char name[] = "cuPointerGetAttribute";
+    CHECK_CONTEXT(name);
+    if (!data || attribute != 7) return misused(name, INVALID_VALUE, address, 0);
+    LOCKED;
+    Range *range = range_at(address, 0);
+    int good = range && range->kind != RESERVED;
+    if (good) *(u64 *)data = range->buffer;
+    UNLOCKED;
+    return good ? SUCCESS : told(name, INVALID_VALUE, address, 0);
+}
+
 API cuMemGetAddressRange_v2(u64 *base, size_t *size, u64 address) {
     CHECK_CONTEXT("cuMemGetAddressRange_v2");
     LOCKED;

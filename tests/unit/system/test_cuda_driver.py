@@ -62,14 +62,17 @@ def started() -> tuple[FakeCuda, CudaDriver]:
 # --- who uses it -------------------------------------------------------------------------------------------
 
 
-def test_only_one_module_names_functions_of_the_driver() -> None:
+def test_only_the_driver_and_its_table_name_functions() -> None:
     from tests.unit.test_layers import TREES  # not in the processes that the tests below start
 
     def names(tree: ast.AST) -> set[str]:
         texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
         return {text for text in texts if isinstance(text, str) and text[:2] == "cu" and text[2:3].isupper()}
 
-    assert {name for name, tree in TREES.items() if names(tree)} == {"system.cuda_driver"}
+    assert {name for name, tree in TREES.items() if names(tree)} == {
+        "system.cuda_calls",
+        "system.cuda_driver",
+    }
 
 
 def no_driver() -> None:
@@ -183,6 +186,54 @@ def two_devices() -> None:
 
 def test_two_devices(apart: Try) -> None:
     apart(two_devices, DEVICES="2")
+
+
+def settled() -> None:
+    cuda, driver = started()
+    known = []
+    for device in (0, 1):
+        address = cuda.allocate(100, device)
+        pointer = driver.pointer(address + 50)
+        assert pointer is not None
+        known.append((address + 50, pointer.buffer))
+    assert driver.is_settled(0, known[:1]) and driver.is_settled(1, known[1:])
+    assert driver.is_settled(0, []), "there is nothing that could have changed"
+    assert not driver.is_settled(1, [known[1], (known[1][0], known[0][1])])
+    host = cuda_driver._address(memoryview(bytearray(64)))
+    assert not driver.is_settled(0, [(host, 0)])
+    cuda.free(known[0][0] - 50)
+    assert not driver.is_settled(0, known[:1])
+    assert cuda.allocate(100) == known[0][0] - 50, "the test needs another allocation at the same address"
+    assert not driver.is_settled(0, known[:1])
+    assert driver.is_settled(1, known[1:])
+    cuda.reset(1)
+    assert not driver.is_settled(1, known[1:])
+    assert not driver.is_settled(5, [])
+    assert (cuda.misuses, cuda.depth) == (0, 0)
+
+
+def test_allocations_that_are_still_there(apart: Try, tmp_path: Path) -> None:
+    apart(settled, DEVICES="2", LOG=str(tmp_path / "log"))
+    calls = fake_cuda.calls(tmp_path / "log")
+    waits = [call for call in calls if call.function == "cuCtxSynchronize"]
+    assert [call.address for call in waits] == [0, 1, 0, 1, 0, 0, 0, 1]
+
+
+def pointer_after_reset() -> None:
+    cuda, driver = started()
+    cuda.activate(1)
+    address = cuda.allocate(100, 1)
+    assert driver.pointer(cuda.allocate(100)) is not None
+    cuda.reset(0)
+    found = driver.pointer(address)
+    assert found is not None and found.device == 1
+    cuda.reset(1)
+    assert driver.pointer(address) is None
+    assert (cuda.misuses, cuda.depth) == (0, 0)
+
+
+def test_an_address_is_found_with_a_device_that_is_left(apart: Try) -> None:
+    apart(pointer_after_reset, DEVICES="2")
 
 
 def first_of_another() -> None:

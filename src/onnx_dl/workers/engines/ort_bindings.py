@@ -137,11 +137,15 @@ def on_devices(
     binding = session.io_binding()
     for name, tensor in outputs:
         binding.bind_output(name, *tensor.where)
-    binds = [functools.partial(binding.bind_input, name, *tensor.where) for name, tensor in inputs]
+    native = binding._iobinding  # as above
+    binds = [
+        functools.partial(native.bind_input, name, _device(tensor), *tensor.where[2:])
+        for name, tensor in inputs
+    ]
     options = onnxruntime.RunOptions()
     if graph is not None:
         options.add_run_config_entry(cuda_graphs.OPTION, str(graph))
-    run = functools.partial(session._sess.run_with_iobinding, binding._iobinding, options)
+    run = functools.partial(session._sess.run_with_iobinding, native, options)
 
     def run_again() -> None:
         for bind in binds:
@@ -149,3 +153,7 @@ def on_devices(
         run()
 
     return BoundRun(run_again, functools.partial(setattr, options, "terminate", True))
+
+
+def _device(tensor: DeviceTensor) -> object:
+    return onnxruntime.OrtDevice.make(tensor.device_type, tensor.device_id)._get_c_device()
