@@ -164,7 +164,7 @@ def on_terminal(arguments: list[str], columns: int, environment: dict[str, str])
         )
         os.close(terminal)
         seen = read_all(screen)
-        assert done.wait(DEADLINE) == 0, seen
+        assert done.wait(allowed(DEADLINE)) == 0, seen
         return seen
     finally:
         os.close(screen)
@@ -215,6 +215,6 @@ def test_a_host_serves_whatever_becomes_of_its_output(redirected: str) -> None:
             eventually(lambda: running_hosts.running("unheard"), "the host runs")
             assert ended(["load", DIGITS, "--host", "unheard"]).code == 0
             assert ended(["stop", "--host", "unheard"]).code == 0
-            assert (process.wait(DEADLINE), process.stderr and process.stderr.read()) == (0, "")
+            assert (process.wait(allowed(DEADLINE)), process.stderr and process.stderr.read()) == (0, "")
         finally:
             process.kill()

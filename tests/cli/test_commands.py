@@ -261,7 +261,7 @@ class Running(subprocess.Popen[bytes]):
 
     def ended(self) -> tuple[int, str]:
         """Exit code and stderr."""
-        _, err = self.communicate(timeout=DEADLINE)
+        _, err = self.communicate(timeout=allowed(DEADLINE))
         return self.returncode, (err or b"").decode()
 
 
@@ -294,7 +294,7 @@ def test_events_as_lines_of_json(running: Callable[..., Running]) -> None:
 def test_events_as_text_for_a_time(running: Callable[..., Running]) -> None:
     """Events of before come first; none is printed twice."""
     command = running("events", "--for", "1s")
-    out, err = command.communicate(timeout=DEADLINE)
+    out, err = command.communicate(timeout=allowed(DEADLINE))
     assert (command.returncode, err) == (0, b"")
     assert [line.split()[2] for line in out.decode().splitlines()] == ["loading", "ready", *KINDS]
     assert f"unloaded {DIGITS}, reason request, " in out.decode()
@@ -307,7 +307,7 @@ def test_a_reader_who_has_enough(running: Callable[..., Running]) -> None:
     assert [command.stdout.readline().split()[2].decode() for _ in KINDS] == KINDS
     command.stdout.close()
     assert command.stderr is not None
-    assert (command.wait(DEADLINE), command.stderr.read()) == (1, b"")
+    assert (command.wait(allowed(DEADLINE)), command.stderr.read()) == (1, b"")
 
 
 @pytest.mark.parametrize("arguments", [["ps"], ["ps", "--json"], ["top", "--interval", "0.1"]])
@@ -331,7 +331,7 @@ def ended(arguments: list[str], stdout: str, **environment: str) -> subprocess.C
     command = f'exec "$0" -m onnx_dl "$@" {stdout}'
     return subprocess.run(
         ["sh", "-c", command, sys.executable, *arguments],
-        env=os.environ | environment, capture_output=True, text=True, timeout=DEADLINE,
+        env=os.environ | environment, capture_output=True, text=True, timeout=allowed(DEADLINE),
     )  # fmt: skip
 
 
@@ -385,7 +385,7 @@ def test_an_interval_that_is_none(value: str, shared: Shared, capsys: pytest.Cap
 
 def read_until(fd: int, wanted: bytes) -> bytes:
     """What a terminal shows up to these bytes; at its end, all of it."""
-    seen, deadline = b"", time.monotonic() + DEADLINE
+    seen, deadline = b"", time.monotonic() + allowed(DEADLINE)
     while wanted not in seen:
         assert select.select([fd], [], [], deadline - time.monotonic())[0], seen
         try:
@@ -458,7 +458,7 @@ def test_doctor_waits_no_longer_than_its_budget(
 
 def test_doctor_finds_that_workers_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNX_DL_START", "exec")
-    said = trials.run("start", timeout=DEADLINE).report
+    said = trials.run("start", timeout=allowed(DEADLINE)).report
     assert said is not None and said["forked"] is False
 
 
@@ -513,7 +513,7 @@ def test_a_trial_has_a_deadline(broken: None) -> None:
     tried = trials.run("provider", "HangExecutionProvider", timeout=1.5)
     assert tried.report is None and tried.failure == "gave no answer within 2 s"
     assert time.monotonic() - started < allowed(DEADLINE)
-    assert trials.run("provider", "OtherExecutionProvider", timeout=DEADLINE).report == {
+    assert trials.run("provider", "OtherExecutionProvider", timeout=allowed(DEADLINE)).report == {
         "providers": ["CPUExecutionProvider"],
         "computes": True,
     }
@@ -546,7 +546,7 @@ def supervised(tmp_path: Path, nothing_is_left_behind: None) -> Iterator[str]:
             yield name
         finally:
             process.terminate()
-            process.wait(DEADLINE)
+            process.wait(allowed(DEADLINE))
 
 
 def test_a_shared_host(supervised: str, capsys: pytest.CaptureFixture[str]) -> None:

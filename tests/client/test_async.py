@@ -16,7 +16,7 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout, WorkerDied
 from tests.contract.both import CPU, loop, scaled
 from tests.contract.test_async_contract import ENDLESS, TERMINATED
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 pytestmark = pytest.mark.slow
 
@@ -95,15 +95,15 @@ def test_cancelling_a_task_ends_its_run(endless: InferenceSessionProxy) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(asyncio.wait_for(cancelled(), DEADLINE))
-    assert endless.unload(timeout=DEADLINE)  # waits for calls that run: there is none
+    asyncio.run(asyncio.wait_for(cancelled(), allowed(DEADLINE)))
+    assert endless.unload(timeout=allowed(DEADLINE))  # waits for calls that run: there is none
 
 
 def test_a_coroutine_that_takes_too_long(endless: InferenceSessionProxy) -> None:
     endless.load()
     with pytest.raises(RunTimeout, match=r"longer than 0\.05 s "):
         asyncio.run(endless.arun(None, ENDLESS, timeout=0.05))
-    assert endless.unload(timeout=DEADLINE)
+    assert endless.unload(timeout=allowed(DEADLINE))
 
 
 def test_a_run_that_takes_too_long(endless: InferenceSessionProxy) -> None:
@@ -112,7 +112,7 @@ def test_a_run_that_takes_too_long(endless: InferenceSessionProxy) -> None:
         endless.run(None, ENDLESS, timeout=0.05)
     with pytest.raises(TimeoutError):  # which it is
         endless.run(None, ENDLESS, timeout=0.05)
-    assert endless.unload(timeout=DEADLINE)
+    assert endless.unload(timeout=allowed(DEADLINE))
 
 
 def test_a_run_that_is_in_time(scale: InferenceSessionProxy) -> None:
@@ -135,7 +135,7 @@ def test_a_timeout_of_one_call_ends_no_other(endless: InferenceSessionProxy) -> 
         endless.run(None, ENDLESS, timeout=0.2)
     assert thread.is_alive()
     options.terminate = True
-    thread.join(DEADLINE)
+    thread.join(allowed(DEADLINE))
     assert TERMINATED in told[0]
 
 
@@ -149,7 +149,7 @@ def test_ending_a_coroutine_by_its_options(endless: InferenceSessionProxy) -> No
         with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match=TERMINATED):
             await task
 
-    asyncio.run(asyncio.wait_for(ended(), DEADLINE))
+    asyncio.run(asyncio.wait_for(ended(), allowed(DEADLINE)))
 
 
 @pytest.mark.parametrize("how", ["arun", "run_async"])
@@ -171,11 +171,11 @@ def test_the_worker_dies_meanwhile(endless: InferenceSessionProxy, how: str) -> 
             await task
 
     if how == "arun":
-        asyncio.run(asyncio.wait_for(awaited(), DEADLINE))
+        asyncio.run(asyncio.wait_for(awaited(), allowed(DEADLINE)))
     else:
         endless.run_async(None, ENDLESS, callback, None)
         endless.unload(force=True)
-        assert told.wait(DEADLINE)
+        assert told.wait(allowed(DEADLINE))
         assert "worker" in errors[0]
 
 
@@ -201,12 +201,12 @@ def test_callbacks_over_zeromq(monkeypatch: pytest.MonkeyPatch) -> None:
         proxy = InferenceSessionProxy(scaled(), providers=CPU, host=host)
         assert asyncio.run(proxy.arun(["twice"], {"x": X}))[0][0, 0] == 2
         proxy.run_async(["twice"], {"x": X}, callback, 7)
-        assert told.wait(DEADLINE)
+        assert told.wait(allowed(DEADLINE))
         assert (results[0][0][0, 0], *results[1:]) == (2, 7, "")
         endless = InferenceSessionProxy(loop(), providers=CPU, host=host)
         with pytest.raises(RunTimeout):
             asyncio.run(endless.arun(None, ENDLESS, timeout=0.3))
-        assert endless.unload(timeout=DEADLINE)
+        assert endless.unload(timeout=allowed(DEADLINE))
 
 
 @pytest.mark.parametrize("how", ["run", "run_with_ort_values"])
@@ -227,5 +227,5 @@ def test_ctrl_c_ends_the_run(endless: InferenceSessionProxy, how: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         getattr(endless, how)(None, feed)
     thread.join()
-    assert endless.unload(timeout=DEADLINE)
+    assert endless.unload(timeout=allowed(DEADLINE))
     assert endless.run(None, ENDLESS | {"n": np.array(1)})

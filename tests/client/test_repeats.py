@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from onnx_dl import ConfigError, EventType, InferenceSessionProxy, ModelHost
 from onnx_dl.client import connection, model_table
 from onnx_dl.demo.assets import model_path
-from tests.support.waiting import DEADLINE, eventually, wait_for, worker_pid
+from tests.support.waiting import DEADLINE, allowed, eventually, wait_for, worker_pid
 
 pytestmark = pytest.mark.slow
 
@@ -304,7 +304,7 @@ def test_lanes_of_a_burst_are_closed(tidy_soon: None, host: ModelHost, both: str
     barrier = threading.Barrier(8)
 
     def work(_: int) -> None:
-        barrier.wait(DEADLINE)
+        barrier.wait(allowed(DEADLINE))
         for _ in range(20):
             proxy.run(None, {"a": ones, "b": ones})
 

@@ -78,7 +78,7 @@ class Stage:
         self.at_the_end.close()
         self.host.close()
         for other in self.others:
-            other.join(DEADLINE)
+            other.join(allowed(DEADLINE))
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_each_situation_with_each_method(stage: Stage, situation: str, method: s
 
 def works(proxy: InferenceSessionProxy) -> bool:
     try:
-        return bool((proxy.run(None, X, timeout=DEADLINE)[0] == 1).all())
+        return bool((proxy.run(None, X, timeout=allowed(DEADLINE))[0] == 1).all())
     except OnnxDLError:
         return False
 
@@ -217,9 +217,11 @@ def test_a_run_is_told_to_end_within_its_grace(stage: Stage) -> None:
     """In the middle of a run that the worker cannot end."""
     stage.proxy = stage.open(loop())
     stage.proxy.load()
-    threading.Timer(0.2, lambda: stage.stop(stage.worker())).start()
+    timer = threading.Timer(0.2, stage.stop, [stage.worker()])
+    timer.start()
     with at_most(BOUND), pytest.raises(RunTimeout, match="took longer than"):
         stage.proxy.run(None, ENDLESS, timeout=TIMEOUT)
+    timer.join()
 
 
 # --- a load that a timeout cuts short ----------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_what_nobody_waits_for_has_a_ttl(stage: Stage) -> None:
     with pytest.raises(LoadTimeout):
         stage.proxy.load(timeout=0.1)
     stage.go_on()
-    kinds = [events.get(DEADLINE).type for _ in range(4)]
+    kinds = [events.get(allowed(DEADLINE)).type for _ in range(4)]
     assert kinds == ["loading", "ready", "draining", "unloaded"]
     events.close()
 
@@ -279,7 +281,7 @@ def test_threads_wait_together(stage: Stage) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
     assert all(took[number] < allowed(0.2 * number + 1.5) for number in took) and len(took) == 4
 
 
@@ -310,7 +312,7 @@ def test_unload_by_force_ends_a_run_that_waits_for_a_stopped_worker(stage: Stage
     assert not ended
     with at_most(2.0):
         stage.proxy.unload(force=True)
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
     assert isinstance(ended[0], WorkerDied) or np.array_equal(ended[0], [X["x"]])  # or made elsewhere
 
 
@@ -320,9 +322,9 @@ def test_close_ends_the_wait_of_another_thread_for_the_load(stage: Stage) -> Non
     ended: list[object] = []
     events = stage.host.events()
     thread = running(stage, ended)
-    assert events.get(DEADLINE).type == "loading"
+    assert events.get(allowed(DEADLINE)).type == "loading"
     stage.proxy.close()
-    thread.join(DEADLINE)
+    thread.join(allowed(DEADLINE))
     assert isinstance(ended[0], ProxyClosedError)
     events.close()
 
@@ -379,7 +381,7 @@ def test_a_plain_run_ends_with(end: str, lane: str, tmp_path: Path) -> None:
     if end == "Ctrl-C":
         eventually(lambda: sleeps(program.pid), "the program waits")
         program.send_signal(signal.SIGINT)
-    _, stderr = program.communicate(timeout=4 * DEADLINE)
+    _, stderr = program.communicate(timeout=allowed(4 * DEADLINE))
     assert ("KeyboardInterrupt" in stderr) == (end == "Ctrl-C")
     eventually(lambda: not group(supervisor), "the end of all that it started", 3.0)
 
@@ -417,9 +419,9 @@ def test_close_ends_a_start_that_another_thread_waits_for(monkeypatch: pytest.Mo
 
     thread = threading.Thread(target=use)
     thread.start()
-    assert beginning.wait(DEADLINE)
+    assert beginning.wait(allowed(DEADLINE))
     host.close()
-    thread.join(DEADLINE)
+    thread.join(allowed(DEADLINE))
     assert [str(error) for error in ended] in ([], ["The host was closed while it started."])
     assert host.snapshot().supervisor_pid is None
 

@@ -21,7 +21,7 @@ ORDERS = {
 }
 
 PROGRAM = """
-import onnx_dl, gevent, gevent.event, os, threading, time
+import onnx_dl, gevent, gevent.event, contextlib, os, threading, time
 import numpy as np
 import onnxruntime
 from onnx_dl import InferenceSessionProxy, RunTimeout
@@ -43,16 +43,26 @@ def heart():
 
 gevent.spawn(heart)
 
+def delayed():
+    "Seconds that threads of this process have wanted to run, and others had the processors."
+    seconds = 0.0
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError, IndexError):
+            seconds += int(open(f"/proc/self/task/{thread}/schedstat").read().split()[1]) / 1e9
+    return seconds
+
 def meanwhile(wait):
     "Other greenlets go on while this one waits."
+    before = delayed()
     begun = time.perf_counter()
     beats[:] = [begun]
     result = wait()
     beats.append(ended := time.perf_counter())
     pause = max(after - before for before, after in zip(beats, beats[1:]))
+    busy = max(0.0, delayed() - before)
     print(f"{wait.__name__}: {ended - begun:.2f} s, {len(beats)} beats, longest pause {1000 * pause:.0f} ms")
     # Many, and none as long as what is waited for: a machine that is busy has pauses of its own.
-    assert len(beats) > 4 and pause < (ended - begun) / 2, wait
+    assert len(beats) > 4 and pause < (ended - begun) / 2 + busy, (wait, busy)
     return result
 
 def feed(turns):
@@ -61,9 +71,12 @@ def feed(turns):
 def half_a_second():
     "So many turns take so long."
     spin.run(None, feed(1))
-    begun = time.perf_counter()
-    spin.run(None, feed(2000))
-    return feed(int(0.5 / (time.perf_counter() - begun) * 2000))
+    fastest = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        spin.run(None, feed(2000))
+        fastest = min(fastest, time.perf_counter() - begun)
+    return feed(int(0.5 / fastest * 2000))
 
 def fails(kind, call):
     try:

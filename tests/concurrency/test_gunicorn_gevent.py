@@ -49,6 +49,12 @@ def ask(path: Path, turns: int) -> tuple[int, list[int], float]:
     return pid, result, time.monotonic()
 
 
+def seconds(path: Path, turns: int) -> float:
+    """How long an answer takes."""
+    begun = time.monotonic()
+    return ask(path, turns)[2] - begun
+
+
 @pytest.fixture
 def runtime(nothing_is_left_behind: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with own_runtime(monkeypatch) as folder:
@@ -70,9 +76,7 @@ def test_other_requests_are_answered_meanwhile(server: subprocess.Popen[bytes], 
     path = runtime / "web"
     eventually(lambda: listens(path), "gunicorn listens", 4 * DEADLINE)
     assert ask(path, 1)[1] == [64, 64]
-    begun = time.monotonic()
-    ask(path, 2000)
-    turns = int(2000 * 0.5 / (time.monotonic() - begun))
+    turns = int(2000 * 1.0 / min(seconds(path, 2000) for _ in range(3)))
     with ThreadPoolExecutor(CALLS) as threads:
         long = [threads.submit(ask, path, turns) for _ in range(CALLS)]
         quick = [ask(path, 0) for _ in range(5)]
@@ -81,5 +85,5 @@ def test_other_requests_are_answered_meanwhile(server: subprocess.Popen[bytes], 
     assert [result for _, result, _ in answers] == [[64, 64]] * CALLS
     assert quick[-1][2] < min(when for _, _, when in answers)
     server.terminate()
-    assert server.wait(2 * DEADLINE) == 0
+    assert server.wait(allowed(2 * DEADLINE)) == 0
     eventually(lambda: not belonging(runtime), "the end of all that it had started")

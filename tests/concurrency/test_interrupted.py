@@ -17,7 +17,7 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelEvent, ModelHost, ReentrantUse
 from tests.support.sharing import own_runtime
 from tests.support.slow import identity_model
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_a_callback_of_events_uses_the_model_and_closes_the_host(host: ModelHost
 
     def callback(event: ModelEvent) -> None:
         if event.type == "ready":
-            assert loaded.wait(DEADLINE)
+            assert loaded.wait(allowed(DEADLINE))
             done.append(proxy.unload())
             host.close()
             ended.set()
@@ -73,7 +73,7 @@ def test_a_callback_of_events_uses_the_model_and_closes_the_host(host: ModelHost
     host.on_event(callback)
     proxy.load()
     loaded.set()
-    assert ended.wait(DEADLINE) and done == [True]
+    assert ended.wait(allowed(DEADLINE)) and done == [True]
 
 
 def test_a_callback_waits_for_a_call_that_it_makes(host: ModelHost) -> None:
@@ -83,11 +83,11 @@ def test_a_callback_waits_for_a_call_that_it_makes(host: ModelHost) -> None:
 
     def callback(*_: object) -> None:
         proxy.run_async(None, feed, lambda *_: inner.set(), None)
-        if inner.wait(DEADLINE):
+        if inner.wait(allowed(DEADLINE)):
             outer.set()
 
     proxy.run_async(None, feed, callback, None)
-    assert outer.wait(2 * DEADLINE)
+    assert outer.wait(allowed(2 * DEADLINE))
 
 
 AT_EXIT = """

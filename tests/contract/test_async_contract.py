@@ -32,7 +32,7 @@ from tests.contract.both import (
     scaled,
     tensor,
 )
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 A, B = ones(2, 3), ones(1, 3)
 FEED = {"a": A, "b": B}
@@ -51,7 +51,7 @@ class Answer:
         self.done.set()
 
     def wait(self) -> tuple:
-        assert self.done.wait(DEADLINE), "the callback was never called"
+        assert self.done.wait(allowed(DEADLINE)), "the callback was never called"
         (call,) = self.calls
         return call
 
@@ -173,7 +173,7 @@ def test_an_exception_in_the_callback_is_printed(make: Make) -> None:
     try:
         session = make(fixed())
         session.run_async(None, FEED, fails, None)
-        assert seen.wait(DEADLINE), "nothing was printed"
+        assert seen.wait(allowed(DEADLINE)), "nothing was printed"
     finally:
         sys.unraisablehook = before
     assert (printed[0].exc_type, str(printed[0].exc_value)) == (ValueError, "from the callback")
@@ -190,15 +190,15 @@ def test_inputs_are_kept_until_the_callback_has_ended(make: Make) -> None:
 
     def callback(*_: Any) -> None:
         entered.set()
-        assert go_on.wait(DEADLINE)
+        assert go_on.wait(allowed(DEADLINE))
 
     session.run_async(["more"], {"x": x}, callback, None)
     del x
-    assert entered.wait(DEADLINE)
+    assert entered.wait(allowed(DEADLINE))
     gc.collect()
     assert kept() is not None
     go_on.set()
-    assert gone.wait(DEADLINE)
+    assert gone.wait(allowed(DEADLINE))
 
 
 def test_many_at_once(make: Make) -> None:
@@ -221,7 +221,7 @@ def test_a_run_from_the_callback(make: Make) -> None:
         done.set()
 
     session.run_async(["sum"], FEED, again, None)
-    assert done.wait(DEADLINE)
+    assert done.wait(allowed(DEADLINE))
     equal(found[0], [A + B * 2])
 
 
@@ -244,7 +244,7 @@ class Running:
         self._began = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(call,), daemon=True)
         self._thread.start()
-        assert self._began.wait(DEADLINE)
+        assert self._began.wait(allowed(DEADLINE))
 
     def _work(self, call: Callable[[], Any]) -> None:
         self._began.set()
@@ -254,7 +254,7 @@ class Running:
             self.error = error
 
     def join(self) -> BaseException | None:
-        self._thread.join(DEADLINE)
+        self._thread.join(allowed(DEADLINE))
         assert not self._thread.is_alive(), "the run did not end"
         return self.error
 

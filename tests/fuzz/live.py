@@ -32,7 +32,7 @@ from onnx_dl.transport.lane_socket import PACKET
 from tests.fuzz import descriptors, examples, mutation
 from tests.fuzz.mutation import Mutator
 from tests.support.slow import identity_model
-from tests.support.waiting import DEADLINE, eventually, with_standby
+from tests.support.waiting import DEADLINE, allowed, eventually, with_standby
 
 _MIGHTY = (Shutdown, Unload, Acquire)
 """What ends a model or starts one, for whoever may ask."""
@@ -116,7 +116,7 @@ class WellBehaved:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(DEADLINE)
+        self._thread.join(allowed(DEADLINE))
         self.proxy.close()
 
     def goes_on(self, meanwhile: str) -> None:
@@ -263,14 +263,14 @@ class Rogue:
     def _connect(self) -> None:
         self._name = os.urandom(16)
         self._lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._lifeline.settimeout(DEADLINE)
+        self._lifeline.settimeout(allowed(DEADLINE))
         self._lifeline.connect(f"\0{self._address}/lifeline")
         self._lifeline.send(
             codec.encode(ClientHello(version=codec.PROTOCOL_VERSION, secret=self._secret, client=self._name))
         )
         self._lifeline.recv(4096)
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control.settimeout(DEADLINE)
+        self._control.settimeout(allowed(DEADLINE))
         self._control.connect(f"\0{self._address}/control")
         self._control.sendall(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))
 
@@ -281,7 +281,7 @@ class Rogue:
             with contextlib.suppress(OSError):
                 while self._control.recv(1 << 16):
                     pass
-            self._control.settimeout(DEADLINE)
+            self._control.settimeout(allowed(DEADLINE))
 
     def _hang_up(self) -> None:
         for sock in (self._control, self._lifeline):
@@ -292,7 +292,10 @@ class Rogue:
     def _requests(self, mutator: Mutator, rng: random.Random) -> int:
         assert self._metrics is not None
         for _ in range(_TURN // 5):
-            with socket.create_connection(self._metrics, DEADLINE) as sock, contextlib.suppress(OSError):
+            with (
+                socket.create_connection(self._metrics, allowed(DEADLINE)) as sock,
+                contextlib.suppress(OSError),
+            ):
                 sock.sendall(mutator.frame())
                 sock.shutdown(socket.SHUT_WR)
                 if rng.random() < 0.7:

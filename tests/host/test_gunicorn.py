@@ -14,7 +14,7 @@ import pytest
 from onnx_dl.transport.rendezvous import HostEntry
 from tests.supervisor.test_capacity import MB, weighty
 from tests.support.sharing import belonging, own_runtime
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 from tests.support.webserver import get, gunicorn, listens
 
 pytestmark = pytest.mark.slow
@@ -91,6 +91,6 @@ def test_four_workers_and_one_copy(server: subprocess.Popen[bytes], runtime: Pat
     assert all(pss(pid) < SIZE * MB for pid in answers)
     assert total < 2 * shared < WORKERS * SIZE * MB
     server.send_signal(signal.SIGTERM)
-    assert server.wait(2 * DEADLINE) == 0
+    assert server.wait(allowed(2 * DEADLINE)) == 0
     eventually(lambda: {p.pid for p in belonging(runtime)} & set(answers) == set(), "gunicorn's workers end")
     eventually(lambda: not psutil.pid_exists(model_pid), "the model unloads with its last user")

@@ -108,7 +108,7 @@ class Threads:
             self.results[index] = error
 
     def join(self, timeout: float = 3 * DEADLINE) -> list[Any]:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + allowed(timeout)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             assert not thread.is_alive(), "a call hangs"
@@ -384,7 +384,7 @@ def restart(how: str, host: ModelHost, kept: Kept | None = None) -> None:
     else:
         os.kill(pid, getattr(signal, how))
     if kept is not None:
-        kept.process.communicate(timeout=2 * DEADLINE)
+        kept.process.communicate(timeout=allowed(2 * DEADLINE))
         kept.start()
     # Until then a call may find the old worker.
     eventually(lambda: all(map(ended, [pid, *workers])), "the end of the old host")
@@ -425,7 +425,7 @@ def test_one_that_is_kept_is_waited_for(
         assert twice(proxy) == 2
     else:
         os.kill(first, getattr(signal, how))
-        kept.process.communicate(timeout=2 * DEADLINE)
+        kept.process.communicate(timeout=allowed(2 * DEADLINE))
         looks: list[int | None] = []
         holder = HostEntry.holder
         monkeypatch.setattr(HostEntry, "holder", lambda place: looks.append(holder(place)) or looks[-1])
@@ -442,9 +442,12 @@ def test_what_runs_ends_well_and_what_waits_goes_on(spinning: str, path: str) ->
     host = onnx_dl.connect("mine")
     slow, quick = host.open(spinning, providers=CPU), host.open(path, providers=CPU)
     slow.run(None, {"x": X, "n": np.array(1)})
-    seconds = time.perf_counter()
-    slow.run(None, {"x": X, "n": np.array(2000)})
-    turns = int(2000 * 1.0 / (time.perf_counter() - seconds))
+    took = []
+    for _ in range(3):
+        seconds = time.perf_counter()
+        slow.run(None, {"x": X, "n": np.array(2000)})
+        took.append(time.perf_counter() - seconds)
+    turns = int(2000 * 1.0 / min(took))
     before = supervisor_pid(host)
     running = Threads(lambda: slow.run(None, {"x": X, "n": np.array(turns)})[0].shape)
     begun(host)
@@ -459,7 +462,7 @@ def test_one_that_is_going_is_not_asked_again_and_again(
     spinning: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it lets a call end, whoever wants more waits for the next one."""
-    monkeypatch.setenv("ONNX_DL_EXIT_GRACE", "0.7")
+    monkeypatch.setenv("ONNX_DL_EXIT_GRACE", str(allowed(2.0)))  # for so long it is going
     host = onnx_dl.connect("mine")
     slow, quick = host.open(spinning, providers=CPU), host.open(path, providers=CPU)
     running = Threads(lambda: slow.run(None, {"x": X, "n": FOR_EVER}))
@@ -502,7 +505,7 @@ def test_a_fate_is_asked_for_where_it_is_known(spinning: str, monkeypatch: pytes
     check_end = LanePool.check_end
 
     def late(self: LanePool, *args: Any) -> None:
-        assert moved.wait(DEADLINE)
+        assert moved.wait(allowed(DEADLINE))
         check_end(self, *args)
 
     monkeypatch.setattr(LanePool, "check_end", late)
@@ -511,7 +514,7 @@ def test_a_fate_is_asked_for_where_it_is_known(spinning: str, monkeypatch: pytes
     restart("SIGKILL", host)
     proxy.run(None, {"x": X, "n": np.array(1)})
     moved.set()
-    assert isinstance(running.join(DEADLINE)[0], SupervisorDied)
+    assert isinstance(running.join(allowed(DEADLINE))[0], SupervisorDied)
     eventually(lambda: [status.busy for status in host.snapshot().models] == [0], "nothing runs there")
 
 
@@ -536,6 +539,7 @@ def test_what_was_begun_raises_and_is_not_made_again(spinning: str, path: str) -
     host = onnx_dl.connect("mine")
     slow, quick = host.open(spinning, providers=CPU), host.open(path, providers=CPU)
     slow.run(None, {"x": X, "n": np.array(1)})
+    eventually(lambda: not any(s.busy for s in host.snapshot().models), "its end, a moment after its answer")
     running = Threads(*[lambda: slow.run(None, {"x": X, "n": FOR_EVER})] * 2)
     eventually(lambda: [s.busy for s in host.snapshot().models] == [2], "both calls run")
     stop = threading.Event()
@@ -644,7 +648,7 @@ def test_stop_and_what_the_host_says(path: str, kept: Kept) -> None:
     assert twice(proxy) == 2
     done = subprocess.run(command("stop"), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    said = kept.process.communicate(timeout=DEADLINE)[0]
+    said = kept.process.communicate(timeout=allowed(DEADLINE))[0]
     assert kept.process.returncode == 0
     assert [line.split()[0] for line in said.splitlines()] == ["loading", "ready", "draining", "unloaded"]
     assert HostEntry("default").record() is None
@@ -731,7 +735,7 @@ def test_nobody_reads_what_a_host_says(path: str) -> None:
     assert supervisor_pid(host) == kept.process.pid
     host.close()
     kept.process.send_signal(signal.SIGHUP)  # its terminal is closed
-    kept.process.wait(DEADLINE)
+    kept.process.wait(allowed(DEADLINE))
     assert HostEntry("default").record() is None
 
 

@@ -198,7 +198,7 @@ def kept(versions: dict[str, Version]) -> Iterator[dict[str, subprocess.Popen[st
     for process in both.values():
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        process.communicate(timeout=2 * DEADLINE)
+        process.communicate(timeout=allowed(2 * DEADLINE))
 
 
 def test_one_that_is_kept_leaves_for_a_newer_version(
@@ -208,7 +208,7 @@ def test_one_that_is_kept_leaves_for_a_newer_version(
     with Program(versions["this"]) as client:
         assert client.ask("use", path) == 42
         assert client.ask("host") == kept["this"].pid
-    said = kept["this"].communicate(timeout=AFTER_A_LOOK)[0]
+    said = kept["this"].communicate(timeout=allowed(AFTER_A_LOOK))[0]
     assert kept["this"].returncode == 0
     assert "the host ends, because a host of another version was started after it" in said
     assert HostEntry("mine").record() is None
@@ -240,7 +240,7 @@ def test_supervise_follows_a_host_in_the_background(path: str) -> None:
     assert waiting.stdout.readline().startswith(f"host 'default' runs, pid {waiting.pid};")
     assert onnx_dl.connect(start=False).snapshot().supervisor_pid == waiting.pid
     waiting.send_signal(signal.SIGINT)
-    waiting.communicate(timeout=2 * DEADLINE)
+    waiting.communicate(timeout=allowed(2 * DEADLINE))
     assert waiting.returncode == 0
 
 
@@ -254,7 +254,7 @@ def test_stop_lets_the_one_that_waits_be_the_host() -> None:
     assert onnx_dl.connect().snapshot().supervisor_pid == waiting.pid
     host.close()
     waiting.send_signal(signal.SIGINT)
-    waiting.communicate(timeout=2 * DEADLINE)
+    waiting.communicate(timeout=allowed(2 * DEADLINE))
 
 
 # --- commands ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import onnx_dl
 from onnx_dl import EventStream, EventType, ModelHost, ModelState, RunTimeout, UnloadTimeout, WorkerDied
 from tests.inprocess.conftest import Open
 from tests.support.slow import identity_model, spin_model
-from tests.support.waiting import DEADLINE, eventually, wait_for
+from tests.support.waiting import DEADLINE, allowed, eventually, wait_for
 
 ONE = {"x": np.ones(1, np.float32)}
 SQUARE = np.ones((64, 64), np.float32)
@@ -28,7 +28,7 @@ def until(events: EventStream, kind: EventType) -> list[str]:
     """What comes until an event of this kind."""
     found = []
     while not found or found[-1] != kind:
-        found.append(events.get(DEADLINE).type)
+        found.append(events.get(allowed(DEADLINE)).type)
     return found
 
 
@@ -62,7 +62,7 @@ def test_blocks_nest_while_an_unload_waits_for_them(here: Open, path: str) -> No
     results: list[float] = []
 
     def join() -> None:
-        with proxy.session(timeout=DEADLINE):
+        with proxy.session(timeout=allowed(DEADLINE)):
             results.append(proxy.run(None, ONE)[0][0])
 
     with proxy.session():
@@ -71,8 +71,8 @@ def test_blocks_nest_while_an_unload_waits_for_them(here: Open, path: str) -> No
         join()
         other = threading.Thread(target=join)
         other.start()
-        other.join(DEADLINE)
-        assert proxy.run(None, ONE, timeout=DEADLINE)[0][0] == 1
+        other.join(allowed(DEADLINE))
+        assert proxy.run(None, ONE, timeout=allowed(DEADLINE))[0][0] == 1
         assert results == [1, 1]
     eventually(lambda: not proxy.is_loaded, "the unload")
 
@@ -104,7 +104,7 @@ def test_many_callers_with_a_ttl_of_0_all_get_results(here: Open) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(DEADLINE * 4)
+        thread.join(allowed(DEADLINE * 4))
     assert right == [True] * 15
 
 
@@ -114,7 +114,7 @@ def test_two_threads_load_it_once(here: Open, host: ModelHost, path: str) -> Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
     (status,) = host.snapshot().models
     assert (status.loads, status.leases, status.runs) == (1, 2, 3)
 
@@ -143,7 +143,7 @@ def test_unload_waits_for_calls_and_blocks(here: Open, host: ModelHost) -> None:
     with pytest.raises(UnloadTimeout):
         host.unload(proxy._handle.spec.name, timeout=0.01)
     assert proxy.unload(force=True)
-    thread.join(DEADLINE)
+    thread.join(allowed(DEADLINE))
     assert "unload(force=True)" in str(ended[0])
     proxy.run(None, BRIEF)
 
@@ -158,7 +158,7 @@ def test_a_call_with_a_timeout_ends(here: Open, host: ModelHost) -> None:
     stop.start()
     with pytest.raises(C.Fail, match="terminate flag"):
         proxy.run(None, LONG, options)
-    assert proxy.run(None, BRIEF, timeout=DEADLINE)[0].shape == (64, 64)
+    assert proxy.run(None, BRIEF, timeout=allowed(DEADLINE))[0].shape == (64, 64)
 
 
 def test_a_failed_load_raises_onnxruntimes_error_and_backs_off(

@@ -13,7 +13,7 @@ from onnx_dl.server.grpc.listener import GrpcListener
 from onnx_dl.server.grpc.messages import INFERENCE, Message, ModelInferRequest, message
 from onnx_dl.server.options import ServeOptions
 from tests.server.standin import StandIn, running_loop
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -57,7 +57,7 @@ def listening(
         listener = GrpcListener(server, loop)
         rig = Rig(server, listener, listener.start("127.0.0.1:0", credentials))
         if credentials is None:
-            grpc.channel_ready_future(rig.channel).result(DEADLINE)
+            grpc.channel_ready_future(rig.channel).result(allowed(DEADLINE))
         try:
             yield rig
         finally:

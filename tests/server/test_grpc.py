@@ -23,7 +23,7 @@ from onnx_dl.server.grpc.messages import HEALTH, message
 from onnx_dl.server.v2.messages import RegionSlice
 from onnx_dl.server.v2.operations import Operation
 from tests.server.grpc_rig import Rig, code_of, listening, raw_request
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_callbacks(client: triton.InferenceServerClient) -> None:
             [an_input(np.float32([index]))],
             functools.partial(lambda index, result, error: answers.put((index, error or result)), index),
         )
-    got = dict(answers.get(timeout=DEADLINE) for _ in range(20))
+    got = dict(answers.get(timeout=allowed(DEADLINE)) for _ in range(20))
     assert {index: result.as_numpy("x")[0] for index, result in got.items()} == {n: n for n in range(20)}
 
 
@@ -291,7 +291,7 @@ def test_asyncio(rig: Rig) -> None:
             assert got[:2] + got[3:] == [0, 1, 3, 4]
             assert "Request for unknown model" in str(got[2])
 
-    asyncio.run(asyncio.wait_for(calls(), DEADLINE))
+    asyncio.run(asyncio.wait_for(calls(), allowed(DEADLINE)))
 
 
 def test_the_caller_is_known(rig: Rig) -> None:
@@ -304,7 +304,9 @@ def test_the_caller_is_known(rig: Rig) -> None:
 
 def health_check(rig: Rig, service: str) -> str:
     request = message("grpc.health.v1.HealthCheckRequest")(service=service)
-    answer = rig.channel.unary_unary(f"/{HEALTH}/Check")(request.SerializeToString(), timeout=DEADLINE)
+    answer = rig.channel.unary_unary(f"/{HEALTH}/Check")(
+        request.SerializeToString(), timeout=allowed(DEADLINE)
+    )
     return status_of(answer)
 
 
@@ -322,7 +324,7 @@ def test_the_health_of_grpc(rig: Rig) -> None:
 
 def test_watchers_of_the_health_hear_each_change(rig: Rig) -> None:
     request = message("grpc.health.v1.HealthCheckRequest")().SerializeToString()
-    watching = rig.channel.unary_stream(f"/{HEALTH}/Watch")(request, timeout=DEADLINE)
+    watching = rig.channel.unary_stream(f"/{HEALTH}/Watch")(request, timeout=allowed(DEADLINE))
     assert status_of(next(watching)) == "SERVING"
     rig.server.is_ready = False
     try:
@@ -332,6 +334,6 @@ def test_watchers_of_the_health_hear_each_change(rig: Rig) -> None:
     assert status_of(next(watching)) == "SERVING"
     watching.cancel()
     unknown = message("grpc.health.v1.HealthCheckRequest")(service="another").SerializeToString()
-    watching = rig.channel.unary_stream(f"/{HEALTH}/Watch")(unknown, timeout=DEADLINE)
+    watching = rig.channel.unary_stream(f"/{HEALTH}/Watch")(unknown, timeout=allowed(DEADLINE))
     assert status_of(next(watching)) == "SERVICE_UNKNOWN"
     watching.cancel()

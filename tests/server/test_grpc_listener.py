@@ -143,7 +143,7 @@ def test_certificates_of_clients(files: dict[str, Path]) -> None:
         for name in (None, "stranger"):
             with secure_channel(rig.address, files, name) as channel:
                 with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(f"/{INFERENCE}/ModelInfer")(raw_request(), timeout=DEADLINE)
+                    channel.unary_unary(f"/{INFERENCE}/ModelInfer")(raw_request(), timeout=allowed(DEADLINE))
                 assert code_of(caught.value) == "UNAVAILABLE"
 
 
@@ -152,7 +152,7 @@ def test_failed_handshakes_fill_no_log(files: dict[str, Path], tmp_path: Path) -
     with serving("--model", f"m={model}", "--tls-cert", files["cert"], "--tls-key", files["key"]) as server:
         host, _, port = server.grpc.partition(":")
         for _ in range(3):
-            with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
+            with socket.create_connection((host, int(port)), timeout=allowed(DEADLINE)) as connection:
                 connection.sendall(b"no handshake at all")
                 with contextlib.suppress(ConnectionResetError):
                     while connection.recv(1 << 12):
@@ -200,7 +200,7 @@ def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(listener, "_options", few)
     with listening() as rig:
         host, _, port = rig.address.partition(":")
-        others = [socket.create_connection((host, int(port)), timeout=DEADLINE) for _ in range(8)]
+        others = [socket.create_connection((host, int(port)), timeout=allowed(DEADLINE)) for _ in range(8)]
         try:
             eventually(lambda: sum(map(is_closed, others)) >= 5, "the end of those that are too many")
             assert infer(rig.channel)

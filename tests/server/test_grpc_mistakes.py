@@ -52,7 +52,7 @@ def failure(rig: Rig, name: str, data: bytes, **keywords: Any) -> tuple[str, str
 )
 def test_unknown_methods_are_unimplemented(rig: Rig, path: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        rig.channel.unary_unary(path)(b"", timeout=DEADLINE)
+        rig.channel.unary_unary(path)(b"", timeout=allowed(DEADLINE))
     assert code_of(caught.value) == "UNIMPLEMENTED"
 
 
@@ -107,7 +107,7 @@ def test_who_has_no_right_is_refused_before_the_message_is_read(rig: Rig) -> Non
     never = threading.Event()
 
     def held_back() -> Iterator[bytes]:
-        never.wait(DEADLINE)
+        never.wait(allowed(DEADLINE))
         yield from ()
 
     rig.server.access.needs_token = True
@@ -128,10 +128,10 @@ def test_a_message_that_does_not_arrive_ends_its_call(rig: Rig, monkeypatch: pyt
     never = threading.Event()
 
     def held_back() -> Iterator[bytes]:
-        never.wait(2 * DEADLINE)
+        never.wait(allowed(2 * DEADLINE))
         yield from ()
 
-    future = rig.sending("ModelInfer", held_back(), timeout=2 * DEADLINE)
+    future = rig.sending("ModelInfer", held_back(), timeout=allowed(2 * DEADLINE))
     assert code_of(future.exception(allowed(DEADLINE))) == "CANCELLED"
     never.set()
 
@@ -140,10 +140,10 @@ def test_slow_messages_keep_nobody_waiting(rig: Rig) -> None:
     never = threading.Event()
 
     def held_back() -> Iterator[bytes]:
-        never.wait(2 * DEADLINE)
+        never.wait(allowed(2 * DEADLINE))
         yield from ()
 
-    slow = [rig.sending("ModelInfer", held_back(), timeout=2 * DEADLINE) for _ in range(100)]
+    slow = [rig.sending("ModelInfer", held_back(), timeout=allowed(2 * DEADLINE)) for _ in range(100)]
     eventually(lambda: rig.places.taken == 100, "calls whose messages are awaited")
     assert rig.unary("ModelInfer", raw_request())
     assert rig.places.taken >= 100, "they still wait"
@@ -190,7 +190,7 @@ def test_a_connection_that_is_cut_ends_its_runs(rig: Rig) -> None:
 )  # fmt: skip
 def test_other_protocols_are_hung_up(rig: Rig, data: bytes) -> None:
     host, _, port = rig.address.partition(":")
-    with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
+    with socket.create_connection((host, int(port)), timeout=allowed(DEADLINE)) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         try:
@@ -299,7 +299,7 @@ def test_the_health_is_told_while_all_places_wait_for_loads(
     finally:
         rig.server.control.can_load.set()
     for load in loads:
-        load.result(DEADLINE)
+        load.result(allowed(DEADLINE))
 
 
 def test_operations_on_the_loop_do_not_hold_a_caller_that_has_gone(rig: Rig) -> None:

@@ -68,7 +68,7 @@ def failures(client: triton.InferenceServerClient) -> int:
 
 def pending(server: Serving) -> int:
     """Requests of ``spin`` that have begun and not ended."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=DEADLINE) as response:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=allowed(DEADLINE)) as response:
         text = response.read().decode()
     found = re.search(r'^nv_inference_pending_request_count{.*"spin".*} (\S+)$', text, re.MULTILINE)
     return 0 if found is None else int(float(found[1]))
@@ -98,12 +98,16 @@ def test_typed_contents(server: Serving) -> None:
     request = message("inference.ModelInferRequest")(model_name="echo")
     request.inputs.add(name="x", datatype="FP32", shape=[2], contents={"fp32_contents": [1.5, -2.0]})
     with grpc.insecure_channel(server.grpc, UNLIMITED) as channel:
-        data = channel.unary_unary(f"/{INFERENCE}/ModelInfer")(request.SerializeToString(), timeout=DEADLINE)
+        data = channel.unary_unary(f"/{INFERENCE}/ModelInfer")(
+            request.SerializeToString(), timeout=allowed(DEADLINE)
+        )
         answer = message("inference.ModelInferResponse").FromString(data)
         assert list(answer.raw_output_contents) == [np.float32([1.5, -2.0]).tobytes()]
         request.inputs[0].contents.int_contents.append(1)
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary(f"/{INFERENCE}/ModelInfer")(request.SerializeToString(), timeout=DEADLINE)
+            channel.unary_unary(f"/{INFERENCE}/ModelInfer")(
+                request.SerializeToString(), timeout=allowed(DEADLINE)
+            )
         assert code_of(caught.value) == "INVALID_ARGUMENT"
 
 

@@ -81,7 +81,7 @@ def test_tritons_client(rig: Rig) -> None:
                 "echo", [tensor], request_id=str(index), enable_empty_final_response=index % 2 == 0
             )
         for index in range(40):
-            result, error = answers.get(timeout=DEADLINE)
+            result, error = answers.get(timeout=allowed(DEADLINE))
             assert error is None
             response = result.get_response()
             assert (response.id, result.as_numpy("x")[0]) == (str(index), index)

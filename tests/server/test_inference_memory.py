@@ -22,7 +22,7 @@ from tests.conftest import _belongings as belongings
 from tests.conftest import _left as left
 from tests.support import inference_rig as rigs
 from tests.support.inference_rig import InferenceRig, only, request, tensor, until
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 Infer = Callable[[InferRequest], InferResponse]
 SIZE = 1 << 20
@@ -217,7 +217,7 @@ def test_an_event_loop_goes_on_while_many_texts_are_read(
 
     def slow(*arguments: Any) -> list[str]:
         begun.set()
-        assert goes_on.wait(DEADLINE), "the event loop waited"
+        assert goes_on.wait(allowed(DEADLINE)), "the event loop waited"
         return decode(*arguments)
 
     monkeypatch.setattr(text, "decode", slow)
@@ -242,7 +242,7 @@ def test_a_caller_who_goes_while_his_texts_are_read_leaves_nothing(
 
     def slow(*_: Any) -> list[str]:
         begun.set()
-        assert may_end.wait(DEADLINE)
+        assert may_end.wait(allowed(DEADLINE))
         return [""] * 20_000
 
     monkeypatch.setattr(text, "decode", slow)

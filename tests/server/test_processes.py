@@ -102,7 +102,7 @@ def test_an_unload_and_a_load_are_seen_by_all_at_once(many: Serving) -> None:
 
 def test_a_region_is_seen_by_all_at_once(many: Serving, tmp_path: Path) -> None:
     samples = load_samples()["digits"].inputs[:1]
-    key = f"onnx_dl_test_{os.getpid()}"
+    key = f"odl_processes_{os.getpid()}"  # no name that other tests take for one of ours
     path = Path("/dev/shm") / key
     path.write_bytes(samples.tobytes())
     region = {"key": f"/{key}", "offset": 0, "byte_size": samples.nbytes}

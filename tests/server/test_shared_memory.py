@@ -36,7 +36,7 @@ from tests.server.regions import (
 )
 from tests.support.serving import Serving, serving
 from tests.support.slow import identity_model, late_model
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 
 @pytest.fixture(scope="module", params=["copy", "map"])
@@ -243,7 +243,7 @@ def test_a_client_that_truncates_its_file_during_the_run(server: Serving, http: 
         eventually(lambda: mine.cpu_times().user > before + 0.05, "the run")
         os.truncate(path("out"), 0)
         os.truncate(path("in"), 0)
-        thread.join(2 * DEADLINE)
+        thread.join(allowed(2 * DEADLINE))
         assert not thread.is_alive()
         (failure,) = failures
         assert isinstance(failure, InferenceServerException)
@@ -282,7 +282,7 @@ def test_a_region_that_is_unregistered_while_it_is_used(server: Serving, http: C
         eventually(lambda: mine.cpu_times().user > before + 0.05, "the run")
         http.triton.unregister_system_shared_memory()
         refused(lambda: http.echo(LARGE), "Unable to find", status="404 NOT_FOUND")
-        thread.join(2 * DEADLINE)
+        thread.join(allowed(2 * DEADLINE))
         assert done.is_set(), "a request that had begun did not finish"
         assert (shm.get_contents_as_numpy(out, np.float32, [LARGE]) == 2).all()
 
@@ -320,7 +320,7 @@ def test_a_client_that_dies(server: Serving) -> None:
     )
     try:
         command = [sys.executable, "-c", program, server.http, f"/{PREFIX}-dead"]
-        subprocess.run(command, check=True, timeout=DEADLINE)
+        subprocess.run(command, check=True, timeout=allowed(DEADLINE))
         with closing_client(server, "http") as client:
             assert client.triton.get_system_shared_memory_status()[0]["name"] == "in"
             client.echo(16, out="in")

@@ -27,7 +27,7 @@ from onnx_dl.session import placed_runs
 from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, ForeignPlace, Written, as_bytes
 from onnx_dl.tensors.foreign_tables import MOST_NAMED, RESERVE
 from tests.support.foreign import F4, FOR_EVER, LARGE, SMALL, TURNS, X, file, held, pid_of, run
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -66,7 +66,7 @@ def test_truncated_while_the_engine_runs(late: InferenceSessionProxy, is_mapped:
         thread.start()
         with pytest.raises(WorkerDied if is_mapped else ForeignMemoryError) as caught:
             run(late, array, place, np.array(400_000))
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
         if is_mapped:
             assert isinstance(caught.value, WorkerDied) and caught.value.signal == signal.SIGBUS
         os.ftruncate(fd, 8 * LARGE)
@@ -140,7 +140,7 @@ def test_another_thread_ends_a_run(late: InferenceSessionProxy, is_mapped: bool)
             timer.start()
             with pytest.raises(RunTimeout):
                 placed_runs.run(late, ["y"], feed, {"y": place}, deadline)
-            timer.join(DEADLINE)
+            timer.join(allowed(DEADLINE))
             assert run(late, array, place) == Written(F4, X.shape)
 
 
@@ -163,7 +163,7 @@ def test_closed_while_calls_use_it(late: InferenceSessionProxy) -> None:
             enough = next(done) + 20
             eventually(lambda enough=enough: next(done) > enough, "some calls")
         for thread in threads:
-            thread.join(DEADLINE)
+            thread.join(allowed(DEADLINE))
             assert not thread.is_alive()
     for _ in range(8):  # on each lane
         late.run(None, {"x": X[:8], "n": TURNS})
@@ -205,7 +205,7 @@ def test_memory_of_two_other_processes(late: InferenceSessionProxy, is_mapped: b
         for _, memory in made * 3:
             run(late, ForeignArray(memory, 0, F4, X.shape), ForeignPlace(memory, 4 * LARGE, 4 * LARGE))
         for number, (process, _) in zip((3, 4), made, strict=True):
-            told, _ = process.communicate("\n", DEADLINE)
+            told, _ = process.communicate("\n", allowed(DEADLINE))
             assert told.strip() in (f"{{{2.0 * number}}}", f"{{np.float32({2.0 * number})}}")
     late.run(None, {"x": X[:8], "n": TURNS})
 

@@ -23,7 +23,7 @@ from onnx_dl.errors import FilesChanging
 from onnx_dl.workers.load_cache.store import Cache
 from tests.support.mlir import compiler
 from tests.support.sharing import Forked, own_runtime
-from tests.support.waiting import DEADLINE, eventually, wait_for, worker_pid
+from tests.support.waiting import DEADLINE, allowed, eventually, wait_for, worker_pid
 from tests.workers.test_load_cache import is_saved, maps, no_saver_is_left, store  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -255,7 +255,7 @@ def test_an_event_and_a_warning_once_for_each_worker(
         assert (event.pid, event.detail) == (pid, str(path.parent / "m.data"))
         older.unload()
         answer(older)
-        while (event := events.get(DEADLINE)).type != EventType.READY or event.pid == pid:
+        while (event := events.get(allowed(DEADLINE))).type != EventType.READY or event.pid == pid:
             assert event.type != EventType.OUTDATED
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "m.data has changed since it was loaded" in record.getMessage()

@@ -23,7 +23,7 @@ from onnx_dl.protocol.control import Blob, ClientHello, Welcome
 from onnx_dl.protocol.lane import LaneHello, Trim
 from onnx_dl.transport import zmtp
 from tests.support.small import plus
-from tests.support.waiting import DEADLINE, eventually, template_of, worker_pid
+from tests.support.waiting import DEADLINE, allowed, eventually, template_of, worker_pid
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def _sockets(pid: int) -> list[str]:
 def packets(address: str, kind: int, *messages: bytes, fds: tuple[int, ...] = ()) -> socket.socket:
     """A connection on which this was said."""
     sock = socket.socket(socket.AF_UNIX, kind)
-    sock.settimeout(DEADLINE)
+    sock.settimeout(allowed(DEADLINE))
     sock.connect(f"\0{address}")
     for message in messages:
         with contextlib.suppress(ConnectionError):  # it was enough already

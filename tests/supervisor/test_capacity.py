@@ -170,11 +170,11 @@ def test_who_fits_is_not_refused_with_who_does_not(
     small = proxies([weighty(tmp_path / f"s{seed}.onnx", 2, seed) for seed in range(4)], host)
     with used.session(), concurrent.futures.ThreadPoolExecutor(5) as pool:
         refused = pool.submit(large.load)
-        eventually(lambda: len(host.snapshot().models) == 2, "the large one waits")
+        eventually(lambda: len(host.snapshot().models) == 2 or refused.done(), "the large one waits")
         found = [pool.submit(value, proxy) for proxy in small]
         with pytest.raises(CapacityError, match="did not become free within 1 seconds"):
-            refused.result(DEADLINE)
-        assert [each.result(DEADLINE) for each in found] == [1024 * seed for seed in range(4)]
+            refused.result(allowed(DEADLINE))
+        assert [each.result(allowed(DEADLINE)) for each in found] == [1024 * seed for seed in range(4)]
     assert not host.reasons()
 
 
@@ -189,7 +189,7 @@ def test_threads_that_want_one_model_wait_together(
     with used.session(), concurrent.futures.ThreadPoolExecutor(6) as pool:
         began = time.monotonic()
         loads = [pool.submit(proxy.load) for proxy in (one, one, one, one, *others)]
-        errors = [load.exception(4 * DEADLINE) for load in loads]
+        errors = [load.exception(allowed(4 * DEADLINE)) for load in loads]
         took = time.monotonic() - began
     assert {type(error) for error in errors} == {CapacityError}
     assert took < allowed(2 * 1.0 + 1.5)  # one after the other would be six
@@ -294,7 +294,7 @@ def test_what_was_given_back_is_told_though_somebody_measures_all_the_time(limit
             proxy.unload(force=turn % 2 == 1)
             proxy.close()
         stop.set()
-        assert len(asked.result(DEADLINE)) > 20
+        assert len(asked.result(allowed(DEADLINE))) > 20
     host.close()
     freed = [event.freed for event in host.seen if event.type is EventType.UNLOADED]
     assert len(freed) == 10 and min(freed) > 500_000
@@ -320,12 +320,12 @@ def test_a_model_in_use_stays_until_it_is_not(limited: Any, models: list[str]) -
     with used.session():
         thread = threading.Thread(target=value, args=(other,))
         thread.start()
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + allowed(DEADLINE)
         while not any(status.model == models[1] for status in host.snapshot().models):
             assert time.monotonic() < deadline
         assert value(used) == 0  # it is asked to leave again and again, and stays
         assert used.is_loaded and not other.is_loaded
-    thread.join(DEADLINE)
+    thread.join(allowed(DEADLINE))
     assert other.is_loaded
     assert host.reasons() == ["evicted"]
 
@@ -380,11 +380,11 @@ def test_who_waits_is_told_when_the_host_closes(limited: Any, models: list[str])
     with used.session():
         thread = threading.Thread(target=call)
         thread.start()
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + allowed(DEADLINE)
         while len(host.snapshot().models) < 2:
             assert time.monotonic() < deadline
         host.close()
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
     assert len(errors) == 1
 
 
@@ -411,7 +411,7 @@ def test_a_worker_is_replaced_after_so_many_runs(host: ModelHost) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
     assert not wrong
     assert len(gone) >= 10 and {event.reason for event in gone} == {"recycled"}
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from onnx_dl import CapacityError, ModelHost
 from tests.supervisor.test_capacity import MB, hollow, limited, proxies, value, weighty
 from tests.support import cgroups
-from tests.support.waiting import DEADLINE, is_gone
+from tests.support.memory import held_together
+from tests.support.waiting import DEADLINE, allowed, is_gone
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ class Watch:
             snapshot = self._host.snapshot()
             pids = {status.pid for status in snapshot.models if status.pid is not None}
             self.in_use = max(self.in_use, snapshot.memory_in_use)
-            self.taken = max(self.taken, sum(map(_private, pids)))
+            self.taken = max(self.taken, held_together((pid, "uss") for pid in pids))
             self.pids |= pids
             self.readings += 1
 
@@ -77,12 +77,6 @@ class Watch:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def _private(pid: int) -> int:
-    with contextlib.suppress(psutil.Error):
-        return int(psutil.Process(pid).memory_full_info().uss)
-    return 0
 
 
 def _ask_all(asked: Sequence[Any], seed: int, wrong: list[object]) -> None:
@@ -168,7 +162,7 @@ def test_what_can_never_fit_is_refused_while_others_go_on(
         _calls_going_on(used, wrong) as calls,
         pytest.raises(CapacityError, match="more than the limit") as caught,
     ):
-        calls.wait(DEADLINE)
+        calls.wait(allowed(DEADLINE))
         large.run(None, {"x": np.ones((1, 1024), np.float32)})
     assert caught.value.needed > caught.value.limit == LIMIT
     assert 0 < caught.value.in_use <= LIMIT
@@ -195,7 +189,7 @@ def _calls_going_on(proxy: Any, wrong: list[object]) -> Iterator[threading.Event
         yield began
     finally:
         stop.set()
-        thread.join(DEADLINE)
+        thread.join(allowed(DEADLINE))
 
 
 def test_who_finds_all_pinned_is_told_and_served_when_one_is_not(limited: Any, models: list[str]) -> None:

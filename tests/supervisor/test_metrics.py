@@ -39,7 +39,9 @@ def address(host: ModelHost) -> tuple[str, int]:
 
 def scrape(host: ModelHost) -> Samples:
     """Name and label values (without the model's short name), by the labels' names, to value."""
-    with urllib.request.urlopen("http://{}:{}/metrics".format(*address(host)), timeout=DEADLINE) as answer:
+    with urllib.request.urlopen(
+        "http://{}:{}/metrics".format(*address(host)), timeout=allowed(DEADLINE)
+    ) as answer:
         text = answer.read().decode()
     return {
         (s.name, *(value for label, value in sorted(s.labels.items()) if label != "model")): s.value
@@ -113,7 +115,7 @@ def test_a_scrape_loads_nothing_and_keeps_nothing_loaded(host: ModelHost) -> Non
             return bool(gone)
 
         eventually(unloaded, "the TTL runs out while somebody scrapes")
-        watch.join(DEADLINE)
+        watch.join(allowed(DEADLINE))
 
 
 def test_clients_that_say_nothing_do_not_disturb(host: ModelHost) -> None:
@@ -128,7 +130,7 @@ def test_clients_that_say_nothing_do_not_disturb(host: ModelHost) -> None:
         assert scrape(host)["onnx_dl_evictions_total",] == 0
         started = time.monotonic()
         host.close()
-        assert time.monotonic() - started < allowed(2.5)  # who says nothing may take 5 seconds for it
+        assert time.monotonic() - started < allowed(4)  # who says nothing may take 5 seconds for it
     finally:
         for connection in silent:
             connection.close()
@@ -199,8 +201,8 @@ def test_nobody_serves_where_nobody_asked(host: ModelHost, monkeypatch: pytest.M
 def test_health_and_other_paths(host: ModelHost) -> None:
     host.start()
     url = "http://{}:{}".format(*address(host))
-    with urllib.request.urlopen(f"{url}/healthz", timeout=DEADLINE) as answer:
+    with urllib.request.urlopen(f"{url}/healthz", timeout=allowed(DEADLINE)) as answer:
         assert answer.read() == b"ok\n"
     with pytest.raises(urllib.error.HTTPError, match="404") as caught:
-        urllib.request.urlopen(f"{url}/other", timeout=DEADLINE)
+        urllib.request.urlopen(f"{url}/other", timeout=allowed(DEADLINE))
     caught.value.close()

@@ -15,7 +15,7 @@ import pytest
 from onnx_dl import EventType, InferenceSessionProxy, ModelEvent, ModelHost
 from tests.contract.both import CPU, F, model, node, tensor
 from tests.supervisor.test_capacity import MB, value, weighty
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ def test_models_that_push_each_other_out_are_warned_of(
         told: list[ModelEvent] = []
         host.on_event(lambda event: told.append(event) if event.type is EventType.THRASH else None)
         proxies = [host.open(path, providers=CPU) for path in paths]
-        deadline = time.monotonic() + 5 * DEADLINE
+        deadline = time.monotonic() + allowed(5 * DEADLINE)
         while not told:
             assert time.monotonic() < deadline
             for proxy in proxies:

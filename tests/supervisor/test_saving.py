@@ -20,6 +20,7 @@ from onnx_dl.supervisor.policy import cache_saves
 from onnx_dl.workers.load_cache.store import Cache
 from tests.contract.both import F, node, tensor
 from tests.supervisor.test_capacity import MB, proxies, value, weighty
+from tests.support.memory import held_together
 from tests.support.waiting import eventually, is_gone, is_process
 from tests.workers.test_load_cache import no_saver_is_left, store
 
@@ -47,12 +48,6 @@ def savers_of(supervisor: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def memory(pid: int, kind: str) -> int:
-    with contextlib.suppress(psutil.Error):
-        return int(getattr(psutil.Process(pid).memory_full_info(), kind))
-    return 0
-
-
 class Watch:
     """What was seen of a host at so many moments: bytes that it says are in use, and by the kernel
     (of each worker its own, of savers what they have together), and savers at once."""
@@ -73,8 +68,8 @@ class Watch:
             savers = savers_of(supervisor)
             family = [process.pid for saver in savers for process in _family(saver)]
             self.in_use = max(self.in_use, snapshot.memory_in_use)
-            taken = [*(memory(pid, "uss") for pid in workers), *(memory(pid, "pss") for pid in family)]
-            self.taken = max(self.taken, sum(taken))
+            taken = held_together([*((pid, "uss") for pid in workers), *((pid, "pss") for pid in family)])
+            self.taken = max(self.taken, taken)
             self.at_once = max(self.at_once, len(savers))
             self.savers |= {process.pid for process in savers}
             self.moments += 1

@@ -23,7 +23,7 @@ import pytest
 from onnx_dl.client import host_registry
 from onnx_dl.transport import running_hosts
 from onnx_dl.transport.rendezvous import HostEntry
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def end(pid: int | None) -> None:
         fd = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(fd, signal.SIGTERM)
-            if not select.select([fd], [], [], DEADLINE / 2)[0]:
+            if not select.select([fd], [], [], allowed(DEADLINE / 2))[0]:
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
         finally:
             os.close(fd)
@@ -93,7 +93,7 @@ class Forked:
     def result(self, timeout: float = 4 * DEADLINE) -> Any:
         """What ``work`` returned; an exception as text.  Waits for the child's end."""
         said = b""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + allowed(timeout)
         poll = select.poll()
         poll.register(self._read)
         while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -153,5 +153,5 @@ class Kept:
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit status."""
         self.process.send_signal(number)
-        self.process.communicate(timeout=2 * DEADLINE)
+        self.process.communicate(timeout=allowed(2 * DEADLINE))
         return self.process.returncode

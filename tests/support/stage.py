@@ -130,14 +130,14 @@ def is_stopped(pid: int) -> bool:
 
 
 def ended(future: concurrent.futures.Future[Any], within: float) -> str:
-    """The outcome of a call, by the words of :data:`OUTCOMES`.
+    """The outcome of a call, by the words of :data:`OUTCOMES`.  ``within``: seconds on a quiet machine.
 
     Raises:
         TimeoutError: it goes on.
         Exception: it ended otherwise.
     """
     try:
-        future.result(within)
+        future.result(allowed(within))
     except tuple(OUTCOMES) as error:
         return next(word for kind, word in OUTCOMES.items() if isinstance(error, kind))
     return "right"
@@ -153,10 +153,19 @@ def belongings(supervisor: int) -> tuple[int, int]:
 class Scene:
     """A model of a host, brought into a state, in which something misbehaves."""
 
-    def __init__(self, host: ModelHost, folder: Path, caps: dict[str, int], timeout: float | None) -> None:
+    def __init__(
+        self,
+        host: ModelHost,
+        folder: Path,
+        caps: dict[str, int],
+        timeout: float | None = None,
+        unload_timeout: float | None = None,
+    ) -> None:
+        """``timeout``: of calls; ``unload_timeout``: of unload()."""
         self.host = host
         self.folder = folder
         self.timeout = timeout
+        self.unload_timeout = unload_timeout
         self.proxy = Misbehaving(folder / f"model{len(os.listdir(folder))}", 3, host, **caps)
         self.gate: Gate | None = None
         self.caller: concurrent.futures.Future[Any] | None = None
@@ -177,7 +186,7 @@ class Scene:
         return self.threads.submit(self.proxy.run, self.timeout)
 
     def _unload(self) -> None:
-        self.unloader = self.threads.submit(self.proxy.unload, timeout=self.timeout)
+        self.unloader = self.threads.submit(self.proxy.unload, timeout=self.unload_timeout)
 
     def _waits(self, step: str) -> Gate:
         self.gate = gate = Gate(self.proxy.folder, step)
@@ -193,7 +202,7 @@ class Scene:
         gate.arrive()
         gate.order("exit")
         with contextlib.suppress(WorkerDied):
-            caller.result(DEADLINE)
+            caller.result(allowed(DEADLINE))
         self.gate = None
 
     def _import(self) -> None:
@@ -222,7 +231,7 @@ class Scene:
         self._run()
         with self.host.events() as events:
             self._unload()
-            while events.get(DEADLINE).type is not EventType.DRAINING:
+            while events.get(allowed(DEADLINE)).type is not EventType.DRAINING:
                 pass
 
     def _close(self) -> None:

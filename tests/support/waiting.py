@@ -71,22 +71,30 @@ def template_of(host: ModelHost) -> psutil.Process:
 def with_standby(supervisor: int) -> psutil.Process:
     """The supervisor's process, when it has all that it keeps: a standby worker that has connected, too.
 
-    It is made a moment after a load.
+    It is made a moment after a load.  As long as the two are not done with each other, descriptors change or
+    a thread of theirs wants to run, even if it has to wait for a processor.
     """
     process = psutil.Process(supervisor)
     counts: list[tuple[int, float]] = []
 
     def is_settled() -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(is_process(child, "standby") for child in process.children()):
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
+            if standby := [child for child in process.children() if is_process(child, "standby")]:
                 now, at = process.num_fds(), time.monotonic()
-                if not counts or counts[-1][0] != now:
+                sleeps = all(_sleeps(each.pid) for each in (process, *standby))
+                if not sleeps or not counts or counts[-1][0] != now:
                     counts.append((now, at))
                 return at - counts[-1][1] > 0.2
         return False
 
     eventually(is_settled, "a standby worker")
     return process
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether no thread of a process runs or wants to."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return all((each / "stat").read_text().rpartition(")")[2].split()[0] == "S" for each in threads)
 
 
 def is_process(process: psutil.Process, kind: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 make_settings = pytest.importorskip("gunicorn.config").make_settings
 
@@ -22,7 +22,7 @@ class Request(http.client.HTTPConnection):
     """Over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=4 * DEADLINE)
+        super().__init__("localhost", timeout=allowed(4 * DEADLINE))
         self._path = path
 
     def connect(self) -> None:
@@ -60,4 +60,4 @@ def gunicorn(
     yield process
     if process.poll() is None:
         process.terminate()
-        process.wait(2 * DEADLINE)
+        process.wait(allowed(2 * DEADLINE))

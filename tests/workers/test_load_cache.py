@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_dl import InferenceSessionProxy, ModelHost
 from onnx_dl.workers.load_cache.store import WEIGHTS, Cache
-from tests.support.waiting import DEADLINE, eventually, is_process, worker_pid
+from tests.support.waiting import DEADLINE, allowed, eventually, is_process, worker_pid
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +201,7 @@ def test_a_save_outlives_the_worker_but_not_the_supervisor(store: Cache, tmp_pat
         proxy.run(None, {"x": X})
         supervisor = psutil.Process(host.snapshot().supervisor_pid)
         savers = [process for process in supervisor.children(recursive=True) if is_saver(process)]
-    _, alive = psutil.wait_procs(savers, timeout=DEADLINE)
+    _, alive = psutil.wait_procs(savers, timeout=allowed(DEADLINE))
     assert not alive
 
 

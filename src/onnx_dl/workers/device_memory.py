@@ -120,6 +120,8 @@ class LaneDevices:
         self._loaded = loaded
         self._named: dict[_Key, _Opened] = {}
         """Allocations that are open for this lane."""
+        self._devices: set[int] | None = None
+        """Devices of these; None: to be found."""
         self._present: set[_Key] = set()
         """Allocations that the present request names."""
         self._lent: list[DeviceTensor] = []
@@ -164,6 +166,7 @@ class LaneDevices:
             key = _Key(device, handle.handle, handle.buffer)
             if key not in self._named:
                 self._close_replaced(key)
+                self._devices = None
                 key, self._named[key] = self._allocations.open(driver, device, handle)
         except DriverError as error:
             return UnopenedTensor(f"the model's worker cannot open them ({error})")
@@ -182,8 +185,10 @@ class LaneDevices:
     def synchronize(self) -> None:
         """Waits until all work of this process on the devices of the present tensors is done."""
         driver = self._loaded()
+        if self._devices is None:
+            self._devices = {key.device for key in self._named}
         if driver is not None:
-            for device in {key.device for key in self._named}:
+            for device in self._devices:
                 driver.synchronize(device)
 
     @property
@@ -239,6 +244,7 @@ class LaneDevices:
         if not keys:
             return
         driver = self._loaded()
+        self._devices = None
         self.uses = {number: used for number, used in self.uses.items() if not used & keys}
         for key in keys:
             del self._named[key]

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 KINDS: Final = ("http", "http.aio", "grpc", "grpc.aio")
 
@@ -87,7 +87,7 @@ class Kit:
         try:
             for i in range(count):
                 self.raw("async_stream_infer", model, inputs, request_id=str(i))
-            answers = [found.get(timeout=DEADLINE) for _ in range(count)]
+            answers = [found.get(timeout=allowed(DEADLINE)) for _ in range(count)]
         finally:
             self.raw("stop_stream")
         return [self._streamed_told(*answer) for answer in answers]
@@ -109,7 +109,7 @@ class Kit:
             return self.told(self.raw("async_infer", model, inputs).get_result())
         found: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         self.raw("async_infer", model, inputs, callback=lambda result, error: found.put((result, error)))
-        return self._streamed_told(*found.get(timeout=DEADLINE))
+        return self._streamed_told(*found.get(timeout=allowed(DEADLINE)))
 
     def close(self) -> None:
         self.raw("close")
@@ -118,7 +118,7 @@ class Kit:
 
 
 async def _bounded(awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, DEADLINE)
+    return await asyncio.wait_for(awaitable, allowed(DEADLINE))
 
 
 def _item(value: Any) -> Any:

@@ -6,7 +6,7 @@ import http.client
 import json
 from typing import Any, Final
 
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 _ROW: Final = list(range(16))
 
@@ -71,7 +71,7 @@ def post(
     address: str, path: str, body: bytes, headers: dict[str, str]
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
     """Status, head and body of the answer."""
-    connection = http.client.HTTPConnection(address, timeout=DEADLINE)
+    connection = http.client.HTTPConnection(address, timeout=allowed(DEADLINE))
     try:
         connection.request("POST", path, body, headers)
         response = connection.getresponse()
@@ -83,7 +83,7 @@ def post(
 def outcomes(address: str) -> dict[str, Any]:
     """By name: the status, and the body if it is JSON."""
     found = {}
-    connection = http.client.HTTPConnection(address, timeout=DEADLINE)
+    connection = http.client.HTTPConnection(address, timeout=allowed(DEADLINE))
     for name, (method, path, body) in REQUESTS.items():
         connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()

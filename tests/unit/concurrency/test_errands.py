@@ -10,7 +10,7 @@ import pytest
 from onnx_dl.concurrency import spawning
 from onnx_dl.concurrency.errands import Errands
 from onnx_dl.errors import ProcessesExhausted
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 NAME = "onnx-dl-errand"
 
@@ -26,13 +26,13 @@ def test_all_work_is_done_in_few_threads_which_end() -> None:
 
     def work(number: int) -> None:
         begun.release()
-        assert may_end.wait(DEADLINE)
+        assert may_end.wait(allowed(DEADLINE))
         done.append(number)
 
     for number in range(20):
         errands.add(lambda number=number: work(number))  # type: ignore[misc]
     for _ in range(3):
-        assert begun.acquire(timeout=DEADLINE)
+        assert begun.acquire(timeout=allowed(DEADLINE))
     assert threads() == 3
     assert not begun.acquire(blocking=False)
     may_end.set()
@@ -45,7 +45,7 @@ def test_work_is_not_left_lying_while_threads_end() -> None:
     for _ in range(500):
         done = threading.Event()
         errands.add(done.set)
-        assert done.wait(DEADLINE)
+        assert done.wait(allowed(DEADLINE))
     eventually(lambda: not threads(), "the end of the thread")
 
 
@@ -53,7 +53,7 @@ def test_work_that_fails_does_not_end_the_others() -> None:
     errands, done = Errands(NAME, 1), threading.Event()
     errands.add(lambda: 1 / 0)
     errands.add(done.set)
-    assert done.wait(DEADLINE)
+    assert done.wait(allowed(DEADLINE))
     eventually(lambda: not threads(), "the end of the thread")
 
 
@@ -68,7 +68,7 @@ def test_without_a_thread_the_caller_is_told(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ProcessesExhausted):
             errands.add(pytest.fail)
     errands.add(done.set)
-    assert done.wait(DEADLINE)
+    assert done.wait(allowed(DEADLINE))
     eventually(lambda: not threads(), "the end of the thread")
 
 
@@ -77,17 +77,17 @@ def test_a_forked_child_does_its_own_work_only() -> None:
 
     def wait() -> None:
         was_begun.set()
-        may_end.wait(DEADLINE)
+        may_end.wait(allowed(DEADLINE))
 
     parents: list[int] = []
     errands.add(wait)
     errands.add(lambda: parents.append(1))
-    assert was_begun.wait(DEADLINE)
+    assert was_begun.wait(allowed(DEADLINE))
     child = os.fork()
     if not child:
         done = threading.Event()
         errands.add(done.set)
-        os._exit(0 if done.wait(DEADLINE) and not parents else 1)
+        os._exit(0 if done.wait(allowed(DEADLINE)) and not parents else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     may_end.set()
     eventually(lambda: parents and not threads(), "the end of the parent's work")

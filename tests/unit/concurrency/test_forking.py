@@ -20,7 +20,7 @@ from onnx_dl.concurrency.background import Background
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.concurrency.spawning import Thread
 from onnx_dl.errors import SupervisorDied
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 from tests.unit.test_layers import MODULES
 
 # --- what is used ------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def in_child(work: Callable[[], bool]) -> bool:
             done: list[bool] = []
             thread = threading.Thread(target=lambda: done.append(work()), daemon=True)
             thread.start()
-            thread.join(DEADLINE)
+            thread.join(allowed(DEADLINE))
             status = 0 if done == [True] else 1
         finally:
             os._exit(status)
@@ -132,7 +132,7 @@ class Elsewhere:
         self._inside, self._leave = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._be_inside, args=(context,))
         self._thread.start()
-        assert self._inside.wait(DEADLINE)
+        assert self._inside.wait(allowed(DEADLINE))
 
     def _be_inside(self, context: Any) -> None:
         with context:

@@ -55,7 +55,7 @@ from onnx_dl.workers.gate import Gate
 from onnx_dl.workers.lane_service import LaneService, Upkeep
 from onnx_dl.workers.pinned_blocks import PinnedBlocks
 from tests.support.builders import DESCRIPTION
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, allowed
 
 SECRET = "s" * 32
 SIZES = [1, 4000, 5000, 300_000, pytest.param(50 << 20, marks=pytest.mark.slow)]
@@ -142,7 +142,7 @@ class Worker:
 
     def close(self) -> None:
         for thread in self.threads:
-            thread.join(DEADLINE)
+            thread.join(allowed(DEADLINE))
             assert not thread.is_alive()
         self.listener.close()
         self.context.term()
@@ -374,7 +374,7 @@ class Stranger:
         """The next reply; None at the end of the lane."""
         if not os.read(self.pipe, 1):
             return None
-        received = self.channel.receive(DEADLINE)
+        received = self.channel.receive(allowed(DEADLINE))
         message = None if received is None else lane_reply(received[0])
         if isinstance(message, Envelope):
             sockets.close_all(received[1] if received else [])
@@ -408,7 +408,7 @@ def test_a_bell_of_other_descriptors_opens_no_lane(worker: Worker, odd: str):
         channel.post(
             codec.encode(Envelope(shared=[(1, 0)], message=msgspec.Raw(codec.encode(hello)))), (page, *bell)
         )
-        assert channel.receive(DEADLINE) is None
+        assert channel.receive(allowed(DEADLINE)) is None
 
 
 @pytest.fixture
@@ -519,6 +519,6 @@ def test_a_lane_without_a_page_is_not_opened(worker: Worker):
     channel = Channel.connect(worker.address, Deadline(DEADLINE))
     ends = os.pipe()
     channel.post(codec.encode(LaneHello(version=codec.PROTOCOL_VERSION, secret=SECRET)), ends)
-    assert channel.receive(DEADLINE) is None
+    assert channel.receive(allowed(DEADLINE)) is None
     sockets.close_all(ends)
     channel.close()

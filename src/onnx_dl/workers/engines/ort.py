@@ -64,7 +64,6 @@ class OnnxRuntimeBackend:
         self._loaded = loaded or self._load(blobs)
         self._refuse_unusable()
         self._session = self._loaded.session
-        self._methods = SessionMethods(self._session, _with_options)
         self.captures_graphs = any(
             str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true")
             for options in self._session.get_provider_options().values()
@@ -75,6 +74,7 @@ class OnnxRuntimeBackend:
         self._binding_rule = ort_bindings.rule_of(*in_use)
         self.cuda_device = ort_bindings.cuda_device(*in_use)
         """Number of the GPU that the session uses by CUDA's provider; None: it uses none."""
+        self._methods = SessionMethods(self._session, _with_options, self.cuda_device)
         is_on_cpu = in_use[0] == ["CPUExecutionProvider"]
         self._has_arena = is_on_cpu and bool(self._session.get_session_options().enable_cpu_mem_arena)
         self._outputs = {node.name: node for node in self._session.get_outputs()}

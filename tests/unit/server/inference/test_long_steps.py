@@ -16,7 +16,7 @@ from onnx_dl.server.inference.preparation import Prepared
 from onnx_dl.server.inference.threads import Threads
 from onnx_dl.server.interfaces import Served
 from onnx_dl.server.v2.messages import InferRequest, InputTensor, RegionSlice
-from tests.support.waiting import DEADLINE, eventually
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 
 class Sized(bytes):
@@ -87,7 +87,7 @@ def test_a_step_that_has_begun_ends_before_its_caller(threads: Threads, fails: b
 
     def work() -> None:
         begun.set()
-        assert may_end.wait(DEADLINE)
+        assert may_end.wait(allowed(DEADLINE))
         ended.set()
         assert not fails
 
@@ -100,7 +100,7 @@ def test_a_step_that_has_begun_ends_before_its_caller(threads: Threads, fails: b
             assert not task.done()
         may_end.set()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(task, DEADLINE)
+            await asyncio.wait_for(task, allowed(DEADLINE))
         assert ended.is_set()
 
     asyncio.run(run())
@@ -111,12 +111,12 @@ def test_a_step_that_has_not_begun_never_does(threads: Threads) -> None:
     done: list[int] = []
 
     async def run() -> None:
-        busy = [asyncio.create_task(threads.step(lambda: may_end.wait(DEADLINE))) for _ in range(4)]
+        busy = [asyncio.create_task(threads.step(lambda: may_end.wait(allowed(DEADLINE)))) for _ in range(4)]
         late = asyncio.create_task(threads.step(lambda: done.append(1)))
         await asyncio.sleep(0)
         late.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(late, DEADLINE)
+            await asyncio.wait_for(late, allowed(DEADLINE))
         may_end.set()
         await asyncio.gather(*busy)
 

@@ -139,8 +139,11 @@ def test_a_child_that_ends_early_is_replaced_after_a_pause(started: list[Child])
     run(test, 1)
 
 
-def test_a_drain_during_the_pause_starts_nobody(started: list[Child]) -> None:
+def test_a_drain_during_the_pause_starts_nobody(
+    started: list[Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(children: Children) -> None:
+        monkeypatch.setattr(module, "_LEAST_LIFE", 10 * PAUSE)  # the drain is sooner
         started[0].kill()
         replacing = [each for each in children._tasks if "_replace" in repr(each)]
         for _ in range(5):  # it sleeps then
@@ -156,7 +159,7 @@ def test_a_replacement_that_does_not_listen_is_replaced(
     started: list[Child], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(children: Children) -> None:
-        monkeypatch.setattr(module, "_START_TIMEOUT", PAUSE)
+        monkeypatch.setattr(module, "_START_TIMEOUT", 10 * PAUSE)  # until() looks sooner
         monkeypatch.setattr(Child, "listening", False)
         started[0].kill()
         await until(lambda: len(started) == 2)

@@ -18,7 +18,6 @@ from onnx_dl.server.interfaces import TensorInfo
 from onnx_dl.server.repository import signature
 from onnx_dl.server.repository.signature import ModelSignature, Unservable
 from tests.support import onnx_cases, zoo
-from tests.support.waiting import allowed
 
 
 def of_onnxruntime(path: Path) -> ModelSignature:
@@ -144,9 +143,9 @@ def test_gigabytes_of_weights_are_seeked_over(tmp_path: Path) -> None:
         file.write(b"\x08\x08\x3a" + varint(len(weights) + size + len(values)) + weights)
         file.seek(size, os.SEEK_CUR)
         file.write(values)
-    began = time.perf_counter()
+    began = time.thread_time()  # which does not pass while others have the processors
     found = signature.read(str(path))
-    assert time.perf_counter() - began < allowed(0.5)
+    assert time.thread_time() - began < 0.5
     assert [each.name for each in (*found.inputs, *found.outputs)] == ["x", "y"]
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from onnx_dl.server.repository import schema, text_format
 from onnx_dl.server.repository.text_format import Malformed, Node, Value, Word
-from tests.support.waiting import allowed
 
 CONFIG = """
 # A comment: "quotes" { and braces
@@ -210,10 +209,10 @@ def test_damaged_configurations_raise_nothing_else() -> None:
 )
 def test_the_time_is_bounded_by_the_length(piece: str) -> None:
     text = piece * (50_000 // len(piece))
-    began = time.perf_counter()
+    began = time.thread_time()  # which does not pass while others have the processors
     with contextlib.suppress(Malformed):
         text_format.parse(text)
-    assert time.perf_counter() - began < allowed(2)
+    assert time.thread_time() - began < 2
 
 
 def test_a_text_that_is_too_long_is_refused() -> None:
