@@ -277,7 +277,7 @@ class Worker:
             if lane.channel in self._disconnected:  # it left after its greeting
                 lane.hang_up()
         model = backends.member(backend, lane.model)
-        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned)
+        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned, backends.turn(backend))
         service = LaneService(lane, self._gate, model, self._tokens, upkeep)
         try:
             service.run()

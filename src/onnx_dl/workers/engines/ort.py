@@ -32,6 +32,7 @@ from onnx_dl.workers.engines.base import (
     Rerun,
     Results,
 )
+from onnx_dl.workers.engines.cuda_graphs import GraphBackend
 from onnx_dl.workers.engines.ort_methods import SessionMethods
 from onnx_dl.workers.engines.ort_session import LoadedSession
 from onnx_dl.workers.load_cache import rules
@@ -224,9 +225,13 @@ class OnnxRuntimeBackend:
         return BoundRun(run, _canceller(options))
 
     def bind_devices(
-        self, inputs: Sequence[tuple[str, DeviceTensor]], outputs: Sequence[tuple[str, DeviceTensor]]
+        self,
+        inputs: Sequence[tuple[str, DeviceTensor]],
+        outputs: Sequence[tuple[str, DeviceTensor]],
+        graph: int | None = None,
     ) -> BoundRun:
-        return ort_bindings.on_devices(self._session, inputs, outputs)
+        """Binds a run.  ``graph``: number of its CUDA graph, if the session captures these."""
+        return ort_bindings.on_devices(self._session, inputs, outputs, graph)
 
     def rerun(self, outputs: object) -> Rerun:
         names = self._names(outputs)
@@ -265,7 +270,10 @@ class OnnxRuntimeBackend:
             self._session.end_profiling()
 
 
-open_model = OnnxRuntimeBackend
+def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> base.Backend:
+    """Loads the model; see :class:`OnnxRuntimeBackend`."""
+    backend = OnnxRuntimeBackend(spec, blobs, mapped)
+    return GraphBackend(backend) if backend.captures_graphs else backend
 
 
 def _with_options(call: Callable[[onnxruntime.RunOptions], _T], options: Options, token: CancelToken) -> _T:
