@@ -23,7 +23,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from benchmarks import report
 from benchmarks.calls import OURS
-from benchmarks.gpu import calls, loads, machine
+from benchmarks.gpu import calls, loads, machine, variants
 from benchmarks.gpu.works import Work, works
 from benchmarks.report import Row
 
@@ -53,6 +53,7 @@ def _parts(stack: contextlib.ExitStack, all_works: dict[str, Work]) -> dict[str,
             *calls.bound(all_works["tiny"], rounds),
             *calls.bound(all_works["67mb"], rounds),
         ],
+        "variants": lambda rounds: variants.measure(all_works["conv"], max(1, rounds // 2)),
     }
 
 

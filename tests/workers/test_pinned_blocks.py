@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,18 @@ def test_calls_that_repeat_give_what_they_give_in_process(host: ModelHost, cuda:
             feed = kind.draw(rng, min(size, kind.most))
             wanted = zoo.expected(name, None, feed)
             assert zoo.difference(proxy.run(None, feed), wanted) is None
+
+
+def test_calls_that_overlap_compute_with_their_own_inputs(host: ModelHost, cuda: Cuda) -> None:
+    """A session copies an input when it is bound, by a stream that need not be that of the run."""
+    proxy = cuda.proxy(host)
+
+    def work(thread: int) -> None:
+        for turn in range(60):
+            array = np.full(16, thread * 1000 + turn, np.float32)
+            (found,) = proxy.run(None, {"x": array})
+            assert np.array_equal(found, array + 1)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+        list(pool.map(work, [5]))  # alone, and bound again

@@ -9,13 +9,14 @@ from onnx_dl.supervisor.policy.scheduler import Scheduler
 
 _NEXT = {
     None: {"loading"},
-    "loading": {"ready", "draining", "failed"},
+    "loading": {"ready", "draining", "failed", "unloaded"},
     "ready": {"draining", "unloaded", "outdated", "thrash"},
     "draining": {"unloaded"},
     "unloaded": {"failed"},
     "failed": set(),
 }
-"""Which event of one worker may follow which; ``outdated`` and ``thrash`` change nothing."""
+"""Which event of one worker may follow which; ``outdated`` and ``thrash`` change nothing.  What is unloaded
+while it loads had started early."""
 
 
 class Events:
@@ -42,7 +43,9 @@ class Events:
         if kind == "failed" and before == "unloaded":
             assert worker in self.crashed, "only what crashed while it was ready fails after it is unloaded"
         if kind == "unloaded":
-            assert (event.reason == "crash") == (before == "ready"), f"{event.reason} after {before}"
+            assert (event.reason == "crash") == (before in ("ready", "loading")), (
+                f"{event.reason} after {before}"
+            )
             assert (event.freed or 0) >= 0 and event.seconds >= 0
             if before == "ready":
                 self.crashed.add(worker)

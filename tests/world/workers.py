@@ -33,6 +33,8 @@ class FakeWorker:
         self.state = "waiting"  # for Load; then loading, ready, failed, draining, drained, dead
         self.ttl: float | None = None
         self.reason = "ttl"
+        self.began = False
+        """Load has reached it."""
         self.hung = False
         """It does nothing any more; only SIGKILL ends it."""
         self.mapped = False
@@ -48,9 +50,11 @@ class FakeWorker:
         if self.hung or self.state == "dead" or not self.received:
             return
         match self.received.popleft():
-            case control.Load(ttl=ttl, mapped=mapped):
+            case control.Load(ttl=ttl, mapped=mapped, early=early):
                 assert self.state == "waiting", "Load comes once, and first"
-                self.state, self.ttl, self.mapped = "loading", ttl, mapped
+                self.state, self.ttl, self.mapped, self.began = "loading", ttl, mapped, True
+                if early:
+                    self.said.append("loading")
             case control.Prepare():
                 assert self.state == "waiting" and self.spec.key in GPU, "Prepare comes before Load"
             case control.Retime(ttl=ttl):

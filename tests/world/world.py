@@ -35,6 +35,7 @@ from onnx_dl.supervisor.policy.scheduler import Scheduler
 from onnx_dl.supervisor.processes.worker_process import exit_status
 from tests.support.builders import SETTINGS, ready, spec
 from tests.world import truth
+from tests.world.early import EarlyProcesses
 from tests.world.workers import GPU, MB, FakeWorker
 
 CLIENTS: Final = (b"client-p", b"client-q", b"client-r")
@@ -86,8 +87,7 @@ class World:
         self.events = truth.Events()
         self.closing = False
         self.transitions = 0
-        self.early: set[int] = set()
-        """Workers whose processes have started before their loads."""
+        self.early = EarlyProcesses()
         self.sound = True
         """False: something was found, and the rest is not looked at."""
 
@@ -99,11 +99,9 @@ class World:
         for command in commands:
             self.perform(command)
         assert not (self.closing and any(isinstance(c, StartWorker | StartSaver) for c in commands))
-        early = {worker.id for _, worker in self.scheduler.fleet.workers() if worker.waits}
         began = any(isinstance(c, StartWorker | StartSaver) for c in commands)
-        if began or self.early - early & self.workers.keys():
+        if self.early.follow(self.scheduler) & self.workers.keys() or began:
             truth.check_promise(self.scheduler, self.now)
-        self.early = early
         truth.check(self.scheduler, self.now, self.gone, self.open)
         self.sound = True
 
@@ -263,12 +261,15 @@ class World:
         match word:
             case "spawned" if how == 1:
                 del self.workers[worker.id]
-                self.do(s.on_spawn_failed(worker.id, "the template died", now))
+                with self.early.ends(s, worker, self.open):
+                    self.do(s.on_spawn_failed(worker.id, "the template died", now))
             case "spawned":
                 worker.pid = 100 + worker.id
                 self.do(s.on_spawned(worker.id, worker.pid))
             case "started":
                 self.do(s.on_started(worker.id))
+            case "loading":
+                self.do(s.on_loading(worker.id))
             case m.WorkerReady():
                 self.do(s.on_ready(word, worker.usage(), now))
             case m.WorkerFailed():
@@ -287,12 +288,13 @@ class World:
             self.events.current.pop(worker.spec.key, None)
             self.do(s.on_lost(worker.id, failures.describe(ValueError("a bug")), self.now))
         else:
-            self.do(
-                s.on_exited(worker.id, exit_status(status), "", self.now, worker.exceeded, runs=worker.runs)
-            )
+            exceeded, runs = worker.exceeded, worker.runs
+            with self.early.ends(s, worker, self.open):
+                self.do(s.on_exited(worker.id, exit_status(status), "", self.now, exceeded, runs=runs))
         for stale in (
             s.on_spawned(worker.id, 1),
             s.on_started(worker.id),
+            s.on_loading(worker.id),
             s.on_ready(ready(worker.id), Usage(rss=1, pss=1), self.now),
             s.on_draining(worker.id, Usage(rss=1, pss=1), self.now),
             s.on_drained(worker.id, Usage(), self.now),

@@ -27,9 +27,12 @@ def repeat(model: ServedModel | None, lease: Lease, number: int) -> bool:
     if not isinstance(model, RemoteModel) or number not in DEVICE_RUNS:
         return False
     pool = model.worker.usable_by(lease)
-    if pool is None or pool.over_zmq or not model.serves(lease) or lease.closed:
+    if pool is None or pool.over_zmq or lease.closed or model.connection.closed:
         return False
-    if (lane := pool.take(lease.terms.latency)) is None:
+    lanes = pool.idle[lease.terms.latency]
+    try:
+        lane = lanes.pop()
+    except IndexError:
         return False
     if lane.arena.memories.has_news:  # a number alone would not tell the worker
         pool.put(lane)
@@ -42,5 +45,9 @@ def repeat(model: ServedModel | None, lease: Lease, number: int) -> bool:
     if reply != SAME:
         PendingCall(pool, lane, _REQUEST).conclude(reply)
         return False
-    pool.put(lane)
+    lanes.append(lane)  # and as in pool.put(), but the size of the lane is what it was
+    if pool.is_gone:
+        pool.close_idle()
+    elif lane.was_large or len(lanes) > 1:
+        pool.connection.arm()
     return True

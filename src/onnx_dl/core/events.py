@@ -44,7 +44,8 @@ class ModelEvent(msgspec.Struct, frozen=True, kw_only=True):
         seconds: ready: how long the load took; unloaded: how long the model was loaded.
         freed: unloaded: bytes that only this worker had, and that the system has again.
         detail: failed: what went wrong; outdated: the path of the file; thrash: which models, and how much
-            of the time their loads took; unloaded: that its worker ended itself for its memory.
+            of the time their loads took; unloaded: that its worker ended itself for its memory, or why one
+            that had started early ended before its load began.
         retry_after: failed: seconds until the host will load the model again.
         isolated: false if the model runs in the application's own process, which numbers its events itself.
     """

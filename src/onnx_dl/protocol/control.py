@@ -262,13 +262,15 @@ class Load(Message):
 
     ``warmups``: by key of the model or of each group member, then by input: data for one run before the
     model is ready.  ``mapped``: load from the load cache only, because there is no memory for a plain load.
-    If it is not in the cache, the worker answers ``WorkerFailed(unsaved=True)``.
+    If it is not in the cache, the worker answers ``WorkerFailed(unsaved=True)``.  ``early``: the process was
+    started before there was memory for the model; it first answers ``WorkerLoading``.
     """
 
     spec: ModelSpec
     ttl: Ttl
     warmups: dict[str, dict[str, Warmup]] = {}
     mapped: bool = False
+    early: bool = False
 
 
 class Prepare(Message):
@@ -276,6 +278,12 @@ class Prepare(Message):
     follows."""
 
     device_id: Count
+
+
+class WorkerLoading(Message):
+    """The load begins, in a process that was started early: all that it did for that is done."""
+
+    worker_id: int
 
 
 class WorkerReady(Message):
@@ -355,7 +363,9 @@ Question = Acquire | AskModel | AskStatus | AskEvents | AskOutcome | Unload | Sh
 """A request of a client that is answered."""
 FromClient = Question | Withdraw | DropBlob | Outdated | Release | SetTtl
 ToClient = Granted | Denied | Named | Unloaded | Status | RecentEvents | Outcome | Bye | Published | Wrote
-FromWorker = WorkerStarted | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
+FromWorker = (
+    WorkerStarted | WorkerLoading | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
+)
 ToWorker = Prepare | Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused
 

@@ -228,7 +228,12 @@ class OrtValueProxy(SessionProxy):
         return found
 
     def _run_arrays(self, names: list[str], feed: Feed) -> list[Array]:
-        result: list[Array] = self._refreshed().run(self._handle.lease, names, feed, None)
+        handle = self._handle
+        if (model := handle.used) is not None and handle.live is None:
+            repeated: list[Array] | None = model.repeat(handle.lease, names, feed)
+            if repeated is not None:
+                return repeated
+        result: list[Array] = self._refreshed().run(handle.lease, names, feed, None)
         return result
 
     def _call(self, method: str, *args: object, run_options: OrtObject) -> list[Value]:

@@ -46,6 +46,7 @@ class _Contexts:
     def __init__(self, call: Calls) -> None:
         self._call = call
         self._push = call.plain("cuCtxPushCurrent_v2")
+        self._pop = call.plain("cuCtxPopCurrent_v2")
         self._popped = byref(c_void_p())
         """Memory for what nobody reads, of all threads."""
         self._guard = Guard()
@@ -97,7 +98,8 @@ class _Contexts:
 
     def pop(self) -> None:
         """Makes the context before :meth:`push` this thread's again."""
-        self._call("cuCtxPopCurrent_v2", self._popped)
+        if code := self._pop(self._popped):
+            raise self._call.error(code, "cuCtxPopCurrent_v2")
 
     def _context(self, device: int) -> int:
         if (found := self._retained.get(device)) is not None:
@@ -133,6 +135,27 @@ class _CurrentContext:
         self._contexts.pop()
 
 
+class _Answer:
+    """Memory for the driver's answers to one question: a thread may interrupt itself and ask, too."""
+
+    __slots__ = ("buffer", "targets", "values")
+
+    def __init__(self) -> None:
+        self.values = (c_uint64 * 4)()
+        """Answers: 1, 4 or 8 bytes of each are written, always as many of the same one; the others stay 0."""
+        self.buffer = byref(self.values, 24)
+        start = ctypes.addressof(self.values)
+        self.targets = (c_void_p * 4)(start, start + 8, start + 16, start + 24)
+
+
+def _taken(spare: collections.deque[_Answer]) -> _Answer:
+    """One that nobody uses, which whoever takes it gives back."""
+    try:
+        return spare.pop()
+    except IndexError:
+        return _Answer()
+
+
 class CudaDriver:
     """The driver that this process uses.  From any thread.  All methods raise DriverError."""
 
@@ -142,8 +165,9 @@ class CudaDriver:
         self._current = self._contexts.current
         self._wait = self._call.plain("cuCtxSynchronize")
         self._ask = self._call.plain("cuPointerGetAttribute")
-        self._numbers: collections.deque[c_uint64] = collections.deque()
-        """Memory for an answer, for whoever takes it: a thread may interrupt itself and ask, too."""
+        self._ask_all = self._call.plain("cuPointerGetAttributes")
+        self._answers: collections.deque[_Answer] = collections.deque()
+        """Spare ones."""
         self._uuids: dict[int, bytes] = {}
 
     def is_in_use(self) -> bool:
@@ -180,17 +204,17 @@ class CudaDriver:
 
     def _attributes(self, address: int) -> tuple[int, int, int, int]:
         """Values of the attributes; zeros: the driver does not know the address."""
-        values = (c_uint64 * 4)()  # of which it writes 1, 4 or 8 bytes
-        first = ctypes.addressof(values)
-        targets = (c_void_p * 4)(first, first + 8, first + 16, first + 24)
+        answer = _taken(self._answers)
         try:
-            self._call("cuPointerGetAttributes", 4, _ATTRIBUTES, targets, address)
-        except DriverError as error:
-            if error.code not in (_INVALID_VALUE, _INVALID_CONTEXT):
-                raise
-            return 0, 0, 0, 0
-        kind, is_managed, device, buffer = values
-        return kind, is_managed, device, buffer
+            code = self._ask_all(4, _ATTRIBUTES, answer.targets, address)
+            kind, is_managed, device, buffer = answer.values
+        finally:
+            self._answers.append(answer)
+        if not code:
+            return kind, is_managed, device, buffer
+        if code not in (_INVALID_VALUE, _INVALID_CONTEXT):
+            raise self._call.error(code, "cuPointerGetAttributes")
+        return 0, 0, 0, 0
 
     def _range(self, address: int) -> tuple[int, int]:
         """Base and size of an allocation."""
@@ -214,25 +238,28 @@ class CudaDriver:
 
     def synchronize(self, device: int) -> None:
         """Waits until all work that this process has given to the device is done."""
-        with self._current(device):
-            self._call("cuCtxSynchronize")
+        contexts = self._contexts
+        contexts.push(device)
+        try:
+            code = self._wait()
+        finally:
+            contexts.pop()
+        if code:
+            raise self._call.error(code, "cuCtxSynchronize")
 
     def is_settled(self, device: int, known: Iterable[tuple[int, int]]) -> bool:
         """Does :meth:`synchronize`.  Tells whether at each address there is still the allocation that had
         this number (:attr:`DevicePointer.buffer`); False also where the driver refuses, never an error."""
-        contexts = self._contexts
-        try:
-            number = self._numbers.pop()
-        except IndexError:
-            number = c_uint64()
+        contexts, answer = self._contexts, _taken(self._answers)
+        values, target = answer.values, answer.buffer
         try:
             contexts.push(device)
             try:
                 if self._wait():
                     return False
-                ask, answer = self._ask, byref(number)
+                ask = self._ask
                 for address, buffer in known:
-                    if ask(answer, _BUFFER_ID, address) or number.value != buffer:
+                    if ask(target, _BUFFER_ID, address) or values[3] != buffer:
                         return False
                 return True
             finally:
@@ -240,7 +267,7 @@ class CudaDriver:
         except DriverError:
             return False
         finally:
-            self._numbers.append(number)
+            self._answers.append(answer)
 
     # --- memory of other processes ----------------------------------------------------------------------
 

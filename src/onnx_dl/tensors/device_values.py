@@ -66,6 +66,12 @@ class DeviceTensor(NamedTuple):
         return self.device_type, self.device_id, self.element_type, self.shape, self.address
 
 
+class Loan:
+    """Memory of another process that this one has open: the owner of tensors in it."""
+
+    is_open = True
+
+
 class UnopenedTensor(NamedTuple):
     """Stands for a tensor that this process cannot open; it has to be copied."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Final, NamedTuple
 
 from onnx_dl.errors import ProtocolError
@@ -17,9 +18,19 @@ from onnx_dl.system import cuda_driver
 from onnx_dl.system.cuda_driver import CudaDriver
 from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors import device_values
-from onnx_dl.tensors.device_values import CUDA, DeviceTensor, Exporter, Handle, UnopenedTensor, handle_from
+from onnx_dl.tensors.device_values import (
+    CUDA,
+    DeviceTensor,
+    Exporter,
+    Handle,
+    Loan,
+    UnopenedTensor,
+    handle_from,
+)
 from onnx_dl.workers.engines.base import DeviceResults
 
+_MOST_KEPT: Final = 64
+"""Allocations that stay open for one caller of a model with CUDA graphs."""
 _NO_CONTEXT: Final = "the model's worker uses no GPU"
 
 
@@ -36,6 +47,7 @@ class _Opened(NamedTuple):
     kind: str
     size: int
     users: int
+    loan: Loan
 
 
 class OpenAllocations:
@@ -48,8 +60,8 @@ class OpenAllocations:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, driver: CudaDriver, device: int, handle: Handle) -> tuple[_Key, int]:
-        """Counts a user of an allocation; returns its key and its address here.
+    def open(self, driver: CudaDriver, device: int, handle: Handle) -> tuple[_Key, _Opened]:
+        """Counts a user of an allocation.
 
         Raises:
             DriverError: it cannot be opened.
@@ -60,10 +72,10 @@ class OpenAllocations:
             known = self._open.get(key)
             if known is None:
                 address = driver.open(device, handle.exported(), handle.size)
-                known = _Opened(address, handle.kind, handle.size, 0)
+                known = _Opened(address, handle.kind, handle.size, 0, Loan())
                 _check_size(driver, device, known)
             self._open[key] = known._replace(users=known.users + 1)
-        return key, known.address
+        return key, known
 
     def release(self, driver: CudaDriver, key: _Key) -> None:
         """Counts a user less, and closes the allocation after the last one."""
@@ -72,6 +84,7 @@ class OpenAllocations:
             if known.users > 1:
                 self._open[key] = known._replace(users=known.users - 1)
             else:
+                known.loan.is_open = False
                 # UnopenedTensor where its owner has ended, and the driver with it: nothing is left to close.
                 with contextlib.suppress(DriverError):
                     driver.close(key.device, known.address, known.kind, known.size)
@@ -95,15 +108,20 @@ class LaneDevices:
         self,
         *,
         keeps_open: bool,
+        turn: AbstractContextManager[object] | None = None,
         allocations: OpenAllocations = _allocations,
         loaded: Callable[[], CudaDriver | None] = cuda_driver.loaded,
     ) -> None:
-        """``keeps_open``: what was named once stays open, because the model has it in its CUDA graphs."""
-        self._keeps_open = keeps_open
+        """``keeps_open``: what was named stays open until the end of the lane: a CUDA graph of the model may
+        have it, and would have to be captured again.  ``turn``: see :func:`base.turn`."""
+        self._most_kept = _MOST_KEPT if keeps_open else 0
+        self._turn = turn or contextlib.nullcontext()
         self._allocations = allocations
         self._loaded = loaded
-        self._named: dict[_Key, int] = {}
-        """Addresses of what is open for this lane."""
+        self._named: dict[_Key, _Opened] = {}
+        """Allocations that are open for this lane."""
+        self._devices: set[int] | None = None
+        """Devices of these; None: to be found."""
         self._present: set[_Key] = set()
         """Allocations that the present request names."""
         self._lent: list[DeviceTensor] = []
@@ -148,25 +166,29 @@ class LaneDevices:
             key = _Key(device, handle.handle, handle.buffer)
             if key not in self._named:
                 self._close_replaced(key)
+                self._devices = None
                 key, self._named[key] = self._allocations.open(driver, device, handle)
         except DriverError as error:
             return UnopenedTensor(f"the model's worker cannot open them ({error})")
         self._present.add(key)
-        shape = tuple(handle.shape)
-        return DeviceTensor(handle.element_type, shape, CUDA, device, self._named[key] + handle.offset)
+        shape, opened = tuple(handle.shape), self._named[key]
+        address = opened.address + handle.offset
+        return DeviceTensor(handle.element_type, shape, CUDA, device, address, opened.loan)
 
     def begin(self) -> None:
         """Closes what the present request does not name, and gives up the results of the last one."""
         self._lent.clear()
-        if not self._keeps_open:
+        if len(self._named) > self._most_kept:
             self._close(self._named.keys() - self._present)
         self._present.clear()
 
     def synchronize(self) -> None:
         """Waits until all work of this process on the devices of the present tensors is done."""
         driver = self._loaded()
+        if self._devices is None:
+            self._devices = {key.device for key in self._named}
         if driver is not None:
-            for device in {key.device for key in self._named}:
+            for device in self._devices:
                 driver.synchronize(device)
 
     @property
@@ -201,10 +223,11 @@ class LaneDevices:
         lent, self._lent = self._lent, []
         if not {*by_value} <= {*range(len(lent))}:
             raise ProtocolError("A caller asks for results that were not lent to it.")
-        return [
-            Parts("dense", [tensor.element_type, list(tensor.shape), device_values.to_host(tensor)])
-            for tensor in map(lent.__getitem__, by_value)
-        ]
+        with self._turn:
+            return [
+                Parts("dense", [tensor.element_type, list(tensor.shape), device_values.to_host(tensor)])
+                for tensor in map(lent.__getitem__, by_value)
+            ]
 
     def _close_replaced(self, key: _Key) -> None:
         """Closes an allocation that is gone, if another one came to its address: both have one handle."""
@@ -215,15 +238,16 @@ class LaneDevices:
     def close(self) -> None:
         """Closes and gives up everything, at the end of the lane."""
         self._lent.clear()
-        if not self._keeps_open:
-            self._close(set(self._named))
+        self._close(set(self._named))
 
     def _close(self, keys: set[_Key]) -> None:
         if not keys:
             return
         driver = self._loaded()
+        self._devices = None
         self.uses = {number: used for number, used in self.uses.items() if not used & keys}
         for key in keys:
             del self._named[key]
             if driver is not None:
-                self._allocations.release(driver, key)
+                with self._turn:
+                    self._allocations.release(driver, key)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from onnx_dl.errors import OnnxDLError, ProtocolError, SharedMemoryError
@@ -35,6 +37,8 @@ class Upkeep(NamedTuple):
     watchdog: Watchdog | None
     trims: EngineTrims
     pinned: PinnedBlocks
+    turn: AbstractContextManager[object] | None
+    """Held by each use of a model, one at a time; None: they need not take turns."""
 
 
 class LaneService:
@@ -50,16 +54,18 @@ class LaneService:
     ) -> None:
         """``tokens``: of all lanes, by the native id of the lane's thread."""
         self._lane = lane
-        self._limits, self._watchdog, self._trims, pinned = upkeep
+        self._limits, self._watchdog, self._trims, pinned, self._turn = upkeep
         self._gate = gate
         self._backend = backend
         self._tokens = tokens
         self._token = tokens[threading.get_native_id()] = CancelToken()
         device = backends.cuda_device(backend)
         self._pins = None if device is None else LanePins(pinned, device, lane.mappings)
-        self._prepared = PreparedCalls(lane, backend, self._token, self._pins)
+        self._overlaps = None if device is None else gate.overlaps
+        self._prepared = PreparedCalls(lane, backend, self._token, self._pins, self._overlaps)
         self._placed = PlacedCalls(lane, backend, self._token)
-        self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend))
+        self._placed.overlaps = self._overlaps
+        self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend), turn=self._turn)
         lane.take_devices(self._devices.open)
         self._bound = DeviceCalls(lane, backend, self._token, self._devices)
         self._holds = 0
@@ -83,6 +89,8 @@ class LaneService:
             m.Trim: self._trim,
             m.Taken: self._refuse_taken,
         }
+        if self._turn is not None:
+            uses = {kind: functools.partial(self._use_in_turn, handler) for kind, handler in uses.items()}
         lane, token = self._lane, self._token
         while True:
             try:
@@ -120,15 +128,26 @@ class LaneService:
             self._watchdog.call_begins()
         began = time.monotonic()
         try:
+            if self._overlaps is not None:
+                self._overlaps.begin()
             handler(request)
+            if self._devices.has_lent:
+                self._await_taken()
         except Exception as error:  # errors of the engine are the caller's to handle
             self._fail(error)
         finally:
+            if self._overlaps is not None:
+                self._overlaps.end()
             is_run = type(request) is not m.Touch
             if is_run and self._limits is not None and self._limits.are_reached():
                 self._gate.retire()
             now = time.monotonic()
             self._gate.leave(now, now - began if is_run else None)
+
+    def _use_in_turn(self, handler: Callable[[Any], object], request: object) -> None:
+        assert self._turn is not None
+        with self._turn:
+            handler(request)
 
     def _fail(self, error: Exception) -> None:
         if self._lane.is_answered:  # the reply was sent, but the call could not be kept for replays
@@ -179,8 +198,6 @@ class LaneService:
             if devices.is_used:  # also a run that failed may still write
                 devices.synchronize()
         self._lane.reply(devices.lend(result) if type(result) is DeviceResults else result)
-        if devices.has_lent:
-            self._await_taken()
 
     def _await_taken(self) -> None:
         """Keeps the lent results until their caller has them.  The call is in flight meanwhile: a worker that

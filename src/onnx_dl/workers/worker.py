@@ -111,10 +111,11 @@ class Worker:
 
     def _load(self, load: control.Load, door: Handshakes | None) -> None:
         """``door``: where it listens already."""
+        if load.early:
+            self._send(control.WorkerLoading(worker_id=self._id))
         spec, started = load.spec, time.monotonic()
         set_title(f"worker {file_name(spec.name)}")
-        tagged = {name: self._blobs.get(blob_tag(name)) for name in spec.blobs}
-        blobs = {name: fd for name, fd in tagged.items() if fd is not None}
+        blobs = {name: fd for name in spec.blobs if (fd := self._blobs.get(blob_tag(name))) is not None}
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -276,7 +277,7 @@ class Worker:
             if lane.channel in self._disconnected:  # it left after its greeting
                 lane.hang_up()
         model = backends.member(backend, lane.model)
-        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned)
+        upkeep = Upkeep(self._limits, self._watchdog, self._trims, self._pinned, backends.turn(backend))
         service = LaneService(lane, self._gate, model, self._tokens, upkeep)
         try:
             service.run()
@@ -297,8 +298,7 @@ class Worker:
         poller.register(self._lifeline.fileno(), zmq.POLLIN)
         if self._control not in zeromq.wait(poller, None):
             _exit()
-        message: control.ToWorker = control.to_worker(self._control.recv())
-        return message
+        return control.to_worker(self._control.recv())
 
 
 def _saveable(worker_id: int, order: SaveOrder) -> control.Saveable:

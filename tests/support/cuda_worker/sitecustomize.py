@@ -1,26 +1,34 @@
 """Makes each session of a worker one on CUDA, by its own account: it runs on the CPU.
 
-As on a GPU, inputs are copied when they are bound.  The worker finds this folder on PYTHONPATH, and the
-stand-in for CUDA's driver on LD_LIBRARY_PATH.
+As on a GPU, inputs are copied when they are bound, by a stream that onnxruntime takes from a pool and puts
+back.  Streams here are as late as they may be: a copy is made when the stream's next work has to be done,
+which is that of the run that takes it.  The worker finds this folder on PYTHONPATH, and the stand-in for
+CUDA's driver on LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import SessionIOBinding
+from onnxruntime.capi.onnxruntime_pybind11_state import InferenceSession, SessionIOBinding
 
+from onnx_dl.system.cuda_driver import CudaDriver
 from tests.support.fake_cuda import FakeCuda
 
 cuda = FakeCuda()  # as onnxruntime starts the driver when a session asks for it
 copies: dict[tuple[int, str], Any] = {}
 """Memory of the device, by binding and name."""
+streams: list[list[Any]] = []
+"""The pool: work that is not done yet, by stream."""
 bind, clear = SessionIOBinding.bind_input, SessionIOBinding.clear_binding_inputs
+runs = {name: getattr(InferenceSession, name) for name in ("run", "run_with_iobinding")}
+synchronize = CudaDriver.synchronize
 
 
 def get_providers(_: object) -> list[str]:
@@ -39,10 +47,44 @@ def get_input_memory_infos(self: Any) -> list[Any]:
     ]
 
 
+def take() -> list[Any]:
+    try:
+        return streams.pop()
+    except IndexError:
+        return []
+
+
 def bind_input(self: Any, name: str, device: Any, dtype: Any, shape: Any, address: int) -> None:
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    copy = copies[id(self), name] = ctypes.create_string_buffer(ctypes.string_at(address, nbytes), nbytes + 1)
+    copy = copies[id(self), name] = ctypes.create_string_buffer(nbytes + 1)
+    stream = take()
+    stream.append(lambda: ctypes.memmove(copy, address, nbytes))
+    streams.append(stream)
+    time.sleep(1e-4)  # other threads go on
     bind(self, name, device, dtype, shape, ctypes.addressof(copy))
+
+
+def finish(stream: list[Any]) -> None:
+    while stream:
+        stream.pop(0)()
+
+
+def runner(name: str) -> Any:
+    def run(self: Any, *given: Any) -> Any:
+        finish(stream := take())
+        time.sleep(1e-4)
+        try:
+            return runs[name](self, *given)
+        finally:
+            streams.append(stream)
+
+    return run
+
+
+def synchronize_all(self: Any, device: int) -> None:
+    for stream in streams:
+        finish(stream)
+    synchronize(self, device)
 
 
 def clear_binding_inputs(self: Any) -> None:
@@ -51,6 +93,9 @@ def clear_binding_inputs(self: Any) -> None:
     clear(self)
 
 
+for each in runs:
+    setattr(InferenceSession, each, runner(each))
+CudaDriver.synchronize = synchronize_all
 onnxruntime.InferenceSession.get_input_memory_infos = get_input_memory_infos
 onnxruntime.InferenceSession.get_providers = get_providers
 onnxruntime.InferenceSession.get_provider_options = get_provider_options

@@ -62,10 +62,13 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Range ranges[MOST];
 static Part parts[MOST];
 static Pinned pinned[MOST];
+static int most_ranges, most_pinned;  /* as many were ever used */
 static Context contexts[MOST_DEVICES];
 static __thread Context *stack[DEEPEST];
 static __thread int depth;
-static pid_t started;
+/* Whether this process has started the driver, and whether one that it was forked from has.  Not asked by getpid(),
+ * which takes longer than a driver's call. */
+static int started, is_child;
 static u64 last_buffer;
 static int misuses;
 
@@ -128,7 +131,9 @@ static void uuid_of(int device, char *uuid) {
 }
 
 /* A child of a process that has started the driver cannot use it. */
-static int is_started(void) { return started && started == getpid(); }
+static void in_child(void) { is_child |= started; started = 0; }
+__attribute__((constructor)) static void at_load(void) { pthread_atfork(NULL, NULL, in_child); }
+static int is_started(void) { return started; }
 static Context *current(void) { return depth ? stack[depth - 1] : NULL; }
 
 #define CHECK_STARTED if (!is_started()) return NOT_INITIALIZED
@@ -136,7 +141,7 @@ static Context *current(void) { return depth ? stack[depth - 1] : NULL; }
 
 /* The range that has all of size bytes at an address; NULL: there is none. */
 static Range *range_at(u64 address, u64 size) {
-    for (int i = 0; i < MOST; i++)
+    for (int i = 0; i < most_ranges; i++)
         if (ranges[i].kind && address >= ranges[i].address && address - ranges[i].address < ranges[i].size
             && size <= ranges[i].size - (address - ranges[i].address))
             return &ranges[i];
@@ -148,6 +153,7 @@ static Range *new_range(void) {
         if (!ranges[i].kind) {
             memset(&ranges[i], 0, sizeof ranges[i]);
             ranges[i].fd = -1;
+            if (i >= most_ranges) most_ranges = i + 1;
             return &ranges[i];
         }
     return NULL;
@@ -187,8 +193,8 @@ static void drop_range(Range *range, int keep_address) {
 
 API cuInit(unsigned flags) {
     if (flags) return INVALID_VALUE;
-    if (started && started != getpid()) return NOT_INITIALIZED;
-    started = getpid();
+    if (is_child) return NOT_INITIALIZED;
+    started = 1;
     for (int i = 0; i < MOST_DEVICES; i++) contexts[i].device = i;
     return told("cuInit", SUCCESS, 0, 0);
 }
@@ -357,7 +363,7 @@ API cuPointerGetAttributes(unsigned count, int *attributes, void **data, u64 add
     Range *range = range_at(address, 0);
     if (range && range->kind == RESERVED) range = NULL;
     int is_pinned = 0;
-    for (int i = 0; i < MOST && !range; i++)
+    for (int i = 0; i < most_pinned && !range; i++)
         is_pinned |= pinned[i].size && address >= pinned[i].address && address - pinned[i].address < pinned[i].size;
     CUresult result = SUCCESS;
     for (unsigned i = 0; i < count; i++)
@@ -679,6 +685,7 @@ API cuMemHostRegister_v2(void *at, size_t size, unsigned flags) {
     for (int i = 0; i < MOST && result == OUT_OF_MEMORY; i++)
         if (!pinned[i].size) {
             pinned[i] = (Pinned){address, size};
+            if (i >= most_pinned) most_pinned = i + 1;
             result = SUCCESS;
         }
     UNLOCKED;

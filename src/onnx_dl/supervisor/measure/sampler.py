@@ -116,13 +116,15 @@ class Sampler:
         return self.metrics.figures(models, readings, scheduler.memory_limit, scheduler.in_use(now).ram)
 
     def _sample(self, now: float, *, all_workers: bool = False) -> dict[int, Sample]:
-        """Reads every worker's counters, and measures those used since the last look (1 ms each), or all."""
-        readings = self.processes.readings()
+        """Reads every worker's counters, and measures those used since the last look (1 ms each), those that
+        prepare for a load, or all."""
+        readings, preparing = self.processes.readings(), self.scheduler.preparing()
         seen = {}
         for worker_id in self.scheduler.pids():
             reading = readings.get(worker_id, Reading())
             is_used = reading.busy or self._runs.get(worker_id) != reading.runs
-            seen[worker_id] = Sample(self.measure(worker_id) if all_workers or is_used else None, reading)
+            is_due = all_workers or is_used or worker_id in preparing
+            seen[worker_id] = Sample(self.measure(worker_id) if is_due else None, reading)
             self._runs[worker_id] = reading.runs
         for worker_id, pid in self.scheduler.lingering_pids(now).items():
             seen[worker_id] = Sample(Usage(gpu=self._meter().gpu_bytes(pid)))

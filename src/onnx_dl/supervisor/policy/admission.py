@@ -68,6 +68,8 @@ class PendingLoad:
     """Evict all idle models first: a load ran out of memory below the limit."""
     first_since: float | None = None
     """Time since which no other load is before it; None: one is, or it was not looked at yet."""
+    may_start_early: bool = True
+    """False: its process started early once, and ended, or was too large."""
 
     def ends(self, timeout: float) -> float:
         """Time when it times out, now that it is the first."""
@@ -94,11 +96,19 @@ class Admission:
     """Time of the next look for a lowered limit; None: the models fit it."""
     _shrink_pause: float = _LOOK_EVERY
 
-    def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> Iterator[Decision]:
-        """Adds a load, and begins it if there is memory."""
+    def want(
+        self, model: ModelRecord, spec: ModelSpec, now: float, *, lost: bool = False
+    ) -> Iterator[Decision]:
+        """Adds a load, and begins it if there is memory.  ``lost``: its process started early and has ended.
+        It waits on in its place, or before all others if it had its turn, and does not start early again.
+        """
         if model.key not in self.pending:
-            self.pending[model.key] = PendingLoad(spec, now + self._timeout)
-            model.wanted_at, model.second_try = now, False
+            load = {model.key: PendingLoad(spec, now + self._timeout)}
+            self.pending = load | self.pending if lost else self.pending | load
+            if not lost:
+                model.wanted_at, model.second_try = now, False
+        if lost:
+            self.pending[model.key].may_start_early = False
         yield from self.admit(now)
 
     def want_again(
@@ -144,8 +154,8 @@ class Admission:
             load.first_since = None  # a load that is repeated goes before those that were first
             yield from self._early.withdraw(model, now)
             return True
-        if model.worker is not None and model.state is not ModelState.LOADING:
-            return True  # an early start that was withdrawn has not ended yet
+        if model.worker is not None and (model.state is not ModelState.LOADING or model.worker.is_ending):
+            return True  # an early start that was withdrawn or killed has not ended yet
         if load.alone or not (self._early.others(model, now) + plan.need).fits(self._limits.memory):
             yield from self.end_saver()
         verdict, evicted = self._decide(model, load, plan, idle, now)
@@ -158,6 +168,9 @@ class Admission:
             yield BeginLoad(model, worker) if early is None else ContinueLoad(model, worker)
             return False
         load.first_since = now if load.first_since is None else load.first_since
+        if model.worker is not None and not self._capacity.in_use(now).fits(self._limits.memory):
+            load.may_start_early = False  # the limits are lower now, or something takes more than was known
+            yield from self._early.withdraw(model, now)
         # Wait for a worker that has just come, rather than evict one that is worth more.
         until = max((self._stays_until(each, (idle or {})[each], now) for each in evicted), default=now)
         if load.alone or until <= now:
@@ -190,7 +203,7 @@ class Admission:
         """Starts the process of the first load, if it fits beside a worker that is leaving."""
         for key, load in list(self.pending.items())[:1]:
             model = self._fleet.models.get(key)
-            if model is not None and not load.alone:
+            if model is not None and load.may_start_early and not load.alone:
                 yield from self._early.begin(model, load.spec, now)
 
     def _refuse(

@@ -74,7 +74,7 @@ class Announcements:
 
     def unloaded(self, model: ModelRecord, worker: WorkerRecord, detail: str | None, now: float) -> Emit:
         """Announces a reaped worker, before the ledger gives back what it held."""
-        if worker.reason == "evicted":
+        if worker.reason == "evicted" and worker.ready_at is not None:  # else it was no model yet
             self._reloads.evicted(model.key)
         seconds = now - (worker.started if worker.ready_at is None else worker.ready_at)
         freed, event, reason = self._ledger.of(worker.id).private, EventType.UNLOADED, worker.reason

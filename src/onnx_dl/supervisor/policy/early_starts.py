@@ -3,6 +3,9 @@
 On a GPU a worker takes half a second to end, and a part of the next load needs little memory: a process, and
 CUDA's libraries and context.  So this part may run beside the worker that makes room, where both fit the
 limits at once.  The load itself begins when that worker is gone, as without an early start.
+
+No load fails for its early start.  If the process ends before the load has begun in it, the load waits on and
+begins in another process (:mod:`onnx_dl.supervisor.policy.worker_exits`).
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class EarlyStarts:
             return
         if (part := self._affordable(model, now)) is not None:
             worker = self.fleet.start_worker(model, spec, now)
-            worker.waits, worker.prepares = True, part.gpu > 0
+            worker.waits, worker.early, worker.prepares = True, True, part.gpu > 0
             self.fleet.ledger.reserve(worker.id, part)
             yield BeginLoad(model, worker)
 
@@ -64,8 +67,8 @@ class EarlyStarts:
         """
         spec = model.waiters[0][1].spec
         devices = self.limits.gpus.numbers(spec)
-        if not (devices and spec.isolation and self.fleet.driver_tells(now)):
-            return None
+        if not (devices and spec.isolation and spec.group is None and self.fleet.driver_tells(now)):
+            return None  # a group may have other members when the load begins
         plan, in_use, limit = self.capacity.plan(model), self.capacity.in_use(now), self.limits.memory
         if not ((in_use + plan.need).over(limit) - self.capacity.leaving(now)).is_nothing:
             return None  # what leaves is not enough: it may be long until the load begins
@@ -78,5 +81,5 @@ class EarlyStarts:
 
 def can_prepare(spec: ModelSpec) -> bool:
     """True if a process may make a session of CUDA's provider before it has the model."""
-    is_plain = spec.engine == "ort" and spec.group is None and not (spec.pristine or spec.sandbox)
+    is_plain = spec.engine == "ort" and not (spec.pristine or spec.sandbox)
     return is_plain and "CUDAExecutionProvider" in spec.provider_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -58,12 +59,16 @@ class Ledger:
 
     # --- GPU memory, which outlives its process -----------------------------------------------------------
 
-    def hold_gpu(self, worker_id: int, pid: int | None, now: float) -> None:
-        """Keeps counting the GPU memory of a worker that was reaped at ``now`` for a while."""
+    def hold_gpu(self, worker_id: int, pid: int | None, now: float, *, promised: bool = False) -> None:
+        """Keeps counting the GPU memory of a worker that was reaped at ``now`` for a while.
+
+        ``promised``: also what it was promised, not only what was measured.
+        """
         usage = self.of(worker_id)
-        if usage.gpu:
+        held = self.counted(worker_id) if promised else MemoryAmount(0, usage.gpu or 0, usage.gpus)
+        if held.gpu:
             shown = None if usage.gpu_estimated else pid
-            held = MemoryAmount(0, usage.gpu, usage.gpus)
+            held = dataclasses.replace(held, ram=0)
             self._held_gpu[worker_id] = _HeldGpu(shown, held, now + _LINGERING)
 
     def release_gpu(self, worker_id: int) -> None:
@@ -112,6 +117,10 @@ class Fleet:
     def pids(self) -> dict[int, int]:
         """Process ids of live workers by worker id."""
         return {worker.id: worker.pid for _, worker in self.workers() if worker.pid is not None}
+
+    def preparing(self) -> set[int]:
+        """Workers that may be making contexts on their GPUs before their loads begin."""
+        return {worker.id for _, worker in self.workers() if worker.waits and worker.prepares}
 
     def is_loaded(self, key: str) -> bool:
         """True if the model has a worker, so that a use of it needs no more memory."""

@@ -128,7 +128,9 @@ class Measurements:
             self._learn_runs(model, worker, runs, now)
         if worker.ready is not None:
             yield from self.store(model, now)
-        self.fleet.ledger.hold_gpu(worker.id, worker.pid, now)
+        # It may have made its context since it was measured.
+        promised = worker.early and worker.prepares and worker.pid is not None
+        self.fleet.ledger.hold_gpu(worker.id, worker.pid, now, promised=promised)
 
     def store(self, model: ModelRecord, now: float) -> Iterator[Command]:
         """Stores the requirement for the next host, if it has changed."""
@@ -205,7 +207,7 @@ class LoadWeighing:
 
     def _scheduled(self) -> Iterator[tuple[WorkerRecord, float]]:
         for _, worker in self.fleet.workers():
-            if worker.weigh_at is not None and worker.pid and not worker.is_ending:
+            if worker.weigh_at is not None and worker.pid and not (worker.is_ending or worker.early):
                 yield worker, worker.weigh_at
 
     def _bound(self, worker: WorkerRecord, now: float, without: MemoryAmount = NOTHING) -> int:

@@ -108,12 +108,12 @@ class WorkerOrders:
                 case command:
                     self.outbox.add(command)
 
-    def on_stuck(self, failure: Failure) -> None:
+    def on_stuck(self, failure: Failure, now: float) -> None:
         """Admission failed: all pending loads are denied."""
         for model in self.admission.drop_all():
             self.outbox.deny_all(model.take_waiters(), failure)
-            if model.worker is not None and not model.worker.killed:  # it has started early
-                self.outbox.add(model.worker.kill())
+            if model.worker is not None:  # it has started early
+                self.drain(model, "evicted", now)
 
     def order_load(self, model: ModelRecord, worker: WorkerRecord) -> None:
         """Has a worker load that listens.  It waits for its process id, which the template may tell later:
@@ -123,14 +123,15 @@ class WorkerOrders:
         if not worker.waits:
             worker.sent_ttl = model.ttl
             warmups = {key: self.warmups[key] for key in model.parts if key in self.warmups}
-            load = m.Load(spec=model.spec, ttl=worker.sent_ttl, warmups=warmups, mapped=worker.plan.mapped)
+            mapped, early = worker.plan.mapped, worker.early
+            load = m.Load(spec=model.spec, ttl=worker.sent_ttl, warmups=warmups, mapped=mapped, early=early)
             self.outbox.order(worker.id, load)
         elif worker.prepares:
             self.outbox.order(worker.id, m.Prepare(device_id=min(ordinals(model.spec))))
 
-    def want(self, model: ModelRecord, spec: ModelSpec, now: float) -> None:
-        """Loads the model as soon as there is memory."""
-        self.carry_out(self.admission.want(model, spec, now))
+    def want(self, model: ModelRecord, spec: ModelSpec, now: float, *, lost: bool = False) -> None:
+        """Loads the model as soon as there is memory.  ``lost``: see :meth:`.Admission.want`."""
+        self.carry_out(self.admission.want(model, spec, now, lost=lost))
 
     def admit(self, now: float) -> None:
         """Begins pending loads that fit now."""

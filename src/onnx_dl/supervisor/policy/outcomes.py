@@ -76,6 +76,8 @@ def exit_failure(model: ModelRecord, worker: WorkerRecord, status: ExitStatus, s
     if worker.ready is None and lacked_a_process(status):
         return failures.describe(no_process(model.spec.name, stderr))
     reason = worker.reason if worker.killed else "crash"
+    if worker.early and worker.ready is None:
+        return failures.describe(early_died(*about, reason=reason))
     return failures.describe(worker_died(*about, reason=reason, loading=worker.ready is None))
 
 
@@ -120,6 +122,15 @@ def worker_died(
     if reason == "crash":
         text += " The next call loads the model again."
     text += _last_lines(stderr)
+    return WorkerDied(
+        text, pid=pid, exit_code=status.code, signal=status.signal, stderr=stderr, reason=reason
+    )
+
+
+def early_died(model: str, pid: int, status: ExitStatus, stderr: str, *, reason: str) -> WorkerDied:
+    """Makes the error for a worker that had started early, and ended before its load began."""
+    text = f"The worker of {model} (pid {pid}) ended before its load began: {_how(status, reason)}."
+    text += f" The load begins in another process.{_last_lines(stderr)}"
     return WorkerDied(
         text, pid=pid, exit_code=status.code, signal=status.signal, stderr=stderr, reason=reason
     )

@@ -75,6 +75,8 @@ class WorkerRecord:
     """Its load was ended because it took more memory than there was."""
     waits: bool = False
     """True if it has started early: its load is still pending."""
+    early: bool = False
+    """True if it has started early, and its load has not begun in it: its end is not the load's failure."""
     prepares: bool = False
     """True if it makes a context on its GPU until then."""
     unsaved: bool = False

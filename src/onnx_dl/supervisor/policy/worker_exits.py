@@ -47,12 +47,15 @@ class WorkerExits:
             return
         model, worker = found
         worker.exceeded = exceeded
+        is_lost = worker.early and model.state is ModelState.LOADING
+        if is_lost:  # its load has not failed: it does without the process
+            model.step(LifecycleEvent.DRAIN_REQUESTED, now)
         model.step(LifecycleEvent.WORKER_EXITED, now)
         self.orders.outbox.extend(self.measurements.finish_worker(model, worker, runs, now))
         failure = exit_failure(model, worker, status, stderr)
         if worker.ready is not None or model.state is ModelState.UNLOADED:
             # A worker that drained has not failed; its end is still explained if it exceeded its memory.
-            detail = str(failure.args[0]) if exceeded else None
+            detail = _said(worker.failure or failure) if exceeded or is_lost else None
             self.orders.outbox.add(self.orders.announcements.unloaded(model, worker, detail, now))
         self.fleet.ledger.give_back(worker_id)
         if model.state is ModelState.FAILED:
@@ -62,7 +65,7 @@ class WorkerExits:
         self.outcomes.note(worker_id, None if worker.drained else failure)
         self.orders.answer_unloaders(model)
         if model.waiters:
-            self.orders.want(model, model.waiters[0][1].spec, now)
+            self.orders.want(model, model.waiters[0][1].spec, now, lost=is_lost)
         self.orders.admit(now)
         self.fleet.forget_if_unused(model)
         self.shutdown.say_bye()
@@ -134,9 +137,14 @@ class WorkerExits:
         """Announces a failure after which the next load has to wait for ``delay`` seconds."""
         model.retry_at = now + delay
         failure = model.last_failure
-        detail = None if failure is None else str(failure.args[0]) if failure.args else failure.name
+        detail = None if failure is None else _said(failure)
         event = self.orders.announcements.event
         self.orders.outbox.add(event(EventType.FAILED, model, worker, now, detail=detail, retry_after=delay))
+
+
+def _said(failure: failures.Failure) -> str:
+    """The text of a failure."""
+    return str(failure.args[0]) if failure.args else failure.name
 
 
 def _may_succeed_later(model: ModelRecord, worker: WorkerRecord, status: ExitStatus, stderr: str) -> bool:

@@ -16,7 +16,7 @@ from onnx_dl.supervisor.policy.fleet import Fleet
 from onnx_dl.supervisor.policy.leases import Leases
 from onnx_dl.supervisor.policy.measuring import Measurements, Sample
 from onnx_dl.supervisor.policy.orders import WorkerOrders
-from onnx_dl.supervisor.policy.records import WorkerRecord
+from onnx_dl.supervisor.policy.records import ModelRecord, WorkerRecord
 
 _SHORTEST_GRACE: Final = 1.0
 """Seconds that a worker has at least to say that it has drained."""
@@ -43,6 +43,11 @@ class WorkerFacts:
         if found := self.fleet.find(worker_id):
             found[1].listens = True
             self.orders.order_load(*found)
+
+    def on_loading(self, worker_id: int) -> None:
+        """The load begins in a process that was started early."""
+        if found := self.fleet.find(worker_id):
+            found[1].early = False
 
     def on_ready(self, ready: m.WorkerReady, usage: Usage, now: float) -> None:
         """A worker has loaded its model.  ``usage`` was measured before its first run."""
@@ -116,11 +121,7 @@ class WorkerFacts:
             if at is None or at > now:
                 continue
             if worker.kill_at is None:
-                error = LoadTimeout(
-                    f"{model.spec.name} did not load within {self.limits.settings.load_timeout:g} seconds. "
-                    "Set ONNX_DL_LOAD_TIMEOUT to a larger number of seconds if it needs longer."
-                )
-                worker.failure = failures.describe(error)
+                worker.failure = failures.describe(self._too_late(model, worker))
             worker.kill_at = None
             self.orders.outbox.add(worker.kill())
 
@@ -129,8 +130,19 @@ class WorkerFacts:
         kills = [at for _, worker in self.fleet.workers() if (at := self._kill_at(worker)) is not None]
         return min([*kills, *(at for _, at in self._checks())], default=None)
 
+    def _too_late(self, model: ModelRecord, worker: WorkerRecord) -> LoadTimeout:
+        name, seconds = model.spec.name, f"{self.limits.settings.load_timeout:g} seconds"
+        if worker.early:
+            return LoadTimeout(f"The load of {name} did not begin in its process within {seconds}.")
+        return LoadTimeout(
+            f"{name} did not load within {seconds}. "
+            "Set ONNX_DL_LOAD_TIMEOUT to a larger number of seconds if it needs longer."
+        )
+
     def _kill_at(self, worker: WorkerRecord) -> float | None:
-        if worker.kill_at is None and not (worker.ready or worker.failure or worker.waits):
+        """Time when it is killed.  One that has started early has as long for its part of the load: what it
+        prepares may hang."""
+        if worker.kill_at is None and not (worker.ready or worker.failure):
             return worker.started + self.limits.settings.load_timeout
         return worker.kill_at
 

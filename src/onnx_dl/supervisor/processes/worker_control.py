@@ -17,6 +17,7 @@ from onnx_dl.protocol.control import (
     WorkerDrained,
     WorkerDraining,
     WorkerFailed,
+    WorkerLoading,
     WorkerReady,
     WorkerStarted,
     from_worker,
@@ -52,6 +53,7 @@ class WorkerControl:
         scheduler, measure = self.scheduler, self.sampler.on_leaving
         self._handlers: dict[type[codec.Message], Callable[[Any, float], list[Command]]] = {
             WorkerStarted: self._on_started,
+            WorkerLoading: lambda message, now: scheduler.on_loading(message.worker_id),
             WorkerReady: self._on_ready,
             Saveable: scheduler.on_saveable,
             WorkerFailed: self._on_load_failed,
@@ -127,7 +129,7 @@ class WorkerControl:
 
     def search_failed(self, error: Exception) -> None:
         """Answers all who wait for room: the search for it failed."""
-        self.run(self.scheduler.on_stuck(as_failure(error)))
+        self.run(self.scheduler.on_stuck(as_failure(error), time.monotonic()))
 
     def _forget(self, worker_id: int, reading: Reading) -> None:
         self.sampler.forget(worker_id, reading)

@@ -12,6 +12,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -225,6 +226,14 @@ class DeviceResults(list[object]):
 def captures_graphs(backend: Backend) -> bool:
     """Tells whether later runs may use memory of an earlier one, because the engine has captured a graph."""
     return bool(getattr(backend, "captures_graphs", False))
+
+
+def turn(backend: Backend) -> AbstractContextManager[object] | None:
+    """Returns the lock that runs of this process take because one of its models captures graphs; None: they
+    need none."""
+    members: Mapping[str, Backend] = getattr(backend, "members", {})
+    found = (getattr(each, "turn", None) for each in (backend, *members.values()))
+    return next(filter(None, found), None)
 
 
 def trim(backend: Backend) -> None:

@@ -32,6 +32,7 @@ from onnx_dl.workers.engines.base import (
     Rerun,
     Results,
 )
+from onnx_dl.workers.engines.cuda_graphs import GraphBackend
 from onnx_dl.workers.engines.ort_methods import SessionMethods
 from onnx_dl.workers.engines.ort_session import LoadedSession
 from onnx_dl.workers.load_cache import rules
@@ -63,7 +64,6 @@ class OnnxRuntimeBackend:
         self._loaded = loaded or self._load(blobs)
         self._refuse_unusable()
         self._session = self._loaded.session
-        self._methods = SessionMethods(self._session, _with_options)
         self.captures_graphs = any(
             str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true")
             for options in self._session.get_provider_options().values()
@@ -74,6 +74,7 @@ class OnnxRuntimeBackend:
         self._binding_rule = ort_bindings.rule_of(*in_use)
         self.cuda_device = ort_bindings.cuda_device(*in_use)
         """Number of the GPU that the session uses by CUDA's provider; None: it uses none."""
+        self._methods = SessionMethods(self._session, _with_options, self.cuda_device)
         is_on_cpu = in_use[0] == ["CPUExecutionProvider"]
         self._has_arena = is_on_cpu and bool(self._session.get_session_options().enable_cpu_mem_arena)
         self._outputs = {node.name: node for node in self._session.get_outputs()}
@@ -224,9 +225,13 @@ class OnnxRuntimeBackend:
         return BoundRun(run, _canceller(options))
 
     def bind_devices(
-        self, inputs: Sequence[tuple[str, DeviceTensor]], outputs: Sequence[tuple[str, DeviceTensor]]
+        self,
+        inputs: Sequence[tuple[str, DeviceTensor]],
+        outputs: Sequence[tuple[str, DeviceTensor]],
+        graph: int | None = None,
     ) -> BoundRun:
-        return ort_bindings.on_devices(self._session, inputs, outputs)
+        """Binds a run.  ``graph``: number of its CUDA graph, if the session captures these."""
+        return ort_bindings.on_devices(self._session, inputs, outputs, graph)
 
     def rerun(self, outputs: object) -> Rerun:
         names = self._names(outputs)
@@ -265,7 +270,10 @@ class OnnxRuntimeBackend:
             self._session.end_profiling()
 
 
-open_model = OnnxRuntimeBackend
+def open_model(spec: ModelSpec, blobs: Mapping[str, int], mapped: bool = False) -> base.Backend:
+    """Loads the model; see :class:`OnnxRuntimeBackend`."""
+    backend = OnnxRuntimeBackend(spec, blobs, mapped)
+    return GraphBackend(backend) if backend.captures_graphs else backend
 
 
 def _with_options(call: Callable[[onnxruntime.RunOptions], _T], options: Options, token: CancelToken) -> _T:

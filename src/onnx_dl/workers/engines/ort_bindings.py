@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import onnxruntime
 
 from onnx_dl.tensors.device_values import DeviceTensor
+from onnx_dl.workers.engines import cuda_graphs
 from onnx_dl.workers.engines.base import Array, BoundRun
 
 _CPU: Final = "CPUExecutionProvider"
@@ -124,8 +125,9 @@ def on_devices(
     session: onnxruntime.InferenceSession,
     inputs: Sequence[tuple[str, DeviceTensor]],
     outputs: Sequence[tuple[str, DeviceTensor]],
+    graph: int | None,
 ) -> BoundRun:
-    """Returns a run of the session with tensors on devices.
+    """Returns a run of the session with tensors on devices.  ``graph``: number of its CUDA graph.
 
     Inputs are bound again each time: one that a node on the CPU takes is copied when it is bound.
 
@@ -141,6 +143,8 @@ def on_devices(
         for name, tensor in inputs
     ]
     options = onnxruntime.RunOptions()
+    if graph is not None:
+        options.add_run_config_entry(cuda_graphs.OPTION, str(graph))
     run = functools.partial(session._sess.run_with_iobinding, native, options)
 
     def run_again() -> None:

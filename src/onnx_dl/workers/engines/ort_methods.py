@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -11,6 +12,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, OrtValueVector
 
 from onnx_dl.errors import UnsupportedValueError
 from onnx_dl.ort import onnx_builder, ortvalues
+from onnx_dl.system import cuda_driver
+from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors.device_values import BY_HANDLE, CUDA, DeviceTensor, UnopenedTensor
 from onnx_dl.workers.engines.base import Array, CancelToken, DeviceResults, Feed, Options
 
@@ -37,9 +40,13 @@ _WEBGPU: Final = "WebGpuExecutionProvider"
 class SessionMethods:
     """The methods that a proxy may call; it can reach nothing else of the session."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, run: RunWithOptions) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, run: RunWithOptions, cuda_device: int | None = None
+    ) -> None:
+        """``cuda_device``: number of the GPU that the session uses by CUDA's provider."""
         self._session = session
         self._run = run
+        self._cuda_device = cuda_device
 
     def __call__(self, method: str, args: list[object], token: CancelToken) -> object:
         """Calls a method; raises AttributeError if there is no such method."""
@@ -133,6 +140,8 @@ class SessionMethods:
             elif not isinstance(place, UnopenedTensor):
                 given[name] = _make_value(place)
                 binding.bind_ortvalue_output(name, onnxruntime.OrtValue(given[name]))
+        if any(not isinstance(value, DeviceTensor) for _, value in inputs):
+            self._await_copies()
         run(binding)
         found = binding.get_outputs_as_ortvaluevector()
         passed_on = {name for name, _ in inputs}
@@ -141,6 +150,12 @@ class SessionMethods:
             for index, (name, _, _, place) in enumerate(outputs)
         ]
         return DeviceResults(results) if BY_HANDLE in [place for *_, place in outputs] else results
+
+    def _await_copies(self) -> None:
+        """Waits until inputs are on the GPU: see :mod:`onnx_dl.workers.overlaps`."""
+        if self._cuda_device is not None and (driver := cuda_driver.loaded()) is not None:
+            with contextlib.suppress(DriverError):  # of an earlier call; the run raises it
+                driver.synchronize(self._cuda_device)
 
     def _run_with_types(
         self,

@@ -108,7 +108,7 @@ def test_wishes_that_could_not_be_decided() -> None:
     scheduler.admission._decide = lambda *_: (_ for _ in ()).throw(OverflowError("too large"))  # type: ignore[method-assign]
     with pytest.raises(OverflowError):
         scheduler.on_acquire(B, acquire(4, key="huge"), 1.0)
-    commands = scheduler.on_stuck(BUG)
+    commands = scheduler.on_stuck(BUG, 1.0)
     assert [denied.ticket for denied in told(commands, m.Denied)] == [4]
     assert scheduler.next_deadline() == 100.0, "that of the load that is under way"
     assert is_legal(scheduler)
