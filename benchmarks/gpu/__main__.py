@@ -26,7 +26,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from benchmarks import report
 from benchmarks.calls import OURS
-from benchmarks.gpu import calls, loads, machine
+from benchmarks.gpu import calls, loads, machine, variants
 from benchmarks.gpu.works import Work, works
 from benchmarks.report import Row
 
@@ -54,6 +54,7 @@ def _parts(stack: contextlib.ExitStack, all_works: dict[str, Work]) -> dict[str,
         "three": lambda rounds: [loads.three(max(1, rounds // 4))],
         "left": lambda rounds: [loads.left(large(), max(1, rounds // 3))],
         "loads": lambda rounds: loads.measure(large(), max(1, rounds // 3)),
+        "variants": lambda rounds: [variants.measure(all_works["conv"], max(1, rounds // 2))],
     }
 
 
