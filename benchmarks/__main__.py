@@ -16,6 +16,7 @@ from typing import Any, Final
 os.environ["ONNX_DL_CACHE"] = "off"
 
 from benchmarks import (
+    bound,
     breakdown,
     calls,
     capped_host,
@@ -57,6 +58,7 @@ def _parts(published: str | None, quick: bool) -> dict[str, Callable[[int], list
         "shaped": lambda rounds: calls.measure(voice_shaped(), rounds),
         "streams": streams.measure,
         "values": values.measure,
+        "bound": bound.measure,
         "crowd": lambda rounds: [
             *crowd.measure(CASES["tiny"], 2000, rounds),
             *crowd.measure(CASES["conv"], 6, rounds),

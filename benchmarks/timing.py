@@ -27,12 +27,14 @@ def _nothing() -> None:
 
 @dataclasses.dataclass
 class Way:
-    """One way to make the call.  ``begin`` and ``end`` surround each of its blocks."""
+    """One way to make the call.  ``begin`` and ``end`` surround each of its blocks; ``before`` comes before
+    each call, and its time does not count."""
 
     name: str
     call: Callable[[], Any]
     begin: Callable[[], None] = _nothing
     end: Callable[[], None] = _nothing
+    before: Callable[[], None] | None = None
 
 
 def percentile(times: Sequence[float], share: float) -> float:
@@ -41,13 +43,15 @@ def percentile(times: Sequence[float], share: float) -> float:
 
 def block(way: Way, count: int) -> list[float]:
     """Microseconds of each of ``count`` calls."""
-    call, clock = way.call, time.perf_counter_ns
+    call, before, clock = way.call, way.before, time.perf_counter_ns
     way.begin()
     try:
         for _ in range(min(UNTIMED, count)):
             call()
         times = []
         for _ in range(count):
+            if before is not None:
+                before()
             started = clock()
             call()
             times.append((clock() - started) / 1e3)

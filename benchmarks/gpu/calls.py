@@ -26,7 +26,7 @@ def measure(work: Work, rounds: int) -> list[Row]:
     """One thread."""
     with contextlib.ExitStack() as stack:
         ways = list(_ways(work, stack))
-        _check(ways)
+        check(ways)
         return _rows(work, Times(ways, work.calls, rounds))
 
 
@@ -46,7 +46,7 @@ def _ways(work: Work, stack: contextlib.ExitStack) -> Iterator[Way]:
         yield Way(ARENA, lambda: proxy.run(None, {"x": inside}))
 
 
-def _check(ways: Sequence[Way]) -> None:
+def check(ways: Sequence[Way]) -> None:
     """That all compute the same, bit for bit, also once a call is prepared and its memory is pinned."""
     expected = None
     for way in ways:

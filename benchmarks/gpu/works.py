@@ -69,17 +69,22 @@ def works() -> dict[str, Work]:
     return {work.key: work for work in made}
 
 
-def session_of(model: bytes | str) -> Any:
+def session_of(model: bytes | str, options: Any = None) -> Any:
     """A session in-process."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(model, providers=PROVIDERS)
+    return onnxruntime.InferenceSession(model, options, PROVIDERS)
 
 
 def proxy_of(
-    model: bytes | str, host: ModelHost, *, latency: str = "auto", group: str | None = None
+    model: bytes | str,
+    host: ModelHost,
+    *,
+    options: Any = None,
+    latency: str = "auto",
+    group: str | None = None,
 ) -> InferenceSessionProxy:
-    return InferenceSessionProxy(model, providers=PROVIDERS, host=host, latency=latency, group=group)
+    return InferenceSessionProxy(model, options, PROVIDERS, host=host, latency=latency, group=group)
 
 
 def another(number: int) -> bytes:

@@ -16,6 +16,7 @@ import pytest
 from onnx_dl import InferenceSessionProxy, ModelHost, RunTimeout, WorkerDied
 from tests.contract.both import CPU, loop, scaled
 from tests.contract.test_async_contract import ENDLESS, TERMINATED
+from tests.support.slow import RUNS
 from tests.support.waiting import DEADLINE, allowed, eventually
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def computing(proxy: InferenceSessionProxy) -> Callable[[], None]:
     idle = worker.cpu_times().user
 
     def wait() -> None:
-        eventually(lambda: worker.cpu_times().user >= idle + 0.1, "the worker computes")
+        eventually(lambda: worker.cpu_times().user >= idle + RUNS, "the worker computes")
 
     return wait
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import bound
 from benchmarks.breakdown import STEPS
 
 pytestmark = pytest.mark.slow
@@ -65,3 +67,11 @@ def test_a_capped_host_is_compared_with_the_other_ways(tmp_path: Path) -> None:
     assert min(ways["capped"]["loads"], ways["lru"]["loads"]) > 4  # some had to go
     assert ways["lru"]["peak_workers"] == 0 < ways["capped"]["peak_workers"] < ways["all"]["peak_workers"]
     assert "load cache warm" in table
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to make the stand-in with")
+def test_calls_that_are_bound_to_a_stand_in_for_a_gpu(tmp_path: Path) -> None:
+    _table, found = _run(tmp_path, "bound")
+    works = {row["work"] for row in found["rows"]}
+    assert works == {bound.ON_DEVICE, bound.ON_HOST}
+    assert all(row["value"] is not None for row in found["rows"])

@@ -168,7 +168,7 @@ def outlives_its_detector(client: Any, frames: list[Any], together: list[Any]) -
 
     detector = worker()
     detector.suspend()
-    late = client.post("/detect?timeout=0.3", files=files(frames[:1]))
+    late = client.post("/detect?timeout=1", files=files(frames[:1]))
     assert (late.status_code, late.json()["error"].split(":")[0]) == (504, "RunTimeout")
     detector.kill()
     eventually(lambda: client.get("/readyz").status_code == 200, "another worker")

@@ -24,7 +24,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from onnx_dl.demo.assets import load_samples, model_path
 from tests.support.serving import Serving, serving
 from tests.support.sharing import belonging
-from tests.support.slow import spin_model
+from tests.support.slow import RUNS, spin_model
 from tests.support.waiting import DEADLINE, allowed, eventually, is_process
 
 SECONDS, FOR_EVER = 60_000, 1 << 40
@@ -370,6 +370,10 @@ def test_the_next_request_after_the_hosts_death_works(slow: Path) -> None:
         first = host_pid(server)
         assert first is not None
         running = Slow(server, FOR_EVER)
+        worker = psutil.Process(ask(server, "/v2/onnx_dl/models/slow").json["pid"])
+        before = worker.cpu_times().user
+        # What its worker has not begun is made at the next host.
+        eventually(lambda: worker.cpu_times().user > before + RUNS, "the run")
         os.kill(first, signal.SIGKILL)
         assert running.wait().status == 500
         eventually(lambda: host_pid(server) not in (None, first), "the next host")

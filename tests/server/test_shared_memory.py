@@ -35,7 +35,7 @@ from tests.server.regions import (
     worker,
 )
 from tests.support.serving import Serving, serving
-from tests.support.slow import identity_model, late_model
+from tests.support.slow import LONG, RUNS, identity_model, late_model
 from tests.support.waiting import DEADLINE, allowed, eventually
 
 
@@ -234,13 +234,13 @@ def test_a_client_that_truncates_its_file_during_the_run(server: Serving, http: 
         def run() -> None:
             try:
                 with closing_client(server, "http") as other:
-                    other.late(LARGE, 400_000)
+                    other.late(LARGE, int(LONG))
             except BaseException as error:
                 failures.append(error)
 
         thread = threading.Thread(target=run)
         thread.start()
-        eventually(lambda: mine.cpu_times().user > before + 0.05, "the run")
+        eventually(lambda: mine.cpu_times().user > before + RUNS, "the run")
         os.truncate(path("out"), 0)
         os.truncate(path("in"), 0)
         thread.join(allowed(2 * DEADLINE))
@@ -272,14 +272,14 @@ def test_a_region_that_is_unregistered_while_it_is_used(server: Serving, http: C
 
         def run() -> None:
             with closing_client(server, "grpc") as other:
-                other.late(LARGE, 300_000)
+                other.late(LARGE, int(LONG))
             done.set()
 
         mine = worker(server, "late")
         before = mine.cpu_times().user
         thread = threading.Thread(target=run)
         thread.start()
-        eventually(lambda: mine.cpu_times().user > before + 0.05, "the run")
+        eventually(lambda: mine.cpu_times().user > before + RUNS, "the run")
         http.triton.unregister_system_shared_memory()
         refused(lambda: http.echo(LARGE), "Unable to find", status="404 NOT_FOUND")
         thread.join(allowed(2 * DEADLINE))

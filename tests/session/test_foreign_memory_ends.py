@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import psutil
 import pytest
 
@@ -27,6 +26,7 @@ from onnx_dl.session import placed_runs
 from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, ForeignPlace, Written, as_bytes
 from onnx_dl.tensors.foreign_tables import MOST_NAMED, RESERVE
 from tests.support.foreign import F4, FOR_EVER, LARGE, SMALL, TURNS, X, file, held, pid_of, run
+from tests.support.slow import LONG, RUNS
 from tests.support.waiting import DEADLINE, allowed, eventually
 
 
@@ -59,13 +59,13 @@ def test_truncated_while_the_engine_runs(late: InferenceSessionProxy, is_mapped:
 
         def truncate() -> None:
             process = psutil.Process(pid_of(late))
-            eventually(lambda: process.cpu_times().user > before + 0.05, "the run")
+            eventually(lambda: process.cpu_times().user > before + RUNS, "the run")
             os.ftruncate(fd, 0)
 
         thread = threading.Thread(target=truncate)
         thread.start()
         with pytest.raises(WorkerDied if is_mapped else ForeignMemoryError) as caught:
-            run(late, array, place, np.array(400_000))
+            run(late, array, place, LONG)
         thread.join(allowed(DEADLINE))
         if is_mapped:
             assert isinstance(caught.value, WorkerDied) and caught.value.signal == signal.SIGBUS

@@ -35,7 +35,7 @@ import onnx_dl
 from onnx_dl import InferenceSessionProxy, ModelHost, ReentrantUse
 from tests.support.slow import identity_model
 
-LONGEST = 20.0
+LONGEST = 60.0
 """Seconds; an interruption that takes longer has waited for its own thread."""
 WITHIN = (os.path.dirname(onnx_dl.__file__), threading.__file__)
 """Whose steps are interrupted."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+RUNS = 0.4
+"""Seconds of CPU time after which a call runs for certain: onnxruntime's idle threads spin away 0.1 to 0.3
+after a load."""
+LONG = np.array(3_000_000)
+"""Turns of :func:`late_model` that take several times as long."""
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 

@@ -19,7 +19,7 @@ DEADLINE = 20.0
 def allowed(seconds: float) -> float:
     """How long what takes at most ``seconds`` on a quiet machine may take now, where more processes want to
     run than there are processors."""
-    return seconds * max(1.0, _wanting_to_run() / (os.cpu_count() or 1))
+    return seconds * max(1.0, _wanting_to_run() / len(os.sched_getaffinity(0)))
 
 
 def _wanting_to_run() -> float:

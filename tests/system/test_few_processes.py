@@ -27,6 +27,7 @@ import sys, threading
 import numpy as np, psutil, resource
 from onnx_dl import InferenceSessionProxy, ModelHost, OnnxDLError, ProcessesExhausted
 from tests.support.small import plus
+from tests.support.waiting import template_of, with_standby
 x = np.ones(1000, np.float32)
 def opened(host, constant=1.0):
     # One thread, wherever this runs.
@@ -112,8 +113,8 @@ with ModelHost() as host:
     assert one.run(None, {"x": x})[0][0] == 2
     snapshot = host.snapshot()
     worker, model = snapshot.models[0].pid, one._handle.model()
-    children = psutil.Process(snapshot.supervisor_pid).children
-    (template,) = [p for p in children() if "template" in " ".join(p.cmdline())]
+    children = with_standby(snapshot.supervisor_pid).children
+    template = template_of(host)
     call = model.prepare(one._handle.lease, lambda lane: None)  # the one that there is
     let(worker, 1)
     print(refused(lambda: one.run(None, {"x": x})))

@@ -20,7 +20,7 @@ import pytest
 import onnx_dl
 from onnx_dl import EventStream, EventType, InferenceSessionProxy, ModelHost, WorkerDied
 from onnx_dl.demo.assets import model_path
-from tests.support.slow import identity_model, spin_model
+from tests.support.slow import RUNS, identity_model, spin_model
 from tests.support.waiting import DEADLINE, allowed, eventually, is_gone, template_of, wait_for, worker_pid
 
 FEED = {"pixels": np.linspace(0, 16, 128, dtype=np.float32).reshape(2, 64)}
@@ -30,11 +30,6 @@ FOREVER, BRIEF = np.array(10**9), np.array(1)
 @pytest.fixture
 def digits(host: ModelHost) -> InferenceSessionProxy:
     return InferenceSessionProxy(model_path("digits"), host=host)
-
-
-RUNS = 0.4
-"""Seconds of CPU time after which a call runs for certain: onnxruntime's idle threads spin away 0.1 to 0.3
-after a load."""
 
 
 class Spinner:

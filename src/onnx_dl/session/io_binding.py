@@ -50,6 +50,8 @@ class IOBinding:
         self._outputs: dict[str, BoundOutput] = {}
         self._devices: DeviceRuns | None = None
         """Made when something that is not the host's is bound."""
+        self._plain: bool | None = None
+        """Answer of :meth:`_is_plain` for what is bound now; None: not asked yet."""
 
     @property
     def _iobinding(self) -> IOBinding:
@@ -118,6 +120,7 @@ class IOBinding:
 
     def _changed(self, *, is_on_device: bool = False) -> None:
         """Notes that something else is bound."""
+        self._plain = None
         if self._devices is not None:
             self._devices.forget()
         elif is_on_device:
@@ -239,7 +242,9 @@ class IOBinding:
         devices = self._devices
         if devices is not None and devices.are_needed(self._inputs.values(), self._outputs.values()):
             return False
-        if not self._is_plain():
+        if self._plain is None:
+            self._plain = self._is_plain()
+        if not self._plain:
             return False
         try:
             results = run(list(self._outputs), self._inputs)

@@ -220,15 +220,21 @@ class OrtValueProxy(SessionProxy):
         return made
 
     def _repeat_bound(self, number: int) -> bool:
-        handle = self._handle
-        return handle.live is None and numbered_runs.repeat(handle.used, handle.lease, number)
+        return numbered_runs.repeat(self._refreshed(), self._handle.lease, number)
 
-    def _run_bound(self, *args: object) -> str | None:
-        found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, *args)
+    def _run_bound(self, number: int, *bound: object) -> str | None:
+        if not bound:
+            return None if self._repeat_bound(number) else ""
+        found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, number, *bound)
         return found
 
     def _run_arrays(self, names: list[str], feed: Feed) -> list[Array]:
-        result: list[Array] = self._refreshed().run(self._handle.lease, names, feed, None)
+        handle = self._handle
+        if (model := handle.used) is not None and handle.live is None:
+            repeated: list[Array] | None = model.repeat(handle.lease, names, feed)
+            if repeated is not None:
+                return repeated
+        result: list[Array] = self._refreshed().run(handle.lease, names, feed, None)
         return result
 
     def _call(self, method: str, *args: object, run_options: OrtObject) -> list[Value]:
