@@ -358,8 +358,8 @@ print(len(told), *(str(each.message) for each in told))
 """
 
 
-def test_memory_without_handles_is_copied(tmp_path: Path) -> None:
-    """torch's expandable segments have none; a warning says once that it is copied, unless it was opened."""
+def test_memory_that_was_mapped_by_parts(tmp_path: Path) -> None:
+    """torch's expandable segments go by descriptors; if the driver refuses, a warning says so once."""
     TorchMemory(np.zeros(1, np.float32))
     path = tmp_path / "tiny.onnx"
     path.write_bytes(CASES["tiny"].model)
