@@ -16,7 +16,7 @@ _REQUEST: Final = Invoke(method="")
 """Stands for the request, which has no message."""
 
 
-def repeat(model: ServedModel | None, lease: Lease, number: int) -> bool:
+def repeat(model: ServedModel, lease: Lease, number: int) -> bool:
     """Makes the run of this number on an idle lane, if that knows it.  False: it was not made.
 
     Raises:

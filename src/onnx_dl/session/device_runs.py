@@ -37,8 +37,8 @@ Call = Callable[[list[Value], list[Value]], list[Value]]
 result for each, or text: why the worker cannot open memory on a device."""
 
 BoundCall = Callable[..., str | None]
-"""Runs with a number and, unless it is known, ``[name, handle]`` of each input and of each output; returns
-None, or text if there was no run: empty if the number is not known."""
+"""Runs with a number and, unless the worker knows it, ``[name, handle]`` of each input and of each output;
+returns None, or text if there was no run: empty if the number is not known."""
 
 _numbers: Final = itertools.count(DEVICE_RUNS.start)
 _warned: Final[set[int]] = set()
@@ -68,6 +68,8 @@ class DeviceRuns:
         self._bound: object = None
         """Names and handles of the run that has :attr:`_number`."""
         self._number = 0
+        self._is_known = False
+        """True if the worker may know the number still."""
         self._kept: _Kept | None = None
 
     @staticmethod
@@ -105,7 +107,8 @@ class DeviceRuns:
         for device, known in kept.places.items():
             if not kept.driver.is_settled(device, known):
                 return False
-        return repeat(kept.number)
+        self._is_known = repeat(kept.number)
+        return self._is_known
 
     def run(
         self, call: Call, inputs: list[Value], outputs: list[Value], bound_run: BoundCall | None
@@ -156,12 +159,13 @@ class DeviceRuns:
         if len(handles) < len(found):
             return False
         key = list(zip(names, handles, strict=True)), len(inputs)
-        if key != self._bound or run(self._number) is not None:
+        if not (self._is_known and key == self._bound and run(self._number) is None):
             if key != self._bound:
                 self._bound, self._number = key, next(_numbers)
             bound = [[name, handle.parts()] for name, handle in key[0]]
             if run(self._number, bound[: len(inputs)], bound[len(inputs) :]) is not None:
                 return False
+        self._is_known = True
         self._keep(places, handles)
         return True
 

@@ -220,11 +220,12 @@ class OrtValueProxy(SessionProxy):
         return made
 
     def _repeat_bound(self, number: int) -> bool:
-        handle = self._handle
-        return handle.live is None and numbered_runs.repeat(handle.used, handle.lease, number)
+        return numbered_runs.repeat(self._refreshed(), self._handle.lease, number)
 
-    def _run_bound(self, *args: object) -> str | None:
-        found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, *args)
+    def _run_bound(self, number: int, *bound: object) -> str | None:
+        if not bound:
+            return None if self._repeat_bound(number) else ""
+        found: str | None = self._refreshed().invoke(self._handle.lease, BOUND_RUN, number, *bound)
         return found
 
     def _run_arrays(self, names: list[str], feed: Feed) -> list[Array]:

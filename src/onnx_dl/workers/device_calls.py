@@ -28,38 +28,34 @@ class DeviceCalls:
         self._devices = devices
         self._runs: dict[int, BoundRun] = {}
 
-    def call(self, number: int, inputs: _Bound | None = None, outputs: _Bound = ()) -> None:
-        """Makes a run and replies: None, or text if it was not made, which is empty if the number is unknown.
-
-        ``inputs`` and ``outputs``: of a new number.  Raises what the engine raises.
-        """
+    def call(self, number: int, inputs: _Bound, outputs: _Bound) -> None:
+        """Binds a run, which has this number from now on, makes it and replies: None, or why it was not made.
+        Raises what the engine raises."""
         devices = self._devices
-        run = self._known(number) if inputs is None else None
-        if inputs is not None:
-            for _, tensor in (*inputs, *outputs):
-                if isinstance(tensor, UnopenedTensor):
-                    self._lane.reply(tensor.reason)
-                    return
-            users = devices.present()
-            devices.begin()
-            run = base.bind_devices(self._backend, inputs, outputs)
-            if len(self._runs) >= _MOST:
-                self._runs.clear()
-                devices.uses.clear()
-            self._runs[number] = run
-            devices.uses[number] = users
-        if run is None:
-            self._lane.reply("")
-            return
+        for _, tensor in (*inputs, *outputs):
+            if isinstance(tensor, UnopenedTensor):
+                self._lane.reply(tensor.reason)
+                return
+        users = devices.present()
+        devices.begin()
+        run = base.bind_devices(self._backend, inputs, outputs)
+        if len(self._runs) >= _MOST:
+            self._runs.clear()
+            devices.uses.clear()
+        self._runs[number] = run
+        devices.uses[number] = users
         self._make(number, run)
         self._lane.reply(None)
 
     def repeat(self, number: int) -> None:
-        """Makes a run again that a number alone asks for, and replies; Forgotten if it is not known.  Raises
-        what the engine raises."""
-        if (run := self._known(number)) is None:
+        """Makes a run again and replies: Forgotten if it is not known, or something that it uses was closed.
+        Raises what the engine raises."""
+        users, run = self._devices.uses.get(number), self._runs.get(number)
+        if users is None or run is None:
+            self._runs.pop(number, None)
             self._lane.send(Forgotten())
             return
+        self._devices.begin_with(users)
         self._make(number, run)
         self._lane.send_same()
 
@@ -73,15 +69,6 @@ class DeviceCalls:
             if token.is_cancelled:  # it would end the next run, too
                 self._runs.pop(number, None)
             self._devices.synchronize()
-
-    def _known(self, number: int) -> BoundRun | None:
-        """Returns a bound run if all that it uses is open."""
-        users, run = self._devices.uses.get(number), self._runs.get(number)
-        if users is None or run is None:
-            self._runs.pop(number, None)
-            return None
-        self._devices.begin_with(users)
-        return run
 
     def clear(self) -> None:
         """Forgets all runs."""
