@@ -1,21 +1,24 @@
 """``python -m benchmarks.gpu [--quick] [--only NAME ...] [--rounds N] [--json FILE]``
 
 onnx-dl beside onnxruntime in-process on one GPU: ways take turns in short blocks within each round, figures
-are medians over rounds.  In three minutes at most: what does not fit into that is left out, and told.
+are medians over rounds.  In three minutes at most: what does not fit into that is left out, and told.  Rows
+are printed as they are found, on stderr, and the file has them from then on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 # Models load plainly unless it is the load cache that is measured, and the user's is left alone.
 os.environ["ONNX_DL_CACHE"] = "off"
@@ -28,12 +31,15 @@ from benchmarks.gpu.works import Work, works
 from benchmarks.report import Row
 
 ROUNDS, QUICK = 9, 2
-SECONDS: Final = 150.0
-"""No part begins later than that; the longest takes half a minute."""
+BEGINS, ENDS, KILLED = 150.0, 165.0, 176
+"""Seconds: no part begins later; the one that is not ready then is given up; a process that hangs ends."""
+
+_Part = Callable[[int], Iterable[list[Row]]]
+"""Takes the number of rounds, and gives rows as it finds them."""
 
 
-def _parts(stack: contextlib.ExitStack, all_works: dict[str, Work]) -> dict[str, Callable[[int], list[Row]]]:
-    """What can be asked for; each takes the number of rounds and gives rows."""
+def _parts(stack: contextlib.ExitStack, all_works: dict[str, Work]) -> dict[str, _Part]:
+    """What can be asked for, in the order in which it is measured: first what takes least."""
     paths: list[Path] = []
 
     def large() -> Path:
@@ -42,18 +48,13 @@ def _parts(stack: contextlib.ExitStack, all_works: dict[str, Work]) -> dict[str,
         return paths[0]
 
     return {
-        **{key: lambda rounds, work=work: calls.measure(work, rounds) for key, work in all_works.items()},
-        "threads": lambda rounds: calls.threads(all_works["conv"], max(2, rounds // 2)),
+        **{key: lambda rounds, work=work: [calls.measure(work, rounds)] for key, work in all_works.items()},
+        "device": lambda rounds: (calls.bound(all_works[key], rounds) for key in ("tiny", "67mb")),
+        "threads": lambda rounds: [calls.threads(all_works["conv"], max(2, rounds // 2))],
+        "three": lambda rounds: [loads.three(max(1, rounds // 4))],
+        "left": lambda rounds: [loads.left(large(), max(1, rounds // 3))],
         "loads": lambda rounds: loads.measure(large(), max(1, rounds // 3)),
-        "memory": lambda rounds: [
-            *loads.left(large(), max(1, rounds // 3)),
-            *loads.three(max(1, rounds // 4)),
-        ],
-        "device": lambda rounds: [
-            *calls.bound(all_works["tiny"], rounds),
-            *calls.bound(all_works["67mb"], rounds),
-        ],
-        "variants": lambda rounds: variants.measure(all_works["conv"], max(1, rounds // 2)),
+        "variants": lambda rounds: [variants.measure(all_works["conv"], max(1, rounds // 2))],
     }
 
 
@@ -81,27 +82,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds = arguments.rounds or (QUICK if arguments.quick else ROUNDS)
         found: dict[str, Any] = {"machine": report.machine() | machine.described(), "rounds": rounds}
         rows: list[Row] = []
+        failed: list[str] = []
+
+        def keep(more: list[Row]) -> None:
+            rows.extend(more)
+            report.write(rows, found, arguments.json)
+
+        _limit_time(began)
         try:
             for name in arguments.only:
-                rows += _measured(name, parts[name], rounds, began)
-        finally:  # what was measured before something failed was measured
-            _report(arguments, rows, found)
+                if time.monotonic() - began > BEGINS:
+                    keep([Row(name, OURS, None, note="no time was left: --only")])
+                elif not _measure(name, parts[name], rounds, keep):
+                    failed.append(name)
+        finally:  # also if it is ended
+            signal.alarm(0)
+            print(json.dumps(found["machine"]))
+            print(report.table(rows), flush=True)
+            keep([])
+    faulthandler.cancel_dump_traceback_later()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _measured(name: str, part: Callable[[int], list[Row]], rounds: int, began: float) -> list[Row]:
+def _limit_time(began: float) -> None:
+    left = began - time.monotonic()
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"ended after {ENDS:.0f} s"))
+    signal.setitimer(signal.ITIMER_REAL, left + ENDS)
+    faulthandler.dump_traceback_later(left + KILLED, exit=True)  # also where CUDA does not return
+
+
+def _measure(name: str, part: _Part, rounds: int, keep: Callable[[list[Row]], None]) -> bool:
+    """False if it failed: the other parts may work."""
     started = time.monotonic()
-    if started - began > SECONDS:
-        return [Row(name, OURS, None, note="no time was left: --only")]
-    rows = part(rounds)
-    # At once, too: if a later part ends this process, as a crash of CUDA does, the figures are not lost.
-    print(f"{name}: {time.monotonic() - started:.0f} s\n{report.table(rows)}", file=sys.stderr, flush=True)
-    return rows
-
-
-def _report(arguments: argparse.Namespace, rows: list[Row], found: dict[str, Any]) -> None:
-    print(json.dumps(found["machine"]))
-    print(report.table(rows))
-    report.write(rows, found, arguments.json)
+    try:
+        for rows in part(rounds):
+            keep(rows)
+            seconds = time.monotonic() - started
+            print(f"{name}: {seconds:.0f} s\n{report.table(rows)}", file=sys.stderr, flush=True)
+    except Exception as error:
+        keep([Row(name, OURS, None, note=f"failed: {type(error).__name__}: {error}")])
+        traceback.print_exc()
+        return False
+    return True
 
 
 if __name__ == "__main__":

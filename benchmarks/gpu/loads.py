@@ -75,8 +75,9 @@ def large_file() -> Iterator[Path]:
         yield path
 
 
-def measure(path: Path, rounds: int) -> list[Row]:
-    """From unloaded to the first result, and a fresh application's first call: with and without the cache."""
+def measure(path: Path, rounds: int) -> Iterator[list[Row]]:
+    """From unloaded to the first result, and then a fresh application's first call: with and without the
+    cache."""
     folder = path.parent / "cache"
     with contextlib.ExitStack() as stack:
         proxies = {}
@@ -96,11 +97,13 @@ def measure(path: Path, rounds: int) -> list[Row]:
                 gc.collect()
                 if name in proxies:
                     proxies[name].unload()
-    fresh = _fresh(path, folder, rounds)
-    works = (("512 MB, unloaded to result", reloads, 0.5), ("512 MB, fresh application", fresh, 1.5))
+    yield _rows("512 MB, unloaded to result", reloads, 0.5, note)
+    yield _rows("512 MB, fresh application", _fresh(path, folder, rounds), 1.5, note)
+
+
+def _rows(work: str, found: dict[str, list[float]], limit: float, note: str) -> list[Row]:
     return [
         figure(work, name, values, "s", limit=limit if name == CACHED else None, note=note * (name == CACHED))
-        for work, found, limit in works
         for name, values in found.items()
     ]
 

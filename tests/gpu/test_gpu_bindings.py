@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +18,18 @@ import pytest
 from benchmarks.models import Case
 
 from onnx_dl import ModelHost, WorkerDied
-from tests.support.gpu import CASES, MEMORY, OrtMemory, TorchMemory, equal, feed_of, in_process, proxied
+from tests.support.gpu import (
+    CASES,
+    MEMORY,
+    SHAPE,
+    DriverMemory,
+    OrtMemory,
+    TorchMemory,
+    equal,
+    feed_of,
+    in_process,
+    proxied,
+)
 from tests.support.waiting import DEADLINE, eventually, is_gone, worker_pid
 
 Make = Callable[..., Any]
@@ -123,11 +135,28 @@ def test_parts_of_one_allocation(make: Make) -> None:
         equal([target.numpy()], [source.numpy() + np.float32(1)])
 
 
+def test_small_allocations_of_the_driver(host: ModelHost) -> None:
+    """Several of them lie in one block of the device; a handle is of the block, or of the allocation."""
+    proxy = proxied(CASES["tiny"].model, host)
+    held = [DriverMemory(np.full((1, 16), number, np.float32)) for number in range(5)]
+    binding = proxy.io_binding()
+    for source, target in itertools.permutations(held, 2):
+        source.set(expected := np.full((1, 16), source.address % 1000, np.float32))
+        bind_input(binding, source, (1, 16))
+        bind_output(binding, target, (1, 16))
+        proxy.run_with_iobinding(binding)
+        equal([target.numpy(), source.numpy()], [expected + np.float32(1), expected])
+    binding.clear_binding_inputs()
+    binding.clear_binding_outputs()
+    proxy.run(None, CASES["tiny"].feed)  # the worker closes its handles
+    for each in held:
+        each.free()
+
+
 def test_work_that_is_still_queued(make: Make) -> None:
     """The caller's kernels are done before the model reads what they write."""
-    held = TorchMemory(np.zeros((16, 1024, 1024), np.float32))
-    case = CASES["64mb"]
-    session, target = make(case.model), TorchMemory(np.zeros((16, 1024, 1024), np.float32))
+    held, target = (TorchMemory(np.zeros(SHAPE, np.float32)) for _ in range(2))
+    session = make(CASES["64mb"].model)
     binding = session.io_binding()
     bind_input(binding, held, held.tensor.shape)
     bind_output(binding, target, target.tensor.shape)
@@ -298,8 +327,8 @@ print(len(told), *(str(each.message) for each in told))
 """
 
 
-def test_memory_without_handles_is_copied(tmp_path: Path) -> None:
-    """torch's expandable segments have none; a warning says once that it is copied, unless it was opened."""
+def test_memory_that_was_mapped_by_parts(tmp_path: Path) -> None:
+    """torch's expandable segments go by descriptors; if the driver refuses, a warning says so once."""
     TorchMemory(np.zeros(1, np.float32))
     path = tmp_path / "tiny.onnx"
     path.write_bytes(CASES["tiny"].model)

@@ -92,15 +92,17 @@ def test_an_ortvalue_on_the_device_without_a_binding(host: ModelHost) -> None:
         equal([found.numpy()], [expected.numpy()])
 
 
-def test_two_threads(host: ModelHost) -> None:
-    case = CASES["5mb"]
+@pytest.mark.parametrize(("key", "turns"), [("tiny", 50), ("5mb", 20), ("64mb", 8)])
+def test_threads(host: ModelHost, key: str, turns: int) -> None:
+    """Calls that overlap compute with their own inputs, which are pinned from the second on."""
+    case = CASES[key]
     own, proxy = in_process(case.model), proxied(case.model, host)
 
     def work(thread: int) -> list[Any]:
-        return [proxy.run(None, feed_of(case, thread * 100 + turn)) for turn in range(20)]
+        return [proxy.run(None, feed_of(case, thread * 100 + turn)) for turn in range(turns)]
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for thread, results in enumerate(pool.map(work, range(2))):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for thread, results in enumerate(pool.map(work, range(4))):
             for turn, found in enumerate(results):
                 equal(found, own.run(None, feed_of(case, thread * 100 + turn)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -163,12 +164,11 @@ def test_a_stream_that_is_cancelled_frees_the_model(
 
 def test_shared_memory(client: triton.InferenceServerClient) -> None:
     array = np.arange(50_000, dtype=np.float32)
-    region = shared_memory.create_shared_memory_region(
-        "grpc_served", "/onnx_dl_grpc_served", 2 * array.nbytes
-    )
+    key = f"/odl_grpc_served_{os.getpid()}"
+    region = shared_memory.create_shared_memory_region("grpc_served", key, 2 * array.nbytes)
     try:
         shared_memory.set_shared_memory_region(region, [array])
-        client.register_system_shared_memory("grpc_served", "/onnx_dl_grpc_served", 2 * array.nbytes)
+        client.register_system_shared_memory("grpc_served", key, 2 * array.nbytes)
         tensor = triton.InferInput("x", [array.size], "FP32")
         tensor.set_shared_memory("grpc_served", array.nbytes)
         output = triton.InferRequestedOutput("y")

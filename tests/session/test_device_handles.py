@@ -154,7 +154,7 @@ assert told == [] and cuda.misuses == 0
     assert counted(calls).keys() & COPIES == set()
 
 
-@pytest.mark.parametrize("how", ["refuse", "expandable", "refuse-open"])
+@pytest.mark.parametrize("how", ["refuse", "refuse-open"])
 def test_memory_without_a_handle_is_copied_and_that_is_told_once(folder: Path, log: Path, how: str) -> None:
     calls = on_gpu(
         folder,

@@ -200,7 +200,7 @@ FEW = """
     if refused:
         assert "it may have {hard}" in str(refused[0]) and refused[0].errno == 24, refused
         again = onnx_dl.InferenceSessionProxy(plus(500), providers=["CPUExecutionProvider"])
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 60
         while True:  # what is closed is gone a moment later
             try:
                 again.load()

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import warnings
 from typing import Any, Final
 
 import numpy as np
+import pynvml
 import pytest
 from benchmarks.gpu import machine
+from benchmarks.gpu.works import add_one
 from benchmarks.models import Case, cases
 
 from onnx_dl import InferenceSessionProxy, ModelHost
+from onnx_dl.system import cuda_driver
+from onnx_dl.tensors.foreign import as_bytes
 
 # By heuristics, so that two sessions choose the same algorithm, and compute the same to the last bit.
 OPTIONS: Final = {"cudnn_conv_algo_search": "HEURISTIC"}
+IS_DRY: Final = hasattr(pynvml, "IS_STAND_IN")
+"""True on the machine of tests/support/dry_gpu, where all is smaller."""
+SHAPE: Final = (16, 64, 64) if IS_DRY else (16, 1024, 1024)
+"""Shape of the large tensors."""
 CASES: Final = cases()
+if IS_DRY:
+    CASES["64mb"] = CASES["64mb"]._replace(model=add_one(*SHAPE), feed={"x": np.ones(SHAPE, np.float32)})
+    CASES["conv"] = CASES["5mb"]
 
 
 def providers(**options: str) -> list[Any]:
@@ -76,7 +89,9 @@ class TorchMemory:
             torch = pytest.importorskip("torch", reason="torch is not installed")
         if not torch.cuda.is_available():
             pytest.skip("this torch has no CUDA")
-        whole = torch.zeros(skipped + array.nbytes, dtype=torch.uint8, device="cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch starts CUDA
+            whole = torch.zeros(skipped + array.nbytes, dtype=torch.uint8, device="cuda")
         self.tensor = whole[skipped:].view(torch.float32).view(array.shape)
         self.address = int(self.tensor.data_ptr())
         self.set(array)
@@ -89,6 +104,51 @@ class TorchMemory:
     def numpy(self) -> np.ndarray:
         found: np.ndarray = self.tensor.cpu().numpy()
         return found
+
+
+class DriverMemory:
+    """The same of the driver itself: what is freed is free, where a library would keep it for later."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._call = _library()
+        self._driver = cuda_driver.loaded()
+        assert self._driver is not None
+        address = ctypes.c_uint64()
+        self._in_context("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(array.nbytes))
+        self.address = address.value
+        self._like = np.empty_like(array)
+        self.set(array)
+
+    def _in_context(self, function: str, *arguments: Any) -> None:
+        assert not self._call.cuCtxPushCurrent_v2(_context())
+        code = getattr(self._call, function)(*arguments)
+        assert not self._call.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        assert code == 0, f"{function} returned {code}"
+
+    def set(self, array: np.ndarray) -> None:
+        self._driver.copy_to_device(0, self.address, as_bytes(array))
+
+    def numpy(self) -> np.ndarray:
+        found = np.empty_like(self._like)
+        self._driver.copy_to_host(0, as_bytes(found), self.address)
+        return found
+
+    def free(self) -> None:
+        self._in_context("cuMemFree_v2", ctypes.c_uint64(self.address))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _context() -> ctypes.c_void_p:
+    """The primary context of the first GPU, kept until this process ends."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    assert not _library().cuDeviceGet(ctypes.byref(device), 0)
+    assert not _library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    return context
 
 
 MEMORY: Final = {"OrtValue": OrtMemory, "torch": TorchMemory}

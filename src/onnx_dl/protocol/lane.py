@@ -114,12 +114,14 @@ class Envelope(Message, omit_defaults=True):
 
     ``shared``: number and size of new blocks; their memfds come first among the descriptors.  ``foreign``:
     number and size of new foreign memories, and whether they may be mapped; their descriptors come next.
-    ``dropped``: blocks and memories that will not be used again.  ``letter``: block and length; the first
+    ``parts``: number and size of memory of a GPU that was mapped by parts; their descriptors come last.
+    ``dropped``: those of all three that will not be used again.  ``letter``: block and length; the first
     bytes of that block are an Envelope with the message.  That envelope has only ``dropped`` beside it.
     """
 
     shared: list[tuple[int, int]] = []
     foreign: list[tuple[int, int, bool]] = []
+    parts: list[tuple[int, int]] = []
     dropped: list[int] = []
     message: msgspec.Raw = msgspec.Raw()
     letter: tuple[int, int] | None = None

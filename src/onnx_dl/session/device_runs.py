@@ -23,14 +23,14 @@ from onnx_dl.system import cuda_driver
 from onnx_dl.system.cuda_driver import CudaDriver
 from onnx_dl.tensors import device_values
 from onnx_dl.tensors.call_plans import DEVICE_RUNS
+from onnx_dl.tensors.device_exports import Export, Exporter
 from onnx_dl.tensors.device_values import (
     BY_HANDLE,
     CUDA,
     DeviceTensor,
-    Exporter,
-    Handle,
     UnopenedTensor,
 )
+from onnx_dl.tensors.foreign_tables import TooManyMemories
 
 Call = Callable[[list[Value], list[Value]], list[Value]]
 """Runs with ``[name, value]`` of each input and ``[name, device, number, place]`` of each output; returns a
@@ -64,7 +64,7 @@ class DeviceRuns:
         # Its worker could write to what it has open.
         self._refusal = "a sandboxed model gets copies only" if spec.sandbox else ""
         """Reason for which there are no handles; empty: there are."""
-        self._exporter = Exporter()
+        self._exporter = Exporter(takes_parts=True)
         self._bound: object = None
         """Names and handles of the run that has :attr:`_number`."""
         self._number = 0
@@ -126,10 +126,15 @@ class DeviceRuns:
             return call(inputs, outputs)
         self._kept = None
         self._synchronize(inputs, outputs)
-        if bound_run is not None and self._run_bound(bound_run, inputs, outputs):
-            return [None] * len(outputs)
-        given = [[name, self._sent(value)] for name, value in inputs]
-        results = call(given, [self._asked(*output) for output in outputs])
+        self._exporter.next_run()
+        try:
+            if bound_run is not None and self._run_bound(bound_run, inputs, outputs):
+                return [None] * len(outputs)
+            self._bound = None
+            given = [[name, self._sent(value)] for name, value in inputs]
+            results: list[Value] | str = call(given, [self._asked(*output) for output in outputs])
+        except TooManyMemories:  # nothing was sent
+            results = "they lie in too many parts of expandable segments"
         if isinstance(results, str):  # the model did not run
             self._refuse(results)
             return self.run(call, inputs, outputs, None)
@@ -166,14 +171,17 @@ class DeviceRuns:
             if run(self._number, bound[: len(inputs)], bound[len(inputs) :]) is not None:
                 return False
         self._is_known = True
-        self._keep(places, handles)
+        if all(
+            handle.handle.buffer for handle in handles
+        ):  # parts have none: they are looked at before each run
+            self._keep(places, handles)
         return True
 
-    def _keep(self, tensors: list[DeviceTensor], handles: list[Handle]) -> None:
+    def _keep(self, tensors: list[DeviceTensor], handles: list[Export]) -> None:
         if (driver := cuda_driver.loaded()) is not None:
             self._kept = kept = _Kept(driver, self._number, {})
             for tensor, handle in zip(tensors, handles, strict=True):
-                kept.places.setdefault(tensor.device_id, []).append((tensor.address, handle.buffer))
+                kept.places.setdefault(tensor.device_id, []).append((tensor.address, handle.handle.buffer))
 
     def _synchronize(self, inputs: list[Value], outputs: list[Value]) -> None:
         """Waits until all that the application has begun on the devices is done: no stream of another process

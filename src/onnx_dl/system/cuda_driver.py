@@ -19,7 +19,8 @@ from typing import Final
 from onnx_dl import linux_only
 from onnx_dl.concurrency.forking import Guard, importing
 from onnx_dl.system.cuda_calls import Calls
-from onnx_dl.system.cuda_types import Access, DevicePointer, DriverError, Exported, IpcHandle, Uuid
+from onnx_dl.system.cuda_parts import MappedParts
+from onnx_dl.system.cuda_types import DevicePointer, DriverError, IpcHandle, Uuid
 
 _LIBRARY: Final = "libcuda.so.1"
 _INVALID_VALUE, _INVALID_CONTEXT, _DESTROYED = 1, 201, 709
@@ -32,10 +33,6 @@ _ON_DEVICE: Final = 2
 """CU_MEMORYTYPE_DEVICE."""
 _ENABLES_PEERS: Final = 1
 """CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag with which a handle may be opened."""
-_AS_DESCRIPTOR: Final = 1
-"""CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR."""
-_AT_DEVICE, _READ_WRITE = 1, 3
-"""CU_MEM_LOCATION_TYPE_DEVICE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE."""
 _PORTABLE: Final = 1
 """CU_MEMHOSTREGISTER_PORTABLE: pinned for all contexts."""
 
@@ -163,6 +160,8 @@ class CudaDriver:
         self._call = Calls(library)
         self._contexts = _Contexts(self._call)
         self._current = self._contexts.current
+        self.parts = MappedParts(self._call, self._current, self._contexts.handle)
+        """Memory that is mapped by parts."""
         self._wait = self._call.plain("cuCtxSynchronize")
         self._ask = self._call.plain("cuPointerGetAttribute")
         self._ask_all = self._call.plain("cuPointerGetAttributes")
@@ -271,68 +270,31 @@ class CudaDriver:
 
     # --- memory of other processes ----------------------------------------------------------------------
 
-    def export(self, pointer: DevicePointer) -> Exported:
-        """Makes the allocation of ``pointer`` known to other processes.
+    def export(self, pointer: DevicePointer) -> bytes:
+        """Returns a handle of the allocation of ``pointer``, with which another process opens it.
 
-        Where the driver has no handle for them (memory that was mapped by parts, such as torch's expandable
-        segments), it is a descriptor for the part at ``base``.  Memory of asynchronous pools has neither.
+        Memory that was mapped by parts has no handle (see :attr:`parts`), nor has that of asynchronous pools.
         """
         handle = IpcHandle()
         with self._current(pointer.device):
-            try:
-                self._call("cuIpcGetMemHandle", byref(handle), pointer.base)
-            except DriverError as refusal:
-                with contextlib.suppress(DriverError):
-                    return Exported("fd", b"", self._export_descriptor(pointer.base))
-                raise refusal
-        return Exported("ipc", bytes(handle.data), -1)
+            self._call("cuIpcGetMemHandle", byref(handle), pointer.base)
+        return bytes(handle.data)
 
-    def _export_descriptor(self, base: int) -> int:
-        part, fd = c_uint64(), c_int(-1)
-        self._call("cuMemRetainAllocationHandle", byref(part), base)
-        try:
-            self._call("cuMemExportToShareableHandle", byref(fd), part, _AS_DESCRIPTOR, 0)
-        finally:
-            self._call("cuMemRelease", part)
-        return fd.value
-
-    def open(self, device: int, exported: Exported, size: int) -> int:
-        """Maps another process's allocation of ``size`` bytes; returns the address of its base here.
+    def open(self, device: int, handle: bytes) -> int:
+        """Opens another process's allocation; returns the address of its base here.
 
         An allocation may be open once in a process.  Whoever owns it must not free it before :meth:`close`.
         """
         with self._current(device):
-            if exported.kind == "fd":
-                return self._open_descriptor(device, exported.fd, size)
             address = c_uint64()
-            handle = IpcHandle.from_buffer_copy(exported.handle)
-            self._call("cuIpcOpenMemHandle_v2", byref(address), handle, _ENABLES_PEERS)
+            given = IpcHandle.from_buffer_copy(handle)
+            self._call("cuIpcOpenMemHandle_v2", byref(address), given, _ENABLES_PEERS)
             return address.value
 
-    def _open_descriptor(self, device: int, fd: int, size: int) -> int:
-        part, address = c_uint64(), c_uint64()
-        with contextlib.ExitStack() as undone:
-            self._call("cuMemImportFromShareableHandle", byref(part), fd, _AS_DESCRIPTOR)
-            try:
-                self._call("cuMemAddressReserve", byref(address), size, 0, 0, 0)
-                undone.callback(self._call, "cuMemAddressFree", address, size)
-                self._call("cuMemMap", address, size, 0, part, 0)
-                undone.callback(self._call, "cuMemUnmap", address, size)
-            finally:
-                self._call("cuMemRelease", part)  # the mapping keeps the memory
-            access = Access(_AT_DEVICE, self._contexts.handle(device), _READ_WRITE)
-            self._call("cuMemSetAccess", address, size, byref(access), 1)
-            undone.pop_all()
-        return address.value
-
-    def close(self, device: int, address: int, kind: str, size: int) -> None:
-        """Unmaps what :meth:`open` has returned for an allocation of this kind and size."""
+    def close(self, device: int, address: int) -> None:
+        """Closes what :meth:`open` has returned."""
         with self._current(device):
-            if kind == "fd":
-                self._call("cuMemUnmap", address, size)
-                self._call("cuMemAddressFree", address, size)
-            else:
-                self._call("cuIpcCloseMemHandle", address)
+            self._call("cuIpcCloseMemHandle", address)
 
     # --- copies: what they write is there when they return, for all streams and processes ------------------
 

@@ -28,18 +28,6 @@ class DevicePointer(NamedTuple):
     """Bytes of the allocation from ``base``; 0: the driver does not tell, and ``base`` is the address."""
 
 
-class Exported(NamedTuple):
-    """An allocation that another process may open.
-
-    ``kind``: "ipc", with a handle of 64 bytes and ``fd`` -1; or "fd", with a descriptor that whoever exports
-    must close.  An allocation that is opened as "fd" may be one of several behind a range of addresses.
-    """
-
-    kind: str
-    handle: bytes
-    fd: int
-
-
 class Uuid(ctypes.Structure):
     _fields_ = [("data", ctypes.c_ubyte * 16)]
 

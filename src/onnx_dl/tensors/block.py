@@ -223,8 +223,9 @@ class Announcer(Protocol):
     def shared(self, block: int, size: int, fd: int) -> None:
         """Announce a new block.  Takes ownership of ``fd``; the peer maps it before the block is named."""
 
-    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
-        """Announce a memory that this process has not made.  Takes ownership of ``fd``."""
+    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
+        """Announce a memory that this process has not made.  Takes ownership of ``fd``.  ``is_mapped``:
+        None: it is memory of a GPU."""
 
     def dropped(self, block: int) -> None:
         """Announce that a block or a foreign memory will not be used again."""

@@ -15,15 +15,14 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.forking import Guard
 from onnx_dl.ort import device_ortvalues
 from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.protocol.lane import Plain
 from onnx_dl.system import cuda_driver
 from onnx_dl.system.cuda_driver import CudaDriver
-from onnx_dl.system.cuda_types import DevicePointer, DriverError, Exported
-from onnx_dl.tensors.foreign import as_bytes
+from onnx_dl.system.cuda_types import DevicePointer, DriverError
+from onnx_dl.tensors.foreign import SharedDescriptor, as_bytes
 
 CUDA: Final = "cuda"
 """The one device type whose memory can be taken."""
@@ -32,9 +31,10 @@ BY_HANDLE: Final = "by handle"
 
 BOUND_RUN: Final = "bound_run"
 """Method of a worker: a run with all inputs and outputs on devices, which is bound, and then made again."""
-SENDABLE: Final = "ipc"
-"""Kind of the handles that are sent; others are descriptors, for which lanes have no place."""
-_MOST_KNOWN: Final = 64
+BY_IPC: Final = "ipc"
+"""Kind of a handle that is 64 bytes of the driver's."""
+BY_PARTS: Final = "parts"
+"""Kind of a handle that is descriptors of parts, which are mapped side by side."""
 _LOOK_EVERY: Final = 0.25
 """Seconds for which a process that had no driver is taken to have none, where an address is only checked."""
 
@@ -92,18 +92,14 @@ class Handle(NamedTuple):
     kind: str
     handle: bytes
     offset: int
-    """Offset of the tensor in its allocation."""
+    """Offset of the tensor in its allocation, or in the first part."""
     nbytes: int
     size: int
-    """Bytes of the allocation."""
+    """Bytes of the allocation, or of all parts."""
 
-    def parts(self) -> Parts:
-        """Returns it as a value of a message."""
-        return Parts("device", [Plain(list(self))])
-
-    def exported(self) -> Exported:
-        """Returns what the driver opens."""
-        return Exported(self.kind, self.handle, -1)
+    def parts(self, pieces: Sequence[SharedDescriptor] = ()) -> Parts:
+        """Returns it as a value of a message.  ``pieces``: its parts, of which the message has numbers."""
+        return Parts("device", [Plain(list(self)), *pieces])
 
 
 def size_of(element_type: int, shape: Sequence[int]) -> int:
@@ -115,19 +111,21 @@ def size_of(element_type: int, shape: Sequence[int]) -> int:
 
 
 def handle_from(items: Sequence[object]) -> Handle:
-    """Returns the handle that a peer has sent.
+    """Returns the handle that a peer has sent; the numbers of its parts follow it in ``items``.
 
     Raises:
         ValueError, TypeError: it contradicts itself.  A peer is not trusted: a tensor that reaches beyond its
             allocation would be memory of others.
     """
-    (plain,) = items
+    plain, *numbers = items
     found = Handle(*plain)  # type: ignore[misc]
     kinds = [type(item) for item in found]
     if kinds != [int, list, bytes, int, str, bytes, int, int, int] or {*map(type, found.shape)} - {int}:
         raise ValueError("a handle of device memory has other items")
-    if found.kind != SENDABLE:
-        raise ValueError(f"handles of the kind {found.kind!r} are not sent")
+    if found.kind not in (BY_IPC, BY_PARTS) or (found.kind == BY_PARTS) != bool(numbers):
+        raise ValueError(f"a handle of the kind {found.kind!r} has {len(numbers)} parts")
+    if {*map(type, numbers)} - {int}:
+        raise ValueError("a part of a handle is no number")
     if found.nbytes != size_of(found.element_type, found.shape) or not found.nbytes:
         raise ValueError("a tensor on a device has another size than its shape says")
     if found.offset < 0 or found.offset + found.nbytes > found.size:
@@ -180,7 +178,8 @@ def locate(tensor: DeviceTensor) -> tuple[CudaDriver, DevicePointer]:
     if driver is None or found is None:
         why = "this process has no CUDA context" if driver is None else "the CUDA driver does not know it"
         raise ValueError(f"{tensor.address:#x} cannot be an address on a GPU: {why}.")
-    if found.size and tensor.address + tensor.nbytes > found.base + found.size:
+    reaches_beyond = found.size and tensor.address + tensor.nbytes > found.base + found.size
+    if reaches_beyond and not driver.parts.cover(found.device, tensor.address, tensor.nbytes):
         raise ValueError(
             f"A tensor of {tensor.nbytes} bytes at {tensor.address:#x} reaches beyond its allocation."
         )
@@ -220,45 +219,6 @@ def copy(tensor: DeviceTensor, target: int) -> None:
         driver.copy_on_device(found.device, target, tensor.address, tensor.nbytes)
 
 
-class Exporter:
-    """Handles of the tensors that one binding names.  An allocation is exported once, and again if another
-    one came to its address."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], Exported] = {}
-        """Allocations by device and the driver's number."""
-
-    def handle(self, tensor: DeviceTensor) -> Handle | UnopenedTensor:
-        """Returns the handle of a tensor, or why there is none.  Raises ValueError like :func:`locate`."""
-        driver, found = locate(tensor)
-        if not found.size:
-            return UnopenedTensor("the driver does not tell the allocation")
-        try:
-            known = self._known.get(key := (found.device, found.buffer))
-            if known is None:
-                known = driver.export(found)
-                if known.kind != SENDABLE:
-                    primitives.close(known.fd)
-                    return UnopenedTensor("it lies in an expandable segment, which has no handle to send")
-                if len(self._known) >= _MOST_KNOWN:
-                    self._known.clear()
-                self._known[key] = known
-            uuid = driver.uuid(found.device)
-        except DriverError as error:
-            return UnopenedTensor(str(error))
-        return Handle(
-            tensor.element_type,
-            list(tensor.shape),
-            uuid,
-            found.buffer,
-            known.kind,
-            known.handle,
-            tensor.address - found.base,
-            tensor.nbytes,
-            found.size,
-        )
-
-
 # --- in a process that takes one ----------------------------------------------------------------------------
 
 
@@ -294,12 +254,12 @@ def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
     handle = handle_from(items)
     driver = cuda_driver.loaded()
     device = None if driver is None else driver.device_of(handle.uuid)
-    if driver is None or device is None:
+    if driver is None or device is None or handle.kind != BY_IPC:
         return UnopenedTensor("this process does not have the GPU of the result")
     with _receiving:
         try:
             made = device_ortvalues.allocated(handle.element_type, handle.shape, device)
-            base = driver.open(device, handle.exported(), handle.size)
+            base = driver.open(device, handle.handle)
         except (DriverError, RuntimeError) as error:
             return UnopenedTensor(str(error))
         try:
@@ -308,5 +268,5 @@ def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
         except DriverError as error:
             return UnopenedTensor(str(error))
         finally:
-            driver.close(device, base, handle.kind, handle.size)
+            driver.close(device, base)
     return DeviceTensor(handle.element_type, tuple(handle.shape), CUDA, device, made.data_ptr(), made)

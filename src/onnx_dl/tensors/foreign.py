@@ -34,26 +34,16 @@ class Watcher(Protocol):
         """Called by any thread; takes no lock."""
 
 
-class ForeignMemory:
-    """One file of shared memory of another process, such as a client's.  Thread-safe."""
+class SharedDescriptor:
+    """A descriptor that workers get, once on each lane.  Thread-safe."""
 
-    def __init__(self, fd: int, size: int, *, is_mapped: bool) -> None:
-        """Takes ownership of ``fd``, which is open for reading and writing.
-
-        Args:
-            size: bytes from the begin of the file that calls may use.
-            is_mapped: workers map it; a maker that truncates it can end them.  Else they copy from and to it.
-
-        Raises:
-            ForeignMemoryError: it is no file of at least ``size`` bytes.  ``fd`` is closed.
-        """
+    def __init__(self, fd: int, size: int) -> None:
+        """Takes ownership of ``fd``, which stands for ``size`` bytes."""
         self.serial = next(_serials)
-        """A number that no other memory of this process has."""
+        """A number that no other one of this process has."""
         self.size = size
-        self.is_mapped = is_mapped
         self._watchers: dict[weakref.ref[Watcher], None] = {}  # a dict, because each change is atomic
         try:
-            check_file(fd, size)
             self._descriptor = Descriptor(fd)
         except BaseException:
             primitives.close(fd)
@@ -87,6 +77,32 @@ class ForeignMemory:
         """Undoes :meth:`watch`."""
         self._watchers.pop(weakref.ref(watcher), None)
 
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):  # its constructor may have raised
+            self.close()
+
+
+class ForeignMemory(SharedDescriptor):
+    """One file of shared memory of another process, such as a client's.  Thread-safe."""
+
+    def __init__(self, fd: int, size: int, *, is_mapped: bool) -> None:
+        """Takes ownership of ``fd``, which is open for reading and writing.
+
+        Args:
+            size: bytes from the begin of the file that calls may use.
+            is_mapped: workers map it; a maker that truncates it can end them.  Else they copy from and to it.
+
+        Raises:
+            ForeignMemoryError: it is no file of at least ``size`` bytes.  ``fd`` is closed.
+        """
+        self.is_mapped = is_mapped
+        try:
+            check_file(fd, size)
+        except BaseException:
+            primitives.close(fd)
+            raise
+        super().__init__(fd, size)
+
     def read(self, offset: int, target: memoryview) -> None:
         """Fills ``target``, a writable view of bytes, from byte ``offset`` on.  Raises ForeignMemoryError if
         there are no such bytes."""
@@ -118,10 +134,6 @@ class ForeignMemory:
             check_file(fd, offset + nbytes)
         finally:
             primitives.close(fd)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):  # its constructor may have raised
-            self.close()
 
 
 class ForeignArray(NamedTuple):

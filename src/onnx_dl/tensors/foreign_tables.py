@@ -21,7 +21,14 @@ from onnx_dl.errors import ProtocolError, SharedMemoryError
 from onnx_dl.system import descriptor_limits
 from onnx_dl.tensors import segment
 from onnx_dl.tensors.block import Announcer
-from onnx_dl.tensors.foreign import ForeignMemory, check_file, check_slice, read_into, write_from
+from onnx_dl.tensors.foreign import (
+    ForeignMemory,
+    SharedDescriptor,
+    check_file,
+    check_slice,
+    read_into,
+    write_from,
+)
 
 MOST_NAMED: Final = 32
 """Memories that a caller announces on a lane at a time.  One more replaces the one that was named longest
@@ -38,7 +45,7 @@ class TooManyMemories(Exception):
 
 class _Known(NamedTuple):
     number: int
-    memory: weakref.ref[ForeignMemory]
+    memory: weakref.ref[SharedDescriptor]
     turn: int
     """The message that named it last."""
 
@@ -75,7 +82,7 @@ class AnnouncedMemories:
         self._turn += 1
         self.drop_closed()
 
-    def number(self, memory: ForeignMemory) -> int:
+    def number(self, memory: SharedDescriptor) -> int:
         """Return the worker's number of this memory.
 
         Raises:
@@ -103,13 +110,14 @@ class AnnouncedMemories:
         for serial in list(self._known):
             self._drop(serial)
 
-    def _announced(self, memory: ForeignMemory) -> _Known:
+    def _announced(self, memory: SharedDescriptor) -> _Known:
         if self._announcer.room <= 0 or not self._has_room():
             raise TooManyMemories
         memory.watch(self)  # first: so a close() in another thread is not overlooked
         fd = memory.duplicate()
         number = self._next_number()
-        self._announcer.foreign(number, memory.size, memory.is_mapped, fd)
+        is_mapped = memory.is_mapped if isinstance(memory, ForeignMemory) else None
+        self._announcer.foreign(number, memory.size, is_mapped, fd)
         return _Known(number, weakref.ref(memory), self._turn)
 
     def _has_room(self) -> bool:
@@ -196,12 +204,24 @@ class PeerMemory:
         primitives.close(self._fd)
 
 
+class PeerPart:
+    """A descriptor of memory of a GPU that a caller has announced."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        """Takes ownership of ``fd``."""
+        self.fd = fd
+        self.size = size
+
+    def __del__(self) -> None:
+        primitives.close(self.fd)
+
+
 class PeerMemories:
     """The memories that a caller has announced on one lane, by number."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._memories: dict[int, PeerMemory | None] = {}
+        self._memories: dict[int, PeerMemory | PeerPart | None] = {}
         """None stands for one that this process had no descriptor for."""
         self.drops = 0
         """Number of memories that the caller has dropped so far."""
@@ -212,7 +232,14 @@ class PeerMemories:
         Raises:
             ProtocolError: it is no file, the number is in use, or there are too many.
         """
-        memory: PeerMemory | None = PeerMemory(fd, size, is_mapped)
+        self._keep(number, PeerMemory(fd, size, is_mapped))
+
+    def add_part(self, number: int, size: int, fd: int) -> None:
+        """Keep a descriptor of memory of a GPU.  Takes ownership of ``fd``.  Raises like :meth:`add`."""
+        self._keep(number, PeerPart(fd, size))
+
+    def _keep(self, number: int, memory: PeerMemory | PeerPart | None) -> None:
+        size = 0 if memory is None else memory.size
         if number <= 0 or size < 0 or number in self._memories or len(self._memories) >= self._most:
             raise ProtocolError(f"Foreign memory {number} of {size} bytes cannot be announced.")
         if descriptor_limits.free() < RESERVE:  # an error of the calls that name it, not of the lane
@@ -233,6 +260,19 @@ class PeerMemories:
             ProtocolError: the caller did not announce it.
             DescriptorsExhausted: this process had too few descriptors left when it was announced.
         """
+        memory = self._found(number)
+        if isinstance(memory, PeerMemory):
+            return memory
+        raise ProtocolError(f"A message names {number} as a foreign memory, which it is not.")
+
+    def part(self, number: int) -> PeerPart:
+        """Return a descriptor of memory of a GPU.  Raises like :meth:`memory`."""
+        part = self._found(number)
+        if isinstance(part, PeerPart):
+            return part
+        raise ProtocolError(f"A message names {number} as memory of a GPU, which it is not.")
+
+    def _found(self, number: int) -> PeerMemory | PeerPart:
         try:
             memory = self._memories[number]
         except KeyError:

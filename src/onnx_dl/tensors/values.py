@@ -25,6 +25,7 @@ from onnx_dl.protocol.lane import Items, Packed, Plain, Tensor, Text, Value
 from onnx_dl.tensors import packing
 from onnx_dl.tensors.arena import Arena
 from onnx_dl.tensors.block import Array, Block, align
+from onnx_dl.tensors.foreign import SharedDescriptor
 
 VIEW_FROM: Final = 64 << 10
 """Results of at least this many bytes become views; smaller ones are copied.  Copying 64 KiB takes about as
@@ -120,6 +121,8 @@ class Packer:
             return ort.Parts("scalar", [self._node(np.asarray(value))])
         if isinstance(value, Plain):
             return value
+        if isinstance(value, SharedDescriptor):
+            return Plain(self._arena.memories.number(value))
         if is_plain(value):
             return _Encoded(packing.encode(value), None) if type(value) in _CONTAINERS else Plain(value)
         if isinstance(value, str):  # of a subclass
@@ -133,8 +136,9 @@ class Packer:
         parts = value if type(value) is ort.Parts else ort.take_apart(value)
         if parts is None:
             raise RuntimeError(f"Unable to handle object of type {type(value)}")
-        if parts.kind == DEVICE:
+        if parts.kind == DEVICE and not self.names_devices:
             self.names_devices = True
+            self._arena.memories.next_message()
         return parts._replace(items=list(map(self._node, parts.items)))
 
     def _measure(self, node: _Node) -> None:

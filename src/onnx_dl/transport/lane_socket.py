@@ -41,15 +41,17 @@ class Notices:
         """Size and descriptor, by number."""
         self._foreign: dict[int, tuple[int, bool, Descriptor]] = {}
         """Size, whether it is mapped, and descriptor, by number."""
+        self._parts: dict[int, tuple[int, Descriptor]] = {}
+        """Size and descriptor of memory of a GPU, by number."""
         self.old: list[int] = []
         """Numbers of the dropped blocks."""
 
     def __bool__(self) -> bool:
-        return bool(self._shared or self.old or self._foreign)
+        return bool(self._shared or self.old or self._foreign or self._parts)
 
     @property
     def room(self) -> int:
-        return MOST_NEW - len(self._shared) - len(self._foreign)
+        return MOST_NEW - len(self._shared) - len(self._foreign) - len(self._parts)
 
     @property
     def has_drops(self) -> bool:
@@ -58,11 +60,16 @@ class Notices:
     def shared(self, block: int, size: int, fd: int) -> None:
         self._shared[block] = size, Descriptor(fd)
 
-    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
-        self._foreign[memory] = size, is_mapped, Descriptor(fd)
+    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
+        if is_mapped is None:
+            self._parts[memory] = size, Descriptor(fd)
+        else:
+            self._foreign[memory] = size, is_mapped, Descriptor(fd)
 
     def dropped(self, block: int) -> None:
-        unsent = self._shared.pop(block, None) or self._foreign.pop(block, None)
+        unsent = (
+            self._shared.pop(block, None) or self._foreign.pop(block, None) or self._parts.pop(block, None)
+        )
         if unsent is not None:  # the peer does not know it yet
             unsent[-1].close()
         else:
@@ -73,15 +80,17 @@ class Notices:
         return lane.Envelope(
             shared=[(number, size) for number, (size, _) in self._shared.items()],
             foreign=[(number, size, mapped) for number, (size, mapped, _) in self._foreign.items()],
+            parts=[(number, size) for number, (size, _) in self._parts.items()],
         )
 
     def descriptors(self) -> list[int]:
-        """Return the descriptors of the new blocks, then those of the new memories."""
+        """Return the descriptors of the new blocks, then those of the new memories, then of the new parts."""
         return [descriptor.number for descriptor in self._descriptors()]
 
     def _descriptors(self) -> list[Descriptor]:
         blocks = [descriptor for _, descriptor in self._shared.values()]
-        return blocks + [descriptor for _, _, descriptor in self._foreign.values()]
+        foreign = [descriptor for _, _, descriptor in self._foreign.values()]
+        return [*blocks, *foreign, *(descriptor for _, descriptor in self._parts.values())]
 
     def sent(self, dropped: int) -> None:
         """Forget what the peer knows now: all new blocks, and the first ``dropped`` dropped ones."""
@@ -89,6 +98,7 @@ class Notices:
             descriptor.close()
         self._shared.clear()
         self._foreign.clear()
+        self._parts.clear()
         del self.old[:dropped]
 
 
@@ -209,13 +219,15 @@ class LaneSocket:
     def _map_blocks(self, envelope: lane.Envelope, fds: list[int]) -> list[int]:
         """Map the announced blocks, keep the announced memories; return the other descriptors.  Removes those
         from ``fds`` that now have an owner."""
-        if len(envelope.shared) + len(envelope.foreign) > len(fds):
+        if len(envelope.shared) + len(envelope.foreign) + len(envelope.parts) > len(fds):
             raise ProtocolError("A message announces blocks without their descriptors.")
         self._drop(envelope.dropped)
         for number, size in envelope.shared:
             self.mappings.add(number, size, fds.pop(0))
         for number, size, is_mapped in envelope.foreign:
             self.memories.add(number, size, is_mapped, fds.pop(0))
+        for number, size in envelope.parts:
+            self.memories.add_part(number, size, fds.pop(0))
         return fds
 
     def _message_in(self, envelope: lane.Envelope) -> Any:
@@ -230,7 +242,13 @@ class LaneSocket:
         if not 0 <= nbytes <= block.size:
             raise ProtocolError(f"A message of {nbytes} bytes does not fit its block of {block.size} bytes.")
         letter = self._read(bytes(block.payload[:nbytes]))  # a copy: the peer could change what is read
-        if type(letter) is not lane.Envelope or letter.shared or letter.foreign or letter.letter:
+        if (
+            type(letter) is not lane.Envelope
+            or letter.shared
+            or letter.foreign
+            or letter.parts
+            or letter.letter
+        ):
             raise ProtocolError("A block that should contain a message contains something else.")
         self._drop(letter.dropped)
         return letter

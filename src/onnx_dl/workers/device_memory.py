@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from onnx_dl.errors import ProtocolError
 from onnx_dl.ort.ortvalues import Parts
@@ -18,15 +18,17 @@ from onnx_dl.system import cuda_driver
 from onnx_dl.system.cuda_driver import CudaDriver
 from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors import device_values
+from onnx_dl.tensors.device_exports import Exporter
 from onnx_dl.tensors.device_values import (
+    BY_IPC,
     CUDA,
     DeviceTensor,
-    Exporter,
     Handle,
     Loan,
     UnopenedTensor,
     handle_from,
 )
+from onnx_dl.tensors.foreign_tables import PeerPart
 from onnx_dl.workers.engines.base import DeviceResults
 
 _MOST_KEPT: Final = 64
@@ -44,8 +46,8 @@ class _Key(NamedTuple):
 
 class _Opened(NamedTuple):
     address: int
-    kind: str
-    size: int
+    sizes: tuple[int, ...]
+    """Sizes of its parts; empty: it is one allocation."""
     users: int
     loan: Loan
 
@@ -60,22 +62,25 @@ class OpenAllocations:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, driver: CudaDriver, device: int, handle: Handle) -> tuple[_Key, _Opened]:
-        """Counts a user of an allocation.
+    def open(self, driver: CudaDriver, key: _Key, handle: Handle, pieces: Sequence[PeerPart]) -> _Opened:
+        """Counts a user of an allocation, or of parts that only one lane has.
 
         Raises:
             DriverError: it cannot be opened.
             ValueError: it has another size than the caller says.
         """
-        key = _Key(device, handle.handle, handle.buffer)
         with self._lock:
             known = self._open.get(key)
             if known is None:
-                address = driver.open(device, handle.exported(), handle.size)
-                known = _Opened(address, handle.kind, handle.size, 0, Loan())
-                _check_size(driver, device, known)
+                sizes = tuple(piece.size for piece in pieces)
+                if pieces:
+                    address = driver.parts.open(key.device, [(piece.fd, piece.size) for piece in pieces])
+                else:
+                    address = driver.open(key.device, handle.handle)
+                    _check_size(driver, key.device, address, handle.size)
+                known = _Opened(address, sizes, 0, Loan())
             self._open[key] = known._replace(users=known.users + 1)
-        return key, known
+        return known
 
     def release(self, driver: CudaDriver, key: _Key) -> None:
         """Counts a user less, and closes the allocation after the last one."""
@@ -87,15 +92,19 @@ class OpenAllocations:
                 known.loan.is_open = False
                 # UnopenedTensor where its owner has ended, and the driver with it: nothing is left to close.
                 with contextlib.suppress(DriverError):
-                    driver.close(key.device, known.address, known.kind, known.size)
+                    if known.sizes:
+                        driver.parts.close(key.device, known.address, known.sizes)
+                    else:
+                        driver.close(key.device, known.address)
 
 
-def _check_size(driver: CudaDriver, device: int, opened: _Opened) -> None:
-    """Raises ValueError if the allocation is smaller than its owner says: the engine would go beyond it."""
-    found = driver.pointer(opened.address)
-    if found is not None and found.size and found.size < opened.size:
-        driver.close(device, opened.address, opened.kind, opened.size)
-        raise ValueError(f"an allocation of {found.size} bytes was announced with {opened.size}")
+def _check_size(driver: CudaDriver, device: int, address: int, size: int) -> None:
+    """Raises ValueError if the allocation is smaller than its owner says: the engine would go beyond it.  The
+    driver itself checks that of parts."""
+    found = driver.pointer(address)
+    if found is not None and found.size and found.size < size:
+        driver.close(device, address)
+        raise ValueError(f"an allocation of {found.size} bytes was announced with {size}")
 
 
 _allocations: Final = OpenAllocations()
@@ -109,13 +118,16 @@ class LaneDevices:
         *,
         keeps_open: bool,
         turn: AbstractContextManager[object] | None = None,
+        part: Callable[[int], PeerPart] | None = None,
         allocations: OpenAllocations = _allocations,
         loaded: Callable[[], CudaDriver | None] = cuda_driver.loaded,
     ) -> None:
         """``keeps_open``: what was named stays open until the end of the lane: a CUDA graph of the model may
-        have it, and would have to be captured again.  ``turn``: see :func:`base.turn`."""
+        have it, and would have to be captured again.  ``turn``: see :func:`base.turn`.
+        ``part``: finds a part that the caller has announced, by its number."""
         self._most_kept = _MOST_KEPT if keeps_open else 0
         self._turn = turn or contextlib.nullcontext()
+        self._part = part
         self._allocations = allocations
         self._loaded = loaded
         self._named: dict[_Key, _Opened] = {}
@@ -126,7 +138,7 @@ class LaneDevices:
         """Allocations that the present request names."""
         self._lent: list[DeviceTensor] = []
         """Results that the caller copies now."""
-        self._exporter = Exporter()
+        self._exporter = Exporter(takes_parts=False)
         self._only: set[_Key] | None = None
         """Allocations that :meth:`begin_with` was given, if nothing else was named or lent since."""
         self.uses: dict[int, set[_Key]] = {}
@@ -163,17 +175,31 @@ class LaneDevices:
             device = driver.device_of(handle.uuid)
             if device is None:
                 return UnopenedTensor("the model's worker does not have the GPU that they are on")
-            key = _Key(device, handle.handle, handle.buffer)
+            key = _Key(device, self._named_by(handle, items[1:]), handle.buffer)
             if key not in self._named:
                 self._close_replaced(key)
                 self._devices = None
-                key, self._named[key] = self._allocations.open(driver, device, handle)
+                pieces = self._pieces(handle, items[1:])
+                self._named[key] = self._allocations.open(driver, key, handle, pieces)
         except DriverError as error:
             return UnopenedTensor(f"the model's worker cannot open them ({error})")
         self._present.add(key)
         shape, opened = tuple(handle.shape), self._named[key]
         address = opened.address + handle.offset
         return DeviceTensor(handle.element_type, shape, CUDA, device, address, opened.loan)
+
+    def _named_by(self, handle: Handle, numbers: Sequence[object]) -> bytes:
+        """Returns what tells an allocation, or parts: these have numbers that only this lane knows."""
+        return handle.handle if handle.kind == BY_IPC else f"{id(self)} {numbers}".encode()
+
+    def _pieces(self, handle: Handle, numbers: Sequence[Any]) -> list[PeerPart]:
+        """Returns the parts of a handle.  Raises ValueError and ProtocolError if the caller made them up."""
+        if self._part is None and numbers:
+            raise ValueError("this lane has no parts")
+        pieces = [self._part(number) for number in numbers if self._part is not None]
+        if pieces and sum(piece.size for piece in pieces) != handle.size:
+            raise ValueError("the parts of a tensor have another size than it says")
+        return pieces
 
     def begin(self) -> None:
         """Closes what the present request does not name, and gives up the results of the last one."""

@@ -37,7 +37,7 @@ class Upkeep(NamedTuple):
     watchdog: Watchdog | None
     trims: EngineTrims
     pinned: PinnedBlocks
-    turn: AbstractContextManager[object] | None
+    turn: AbstractContextManager[object] | None = None
     """Held by each use of a model, one at a time; None: they need not take turns."""
 
 
@@ -65,7 +65,8 @@ class LaneService:
         self._prepared = PreparedCalls(lane, backend, self._token, self._pins, self._overlaps)
         self._placed = PlacedCalls(lane, backend, self._token)
         self._placed.overlaps = self._overlaps
-        self._devices = LaneDevices(keeps_open=backends.captures_graphs(backend), turn=self._turn)
+        keeps_open = backends.captures_graphs(backend)
+        self._devices = LaneDevices(keeps_open=keeps_open, turn=self._turn, part=lane.memories.part)
         lane.take_devices(self._devices.open)
         self._bound = DeviceCalls(lane, backend, self._token, self._devices)
         self._holds = 0

@@ -40,8 +40,9 @@ def init(self: Any, model: Any, options: Any = None, providers: Any = None, *mor
         name, of = (each, of) if isinstance(each, str) else each
         self.asked[name] = {key: str(value) for key, value in of.items()}
     if CUDA in self.asked:
-        providers, more = [CPU], ()
-    make_session(self, model, options, providers, *more, **named)
+        make_session(self, model, options, [CPU], **named)
+    else:  # without a driver
+        sessions.make_session(self, model, options, providers, *more, **named)
 
 
 def get_providers(self: Any) -> list[str]:

@@ -110,6 +110,29 @@ class FakeCuda:
         self._pop()
         self.check(code)
 
+    def reserve(self, nbytes: int) -> int:
+        """Reserves addresses, as torch does for an expandable segment."""
+        address = c_uint64()
+        self.check(self.library.cuMemAddressReserve(byref(address), c_size_t(nbytes), 0, 0, 0))
+        return address.value
+
+    def map_part(self, address: int, nbytes: int, device: int = 0) -> None:
+        """Maps new memory at reserved addresses; gives its handle back, so that unmapping frees it."""
+        part, properties = c_uint64(), ctypes.create_string_buffer(64)
+        self.activate(device)
+        self._push(device)
+        code = self.library.cuMemCreate(byref(part), c_size_t(nbytes), properties, c_uint64(0))
+        self._pop()
+        self.check(code)
+        at, size = c_uint64(address), c_size_t(nbytes)
+        self.check(self.library.cuMemMap(at, size, c_size_t(0), part, c_uint64(0)))
+        access = (c_int * 3)(1, self.handle(device), 3)
+        self.check(self.library.cuMemSetAccess(at, size, access, c_size_t(1)))
+        self.check(self.library.cuMemRelease(part))
+
+    def unmap_part(self, address: int, nbytes: int) -> None:
+        self.check(self.library.cuMemUnmap(c_uint64(address), c_size_t(nbytes)))
+
     def view(self, address: int, nbytes: int) -> memoryview:
         """The bytes behind a device's address, to be read and written."""
         at = self.library.fake_view(address, nbytes)
@@ -149,7 +172,7 @@ class FakeCuda:
 
     @property
     def parts(self) -> int:
-        """Handles of parts (cuMemRetainAllocationHandle) that were not released."""
+        """Allocations that are mapped by parts, or whose handles were not given back."""
         return int(self.library.fake_parts())
 
     def retained(self, device: int = 0) -> int:

@@ -9,7 +9,7 @@
  * Each argument is checked; what the driver answers with undefined behaviour is an error here, and counted
  * (fake_misuses).  FAKE_CUDA_* variables, read at each call, make it refuse:
  *   FAKE_CUDA_IPC=refuse        no handles and no descriptors (asynchronous pools)
- *   FAKE_CUDA_IPC=expandable    no handles, but descriptors (torch's expandable segments)
+ *   FAKE_CUDA_IPC=reserved      cuMemGetAddressRange tells the whole reserved range of mapped memory
  *   FAKE_CUDA_IPC=refuse-open   handles that nobody can open (another container)
  *   FAKE_CUDA_REGISTER=refuse   memory of the host is not pinned
  *   FAKE_CUDA_DEVICES=N         number of devices of the machine (1); CUDA_VISIBLE_DEVICES=1,0 chooses
@@ -51,11 +51,14 @@ typedef struct {
     int kind, device, fd, readable;
     u64 address, size, buffer;
     char *view;          /* private mapping of the data */
+    int part;            /* of mapped memory: its CUmemGenericAllocationHandle */
     Header *header;
     dev_t file_device; ino_t file;
 } Range;
 
-typedef struct { int used, fd; u64 size; } Part;  /* CUmemGenericAllocationHandle */
+/* CUmemGenericAllocationHandle: memory that is mapped by parts.  It lives as long as somebody holds it, in any
+ * process, so freeing early is no error. */
+typedef struct { int used, fd, mappings; u64 size; } Part;
 typedef struct { u64 address, size; } Pinned;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -139,13 +142,27 @@ static Context *current(void) { return depth ? stack[depth - 1] : NULL; }
 #define CHECK_STARTED if (!is_started()) return NOT_INITIALIZED
 #define CHECK_CONTEXT(name) CHECK_STARTED; if (!current()) return misused(name, INVALID_CONTEXT, 0, 0)
 
-/* The range that has all of size bytes at an address; NULL: there is none. */
-static Range *range_at(u64 address, u64 size) {
+/* The range that has all of size bytes at an address; NULL: there is none.  Reserved ranges have none. */
+static Range *range_of(u64 address, u64 size, int is_reserved) {
     for (int i = 0; i < most_ranges; i++)
-        if (ranges[i].kind && address >= ranges[i].address && address - ranges[i].address < ranges[i].size
+        if (ranges[i].kind && (ranges[i].kind == RESERVED) == is_reserved && address >= ranges[i].address && address - ranges[i].address < ranges[i].size
             && size <= ranges[i].size - (address - ranges[i].address))
             return &ranges[i];
     return NULL;
+}
+
+static Range *range_at(u64 address, u64 size) { return range_of(address, size, 0); }
+
+/* The first of the ranges that have all of size bytes at an address: one, or parts side by side. */
+static Range *ranges_at(u64 address, u64 size) {
+    Range *first = range_at(address, 0);
+    u64 end = address + size;
+    for (Range *next = first; next && next->address + next->size < end;) {
+        u64 at = next->address + next->size;
+        next = next->kind == MAPPED ? range_at(at, 0) : NULL;
+        if (!next || next->kind != MAPPED || next->device != first->device || !next->readable) return NULL;
+    }
+    return first;
 }
 
 static Range *new_range(void) {
@@ -303,20 +320,19 @@ static CUresult allocate(u64 *address, u64 size, int kind) {
     LOCKED;
     Range *range = new_range();
     int fd = memfd_create("fake-cuda", MFD_CLOEXEC);
-    u64 kept = is("FAKE_CUDA_IPC", "expandable") ? padded(size) : size;
-    if (!range || fd < 0 || ftruncate(fd, PAGE + padded(kept))) {
+    if (!range || fd < 0 || ftruncate(fd, PAGE + padded(size))) {
         if (fd >= 0) close(fd);
         UNLOCKED;
         return OUT_OF_MEMORY;
     }
-    Header made = {.magic = MAGIC, .device = current()->device, .size = kept};
+    Header made = {.magic = MAGIC, .device = current()->device, .size = size};
     uuid_of(made.device, made.uuid);
     if (pwrite(fd, &made, sizeof made, 0) != sizeof made || !map_range(range, fd, 0)) {
         close(fd);
         UNLOCKED;
         return OUT_OF_MEMORY;
     }
-    if (kind == MANAGED) mprotect((void *)(uintptr_t)range->address, padded(kept), PROT_READ | PROT_WRITE);
+    if (kind == MANAGED) mprotect((void *)(uintptr_t)range->address, padded(size), PROT_READ | PROT_WRITE);
     range->fd = fd;
     range->kind = kind;
     range->device = made.device;
@@ -361,7 +377,6 @@ API cuPointerGetAttributes(unsigned count, int *attributes, void **data, u64 add
     if (!count || !attributes || !data) return misused(name, INVALID_VALUE, address, 0);
     LOCKED;
     Range *range = range_at(address, 0);
-    if (range && range->kind == RESERVED) range = NULL;
     int is_pinned = 0;
     for (int i = 0; i < most_pinned && !range; i++)
         is_pinned |= pinned[i].size && address >= pinned[i].address && address - pinned[i].address < pinned[i].size;
@@ -395,6 +410,7 @@ API cuMemGetAddressRange_v2(u64 *base, size_t *size, u64 address) {
     CHECK_CONTEXT("cuMemGetAddressRange_v2");
     LOCKED;
     Range *range = range_at(address, 0);
+    if (range && range->kind == MAPPED && is("FAKE_CUDA_IPC", "reserved")) range = range_of(address, 0, 1);
     if (range) {
         if (base) *base = range->address;
         if (size) *size = range->size;
@@ -411,7 +427,7 @@ static char *view_of(Range *range, u64 address) {
 /* Where bytes on the current device are; NULL: they are not all in one allocation of it. */
 static char *device_bytes(u64 address, u64 size) {
     LOCKED;
-    Range *range = range_at(address, size);
+    Range *range = ranges_at(address, size);
     int good = range && range->readable && range->device == current()->device && !range->header->freed;
     char *found = good ? view_of(range, address) : NULL;
     UNLOCKED;
@@ -462,10 +478,12 @@ typedef struct { unsigned magic; int pid, fd, device; u64 size; char uuid[16]; }
 
 API cuIpcGetMemHandle(IpcHandle *handle, u64 address) {
     CHECK_CONTEXT("cuIpcGetMemHandle");
-    if (is("FAKE_CUDA_IPC", "refuse") || is("FAKE_CUDA_IPC", "expandable") || !handle)
-        return told("cuIpcGetMemHandle", INVALID_VALUE, address, 0);
     LOCKED;
     Range *range = range_at(address, 0);
+    if (is("FAKE_CUDA_IPC", "refuse") || !handle || (range && range->kind == MAPPED)) {
+        UNLOCKED;
+        return told("cuIpcGetMemHandle", INVALID_VALUE, address, 0);
+    }
     Packed packed = {.magic = MAGIC, .pid = getpid()};
     int good = range && range->address == address && range->kind == ALLOCATED && range->device == current()->device;
     if (good) {
@@ -540,28 +558,50 @@ static Part *part_of(u64 handle) {
 }
 
 static u64 new_part(int fd, u64 size) {
-    for (int i = 0; i < MOST; i++)
-        if (!parts[i].used) {
+    for (int i = 0; i < MOST && fd >= 0; i++)
+        if (!parts[i].used && !parts[i].mappings) {
             parts[i] = (Part){.used = 1, .fd = fd, .size = size};
             return i + 1;
         }
     return 0;
 }
 
+/* An allocation is gone when nobody has its handle and it is mapped nowhere. */
+static void drop_part(Part *part) {
+    if (!part->used && !part->mappings) close(part->fd);
+}
+
+API cuMemCreate(u64 *handle, size_t size, const void *properties, u64 flags) {
+    static const char name[] = "cuMemCreate";
+    CHECK_CONTEXT(name);
+    if (!handle || !size || size % PAGE || !properties || flags) return misused(name, INVALID_VALUE, 0, size);
+    Header made = {.magic = MAGIC, .device = current()->device, .size = size};
+    uuid_of(made.device, made.uuid);
+    int fd = memfd_create("fake-cuda-part", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, PAGE + size) || pwrite(fd, &made, sizeof made, 0) != sizeof made) return OUT_OF_MEMORY;
+    LOCKED;
+    *handle = new_part(fd, size);
+    UNLOCKED;
+    return told(name, *handle ? SUCCESS : OUT_OF_MEMORY, *handle, size);
+}
+
+/* Other memory than that which is mapped by parts has none. */
 API cuMemRetainAllocationHandle(u64 *handle, void *address) {
     static const char name[] = "cuMemRetainAllocationHandle";
     CHECK_STARTED;
-    if (!handle || !is("FAKE_CUDA_IPC", "expandable")) return told(name, INVALID_VALUE, (u64)(uintptr_t)address, 0);
+    if (!handle) return misused(name, INVALID_VALUE, 0, 0);
     LOCKED;
     Range *range = range_at((u64)(uintptr_t)address, 0);
-    *handle = range && range->kind == ALLOCATED ? new_part(fcntl(range->fd, F_DUPFD_CLOEXEC, 0), range->size) : 0;
+    *handle = range && range->kind == MAPPED ? range->part : 0;
+    if (*handle) parts[*handle - 1].used++;
     UNLOCKED;
-    return *handle ? told(name, SUCCESS, *handle, 0) : misused(name, INVALID_VALUE, (u64)(uintptr_t)address, 0);
+    return told(name, *handle ? SUCCESS : INVALID_VALUE, (u64)(uintptr_t)address, *handle);
 }
 
 API cuMemExportToShareableHandle(void *fd, u64 handle, int type, u64 flags) {
     static const char name[] = "cuMemExportToShareableHandle";
     CHECK_STARTED;
+    if (is("FAKE_CUDA_IPC", "refuse")) return told(name, INVALID_VALUE, handle, 0);
     LOCKED;
     Part *part = part_of(handle);
     int good = fd && part && type == 1 && !flags;
@@ -575,12 +615,13 @@ API cuMemImportFromShareableHandle(u64 *handle, void *descriptor, int type) {
     CHECK_STARTED;
     Header header;
     int fd = (int)(uintptr_t)descriptor;
+    if (is("FAKE_CUDA_IPC", "refuse-open")) return told(name, NOT_PERMITTED, 0, 0);
     if (!handle || type != 1 || pread(fd, &header, sizeof header, 0) != sizeof header || header.magic != MAGIC)
         return misused(name, INVALID_VALUE, 0, 0);
     LOCKED;
     *handle = new_part(fcntl(fd, F_DUPFD_CLOEXEC, 0), header.size);
     UNLOCKED;
-    return told(name, *handle ? SUCCESS : OUT_OF_MEMORY, *handle, 0);
+    return told(name, *handle ? SUCCESS : OUT_OF_MEMORY, *handle, header.size);
 }
 
 API cuMemRelease(u64 handle) {
@@ -588,19 +629,21 @@ API cuMemRelease(u64 handle) {
     LOCKED;
     Part *part = part_of(handle);
     if (part) {
-        close(part->fd);
-        part->used = 0;
+        part->used--;
+        drop_part(part);
     }
     UNLOCKED;
     return part ? told("cuMemRelease", SUCCESS, handle, 0) : misused("cuMemRelease", INVALID_VALUE, handle, 0);
 }
 
+/* The public address has no rights; beside it there is one as large for the functions here. */
 API cuMemAddressReserve(u64 *address, size_t size, size_t alignment, u64 wanted, u64 flags) {
+    static const char name[] = "cuMemAddressReserve";
     CHECK_STARTED;
-    if (!address || !size || size % PAGE || alignment || wanted || flags)
-        return misused("cuMemAddressReserve", INVALID_VALUE, 0, size);
+    if (!address || !size || size % PAGE || alignment || wanted || flags) return misused(name, INVALID_VALUE, 0, size);
     void *at = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) return OUT_OF_MEMORY;
+    void *view = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED || view == MAP_FAILED) return OUT_OF_MEMORY;
     LOCKED;
     Range *range = new_range();
     if (range) {
@@ -608,17 +651,29 @@ API cuMemAddressReserve(u64 *address, size_t size, size_t alignment, u64 wanted,
         range->address = *address = (u64)(uintptr_t)at;
         range->size = size;
         range->device = -1;
+        range->view = view;
     }
     UNLOCKED;
-    return told("cuMemAddressReserve", range ? SUCCESS : OUT_OF_MEMORY, *address, size);
+    return told(name, range ? SUCCESS : OUT_OF_MEMORY, *address, size);
+}
+
+static int is_mapped(u64 address, u64 size) {
+    for (int i = 0; i < MOST; i++)
+        if (ranges[i].kind == MAPPED && ranges[i].address < address + size
+            && address < ranges[i].address + ranges[i].size)
+            return 1;
+    return 0;
 }
 
 API cuMemAddressFree(u64 address, size_t size) {
     CHECK_STARTED;
     LOCKED;
-    Range *range = range_at(address, size);
-    int good = range && range->kind == RESERVED && range->address == address && range->size == size;
-    if (good) drop_range(range, 0);
+    Range *range = range_of(address, size, 1);
+    int good = range && range->address == address && range->size == size && !is_mapped(address, size);
+    if (good) {
+        munmap(range->view, size);
+        drop_range(range, 0);
+    }
     UNLOCKED;
     return (good ? told : misused)("cuMemAddressFree", good ? SUCCESS : INVALID_VALUE, address, size);
 }
@@ -626,28 +681,39 @@ API cuMemAddressFree(u64 address, size_t size) {
 API cuMemMap(u64 address, size_t size, size_t offset, u64 handle, u64 flags) {
     CHECK_STARTED;
     LOCKED;
-    Range *range = range_at(address, size);
+    Range *reserved = range_of(address, size, 1), *range = new_range();
     Part *part = part_of(handle);
-    int good = range && part && range->kind == RESERVED && range->address == address && range->size == size
-               && part->size == size && !offset && !flags && map_range(range, part->fd, address);
+    int good = reserved && range && part && part->size == size && !(address % PAGE) && !offset && !flags
+               && !is_mapped(address, size);
     if (good) {
-        range->kind = MAPPED;
-        range->buffer = ++last_buffer;
-        __atomic_fetch_add(&range->header->open, 1, __ATOMIC_SEQ_CST);
+        char *view = reserved->view + (address - reserved->address);
+        void *header = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, part->fd, 0);
+        void *at = mmap(view, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, part->fd, PAGE);
+        if ((good = header != MAP_FAILED && at != MAP_FAILED)) {
+            *range = (Range){.kind = MAPPED, .device = -1, .fd = -1, .address = address, .size = size,
+                             .view = view, .part = (int)handle, .header = header};
+            part->mappings++;
+        }
     }
     UNLOCKED;
     return (good ? told : misused)("cuMemMap", good ? SUCCESS : INVALID_VALUE, address, size);
 }
 
+/* For all parts in a range of addresses. */
 API cuMemSetAccess(u64 address, size_t size, const Access *access, size_t count) {
     CHECK_STARTED;
     LOCKED;
-    Range *range = range_at(address, size);
-    int good = range && range->kind == MAPPED && range->address == address && range->size == size && count == 1
-               && access && access->location_type == 1 && access->flags == 3 && is_device(access->location_id);
-    if (good) {
-        range->device = access->location_id - DEVICE_HANDLES;
-        range->readable = 1;
+    int good = count == 1 && access && access->location_type == 1 && access->flags == 3
+               && is_device(access->location_id);
+    u64 end = address + size;
+    for (u64 at = address; good && at < end;) {
+        Range *range = range_at(at, 0);
+        good = range && range->kind == MAPPED && range->address == at && at + range->size <= end;
+        if (good) {
+            range->device = access->location_id - DEVICE_HANDLES;
+            range->readable = 1;
+            at += range->size;
+        }
     }
     UNLOCKED;
     return (good ? told : misused)("cuMemSetAccess", good ? SUCCESS : INVALID_VALUE, address, size);
@@ -659,11 +725,12 @@ API cuMemUnmap(u64 address, size_t size) {
     Range *range = range_at(address, size);
     int good = range && range->kind == MAPPED && range->address == address && range->size == size;
     if (good) {
-        __atomic_fetch_sub(&range->header->open, 1, __ATOMIC_SEQ_CST);
-        munmap(range->header, PAGE + padded(range->header->size));
-        range->header = NULL;
-        range->kind = RESERVED;
-        range->readable = 0;
+        Part *part = &parts[range->part - 1];
+        mmap(range->view, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        munmap(range->header, PAGE);
+        range->kind = FREE;
+        part->mappings--;
+        drop_part(part);
     }
     UNLOCKED;
     return (good ? told : misused)("cuMemUnmap", good ? SUCCESS : INVALID_VALUE, address, size);
@@ -722,7 +789,7 @@ API cuMemHostUnregister(void *at) {
 COUNT(fake_allocations, ranges, ranges[i].kind == ALLOCATED || ranges[i].kind == MANAGED)
 COUNT(fake_open_handles, ranges, ranges[i].kind == OPENED || ranges[i].kind == MAPPED || ranges[i].kind == RESERVED)
 COUNT(fake_registered, pinned, pinned[i].size)
-COUNT(fake_parts, parts, parts[i].used)
+COUNT(fake_parts, parts, parts[i].used || parts[i].mappings)
 API fake_misuses(void) { return misuses; }
 API fake_depth(void) { return depth; }
 API fake_retained(int ordinal) { return ordinal >= 0 && ordinal < MOST_DEVICES ? contexts[ordinal].retained : -1; }
@@ -730,7 +797,7 @@ API fake_retained(int ordinal) { return ordinal >= 0 && ordinal < MOST_DEVICES ?
 /* An address at which the host may read and write what a device has at its own; 0: that is no device's. */
 __attribute__((visibility("default"))) u64 fake_view(u64 address, u64 size) {
     LOCKED;
-    Range *range = range_at(address, size);
+    Range *range = ranges_at(address, size);
     u64 found = range && range->readable ? (u64)(uintptr_t)view_of(range, address) : 0;
     UNLOCKED;
     return found;

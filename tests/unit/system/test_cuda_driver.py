@@ -14,13 +14,13 @@ import pytest
 
 from onnx_dl.system import cuda_driver
 from onnx_dl.system.cuda_driver import CudaDriver, loaded
-from onnx_dl.system.cuda_types import DevicePointer, DriverError, Exported
+from onnx_dl.system.cuda_types import DevicePointer, DriverError
 from tests.support import fake_cuda
 from tests.support.fake_cuda import FakeCuda
 from tests.support.waiting import DEADLINE
 
 WORDS = bytes(range(200))
-HANDLE_OF_NOBODY = Exported("ipc", bytes(64), -1)
+HANDLE_OF_NOBODY = bytes(64)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_only_the_driver_and_its_table_name_functions() -> None:
     assert {name for name, tree in TREES.items() if names(tree)} == {
         "system.cuda_calls",
         "system.cuda_driver",
+        "system.cuda_parts",
     }
 
 
@@ -352,75 +353,127 @@ def owner() -> None:
     pointer = driver.pointer(address + 700)
     assert pointer is not None
     exported = driver.export(pointer)
-    assert (exported.kind, len(exported.handle), exported.fd) == ("ipc", 64, -1)
-    run_apart(importer, tuple(exported), 5000, env=os.environ)
+    assert len(exported) == 64
+    run_apart(importer, exported, 5000, env=os.environ)
     assert cuda.read(address + 200, 200) == WORDS
     assert cuda.misuses == 0
     with pytest.raises(DriverError) as caught:
-        driver.open(0, exported, 5000)  # a process cannot open what is its own
+        driver.open(0, exported)  # a process cannot open what is its own
     assert caught.value.function == "cuIpcOpenMemHandle_v2"
     cuda.free(address)
 
 
-def importer(exported: tuple[str, bytes, int], size: int) -> None:
+def importer(handle: bytes, size: int) -> None:
     cuda, driver = started()
-    base = driver.open(0, Exported(*exported), size)
+    base = driver.open(0, handle)
     assert cuda.open_handles == 1
     assert driver.pointer(base + 1) == DevicePointer(0, 1, base, size)
     driver.copy_on_device(0, base + 200, base, 200)
     assert cuda.misuses == 0
-    if exported[0] == "ipc":
-        with pytest.raises(DriverError) as caught:
-            driver.open(0, Exported(*exported), size)
-        assert caught.value.code == 208, "the stand-in opens an allocation once, so that openers must count"
-        with pytest.raises(DriverError):
-            driver.close(0, base + 1, "ipc", size)
-    driver.close(0, base, exported[0], size)
-    assert (cuda.open_handles, cuda.parts, cuda.depth) == (0, 0, 0)
+    with pytest.raises(DriverError) as caught:
+        driver.open(0, handle)
+    assert caught.value.code == 208, "the stand-in opens an allocation once, so that openers must count"
     with pytest.raises(DriverError):
-        driver.close(0, base, exported[0], size)
-    again = driver.open(0, Exported(*exported), size)
-    driver.close(0, again, exported[0], size)
+        driver.close(0, base + 1)
+    driver.close(0, base)
+    assert (cuda.open_handles, cuda.depth) == (0, 0)
+    with pytest.raises(DriverError):
+        driver.close(0, base)
+    again = driver.open(0, handle)
+    driver.close(0, again)
 
 
 def test_an_allocation_in_another_process(apart: Try) -> None:
     apart(owner)
 
 
+def segment(cuda: FakeCuda, *sizes: int) -> int:
+    """Memory that is mapped by parts; there are as many addresses again behind it."""
+    address = place = cuda.reserve(2 * sum(sizes))
+    for size in sizes:
+        cuda.map_part(place, size)
+        place += size
+    return address
+
+
 def owner_of_parts() -> None:
     cuda, driver = started()
-    address = cuda.allocate(5000)
-    cuda.write(address, WORDS)
-    pointer = driver.pointer(address)
-    assert pointer is not None and pointer.size == 8192
-    exported = driver.export(pointer)
-    assert (exported.kind, exported.handle) == ("fd", b"")
-    assert (cuda.parts, cuda.misuses) == (0, 0)
-    assert not os.get_inheritable(exported.fd)
-    os.set_inheritable(exported.fd, True)
-    run_apart(importer, tuple(exported), 8192, env=os.environ, close_fds=False)
-    os.close(exported.fd)
-    assert cuda.read(address + 200, 200) == WORDS
+    address = segment(cuda, 4096, 8192, 4096)
+    cuda.write(address + 4000, WORDS)
+    parts = [driver.parts.at(0, address + offset) for offset in (0, 5000, 12288)]
+    assert [part and (part.base - address, part.size) for part in parts] == [
+        (0, 4096),
+        (4096, 8192),
+        (12288, 4096),
+    ]
+    found = [part for part in parts if part is not None]
+    assert len({part.handle for part in found}) == 3
+    again = driver.parts.at(0, address)
+    assert again == found[0], "the handle at an address is the one that was mapped there"
+    driver.parts.release(again.handle)
+    with pytest.raises(DriverError):
+        driver.export(DevicePointer(0, 0, address, 4096))
+    fds = [driver.parts.export(part) for part in found]
+    for part, fd in zip(found, fds, strict=True):
+        driver.parts.release(part.handle)
+        assert not os.get_inheritable(fd)
+        os.set_inheritable(fd, True)
+    given = [(fd, part.size) for fd, part in zip(fds, found, strict=True)]
+    run_apart(importer_of_parts, given, env=os.environ, close_fds=False)
+    assert cuda.read(address + 4200, 200) == WORDS
+    assert (cuda.parts, cuda.depth, cuda.misuses) == (3, 0, 0)
 
 
-def test_a_part_of_a_range_in_another_process(apart: Try) -> None:
-    apart(owner_of_parts, IPC="expandable")
-
-
-def wrong_parts() -> None:
+def importer_of_parts(parts: list[tuple[int, int]]) -> None:
     cuda, driver = started()
-    pointer = driver.pointer(cuda.allocate(4096))
-    assert pointer is not None
-    exported = driver.export(pointer)
-    for size in (8192, 100):
+    base = driver.parts.open(0, parts)
+    pointer = driver.pointer(base + 5000)
+    assert pointer is not None and pointer.device == 0
+    driver.copy_on_device(0, base + 4200, base + 4000, 200)  # from two parts
+    assert cuda.misuses == 0
+    driver.parts.close(0, base, [size for _, size in parts])
+    assert (cuda.open_handles, cuda.parts, cuda.depth) == (0, 0, 0)
+    wrong = [(fd, size + 4096 * (index == 1)) for index, (fd, size) in enumerate(parts)]
+    for given in (wrong, [*parts, (os.open("/dev/null", os.O_RDWR), 4096)]):
         with pytest.raises(DriverError):
-            driver.open(0, exported, size)
+            driver.parts.open(0, given)
     assert (cuda.open_handles, cuda.parts, cuda.depth) == (0, 0, 0), "what was done is undone"
-    os.close(exported.fd)
 
 
-def test_a_part_that_cannot_be_mapped_is_left_as_it_was(apart: Try) -> None:
-    apart(wrong_parts, IPC="expandable")
+def test_parts_of_a_range_in_another_process(apart: Try) -> None:
+    apart(owner_of_parts)
+
+
+def other_parts() -> None:
+    cuda, driver = started()
+    address = segment(cuda, 4096, 4096)
+    assert driver.parts.cover(0, address + 100, 8000) and not driver.parts.cover(0, address + 100, 8192)
+    assert driver.parts.at(0, address + 8192) is None, "nothing is mapped there"
+    assert driver.parts.at(0, cuda.allocate(4096)) is None, "it is not mapped by parts"
+    old = driver.parts.at(0, address)
+    assert old is not None
+    cuda.unmap_part(address, 4096)
+    cuda.map_part(address, 4096)
+    new = driver.parts.at(0, address)
+    assert new is not None and new.handle != old.handle, "the old handle is kept, so no other has it"
+    for part in (old, new):
+        driver.parts.release(part.handle)
+    assert (cuda.parts, cuda.depth, cuda.misuses) == (2, 0, 0)
+
+
+def test_a_part_that_was_mapped_in_place_of_another(apart: Try) -> None:
+    apart(other_parts)
+
+
+def untold_parts() -> None:
+    cuda, driver = started()
+    address = segment(cuda, 4096, 4096)
+    assert driver.parts.at(0, address) is None
+    assert (cuda.parts, cuda.depth, cuda.misuses) == (2, 0, 0)
+
+
+def test_a_driver_that_tells_no_parts_but_the_range(apart: Try) -> None:
+    apart(untold_parts, IPC="reserved")
 
 
 def refused() -> None:
@@ -440,7 +493,7 @@ def test_memory_that_cannot_be_exported(apart: Try) -> None:
 def not_opened() -> None:
     cuda, driver = started()
     with pytest.raises(DriverError, match="CUDA_ERROR_MAP_FAILED"):
-        driver.open(0, HANDLE_OF_NOBODY, 64)
+        driver.open(0, HANDLE_OF_NOBODY)
     assert (cuda.open_handles, cuda.depth) == (0, 0)
 
 

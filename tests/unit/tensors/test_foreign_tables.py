@@ -48,7 +48,7 @@ class Told:
     def shared(self, block: int, size: int, fd: int) -> None:
         raise AssertionError("no block is shared here")
 
-    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
+    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
         os.close(fd)
         self.new.append(memory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from onnx_dl.ort.ortvalues import Parts
 from onnx_dl.protocol.lane import Plain
 from onnx_dl.system.cuda_types import DevicePointer, DriverError
 from onnx_dl.tensors.device_values import DeviceTensor, Handle, UnopenedTensor, handle_from, size_of
+from onnx_dl.tensors.foreign_tables import PeerPart
 from onnx_dl.workers.device_memory import LaneDevices, OpenAllocations
 from onnx_dl.workers.engines.base import DeviceResults
 
 UUID = b"u" * 16
 HANDLE = Handle(1, [2, 3], UUID, 7, "ipc", b"h" * 64, 256, 24, 1024)
+PARTS = Handle(1, [2, 3], UUID, 0, "parts", b"", 256, 24, 1024)
 
 
 class Driver:
@@ -30,19 +33,19 @@ class Driver:
     def device_of(self, uuid: bytes) -> int | None:
         return 3 if uuid == UUID else None
 
-    def open(self, device: int, exported: Any, size: int) -> int:
+    def open(self, device: int, handle: bytes) -> int:
         if self.refuses:
             raise DriverError(201, "cuIpcOpenMemHandle_v2", "CUDA_ERROR_INVALID_CONTEXT")
-        assert exported.handle not in self.open_now.values(), "a driver opens a handle once"
+        assert handle not in self.open_now.values(), "a driver opens a handle once"
         self.opened += 1
         address = self.opened * 4096
-        self.open_now[address] = exported.handle
+        self.open_now[address] = handle
         return address
 
     def pointer(self, address: int) -> DevicePointer:
         return DevicePointer(3, 1, address, self.size)
 
-    def close(self, device: int, address: int, kind: str, size: int) -> None:
+    def close(self, device: int, address: int) -> None:
         del self.open_now[address]
 
     def synchronize(self, device: int) -> None:
@@ -59,8 +62,10 @@ def allocations() -> OpenAllocations:
     return OpenAllocations()
 
 
-def lane(driver: Driver | None, allocations: OpenAllocations, *, keeps_open: bool = False) -> LaneDevices:
-    return LaneDevices(keeps_open=keeps_open, allocations=allocations, loaded=lambda: driver)  # type: ignore
+def lane(
+    driver: Driver | None, allocations: OpenAllocations, *, keeps_open: bool = False, part: Any = None
+) -> LaneDevices:
+    return LaneDevices(keeps_open=keeps_open, part=part, allocations=allocations, loaded=lambda: driver)  # type: ignore
 
 
 def test_two_tensors_of_an_allocation_open_it_once(driver: Driver, allocations: OpenAllocations) -> None:
@@ -146,6 +151,47 @@ def test_a_model_with_cuda_graphs_does_not_keep_everything(
         assert len(driver.open_now) <= 65
 
 
+class Mapped:
+    """Parts that a driver has mapped, by address."""
+
+    def __init__(self) -> None:
+        self.now: dict[int, list[int]] = {}
+        self.opened = 0
+
+    def open(self, device: int, parts: list[tuple[int, int]]) -> int:
+        self.opened += 1
+        address = self.opened << 20
+        self.now[address] = [size for _, size in parts]
+        return address
+
+    def close(self, device: int, address: int, sizes: tuple[int, ...]) -> None:
+        assert self.now.pop(address) == list(sizes)
+
+
+def test_parts_are_opened_side_by_side(driver: Driver, allocations: OpenAllocations) -> None:
+    mapped = driver.parts = Mapped()  # type: ignore[attr-defined]
+    announced = {number: PeerPart(os.open("/dev/null", os.O_RDONLY), 512) for number in (4, 5, 6)}
+    one = lane(driver, allocations, part=announced.__getitem__)
+    first, again = one.open([PARTS, 4, 5]), one.open([PARTS._replace(offset=0), 4, 5])
+    assert isinstance(first, DeviceTensor) and isinstance(again, DeviceTensor)
+    assert first.address == again.address + 256 and mapped.now == {again.address: [512, 512]}
+    one.begin()
+    other = one.open([PARTS, 4, 6])
+    assert isinstance(other, DeviceTensor) and other.address != first.address
+    one.begin()
+    assert list(mapped.now) == [other.address - 256]
+    with pytest.raises(ValueError, match="another size"):
+        one.open([PARTS, 4])
+    two = lane(driver, allocations, part=announced.__getitem__)
+    two.open([PARTS, 4, 6])  # of another lane, where the numbers are those of other parts
+    assert len(mapped.now) == 2
+    one.close()
+    two.close()
+    assert not mapped.now and not len(allocations)
+    with pytest.raises(ValueError, match="no parts"):
+        lane(driver, allocations).open([PARTS, 4, 6])
+
+
 def test_why_a_tensor_is_not_opened(driver: Driver, allocations: OpenAllocations) -> None:
     unopened = lane(None, allocations).open([HANDLE])
     assert isinstance(unopened, UnopenedTensor) and "uses no GPU" in unopened.reason
@@ -168,6 +214,7 @@ def test_why_a_tensor_is_not_opened(driver: Driver, allocations: OpenAllocations
         {"element_type": 8},
         {"element_type": 99},
         {"kind": "fd"},
+        {"kind": "parts"},
         {"offset": -1},
         {"offset": 1001},
         {"nbytes": 48},
@@ -183,7 +230,9 @@ def test_a_handle_that_contradicts_itself(changed: dict[str, Any]) -> None:
         handle_from([HANDLE._replace(**changed)])
 
 
-@pytest.mark.parametrize("items", [[], [None], [HANDLE[:-1]], [HANDLE, HANDLE], [5]], ids=str)
+@pytest.mark.parametrize(
+    "items", [[], [None], [HANDLE[:-1]], [HANDLE, HANDLE], [HANDLE, 1], [5], [PARTS], [PARTS, "1"]], ids=str
+)
 def test_parts_that_are_no_handle(items: list[Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         handle_from(items)
