@@ -8,7 +8,7 @@ from onnx_dl.client.acquisition import Lease
 from onnx_dl.client.pending_call import PendingCall, abandon
 from onnx_dl.client.remote_model import RemoteModel
 from onnx_dl.client.served_model import ServedModel
-from onnx_dl.protocol.lane import Invoke
+from onnx_dl.protocol.lane import Invoke, SameResult
 from onnx_dl.tensors.call_plans import DEVICE_RUNS
 from onnx_dl.transport.call_channel import SAME
 
@@ -27,12 +27,9 @@ def repeat(model: ServedModel, lease: Lease, number: int) -> bool:
     if not isinstance(model, RemoteModel) or number not in DEVICE_RUNS:
         return False
     pool = model.worker.usable_by(lease)
-    if pool is None or pool.over_zmq or lease.closed or model.connection.closed:
+    if pool is None or lease.closed or model.connection.closed:
         return False
-    lanes = pool.idle[lease.terms.latency]
-    try:
-        lane = lanes.pop()
-    except IndexError:
+    if (lane := pool.take(lease.terms.latency)) is None:
         return False
     if lane.arena.memories.has_news:  # a number alone would not tell the worker
         pool.put(lane)
@@ -42,9 +39,10 @@ def repeat(model: ServedModel, lease: Lease, number: int) -> bool:
     except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
         abandon(pool, lane, error)
         raise
-    if reply != SAME:
+    if reply != SAME and type(reply) is not SameResult:
         PendingCall(pool, lane, _REQUEST).conclude(reply)
         return False
+    lanes = pool.idle[lane.latency]
     lanes.append(lane)  # and as in pool.put(), but the size of the lane is what it was
     if pool.is_gone:
         pool.close_idle()

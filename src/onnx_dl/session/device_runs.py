@@ -171,9 +171,7 @@ class DeviceRuns:
             if run(self._number, bound[: len(inputs)], bound[len(inputs) :]) is not None:
                 return False
         self._is_known = True
-        if all(
-            handle.handle.buffer for handle in handles
-        ):  # parts have none: they are looked at before each run
+        if all(handle.handle.buffer for handle in handles):  # parts have none: they are looked at each time
             self._keep(places, handles)
         return True
 

@@ -103,6 +103,8 @@ class LaneService:
                 return
             token.number = lane.request
             kind: object = type(request)
+            if kind is m.Replay and request.plan >= DEVICE_RUNS.start:  # a number, over ZeroMQ
+                request, kind = request.plan, int
             if kind is not int:  # a number brings no news of memories
                 self._placed.drop_unmapped()
                 if self._devices.is_used and kind is not m.Invoke:

@@ -11,7 +11,14 @@ import pytest
 
 from onnx_dl.errors import DescriptorsExhausted, ForeignMemoryError, ProtocolError
 from onnx_dl.system import descriptor_limits
-from onnx_dl.tensors.foreign import ForeignArray, ForeignMemory, bytes_of, read_into, write_from
+from onnx_dl.tensors.foreign import (
+    ForeignArray,
+    ForeignMemory,
+    SharedDescriptor,
+    bytes_of,
+    read_into,
+    write_from,
+)
 from onnx_dl.tensors.foreign_tables import (
     MOST_NAMED,
     RESERVE,
@@ -39,6 +46,7 @@ class Told:
     def __init__(self) -> None:
         self.room = 64
         self.new: list[int] = []
+        self.kinds: list[bool | None] = []
         self.dropped_numbers: list[int] = []
 
     @property
@@ -51,6 +59,7 @@ class Told:
     def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
         os.close(fd)
         self.new.append(memory)
+        self.kinds.append(is_mapped)
 
     def dropped(self, block: int) -> None:
         self.dropped_numbers.append(block)
@@ -182,6 +191,32 @@ def test_the_worker_takes_files_only() -> None:
     for fd in (*os.pipe(), os.open("/dev/null", os.O_RDWR), os.eventfd(0)):
         with pytest.raises(ProtocolError, match="not a regular file"):
             kept.add(1, 0, False, fd)
+
+
+def test_memory_of_a_gpu_is_no_file_and_a_file_is_none() -> None:
+    kept = PeerMemories(2)
+    kept.add_part(1, 4096, os.open("/dev/null", os.O_RDWR))
+    kept.add(2, 64, False, memfd(64))
+    assert (kept.part(1).size, kept.memory(2).size) == (4096, 64)
+    for find, number in ((kept.memory, 1), (kept.part, 2), (kept.part, 3)):
+        with pytest.raises(ProtocolError):
+            find(number)
+    with pytest.raises(ProtocolError):  # too many
+        kept.add_part(3, 4096, os.open("/dev/null", os.O_RDWR))
+    kept.drop([1])
+    with pytest.raises(ProtocolError):
+        kept.part(1)
+
+
+def test_parts_are_announced_as_what_they_are(known: AnnouncedMemories, told: Told) -> None:
+    part = SharedDescriptor(os.open("/dev/null", os.O_RDWR), 4096)
+    known.next_message()
+    assert known.number(part) == known.number(part) == 1
+    assert told.kinds == [None]
+    part.close()
+    assert known.has_news
+    known.next_message()
+    assert told.dropped_numbers == [1]
 
 
 def test_a_mapping_lives_as_long_as_its_arrays() -> None:
