@@ -32,6 +32,8 @@ class Overlaps:
         """Time until which no call is alone."""
         self._alone: int | None = None
         """Thread whose call was told that it is alone."""
+        self._since = float("-inf")
+        """Time at which it was told."""
 
     def begin(self) -> None:
         """Notes that a call has begun; before it uses the session.
@@ -41,15 +43,18 @@ class Overlaps:
         if self._in_flight() <= 1:
             return
         with self._changed:
-            self._until = self._clock() + _FOR
-            self._changed.wait_for(lambda: self._alone is None, _TAKEN_WITHIN)
+            now = self._clock()
+            self._until = now + _FOR
+            if (left := self._since + _TAKEN_WITHIN - now) > 0:
+                self._changed.wait_for(lambda: self._alone is None, left)
 
     def is_alone(self) -> bool:
         """True if no other call uses the session, until :meth:`end`."""
         with self._changed:
-            if self._in_flight() > 1 or self._clock() < self._until:
+            now = self._clock()
+            if self._in_flight() > 1 or now < self._until:
                 return False
-            self._alone = threading.get_ident()
+            self._alone, self._since = threading.get_ident(), now
             return True
 
     def end(self) -> None:

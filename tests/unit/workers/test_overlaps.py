@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from onnx_dl.workers.overlaps import Overlaps
 from tests.support.waiting import DEADLINE
 
@@ -67,3 +69,13 @@ def test_a_call_waits_for_one_that_took_itself_for_alone() -> None:
     worker.end()
     worker.now += 1
     assert worker.overlaps.is_alone()
+
+
+def test_nobody_waits_for_a_call_that_has_its_stream_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker()
+    worker.begin()
+    assert worker.overlaps.is_alone()
+    worker.now += 1
+    monkeypatch.setattr(worker.overlaps._changed, "wait_for", None, raising=False)
+    worker.begin()
+    assert not worker.overlaps.is_alone()
