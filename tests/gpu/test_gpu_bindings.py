@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks.models import Case
+from onnx import TensorProto, helper
 
 from onnx_dl import ModelHost, WorkerDied
 from tests.support.gpu import (
@@ -120,6 +121,36 @@ def test_an_array_of_the_host_is_read_when_it_is_bound(make: Make) -> None:
     for _ in range(3):
         session.run_with_iobinding(binding)
         equal(binding.copy_outputs_to_cpu(), results(case, 0))
+
+
+def test_an_array_that_the_session_has_on_the_host_is_read_at_each_run(make: Make) -> None:
+    """As in-process: a node on the GPU takes its shape from there."""
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    model = helper.make_model(
+        helper.make_graph(
+            [node],
+            "reshape",
+            [
+                helper.make_tensor_value_info("x", TensorProto.FLOAT, [16]),
+                helper.make_tensor_value_info("shape", TensorProto.INT64, [2]),
+            ],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b"])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    session, x, shape = make(model.SerializeToString()), np.arange(16, dtype=np.float32), np.array([2, 8])
+    assert [info.name for info in session.get_input_memory_infos()] == ["Cuda", "Cpu"]
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", x)
+    binding.bind_cpu_input("shape", shape)
+    expected = x.copy()
+    for sizes in ((2, 8), (4, 4), (16, 1)):
+        shape[:] = sizes
+        x += 1
+        binding.bind_output("y")
+        session.run_with_iobinding(binding)
+        equal(binding.copy_outputs_to_cpu(), [expected.reshape(sizes)])
 
 
 def test_parts_of_one_allocation(make: Make) -> None:

@@ -19,6 +19,9 @@ from tests.support import dry_gpu
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+FEWER = "(not 5mb and not conv) or shared_memory"
+"""Each test, but not with each model."""
 SMALL = """
 import sys
 from benchmarks.gpu import loads, works
@@ -44,8 +47,9 @@ def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_tests_of_a_gpu_pass_on_stand_ins(tmp_path: Path) -> None:
-    done = _run(tmp_path, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "--tb=short", "tests/gpu")
+@pytest.mark.parametrize("file", FILES)
+def test_the_tests_of_a_gpu_pass_on_stand_ins(tmp_path: Path, file: str) -> None:
+    done = _run(tmp_path, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "--tb=short", "-k", FEWER, file)
     assert done.returncode == 0, done.stdout[-8000:]
     (count,) = re.findall(r"^\d+ passed.* in ", done.stdout, re.MULTILINE)
     assert "skipped" not in count

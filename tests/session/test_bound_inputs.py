@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnxruntime import OrtValue
 
@@ -44,3 +46,21 @@ def test_an_input_has_the_values_that_it_had_when_it_was_bound(
     binding.clear_binding_inputs()
     binding.bind_cpu_input("x", array)
     assert result() == 10.0
+
+
+def test_runs_that_overlap_compute_with_their_own_inputs(host: ModelHost, tmp_path: Path) -> None:
+    """With options, a binding is run as one: see :mod:`onnx_dl.workers.overlaps`."""
+    proxy = Cuda(tmp_path).proxy(host)
+
+    def work(thread: int) -> None:
+        binding = proxy.io_binding()
+        binding.bind_output("y")
+        for turn in range(40):
+            array = np.full(16, thread * 1000 + turn, np.float32)
+            binding.bind_cpu_input("x", array)
+            proxy.run_with_iobinding(binding, onnxruntime.RunOptions())
+            (found,) = binding.copy_outputs_to_cpu()
+            assert np.array_equal(found, array + 1)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))

@@ -342,8 +342,8 @@ def loaded() -> CudaDriver | None:
     """
     global _found
     process = os.getpid()
-    if _found is not None and _found[0] == process:
-        return _found[1]
+    if _found is not None:  # in a child, the driver may answer as in its parent, and does not work
+        return _found[1] if _found[0] == process else None
     if (library := linux_only.library_if_loaded(_LIBRARY)) is not None:
         driver = CudaDriver(library)
         if driver.is_in_use():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,15 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InferenceSession, Sessio
 from onnx_dl.system.cuda_driver import CudaDriver
 from tests.support.fake_cuda import FakeCuda
 
+cpu = onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()
 cuda = FakeCuda()  # as onnxruntime starts the driver when a session asks for it
 copies: dict[tuple[int, str], Any] = {}
 """Memory of the device, by binding and name."""
 streams: list[list[Any]] = []
-"""The pool: work that is not done yet, by stream."""
+"""Work that is not done yet, by stream."""
+pool: list[list[Any]] = []
+doing = threading.Lock()
+"""Held while work is done."""
 bind, clear = SessionIOBinding.bind_input, SessionIOBinding.clear_binding_inputs
 runs = {name: getattr(InferenceSession, name) for name in ("run", "run_with_iobinding")}
 synchronize = CudaDriver.synchronize
@@ -49,24 +54,30 @@ def get_input_memory_infos(self: Any) -> list[Any]:
 
 def take() -> list[Any]:
     try:
-        return streams.pop()
+        return pool.pop()
     except IndexError:
-        return []
+        streams.append([])
+        return streams[-1]
 
 
-def bind_input(self: Any, name: str, device: Any, dtype: Any, shape: Any, address: int) -> None:
+def bind_input(self: Any, name: str, *where: Any) -> None:
+    if len(where) == 1:
+        (array,) = where
+        where = cpu, array.dtype.type, array.shape, array.ctypes.data
+    device, dtype, shape, address = where
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     copy = copies[id(self), name] = ctypes.create_string_buffer(nbytes + 1)
     stream = take()
     stream.append(lambda: ctypes.memmove(copy, address, nbytes))
-    streams.append(stream)
+    pool.append(stream)
     time.sleep(1e-4)  # other threads go on
     bind(self, name, device, dtype, shape, ctypes.addressof(copy))
 
 
 def finish(stream: list[Any]) -> None:
-    while stream:
-        stream.pop(0)()
+    with doing:
+        while stream:
+            stream.pop(0)()
 
 
 def runner(name: str) -> Any:
@@ -76,7 +87,7 @@ def runner(name: str) -> Any:
         try:
             return runs[name](self, *given)
         finally:
-            streams.append(stream)
+            pool.append(stream)
 
     return run
 

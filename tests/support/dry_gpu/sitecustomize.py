@@ -30,6 +30,8 @@ NUMPY = {1: "f4", 2: "u1", 3: "i1", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8"
 copies: Any = weakref.WeakKeyDictionary()
 """What a native binding has copied, by name."""
 NEW = object()
+ON_HOST = "tensor(int64)"
+"""Type of inputs that sessions have on the host here: shapes."""
 HOST = sessions.cpu
 
 
@@ -54,9 +56,12 @@ def get_provider_options(self: Any) -> dict[str, dict[str, str]]:
 
 
 def get_input_memory_infos(self: Any) -> list[Any]:
-    kind, name = SimpleNamespace(name="DEFAULT"), "Cuda" if CUDA in self.asked else "Cpu"
-    info = SimpleNamespace(name=name, allocator_type=kind, device_id=0, mem_type=kind)
-    return [info for _ in self.get_inputs()]
+    allocator, kind = SimpleNamespace(name="ORT_ARENA_ALLOCATOR"), SimpleNamespace(name="DEFAULT")
+    there = [CUDA in self.asked and node.type != ON_HOST for node in self.get_inputs()]
+    names = ["Cuda" if each else "Cpu" for each in there]
+    return [
+        SimpleNamespace(name=name, allocator_type=allocator, device_id=0, mem_type=kind) for name in names
+    ]
 
 
 def numpy_type(kind: Any) -> np.dtype[Any]:
@@ -75,6 +80,9 @@ def view(kind: Any, shape: Any, address: int) -> int:
 
 def copy_input(self: Any, name: str, *where: Any) -> None:
     """The native method: an array, or device, type, shape and address."""
+    if len(where) == 1 and where[0].dtype == np.int64:
+        native_input(self, name, *where)
+        return
     if len(where) == 1:
         copy = np.array(where[0], order="C")
     else:
