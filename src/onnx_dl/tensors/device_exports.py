@@ -76,8 +76,8 @@ class Exporter:
         try:
             known = self._known.get(key := (found.device, found.buffer)) if found.buffer else None
             if known is None:
-                if (pieces := self._pieces(driver, found.device, tensor)) is not None:
-                    return self._by_parts(driver, found, tensor, pieces)
+                if pieces := self._pieces(driver, found.device, tensor):
+                    return _by_parts(driver, found, tensor, pieces)
                 known = driver.export(found)
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
@@ -99,41 +99,43 @@ class Exporter:
             )
         )
 
-    def _by_parts(
-        self, driver: CudaDriver, found: DevicePointer, tensor: DeviceTensor, pieces: Sequence[DevicePart]
-    ) -> Export | UnopenedTensor:
-        if not self._takes_parts:
-            return UnopenedTensor("it lies in an expandable segment, of which nothing is sent")
-        return Export(
-            Handle(
-                tensor.element_type,
-                list(tensor.shape),
-                driver.uuid(found.device),
-                0,
-                BY_PARTS,
-                b"",
-                tensor.address - pieces[0].part.base,
-                tensor.nbytes,
-                sum(piece.size for piece in pieces),
-            ),
-            tuple(pieces),
-        )
-
     def _pieces(self, driver: CudaDriver, device: int, tensor: DeviceTensor) -> list[DevicePart] | None:
         """The parts behind a tensor, each looked at anew: others may be mapped there now.  None: there are
-        none."""
+        none, or none that can be sent, and a handle is tried."""
         address, end = tensor.address, tensor.address + tensor.nbytes
         found: list[DevicePart] = []
-        while address < end:
+        while self._takes_parts and address < end:
             part = driver.parts.at(device, address)
             if part is None:
                 return None
             known = self._parts.get(part.handle) or self._used.get(part.handle)
             if known is None or known.part != part:
-                known = DevicePart(driver, part)
+                try:
+                    known = DevicePart(driver, part)
+                except DriverError:
+                    return None
             else:
                 driver.parts.release(part.handle)  # the known one keeps it
             self._used[part.handle] = known
             found.append(known)
             address = part.end
         return found
+
+
+def _by_parts(
+    driver: CudaDriver, found: DevicePointer, tensor: DeviceTensor, pieces: Sequence[DevicePart]
+) -> Export:
+    return Export(
+        Handle(
+            tensor.element_type,
+            list(tensor.shape),
+            driver.uuid(found.device),
+            0,
+            BY_PARTS,
+            b"",
+            tensor.address - pieces[0].part.base,
+            tensor.nbytes,
+            sum(piece.size for piece in pieces),
+        ),
+        tuple(pieces),
+    )
