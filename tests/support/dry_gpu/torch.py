@@ -11,7 +11,7 @@ import numpy as np
 
 float32, uint8 = np.dtype("f4"), np.dtype("u1")
 if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-    os.environ["FAKE_CUDA_IPC"] = "expandable"
+    os.environ["FAKE_CUDA_IPC"] = "refuse"
 cuda = SimpleNamespace(is_available=lambda: True, empty_cache=lambda: None, synchronize=lambda *_: None)
 
 
