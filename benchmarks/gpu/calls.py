@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,28 @@ from onnx_dl import ModelHost
 THREADS: Final = 8
 _ON_DEVICE: Final = 25.0
 """Microseconds that a call may take longer where nothing is copied."""
+_SPINNING: Final = 0.05
+_COLD: Final = 8
+"""Calls after a pause that do not count."""
+
+
+def settled(way: Way) -> Way:
+    """A way whose blocks begin when onnxruntime's threads in this process no longer spin: those of a session
+    in-process do so for 32 ms after its last call, on cores that a worker's calls need.  A program that uses
+    workers has none."""
+
+    def begin() -> None:
+        time.sleep(_SPINNING)
+        for _ in range(_COLD):
+            way.call()
+
+    return dataclasses.replace(way, begin=begin)
 
 
 def measure(work: Work, rounds: int) -> list[Row]:
     """One thread."""
     with contextlib.ExitStack() as stack:
-        ways = list(_ways(work, stack))
+        ways = list(map(settled, _ways(work, stack)))
         check(ways)
         return _rows(work, Times(ways, work.calls, rounds))
 
@@ -98,7 +115,8 @@ def _speed(pool: concurrent.futures.ThreadPoolExecutor, call: Callable[[], objec
         for _ in range(calls):
             call()
 
-    list(pool.map(work, [3] * THREADS))
+    time.sleep(_SPINNING)
+    list(pool.map(work, [_COLD] * THREADS))
     started = time.perf_counter()
     list(pool.map(work, [count] * THREADS))
     return THREADS * count / (time.perf_counter() - started)
@@ -114,7 +132,7 @@ def bound(work: Work, rounds: int) -> list[Row]:
         proxy = stack.enter_context(proxy_of(work.model, stack.enter_context(ModelHost())))
         (expected,) = (session := session_of(work.model)).run(None, {"x": work.x})
         ways = [_bound(BASE, session, work, expected), _bound(OURS, proxy, work, expected)]
-        found = Times(ways, work.calls, rounds)
+        found = Times(list(map(settled, ways)), work.calls, rounds)
     return [
         figure(name, BASE, found.by_round(BASE), "µs", p99=found.p99(BASE)),
         figure(name, OURS, found.added(OURS), ADDED, limit=_ON_DEVICE, p99=found.p99(OURS)),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from benchmarks.calls import LOW, OURS
-from benchmarks.gpu.calls import check
+from benchmarks.gpu.calls import check, settled
 from benchmarks.gpu.works import RATIO, Work, proxy_of, session_of
 from benchmarks.report import Row
 from benchmarks.timing import BASE, Times, Way, figure
@@ -29,7 +29,7 @@ _SETTINGS: Final[dict[str, Callable[[Any], None]]] = {
 
 def measure(work: Work, rounds: int) -> list[Row]:
     with contextlib.ExitStack() as stack:
-        ways = list(_ways(work, stack))
+        ways = list(map(settled, _ways(work, stack)))
         check(ways)
         found = Times(ways, work.calls, rounds)
     name = f"{work.name}, variants"

@@ -92,13 +92,13 @@ def test_a_forked_child_has_no_driver(host: ModelHost) -> None:
 
 
 def test_copies_of_pinned_inputs_of_one_thread_are_done_before_its_run(driver: CudaDriver) -> None:
-    """Why a call that is alone may be bound: the run takes the stream that has made the copies."""
+    """The run takes the stream that has made the copies."""
     assert _wrong_results(driver, threads=1) == 0
 
 
 @pytest.mark.xfail(strict=False, reason="onnxruntime takes any stream of its pool for a copy and for a run")
 def test_copies_of_pinned_inputs_are_done_before_runs_that_overlap(driver: CudaDriver) -> None:
-    """If this passes many times, ``workers/overlaps.py`` need not exist."""
+    """If it passed on all devices, ``ort_bindings.await_copies()`` need not exist.  An H100 passed once."""
     assert _wrong_results(driver, threads=4) == 0
 
 

@@ -49,7 +49,7 @@ def test_an_input_has_the_values_that_it_had_when_it_was_bound(
 
 
 def test_runs_that_overlap_compute_with_their_own_inputs(host: ModelHost, tmp_path: Path) -> None:
-    """With options, a binding is run as one: see :mod:`onnx_dl.workers.overlaps`."""
+    """With options, a binding is run as one: see ``ort_bindings.await_copies()``."""
     proxy = Cuda(tmp_path).proxy(host)
 
     def work(thread: int) -> None:

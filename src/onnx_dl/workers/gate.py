@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from onnx_dl.core.parsing import KEEP
 from onnx_dl.transport.gauges import Gauges
-from onnx_dl.workers.overlaps import Overlaps
 
 
 class GateDecision(NamedTuple):
@@ -50,7 +49,6 @@ class Gate:
         # The TTL counts from the first use: the proxy that asked for the load must get its call.
         self._used = False
         self._in_flight = 0
-        self.overlaps = Overlaps(self.in_flight)
         self._holds = 0
         self._closing = False  # a drain was requested; open until no session() block holds the model
         self._closed = False

@@ -61,10 +61,8 @@ class LaneService:
         self._token = tokens[threading.get_native_id()] = CancelToken()
         device = backends.cuda_device(backend)
         self._pins = None if device is None else LanePins(pinned, device, lane.mappings)
-        self._overlaps = None if device is None else gate.overlaps
-        self._prepared = PreparedCalls(lane, backend, self._token, self._pins, self._overlaps)
+        self._prepared = PreparedCalls(lane, backend, self._token, self._pins)
         self._placed = PlacedCalls(lane, backend, self._token)
-        self._placed.overlaps = self._overlaps
         keeps_open = backends.captures_graphs(backend)
         self._devices = LaneDevices(keeps_open=keeps_open, turn=self._turn, part=lane.memories.part)
         lane.take_devices(self._devices.open)
@@ -131,16 +129,12 @@ class LaneService:
             self._watchdog.call_begins()
         began = time.monotonic()
         try:
-            if self._overlaps is not None:
-                self._overlaps.begin()
             handler(request)
             if self._devices.has_lent:
                 self._await_taken()
         except Exception as error:  # errors of the engine are the caller's to handle
             self._fail(error)
         finally:
-            if self._overlaps is not None:
-                self._overlaps.end()
             is_run = type(request) is not m.Touch
             if is_run and self._limits is not None and self._limits.are_reached():
                 self._gate.retire()

@@ -23,7 +23,6 @@ from onnx_dl.tensors.foreign_results import check_room
 from onnx_dl.tensors.foreign_tables import PeerMemory, overlap
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engines.base import Backend, BoundRun, CancelToken, Feed
-from onnx_dl.workers.overlaps import Overlaps, may_bind
 
 _MOST_KINDS: Final = 32
 """Kinds of calls that are remembered."""
@@ -97,7 +96,6 @@ class PlacedCalls:
 
     def __init__(self, lane: WorkerLane, backend: Backend, token: CancelToken) -> None:
         self._lane = lane
-        self.overlaps: Overlaps | None = None
         self._backend = backend
         self._token = token
         self._inputs, self._results = Arena(NoPeer()), Arena(NoPeer())
@@ -149,7 +147,7 @@ class PlacedCalls:
         ) as error:  # numpy's, for what a peer made up
             raise ProtocolError(f"An input contradicts itself: {error}.") from None
         key = None if request.feed else self._key_of(request, inputs)
-        kind = self._kinds.get(key) if key is not None and may_bind(self.overlaps) else None
+        kind = self._kinds.get(key) if key is not None else None
         if kind is not None and self._run_bound(kind, request, inputs, arrays, block):
             return
         feed: Feed = {name: self._lane.unpack(value) for name, value in request.feed}

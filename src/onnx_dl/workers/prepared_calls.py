@@ -22,7 +22,6 @@ from onnx_dl.tensors.call_plans import MOST, in_place
 from onnx_dl.tensors.result_forms import ResultForm, in_one_place
 from onnx_dl.transport.worker_lane import WorkerLane
 from onnx_dl.workers.engines.base import Backend, CancelToken, Feed, Rerun
-from onnx_dl.workers.overlaps import Overlaps, may_bind
 from onnx_dl.workers.pinned_blocks import LanePins
 
 _MOST_RUNS: Final = 16
@@ -231,12 +230,10 @@ class PreparedCalls:
         backend: Backend,
         token: CancelToken,
         pins: LanePins | None = None,
-        overlaps: Overlaps | None = None,
     ) -> None:
-        """``pins``, ``overlaps``: None: the session uses no GPU."""
+        """``pins``: None: the session uses no GPU."""
         self._lane = lane
         self._pins = pins
-        self._overlaps = overlaps
         self._token = token
         self._backend = backend
         self._calls: dict[int, PreparedCall] = {}
@@ -279,7 +276,6 @@ class PreparedCalls:
             or (direct := call.direct) is None
             or self._drops != lane.mappings.drops
             or lane.arena.scratch(direct.nbytes) is not direct.scratch
-            or not may_bind(self._overlaps)
         ):
             self._replay_in_place(number)
             return
@@ -307,7 +303,7 @@ class PreparedCalls:
         return call
 
     def _run(self, call: PreparedCall, feed: Feed, key: list[int]) -> None:
-        if may_bind(self._overlaps) and call.run(self._lane, self._backend, feed, key, self._token):
+        if call.run(self._lane, self._backend, feed, key, self._token):
             return
         results = call.run_unbound(self._backend, feed, self._token)
         if call.form is not None and call.form.put(results, self._lane.arena):

@@ -19,8 +19,9 @@ BASE: Final = 32 << 20
 """Bytes of a worker without a model: the first guess for a model that was never measured."""
 GROWTH: Final = 2.2
 """Memory of a model that was never measured, in sizes of its files: as they are and packed, and a run."""
-GPU_BASE: Final = 300 << 20
-"""Bytes of a CUDA context with its libraries, before there is a model."""
+GPU_BASE: Final = 768 << 20
+"""Bytes of a CUDA context with its libraries and a session's workspace, before there is a model: 745 MiB in a
+worker on an H100 with onnxruntime 1.31.  Less on smaller GPUs; a guess refuses no model."""
 GPU_GROWTH: Final = 1.5
 """GPU memory of a model that was never measured, in sizes of its files: its weights, and a run."""
 _FORGOTTEN_AFTER: Final = 60.0

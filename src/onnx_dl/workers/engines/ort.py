@@ -215,7 +215,7 @@ class OnnxRuntimeBackend:
         if self._inputs & set(names):  # onnxruntime does not write these to where they are bound
             return None
         places = dict(zip(names, results, strict=True))
-        if rule.on_device and not ort_bindings.are_certain(self._shapes, inputs, places):
+        if rule.device is not None and not ort_bindings.are_certain(self._shapes, inputs, places):
             return None
         options = onnxruntime.RunOptions()
         if not all(map(self._has_known_shape, names)):

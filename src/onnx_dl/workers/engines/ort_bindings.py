@@ -8,12 +8,15 @@ error; from a device, onnxruntime copies any result that has as many elements.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import onnxruntime
 
+from onnx_dl.system import cuda_driver
+from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors.device_values import DeviceTensor
 from onnx_dl.workers.engines import cuda_graphs
 from onnx_dl.workers.engines.base import Array, BoundRun
@@ -29,9 +32,9 @@ ProviderOptions = Mapping[str, Mapping[str, str]]
 class BindingRule(NamedTuple):
     """Way in which calls of a session are bound."""
 
-    on_device: bool
-    """True if inputs and results are copied to and from a device: inputs are bound again at each run, and the
-    shapes of results have to be known."""
+    device: int | None
+    """Number of the GPU that inputs and results are copied to and from: inputs are bound again at each run,
+    and the shapes of results have to be known.  None: the session is on the CPU."""
 
 
 def rule_of(providers: Sequence[str], options: ProviderOptions) -> BindingRule | None:
@@ -41,10 +44,11 @@ def rule_of(providers: Sequence[str], options: ProviderOptions) -> BindingRule |
     has to give again.
     """
     if list(providers) == [_CPU]:
-        return BindingRule(on_device=False)
+        return BindingRule(None)
     has_graph = options.get(_CUDA, {}).get("enable_cuda_graph", "0").lower() not in _OFF
-    if list(providers) == [_CUDA, _CPU] and not has_graph:
-        return BindingRule(on_device=True)
+    device = cuda_device(providers, options)
+    if list(providers) == [_CUDA, _CPU] and not has_graph and device is not None:
+        return BindingRule(device)
     return None
 
 
@@ -91,15 +95,15 @@ def bound_run(
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
     # Not the Python method: with RunOptions it asks for an entry that is not there, which costs 28 µs.
     run = functools.partial(session._sess.run_with_iobinding, binding._iobinding, options)
-    if rule.on_device:
-        return _binding_again(binding._iobinding, inputs, run)
+    if rule.device is not None:
+        return _binding_again(binding._iobinding, inputs, run, rule.device)
     for name, array in inputs.items():
         binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
     return run
 
 
 def _binding_again(
-    binding: onnxruntime.IOBinding, inputs: Mapping[str, Array], run: Callable[[], object]
+    binding: onnxruntime.IOBinding, inputs: Mapping[str, Array], run: Callable[[], object], device: int
 ) -> Callable[[], object]:
     """Returns a run that binds its inputs before, and leaves no copy of them on the device."""
     # Not the Python method, which makes the device anew: 2 µs for each input.
@@ -114,11 +118,25 @@ def _binding_again(
         try:
             for bind in binds:
                 bind()
+            await_copies(device)
             run()
         finally:  # else each prepared call would keep its inputs on the device
             clear()
 
     return run_again
+
+
+def await_copies(device: int) -> None:
+    """Waits until inputs that were bound are on the GPU.
+
+    When an input is bound, onnxruntime has a stream copy it, which it takes from a pool and puts back at
+    once, and does not wait.  The run that follows takes a stream from the pool, too.  If another call took
+    one or put one back in between, the run is not ordered behind the copy, and would compute with what is not
+    there yet.  A source that is pinned is copied while the run goes on.
+    """
+    if (driver := cuda_driver.loaded()) is not None:
+        with contextlib.suppress(DriverError):  # of an earlier call; the run raises it
+            driver.synchronize(device)
 
 
 def on_devices(

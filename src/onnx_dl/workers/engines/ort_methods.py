@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -12,9 +11,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, OrtValueVector
 
 from onnx_dl.errors import UnsupportedValueError
 from onnx_dl.ort import onnx_builder, ortvalues
-from onnx_dl.system import cuda_driver
-from onnx_dl.system.cuda_types import DriverError
 from onnx_dl.tensors.device_values import BY_HANDLE, CUDA, DeviceTensor, UnopenedTensor
+from onnx_dl.workers.engines import ort_bindings
 from onnx_dl.workers.engines.base import Array, CancelToken, DeviceResults, Feed, Options
 
 _FORWARDED: Final = "end_profiling get_tuning_results release_captured_graph set_ep_dynamic_options".split()
@@ -140,8 +138,8 @@ class SessionMethods:
             elif not isinstance(place, UnopenedTensor):
                 given[name] = _make_value(place)
                 binding.bind_ortvalue_output(name, onnxruntime.OrtValue(given[name]))
-        if any(not isinstance(value, DeviceTensor) for _, value in inputs):
-            self._await_copies()
+        if self._cuda_device is not None and any(not isinstance(v, DeviceTensor) for _, v in inputs):
+            ort_bindings.await_copies(self._cuda_device)
         run(binding)
         found = binding.get_outputs_as_ortvaluevector()
         passed_on = {name for name, _ in inputs}
@@ -150,12 +148,6 @@ class SessionMethods:
             for index, (name, _, _, place) in enumerate(outputs)
         ]
         return DeviceResults(results) if BY_HANDLE in [place for *_, place in outputs] else results
-
-    def _await_copies(self) -> None:
-        """Waits until inputs are on the GPU: see :mod:`onnx_dl.workers.overlaps`."""
-        if self._cuda_device is not None and (driver := cuda_driver.loaded()) is not None:
-            with contextlib.suppress(DriverError):  # of an earlier call; the run raises it
-                driver.synchronize(self._cuda_device)
 
     def _run_with_types(
         self,

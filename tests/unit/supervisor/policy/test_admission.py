@@ -550,8 +550,8 @@ def gpus() -> Scheduler:
 
 
 def test_gpu_memory_is_a_kind_of_its_own(gpus: Scheduler) -> None:
-    assert starts(gpus.on_acquire(A, on_gpu(1, "a", 100), 0.0))
-    assert gpus.in_use(0.0).gpu == 450 * MB  # a context and one and a half times its files
+    assert starts(gpus.on_acquire(A, on_gpu(1, "a", 20), 0.0))
+    assert gpus.in_use(0.0).gpu == eviction.GPU_BASE + 30 * MB  # a context and one and a half times its files
     gpus.on_spawned(1, 101)
     gpus.on_ready(ready(1), peaked(30, 30, gpu=700), 1.0)
     assert gpus.in_use(1.0).gpu == 700 * MB

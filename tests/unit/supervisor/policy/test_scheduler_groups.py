@@ -11,6 +11,7 @@ from onnx_dl.core.spec import ModelSpec
 from onnx_dl.core.status import ModelDescription
 from onnx_dl.core.terms import Terms
 from onnx_dl.protocol import codec, control, failures
+from onnx_dl.supervisor.policy import eviction
 from onnx_dl.supervisor.policy.commands import Command
 from onnx_dl.supervisor.policy.records import HOST
 from onnx_dl.supervisor.processes.worker_process import exit_status
@@ -163,13 +164,13 @@ def test_what_the_file_has_no_more_is_not_loaded_again(rig):
 def test_a_group_needs_gpu_memory_if_any_of_its_models_does(rig):
     """Also if another one is asked for."""
     s = rig.scheduler
-    s.know_gpus(1000 << 20)
+    s.know_gpus(2000 << 20)
     cuda = member("cuda", providers=["CUDAExecutionProvider"])
     wanted = control.Acquire(
         ticket=1, proxy=1, spec=member("cpu"), companions=[cuda], terms=Terms(), file_bytes=100 << 20
     )
     begun(rig, s.on_acquire(A, wanted, 0.0))
-    assert s.in_use(0.0).gpu == (300 + 150) << 20
+    assert s.in_use(0.0).gpu == eviction.GPU_BASE + (150 << 20)
 
 
 # --- what the host's file has ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from onnx_dl.workers.engines.ort_bindings import BindingRule, are_certain, bound
 from tests.support import zoo
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-ON_CPU, ON_DEVICE = BindingRule(on_device=False), BindingRule(on_device=True)
+ON_CPU, ON_DEVICE = BindingRule(None), BindingRule(0)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ ON_CPU, ON_DEVICE = BindingRule(on_device=False), BindingRule(on_device=True)
         ([CUDA, CPU], {CUDA: {"enable_cuda_graph": "False"}}, ON_DEVICE),
         ([CUDA, CPU], {CUDA: {"enable_cuda_graph": "1"}}, None),
         ([CUDA, CPU], {CUDA: {"enable_cuda_graph": "True"}}, None),
+        ([CUDA, CPU], {CUDA: {"device_id": "1"}}, BindingRule(1)),
+        ([CUDA, CPU], {CUDA: {"device_id": "first"}}, None),
         ([CUDA], {}, None),
         ([TENSORRT, CUDA, CPU], {}, None),
         (["OpenVINOExecutionProvider", CPU], {}, None),
@@ -125,6 +127,14 @@ def test_on_a_device_each_run_computes_with_what_the_input_has_then() -> None:
         found.append(y.tolist())
     assert found == [[2.0] * 3, [6.0] * 3]
     assert session.steps == ["bind y", *["bind x", "run", "clear"] * 2]
+
+
+def test_a_run_begins_when_the_copies_of_its_inputs_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, x = Device(), np.zeros(3, np.float32)
+    run = bound(session, BindingRule(3), x, np.zeros(3, np.float32))
+    monkeypatch.setattr(ort_bindings, "await_copies", lambda device: session.steps.append(f"wait {device}"))
+    run()
+    assert session.steps[1:] == ["bind x", "wait 3", "run", "clear"]
 
 
 def test_a_run_that_fails_leaves_no_input_on_the_device() -> None:
