@@ -1,6 +1,6 @@
 """Results that a run allocates on a GPU and that the application cannot open: the model does not run again.
 
-Against stand-ins for CUDA's driver and for a session with the CUDA provider.  None of this ran on a GPU.
+Against stand-ins for CUDA's driver and for a session with the CUDA provider; ``tests/gpu`` has what needs a GPU.
 """
 
 from __future__ import annotations
