@@ -55,7 +55,8 @@ class WorkerExits:
         failure = exit_failure(model, worker, status, stderr)
         if worker.ready is not None or model.state is ModelState.UNLOADED:
             # A worker that drained has not failed; its end is still explained if it exceeded its memory.
-            detail = _said(worker.failure or failure) if exceeded or is_lost else None
+            # What it said before, or why it was ended, is not why it exceeded it.
+            detail = _said(failure) if exceeded else _said(worker.failure or failure) if is_lost else None
             self.orders.outbox.add(self.orders.announcements.unloaded(model, worker, detail, now))
         self.fleet.ledger.give_back(worker_id)
         if model.state is ModelState.FAILED:

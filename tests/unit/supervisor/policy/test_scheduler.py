@@ -699,6 +699,17 @@ def test_fate_of_a_worker_that_had_too_much_memory(rig, draining):
     assert all("max_memory_hard" in said.detail for said in told_events.values())
 
 
+def test_an_event_tells_that_a_worker_had_too_much_memory_though_more_went_wrong(rig):
+    s = rig.scheduler
+    s.on_acquire(A, m.Acquire(ticket=1, proxy=1, spec=spec(max_memory_hard=1000), terms=Terms()), 0.0)
+    s.on_spawned(1, 101)
+    s.on_ready(ready(), USAGE, 1.0)
+    s.on_draining(1, USAGE, 2.0, "recycled")
+    s.on_broken(1, failures.describe(ValueError("no such peer")))
+    (ended,) = events(s.on_exited(1, exit_status(75 << 8), "", 3.0, exceeded=1234))
+    assert "max_memory_hard" in ended.detail
+
+
 def test_fate_of_a_crash_during_a_graceful_unload_is_not_blamed_on_force(rig):
     rig.draining()
     s = rig.scheduler
