@@ -81,6 +81,8 @@ class Metrics:
         """Counts by model, most recently used last."""
         self._workers: dict[int, str] = {}
         """Models of live workers, by worker id."""
+        self._ready: set[int] = set()
+        """Workers that became ready, until their end is announced."""
         self._unloads: collections.Counter[str | None] = collections.Counter()
         self._thrash = 0
 
@@ -92,10 +94,13 @@ class Metrics:
                 self._workers[event.worker_id] = event.model
             case EventType.READY:
                 totals.loads.add(event.seconds or 0.0)
+                self._ready.add(event.worker_id)
             case EventType.UNLOADED:
-                totals.unloads[event.reason or ""] += 1
                 totals.freed += event.freed or 0
-                self._unloads[event.reason] += 1
+                if event.reason != "evicted" or event.worker_id in self._ready:  # else it was no model yet
+                    totals.unloads[event.reason or ""] += 1
+                    self._unloads[event.reason] += 1
+                self._ready.discard(event.worker_id)
             case EventType.FAILED:
                 totals.failures += 1
             case EventType.THRASH:

@@ -101,6 +101,19 @@ def test_nothing_happened() -> None:
     assert not [name for name, *_ in samples if name.startswith(("onnx_dl_load_", "onnx_dl_call_"))]
 
 
+def test_a_process_that_makes_way_before_its_load_is_no_model_that_was_evicted() -> None:
+    rig = Rig()
+    rig.event(EventType.LOADING, 1)
+    rig.live[1] = Reading()
+    rig.gone(1, "evicted", freed=7)
+    rig.load(2)
+    rig.gone(2, "evicted", freed=100)
+    samples = rig.samples()
+    assert samples["onnx_dl_evictions_total",] == 1
+    assert samples["onnx_dl_unloads_total", A, "evicted"] == 1
+    assert samples["onnx_dl_freed_bytes_total", A] == 107
+
+
 def test_what_happened_is_counted_by_model() -> None:
     rig = Rig()
     rig.load(1)
