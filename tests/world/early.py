@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from onnx_dl.core.lifecycle import ModelState
+from onnx_dl.errors import CapacityError
+from onnx_dl.protocol import control as m
 from onnx_dl.supervisor.policy.scheduler import Scheduler
 from tests.world.workers import FakeWorker
 
@@ -21,6 +23,8 @@ class EarlyProcesses:
         """Those that were killed meanwhile."""
         self.unlucky: set[str] = set()
         """Pending loads that have lost such a process."""
+        self.refused: set[int] = set()
+        """Tickets of those who were told that there is no memory."""
         self.seen: collections.Counter[str] = collections.Counter()
         self._all: set[int] = set()
 
@@ -38,6 +42,11 @@ class EarlyProcesses:
         self._all |= self.waiting
         return before - self.waiting
 
+    def denied(self, message: m.Denied) -> None:
+        """Somebody is told why there is no model."""
+        if message.failure.name == CapacityError.code:
+            self.refused.add(message.ticket)
+
     @contextlib.contextmanager
     def ends(self, s: Scheduler, worker: FakeWorker, open_: Mapping[int, object]) -> Iterator[None]:
         """Within: a worker is reaped, or never had a process.  ``open_``: who waits, by ticket."""
@@ -54,9 +63,15 @@ class EarlyProcesses:
         self.seen["hung"] += worker.hung
         before = model.failures, model.retry_at
         asked = {ask.ticket for _, ask in model.waiters} & open_.keys()  # some may have stopped waiting
+        capacity = s.admission._capacity
+        could_fit = capacity.could_fit(capacity.plan(model).need)  # the limits may be lower than at its Load
         yield
         assert (model.failures, model.retry_at) == before, "this is no failure of the model"
         assert model.state in (ModelState.UNLOADED, ModelState.LOADING)
-        assert asked <= open_.keys(), "a load has failed for its early start"
+        failed = asked - open_.keys()
+        assert not failed or (not could_fit and failed <= self.refused), (
+            "a load has failed for its early start"
+        )
+        self.seen["too large for lower limits"] += bool(failed)
         if model.key in s.admission.pending:
             self.unlucky.add(model.key)

@@ -138,6 +138,8 @@ class World:
         assert message.ticket in self.open, f"{message} answers nothing that is open"
         asker, what = self.open.pop(message.ticket)
         assert client == asker and isinstance(message, ANSWERS[what])
+        if isinstance(message, m.Denied):
+            self.early.denied(message)
         if isinstance(message, m.Granted):
             worker = self.workers[message.worker_id]
             keys = [worker.spec.key, *(member.key for member in worker.spec.members)]
