@@ -57,6 +57,7 @@ class FakeWorker:
                     self.said.append("loading")
             case control.Prepare():
                 assert self.state == "waiting" and self.spec.key in GPU, "Prepare comes before Load"
+                self.said.append("prepared")
             case control.Retime(ttl=ttl):
                 assert self.state not in ("waiting", "loading", "failed"), "Retime comes to a loaded model"
                 self.ttl = ttl

@@ -270,6 +270,8 @@ class World:
                 self.do(s.on_spawned(worker.id, worker.pid))
             case "started":
                 self.do(s.on_started(worker.id))
+            case "prepared":
+                self.do(s.on_prepared(worker.id))
             case "loading":
                 self.do(s.on_loading(worker.id))
             case m.WorkerReady():
@@ -296,6 +298,7 @@ class World:
         for stale in (
             s.on_spawned(worker.id, 1),
             s.on_started(worker.id),
+            s.on_prepared(worker.id),
             s.on_loading(worker.id),
             s.on_ready(ready(worker.id), Usage(rss=1, pss=1), self.now),
             s.on_draining(worker.id, Usage(rss=1, pss=1), self.now),

@@ -280,6 +280,12 @@ class Prepare(Message):
     device_id: Count
 
 
+class WorkerPrepared(Message):
+    """Answers Prepare: the process waits for its load."""
+
+    worker_id: int
+
+
 class WorkerLoading(Message):
     """The load begins, in a process that was started early: all that it did for that is done."""
 
@@ -364,7 +370,14 @@ Question = Acquire | AskModel | AskStatus | AskEvents | AskOutcome | Unload | Sh
 FromClient = Question | Withdraw | DropBlob | Outdated | Release | SetTtl
 ToClient = Granted | Denied | Named | Unloaded | Status | RecentEvents | Outcome | Bye | Published | Wrote
 FromWorker = (
-    WorkerStarted | WorkerLoading | WorkerReady | Saveable | WorkerFailed | WorkerDraining | WorkerDrained
+    WorkerStarted
+    | WorkerPrepared
+    | WorkerLoading
+    | WorkerReady
+    | Saveable
+    | WorkerFailed
+    | WorkerDraining
+    | WorkerDrained
 )
 ToWorker = Prepare | Load | Retime | Drain | DrainIfIdle | Exit
 OnLifeline = ClientHello | Blob | Welcome | Refused

@@ -92,6 +92,7 @@ class Worker:
         self._send(control.WorkerStarted(worker_id=self._id))
         while isinstance(message := self._receive(), control.Prepare):
             standby.prepare(message.device_id)
+            self._send(control.WorkerPrepared(worker_id=self._id))
         if isinstance(message, control.Load):
             self._load(message, door)
         _exit()
@@ -135,8 +136,7 @@ class Worker:
             self._set_limits(spec)
         except Exception as error:  # any error of the engine is sent to the proxies that wait for the model
             spawning.note_shortage(error)
-            unsaved = isinstance(error, NotInCache)
-            failure = failures.describe(error)
+            unsaved, failure = isinstance(error, NotInCache), failures.describe(error)
             self._send(control.WorkerFailed(worker_id=self._id, failure=failure, unsaved=unsaved))
             self._receive()
             return

@@ -76,6 +76,7 @@ EXAMPLES = [
     control.WorkerStarted(worker_id=1),
     control.Prepare(device_id=1),
     control.Load(spec=spec(), ttl=5.0, mapped=True, early=True),
+    control.WorkerPrepared(worker_id=1),
     control.WorkerLoading(worker_id=1),
     control.WorkerReady(worker_id=1, address="a", secret="s", description=DESCRIPTION, seconds=0.5),
     control.Saveable(worker_id=1, key="k", nbytes=5, blob="b", order="{}"),

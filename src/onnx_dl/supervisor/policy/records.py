@@ -79,6 +79,8 @@ class WorkerRecord:
     """True if it has started early, and its load has not begun in it: its end is not the load's failure."""
     prepares: bool = False
     """True if it makes a context on its GPU until then."""
+    prepared: bool = False
+    """True if it has made that context."""
     unsaved: bool = False
     """True if it was to load from the load cache, which no longer has its model."""
 
@@ -87,6 +89,11 @@ class WorkerRecord:
         """True if it was told to leave or was killed.  Its memory may be gone before it is reaped, so later
         measurements do not count."""
         return self.killed or self.drained or self.failure is not None
+
+    @property
+    def is_idle_early(self) -> bool:
+        """True if it has started early, has done all that it can, and waits for memory."""
+        return self.waits and (self.prepared if self.prepares else self.listens)
 
     def kill(self) -> KillWorker:
         """Notes that the supervisor ends it, and returns the command."""

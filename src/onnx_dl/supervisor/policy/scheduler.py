@@ -111,7 +111,7 @@ class Scheduler:
         self.on_shutdown, self.on_stop = fact(shutdown.on_shutdown), fact(shutdown.on_stop)
         self.on_abandoned, self.on_stuck = fact(shutdown.on_abandoned), fact(orders.on_stuck)
         self.on_spawned, self.on_started = fact(facts.on_spawned), fact(facts.on_started)
-        self.on_loading = fact(facts.on_loading)
+        self.on_prepared, self.on_loading = fact(facts.on_prepared), fact(facts.on_loading)
         self.on_ready, self.on_load_failed = fact(facts.on_ready), fact(facts.on_load_failed)
         self.on_draining, self.on_drained = fact(facts.on_draining), fact(facts.on_drained)
         self.on_measured, self.on_checked = fact(facts.on_measured), fact(facts.on_checked)

@@ -44,6 +44,11 @@ class WorkerFacts:
             found[1].listens = True
             self.orders.order_load(*found)
 
+    def on_prepared(self, worker_id: int) -> None:
+        """A process that was started early has done what it can before its load."""
+        if found := self.fleet.find(worker_id):
+            found[1].prepared = True
+
     def on_loading(self, worker_id: int) -> None:
         """The load begins in a process that was started early."""
         if found := self.fleet.find(worker_id):
@@ -141,8 +146,8 @@ class WorkerFacts:
 
     def _kill_at(self, worker: WorkerRecord) -> float | None:
         """Time when it is killed.  One that has started early has as long for its part of the load: what it
-        prepares may hang."""
-        if worker.kill_at is None and not (worker.ready or worker.failure):
+        prepares may hang.  When that is done, it waits for memory as long as its load does."""
+        if worker.kill_at is None and not (worker.ready or worker.failure or worker.is_idle_early):
             return worker.started + self.limits.settings.load_timeout
         return worker.kill_at
 

@@ -18,6 +18,7 @@ from onnx_dl.protocol.control import (
     WorkerDraining,
     WorkerFailed,
     WorkerLoading,
+    WorkerPrepared,
     WorkerReady,
     WorkerStarted,
     from_worker,
@@ -53,6 +54,7 @@ class WorkerControl:
         scheduler, measure = self.scheduler, self.sampler.on_leaving
         self._handlers: dict[type[codec.Message], Callable[[Any, float], list[Command]]] = {
             WorkerStarted: self._on_started,
+            WorkerPrepared: lambda message, now: scheduler.on_prepared(message.worker_id),
             WorkerLoading: lambda message, now: scheduler.on_loading(message.worker_id),
             WorkerReady: self._on_ready,
             Saveable: scheduler.on_saveable,

@@ -137,6 +137,21 @@ def test_a_process_that_hangs_while_it_prepares(rig: Rig) -> None:
     assert starts(ended)
 
 
+@pytest.mark.parametrize("gpu", [3000, 2500])
+def test_a_process_that_is_prepared_waits_as_long_as_its_load(gpu: int) -> None:
+    """With a context and without; the time limit of the load begins with the load."""
+    rig = Rig(gpu)
+    limit_time(rig, 7.0)
+    rig.evict()
+    s = rig.scheduler
+    if rig.begin():
+        assert s.on_prepared(2) == []
+    assert KillWorker(2) not in s.on_tick(30.0)
+    assert told_to_load(rig.gone(30.1))
+    assert KillWorker(2) not in s.on_tick(37.0)
+    assert KillWorker(2) in s.on_tick(37.2)
+
+
 def test_a_process_that_still_hangs_when_there_is_memory(rig: Rig) -> None:
     """The load has its whole time from then on."""
     limit_time(rig, 7.0)
