@@ -57,7 +57,11 @@ class EarlyProcesses:
         model, record = found
         if model.state is not ModelState.LOADING:
             self.seen["ended by the scheduler"] += 1
+            waited = record.waits and model.key in s.admission.pending
             yield
+            if waited and record.failure is not None and model.key in s.admission.pending:
+                self.seen["lost, then ended by the scheduler"] += 1
+                self.unlucky.add(model.key)
             return
         self.seen["lost while its load waited" if record.waits else "lost after Load"] += 1
         self.seen["hung"] += worker.hung

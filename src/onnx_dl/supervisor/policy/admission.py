@@ -152,7 +152,7 @@ class Admission:
             return False
         if not is_first:
             load.first_since = None  # a load that is repeated goes before those that were first
-            yield from self._early.withdraw(model, now)
+            yield from self._early.make_way(model, now)
             return True
         if model.worker is not None and (model.state is not ModelState.LOADING or model.worker.is_ending):
             return True  # an early start that was withdrawn or killed has not ended yet

@@ -50,9 +50,14 @@ class EarlyStarts:
 
     @staticmethod
     def withdraw(model: ModelRecord, now: float) -> Iterator[WithdrawStart]:
-        """Ends the process, if it was started: another load comes first, or this one is refused."""
+        """Ends the process, if it was started: there is no memory for it, or its load is refused."""
         if model.worker is not None and model.worker.waits and model.state is ModelState.LOADING:
             yield WithdrawStart(model, now)
+
+    def make_way(self, model: ModelRecord, now: float) -> Iterator[WithdrawStart]:
+        """Ends the process for another load.  One that is lost already ends as such, which tells why."""
+        if model.worker is None or not model.worker.is_ending:
+            yield from self.withdraw(model, now)
 
     def others(self, model: ModelRecord, now: float) -> MemoryAmount:
         """Memory in use without what the model's own process got for its early start."""

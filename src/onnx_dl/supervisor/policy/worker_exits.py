@@ -66,6 +66,8 @@ class WorkerExits:
         self.outcomes.note(worker_id, None if worker.drained else failure)
         self.orders.answer_unloaders(model)
         if model.waiters:
+            if worker.waits and worker.failure is not None and model.key in self.orders.admission.pending:
+                is_lost = True  # then it was told to end, too
             self.orders.want(model, model.waiters[0][1].spec, now, lost=is_lost)
         self.orders.admit(now)
         self.fleet.forget_if_unused(model)

@@ -190,6 +190,28 @@ def test_what_it_takes_before_its_load_says_nothing_of_the_load() -> None:
     assert [load.worker_id for load in s.to_weigh(50.0)] == [2]
 
 
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_one_that_is_lost_and_then_makes_way_does_not_start_early_again(rig: Rig, unloaded: bool) -> None:
+    """Another load comes first, or the model is unloaded, before the process is reaped."""
+    rig.evict()
+    rig.begin()
+    s = rig.scheduler
+    s.on_broken(2, failures.describe(ValueError("no such peer")))
+    if unloaded:
+        s.on_unload(A, unload(9, "b"), 10.1)
+        s.on_exited(2, KILLED, "", 10.2)
+    else:
+        s.on_acquire(A, on_gpu(5, "c"), 10.1)  # waits behind b
+        model = s.fleet.models["c"]
+        s.orders.carry_out(s.admission.want_again(model, model.spec, 10.1, alone=True))
+        (event,) = assert_spared(rig, s.on_exited(2, KILLED, "", 10.2))
+        assert event.detail == "no such peer"
+        s.on_release(A, 5, 10.3)
+    assert list(s.admission.pending) == ["b"]
+    assert not starts(s.on_tick(10.4, {1: Sample(None), 2: Sample(Usage())}))
+    assert starts(rig.gone())
+
+
 # --- it is ended ------------------------------------------------------------------------------------------
 
 
