@@ -168,10 +168,11 @@ class Scheduler:
     def on_tick(self, now: float, samples: Mapping[int, Sample] = MappingProxyType({})) -> list[Command]:
         """Time has passed.  ``samples``: of all workers, if :meth:`wants_look`."""
         self.facts.kill_overdue(now)
+        if self.admission.wants_look(now):
+            for worker_id, sample in samples.items():  # before a load begins that they leave no memory for
+                self.outbox.extend(self.facts.measurements.take_sample(worker_id, sample, now))
         self.orders.carry_out(self.admission.refuse_late(now))
         if self.admission.wants_look(now):
-            for worker_id, sample in samples.items():
-                self.outbox.extend(self.facts.measurements.take_sample(worker_id, sample, now))
             self.orders.carry_out(self.admission.look(samples, now))
         return self.outbox.take()
 

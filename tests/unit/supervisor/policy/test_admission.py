@@ -250,6 +250,13 @@ def test_those_behind_who_fit_are_not_refused_with_the_first(crowded: Scheduler,
     assert [c.spec.key for c in starts(commands)] == [f"small{ticket}" for ticket in range(3, 7)]
 
 
+def test_those_behind_who_fit_no_longer_wait_on(crowded: Scheduler) -> None:
+    """What was just measured counts, not what was known before."""
+    commands = crowded.on_tick(13.0, {1: busy(380)})
+    assert [message.ticket for message in told(commands, m.Denied)] == [2]
+    assert [c.spec.key for c in starts(commands)] == ["small3"], "70 MB are left, and each takes 58.4"
+
+
 def test_who_is_first_then_gets_a_chance(crowded: Scheduler) -> None:
     """A second, for somebody to make way; then those behind it who fit load all the same."""
     crowded.on_release(A, 3, 11.0)
