@@ -1,6 +1,7 @@
 """Models that capture CUDA graphs, which use the addresses of one run again.
 
-Against stand-ins for CUDA's driver and for a session that captures graphs; ``tests/gpu`` has what needs a GPU.
+Against stand-ins for CUDA's driver and for a session that captures graphs.
+``tests/gpu`` has what needs a GPU.
 """
 
 from __future__ import annotations

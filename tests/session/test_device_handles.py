@@ -1,6 +1,7 @@
 """Memory on a GPU that goes to a worker by handle, and results that come back so.
 
-Against stand-ins for CUDA's driver and for a session with the CUDA provider; ``tests/gpu`` has what needs a GPU.
+Against stand-ins for CUDA's driver and for a session with the CUDA provider.
+``tests/gpu`` has what needs a GPU.
 """
 
 from __future__ import annotations

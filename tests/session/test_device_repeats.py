@@ -1,6 +1,7 @@
 """Runs with everything on a GPU that are made again: by a number, for as long as nothing has changed.
 
-Against stand-ins for CUDA's driver and for a session with the CUDA provider; ``tests/gpu`` has what needs a GPU.
+Against stand-ins for CUDA's driver and for a session with the CUDA provider.
+``tests/gpu`` has what needs a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Memory that was mapped by parts, as torch's expandable segments are: it goes to workers by descriptors.
 
-Against stand-ins for CUDA's driver and for a session with the CUDA provider; ``tests/gpu`` has what needs a GPU.
+Against stand-ins for CUDA's driver and for a session with the CUDA provider.
+``tests/gpu`` has what needs a GPU.
 """
 
 from __future__ import annotations

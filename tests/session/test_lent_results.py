@@ -1,15 +1,23 @@
 """Results that a run allocates on a GPU and that the application cannot open: the model does not run again.
 
-Against stand-ins for CUDA's driver and for a session with the CUDA provider; ``tests/gpu`` has what needs a GPU.
+Against stand-ins for CUDA's driver and for a session with the CUDA provider.
+``tests/gpu`` has what needs a GPU.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from onnx_dl import InferenceSessionProxy, ModelHost
+from onnx_dl.errors import ProtocolError
 from tests.session.test_device_handles import OPEN, counted, log, on_gpu
+from tests.support import zoo
+from tests.support.waiting import DEADLINE
 
 __all__ = ["log"]
 
@@ -88,3 +96,34 @@ assert on_host(binding) == next_result() and told == []
 """,
     )
     assert counted(calls)[OPEN] == 3  # two inputs and a result
+
+
+UNASKED = """
+import time
+from onnx_dl.ort.ortvalues import Parts
+from onnx_dl.protocol.lane import Plain
+from onnx_dl.transport.worker_lane import WorkerLane
+from onnx_dl.workers.lane_service import LaneService
+
+reply = WorkerLane.reply
+
+def lend(self, value, *, keep=False):
+    if type(value) is list:
+        value = [Parts("device", [Plain([1, [4], b"u" * 16, 1, "ipc", b"h" * 64, 0, 16, 16])])]
+    return reply(self, value, keep=keep)
+
+WorkerLane.reply = lend
+LaneService._refuse_taken = lambda self, _: time.sleep(1000)
+"""
+
+
+def test_a_loan_that_no_call_asked_for_keeps_no_event_loop_waiting(host: ModelHost, tmp_path: Path) -> None:
+    """A worker that misbehaves does not answer what ends the loan."""
+    (tmp_path / "sitecustomize.py").write_text(UNASKED)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    proxy = InferenceSessionProxy(zoo.plus(1.0), host=host, environment={"PYTHONPATH": paths})
+    feed = {"x": np.zeros(2, np.float32)}
+    with pytest.raises(ProtocolError, match="lent memory on a GPU to a call that takes none"):
+        proxy.run(None, feed)
+    with pytest.raises(ProtocolError, match="lent memory on a GPU to a call that takes none"):
+        asyncio.run(asyncio.wait_for(proxy.arun(None, feed), DEADLINE))

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from onnx_dl.client.cancellation import GRACE, CancelWatch
 from onnx_dl.client.lane_pool import LanePool
 from onnx_dl.concurrency.deadline import Deadline, DeadlinePassed
-from onnx_dl.errors import DescriptorsExhausted, WorkerDied
+from onnx_dl.errors import DescriptorsExhausted, ProtocolError, WorkerDied
 from onnx_dl.protocol import failures
 from onnx_dl.protocol import lane as m
 from onnx_dl.system import descriptor_limits
@@ -69,18 +69,16 @@ class PendingCall:
             Exception: what the worker raised, or how it ended.
         """
         try:
-            reply = self._exchange(self.request, watch)
+            if watch is None:
+                reply = self.lane.exchange(self.request)
+            else:
+                reply = watch.exchange(self.lane, self.request, self.cancel)
             if isinstance(reply, _ANSWERS):
-                return self._result(reply, retain, watch)
+                return self._result(reply, retain, watch, None)
         except BaseException as error:  # KeyboardInterrupt included: the reply is still to come
             abandon(self._pool, self.lane, error)
             raise
         return self._settle(reply, None if watch is None else watch.deadline)
-
-    def _exchange(self, request: Request, watch: CancelWatch | None) -> Reply:
-        if watch is None:
-            return self.lane.exchange(request)
-        return watch.exchange(self.lane, request, self.cancel)
 
     def needs_host(self, reply: Reply) -> bool:
         """True if :meth:`conclude` asks the host how the worker ended, which may take a while."""
@@ -91,32 +89,42 @@ class PendingCall:
         if not isinstance(reply, _ANSWERS):
             return self._settle(reply, deadline)
         try:
-            return self._result(reply, False, None)
+            return self._result(reply, False, None, deadline)
         except BaseException as error:
             abandon(self._pool, self.lane, error)
             raise
 
-    def _result(self, reply: Answer, retain: bool, watch: CancelWatch | None) -> EngineValue:
+    def _result(
+        self, reply: Answer, retain: bool, watch: CancelWatch | None, deadline: Deadline | None
+    ) -> EngineValue:
         """The result; the lane is free again.  If this fails, the ends of the lane know different things."""
         lane = self.lane
         if retain:
             return RetainedOutputs(self._pool, lane, lane.codec.references(self.request, reply))
         result = lane.codec.decode(self.request, reply)
-        if (taken := lane.codec.taken()) is not None:
-            result = self._with_values(result, taken, watch)
+        if lane.codec.loans.received:
+            result = self._with_values(result, watch, deadline)
         self._pool.put(lane)
         return result
 
     def _with_values(
-        self, results: list[EngineValue], taken: m.Taken, watch: CancelWatch | None
-    ) -> list[EngineValue]:
+        self, results: EngineValue, watch: CancelWatch | None, deadline: Deadline | None
+    ) -> EngineValue:
         """Ends the loan of results.  Those that this process cannot open come by value: the model does not
         run again for them.
 
         Raises:
             WorkerDied: the worker ended before it sent them.
+            ProtocolError: the worker lent something to a call that takes nothing.  Such calls are also those
+                of event loops, which must not wait here.
         """
-        reply = self._exchange(taken, watch)
+        taken = self.lane.codec.taken()
+        if type(self.request) is not m.Invoke:
+            raise ProtocolError("A worker lent memory on a GPU to a call that takes none.")
+        if watch is not None:
+            reply = watch.exchange(self.lane, taken, self.cancel)
+        else:
+            reply = self.lane.exchange(taken, None if deadline is None else deadline.left())
         if isinstance(reply, m.CallFailed):
             raise failures.rebuild(reply.failure)
         if not isinstance(reply, m.Result):

@@ -101,7 +101,9 @@ def _locations(reader: WireReader, start: int, end: int, kind: str, depth: int) 
         if wire != BYTES or number not in inside:
             continue
         if inside[number] == "entry":
-            pair = {part.number: _text(reader, part) for part in reader.fields(first, last)}
+            # A field of another wire type is not known to protobuf, and does not replace one of this number.
+            parts = (part for part in reader.fields(first, last) if part.wire == BYTES)
+            pair = {part.number: _text(reader, part) for part in parts}
             if pair.get(1) == _LOCATION:
                 yield pair.get(2, b"").decode()
         # A short message without the key is skipped.  That is so for most nodes.
@@ -111,8 +113,7 @@ def _locations(reader: WireReader, start: int, end: int, kind: str, depth: int) 
 
 def _text(reader: WireReader, field: Field) -> bytes:
     """The bytes of a field, if they are short enough for a name."""
-    is_text = field.wire == BYTES and field.end - field.start <= _LONGEST_NAME
-    return reader.data(field) if is_text else b""
+    return reader.data(field) if field.end - field.start <= _LONGEST_NAME else b""
 
 
 # --- identities --------------------------------------------------------------------------------------------

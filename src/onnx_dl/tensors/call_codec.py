@@ -188,14 +188,21 @@ class CallCodec:
         self.plans.latest = None if plan.repeated is None else plan
         return [read() for read in plan.readers]
 
-    def taken(self) -> m.Taken | None:
-        """Returns the request that ends the loan of the last results; None: none was lent."""
-        unopened = self.loans.taken()
-        return None if unopened is None else m.Taken(by_value=unopened)
+    def taken(self) -> m.Taken:
+        """Returns the request that ends the loan of the last results."""
+        return m.Taken(by_value=self.loans.taken())
 
-    def with_values(self, results: list[EngineValue], taken: m.Taken, reply: m.Result) -> list[EngineValue]:
-        """Returns the results, in which those that could not be opened have their values."""
-        values = iter(self.decode(taken, reply))
+    def with_values(self, results: EngineValue, taken: m.Taken, reply: m.Result) -> list[EngineValue]:
+        """Returns the results, in which those that could not be opened have their values.
+
+        Raises:
+            ProtocolError: there are more or fewer values than were asked for.
+        """
+        found, count = self.decode(taken, reply), len(taken.by_value)
+        unopened = [type(one) for one in results if type(results) is list].count(UnopenedTensor)
+        if type(found) is not list or not unopened == len(found) == count:
+            raise ProtocolError("A worker sent other results by value than it was asked for.")
+        values = iter(found)
         return [one._replace(value=next(values)) if type(one) is UnopenedTensor else one for one in results]
 
     def references(self, request: Request, reply: Answer) -> list[EngineValue]:

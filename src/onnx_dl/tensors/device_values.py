@@ -7,6 +7,7 @@ context: where the application has none, no address is a device's.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -232,20 +233,20 @@ class DeviceLoans:
     def __init__(self) -> None:
         self.are_open = False
         """True if the worker may have such memory open."""
-        self._received: list[DeviceTensor | UnopenedTensor] = []
+        self.received: list[DeviceTensor | UnopenedTensor] = []
+        """Results of the last reply that are lent."""
 
     def receive(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
         """Takes a result that is lent; see :func:`received`."""
         self.are_open = True
-        self._received.append(found := received(items))
+        self.received.append(found := received(items))
         return found
 
-    def taken(self) -> list[int] | None:
-        """Returns the places, among the results that were received since, of those that this process cannot
-        open; None: none was received."""
-        found, self._received = self._received, []
-        unopened = [index for index, tensor in enumerate(found) if isinstance(tensor, UnopenedTensor)]
-        return unopened if found else None
+    def taken(self) -> list[int]:
+        """Returns the places, among the results that are lent, of those that this process cannot open; and
+        forgets these results."""
+        found, self.received = self.received, []
+        return [index for index, tensor in enumerate(found) if isinstance(tensor, UnopenedTensor)]
 
 
 def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
@@ -268,5 +269,6 @@ def received(items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
         except DriverError as error:
             return UnopenedTensor(str(error))
         finally:
-            driver.close(device, base)
+            with contextlib.suppress(DriverError):  # it would hide that the copy failed
+                driver.close(device, base)
     return DeviceTensor(handle.element_type, tuple(handle.shape), CUDA, device, made.data_ptr(), made)

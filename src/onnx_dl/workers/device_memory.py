@@ -136,7 +136,7 @@ class LaneDevices:
         """Devices of these; None: to be found."""
         self._present: set[_Key] = set()
         """Allocations that the present request names."""
-        self._lent: list[DeviceTensor] = []
+        self.lent: list[DeviceTensor] = []
         """Results that the caller copies now."""
         self._exporter = Exporter(takes_parts=False)
         self._only: set[_Key] | None = None
@@ -158,7 +158,7 @@ class LaneDevices:
     @property
     def is_used(self) -> bool:
         """True if something is open, or lent."""
-        return bool(self._named or self._lent)
+        return bool(self._named or self.lent)
 
     def open(self, items: Sequence[object]) -> DeviceTensor | UnopenedTensor:
         """Returns the tensor that a request names, at its address here.
@@ -203,7 +203,7 @@ class LaneDevices:
 
     def begin(self) -> None:
         """Closes what the present request does not name, and gives up the results of the last one."""
-        self._lent.clear()
+        self.lent.clear()
         if len(self._named) > self._most_kept:
             self._close(self._named.keys() - self._present)
         self._present.clear()
@@ -216,11 +216,6 @@ class LaneDevices:
         if driver is not None:
             for device in self._devices:
                 driver.synchronize(device)
-
-    @property
-    def has_lent(self) -> bool:
-        """True if the caller copies results now."""
-        return bool(self._lent)
 
     def lend(self, results: DeviceResults) -> list[object]:
         """Returns the results with handles in place of tensors; where there is no handle, the tensor's value,
@@ -235,7 +230,7 @@ class LaneDevices:
         if isinstance(found, UnopenedTensor):
             return tensor.owner
         device_values.synchronize(tensor)  # the caller's streams do not wait for those of this process
-        self._lent.append(tensor)
+        self.lent.append(tensor)
         self._only = None
         return found.parts()
 
@@ -246,7 +241,7 @@ class LaneDevices:
             ProtocolError: so many were not lent.
             DriverError: one cannot be copied.
         """
-        lent, self._lent = self._lent, []
+        lent, self.lent = self.lent, []
         if not {*by_value} <= {*range(len(lent))}:
             raise ProtocolError("A caller asks for results that were not lent to it.")
         with self._turn:
@@ -263,7 +258,7 @@ class LaneDevices:
 
     def close(self) -> None:
         """Closes and gives up everything, at the end of the lane."""
-        self._lent.clear()
+        self.lent.clear()
         self._close(set(self._named))
 
     def _close(self, keys: set[_Key]) -> None:

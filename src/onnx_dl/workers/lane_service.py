@@ -130,7 +130,7 @@ class LaneService:
         began = time.monotonic()
         try:
             handler(request)
-            if self._devices.has_lent:
+            if self._devices.lent:
                 self._await_taken()
         except Exception as error:  # errors of the engine are the caller's to handle
             self._fail(error)

@@ -205,3 +205,14 @@ def test_what_onnxruntime_does_once_needs_a_process_that_has_not_done_it(value: 
     assert model.pristine is expected
     assert spec("g", members=[spec(), model]).pristine is expected
     assert not spec().pristine
+
+
+def test_a_field_that_protobuf_does_not_know_hides_no_external_file(tmp_path: Path) -> None:
+    """In the entry that names the file, a number as the field of the key, which is text."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    entry = field(1, b"location") + field(2, b"weights.bin") + bytes([1 << 3, 1])
+    (tmp_path / "model.onnx").write_bytes(field(7, field(5, field(13, entry))))
+    assert model_files.external_files(str(tmp_path / "model.onnx")) == ["weights.bin"]
