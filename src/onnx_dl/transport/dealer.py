@@ -14,9 +14,7 @@ from typing import Final
 from onnx_dl import linux_only
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
-from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.transport import sockets, zmtp
-from onnx_dl.transport.sockets import BorrowedSocket
 
 _CHUNK: Final = 1 << 18
 _NO_SIGNAL: Final = linux_only.flags(socket, "MSG_NOSIGNAL")
@@ -32,9 +30,7 @@ class Dealer:
         self._connect(deadline)
 
     def _connect(self, deadline: Deadline) -> None:
-        sock = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
-        self._descriptor = Descriptor(sock.fileno())
-        self._sock = BorrowedSocket(sock)
+        self._sock, self._descriptor = sockets.connected(socket.SOCK_STREAM, self._address, deadline)
         self._sock.setblocking(False)
         self._reader = zmtp.FrameReader()
         self._unsent = bytearray(zmtp.GREETING + zmtp.ready(Socket_Type=b"DEALER", Identity=self._name))

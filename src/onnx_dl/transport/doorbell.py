@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from onnx_dl.concurrency import primitives, waits
+from onnx_dl.concurrency import forking, primitives, waits
 from onnx_dl.system.owned_descriptors import Descriptor, are_held
 
 _POLL: Final = 1 << 31
@@ -167,10 +167,13 @@ class CallerBell:
     """The caller's end."""
 
     def __init__(self) -> None:
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._ring = Descriptor(self._eventfd)
-        self._pipe, workers_end = os.pipe()
-        self._reading, self._workers_end = Descriptor(self._pipe), Descriptor(workers_end)
+        # A child that another thread forks before the worker's end has an owner would keep it open: the death
+        # of the worker would not show, and a call would wait for ever.
+        with forking.still():
+            self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
+            self._ring = Descriptor(self._eventfd)
+            self._pipe, workers_end = os.pipe()
+            self._reading, self._workers_end = Descriptor(self._pipe), Descriptor(workers_end)
         self._waiter = _ReplyWaiter(self._pipe, self._reading.holds)
         self.wait = self._waiter.wait
         self._added = 0

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from onnx_dl import linux_only
-from onnx_dl.concurrency import primitives, waits
+from onnx_dl.concurrency import forking, primitives, waits
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.errors import ProtocolError
 from onnx_dl.system import descriptor_limits
@@ -67,9 +67,10 @@ class BorrowedSocket(primitives.socket):
 class Channel:
     """A connected SEQPACKET socket: whole messages with descriptors, and EOF when the peer is gone."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._descriptor = Descriptor(sock.fileno())
-        self._sock = BorrowedSocket(sock)
+    def __init__(self, sock: socket.socket, descriptor: Descriptor | None = None) -> None:
+        """Takes over ``sock``, or what :func:`connected` has returned."""
+        self._descriptor = descriptor or Descriptor(sock.fileno())
+        self._sock = sock if isinstance(sock, BorrowedSocket) else BorrowedSocket(sock)
         self._buffer = bytearray(LONGEST)
         self._view = memoryview(self._buffer)
 
@@ -93,7 +94,7 @@ class Channel:
     @classmethod
     def connect(cls, address: str, deadline: Deadline) -> Channel:
         """Connect to a listener of the same user.  Raises like :func:`connected`."""
-        return cls(connected(socket.SOCK_SEQPACKET, address, deadline))
+        return cls(*connected(socket.SOCK_SEQPACKET, address, deadline))
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Send one message with duplicates of ``fds``; false if the peer is gone, or the program has closed
@@ -210,14 +211,20 @@ def fresh_address(role: str) -> str:
     return f"onnx-dl/{os.getuid()}/{role}/{secrets.token_hex(16)}"
 
 
-def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
-    """Return a Unix socket of type ``kind`` that is connected to a listener of the same user.
+def connected(kind: int, address: str, deadline: Deadline) -> tuple[BorrowedSocket, Descriptor]:
+    """Return a Unix socket of type ``kind`` that is connected to a listener of the same user, and its
+    descriptor.
 
     Raises:
         DeadlinePassed: the listener's queue stayed full.
         OSError: there is no listener at ``address``, or it cannot be reached.
     """
-    sock = primitives.socket(socket.AF_UNIX, kind)
+    # A child that another thread forks before the descriptor has an owner would keep it open: the peer would
+    # not see that we close it, and would serve us for as long as the child lives.
+    with forking.still():
+        raw = primitives.socket(socket.AF_UNIX, kind)
+        descriptor = Descriptor(raw.fileno())
+        sock = BorrowedSocket(raw)
     try:
         sock.setblocking(False)  # else connect() waits for ever if the queue is full
         while error := sock.connect_ex(f"\0{address}"):
@@ -228,9 +235,10 @@ def connected(kind: int, address: str, deadline: Deadline) -> socket.socket:
         sock.setblocking(True)
         _check_user(sock)
     except BaseException:
-        sock.close()
+        sock.detach()
+        descriptor.close()
         raise
-    return sock
+    return sock, descriptor
 
 
 def _fds_of(level: int, kind: int, data: bytes) -> list[int]:

@@ -6,16 +6,19 @@ import gc
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 import zmq
 
+from onnx_dl.concurrency import primitives
 from onnx_dl.concurrency.deadline import Deadline
 from onnx_dl.transport import sockets
 from onnx_dl.transport.dealer import Dealer
 from onnx_dl.transport.router import Router
-from onnx_dl.transport.sockets import BorrowedSocket, fresh_address
-from tests.support.waiting import DEADLINE, eventually
+from onnx_dl.transport.sockets import BorrowedSocket, Channel, fresh_address
+from tests.support.early_forks import forked_at
+from tests.support.waiting import DEADLINE, allowed, eventually
 
 LARGE = os.urandom(3 << 20)
 
@@ -136,3 +139,21 @@ def test_a_channel_that_is_closed_keeps_nobody_waiting() -> None:
     assert mine.writable(60.0) and mine.readable(60.0)
     assert not mine.send(b"too late")
     theirs.close()
+
+
+@pytest.mark.parametrize(
+    "kind", [Channel.connect, lambda address, deadline: Dealer(address, b"me", deadline)]
+)
+def test_a_child_that_is_forked_meanwhile_does_not_hide_the_end_of_a_connection(
+    monkeypatch: pytest.MonkeyPatch, address: str, kind: Callable[[str, Deadline], Channel | Dealer]
+) -> None:
+    types = {Channel.connect: socket.SOCK_SEQPACKET}
+    with socket.socket(socket.AF_UNIX, types.get(kind, socket.SOCK_STREAM)) as listener:
+        listener.bind(f"\0{address}")
+        listener.listen()
+        with forked_at(monkeypatch, primitives, "socket"):
+            kind(address, Deadline(DEADLINE)).close()
+            with listener.accept()[0] as peer:
+                peer.settimeout(allowed(DEADLINE))
+                while peer.recv(4096):  # a greeting, and then the end
+                    pass

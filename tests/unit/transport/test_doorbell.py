@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from onnx_dl.transport.doorbell import CallerBell, WorkerBell
+from tests.support.early_forks import forked_at
 from tests.support.waiting import DEADLINE, allowed
 
 
@@ -112,3 +113,15 @@ def test_a_caller_that_is_gone_is_no_error_for_the_worker():
     caller.close()
     worker.ring(1)
     worker.close()
+
+
+def test_a_child_that_is_forked_meanwhile_does_not_hide_the_death_of_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with forked_at(monkeypatch, os, "pipe"):
+        bell = CallerBell()
+        bell.handed_over()  # now the worker's end is nobody's, as if it had died
+        try:
+            assert bell.wait(allowed(DEADLINE)) is None
+        finally:
+            bell.close()

@@ -42,6 +42,7 @@ from onnx_dl.protocol.lane import (
     Unhold,
     lane_reply,
 )
+from onnx_dl.system.owned_descriptors import Descriptor
 from onnx_dl.tensors import arena, segment
 from onnx_dl.tensors.call_plans import CallPlan
 from onnx_dl.transport import sockets, zeromq
@@ -167,10 +168,10 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     init = Channel.__init__
 
-    def with_small_buffers(self: Channel, sock: socket.socket) -> None:
+    def with_small_buffers(self: Channel, sock: socket.socket, *owner: Descriptor) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
-        init(self, sock)
+        init(self, sock, *owner)
 
     monkeypatch.setattr(Channel, "__init__", with_small_buffers)
 
