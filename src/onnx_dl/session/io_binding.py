@@ -104,7 +104,7 @@ class IOBinding:
         self._check_input(name)
         self._bind_input(name, _live(ortvalue._ortvalue, ortvalue))
 
-    def bind_for_one_run(
+    def _bind_for_one_run(
         self, inputs: Feed, owners: Iterable[object], outputs: dict[str, BoundOutput]
     ) -> None:
         """Binds native OrtValues, which are read when the run begins, whatever the session's device."""
@@ -233,7 +233,7 @@ class IOBinding:
     # --- a run --------------------------------------------------------------------------------------------
 
     def run_again(self, repeat: Callable[[int], bool]) -> bool:
-        """Runs as the last time, with all on devices; see :meth:`DeviceRuns.again`.  False: it did not."""
+        """Runs as the last time, with all on devices.  False: it did not."""
         return self._devices is not None and self._devices.again(repeat)
 
     def run_plainly(self, run: Callable[[list[str], Feed], list[Array]]) -> bool:

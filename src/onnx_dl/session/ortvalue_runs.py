@@ -94,7 +94,7 @@ class OrtValueProxy(SessionProxy):
     ) -> IOBinding | None:
         """Runs native OrtValues by a binding of their own, and returns it; None if onnxruntime refuses."""
         binding = IOBinding(self)
-        binding.bind_for_one_run(inputs, owners, outputs)
+        binding._bind_for_one_run(inputs, owners, outputs)
         try:
             binding.run(
                 lambda *bound: self._call("run_with_iobinding", *bound, run_options=run_options), None
