@@ -24,6 +24,20 @@ cuda = driver()
 told = []
 warnings.showwarning = lambda message, *_: told.append(str(message))
 warnings.simplefilter("always")
+
+def failures_of_threads(work):
+    failed = []
+
+    def caught():
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=caught) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return failed
 """
 )
 
@@ -258,24 +272,17 @@ def test_threads_with_bindings_of_the_same_memory(folder: Path, log: Path) -> No
         log,
         """
 source = on_gpu(x)
-failed = []
 
 def work():
-    try:
-        mine, target = proxy.io_binding(), cuda.allocate(nbytes)
-        mine.bind_ortvalue_input("x", ortvalue(source))
-        mine.bind_ortvalue_output("y", ortvalue(target))
-        for _ in range(20):
-            cuda.write(target, bytes(nbytes))
-            proxy.run_with_iobinding(mine)
-            assert floats(target) == x.tolist()
-    except BaseException as error:
-        failed.append(error)
+    mine, target = proxy.io_binding(), cuda.allocate(nbytes)
+    mine.bind_ortvalue_input("x", ortvalue(source))
+    mine.bind_ortvalue_output("y", ortvalue(target))
+    for _ in range(20):
+        cuda.write(target, bytes(nbytes))
+        proxy.run_with_iobinding(mine)
+        assert floats(target) == x.tolist()
 
-threads = [threading.Thread(target=work) for _ in range(3)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-assert failed == told == [] and cuda.misuses == 0
+assert failures_of_threads(work) == told == [] and cuda.misuses == 0
 """,
     )
 

@@ -111,18 +111,10 @@ def test_threads_share_a_binding(folder: Path, log: Path) -> None:
         log,
         REPEATS
         + """
-failed = []
-
 def work():
-    try:
-        for _ in range(50):
-            proxy.run_with_iobinding(binding)
-    except BaseException as error:
-        failed.append(error)
+    for _ in range(50):
+        proxy.run_with_iobinding(binding)
 
-threads = [threading.Thread(target=work) for _ in range(3)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-assert failed == told == [] and floats(target) == (x * 2).tolist() and cuda.misuses == 0
+assert failures_of_threads(work) == told == [] and floats(target) == (x * 2).tolist() and cuda.misuses == 0
 """,
     )

@@ -130,7 +130,7 @@ class PendingCall:
         if not isinstance(reply, m.Result):
             self._pool.retire()
             if taken.by_value:
-                self._pool.check_end(None if watch is None else watch.deadline)
+                self._pool.check_end(deadline if watch is None else watch.deadline)
                 raise WorkerDied(
                     f"The worker of {self._pool.name} ended before its results on a GPU were read.",
                     pid=self._pool.granted.pid,

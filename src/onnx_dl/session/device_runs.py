@@ -24,12 +24,7 @@ from onnx_dl.system.cuda_driver import CudaDriver
 from onnx_dl.tensors import device_values
 from onnx_dl.tensors.call_plans import DEVICE_RUNS
 from onnx_dl.tensors.device_exports import Export, Exporter
-from onnx_dl.tensors.device_values import (
-    BY_HANDLE,
-    CUDA,
-    DeviceTensor,
-    UnopenedTensor,
-)
+from onnx_dl.tensors.device_values import BY_HANDLE, CUDA, DeviceTensor, UnopenedTensor
 from onnx_dl.tensors.foreign_tables import TooManyMemories
 
 Call = Callable[[list[Value], list[Value]], list[Value]]

@@ -51,7 +51,10 @@ class NoPeer:
     def shared(self, block: int, size: int, fd: int) -> None:
         os.close(fd)
 
-    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
+    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
+        os.close(fd)
+
+    def part(self, number: int, size: int, fd: int) -> None:
         os.close(fd)
 
     def dropped(self, block: int) -> None:

@@ -223,9 +223,11 @@ class Announcer(Protocol):
     def shared(self, block: int, size: int, fd: int) -> None:
         """Announce a new block.  Takes ownership of ``fd``; the peer maps it before the block is named."""
 
-    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
-        """Announce a memory that this process has not made.  Takes ownership of ``fd``.  ``is_mapped``:
-        None: it is memory of a GPU."""
+    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
+        """Announce a memory that this process has not made.  Takes ownership of ``fd``."""
+
+    def part(self, number: int, size: int, fd: int) -> None:
+        """Announce memory of a GPU that was mapped by parts.  Takes ownership of ``fd``."""
 
     def dropped(self, block: int) -> None:
         """Announce that a block or a foreign memory will not be used again."""

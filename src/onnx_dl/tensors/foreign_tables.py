@@ -116,8 +116,10 @@ class AnnouncedMemories:
         memory.watch(self)  # first: so a close() in another thread is not overlooked
         fd = memory.duplicate()
         number = self._next_number()
-        is_mapped = memory.is_mapped if isinstance(memory, ForeignMemory) else None
-        self._announcer.foreign(number, memory.size, is_mapped, fd)
+        if isinstance(memory, ForeignMemory):
+            self._announcer.foreign(number, memory.size, memory.is_mapped, fd)
+        else:
+            self._announcer.part(number, memory.size, fd)
         return _Known(number, weakref.ref(memory), self._turn)
 
     def _has_room(self) -> bool:

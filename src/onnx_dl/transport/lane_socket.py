@@ -60,11 +60,11 @@ class Notices:
     def shared(self, block: int, size: int, fd: int) -> None:
         self._shared[block] = size, Descriptor(fd)
 
-    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
-        if is_mapped is None:
-            self._parts[memory] = size, Descriptor(fd)
-        else:
-            self._foreign[memory] = size, is_mapped, Descriptor(fd)
+    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
+        self._foreign[memory] = size, is_mapped, Descriptor(fd)
+
+    def part(self, number: int, size: int, fd: int) -> None:
+        self._parts[number] = size, Descriptor(fd)
 
     def dropped(self, block: int) -> None:
         unsent = (

@@ -56,10 +56,15 @@ class Told:
     def shared(self, block: int, size: int, fd: int) -> None:
         raise AssertionError("no block is shared here")
 
-    def foreign(self, memory: int, size: int, is_mapped: bool | None, fd: int) -> None:
+    def foreign(self, memory: int, size: int, is_mapped: bool, fd: int) -> None:
         os.close(fd)
         self.new.append(memory)
         self.kinds.append(is_mapped)
+
+    def part(self, number: int, size: int, fd: int) -> None:
+        os.close(fd)
+        self.new.append(number)
+        self.kinds.append(None)
 
     def dropped(self, block: int) -> None:
         self.dropped_numbers.append(block)

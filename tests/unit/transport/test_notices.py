@@ -13,10 +13,10 @@ from onnx_dl.transport.sockets import Channel
 
 def test_new_ones_in_order_and_those_that_went_before_they_were_told() -> None:
     notices = Notices()
-    notices.foreign(3, 4096, None, part := os.open("/dev/null", os.O_RDWR))
+    notices.part(3, 4096, part := os.open("/dev/null", os.O_RDWR))
     notices.foreign(2, 64, True, file := os.memfd_create("file"))
     notices.shared(1, 128, block := os.memfd_create("block"))
-    notices.foreign(4, 8192, None, os.open("/dev/null", os.O_RDWR))
+    notices.part(4, 8192, os.open("/dev/null", os.O_RDWR))
     assert notices.room == 60
     notices.dropped(4)
     assert notices and not notices.has_drops and notices.room == 61
@@ -33,7 +33,7 @@ def test_a_part_reaches_the_worker_and_is_dropped() -> None:
     caller = LaneSocket(ours, lane.lane_reply, keep_descriptors=True)
     worker = LaneSocket(theirs, lane.lane_request, keep_descriptors=False, most_foreign=2)
     number = caller.arena.memories._next_number()
-    caller._notices.foreign(number, 4096, None, os.open("/dev/null", os.O_RDWR))
+    caller._notices.part(number, 4096, os.open("/dev/null", os.O_RDWR))
     caller.send(codec.encode(lane.Touch()))
     assert isinstance(worker.next(), lane.Touch)
     assert isinstance(worker.memories.part(number), PeerPart)
